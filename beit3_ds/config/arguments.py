@@ -1,4 +1,4 @@
-"""Defines command-line arguments that several commands share, and argument types for numbers in a range."""
+"""Defines the command-line arguments that several commands share, and argument types for numbers in a range."""
 
 import argparse
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from beit3_ds.config.strict import ConfigError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Parses a command line and reports a mistake as a one-line `ConfigError`, without the usage of all options."""
+    """Parses a command line; reports a mistake as a one-line `ConfigError` without the list of all options."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises the mistake that argparse found as a `ConfigError`."""
+        """Raises a `ConfigError` with argparse's message about a mistake."""
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
@@ -61,5 +61,5 @@ def _check(value: float, allowed: Range) -> float:
 
 
 def add_force_argument(parser: argparse.ArgumentParser, text: str) -> None:
-    """Adds `--force` to a command that does nothing if its result exists; `text` is its help."""
+    """Adds the option `--force`, with the help `text`, to a command that otherwise keeps an existing result."""
     parser.add_argument("--force", action="store_true", help=text)

@@ -9,43 +9,44 @@ from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m")
-"""Formats of captioned images whose path is an annotation file; the images are in a folder."""
+"""Formats of captioned images in which a source's path is an annotation file and its images are in a folder."""
 
 IMAGE_FORMATS = ("tar", "folder", *ANNOTATION_FORMATS)
-"""Formats of images with or without captions. Further formats belong to tasks (`Task.formats`)."""
+"""All formats of images with or without captions; other formats belong to single tasks (`Task.formats`)."""
 
 Split = Literal["train", "validation", "test"]
-"""Parts of a stream's sources; `test` is read by `beit3 evaluate` alone."""
+"""Split of a stream's sources; only `beit3 evaluate` reads `test`."""
 
 TextLength = Annotated[int, Range(4, 2**18)]
-"""Tokens per text; the minimum is BOS, EOS, one masked and one visible token."""
+"""Maximum number of tokens per text; at least 4, for BOS, EOS, one masked and one visible token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Configures a source of samples: files of one format. In JSON, a string is short for {"path": string}."""
+    """Configures a source of samples, which has one format. In JSON, a string S is short for {"path": S}."""
 
     SHORTHAND: ClassVar[str] = "path"
 
     path: PathString
     """File, folder or glob pattern, relative to the working directory; `~` is the home folder."""
     format: str | None = None
-    """Format of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions next to them; `coco`,
-    `visual_genome` (path: region_descriptions.json, with image_data.json next to it), `sbu`, `conceptual_captions` and
-    `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/images/annotations.py). None: `folder` for a
-    folder, else `tar`. Must be None for texts, whose format follows from their names (beit3_ds/data/text/formats.py):
-    JSON objects with `text`, or plain UTF-8, compressed or not. Other tasks than pretraining have formats of their own
-    (docs/tasks.md)."""
+    """Format of images and pairs. `tar` is WebDataset shards, and `folder` is image files with captions in files beside
+    them. `coco`, `visual_genome` (path of region_descriptions.json, with image_data.json in the same folder), `sbu`,
+    `conceptual_captions` and `conceptual_12m` are the annotation files of these corpora
+    (beit3_ds/data/images/annotations.py). Some tasks have formats of their own (docs/tasks.md). None selects `folder`
+    if the path is a folder, else `tar`. Texts must have None: their format follows from the names of the files
+    (beit3_ds/data/text/formats.py), JSON objects with `text` or plain UTF-8, compressed or not."""
     images: PathString = ""
-    """Folder of the images that an annotation file names, or a pattern of tars that hold them (`coco/*.tar`); only for
-    formats with such a file."""
+    """Folder of the images that an annotation file names, or a pattern of tars that contain them (`coco/*.tar`). Only
+    for formats with an annotation file."""
     annotations: PathString = ""
-    """Second annotation file, such as the answers to the questions in `path`; only for a task's formats."""
+    """Second annotation file, such as the answers to the questions in `path`. Only for a task's own formats."""
     split: str = ""
-    """Part of the file to read, such as "val" of a Karpathy split; empty reads all. Only for a task's formats."""
+    """Part of the file to read, such as "val" of a Karpathy split; empty reads the whole file. Only for a task's own
+    formats."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
-    """Share of this source in the samples of its stream, relative to the weights of the other sources. If no source has
-    a weight, sources count by size, so every sample of the stream comes once per epoch."""
+    """Weight of this source, whose share of the stream's samples is its weight divided by the sum of all weights. If no
+    source has a weight, every sample of the stream is used once per epoch."""
 
     def __post_init__(self) -> None:
         if self.is_of_task:
@@ -69,11 +70,11 @@ class SourceConfig:
 
     @property
     def is_of_task(self) -> bool:
-        """Returns whether the format belongs to a task, so that only the task reads the files."""
+        """Returns whether the source has a task's own format, so that only this task can read it."""
         return self.format is not None and self.format not in IMAGE_FORMATS
 
     def paths(self) -> tuple[str, ...]:
-        """Returns all files, folders and patterns that the source names."""
+        """Returns all paths of files and folders, and all patterns, that the source's keys contain."""
         return tuple(path for path in (self.path, self.annotations, self.images) if path)
 
 
@@ -82,15 +83,16 @@ class StreamConfig:
     """Configures one of the three streams of samples: its sources, and its samples per step."""
 
     train: tuple[SourceConfig, ...] = ()
-    """Training sources; may be empty if the stream is left out. Without weights they form one set, which is shuffled as
-    a whole. With weights each source has its own epochs, and the weights decide on the source of each sample."""
+    """Training sources; may be empty if `samples_per_step` is 0. Without weights, all samples form one set, which is
+    shuffled as a whole. With weights, each source has its own epochs, and the weights decide how often it is used."""
     validation: tuple[SourceConfig, ...] = ()
-    """Sources of the validation loss, without weights: samples are spread over the sources by size. If empty, the
-    stream is not evaluated."""
+    """Validation sources, which must have no weights: evaluated samples are chosen in proportion to the sources' sizes.
+    If empty, the stream is not evaluated."""
     test: tuple[SourceConfig, ...] = ()
-    """Sources that only `beit3 evaluate --split test` reads, without weights."""
+    """Test sources, which only `beit3 evaluate --split test` reads; they must have no weights."""
     samples_per_step: Annotated[int, Range(0, 2**24)]
-    """Samples of this stream in one optimizer step, over all ranks (paper: 2048). 0 leaves the stream out."""
+    """Number of samples of this stream in one optimizer step, over all ranks (paper: 2048). With 0 the run does not
+    train on the stream."""
 
     def __post_init__(self) -> None:
         if self.samples_per_step and not self.train:
@@ -120,7 +122,7 @@ class StreamConfig:
         return (*self.train, *self.validation, *self.test)
 
     def weights(self) -> tuple[float, ...] | None:
-        """Returns the weights of the training sources; None if sources have no weights and count by size."""
+        """Returns the weights of the training sources; None if the sources have no weights."""
         weights = tuple(source.weight for source in self.train if source.weight is not None)
         return weights or None
 
@@ -134,66 +136,68 @@ class DataConfig:
     """Configures the data of a run: its streams, augmentation, order and reading (paper sections 2.2 and 2.3)."""
 
     images: StreamConfig = field(default_factory=_no_stream)
-    """Images without texts, for MIM. A stream without a section is left out."""
+    """Images without texts, for MIM. Leave out the section of any stream that the run does not use."""
     pairs: StreamConfig = field(default_factory=_no_stream)
     """Images with captions, for MIM and MLM."""
     texts: StreamConfig = field(default_factory=_no_stream)
     """Texts without images, for MLM."""
     text_length: TextLength = 128
-    """Maximum tokens per text sample, BOS and EOS included. The paper is silent; 128 is near the length of an image."""
+    """Maximum number of tokens per text sample, BOS and EOS included. The paper does not give it; 128 is near the
+    number of rows of an image."""
     document_separator: bool = True
-    """Whether EOS separates documents that share a sequence of `texts`, as in RoBERTa. False joins them directly. A
-    document is a JSON object, or in plain text the lines between two blank lines."""
+    """Whether EOS separates documents that share a sequence of the stream "texts", as in RoBERTa; False concatenates
+    them without a separator. A document is a JSON object, or in plain text the lines between two blank lines."""
     pair_text_length: TextLength = 64
-    """Maximum tokens per caption, BOS and EOS included (the fine-tuning length of the released models)."""
+    """Maximum number of tokens per caption, BOS and EOS included (the value of the released models in fine-tuning)."""
     min_crop_scale: Annotated[float, Range(0, 1, above=True)] = 0.2
-    """Smallest share of the image's area that a random crop keeps (BEiT v2's value; the paper is silent)."""
+    """Smallest share of the image's area that a random crop keeps (BEiT v2's value; the paper does not give it)."""
     color_jitter: Share = 0.4
     """Strength of brightness, contrast and saturation jitter (paper: "color jittering"; BEiT's value)."""
     flip_probability: Share = 0.5
     """Probability of a horizontal flip of images without texts."""
     pair_flip_probability: Share = 0.5
-    """Probability of a horizontal flip of images with captions. The paper flips them; 0 keeps "left" and "right"
-    true."""
+    """Probability of a horizontal flip of images with captions. The paper flips these images. With 0, the words "left"
+    and "right" in captions stay correct."""
     rand_augment_operations: Annotated[int, Range(0, 100)] = 0
-    """Random operations per training image (RandAugment; 2 in the reference's fine-tuning); pretraining has none."""
+    """Number of random operations per training image (RandAugment; the reference's fine-tuning: 2). Pretraining ignores
+    it."""
     rand_augment_magnitude: Annotated[float, Range(0, 10)] = 7.0
-    """Strength of these operations, from 0 to 10."""
+    """Strength of RandAugment's operations, from 0 to 10."""
     random_erasing: Share = 0.0
-    """Probability that noise replaces a rectangle of a training image; pretraining ignores it."""
+    """Probability that a rectangle of a training image is replaced by noise. Pretraining ignores it."""
     cache_dir: PathString | None = None
-    """Folder to which `beit3 prepare` writes shard indices, tables of annotations and token files. None scans shards,
-    parses annotations and tokenizes texts in memory at the start of every run, which suits a small corpus."""
+    """Folder to which `beit3 prepare` writes shard indices, tables of annotations and token files. With None, every
+    start of a run scans shards, parses annotations and tokenizes texts in memory, which suits a small corpus."""
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
-    """Shuffling of an epoch. `shuffled`: as a whole, so reads jump between shards. `shard_sequential`: blocks of
-    `block_samples` neighbours are visited in a shuffled order, and `window_blocks` blocks at a time are shuffled
-    together. Then few shards are in use at once, which suits storage that reads ahead, and corpora with more shards
-    than a process may keep open. The cost is randomness: window_blocks x block_samples consecutive samples come from
-    window_blocks places in the corpus. Do not use it if neighbours are alike, as in shards sorted by class."""
+    """How an epoch is shuffled. `shuffled` shuffles it as a whole, so reads jump between shards. `shard_sequential`
+    puts blocks of `block_samples` neighbouring samples into a random order, and shuffles the samples of every
+    `window_blocks` blocks in this order together. Then only a few shards are read at a time. This suits storage that
+    reads ahead, and corpora with more shards than a process may keep open. The order is less random, so do not use it
+    if neighbouring samples are alike, as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Neighbouring samples per block with `order` "shard_sequential"; at most the samples of a shard."""
+    """Number of neighbouring samples per block with `order` "shard_sequential"; at most the samples of a shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
-    """Blocks that are shuffled together with `order` "shard_sequential"; they should last for many steps."""
+    """Number of blocks that are shuffled together with `order` "shard_sequential"; choose enough for many steps."""
     num_workers: Annotated[int, Range(0, 1024)] = 2
-    """Processes per rank that prepare steps; 0 prepares them in the training process."""
+    """Number of processes per rank that prepare steps; with 0 the training process prepares them."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2
-    """Steps that each worker prepares ahead, unless `prefetch_gib` allows fewer."""
+    """Maximum number of steps that each worker prepares ahead; `prefetch_gib` may allow fewer."""
     prefetch_gib: Annotated[float, Range(0.001, 2**20)] = 8.0
-    """Shared memory for the prefetched steps of one rank, in GiB. If num_workers x prefetch_steps steps take more,
-    fewer steps are prepared ahead, by fewer workers if necessary. By default 8 ranks of a node take at most 64 GiB,
-    half the memory of a node with 128 GiB; /dev/shm usually has half of the memory."""
+    """Maximum shared memory for the prefetched steps of one rank, in GiB. If num_workers x prefetch_steps steps need
+    more, fewer steps are prepared ahead, by fewer workers if necessary. With the default, 8 ranks of a node take at
+    most 64 GiB. /dev/shm usually has half of a node's memory, so this fits a node with 128 GiB."""
     max_open_files: Annotated[int, Range(1, 2**20)] = 4096
-    """Maximum number of shards that each process keeps open, so that reading a record opens no file. Worker processes
-    raise their limit (`ulimit -n`) to twice this number, as far as the hard limit allows. A process uses at most half
-    of its limit."""
+    """Maximum number of shards that each process keeps open, so that records can be read without opening a file. Worker
+    processes raise their limit of open files (`ulimit -n`) to twice this number, or to the hard limit if that is lower.
+    A process keeps at most half of its limit open."""
     timeout_seconds: Seconds = 600
-    """Longest wait of a rank for the data of one step or one validation batch, in seconds. Then the run saves, names
-    the awaited data, and ends. Ten minutes are about a hundred times the time to read a step, and less than
-    parallel.timeout_seconds, after which the ranks that wait for this one end. A worker that dies, or is stopped for 10
-    seconds, is replaced before that."""
+    """Longest wait of a rank for the data of one step or one validation batch, in seconds. After that, the run saves a
+    checkpoint, prints the name of the missing data, and ends. Ten minutes are about a hundred times the time to read a
+    step. The value should be below parallel.timeout_seconds, after which other ranks stop waiting for this one. Workers
+    that die, or are stopped for 10 seconds, are replaced earlier."""
     max_broken_records: Count = 100
-    """Maximum number of broken records that a run leaves out; with more it ends and lists them. A record counts once
-    per run, even if several ranks read it, or one rank reads it again, or the run restarts."""
+    """Maximum number of broken records that a run skips; with more, the run lists them and ends. A record counts once
+    per run, even if several ranks read it, one rank reads it again, or the run restarts."""
 
     def __post_init__(self) -> None:
         for source in self.texts.sources:
@@ -209,12 +213,12 @@ class DataConfig:
 
     @property
     def has_images(self) -> bool:
-        """Returns whether a step or the validation samples hold images, so that the run needs the visual tokenizer."""
+        """Returns whether the run trains on or evaluates images or pairs; pretraining then needs a visual tokenizer."""
         return self.images.is_used or self.pairs.is_used
 
     @property
     def has_texts(self) -> bool:
-        """Returns whether a step or the validation samples hold texts or captions, which need the text tokenizer."""
+        """Returns whether the run trains on or evaluates texts or pairs, which need a text tokenizer."""
         return self.texts.is_used or self.pairs.is_used
 
     def streams(self) -> dict[str, StreamConfig]:
@@ -222,24 +226,25 @@ class DataConfig:
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
 
     def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
-        """Returns short names of the sources of each stream in a split (`short_source_names`)."""
+        """Returns a short name of each source of a split (`short_source_names`), by stream."""
         streams = self.streams().items()
         return {name: short_source_names([source.path for source in getattr(of, split)]) for name, of in streams}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizerConfig:
-    """Configures the SentencePiece model of the texts, and how `beit3 train-text-tokenizer` trains it."""
+    """Configures the SentencePiece model that tokenizes texts, and its training by `beit3 train-text-tokenizer`."""
 
     path: PathString = ""
     """Path of the .spm file, which `beit3 train-text-tokenizer` writes and pretraining reads. May be empty for a run
     without texts and pairs."""
     vocab_size: Annotated[int, Range(8, 2**24 - 2)] = 64000
-    """Pieces that SentencePiece learns, its own <unk>, <s> and </s> included (reference: 64000, so <mask> is 64001)."""
+    """Number of pieces that SentencePiece learns, including its <unk>, <s> and </s>. The reference has 64000, which
+    makes <mask> id 64001."""
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
-    """Share of the characters in the corpus that get a piece of their own."""
+    """Share of the characters in the corpus that get a piece of their own; the rarest characters get none."""
     max_sentences: Annotated[int, Range(101, 2**40)] = 10_000_000
-    """Lines drawn from the whole corpus for training, with equal probability; only these are kept in memory.
+    """Maximum number of lines to train on, which are drawn at random from the whole corpus and kept in memory.
     SentencePiece needs more than 100."""
 
 
@@ -248,6 +253,6 @@ class TokenizersConfig:
     """Configures the two tokenizers of a run."""
 
     text: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
-    """Turns words into ids; may be left out of a run without texts and pairs."""
+    """Tokenizer of texts; a run without texts and pairs may leave it out."""
     visual: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
-    """Turns patches into codes; may be left out of a run without images and pairs."""
+    """Tokenizer of images; a run without images and pairs may leave it out."""

@@ -1,4 +1,4 @@
-"""Checks DeepSpeed's part of a run's file and builds the engine's configuration from it."""
+"""Checks DeepSpeed's keys in a run's file, and builds the configuration of DeepSpeed's engine from them."""
 
 import os
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ OWN_SECTION = "beit3_ds"
 """The key of this project's section in a DeepSpeed JSON file."""
 
 FILE_MONITORS = {"csv_monitor": "csv", "tensorboard": "tensorboard"}
-"""Monitors of DeepSpeed that write files, each with its default folder."""
+"""DeepSpeed's monitors that write files, with the default folder of each."""
 
 _MONITORS_FOLDER = "logs"
 
 
 def read_deepspeed_keys(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Checks all keys except this project's own section; returns them in the form that the engine takes.
+    """Checks all keys except this project's own section, and returns them in the form that DeepSpeed expects.
 
     Raises:
-        ConfigError: for a key that DeepSpeed does not know or this project does not support, or a wrong value.
+        ConfigError: if DeepSpeed does not know a key, this project does not support it, or its value is invalid.
     """
     check_known_keys(mapping, [*DEEPSPEED_KEYS, OWN_SECTION], where)
     return {key: read_key(DEEPSPEED_KEYS[key], value, key) for key, value in mapping.items() if key != OWN_SECTION}
@@ -31,11 +31,11 @@ def read_deepspeed_keys(mapping: Mapping[str, Any], where: str) -> dict[str, Any
 def engine_config(
     mapping: Mapping[str, Any], samples_per_step: int, data_parallel_size: int, output_dir: str
 ) -> dict[str, Any]:
-    """Builds the dictionary for `deepspeed.initialize` from the user's keys and the run.
+    """Builds the configuration for `deepspeed.initialize` from the user's keys and the run's settings.
 
-    This project's schedule owns the micro-batches, so the engine's accumulation is always 1. DeepSpeed asserts that its
-    batch sizes are products of each other, which does not hold for uneven shares. So the engine gets only the largest
-    share, and uses it only for figures in its own log. Monitors write below the run's folder.
+    `gradient_accumulation_steps` is always 1 for the engine, because this project's schedule runs the micro-batches.
+    DeepSpeed requires its batch sizes to be products of each other, which is false for uneven shares. The engine
+    therefore gets only the largest share, and uses it only in its log. Monitors write into the run's output folder.
     """
     config = {
         **{key: value for key, value in mapping.items() if key != "train_batch_size"},

@@ -1,8 +1,8 @@
-"""Lists every key of DeepSpeed 0.19.8's configuration with its accepted values, and why others are refused.
+"""Lists every key of DeepSpeed 0.19.8's configuration with its accepted values, or the reason why it is refused.
 
-The tests run, save, export, load and resume with the samples listed here of every accepted key that may change the
-training state (tests/checkpoint/test_deepspeed_keys.py). A key that changes nothing here is refused too, because a
-setting without effect is a user's mistake. `deepspeed_rules` holds the rules between keys.
+For every accepted key that may change the training state, tests train, save, export, load and resume with the `samples`
+listed here (tests/checkpoint/test_deepspeed_keys.py). Keys without effect in this project are refused too, because a
+user would expect an effect. `deepspeed_rules` contains the rules between keys.
 """
 
 from collections.abc import Iterator, Mapping
@@ -197,20 +197,20 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
 
 
 class AcceptedKey(NamedTuple):
-    """Describes a key that a run may give."""
+    """Describes a DeepSpeed key that a run's file may contain."""
 
     path: tuple[str, ...]
-    """Path from the top of the file."""
+    """Names of the enclosing sections from the top of the file, then the key's own name."""
     spec: Spec
 
     @property
     def name(self) -> str:
-        """Returns the path with dots, as in messages and `--set`."""
+        """Returns the path joined by dots, as used in messages and `--set`."""
         return ".".join(self.path)
 
 
 def accepted_keys() -> Iterator[AcceptedKey]:
-    """Yields every key that may hold more than one value, at every level."""
+    """Yields every key, at every level, that accepts more than one value."""
     for path, spec in _walk(DEEPSPEED_KEYS, ()):
         if isinstance(spec, Spec) and not isinstance(spec, Fixed):
             yield AcceptedKey(path, spec)

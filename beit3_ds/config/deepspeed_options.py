@@ -1,23 +1,23 @@
-"""Reads the ZeRO stage, offloading and number types from DeepSpeed's keys."""
+"""Reads the ZeRO stage, the offloading and the data types of a run from its DeepSpeed keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16"]
-"""DeepSpeed's names of types."""
+"""DeepSpeed's names of the supported data types."""
 
 
 @dataclass(frozen=True)
 class DeepSpeedOptions:
-    """Reads DeepSpeed's keys of a run, with DeepSpeed's defaults for missing keys."""
+    """Provides the DeepSpeed options of a run; a missing key has DeepSpeed's default."""
 
     keys: Mapping[str, Any]
-    """The keys as in the file, each already checked."""
+    """DeepSpeed's keys in the run's file, already checked."""
 
     @property
     def zero(self) -> Mapping[str, Any]:
-        """Returns the section `zero_optimization`, empty if it is left out."""
+        """Returns the section `zero_optimization`; empty if the file has no such section."""
         section: Mapping[str, Any] = self.keys.get("zero_optimization", {})
         return section
 
@@ -33,18 +33,18 @@ class DeepSpeedOptions:
 
     @property
     def precision(self) -> Precision:
-        """Returns the type of parameters and activations."""
+        """Returns the data type of parameters and activations."""
         return "bf16" if self.is_bf16 else "fp32"
 
     @property
     def grad_accum_dtype(self) -> Precision:
-        """Returns the type in which gradients of micro-batches are summed; by default the parameters' type."""
+        """Returns the data type in which the gradients of micro-batches are summed; by default the parameters' type."""
         dtype: Precision = self.keys.get("data_types", {}).get("grad_accum_dtype", self.precision)
         return dtype
 
     @property
     def communication_data_type(self) -> Precision:
-        """Returns the type in which data-parallel ranks send gradients; by default the parameters' type."""
+        """Returns the data type in which data-parallel ranks send gradients; by default the parameters' type."""
         dtype: Precision = self.keys.get("communication_data_type", self.precision)
         return dtype
 

@@ -7,15 +7,17 @@ from beit3_ds.config.training import TrainingConfig
 
 
 def check_deepspeed_rules(options: DeepSpeedOptions, training: TrainingConfig, parallel: ParallelConfig) -> None:
-    """Refuses combinations of keys that DeepSpeed refuses, or that give wrong gradients or state that cannot be saved.
+    """Checks that the keys work together.
+
+    Combinations are refused if DeepSpeed refuses them, if gradients would be wrong, or if the state could not be saved.
 
     Args:
-        options: the run's options of DeepSpeed.
+        options: the run's DeepSpeed options.
         training: gives the optimizer.
         parallel: gives the layout.
 
     Raises:
-        ConfigError: naming the key to leave out.
+        ConfigError: if keys do not work together; the message names the key to leave out.
     """
     _check_types(options)
     _check_offloading(options)

@@ -1,4 +1,4 @@
-"""Specifies the valid values of single DeepSpeed keys, for the table in `deepspeed_keys`."""
+"""Defines the kinds of entries of the tables of DeepSpeed keys (`deepspeed_keys`), which check single values."""
 
 import json
 import os
@@ -20,27 +20,27 @@ _LONGEST_NAME = 255
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(ABC):
-    """Describes an accepted key."""
+    """Describes the valid values of an accepted key."""
 
     effect: str
-    """Effect of the key, for the documentation."""
+    """Description of the key's effect, for the documentation."""
     stages: tuple[int, ...] = ALL_STAGES
     """ZeRO stages in which the key has an effect; in other stages `beit3 check` reports that it has none."""
     samples: tuple[Any, ...] = ()
-    """Values of the key that tests run with."""
+    """Values of the key that tests train with."""
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:
-        """Returns the value in the form that DeepSpeed takes.
+        """Checks a value, and returns it in the form that DeepSpeed expects.
 
         Raises:
-            ConfigError: naming key, value, rule and what to write instead.
+            ConfigError: if the value is invalid; the message names key, value, rule and a valid value.
         """
 
     @property
     @abstractmethod
     def rule(self) -> str:
-        """Returns the accepted values, as words that follow "expected"."""
+        """Returns a description of the valid values that completes the sentence "expected ..."."""
 
     def _refuse(self, value: Any, where: str) -> ConfigError:
         if value == "auto":
@@ -71,11 +71,11 @@ class Flag(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Spec):
-    """Describes a key with one accepted value; all others are refused with the reason."""
+    """Describes a key with a single accepted value."""
 
     value: Any
     reason: str
-    """Reason against other values: the consequence or the alternative."""
+    """Reason why other values are refused: their consequence, or an alternative."""
     effect: str = ""
 
     def read(self, value: Any, where: str) -> Any:
@@ -92,7 +92,7 @@ class Fixed(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Number(Spec):
-    """Describes a number in a range; an integer may be written as 5e8, as in DeepSpeed's documentation."""
+    """Describes a key whose value is a number in a range; an integer may be written as 5e8, as DeepSpeed allows."""
 
     range: Range
     whole: bool = True
@@ -141,11 +141,14 @@ class Choice(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Spec):
-    """Describes a printable text: not empty, no longer than a file name, without a slash if it names one folder."""
+    """Describes a key whose value is a printable text, not empty and with parts no longer than a file name may be.
+
+    A text with `is_folder_name` names one folder and has no slashes.
+    """
 
     is_folder_name: bool = False
     is_inner_path: bool = False
-    """Whether the text names a folder inside another one: not absolute, and without `..` and `~`."""
+    """Whether the text is the path of a folder inside another one: relative, without `..`, and without `~` in front."""
 
     def read(self, value: Any, where: str) -> str:
         """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
@@ -176,7 +179,7 @@ class Refused:
     """Describes a key of DeepSpeed that this project refuses."""
 
     reason: str
-    """Reason for the refusal, and the alternative."""
+    """Reason why the key is refused, and an alternative."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,7 @@ class Section:
 
     keys: Mapping[str, "Spec | Refused | Section"]
     example: str
-    """Example for the error message, which a user may have meant."""
+    """Example of a valid object, for error messages."""
 
     def read(self, value: Any, where: str) -> dict[str, Any]:
         """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
@@ -196,10 +199,10 @@ class Section:
 
 
 def read_key(spec: Spec | Refused | Section, value: Any, where: str) -> Any:
-    """Returns the value of one key in the form that DeepSpeed takes.
+    """Checks the value of one key, and returns it in the form that DeepSpeed expects.
 
     Raises:
-        ConfigError: as `Spec.read` does, or for a refused key.
+        ConfigError: if the value is invalid or the key is refused.
     """
     if isinstance(spec, Refused):
         raise ConfigError(f"{where} is not supported: {spec.reason}")

@@ -1,4 +1,4 @@
-"""Checks whether a run fits a number of ranks, and finds the nearest layouts that do."""
+"""Checks whether a run's configuration fits a number of ranks, and finds similar configurations that fit."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ _SUGGESTIONS = 3
 
 
 def check_layout(config: RunConfig, world_size: int) -> int:
-    """Refuses a run whose ranks, model, micro-batches and samples do not fit each other.
+    """Checks that the ranks, the model, the micro-batches and the samples of a run fit each other.
 
     Args:
         config: the run's configuration.
@@ -23,7 +23,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         The number of data-parallel ranks.
 
     Raises:
-        ConfigError: naming the broken rule and the nearest layouts of `world_size` ranks that fit.
+        ConfigError: if they do not; the message names the broken rule and similar layouts of `world_size` ranks that
+            fit.
     """
     try:
         data_parallel_size = _check(config, world_size)
@@ -35,7 +36,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
 
 
 def fits_layout(config: RunConfig, world_size: int) -> bool:
-    """Returns whether `check_layout` would accept `world_size` ranks; faster than its refusals."""
+    """Returns whether `check_layout` accepts `world_size` ranks; does not search for similar layouts."""
     try:
         config.step_shares(_check(config, world_size)).check_batch_keys(config.deepspeed)
     except ConfigError:
@@ -44,7 +45,7 @@ def fits_layout(config: RunConfig, world_size: int) -> bool:
 
 
 def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
-    """Returns at most three configurations whose layouts fit `world_size` ranks, most similar to the run's first."""
+    """Returns at most three configurations whose layouts fit `world_size` ranks, the most similar one first."""
     keys = {key: value for key, value in config.deepspeed.items() if key not in BATCH_KEYS}
     asked = dataclasses.replace(config, deepspeed=keys)
     fitting = [candidate for candidate in _candidates(asked, world_size) if fits_layout(candidate, world_size)]
@@ -81,10 +82,10 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
 
 
 def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[float, int]:
-    """Returns the number of doublings between two layouts, and the second's model-parallel ranks to break ties.
+    """Returns the distance of two layouts: the number of doublings between their sizes, then a number to break ties.
 
-    Micro-batches have a low weight. Uneven shares of the samples count as one doubling, because ranks then wait for the
-    largest share.
+    The number of micro-batches has a low weight. Uneven shares of the samples count as one doubling, because ranks then
+    wait for the largest share. Of equal distances, `other` with fewer model-parallel ranks is nearer.
     """
 
     def doublings(a: int, b: int) -> float:

@@ -31,101 +31,103 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
         "patch_size": 14,
     },
 }
-"""Fields that `"size": NAME` sets: giant from the paper's Table 2 (224 px), base and large from the released models."""
+"""Values of the fields that `"size": NAME` sets. "giant" is from the paper's Table 2 (224 px), "base" and "large" are
+those of the released models."""
 
 
 InputKind = Literal["images", "pairs", "texts"]
-"""Kind of an input sequence: an image alone, an image with its text, or a text alone."""
+"""Kind of an input: images without text, image-text pairs, or texts without image."""
 
 INPUT_KINDS: tuple[InputKind, ...] = ("images", "pairs", "texts")
-"""All kinds of input, in the order in which `ModelConfig.inputs` holds them."""
+"""All kinds of input, in the order of `ModelConfig.inputs`."""
 
 FIELDS_WITHOUT_TENSORS = frozenset(
     {"drop_path_rate", "cross_entropy_chunk_size", "initial_embedding_std", "layer_norm_epsilon"}
 )
-"""Fields of `ModelConfig` that affect neither the number of the model's tensors nor their shapes."""
+"""Fields of `ModelConfig` that change neither the names nor the shapes of the model's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Configures a BEiT-3 backbone with two masked-modeling heads (paper, section 2.1), or the part its inputs need."""
+    """Configures BEiT-3 with two masked-modeling heads (paper, section 2.1); `inputs` selects the parts to build."""
 
     num_layers: Layers
-    """Multiway blocks."""
+    """Number of Multiway blocks."""
     hidden_size: Size
-    """Width D of the token stream."""
+    """Hidden size D: number of features of each row between the layers."""
     ffn_hidden_size: Size
-    """Width F inside every expert."""
+    """Hidden size F inside every feed-forward expert."""
     num_attention_heads: Size
-    """Attention heads; they must divide `hidden_size`."""
+    """Number of attention heads; must divide `hidden_size`."""
     patch_size: Size
-    """Pixels on a side of one image patch; it must divide `image_size`."""
+    """Pixels on a side of one image patch; must divide `image_size`."""
     image_size: Size = 224
-    """Pixels on a side of the model's view of an image."""
+    """Pixels on a side of the model's input images."""
     layout: Literal["shared", "decoupled"] = "shared"
-    """Which attention weights modalities share. `shared` is the paper's layout: one attention for all modalities.
-    `decoupled` is the released models' layout: vision and language have projections and norms of their own and share
-    only the softmax."""
+    """Which attention weights the modalities share. In `shared`, the paper's layout, all modalities share all attention
+    weights. In `decoupled`, the released models' layout, vision and language have their own projections and norms, and
+    attend to each other in one softmax."""
     num_vision_language_layers: Annotated[int, Range(0, 1000)] = 3
-    """Number of top blocks with a vision-language expert for pairs (paper: 3); must be 0 in the decoupled layout."""
+    """Number of last blocks that have a vision-language expert for pairs (paper: 3); must be 0 in `decoupled`."""
     sub_layernorm: bool = False
-    """Adds Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423). The released models
-    have them; the paper mentions neither, so the default is off."""
+    """Whether to add Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423). The
+    released models have both. The paper mentions neither, so the default is off."""
     initial_embedding_std: StandardDeviation = 0.02
-    """Standard deviation of the initial values of all embeddings, whose normal is truncated at one standard deviation.
-    0.02 is BEiT's. With `sub_layernorm` a small model trained from scratch learns much faster with about 0.4, because
-    its embeddings are then as large as what its blocks add to them."""
+    """Standard deviation of the normal distribution, truncated at one standard deviation, from which all embeddings are
+    initialised. BEiT uses 0.02. With `sub_layernorm`, a small model trained from scratch learns much faster with about
+    0.4, because the embeddings are then about as large as the outputs that the blocks add to them."""
     layer_norm_epsilon: Epsilon = 1e-5
-    """Term added to the variance in every LayerNorm."""
+    """Constant added to the variance in every LayerNorm."""
     drop_path_rate: Decay = 0.0
-    """Stochastic-depth rate of the last block; rates rise linearly from 0 at the first (paper, appendix: 0.1)."""
+    """Stochastic-depth rate of the last block; the rates rise linearly from 0 in the first block (paper, appendix:
+    0.1)."""
     text_vocab_size: Vocabulary = 64010
-    """Rows of the word embedding and of the MLM head. The reference rounds its 64002 ids up to 64010."""
+    """Number of rows of the word embedding and of the MLM head. The reference rounds its 64002 ids up to 64010."""
     visual_vocab_size: Vocabulary = 8192
-    """Codes of the visual tokenizer, which are the rows of the MIM head."""
+    """Number of rows of the MIM head; must equal the number of codes of the visual tokenizer."""
     max_text_length: Annotated[int, Range(4, 2**18)] = 128
-    """Rows of the text position table, and so the longest text, BOS and EOS included."""
+    """Number of text positions: the maximum number of tokens of a text, BOS and EOS included."""
     tie_word_embeddings: bool = False
-    """Uses the word embedding as the MLM head's matrix; off by default, as in the released models. It has no effect in
-    a model that takes images alone."""
+    """Whether the MLM head uses the word embedding as its matrix; off by default, as in the released models. It has no
+    effect in a model whose only inputs are images."""
     final_norm: bool = True
-    """Applies a LayerNorm to the output of the last block; off only for fine-tuned models that have none."""
+    """Whether a LayerNorm follows the last block; turn it off only for fine-tuned models without this norm."""
     inputs: tuple[InputKind, ...] = INPUT_KINDS
-    """Kinds of input that the model takes; the order does not matter. Only the experts, embeddings and norms that these
-    need are built (paper, figure 3): `["images"]` gives a vision encoder, `["texts"]` a language encoder, `["pairs"]` a
-    fusion encoder and `["images", "texts"]` a dual encoder. AdamW would decay experts that get no rows."""
+    """Kinds of input that the model takes, in any order. Only the experts, embeddings and norms for these kinds are
+    built, because AdamW would decay experts that never get rows. `["images"]` builds a vision encoder, `["texts"]` a
+    language encoder, `["pairs"]` a fusion encoder, and `["images", "texts"]` a dual encoder (paper, figure 3)."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
-    """Maximum text positions whose MLM logits are in memory at a time, text_vocab_size logits each."""
+    """Maximum number of text positions whose MLM logits are in memory at a time; each has text_vocab_size logits."""
 
     @property
     def head_size(self) -> int:
-        """Returns the width of one attention head."""
+        """Returns the number of features of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_pipeline_layers(self) -> int:
-        """Returns the number of layers that pipeline stages divide: embeddings, blocks, final norm with head."""
+        """Returns the number of layers to divide over pipeline stages: embeddings, blocks, and final norm with head."""
         return self.num_layers + 2
 
     @property
     def grid_size(self) -> int:
-        """Returns the patches along one side of an image."""
+        """Returns the number of patches along one side of an image."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Returns the patches per image."""
+        """Returns the number of patches per image."""
         return self.grid_size**2
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Returns the modalities of the inputs, in the order of the packed batch; a pair has both."""
+        """Returns the modalities of the inputs in the order of the packed batch; pairs have both modalities."""
         kinds = {"vision": ("images", "pairs"), "language": ("texts", "pairs")}
         return tuple(modality for modality in kinds if any(kind in self.inputs for kind in kinds[modality]))
 
     @property
     def has_tied_table(self) -> bool:
-        """Returns whether the model has a word embedding that is the MLM head's matrix as well."""
+        """Returns whether the model has a word embedding and the MLM head uses it as its matrix."""
         return self.tie_word_embeddings and "language" in self.modalities
 
     def experts(self, layer: int) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ class ModelConfig:
 
     @property
     def attention_experts(self) -> tuple[str, ...]:
-        """Returns the names of the attention's weight sets: one for all rows, or one per modality."""
+        """Returns the names of the sets of attention weights: one set for all rows, or one set per modality."""
         return ("shared",) if self.layout == "shared" else self.modalities
 
     def __post_init__(self) -> None:
@@ -175,7 +177,7 @@ def load_model_section(mapping: Any, where: str) -> ModelConfig:
     """Loads the "model" section and expands `"size": NAME` to the fields in `MODEL_SIZES`.
 
     Raises:
-        ConfigError: for an unknown size or key, or for values that contradict each other.
+        ConfigError: if the size or a key is unknown, a value is invalid, or values contradict each other.
     """
     if isinstance(mapping, Mapping) and "size" in mapping:
         size = mapping["size"]

@@ -1,15 +1,15 @@
-"""Declares ranges of numbers for annotations such as `Annotated[int, Range(...)]`, and names the usual ones."""
+"""Declares ranges of numbers for annotations such as `Annotated[int, Range(...)]`, and names for common ranges."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 LARGEST_INT = 2**63 - 1
-"""Largest integer that torch, numpy and DeepSpeed can hold."""
+"""Largest 64-bit integer, beyond which torch, numpy and DeepSpeed fail."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Describes the numbers from `low` to `high`; NaN and the infinities belong to no range."""
+    """Describes the finite numbers from `low` to `high`."""
 
     low: float
     high: float = LARGEST_INT
@@ -24,7 +24,7 @@ class Range:
         return is_low_enough and is_high_enough and abs(value) != float("inf")
 
     def __str__(self) -> str:
-        """Returns the rule as words that follow "must be"."""
+        """Returns a description of the range that completes the sentence "must be ..."."""
         low = f"above {self.low:g}" if self.above else f"at least {show_number(self.low)}"
         if self.high >= LARGEST_INT:
             return low
@@ -35,56 +35,56 @@ class Range:
 
 
 def show_number(value: float) -> str:
-    """Returns a number as a person would write it, without thousands of digits."""
+    """Returns a short, readable form of a number, even if it has thousands of digits."""
     if isinstance(value, int):
         return str(value) if abs(value) < 10**20 else f"a number of {len(str(abs(value)))} digits"
     return f"{value:g}"
 
 
 RANKS = Range(1, 2**20)
-"""Processes of a run."""
+"""Range of the number of processes of a run."""
 PROCESSES = Range(1, 1024)
-"""Processes of one machine."""
+"""Range of the number of processes on one machine."""
 
 Count = Annotated[int, Range(0)]
-"""An integer from 0 on."""
+"""An integer that is at least 0."""
 Positive = Annotated[int, Range(1)]
-"""An integer from 1 on."""
+"""An integer that is at least 1."""
 Size = Annotated[int, Range(1, 2**18)]
-"""A width, a side in pixels or a length; larger values are mistakes and would overflow counts of elements."""
+"""A number of features, a side in pixels or a length; a larger value would overflow counts of elements."""
 Layers = Annotated[int, Range(1, 1000)]
-"""Blocks of a network."""
+"""Number of blocks of a network."""
 Vocabulary = Annotated[int, Range(2, 2**24)]
-"""Rows of a table, up to the largest number that float32 counts exactly."""
+"""Number of entries of a vocabulary, up to the largest number to which float32 counts exactly."""
 Samples = Annotated[int, Range(1, 2**24)]
-"""Samples of a step."""
+"""Number of samples of a step."""
 Steps = Annotated[int, Range(1, 10**12)]
-"""Optimizer steps."""
+"""Number of optimizer steps."""
 Ranks = Annotated[int, RANKS]
 """Number of processes of a run."""
 Share = Annotated[float, Range(0, 1)]
 """A share or a probability."""
 MaskRatio = Annotated[float, Range(0.01, 0.99)]
-"""A share that leaves something masked and something visible."""
+"""A share of masked positions that is neither 0 nor 1."""
 StandardDeviation = Annotated[float, Range(0, 10, above=True)]
 """Standard deviation of initial values."""
 LearningRate = Annotated[float, Range(0, 1, above=True)]
-"""A learning rate: AdamW moves every weight by about this much per step."""
+"""A learning rate above 0; AdamW changes every weight by about this amount per step."""
 FinalLearningRate = Annotated[float, Range(0, 1)]
 """A learning rate that may be zero."""
 LearningRateScale = Annotated[float, Range(0, 1e4, above=True)]
-"""A factor of the learning rate of some parameters."""
+"""A factor by which the learning rate of some parameters is multiplied."""
 LayerDecay = Annotated[float, Range(0, 1, above=True)]
-"""A factor of the learning rate per layer; 1 gives all layers the same rate."""
+"""A factor by which the learning rate is multiplied per layer below the head; 1 gives all layers the same rate."""
 WeightDecay = Annotated[float, Range(0, 10)]
-"""Share of a weight that a step subtracts from it, in units of the learning rate."""
+"""A weight decay: each step subtracts learning rate x weight decay x weight from each weight."""
 Decay = Annotated[float, Range(0, 1, below=True)]
-"""Share of a moving average that each step keeps; with 1 it would never move."""
+"""A number from 0 to below 1, such as the share of a moving average that each step keeps."""
 Epsilon = Annotated[float, Range(0, 0.1, above=True)]
-"""A number added to a denominator to keep it above zero."""
+"""A small positive number that is added to a denominator to keep it above zero."""
 Weight = Annotated[float, Range(0, 1e6)]
-"""A factor of a term of the loss."""
+"""A factor by which a term of the loss is multiplied."""
 Seconds = Annotated[int, Range(1, 30 * 24 * 3600)]
-"""A waiting time of up to thirty days, which sockets and process groups can still count in milliseconds."""
+"""A time limit in seconds, at most thirty days, which sockets and process groups can still count in milliseconds."""
 Seed = Annotated[int, Range(0, LARGEST_INT)]
 """A seed that both torch and numpy accept."""

@@ -9,7 +9,7 @@ from beit3_ds.config.strict import ConfigError
 
 
 class RankCoords(NamedTuple):
-    """Holds a rank's coordinates on the mesh pipeline x data x tensor."""
+    """Holds a rank's coordinates on the three axes of the mesh: pipeline, data and tensor."""
 
     pipeline: int
     data: int
@@ -21,28 +21,30 @@ class RankCoords(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sets the mesh of ranks, pipeline x data x tensor; the data-parallel size follows from the number of ranks."""
+    """Configures the mesh of ranks, pipeline x data x tensor; the number of ranks gives the data-parallel size."""
 
     tensor_parallel_size: Ranks = 1
-    """Ranks that divide every layer's attention heads, FFN width and vocabulary (Megatron-LM: Shoeybi et al., 2019,
-    arXiv:1909.08053). They should share a node: they exchange activations in every layer."""
+    """Number of ranks that divide the attention heads, the FFN hidden size and the vocabulary of every layer
+    (Megatron-LM: Shoeybi et al., 2019, arXiv:1909.08053). These ranks should share a node, because they exchange
+    activations in every layer."""
     sequence_parallel: bool = False
-    """Divides the rows between attention and FFN over tensor-parallel ranks, which would all compute the same there
-    (Korthikanti et al., 2022, arXiv:2205.05198). It saves activation memory and sends the same number of bytes. Off by
-    default, because the rounding of sums differs with it."""
+    """Whether tensor-parallel ranks divide the rows outside attention and FFN, where all of them would otherwise
+    compute the same (Korthikanti et al., 2022, arXiv:2205.05198). This saves activation memory and sends the same
+    number of bytes. Off by default, because sums are rounded differently."""
     pipeline_parallel_size: Ranks = 1
-    """Stages that divide the ordered list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). There must
-    be at least this many micro-batches (`gradient_accumulation_steps`)."""
+    """Number of pipeline stages that divide the list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). There
+    must be at least this number of micro-batches (`gradient_accumulation_steps`)."""
     virtual_pipeline_parallel_size: Ranks = 1
-    """Model chunks per stage, interleaved with the chunks of the other stages. A value v divides the bubble by v and
-    multiplies the messages by v. With v > 1, micro-batches must be a multiple of the stages."""
+    """Number of model chunks per stage, interleaved with the chunks of the other stages. A value v divides the bubble
+    by v and multiplies the number of messages by v. With v > 1, the number of stages must divide the number of
+    micro-batches."""
     timeout_seconds: Seconds = 1800
-    """Longest wait of a rank for another before the run ends; must exceed the slowest checkpoint and evaluation."""
+    """Longest time, in seconds, that a rank waits for another rank before the run ends. It must exceed the time of the
+    slowest checkpoint and the slowest evaluation."""
     heartbeat_timeout_seconds: Seconds = 60
-    """Longest time without a heartbeat of a rank before the run ends: its process was stopped or killed, its host is
-    gone, or the link is down. A thread of its own sends six heartbeats in this time, so a rank with a slow
-    main thread does not count as lost. Choose more than the longest time for which a busy host may not run that
-    thread."""
+    """Longest time, in seconds, without a heartbeat of a rank before the run ends. A rank sends none if its process was
+    stopped or killed, its host failed, or the link is down. A separate thread sends six heartbeats in this time, so a
+    rank with a slow main thread is not affected. Choose a longer time than a busy host may delay this thread."""
 
     def __post_init__(self) -> None:
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
@@ -53,7 +55,7 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Returns the ranks that hold one copy of the model: tensor x pipeline."""
+        """Returns the number of ranks that together hold one copy of the model: tensor x pipeline."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
@@ -62,10 +64,10 @@ class ParallelConfig:
         return self.pipeline_parallel_size * self.virtual_pipeline_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Returns the number of ranks that hold the same part of the model.
+        """Returns the data-parallel size: `world_size` divided by `model_parallel_size`.
 
         Raises:
-            ConfigError: if the layout does not divide `world_size`.
+            ConfigError: if the division leaves a remainder.
         """
         if world_size % self.model_parallel_size:
             fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
@@ -77,25 +79,26 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
     def rank_coords(self, rank: int, world_size: int) -> RankCoords:
-        """Returns a rank's coordinates; tensor peers are neighbours, then data-parallel ranks, then stages.
+        """Returns a rank's coordinates on the mesh.
 
-        Tensor peers, which communicate most, then share a node; stages, which communicate least, are far apart.
+        Consecutive ranks form a tensor-parallel group, because tensor-parallel ranks communicate most and should share
+        a node. Pipeline stages communicate least, so their ranks are farthest apart.
         """
         pipeline, rest = divmod(rank, world_size // self.pipeline_parallel_size)
         return RankCoords(pipeline, *divmod(rest, self.tensor_parallel_size))
 
     def check_model(self, model: ModelConfig, micro_batches: int) -> None:
-        """Refuses a layout that does not fit the model or the micro-batches of a step.
+        """Checks that the layout fits the model and the number of micro-batches of a step.
 
         Raises:
-            ConfigError: naming the rule and the sizes that fit.
+            ConfigError: if it does not; the message names the rule and the sizes that fit.
         """
         fault = self.find_fault(model, micro_batches)
         if fault is not None:
             raise ConfigError(fault)
 
     def find_fault(self, model: ModelConfig, micro_batches: int) -> str | None:
-        """Returns the first rule of `check_model` that this layout breaks, with a way out; None if it fits."""
+        """Returns a message about the first rule that the layout breaks (`check_model`); None if it fits."""
         tensor, stages, virtual = (
             self.tensor_parallel_size,
             self.pipeline_parallel_size,

@@ -1,4 +1,4 @@
-"""Plans the steps that the data workers of a rank prepare ahead, within a limit on shared memory."""
+"""Computes how many steps the data workers of a rank may prepare ahead within a limit on shared memory."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ _CHANNELS, _PIXEL_BYTES, _ID_BYTES = 3, 4, 8  # pixels are sent as float32, ids 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchPlan:
-    """Describes the data workers of one rank, and the steps that they keep in shared memory."""
+    """Describes the data workers of one rank, and the steps that they prepare ahead in shared memory."""
 
     step_bytes: int
     """Bytes of one finished step on one rank."""
@@ -22,12 +22,12 @@ class PrefetchPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Returns the shared memory of one rank, in bytes, when all its prefetched steps are finished."""
+        """Returns the bytes of shared memory that one rank uses when all its prefetched steps are finished."""
         return self.num_workers * self.steps_per_worker * self.step_bytes
 
 
 def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both") -> PrefetchPlan:
-    """Computes the number of workers and of steps ahead that `data.prefetch_gib` allows.
+    """Computes the numbers of workers and of prefetched steps that `data.prefetch_gib` allows.
 
     Args:
         config: the run's configuration.
@@ -35,7 +35,7 @@ def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both
         views: views of an image that the rank keeps: "both", "model" or "tokenizer".
 
     Raises:
-        ConfigError: if not even one step fits.
+        ConfigError: if a single step exceeds the limit.
     """
     data, num_bytes = config.data, step_bytes(config, data_parallel_size, views)
     if data.num_workers == 0:
@@ -57,7 +57,7 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
     Args:
         config: the run's configuration.
         data_parallel_size: ranks that share a step.
-        views: as for `plan_prefetch`.
+        views: views of an image that the rank keeps: "both", "model" or "tokenizer".
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
     data, model = config.data, config.backbone
@@ -69,7 +69,7 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
-    """Returns the bytes of one image's views."""
+    """Returns the bytes of the views of one image: "both", "model" or "tokenizer"."""
     sizes = {"tokenizer": config.tokenizers.visual.image_size}
     if config.backbone is not None:
         sizes["model"] = config.backbone.image_size

@@ -1,10 +1,11 @@
-"""Lists the keys of a run's file that had another name or section in version 0.1."""
+"""Lists the keys of a run's file that had other names or sections in version 0.1."""
 
 from collections.abc import Mapping
 from typing import Any
 
 RENAMED_KEYS = {"heldout": "validation", "prepared_dir": "cache_dir", "initial_weights": "init_from"}
-"""New names by old names. An old name in a run's file is an error that gives the new one (docs/configuration.md)."""
+"""Maps old names of keys to new names. An old name in a run's file is an error whose message gives the new name
+(docs/configuration.md)."""
 
 MOVED_KEYS = {
     "image_mask_ratio": "data",
@@ -13,7 +14,8 @@ MOVED_KEYS = {
     "text_masking": "data",
     "loss_weights": "training",
 }
-"""Keys that moved to the section "task", with their old section. A key in its old section is an error that says so."""
+"""Maps keys that moved to the section "task" to their old sections. Such a key in its old section is an error whose
+message gives the new section."""
 
 TOKENIZER_KEYS = {
     **{key: f"task.{key}" for key in ("commitment_weight", "teacher", "teacher_weights", "teacher_stage")},
@@ -24,11 +26,12 @@ TOKENIZER_KEYS = {
     "save_interval": "training.save_interval",
     "bf16": "bf16.enabled",
 }
-"""Keys that left the section "tokenizers.visual", with their place in the file of the tokenizer's own run."""
+"""Maps keys that left the section "tokenizers.visual" to their new place, in the file of the run that trains the
+tokenizer."""
 
 
 def with_new_keys(config: Any) -> Any:
-    """Returns an old checkpoint's configuration with its keys under their current names and sections."""
+    """Returns the configuration of an old checkpoint with the current names and sections of its keys."""
     renamed = _rename(config)
     if not isinstance(renamed, dict):
         return renamed

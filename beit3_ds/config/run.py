@@ -38,19 +38,19 @@ _MAX_SHOWN = 200
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Configures everything that a run depends on."""
+    """Holds the complete configuration of a run: all sections and DeepSpeed's keys."""
 
     backbone: ModelConfig | None
-    """The section "model"; None in a run that trains another model than BEiT-3, such as the visual tokenizer."""
+    """The section "model"; None in a run that does not train BEiT-3, such as a run of the visual tokenizer."""
     data: DataConfig
     tokenizers: TokenizersConfig
     training: TrainingConfig
     parallel: ParallelConfig
     task: TaskConfig
     gradient_accumulation_steps: int
-    """Micro-batches per rank and optimizer step."""
+    """Number of micro-batches per rank and optimizer step."""
     deepspeed: Mapping[str, Any]
-    """DeepSpeed's own keys, verbatim."""
+    """DeepSpeed's own keys in the file."""
 
     @property
     def model(self) -> ModelConfig:
@@ -65,12 +65,12 @@ class RunConfig:
 
     @property
     def options(self) -> DeepSpeedOptions:
-        """Returns DeepSpeed's options of this run: stage of ZeRO, offloading, types."""
+        """Returns the run's DeepSpeed options: ZeRO stage, offloading and data types."""
         return DeepSpeedOptions(self.deepspeed)
 
     @property
     def samples_per_step(self) -> int:
-        """Returns the samples per optimizer step, summed over all streams."""
+        """Returns the number of samples per optimizer step, summed over all streams."""
         return sum(stream.samples_per_step for stream in self.data.streams().values())
 
     def step_shares(self, data_parallel_size: int) -> StepShares:
@@ -88,10 +88,10 @@ class RunConfig:
         return shares
 
     def check_engine(self) -> None:
-        """Refuses DeepSpeed options that give wrong gradients in this layout or state that cannot be saved.
+        """Checks that the DeepSpeed options work with this layout and optimizer (`check_deepspeed_rules`).
 
         Raises:
-            ConfigError: naming the option to leave out.
+            ConfigError: if they do not; the message names the option to leave out.
         """
         check_deepspeed_rules(self.options, self.training, self.parallel)
 
@@ -104,13 +104,14 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """Reads and checks a run's JSON file.
 
     Args:
-        path: the file.
-        changes: strings `KEY=VALUE`, applied in order before anything is checked. KEY is a dotted path from the top of
-            the file or inside "beit3_ds", e.g. `gradient_accumulation_steps=4` or `training.total_steps=100`. VALUE is
-            JSON, or a string without quotes.
+        path: path of the file.
+        changes: strings `KEY=VALUE`, which are applied in order before the checks. KEY is a dotted path from the top of
+            the file or inside "beit3_ds", such as `gradient_accumulation_steps=4` or `training.total_steps=100`. VALUE
+            is JSON, or a string without quotes.
 
     Raises:
-        ConfigError: for an unreadable file, invalid JSON, an unknown key at any level or values that do not fit.
+        ConfigError: if the file cannot be read or is invalid JSON, a key at any level is unknown, a value is invalid,
+            or values do not fit each other.
     """
     path = Path(expand_home(str(path), "the path of the config file"))
     try:
@@ -132,7 +133,7 @@ def build_run_config(mapping: Any) -> RunConfig:
     """Builds and checks a run's configuration from the parsed JSON object.
 
     Raises:
-        ConfigError: as `load_run_config`.
+        ConfigError: if a key at any level is unknown, a value is invalid, or values do not fit each other.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"expected a JSON object at the top, got {show(mapping)}.")
@@ -211,7 +212,7 @@ _SECTION_CLASSES: dict[str, type] = {
 
 
 def _find_key(name: str, known: Sequence[str]) -> str:
-    """Returns a hint for an unknown first key of `--set`, which is misspelt or lacks its section."""
+    """Returns a hint for an unknown first key of `--set`, which may be misspelt or lack its section."""
     inside = {key: f"{section}.{key}" for section, cls in _SECTION_CLASSES.items() for key in cls.__annotations__}
     near = inside.get(name) or nearest(name, known)
     if near is None and (key := nearest(name, inside)):

@@ -10,10 +10,10 @@ _EXTENSIONS = re.compile(r"(\.(tar|txt|json|jsonl|ndjson|jsonlines|tsv|csv|gz|zs
 
 
 def short_source_names(paths: Sequence[str]) -> list[str]:
-    """Returns a unique short name for each path: its end, with just enough folders to be unique.
+    """Returns a unique short name for each path: its last part, with as many folders before it as uniqueness needs.
 
     Names consist of letters, digits, dots, hyphens and underscores, so they can be parts of file names and tags. If two
-    paths would still have one name, the second gets a number.
+    paths would still have the same name, the second one gets a number.
 
     Args:
         paths: paths of files or folders, or patterns.

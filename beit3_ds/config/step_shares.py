@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from beit3_ds.config.strict import ConfigError
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
-"""DeepSpeed's keys that follow from the streams and the layout."""
+"""DeepSpeed's batch sizes, which are derived from the streams and the layout."""
 
 
 class MicroBatchSize(NamedTuple):
-    """Counts the samples of each stream in one micro-batch of one rank."""
+    """Holds the number of samples of each stream, for example in one micro-batch of one rank."""
 
     images: int
     pairs: int
@@ -20,20 +20,20 @@ class MicroBatchSize(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepShares:
-    """Describes the division of one step's samples, as even as possible.
+    """Describes how the samples of one step are divided over ranks and micro-batches, as evenly as possible.
 
-    The streams are dealt to the ranks like cards, one stream after the other, and each rank deals its own samples to
-    its micro-batches in the same way. Two ranks therefore differ by at most one sample per stream and by at most one
-    sample over all streams, and so do two micro-batches of a rank. Rank 0 and micro-batch 0 have the most. Uneven
-    shares change no loss, because every term is divided by its count over the whole step.
+    The samples of one stream after the other are dealt to the ranks in turn, like cards to players. Each rank deals its
+    samples to its micro-batches in the same way. Two ranks therefore differ by at most one sample per stream and by at
+    most one sample over all streams, and so do two micro-batches of a rank. Rank 0 and micro-batch 0 have the most
+    samples. Uneven shares do not change the loss, because every term is divided by its count over the whole step.
     """
 
     samples: MicroBatchSize
-    """Samples of each stream in one step, over all ranks."""
+    """Number of samples of each stream in one step, over all ranks."""
     num_ranks: int
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
     num_micro_batches: int
-    """Micro-batches per rank, the same for every rank; some may be empty."""
+    """Number of micro-batches per rank, equal on all ranks; some micro-batches may be empty."""
 
     @property
     def is_even(self) -> bool:
@@ -52,24 +52,27 @@ class StepShares:
 
     @property
     def upper_bound(self) -> MicroBatchSize:
-        """Returns, per stream, the largest number of samples in any micro-batch; a single micro-batch may have fewer of
-        some."""
+        """Returns, for each stream, the largest number of samples in any micro-batch.
+
+        The largest numbers of different streams need not occur in the same micro-batch.
+        """
         parts = self.num_ranks * self.num_micro_batches
         return MicroBatchSize(*(-(-samples // parts) for samples in self.samples))
 
     def rank_samples(self, rank: int) -> MicroBatchSize:
-        """Returns the samples of each stream that one data-parallel rank has in one step."""
+        """Returns the number of samples of each stream that one data-parallel rank has in one step."""
         return _deal(self.samples, self.num_ranks, rank)
 
     def divide_rank(self, samples: MicroBatchSize) -> list[MicroBatchSize]:
-        """Divides one rank's samples (`rank_samples`) over its micro-batches."""
+        """Returns the samples of each micro-batch of a rank with the given samples (`rank_samples`)."""
         return [_deal(samples, self.num_micro_batches, number) for number in range(self.num_micro_batches)]
 
     def slots(self, rank: int) -> list[dict[str, range]]:
         """Returns the slots of each stream in each micro-batch of one rank.
 
-        The slots of a stream are numbered within a step: micro-batch 0 of rank 0, of rank 1, and so on, then
-        micro-batch 1. With even shares of k samples, micro-batch m of rank r of R begins at (m*R + r)*k.
+        The slots of a stream are the numbers of its samples within a step. The first numbers belong to micro-batch 0 of
+        rank 0, the next ones to micro-batch 0 of rank 1, and so on; micro-batch 1 of all ranks follows. With even
+        shares of k samples, micro-batch m of rank r of R begins at slot (m*R + r)*k.
         """
         sizes = [self.divide_rank(self.rank_samples(other)) for other in range(self.num_ranks)]
         found: list[dict[str, range]] = []
@@ -84,7 +87,7 @@ class StepShares:
         return found
 
     def check_ranks(self) -> None:
-        """Refuses a run in which a data-parallel rank would have no sample.
+        """Checks that every data-parallel rank has at least one sample per step.
 
         Raises:
             ConfigError: if a step has fewer samples than there are data-parallel ranks.
@@ -97,13 +100,13 @@ class StepShares:
             )
 
     def check_batch_keys(self, deepspeed: Mapping[str, Any]) -> None:
-        """Refuses DeepSpeed's own batch sizes if they contradict the streams, under any layout.
+        """Checks that DeepSpeed's own batch sizes, if the file has them, agree with the streams and the layout.
 
         Args:
             deepspeed: the run's DeepSpeed keys.
 
         Raises:
-            ConfigError: naming the values and the key to leave out.
+            ConfigError: if they do not; the message names the values and the key to leave out.
         """
         total, parts = sum(self.samples), self.num_ranks * self.num_micro_batches
         division = f"{total} samples per step / ({self.num_ranks} ranks x {self.num_micro_batches} micro-batches)"
@@ -127,7 +130,16 @@ class StepShares:
 
 
 def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
-    """Returns the samples of one hand if the streams are dealt like cards to `num_hands` hands, from hand 0 on."""
+    """Returns the number of samples of each stream that one of `num_hands` receivers gets if all are dealt in turn.
+
+    The samples of one stream after the other are dealt like cards, one at a time to receivers 0, 1, 2, ...; the next
+    stream continues with the receiver after the last one.
+
+    Args:
+        samples: number of samples of each stream to deal.
+        num_hands: number of receivers, which are ranks or micro-batches.
+        hand: number of the receiver.
+    """
     counts, dealt = [], 0
     for number in samples:
         every, rest = divmod(number, num_hands)

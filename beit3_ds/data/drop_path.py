@@ -1,4 +1,4 @@
-"""Draws stochastic depth together with the data, so that the model's forward draws nothing."""
+"""Draws the random factors of stochastic depth with the data, so that the model's forward pass is deterministic."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,21 +11,21 @@ from beit3_ds.data.randomness import sample_rng
 
 
 class Slot(NamedTuple):
-    """Identifies a sequence within its optimizer step, independently of ranks and micro-batches."""
+    """Identifies a sequence within its optimizer step, independent of ranks and micro-batches."""
 
     stream: str
     number: int
-    """Number of the sample in its stream's part of the step."""
+    """Number of the sample among the step's samples of its stream."""
     sequence: int = 0
-    """Number of the sequence in its sample."""
+    """Number of the sequence among the sequences of its sample."""
 
 
 def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Sequence[Slot]) -> Tensor | None:
-    """Draws the branches that sequences skip in stochastic depth (Huang et al., 2016, arXiv:1603.09382).
+    """Draws which branches each sequence skips in stochastic depth (Huang et al., 2016, arXiv:1603.09382).
 
-    Layer l of L skips a branch with probability rate * l / (L - 1). Both modalities of a pair skip together. Each
-    factor is a pure function of (seed, step, slot, layer, branch), so every layout of ranks draws the same. The
-    sequences of one sample have independent draws.
+    Layer l of L skips a branch with probability rate * l / (L - 1). The image and the text of a pair always skip the
+    same branches. Each factor is a pure function of (seed, step, slot, layer, branch), so it does not depend on the
+    layout of ranks. The sequences of one sample have independent draws.
 
     Args:
         rate: probability in the last layer, below 1.

@@ -19,16 +19,16 @@ _AHEAD = 2
 _GIB = 1 << 30
 
 Plan = Mapping[str, Sequence[int]]
-"""Numbers of the samples of one batch in each stream."""
+"""Numbers of the samples of one batch, by stream."""
 
 
 class EvaluationBatches:
-    """Yields this rank's batches of a split; over all ranks, one pass yields each sample once.
+    """Yields this rank's batches of a split; in one pass, all ranks together get each sample once.
 
-    The cut into batches depends on `training.eval_batch_size` alone, and rank r of R evaluates every R-th batch. So a
-    batch has the same samples, and a sample the same predictions to the bit, on any number of data-parallel ranks.
-    Every rank has the same number of batches; some may be empty. Worker processes prepare the batches of each pass
-    ahead, and no batch stays in memory.
+    The division into batches depends only on `training.eval_batch_size`, and rank r of R evaluates every R-th batch. A
+    batch therefore has the same samples, and a sample bitwise the same predictions, on any number of data-parallel
+    ranks. Every rank has the same number of batches; some may be empty. Worker processes prepare the batches of each
+    pass ahead. Batches are not kept in memory.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class EvaluationBatches:
             {name: of[number] if number < len(of) else [] for name, of in parts.items()} for number in numbers
         ]
         self.num_samples = {name: len(of) for name, of in chosen.items()}
-        """Samples per stream, over all ranks."""
+        """Number of evaluated samples of each stream, over all ranks."""
 
     def __len__(self) -> int:
         """Returns the number of this rank's batches, the same on every rank."""
@@ -74,8 +74,8 @@ class EvaluationBatches:
         """Yields this rank's batches.
 
         Raises:
-            ConfigError: if a record is broken, because scores over other samples are not comparable.
-            DataTimeoutError: if a batch does not come in time.
+            ConfigError: if a record is broken, because scores without it would not be comparable.
+            DataTimeoutError: if a batch is not ready in time.
             StopRequestedError: if this process is asked to stop while it waits.
         """
         data = self._config.data
@@ -99,7 +99,7 @@ class EvaluationBatches:
 
 
 class _BatchWork:
-    """Prepares a batch; picklable, so that a worker can call it."""
+    """Prepares the batch with given sample numbers; can be pickled, so that a worker can call it."""
 
     def __init__(self, streams: Mapping[str, Stream], pack: Pack, seed: int) -> None:
         self._streams, self._pack, self._seed = streams, pack, seed

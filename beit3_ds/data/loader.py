@@ -14,25 +14,25 @@ from beit3_ds.data.workers.waiting import StopRequestedError, WaitLimits
 def build_train_loader(
     dataset: StepDataset, config: DataConfig, first_step: int, limits: WaitLimits | None = None
 ) -> Iterable[StepBatch]:
-    """Iterates over the steps of a rank's `dataset` from `first_step` to the end of the run.
+    """Returns an iterable over the steps of a rank's `dataset`, from `first_step` to the end of the run.
 
-    After the order of the dataset is resumed (`RunOrder.resume`), the first step is all that is needed to resume. Each
-    of n worker processes prepares every n-th step, and the steps still come in order. Without `data.cache_dir` each
-    worker keeps its own shard index and tokens. A broken record is reported in its step and stops no worker. A worker
-    that dies or is stopped is replaced, because a step is a pure function of its number and the order.
+    Each of n worker processes prepares every n-th step; the steps are yielded in order. A worker that dies or is
+    stopped is replaced, and the new worker gives the same steps, because a step is a pure function of its number and
+    the order. A broken record is reported in its step and does not stop a worker. Without `data.cache_dir`, each worker
+    keeps its own shard index and tokens. To resume a run, call `RunOrder.resume` and pass the first step.
 
-    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). A step is
-    nearly all pixels, 12 bytes per pixel of a view: 1.2 MB per image with two views of 224 px. If shared memory has no
-    room, each worker keeps one step in its own memory until the rank takes it.
+    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). Pixels take
+    nearly all of it, 12 bytes per pixel of a view: 1.2 MB per image with two views of 224 px. If shared memory is full,
+    each worker keeps one step in its own memory until the rank takes it.
 
-    Workers import the main module of the program again, so it must start under `if __name__ == "__main__"`.
+    Workers import the main module of the program again, so the program must start under `if __name__ == "__main__"`.
 
     Args:
         dataset: the share of this rank in the steps.
         config: data section of the run's config.
         first_step: number of the first step.
-        limits: limits of the wait for a step; None takes `data.timeout_seconds` and ignores stop signals. The iteration
-            ends early if a stop signal arrives during a wait.
+        limits: limits of the wait for a step. The iteration ends early if a stop signal arrives during a wait. None
+            waits `data.timeout_seconds` and ignores stop signals.
 
     Raises:
         DataTimeoutError: if a step does not arrive in time.
@@ -57,7 +57,7 @@ class _Steps:
 
 
 class _StepWork:
-    """Prepares a step; picklable, so that a worker can call it."""
+    """Prepares the step of a given number; can be pickled, so that a worker can call it."""
 
     def __init__(self, dataset: StepDataset) -> None:
         self._dataset = dataset

@@ -1,4 +1,4 @@
-"""Packs the inputs of samples into one micro-batch, for any task."""
+"""Packs the inputs of samples into one micro-batch; used by all tasks."""
 
 # Q sequences, L layers, N patches per image.
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 
 Pack = Callable[[Sequence[Any], Tensor | None, Mapping[str, int]], PackedBatch]
-"""Makes a micro-batch of a task's prepared samples, `PackedBatch.drop_path` and `PackedBatch.sources`. Samples come in
-the order of the streams. The rows of drop_path come in the same order, with `Stream.sequences_per_sample` consecutive
-rows per sample; a task that packs sequences in another order reorders them."""
+"""Builds a micro-batch from a task's prepared samples and the values of `PackedBatch.drop_path` and
+`PackedBatch.sources`. Samples are in the order of the streams. The rows of `drop_path` are in the same order, with
+`Stream.sequences_per_sample` consecutive rows per sample; a task that packs sequences in another order reorders the
+rows."""
 
 
 def pack_inputs(
@@ -30,19 +31,19 @@ def pack_inputs(
     sample_names: Sequence[str] = (),
     sources: Mapping[str, int] | None = None,
 ) -> PackedBatch:
-    """Packs images, pairs and texts into one micro-batch; any of them may be absent, even all.
+    """Packs images, pairs and texts into one micro-batch; any of the three kinds, or all, may be absent.
 
     Args:
         num_images: number of images without captions.
-        pixels: all images, (B, 3, image_size, image_size), those with captions last (`stack_views`); None if another
-            stage of a pipeline embeds.
-        num_patches: patches per image, N.
-        captions: ids of the caption of each pair, BOS and EOS included.
-        texts: ids of each text, BOS and EOS included.
-        patch_mask: patches that the mask token replaces, (B, N) bool; None replaces none.
-        drop_path: `PackedBatch.drop_path`, with rows in the order images, pairs, texts.
-        sample_names: `PackedBatch.sample_names`, in the same order.
-        sources: `PackedBatch.sources`.
+        pixels: all images, (B, 3, image_size, image_size), first those without captions (`stack_views`); None if this
+            pipeline stage needs no pixels.
+        num_patches: number of patches per image, N.
+        captions: token ids of the caption of each pair, BOS and EOS included.
+        texts: token ids of each text, BOS and EOS included.
+        patch_mask: True for patches that the mask token replaces, (B, N) bool; None masks no patches.
+        drop_path: value of `PackedBatch.drop_path`, with rows in the order images, pairs, texts.
+        sample_names: value of `PackedBatch.sample_names`, in the same order.
+        sources: value of `PackedBatch.sources`.
     """
     if patch_mask is None:
         patch_mask = torch.zeros(num_images + len(captions), num_patches, dtype=torch.bool)
@@ -61,10 +62,10 @@ def pack_inputs(
 
 
 def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
-    """Stacks images into one tensor, (B, 3, size, size) float32; B is 0 without images."""
+    """Stacks images into one tensor, (B, 3, size, size) float32; B is 0 if there are no images."""
     return torch.stack(list(views)) if views else torch.empty(0, 3, size, size)
 
 
 def concatenate(parts: Sequence[NDArray[np.int64]]) -> Tensor:
-    """Concatenates arrays of numbers into one tensor, (n,) int64; n is 0 without numbers."""
+    """Concatenates arrays of integers into one tensor, (n,) int64; n is 0 if there are no integers."""
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))

@@ -1,4 +1,4 @@
-"""Builds random generators that depend on their purpose alone."""
+"""Builds random generators that depend only on the seed, a purpose and ids."""
 
 import hashlib
 from typing import SupportsIndex
@@ -7,16 +7,17 @@ import numpy as np
 
 
 def sample_rng(seed: SupportsIndex, purpose: str, *ids: SupportsIndex | str) -> np.random.Generator:
-    """Returns the generator of (seed, purpose, ids): the same on every rank, worker and machine, and after a resume.
+    """Returns the random generator of (seed, purpose, ids), which is the same on every rank, worker and machine.
 
-    Different arguments give independent generators, so masks stay the same if augmentation draws one number more. The
-    bits come from Philox and never change. The numbers that NumPy's `Generator` computes from them may change with a
-    NumPy release.
+    Different arguments give independent generators. For example, masks do not change if augmentation draws one number
+    more. The generator's bits come from Philox and never change, but a NumPy release may compute other numbers from
+    them.
 
     Args:
         seed: the run's seed.
-        purpose: what is drawn, for example "patch mask".
-        ids: what is drawn for, for example stream, epoch and sample; NumPy integers count as plain ones.
+        purpose: name of the thing that is drawn, for example "patch mask".
+        ids: identifiers of the object that it is drawn for, for example stream, epoch and sample. A NumPy integer
+            equals the Python integer of its value.
     """
     # Python salts hash() in every process; a digest of the printed values is always the same.
     words = [repr(word if isinstance(word, str) else int(word)) for word in (seed, purpose, *ids)]

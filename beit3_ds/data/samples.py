@@ -1,4 +1,4 @@
-"""Opens streams of numbered samples, for any task."""
+"""Defines streams of numbered samples, from which tasks read."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 
 VALIDATION_EPOCH = -1
-"""Epoch of validation and test samples: all evaluations share its draws, and training never has them."""
+"""Epoch number of validation and test samples, so that their random draws never change and differ from training's."""
 
 
 @dataclass(frozen=True)
@@ -33,39 +33,39 @@ class SampleKey:
     stream: str
     """Name of the stream."""
     epoch: int
-    """Number of times that the sample's source, or the stream without weights, was used up before; `VALIDATION_EPOCH`
-    for validation samples."""
+    """Number of complete passes before this one over the sample's source, or, without weights, over the stream;
+    `VALIDATION_EPOCH` for validation and test samples."""
     index: int
     """Number of the sample in its stream."""
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Returns an independent generator per purpose, so that more draws for one purpose do not change another's."""
+        """Returns the sample's random generator for one purpose, independent of its generators for other purposes."""
         return sample_rng(self.seed, purpose, self.stream, self.epoch, self.index)
 
 
 class SourceSamples(Protocol):
-    """Declares the samples of one source, as a task prepares them."""
+    """Declares the interface of one source's samples, which each task implements."""
 
     is_last_open: ClassVar[bool]
-    """Whether the last sample may grow when its files grow."""
+    """Whether the last sample may change when its file grows, as the last sequence of a text file does."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the source, broken ones included."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
+        """Returns name, size and number of samples of each file of the source."""
 
     def identity(self, index: int) -> bytes:
-        """Returns bytes that identify a sample, to detect renumbered samples."""
+        """Returns bytes that identify a sample, by which a resumed run detects that samples have other numbers."""
 
     def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
+        """Returns the file that contains a sample, and the sample's name in the file, for messages."""
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the files, members, rows and lines that are left out, by reason."""
+        """Returns the number of skipped files, members, rows and lines, with an example, by reason."""
 
     def prepare(self, index: int, key: SampleKey) -> Any:
-        """Reads sample `index` of the source and draws its random numbers by `key`.
+        """Reads and prepares sample `index` of the source; `key` seeds all its random draws.
 
         Raises:
             BrokenRecordError: if the sample cannot be read.
@@ -86,55 +86,55 @@ class ImagesOfSource:
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
+        """Returns name, size and number of samples of each file of the source."""
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
+        """Returns the name of a sample in its file or folder as bytes, by which a resumed run recognises it."""
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
+        """Returns the file that contains a sample, and the sample's name in the file, for messages."""
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns files, members and rows of the source that are no samples, by the reason."""
+        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
         return self.source.skipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSourceSamples(ImagesOfSource):
-    """Holds the images of one source and the transform that makes two views of each, as in pretraining."""
+    """Holds the images of one source, and the transform that makes two views of each image, as in pretraining."""
 
     views: ViewTransform
-    """Transform that crops and resizes an image into its two views."""
+    """Makes one view of an image for the model and one for the visual tokenizer."""
 
     def read(self, index: int) -> Image.Image:
-        """Reads the image of sample `index`, at least as large as the views need.
+        """Reads the image of sample `index`, large enough for both views.
 
         Raises:
-            BrokenRecordError: if it cannot be read.
+            BrokenRecordError: if the image cannot be read.
         """
         return self.source.image(index, self.views.min_side)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedSamples(ImagesOfSource):
-    """Holds images of one source with one caption each, or with several if the source is an `EachImage`."""
+    """Holds the images of one source with their captions: one each, or several if the source is an `EachImage`."""
 
     def image_files(self) -> Iterable[str]:
-        """Returns the images that the annotations name; nothing for folders and tars (`NamesImages`)."""
+        """Returns the paths of all images that the annotations name; empty for a folder or tars."""
         return self.source.image_files() if isinstance(self.source, AnnotatedImages) else ()
 
     def identifier(self, index: int) -> int | str:
-        """Returns the identifier of an image in its file, or else its name, for result files."""
+        """Returns the image's identifier for result files: from the annotation file if it has one, else its name."""
         return self.source.identifier(index) if isinstance(self.source, EachImage) else self.source.name(index)
 
     def captions(self, index: int) -> list[str]:
-        """Returns all captions of an image; none in a test split.
+        """Returns all captions of an image; an image of a test split may have no captions.
 
         Raises:
-            BrokenRecordError: if one cannot be read.
+            BrokenRecordError: if a caption cannot be read.
         """
         return self.source.references(index) if isinstance(self.source, EachImage) else [self.source.caption(index)]
 
@@ -146,19 +146,19 @@ class Stream:
     sources: ConcatSources[SourceSamples]
     """The samples of each source."""
     sequences_per_sample: int = 1
-    """Sequences of the packed batch per sample, such as 2 for an image and a text that are encoded apart."""
+    """Number of sequences of the packed batch per sample, such as 2 for an image and a text as separate sequences."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the stream, broken ones included."""
         return len(self.sources)
 
     def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages; the same in every run."""
+        """Returns the file that contains a sample, and the sample's name in the file; the text is equal in all runs."""
         source, number = self.sources.locate(index)
         return source.name(number)
 
     def prepare(self, key: SampleKey) -> Any:
-        """Reads sample `key.index` and draws its random numbers.
+        """Reads and prepares sample `key.index`; `key` seeds all its random draws.
 
         Raises:
             BrokenRecordError: if the sample cannot be read.
@@ -168,9 +168,9 @@ class Stream:
 
 
 def name_sources(split: Split, streams: Mapping[str, Stream], data: DataConfig) -> dict[str, SourceSamples]:
-    """Returns the samples of each source by its name in the config, such as "data.images.train[0] (images/*.tar)".
+    """Returns the samples of each source, by a name such as "data.images.train[0] (images/*.tar)".
 
-    A stream that the config lacks, because a task evaluates its samples in another way, has names without paths.
+    The name has no path if the sources of the stream are not those in the config, but a task's own.
     """
     named: dict[str, SourceSamples] = {}
     for name, stream in streams.items():
@@ -188,11 +188,11 @@ def open_image_stream(data: DataConfig, stream: str, split: Split, build: Callab
     Args:
         data: the configuration's data section.
         stream: name of the stream.
-        split: which of its sources.
-        build: makes the samples of a source, which it gets as `source`.
+        split: split whose sources are opened.
+        build: builds the samples of one source; it is called with the opened images as `source`.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read.
+        ConfigError: if files are missing or cannot be read.
     """
     files, sources = OpenFiles(data.max_open_files), getattr(data.streams()[stream], split)
     check_no_file_twice(sources)

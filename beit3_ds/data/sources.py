@@ -1,4 +1,4 @@
-"""Opens the sources that a config names."""
+"""Opens the sources of images that a config names, and numbers the samples of several sources."""
 
 import bisect
 import itertools
@@ -29,10 +29,10 @@ SourceT = TypeVar("SourceT", bound=Sized)
 
 
 class ConcatSources(Generic[SourceT]):
-    """Concatenates sources; numbers all their samples consecutively."""
+    """Concatenates sources, and numbers all their samples consecutively."""
 
     def __init__(self, sources: Sequence[SourceT]) -> None:
-        """Concatenates sources in their order."""
+        """Stores the sources; the samples of the first source have the smallest numbers."""
         self._sources = sources
         self.sizes = tuple(len(source) for source in sources)
         self._ends = list(itertools.accumulate(self.sizes))
@@ -42,29 +42,29 @@ class ConcatSources(Generic[SourceT]):
         return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[SourceT]:
-        """Yields the sources."""
+        """Yields the sources in their order."""
         return iter(self._sources)
 
     def source_of(self, index: int) -> int:
-        """Returns the number of the source that contains sample `index`."""
+        """Returns the index of the source that contains sample `index`."""
         assert 0 <= index < len(self), f"sample {index} of {len(self)}"
         return bisect.bisect_right(self._ends, index)
 
     def locate(self, index: int) -> tuple[SourceT, int]:
-        """Returns the source that contains sample `index`, and the number of the sample there."""
+        """Returns the source that contains sample `index`, and the sample's number within this source."""
         source = self.source_of(index)
         return self._sources[source], index - self._ends[source] + self.sizes[source]
 
 
 def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:
-    """Refuses sources of one stream that share a file or contain each other, because samples would count twice.
+    """Checks that no two sources of one stream share a file or a folder, because its samples would count twice.
 
     Args:
         sources: sources of one stream.
-        must_exist: also refuse patterns without a match; otherwise such patterns count as no files.
+        must_exist: whether a pattern that matches no file is an error.
 
     Raises:
-        ConfigError: with the names of the file or the folders, or of a pattern without a match.
+        ConfigError: if two sources share a file, a folder is inside another one, or a pattern matches no file.
     """
     for split in {source.split for source in sources}:  # two parts of one file differ
         paths = [source.path for source in sources if source.split in (split, "")]
@@ -86,7 +86,7 @@ def _matches_files(pattern: str) -> bool:
 
 
 def image_format(source: SourceConfig) -> str:
-    """Returns the format of an image source: the configured one, or else "folder" or "tar", judged by the path."""
+    """Returns the configured format of an image source; by default "folder" if its path is a folder, else "tar"."""
     return source.format or ("folder" if os.path.isdir(source.path) else "tar")
 
 
@@ -98,7 +98,7 @@ def annotation_files(source: SourceConfig) -> list[str]:
 
 
 def source_table(source: SourceConfig, cache_dir: str) -> str:
-    """Returns the path of the table of a source in an annotation format."""
+    """Returns the path of the table that `beit3 prepare index` writes for a source in an annotation format."""
     return table_path(cache_dir, image_format(source), source.path, source.images)
 
 
@@ -125,17 +125,17 @@ def read_annotations(source: SourceConfig) -> AnnotatedImages:
 
 
 def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = None) -> tuple[int, str]:
-    """Counts the missing images among those that annotations name.
+    """Counts the images that annotations name but that do not exist.
 
     Args:
         samples: an opened source in an annotation format.
-        num_examined: images to look for, evenly spread; None looks for all.
+        num_examined: number of images to look for, evenly spread; None looks for all images.
 
     Returns:
-        The number of missing images, and the path of the first one.
+        The number of missing images among those looked for, and the path of the first one.
 
     Raises:
-        ConfigError: if there are no samples, or all images are missing.
+        ConfigError: if there are no samples, or none of the images exists.
         StorageError: if the file system fails.
     """
     if not len(samples):
@@ -157,10 +157,10 @@ def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = 
 
 
 def check_no_image_is_missing(samples: AnnotatedImages) -> None:
-    """Refuses annotations that name an image that is not there; lists each folder once and opens no image.
+    """Checks that the images of all samples exist; lists each folder once and opens no image.
 
     Raises:
-        ConfigError: with the number of missing images, and the first of them with the sample that names it.
+        ConfigError: if images are missing; the message names their number and the first sample without its image.
         StorageError: if the file system fails.
     """
     paths = [samples.paths[number] for number in range(len(samples.paths))]
@@ -187,9 +187,9 @@ def open_images(source: SourceConfig, cache_dir: str | None, files: OpenFiles | 
 
     Args:
         source: config of the source.
-        cache_dir: folder to which `beit3 prepare index` wrote indices of tars and tables of annotations. Files without
-            one are scanned or parsed; None scans or parses all files.
-        files: keeps tars and indices open; the sources of a process should share it.
+        cache_dir: folder of the indices of tars and the tables of annotations that `beit3 prepare index` wrote. A tar
+            without an index is scanned, and an annotation file without a table is parsed. None does this for all files.
+        files: collection of open files that keeps tars and indices open; all sources of a process should share it.
 
     Raises:
         ConfigError: if files are missing or cannot be read, or no longer fit their index or table.

@@ -1,4 +1,4 @@
-"""Builds the share of one rank in an optimizer step, as a pure function of the step."""
+"""Builds the micro-batches of one rank for an optimizer step, as a pure function of the step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,19 +17,19 @@ from beit3_ds.data.samples import SampleKey, SourceSamples, Stream, name_sources
 
 
 def _say_nothing(name: str) -> None:
-    """Ignores the name of a sample that is read."""
+    """Ignores the name of a sample; the default of `StepDataset.prepare`."""
 
 
 class StepDataset(Dataset[StepBatch]):
-    """Implements a map-style dataset whose item `step` is the share of one data-parallel rank in that step.
+    """Implements a map-style dataset whose item `step` is one data-parallel rank's share of that optimizer step.
 
-    The samples of a step depend on the seed, the step and the data alone (`RunOrder`), and fill the slots of their
-    stream in order. Ranks and micro-batches only divide the slots (`StepShares.slots`). A broken record leaves its slot
-    empty and moves no other sample.
+    The samples of a step depend only on the seed, the step and the data (`RunOrder`). They fill the slots of their
+    stream in order, and ranks and micro-batches divide the slots (`StepShares.slots`). A broken record leaves its slot
+    empty; all other samples keep their slots.
 
     Attributes:
-        order: order of the run's samples; resume it before the first step is read.
-        prefetch: number of steps that workers may prepare ahead.
+        order: order of the run's samples. A resumed run must call its `resume` before it reads a step.
+        prefetch: numbers of workers and of steps that they prepare ahead.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StepDataset(Dataset[StepBatch]):
             pack: packs prepared samples into a micro-batch.
             data_parallel_rank: rank whose share is read.
             data_parallel_size: number of ranks that share a step.
-            prefetch: number of steps that workers may prepare ahead.
+            prefetch: numbers of workers and of steps that they prepare ahead.
 
         Raises:
             ConfigError: if there are fewer samples per step than ranks.
@@ -67,7 +67,7 @@ class StepDataset(Dataset[StepBatch]):
         return self._config.training.total_steps
 
     def epochs(self) -> dict[str, float]:
-        """Returns how often the run reads each stream, by stream: all samples of all steps / samples of the stream."""
+        """Returns the epochs that the run trains on each stream: samples of all steps / samples of the stream."""
         streams, steps = self._config.data.streams(), self._config.training.total_steps
         return {name: steps * streams[name].samples_per_step / len(stream) for name, stream in self._streams.items()}
 
@@ -84,7 +84,7 @@ class StepDataset(Dataset[StepBatch]):
 
         Args:
             step: number of the step, from 0.
-            note: receives the name of each sample before it is read.
+            note: called with the name of each sample before the sample is read.
         """
         broken: dict[str, str] = {}
         numbers = range(self._config.gradient_accumulation_steps)

@@ -11,11 +11,13 @@ from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_fi
 
 
 def read_training_lines(config: DataConfig) -> Iterator[str]:
-    """Yields the paragraphs of the texts and then the captions of the pairs; warns about broken ones and skips them.
+    """Yields all paragraphs of the training texts, then all captions of the training pairs.
+
+    Broken lines and captions are skipped with a warning.
 
     Raises:
-        ConfigError: if a pattern has no match, a file cannot be read, or more lines of text are broken than
-            `max_broken_records`.
+        ConfigError: if a pattern matches no file, a file cannot be read, or more than `max_broken_records` lines or
+            captions are broken.
     """
     broken = BrokenLines(config.max_broken_records)
     for path in expand_patterns([source.path for source in config.texts.train]):

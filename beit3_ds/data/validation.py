@@ -16,10 +16,9 @@ from beit3_ds.data.workers.waiting import ReaderThread, StopRequestedError, Wait
 
 
 class ValidationBatches:
-    """Yields the same batches at every evaluation.
+    """Yields this rank's batches of the validation loss, the same batches at every evaluation.
 
-    The first pass prepares the batches and keeps them in memory, about 1.2 MB per image with two views of 224 px. Later
-    passes yield the same batches.
+    The first pass prepares the batches and keeps them in memory, about 1.2 MB per image with two views of 224 px.
     """
 
     def __init__(
@@ -28,8 +27,13 @@ class ValidationBatches:
         plan: Sequence[Mapping[str, Sequence[SampleKey]]],
         pack: Pack,
     ) -> None:
-        """Stores the samples of each batch by stream (`plan`), each stream with one source per batch; reads none
-        yet."""
+        """Stores its arguments; reads no sample yet.
+
+        Args:
+            streams: validation samples by stream.
+            plan: keys of the samples of each batch, by stream; a batch has samples of one source per stream.
+            pack: packs prepared samples into a batch.
+        """
         self._streams, self._plan, self._pack = streams, plan, pack
         self._batches: list[PackedBatch] = []
         self._reads = ""
@@ -47,7 +51,7 @@ class ValidationBatches:
         """Prepares the batches that are not in memory yet; returns early on a stop signal.
 
         Raises:
-            ConfigError: if a record is broken, or is still being read when the time is over, with its name.
+            ConfigError: if a record is broken, or takes longer to read than the time limit; the message names it.
         """
         thread = ReaderThread("reading validation data")
         try:
@@ -67,7 +71,7 @@ class ValidationBatches:
         """Yields the batches, the same in every pass.
 
         Raises:
-            ConfigError: if a record is broken, because means over other samples are not comparable.
+            ConfigError: if a record is broken, because means without it would not be comparable.
         """
         for number, keys in enumerate(self._plan):
             if number == len(self._batches):
@@ -98,13 +102,13 @@ def build_validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> ValidationBatches:
-    """Divides `TrainingConfig.loss_samples` validation samples of every stream over the ranks.
+    """Chooses `TrainingConfig.loss_samples` validation samples of every stream, and divides them over the ranks.
 
-    The samples (`choose_samples`), their middle crops and their masks depend on `training.validation_seed` alone, so
-    they are the same under every layout; only the cut into batches depends on the ranks. A batch has samples of one
+    The samples (`choose_samples`), their center crops and their masks depend only on `training.validation_seed`, so
+    they are the same in every layout. Only the division into batches depends on the ranks. A batch has samples of one
     source per stream, at most as many as the largest micro-batch. Every rank has the same number of batches, so that
-    the ranks call the same collectives; some batches may be smaller or empty. Streams without validation files are
-    absent.
+    all ranks call the same collectives; some batches may be smaller or empty. Streams without validation files are
+    left out.
 
     Args:
         config: the run's configuration.
@@ -135,11 +139,11 @@ def build_validation_batches(
 
 
 def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:
-    """Chooses the samples of a stream that are evaluated, spread over all sources.
+    """Chooses the samples of a stream to evaluate, spread over all sources.
 
-    Every source gets a share of `limit` by its size, and at least one sample if `limit` allows it. Samples are drawn at
-    random within a source, so the order of its files does not matter. A higher limit adds samples and keeps a lower
-    limit's samples, except for rounding of the shares.
+    Every source gets a share of `limit` in proportion to its size, and at least one sample if `limit` allows it.
+    Samples are drawn at random within a source, so the order of its files does not matter. A higher limit keeps the
+    samples of a lower limit and adds others, except where shares are rounded differently.
 
     Args:
         sizes: number of samples in each source; the stream numbers all samples consecutively.
@@ -164,8 +168,9 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
 def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
     """Divides at most `limit` samples over sources in proportion to their sizes.
 
-    Shares are rounded down. The remaining samples go to the sources with the largest remainders, and among equal ones
-    to the first. A source without a sample then takes one from the largest share, if that has at least two.
+    Shares are rounded down. The remaining samples go to the sources with the largest remainders; of equal remainders,
+    the first source is preferred. Each source that still has no sample then takes one from the largest share, if that
+    share has at least two samples.
     """
     total = sum(sizes)
     limit = min(limit, total)

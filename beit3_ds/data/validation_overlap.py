@@ -1,4 +1,4 @@
-"""Refuses validation and test files that are also training files, because scores over them are meaningless."""
+"""Checks that validation and test files are not also training files, because scores on them would be meaningless."""
 
 import itertools
 import os
@@ -18,25 +18,27 @@ class NamesImages(Protocol):
     """Declares samples whose annotations name image files."""
 
     def image_files(self) -> Iterable[str]:
-        """Yields the image files that the annotations name; one may come several times."""
+        """Yields the paths of the image files that the annotations name; a path may be repeated."""
 
 
 _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 
 
 def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
-    """Refuses validation and test files that are also training files, even under another path or link.
+    """Checks that no validation or test file is also a training file, even under another path or link.
 
     Files are compared by device and inode, and by the part of the file that a source reads (`SourceConfig.split`).
-    Images are also compared with pairs, because training on an image without its caption would spoil validation of the
-    pair. A validation folder inside a training folder, or the reverse, is refused. Copies of files are not detected.
+    Files of the stream "images" are also compared with files of "pairs", because a model trained on an image without
+    its caption already knows the image of the pair. A validation folder may not be inside a training folder, nor the
+    reverse. Copies of files are not detected.
 
     Args:
         data: data section of the run's config.
-        must_exist: also refuse patterns without a match; otherwise such patterns count as no files.
+        must_exist: whether a pattern that matches no file is an error.
 
     Raises:
-        ConfigError: with the names of both files, or of a pattern without a match; also if `check_no_file_twice` does.
+        ConfigError: if a file is used for both, with both names; if a pattern matches no file; or if
+            `check_no_file_twice` raises it.
         StorageError: if the file system fails.
     """
     streams = data.streams()
@@ -64,12 +66,12 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 
 
 def describe_shared_images(splits: Mapping[Split, Iterable[object]]) -> list[str]:
-    """Returns one line for every two splits that share image files, with the number of shared files.
+    """Returns a warning for each pair of splits that share image files, with the number of shared files.
 
-    Such splits are allowed, because questions and captions may differ, but a score over known images is too good.
+    Shared images are no error, because the questions or captions may differ, but scores on known images are too good.
 
     Args:
-        splits: samples of each split; those that are not `NamesImages` do not count.
+        splits: samples of each split; only samples that implement `NamesImages` are compared.
     """
     lines = []
     for first, second in itertools.combinations(splits, 2):
@@ -89,7 +91,7 @@ def _image_files(sources: Iterable[object]) -> Iterator[str]:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int, str], str]]:
-    """Yields device, inode, split and path of the files of sources; annotated images count as their annotation file."""
+    """Yields device, inode, split and path of each file of the sources; of annotated images, only the annotations."""
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":
@@ -107,7 +109,7 @@ def _identified(
 
 
 def _shared_folder(trained: str, validation: str) -> str:
-    """Returns a folder below `trained` that is, through links, also below `validation`; empty without one."""
+    """Returns a folder below `trained` that is also below `validation` through links; empty if there is none."""
     known = {_identity(folder) for folder in list_folders(validation)}
     return next((folder for folder in list_folders(trained) if _identity(folder) in known), "")
 

@@ -11,19 +11,19 @@ _SHARE_PARTS = 10**6
 def assign_sources(
     weights: Sequence[float], positions: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Assigns positions of a stream to its sources, as evenly as the weights allow.
+    """Assigns each position of a stream to one of its sources, in proportion to the weights and evenly spread.
 
-    Of the first n positions source 0 takes floor(n * its share), source 1 takes its share of the rest, and so on.
-    Position p belongs to the source whose count grows between p and p + 1 positions. So every source visits its own
-    places 0, 1, 2, ... without a gap, and its count differs from its share of the first n positions by less than the
-    number of sources. Shares are rounded to a millionth, so integers are exact up to 9e12 positions.
+    Of the first n positions, source 0 gets floor(n * its share), source 1 gets its share of the rest, rounded down, and
+    so on. Position p belongs to the source whose number of positions grows between n = p and n = p + 1. Every source
+    therefore visits its own places 0, 1, 2, ... without a gap. Its number of positions differs from its exact share by
+    less than the number of sources. Shares are rounded to a millionth, so integers are exact up to 9e12 positions.
 
     Args:
         weights: weight of each source, above 0.
         positions: positions in the stream, (n,) int64.
 
     Returns:
-        The source of each position, and the place of the position in the order of that source, (n,) int64 each.
+        The source of each position, and the place of the position in the order of this source; both (n,) int64.
     """
     parts = mixture_shares(weights)
     sources, places = np.empty_like(positions), np.empty_like(positions)
@@ -40,7 +40,7 @@ def assign_sources(
 
 
 def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
-    """Returns how many of the first `positions` positions `assign_sources` gives to each source."""
+    """Returns the number of positions that each source gets from `assign_sources` among the first `positions`."""
     parts, left, taken = mixture_shares(weights), positions, []
     for source, part in enumerate(parts):
         taken.append(left * part // sum(parts[source:]))
@@ -49,5 +49,5 @@ def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
 
 
 def mixture_shares(weights: Sequence[float]) -> list[int]:
-    """Returns the share of each source in millionths, at least 1; equal shares give equal assignments."""
+    """Returns the share of each source in millionths, at least 1; `assign_sources` depends on nothing else."""
     return [max(1, round(weight / sum(weights) * _SHARE_PARTS)) for weight in weights]

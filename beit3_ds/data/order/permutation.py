@@ -14,8 +14,8 @@ _BLOCKS = "blocks "
 class KeyedPermutation:
     """Computes a random permutation of range(size) in constant memory.
 
-    A Feistel network permutes the smallest domain of 2^(2b) numbers that holds `size`. A result outside
-    range(size) passes through again until it is inside (cycle walking), fewer than four times on average.
+    A Feistel network permutes the smallest set of 2^(2b) numbers that contains range(size). While a result is outside
+    range(size), it is permuted again (cycle walking), fewer than four times on average.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
@@ -40,11 +40,11 @@ class KeyedPermutation:
 
 
 class BlockPermutation:
-    """Computes a permutation of range(size) that keeps neighbouring samples close together, in constant memory.
+    """Computes a permutation of range(size) in constant memory that visits neighbouring samples at about the same time.
 
-    Blocks of consecutive samples are visited in a shuffled order. Each window of that order, a given number of blocks,
-    is shuffled as a whole. Block 0 starts at a random sample, and sample 0 follows the last one. The samples beyond
-    the last whole block belong to the last window.
+    The samples are divided into blocks of consecutive samples, and the blocks are put into a random order. Each window
+    of consecutive blocks in this order is then shuffled sample by sample. Block 0 starts at a random sample, and sample
+    0 follows the last sample. The samples after the last whole block belong to the last window.
     """
 
     def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:
@@ -53,9 +53,9 @@ class BlockPermutation:
         Args:
             size: number of samples.
             seed: the run's seed.
-            key: distinguishes the orders of one run.
-            block: samples per block.
-            window: blocks per window.
+            key: identifies the order among the orders of one run.
+            block: number of samples per block.
+            window: number of blocks per window.
         """
         self._size, self._seed, self._key, self._block, self._window = size, seed, key, block, window
         self._num_blocks = size // block
@@ -87,7 +87,7 @@ class BlockPermutation:
 
 
 def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPermutation | BlockPermutation:
-    """Builds the permutation of range(size) for (seed, key); by blocks if the key contains a `block_key`."""
+    """Builds the permutation of range(size) for (seed, key): a `BlockPermutation` if the key contains a `block_key`."""
     for part in key:
         if isinstance(part, str) and part.startswith(_BLOCKS):
             block, window = map(int, part.removeprefix(_BLOCKS).split("x"))
@@ -96,7 +96,7 @@ def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPe
 
 
 def block_key(block: int, window: int) -> str:
-    """Returns the part of a key that selects `BlockPermutation`; a stored key then says how an epoch was shuffled."""
+    """Returns the part of a key that selects a `BlockPermutation` with these numbers in `order_permutation`."""
     return f"{_BLOCKS}{block}x{window}"
 
 

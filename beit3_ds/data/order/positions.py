@@ -1,4 +1,4 @@
-"""Defines the position of a stream, which checkpoints store: how far each source is in its epoch."""
+"""Defines the position of a stream, which checkpoints store: the epoch of each source and the progress in it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,42 +15,43 @@ _OLD_NAMES = {
     "num_unseen": "num_remaining",
     "parked": "removed",
 }
-"""Current names of fields by their names in checkpoints from before version 0.2."""
+"""Maps names of fields in checkpoints from before version 0.2 to their current names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePosition:
-    """Describes a source at the time when its position was stored."""
+    """Describes a source as it was when the position was stored."""
 
     id: int
     """Permanent number of the source in this stream; it does not depend on the order of sources in the config."""
     path: str
-    """Path in the config."""
+    """Path of the source in the config."""
     size: int
-    """Returns the number of samples."""
+    """Number of samples of the source."""
     digest: str
-    """Digest of all its samples (`prefix_digest.prefix_digest`)."""
+    """Digest of all samples of the source (`prefix_digest.prefix_digest`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetPosition:
-    """Holds epoch and place of a set of samples: one weighted source, or all sources of a stream without weights."""
+    """Holds the position in a set of samples: one weighted source, or all sources of a stream without weights."""
 
     epoch: int
     """The current epoch, from 0."""
     taken: int
-    """Samples taken so far from the set that `key` shuffles."""
+    """Number of samples taken so far from the permutation that `key` selects."""
     key: tuple[str | int, ...]
-    """Key that selects, together with the run's seed, the permutation of the samples in `remaining`."""
+    """Key that, with the run's seed, selects the permutation of the samples in `remaining`."""
     remaining: tuple[Any, ...] | None = None
-    """Samples that remained when the data last changed (`remaining.to_nodes`); None means the whole set."""
+    """Samples that were left in the epoch when the data last changed (`remaining.to_nodes`). None if the data have not
+    changed in this epoch; then the permutation is of all samples of the set."""
     num_remaining: int | None = None
-    """Number of samples in `remaining`."""
+    """Number of samples in `remaining`; None if `remaining` is None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSource:
-    """Describes a source that the config no longer has, with the rest of its epoch in case it is added again."""
+    """Describes a source that was removed from the config, and the samples left in its epoch if it is added again."""
 
     source: SourcePosition
     epoch: int
@@ -59,7 +60,7 @@ class RemovedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Holds the position of a stream as plain data, the same under every layout of ranks."""
+    """Holds the position of a stream as plain data, which does not depend on the layout of ranks."""
 
     stream: str
     seed: int
@@ -68,19 +69,19 @@ class StreamPosition:
     weights: tuple[float, ...] | None
     """Weights of the sources; None if they form one set."""
     mixture_position: int
-    """Samples taken from all sources since the weights last changed."""
+    """Number of samples taken from all sources since the weights or the sources last changed."""
     sources: tuple[SourcePosition, ...]
     """The sources in the order of the config, which numbers the samples of the stream."""
     sets: tuple[SetPosition, ...]
-    """One set per source if there are weights, else one set."""
+    """Position of one set per source if there are weights, else of a single set of all sources."""
     removed: tuple[RemovedSource, ...] = ()
     """Sources that are no longer in the config."""
     next_id: int
-    """Id that the next new source gets."""
+    """Id that the next new source will get."""
     blocks: tuple[int, int] | None = None
-    """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles whole epochs."""
+    """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles an epoch as a whole."""
     changes: int = 0
-    """Number of times that the run started with changed data."""
+    """Number of times that the run resumed with changed data, weights or seed."""
 
     @property
     def total(self) -> int:
@@ -88,19 +89,22 @@ class StreamPosition:
         return sum(source.size for source in self.sources)
 
     def base_key(self, number: int) -> tuple[str | int, ...]:
-        """Returns the key of a set's shuffles, without the epoch; sets of equal size are shuffled differently."""
+        """Returns the key of a set's permutations without the epoch; it differs between the sets of a stream."""
         key = (self.stream,) if self.weights is None else (self.stream, number)
         return key if self.blocks is None else (*key, block_key(*self.blocks))
 
     def set_bounds(self, number: int) -> tuple[int, int]:
-        """Returns the range of a set's sample numbers in the stream: the first, and one past the last."""
+        """Returns the range of a set's sample numbers in the stream: the first number, and one past the last."""
         if self.weights is None:
             return 0, self.total
         start = sum(source.size for source in self.sources[:number])
         return start, start + self.sources[number].size
 
     def bounds(self, source_id: int) -> tuple[int, int]:
-        """Returns the range of a source's sample numbers in the stream (`remaining.Bounds`)."""
+        """Returns the range of a source's sample numbers: the first number, and one past the last.
+
+        A removed source has a range outside the stream (`remaining.gone_bounds`).
+        """
         start = 0
         for source in self.sources:
             if source.id == source_id:
@@ -109,16 +113,16 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples that remained in a set's epoch when the data last changed; None means the whole set."""
+        """Returns the samples that were left in a set's epoch when the data last changed; None for the whole set."""
         nodes = self.sets[number].remaining
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
     def start_epoch(self, number: int, epoch: int) -> SetPosition:
-        """Returns the position of a set at the beginning of an epoch."""
+        """Returns the position of set `number` at the beginning of an epoch."""
         return SetPosition(epoch=epoch, taken=0, key=(*self.base_key(number), epoch))
 
     def advanced(self, samples: int) -> "StreamPosition":
-        """Returns the position after a number of further samples of the stream."""
+        """Returns the position after the next `samples` samples of the stream."""
         if samples == 0:
             return self
         if self.weights is None:
@@ -156,7 +160,16 @@ def start_position(
     sources: Sequence[SourcePosition],
     blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
-    """Builds the position before the first sample; the ids of the sources must be 0, 1, 2, ... in their order."""
+    """Builds the position of a stream before its first sample.
+
+    Args:
+        stream: name of the stream.
+        seed: the run's seed.
+        samples_per_step: samples of the stream in one step.
+        weights: weights of the sources; None if they form one set.
+        sources: the sources; their ids must be 0, 1, 2, ... in this order.
+        blocks: samples per block and blocks per window; None shuffles an epoch as a whole.
+    """
     position = StreamPosition(
         stream=stream,
         seed=seed,
@@ -173,7 +186,7 @@ def start_position(
 
 
 def position_from_json(stream: str, content: Mapping[str, Any]) -> StreamPosition:
-    """Rebuilds a position from the JSON object of `StreamPosition.to_json`."""
+    """Rebuilds the position of a stream from the JSON object that `StreamPosition.to_json` returned."""
     fields = _with_current_names(content)
     fields["weights"] = None if fields["weights"] is None else tuple(fields["weights"])
     fields["blocks"] = None if fields.get("blocks") is None else tuple(fields["blocks"])

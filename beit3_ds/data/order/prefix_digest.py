@@ -1,4 +1,4 @@
-"""Computes the digest of the first samples of a source, which tells whether the source was only appended to."""
+"""Computes a digest of the first samples of a source, which shows whether a source has only grown at its end."""
 
 import hashlib
 from typing import ClassVar, Protocol
@@ -14,19 +14,19 @@ class IdentifiedSamples(HasFiles, Protocol):
     """Declares the interface of samples that can be recognised even if their numbers change."""
 
     is_last_open: ClassVar[bool]
-    """Whether appending to the files may change the last sample, as it changes the last sequence of a text."""
+    """Whether the last sample may change when a file grows at its end, as the last sequence of a text file does."""
 
     def identity(self, index: int) -> bytes:
         """Returns bytes that identify a sample, independent of the folder of its files."""
 
 
 def prefix_digest(samples: IdentifiedSamples, count: int) -> str:
-    """Returns a digest of the first `count` samples, which changes if samples are inserted, removed or reordered.
+    """Returns a digest of the first `count` samples, which changes if samples among them are inserted or removed.
 
-    The digest covers the names of the files that hold these samples, and 256 evenly spread samples, the last closed one
-    among them: every shift of sample numbers changes it. A source that had `count` samples before, and still has the
-    same digest of them, was only appended to. The digest does not change if samples between two of the 256 are replaced
-    by the same number of others.
+    The digest covers the names of the files that contain these samples, and 256 evenly spread samples. The last of the
+    256 is sample `count` - 1, or sample `count` - 2 if appending may change the last sample (`is_last_open`). If a
+    source had `count` samples before and the digest of its first `count` samples is the same now, it has only grown at
+    its end. The digest does not detect samples that are replaced or swapped between two of the 256.
     """
     last = count - 1 - samples.is_last_open
     digest, start = hashlib.sha256(), 0

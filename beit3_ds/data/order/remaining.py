@@ -1,8 +1,8 @@
-"""Computes the samples that remain in an epoch from its shuffles, without listing them.
+"""Computes the samples that remain in an epoch from the epoch's permutations, without listing them.
 
-While the data stay the same, an epoch is one shuffle of all samples. If they change during an epoch, the rest of the
-shuffle is joined with the new samples and shuffled again. So a set is a formula over earlier shuffles: its size does
-not depend on the number of samples, and a checkpoint stores it as JSON.
+While the data do not change, an epoch is one permutation of all samples. If the data change during an epoch, the rest
+of the permutation is joined with the new samples and permuted again. The remaining samples are therefore described by
+the earlier permutations: the description does not grow with the number of samples, and checkpoints store it as JSON.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,58 +15,58 @@ from numpy.typing import NDArray
 from beit3_ds.data.order.permutation import order_permutation
 
 _BLOCK = 128
-"""Samples per block of a `SourceSubset`; finding one sample computes a whole block."""
+"""Number of samples per block of a `SourceSubset`, which computes a whole block to find one sample."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""First sample number that a removed source may get, and how many numbers are reserved for each."""
+"""Smallest sample number of a removed source, and number of sample numbers that are reserved for each one."""
 
 Bounds = Callable[[int], tuple[int, int]]
-"""Maps the id of a source to the range of its sample numbers in the stream: the first, and one past the last."""
+"""Maps the id of a source to the range of its sample numbers: the first number, and one past the last."""
 
 
 class RemainingSamples(Protocol):
-    """Defines an ordered set of samples; places in it count from 0."""
+    """Declares the interface of an ordered set of samples, whose places are counted from 0."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the set."""
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps places in the set to sample numbers in the stream; both (n,) int64."""
+        """Returns the sample numbers in the stream at given places of the set; both (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the set to a list of JSON nodes, after the sets that it is made of; returns the index of its node."""
+        """Appends the JSON nodes of the sets that this set consists of, then its own; returns its own node's index."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Holds the samples [first, last) of one source."""
+    """Describes the samples `first` to `last` - 1 of one source."""
 
     source: int
     """Id of the source."""
     first: int
     last: int
     start: int
-    """Number of the source's sample 0 in the stream."""
+    """Number in the stream of the source's first sample."""
 
     def __len__(self) -> int:
-        """Returns the number of samples in the set."""
+        """Returns the number of samples in the range."""
         return self.last - self.first
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps places in the set to sample numbers in the stream; both (n,) int64."""
+        """Returns the sample numbers in the stream at given places of the range; both (n,) int64."""
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the set to a list of JSON nodes; returns the index of its node."""
+        """Appends the JSON node of the range to `nodes`; returns the node's index."""
         nodes.append(["range", self.source, self.first, self.last])
         return len(nodes) - 1
 
 
 class Joined:
-    """Joins several sets, one after the other."""
+    """Concatenates several sets of samples."""
 
     def __init__(self, parts: Sequence[RemainingSamples]) -> None:
-        """Joins sets that share no sample."""
+        """Stores the sets, which must have no sample in common."""
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
 
@@ -75,7 +75,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps places in the set to sample numbers in the stream; both (n,) int64."""
+        """Returns the sample numbers in the stream at given places of the concatenation; both (n,) int64."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
@@ -84,19 +84,19 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the set to a list of JSON nodes; returns the index of its node."""
+        """Appends the JSON nodes of the sets and of their concatenation; returns the index of the latter."""
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1
 
 
 @dataclass(frozen=True)
 class Rest:
-    """Holds the samples that remain of a shuffled set after its first samples were taken."""
+    """Describes the samples that remain of a permuted set after its first `taken` samples."""
 
     whole: RemainingSamples
     seed: int
     key: tuple[str | int, ...]
-    """Key that selects, together with the seed, the permutation that shuffled the set."""
+    """Key that, with the seed, selects the permutation of the whole set."""
     taken: int
 
     def __len__(self) -> int:
@@ -104,29 +104,30 @@ class Rest:
         return len(self.whole) - self.taken
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps places in the set to sample numbers in the stream; both (n,) int64."""
+        """Returns the sample numbers in the stream at given places among the remaining samples; both (n,) int64."""
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the set to a list of JSON nodes; returns the index of its node."""
+        """Appends the JSON nodes of the whole set and of the remaining samples; returns the index of the latter."""
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1
 
 
 @dataclass(frozen=True)
 class SourceSubset:
-    """Holds the samples of a set that belong to some of its sources.
+    """Describes the samples of a set that belong to some of its sources, in the order of the set.
 
-    The constructor computes the whole set once, to count samples per block: 20 seconds for 100 million samples.
+    The constructor computes the whole set once, to count the kept samples per block. This takes 20 seconds for 100
+    million samples.
     """
 
     whole: RemainingSamples
     sources: tuple[int, ...]
-    """Ids of the sources that are kept."""
+    """Ids of the sources whose samples are kept."""
     bounds: tuple[tuple[int, int], ...]
-    """Range of the sample numbers in the stream of each kept source."""
+    """Range of each kept source's sample numbers: the first number, and one past the last."""
     _counts: NDArray[np.int64] = field(init=False)
-    """Kept samples before each block, and the total."""
+    """Number of kept samples before each block, and the total number."""
 
     def __post_init__(self) -> None:
         counts = [0]
@@ -140,7 +141,7 @@ class SourceSubset:
         return int(self._counts[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps places in the set to sample numbers in the stream; both (n,) int64."""
+        """Returns the sample numbers in the stream at given places among the kept samples; both (n,) int64."""
         blocks = np.searchsorted(self._counts, places, side="right") - 1
         wanted, owners = np.unique(blocks, return_inverse=True)
         inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # places of whole blocks in the whole set
@@ -150,7 +151,7 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the set to a list of JSON nodes; returns the index of its node."""
+        """Appends the JSON nodes of the whole set and of this subset; returns the index of the latter."""
         nodes.append(["only", self.whole.add_to(nodes), list(self.sources)])
         return len(nodes) - 1
 
@@ -162,18 +163,18 @@ class SourceSubset:
 
 
 def to_nodes(remaining: RemainingSamples) -> list[Any]:
-    """Returns the set as a flat list of JSON nodes; the last node is the set itself."""
+    """Returns a flat list of JSON nodes that describes a set; the last node is the set, the others are its parts."""
     nodes: list[Any] = []
     remaining.add_to(nodes)
     return nodes
 
 
 def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
-    """Rebuilds a set from the nodes of `to_nodes`; the sources may have other sample numbers now.
+    """Rebuilds a set from its JSON nodes, even if the sources' sample numbers have changed since.
 
     Args:
         nodes: result of `to_nodes`.
-        bounds: range of each source's sample numbers in the stream now; `gone_bounds` for removed sources.
+        bounds: gives the current range of each source's sample numbers; `gone_bounds` for removed sources.
     """
     built: list[RemainingSamples] = []
     for kind, *values in nodes:
@@ -195,5 +196,5 @@ def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
 
 
 def gone_bounds(source: int) -> tuple[int, int]:
-    """Returns a range of sample numbers for a removed source; no sample of the stream has one of them."""
+    """Returns the range of sample numbers of a removed source; no source of the stream has these numbers."""
     return (source + 1) * _GONE, (source + 2) * _GONE

@@ -1,7 +1,8 @@
 """Resumes a stream from a stored position, even if its sources, weights, seed or batch have changed since.
 
-No sample comes twice in an epoch: the rest of the epoch is joined with new samples and continues. If samples were
-inserted, removed or reordered within a source, nothing tells which ones were used, so the source begins its next epoch.
+The rest of the current epoch is joined with new samples and continues, so no sample is used twice in an epoch. If
+samples were inserted, removed or reordered within a source, it is unknown which of them were used, so the source begins
+its next epoch.
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ from beit3_ds.data.order.remaining import Joined, Range, RemainingSamples, Rest,
 from beit3_ds.data.order.source_matching import FoundSource, SourceMatch, describe_changes, match_sources, same_weights
 
 _MAX_CHANGES = 100
-"""Maximum data changes within one epoch, which then ends; each costs time per sample and room in checkpoints."""
+"""Maximum number of data changes within one epoch; with more the epoch ends, because each change costs time per sample
+and room in checkpoints."""
 
 
 class Continued(NamedTuple):
@@ -33,7 +35,7 @@ def new_position(
     first_epoch: int = 0,
     blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
-    """Builds the position of a stream before its first sample, for the sources that the run found."""
+    """Builds the position of a stream at the beginning of `first_epoch`, for the sources that the run found."""
     described = [source.describe(number) for number, source in enumerate(sources)]
     position = start_position(stream, seed, samples_per_step, weights, described, blocks)
     sets = tuple(position.start_epoch(number, first_epoch) for number in range(len(position.sets)))
@@ -48,10 +50,10 @@ def continue_stream(
     sources: Sequence[FoundSource],
     blocks: tuple[int, int] | None = None,
 ) -> Continued:
-    """Resumes a stored position with the settings of the run and the sources that it found.
+    """Adapts the stored position of a stream to the settings of the run and the sources that the run found.
 
-    If nothing changed, or only `samples_per_step`, the position stays the same and the stream continues as if it had
-    never stopped. Changed `blocks` apply from the next epoch on; the current epoch keeps its order.
+    If sources, weights and seed are the same, the stream continues as if it had never stopped; `samples_per_step` may
+    differ. Changed `blocks` apply from the next epoch on, and the current epoch keeps its order.
     """
     matched = match_sources(stored, sources)
     changes = describe_changes(stored, seed, samples_per_step, weights, matched)
@@ -137,7 +139,7 @@ class _Continuation:
         return self._shuffle(number, self._epoch(match.id), [self._remaining_of(match), *self._growth(match)])
 
     def _join_all(self) -> SetPosition:
-        """Returns the position of the only set of a stream without weights."""
+        """Returns the position of the single set of a stream without weights."""
         known = [match for match in self._matched if match.kind in ("same", "grown")]
         gone = [match for match in self._matched if match.kind == "renumbered" and match.before is not None]
         epochs = [self._epoch(match.id) for match in known]
@@ -156,7 +158,7 @@ class _Continuation:
         return self._shuffle(0, max(epochs, default=0), parts)
 
     def _shuffle(self, number: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
-        """Returns the position of a set whose epoch still has the samples `parts`, or starts its next epoch."""
+        """Returns the position of a set in whose epoch the samples `parts` are left; if none are, of its next epoch."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return self._now.start_epoch(number, epoch + 1)
@@ -171,14 +173,14 @@ class _Continuation:
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
     def _remaining_of(self, match: SourceMatch) -> RemainingSamples:
-        """Returns the samples that a source had before and that remain in its epoch."""
+        """Returns the samples of a source that were left in its epoch, without samples that are new."""
         for entry in self._stored.removed:
             if entry.source.id == match.id:
                 return from_nodes(entry.remaining, self._now.bounds)
         return self._remaining_of_set([match.id])
 
     def _remaining_of_set(self, ids: Sequence[int]) -> RemainingSamples:
-        """Returns the samples of some sources that remain in the epoch of one stored set."""
+        """Returns the samples of the sources `ids` that were left in the epoch of the stored set they belong to."""
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
         old = stored.sets[number]
@@ -201,7 +203,7 @@ class _Continuation:
         return Range(match.id, first, match.found.size, self._now.bounds(match.id)[0])
 
     def _keep_removed(self) -> tuple[RemovedSource, ...]:
-        """Returns the sources that are no longer in the config, each with the rest of its epoch."""
+        """Returns the sources that were removed from the config, each with the samples left in its epoch."""
         replaced = {match.before.id for match in self._matched if match.before is not None}
         removed = [entry for entry in self._stored.removed if entry.source.id not in replaced]
         for source in self._stored.sources:

@@ -1,4 +1,4 @@
-"""Orders all streams of a run, from its first step or from the positions in a checkpoint."""
+"""Determines the order of the samples of all streams, from the first step or from the positions in a checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -15,22 +15,24 @@ from beit3_ds.data.order.source_matching import FoundSource
 from beit3_ds.data.order.stream import StreamOrder
 
 POSITIONS = "positions"
-"""Key of the positions in the data state of a checkpoint."""
+"""Key of the streams' positions in the data state of a checkpoint."""
 
 
 class RunOrder:
-    """Chooses the samples of every step, as a pure function of the start position and the step.
+    """Determines the samples of every step, as a pure function of the start position and the step.
 
-    A stream with K samples per step takes the K samples after the previous step's. Ranks and workers only divide them.
+    With K samples per step, each step uses the next K samples of the stream's order. Ranks and workers divide these
+    samples and do not change them.
     """
 
     def __init__(self, config: DataConfig, seed: int, streams: Mapping[str, Iterable[IdentifiedSamples]]) -> None:
-        """Starts every stream at its first sample.
+        """Sets every stream to its first sample.
 
         Args:
             config: gives the samples per step and the weights.
             seed: the run's seed.
-            streams: the samples of each source, in the order of the config, of every stream that has samples in a step.
+            streams: the samples of each source in the order of the config, by stream. Only streams with samples in a
+                step are included.
         """
         self._config, self._seed, self._first_step = config, seed, 0
         self._found = {name: _find_sources(config, name, sources) for name, sources in streams.items()}
@@ -38,15 +40,15 @@ class RunOrder:
         self._orders = {name: StreamOrder(self._new_position(name)) for name in streams}
 
     def resume(self, first_step: int, data: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-        """Moves the streams to their positions in a checkpoint.
+        """Moves all streams to their positions in a checkpoint, adapted to changes of the data and the settings.
 
         Args:
-            first_step: number of steps done.
-            data: data state of the checkpoint; a checkpoint of version 0.1 has no positions.
-            before: sections of the configuration that wrote the checkpoint.
+            first_step: number of steps that the checkpoint has done.
+            data: data state of the checkpoint. A checkpoint of version 0.1 has no positions; they are then computed.
+            before: configuration of the run that wrote the checkpoint, by section.
 
         Returns:
-            One line per change.
+            Description of each change since the checkpoint, one line each.
         """
         self._first_step = first_step
         stored: dict[str, Any] = dict(data.get(POSITIONS, {}))
@@ -76,11 +78,14 @@ class RunOrder:
         return lines
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """Returns the positions after `step` steps, for a checkpoint; unused streams keep their stored positions."""
+        """Returns the positions of all streams after `step` steps, to store them in a checkpoint.
+
+        Streams that this run does not use keep the positions in the checkpoint from which it resumed.
+        """
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number of each given slot of a step, (len(slots),) int64 each."""
+        """Returns the epoch and the sample number of each of the given slots of a step; both (len(slots),) int64."""
         return self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
 
     def _samples_since(self, stream: str, step: int) -> int:
@@ -103,7 +108,7 @@ class RunOrder:
     def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
         """Computes the position after `step` steps for a checkpoint without positions; None if a source is missing.
 
-        Assumes that the data have not changed since.
+        Assumes that the data have not changed since the checkpoint was written.
         """
         stream = before["data"][name]
         found = {source.path: source for source in self._found[name]}

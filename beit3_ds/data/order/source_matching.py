@@ -1,4 +1,4 @@
-"""Matches the sources that a run finds with the sources of a stored position, and describes the changes."""
+"""Matches the sources that a resumed run finds with those of a stored position, and describes the changes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from beit3_ds.data.order.positions import RemovedSource, SourcePosition, StreamP
 
 @dataclass(frozen=True, kw_only=True)
 class FoundSource:
-    """Describes a source at the start of a run."""
+    """Describes a source that a run finds at its start."""
 
     path: str
-    """Path in the config."""
+    """Path of the source in the config."""
     size: int
-    """Number of samples."""
+    """Number of samples of the source."""
     digest: Callable[[int], str]
-    """Returns the digest of the first samples, for a given count (`prefix_digest.prefix_digest`)."""
+    """Returns the digest of the first n samples for a given n (`prefix_digest.prefix_digest`)."""
 
     def describe(self, source_id: int) -> SourcePosition:
-        """Describes the source for a checkpoint."""
+        """Returns the description of the source that a checkpoint stores, with its id in the stream."""
         return SourcePosition(id=source_id, path=self.path, size=self.size, digest=self.digest(self.size))
 
 
@@ -29,17 +29,17 @@ class SourceMatch(NamedTuple):
 
     found: FoundSource
     id: int
-    """Id of the source in the stream; a new id unless a stored source is the same or has only grown."""
+    """Id of the source in the stream: the stored id if the source is the same or has only grown, else a new id."""
     kind: str
-    """`same`, `grown`, `renumbered` or `new`."""
+    """Comparison with the stored source: `same`, `grown` (at its end), `renumbered` or `new`."""
     before: SourcePosition | None
     """Description of the source in the stored position; None if it is new."""
     removed: RemovedSource | None
-    """Rest of the source's epoch, if the source was removed from the config and is now back."""
+    """Stored rest of the source's epoch if an earlier run removed the source from the config; else None."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
-    """Matches found sources with stored ones by path, or else by content; returns one match per found source."""
+    """Returns one match per found source; a stored source has the same path or, if it was moved, the same content."""
     by_path = {source.path: source for source in stored.sources}
     removed = {entry.source.path: entry for entry in stored.removed}
     paths = {source.path for source in sources}

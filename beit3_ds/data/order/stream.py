@@ -1,7 +1,7 @@
-"""Computes the endless order of a stream's samples, reshuffled every epoch and never stored.
+"""Computes the endless order of a stream's samples, which is shuffled anew every epoch and never stored.
 
-Randomness: without weights all samples of a stream are one set, whose order is keyed by (seed, stream, epoch). With
-weights the order of each source is keyed by (seed, stream, source, epoch); the choice of the source is not random
+Without weights, all samples of a stream are one set, and (seed, stream, epoch) determines its order. With weights,
+(seed, stream, source, epoch) determines the order of each source; the choice of the source of each sample is not random
 (`mixture.assign_sources`).
 """
 
@@ -16,10 +16,10 @@ from beit3_ds.data.order.positions import SourcePosition, StreamPosition, start_
 
 
 class StreamOrder:
-    """Computes which sample comes at each offset from a stored position of an endless stream."""
+    """Computes which samples of an endless stream follow a stored position."""
 
     def __init__(self, position: StreamPosition) -> None:
-        """Starts the order at a position."""
+        """Stores the position, from which offsets are counted."""
         self.position = position
         self._remaining = [position.remaining(number) for number in range(len(position.sets))]
         self._places = (
@@ -27,10 +27,10 @@ class StreamOrder:
         )
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number at each offset from the position; all (n,) int64.
+        """Returns the epoch and the sample number at each offset `since` from the position; all (n,) int64.
 
-        The epoch counts earlier passes over the sample's source, or over the whole stream if it has no weights. A
-        stream numbers its samples consecutively: those of source 0, then those of source 1, and so on.
+        The epoch is the number of earlier passes over the sample's source, or, without weights, over the whole stream.
+        A stream numbers its samples consecutively: those of source 0, then those of source 1, and so on.
         """
         weights = self.position.weights
         if weights is None or self._places is None:
@@ -43,7 +43,7 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number of one set at each offset from the position."""
+        """Returns the epoch and the sample number at each offset from the position, counted in samples of one set."""
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
         left = last - first if remaining is None else len(remaining)
@@ -66,7 +66,7 @@ class StreamOrder:
 def order_from_start(
     seed: int, stream: str, sizes: Sequence[int], weights: Sequence[float] | None = None
 ) -> StreamOrder:
-    """Builds the order of a stream from its first sample, for sources of given sizes."""
+    """Builds the order of a stream that starts at its first sample, for sources of given sizes."""
     sources = [SourcePosition(id=i, path=str(i), size=size, digest="") for i, size in enumerate(sizes)]
     return StreamOrder(start_position(stream, seed, 0, weights, sources))
 
@@ -76,18 +76,19 @@ def samples_at(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Returns the epoch and the sample at each position in the endless order of one set.
 
-    Position p is in epoch first_epoch + p // size. Every epoch contains each sample once, in its own order. With k
-    samples per step, step s takes the positions [s*k, (s+1)*k), so an epoch may end within a step.
+    Position p is in epoch first_epoch + p // size. Every epoch contains each sample once, in a new order. An epoch may
+    end within a step.
 
     Args:
         seed: the run's seed.
-        key: the stream and, if it has weights, the source, so that sets of equal size are shuffled differently.
+        key: name of the stream and, if it has weights, number of the source; sets with different keys are shuffled
+            differently.
         positions: positions in the order, (n,) int64.
-        size: samples in the set.
+        size: number of samples in the set.
         first_epoch: epoch of position 0.
 
     Returns:
-        The epoch and the sample of each position, (n,) int64 each.
+        The epoch and the sample of each position; both (n,) int64.
     """
     passed, places = np.divmod(positions, size)
     epochs = passed + first_epoch
