@@ -257,7 +257,7 @@ class Rendezvous:
                         raise ConfigError(answer["error"])
                     if self._nonce in answer.get("nonces", ()):
                         return dict(answer)
-                elif base.check(["challenge"]) and time.monotonic() - began > _GRACE_SECONDS:
+                elif base.check(["challenge"]) and time.monotonic() - began > min(_GRACE_SECONDS, self._seconds) / 2:
                     raise ConfigError(
                         f"host {self._host}: rank 0 at {self._master()} has another secret than this rank. All ranks "
                         f"must read one file: share the output folder, or name a copy with {SECRET_VARIABLE}=FILE."

@@ -5,7 +5,6 @@ It imports half as much as a run. Command line: the seconds to wait for others.
 
 import os
 import sys
-import tempfile
 from datetime import timedelta
 
 import torch
@@ -23,9 +22,7 @@ def main() -> int:
     os.environ.update(launch.variables())
     seconds = float(sys.argv[1])
     try:
-        with Rendezvous(
-            launch, seconds, read_secret(launch.secret_file, f"{tempfile.gettempdir()}/meeting")
-        ) as rendezvous:
+        with Rendezvous(launch, seconds, read_secret(launch.secret_file, None)) as rendezvous:
             rendezvous.meet()
             try:
                 dist.init_process_group(

@@ -170,3 +170,14 @@ def test_differences_are_grouped_by_host() -> None:
         "another state (b), rank 0 (host h0) has a. All ranks must run the same software"
     )
     assert find_differences(ranks[:2]) is None
+
+
+def test_another_secret_is_named() -> None:
+    """Expects the rank with another secret to say so, and rank 0 to go on waiting for the right one."""
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, launch(0, 2, port), 4)
+        meeting = Rendezvous(launch(1, 2, port), 4, b"the secret of another run")
+        with meeting, pytest.raises(ConfigError, match=r"has another secret than this rank.*BEIT3_SECRET_FILE=FILE"):
+            meeting.meet()
+        assert "rank 1 of 2 did not come within 4 s" in first.result()

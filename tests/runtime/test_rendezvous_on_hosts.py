@@ -1,5 +1,6 @@
 """Tests that ranks of several hosts meet over the right interface, or report the reason."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,12 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from beit3_ds.runtime.run_secret import SECRET_FILE, read_secret
 from tests.hosts import INTERFACE, Host, missing_for_hosts
 from tests.slurm import PROGRAMS as SLURM
 from tests.slurm import start_slurm, stop_slurm
 
 RENDEZVOUS = [sys.executable, "-m", "tests.runtime.rendezvous_program"]
 BOUND_SECONDS = 120
+
+
+@pytest.fixture(autouse=True)
+def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Writes the ranks' secret, which hosts share; their folders for temporary files are their own."""
+    read_secret(None, str(tmp_path))
+    monkeypatch.setenv("BEIT3_SECRET_FILE", path := str(tmp_path / SECRET_FILE))
+    return path
 
 
 def meet(
@@ -23,7 +33,11 @@ def meet(
     ranks = []
     for rank, host in enumerate(hosts):
         names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": len(hosts), "MASTER_PORT": port, "MASTER_ADDR": master}
-        variables = {**{name: str(value) for name, value in names.items()}, **(environment or {})}
+        variables = {
+            "BEIT3_SECRET_FILE": os.environ["BEIT3_SECRET_FILE"],
+            **{name: str(value) for name, value in names.items()},
+            **(environment or {}),
+        }
         argv = [*RENDEZVOUS, str(seconds)]
         ranks.append(host.start(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     return [rank.communicate(timeout=BOUND_SECONDS)[0] for rank in ranks]
@@ -34,7 +48,7 @@ def test_srun_starts_ranks_that_meet(debian_hosts: list[Host], tmp_path: Path) -
     """srun sets all variables; on the first host, MASTER_ADDR resolves to 127.0.1.1."""
     if reason := missing_for_hosts(*SLURM):
         pytest.skip(reason)
-    environment = start_slurm(debian_hosts, tmp_path)
+    environment = {**start_slurm(debian_hosts, tmp_path), "BEIT3_SECRET_FILE": os.environ["BEIT3_SECRET_FILE"]}
     done = debian_hosts[0].run(["srun", "--nodes=2", "--ntasks=3", *RENDEZVOUS, "60"], environment)
     stop_slurm(debian_hosts)
     assert done.returncode == 0, done.stdout
