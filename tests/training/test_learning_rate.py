@@ -86,7 +86,7 @@ FINE_TUNING = {
     "captioning_base": (CAPTIONING, 4e-5),
     "captioning_large": (CAPTIONING, 8e-6),
     "captioning_giant": (CAPTIONING, 8e-6),
-    "captioning_small_cpu": (Curve(200, 20, 0, 0, 0, 0.0), 2e-3),
+    "captioning_small_cpu": (Curve(700, 50, 0, 0, 0, 0.0), 1.5e-3),
     "nlvr2_base": (NLVR2, 7e-4),
     "nlvr2_large": (NLVR2, 3e-4),
     "nlvr2_giant": (NLVR2, 1e-4),
