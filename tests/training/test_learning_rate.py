@@ -70,7 +70,7 @@ FINE_TUNING = {
     "vqa_base": (VQA, 3e-5),
     "vqa_large": (VQA, 2e-5),
     "vqa_giant": (VQA, 1e-5),
-    "vqa_small_cpu": (Curve(1000, 50, 0, 0, 0, 1e-4), 1.5e-3),
+    "vqa_small_cpu": (Curve(1200, 50, 0, 0, 0, 1e-4), 1e-3),
     "retrieval_base": (RETRIEVAL, 2e-4),
     "retrieval_large": (RETRIEVAL, 5e-5),
     "retrieval_giant": (RETRIEVAL, 1e-5),
