@@ -179,7 +179,7 @@ class EngineState:
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Yields the weights to save of every fragment together with the model's values of the same elements."""
+        """Yields, per fragment, the weights to save and the model's values of the same elements."""
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():

@@ -158,7 +158,7 @@ def write_hostfile(path: str | Path, hosts: Sequence[HostSlots]) -> Hostfile:
     """Writes a hostfile that `read_hostfile` and DeepSpeed read back as `hosts`.
 
     Raises:
-        ConfigError: if a hostfile cannot contain one of them, or the file cannot be written.
+        ConfigError: if a hostfile cannot contain one of the hosts, or the file cannot be written.
     """
     path = Path(path)
     text = "".join(f"{host.name} slots={host.slots}\n" for host in hosts)

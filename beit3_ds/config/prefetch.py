@@ -69,7 +69,7 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
-    """Returns the bytes of the views of one image: "both", "model" or "tokenizer"."""
+    """Returns the bytes of one image in the given views: "both", "model" or "tokenizer"."""
     sizes = {"tokenizer": config.tokenizers.visual.image_size}
     if config.backbone is not None:
         sizes["model"] = config.backbone.image_size

@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 
 class QuestionAnswerer:
-    """Chooses among the answers of its list (VQAv2).
+    """Answers questions about images with entries of a fixed list of answers (VQAv2).
 
     Attributes:
         model: the model, which takes pairs.

@@ -24,7 +24,7 @@ class Captioner:
 
     Attributes:
         model: the model, which takes pairs.
-        images: prepares images for it.
+        images: prepares images for the model.
         texts: holds the tokenizer.
     """
 

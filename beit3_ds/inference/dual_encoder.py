@@ -34,7 +34,7 @@ class DualEncoder:
 
     Attributes:
         model: the model, which takes images and texts.
-        images: prepares images for it.
+        images: prepares images for the model.
         texts: converts texts to ids.
     """
 

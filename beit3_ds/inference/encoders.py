@@ -29,7 +29,7 @@ class VisionEncoder:
 
     Attributes:
         model: the model, which takes images alone.
-        images: prepares images for it.
+        images: prepares images for the model.
     """
 
     def __init__(self, model: BEiT3, *, crop: bool = True) -> None:
@@ -132,7 +132,7 @@ class FusionEncoder:
 
     Attributes:
         model: the model, which takes pairs alone.
-        images: prepares images for it.
+        images: prepares images for the model.
         texts: converts texts to ids.
     """
 

@@ -32,7 +32,7 @@ class StatementJudge:
 
     Attributes:
         model: the model, which takes pairs.
-        images: prepares images for it.
+        images: prepares images for the model.
         texts: converts statements to ids.
     """
 

@@ -131,9 +131,9 @@ class TensorParallel:
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Returns the given replicated parameters, and sums their gradients over the ranks in backward.
 
-        With sequence parallelism each rank applies them to its own rows only, and backward all-reduces all their
-        elements in one message. Without it nothing is sent. Under ZeRO-3 they stay gathered until backward; norms and
-        biases need little memory.
+        With sequence parallelism, each rank applies the parameters to its own rows only, and backward all-reduces all
+        gradients in one message. Without sequence parallelism, nothing is sent. Under ZeRO-3, the parameters stay
+        gathered until backward; norms and biases need little memory.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 

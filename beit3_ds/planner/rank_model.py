@@ -96,7 +96,7 @@ class RankModel:
 
     @property
     def tied_elements(self) -> int:
-        """Returns the elements of this rank's part of a word table that first and last stage share; 0 without one."""
+        """Returns this rank's number of elements in a word table shared by first and last stage; 0 without one."""
         model = self.config.model
         if not model.has_tied_table or self.num_stages == 1:
             return 0

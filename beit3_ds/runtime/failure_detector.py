@@ -75,7 +75,7 @@ class FailureDetector:
         ]
 
     def _lost_contact(self) -> Failure:
-        """Returns the failure to report if a collective failed, probably by a time-out, but all ranks answer."""
+        """Returns the failure to report if a collective failed although all ranks answer; usually it timed out."""
         seconds = self._parallel.timeout_seconds
         if stalled := self._statuses.find_behind(seconds / 2):
             return self._stalled(stalled)

@@ -37,7 +37,7 @@ def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) 
 
 
 def _join_launched(parallel: ParallelConfig, output_dir: str | None) -> tuple[Mesh, Callable[[float], dist.Store]]:
-    """Does the work of `init_process_group`; also returns what connects to the store once more."""
+    """Does the work of `init_process_group`; also returns a function that opens another connection to the store."""
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -70,7 +70,7 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
 
 
 def class_names() -> dict[str, str]:
-    """Returns the name of each class of one object, such as `red circle`, by the name of its folder."""
+    """Maps the folder of each class to the name of the class, such as `red circle`."""
     names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     return {f"s{number:08}": name for number, name in enumerate(names)}
 

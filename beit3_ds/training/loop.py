@@ -172,8 +172,8 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
 
     Raises:
         ConfigError: if too many records are broken, a rank gets no data, or the last checkpoint cannot be written.
-        StorageError: if a file system fails. The state after the last finished step is saved first, as it is if a rank
-            gets no data.
+        StorageError: if a file system fails. The state after the last finished step is saved first. The same applies
+            if a rank gets no data.
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before these steps.
     """

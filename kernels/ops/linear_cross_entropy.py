@@ -297,7 +297,7 @@ def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: in
 def _gradient_cpu(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
-    """Implements the operator on a CPU for checks: writes gradients over logits, returns their sum over rows, (N,)."""
+    """Overwrites logits with gradients on a CPU, for checks; returns the sum of the gradients over rows, (N,)."""
     d_MN = (logits_MN.to(lse_M.dtype) + bias_N).sub_(lse_M.unsqueeze(1)).exp_()
     index_M1, inside_M = _find(target_M, first, d_MN)
     d_MN.scatter_add_(1, index_M1, -inside_M.to(d_MN.dtype).unsqueeze(1)).mul_(d_loss_M.unsqueeze(1))

@@ -41,9 +41,9 @@ def multiway_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Normalises every row, scales and shifts it with its expert's parameters, and also returns the stream itself.
 
-    A residual connection should use the returned stream, because the norm's backward pass then adds its gradient
-    without a separate pass. The op saves x, two numbers per row, and the parameters themselves. An expert without rows
-    gets zero gradients.
+    A residual connection should use the returned stream, because the norm's backward pass then adds the
+    residual's gradient without a separate pass. The op saves x, two numbers per row, and the parameters themselves. An
+    expert without rows gets zero gradients.
 
     Args:
         x_TD: packed rows, of the parameters' dtype or of float32.

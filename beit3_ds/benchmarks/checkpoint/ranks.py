@@ -113,7 +113,7 @@ class _Rank:
 
 
 def save(rank: _Rank, rounds: int) -> None:
-    """Saves with both in turn; DeepSpeed goes first, because this project's copy of the state does not exist yet."""
+    """Saves with DeepSpeed, then with this project, so that DeepSpeed's first save precedes this project's state copy."""
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:
             start = time.perf_counter()
@@ -137,7 +137,7 @@ def save(rank: _Rank, rounds: int) -> None:
 
 
 def load(rank: _Rank, rounds: int) -> None:
-    """Loads with both in turn, from files that are not in the page cache."""
+    """Loads with this project, then with DeepSpeed, from files that are not in the page cache."""
     for _ in range(rounds):
         for by, work in ((OURS, _load_ours), (THEIRS, _load_theirs)):
             if rank.mesh.is_main:

@@ -52,7 +52,7 @@ def _version(package: str) -> Callable[[Answers], str]:
 
 
 def _code(node: Answers) -> str:
-    """Returns a digest of all digests, so that equal cells mean equal code."""
+    """Returns one digest over the digests of all code files; nodes with equal code show the same value."""
     if node.software is None:
         return "-"
     files = node.software["code"]

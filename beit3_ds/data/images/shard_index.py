@@ -59,7 +59,7 @@ class ShardIndex:
 
 
 class StoredIndex:
-    """Reads the index of one tar from a file, whose records it maps at the first use."""
+    """Reads the index of one tar from a file; maps the file's records at the first use."""
 
     def __init__(self, path: str, tar: str, files: OpenFiles | None = None) -> None:
         """Reads the header of an index file and checks that the tar has not changed since it was written.

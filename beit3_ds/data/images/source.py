@@ -12,7 +12,7 @@ from beit3_ds.data.files.records import Skipped
 class ImageSource(Protocol):
     """Declares the interface of numbered images, with captions if the corpus has them.
 
-    The numbers are part of the data order, so they follow from the files alone, and broken samples keep theirs.
+    The data order depends on the numbers, so they follow from the files alone, and broken samples are numbered too.
     Instances can be pickled, and read from several processes.
     """
 

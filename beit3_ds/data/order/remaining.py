@@ -84,7 +84,7 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the sets and of their concatenation; returns the index of the latter."""
+        """Appends the JSON nodes of the sets and of their concatenation; returns the concatenation's index."""
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1
 
@@ -108,7 +108,7 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the whole set and of the remaining samples; returns the index of the latter."""
+        """Appends the JSON nodes of the whole set and of the remaining samples; returns the second node's index."""
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1
 
@@ -151,7 +151,7 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the whole set and of this subset; returns the index of the latter."""
+        """Appends the JSON nodes of the whole set and of this subset; returns the subset's index."""
         nodes.append(["only", self.whole.add_to(nodes), list(self.sources)])
         return len(nodes) - 1
 

@@ -25,7 +25,7 @@ class FoundSource:
 
 
 class SourceMatch(NamedTuple):
-    """Pairs a source that the run found with its description in the stored position."""
+    """Holds a source that the run found and its description in the stored position."""
 
     found: FoundSource
     id: int

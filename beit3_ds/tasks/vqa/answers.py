@@ -70,7 +70,7 @@ def accuracy_of_share(num_matches: int, num_answers: int) -> float:
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Returns the training target of every answer that people gave: its accuracy, by the answer's normal form."""
+    """Maps the normal form of every answer that people gave to its accuracy, the training target."""
     counts = Counter(map(normalize_answer, answers))
     return {answer: accuracy_of_share(count, len(answers)) for answer, count in counts.items()}
 
