@@ -113,7 +113,7 @@ class _Rank:
 
 
 def save(rank: _Rank, rounds: int) -> None:
-    """Saves with DeepSpeed, then with this project, so that DeepSpeed's first save precedes this project's state copy."""
+    """Saves with DeepSpeed, then with this project, as this project's state copy does not exist at first."""
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:
             start = time.perf_counter()
