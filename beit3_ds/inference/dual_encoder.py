@@ -1,4 +1,4 @@
-"""Encodes images and texts apart, so that they can be compared (paper figure 3, dual encoder)."""
+"""Encodes images and texts separately into features that can be compared (paper figure 3, dual encoder)."""
 
 # I images, X texts, D hidden.
 
@@ -30,7 +30,7 @@ _IMAGES, _TEXTS = 0, 3  # of layout.PARTS
 
 
 class DualEncoder:
-    """Computes comparable features of images and of texts, with the heads of contrastive training.
+    """Computes features of images and of texts, which the heads of contrastive training make comparable.
 
     Attributes:
         model: the model, which takes images and texts.
@@ -106,7 +106,7 @@ class DualEncoder:
 
     @property
     def scale(self) -> float:
-        """Returns the learned factor of cosines."""
+        """Returns the learned factor by which cosine similarities are multiplied."""
         batch = pack_inputs(self.model.config, None, [[0]], None, self.images.device)
         with torch.no_grad():
             return float(self._features(batch).shared[SCALE])

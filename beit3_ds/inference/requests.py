@@ -51,8 +51,8 @@ def read_questions(path: str | Path, folder: str | Path | None = None) -> list[Q
         folder: folder of the images; None is the folder of the file.
 
     Raises:
-        ConfigError: naming file and line, if the file cannot be read, a line has no question or an unknown image, or an
-            id occurs twice.
+        ConfigError: if the file cannot be read, a line has no question or an unknown image, or an id occurs twice; the
+            message names the file and the line.
     """
     base, questions, lines = Path(folder or Path(path).parent), [], dict[int | str, int]()
     for line, found in iterate_json_lines(str(path), {"question": str, "image": str}):

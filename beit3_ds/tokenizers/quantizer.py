@@ -1,4 +1,4 @@
-"""Defines the visual tokenizer's codebook: nearest code by cosine, learnt by moving averages, not by gradients.
+"""Defines the visual tokenizer's codebook, which finds the nearest code by cosine and learns by moving averages.
 
 Follows BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2 and 3.1), after VQ-VAE (van den Oord et al., 2017,
 arXiv:1711.00937, appendix A.1).

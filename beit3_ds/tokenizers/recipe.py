@@ -57,7 +57,7 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
 
 
 def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Callable[[], Recipe]) -> bool:
-    """Returns whether the finished tokenizer of a recipe exists.
+    """Returns whether a finished tokenizer exists at `path` and was trained with the recipe.
 
     Args:
         section: section of the config, such as "tokenizers.text".
@@ -66,7 +66,7 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
         read_known: returns the part of the recipe that the tokenizer's own file contains, for files without a record.
 
     Raises:
-        ConfigError: if the path is a tokenizer of another recipe, naming the difference, or another kind of file.
+        ConfigError: if the file was trained with another recipe, or is no tokenizer; the message names the difference.
     """
     if not Path(path).is_file():
         return False

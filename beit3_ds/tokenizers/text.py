@@ -26,7 +26,7 @@ _ERRORS_ONLY = 2  # SentencePiece's log level; lower levels print a page during 
 
 
 class WordBorders(NamedTuple):
-    """Finds the ids at the borders of words by the white space in a tokenizer's pieces."""
+    """Tells which token ids start or end a word, according to the white space in the tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
     """Whether each id starts a word, (vocab_size,); true for pieces with leading white space, BOS, padding and EOS."""
@@ -152,10 +152,10 @@ class TextTokenizer:
 
 
 def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
-    """Reads a run's tokenizer and checks that the word embedding has a row per id; returns None without texts.
+    """Reads a run's text tokenizer and checks that the word embedding has a row per id; None for a run without texts.
 
     Raises:
-        ConfigError: as `TextTokenizer` does, or if the word embedding is too small, naming both sizes.
+        ConfigError: if the file is missing or is no valid tokenizer, or if the word embedding has too few rows.
     """
     if not config.data.has_texts:
         return None

@@ -49,7 +49,7 @@ class OpenFiles:
         self._start()
 
     def read(self, path: str, offset: int, size: int, expected: tuple[int, int] | None = None) -> bytes:
-        """Reads `size` bytes from `offset` in one call, or fewer where the file ends.
+        """Returns `size` bytes of a file from `offset` on, or fewer if the file ends earlier; usually in one call.
 
         Args:
             path: path of the file.
@@ -192,7 +192,9 @@ def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
 
 
 def read_fully(descriptor: int, offset: int, size: int) -> bytes:
-    """Reads `size` bytes of an open file, or fewer if the file ends; reads on if the system returns less at once.
+    """Returns `size` bytes of an open file from `offset` on, or fewer if the file ends earlier.
+
+    Repeats the read if the system returns only a part of the bytes.
 
     Raises:
         OSError: if the file cannot be read.

@@ -1,4 +1,4 @@
-"""Computes fingerprints of sources, with which ranks compare the files that they found."""
+"""Computes fingerprints of sources, which ranks compare to detect that they found different files."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -6,14 +6,14 @@ from typing import NamedTuple, Protocol, TypedDict
 
 
 class SourceFile(NamedTuple):
-    """Describes a file of a source for the comparison between ranks."""
+    """Describes a file of a source; ranks compare these descriptions to detect that their files differ."""
 
     name: str
     """Path of the file inside the folder that the config names, because that folder may differ between hosts."""
     num_bytes: int | None
-    """Size of the file; None if it is not looked up, because millions of files would take one request each."""
+    """Size of the file in bytes; None if it was not looked up, as for most files of a large folder of images."""
     num_samples: int
-    """Samples in the file."""
+    """Number of samples in the file."""
 
 
 class HasFiles(Protocol):
@@ -23,7 +23,7 @@ class HasFiles(Protocol):
         """Returns the number of samples, broken ones included."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source, in the order of its samples."""
+        """Returns name, size and number of samples of each file of the source, in the order of its samples."""
 
 
 class SourceFingerprint(TypedDict):
@@ -36,7 +36,7 @@ class SourceFingerprint(TypedDict):
 
 
 def fingerprint(source: HasFiles) -> SourceFingerprint:
-    """Computes the fingerprint of a source; takes about a microsecond per file."""
+    """Computes the fingerprint of a source, in about a microsecond per file."""
     digest, num_files = hashlib.sha256(), 0
     for file in source.files():
         digest.update(repr(tuple(file)).encode("utf-8", "surrogatepass"))

@@ -112,7 +112,7 @@ def list_folders(base: str) -> Iterator[str]:
 
 
 def check_no_hard_link(files: Iterable[str]) -> None:
-    """Refuses two hard links to one file, which `expand_patterns` counts as two files.
+    """Checks that no two files are hard links to one file, which `expand_patterns` does not detect.
 
     Raises:
         ConfigError: with the names of both links.

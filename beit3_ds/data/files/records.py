@@ -1,4 +1,4 @@
-"""Defines the records of a source that yield no sample: broken samples, and skipped files, members and rows."""
+"""Defines how sources report broken samples, and files, members and rows that they skip."""
 
 from typing import NamedTuple
 
@@ -13,4 +13,4 @@ class Skipped(NamedTuple):
     num_members: int
     """Number of skipped files, members or rows."""
     example: str
-    """Name of the first one that was skipped."""
+    """Name of the first skipped file, member or row."""

@@ -21,9 +21,9 @@ NO_IMAGE = -1
 
 
 class AnnotatedImages:
-    """Reads the samples of an annotation file; an image with five captions is five samples.
+    """Reads the samples of an annotation file, one sample per caption: an image with five captions is five samples.
 
-    Takes 16 bytes per sample in addition to its caption, and 8 bytes per image in addition to its path.
+    Memory: 16 bytes per sample in addition to its caption, and 8 bytes per image in addition to its path.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class AnnotatedImages:
         return len(self.captions)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the annotation file, which lists the samples in order.
+        """Yields name, size and number of samples of the annotation file.
 
         Raises:
-            ConfigError: if the file is gone.
+            ConfigError: if the file no longer exists.
         """
         ((num_bytes, _),) = describe_files([self.annotations])
         yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
 
     def name(self, index: int) -> str:
-        """Names a sample in messages: the annotation file, the line or the sample's number, and the image."""
+        """Returns the annotation file, the line or number of a sample, and the path of its image, for messages."""
         number = self.image_numbers[index]
         image = "no image" if number == NO_IMAGE else self.paths[number]
         place = self.lines[index] if self.lines else index
@@ -98,7 +98,7 @@ class AnnotatedImages:
         """Returns the caption of a sample, without white space around it.
 
         Raises:
-            BrokenRecordError: if it is missing, empty, too long or not valid text.
+            BrokenRecordError: if the caption is missing, empty, too long or not valid text.
         """
         try:
             return clean_caption(self.captions[index])
@@ -116,7 +116,7 @@ class AnnotatedImages:
 
 
 class CollectedAnnotations(AnnotatedImages):
-    """Collects samples that the readers in `annotations` add one after another."""
+    """Collects the samples of an annotation file, to which readers of annotation files add one sample after another."""
 
     def __init__(self, annotations: str, folder: str) -> None:
         """Creates an empty collection; the arguments are as for `AnnotatedImages`."""
@@ -124,7 +124,7 @@ class CollectedAnnotations(AnnotatedImages):
         super().__init__(annotations, folder, self._paths, self._captions, self._image_numbers, {}, array("q"))
 
     def add_image(self, path: str) -> int:
-        """Adds an image by its path in the folder; returns its number."""
+        """Adds the path of an image in the folder; returns the image's number."""
         self._paths.append(path)
         return len(self._paths) - 1
 
@@ -142,7 +142,7 @@ class CollectedAnnotations(AnnotatedImages):
         self._captions.append(caption if isinstance(caption, str) else "")
 
     def skip(self, reason: str, example: str, count: int = 1) -> None:
-        """Counts rows or files that are not samples."""
+        """Counts rows or files that are skipped for a reason, with the name of an example."""
         before, first = self.skipped.get(reason, (0, printable(example)))
         self.skipped[reason] = Skipped(before + count, first)
 

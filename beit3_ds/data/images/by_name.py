@@ -1,4 +1,4 @@
-"""Finds images that annotations name, in a folder of image files or in tars."""
+"""Reads images by the names in annotation files, from a folder of image files or from tars."""
 
 import os
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ class ImagesByName:
             self.path = self._folder.path
 
     def holds(self, name: str) -> bool:
-        """Returns whether there is an image of that name that may be read; opens no image.
+        """Returns whether an image with this name exists and may be read; opens no image.
 
         Raises:
             StorageError: if the file system fails.
@@ -50,7 +50,7 @@ class ImagesByName:
         return self._number(name) is not None if self._folder is None else self._folder.holds(name)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Returns the names that the folder lacks, in their order; lists each folder once and opens no image.
+        """Returns those of the names that have no image, in the same order; lists each folder once, opens no image.
 
         Raises:
             StorageError: if the file system fails.
@@ -72,7 +72,7 @@ class ImagesByName:
         """Decodes an image, upright and in RGB (`decoding.decode_image`).
 
         Raises:
-            ValueError: if it is missing, outside the folder, or cannot be read.
+            ValueError: if the image is missing, outside the folder, or cannot be read.
             StorageError: if the file system fails.
         """
         if self._folder is not None:
@@ -100,7 +100,7 @@ def _files_in(folder: Folder, inside: str) -> set[str]:
 
 
 def _number_keys(shards: TarShards) -> dict[str, int]:
-    """Returns the number of each sample by its key, and by the key's last part where that is unique."""
+    """Returns the number of each sample by its key, and also by the last part of the key if that part is unique."""
     keys = [shards.key(number) for number in range(len(shards))]
     numbers: dict[str, int] = {}
     repeated: set[str] = set()

@@ -1,4 +1,4 @@
-"""Holds images with identifiers and several captions each, as captioning and retrieval evaluate them."""
+"""Holds images that have an identifier and several captions each, for captioning and retrieval."""
 
 import json
 from array import array
@@ -11,9 +11,9 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 
 
 class CaptionedImages(CollectedAnnotations):
-    """Holds images with their captions: one sample per caption; the captions of one image are consecutive.
+    """Holds images with several captions as one sample per caption; the captions of one image are consecutive samples.
 
-    `each_image` has the same images with one sample per image.
+    `each_image` returns the same images as one sample per image.
     """
 
     def __init__(self, annotations: str, folder: str) -> None:
@@ -70,28 +70,28 @@ class CaptionedImages(CollectedAnnotations):
         return self._image_lines
 
     def identifier(self, image: int) -> int | str:
-        """Returns the identifier of an image, by the number of the image."""
+        """Returns the identifier of image number `image`."""
         identifier: int | str = json.loads(self._identifiers[image])
         return identifier
 
     def samples_of(self, image: int) -> range:
-        """Returns the samples that are captions of an image, by the number of the image."""
+        """Returns the numbers of the samples that have a caption of image number `image`."""
         return range(self._ends[image - 1] if image else 0, self._ends[image])
 
     def references(self, image: int) -> list[str]:
-        """Returns the captions of an image, by the number of the image; none in a test split."""
+        """Returns all captions of image number `image`; an image of a test split may have none."""
         return [self.captions[sample] for sample in self.samples_of(image)]
 
     def each_image(self) -> "EachImage":
-        """Returns the same images with one sample per image."""
+        """Returns a view of the same images that has one sample per image."""
         return EachImage(self)
 
 
 class EachImage(AnnotatedImages):
-    """Holds one sample per image; its caption is the first of the image, and missing in a test split."""
+    """Holds images as one sample each, whose `caption` is the image's first caption; a test split may have none."""
 
     def __init__(self, captioned: CaptionedImages) -> None:
-        """Builds one sample per image of `captioned`, with its first caption, or an empty one if it has none."""
+        """Builds one sample per image of `captioned`; an image without captions gets an empty caption."""
         count = captioned.num_images
         firsts = CompactStrings((captioned.references(image) or [""])[0] for image in range(count))
         super().__init__(
@@ -106,18 +106,18 @@ class EachImage(AnnotatedImages):
         self._captioned = captioned
 
     def identifier(self, index: int) -> int | str:
-        """Returns the identifier of an image."""
+        """Returns the identifier of the image of sample `index`."""
         return self._captioned.identifier(index)
 
     def references(self, index: int) -> list[str]:
-        """Returns the captions of an image; none in a test split."""
+        """Returns all captions of the image of sample `index`; an image of a test split may have none."""
         return self._captioned.references(index)
 
     def check_has_references(self) -> None:
-        """Refuses a split in which an image has no captions.
+        """Checks that every image has a caption.
 
         Raises:
-            ConfigError: with the file and the image.
+            ConfigError: if one has none; the message names the file and the image.
         """
         for index in range(len(self)):
             if not self.references(index):

@@ -37,7 +37,7 @@ class CompactStrings(StoredStrings):
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        """Starts with some strings."""
+        """Creates the collection with the given strings."""
         self._bytes, self._ends = bytearray(), array("q")
         super().__init__(self._bytes, self._ends)
         for string in strings:

@@ -1,4 +1,4 @@
-"""Transforms an image into the single view that tasks other than pretraining read."""
+"""Augments or resizes an image to the model's input, for tasks other than pretraining."""
 
 # s pixels on a side of a view.
 
@@ -31,14 +31,14 @@ _ERASED_ASPECTS = (0.3, 10 / 3)
 
 
 class ImageTransform(Protocol):
-    """Makes the view of an image, (3, s, s) float32 in [-1, 1]."""
+    """Declares the interface of a transform from an image to the model's input, (3, s, s) float32 in [-1, 1]."""
 
     @property
     def min_side(self) -> int | None:
         """Returns the pixels that an image's shorter side needs so that no view is enlarged; None for any size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Makes the view of an RGB image, with all draws from `rng`."""
+        """Returns the transformed RGB image; `rng` gives all random numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class ResizedView:
         """Returns None, so that images are decoded in full size and the view does not depend on their format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Returns the view of an RGB image, without random draws."""
+        """Returns the resized RGB image; uses no random numbers."""
         return whole_view(image, self.image_size)
 
 
@@ -64,7 +64,7 @@ def whole_view(image: Image.Image, image_size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentedView:
-    """Draws a resized crop, flip, RandAugment, color jitter and random erasing, in this order."""
+    """Augments an image by a random resized crop, flip, RandAugment, color jitter and random erasing, in this order."""
 
     image_size: int
     """Pixels on a side of the view."""
@@ -85,7 +85,7 @@ class AugmentedView:
         return smallest_side(self.image_size, self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Draws a view of an RGB image."""
+        """Returns the augmented RGB image, (3, image_size, image_size) float32; `rng` gives all random numbers."""
         crop = image.crop(random_crop_box(image.size, self.min_crop_scale, rng))
         pixels = resize_pixels(image_pixels(crop), self.image_size, "bicubic")
         if rng.random() < self.flip_probability:
@@ -103,7 +103,7 @@ class AugmentedView:
 
 
 def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedView:
-    """Builds the training transform that `data` in the configuration describes."""
+    """Builds the training augmentation from the settings in the section "data"."""
     data = config.data
     return AugmentedView(
         image_size=config.model.image_size,
@@ -117,7 +117,7 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 
 @dataclass(frozen=True, kw_only=True)
 class PairView:
-    """Chooses an image's transform by its texts: without flips if a text names a side, such as "left"."""
+    """Chooses the transform of an image by its texts: one without flips if a text contains "left" or "right"."""
 
     usual: ImageTransform
     """Transform that may flip the image."""
@@ -126,7 +126,7 @@ class PairView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns `ImageTransform.min_side`, which both transforms share."""
+        """Returns the value of `ImageTransform.min_side`, which is equal for both transforms."""
         return self.usual.min_side
 
     def of(self, *texts: str) -> ImageTransform:
@@ -135,7 +135,7 @@ class PairView:
 
 
 def build_pair_view(config: RunConfig, split: Split) -> PairView:
-    """Builds the transforms of images with texts: augmented for training, else resized without a crop."""
+    """Builds the transforms of images with texts: augmentation for training, else resizing without a crop."""
     if split != "train":
         resized = ResizedView(image_size=config.model.image_size)
         return PairView(usual=resized, unflipped=resized)

@@ -18,13 +18,13 @@ class ImageSource(Protocol):
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns files, members and rows that are left out, by reason."""
+        """Returns the number of skipped files, members and rows, with an example, by reason."""
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files that the samples come from, in the order of the samples."""
+        """Returns name, size and number of samples of each file of the source, in the order of its samples."""
 
     def name(self, index: int) -> str:
         """Returns the file and the key of a sample, for messages."""

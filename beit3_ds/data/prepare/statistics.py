@@ -33,9 +33,9 @@ class SourceStatistics:
     """Holds statistics of the samples that were read from one source."""
 
     num_samples: int
-    """Samples in the source."""
+    """Number of samples in the source."""
     num_examined: int
-    """Samples that were read."""
+    """Number of samples that were read for the statistics."""
     skipped: dict[str, Skipped]
     """Files, members, rows and lines that the source leaves out, by reason."""
     numbers: dict[str, list[int]] = field(default_factory=dict)

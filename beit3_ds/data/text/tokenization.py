@@ -1,4 +1,4 @@
-"""Encodes paragraphs to ids, and packs them into sequences.
+"""Encodes paragraphs to token ids, and packs the paragraphs into sequences.
 
 EOS separates documents, as in RoBERTa's sequences that cross documents (Liu et al., 2019, arXiv:1907.11692, section
 4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. At the end of a sequence it is the

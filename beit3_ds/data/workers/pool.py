@@ -54,7 +54,7 @@ def prepare_in_order(
 
     Args:
         preparation: what the workers do.
-        requests: read only as fast as workers receive them.
+        requests: requests, each of which is read from the iterable only when a worker can receive it.
         num_workers: number of processes, each of which prepares every num_workers-th item; 0 uses a thread of this
             process.
         ahead: maximum items that each worker prepares ahead.
@@ -99,7 +99,9 @@ def prepare_in_any_order(
     `limits.seconds`.
 
     Raises:
-        StopRequestedError, DataTimeoutError, WorkerLossError: as `prepare_in_order` does.
+        StopRequestedError: if this process is asked to stop while it waits for an item.
+        DataTimeoutError: if an item makes no progress in time.
+        WorkerLossError: if workers die or stop repeatedly over one item.
     """
     workers = _Workers(preparation)
     try:

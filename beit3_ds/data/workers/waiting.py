@@ -19,7 +19,7 @@ _START_SECONDS = 120.0
 
 
 class DataTimeoutError(ConfigError):
-    """Reports an item of data that did not come in time; the message names it."""
+    """Reports that data were not ready within the time limit; the message names the missing item."""
 
 
 class StopRequestedError(Exception):
