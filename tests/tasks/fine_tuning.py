@@ -36,15 +36,20 @@ _SPLITS: dict[str, tuple[int, Mapping[str, Any]]] = {
     "tensor 2": (2, {"tensor_parallel_size": 2}),
     "tensor 2, sequence parallel": (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
     "pipeline 2": (2, {"pipeline_parallel_size": 2}),
+    "4 ranks": (4, {}),
+    "data 2, tensor 2": (4, {"tensor_parallel_size": 2}),
+    "data 2, tensor 2, sequence parallel": (4, {"tensor_parallel_size": 2, "sequence_parallel": True}),
 }
+_SAMPLES_PER_STEP = 8  # of every task's run
 ALL: dict[str, Layout] = {
     f"{name}, ZeRO-{stage}, {micro} micro-batches": (ranks, stage, micro, parallel)
     for name, (ranks, parallel) in _SPLITS.items()
     for stage in range(4)
     for micro in (1, 2, 4)
     if micro >= parallel.get("pipeline_parallel_size", 1)
+    and micro * ranks // parallel.get("tensor_parallel_size", 1) <= _SAMPLES_PER_STEP
 }
-"""The whole product, for slow tests; a pipeline refuses fewer micro-batches than stages."""
+"""The whole product, for slow tests; a pipeline refuses fewer micro-batches than stages, and none is empty."""
 
 
 class WriteConfig(Protocol):
@@ -125,12 +130,12 @@ def check_layout_trains_the_same(write_config: WriteConfig, one_process: Path, f
             assert {name: ours[name] for name in names} == pytest.approx({n: theirs[n] for n in names}, rel=rel)
 
 
-def check_same_gradients(folder: Path, one_process: Path) -> None:
+def check_same_gradients(folder: Path, one_process: Path, bound: float = 1e-5) -> None:
     """Compares the first moments after one step, which are a tenth of its clipped gradients, tensor by tensor.
 
-    The difference may be 1e-5 of the gradient in Euclidean norm, or 1e-7 of that of all tensors together. The second
-    bound is for gradients that are small differences of large sums, as that of the keys' bias, which is 0 but for
-    rounding.
+    The difference may be `bound` of the gradient in Euclidean norm, or a hundredth of `bound` of all gradients
+    together. The second rule is for gradients that are small differences of large sums, such as that of the keys' bias,
+    which is 0 but for rounding.
     """
     ours, expected = (CheckpointFolder(run / "run" / "checkpoints" / "step-00000001") for run in (folder, one_process))
     assert ours.names() == expected.names()
@@ -141,7 +146,7 @@ def check_same_gradients(folder: Path, one_process: Path) -> None:
         norms[name] = ((found - theirs).norm().item(), theirs.norm().item())
     smallest = 0.01 * math.hypot(*(norm for _, norm in norms.values()))
     for name, (difference, norm) in norms.items():
-        assert difference <= 1e-5 * max(norm, smallest), f"{name}: {difference:.2e} of {norm:.2e}"
+        assert difference <= bound * max(norm, smallest), f"{name}: {difference:.2e} of {norm:.2e}"
     ours.close()
     expected.close()
 
@@ -149,7 +154,8 @@ def check_same_gradients(folder: Path, one_process: Path) -> None:
 def check_resumes_bit_for_bit(write_config: WriteConfig, one_process: Path, folder: Path) -> None:
     """Checks that a run from the checkpoint of step 2 has the same records as the run that did not stop."""
     shutil.copytree(one_process / "run", folder / "run")
-    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000004")
+    for step in (3, 4):
+        shutil.rmtree(folder / "run" / "checkpoints" / f"step-{step:08d}")
     config = write_config(folder)
     assert run_ranks(train, 1, str(config)) == [0]
     for kind in ("train", "validation"):

