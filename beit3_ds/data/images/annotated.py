@@ -17,7 +17,7 @@ from beit3_ds.data.images.compact_strings import CompactStrings, StoredStrings
 from beit3_ds.printing import printable
 
 NO_IMAGE = -1
-"""Image number of a caption whose annotation names no image of the file."""
+"""Image number of a sample whose annotation names an image that the file does not list."""
 
 
 class AnnotatedImages:
@@ -40,13 +40,14 @@ class AnnotatedImages:
 
         Args:
             annotations: path of the annotation file, for messages.
-            folder: folder of the images, or a pattern of tars (`ImagesByName`). Nothing outside the folder is read,
-                even if annotations name such paths.
+            folder: folder of the images, or a pattern of tars (`ImagesByName`). Images outside the folder are never
+                read, even if annotations name them.
             paths: path of each image in the folder or in the tars.
             captions: the caption of each sample.
-            image_numbers: index in `paths` of each sample's image, or `NO_IMAGE`.
-            skipped: rows and files left out, by reason.
-            lines: line of each sample in the annotation file, counted from 1; None or empty if samples are no lines.
+            image_numbers: for each sample, the index of the sample's image in `paths`, or `NO_IMAGE`.
+            skipped: number and example of skipped rows and files, by reason.
+            lines: line number of each sample in the annotation file, counted from 1; None or empty for formats that
+                are not read line by line.
 
         Raises:
             ConfigError: if `folder` is neither a folder nor a pattern of tars.
@@ -69,7 +70,7 @@ class AnnotatedImages:
         yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
 
     def name(self, index: int) -> str:
-        """Returns the annotation file, the line or number of a sample, and the path of its image, for messages."""
+        """Names a sample in messages: annotation file, line number or sample number, and path of the image."""
         number = self.image_numbers[index]
         image = "no image" if number == NO_IMAGE else self.paths[number]
         place = self.lines[index] if self.lines else index
@@ -83,8 +84,8 @@ class AnnotatedImages:
         """Decodes the image of a sample, upright and in RGB.
 
         Raises:
-            BrokenRecordError: if the annotation names no image of the file, or if the image cannot be read or is
-                outside the folder.
+            BrokenRecordError: if the annotation file does not list the sample's image, or if the image cannot be read
+                or is outside the folder.
         """
         number = self.image_numbers[index]
         if number == NO_IMAGE:
@@ -109,17 +110,22 @@ class AnnotatedImages:
         """Returns the image and the caption of a sample.
 
         Raises:
-            BrokenRecordError: if either is missing or cannot be read.
+            BrokenRecordError: if the image or the caption is missing or cannot be read.
         """
         caption = self.caption(index)  # first, because it is cheaper to read than the image
         return self.image(index, min_side), caption
 
 
 class CollectedAnnotations(AnnotatedImages):
-    """Collects the samples of an annotation file, to which readers of annotation files add one sample after another."""
+    """Collects the samples of an annotation file while the file is parsed."""
 
     def __init__(self, annotations: str, folder: str) -> None:
-        """Creates an empty collection; the arguments are as for `AnnotatedImages`."""
+        """Creates an empty collection.
+
+        Args:
+            annotations: path of the annotation file, for messages.
+            folder: folder of the images, or a pattern of tars.
+        """
         self._paths, self._captions, self._image_numbers = CompactStrings(), CompactStrings(), array("q")
         super().__init__(annotations, folder, self._paths, self._captions, self._image_numbers, {}, array("q"))
 
@@ -129,7 +135,7 @@ class CollectedAnnotations(AnnotatedImages):
         return len(self._paths) - 1
 
     def add_sample(self, image_number: int, caption: object, line: int | None = None) -> None:
-        """Adds a caption of an image; a caption that is not a string becomes a broken sample.
+        """Adds a sample, which is an image with one caption; without a string as caption the sample is broken.
 
         Args:
             image_number: result of `add_image`, or `NO_IMAGE`.
@@ -142,7 +148,7 @@ class CollectedAnnotations(AnnotatedImages):
         self._captions.append(caption if isinstance(caption, str) else "")
 
     def skip(self, reason: str, example: str, count: int = 1) -> None:
-        """Counts rows or files that are skipped for a reason, with the name of an example."""
+        """Adds `count` to the rows or files that are skipped for a reason; keeps the first example of each reason."""
         before, first = self.skipped.get(reason, (0, printable(example)))
         self.skipped[reason] = Skipped(before + count, first)
 
@@ -151,7 +157,7 @@ def describe_files(files: Sequence[str]) -> list[list[int]]:
     """Returns the size in bytes and the modification time in nanoseconds since 1970 of each file.
 
     Raises:
-        ConfigError: if a file cannot be read, with its name.
+        ConfigError: if a file is missing or inaccessible; the message names the file.
     """
     try:
         return [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]

@@ -1,9 +1,9 @@
-"""Stores annotations in tables, which `beit3 prepare index` writes so that runs need not parse annotation files.
+"""Stores annotations in tables. `beit3 prepare index` writes the tables so that runs parse no annotation files.
 
-A table starts with one line of JSON: the state of the annotation files, the skipped rows and files, and the sizes.
-Numbers follow (int64, little-endian): the image of each sample, the end of each image path, the end of each caption.
-Then come the paths and the captions as UTF-8. All but the first line is mapped, so all processes of a machine share the
-page cache.
+A table starts with one line of JSON: size and modification time of the annotation files, skipped rows and files, and
+the sizes of all parts. Numbers follow (int64, little-endian): the image number of each sample, the end offset of each
+image path, and the end offset of each caption. The paths and the captions follow as UTF-8 text. Everything after the
+first line is memory-mapped, so all processes of a machine share the page cache.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ _MAX_HEADER_BYTES = 1 << 20
 
 
 class StoredAnnotations(AnnotatedImages):
-    """Reads the samples of a table. A pickled copy maps the table again."""
+    """Reads the samples of annotation files from a table; a pickled copy maps the table file again."""
 
     def __init__(self, path: str, files: Sequence[str], folder: str) -> None:
-        """Opens a table and checks that its annotation files have not changed since it was written.
+        """Opens a table and checks that its annotation files have not changed since the table was written.
 
         Args:
             path: path of the table.
-            files: the annotation file, and a second one if the format has two.
+            files: paths of the annotation files; some formats have two.
             folder: folder of the images.
 
         Raises:
@@ -80,19 +80,19 @@ class StoredAnnotations(AnnotatedImages):
 
 
 def table_path(cache_dir: str, kind: str, annotations: str, folder: str) -> str:
-    """Returns the path of a table, named after the annotation file and a digest of everything it depends on."""
+    """Returns the path of a table, named by the annotation file and a digest of the format and both paths."""
     facts = "\0".join((kind, os.path.abspath(annotations), os.path.abspath(folder)))
     digest = hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]
     return os.path.join(cache_dir, "index", f"{bounded_name(os.path.basename(annotations))}.{digest}.table")
 
 
 def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]]) -> None:
-    """Writes the table of some samples atomically: the file is complete or absent.
+    """Writes samples to a table atomically: the file is complete or absent.
 
     Args:
-        samples: samples of the annotation files.
+        samples: all samples of the annotation files.
         path: path of the table.
-        made_from: result of `describe_files` before the annotation files were read.
+        made_from: result of `describe_files` from before the annotation files were read.
 
     Raises:
         OSError: if the folder cannot be written.

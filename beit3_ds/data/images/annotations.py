@@ -1,17 +1,17 @@
 """Reads the annotation files of public image-text corpora.
 
-They follow the published descriptions of the formats (docs/data.md says what was tested).
+The readers follow the published descriptions of the formats; docs/data.md lists the tested ones.
 
 | corpus | annotation file | image of a row |
 |---|---|---|
-| COCO Captions | `captions_*.json` | `file_name` of the image with its `image_id`, in the folder |
-| Visual Genome | `region_descriptions.json` and `image_data.json` | last two parts of its URL: `VG_100K/2.jpg` |
-| SBU Captions | `*_captions.txt`, one per line, or JSON with `captions` | file named by the row's number |
-| Conceptual Captions | TSV: caption, URL; Conceptual 12M: URL, caption | file named by the row's number |
+| COCO Captions | `captions_*.json` | `file_name` of the image whose `id` is the row's `image_id` |
+| Visual Genome | `region_descriptions.json` and `image_data.json` | end of the image's URL: `VG_100K/2.jpg` |
+| SBU Captions | `*_captions.txt`, one per line, or JSON with `captions` | file named by the row number |
+| Conceptual Captions | TSV: caption, URL; Conceptual 12M: URL, caption | file named by the row number |
 
-Rows are numbered from 0; `7.jpg`, `00007.png` and `00000/000000007.jpg` are images of row 7. Downloads of the last two
-corpora are never complete, so a row without an image is skipped and counted in `skipped`. In the other formats a
-missing image is a broken record.
+Rows are numbered from 0; `7.jpg`, `00007.png` and `00000/000000007.jpg` are images of row 7. Downloads of SBU Captions
+and Conceptual Captions are never complete, so their rows without an image are counted in `skipped`. In COCO Captions
+and Visual Genome a missing image is a broken record.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,7 @@ def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
 
     Args:
         annotations: JSON object with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`).
-        folder: folder of the files `file_name`, such as `train2014`.
+        folder: folder that contains the images, such as `train2014`.
 
     Raises:
         ConfigError: if the file cannot be read or does not have this form.
@@ -58,9 +58,9 @@ def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -
     """Reads Visual Genome (Krishna et al., 2017, arXiv:1602.07332): the phrase of each region is a caption.
 
     Args:
-        region_descriptions: JSON list of images (`id`, `regions`: a list of `phrase`); read one image at a time.
-        image_data: JSON list of images (`image_id`, `url`).
-        folder: folder of `VG_100K` and `VG_100K_2`.
+        region_descriptions: JSON list of images, each with `id` and `regions`; each region has a `phrase`.
+        image_data: JSON list of images, each with `image_id` and `url`.
+        folder: folder that contains `VG_100K` and `VG_100K_2`.
 
     Raises:
         ConfigError: if a file cannot be read or does not have this form.
@@ -82,8 +82,8 @@ def read_sbu_captions(captions: str, folder: str) -> AnnotatedImages:
     """Reads SBU Captions (Ordonez et al., 2011): one caption per row; the file of URLs is not needed.
 
     Args:
-        captions: text file with one caption per line, or, if its name ends in .json, object with the list `captions`.
-        folder: folder of images that are named by their row's number; folders below it are searched too.
+        captions: text file with one caption per line, or `.json` file with an object that has the list `captions`.
+        folder: folder of images whose file names are row numbers; subfolders are searched too.
 
     Raises:
         ConfigError: if a file cannot be read or does not have this form, or the folder has no images.
@@ -106,8 +106,8 @@ def read_conceptual_captions(
 
     Args:
         table: tab-separated values without a header line.
-        folder: folder of images that are named by their row's number; folders below it are searched too.
-        columns: `caption_url` for Conceptual Captions, `url_caption` for Conceptual 12M.
+        folder: folder of images whose file names are row numbers; subfolders are searched too.
+        columns: order of the columns: `caption_url` for Conceptual Captions, `url_caption` for Conceptual 12M.
 
     Raises:
         ConfigError: if the file cannot be read, the columns are in the other order, or the folder has no images.
@@ -119,7 +119,12 @@ def read_conceptual_captions(
 
 
 def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None:
-    """Adds a sample for each row with an image and a caption; counts the other rows as skipped. None is no caption."""
+    """Adds a sample for each row with an image and a caption; counts all other rows as skipped.
+
+    Args:
+        samples: collection that receives the samples.
+        captions: caption of each row; None if the row has no caption.
+    """
     paths, skipped = list_images(open_folder(samples.images.path))
     for reason, found in skipped.items():
         samples.skip(reason, found.example, found.num_members)
@@ -139,7 +144,7 @@ def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None
 
 
 def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the row numbers that have an image, ascending, and the index in `paths` of each row's image."""
+    """Returns the ascending numbers of the rows with an image, and the index of each row's image in `paths`."""
     rows = np.full(len(paths), -1, dtype=np.int64)
     for number in range(len(paths)):
         stem = paths[number].rpartition("/")[2].partition(".")[0]

@@ -1,4 +1,4 @@
-"""Augments images: one crop, as one view for the model and one for the visual tokenizer (section 2.3)."""
+"""Augments images: turns one crop into a view for the model and a view for the visual tokenizer (section 2.3)."""
 
 # s pixels on a side of a view, h and w of a crop.
 
@@ -27,26 +27,28 @@ Box = tuple[int, int, int, int]
 
 
 class ViewTransform(Protocol):
-    """Makes two views of one crop, for the model and for the tokenizer: (3, s, s) float32 in [-1, 1] each."""
+    """Makes two views of one crop, one for the model and one for the tokenizer, each (3, s, s) float32 in [-1, 1]."""
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that an image's shorter side needs so that no view is enlarged; None for any size."""
+        """Returns the pixels on an image's shorter side that suffice for decoding; None decodes the full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Makes both views of an RGB image, with all draws from `rng`."""
+        """Returns the model's view and the tokenizer's view of an RGB image; draws all random numbers from `rng`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Crops, flips and jitters colors at random: the paper's augmentation for training.
+    """Applies the paper's training augmentation: a random crop, a random flip and random color jitter.
 
-    BEiT jitters the whole image before it crops and resizes. Here the jitter comes last, on the views, which have the
-    fewest pixels. Brightness, contrast and saturation are linear in the pixels, and so is a resize. The order therefore
-    matters only for values that are clamped to 0 or 255, and for contrast, whose mean is taken over the crop instead of
-    the image. Compared with Pillow's jitter of the crop (8 bits, before the resizes), pixels without clamping differ by
-    at most 6 of 255 levels, 1.5 on average, by 8-bit rounding. On noise over all levels, the worst case, they differ by
-    2.6 on average and by at most 81. Both views have the same factors and the same mean.
+    BEiT jitters the whole image before the crop and the resize. Here the jitter comes last, because the views have the
+    fewest pixels. Jitter and resize are both linear in the pixels. The order therefore matters only for values that are
+    clamped to 0 or 255, and for contrast, which uses the mean of the crop instead of the image. Both views are jittered
+    with the same factors and the same mean.
+
+    The result was compared with Pillow's 8-bit jitter of the crop before the resize. Without clamping, pixels differ by
+    at most 6 of 255 levels and by 1.5 on average, because of 8-bit rounding. Noise over all levels is the worst case:
+    pixels then differ by at most 81 levels and by 2.6 on average.
     """
 
     image_size: int
@@ -54,19 +56,19 @@ class Augmentation:
     tokenizer_image_size: int
     """Pixels on a side of the tokenizer's view."""
     min_crop_scale: float
-    """Smallest share of the image's area that a crop keeps."""
+    """Smallest fraction of the image's area that a crop covers."""
     color_jitter: float
-    """Factors of brightness, contrast and saturation are in [1 - color_jitter, 1 + color_jitter]."""
+    """Jitter strength; factors of brightness, contrast and saturation are in [1 - color_jitter, 1 + color_jitter]."""
     flip_probability: float
     """Probability of a horizontal flip."""
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that an image's shorter side needs for its smallest crop to fill the larger view."""
+        """Returns the pixels on an image's shorter side that suffice for every crop; None if crops have any size."""
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Draws one crop of an RGB image; returns the views of the model and of the tokenizer."""
+        """Draws one random crop of an RGB image; returns the model's view and the tokenizer's view of the crop."""
         box = random_crop_box(image.size, self.min_crop_scale, rng)
         flipped = rng.random() < self.flip_probability
         views = _two_views(image.crop(box), self.image_size, self.tokenizer_image_size)
@@ -78,9 +80,13 @@ class Augmentation:
 
 
 def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentation:
-    """Builds the augmentation of a run; images and pairs may have different flip probabilities.
+    """Builds the pretraining augmentation from a run's config.
 
-    Without BEiT-3, both views have the size of the tokenizer's.
+    In a run without a BEiT-3 model, both views have the image size of the visual tokenizer.
+
+    Args:
+        config: config of the run.
+        flip_probability: probability of a horizontal flip, which may differ between images and pairs.
     """
     tokenizer_image_size = config.tokenizers.visual.image_size
     return Augmentation(
@@ -94,7 +100,7 @@ def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentati
 
 @dataclass(frozen=True, kw_only=True)
 class CenterViews:
-    """Makes views of the largest square in the middle of an image, the same at every evaluation."""
+    """Makes both views from the largest square in the middle of an image, without randomness, for evaluation."""
 
     image_size: int
     """Pixels on a side of the model's view."""
@@ -103,7 +109,7 @@ class CenterViews:
 
     @property
     def min_side(self) -> None:
-        """Returns None, so that images are decoded in full size and views do not depend on the file format."""
+        """Returns None: images are decoded in full size, so that views do not depend on the file format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns both views of an RGB image, without random draws."""
@@ -111,10 +117,10 @@ class CenterViews:
 
 
 def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic") -> Tensor:
-    """Resizes and normalises the largest square in the middle of an RGB image, to (3, size, size) in [-1, 1].
+    """Resizes the largest square in the middle of an RGB image to (3, size, size) float32 in [-1, 1].
 
     Args:
-        image: upright and in RGB, with all its pixels.
+        image: upright RGB image in full size.
         size: pixels on a side of the view.
         filter: bicubic for the model, Lanczos for the visual tokenizer, as in BEiT.
     """
@@ -124,15 +130,18 @@ def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic")
 
 
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
-    """Draws a crop of random area and aspect (Szegedy et al., 2014, arXiv:1409.4842, section 6).
+    """Draws a crop with random area and aspect ratio (Szegedy et al., 2014, arXiv:1409.4842, section 6).
 
-    The share of the area is uniform in [min_scale, 1], and the aspect ratio is log-uniform in [3/4, 4/3]. If ten
-    attempts do not fit into the image, the result is the largest crop in its middle with such an aspect ratio.
+    The crop's fraction of the image area is uniform in [min_scale, 1]. The aspect ratio is log-uniform in [3/4, 4/3].
+    If ten draws do not fit into the image, the result is the largest centered crop with an aspect ratio in this range.
 
     Args:
-        size: width and height of the image.
-        min_scale: smallest share of the image's area.
-        rng: generator of all draws.
+        size: width and height of the image in pixels.
+        min_scale: smallest fraction of the image's area that a crop covers.
+        rng: random number generator.
+
+    Returns:
+        Left, top, right and bottom of the crop, in pixels.
     """
     width, height = size
     for _ in range(_CROP_ATTEMPTS):
@@ -148,11 +157,12 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def smallest_side(view_size: int, min_scale: float) -> int | None:
-    """Returns the shorter side of an image whose smallest crop (`random_crop_box`) is as large as a view.
+    """Returns the pixels that an image's shorter side needs so that no crop from `random_crop_box` is enlarged.
 
     Args:
-        view_size: pixels on a side of the view.
-        min_scale: smallest share of the image's area; 0 allows any crop, so the result is None.
+        view_size: pixels on a side of the view to which crops are resized.
+        min_scale: smallest fraction of the image's area that a crop covers. The result is None for 0, because crops may
+            then have any size.
     """
     if min_scale == 0:
         return None
@@ -168,30 +178,39 @@ def _center_box(size: tuple[int, int], crop_width: int, crop_height: int) -> Box
 
 
 def _two_views(crop: Image.Image, image_size: int, tokenizer_image_size: int) -> tuple[Tensor, Tensor]:
-    """Resizes one RGB crop for the model (bicubic) and for the tokenizer (Lanczos), with the filters of BEiT.
+    """Resizes one RGB crop for the model (bicubic) and for the visual tokenizer (Lanczos), as BEiT does.
 
     Returns:
-        (3, s, s) uint8 each.
+        The model's view and the tokenizer's view, each (3, s, s) uint8.
     """
     pixels = image_pixels(crop)
     return resize_pixels(pixels, image_size, "bicubic"), resize_pixels(pixels, tokenizer_image_size, "lanczos")
 
 
 def image_pixels(image: Image.Image) -> Tensor:
-    """Returns an RGB image as (3, h, w) uint8."""
+    """Converts an RGB image to a tensor, (3, h, w) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize_pixels(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
-    """Resizes (3, h, w) uint8 within one level of Pillow's result; torch's kernels take half the time or less."""
+    """Resizes an image, (3, h, w) uint8, to (3, size, size) with antialiasing.
+
+    Values differ from Pillow's result by at most one level. PyTorch needs at most half of Pillow's time.
+    """
     return F.interpolate(pixels[None], (size, size), mode=mode, antialias=True)[0]
 
 
 def jitter(views: Sequence[Tensor], strength: float, rng: np.random.Generator) -> None:
-    """Changes brightness, contrast and saturation in random order, in place on (3, s, s) float32 in [0, 255].
+    """Changes brightness, contrast and saturation of views in place, in random order.
 
-    Every step blends the view with another one (black, the mean grey, its own grey) and clamps, as Pillow's
-    ImageEnhance does. Contrast uses the mean of the first view for all, because they must show the same colors.
+    As in Pillow's ImageEnhance, brightness blends a view with black, contrast with a mean grey, and saturation with the
+    greyscale view; results are clamped to [0, 255]. Contrast uses the first view's mean for all views, so that the
+    views have the same colors.
+
+    Args:
+        views: views of one crop, each (3, s, s) float32 in [0, 255].
+        strength: factors are uniform in [1 - strength, 1 + strength].
+        rng: random number generator.
     """
     for kind in rng.permutation((_BRIGHTNESS, _CONTRAST, _SATURATION)):
         factor = rng.uniform(1 - strength, 1 + strength)
@@ -202,10 +221,10 @@ def jitter(views: Sequence[Tensor], strength: float, rng: np.random.Generator) -
 
 
 def _grey(view: Tensor) -> Tensor:
-    """Computes the luma of ITU-R 601, as Pillow's mode L does: (3, s, s) to (s, s)."""
+    """Converts an RGB view, (3, s, s), to greyscale, (s, s), with the luma weights of ITU-R 601, as Pillow does."""
     return (view[0] * 0.299).add_(view[1], alpha=0.587).add_(view[2], alpha=0.114)
 
 
 def normalize(view: Tensor) -> Tensor:
-    """Maps pixels from [0, 255] to [-1, 1] in place: mean and standard deviation 0.5."""
+    """Maps pixel values from [0, 255] to [-1, 1] in place, and returns the same tensor."""
     return view.div_(127.5).sub_(1)

@@ -14,10 +14,11 @@ from beit3_ds.data.images.shards import TarShards
 
 
 class ImagesByName:
-    """Reads images by their names in a folder; nothing outside the folder is read.
+    """Reads images by name from a folder or from tars; never reads a file outside the folder.
 
-    A name is a path in the folder, such as `val2014/COCO_val2014_000000000042.jpg`. In tars it is a member's path with
-    or without its folders, and the extension does not matter. Instances can be pickled.
+    In a folder, a name is a path relative to the folder, such as `val2014/COCO_val2014_000000000042.jpg`. In tars, a
+    name is the path of a member, with or without the folders in that path; the extension is ignored. Instances can be
+    pickled.
     """
 
     def __init__(self, path: str, cache_dir: str | None = None, files: OpenFiles | None = None) -> None:
@@ -26,7 +27,7 @@ class ImagesByName:
         Args:
             path: a folder, or a glob pattern of tars that ends in `.tar`.
             cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
-            files: keeps tars open; None uses a new `OpenFiles`.
+            files: cache that keeps tars open; None creates a new cache.
 
         Raises:
             ConfigError: if the path is neither a folder nor a pattern of tars, or a tar cannot be read.
@@ -42,7 +43,7 @@ class ImagesByName:
             self.path = self._folder.path
 
     def holds(self, name: str) -> bool:
-        """Returns whether an image with this name exists and may be read; opens no image.
+        """Returns whether an image with this name exists and is inside the folder or tars; opens no image.
 
         Raises:
             StorageError: if the file system fails.
@@ -50,7 +51,7 @@ class ImagesByName:
         return self._number(name) is not None if self._folder is None else self._folder.holds(name)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Returns those of the names that have no image, in the same order; lists each folder once, opens no image.
+        """Returns the names without an image, in the order of `names`; lists each folder once and opens no image.
 
         Raises:
             StorageError: if the file system fails.
@@ -100,7 +101,7 @@ def _files_in(folder: Folder, inside: str) -> set[str]:
 
 
 def _number_keys(shards: TarShards) -> dict[str, int]:
-    """Returns the number of each sample by its key, and also by the last part of the key if that part is unique."""
+    """Maps each key to its sample number; also maps the last path component of a key if that component is unique."""
     keys = [shards.key(number) for number in range(len(shards))]
     numbers: dict[str, int] = {}
     repeated: set[str] = set()

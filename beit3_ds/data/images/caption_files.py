@@ -1,10 +1,10 @@
-"""Reads files that give each image an identifier and its captions.
+"""Reads caption files, in which each image has an identifier and captions.
 
 | format | file | image of an entry |
 |---|---|---|
 | `karpathy` | `dataset_coco.json`, `dataset_flickr30k.json` | `filepath` and `filename`, in the folder |
 | `coco_images` | nocaps, COCO's `captions_*.json` and `image_info_*.json` | `file_name`, in the folder |
-| `caption_lines` | JSON lines: `image`, `captions` or `caption`, and if need be `id` | path `image`, in the folder |
+| `caption_lines` | JSON lines: `image`, `captions` or `caption`, optional `id` | value of `image`, in the folder |
 """
 
 import json
@@ -17,7 +17,7 @@ from beit3_ds.data.files.json_lists import iterate_json_list, reading_as
 from beit3_ds.data.images.captioned import CaptionedImages
 
 CaptionFormat = Literal["karpathy", "coco_images", "caption_lines"]
-"""Formats that give each image an identifier and its captions."""
+"""Formats of caption files, in which each image has an identifier and captions."""
 
 _KARPATHY = "an object with 'images' (filename, split, sentences)"
 _COCO = "an object with 'images' (id, file_name) and, but for a test split, 'annotations' (image_id, caption)"
@@ -33,10 +33,11 @@ def read_captions(
         folder: folder of the images.
         kind: format of the file.
         split: `train`, `val` or `test` of a Karpathy file; must be empty for the other formats, which have one split.
-        needs_captions: whether every image must have a caption, to train on or to score.
+        needs_captions: whether every image must have a caption, as training and scoring require.
 
     Raises:
-        ConfigError: if the file cannot be read, does not have this form, lacks the split, or lacks captions.
+        ConfigError: if the file cannot be read, has another form, or lacks the split, or if an image lacks a required
+            caption.
     """
     if kind == "karpathy":
         samples = read_karpathy(path, folder, split)
@@ -54,9 +55,9 @@ def read_karpathy(path: str, folder: str, split: str) -> CaptionedImages:
 
     Args:
         path: JSON object with `images`: `filename`, `split`, `sentences` (`raw`), and for COCO `filepath`, `cocoid`.
-        folder: folder of the images; for COCO the one that has `train2014` and `val2014`.
-        split: `train`, `val` or `test`. `train` includes COCO's `restval`, as all published results do: these are the
-            images of `val2014` that are in neither `val` nor `test`. `restval` alone is possible too.
+        folder: folder of the images; for COCO the parent folder of `train2014` and `val2014`.
+        split: `train`, `val`, `test` or `restval`. COCO's `restval` contains the images of `val2014` that are in
+            neither `val` nor `test`. `train` includes `restval`, as in all published results.
 
     Raises:
         ConfigError: if the file cannot be read or does not have this form, the split is not in it, an image occurs
@@ -85,11 +86,11 @@ def read_coco_images(path: str, folder: str) -> CaptionedImages:
     Args:
         path: JSON object with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`). A test split has
             no annotations.
-        folder: folder of the files `file_name`.
+        folder: folder that contains the images.
 
     Raises:
-        ConfigError: if the file cannot be read or does not have this form, an image occurs twice, a caption is empty or
-            names no image of the file; the message names the entry.
+        ConfigError: if the file cannot be read or does not have this form, an image occurs twice, a caption is empty,
+            or a caption's image is not listed in the file; the message names the entry.
     """
     samples = CaptionedImages(path, folder)
     with reading_as(path, _COCO):
@@ -120,8 +121,8 @@ def read_caption_lines(path: str, folder: str) -> CaptionedImages:
     """Reads images with captions from JSON lines.
 
     Args:
-        path: file with one object per line: `image` (path in the folder), `captions` (a list of texts) or `caption`
-            (one text) unless it is a test split, and where wanted `id`; without one the path is the identifier.
+        path: file with one JSON object per line. `image` is a path in the folder. `captions` (a list of texts) or
+            `caption` (one text) may be missing in a test split. `id` is optional; the default identifier is the path.
         folder: folder of the images.
 
     Raises:

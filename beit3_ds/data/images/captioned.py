@@ -11,13 +11,18 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 
 
 class CaptionedImages(CollectedAnnotations):
-    """Holds images with several captions as one sample per caption; the captions of one image are consecutive samples.
+    """Holds images with several captions each. Each caption is one sample; an image's samples are consecutive.
 
     `each_image` returns the same images as one sample per image.
     """
 
     def __init__(self, annotations: str, folder: str) -> None:
-        """Creates an empty collection; the arguments are as for `AnnotatedImages`."""
+        """Creates an empty collection.
+
+        Args:
+            annotations: path of the caption file, for messages.
+            folder: folder of the images, or a pattern of tars.
+        """
         super().__init__(annotations, folder)
         self._identifiers, self._ends = CompactStrings(), array("q")
         self._image_lines = array("q")
@@ -26,12 +31,12 @@ class CaptionedImages(CollectedAnnotations):
     def add_captioned_image(
         self, identifier: object, path: str, captions: Sequence[object], where: str, line: int | None = None
     ) -> None:
-        """Adds an image with its captions; a test split has none.
+        """Adds an image with all its captions.
 
         Args:
-            identifier: number or text that result files name the image by.
+            identifier: number or text that identifies the image in result files.
             path: path of the image in the folder.
-            captions: its captions.
+            captions: captions of the image; may be empty in a test split.
             where: file and place of the entry, for messages.
             line: line of the entry in a file of lines, counted from 1; None in other files.
 
@@ -75,7 +80,7 @@ class CaptionedImages(CollectedAnnotations):
         return identifier
 
     def samples_of(self, image: int) -> range:
-        """Returns the numbers of the samples that have a caption of image number `image`."""
+        """Returns the sample numbers of all captions of image number `image`."""
         return range(self._ends[image - 1] if image else 0, self._ends[image])
 
     def references(self, image: int) -> list[str]:
@@ -83,12 +88,12 @@ class CaptionedImages(CollectedAnnotations):
         return [self.captions[sample] for sample in self.samples_of(image)]
 
     def each_image(self) -> "EachImage":
-        """Returns a view of the same images that has one sample per image."""
+        """Returns these images with one sample per image instead of one sample per caption."""
         return EachImage(self)
 
 
 class EachImage(AnnotatedImages):
-    """Holds images as one sample each, whose `caption` is the image's first caption; a test split may have none."""
+    """Holds one sample per image; the caption of a sample is the image's first caption, if the image has captions."""
 
     def __init__(self, captioned: CaptionedImages) -> None:
         """Builds one sample per image of `captioned`; an image without captions gets an empty caption."""
@@ -117,7 +122,7 @@ class EachImage(AnnotatedImages):
         """Checks that every image has a caption.
 
         Raises:
-            ConfigError: if one has none; the message names the file and the image.
+            ConfigError: if an image has no caption; the message names the file and the image.
         """
         for index in range(len(self)):
             if not self.references(index):

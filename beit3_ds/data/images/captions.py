@@ -3,7 +3,7 @@
 import json
 
 MAX_CAPTION_BYTES = 1 << 16
-"""Maximum bytes of a caption; a longer text is a page or a binary file, which no model reads to its end."""
+"""Maximum bytes of a caption; a longer text is not a caption but a whole page or a binary file."""
 MAX_JSON_BYTES = 1 << 20
 """Maximum bytes of a JSON file that contains a caption and metadata."""
 
@@ -20,10 +20,10 @@ def decode_caption(data: bytes) -> str:
 
 
 def decode_json_caption(data: bytes) -> str:
-    """Decodes the caption in a JSON object, the value of `caption`, as img2dataset writes it.
+    """Decodes the caption under the key `caption` of a JSON object, as img2dataset writes it.
 
     Raises:
-        ValueError: if there is no such caption, or as `decode_caption` raises it.
+        ValueError: if the JSON is invalid or too long, or the caption is missing, empty, too long or binary.
     """
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"JSON of {len(data)} bytes exceeds the limit of {MAX_JSON_BYTES}")
@@ -41,8 +41,8 @@ def clean_caption(caption: str) -> str:
     """Returns a caption without white space around it.
 
     Raises:
-        ValueError: if it is empty, longer than `MAX_CAPTION_BYTES`, or contains NUL or half a surrogate pair. JSON can
-            spell these as `\\u` escapes, but no tokenizer accepts them.
+        ValueError: if the caption is empty, longer than `MAX_CAPTION_BYTES`, or contains NUL or half a surrogate pair.
+            JSON can encode both as `\\u` escapes, but no tokenizer accepts them.
     """
     caption = caption.strip()
     if not caption:

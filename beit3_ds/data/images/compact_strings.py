@@ -8,10 +8,13 @@ from numpy.typing import NDArray
 
 
 class StoredStrings:
-    """Reads strings from two buffers, in memory or mapped: 8 bytes per string in addition to its text."""
+    """Reads strings from a buffer of joined texts and a buffer of end offsets, both in memory or memory-mapped.
+
+    Each string takes 8 bytes in addition to its text.
+    """
 
     def __init__(self, text: bytearray | NDArray[np.uint8], ends: "array[int] | NDArray[np.int64]") -> None:
-        """Stores the joined text of all strings and the end of each string in it."""
+        """Stores the joined UTF-8 bytes of all strings, and the offset in bytes at which each string ends."""
         self.text, self.ends = text, ends
 
     def __len__(self) -> int:
@@ -31,7 +34,7 @@ class StoredStrings:
 
 
 class CompactStrings(StoredStrings):
-    """Stores strings, and takes 8 bytes per string in addition to its text; a list of `str` needs at least 57.
+    """Stores strings with an overhead of 8 bytes each; a list of `str` has an overhead of at least 57 bytes each.
 
     Stores any Python string unchanged, even a file name that is not UTF-8. Strings can only be appended.
     """

@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
-"""Maximum pixels of an image: Pillow's own limit against decompression bombs, a quarter of a GiB when decoded."""
+"""Maximum pixels of an image: Pillow's limit against decompression bombs, 256 MiB of decoded RGB."""
 MAX_IMAGE_BYTES = 1 << 28
-"""Maximum bytes of an image file: the size of `MAX_PIXELS` pixels without compression."""
+"""Maximum bytes of an image file: the size of `MAX_PIXELS` uncompressed RGB pixels."""
 MAX_DECODING_BYTES = 300_000_000
-"""Maximum memory that decoding one image may take: the file, and the pixels with all their copies."""
+"""Maximum bytes of memory for decoding one image, including the file and all copies of the pixels."""
 _STRIP_PIXELS = 1 << 20
 _MAX_JPEG_SCANS = 100  # progressive files have about ten; each costs a pass over all pixels, even with few bytes
 _ORIENTATION_TAG = 0x0112
@@ -31,17 +31,17 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """Decodes an image file to RGB pixels, upright.
 
-    Transparent parts become white. An animation gives its first frame. If damaged EXIF data hide the orientation, the
-    image counts as upright.
+    Transparent parts become white. Only the first frame of an animation is decoded. An image with damaged EXIF data is
+    not rotated.
 
     Args:
-        data: the file.
-        min_side: pixels on the shorter side that suffice. A JPEG with two, four or eight times as many is decoded
-            directly at a half, a quarter or an eighth of its size. None decodes all pixels.
+        data: the bytes of the file.
+        min_side: number of pixels that suffices on the shorter side. A JPEG with at least two, four or eight times this
+            number is decoded at a half, a quarter or an eighth of its size. None decodes all pixels.
 
     Raises:
         ValueError: if the bytes are not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image, if there are too many bytes
-            or pixels, or if the pixel format has no known white.
+            or pixels, or if the pixel format does not define the value of white (Pillow's modes I and F).
     """
     if not data:
         raise ValueError("empty file")
@@ -71,10 +71,10 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turns an open image upright by its EXIF orientation and converts it to RGB on white, as `decode_image` does.
+    """Rotates an open image upright by its EXIF orientation, and converts it to RGB on a white background.
 
     Raises:
-        ValueError: if the pixel format has no known white.
+        ValueError: if the pixel format does not define the value of white (Pillow's modes I and F).
     """
     orientation, rgb = _orientation(image), _to_rgb(image)
     if isinstance(orientation, int) and orientation in _UPRIGHT:
@@ -83,11 +83,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decoding_bytes(image: Image.Image, size: tuple[int, int]) -> int:
-    """Returns the memory that decoding takes at most, as measured; Pillow holds a pixel of RGB or RGBA in four bytes.
+    """Returns the maximum memory in bytes for decoding an image, as measured with Pillow.
 
     Args:
-        image: an image that is not decoded yet.
-        size: its pixels in the file; a draft decodes fewer.
+        image: an open image that is not decoded yet.
+        size: width and height in the file; `image` has a smaller size if a reduced decoding was chosen.
     """
     pixels = math.prod(image.size)
     if image.format == "WEBP":
@@ -105,7 +105,10 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB, in strips where that takes several copies; returns an RGB image itself."""
+    """Converts an image to RGB, in strips if the conversion makes several copies of the pixels.
+
+    An RGB image without transparency is returned unchanged.
+    """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode in ("I", "F"):

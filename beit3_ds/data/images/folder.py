@@ -21,17 +21,18 @@ from beit3_ds.printing import printable
 _CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that exists is read
 
 _SIZES_LOOKED_UP = 1024
-"""Maximum images whose sizes are looked up; a million requests to a network file system would take minutes."""
+"""Maximum images whose file sizes are looked up; a million requests to a network file system would take minutes."""
 
 
 class ImageFolder:
     """Lists the images below a folder, sorted by path.
 
-    The caption of `NAME.jpg`, if there is one, is in `NAME.txt` or else under `caption` in `NAME.json`.
+    The caption of `NAME.jpg` is the text in `NAME.txt`, or else the value of `caption` in `NAME.json`. Captions may be
+    missing.
 
-    Links to folders are followed, even out of the folder, because ImageNet's classes are often linked together. A
-    folder with several links to it is listed once, so loops of links end. Links to single files outside and hidden
-    files are not read. `skipped` counts everything that is left out. A path takes 8 bytes in addition to its text.
+    Links to folders are followed, even to folders outside, because ImageNet's class folders are often links. Each real
+    folder is listed only once, so loops of links end. Hidden files and links to single files outside the folder are not
+    read. `skipped` counts all skipped files and folders. Each path takes 8 bytes of memory in addition to its text.
     """
 
     def __init__(self, path: str) -> None:
@@ -50,7 +51,7 @@ class ImageFolder:
         return len(self._names)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the images, sorted by path, with the sizes of 1024 evenly spread ones."""
+        """Yields the images, sorted by path; looks up the file sizes of at most 1024 evenly spread images."""
         every = -(-len(self) // _SIZES_LOOKED_UP)
         for number in range(len(self)):
             name = self._names[number]
@@ -65,7 +66,7 @@ class ImageFolder:
         """Decodes an image, upright and in RGB.
 
         Raises:
-            BrokenRecordError: if it cannot be read.
+            BrokenRecordError: if the image cannot be read.
             StorageError: if the file system fails.
         """
         try:
@@ -77,7 +78,7 @@ class ImageFolder:
         """Returns the caption of an image, without white space around it.
 
         Raises:
-            BrokenRecordError: if the image has none, or it cannot be read.
+            BrokenRecordError: if the image has no caption, or the caption cannot be read.
             StorageError: if the file system fails.
         """
         stem = os.path.splitext(self._names[index])[0]
@@ -94,7 +95,7 @@ class ImageFolder:
         """Returns the image and the caption of a sample.
 
         Raises:
-            BrokenRecordError: if either is missing or cannot be read.
+            BrokenRecordError: if the image or the caption is missing or cannot be read.
         """
         caption = self.caption(index)  # first, because it is cheaper to read than the image
         return self.image(index, min_side), caption
@@ -126,10 +127,10 @@ def open_folder(path: str) -> Folder:
 
 
 def list_images(folder: Folder) -> tuple[CompactStrings, dict[str, Skipped]]:
-    """Returns the paths of the images below a folder, sorted, and the files that are left out, by reason.
+    """Returns the sorted paths of all images below a folder, and the skipped files by reason.
 
     Raises:
-        ConfigError: if a folder below it cannot be read, or there is no image.
+        ConfigError: if a subfolder cannot be read, or there is no image.
         StorageError: if the file system fails.
     """
     listing = _Listing(folder)
@@ -152,7 +153,7 @@ def list_images(folder: Folder) -> tuple[CompactStrings, dict[str, Skipped]]:
 
 
 def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
-    """Decodes the image `name` in a folder as `decode_image` does.
+    """Reads and decodes the image `name` in a folder (`decoding.decode_image`).
 
     Raises:
         ValueError: if the image cannot be read, or is outside the folder.
@@ -162,7 +163,7 @@ def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
 
 
 class _Listing:
-    """Lists the files below a folder, each real folder once: under its own path, or else under its first link."""
+    """Lists the files below a folder. Each real folder is listed once, by its own path or else by its first link."""
 
     def __init__(self, folder: Folder) -> None:
         self.names: list[str] = []

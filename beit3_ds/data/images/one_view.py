@@ -1,4 +1,4 @@
-"""Augments or resizes an image to the model's input, for tasks other than pretraining."""
+"""Converts an image to the model's input by augmenting or resizing it, for tasks other than pretraining."""
 
 # s pixels on a side of a view.
 
@@ -35,22 +35,22 @@ class ImageTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that an image's shorter side needs so that no view is enlarged; None for any size."""
+        """Returns the pixels on an image's shorter side that suffice for decoding; None decodes the full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Returns the transformed RGB image; `rng` gives all random numbers."""
+        """Converts an RGB image to the model's input; draws all random numbers from `rng`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizedView:
-    """Resizes the whole image to a square without a crop, as the reference does for evaluation."""
+    """Resizes the whole image to a square without a crop, as BEiT-3's reference code does for evaluation."""
 
     image_size: int
     """Pixels on a side of the view."""
 
     @property
     def min_side(self) -> None:
-        """Returns None, so that images are decoded in full size and the view does not depend on their format."""
+        """Returns None: images are decoded in full size, so that the view does not depend on the file format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Returns the resized RGB image; uses no random numbers."""
@@ -69,11 +69,11 @@ class AugmentedView:
     image_size: int
     """Pixels on a side of the view."""
     min_crop_scale: float
-    """Smallest share of the image's area that a crop keeps."""
+    """Smallest fraction of the image's area that a crop covers."""
     flip_probability: float
     """Probability of a horizontal flip."""
     distortion: RandAugment
-    """Operations of RandAugment."""
+    """RandAugment, which distorts the crop."""
     color_jitter: float
     """Strength of brightness, contrast and saturation jitter."""
     erasing_probability: float
@@ -81,11 +81,11 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the shorter side, in pixels, that an image needs for its smallest crop to be as large as the view."""
+        """Returns the pixels on an image's shorter side that suffice for every crop; None if crops have any size."""
         return smallest_side(self.image_size, self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Returns the augmented RGB image, (3, image_size, image_size) float32; `rng` gives all random numbers."""
+        """Augments an RGB image to (3, image_size, image_size) float32; draws all random numbers from `rng`."""
         crop = image.crop(random_crop_box(image.size, self.min_crop_scale, rng))
         pixels = resize_pixels(image_pixels(crop), self.image_size, "bicubic")
         if rng.random() < self.flip_probability:
@@ -103,7 +103,7 @@ class AugmentedView:
 
 
 def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedView:
-    """Builds the training augmentation from the settings in the section "data"."""
+    """Builds the training augmentation from the section "data" of the config."""
     data = config.data
     return AugmentedView(
         image_size=config.model.image_size,
@@ -117,25 +117,25 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 
 @dataclass(frozen=True, kw_only=True)
 class PairView:
-    """Chooses the transform of an image by its texts: one without flips if a text contains "left" or "right"."""
+    """Chooses the transform of an image with texts; never flips the image if a text contains "left" or "right"."""
 
     usual: ImageTransform
     """Transform that may flip the image."""
     unflipped: ImageTransform
-    """The same transform without flips."""
+    """Transform that equals `usual` but never flips the image."""
 
     @property
     def min_side(self) -> int | None:
-        """Returns the value of `ImageTransform.min_side`, which is equal for both transforms."""
+        """Returns `min_side` of the transforms `usual` and `unflipped`, for which it is equal."""
         return self.usual.min_side
 
     def of(self, *texts: str) -> ImageTransform:
-        """Returns the transform of an image with these texts, such as a question and its answers."""
+        """Returns the transform for an image with these texts, for example a question and its answers."""
         return self.unflipped if any(map(_SIDES.search, texts)) else self.usual
 
 
 def build_pair_view(config: RunConfig, split: Split) -> PairView:
-    """Builds the transforms of images with texts: augmentation for training, else resizing without a crop."""
+    """Builds the transforms of images with texts: augments the training split, and only resizes the other splits."""
     if split != "train":
         resized = ResizedView(image_size=config.model.image_size)
         return PairView(usual=resized, unflipped=resized)
@@ -144,7 +144,7 @@ def build_pair_view(config: RunConfig, split: Split) -> PairView:
 
 
 def _erase(view: Tensor, rng: np.random.Generator) -> None:
-    """Replaces a random rectangle by noise of mean 0 and deviation 1, in place."""
+    """Replaces a random rectangle of a view by Gaussian noise (mean 0, standard deviation 1), in place."""
     size = view.shape[-1]
     area = size**2 * rng.uniform(*_ERASED_SHARE)
     aspect = math.exp(rng.uniform(*np.log(_ERASED_ASPECTS)))

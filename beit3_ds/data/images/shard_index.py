@@ -1,8 +1,8 @@
-"""Indexes one tar shard: offset and size of each sample's members, in memory or in an index file.
+"""Stores the index of one tar shard, in memory or in a file: offset and size of each sample's members.
 
 An index file starts with one line of JSON: the size and modification time of the tar, the number, width and checksum of
-the records, and the skipped members by reason. One record of fixed width per sample follows. Records are mapped, so
-reading one makes no system call, no process copies them, and all processes of a machine share the page cache.
+the records, and the skipped members by reason. One record of fixed width per sample follows. The records are
+memory-mapped: reading a record makes no system call, and all processes of a machine share the page cache.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 from beit3_ds.data.files.records import Skipped
 
 NO_MEMBER = -1
-"""Size in the record of a sample for a member that it does not have."""
+"""Size in a sample's record that marks a missing image or caption."""
 
 _FORMAT = 2  # version of the file format, and of the rule that groups members into samples
 _MAX_HEADER_BYTES = 1 << 20
@@ -31,7 +31,7 @@ _MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
 
 
 def record_type(key_width: int) -> np.dtype[Any]:
-    """Returns the type of the records of an index whose keys have at most `key_width` bytes."""
+    """Returns the NumPy type of index records whose keys have at most `key_width` bytes."""
     return np.dtype([("image", _MEMBER), ("caption", _MEMBER), ("caption_is_json", "u1"), ("key", f"S{key_width}")])
 
 
@@ -40,14 +40,15 @@ class ShardIndex:
     """Holds the index of one tar in memory."""
 
     records: NDArray[np.void]
-    """Structured array, (samples,). `image` and `caption`: offset and size in bytes (size `NO_MEMBER` if missing) and
-    CRC-32 (0 if only headers were read); `caption_is_json`; `key` as bytes."""
+    """Structured array, (samples,), with the fields `image`, `caption`, `caption_is_json` and `key` (bytes). `image`
+    and `caption` have an offset and a size in bytes (`NO_MEMBER` if missing) and a CRC-32 (0 if only headers were
+    read)."""
     tar_size: int
     """Size of the tar in bytes."""
     tar_mtime_ns: int
     """Modification time of the tar, in nanoseconds since 1970."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Members that are left out, by reason."""
+    """Number and example of skipped members, by reason."""
 
     def __len__(self) -> int:
         """Returns the number of samples."""
@@ -59,15 +60,15 @@ class ShardIndex:
 
 
 class StoredIndex:
-    """Reads the index of one tar from a file; maps the file's records at the first use."""
+    """Reads the index of one tar from a file; memory-maps the records at the first use."""
 
     def __init__(self, path: str, tar: str, files: OpenFiles | None = None) -> None:
-        """Reads the header of an index file and checks that the tar has not changed since it was written.
+        """Reads the header of an index file and checks that the tar has not changed since the index was written.
 
         Args:
             path: path of the index file.
             tar: path of the tar.
-            files: keeps the map open; None uses a new `OpenFiles`.
+            files: cache that keeps the memory map; None creates a new cache.
 
         Raises:
             ConfigError: if the index is damaged, or the tar's size or modification time has changed.
@@ -104,10 +105,10 @@ class StoredIndex:
         return self._records()[index].copy()
 
     def load(self) -> NDArray[np.void]:
-        """Reads all records.
+        """Returns a copy of all records after checking their checksum.
 
         Raises:
-            ConfigError: if their checksum is wrong.
+            ConfigError: if the checksum of the records is wrong.
         """
         records = self._records().copy()
         if zlib.crc32(records.tobytes()) != self._crc32:
@@ -133,14 +134,14 @@ class StoredIndex:
 
 
 def index_path(cache_dir: str, tar: str) -> str:
-    """Returns the path of a tar's index file: the name of the tar, and a digest of its folder."""
+    """Returns the path of a tar's index file, named by the tar's name and a digest of the tar's folder."""
     folder, name = os.path.split(os.path.abspath(tar))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     return os.path.join(cache_dir, "index", f"{bounded_name(name)}.{digest}.index")
 
 
 def write_index(index: ShardIndex, path: str) -> None:
-    """Writes an index file under a temporary name and renames it, so that it is complete or absent.
+    """Writes an index file atomically: other processes never see an incomplete file.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -161,10 +162,10 @@ def write_index(index: ShardIndex, path: str) -> None:
 
 
 def stat_tar(tar: str) -> os.stat_result:
-    """Returns the status of a tar.
+    """Returns the size, modification time and other status of a tar file.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if the tar is missing or inaccessible.
         StorageError: if the file system fails.
     """
     try:

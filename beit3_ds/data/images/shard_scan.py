@@ -1,4 +1,4 @@
-"""Indexes a tar shard: groups its members into samples."""
+"""Builds the index of a tar shard: groups the members of the tar into samples."""
 
 import contextlib
 import os
@@ -16,21 +16,21 @@ from beit3_ds.data.images.shard_index import NO_MEMBER, ShardIndex, record_type,
 from beit3_ds.data.images.tar_members import TarError, TarMember, iterate_tar_members
 
 CAPTION_EXTENSIONS = ("txt", "json")
-"""Extensions of captions, the first preferred; JSON has the caption under `caption`, as img2dataset writes it."""
+"""Extensions of caption files; `txt` is preferred. A JSON file has the caption under `caption`, as in img2dataset."""
 _EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
 
 
 def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
-    """Indexes a tar from its headers; it may have no samples.
+    """Builds the index of a tar from the tar's headers; an index without samples is valid.
 
-    If several members have one name, or a sample has several images, the first one counts.
+    If several members have the same name, or a sample has several images, the first of them is used.
 
     Args:
         tar: path of the tar.
-        with_checksums: also read images and captions, to compute their CRC-32.
+        with_checksums: whether to read images and captions too, to compute their CRC-32.
 
     Raises:
-        ConfigError: if the file is unreadable, not a tar, damaged or truncated, or if it changes during the scan.
+        ConfigError: if the file is unreadable, not a tar, damaged or truncated, or changes during the scan.
         StorageError: if the file system fails.
     """
     before = stat_tar(tar)
@@ -48,7 +48,7 @@ def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
 
 
 def reason_to_skip(extension: str) -> str:
-    """Returns why a file with this extension, in lower case, is not part of a sample."""
+    """Returns the reason for skipping a file with this extension (in lower case), as text for messages."""
     is_image = extension in UNREAD_IMAGE_EXTENSIONS
     return "image in a format that is not read" if is_image else "neither image nor caption, by its extension"
 
@@ -57,14 +57,14 @@ class _Sample(NamedTuple):
     """Holds the members of one sample."""
 
     members: dict[str, tuple[int, int, int]]
-    """Offset, size and CRC-32 by extension."""
+    """Offset and size in bytes, and CRC-32, of each member; keyed by the member's extension."""
 
 
 class _Candidate(NamedTuple):
     """Describes a tar member whose extension marks it as part of a sample."""
 
     key: str
-    """Name without the extension."""
+    """Name of the member without its extension."""
     extension: str
     """Extension in lower case."""
     member: TarMember
@@ -110,7 +110,7 @@ def _key_to_first_dot(key: str) -> str:
 
 
 def _add(samples: dict[str, _Sample], candidate: _Candidate, descriptor: int | None) -> str:
-    """Adds a member to its sample; returns the reason if it is left out."""
+    """Adds a member to its sample; returns the reason if the member is skipped, otherwise an empty string."""
     extension, member = candidate.extension, candidate.member
     members = samples.setdefault(candidate.key, _Sample({})).members
     if extension in members:
@@ -123,7 +123,7 @@ def _add(samples: dict[str, _Sample], candidate: _Candidate, descriptor: int | N
 
 
 def _advice(tar: str) -> str:
-    """Returns advice about a file that is not a valid tar."""
+    """Returns advice for the error message about a file that is not a valid tar."""
     with contextlib.suppress(OSError):
         kind = kind_of_file(tar)
         if kind.endswith(("gzip data", "Zstandard data", "bzip2 data", "xz data", "LZ4 data")):

@@ -1,4 +1,4 @@
-"""Gives random access to the images and captions in WebDataset tar shards, without unpacking them."""
+"""Reads images and captions from WebDataset tar shards in any order, without unpacking the shards."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,35 +27,35 @@ _KINDS = {"image": (IMAGE_EXTENSIONS, MAX_IMAGE_BYTES), "caption": (CAPTION_EXTE
 
 
 class TarShards:
-    """Reads the samples of uncompressed tar files, in the order of the files and of each sample's first member.
+    """Reads samples from uncompressed tar files, ordered by file and then by each sample's first member.
 
-    The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. Without
-    `KEY.txt` the caption is the value of `caption` in `KEY.json`. A key may hold dots: `v.one.jpg` and `v.two.jpg` are
-    two samples. WebDataset ends a key at its first dot instead, for samples of several parts: next to `KEY.jpg`,
-    `KEY.txt` or `KEY.json`, `KEY.seg.png` is a further part of that sample and is left out. So a member that belongs to
-    a sample by either rule is read or counted. All other members are counted in `skipped`.
+    The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. If
+    `KEY.txt` is missing, the caption is the value of `caption` in `KEY.json`. A key may contain dots: `v.one.jpg` and
+    `v.two.jpg` are two samples. In WebDataset a key ends at the first dot, so `KEY.seg.png` is a further part of the
+    sample `KEY`. Here such a part is skipped if the sample `KEY` has an image or a caption. Skipped members are counted
+    in `skipped`.
 
-    The rules for what real corpora contain:
+    Real corpora contain many irregular files, which are handled by these rules:
 
     | found | rule |
     |---|---|
-    | truncated tar, also between two members; damaged header; second tar appended | refused: `ConfigError` |
-    | tar whose size or modification time is not that in its index | refused: `ConfigError` |
-    | changed bytes with an old modification time | found by `beit3 prepare index --verify` |
-    | a repeated name; a second image or a further part of a sample | the first counts, the others are in `skipped` |
-    | hidden files; other extensions, image formats that are not read | in `skipped` |
-    | tar without samples | in `skipped`; refused if no tar has any: `ConfigError` |
-    | tar or index that is gone, or unreadable after retries | the run ends: `StorageError` |
-    | links, devices, sparse files, names with `..` or a leading `/` | never read, in `skipped` |
-    | image that is empty, truncated, too large, not an image, or of unknown white | `BrokenRecordError` |
-    | image with the extension of another format | read: the content decides |
+    | truncated tar, also between two members; damaged header; second tar appended | `ConfigError` |
+    | tar whose size or modification time differs from its index | `ConfigError` |
+    | changed bytes with unchanged size and modification time | found by `beit3 prepare index --verify` |
+    | repeated name; second image or further part of a sample | the first is read, the others are in `skipped` |
+    | hidden file; other extension; image format that is not read | in `skipped` |
+    | tar without samples | in `skipped`; `ConfigError` if no tar has samples |
+    | tar or index that disappears, or stays unreadable after retries | `StorageError`, which ends the run |
+    | link, device, sparse file, name with `..` or a leading `/` | never read, in `skipped` |
+    | image that is empty, truncated or too large; not an image; unknown value of white | `BrokenRecordError` |
+    | image with the extension of another format | read by its content |
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecordError` |
 
-    Opening reads the headers of the index files in `cache_dir`. For a tar without an index file it reads the tar's
-    headers and keeps about 50 bytes per sample in each process. Indices are mapped and tars stay open (`OpenFiles`). So
-    an image, a caption, or a pair whose members are neighbours in the tar takes one read, and opens no file. Instances
-    may be pickled.
+    The constructor reads the headers of the index files in `cache_dir`. A tar without an index file is scanned instead,
+    and its index takes about 50 bytes per sample in each process. Index files are memory-mapped and tars stay open
+    (`OpenFiles`). One read then suffices for an image, for a caption, or for a pair whose members are neighbours in the
+    tar. Instances can be pickled.
     """
 
     def __init__(self, patterns: Iterable[str], cache_dir: str | None = None, files: OpenFiles | None = None) -> None:
@@ -64,11 +64,11 @@ class TarShards:
         Args:
             patterns: files or glob patterns.
             cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
-            files: keeps tars and indices open; None uses a new `OpenFiles`.
+            files: cache that keeps tars and indices open; None creates a new cache.
 
         Raises:
             ConfigError: if a pattern has no match; if a file is unreadable, not a tar, damaged, truncated, or changed
-                since it was indexed; or if no tar has a sample.
+                since the index was written; or if no tar has a sample.
             StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
@@ -79,17 +79,17 @@ class TarShards:
             raise ConfigError(f"data: {_shorten(self.paths)} holds no samples{_describe_skipped(self.skipped)}.")
 
     def __len__(self) -> int:
-        """Returns the number of samples in all shards; broken ones count, so that the order does not depend on them."""
+        """Returns the number of samples in all shards, broken samples included."""
         return int(self._ends[-1]) if self.paths else 0
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the shards with their sizes at the time of opening."""
+        """Yields the name, size in bytes and number of samples of each shard, as recorded when the shard was opened."""
         for path, index in zip(self.paths, self._indices, strict=True):
             yield SourceFile(os.path.basename(path), index.tar_size, len(index))
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the skipped members of all shards, by reason, with examples that name the shard."""
+        """Returns the number of skipped members in all shards per reason, with an example that names the shard."""
         total: dict[str, Skipped] = {}
         for path, index in zip(self.paths, self._indices, strict=True):
             if not len(index):
@@ -101,7 +101,7 @@ class TarShards:
         return total
 
     def name(self, index: int) -> str:
-        """Returns the shard and the key of a sample, for messages."""
+        """Returns the path of a sample's shard and the sample's key, for messages."""
         shard, record = self._record(index)
         return _name(self.paths[shard], record)
 
@@ -113,8 +113,12 @@ class TarShards:
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """Decodes the image of a sample, upright and in RGB.
 
+        Args:
+            index: number of the sample.
+            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
+
         Raises:
-            BrokenRecordError: if the sample has none, or it cannot be read.
+            BrokenRecordError: if the sample has no image, or the image cannot be read.
         """
         shard, record = self._record(index)
         return self._decode_image(shard, record, self._read(shard, record, "image"), min_side)
@@ -123,16 +127,20 @@ class TarShards:
         """Returns the caption of a sample, without white space around it.
 
         Raises:
-            BrokenRecordError: if the sample has none, or it cannot be read.
+            BrokenRecordError: if the sample has no caption, or the caption cannot be read.
         """
         shard, record = self._record(index)
         return self._decode_caption(shard, record, self._read(shard, record, "caption"))
 
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
-        """Returns the image and the caption of a sample, with one read if they are neighbours in the tar.
+        """Returns the image and the caption of a sample; reads both at once if they are neighbours in the tar.
+
+        Args:
+            index: number of the sample.
+            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
-            BrokenRecordError: if either is missing or cannot be read.
+            BrokenRecordError: if the image or the caption is missing or cannot be read.
         """
         shard, record = self._record(index)
         caption_data, image_data = self._read_both(shard, record)
@@ -152,7 +160,7 @@ class TarShards:
             raise BrokenRecordError(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
 
     def _read_both(self, shard: int, record: np.void) -> tuple[bytes, bytes]:
-        """Reads the bytes of the caption and of the image."""
+        """Returns the bytes of a sample's caption and image; reads both at once if the gap between them is small."""
         extents = [_extent(self.paths[shard], record, kind) for kind in ("caption", "image")]
         start, end = min(offset for offset, _ in extents), max(offset + size for offset, size in extents)
         if end - start > sum(size for _, size in extents) + _MAX_GAP:
@@ -189,7 +197,7 @@ class TarShards:
 
 
 def _open_indices(tars: Sequence[str], cache_dir: str | None, files: OpenFiles) -> list[ShardIndex | StoredIndex]:
-    """Opens the indices of all tars in several threads: a shared file system is slow but serves many at once."""
+    """Opens the indices of all tars in several threads, because a shared file system is slow per request."""
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
         return list(pool.map(lambda tar: _open_index(tar, cache_dir, files), tars))
 
@@ -219,7 +227,7 @@ def _extent(tar: str, record: np.void, kind: str) -> tuple[int, int]:
     """Returns the offset and the size in bytes of a sample's image or caption.
 
     Raises:
-        BrokenRecordError: if it is missing or too large.
+        BrokenRecordError: if the image or caption is missing or too large.
     """
     extensions, limit = _KINDS[kind]
     offset, size = int(record[kind]["offset"]), int(record[kind]["size"])

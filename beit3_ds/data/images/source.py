@@ -12,13 +12,13 @@ from beit3_ds.data.files.records import Skipped
 class ImageSource(Protocol):
     """Declares the interface of numbered images, with captions if the corpus has them.
 
-    The data order depends on the numbers, so they follow from the files alone, and broken samples are numbered too.
-    Instances can be pickled, and read from several processes.
+    The data order depends on the sample numbers. Broken samples have numbers too, so that the numbers depend only on
+    the files. Instances can be pickled and used in several processes.
     """
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members and rows, with an example, by reason."""
+        """Returns the number of skipped files, tar members and rows per reason, with an example."""
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""
@@ -34,10 +34,10 @@ class ImageSource(Protocol):
 
         Args:
             index: number of the sample.
-            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all.
+            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
-            BrokenRecordError: if the sample has none, or it cannot be read.
+            BrokenRecordError: if the sample has no image, or the image cannot be read.
             StorageError: if the file system fails.
         """
 
@@ -45,7 +45,7 @@ class ImageSource(Protocol):
         """Returns the caption of a sample: valid Unicode without NUL, not empty, without white space around it.
 
         Raises:
-            BrokenRecordError: if the sample has none, or it cannot be read.
+            BrokenRecordError: if the sample has no caption, or the caption cannot be read.
             StorageError: if the file system fails.
         """
 
@@ -54,8 +54,8 @@ class ImageSource(Protocol):
 
         Args:
             index: number of the sample.
-            min_side: as for `image`.
+            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
-            BrokenRecordError: if either is missing or cannot be read.
+            BrokenRecordError: if the image or the caption is missing or cannot be read.
         """

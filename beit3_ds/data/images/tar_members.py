@@ -1,8 +1,8 @@
 """Reads the members of an uncompressed tar file, header by header.
 
 The standard library's `tarfile` treats a damaged header as the end of the archive, ignores a second archive after the
-first one, follows negative sizes backwards, and reads extended headers of any claimed size. With training data this
-loses samples, reads wrong ones, or hangs. So this module reads the headers itself: ustar, GNU and pax.
+first, seeks backwards at negative sizes, and reads extended headers of any claimed size. It may therefore lose samples,
+read wrong data, or hang. This module reads the headers itself (ustar, GNU and pax) and reports damage.
 """
 
 import os
@@ -19,24 +19,24 @@ _NOT_FILES = {b"1": "link", b"2": "link", b"3": "special file", b"4": "special f
 
 
 class TarError(Exception):
-    """Reports a damaged or truncated tar file; the message says where."""
+    """Reports a damaged or truncated tar file; the message names the byte position."""
 
 
 class TarMember(NamedTuple):
-    """Describes one member of a tar file that is not a folder."""
+    """Describes one member of a tar file, except folders."""
 
     name: str
-    """Full name; bytes that are not UTF-8 are surrogate escapes."""
+    """Full name of the member; bytes that are not valid UTF-8 become surrogate escapes."""
     offset: int
     """Offset of the member's data, in bytes."""
     size: int
     """Size of the member's data, in bytes."""
     skip_reason: str
-    """Reason not to read the member (`link`, `special file`, `sparse file`, `unsafe name`); empty for a plain file."""
+    """Reason for skipping the member (`link`, `special file`, `sparse file`, `unsafe name`); empty for a plain file."""
 
 
 class _Extended(NamedTuple):
-    """Holds the fields of extended headers, which apply to the next member."""
+    """Holds the fields of extended headers (GNU and pax), which apply to the next member."""
 
     name: bytes | None = None
     size: int | None = None
@@ -44,13 +44,13 @@ class _Extended(NamedTuple):
 
 
 def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
-    """Yields the members of an open tar file in order, without folders; reads headers only.
+    """Yields all members of an open tar file except folders, in order; reads headers only.
 
-    Links are never followed. The size of the file bounds memory and time, even if headers claim larger sizes.
+    Links are never followed. The file's real size bounds memory and time, even if headers claim larger sizes.
 
     Raises:
-        TarError: if a header is damaged; if the file is truncated, even at the end of a member, because the
-            end-of-archive block is required; or if data follow that block, such as a second tar.
+        TarError: if a header is damaged, the file is truncated, the end-of-archive block is missing, or data such as a
+            second tar follow the end-of-archive block.
     """
     file_size = os.fstat(descriptor).st_size
     position, extended = 0, _Extended()
