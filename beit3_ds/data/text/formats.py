@@ -1,14 +1,14 @@
-"""Finds the format of a text file by its name and its first bytes, and refuses files of other formats.
+"""Finds the format of a text file by its name and its first bytes; raises `ConfigError` for unsupported formats.
 
 | name, in lower or upper case | content |
 |---|---|
-| `*.jsonl`, `*.ndjson`, `*.jsonlines`, `*.ldjson` | one JSON object per line, or JSON values if it starts with `[` |
-| `*.json` | the same; JSON values also if its first line is not a complete JSON value |
-| tables, markup, documents, archives, images and others in `_OTHERS` | refused |
-| any other | plain text |
+| `*.jsonl`, `*.ndjson`, `*.jsonlines`, `*.ldjson` | JSON values if the file starts with `[`, else JSON lines |
+| `*.json` | JSON lines if the first line is a complete JSON object or number, else JSON values |
+| tables, markup, documents, archives, images and others in `_OTHERS` | unsupported |
+| any other name | plain text |
 
-Each may be compressed, with `.gz`, `.gzip`, `.zst` or `.zstd` at the end of its name. JSON values are objects, alone or
-in lists, over any number of lines.
+Files of each format may be compressed; their names then end with `.gz`, `.gzip`, `.zst` or `.zstd`. JSON lines have one
+object per line. JSON values are objects that may span several lines, either consecutive or in lists.
 """
 
 import gzip
@@ -27,7 +27,7 @@ from beit3_ds.data.files.reading import open_for_reading
 from beit3_ds.printing import printable
 
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-"""Exceptions that reading a damaged or missing file raises."""
+"""Exceptions raised by reads of a missing file or a damaged compressed file."""
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 _GZIP, _ZSTANDARD = (".gz", ".gzip"), (".zst", ".zstd")
@@ -62,7 +62,7 @@ class TextFormat(NamedTuple):
 
     @property
     def is_read_whole(self) -> bool:
-        """Returns whether the file can only be read from its beginning."""
+        """Returns whether the file can only be read from its beginning, and so cannot be cut into pieces."""
         return bool(self.compression) or self.kind == "json_values"
 
 
@@ -70,7 +70,7 @@ def find_text_format(path: str) -> TextFormat:
     """Finds the format of a file.
 
     Raises:
-        ConfigError: if the file has another format, or cannot be opened.
+        ConfigError: if the file has an unsupported format, or cannot be opened.
         StorageError: if the file system fails.
     """
     compression, extension = _split_name(path)
@@ -98,7 +98,10 @@ def find_text_format(path: str) -> TextFormat:
 
 
 def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) -> BinaryIO:
-    """Opens a file to read its decompressed content, with retries; a truncated compressed file raises EOFError."""
+    """Opens a file for reading its decompressed content, with retries of failed reads.
+
+    Reading a truncated compressed file raises EOFError.
+    """
     if compression == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=open_for_reading(path)))
     if compression == "zstandard":
@@ -107,7 +110,7 @@ def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) 
 
 
 def _split_name(path: str) -> tuple[Literal["", "gzip", "zstandard"], str]:
-    """Returns the compression that a name ends with, and the extension before it in lower case."""
+    """Splits a file name into compression and extension: `a.txt.gz` gives `gzip` and `.txt`."""
     stem, extension = os.path.splitext(path.lower())
     if extension in _GZIP:
         return "gzip", os.path.splitext(stem)[1]
@@ -132,7 +135,7 @@ def _kind_of_json(head: bytes, extension: str, is_whole: bool) -> Literal["json_
 
 
 def _starts_with_record(head: bytes) -> bool:
-    """Returns whether a file starts with a JSON object that has a `text`, alone or in a list."""
+    """Returns whether a file starts with a JSON object (or a list of objects) with a string under `text`."""
     text = head.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "ignore").lstrip()
     text = text.removeprefix("[").lstrip()
     if not text.startswith("{"):
@@ -145,7 +148,7 @@ def _starts_with_record(head: bytes) -> bool:
 
 
 class _ZstandardFrames(io.RawIOBase):
-    """Reads all frames of a .zst file; unlike zstandard's reader, raises an error for a truncated frame."""
+    """Reads all frames of a .zst file; raises EOFError for a truncated frame, which zstandard's own reader ignores."""
 
     def __init__(self, path: str) -> None:
         self._file = open_for_reading(path)

@@ -1,4 +1,4 @@
-"""Reads the JSON values of a file, alone or in lists, with one value in memory at a time."""
+"""Reads JSON values from a file, either consecutive or in lists, with one value in memory at a time."""
 
 import json
 import re
@@ -11,7 +11,7 @@ _BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
 
 
 def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
-    """Yields the values of a file; of a list at the top level it yields the elements.
+    """Yields the JSON values of a file; a list at the top level is replaced by its elements.
 
     Raises:
         ValueError: if the file is truncated or damaged, or a value has more than `max_characters`.

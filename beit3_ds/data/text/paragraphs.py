@@ -1,9 +1,9 @@
 """Reads the paragraphs of text files: plain text or JSON, compressed or not.
 
-`formats` finds the format of a file. In plain text a line is a paragraph, and blank lines separate documents. In JSON
-every object is a document, and the lines of its `text` are the paragraphs. At most one line or JSON value is in memory,
-and a line of more than 16 MiB is left out, so memory is bounded for every file. Lines end with a newline, a carriage
-return, or both.
+The module `formats` finds the format of a file. In plain text each line is a paragraph, and blank lines separate
+documents. In JSON each object is a document, and the lines of its `text` are the paragraphs. Memory is bounded: only
+one line or JSON value is in memory at a time, and lines of more than 16 MiB are skipped. Lines end with a newline, a
+carriage return, or both.
 """
 
 import io
@@ -34,41 +34,44 @@ class TextPiece(NamedTuple):
     start: int
     """First byte of the range."""
     stop: int
-    """One past the last byte of the range. A compressed file or a file of JSON values is one piece, because it is read
-    whole."""
+    """One past the last byte of the range. A compressed file or a file of JSON values always forms a single piece."""
 
 
 class Paragraph(NamedTuple):
-    """Holds a paragraph of a text."""
+    """Holds one paragraph of a text file."""
 
     text: str
-    """The text; it is not blank, and has no white space around it."""
+    """The paragraph's text; not empty, and without white space around it."""
     ends_document: bool
     """Whether the paragraph is the last one of its document."""
 
 
 class BrokenLines:
-    """Counts the lines that are left out, against a budget.
+    """Collects the broken lines of text files, and raises `ConfigError` if there are more than a budget allows.
 
     Attributes:
-        lines: file, line number and reason of each.
+        lines: description of each broken line: file, line number and reason.
     """
 
     def __init__(self, budget: float) -> None:
-        """Allows `budget` lines."""
+        """Creates an empty collection that allows `budget` broken lines."""
         self.lines: list[str] = []
         self._budget = budget
 
     def add(self, line: str) -> None:
-        """Counts one line.
+        """Adds the description of one broken line.
 
         Raises:
-            ConfigError: if there are more lines than the budget, with the first ones.
+            ConfigError: if there are now more lines than the budget; the message lists the first ten.
         """
         self.extend([line])
 
     def extend(self, lines: list[str]) -> None:
-        """Counts several lines, and raises as `add` does."""
+        """Adds the descriptions of several broken lines.
+
+        Raises:
+            ConfigError: if there are now more lines than the budget; the message lists the first ten.
+        """
         self.lines.extend(lines)
         if len(self.lines) > self._budget:
             raise ConfigError(
@@ -90,7 +93,7 @@ def whole_file(path: str) -> TextPiece:
 
 
 def cut_into_pieces(path: str, piece_bytes: float) -> list[TextPiece]:
-    """Cuts a file into pieces of `piece_bytes` that can be read separately; one piece if it must be read whole.
+    """Cuts a file into pieces of `piece_bytes` bytes; returns a single piece if the file cannot be read in parts.
 
     Raises:
         ConfigError: if the file cannot be read, or is not a text file.
@@ -108,7 +111,7 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
 
     Args:
         piece: the piece to read.
-        broken: counts lines and JSON values that are not valid text (`check_is_text`), not UTF-8, not JSON objects
+        broken: collects broken lines and JSON values: not valid text (`check_is_text`), not UTF-8, not a JSON object
             with a `text`, or too long.
 
     Raises:
@@ -174,7 +177,7 @@ def _paragraphs_of_lines(
 
 
 def _mark(paragraphs: list[str]) -> Iterator[Paragraph]:
-    """Yields the paragraphs of one document and marks the last one."""
+    """Yields the paragraphs of one document, and marks the last paragraph as the document's end."""
     for number, paragraph in enumerate(paragraphs, 1):
         yield Paragraph(paragraph, ends_document=number == len(paragraphs))
 
@@ -208,7 +211,7 @@ def _decode(line: bytes) -> str:
 
 
 def _find_first_line(file: BinaryIO, piece: TextPiece) -> int:
-    """Seeks the first line that starts in the piece; returns its offset."""
+    """Moves the file's position to the first line that starts in the piece; returns the line's offset in bytes."""
     if piece.start == 0:
         return 0
     file.seek(piece.start - 1)  # if the byte before is a newline, a line starts at piece.start
@@ -216,10 +219,11 @@ def _find_first_line(file: BinaryIO, piece: TextPiece) -> int:
 
 
 def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
-    """Yields the lines from `position` on, cut at carriage returns.
+    """Yields the lines of a file from `position` on; a line with carriage returns is cut there into parts.
 
-    Yields tuples: the number of the line, counted from 1 by newlines; whether that line starts before `stop`; and the
-    bytes, truncated if the line is too long.
+    Yields:
+        The line number (counted from 1 by newlines), whether the line starts before `stop`, and the bytes of the part.
+        Bytes of a line that is too long are truncated.
     """
     number, was_blank = 0, False
     while line := file.readline(_MAX_LINE_BYTES + 1):
@@ -238,7 +242,7 @@ def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[in
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Reads to the end of the line in bounded memory; returns the number of bytes."""
+    """Skips the rest of a line in bounded memory; returns the number of skipped bytes."""
     skipped = 0
     while part := file.readline(_CHUNK_BYTES):
         skipped += len(part)
@@ -248,7 +252,7 @@ def _skip_line(file: BinaryIO) -> int:
 
 
 def _count_lines(path: str, stop: int) -> int:
-    """Counts the lines that end before byte `stop`; 0 for a compressed file, whose only piece starts at 0."""
+    """Counts the newlines before byte `stop` of an uncompressed file."""
     count = 0
     with open_for_reading(path) as file:
         while chunk := file.read(min(_CHUNK_BYTES, stop)):

@@ -4,9 +4,9 @@ A sentence ends with `.`, `!`, `?` or `…` before white space or an East Asian 
 `!` or `?` before anything. Closing quotes and brackets that follow directly belong to the sentence. So "3.5" and "?q="
 contain no end, and "Mr. Smith" contains one, because the rule knows no abbreviations.
 
-The rule reads the pieces that ids mean, not the text, with one look-up per token of a long paragraph. So the ids stay
-the same as in the whole paragraph, and token files need no marks. It misses an end that is not a border of pieces,
-because the vocabulary lacks the character or the piece continues after it.
+The rule is applied to the tokenizer's pieces instead of the text, with one look-up per token of a long paragraph.
+Cutting therefore changes no ids, and token files need no marks for sentences. The end of a sentence is missed if it is
+inside a piece, or if the vocabulary lacks the character.
 """
 
 from bisect import bisect_right
@@ -25,10 +25,10 @@ _ENDS, _ENDS_WIDE, _CLOSES, _OPENS, _OPENS_AFTER_WIDE = (1 << bit for bit in ran
 
 
 class ParagraphCutter:
-    """Cuts paragraphs of one tokenizer's ids at sentences; takes two bytes per id of the vocabulary."""
+    """Cuts long paragraphs of token ids between sentences; takes a few bytes of memory per id of the vocabulary."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        """Determines for every piece of the vocabulary whether it begins, ends or continues a sentence."""
+        """Determines which pieces of the vocabulary can begin, end or continue a sentence."""
         self._words, self._eos_id = tokenizer.word_borders(), tokenizer.eos_id
         pieces = (tokenizer.piece(id_) for id_ in range(tokenizer.vocab_size))
         kinds = (_kind(piece, *map(bool, borders)) for piece, *borders in zip(pieces, *self._words, strict=True))
@@ -50,14 +50,14 @@ class ParagraphCutter:
         return contents
 
     def sentence_starts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
-        """Finds the starts of all sentences of paragraphs except the first of each.
+        """Finds where sentences start inside paragraphs; the first sentence of each paragraph is left out.
 
         Args:
             ids: all ids of the paragraphs, (n,).
             lengths: number of ids per paragraph, (paragraphs,).
 
         Returns:
-            Number of the first id of each sentence, ascending.
+            For each sentence, the index in `ids` of its first id, ascending.
         """
         kinds = self._kinds[ids]
         ends = np.flatnonzero(kinds & (_ENDS | _ENDS_WIDE))
@@ -71,8 +71,8 @@ class ParagraphCutter:
     def cuts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic], limit: int) -> Iterator[int]:
         """Cuts paragraphs longer than `limit` into sequences of at most `limit` ids, not counting separators.
 
-        A sequence ends with the last sentence that fits. A sentence longer than a sequence is cut before the last word
-        that does not fit whole, and a word longer than a sequence is cut where the sequence is full.
+        A sequence ends with the last sentence that fits. A sentence longer than a sequence is cut between two words,
+        and a word longer than a sequence is cut where the sequence is full.
 
         Args:
             ids: all ids of the paragraphs, (n,).
@@ -80,7 +80,7 @@ class ParagraphCutter:
             limit: maximum ids per sequence.
 
         Yields:
-            Number of the first id of each sequence except the first one of a paragraph, ascending.
+            For each sequence except the first of a paragraph, the index in `ids` of its first id, ascending.
         """
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
         stops = starts + self.content_lengths(ids, lengths)
@@ -98,7 +98,7 @@ class ParagraphCutter:
 
 
 def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Moves each position that is in `skipped` (ascending) past the consecutive numbers there."""
+    """Moves positions to the next number that is not in `skipped`, an ascending array; leaves other positions as is."""
     if not len(skipped):
         return positions
     run_ends = skipped[np.append(np.flatnonzero(np.diff(skipped) > 1), len(skipped) - 1)] + 1
@@ -109,7 +109,7 @@ def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDAr
 
 
 def _kind(piece: str, starts_word: bool, ends_word: bool) -> int:
-    """Returns flags (`_ENDS` and others, summed) that say how a piece begins, ends or continues a sentence."""
+    """Returns the sum of flags (such as `_ENDS`) that tell whether a piece begins, ends or continues a sentence."""
     if ends_word and piece.endswith(_SPACE):
         # White space follows, so any mark ends a sentence, whatever comes next.
         kind = _kind(piece[:-1], starts_word, ends_word=False) if piece != _SPACE else 0

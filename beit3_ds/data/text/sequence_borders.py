@@ -32,12 +32,12 @@ _CHUNK_TOKENS = 1 << 20
 
 
 def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter) -> None:
-    """Writes the borders of a text file's sequences, unless they are up to date.
+    """Writes the file of sequence borders for a text file, unless an up-to-date file exists.
 
     Args:
         folder: folder of the token files.
-        text: the text file, by its path in the config.
-        pieces: all token files of the text file.
+        text: path of the text file as in the config.
+        pieces: all token files of the text file, in order.
         length: maximum tokens per sequence, BOS and EOS included.
         cutter: cuts long paragraphs.
     """
@@ -57,10 +57,10 @@ def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length:
 
 
 class PreparedText:
-    """Holds the sequences of one text file, read from its token files.
+    """Reads the token sequences of one text file from its token files.
 
-    Ids and borders are mapped at their first use and never loaded, so all processes of a machine share the page cache.
-    Maps keep no file open. A pickled copy maps the files again.
+    Ids and borders are memory-mapped at their first use, so all processes of a machine share the page cache. Memory
+    maps keep no file open. A pickled copy maps the files again.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class PreparedText:
 
         Args:
             folder: folder of the token files.
-            text: the text file, by its path in the config.
-            tokenizer: tokenizer with which the token files must have been made.
+            text: path of the text file as in the config.
+            tokenizer: tokenizer that must have written the token files.
             length: maximum tokens per sequence, BOS and EOS included.
-            document_separator: setting with which the token files must have been made.
+            document_separator: whether every document in the token files must end with EOS.
 
         Raises:
-            ConfigError: if a file is missing, damaged or out of date, with its name.
+            ConfigError: if a file is missing, damaged or out of date; the message names the file.
         """
         self._pieces = find_token_pieces(folder, text, tokenizer, document_separator)
         self.broken = tuple(line for piece in self._pieces for line in piece.broken)
@@ -101,7 +101,7 @@ class PreparedText:
         """Reads the ids of a sequence, without BOS; the last id is EOS if a document ends there.
 
         Raises:
-            StorageError: if a file cannot be mapped. If a read of the map fails later, the process dies.
+            StorageError: if a file cannot be mapped. If reading the mapped memory fails later, the process is killed.
         """
         start, stop = (int(border) for border in self._borders()[index : index + 2])
         parts = []
@@ -132,7 +132,7 @@ class PreparedText:
 
 
 def _map_with_retries(path: Path, open_map: Callable[[], NDArray[np.generic]]) -> NDArray[np.generic]:
-    """Maps a file that existed when the run started, so that a failure means the storage failed."""
+    """Maps a file with retries; every failure is a storage error, because the file existed when the run started."""
     try:
         return read_with_retries(open_map, str(path), file_errors=frozenset())
     except OSError as error:  # an error without a number: the file was truncated
@@ -144,7 +144,7 @@ def _borders_path(folder: Path, text: str, length: int) -> Path:
 
 
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
-    """Computes a digest of everything that borders depend on, except the length."""
+    """Returns a digest of everything that sequence borders depend on, except the sequence length."""
     facts = [
         (piece.tokenizer, piece.document_separator, piece.piece.start, piece.text_size, piece.text_mtime_ns)
         for piece in pieces
@@ -153,7 +153,7 @@ def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
 
 
 def _chunks(pieces: Sequence[TokenPiece]) -> Iterator[TokenizedParagraphs]:
-    """Yields all paragraphs in chunks of about `_CHUNK_TOKENS`, mapped one at a time to keep few pages in memory."""
+    """Yields all paragraphs in chunks of about a million tokens; maps one chunk at a time to save memory."""
     for piece in pieces:
         lengths, position = piece.paragraph_lengths(), 0
         for first in range(0, len(lengths), COPY_NUMBERS):

@@ -21,20 +21,21 @@ from beit3_ds.tokenizers.text import TextTokenizer
 class TextSequences:
     """Cuts the texts of files into sequences of at most `length` tokens.
 
-    Consecutive paragraphs of a file share a sequence while the next one fits whole. They may belong to several
-    documents, which EOS separates unless `document_separator` is false. Only a paragraph longer than a sequence is cut,
-    at ends of sentences, and its last piece shares a sequence with the next paragraph. Only a sentence longer than a
-    sequence is cut inside, between words if possible. `paragraphs` defines paragraphs, documents and readable files;
-    `sentences` defines the end of a sentence.
+    Each sequence is filled with consecutive paragraphs of one file as long as the next paragraph fits whole. The
+    paragraphs may belong to several documents, which are separated by EOS unless `document_separator` is false. A
+    paragraph longer than a sequence is cut between sentences, and its last piece shares a sequence with the next
+    paragraph. A sentence longer than a sequence is cut between words if possible. The module `paragraphs` defines
+    paragraphs, documents and readable files; the module `sentences` defines the end of a sentence.
 
-    Without `cache_dir` all text is tokenized at the start and kept in the memory of each process: two bytes per token
-    with a vocabulary of at most 65536 pieces, which suits a few gigabytes of text. With `cache_dir` the token files of
-    `beit3 prepare texts` are mapped, and opening reads one footer per 64 MiB of text. The sequences are the same.
+    Without `cache_dir`, all text is tokenized in the constructor and kept in the memory of each process. Each token
+    takes two bytes with a vocabulary of at most 65536 ids, which suits a few gigabytes of text. With `cache_dir`, the
+    token files of `beit3 prepare texts` are memory-mapped, and the constructor reads one footer per 64 MiB of text. The
+    sequences are equal in both cases.
 
     Attributes:
-        paths: the files.
-        broken: the lines that are left out: file, line number and reason.
-        empty: the files without text.
+        paths: paths of the text files.
+        broken: skipped lines, each with file, line number and reason.
+        empty: paths of the files without text.
     """
 
     def __init__(
@@ -52,9 +53,9 @@ class TextSequences:
             patterns: files or glob patterns.
             tokenizer: turns paragraphs into ids.
             length: maximum tokens per sequence, BOS and EOS included; at least 3.
-            cache_dir: `data.cache_dir`.
+            cache_dir: folder of prepared token files (`data.cache_dir`); None tokenizes the text in memory.
             max_broken_lines: maximum number of broken lines over all files.
-            document_separator: `data.document_separator`.
+            document_separator: whether every document ends with EOS (`data.document_separator`).
 
         Raises:
             ConfigError: if a pattern has no match, a file is unreadable, no file has text, too many lines are broken,
@@ -88,10 +89,10 @@ class TextSequences:
         return int(self._first_of_file[-1])
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the text files with their numbers of sequences, which depend on the tokenizer too.
+        """Yields the name, size in bytes and number of sequences of each text file.
 
         Raises:
-            ConfigError: if a file is gone.
+            ConfigError: if a file no longer exists.
         """
         for path, sequences in zip(self.paths, self._files, strict=True):
             try:
@@ -109,7 +110,7 @@ class TextSequences:
         return np.concatenate([[self._bos_id], ids, [self._eos_id]]).astype(np.int64)
 
     def name(self, index: int) -> str:
-        """Returns the file of a sequence and its number there, for messages."""
+        """Names a sequence in messages: path of the text file, and number of the sequence in that file."""
         file = self._file_of(index)
         return f"{self.paths[file]}:{index - self._first_of_file[file]}"
 
@@ -120,12 +121,12 @@ class TextSequences:
 
 
 def texts_folder(cache_dir: str) -> Path:
-    """Returns the folder of a run's token files."""
+    """Returns the folder inside `cache_dir` that contains the token files of texts."""
     return Path(cache_dir) / "texts"
 
 
 class _TextInMemory:
-    """Tokenizes one text file at once, and keeps its sequences in memory."""
+    """Tokenizes one whole text file, and keeps its sequences in memory."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Defines token files, which `beit3 prepare texts` writes and training maps.
+"""Defines token files, which `beit3 prepare texts` writes and training reads as memory maps.
 
 Each piece of a text file has one token file, named after the text file and a digest of its path:
 
@@ -6,9 +6,9 @@ Each piece of a text file has one token file, named after the text file and a di
     text.txt-5f0c9a3e11d2.000067108864.tokens     tokens of the next piece
     text.txt-5f0c9a3e11d2.length-128.borders      starts of the sequences of 128 tokens, over all pieces
 
-A `.tokens` file consists of all ids (uint16, or uint32 with more than 65536 of them), the number of tokens of each
-paragraph (uint32), and a footer. A `.borders` file consists of the start of each sequence, counted in tokens of the
-text file, the total number of tokens (int64), and a footer. A footer is JSON, the length of the JSON (8 bytes) and
+A `.tokens` file consists of all token ids (uint16, or uint32 if the vocabulary exceeds 65536 ids), the number of tokens
+per paragraph (uint32), and a footer. A `.borders` file consists of the start of each sequence, counted in tokens of the
+text file, the total number of tokens (all int64), and a footer. A footer is JSON, the length of the JSON (8 bytes) and
 `BEIT3TOK`. Numbers are little-endian. Files are written under a temporary name and renamed, so a file is complete or
 absent.
 """
@@ -34,9 +34,9 @@ _MAGIC = b"BEIT3TOK"
 _VERSION = 3  # version of the format, and of the rule that cuts sequences
 _SUFFIX = ".tokens"
 COPY_NUMBERS = 1 << 18
-"""Numbers that are copied to a file at a time."""
+"""Maximum count of numbers that are copied to a file at a time, which bounds memory."""
 REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
-"""Advice in messages about token files that cannot be used."""
+"""Advice that ends the messages about missing, damaged or outdated token files."""
 
 
 class TokenPiece(NamedTuple):
@@ -51,7 +51,7 @@ class TokenPiece(NamedTuple):
     num_paragraphs: int
     """Number of paragraphs."""
     tokenizer: str
-    """Fingerprint of the tokenizer that made the ids."""
+    """Fingerprint of the text tokenizer that produced the ids."""
     document_separator: bool
     """Whether every document ends with EOS."""
     piece: TextPiece
@@ -61,32 +61,39 @@ class TokenPiece(NamedTuple):
     text_mtime_ns: int
     """Modification time of the text file when it was tokenized, in nanoseconds since 1970."""
     broken: tuple[str, ...]
-    """Lines that were left out: file, line number and reason."""
+    """Skipped lines, each with file, line number and reason."""
 
     def fits(self, text: os.stat_result) -> bool:
-        """Returns whether the text file is unchanged, by its size and modification time."""
+        """Returns whether the text file still has the size and modification time in the footer."""
         return (self.text_size, self.text_mtime_ns) == (text.st_size, text.st_mtime_ns)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
-        """Maps the ids from `start` to `stop`, (stop - start,)."""
+        """Memory-maps the token ids from `start` up to, but not including, `stop`; None maps up to the end."""
         stop = self.num_tokens if stop is None else stop
         return map_array(self.path, self.dtype, start * np.dtype(self.dtype).itemsize, stop - start)
 
     def paragraph_lengths(self) -> NDArray[np.generic]:
-        """Maps the number of tokens of each paragraph, (num_paragraphs,) uint32."""
+        """Memory-maps the number of tokens per paragraph, (num_paragraphs,) uint32."""
         offset = _aligned(self.num_tokens * np.dtype(self.dtype).itemsize)
         return map_array(self.path, "<u4", offset, self.num_paragraphs)
 
 
 def token_path(folder: Path, piece: TextPiece) -> Path:
-    """Returns the path of a piece's token file; a digest of the text file's path tells files of one name apart."""
+    """Returns the path of a piece's token file, which includes a digest of the text file's path."""
     return _piece_path(folder, piece.path, piece.start)
 
 
 def write_tokens(
     folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budget: int, document_separator: bool = True
 ) -> TokenPiece:
-    """Tokenizes a piece into its token file, in bounded memory.
+    """Tokenizes a piece of a text file and writes the token file, in bounded memory.
+
+    Args:
+        folder: folder of the token files.
+        piece: piece of the text file.
+        tokenizer: turns paragraphs into ids.
+        budget: maximum number of broken lines in the piece.
+        document_separator: whether every document ends with EOS.
 
     Raises:
         ConfigError: if the text file cannot be read, or more than `budget` of its lines are broken.
@@ -123,13 +130,13 @@ def read_token_piece(path: Path) -> TokenPiece:
     """Reads the footer of a token file.
 
     Raises:
-        ConfigError: if it is damaged.
+        ConfigError: if the file is missing or damaged.
     """
     return _from_footer(path, read_footer(path))
 
 
 def count_tokens(folder: Path, texts: Iterable[str]) -> int:
-    """Returns the number of tokens of text files in the token files that exist so far.
+    """Returns the total number of tokens in the existing token files of some text files.
 
     Raises:
         ConfigError: if a token file is damaged.
@@ -142,7 +149,7 @@ def count_tokens(folder: Path, texts: Iterable[str]) -> int:
 def find_token_pieces(
     folder: Path, text: str, tokenizer: TextTokenizer, document_separator: bool = True
 ) -> list[TokenPiece]:
-    """Returns all token files of a text file, in the order of its bytes, after checking that they are up to date.
+    """Returns all token files of a text file in order, after checking that they are complete and up to date.
 
     Raises:
         ConfigError: if a token file is missing or damaged, or does not fit the text file or the tokenizer.
@@ -177,7 +184,12 @@ def find_token_pieces(
 
 
 def remove_other_pieces(folder: Path, texts: Iterable[Sequence[TextPiece]]) -> None:
-    """Deletes token files of pieces that no longer exist, for example because the text file has shrunk."""
+    """Deletes token files of pieces that no longer exist, for example after a text file has shrunk.
+
+    Args:
+        folder: folder of the token files.
+        texts: for each text file, all its current pieces.
+    """
     names = _names(folder)
     for pieces in texts:
         kept = {token_path(folder, piece).name for piece in pieces}
@@ -202,7 +214,7 @@ def _from_footer(path: Path, footer: dict[str, Any]) -> TokenPiece:
 
 
 def file_stem(text: str) -> str:
-    """Returns the beginning of the names of all files that are made from a text file."""
+    """Returns the common prefix of the names of all token and border files of a text file."""
     return f"{bounded_name(Path(text).name)}-{hashlib.blake2b(os.fsencode(text), digest_size=6).hexdigest()}"
 
 
@@ -211,7 +223,7 @@ def _piece_path(folder: Path, text: str, start: int) -> Path:
 
 
 def _names(folder: Path) -> dict[str, list[str]]:
-    """Returns the names of all token files, by the `file_stem` of their text file."""
+    """Returns the names of all token files in a folder, grouped by the `file_stem` of the text file."""
     names: dict[str, list[str]] = {}
     if folder.is_dir():
         for entry in os.scandir(folder):
@@ -221,7 +233,7 @@ def _names(folder: Path) -> dict[str, list[str]]:
 
 
 def map_array(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
-    """Maps `count` numbers of a file that start at byte `offset`."""
+    """Memory-maps `count` numbers of type `dtype` from a file, starting at byte `offset`."""
     return map_file(str(path), offset + count * np.dtype(dtype).itemsize)[offset:].view(dtype)
 
 
@@ -239,7 +251,7 @@ def read_footer(path: Path) -> dict[str, Any]:
     """Reads the footer of a file.
 
     Raises:
-        ConfigError: if the file is missing or damaged, or of another version.
+        ConfigError: if the file is missing or damaged, or has another version of the format.
     """
     try:
         with open(path, "rb") as file:

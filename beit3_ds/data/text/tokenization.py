@@ -1,8 +1,8 @@
 """Encodes paragraphs to token ids, and packs the paragraphs into sequences.
 
 EOS separates documents, as in RoBERTa's sequences that cross documents (Liu et al., 2019, arXiv:1907.11692, section
-4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. At the end of a sequence it is the
-EOS of the sequence and takes no extra place.
+4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. If a sequence ends with a separator,
+that EOS is also the EOS of the sequence and takes no extra place.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,26 +16,26 @@ from beit3_ds.data.text.sentences import ParagraphCutter
 from beit3_ds.tokenizers.text import TextTokenizer
 
 TokenizedParagraphs: TypeAlias = tuple[NDArray[np.generic], NDArray[np.generic]]
-"""All ids of consecutive paragraphs, (n,) in `token_dtype`, and the number of ids per paragraph, (paragraphs,)."""
+"""Token ids of consecutive paragraphs, (n,) in `token_dtype`, and number of ids per paragraph, (paragraphs,)."""
 
 _CHUNK_PARAGRAPHS = 4096
 _CHUNK_CHARACTERS = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
-    """Returns the type in which ids are stored: two bytes up to 65536 ids, otherwise four."""
+    """Returns the type in which token ids are stored: uint16 for a vocabulary of up to 65536 ids, otherwise uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def encode_paragraphs(
     paragraphs: Iterable[Paragraph], tokenizer: TextTokenizer, document_separator: bool
 ) -> Iterator[TokenizedParagraphs]:
-    """Yields the ids of consecutive paragraphs, a chunk of about a million characters at a time.
+    """Encodes consecutive paragraphs to token ids; yields chunks of about a million characters.
 
     Args:
         paragraphs: paragraphs of one file or piece, in order.
         tokenizer: turns paragraphs into ids.
-        document_separator: whether every document that has ids ends with EOS.
+        document_separator: whether EOS is appended to every document that is not empty.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     is_open = False  # whether there are ids since the last separator
@@ -54,12 +54,12 @@ def encode_paragraphs(
 def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
-    A paragraph that fits into a sequence stays whole. A longer one starts a sequence and is cut at sentences; its last
-    piece shares a sequence with the next paragraph.
+    A paragraph that fits into a sequence stays whole. A longer paragraph starts a sequence and is cut between
+    sentences. The last piece of a cut paragraph shares a sequence with the next paragraph.
 
     Args:
-        chunks: paragraphs from `encode_paragraphs`; empty ones have no effect.
-        limit: maximum tokens per sequence, not counting a separator at its end.
+        chunks: paragraphs from `encode_paragraphs`; empty paragraphs have no effect.
+        limit: maximum tokens per sequence, not counting a separator at the sequence's end.
         cutter: cuts long paragraphs.
 
     Yields:

@@ -1,4 +1,4 @@
-"""Recognises binary data that can be decoded as text."""
+"""Detects binary data that happen to be decodable as text."""
 
 import re
 
@@ -9,12 +9,12 @@ _TEXT_PER_CONTROL = 10
 
 
 def check_is_text(text: str) -> None:
-    """Refuses a string with NUL, half a surrogate pair, or more than a tenth of control characters.
+    """Checks that a string is text: no NUL, no half surrogate pair, and at most a tenth of control characters.
 
-    A few control characters are accepted, because web pages have some, and SentencePiece's normalisation drops them.
+    Some control characters are accepted, because web pages contain some and SentencePiece's normalisation drops them.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: if the string is not text; the message gives the reason.
     """
     if "\0" in text:
         raise ValueError("NUL: binary data or UTF-16?")
