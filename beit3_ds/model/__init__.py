@@ -1,4 +1,4 @@
-"""Implements the Multiway Transformer on packed batches as plain modules, without DeepSpeed."""
+"""Implements the Multiway Transformer as plain PyTorch modules that process packed batches, without DeepSpeed."""
 
 from beit3_ds.model.beit3 import BEiT3
 from beit3_ds.model.features import Features

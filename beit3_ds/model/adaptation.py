@@ -38,7 +38,7 @@ from beit3_ds.model.pretrained import (
 from beit3_ds.positions import interpolate_positions
 
 TEXT_POSITION = "embeddings.text_position"
-"""Name of the only tensor whose shape depends on the length of texts."""
+"""Name of the table of text positions, the only tensor whose shape depends on `max_text_length`."""
 
 _MAPPED_BYTES = 2**26
 """Number of bytes that are read between two releases of the file's pages."""
@@ -53,11 +53,11 @@ _TABLES = {
     ),
     "language": frozenset({"embeddings.word.weight", TEXT_POSITION}),
 }
-"""Tensors of the embeddings of each modality."""
+"""Names of the embedding tensors, by modality."""
 
 
 class StoredWeights(Protocol):
-    """Declares weights on disk: exported or imported ones, or a checkpoint."""
+    """Declares the interface of weights on disk: exported weights, imported weights or a checkpoint."""
 
     @property
     def path(self) -> Path:
@@ -71,17 +71,17 @@ class StoredWeights(Protocol):
         """Returns the names of all tensors."""
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the logical shape of a tensor."""
+        """Returns the logical shape of a tensor: its shape without any parallelism."""
 
     def read(self, name: str, part: Any = None) -> Tensor:
-        """Returns a tensor, or a part of it (`matrix_part`)."""
+        """Returns a whole tensor, or only the rows and columns that `part` selects (`matrix_part`)."""
 
     def release_pages(self) -> None:
-        """Frees the memory that holds file pages read so far."""
+        """Frees the memory of all file pages that were read so far."""
 
 
 class AdaptedWeights:
-    """Adapts stored weights to another configuration; each tensor is computed when it is read.
+    """Adapts stored weights to another model configuration; `read` computes each tensor on demand.
 
     Attributes:
         path: file or folder of the weights.
@@ -90,16 +90,16 @@ class AdaptedWeights:
     """
 
     def __init__(self, weights: StoredWeights, model: ModelConfig, where: str, *, seed: int = 0) -> None:
-        """Compares the two configurations; reads no tensor yet.
+        """Compares the stored configuration with `model` and lists the changes; reads no tensors.
 
         Args:
             weights: the stored weights.
             model: configuration of the model to fill.
             where: name of the weights in messages.
-            seed: seed for initial values that the weights lack.
+            seed: seed of the initial values of added text positions.
 
         Raises:
-            ConfigError: if settings differ that cannot be adapted; the message names each of them.
+            ConfigError: if a setting differs that cannot be adapted; the message names every such setting.
         """
         self.path, self.model = weights.path, model
         self._weights, self._seed = weights, seed
@@ -108,16 +108,17 @@ class AdaptedWeights:
         self._held = {name for name in weights.names() if not name.startswith(EXTRA_PREFIX)}
 
     def check(self, wanted: Mapping[str, torch.Size]) -> list[str]:
-        """Compares the names and shapes of the tensors with those of the model.
+        """Checks that the adapted tensors have the names and shapes of the model's parameters.
 
         Args:
-            wanted: shape of every tensor of the model, by name.
+            wanted: shape of every parameter of the model, by name.
 
         Returns:
-            Names of tensors of the final norm and the heads that the weights lack.
+            Names of the final-norm and head tensors that the weights lack.
 
         Raises:
-            ConfigError: if the weights lack tensors that an input of the model needs, or `check_tensors` finds a fault.
+            ConfigError: if the weights lack tensors that an input of the model needs, or if `check_tensors` finds a
+                missing tensor, an unknown tensor or a wrong shape.
         """
         self._check_inputs(wanted)
         given = [name for name in wanted if self._source(name) in self._held]
@@ -127,7 +128,7 @@ class AdaptedWeights:
         return check_tensors(str(self.path), found | {name: self._weights.shape(name) for name in unknown}, wanted)
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor of the model, or the part of it that `matrix_part` returns."""
+        """Returns an adapted tensor, or only the rows and columns that `part` selects (`matrix_part`)."""
         if name not in (IMAGE_POSITION, TEXT_POSITION):
             return self._weights.read(self._source(name), part)
         tensor = self._weights.read(name)
@@ -140,11 +141,11 @@ class AdaptedWeights:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Frees the memory that holds file pages read so far (`PretrainedWeights.release_pages`)."""
+        """Frees the memory of all file pages that were read so far (`PretrainedWeights.release_pages`)."""
         self._weights.release_pages()
 
     def _source(self, name: str) -> str:
-        """Returns the name of the stored tensor from which a tensor of the model is computed."""
+        """Maps the name of a model tensor to the name of the stored tensor that provides its values."""
         if self._weights.model.layout != self.model.layout:
             decoupled = _DECOUPLED.fullmatch(name)
             name = f"{decoupled[1]}_shared" if decoupled else name
@@ -154,7 +155,7 @@ class AdaptedWeights:
         return name
 
     def _is_dropped(self, name: str) -> bool:
-        """Returns whether a stored tensor belongs to a part, such as an expert, that the model does not have."""
+        """Returns whether a stored tensor is left out because the model lacks its part, such as an expert."""
         if name.startswith("norm.") and not self.model.final_norm:
             return True
         if match := _EXPERT.fullmatch(name):
@@ -164,7 +165,11 @@ class AdaptedWeights:
         return any(name in names and modality not in self.model.modalities for modality, names in _TABLES.items())
 
     def _check_inputs(self, wanted: Iterable[str]) -> None:
-        """Checks that the weights have the tensors for every kind of input that the model takes."""
+        """Checks that the weights have the tensors for all inputs of the model (images, pairs, texts).
+
+        Raises:
+            ConfigError: if tensors for an input are missing; the message counts them and names one.
+        """
         if self._weights.model.inputs == INPUT_KINDS:
             return
         missing = [name for name in wanted if not name.startswith(REPLACEABLE) and self._source(name) not in self._held]
@@ -178,9 +183,9 @@ class AdaptedWeights:
 
 
 def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
-    """Fills a model's parameters with weights, one parameter at a time.
+    """Copies weights into a model's parameters, one parameter at a time.
 
-    Heads that the weights lack get their initial values and are named in a warning.
+    If the weights lack a head or the final norm, its parameters get initial values and a warning names them.
 
     Raises:
         ConfigError: if the weights do not match their configuration.
@@ -251,7 +256,7 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
 
 
 def _has_fused_expert(model: ModelConfig, layer: int) -> bool:
-    """Returns whether a block has a vision-language expert by its configuration, even if the model takes no pairs."""
+    """Returns whether `num_vision_language_layers` gives a block a vision-language expert; ignores `inputs`."""
     return layer >= model.num_layers - model.num_vision_language_layers
 
 

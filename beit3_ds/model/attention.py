@@ -26,12 +26,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class MultiwayAttention(nn.Module):
     """Applies pre-norm self-attention within each sequence.
 
-    Image and caption of a pair are one sequence. Attention is bidirectional, except in pairs whose captions are masked
-    for captioning (`SequenceLayout.causal_captions`).
+    The image and caption of a pair form one sequence. Attention is bidirectional, except in pairs with causal captions
+    (`SequenceLayout.causal_captions`).
 
-    In the `shared` layout all rows use the same weights. In the `decoupled` layout vision and language rows have their
-    own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised before
-    the output projection (Magneto, arXiv:2210.06423).
+    In the `shared` layout all rows use the same weights. In the `decoupled` layout vision and language rows have
+    separate projections and norms, but attend to each other. With `sub_layernorm` the concatenated heads are normalised
+    before the output projection (Magneto, arXiv:2210.06423).
 
     The heads are split over the tensor-parallel group. Forward and backward each exchange T * D elements
     (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
@@ -58,10 +58,10 @@ class MultiwayAttention(nn.Module):
 
         Args:
             x_TD: this rank's rows of the stream.
-            factor_T: factor of stochastic depth per row of the branch, or None.
-            layout: rows of each sequence and each expert.
-            attend: computes the outputs of this rank's heads, (T, H, K), from queries, keys and values, (T, H, K) each;
-                None takes attention within each sequence of the layout.
+            factor_T: stochastic-depth factor of each of these rows; None without stochastic depth.
+            layout: row ranges of each sequence and each expert.
+            attend: function that computes the outputs of this rank's heads, (T, H, K), from queries, keys and values,
+                (T, H, K) each. None uses attention within each sequence of `layout`.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
@@ -75,7 +75,7 @@ class MultiwayAttention(nn.Module):
         return self.out_proj(Activation(y_THK.flatten(1)), normed.stream_TD, factor_T, layout, norm=norm)
 
     def within(self, layout: SequenceLayout) -> Attend:
-        """Returns the function that computes attention within each sequence of a layout."""
+        """Returns a function that computes attention within each sequence of `layout`."""
         return partial(
             packed_attention,
             ranges=layout.sequence_ranges,

@@ -26,11 +26,11 @@ from beit3_ds.parallel import TensorParallel
 class BEiT3(nn.Module):
     """Implements the Multiway Transformer with its final norm (paper section 2), or some of its layers.
 
-    Layer 0 embeds, layers 1 to L are blocks and layer L + 1 is the final norm, to which a task adds its head
-    (`ModelConfig.num_pipeline_layers` in all). Layers pass only the residual stream x_TD to each other, so the list can
-    be cut between any two layers. Modules keep no state of a batch, and the forward pass draws no random numbers.
-    Parameter names do not depend on which layers this rank holds. Parameters are uninitialised until
-    `initialize_parameters`.
+    Layer 0 holds the embeddings, layers 1 to L are the blocks, and layer L + 1 holds the final norm. A task adds its
+    head to layer L + 1. `ModelConfig.num_pipeline_layers` is the number of these layers. Layers exchange only the
+    residual stream x_TD, so a pipeline can cut the list between any two layers. Modules store nothing about a batch,
+    and the forward pass draws no random numbers. Parameter names do not depend on which layers this rank holds.
+    `initialize_parameters` sets the parameters; before, they are uninitialised.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class BEiT3(nn.Module):
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
-        """Builds the layers.
+        """Builds the layers that this rank holds.
 
         Args:
             config: sizes and layout.
             tensor: the tensor-parallel group; None for a group of this process alone.
-            layers: the model chunks of a pipeline stage, each a range of layers; None is all layers.
+            layers: range of layers of each model chunk that this pipeline stage holds; None builds all layers.
             activation_checkpointing: which activations the backward pass recomputes.
             kernels: GPU kernel backend; "cuda" must have been built.
             fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
@@ -97,14 +97,14 @@ class BEiT3(nn.Module):
             path: output of `beit3 export` or `beit3 import`: a .safetensors file, or a folder of them.
             dtype: dtype of the parameters and of the computation.
             device: device of the parameters.
-            image_size: side of the input images in pixels; positions are interpolated. None keeps the stored value,
-                also for the settings below (`model.adaptation`).
+            image_size: side of the input images in pixels; positions are interpolated. For this and all following
+                arguments, None keeps the stored value (`model.adaptation`).
             max_text_length: tokens of the longest input text; added positions get initial values.
             layout: "decoupled" gives vision and language each a copy of the shared attention and norms.
             num_vision_language_layers: number of top blocks with a vision-language expert; a new expert is a copy of
                 the vision expert.
-            inputs: kinds of input that the model takes: a subset of "images", "pairs" and "texts". Other tensors are
-                neither built nor read; ("images",) gives a vision encoder.
+            inputs: kinds of input that the model accepts: a subset of "images", "pairs" and "texts". Tensors that only
+                other inputs need are neither built nor read; ("images",) gives a vision encoder.
 
         Raises:
             ConfigError: if the weights do not exist, do not match their configuration, or cannot be adapted to the
@@ -129,12 +129,12 @@ class BEiT3(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Loads weights of any kind as `from_pretrained` does.
+        """Builds a model in evaluation mode and fills its parameters with stored weights, adapted to new settings.
 
         Args:
-            stored: the weights.
-            build: builds the model, such as a `TaskModel` with its head, for a configuration.
-            settings: fields of the model's configuration that replace the stored ones; None keeps a stored one.
+            stored: weights on disk.
+            build: function that builds the model, such as a `TaskModel` with its head, for a configuration.
+            settings: new values for fields of the stored configuration, by name; None keeps the stored value.
             dtype: dtype of the parameters and of the computation.
             device: device of the parameters.
 
@@ -156,7 +156,7 @@ class BEiT3(nn.Module):
         texts: Sequence[TokenIds] | None = None,
         pairs: tuple[Tensor, Sequence[TokenIds]] | None = None,
     ) -> Features:
-        """Returns the features of images, texts and pairs, computed in one packed stream; it is differentiable.
+        """Computes the features of images, texts and pairs in one packed batch; gradients can flow through it.
 
         Args:
             images: (I, 3, image_size, image_size) floats in [-1, 1], RGB.
@@ -167,27 +167,28 @@ class BEiT3(nn.Module):
             Features after the final norm; empty for kinds of input that are not given.
 
         Raises:
-            ConfigError: if there are no inputs, or the model cannot take the size, length or ids of one.
+            ConfigError: if there are no inputs, or if the model does not accept the image size, the text length or the
+                token ids of an input.
         """
         assert self.embeddings is not None, "a stage of a pipeline cannot encode alone"
         batch = pack_inputs(self.config, images, texts, pairs, next(self.embeddings.parameters()).device)
         return unpack_features(self.run_layers(batch), batch)
 
     def forward(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
-        """Runs one micro-batch through all layers or through consecutive ones, as `run_layers` does."""
+        """Runs one micro-batch through all layers, or through the consecutive layers `layers` (`run_layers`)."""
         return self.run_layers(batch, x_TD, layers)
 
     def run_layers(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
-        """Runs one micro-batch through all layers or through consecutive ones.
+        """Runs one micro-batch through all layers, or through the consecutive layers `layers`.
 
         Args:
             batch: the packed micro-batch.
-            x_TD: the stream before `layers`; None if `layers` begin with the embeddings.
-            layers: the layers to run; None is all of them.
+            x_TD: this rank's rows of the stream before `layers`; None if `layers` begins with the embeddings.
+            layers: the layers to run; None runs all layers.
 
         Returns:
             This rank's rows of the stream after `layers`, (T, D). After the last layer, every tensor-parallel rank gets
-            all normalised rows, or only the rows of `PackedBatch.head_rows`, (M, D), if the batch has them.
+            the normalised rows: all, (T, D), or only those in `PackedBatch.head_rows`, (M, D), if the batch sets it.
         """
         layers = layers or self.all_layers
         if layers.start == 0:
@@ -204,12 +205,12 @@ class BEiT3(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Returns the dtype of the stream x_TD between layers."""
+        """Returns the dtype of the residual stream x_TD between layers."""
         dtype = next(self.parameters()).dtype
         return stream_dtype(dtype) if self.fp32_residual_connection else dtype
 
     def tie_word_embeddings(self) -> None:
-        """Shares the word table with the head; does nothing in the backbone, which has no head."""
+        """Does nothing, because the backbone has no head; `TaskModel` shares the word table with its head here."""
 
     def _run_block(self, block: nn.Module, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool) -> Tensor:
         if self.recompute_blocks and torch.is_grad_enabled():
@@ -217,7 +218,7 @@ class BEiT3(nn.Module):
         return block(x_TD, batch, only_head_rows)
 
     def _finish(self, x_TD: Tensor, batch: PackedBatch, *, has_picked: bool) -> Tensor:
-        """Applies the final norm to the rows that the head reads, (M, D), or to all, (T, D)."""
+        """Gathers the rows that the head reads, (M, D), or all rows, (T, D), and applies the final norm to them."""
         picked = batch.picked_rows
         rows = batch if picked is None else picked
         x_MD = self.tensor.gather_rows(x_TD, rows.num_rows if has_picked else batch.num_rows)

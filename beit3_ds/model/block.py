@@ -14,18 +14,18 @@ from beit3_ds.model.ffn import MultiwayFFN
 from beit3_ds.parallel import TensorParallel
 
 _LEAST_DROPPED, _LEAST_DROPPED_ON_CPU = 1 / 8, 1 / 32
-"""Smallest share of dropped rows at which they are skipped. Below it, copying the kept rows costs more than computing
-all rows.
+"""Smallest share of dropped rows at which a branch skips them, on GPUs and on CPUs. Below this share, copying the kept
+rows costs more than computing all rows.
 
-The value for CPUs was measured, that for GPUs was modelled (BENCHMARKS.md)."""
+The CPU value was measured, the GPU value was modelled (BENCHMARKS.md)."""
 
 
 class Block(nn.Module):
     """Computes x += drop_path(attention(x)), then x += drop_path(ffn(x)); both branches normalise their input.
 
-    Stochastic depth (paper section 2.3) is drawn with the batch, per sample, with one draw for both parts of a pair. So
-    the forward pass is deterministic and may be recomputed or reordered. A branch does not compute dropped sequences if
-    skipping them saves time (`computed_sequences`).
+    The batch contains the random draws of stochastic depth (paper section 2.3); the image and caption of a pair share
+    one draw. So the forward pass is deterministic and may be recomputed or reordered. A branch skips dropped sequences
+    if this saves time (`computed_sequences`).
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
@@ -35,11 +35,11 @@ class Block(nn.Module):
         self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool = False) -> Tensor:
-        """Returns this rank's rows of the stream after this block, (T, D), or of the rows for the head, (M, D).
+        """Runs the block and returns this rank's part of the stream: all rows, (T, D), or the head's rows, (M, D).
 
         Args:
             x_TD: this rank's rows of the stream.
-            batch: rows of each sequence and each expert, and the factors of stochastic depth.
+            batch: the packed micro-batch, with row ranges of sequences and experts, and stochastic-depth factors.
             only_head_rows: whether to return only the rows of `PackedBatch.head_rows`, because only the task's head
                 follows. The FFN then computes only these rows. With sequence parallelism the rows are gathered and
                 split again (`TensorParallel.gather_rows`, `scatter_rows`).
@@ -63,7 +63,7 @@ class Block(nn.Module):
         return put_rows(x_TD, y_KD, rows_K)
 
     def _factors(self, x_TD: Tensor, sequence_T: Tensor, batch: PackedBatch, branch: int) -> Tensor | None:
-        """Returns the factor of stochastic depth per row of this rank, given the sequence of every row."""
+        """Returns the stochastic-depth factor of each row of this rank; `sequence_T` is the sequence of every row."""
         if batch.drop_path is None:
             return None
         factor_Q = batch.drop_path[:, self.layer, branch].to(x_TD.dtype)
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 def computed_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
-    """Returns the sequences on which a branch is computed; None means all sequences.
+    """Returns the sequences that a branch computes; None means all, where skipping would save nothing.
 
     Args:
         batch: the packed micro-batch.

@@ -17,7 +17,7 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class PatchProjection(nn.Conv2d):
-    """Computes a convolution over patches that do not overlap as a matrix product; pixels need no gradient."""
+    """Projects non-overlapping image patches with a matrix product, which equals a strided convolution."""
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Returns patch embeddings, (B, N, D), in row order and in the dtype of the weight."""
@@ -30,10 +30,11 @@ class PatchProjection(nn.Conv2d):
 class Embeddings(nn.Module):
     """Embeds images (patch convolution, CLS first, mask token for masked patches) and texts (word table).
 
-    Each modality has its own learned positions; both start at 0 in a pair. BOS is the CLS of a text. There is no type
-    embedding, because each expert has one modality. The word table is split over the tensor-parallel group, and forward
-    all-reduces S * D elements. Each rank embeds all rows and keeps its own (`TensorParallel.scatter_rows`). A modality
-    that no input of the model has gets no parameters (`ModelConfig.inputs`).
+    Each modality has a table of learned positions; in a pair, the positions of image and caption both start at 0. BOS
+    is the CLS token of a text. There is no token-type embedding, because experts already tell the modalities apart. The
+    word table is split over the tensor-parallel group, and forward all-reduces S * D elements. Each rank embeds all
+    rows and keeps its own rows (`TensorParallel.scatter_rows`). A modality that none of `ModelConfig.inputs` contains
+    gets no parameters.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:
@@ -50,10 +51,10 @@ class Embeddings(nn.Module):
             self.text_position = nn.Parameter(torch.empty(config.max_text_length, hidden))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Returns this rank's rows of the stream x_TD, in the dtype of the stream: image rows, then text rows.
+        """Embeds a batch and returns this rank's rows of the residual stream: image rows first, then text rows.
 
         Raises:
-            ConfigError: if the batch has a kind of input that the model does not take.
+            ConfigError: if the batch has a kind of input that the model does not accept.
         """
         check_inputs(self.config, batch)
         parts = [self._embed_images(batch)] if "vision" in self.config.modalities else []
@@ -72,16 +73,16 @@ class Embeddings(nn.Module):
         return self.embed_tokens(batch.token_ids, batch.text_positions)
 
     def embed_tokens(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
-        """Returns the embeddings of tokens at positions of their texts, (S, D)."""
+        """Returns the word embedding plus the position embedding of each token, (S, D)."""
         # index_select has a gradient of zeros for zero rows, so the tables take part even without texts.
         return self.word(ids_S) + self.text_position.index_select(0, positions_S)
 
 
 def check_inputs(config: ModelConfig, batch: PackedBatch) -> None:
-    """Checks that a model takes every kind of input in a batch.
+    """Checks that a model accepts every kind of input (images, pairs, texts) in a batch.
 
     Raises:
-        ConfigError: if the model does not take a kind of input; the message names the kind.
+        ConfigError: if the model does not accept a kind of input; the message names the kind.
     """
     counts = {"images": batch.num_images, "pairs": batch.num_pairs, "texts": batch.num_texts}
     for kind, count in counts.items():

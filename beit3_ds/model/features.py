@@ -1,4 +1,4 @@
-"""Packs images, texts and pairs for a trained model and unpacks their features."""
+"""Packs images, texts and pairs into a batch for a trained model, and unpacks their features from its output."""
 
 # I images, P pairs, X texts, N patches per image, L tokens of a text, D hidden, S image size.
 
@@ -27,13 +27,13 @@ class Features(NamedTuple):
     """Holds the output of the last layer after the final norm."""
 
     images: Tensor
-    """Features of images, (I, 1 + N, D): CLS, then the patches in row order."""
+    """Features of each image, (I, 1 + N, D): CLS, then the patches in row order."""
     texts: tuple[Tensor, ...]
-    """Features of each text, (L, D); the first row is BOS, the CLS of a text."""
+    """Features of each text, (L, D); the first row is BOS, the CLS token of a text."""
     pair_images: Tensor
-    """Features of the images of pairs, (P, 1 + N, D), which attended to their captions."""
+    """Features of the image of each pair, (P, 1 + N, D); the image attended to its caption."""
     pair_texts: tuple[Tensor, ...]
-    """Features of each caption, (L, D), which attended to its image."""
+    """Features of the caption of each pair, (L, D); the caption attended to its image."""
 
 
 def pack_inputs(
@@ -43,10 +43,11 @@ def pack_inputs(
     pairs: tuple[Tensor, Sequence[TokenIds]] | None,
     device: torch.device,
 ) -> PackedBatch:
-    """Returns the inputs of `BEiT3.encode` as a packed batch on `device`, without masking or stochastic depth.
+    """Checks the inputs of `BEiT3.encode` and packs them into one batch on `device`, without masked patches.
 
     Raises:
-        ConfigError: if there are no inputs, or the model cannot take the size, length or ids of one.
+        ConfigError: if there are no inputs, or if the model does not accept the image size, the text length or the
+            token ids of an input.
     """
     pair_images, captions = _check_pairs(pairs)
     pixels = [_check_pixels(config, name, x) for name, x in (("images", images), ("pairs", pair_images))]
@@ -70,7 +71,7 @@ def pack_inputs(
 
 
 def unpack_features(h_TD: Tensor, batch: PackedBatch) -> Features:
-    """Splits normalised rows, (T, D), into the features of samples."""
+    """Splits the rows after the final norm, (T, D), into the features of each image, text and pair."""
     a, b, c, _ = batch.boundaries
     images, pair_images, captions, texts = h_TD.tensor_split([a, b, c])
     shape = (-1, batch.image_length, h_TD.shape[1])
@@ -164,6 +165,6 @@ def _check_text(config: ModelConfig, name: str, ids: Any) -> Tensor:
 
 
 def _describe(value: Any) -> str:
-    """Describes a value in a few words, for messages."""
+    """Returns the type and the shortened repr of a value, for error messages."""
     text = " ".join(repr(value).split())  # a tensor has many lines
     return f"{type(value).__name__} {text if len(text) <= _SHOWN_LETTERS else f'{text[:_SHOWN_LETTERS]}...'}"

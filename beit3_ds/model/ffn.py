@@ -16,10 +16,10 @@ from beit3_ds.parallel import TensorParallel
 
 
 class MultiwayFFN(nn.Module):
-    """Applies a pre-norm feed-forward network per expert; the position of a row selects its expert.
+    """Applies one pre-norm feed-forward network per expert; the position of a row selects its expert.
 
-    With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). The
-    input of GELU is the only saved tensor as wide as the FFN; the backward pass recomputes the others.
+    With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). Forward
+    saves only one tensor as wide as the FFN, the input of GELU; backward recomputes the others.
 
     The width of every expert is split over the tensor-parallel group. Forward and backward each exchange T * D
     elements (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
@@ -39,9 +39,9 @@ class MultiwayFFN(nn.Module):
         """Computes the FFN, adds it to the residual stream, and returns this rank's rows of the stream, (T, D).
 
         Args:
-            x_TD: this rank's rows of the stream, or of rows picked from it.
-            factor_T: factor of stochastic depth per row of the branch, or None.
-            layout: rows of each expert.
+            x_TD: this rank's rows of the stream, or this rank's share of rows picked for the head.
+            factor_T: stochastic-depth factor of each of these rows; None without stochastic depth.
+            layout: row range of each expert.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)

@@ -1,4 +1,4 @@
-"""Counts floating-point operations per layer, for utilisation and for cutting the model into stages."""
+"""Counts floating-point operations per layer, to compute MFU and to cut the model into pipeline stages."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from beit3_ds.config import ModelConfig
 
 
 class Work(NamedTuple):
-    """Holds the sizes that determine the operations of a forward pass."""
+    """Holds the sizes that determine the number of operations of a forward pass."""
 
     rows: float
     """Number of packed rows, T."""
@@ -20,7 +20,7 @@ class Work(NamedTuple):
 
 
 def work_of(batch: PackedBatch, head: float) -> Work:
-    """Returns the sizes of one micro-batch, given the number of operations of the task's head."""
+    """Returns the `Work` of one micro-batch; `head` is the number of operations of the task's head."""
     lengths = [sum(stop - start for start, stop in ranges) for ranges in batch.sequence_ranges]
     attended = sum(length * length for length in lengths)
     if batch.causal_captions:  # an image does not see its caption, and a word none of the later words
@@ -30,10 +30,10 @@ def work_of(batch: PackedBatch, head: float) -> Work:
 
 
 def layer_flops(config: ModelConfig, work: Work) -> list[float]:
-    """Returns the forward operations of each layer: embeddings, blocks, head; a multiply-add counts 2.
+    """Returns the forward operations of each layer: embeddings, blocks, head; a multiply-add counts as 2.
 
-    Counts only matrix products, as usual for model FLOPs utilisation. Operations that `Block` skips count too. Every
-    row passes through one expert, so all blocks cost the same.
+    Counts only matrix products, as usual for model FLOPs utilisation. Dropped sequences count too, although `Block` may
+    skip them. Every row passes through one expert per block, so all blocks cost the same.
     """
     hidden = config.hidden_size
     embeddings = 2 * work.patches * 3 * config.patch_size**2 * hidden
@@ -42,10 +42,10 @@ def layer_flops(config: ModelConfig, work: Work) -> list[float]:
 
 
 def attention_flops(config: ModelConfig, rows: float, attended: float) -> float:
-    """Returns the forward operations of one attention; `rows` and `attended` are those of `Work`."""
+    """Returns the forward operations of one attention layer; `rows` and `attended` are fields of `Work`."""
     return 2 * rows * 4 * config.hidden_size**2 + 4 * attended * config.hidden_size
 
 
 def ffn_flops(config: ModelConfig, rows: float) -> float:
-    """Returns the forward operations of one FFN."""
+    """Returns the forward operations of one FFN over `rows` rows."""
     return 2 * rows * 2 * config.hidden_size * config.ffn_hidden_size

@@ -1,4 +1,4 @@
-"""Computes initial values from the seed and the parameter's name alone, so they are equal under every layout."""
+"""Computes initial values from the seed and the parameter's name only, so every layout gets the same values."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import logical_part, logical_shape, own_part
 
 STANDARD_DEVIATION = 0.02
-"""Standard deviation of BEiT's initial values outside the embeddings; the normal is truncated at one of it."""
+"""Standard deviation of BEiT's initial values outside the embeddings, drawn from a normal truncated at +-0.02."""
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _OUTPUT_MATRIX = re.compile(r"\.(out_proj|fc2)\.weight")
@@ -19,7 +19,7 @@ _MAGNETO_GAINED = re.compile(r"\.(v_proj|out_proj|fc1|fc2)\.weight")
 
 
 def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fills every parameter of `model` with this rank's part of its initial value; padding does not change."""
+    """Fills every parameter of `model` with this rank's part of its initial value; leaves padding unchanged."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = initial_value(name, logical_shape(parameter), config, seed)
@@ -29,10 +29,11 @@ def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> N
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     """Returns the initial value of one parameter, float32 on the CPU.
 
-    BEiT initialisation (paper section 2.3) draws matrices, convolution, tables and tokens from a truncated normal of
-    0.02, or of `config.initial_embedding_std` for embeddings. It divides the attention output and the second FFN matrix
-    of the l-th block by sqrt(2 l). With `sub_layernorm` the matrices of blocks follow Magneto (arXiv:2210.06423, figure
-    2): Xavier normal, with gain sqrt(log(2 L)) for values, attention output and FFN. Biases are 0 and norms 1.
+    BEiT initialisation (paper section 2.3) draws matrices, convolution, tables and tokens from a truncated normal. Its
+    standard deviation is 0.02, or `config.initial_embedding_std` for embeddings. In the l-th block, from 1, the
+    attention output matrix and the second FFN matrix are divided by sqrt(2 l). With `sub_layernorm` the matrices of
+    blocks follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with gain sqrt(log(2 L)) for the value
+    projection, the attention output and the FFN. Biases are 0 and norm weights are 1.
 
     Args:
         name: logical name, e.g. `blocks.3.ffn.fc2.weight_vision`.

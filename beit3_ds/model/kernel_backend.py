@@ -8,7 +8,7 @@ from beit3_ds.model.multiway import UpProjection
 
 
 def select_kernels(model: nn.Module, kernels: Kernels) -> None:
-    """Sets the GPU kernel backend of every module that has a kernel in CUDA C++; "cuda" must have been built."""
+    """Sets the GPU kernel backend of every module that has a CUDA C++ kernel; "cuda" needs the built kernels."""
     for module in model.modules():
         if isinstance(module, MultiwayAttention | UpProjection):
             module.cuda_cpp = kernels == "cuda"

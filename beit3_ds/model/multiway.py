@@ -23,9 +23,9 @@ class ColumnParallelMultiwayLinear(nn.Module):
     """Applies one linear layer per expert (paper section 2.1); output features are split over tensor-parallel ranks.
 
     Follow it with RowParallelMultiwayLinear. Pass the input through `TensorParallel.gather_from` once for all layers
-    that share this input. The layer itself sends nothing. Parameters are `weight_EXPERT` and `bias_EXPERT`. They belong
-    to this module, not to children, so that a ZeRO-3 hook gathers them for the one call that uses them all. They are
-    uninitialised until `initialization.initialize_parameters`.
+    that share this input. The layer itself sends nothing. Its parameters are `weight_EXPERT` and `bias_EXPERT`. The
+    module registers them itself, without child modules, so that one ZeRO-3 hook gathers all of them before forward.
+    `initialization.initialize_parameters` sets them; before, they are uninitialised.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:
@@ -37,18 +37,18 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
     def forward(self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None) -> Tensor:
-        """Returns this rank's output features, (T, F / P); each expert computes its own rows, a single expert all rows.
+        """Applies each expert to its rows, and returns this rank's output features, (T, F / P).
 
         Args:
             x_TD: all rows.
-            layout: slice of each expert.
+            layout: row range of each expert; a single expert processes all rows.
             recompute: recomputes x in the backward pass; None saves x instead.
         """
         return multiway_linear(x_TD, layout.expert_slices(self.experts), _weights(self), _biases(self), recompute)
 
 
 class UpProjection(ColumnParallelMultiwayLinear):
-    """Implements the first layer of the FFN; on a GPU it also applies GELU."""
+    """Implements the first linear layer of the FFN; its GPU kernel also applies GELU."""
 
     cuda_cpp = False
     """Whether to use the kernel in CUDA C++ (`kernel_backend.select_kernels`)."""
@@ -56,13 +56,13 @@ class UpProjection(ColumnParallelMultiwayLinear):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None, *, with_statistics: bool
     ) -> Activation:
-        """Returns this rank's features, (T, F / P), for a RowParallelMultiwayLinear with GELU.
+        """Returns this rank's output features, (T, F / P), as the input of a RowParallelMultiwayLinear with `gelu`.
 
         Args:
             x_TD: all rows.
-            layout: slice of each expert.
+            layout: row range of each expert.
             recompute: recomputes x in the backward pass; None saves x instead.
-            with_statistics: whether a sub-LN follows.
+            with_statistics: whether to compute the statistics for a sub-LN that follows.
         """
         return up_projection(
             x_TD,
@@ -78,9 +78,9 @@ class UpProjection(ColumnParallelMultiwayLinear):
 class RowParallelMultiwayLinear(nn.Module):
     """Ends a branch with one linear layer per expert, with input features split over the tensor-parallel group.
 
-    Applies GELU and sub-LN to its input and adds the branch to the stream. Communicates as
-    `TensorParallel.reduce_scatter_to` does, and sends two floats per row each way for a sub-LN. Every rank holds the
-    whole bias; it is added once, after the reduction, with the residual. Parameters have the same names as in
+    Applies GELU and sub-LN to its input, if requested, and adds the output to the residual stream. Communicates like
+    `TensorParallel.reduce_scatter_to`; with a sub-LN, forward and backward also send two floats per row. Every rank
+    holds the whole bias, which is added once, after the reduction. Parameters have the same names as in
     ColumnParallelMultiwayLinear.
     """
 
@@ -107,10 +107,10 @@ class RowParallelMultiwayLinear(nn.Module):
         Args:
             activation: this rank's input features of all rows, (T, F / P).
             residual_TD: this rank's rows of the stream.
-            factor_T: factor of stochastic depth per row of this rank, or None.
-            layout: slice of each expert.
+            factor_T: stochastic-depth factor of each row of this rank; None without stochastic depth.
+            layout: row range of each expert.
             gelu: whether to apply GELU to the input.
-            norm: sub-LN of the input, or None.
+            norm: sub-LN to apply to the input; None applies no norm.
         """
         slices = layout.expert_slices(self.experts)
         if self.tensor.size == 1:
@@ -124,13 +124,14 @@ class RowParallelMultiwayLinear(nn.Module):
 
 
 class NormOutput(NamedTuple):
-    """Holds the stream, its normalised rows, and copies of the parameters with which these rows are recomputed.
+    """Holds the stream, its normalised rows, and copies of the parameters from which these rows can be recomputed.
 
-    They are copies because another module saves them: ZeRO-3 partitions a module's own parameters after its forward.
+    Another module saves the copies for backward. It cannot use the parameters, because ZeRO-3 partitions them again
+    after the forward pass of the norm.
     """
 
     stream_TD: Tensor
-    """Input of the norm, for the residual; the norm's backward pass adds its gradient."""
+    """Input of the norm, for the residual connection; the norm's backward pass adds the gradient of this tensor."""
     h_TD: Tensor
     """Normalised rows."""
     scales: tuple[Tensor, ...]
@@ -163,7 +164,7 @@ class MultiwayLayerNorm(nn.Module):
         With sequence parallelism backward all-reduces the gradients of the parameters (`TensorParallel.share`).
 
         Args:
-            x_TD: rows of the stream, or rows gathered from it.
+            x_TD: this rank's rows of the stream, or gathered rows.
             slices: the experts' row ranges in x, in the order of `experts`.
         """
         parameters = self.tensor.share(*_weights(self), *_biases(self))
@@ -172,9 +173,9 @@ class MultiwayLayerNorm(nn.Module):
         return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), scales, shifts)
 
     def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
-        """Returns an object with which later layers recompute the normalised rows; None with sequence parallelism.
+        """Returns an object that recomputes the normalised rows for later layers; None with sequence parallelism.
 
-        With sequence parallelism recomputed rows would be gathered twice.
+        With sequence parallelism, recomputed rows would have to be gathered a second time.
 
         Args:
             output: result of `forward`.
@@ -208,9 +209,9 @@ class MultiwaySubLayerNorm(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, width))
 
     def forward(self) -> SubNorm:
-        """Returns the norm, with copies of its parameters.
+        """Returns the norm with copies of its parameters, which RowParallelMultiwayLinear applies.
 
-        They are copies because another module uses them: ZeRO-3 partitions a module's own parameters after its forward.
+        That module cannot use the parameters themselves, because ZeRO-3 partitions them again after this call.
         """
         is_divided = self.tensor.size > 1
         return SubNorm(

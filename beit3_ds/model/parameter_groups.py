@@ -1,4 +1,4 @@
-"""Decides by a parameter's logical name how the optimizer updates it: weight decay, learning rate, frozen or not."""
+"""Chooses weight decay, learning rate and freezing of each parameter by its logical name."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,22 +24,22 @@ class ParameterGroup(NamedTuple):
 
     @property
     def is_frozen(self) -> bool:
-        """Returns whether training never changes the parameters."""
+        """Returns whether the parameters of the group are frozen."""
         return self.lr_scale == 0
 
 
 def decays(name: str) -> bool:
-    """Returns whether weight decay applies: to all parameters except biases, norms, positions, CLS and mask tokens.
+    """Returns whether weight decay applies to a parameter: all except biases, norms, positions, CLS and mask tokens.
 
-    The rule reads names instead of shapes, because a parameter that ZeRO-3 has partitioned has lost its shape.
+    The rule uses names instead of shapes, because ZeRO-3 changes the shapes of the parameters that it partitions.
     """
     return not _NO_DECAY.search(name)
 
 
 def layer_number(name: str, num_layers: int) -> int:
-    """Returns the layer of a parameter for layer-wise learning-rate decay, as the reference numbers layers.
+    """Returns the layer number of a parameter for layer-wise learning-rate decay.
 
-    Embeddings are layer 0 and block i is layer i + 1. Everything else, the final norm and the head, is layer
+    As in the reference, embeddings are layer 0 and block i is layer i + 1. The final norm and the head are layer
     `num_layers` + 1.
 
     Args:
@@ -52,10 +52,11 @@ def layer_number(name: str, num_layers: int) -> int:
 
 
 def parameter_group(name: str, config: RunConfig) -> ParameterGroup:
-    """Returns the group of a parameter.
+    """Returns the optimizer settings of a parameter, given its logical name.
 
-    The learning rate of layer l is multiplied by `layer_decay` to the power of (`num_layers` + 1 - l), and that of the
-    head also by `head_learning_rate_scale` (ELECTRA, Clark et al., 2020, arXiv:2003.10555; BEiT, arXiv:2106.08254).
+    The learning rate of layer l is multiplied by `layer_decay` to the power of (`num_layers` + 1 - l). The learning
+    rate of the head is also multiplied by `head_learning_rate_scale` (ELECTRA, Clark et al., 2020, arXiv:2003.10555;
+    BEiT, arXiv:2106.08254).
     """
     training, num_layers = config.training, 0 if config.backbone is None else config.backbone.num_layers
     if is_frozen(name, training.frozen):
@@ -67,20 +68,20 @@ def parameter_group(name: str, config: RunConfig) -> ParameterGroup:
 
 
 def is_frozen(name: str, patterns: Iterable[str]) -> bool:
-    """Returns whether one of `training.frozen`'s patterns matches a logical name."""
+    """Returns whether a parameter's logical name matches any of the patterns from `training.frozen`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[ParameterGroup, list[T]]:
-    """Divides parameters into the optimizer's groups; no group is empty.
+    """Divides parameters into optimizer groups with equal settings; no group is empty.
 
     Args:
-        parameters: a value per logical name, such as the parameter.
+        parameters: the parameters, or other values to group, by logical name.
         config: the run's configuration.
 
     Returns:
-        The values of each group in the order of `parameters`; groups with more decay first, then with a larger
-        learning rate.
+        The values of each group, in the order of `parameters`. Groups are sorted by weight decay, then by
+        learning-rate factor, both descending.
     """
     groups: dict[ParameterGroup, list[T]] = {}
     for name, value in parameters.items():
@@ -89,7 +90,7 @@ def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[Par
 
 
 def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> list[tuple[ParameterGroup, list[T]]]:
-    """Splits the groups with the most parameters until there are `number` groups; no parameter's settings change.
+    """Splits the largest groups in half until there are `number` groups; all parameters keep their settings.
 
     Raises:
         ConfigError: if there are fewer than `number` parameters.
@@ -117,8 +118,8 @@ def check_frozen(patterns: Sequence[str], names: Sequence[str]) -> None:
         names: logical names of all parameters.
 
     Raises:
-        ConfigError: if a pattern matches nothing, or no parameter is left; the message names the pattern and the
-            model's modules.
+        ConfigError: if a pattern matches no parameter (the message names the pattern and the model's modules), or if
+            the patterns freeze every parameter.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
