@@ -1,4 +1,5 @@
 """Saves and loads the training state of a run, under any layout of ranks.
 
-This package imports none of its modules: only saving and resuming need DeepSpeed, reading a checkpoint does not.
+Importing the package loads none of its modules. So code that only reads a checkpoint does not import DeepSpeed, which
+saving and resuming need.
 """

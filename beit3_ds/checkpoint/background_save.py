@@ -1,4 +1,4 @@
-"""Writes a copy of the training state to disk in a thread, while training continues."""
+"""Copies the training state to host memory and writes the copy to disk in a thread, while training continues."""
 
 import json
 import socket
@@ -27,14 +27,14 @@ _NOTICE_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOutcome:
-    """Holds the result of a save; equal on all ranks except for the seconds, which each rank measures."""
+    """Holds the result of a save. All ranks get equal values, except for the seconds, which each rank measures."""
 
     step: int
     """Number of updates done before the save."""
     path: Path
     """Folder of the checkpoint."""
     error: str | None
-    """Error of the save, one line; None if the checkpoint is complete and on disk."""
+    """Error message in one line; None if the checkpoint is complete and on disk."""
     held_up_seconds: float
     """Seconds that training waited for the end of the previous save and for the copy to host memory."""
     seconds: float
@@ -42,10 +42,10 @@ class SaveOutcome:
 
 
 class BackgroundSave:
-    """Saves one state at a time: `start` copies it to host memory, and a thread writes the copy.
+    """Copies the training state to host memory in `start`, and writes the copy to disk in a thread.
 
-    The threads of all ranks communicate through a group of their own. If a save is due while the previous one is still
-    being written, training waits. So a failure never costs more than the steps of one interval between saves and the
+    The threads of all ranks communicate through a separate process group. If a save is due while the previous save is
+    still running, training waits. A crash therefore loses at most the steps of one interval between saves plus the
     duration of one save. A failed save is reported, and leaves all earlier checkpoints unchanged.
     """
 
@@ -57,14 +57,14 @@ class BackgroundSave:
         run: RunDescription,
         timeout_seconds: float,
     ) -> None:
-        """Prepares to save; no thread runs yet.
+        """Stores the arguments; starts no thread.
 
         Args:
             collection: the run's checkpoints.
             mesh: the mesh of ranks.
-            host: group of all ranks that only the threads of a save use.
+            host: group of all ranks; only the threads of saves use it.
             run: description of this run, which is stored in every checkpoint.
-            timeout_seconds: seconds after which `wait` gives up.
+            timeout_seconds: seconds after which `wait` raises an error.
         """
         self._collection, self._mesh, self._host, self._run = collection, mesh, host, run
         self._timeout_seconds = timeout_seconds
@@ -73,17 +73,19 @@ class BackgroundSave:
         self._outcomes: list[SaveOutcome] = []
 
     def reserve_memory(self, state: EngineState) -> None:
-        """Starts a thread that reserves host memory for the copies, so that the first save need not wait for memory."""
+        """Starts a thread that reserves host memory for copies of the state, so that the first save starts faster."""
         self._snapshot = Snapshot(state)
         self._start_thread(self._snapshot.reserve_memory)
 
     def start(self, state: EngineState, step: int, data: Mapping[str, Any], begun: float) -> None:
-        """Copies the state to host memory and starts the thread that writes the copy. All ranks call it after `wait`.
+        """Copies the state to host memory and starts a thread that writes the copy to disk.
+
+        All ranks must call `wait` before, and then this method.
 
         Args:
             state: training state of this rank: weights and moments.
             step: number of updates done.
-            data: position in the data and other state (`Index.data`); only that of the main rank is saved.
+            data: position in the data and other state (`Index.data`); only the main rank's value is saved.
             begun: `time.monotonic()` at the beginning of the save.
         """
         snapshot = self._snapshot = self._snapshot or Snapshot(state)
@@ -93,10 +95,10 @@ class BackgroundSave:
         self._start_thread(lambda: self._write(snapshot, step, data, begun, held_up))
 
     def wait(self) -> None:
-        """Waits until this rank's part of the current save has ended; returns at once if there is none.
+        """Waits until this rank's part of the current save has ended; returns at once if no save is running.
 
         Raises:
-            StorageError: after `timeout_seconds`; earlier checkpoints are untouched.
+            StorageError: if the save takes longer than `timeout_seconds`; earlier checkpoints stay unchanged.
         """
         thread, self._thread = self._thread, None
         if thread is None:
@@ -116,7 +118,7 @@ class BackgroundSave:
             )
 
     def take_outcomes(self) -> list[SaveOutcome]:
-        """Returns the results of all saves that ended since the last call; does not wait."""
+        """Returns the results of all saves that ended since the last call, without waiting for a running save."""
         taken, self._outcomes = self._outcomes, []
         return taken
 
@@ -143,7 +145,11 @@ class BackgroundSave:
         )
 
     def _write_together(self, snapshot: Snapshot, step: int, data: Mapping[str, Any]) -> str | None:
-        """Writes and publishes the checkpoint together with all ranks; returns the error of any rank, or None."""
+        """Writes and publishes the checkpoint together with all ranks.
+
+        Returns:
+            An error message, equal on all ranks, if any rank failed; None if the save succeeded.
+        """
         collection = self._collection
         error = self._from_main(
             self._attempt(lambda: collection.create_temporary(step)) if self._mesh.is_main else None
@@ -169,7 +175,7 @@ class BackgroundSave:
         return error
 
     def _attempt(self, work: Callable[[], Any]) -> str | None:
-        """Runs `work`, a part of a save, and returns its error as one line; None if it succeeds."""
+        """Calls `work`, which does a part of a save; returns its error message in one line, or None if it succeeds."""
         try:
             work()
         except Exception as error:  # the other ranks wait to hear of it
@@ -204,7 +210,7 @@ class BackgroundSave:
 
 
 class _RankReport(NamedTuple):
-    """Tells the main rank what one rank has written in a save."""
+    """Holds the error, files, pieces and buffers of one rank in a save; each rank sends its report to the main rank."""
 
     error: str | None
     files: dict[str, WrittenFile]

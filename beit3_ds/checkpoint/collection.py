@@ -25,17 +25,17 @@ class CheckpointCollection:
     """Manages the folder `OUTPUT_DIR/checkpoints`: a subfolder `step-XXXXXXXX` per checkpoint, and a file `latest`.
 
     A checkpoint is written under a temporary name, synced to disk and renamed, so that it is complete or absent. Then
-    the file `latest` is replaced by one that holds the checkpoint's name, and the oldest checkpoints are deleted.
+    its name is written into the file `latest`, and the oldest checkpoints are deleted.
 
     Attributes:
-        root: the folder; all ranks must see the same one.
+        root: the folder, on storage that all ranks share.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
         """Stores the arguments; the first save creates the folder.
 
         Args:
-            root: the folder.
+            root: folder of the checkpoints.
             keep: number of complete checkpoints to keep, in addition to the checkpoint of the best evaluation.
         """
         self.root, self._keep = root, keep
@@ -51,10 +51,10 @@ class CheckpointCollection:
         return checkpoint_paths(self.root)
 
     def newest_path(self) -> Path | None:
-        """Returns the newest checkpoint whose files exist with the right sizes, without reading them.
+        """Finds the newest checkpoint whose files all exist with the right sizes. Reads only the index of a checkpoint.
 
         Returns:
-            Path of the checkpoint; None if there is none, or if the folder cannot be read.
+            Path of the checkpoint; None if no checkpoint is complete, or if the folder cannot be read.
         """
         try:
             return next(self._whole_paths(), None)
@@ -62,21 +62,23 @@ class CheckpointCollection:
             return None
 
     def mark_damaged(self, path: Path) -> None:
-        """Excludes a damaged checkpoint from `newest_path` and from the number of checkpoints to keep.
+        """Records that a checkpoint is damaged: `newest_path` skips it, and it does not count as one to keep.
 
-        This is needed because damage does not always change file sizes.
+        `newest_path` itself compares only file sizes, and a damaged file can have the right size.
         """
         self._damaged.add(path)
 
     def mark_whole(self, path: Path) -> None:
-        """Reverts `mark_damaged` for a checkpoint that has been replaced by a new one."""
+        """Reverts `mark_damaged`, after a new save has replaced the damaged checkpoint."""
         self._damaged.discard(path)
 
     def create_temporary(self, step: int) -> Path:
-        """Creates an empty temporary folder for a step's checkpoint, and deletes temporary folders of killed saves.
+        """Creates the empty temporary folder in which the checkpoint of a step is written.
+
+        First deletes the temporary folders that interrupted saves and deletions left behind.
 
         Raises:
-            OSError: if the folder cannot be created, or its name is taken.
+            OSError: if the folder cannot be created, or a folder of that name holds files of another program.
         """
         temporary = self.temporary_path(step)
         for left_over in left_over_paths(self.root):
@@ -103,8 +105,8 @@ class CheckpointCollection:
         """Writes the index into the temporary folder, gives the folder its final name, and deletes old checkpoints.
 
         Raises:
-            OSError: if a file of the index is missing, or the disk fails.
-            BrokenIndexError: if the index does not describe whole tensors.
+            OSError: if a file that the index lists is missing, or if writing fails.
+            BrokenIndexError: if the pieces in the index do not cover every element of every tensor exactly once.
         """
         temporary, target = self.temporary_path(index.step), self.path(index.step)
         check_cover(index.shapes, index.pieces)
@@ -131,7 +133,7 @@ class CheckpointCollection:
         return (path for path in self.paths() if path not in self._damaged and _has_all_files(path))
 
     def _clear(self, target: Path) -> None:
-        """Frees a checkpoint's path: deletes an old checkpoint of this program there, or renames any other entry."""
+        """Makes the path `target` unused: deletes a checkpoint of this program there, or renames anything else."""
         if is_own_checkpoint(target):
             _delete(target)
             return
@@ -150,7 +152,7 @@ class CheckpointCollection:
         write_whole(latest, f"{name}\n".encode())
 
     def _prune(self, best_step: int | None) -> None:
-        """Deletes this program's checkpoints older than the oldest one to keep, except the one of step `best_step`."""
+        """Keeps the newest complete checkpoints and that of step `best_step`; deletes this program's older ones."""
         paths = self.paths()
         best = None if best_step is None else self.path(best_step)
         whole = [path for path in self._whole_paths() if is_own_checkpoint(path) and path != best]
@@ -161,7 +163,7 @@ class CheckpointCollection:
 
 
 def _has_all_files(path: Path) -> bool:
-    """Returns whether a folder holds the checkpoint of the step in its name, with all files in the right sizes."""
+    """Returns whether a folder holds all files of a checkpoint, with the right sizes, and its name matches its step."""
     try:
         return path.name == checkpoint_name(CheckpointFolder(path).step)
     except BrokenIndexError:

@@ -13,14 +13,14 @@ _SYNC_BYTES = 1 << 26
 
 
 class NewFile:
-    """Writes a file from front to back and syncs it to disk when the `with` block ends; can compute a digest.
+    """Writes a new file sequentially in a `with` block, and syncs it to disk at the end of the block.
 
-    A thread syncs written data to disk all the time. Otherwise the system would start only when unwritten data fills
-    much of the memory, and would then block the writer.
+    Computes a SHA-256 digest while writing, if requested. A thread syncs the data to disk during the writing. Otherwise
+    the operating system would sync only after much of the memory is full, and would then block the writer.
 
     Raises:
         FileExistsError: if the file exists.
-        OSError: if the disk is full, cannot be written, or has gone; the bytes written before stay on disk.
+        OSError: if the disk is full, cannot be written, or was removed; bytes written before the error stay on disk.
     """
 
     def __init__(self, path: Path, *, with_digest: bool = True) -> None:
@@ -53,7 +53,7 @@ class NewFile:
         return self._digest.hexdigest() if self._digest else ""
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends all bytes, with further calls if the system writes only some of them at once."""
+        """Appends bytes to the file. Repeats the system call until all bytes are written."""
         rest = memoryview(content).cast("B")
         while rest:
             chunk = rest[:_CHUNK_BYTES]
@@ -90,7 +90,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file, replacing any file at `target`, or a folder to an unused name, and syncs the parent folder."""
+    """Renames a file or folder and syncs the parent folder. A file replaces a file at `target`.
+
+    Raises:
+        OSError: if renaming fails, for example because a folder is renamed to the name of a non-empty folder.
+    """
     os.replace(source, target)
     sync_folder(target.parent)
 

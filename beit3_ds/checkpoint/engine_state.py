@@ -1,10 +1,10 @@
 """Reads and writes a rank's training state inside DeepSpeed's engine, as ranges of logical tensors.
 
 A logical tensor is a whole tensor of the model, without any parallelism. Its state is the float32 weight, AdamW's two
-moments, and, if configured, a moving average of the weight. bf16 or fp16 parameters are these weights rounded, so they
-are recomputed instead of saved. The ZeRO stage decides which elements a rank owns: all of its part of the model (stage
-0), a share of the flattened parameters (1 and 2), or a share of every parameter (3). Only this file and `flat_tensors`
-know DeepSpeed's optimizers.
+moments, and, if configured, a moving average of the weight. bf16 and fp16 parameters are not saved, because they are
+rounded copies of the float32 weights. The ZeRO stage decides which elements of its model part a rank owns: all
+elements (stage 0), a share of the flattened parameters (stages 1 and 2), or a share of every parameter (stage 3). Only
+this file and `flat_tensors` access DeepSpeed's optimizers.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,8 @@ from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
-"""Function of a kind in `EngineState.kinds`, a logical name and a slice; returns the slice as a matrix."""
+"""Function that reads a slice of a logical tensor and returns it as a matrix. Its arguments are a kind of values
+(`EngineState.kinds`), the tensor's logical name, and the slice."""
 
 _GATHERED_PARAMETERS = 4
 """Number of parameters that ZeRO-3's ranks gather at each save to compare them with the saved weights."""
@@ -47,7 +48,7 @@ class LocalTensor:
 
 
 class Fragment(NamedTuple):
-    """Holds the state of a range of elements that this rank owns, as one-dimensional views of the engine's memory."""
+    """Holds weights and optimizer state of a range of elements that this rank owns, as 1-D views of engine memory."""
 
     name: str
     """Logical name of the parameter."""
@@ -56,28 +57,28 @@ class Fragment(NamedTuple):
     weight: Tensor
     """Weights in float32."""
     optimizer_state: dict[str, Tensor]
-    """AdamW's moments of these elements, and their moving average if one is kept, by kind."""
+    """AdamW's moments of the elements, and the moving average of their weights if configured, by kind of values."""
 
     def values(self, kind: str) -> Tensor:
-        """Returns the values of one kind in `EngineState.kinds`."""
+        """Returns the weights, a moment or the moving average of the elements; `kind` is one of `EngineState.kinds`."""
         return self.weight if kind == WEIGHT else self.optimizer_state[kind]
 
     def cut(self, start: int, stop: int) -> "Fragment":
-        """Returns a fragment of the elements [start, stop) of this one."""
+        """Returns the part of this fragment with the elements [start, stop), counted from the fragment's start."""
         state = {kind: values[start:stop] for kind, values in self.optimizer_state.items()}
         return Fragment(self.name, self.start + start, self.weight[start:stop], state)
 
 
 class EngineState:
-    """Reads and writes the training state of one rank's engine without gathering it."""
+    """Reads and writes the part of the training state that this rank's engine holds."""
 
     def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, ema_decay: float | None = None) -> None:
         """Finds the parameters of this rank.
 
         Args:
-            engine: DeepSpeed's engine around this stage's part of the model, with AdamW (torch's, or apex's FusedAdam).
+            engine: DeepSpeed's engine for this pipeline stage, with AdamW (torch's, or apex's FusedAdam).
             mesh: the mesh of ranks.
-            ema_decay: decay of a moving average of the weights; None keeps none.
+            ema_decay: decay of the moving average of the weights; None means that no average is computed.
         """
         self._engine, self._mesh = engine, mesh
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
@@ -88,12 +89,12 @@ class EngineState:
         self.buffers: dict[str, Tensor] = {
             name: buffer for name, buffer in engine.module.named_buffers() if name in persistent
         }
-        """Persistent buffers of this stage, by name; the data-parallel and tensor-parallel ranks hold them alike."""
+        """Persistent buffers of this pipeline stage, by name; equal on all data-parallel and tensor-parallel ranks."""
         self._average = None if ema_decay is None else WeightAverage(ema_decay, self._weights())
 
     @property
     def is_on_gpu(self) -> bool:
-        """Returns whether the engine computes on a GPU; its state may still be offloaded to the host."""
+        """Returns whether the engine computes on a GPU, even if its optimizer state is offloaded to host memory."""
         return self._engine.device.type == "cuda"
 
     @property
@@ -110,16 +111,16 @@ class EngineState:
         return KINDS if self._average is None else (*KINDS, AVERAGE)
 
     def update_average(self) -> None:
-        """Updates the moving average with the weights after an update; does nothing if no average is kept."""
+        """Updates the moving average with the current weights; does nothing without `ema_decay`."""
         if self._average is not None:
             self._average.update(self._weights())
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Lets the model compute with the averages inside a `with` block; does nothing if no averages are kept.
+        """Replaces the model's weights by their moving averages in a `with` block; does nothing without `ema_decay`.
 
-        The block swaps weights and averages, so it must contain no update and no save. All ranks enter and leave it
-        together: under ZeRO-1 to 3 the data-parallel ranks gather parameters as they do after an update.
+        The block must contain no update and no save, because weights and averages are swapped there. All ranks enter
+        and leave the block together: under ZeRO-1 to 3 the data-parallel ranks gather parameters as after an update.
         """
         if self._average is None:
             yield
@@ -135,19 +136,19 @@ class EngineState:
     def fragments_to_save(self) -> list[Fragment]:
         """Returns the fragments that this rank saves; all ranks together save every element of every tensor once.
 
-        Without ZeRO all data-parallel ranks hold all elements, and each saves an equal share. The first tensor-parallel
-        rank saves tensors that are equal on all of them, such as norms and positions.
+        Without ZeRO, the data-parallel ranks hold equal elements, and each rank saves an equal share of them. Tensors
+        that are equal on all tensor-parallel ranks, such as norms and positions, are saved by TP rank 0.
         """
         self._start_moments()
         return list(self._shares())
 
     def buffers_to_save(self) -> dict[str, Tensor]:
-        """Returns the buffers that this rank saves: all of its stage on the stage's first rank, none on other ranks."""
+        """Returns all buffers of a pipeline stage on the stage's first rank, which saves them; {} on other ranks."""
         is_first = self._mesh.data_parallel_rank == 0 and self._mesh.tensor.rank == 0
         return self.buffers if is_first else {}
 
     def num_elements_to_save(self) -> int:
-        """Returns the number of elements of `fragments_to_save`."""
+        """Returns the number of elements in all fragments that this rank saves (`fragments_to_save`)."""
         return sum(len(share.weight) for share in self._shares())
 
     def _shares(self) -> Iterator[Fragment]:
@@ -165,21 +166,21 @@ class EngineState:
     def find_mismatch(self, step: int) -> str | None:
         """Compares the weights to save with the parameters that the forward pass uses. All ranks call it.
 
-        A checkpoint is assembled from DeepSpeed's flat buffers. A DeepSpeed option that changes their order would make
-        the checkpoint wrong, although training stays correct. So this rank compares samples of the elements that it
-        owns of every parameter. Under ZeRO-3 it holds only its own partition, so the data-parallel ranks also gather a
-        few parameters, different ones at each step.
+        Checkpoints are read from DeepSpeed's flat buffers. If a DeepSpeed option changed the order of elements in these
+        buffers, training would stay correct, but checkpoints would be wrong. To detect this, each rank compares samples
+        of its elements of every parameter. Under ZeRO-3 the data-parallel ranks also gather a few parameters, chosen
+        anew at each step.
 
         Args:
             step: number of updates done; chooses the samples, which are the same on all ranks.
 
         Returns:
-            A short description of the first tensor that differs; None if all are equal.
+            A short description of the first tensor that differs; None if all samples are equal.
         """
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Yields, per fragment, the weights to save and the model's values of the same elements."""
+        """Yields, per fragment, the weights to save and the values of these elements in the model's parameters."""
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():
@@ -201,8 +202,8 @@ class EngineState:
     def load(self, read: ReadSlice, optimizer_step: int) -> None:
         """Overwrites this rank's weights and moments with values from `read`. All ranks call it.
 
-        Reads only the elements that this rank owns. Under ZeRO-3 the data-parallel ranks then gather the parameters
-        that DeepSpeed keeps unpartitioned.
+        Calls `read` only for elements that this rank owns. Under ZeRO-3 the data-parallel ranks then gather the
+        parameters that DeepSpeed keeps unpartitioned.
 
         Args:
             read: returns a float32 slice of any tensor in `local_tensors`.
@@ -223,20 +224,27 @@ class EngineState:
 
     @torch.no_grad()
     def load_buffers(self, read: Callable[[str], Tensor]) -> None:
-        """Overwrites each persistent buffer of this stage with the tensor that `read` returns for its name."""
+        """Overwrites each persistent buffer of this stage with the result of `read` for the buffer's name."""
         for name, buffer in self.buffers.items():
             buffer.copy_(read(name))
 
     @torch.no_grad()
     def load_weights(self, read: ReadSlice, names: set[str]) -> None:
-        """Overwrites the weights of the parameters in `names`; for use before the first update. All ranks call it."""
+        """Overwrites the weights of the parameters in `names`. All ranks call it, before the first update.
+
+        A moving average restarts from the new weights.
+        """
         assert self.optimizer_step == 0, "weights are replaced under moments that belong to others"
         self._load_weights(read, names & set(self._parameters))
         if self._average is not None:
             self._average.restart(self._weights())
 
     def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
-        """Yields the slices of the logical tensor that make up a fragment, without padding (see `slice_range`)."""
+        """Cuts a fragment into slices of its logical tensor, leaving out padding (see `slice_range`).
+
+        Yields:
+            Pairs of a position in the fragment and the slice that starts there.
+        """
         start, stop = fragment.start, fragment.start + len(fragment.weight)
         return slice_range(self.local_tensors[fragment.name].block, start, stop)
 
@@ -273,7 +281,7 @@ class EngineState:
                 self._parameters[fragment.name].data.view(-1).copy_(fragment.weight)
 
     def _gather_persistent(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-        """Gathers the parameters that ZeRO-3 keeps unpartitioned between steps."""
+        """All-gathers the parameters that ZeRO-3 keeps unpartitioned between steps."""
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()
@@ -284,7 +292,7 @@ class EngineState:
             values[position : position + part.num_elements].copy_(read(kind, fragment.name, part).flatten())
 
     def _start_moments(self) -> None:
-        """Creates AdamW's moments as zeros, as AdamW itself does at the first update."""
+        """Creates AdamW's moments as zeros where they do not exist yet, as AdamW itself does at the first update."""
         for weight, state in self._owners():
             if not state:
                 if isinstance(adamw_of(self._engine.optimizer), torch.optim.AdamW):
@@ -299,7 +307,7 @@ class EngineState:
         )
 
     def _owners(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yields each tensor that AdamW updates on this rank and its optimizer state; {} before the first update."""
+        """Yields each tensor that AdamW updates on this rank, with its optimizer state ({} before the first update)."""
         optimizer = self._engine.optimizer
         state = adamw_of(optimizer).state
         for weights, _ in flat_tensors(self._engine.optimizer):
@@ -329,7 +337,7 @@ def _local_tensor(parameter: nn.Parameter) -> LocalTensor:
 
 
 def _gather(parameter: Any) -> Tensor:
-    """Gathers a parameter that ZeRO-3 has partitioned into a flat copy. All data-parallel ranks call it."""
+    """All-gathers a parameter that ZeRO-3 partitions, and returns it flattened. All data-parallel ranks call it."""
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # kept whole between steps
         return parameter.data.flatten()
     with deepspeed.zero.GatheredParameters([parameter]):

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 
 class ParameterRange(NamedTuple):
-    """Maps a range of a parameter's elements to their place in a flat tensor."""
+    """Describes where a flat tensor stores a range of a parameter's elements."""
 
     parameter: nn.Parameter
     start: int
-    """Index of the first element in the parameter."""
+    """Index of the range's first element in the flattened parameter."""
     position: int
-    """Index of the same element in the flat tensor."""
+    """Index of the range's first element in the flat tensor."""
     length: int
     """Number of elements."""
 
 
 def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns the AdamW inside DeepSpeed's optimizer: torch's, or apex's FusedAdam.
+    """Returns the AdamW optimizer inside DeepSpeed's optimizer: torch's AdamW, or apex's FusedAdam.
 
-    FusedAdam keeps the same moments, but counts updates in its parameter groups.
+    Both store moments under the names `exp_avg` and `exp_avg_sq`. FusedAdam counts updates per parameter group.
     """
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     assert isinstance(inner, torch.optim.Optimizer)
@@ -37,7 +37,7 @@ def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def flat_tensors(optimizer: Any) -> Iterator[tuple[Tensor, list[ParameterRange]]]:
-    """Yields each tensor that AdamW updates on this rank, with the parameter ranges inside it.
+    """Yields each tensor that AdamW updates on this rank, with the parameter ranges that the tensor contains.
 
     Args:
         optimizer: the engine's optimizer: one of DeepSpeed's, or AdamW itself.
@@ -59,7 +59,7 @@ def flat_tensors(optimizer: Any) -> Iterator[tuple[Tensor, list[ParameterRange]]
 
 
 def _zero3_ranges(parameters: list[Any]) -> list[ParameterRange]:
-    """Lists this rank's share of each parameter; all shares are equal, so the last ones may include padding."""
+    """Lists the range of each parameter that this rank owns under ZeRO-3, without the padding of the last ranks."""
     ranges, position = [], 0
     for parameter in parameters:
         size = parameter.partition_numel()
@@ -71,7 +71,7 @@ def _zero3_ranges(parameters: list[Any]) -> list[ParameterRange]:
 
 
 def _zero12_ranges(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[ParameterRange]:
-    """Lists the ranges of parameters in this rank's share of a flattened group.
+    """Lists the parameter ranges in this rank's share of a flattened parameter group under ZeRO-1 and 2.
 
     The ranges follow the order of the flat buffer, which `round_robin_gradients` and `parameter_alignment` change.
     DeepSpeed's own mapping of parameters (`_hp_mapping`) is not used, because it ignores `round_robin_gradients`.
@@ -88,7 +88,7 @@ def _zero12_ranges(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[Parame
 
 
 def _flat_ranges(parameters: list[Any]) -> list[ParameterRange]:
-    """Lists the ranges of parameters in this rank's share of their flattened group."""
+    """Lists the parameter ranges in this rank's share of a flattened group of DeepSpeed's BF16_Optimizer."""
     mapped = ((parameter, parameter._hp_mapping) for parameter in parameters)
     return [
         ParameterRange(parameter, own.lp_fragment_address.start, own.hp_fragment_address.start, own.lp_fragment.numel())
