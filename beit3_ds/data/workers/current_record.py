@@ -1,4 +1,4 @@
-"""Shows other processes the name of the record that a process is reading, even while that process is blocked."""
+"""Shares the name of the record that a process is reading, so that other processes can report a blocked read."""
 
 import mmap
 import os
@@ -7,28 +7,28 @@ _BYTES = 1024
 
 
 class CurrentRecord:
-    """Holds a name of at most a kilobyte, in memory that two processes share."""
+    """Holds the name of the record that is being read, in memory shared by two processes; at most 1022 bytes."""
 
     def __init__(self, descriptor: int | None = None) -> None:
-        """Maps the memory.
+        """Maps shared memory of another `CurrentRecord`, or allocates new memory.
 
         Args:
-            descriptor: descriptor of another `CurrentRecord`, to share its memory; None allocates memory.
+            descriptor: descriptor of the memory of another `CurrentRecord`; None allocates new memory.
         """
         if descriptor is None:
             descriptor = os.memfd_create("beit3_ds current record")
             os.ftruncate(descriptor, _BYTES)
         self.descriptor = descriptor
-        """Descriptor of the memory, which can be sent to another process."""
+        """File descriptor of the shared memory; it can be sent to another process."""
         self._memory = mmap.mmap(descriptor, _BYTES)
 
     def set(self, name: str) -> None:
-        """Stores the name of the record that is read now, cut to the size of the memory."""
+        """Stores the name of the record that is read now; truncates a name that is too long."""
         text = name.encode("utf-8", "replace")[: _BYTES - 2]
         self._memory[: 2 + len(text)] = len(text).to_bytes(2, "little") + text
 
     def get(self) -> str:
-        """Returns the name that was stored last; empty before the first one."""
+        """Returns the name that was stored last, or an empty string if no name was stored."""
         length = min(int.from_bytes(self._memory[:2], "little"), _BYTES - 2)
         return self._memory[2 : 2 + length].decode("utf-8", "replace")
 

@@ -16,12 +16,12 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def start_fork_server(preload: str) -> None:
-    """Starts the server process that forks the workers, unless it already runs.
+    """Starts the server process that forks the worker processes; does nothing if the server already runs.
 
-    A plain fork would copy the locks of this process's threads, and CUDA does not survive it.
+    Workers are not forked from this process, because a fork copies locked locks and makes CUDA unusable.
 
     The server and its workers block SIGTERM, SIGINT and SIGUSR1. Clusters and terminals send these signals to all
-    processes of a run, to ask the ranks to finish their step and save. The workers are still needed for that step.
+    processes of a run, so that the ranks finish their step and save. The ranks still need the workers for that step.
 
     Args:
         preload: module that the server imports once for all workers.
@@ -35,7 +35,11 @@ def start_fork_server(preload: str) -> None:
 
 
 def use_short_socket_folder() -> None:
-    """Moves the sockets of multiprocessing to a folder with a short name if TMPDIR is too long for their addresses."""
+    """Moves multiprocessing's sockets to a folder with a short path if TMPDIR is too long for socket addresses.
+
+    Raises:
+        ConfigError: if TMPDIR is too long and no other folder is writable.
+    """
     settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # holds the folder of its sockets
     folder = settings.get("tempdir") or tempfile.gettempdir()
     if len(os.fsencode(folder)) + _SOCKET_SUFFIX_BYTES <= _SOCKET_NAME_BYTES:

@@ -1,4 +1,4 @@
-"""Runs worker processes that prepare items ahead; replaces workers that die or stop, and limits every wait."""
+"""Runs worker processes that prepare items in advance; replaces workers that die or stop, and limits every wait."""
 
 import functools
 import os
@@ -20,14 +20,14 @@ RequestT = TypeVar("RequestT")
 ItemT = TypeVar("ItemT")
 
 _MAX_REPLACEMENTS = 3
-"""Maximum number of workers that may die or stop over one item. One may be an accident, such as the kernel's
-out-of-memory killer; more in a row point to a record or to the machine."""
+"""Maximum number of workers that may die or stop while they prepare one item. A single death may be an accident, such
+as the kernel's out-of-memory killer; several in a row point to a bad record or a bad machine."""
 _STOPPED_SECONDS = 10.0
-"""Seconds after which a stopped worker is replaced while its item is waited for; debuggers stop processes for less."""
+"""Seconds after which a suspended worker is replaced if its item is needed; short debugger stops are tolerated."""
 
 
 class WorkerLossError(ConfigError):
-    """Reports workers that died or stopped repeatedly over one item; the message names the item and the last loss."""
+    """Reports that several workers died or stopped while preparing one item; the message names the item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,34 +35,34 @@ class Preparation(Generic[RequestT, ItemT]):
     """Describes the work of a pool's workers, and the time limits for their replies."""
 
     work: Callable[[RequestT, Callable[[str], None]], ItemT]
-    """Function that prepares the item of a request and always gives the same item. It passes the name of each record
-    that it reads to its second argument, and is pickled once per worker."""
+    """Function that prepares the item of a request. It returns the same item in every call with this request, and
+    calls its second argument with the name of each record that it reads. It is pickled once per worker."""
     describe: Callable[[RequestT], str]
-    """Names the item of a request in messages, for example "step 17"."""
+    """Function that returns a name of the requested item for messages, for example "step 17"."""
     limits: WaitLimits
     """Limits of each wait for an item."""
     set_up: Callable[[], object] | None = None
     """Function that each worker process calls once, before its first request."""
     preload: str = "torch"
-    """Module that workers need; it is imported once for all of them."""
+    """Module that is imported once in the server process, before it forks the workers."""
 
 
 def prepare_in_order(
     preparation: Preparation[RequestT, ItemT], requests: Iterable[RequestT], num_workers: int, ahead: int
 ) -> Iterator[ItemT]:
-    """Yields the items of requests in their order.
+    """Prepares items in worker processes, and yields the items in the order of the requests.
 
     Args:
-        preparation: what the workers do.
-        requests: requests, each of which is read from the iterable only when a worker can receive it.
+        preparation: work and time limits of the workers.
+        requests: requests for items; read one by one, when a worker can receive the next request.
         num_workers: number of processes, each of which prepares every num_workers-th item; 0 uses a thread of this
             process.
-        ahead: maximum items that each worker prepares ahead.
+        ahead: maximum number of items that each worker prepares in advance.
 
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
-        DataTimeoutError: if an item does not come in time.
-        WorkerLossError: if workers die or stop repeatedly over one item.
+        DataTimeoutError: if an item is not ready within the time limit.
+        WorkerLossError: if several workers die or stop while preparing one item.
     """
     if num_workers == 0:
         yield from _prepare_here(preparation, requests)
@@ -95,13 +95,13 @@ def prepare_in_any_order(
 ) -> Iterator[ItemT]:
     """Prepares items in `num_workers` processes, at least one, and yields each as soon as it is finished.
 
-    An item may take any time while its worker computes. The wait ends once a worker has used no processor time for
-    `limits.seconds`.
+    A computing worker may take any time. The time limit `limits.seconds` applies only while a worker uses no processor
+    time.
 
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
-        DataTimeoutError: if an item makes no progress in time.
-        WorkerLossError: if workers die or stop repeatedly over one item.
+        DataTimeoutError: if a worker uses no processor time for `limits.seconds`.
+        WorkerLossError: if several workers die or stop while preparing one item.
     """
     workers = _Workers(preparation)
     try:
@@ -137,22 +137,22 @@ def prepare_in_any_order(
 
 
 class _Workers(Generic[RequestT, ItemT]):
-    """Holds the workers of one pool, with the pending requests of each."""
+    """Manages the worker processes of one pool and the pending requests of each worker."""
 
     def __init__(self, preparation: Preparation[RequestT, ItemT]) -> None:
         self._preparation, self._limits = preparation, preparation.limits
         self.processes: list[WorkerProcess] = []
         self._pending: list[deque[RequestT]] = []
         self._num_replaced: list[int] = []
-        """Replacements of each worker over its current item."""
+        """For each worker, how often it was replaced during its current item."""
         self._stopped: list[float] = []
-        """Seconds for which each worker was seen stopped."""
+        """For each worker, the seconds for which its process has been suspended."""
         self._polled: list[float] = []
         """Time at which each worker was last polled."""
         self._has_warned = False
 
     def add(self) -> None:
-        """Starts one more worker."""
+        """Starts an additional worker process."""
         self.processes.append(self._start())
         self._pending.append(deque())
         self._num_replaced.append(0)
@@ -160,31 +160,31 @@ class _Workers(Generic[RequestT, ItemT]):
         self._polled.append(time.monotonic())
 
     def submit(self, worker: int, request: RequestT) -> None:
-        """Sends a worker one more request."""
+        """Sends a request to a worker, which answers it after the earlier requests."""
         self._pending[worker].append(request)
         self.processes[worker].send(request)
 
     def begin(self, worker: int, request: RequestT) -> tuple[RequestT, WaitTimer, int]:
-        """Sends a request to an idle worker; returns it with a new timer and the worker's processor time."""
+        """Sends a request to an idle worker; returns the request, a new timer and the worker's processor time."""
         self.submit(worker, request)
         return request, WaitTimer(self._limits), self.processes[worker].cpu_ticks()
 
     def receive(self, worker: int, request: RequestT) -> ItemT:
-        """Waits for the item of a worker's oldest request."""
+        """Waits until a worker has answered its oldest request; returns the item."""
         timer = WaitTimer(self._limits)
         while (reply := self.poll(worker, request, timer, POLL_SECONDS)) is None:
             pass
         return self.unpack(worker, request, reply)
 
     def wait_for_any(self, workers: list[int]) -> None:
-        """Waits briefly until one of some workers has sent something."""
+        """Waits until one of the given workers has sent data, at most `POLL_SECONDS`."""
         poll = select.poll()
         for worker in workers:
             poll.register(self.processes[worker], select.POLLIN)
         poll.poll(POLL_SECONDS * 1000)
 
     def poll(self, worker: int, request: RequestT, timer: WaitTimer, seconds: float) -> Reply | None:
-        """Returns the reply of a worker if it arrives within some seconds; replaces the worker if it is lost."""
+        """Returns a worker's reply if it arrives within `seconds`, else None; replaces a dead or suspended worker."""
         process = self.processes[worker]
         was_ready = process.is_ready
         try:
@@ -206,7 +206,7 @@ class _Workers(Generic[RequestT, ItemT]):
         return reply
 
     def unpack(self, worker: int, request: RequestT, reply: Reply) -> ItemT:
-        """Returns the item of a reply, or raises the exception that the work raised."""
+        """Returns the item in a worker's reply, or raises the exception in it."""
         answered = self._pending[worker].popleft()
         assert answered is request, "replies come in the order of requests"
         self._num_replaced[worker], self._stopped[worker] = 0, 0.0
@@ -223,7 +223,7 @@ class _Workers(Generic[RequestT, ItemT]):
         return item
 
     def close(self) -> None:
-        """Ends all workers."""
+        """Kills all worker processes."""
         for process in self.processes:
             process.kill()
 
@@ -233,7 +233,7 @@ class _Workers(Generic[RequestT, ItemT]):
         return process
 
     def _replace(self, worker: int, request: RequestT, why: str) -> None:
-        """Replaces a lost worker by a new one with the same requests, which gives the same items."""
+        """Replaces a dead or stopped worker by a new process, and sends it all unanswered requests again."""
         self.processes[worker].kill()
         self._num_replaced[worker] += 1
         what = f"data worker {worker}, which prepares {self._preparation.describe(request)}: {why}"
@@ -258,7 +258,7 @@ class _Workers(Generic[RequestT, ItemT]):
 
 
 def _prepare_here(preparation: Preparation[RequestT, ItemT], requests: Iterable[RequestT]) -> Iterator[ItemT]:
-    """Prepares items one by one in a thread, so that a hanging file system does not block the main thread."""
+    """Prepares items one by one in a thread of this process, so that a hanging file system blocks only that thread."""
     thread, current = ReaderThread("reading data"), CurrentRecord()
     current.close_descriptor()
     try:

@@ -1,4 +1,4 @@
-"""Runs one worker process that prepares items for this process; every wait for it has a time limit."""
+"""Runs one worker process that prepares items for this process; every wait for the worker has a time limit."""
 
 import contextlib
 import multiprocessing
@@ -24,40 +24,40 @@ from beit3_ds.data.workers.waiting import ReaderThread, WaitLimits
 
 Request = Any
 Work = Callable[[Request, Callable[[str], None]], Any]
-"""Prepares the item of a request, and passes the name of each record that it reads to its second argument."""
+"""Function that prepares the item of a request, and calls its second argument with the name of each record it reads."""
 
 _EXIT_SECONDS = 2.0
 _READY = "ready"
 
 
 class WorkerDiedError(Exception):
-    """Reports a worker process that ended; the message says how."""
+    """Reports a worker process that ended; the message gives its exit status or signal."""
 
 
 class Reply(NamedTuple):
-    """Holds the answer of a worker to a request: an item or an exception."""
+    """Holds a worker's answer to a request: either an item or an exception."""
 
     item: Any
     error: BaseException | None
-    """Exception that the work raised; None if it returned an item."""
+    """Exception raised while the item was prepared; None for a successful request."""
     trace: str
-    """Traceback of the exception; empty without one."""
+    """Traceback of the exception; empty for a successful request."""
 
 
 class WorkerProcess:
     """Controls one worker process and the socket to it.
 
-    The worker is forked from a server process without threads. It blocks the signals that ask a run to stop, and ends
-    when this process does. Its death shows at once, because its socket closes. Only `start`, `receive` and `kill` wait
-    for it, each with a time limit.
+    The worker is forked from a server process without threads. It blocks the signals that ask a run to stop, and exits
+    when this process exits. The death of the worker closes the socket, and so is detected at once. Only `start`,
+    `receive` and `kill` wait for the worker, each with a time limit.
     """
 
     def __init__(self, work: Work, set_up: Callable[[], object] | None = None, preload: str = "torch") -> None:
-        """Stores the work; starts nothing yet.
+        """Stores the arguments; `start` starts the process.
 
         Args:
-            work: prepares the item of a request; must be picklable.
-            set_up: called once in the process, before its first request.
+            work: function that prepares the item of a request; must be picklable.
+            set_up: function that the worker process calls once, before its first request.
             preload: module that the fork server imports once for all workers.
         """
         self._work, self._set_up, self._preload = work, set_up, preload
@@ -66,10 +66,11 @@ class WorkerProcess:
         """Whether the worker has finished its imports."""
 
     def start(self, limits: WaitLimits) -> None:
-        """Starts the process and sends it the pickled work.
+        """Starts the worker process and sends it the pickled work function.
 
         Raises:
-            DataTimeoutError, StopRequestedError: as `WaitTimer.check` does.
+            DataTimeoutError: if the fork server does not answer within the time limit.
+            StopRequestedError: if this process was asked to stop.
         """
         start_fork_server(self._preload)
         own, other = socket.socketpair()
@@ -91,12 +92,12 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """Returns the id of the process, which must be started."""
+        """Returns the process id of the started worker."""
         assert self._process is not None and self._process.pid is not None, "not started"
         return self._process.pid
 
     def send(self, request: Request) -> None:
-        """Sends a request, which the worker answers after the earlier ones; does nothing if the worker is dead."""
+        """Sends a request, which the worker answers after all earlier requests; does nothing if the worker is dead."""
         try:
             send_item(self._connection, request)
         except (BrokenPipeError, ConnectionResetError):
@@ -106,13 +107,13 @@ class WorkerProcess:
         """Waits for the reply to the oldest unanswered request.
 
         Args:
-            seconds: longest wait.
+            seconds: longest wait; 0 returns at once.
 
         Returns:
-            The reply; None after a timeout, or if only the worker's ready message arrived.
+            The reply; None after a timeout, or if only the worker's start message arrived.
 
         Raises:
-            WorkerDiedError: if the worker ended without a reply.
+            WorkerDiedError: if the worker has ended and no reply arrived.
         """
         try:
             arrived = self._receiver.receive()
@@ -129,29 +130,29 @@ class WorkerProcess:
 
     @property
     def inline_bytes(self) -> int:
-        """Returns the bytes of the last reply if it was sent through the socket, because shared memory was full."""
+        """Returns the tensor bytes of the last reply that came through the socket because shared memory was full."""
         return self._receiver.inline_bytes
 
     def fileno(self) -> int:
-        """Returns the socket's descriptor, for `select`."""
+        """Returns the file descriptor of the socket, so that `select` accepts this object."""
         return self._connection.fileno()
 
     def describe(self) -> str:
-        """Describes the worker in messages: its process id, its state and the record that it reads."""
+        """Describes the worker for messages: process id, state, and name of the record that is being read."""
         reading = self._current.get()
         return f"pid {self.pid}, {describe_state(self.pid)}" + (f", reading {reading}" if reading else "")
 
     def is_stopped(self) -> bool:
-        """Returns whether the process is stopped, by SIGSTOP or a debugger."""
+        """Returns whether the worker process is suspended by SIGSTOP or a debugger."""
         return read_stat(self.pid)[:1] in (["T"], ["t"])
 
     def cpu_ticks(self) -> int:
-        """Returns the processor time of the process in clock ticks; 0 if the process is gone."""
+        """Returns the worker's processor time in clock ticks; 0 if the process no longer exists."""
         fields = read_stat(self.pid)
         return int(fields[11]) + int(fields[12]) if fields else 0
 
     def kill(self) -> None:
-        """Kills the process, and waits at most two seconds until it is gone."""
+        """Kills the worker process, and waits at most two seconds for its end."""
         if self._process is None or self._process.pid is None:
             return
         self._kill()
@@ -189,7 +190,7 @@ def describe_state(pid: int) -> str:
 
 
 def read_stat(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat, the state first; empty if there is no such process."""
+    """Returns the fields of /proc/PID/stat from the process state on; an empty list if the process does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -203,7 +204,7 @@ def _kill(handle: int) -> None:
 
 
 def _serve(connection: socket.socket, work: Work, set_up: Callable[[], object] | None) -> None:
-    """Answers requests in order, in the worker, until the rank is gone."""
+    """Answers requests in order, as the main function of a worker process, until the rank closes the socket."""
     torch.set_num_threads(1)  # more threads would compete with the training process for its cores
     threading.Thread(target=_end_with_rank, daemon=True).start()
     if set_up is not None:
@@ -235,7 +236,7 @@ def _do(work: Work, request: Request, current: CurrentRecord) -> Reply:
 
 
 def _end_with_rank() -> None:
-    """Ends this worker once its rank is gone, even if the rank was killed and the worker does not read its socket."""
+    """Waits until the rank's process has ended, even by SIGKILL, and then ends this worker process."""
     rank = multiprocessing.parent_process()
     assert rank is not None, "only workers have a rank"
     rank.join()

@@ -1,8 +1,8 @@
-"""Sends objects with large tensors from one process to another; a received object no longer needs its sender.
+"""Sends objects with large tensors from one process to another; received objects survive the sender's death.
 
-Tensors go through an unnamed file in /dev/shm. Its descriptor travels with the message, so a killed process leaves
-nothing behind. If /dev/shm has no room, tensors go through the socket, which is slower. If one process dies, the other
-one sees that the socket is closed.
+Tensors are written to an unnamed file in /dev/shm. The file's descriptor is sent with the message, so a killed process
+leaves no file behind. If /dev/shm is full, tensors are sent through the socket, which is slower. If one process dies,
+the other process finds the socket closed.
 """
 
 import mmap
@@ -21,11 +21,11 @@ _HEADER = struct.Struct("<QQQ")  # bytes of the pickle, bytes of the buffers aft
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 20
 SHARED_MEMORY = "/dev/shm"
-"""Folder of the file system in shared memory through which tensors are sent."""
+"""Mount point of the shared-memory file system through which tensors are sent."""
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles an object without the elements of its tensors, which become buffers."""
+    """Pickles an object, but passes the elements of tensors as separate buffers."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor:
@@ -43,7 +43,7 @@ def _rebuild(elements: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def send_item(connection: socket.socket, item: Any) -> None:
-    """Sends an object; blocks only while bytes that do not fit in shared memory pass through the socket.
+    """Sends an object with its tensors; may block while bytes pass through the socket.
 
     Args:
         connection: a blocking AF_UNIX socket.
@@ -75,24 +75,24 @@ def send_item(connection: socket.socket, item: Any) -> None:
 
 
 class ItemReceiver:
-    """Assembles objects from bytes as they arrive; never blocks."""
+    """Receives objects from `send_item` without blocking, and assembles them from partial messages."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Stores the other end of the socket that `send_item` writes to."""
+        """Stores the receiving end of the socket pair that `send_item` writes to."""
         self._connection = connection
         self._arrived = bytearray()
         self._descriptors: list[int] = []
         self.inline_bytes = 0
-        """Bytes of the last object, if it was sent through the socket because shared memory was full."""
+        """Bytes of the last object's tensors that came through the socket because shared memory was full; else 0."""
 
     def receive(self) -> tuple[Any] | None:
-        """Reads the bytes that have arrived.
+        """Reads the available bytes from the socket.
 
         Returns:
-            The next object, in a tuple; None while it is not complete.
+            A tuple with the next object; None if the object is not complete yet.
 
         Raises:
-            EOFError: if the other process is gone.
+            EOFError: if the other process has closed the socket, for example because it died.
         """
         while True:
             missing = self._count_missing()
@@ -112,7 +112,7 @@ class ItemReceiver:
             self._arrived += chunk
 
     def close(self) -> None:
-        """Closes the descriptors that have arrived with unfinished objects."""
+        """Closes the file descriptors of objects that are not complete."""
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
@@ -141,9 +141,9 @@ class ItemReceiver:
 
 
 def _write_shared(views: Sequence[memoryview]) -> int | None:
-    """Writes buffers to shared memory; returns the descriptor, or None if there is no room.
+    """Writes buffers to a file in shared memory; returns the file's descriptor, or None if shared memory is full.
 
-    Writes instead of mapping: on a full file system a write raises an error, but a map kills the process with SIGBUS.
+    Uses writes instead of a memory map: on a full file system a write raises an error, but a map causes SIGBUS.
     """
     descriptor = -1
     try:
@@ -163,7 +163,7 @@ def _write_shared(views: Sequence[memoryview]) -> int | None:
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:
-    """Returns the offset of each buffer, rounded up to the alignment, and the end of the last one."""
+    """Returns the aligned offset of each buffer, followed by the aligned end of the last buffer."""
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)

@@ -1,4 +1,4 @@
-"""Waits for data with a time limit; every wait names the item that it waits for, and ends on a stop signal."""
+"""Waits for data with a time limit; every wait can name the awaited item, and ends early on a stop signal."""
 
 import queue
 import sys
@@ -13,13 +13,13 @@ from beit3_ds.config import ConfigError
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
-"""Seconds between two checks of whether a wait must end."""
+"""Seconds between two checks of the time limit and the stop signal during a wait."""
 _NOTICE_SECONDS = 30.0
 _START_SECONDS = 120.0
 
 
 class DataTimeoutError(ConfigError):
-    """Reports that data were not ready within the time limit; the message names the missing item."""
+    """Reports that an item of data was not ready within the time limit; the message names the item."""
 
 
 class StopRequestedError(Exception):
@@ -32,18 +32,18 @@ def _never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """Sets when a wait for data ends early: a time limit and a stop signal."""
+    """Limits a wait for data by a time limit and a stop signal."""
 
     seconds: float
-    """Longest wait, `data.timeout_seconds`."""
+    """Longest wait in seconds (`data.timeout_seconds`)."""
     is_stopping: Callable[[], bool] = _never
-    """Returns whether this process was asked to stop."""
+    """Function that returns whether this process was asked to stop."""
     where: str = "this process"
-    """Name of the waiting process, such as "rank 0 (host a)"."""
+    """Name of the waiting process for messages, such as "rank 0 (host a)"."""
 
 
 class WaitTimer:
-    """Measures one wait and ends it at its limits."""
+    """Measures the duration of one wait, and raises an exception when a limit is reached."""
 
     def __init__(self, limits: WaitLimits) -> None:
         """Starts the timer of a wait."""
@@ -57,15 +57,15 @@ class WaitTimer:
         return time.monotonic() - self._start
 
     def restart(self) -> None:
-        """Restarts the wait, because the awaited item has made progress."""
+        """Restarts the time measurement; called when the awaited item has made progress."""
         self._start, self._notice = time.monotonic(), _NOTICE_SECONDS
 
     def check(self, what: Callable[[], str], *, is_start: bool = False) -> None:
-        """Returns if the wait may continue; every 30 seconds prints the awaited item on stderr.
+        """Raises an exception if the wait must end; otherwise names the awaited item on stderr every 30 seconds.
 
         Args:
-            what: names the awaited item.
-            is_start: whether a process must start first. Its imports take long, so the limit is at least two minutes.
+            what: function that returns the name of the awaited item.
+            is_start: whether a process must start first. Imports take long, so the limit is then at least two minutes.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
@@ -88,7 +88,7 @@ class ReaderThread:
     """Runs a thread for calls that may block forever, so that the main thread can stop waiting for them."""
 
     def __init__(self, name: str) -> None:
-        """Stores the name of the thread, which starts at the first call."""
+        """Stores the name of the thread; the first `call` starts the thread."""
         self._name = name
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -99,10 +99,10 @@ class ReaderThread:
         """Calls `function` in the thread; returns its result, or raises its exception.
 
         Args:
-            function: keeps running in the thread if the wait ends early.
+            function: function without arguments; keeps running in the thread if the wait ends early.
             limits: limits of the wait.
-            what: names the awaited item.
-            is_start: as for `WaitTimer.check`.
+            what: function that returns the name of the awaited item.
+            is_start: whether a process must start first, so that the limit is at least two minutes.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
