@@ -1,6 +1,6 @@
 """Keeps files open between reads: a bounded cache of file descriptors and memory maps.
 
-Opening is the slowest call of a shared file system. A process that keeps its shards open reads a record with one call.
+Opening a file is the slowest operation of a shared file system. With an open shard, one call reads a record.
 """
 
 import errno
@@ -31,25 +31,26 @@ class FileChangedError(OSError):
 class OpenFiles:
     """Reads byte ranges of files and maps files into memory; keeps the most recently used files open.
 
-    At most `limit` descriptors stay open, and never more than half of the process's limit, because sockets, workers and
-    tensors in shared memory need the rest. If the system still refuses to open a file, half of the open ones are
-    closed. A descriptor that a network file system has invalidated (ESTALE) is reopened once. Maps keep no descriptor.
+    At most `limit` file descriptors stay open. The cache uses at most half of the process's limit of open files,
+    because sockets, workers and tensors in shared memory need descriptors too. If opening a file exceeds the system's
+    limit, half of the cached descriptors are closed. A file whose descriptor a network file system has invalidated
+    (ESTALE) is reopened once. Memory maps keep no descriptor.
 
-    Instances may be shared by threads, inherited through fork, and pickled. A pickled copy starts with no open file.
+    Instances can be shared by threads, inherited through fork, and pickled. A pickled copy starts with no open file.
     """
 
     def __init__(self, limit: int = DEFAULT_MAX_OPEN_FILES) -> None:
         """Creates an empty cache.
 
         Args:
-            limit: maximum descriptors that stay open, at least 1.
+            limit: maximum number of descriptors that stay open, at least 1.
         """
         assert limit >= 1, f"at least one file must stay open, not {limit}"
         self._limit = limit
         self._start()
 
     def read(self, path: str, offset: int, size: int, expected: tuple[int, int] | None = None) -> bytes:
-        """Returns `size` bytes of a file from `offset` on, or fewer if the file ends earlier; usually in one call.
+        """Returns `size` bytes of a file from `offset` on, or fewer if the file ends earlier.
 
         Args:
             path: path of the file.
@@ -58,10 +59,10 @@ class OpenFiles:
             expected: size and modification time in nanoseconds that the file must have when it is opened.
 
         Raises:
-            FileChangedError: if the file has another size or modification time.
-            OSError: if it cannot be opened or read.
-            ValueError: for a negative number.
-            OverflowError: for an offset beyond the largest possible file.
+            FileChangedError: if the size or modification time differs from `expected`.
+            OSError: if the file cannot be opened or read.
+            ValueError: if `offset` or `size` is negative.
+            OverflowError: if `offset` exceeds the size of the largest possible file.
         """
         if min(offset, size) < 0:
             raise ValueError(f"{size} bytes at {offset} are not a range of a file")
@@ -76,10 +77,10 @@ class OpenFiles:
         raise AssertionError("the last attempt returns or raises")
 
     def map(self, path: str, size: int) -> NDArray[np.uint8]:
-        """Returns the first `size` bytes of a file as a read-only map; processes share the page cache.
+        """Returns the first `size` bytes of a file as a read-only memory map, (size,) uint8.
 
         Raises:
-            OSError: if the file is missing or shorter.
+            OSError: if the file is missing or has fewer bytes.
         """
         with self._exclusive():
             found = self._maps.get(path)
@@ -90,7 +91,7 @@ class OpenFiles:
 
     @property
     def num_open(self) -> int:
-        """Returns the number of descriptors that are open now."""
+        """Returns the number of file descriptors that the cache keeps open now."""
         return len(self._descriptors)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,7 +139,10 @@ class OpenFiles:
 
 
 def raise_open_file_limit(max_open_files: int) -> None:
-    """Raises this process's limit of open files, up to its hard limit, so that it can keep `max_open_files` open."""
+    """Raises this process's soft limit of open files, so that `OpenFiles` can keep `max_open_files` files open.
+
+    The hard limit remains an upper bound.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * max_open_files  # OpenFiles uses half of the limit
     if hard != resource.RLIM_INFINITY:
@@ -148,7 +152,7 @@ def raise_open_file_limit(max_open_files: int) -> None:
 
 
 class _Recent(Generic[ItemT]):
-    """Caches items by path, ordered by their last use; releases an item when it is removed."""
+    """Caches items by path in order of their last use; calls `release` for each removed item."""
 
     def __init__(self, release: Callable[[ItemT], None]) -> None:
         self._items: OrderedDict[str, ItemT] = OrderedDict()
@@ -181,7 +185,7 @@ class _Recent(Generic[ItemT]):
 
 
 def _forget(item: object) -> None:
-    """Does nothing: a memory map closes itself when the last array that uses it is deleted."""
+    """Does nothing when a memory map leaves the cache; the map is freed with the last array that uses it."""
 
 
 def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
@@ -211,10 +215,10 @@ def read_fully(descriptor: int, offset: int, size: int) -> bytes:
 
 
 def map_file(path: str, size: int) -> NDArray[np.uint8]:
-    """Maps the first `size` bytes of a file read-only, without keeping it open.
+    """Memory-maps the first `size` bytes of a file read-only, (size,) uint8; keeps no file descriptor.
 
     Raises:
-        OSError: if the file is missing or shorter.
+        OSError: if the file is missing or has fewer bytes.
     """
     if size == 0:  # an empty range cannot be mapped
         return np.empty(0, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Computes fingerprints of sources, which ranks compare to detect that they found different files."""
+"""Computes fingerprints of data sources, so that ranks can detect differences between their files."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -6,18 +6,18 @@ from typing import NamedTuple, Protocol, TypedDict
 
 
 class SourceFile(NamedTuple):
-    """Describes a file of a source; ranks compare these descriptions to detect that their files differ."""
+    """Describes one file of a data source, so that ranks can compare their files."""
 
     name: str
-    """Path of the file inside the folder that the config names, because that folder may differ between hosts."""
+    """Name of the file, without the folder in the config, because the folder may differ between hosts."""
     num_bytes: int | None
-    """Size of the file in bytes; None if it was not looked up, as for most files of a large folder of images."""
+    """Size of the file in bytes; None if the size was not looked up, as for most images of a large folder."""
     num_samples: int
     """Number of samples in the file."""
 
 
 class HasFiles(Protocol):
-    """Declares the interface of samples that list the files of their source."""
+    """Declares the interface of a data source that can list its files."""
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""
@@ -27,7 +27,7 @@ class HasFiles(Protocol):
 
 
 class SourceFingerprint(TypedDict):
-    """Identifies the samples of a source and their order. Copies in other folders have the same digest."""
+    """Identifies the samples of a data source and their order. Copies of the files in other folders are equal."""
 
     num_files: int
     num_samples: int
@@ -36,7 +36,7 @@ class SourceFingerprint(TypedDict):
 
 
 def fingerprint(source: HasFiles) -> SourceFingerprint:
-    """Computes the fingerprint of a source, in about a microsecond per file."""
+    """Computes the fingerprint of a data source from its list of files; takes about a microsecond per file."""
     digest, num_files = hashlib.sha256(), 0
     for file in source.files():
         digest.update(repr(tuple(file)).encode("utf-8", "surrogatepass"))
@@ -45,7 +45,13 @@ def fingerprint(source: HasFiles) -> SourceFingerprint:
 
 
 def first_difference(own: Sequence[SourceFile], other: Sequence[SourceFile], name: str) -> str:
-    """Describes the first difference between this process's files and those of process `name`."""
+    """Describes the first difference between two lists of files.
+
+    Args:
+        own: files that this process found.
+        other: files that the other process found.
+        name: name of the other process, for the description.
+    """
     ours, theirs = ({file.name: file for file in files} for files in (own, other))
     for file in other:
         if file.name not in ours:

@@ -1,4 +1,4 @@
-"""Reads the files of a folder by their paths inside it."""
+"""Reads files of a folder by their paths relative to the folder."""
 
 import os
 import stat
@@ -8,17 +8,17 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 
 
 class Folder:
-    """Reads whole files of one folder, and never files outside it.
+    """Reads whole files of one folder, and never reads files outside the folder.
 
-    A name may pass through links to folders, because the owner of the folder made them (ImageNet's classes are often
-    linked together). It may not lead out of the folder by `..` or as an absolute path, because names come from
-    annotation files. A link to a single file outside is not read.
+    Names of files are relative paths. A name may pass through a link to another folder, because the owner of the
+    folder made that link (ImageNet's class folders are often links). A name with `..` or an absolute path may not lead
+    out of the folder, because names come from annotation files. A link to a single file outside is not read.
 
-    A missing file is a fault of the data only while the opened folder is still at its path. If the folder is gone, or
-    another folder is at its path, it was unmounted.
+    A missing file is an error in the data if the folder itself still exists. If the folder is missing or has been
+    replaced by another folder, the file system was unmounted, which is a storage error.
 
     Attributes:
-        path: path of the folder, without links.
+        path: absolute path of the folder, with all links resolved.
     """
 
     def __init__(self, path: str) -> None:
@@ -31,7 +31,7 @@ class Folder:
         self._inode = read_with_retries(lambda: _inode(self.path), self.path)
 
     def contains(self, name: str) -> bool:
-        """Returns whether `name` is in the folder, or in a folder that is linked there.
+        """Returns whether the path `name` stays inside the folder; links to other folders count as inside.
 
         Raises:
             ValueError: if the name contains NUL.
@@ -45,7 +45,7 @@ class Folder:
         return _is_below(real, os.path.realpath(os.path.dirname(path)))
 
     def holds(self, name: str) -> bool:
-        """Returns whether the folder has a file `name` that may be read; opens no file.
+        """Returns whether `name` is an existing regular file inside the folder; opens no file.
 
         Raises:
             StorageError: if the file system fails.
@@ -57,11 +57,12 @@ class Folder:
             return False
 
     def read(self, name: str, limit: int) -> bytes:
-        """Reads the file `name`.
+        """Returns the content of the file `name`.
 
         Raises:
-            ValueError: if the file is outside, missing, forbidden, not a regular file, or longer than `limit` bytes.
-            StorageError: if the file system fails, or the folder is gone.
+            ValueError: if the file is outside the folder, missing, forbidden, not a regular file, or longer than
+                `limit` bytes.
+            StorageError: if the file system fails, or the folder no longer exists.
         """
         path = os.path.join(self.path, name)
         try:
@@ -98,7 +99,7 @@ class Folder:
 
 
 def _inode(path: str) -> int:
-    """Returns the inode of a readable folder, which an automounter keeps, while it changes the device number."""
+    """Returns the inode number of a readable folder, which stays the same when an automounter mounts it again."""
     with os.scandir(path):
         return os.stat(path).st_ino
 

@@ -19,7 +19,8 @@ def iterate_json_lines(path: str, required: Mapping[str, type]) -> Iterator[tupl
         required: keys that every object must have, with the type of their values.
 
     Raises:
-        ConfigError: if the file cannot be read, or a line is no object with these keys; the message names the line.
+        ConfigError: if the file cannot be read, or a line is not an object with the required keys; the message names
+            the line.
         StorageError: if the file system fails.
     """
     shown, number = printable(path), 0

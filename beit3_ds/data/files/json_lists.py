@@ -1,4 +1,4 @@
-"""Reads the lists in JSON files of any size, with one element in memory at a time."""
+"""Reads lists from JSON files of any size, with one list element in memory at a time."""
 
 import contextlib
 import io
@@ -21,12 +21,12 @@ def iterate_json_list(path: str, *keys: str) -> Iterator[Any]:
 
     Args:
         path: UTF-8 file, with or without a byte order mark.
-        keys: without keys the file is a list. With keys it is an object, and the elements of these members are
-            yielded in the order of the file; other members are skipped.
+        keys: names of the object's lists whose elements are yielded, in the order of the file; other members of the
+            object are skipped. Without keys, the file must be a list.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the file is compressed, truncated, damaged, or has not this form.
+        ValueError: if the file is compressed, truncated or damaged, or has another form.
         KeyError: if the object lacks one of the keys; raised after the last element.
         StorageError: if the file system fails.
     """
@@ -47,11 +47,11 @@ def iterate_json_list(path: str, *keys: str) -> Iterator[Any]:
 
 
 def read_json_members(path: str, *keys: str) -> dict[str, Any]:
-    """Returns the members of a JSON object with the given keys; skips all others without keeping them in memory.
+    """Returns the members of a JSON object that have the given keys; never keeps the other members in memory.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the file is compressed, truncated, damaged, or is no object.
+        ValueError: if the file is compressed, truncated or damaged, or is not a JSON object.
         StorageError: if the file system fails.
     """
     found = {}
@@ -70,7 +70,7 @@ def open_json_text(path: str) -> io.TextIOWrapper:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is compressed, an archive, a table, an image or UTF-16, recognised by the first bytes.
+        ValueError: if the first bytes show a compressed file, an archive, a table, an image or UTF-16.
     """
     check_is_text(path)
     return io.TextIOWrapper(open_for_reading(path), encoding="utf-8-sig")
@@ -78,7 +78,12 @@ def open_json_text(path: str) -> io.TextIOWrapper:
 
 @contextlib.contextmanager
 def reading_as(path: str, form: str) -> Iterator[None]:
-    """Converts the exceptions of a malformed file to a `ConfigError` that names the file and the expected form."""
+    """Converts exceptions about a malformed file to a `ConfigError` that names the file and its expected form.
+
+    Args:
+        path: path of the file, for the message.
+        form: description of the expected form, for the message.
+    """
     try:
         yield
     except ConfigError:
@@ -91,21 +96,21 @@ def reading_as(path: str, form: str) -> Iterator[None]:
 
 
 class _Reader:
-    """Reads JSON from a growing window of a text file."""
+    """Parses JSON piece by piece from a text file; keeps only a window of the text in memory."""
 
     def __init__(self, file: io.TextIOWrapper) -> None:
         self._file, self._decoder = file, json.JSONDecoder()
         self._buffer, self._position = "", 0
 
     def elements(self) -> Iterator[Any]:
-        """Yields the elements of the list that starts here."""
+        """Yields the elements of the list that starts at the current position."""
         self._take("[")
         while self._next(_BLANKS_AND_COMMAS) != "]":
             yield self.value()
         self._position += 1
 
     def member_keys(self) -> Iterator[str]:
-        """Yields the keys of the object that starts here; the caller reads or skips each value."""
+        """Yields the keys of the object at the current position; the caller must read or skip each key's value."""
         self._take("{")
         while self._next(_BLANKS_AND_COMMAS) != "}":
             key = self.value()
@@ -116,7 +121,7 @@ class _Reader:
         self._position += 1
 
     def skip_value(self) -> None:
-        """Skips the value that starts here; a list is skipped one element at a time."""
+        """Skips the value at the current position; skips a list one element at a time."""
         if self._next() == "[":
             for _ in self.elements():
                 pass
@@ -124,7 +129,7 @@ class _Reader:
             self.value()
 
     def value(self) -> Any:
-        """Decodes the value that starts here."""
+        """Decodes and returns the value at the current position."""
         self._next()
         while True:
             try:
@@ -159,7 +164,10 @@ class _Reader:
                 raise ValueError("truncated")
 
     def _read_more(self) -> bool:
-        """Reads more text; returns False at the end of the file. Doubles the window to take linear time."""
+        """Appends text from the file to the window; returns False at the end of the file.
+
+        The window is doubled each time, so that long values take linear time.
+        """
         more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
         self._buffer, self._position = self._buffer[self._position :] + more, 0
         return bool(more)

@@ -1,14 +1,14 @@
-"""Recognises the kind of a file by its first bytes instead of its name, and lists the extensions of images."""
+"""Detects the kind of a file from its first bytes, and lists the file name extensions of images."""
 
 from beit3_ds.data.files.reading import open_for_reading
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-"""Extensions of images that are read, in lower case; the content decides on the format."""
+"""Extensions of supported images, in lower case; decoding ignores the extension and detects the format."""
 UNREAD_IMAGE_EXTENSIONS = (
     *("avif", "heic", "heif", "jp2", "j2k", "jxl", "jfif", "svg", "ico", "psd", "tga", "ppm", "pgm", "pbm", "exr"),
     *("hdr", "dng", "cr2", "nef", "arw", "raw", "eps"),
 )
-"""Extensions of images in formats that `images.decoding.decode_image` does not read."""
+"""Extensions of image formats that `images.decoding.decode_image` does not support, in lower case."""
 
 _MAGIC = (
     (0, b"\x1f\x8b", "gzip data"),
@@ -38,7 +38,7 @@ _HEAD_BYTES = 512
 
 
 def kind_of_file(path: str) -> str:
-    """Names the kind of a file by its first bytes, such as `gzip data`; empty for an unknown kind.
+    """Returns the kind of a file, such as `gzip data`, detected from its first bytes; empty for an unknown kind.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -49,7 +49,7 @@ def kind_of_file(path: str) -> str:
 
 
 def kind_of_bytes(head: bytes) -> str:
-    """Names the kind of a file with these first bytes; empty for an unknown kind."""
+    """Returns the kind of a file, such as `gzip data`, given its first 512 bytes; empty for an unknown kind."""
     for offset, magic, kind in _MAGIC:
         if head.startswith(magic, offset):
             return kind
@@ -57,10 +57,10 @@ def kind_of_bytes(head: bytes) -> str:
 
 
 def check_is_text(path: str) -> None:
-    """Refuses a file whose first bytes are those of a compressed file, an archive, a table, an image or UTF-16.
+    """Checks that a file is not a compressed file, an archive, a table, an image or UTF-16, by its first bytes.
 
     Raises:
-        ValueError: with the kind of the file and a way out.
+        ValueError: if the file has one of these kinds; the message names the kind and advises a conversion.
         OSError: if the file cannot be read.
     """
     if kind := kind_of_file(path):

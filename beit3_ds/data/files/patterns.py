@@ -1,4 +1,4 @@
-"""Expands the glob patterns of a config to files."""
+"""Expands the glob patterns in a config to lists of files."""
 
 import glob
 import heapq
@@ -16,17 +16,17 @@ _MAX_NAMES = 1_000_000
 
 
 def expand_patterns(patterns: Iterable[str]) -> list[str]:
-    """Lists the files that match patterns: in the order of the patterns, and sorted within each pattern.
+    """Lists the files that match patterns, in the order of the patterns and sorted by name within each pattern.
 
-    Patterns are those of a shell: `*`, `?`, `[abc]`, `**` across folders, `~`, and braces as WebDataset's users write
-    them, `shard-{0000..0127}.tar` and `{train,extra}-*.tar`. Every path that braces expand to must match a file. The
-    order is part of the data order, so it must not depend on the file system.
+    Patterns have the syntax of a shell: `*`, `?`, `[abc]`, `**` for folders of any depth, `~`, and braces as in
+    `shard-{0000..0127}.tar` or `{train,extra}-*.tar`. Every alternative of the braces must match a file. The result is
+    sorted because it determines the data order, which must not depend on the file system.
 
-    `**` follows links to folders. It lists each folder once, so it ends even if links form a loop.
+    `**` follows links to folders. Each folder is listed once, so loops of links end.
 
     Raises:
-        ConfigError: if a pattern, or a part of its braces, has no match; if a match is a folder, pipe, socket or
-            device; if two patterns or two links match one file, because its samples would count twice.
+        ConfigError: if a pattern, or an alternative of its braces, has no match; if a match is a folder, pipe, socket
+            or device; or if a file is matched twice, because its samples would count twice.
         StorageError: if the file system fails.
     """
     files: list[str] = []
@@ -44,7 +44,7 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands `{a,b}` and `{008..012}` as bash does, and keeps all other braces.
+    """Expands braces such as `{a,b}` and `{008..012}` to all names, as bash does; keeps all other braces.
 
     Raises:
         ConfigError: if a range has more than a million numbers, or there are more than a million names.
@@ -77,14 +77,18 @@ def _choices(braces: re.Match[str], pattern: str) -> Iterable[str]:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Returns whether a path is below a folder once all links are followed."""
+    """Returns whether a path is below a folder after all symbolic links are resolved."""
     return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def list_folders(base: str) -> Iterator[str]:
-    """Yields a folder and all visible folders below it, following links; yields each real folder only once.
+    """Yields the folder `base` and all visible folders below, following links; yields each real folder only once.
 
-    A link to a folder that contains `base` is not followed, because it would lead through all that is around `base`.
+    Links to a folder that contains `base` are not followed, because they would include everything around `base`.
+
+    Raises:
+        ConfigError: if a folder cannot be listed.
+        StorageError: if the file system fails.
     """
     top = os.path.join(os.path.realpath(base or os.curdir), "")
     seen: set[tuple[int, int]] = set()
@@ -115,7 +119,7 @@ def check_no_hard_link(files: Iterable[str]) -> None:
     """Checks that no two files are hard links to one file, which `expand_patterns` does not detect.
 
     Raises:
-        ConfigError: with the names of both links.
+        ConfigError: if two files are hard links to one file; the message names both.
         StorageError: if the file system fails.
     """
     seen: dict[tuple[int, int], str] = {}
@@ -129,7 +133,11 @@ def check_no_hard_link(files: Iterable[str]) -> None:
 
 
 def _check_is_file_or_folder(file: str) -> None:
-    """Refuses a pipe, a socket or a device, because reading one may never end."""
+    """Checks that a path is a file or a folder: a read from a pipe, a socket or a device may never end.
+
+    Raises:
+        ConfigError: if the path is a pipe, a socket or a device.
+    """
     status = _stat(file)
     if status is not None and not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise ConfigError(f"data: {file} is a pipe, a socket or a device. Name files, or match them with a pattern.")
@@ -162,9 +170,9 @@ def _matches(path: str, pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
-    """Returns the matches of a pattern.
+    """Returns the paths that match a glob pattern.
 
-    Replaces the `**` of Python, which follows loops of links and ignores unreadable folders.
+    Implements `**` itself, because Python's `**` follows loops of links and ignores unreadable folders.
 
     Raises:
         ConfigError: if a folder below `**` cannot be read.

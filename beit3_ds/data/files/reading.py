@@ -1,10 +1,9 @@
 """Reads files with retries, so that a short failure of the file system does not end a run.
 
-A read fails for one of two reasons. If a file is missing, forbidden or not a regular file, the data are at fault, and
-the caller decides what that means. Any other error (EIO, ESTALE, ETIMEDOUT, ENOTCONN, EMFILE, ...) is a fault of the
-file system, its mount or the machine. Then the read is retried a few times, and if it still fails, the run ends and
-names the file. Without this distinction every record on a failed file system would count as broken, against
-`data.max_broken_records`, and no message would name the cause.
+Errors are of two kinds. A missing, forbidden or irregular file is an error in the data, and the caller handles it. Any
+other error (EIO, ESTALE, ETIMEDOUT, ENOTCONN, EMFILE, ...) is a failure of the file system, the mount or the machine:
+the read is retried a few times, and a lasting failure ends the run with a message that names the file. Without this
+distinction, a failed file system would make all records count as broken, and no message would name the cause.
 """
 
 import errno
@@ -34,7 +33,7 @@ FILE_ERRORS = frozenset(
         errno.EINVAL,
     )
 )
-"""Error numbers that concern one file and not the file system it is on."""
+"""Error numbers that concern a single file and not the whole file system."""
 
 _PAUSES = (0.1, 0.4, 1.5)  # seconds before attempts 2 to 4; the failover of a server takes about as long
 _BUFFER_BYTES = 1 << 20
@@ -44,12 +43,13 @@ def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: froze
     """Calls `read` until it succeeds, at most four times within about two seconds.
 
     Args:
-        read: reopens the file in each call, because a descriptor can be stale.
-        path: name of the file in the message.
-        file_errors: error numbers that the caller handles; they are raised without a retry.
+        read: function that opens and reads the file; must reopen the file in each call, because a descriptor can become
+            stale.
+        path: path of the file, for messages.
+        file_errors: error numbers that are raised without a retry, because the caller handles them.
 
     Raises:
-        OSError: with a number in `file_errors`, or without a number as decompressors raise it.
+        OSError: if the error number is in `file_errors` or missing (decompressors raise errors without a number).
         StorageError: if the last attempt fails too.
     """
     for pause in (*_PAUSES, None):
@@ -75,17 +75,17 @@ def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
 
 
 def open_for_reading(path: str) -> BinaryIO:
-    """Opens a file for buffered reading, with the retries of `read_with_retries` for every read.
+    """Opens a file for buffered reading; failed reads are retried as in `read_with_retries`.
 
     Raises:
-        OSError: if an error concerns this file only.
-        StorageError: if any other error lasts; later reads raise it too.
+        OSError: if the file is missing, forbidden or not a regular file.
+        StorageError: if the file system still fails after all retries; later reads may raise it too.
     """
     return cast(BinaryIO, io.BufferedReader(_RetryingFile(path), _BUFFER_BYTES))
 
 
 class _RetryingFile(io.RawIOBase):
-    """Reads a file, and reopens it after a failed read."""
+    """Reads a file with retries; reopens the file after each failed read."""
 
     def __init__(self, path: str) -> None:
         self._path, self._position = path, 0

@@ -1,4 +1,4 @@
-"""Defines how sources report broken samples, and files, members and rows that they skip."""
+"""Defines how data sources report broken samples, and skipped files, tar members and rows."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ class BrokenRecordError(Exception):
 
 
 class Skipped(NamedTuple):
-    """Counts files, members or rows that are skipped for one reason."""
+    """Counts the files, tar members or rows that are skipped for one reason."""
 
     num_members: int
-    """Number of skipped files, members or rows."""
+    """Number of skipped files, tar members or rows."""
     example: str
-    """Name of the first skipped file, member or row."""
+    """Name of one skipped file, tar member or row."""

@@ -12,20 +12,20 @@ from beit3_ds.data.sources import annotation_files, check_images_are_there, read
 
 
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
-    """Parses the annotation files of a run, training and validation, and writes their tables into `cache_dir`.
+    """Parses all annotation files of a run, and writes one table per annotation file into `cache_dir`.
 
-    Tables are rewritten each time, because no file shows that images were added to their folder.
+    Existing tables are rewritten, because an image folder may have new images while its annotation file is unchanged.
 
     Args:
-        config: names the files; `cache_dir` must be set.
-        verify: compare existing tables instead of writing them.
+        config: data section of the run's config; `cache_dir` must be set.
+        verify: whether to compare existing tables with the files instead of rewriting them.
 
     Returns:
-        A summary of one line, and one line per source with missing images; empty without annotation files.
+        One line of summary, and one line per source with missing images; empty if there are no annotation files.
 
     Raises:
-        ConfigError: if a file cannot be read, a folder has none of the images, or with `verify` a file does not fit its
-            table.
+        ConfigError: if a file cannot be read, a folder has none of the images, or `verify` finds a table that differs
+            from its files.
     """
     assert config.cache_dir is not None, "tables need data.cache_dir"
     tables = {source_table(source, config.cache_dir): source for source in _annotated_sources(config)}

@@ -1,4 +1,4 @@
-"""Draws a picture of some samples that a run reads."""
+"""Draws an overview picture of samples that a run reads, with images and captions."""
 
 import textwrap
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ _FONT_SIZE, _LINE_HEIGHT, _LINE_LENGTH, _NUM_LINES = 12, 15, 30, 4
 
 
 def draw_contact_sheet(sources: Mapping[str, ImageSource], samples_per_source: int = 24) -> Image.Image:
-    """Draws evenly spread samples of each source with their captions, in RGB and 1136 pixels wide.
+    """Draws evenly spread samples of each source with their captions, as an RGB image that is 1136 pixels wide.
 
-    A sample without a caption is shown with its name, and a broken sample as its message.
+    A sample without a caption is shown with its name. A broken image is replaced by its error message.
     """
     rows = [-(-min(len(source), samples_per_source) // _COLUMNS) for source in sources.values()]
     cell_height = _SIDE + _NUM_LINES * _LINE_HEIGHT + _MARGIN

@@ -33,17 +33,17 @@ class IndexedShard:
     tar: str
     """Path of the tar."""
     action: Literal["written", "kept", "verified", "failed"]
-    """Action taken for the index; `kept` if an up-to-date index existed."""
+    """Action taken for the tar's index; `kept` means that an up-to-date index existed."""
     num_samples: int = 0
-    """Samples in the index."""
+    """Number of samples in the index."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Members that are left out, by reason."""
+    """Number and example of skipped tar members, by reason."""
     error: str = ""
-    """Message of the failure; empty without one."""
+    """Error message if the action failed, otherwise empty."""
 
 
 def shard_paths(config: DataConfig) -> list[str]:
-    """Lists the training and validation tars of a run, each once even if two streams read it.
+    """Lists the paths of all tars of a run, without duplicates.
 
     Raises:
         ConfigError: if a pattern has no match.
@@ -54,7 +54,7 @@ def shard_paths(config: DataConfig) -> list[str]:
 
 
 def describe_folders(config: DataConfig) -> list[str]:
-    """Lists the images in the folders of a run as training does; returns one line per folder.
+    """Counts the images in every image folder of a run; returns one line of text per folder.
 
     Raises:
         ConfigError: if a folder cannot be read, or has no image.
@@ -66,7 +66,7 @@ def describe_folders(config: DataConfig) -> list[str]:
 
 
 def describe_indices(shards: Sequence[IndexedShard]) -> str:
-    """Summarises the results of `prepare_indices` in a few lines."""
+    """Summarises the results of `prepare_indices` as a few lines of text."""
     actions = Counter(shard.action for shard in shards)
     done = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
     lines = [f"{len(shards)} tars with {sum(shard.num_samples for shard in shards):,} samples: {done or 'none'}"]
@@ -87,15 +87,15 @@ def prepare_indices(
     num_processes: int | None = None,
     timeout_seconds: float = 600,
 ) -> list[IndexedShard]:
-    """Writes the index of every tar that has none or has changed; with `verify`, compares existing indices.
+    """Writes an index file for every tar whose index is missing or out of date.
 
-    May be interrupted and started again, because a tar with an up-to-date index is not read again. A tar that fails
-    does not stop the others.
+    The work can be interrupted and resumed, because up-to-date indices are kept. After a failed tar the work continues
+    with the remaining tars.
 
     Args:
         tars: paths of the tars.
         cache_dir: folder of the indices; created if missing.
-        verify: read the tars that have an index, and compare the offset and CRC-32 of every member.
+        verify: whether to compare each existing index with its tar: offset and CRC-32 of every member.
         num_processes: number of processes; None starts one per core.
         timeout_seconds: longest time in which a process may neither compute nor finish (`data.timeout_seconds`).
 
@@ -103,7 +103,7 @@ def prepare_indices(
         One result per tar, in the order of `tars`.
 
     Raises:
-        ConfigError: if tars failed, with their names, after all others are finished.
+        ConfigError: if some tars failed; raised after all other tars are finished, with the names of failed tars.
     """
     num_processes = min(num_processes or count_cores(), len(tars))
     results = {shard.tar: shard for shard in _run(tars, cache_dir, verify, num_processes, timeout_seconds)}

@@ -1,4 +1,4 @@
-"""Describes the files of a run: numbers of samples, sizes, lengths, some texts, and broken records."""
+"""Describes the data of a run: number of samples, image sizes, text lengths, example texts, and broken records."""
 
 import math
 import os
@@ -30,26 +30,26 @@ _SUSPECTS = {
 
 @dataclass(kw_only=True)
 class SourceStatistics:
-    """Holds statistics of the samples that were read from one source."""
+    """Collects statistics of the samples of one data source."""
 
     num_samples: int
     """Number of samples in the source."""
     num_examined: int
     """Number of samples that were read for the statistics."""
     skipped: dict[str, Skipped]
-    """Files, members, rows and lines that the source leaves out, by reason."""
+    """Number and example of the files, tar members, rows and lines that the source skips, by reason."""
     numbers: dict[str, list[int]] = field(default_factory=dict)
-    """Measurements by name: widths and heights of images in pixels, characters and words of texts."""
+    """Measurements by name: widths and heights of images in pixels, and numbers of characters and words of texts."""
     texts: list[str] = field(default_factory=list)
-    """The readable texts, in order."""
+    """All readable texts of the examined samples, in order."""
     broken: dict[str, list[str]] = field(default_factory=dict)
-    """Messages about broken samples, by reason without numbers. A sample whose image and caption are both broken has
-    two messages."""
+    """Messages about broken samples, grouped by reason (the message without numbers and names). A sample has two
+    messages if both its image and its caption are broken."""
     num_broken: int = 0
-    """Number of broken samples; a sample whose image and caption are both broken counts once."""
+    """Number of broken samples; a sample counts once even if both its image and its caption are broken."""
 
     def describe(self) -> list[str]:
-        """Describes the source in lines of text; percentiles count only readable samples."""
+        """Returns a description of the source as lines of text; percentiles include only readable samples."""
         lines = [f"{self.num_samples:,} samples, {self.num_examined:,} of them examined"]
         for name, numbers in self.numbers.items():
             values = np.percentile(numbers, _PERCENTILES).round().astype(int)
@@ -66,7 +66,11 @@ class SourceStatistics:
         return lines
 
     def problems(self, max_broken_records: int) -> list[str]:
-        """Returns known reasons why a run over these samples would fail."""
+        """Returns the reasons why a run would fail on this source, one line each; empty if there are none.
+
+        Args:
+            max_broken_records: number of broken samples that the run tolerates.
+        """
         if self.num_broken and self.num_broken == self.num_examined:
             return [f"none of {self.num_examined:,} examined samples can be read"]
         if self.num_broken > max_broken_records:
@@ -77,7 +81,7 @@ class SourceStatistics:
         return []
 
     def add_broken(self, message: str) -> None:
-        """Adds a message about a broken sample under its reason."""
+        """Adds a message about a broken sample to the messages with the same reason."""
         self.broken.setdefault(_reason(message), []).append(message)
 
     def _describe_suspects(self) -> list[str]:
@@ -95,15 +99,15 @@ class DataReport:
     """Holds the result of `describe_streams`."""
 
     text: str
-    """Description of all files, for people."""
+    """Description of all files, as text with one fact per line."""
     problems: list[str]
-    """Reasons why a run over these files would fail, one line each."""
+    """Reasons why a run on these files would fail, one line each."""
 
 
 def open_sources(config: DataConfig) -> dict[str, ImageSource]:
-    """Opens a run's image sources; their names are stream, split and path, such as `pairs train cc3m-*.tar`.
+    """Opens a run's image sources, keyed by stream, split and path, such as `pairs train cc3m-*.tar`.
 
-    Sources of a task's own formats are left out, because only the task reads them.
+    Sources in a task's own formats are left out, because only the task can read them.
 
     Raises:
         ConfigError: if files are missing or cannot be read.
@@ -118,7 +122,13 @@ def open_sources(config: DataConfig) -> dict[str, ImageSource]:
 
 
 def examine_source(source: ImageSource, with_captions: bool, max_examined: int) -> SourceStatistics:
-    """Reads up to `max_examined` samples, evenly spread over the source."""
+    """Reads at most `max_examined` samples, evenly spread over the source, and returns their statistics.
+
+    Args:
+        source: source of images.
+        with_captions: whether to read captions too.
+        max_examined: maximum number of samples to read.
+    """
     indices = spread(len(source), max_examined)
     statistics = SourceStatistics(num_samples=len(source), num_examined=len(indices), skipped=source.skipped)
     for index in indices:
@@ -142,11 +152,12 @@ def examine_source(source: ImageSource, with_captions: bool, max_examined: int) 
 
 
 def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
-    """Describes all files of a run, training and validation.
+    """Describes all training, validation and test files of a run, and the problems found in them.
 
     Args:
-        config: names the files.
-        max_examined: maximum samples per source that are read, evenly spread; of texts, the first paragraphs of a file.
+        config: data section of the run's config.
+        max_examined: maximum number of samples to read per source. Images are evenly spread over the source; texts are
+            the first paragraphs of each file.
 
     Raises:
         ConfigError: if files are missing or cannot be read, or validation files are also training files.
@@ -182,7 +193,7 @@ def _add(statistics: SourceStatistics, numbers: dict[str, int]) -> None:
 
 
 def _reason(message: str) -> str:
-    """Returns the reason in a message, without numbers, addresses and the name of the record."""
+    """Returns a message about a broken record without numbers, addresses and the record's name."""
     _, _, reason = message.partition(": broken ")
     return re.sub(r"0x[0-9a-f]+|\d+", "", reason or re.sub(r"^.*?:\d+: |^.*: (?=no )", "", message))
 

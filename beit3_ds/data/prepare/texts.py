@@ -1,4 +1,4 @@
-"""Tokenizes the texts of a run once, with many processes on one or several machines."""
+"""Tokenizes the texts of a run before training, with many processes on one or several machines."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,12 +34,12 @@ _PIECE_BYTES = 64 << 20  # about ten seconds of work: the cost of an interruptio
 
 @dataclass(frozen=True, kw_only=True)
 class WorkShare:
-    """Names one of several shares of the work, for example one job of a Slurm array (`--part`)."""
+    """Identifies one of several equal shares of the work, for example one job of a Slurm array (`--part`)."""
 
     number: int = 1
-    """Number of this share, from 1."""
+    """Number of this share, counted from 1."""
     count: int = 1
-    """Number of all shares."""
+    """Total number of shares."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
@@ -47,10 +47,10 @@ class WorkShare:
 
     @classmethod
     def parse(cls, text: str) -> "WorkShare":
-        """Reads a share from I/N, such as 1/8.
+        """Parses a share from text of the form I/N, such as "1/8".
 
         Raises:
-            ConfigError: if the text has another form.
+            ConfigError: if the text has another form, or I is not in [1, N].
         """
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and max(len(number), len(count)) <= _MAX_DIGITS):
@@ -60,18 +60,18 @@ class WorkShare:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPreparation:
-    """Holds the result of `prepare_texts`."""
+    """Holds the result of `prepare_texts` for one share of the work."""
 
     pieces_written: int
-    """Pieces that were tokenized in this call."""
+    """Number of pieces that this call has tokenized."""
     pieces_kept: int
-    """Pieces of this share that were up to date."""
+    """Number of pieces whose token files were already up to date."""
     num_tokens: int
-    """Tokens of all written and kept pieces."""
+    """Number of tokens in all written and kept pieces."""
     broken: tuple[str, ...]
-    """Lines of the written and kept pieces that are left out: file, line number and reason."""
+    """Skipped lines of the written and kept pieces, each with file, line number and reason."""
     files_left: int
-    """Text files with pieces that other shares have not tokenized yet."""
+    """Number of text files that still have untokenized pieces, which belong to other shares."""
 
 
 def prepare_texts(
@@ -83,20 +83,20 @@ def prepare_texts(
 ) -> TextPreparation:
     """Tokenizes the training and validation texts of a run into `data.cache_dir`.
 
-    Files are cut into pieces, which are divided over shares and processes; no share waits for another. A piece that is
-    up to date is kept, so an interrupted preparation resumes where it stopped. A share that finds all pieces of a file
-    finished also cuts the file into sequences of `data.text_length`.
+    Files are cut into pieces, which are divided over shares and processes. No share waits for another share. Token
+    files that are up to date are kept, so an interrupted preparation can be resumed. Once all pieces of a file are
+    tokenized, the file is also cut into sequences of `data.text_length` tokens.
 
     Args:
         data: data section of the run's config.
         tokenizer: the run's text tokenizer.
-        share: share of the pieces; None takes all.
+        share: share of the pieces to tokenize; None tokenizes all pieces.
         processes: number of processes; None starts one per core.
         piece_bytes: bytes per piece, the same for all shares.
 
     Raises:
-        ConfigError: if `data.cache_dir` is not set, files cannot be read, or more lines are broken than
-            `data.max_broken_records`.
+        ConfigError: if `data.cache_dir` is not set, a file cannot be read, or more than `data.max_broken_records` lines
+            are broken.
     """
     if data.cache_dir is None:
         raise ConfigError("data.cache_dir is not set: name the folder for the token files in the config.")
@@ -132,7 +132,7 @@ def prepare_texts(
 
 
 def _text_files(data: DataConfig) -> list[str]:
-    """Returns all text files of a run; a file that is both trained on and evaluated counts once."""
+    """Returns the paths of all text files of a run, without duplicates, for training, validation and test."""
     sources = (data.texts.train, data.texts.validation, data.texts.test)
     paths = [[source.path for source in split if not source.is_of_task] for split in sources]
     return list(dict.fromkeys(file for split in paths for file in expand_patterns(split)))
@@ -151,7 +151,7 @@ def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document
 def _write_all(
     pieces: Sequence[TextPiece], write: Callable[[TextPiece], TokenPiece], processes: int | None, timeout_seconds: float
 ) -> Iterator[TokenPiece]:
-    """Yields the token files as they are finished."""
+    """Tokenizes pieces in several processes; yields each token file as soon as the file is finished."""
     processes = min(processes or count_cores(), len(pieces))
     if processes <= 1:
         yield from map(write, pieces)
@@ -174,7 +174,7 @@ def _name_piece(piece: TextPiece) -> str:
 
 
 def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) -> Iterator[TokenPiece]:
-    """Shows the finished bytes and the tokens per second if standard error is a terminal."""
+    """Passes token files through, and shows finished bytes and tokens per second if stderr is a terminal."""
     num_bytes = sum(piece.stop - piece.start for piece in pieces)
     num_tokens = 0
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
@@ -189,7 +189,7 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
 def _cut_into_sequences(
     folder: Path, text: str, tokenizer: TextTokenizer, data: DataConfig, cutter: ParagraphCutter
 ) -> bool:
-    """Writes the borders of a text file's sequences; returns False if some of its pieces are not finished."""
+    """Cuts a tokenized file into sequences; returns False if some pieces of the file are not tokenized yet."""
     try:
         pieces = find_token_pieces(folder, text, tokenizer, data.document_separator)
     except ConfigError:
