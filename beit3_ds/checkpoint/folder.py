@@ -1,4 +1,4 @@
-"""Reads a checkpoint on disk from any rank under any layout, and finds checkpoints in a folder."""
+"""Reads checkpoints on disk, which any layout of ranks may have written, and finds checkpoints in a folder."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in ki
 
 
 class CheckpointFolder:
-    """Opens a complete checkpoint, whose index is valid and whose files all exist with the right sizes.
+    """Reads a complete checkpoint: its index is valid, and all its files exist with the right sizes.
 
     `find_damage` and `find_fault` read whole files to compare digests. Other methods read only the requested values.
     """
@@ -66,7 +66,7 @@ class CheckpointFolder:
         """Returns the configuration of the model.
 
         Raises:
-            ConfigError: if the checkpoint holds another model than BEiT-3.
+            ConfigError: if the checkpoint holds a model that is not BEiT-3, such as a visual tokenizer.
         """
         name = self.index.run.task_name
         if "ffn_hidden_size" not in self.index.run.model:
@@ -88,7 +88,7 @@ class CheckpointFolder:
         return task
 
     def files(self, kind: str | None = None) -> list[str]:
-        """Returns the names of all files, or only of one kind: a key of `FILE_KINDS`, or `BUFFERS`."""
+        """Returns the sorted names of all files, or of the files of one kind (a key of `FILE_KINDS`, or `BUFFERS`)."""
         return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
     def find_damage(self, names: Iterable[str]) -> str | None:
@@ -121,7 +121,10 @@ class CheckpointFolder:
         return torch.float32
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a tensor's float32 weights or averages: all in the logical shape, or the slice `part` as a matrix."""
+        """Returns the float32 weights or averages of a tensor.
+
+        The result has the tensor's logical shape; with `part`, it holds only that slice, as a matrix.
+        """
         values = self.read_kind(self._weights, name, part or whole_slice(self.shape(name)))
         return values if part else values.view(self.shape(name))
 
@@ -132,7 +135,7 @@ class CheckpointFolder:
         """Reads a slice of a tensor's weights, moments or averages, and returns it as a float32 matrix.
 
         Args:
-            kind: one of `index.KINDS`, or `index.AVERAGE`; the latter reads the weights if no averages are saved.
+            kind: one of `index.KINDS`, or `index.AVERAGE`. If no averages are saved, `index.AVERAGE` reads the weights.
             name: logical name of the tensor.
             part: slice of the tensor.
 
@@ -212,10 +215,10 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """Returns the folders inside `folder` whose names are those of checkpoints, newest first; some may be incomplete.
+    """Returns the subfolders of `folder` that are named like checkpoints, newest first; some may be incomplete.
 
-    Leaves out other entries, because this program did not create them: copies such as `step-00000002.bak`, files and
-    links.
+    Omits files, links and folders with other names, such as the copy `step-00000002.bak`, because this program did not
+    create them.
     """
     try:
         with os.scandir(folder) as entries:
@@ -230,10 +233,10 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def is_own_checkpoint(path: Path) -> bool:
-    """Returns whether this program wrote a folder and all in it: its index fits its name and lists all its files.
+    """Returns whether a folder contains only a checkpoint of this program, so that deleting the folder is safe.
 
-    Only then may the folder be deleted. Listed files may be damaged or missing. If the index is unreadable, or a file
-    is not in it, something else may have written to the folder.
+    This is true if the index is readable, has the step in the folder's name, and lists every file in the folder. Listed
+    files may be damaged or missing.
     """
     try:
         index = read_index(path)
@@ -243,7 +246,7 @@ def is_own_checkpoint(path: Path) -> bool:
 
 
 def left_over_paths(folder: Path) -> list[Path]:
-    """Returns the folders inside `folder` that an interrupted save or deletion of this program has left behind."""
+    """Returns the temporary subfolders of `folder` that interrupted saves or deletions of this program left behind."""
     found = [path for path in folder.glob(".*-step-*") if _LEFT_OVER.fullmatch(path.name)]
     return [path for path in found if _holds_only(path, lambda name: _FILE_NAME.fullmatch(name) is not None)]
 
@@ -273,11 +276,12 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
     Args:
         path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.
         kind: kind of files to compare, a key of `FILE_KINDS`; None compares all files.
-        averages: whether `read` returns moving averages instead of weights, whose files are then compared instead.
+        averages: whether to read moving averages instead of weights. If true, their files are compared, and `kind` is
+            ignored.
 
     Raises:
-        ConfigError: if there is no complete checkpoint, or it holds no averages. The faults of rejected checkpoints are
-            printed to stderr.
+        ConfigError: if no complete checkpoint exists, or if averages are requested and the checkpoint has none. Faults
+            of skipped checkpoints are printed to stderr.
     """
     if averages:
         kind = _FILE_OF_KIND[AVERAGE]
@@ -304,7 +308,7 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
 
 
 def best_checkpoint_path(path: Path) -> Path:
-    """Returns the path of a run's best checkpoint (`training.best_metric`), named in its newest complete checkpoint.
+    """Returns the path of a run's best checkpoint (`training.best_metric`), which its newest checkpoint names.
 
     Args:
         path: a folder of checkpoints, or `training.output_dir` of a run.
@@ -324,7 +328,7 @@ def best_checkpoint_path(path: Path) -> Path:
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
     """Compares files like `find_damage`, but with one thread per core and a progress bar.
 
-    Meant for a process that has the machine to itself.
+    Suits commands that run as a single process on the machine.
     """
     with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)

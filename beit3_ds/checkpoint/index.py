@@ -111,7 +111,7 @@ class Index:
         return step if isinstance(step, int) else None
 
     def stored_name(self, name: str) -> str:
-        """Returns the name under which the checkpoint's files hold a tensor, which differs if it was renamed."""
+        """Returns the name of a tensor in the checkpoint's files: the old name if the tensor was renamed since."""
         return self.old_names.get(name, name)
 
     def to_json(self) -> bytes:
@@ -144,7 +144,7 @@ def read_index(folder: Path) -> Index:
     """Reads and checks the index of a checkpoint's folder without opening the other files.
 
     Raises:
-        BrokenIndexError: with what is wrong, in a few words.
+        BrokenIndexError: if the index is missing, unreadable or invalid; the message describes the fault briefly.
     """
     try:
         limit = MAX_JSON_BYTES + _BYTES_PER_FILE * len(os.listdir(folder))
@@ -232,7 +232,7 @@ def _parse_buffer(buffer: Any) -> StoredBuffer:
 
 
 def _describe_newer(content: dict[str, Any]) -> str:
-    """Returns a text that names the version of this program which reads an index of a newer format."""
+    """Returns an error message for an index of a newer format; it names the version of this program that reads it."""
     versions = content.get("versions")
     writer = versions.get("beit3_ds") if isinstance(versions, dict) else None
     needed = f"beit3_ds {writer[:_SHOWN]!a}" if isinstance(writer, str) else "a newer beit3_ds"
@@ -246,7 +246,7 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[
     """Checks that the pieces of each tensor cover each of its elements exactly once and nothing else.
 
     Raises:
-        BrokenIndexError: if a tensor is not covered so; the message names the tensor.
+        BrokenIndexError: if the pieces overlap, leave gaps or exceed the tensor; the message names the tensor.
     """
     for name, shape in shapes.items():
         bounds, parts = whole_slice(shape), [piece.part for piece in pieces[name]]
@@ -259,8 +259,9 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[
 def _cover_oddly(bounds: TensorSlice, parts: Sequence[TensorSlice]) -> bool:
     """Returns whether slices cover each element of `bounds` an odd number of times, and no other element.
 
-    That is so if each corner belongs to an even number of slices and bounds. Slices that have together as many elements
-    as `bounds` then cover each of them once. Takes time linear in their number.
+    This holds if every point is a corner of an even number of rectangles, where `bounds` counts as a rectangle too. If
+    the slices also have as many elements in total as `bounds`, they cover each element exactly once. The time is linear
+    in the number of slices.
     """
     odd: set[tuple[int, int]] = set()
     for part in (bounds, *parts):
@@ -275,7 +276,7 @@ def file_name(kind: str, rank: int) -> str:
 
 
 def tensor_key(kind: str, name: str, part: TensorSlice) -> str:
-    """Returns the key under which a file holds a piece."""
+    """Returns the name of a piece's tensor in a safetensors file, made of kind, logical name and slice."""
     return f"{name} {kind} [{part.top}:{part.bottom}, {part.left}:{part.right}]"
 
 

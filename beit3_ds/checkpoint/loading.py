@@ -19,10 +19,10 @@ _WAYS_OUT = (
 
 
 def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGroup) -> CheckpointFolder | None:
-    """Returns the newest undamaged checkpoint, or None if there are no checkpoints; all ranks call it and get the same.
+    """Returns the newest undamaged checkpoint, or None if there are no checkpoints. All ranks call it.
 
-    Each rank compares a share of the files with their digests. Damaged checkpoints are skipped, and the main rank
-    prints their names.
+    All ranks get the same checkpoint. Each rank compares a share of the files with their digests. Damaged checkpoints
+    are skipped, and the main rank prints their names.
 
     Args:
         collection: the run's checkpoints.
@@ -30,7 +30,7 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
         host: group of all ranks, for host values.
 
     Raises:
-        ConfigError: on all ranks, if there are checkpoints and none can be used, so that no run starts over by itself.
+        ConfigError: on all ranks, if checkpoints exist but all are unusable. So a run never restarts at step 0 unasked.
     """
     names, error = host.broadcast(_list_names(collection) if mesh.is_main else None)
     if error:
@@ -54,7 +54,7 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
 
 
 def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None]:
-    """Returns the names of all checkpoints, newest first, and why the folder cannot be read, or None."""
+    """Returns the names of all checkpoints, newest first, and an error message if the folder cannot be read."""
     try:
         return [path.name for path in collection.paths()], None
     except OSError as error:

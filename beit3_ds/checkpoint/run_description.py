@@ -32,7 +32,7 @@ class RunDescription:
 
     @property
     def task_name(self) -> str:
-        """Returns the name of the task; "pretraining" for a checkpoint of version 0.1, which did not write the name."""
+        """Returns the name of the task; "pretraining" for checkpoints of version 0.1, which do not store a task."""
         return str(self.config.get("task", {}).get("name", "pretraining"))
 
     def check_resumes(self, before: "RunDescription", where: str) -> list[str]:
@@ -79,7 +79,7 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
     Args:
         model: fields of the run's model.
         stored: fields of the saved model.
-        where: names the weights, for the message.
+        where: name of the saved weights in the message.
         advice: sentence with a way out.
 
     Raises:
@@ -124,7 +124,7 @@ def build_run_description(
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each leaf of nested mappings as a pair: its path, which joins the keys with dots, and its value."""
+    """Yields a pair (path, value) per leaf of nested mappings; the path consists of all keys, joined with dots."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")

@@ -32,7 +32,7 @@ class TensorSlice(NamedTuple):
         return (self.bottom - self.top) * (self.right - self.left)
 
     def intersection(self, other: "TensorSlice") -> "TensorSlice | None":
-        """Returns the slice of the elements in both slices of one matrix; None if they have none in common."""
+        """Returns the slice where this slice and `other` overlap; None if they do not overlap."""
         common = TensorSlice(
             max(self.top, other.top),
             min(self.bottom, other.bottom),

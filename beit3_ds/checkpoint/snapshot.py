@@ -14,8 +14,8 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tens
 class Snapshot:
     """Keeps a copy of this rank's share of the weights, moments and averages, and reuses its memory for every save.
 
-    It takes 12 bytes per element that the rank saves, or 16 with averages. The memory is page-locked if the engine
-    computes on a GPU. Buffers are small, so every copy allocates new memory for them.
+    The copy needs 12 bytes per element that the rank saves, or 16 with averages. Its memory is page-locked if the
+    engine computes on a GPU. Memory for buffers, which are small, is allocated anew at every save.
     """
 
     def __init__(self, state: EngineState) -> None:
@@ -27,13 +27,13 @@ class Snapshot:
         """Number of updates that AdamW had counted when the state was copied."""
 
     def reserve_memory(self) -> None:
-        """Touches every page of the memory, so that the first copy need not wait for the system to allocate pages."""
+        """Allocates the memory and writes zeros to every page, so that the first copy need not wait for allocation."""
         if not self._memory:
             pin = self._state.is_on_gpu
             self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in self._state.kinds}
 
     def copy_state(self) -> None:
-        """Copies the engine's current state; training waits meanwhile."""
+        """Copies the engine's current state to host memory, and returns when the copy is complete."""
         self._pieces, position = [], 0
         for fragment in self._state.fragments_to_save():
             length = len(fragment.weight)
@@ -48,7 +48,7 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Returns the logical shape of every tensor of which this rank saves a piece."""
+        """Returns logical shapes by tensor name, for every tensor that this rank saves at least partly."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> list[tuple[str, Piece]]:
@@ -63,7 +63,7 @@ class Snapshot:
         }
 
     def write(self, folder: Path, rank: int) -> dict[str, WrittenFile]:
-        """Writes this rank's files into an existing folder and syncs them; returns their sizes and digests by name.
+        """Writes this rank's files into an existing folder and syncs the files. Returns sizes and digests by file name.
 
         Raises:
             OSError: if the disk is full or cannot be written.

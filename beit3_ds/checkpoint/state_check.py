@@ -11,20 +11,20 @@ _SAMPLED_ELEMENTS = 4096
 
 
 class HeldWeights(NamedTuple):
-    """Holds the values of a range of elements in the optimizer and in the model."""
+    """Holds two copies of a range of weights: the optimizer's, which checkpoints save, and the model's."""
 
     name: str
     """Logical name of the parameter."""
     saved: Tensor
     """Values that a checkpoint would hold, in one dimension."""
     held: Tensor
-    """The model's own values of the same elements, rounded to its dtype."""
+    """Values of these elements in the model's parameters, in the parameters' dtype."""
     moments: tuple[Tensor, ...]
-    """AdamW's averages of the gradient and of its square for the same elements."""
+    """AdamW's moments of these elements: running averages of the gradient and of the squared gradient."""
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
-    """Compares samples of the saved and the held elements, and describes the first range where they differ.
+    """Compares samples of the optimizer's and the model's values, and describes the first range where they differ.
 
     Args:
         weights: ranges to compare.

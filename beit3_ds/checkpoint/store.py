@@ -21,8 +21,8 @@ from beit3_ds.parallel import Mesh, build_host_group
 class CheckpointStore:
     """Saves and loads the checkpoints of one run for the training loop.
 
-    All ranks call `save`, `agree_on_newest`, `move_finished_aside` and `load` together, because these communicate. The
-    other methods do not wait for other ranks, except `finish`, which waits for the current save.
+    `save`, `agree_on_newest`, `move_finished_aside` and `load` communicate, so all ranks call them together. Of the
+    other methods only `finish` waits: for the current save, in which all ranks take part.
 
     No state of a random generator is saved, because batches, masks and stochastic depth depend only on the seed and the
     step.
@@ -39,8 +39,7 @@ class CheckpointStore:
             keep: number of complete checkpoints to keep.
             mesh: the mesh of ranks.
             run: description of this run, which is stored in every checkpoint.
-            timeout_seconds: longest time that a rank's thread waits for other ranks, and that training waits for a
-                save.
+            timeout_seconds: limit in seconds for the communication of a save, and for training to wait for a save.
         """
         self.root, self._mesh, self._run = root, mesh, run
         self._host = build_host_group(timedelta(seconds=timeout_seconds))  # apart from that of the main threads
@@ -77,12 +76,12 @@ class CheckpointStore:
         """Waits for the end of the current save, if any.
 
         Raises:
-            StorageError: after `timeout_seconds`; earlier checkpoints are untouched.
+            StorageError: if the save takes longer than `timeout_seconds`; earlier checkpoints stay unchanged.
         """
         self._background.wait()
 
     def take_outcomes(self) -> list[SaveOutcome]:
-        """Returns the results of all saves that ended since the last call; does not wait."""
+        """Returns the results of all saves that ended since the last call, without waiting for a running save."""
         return self._background.take_outcomes()
 
     def newest_path(self) -> Path | None:
@@ -90,18 +89,21 @@ class CheckpointStore:
         return self._collection.newest_path()
 
     def agree_on_newest(self) -> CheckpointFolder | None:
-        """Returns the newest undamaged checkpoint, or None if there are no checkpoints; all ranks get the same one.
+        """Returns the newest undamaged checkpoint, or None if there are no checkpoints. All ranks call it.
 
-        All ranks call it. Each compares a share of the files with their digests. Damaged checkpoints are skipped, and
-        the main rank prints their names.
+        All ranks get the same checkpoint. Each rank compares a share of the files with their digests. Damaged
+        checkpoints are skipped, and the main rank prints their names.
 
         Raises:
-            ConfigError: on all ranks, if there are checkpoints and none can be used.
+            ConfigError: on all ranks, if checkpoints exist but all are unusable.
         """
         return agree_on_newest(self._collection, self._mesh, self._host)
 
     def move_finished_aside(self, total_steps: int) -> None:
-        """Renames the folder of checkpoints if the newest one has done all `total_steps` updates. All ranks call it."""
+        """Renames the folder of checkpoints if the newest checkpoint has reached `total_steps`. All ranks call it.
+
+        The main rank prints the new name, such as `checkpoints-1`.
+        """
         newest = self._host.broadcast(str(self.newest_path() or ""))
         if not newest or read_index(Path(newest)).step < total_steps:
             return

@@ -85,14 +85,14 @@ class BrokenTensorFileError(ValueError):
 
 
 class TensorFile:
-    """Reads tensors of a safetensors file, or rows of them, on demand."""
+    """Reads single tensors, or rows of a tensor, from a safetensors file."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file and reads its header.
 
         Raises:
-            BrokenTensorFileError: if it is not a complete safetensors file.
-            OSError: if it cannot be read.
+            BrokenTensorFileError: if the file is not a complete safetensors file.
+            OSError: if the file cannot be read.
         """
         self.path = path
         self._descriptor = open_regular(path, follow_links=False)
@@ -110,7 +110,7 @@ class TensorFile:
         """Returns a whole tensor.
 
         Raises:
-            BrokenTensorFileError: if the file has no tensor of that name, or ends before the tensor does.
+            BrokenTensorFileError: if the file has no tensor of that name, or is truncated inside the tensor.
         """
         entry = self._entry(name)
         return self.read_rows(name, 0, matrix_shape(torch.Size(entry.shape))[0]).view(entry.shape)
