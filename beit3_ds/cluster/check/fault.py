@@ -13,14 +13,14 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Fault:
-    """Describes a fault that must be fixed before a run starts, or a note."""
+    """Describes one fault of a node or of the cluster, or a note if runs also work without a fix."""
 
     host: str
     """Host with the fault; empty if it concerns the whole cluster."""
     check: str
     """One of `CHECKS`, or "layout" for a fault that concerns no single host."""
     text: str
-    """Value, rule and way out, without the host's name."""
+    """Message with the faulty value, the rule and a way out, without the host's name."""
     is_note: bool = False
     """Whether the fault is only a note: it is printed, but runs work without a fix."""
 
@@ -29,7 +29,7 @@ class Fault:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Joins names of hosts for a sentence: at most three names and the number of others."""
+    """Joins host names for a sentence; of more than four names, the first three and the number of others are shown."""
     if len(names) > 4:
         return f"{', '.join(names[:3])} and {len(names) - 3} others"
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else "none"

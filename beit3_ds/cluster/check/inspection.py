@@ -1,4 +1,4 @@
-"""Asks all nodes at once about themselves and about their connections with each other."""
+"""Asks all nodes in parallel about their hardware and software, and about their connections with each other."""
 
 import asyncio
 import secrets
@@ -39,7 +39,7 @@ class Inquiry:
 
 @dataclass(kw_only=True)
 class Answers:
-    """Holds the answers of one node; None for questions after it stopped answering."""
+    """Holds the answers of one node; fields are None or empty for questions that the node did not answer."""
 
     name: str
     """Name of the host."""
@@ -62,19 +62,19 @@ class Answers:
     clock: float | None = None
     """Seconds by which the node's clock is ahead of this machine's."""
     clock_error: float = 0.0
-    """Largest error of `clock` in seconds: half of the fastest round trip."""
+    """Largest error of `clock` in seconds: half of the round-trip time of the fastest clock request."""
     token_error: str | None = None
-    """Error of the node when it wrote into the shared folder; None if it succeeded."""
+    """Error message if the node could not write into the shared folder; None if the node succeeded."""
     tokens_missing: tuple[str, ...] | None = None
-    """Hosts that wrote files into the shared folder which this node does not see."""
+    """Names of hosts whose files in the shared folder are invisible to this node."""
     listener: dict[str, Any] | None = None
     """Result of `Probe.listen`: for the master port on the first host, for any port on the others."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Results of `Probe.connect`, by the host to which this node connected."""
     own_address: str | None = None
-    """Local address of this node's connections to the others."""
+    """This node's own address in its connections to other nodes."""
     interface: str | None = None
-    """Network interface that has this address."""
+    """Network interface of this node with the address `own_address`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +88,15 @@ class Inspection:
     master_address: str | None
     """MASTER_ADDR that DeepSpeed would choose: the first address of the first host."""
     named_master: Mapping[str, dict[str, Any]]
-    """Results of `Probe.connect` to the first host's name, by the host that connected."""
+    """Results of `Probe.connect` to the first host's name, by the name of the connecting host."""
     shared_folder: str | None
-    """Folder with the tokens: the output folder, or its nearest parent that exists."""
+    """Folder into which nodes wrote test files: the output folder, or its nearest parent that exists."""
 
 
 def inspect_cluster(hostfile: Hostfile, inquiry: Inquiry) -> Inspection:
-    """Connects to all nodes at once and collects the answers of their probes; every wait has a time limit.
+    """Starts a probe on every node in parallel and collects the answers; every wait has a time limit.
 
-    Writes a small file into the shared folder from every node, and deletes it.
+    Every node writes a small file into the shared folder, and deletes the file at the end.
     """
     return asyncio.run(_Inspector(hostfile, inquiry).run())
 
@@ -203,7 +203,7 @@ class _Inspector:
         )
 
     async def _connect(self, index: int) -> None:
-        """Lets a node connect to every node by its first address, and to the first node also by its name."""
+        """Lets one node connect to the first address of every node, and also to the first node's host name."""
         others = [
             (i, address, answers.listener["port"])
             for i, answers in enumerate(self._answers)

@@ -1,4 +1,4 @@
-"""Finds faults between nodes: names, ports, connections, the shared folder, files."""
+"""Finds faults of host names, the master port, connections, the shared folder and input files."""
 
 import ipaddress
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from beit3_ds.cluster.hostfile import is_loopback
 
 
 def find_link_faults(inspection: Inspection) -> Iterator[Fault]:
-    """Yields faults of links between nodes and of host names."""
+    """Yields faults of host names, the master port, connections between nodes, the shared folder and input files."""
     yield from _one_machine(inspection)
     yield from _own_names(inspection)
     yield from _master_port(inspection)
@@ -35,7 +35,7 @@ def _one_machine(inspection: Inspection) -> Iterator[Fault]:
 
 
 def _own_names(inspection: Inspection) -> Iterator[Fault]:
-    """Yields faults of a node's own name. gloo announces the name's address to peers, or else a loopback address."""
+    """Yields faults of the network address that gloo derives from a node's own host name and announces to peers."""
     if len(inspection.answers) == 1:
         return
     for node in inspection.answers:

@@ -1,4 +1,4 @@
-"""Measures links on every node, in one process per node: torch.distributed between pairs, then between all.
+"""Measures network speed with torch.distributed, in one process per node: between pairs, then between all nodes.
 
 The source of this file is sent over ssh, like the source of `probe`. The process ends when its standard input closes.
 """
@@ -23,9 +23,9 @@ _TRIES = 2  # the fastest counts, because other traffic and busy cores only make
 
 
 def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
-    """Returns rounds of disjoint pairs that together hold every pair of nodes once (circle method of tournaments).
+    """Divides all pairs of nodes into rounds, with each node in at most one pair per round (round-robin tournament).
 
-    There are `size - 1` rounds, or `size` if `size` is odd; then one node is idle in each round.
+    Returns `size - 1` rounds for an even `size`. For an odd `size` there are `size` rounds, each with one idle node.
     """
     players = list(range(size + size % 2))
     rounds = []
@@ -38,7 +38,7 @@ def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
 
 
 class Worker:
-    """Measures links as one of several ranks."""
+    """Measures the network speed from this rank to other ranks."""
 
     def __init__(self, rank: int, world_size: int, address: str, port: int, backend: str) -> None:
         """Joins the process group of all nodes; rank 0 listens at `address`.
@@ -66,7 +66,7 @@ class Worker:
         """Measures both directions of each pair, round by round; all ranks must get equal rounds.
 
         Returns:
-            Bits per second from this rank to others, by their numbers as strings.
+            Bits per second from this rank to each other rank, by rank number as a string.
         """
         rates: dict[str, float] = {}
         for pairs in rounds:
@@ -86,7 +86,7 @@ class Worker:
         Bus bandwidth counts the data on each link of a ring of n ranks: 2 (n - 1) / n times the tensor.
 
         Args:
-            slowest: bits per second of the slowest link, from which the size of the tensor is computed.
+            slowest: bits per second of the slowest link; determines the size of the tensor.
         """
         numel = int(min(max(slowest / 8 * _ALL_REDUCE_SECONDS, _MIN_BYTES), _BUFFER_BYTES)) // 4
         tensor = self._torch.zeros(numel, dtype=self._torch.float32, device=self._device)
@@ -99,7 +99,10 @@ class Worker:
         return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
 
     def _send_to(self, other: int) -> float:
-        """Sends ever larger transfers until one takes long enough; the receiver confirms each."""
+        """Sends transfers of growing size until one is long enough to measure; returns the speed in bits per second.
+
+        The receiver confirms each transfer.
+        """
         best = 0.0
         size = _MIN_BYTES
         tries = 0

@@ -14,7 +14,7 @@ from beit3_ds.cluster.check.link_worker import pair_rounds
 from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 
 FLOOR_BITS = 0.5e9
-"""Bits per second below which a link is a fault if no speed is expected: half of 1 GbE, the slowest cluster network."""
+"""Minimum bits per second of a link if no expected speed is given: half of 1 GbE, the slowest cluster network."""
 _SLOW = 0.5  # share of the usual or expected speed below which a link is slow
 _START_SECONDS = 90.0  # for imports of torch from a shared file system, and the rendezvous
 _ROUND_SECONDS = 10.0
@@ -51,12 +51,12 @@ class Links:
 def measure_links(inspection: Inspection, expected_bits: float | None) -> Links | list[Fault]:
     """Measures the links between all pairs of nodes, in rounds of disjoint pairs, then an all-reduce over all nodes.
 
-    Links that look slow are measured again, because other traffic and busy cores can only make a link slower. Takes
-    about a second per node, and the import of torch.
+    Links that look slow are measured again and the fastest result counts, because other traffic and busy cores only
+    slow a link down. The measurement takes about a second per node, after the import of torch.
 
     Args:
-        inspection: answers of nodes that all answer, can connect and have no fault of "network".
-        expected_bits: see `find_slow_links`.
+        inspection: answers of all nodes; every node must have answered, without any fault in the check "network".
+        expected_bits: bits per second that every link should reach; None if unknown (see `find_slow_links`).
 
     Returns:
         The speeds, or the faults that prevented the measurement.
@@ -118,7 +118,7 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Asks all nodes at once, because they wait for each other; adds a fault per node that fails."""
+        """Sends a request to all nodes in parallel, because they communicate; records a fault per node that fails."""
 
         async def ask(rank: int) -> Any:
             try:
@@ -144,12 +144,13 @@ def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[s
 
 
 def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault]:
-    """Yields faults of links below half the expected speed or, without one, below half the usual speed or a floor.
+    """Yields a fault for each link that is slower than half of the expected speed.
+
+    Without an expected speed, the limit is half of the usual speed, but at least `FLOOR_BITS`.
 
     Args:
         links: measured links.
-        expected_bits: bits per second that every link should reach; None compares the links with each other and with
-            `FLOOR_BITS`.
+        expected_bits: bits per second that every link should reach; None if unknown.
     """
     slow, reason = _slow_pairs(links, expected_bits)
     way_out = "Check its cable, port and negotiated speed (ethtool), other traffic, and the routes."

@@ -16,7 +16,7 @@ from beit3_ds.cluster.hostfile import is_loopback
 CONNECT_SECONDS = 5
 """Seconds that ssh waits for a node to accept a connection."""
 ANSWER_SECONDS = 30.0
-"""Seconds that a node has for an answer; longer than the probe's own limit for nvidia-smi."""
+"""Default time limit for an answer, in seconds; longer than the probe's own limit for nvidia-smi."""
 _END_SECONDS = 2.0
 _SHOWN = 1000  # characters; a longer argument is source, not a path
 _LINE_BYTES = 1 << 24  # limit of an answer; the longest has digests of all files
@@ -24,7 +24,7 @@ _START = "import sys; n = int(sys.stdin.buffer.readline()); exec(compile(sys.std
 
 
 class NoAnswer(Exception):
-    """Reports a node that did not answer; the text has the reason and the last line of ssh or the node."""
+    """Reports that a node did not answer; the message has the reason and the last line that ssh or the node printed."""
 
 
 def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -> list[str]:
@@ -50,7 +50,7 @@ class NodeConnection:
 
         Args:
             name: name of the host.
-            environment: variables of the program there.
+            environment: environment variables to set for the program on the node.
             program: source file that reads requests and writes answers like `probe.main`; it must not import beit3_ds.
         """
         self.name = name
@@ -60,7 +60,7 @@ class NodeConnection:
         self._stderr_reader: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts the connection and sends the program; errors of both appear at the first question.
+        """Opens the connection and sends the program; connection errors are raised by the first `ask`.
 
         Raises:
             NoAnswer: if this machine has no ssh.
@@ -106,7 +106,7 @@ class NodeConnection:
         return answer["answer"]
 
     async def close(self) -> None:
-        """Closes the connection, so that the probe deletes its files and ends; kills a local process that hangs."""
+        """Closes the connection. The probe then deletes its files and ends; a local process that hangs is killed."""
         if self._process is None:
             return
         assert self._process.stdin is not None and self._stderr_reader is not None

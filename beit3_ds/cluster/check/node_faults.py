@@ -12,8 +12,8 @@ from beit3_ds.cluster.check.requirements import Requirements
 T = TypeVar("T", bound=Hashable)
 
 CLOCK_SECONDS = 1.0
-"""Largest allowed difference of clocks in seconds. NTP keeps it to milliseconds; larger differences make the times of
-logs and files misleading."""
+"""Largest allowed difference between the clocks of two nodes, in seconds. NTP keeps clocks within milliseconds; larger
+differences make the times of logs and files misleading."""
 _FREE_BYTES = 2**30  # least free space in /tmp and the output folder, for compiled kernels and logs
 _BUSY_GPU_BYTES = 2**30  # a program holds more than this, the driver less
 _GPU_SHARE = 0.9  # largest modelled share of memory: CUDA's context, NCCL's buffers and fragmentation are not modelled
@@ -22,7 +22,7 @@ _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Doc
 
 
 def find_node_faults(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
-    """Yields the faults of single nodes, one check after the other; a node is not checked after it stopped answering.
+    """Yields the faults of single nodes, check by check. A node is checked only with the answers that it gave.
 
     Args:
         inspection: answers of all nodes.
@@ -162,7 +162,7 @@ def _gpus(inspection: Inspection, requirements: Requirements | None) -> Iterator
 
 
 def _gpu_memory(node: Answers, gpus: list[dict], ranks: range, rank_bytes: tuple[int, ...]) -> Iterator[Fault]:
-    """Yields a fault if ranks exceed the memory of their GPUs, for the rank that exceeds it most."""
+    """Yields a fault if a rank of the node needs too much GPU memory; names the rank with the largest share."""
     pairs = [
         (rank_bytes[rank] / gpu["total"], rank, gpu) for rank, gpu in zip(ranks, gpus, strict=False) if gpu["total"]
     ]

@@ -1,8 +1,8 @@
-"""Answers questions about a node while a cluster is checked, with one line of JSON per answer.
+"""Runs on each node during a cluster check and answers questions about the node, with one line of JSON per answer.
 
-The source of this file is sent over ssh to `python -c`. So it imports only the standard library and uses no syntax
-newer than Python 3.8: a node with an old Python must be able to report that. It reads requests from standard input and
-ends when that closes, so no process remains when the asking side dies.
+The source of this file is sent over ssh to `python -c`. It imports only the standard library and uses no syntax newer
+than Python 3.8, so that a node with an old Python can still report its version. The program reads requests from
+standard input and ends when standard input closes, so no process remains if the checking machine fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SIZED_FILES = 1000  # files per pattern whose size is read, because a network f
 
 
 class Probe:
-    """Answers questions about this node: each public method answers one, with arguments and results of JSON types."""
+    """Answers questions about this node, one question per public method; arguments and results have JSON types."""
 
     def __init__(self) -> None:
         """Prepares a probe that has opened no port and written no file."""
@@ -38,7 +38,7 @@ class Probe:
         self._listeners: list[socket.socket] = []
 
     def machine(self, folder: str) -> dict:
-        """Describes this machine; changes to `folder`, the working directory of the ranks, first."""
+        """Changes to `folder`, the working directory of the ranks, and returns facts about this machine by name."""
         folder_error = _enter(folder)
         return {
             "hostname": socket.gethostname(),
@@ -59,14 +59,14 @@ class Probe:
         """Returns the versions of packages and a digest per file of the project's code.
 
         Args:
-            module_text: text of `runtime/versions.py`, sent because this node may have another version of it or none.
+            module_text: source text of `runtime/versions.py`, because this node may lack the file or have an old one.
         """
         module: dict = {}
         exec(compile(module_text, "versions", "exec"), module)
         return {"versions": module["find_package_versions"](), "code": module["compute_code_digests"]()}
 
     def gpus(self) -> dict:
-        """Returns the GPUs that nvidia-smi lists and its error, if any; both are empty without nvidia-smi."""
+        """Returns a list of the GPUs that nvidia-smi shows, and its error or None; no GPUs if it is not installed."""
         try:
             done = subprocess.run(
                 _GPU_QUERY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_GPU_SECONDS, check=False
@@ -83,12 +83,17 @@ class Probe:
         return {"gpus": parse_gpus(text), "error": None}
 
     def disk(self, folder: str) -> dict:
-        """Returns the free and total bytes of the file system that would contain `folder`, as an unprivileged user sees
-        them."""
+        """Returns the total bytes of the file system of `folder`, and the free bytes for unprivileged users.
+
+        If the folder does not exist, its nearest existing parent is examined.
+        """
         return _free_bytes(existing_parent(folder))
 
     def files(self, patterns: list[str]) -> list[list]:
-        """Returns, per glob pattern, the number of files and a digest of all names and the first files' sizes."""
+        """Returns the number of matching files per glob pattern, and a digest of their names and sizes.
+
+        The digest covers all names, but the sizes of the first 1000 files only.
+        """
         found = []
         for pattern in patterns:
             matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -101,11 +106,14 @@ class Probe:
         return time.time()
 
     def parent(self, folder: str) -> str:
-        """Returns the folder, or the nearest parent that exists."""
+        """Returns `folder` if it exists, else its nearest existing parent."""
         return existing_parent(folder)
 
     def write_token(self, path: str, token: str) -> str | None:
-        """Writes a file that other nodes look for; returns the error, or None. `close` deletes the file."""
+        """Writes `token` into a new file, which other nodes then read; returns an error message or None.
+
+        `close` deletes the file.
+        """
         try:
             with open(path, "x") as file:
                 self._written.append(path)
@@ -131,7 +139,8 @@ class Probe:
     def listen(self, port: int, token: str) -> dict:
         """Listens on a port, sends `token` to every client, and returns the port.
 
-        Port 0 stands for any free port. If the port is taken, the result names its owner, and another port is used.
+        Port 0 means any free port. If the port is taken, a free port is used, and the result names the process that
+        holds the wanted port.
         """
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port in TIME_WAIT is free
@@ -147,7 +156,11 @@ class Probe:
         return {"wanted": port, "port": listener.getsockname()[1], "owner": owner}
 
     def connect(self, targets: list[list]) -> list[dict]:
-        """Connects to all `[address, port]` at once; returns the token of each and the interface used, or the error."""
+        """Connects to all targets `[address, port]` in parallel.
+
+        Returns:
+            Per target: the received token, both addresses and the network interface used, or an error.
+        """
         results: list[dict] = [{} for _ in targets]
         threads = [
             threading.Thread(target=_connect, args=(str(address), int(port), result))
@@ -167,7 +180,7 @@ class Probe:
 
 
 def parse_gpus(text: str) -> list[dict]:
-    """Returns name, total and used bytes per line of nvidia-smi; None for a number that it does not know."""
+    """Parses the output of nvidia-smi: name, total and used bytes per GPU; None where nvidia-smi shows no number."""
     gpus = []
     for line in filter(str.strip, text.splitlines()):
         name, total, used = (part.strip() for part in line.rsplit(",", 2))
@@ -177,7 +190,7 @@ def parse_gpus(text: str) -> list[dict]:
 
 
 def existing_parent(folder: str) -> str:
-    """Returns the folder, or the nearest parent that exists."""
+    """Returns `folder` if it exists, else its nearest existing parent."""
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     return folder
@@ -270,7 +283,7 @@ def _interface_of(address: str) -> str | None:
 
 
 def _owner_of(port: int) -> str | None:
-    """Returns the process that listens on a port, if this user may see it."""
+    """Returns the id and command of the process that listens on a port; None if this user may not see the process."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in (_read(table) or "").splitlines()[1:]:
@@ -287,7 +300,7 @@ def _owner_of(port: int) -> str | None:
 
 
 def main() -> None:
-    """Answers requests until standard input closes."""
+    """Answers requests from standard input until it closes, then deletes the files that the probe has written."""
     probe = Probe()
     try:
         for line in sys.stdin.buffer:
