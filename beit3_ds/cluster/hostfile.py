@@ -1,8 +1,8 @@
 """Reads hostfiles, which name the machines of a run and their numbers of ranks, more strictly than DeepSpeed.
 
-DeepSpeed's parser (`deepspeed.launcher.runner`) reads `slots=2x` as 2, and accepts 0, 99999 and names that no ssh can
-reach: the run then hangs or fails on another machine. Here such a line is an error with its number. DeepSpeed reads
-accepted files in the same way.
+DeepSpeed's parser (`deepspeed.launcher.runner`) reads `slots=2x` as 2, and accepts 0 slots, 99999 slots and invalid
+host names. The run then hangs, or fails later. This module reports such lines as errors, with their line numbers.
+DeepSpeed reads each file that this module accepts with the same result.
 """
 
 import io
@@ -35,9 +35,9 @@ class HostSlots:
     """Describes a host and its number of ranks: one line of a hostfile."""
 
     name: str
-    """Name or IPv4 address of the host, as used by ssh."""
+    """Host name or IPv4 address that ssh connects to."""
     slots: int
-    """Number of ranks to start on the host; on GPU machines the number of GPUs."""
+    """Number of ranks to start on the host; one per GPU on machines with GPUs."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,16 @@ class Hostfile:
 
 
 def is_loopback(name: str) -> bool:
-    """Returns whether a name means "this machine" on every machine: localhost or 127.x.x.x."""
+    """Returns whether a host name refers to the local machine on every machine: localhost or 127.x.x.x."""
     return name.lower() in ("localhost", "localhost.localdomain") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", name))
 
 
 def read_hostfile(path: str | Path) -> Hostfile:
-    """Reads a hostfile and looks up its names.
+    """Reads a hostfile and looks up the addresses of its host names, for at most two seconds.
 
     Raises:
-        ConfigError: if the file cannot be read, if a line is not `NAME slots=RANKS`, or if two lines have the same name
-            or names with the same address. Names that cannot be looked up within two seconds are not compared by
-            address.
+        ConfigError: if the file cannot be read, if a line is not `NAME slots=RANKS`, or if two lines have equal names
+            or equal addresses. Hosts whose address was not found in time are compared by name only.
     """
     path = Path(path)
     try:
@@ -125,7 +124,7 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
         path: path of the file, for messages.
 
     Raises:
-        ConfigError: as `read_hostfile` does, except for files that cannot be read and for addresses.
+        ConfigError: if a line is not `NAME slots=RANKS`, if two lines have equal names, or if no line names a host.
     """
     path = Path(path)
     hosts: list[HostSlots] = []
@@ -155,10 +154,10 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
 
 
 def write_hostfile(path: str | Path, hosts: Sequence[HostSlots]) -> Hostfile:
-    """Writes a hostfile that `read_hostfile` and DeepSpeed read back as `hosts`.
+    """Writes a hostfile; `read_hostfile` and DeepSpeed later read the given hosts from the file.
 
     Raises:
-        ConfigError: if a hostfile cannot contain one of the hosts, or the file cannot be written.
+        ConfigError: if a host has an invalid name or number of slots, or if the file cannot be written.
     """
     path = Path(path)
     text = "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
@@ -210,7 +209,7 @@ def _parse_line(line: str, where: str) -> HostSlots:
 
 
 def _check_name(name: str, where: str) -> None:
-    """Checks a host name; the message explains characters that suggest a list, a port, a user or a range."""
+    """Checks a host name. The error explains how to correct a list, a port, a user name or a range in the name."""
     if len(name) <= _MAX_NAME and _NAME.fullmatch(name):
         return
     if "," in name or ";" in name:
@@ -232,7 +231,10 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _resolve(names: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Returns IP addresses by name, with one name for all loopback addresses; names not found in time are missing."""
+    """Looks up the IP addresses of host names and returns them by name.
+
+    All loopback addresses become "loopback". Names that are not found within two seconds are missing in the result.
+    """
     found: dict[str, frozenset[str]] = {}
 
     def look_up(name: str) -> None:

@@ -11,7 +11,7 @@ _WRONG, _NOTED = "!", "~"  # marks before a value
 
 
 def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
-    """Formats the table of all hosts, in which `!` marks a fault and `~` a note."""
+    """Formats a table with a row per host and a column per check; `!` marks a fault and `~` marks a note."""
     marks = {(fault.host, fault.check): _NOTED for fault in faults if fault.is_note}
     marks |= {(fault.host, fault.check): _WRONG for fault in faults if not fault.is_note}
     rows = [["host", "slots", *CHECKS]]
@@ -52,7 +52,7 @@ def _version(package: str) -> Callable[[Answers], str]:
 
 
 def _code(node: Answers) -> str:
-    """Returns one digest over the digests of all code files; nodes with equal code show the same value."""
+    """Returns a short digest of all code files, which is equal on nodes with equal code."""
     if node.software is None:
         return "-"
     files = node.software["code"]
@@ -70,7 +70,7 @@ def _gpus(node: Answers) -> str:
 
 
 def _disk(node: Answers) -> str:
-    """Returns the free space of the fullest disk that was checked."""
+    """Returns the smallest free space of the node's checked disks."""
     free = [disk["free"] for disk in node.disks.values() if "free" in disk]
     return show_bytes(min(free)) if free else "-"
 
@@ -90,7 +90,7 @@ def _network(node: Answers) -> str:
 
 
 def _port(node: Answers) -> str:
-    """Returns the state of the master port, on the first host only, where rank 0 listens."""
+    """Returns "free" or "taken" for the master port on the first host, where rank 0 will listen; "-" on other hosts."""
     if node.listener is None or not node.listener["wanted"]:
         return "-"
     return "taken" if node.listener["owner"] else "free"

@@ -9,18 +9,18 @@ from beit3_ds.config import ConfigError, RunConfig, check_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """Lists memory, disk space and ranks that a run requires of the nodes of a hostfile."""
+    """Lists the GPU memory and disk space that a run needs, and whether the run fits the hostfile's ranks."""
 
     layout_fault: str | None
-    """Reason why the run does not fit the number of ranks, or None; with a reason, the other fields are empty."""
+    """Reason why the run does not fit the number of ranks; then all other fields are empty. None if the run fits."""
     rank_bytes: tuple[int, ...] = ()
-    """Bytes of device memory per rank, modelled (`planner.rank_memory`, or without activations
-    `planner.model_state`)."""
+    """Estimated bytes of device memory per rank (`planner.rank_memory`). For visual tokenizers the estimate excludes
+    activations (`planner.model_state`)."""
     checkpoint_bytes: int = 0
     """Bytes of one checkpoint: weights, two moments and perhaps an average of the weights, in float32."""
 
     def describe(self) -> str:
-        """Formats the sizes as readable text; `find_node_faults` compares them with GPUs and disks."""
+        """Formats the memory per rank and the size of a checkpoint as one line of text."""
         if self.layout_fault is not None:
             return "run: does not fit the ranks"
         smallest, largest = min(self.rank_bytes), max(self.rank_bytes)
@@ -29,14 +29,15 @@ class Requirements:
         return f"run: {memory} per rank (modelled, compared with GPUs), {checkpoint} per checkpoint"
 
     def faults(self) -> list[Fault]:
-        """Returns a fault if the run does not fit the ranks; `find_node_faults` finds the faults of single hosts."""
+        """Returns one fault if the run does not fit the number of ranks, else an empty list."""
         return [] if self.layout_fault is None else [Fault("", "layout", self.layout_fault)]
 
 
 def find_required_files(config: RunConfig) -> dict[str, bool]:
-    """Maps glob patterns of a run's input files to whether they must exist before any command runs.
+    """Maps glob patterns of a run's input files to whether the files must exist before the run starts.
 
-    Tokenizers need not exist yet, because they may still be trained. A run that trains the visual tokenizer reads none.
+    Files of tokenizers need not exist yet, because they may still be trained. A run that trains the visual tokenizer
+    reads no visual tokenizer.
     """
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.validation)]
@@ -48,11 +49,13 @@ def find_required_files(config: RunConfig) -> dict[str, bool]:
 
 
 def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:
-    """Computes what a run requires on all slots of a hostfile; imports torch, which takes seconds, if the layout fits.
+    """Computes the memory and disk space that a run needs on all slots of a hostfile.
+
+    If the layout fits the number of slots, this imports torch, which takes seconds.
 
     Args:
         config: configuration of the run.
-        hostfile: its slots are the ranks of the run.
+        hostfile: hosts of the run, with one rank per slot.
     """
     world_size = hostfile.world_size
     try:

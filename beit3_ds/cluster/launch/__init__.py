@@ -1,1 +1,1 @@
-"""Launches and supervises a run for `beit3 launch`: attempts, guards of the ranks, and restarts."""
+"""Starts the ranks of a run on all hosts for `beit3 launch`, supervises them, and restarts the run after a failure."""

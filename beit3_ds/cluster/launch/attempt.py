@@ -1,4 +1,4 @@
-"""Runs one attempt at a run: starts DeepSpeed's launcher and supervises the guards of all ranks to their end."""
+"""Runs one attempt at a run: starts DeepSpeed's launcher, and supervises all ranks until they have ended."""
 
 import asyncio
 import contextlib
@@ -234,7 +234,7 @@ class Attempt:
                 )
 
     async def _end_ranks(self) -> None:
-        """Gives the ranks some seconds to report a failure, then kills remaining ranks and waits for their end."""
+        """Waits some seconds for the ranks to end by themselves, then kills the remaining ranks and waits again."""
         if not self._has_started:
             return
         await self._wait(lambda: self._stop_signals.is_kill or not self._alive(), _GRACE_SECONDS)
@@ -291,7 +291,7 @@ class Attempt:
         self._changed.set()
 
     def _print_failure(self) -> None:
-        """Prints the first failure that does not seem to be a consequence of another."""
+        """Prints the first failure that no other rank seems to have caused, with the rank's last lines of output."""
         failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
         silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
         hint = f"; silent for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
@@ -300,7 +300,7 @@ class Attempt:
         self._terminal.report(f"FAILED after {seconds:.0f} s: {failure.text}{hint}{where}", failure.lines)
 
     def _forward_stop_signal(self) -> None:
-        """Forwards the first stop signal to all ranks."""
+        """Forwards the first stop signal that this process received to all running ranks, once."""
         self._changed.set()
         if self._has_started and self._stop_signals.first is not None and not self._is_stop_forwarded:
             self._is_stop_forwarded = True
@@ -325,7 +325,7 @@ class Attempt:
     # The end of an attempt.
 
     def _print_ends(self) -> None:
-        """Prints how the ranks ended, in one line per kind of end; omits the rank whose failure was already printed."""
+        """Prints a line per way in which ranks ended, such as an exit status; omits the failure printed before."""
         if self._failure is None:
             return
         ends: dict[str, list[GuardedRank]] = {}
@@ -353,7 +353,7 @@ class Attempt:
         )
 
     def _host_name(self, rank: GuardedRank) -> str:
-        """Returns the name of a rank's host in the hostfile; Slurm may order hosts in another way."""
+        """Returns the hostfile's name for the host on which a rank runs, even if Slurm has reordered the hosts."""
         own = rank.registered.host.partition(".")[0]
         found = (host.name for host in self._plan.hosts if host.name.partition(".")[0] == own)
         return next(found, self._plan.host_of(rank.rank))

@@ -10,28 +10,28 @@ from beit3_ds.cluster.launch.guarded_rank import AttemptFailure
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptPlan:
-    """Lists commands, hosts, folders and time limits of one attempt at a run."""
+    """Lists the commands, hosts, folders and time limits for one attempt at a run."""
 
     hosts: Sequence[HostSlots]
     """Hosts and slots, in the order of their ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Builds the commands that start a guard for every rank, from the guards' arguments."""
+    """Function that returns the commands which start a guard per rank; its argument is the guards' command line."""
     launcher_environment: Mapping[str, str]
     """Complete environment of the commands from `build_commands`."""
     trainer: Sequence[str]
-    """Command of every rank."""
+    """Training command that every rank runs."""
     environment: Mapping[str, str]
-    """Additional variables of the trainers; they override the launcher's, such as MASTER_ADDR."""
+    """Environment variables to set for the trainers; they override variables that the launcher sets."""
     folder: Path
     """Working directory of the trainers on all hosts."""
     log_dir: Path
     """Log folder of this attempt, on storage that all hosts share."""
     address: str
-    """Address of this machine that the hosts connect to."""
+    """Address of this machine, to which the guards on all hosts connect."""
     port: int
     """Port on which the supervisor listens; 0 for any free port."""
     keepalive_seconds: float
-    """Seconds without a message after which a host, or for a guard its supervisor, counts as lost."""
+    """Seconds without a message after which the supervisor counts a host as lost, and a guard the supervisor."""
     start_seconds: float
     """Longest time in seconds until all guards have registered."""
 
@@ -48,13 +48,13 @@ class AttemptPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Holds the result of an attempt, after its ranks are gone from every host that can be reached."""
+    """Holds the result of an attempt, whose ranks have ended on every reachable host."""
 
     failure: AttemptFailure | None
-    """First failure, if any."""
+    """Failure that ended the attempt; None if no rank failed."""
     is_user_error: bool
     """Whether a rank ended with status 2, for a mistake that only the user can fix."""
     lost_hosts: frozenset[str]
-    """Hosts of the hostfile that stopped sending messages, or whose guards did not register."""
+    """Names of hosts that stopped sending messages or whose guards never connected."""
     clear_at: float
     """Time on the monotonic clock after which lost guards have certainly ended their trainers."""

@@ -8,17 +8,18 @@ from beit3_ds.cluster.hostfile import HostSlots
 def largest_fit(
     hosts: Sequence[HostSlots], fits: Callable[[int], bool], *, equal_slots: bool, min_ranks: int = 1
 ) -> list[HostSlots] | None:
-    """Returns hosts and slots for the largest number of ranks that fits.
+    """Chooses hosts and slots for the largest number of ranks that a run can use.
 
     Args:
         hosts: available hosts, in the order of their ranks.
-        fits: returns whether the run fits a number of ranks.
+        fits: returns whether the run can use a given number of ranks.
         equal_slots: whether all hosts must have the same number of ranks.
         min_ranks: minimum number of ranks.
 
     Returns:
-        The chosen hosts, in order, with the slots to use; None if nothing fits. All hosts are full except perhaps the
-        last. With `equal_slots` all get equally many ranks, on as few hosts as possible.
+        The chosen hosts in order, each with the number of slots to use; None if no number of ranks fits. All hosts but
+        the last use all their slots. With `equal_slots`, all hosts get equal numbers of ranks, on as few hosts as
+        possible.
     """
     for world_size in range(sum(host.slots for host in hosts), min_ranks - 1, -1):
         if fits(world_size) and (chosen := _choose(hosts, world_size, equal_slots)):

@@ -1,7 +1,7 @@
-"""Lists the variables that ranks get from the machine on which `beit3 launch` runs.
+"""Lists the environment variables that `beit3 launch` forwards from its own machine to all ranks.
 
-Exact names and no prefixes: a prefix would also forward tokens and passwords, such as HF_TOKEN. Every other variable is
-forwarded only if `--env` names it.
+The list has exact names, because prefixes would also match tokens and passwords, such as HF_TOKEN. Other variables are
+forwarded only if `--env` or DeepSpeed's file `.deepspeed_env` names them.
 """
 
 _NAMES = """
@@ -70,4 +70,4 @@ HF_HOME HF_HUB_CACHE HF_DATASETS_CACHE HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSF
 PATH LD_LIBRARY_PATH LD_PRELOAD LIBRARY_PATH CPATH VIRTUAL_ENV TZ LANG LC_ALL
 """
 FORWARDED_NAMES = frozenset(_NAMES.split())
-"""Variables that configure NCCL and networks, PyTorch, CUDA and Triton, threads, Python, DeepSpeed, and caches."""
+"""Names of variables that configure NCCL, networks, PyTorch, CUDA, Triton, threads, Python, DeepSpeed and caches."""

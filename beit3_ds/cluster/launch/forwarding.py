@@ -12,17 +12,17 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict[str, str]:
-    """Returns the variables to forward: those in `FORWARDED_NAMES`, in DeepSpeed's file, and in `wanted`.
+    """Returns the variables to forward: `FORWARDED_NAMES`, those in DeepSpeed's `.deepspeed_env`, and `wanted`.
 
-    Messages name variables but never repeat their values, which may be secrets.
+    Error messages name variables but never show their values, which may be secrets.
 
     Args:
         environment: environment of this process.
-        wanted: further names, or NAME=VALUE (the options `--env`).
+        wanted: additional variables, each as NAME or NAME=VALUE (the options `--env`).
 
     Raises:
-        ConfigError: for an invalid name, one without a value that is not set here, or a line of DeepSpeed's file that
-            sets no variable.
+        ConfigError: if a name in `wanted` is invalid, if NAME has no value in `environment`, or if a line of
+            `.deepspeed_env` is not NAME=VALUE.
     """
     chosen = {name: value for name, value in environment.items() if name in FORWARDED_NAMES}
     chosen |= _variables_of_deepspeed(environment)
@@ -37,7 +37,7 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
 
 
 def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
-    """Returns a line per forwarded variable; values only of `FORWARDED_NAMES`, because others may be secrets."""
+    """Returns a line per forwarded variable. Values are shown only for `FORWARDED_NAMES`; others may be secrets."""
     return [
         f"{name}={printable(value)}" if name in FORWARDED_NAMES else f"{name} (value not shown)"
         for name, value in sorted(forwarded.items())
@@ -48,7 +48,7 @@ def _variables_of_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
     """Reads the variables in the files `.deepspeed_env` of the home folder and of the working directory.
 
     Raises:
-        ConfigError: if a line sets no variable; the message names the line.
+        ConfigError: if a line is not NAME=VALUE; the message has the line's number.
     """
     found: dict[str, str] = {}
     for folder in (Path.home(), Path()):

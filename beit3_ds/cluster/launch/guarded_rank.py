@@ -17,7 +17,7 @@ class AttemptFailure:
     """Describes the failure that ended an attempt."""
 
     text: str
-    """Rank, host and kind of failure: a sentence without a full stop."""
+    """Message with rank, host and kind of failure, without a full stop."""
     lines: tuple[str, ...] = ()
     """Last lines that the rank printed."""
     log: Path | None = None
@@ -76,7 +76,7 @@ class GuardedRank:
         return self.state == "T" and not self.is_gone and time.monotonic() - self.state_since > STOPPED_SECONDS
 
     def describe_end(self) -> str:
-        """Returns how the trainer ended, as a phrase that follows the rank's name."""
+        """Describes how the trainer ended, in a phrase such as "ended with status 1"."""
         if self.ended is None:
             return "was lost" if self.is_lost else "still runs"
         if self.ended.error:
@@ -87,7 +87,7 @@ class GuardedRank:
         return describe_status(self.ended.status) + (" by the launcher" if is_ours else "")
 
     def failure(self, text: str) -> AttemptFailure:
-        """Returns a failure of this rank, with its last lines from its guard or, if the guard is lost, from its log."""
+        """Builds a failure of this rank with the last lines of output, reported by its guard or read from its log."""
         lines = self.ended.lines if self.ended is not None else last_lines(self.log)
         return AttemptFailure(
             text=f"{self.name} {text}",
@@ -99,7 +99,7 @@ class GuardedRank:
 
 
 def describe_status(status: int) -> str:
-    """Describes a status of `subprocess` in a phrase such as "was killed by SIGKILL"."""
+    """Describes an exit status, or minus a signal's number, in a phrase such as "was killed by SIGKILL"."""
     if status >= 0:
         return f"ended with status {status}"
     try:
