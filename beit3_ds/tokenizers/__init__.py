@@ -1,4 +1,4 @@
-"""Converts both modalities to ids: words to pieces, patches of images to codes."""
+"""Converts texts and images to ids: texts to SentencePiece ids, image patches to codes of a visual tokenizer."""
 
 from beit3_ds.tokenizers.oriented_gradients import OrientedGradients
 from beit3_ds.tokenizers.released import import_released_tokenizer

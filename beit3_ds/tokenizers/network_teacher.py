@@ -1,4 +1,4 @@
-"""Loads pretrained networks as teachers of the visual tokenizer, from three optional libraries."""
+"""Loads pretrained networks as teachers of the visual tokenizer, from timm, open_clip or transformers."""
 
 # B images, N patches of the codes' grid, E features per patch, S pixels on a side of the network's input.
 
@@ -21,11 +21,11 @@ _PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch", "transformers": "tr
 
 @dataclass(frozen=True, kw_only=True)
 class _Network:
-    """Holds a frozen network with its patch features and the normalisation of its input."""
+    """Holds a frozen network, a function for its patch features, and the normalisation of its input."""
 
     module: nn.Module
     patch_features: Callable[[Tensor], Tensor]
-    """Maps normalised images (B, 3, S, S) to the features of every patch (B, N, E)."""
+    """Function that maps normalised images (B, 3, S, S) to features of every patch (B, N, E)."""
     stride: int
     """Side length in pixels of the patch that one feature describes."""
     mean: Sequence[float]
@@ -33,10 +33,10 @@ class _Network:
 
 
 class NetworkTeacher:
-    """Computes a frozen network's features for each patch that the tokenizer encodes.
+    """Computes a frozen network's features for each image patch that the visual tokenizer encodes.
 
-    The view is resized so that the network's patches match the codes' grid; no feature is resampled. For a 14x14 grid,
-    a network with patches of 16 px gets 224 px, even if the tokenizer's own view has another size.
+    Images are resized so that the network has as many patches as the tokenizer; features are never resampled. For
+    example, a network with patches of 16 px gets images of 224 px for a tokenizer with a 14x14 grid.
 
     Attributes:
         width: features E per patch.
@@ -77,16 +77,17 @@ class NetworkTeacher:
 def load_network_teacher(config: TeacherConfig, grid_size: int, device: torch.device | str = "cpu") -> NetworkTeacher:
     """Loads the network that `config.teacher` names, for images of grid_size x grid_size patches.
 
-    * `timm:NAME` takes the feature map `teacher_stage`: a transformer's patch tokens after that block, or a
-      convolutional network's map of that stage. `teacher_weights` is a local file (.safetensors, or .pth with plain
-      tensors).
-    * `open_clip:NAME/TAG` takes the image encoder's patch tokens in the space shared with texts, as BEiT v2 does with
-      CLIP. `teacher_weights` is a local file that replaces TAG.
-    * `transformers:NAME` takes the last layer's patch tokens; those of CLIP are projected into the space shared with
-      texts. NAME may be a local folder.
+    * `timm:NAME`: features are the feature map `teacher_stage`. For a transformer, this is the patch tokens after block
+      `teacher_stage`; for a convolutional network, the output of that stage. `teacher_weights` may be a local file
+      (.safetensors, or .pth with plain tensors).
+    * `open_clip:NAME/TAG`: features are the image encoder's patch tokens, projected into the space of image and text
+      embeddings, as BEiT v2 does with CLIP. `teacher_weights` may be a local file that replaces TAG.
+    * `transformers:NAME`: features are the patch tokens of the last layer; for CLIP they are projected into the space
+      of image and text embeddings. NAME may be a local folder.
 
     Raises:
-        ConfigError: if the library is not installed, the network or its weights cannot be loaded, or it has no patches.
+        ConfigError: if the library is not installed, the network or its weights cannot be loaded, or the network has no
+            patches.
     """
     library, _, name = config.teacher.partition(":")
     loaders = {"timm": _load_timm, "open_clip": _load_open_clip, "transformers": _load_transformers}

@@ -1,4 +1,4 @@
-"""Computes gradients and colours of patches, a teacher of the visual tokenizer that needs no pretrained network."""
+"""Defines a teacher of the visual tokenizer that needs no pretrained network: gradients and colours of patches."""
 
 # B images, N patches per image, G patches on a side, S pixels on a side, E features per patch, c channels.
 
@@ -19,15 +19,15 @@ _FAINT = 0.1  # norm below which gradients are noise of the image's compression 
 class OrientedGradients:
     """Describes each patch by the gradients and colours of the patch and of its neighbourhood.
 
-    It is a hand-made descriptor, not a pretrained network. It captures strokes, textures, colours and the position of a
-    patch within a figure, but not objects. It replaces BEiT v2's CLIP or DINO so that the system runs without a
-    download; use a pretrained teacher for serious codes.
+    This teacher is a hand-made descriptor instead of a pretrained network such as BEiT v2's CLIP or DINO, so it needs
+    no download. It captures strokes, textures, colours and the position of a patch within a figure, but no objects. Use
+    a pretrained teacher for codes of high quality.
 
-    Gradients are histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients for Human
-    Detection"). MaskFeat (Wei et al., 2022, arXiv:2112.09133) found them as good a target of masked prediction as a
-    pretrained network's features. They cannot distinguish two flat colours, so mean colours are added. Both are
-    computed at two scales: the patch (one histogram, 2 x 2 colours) and the 3 x 3 patches around it. Every histogram is
-    normalised over its scale, so that a faint drawing counts nearly as much as a bold one.
+    Gradients are described by histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients
+    for Human Detection"). MaskFeat (Wei et al., 2022, arXiv:2112.09133) found HOG as good a target of masked prediction
+    as a pretrained network's features. HOG cannot distinguish two flat colours, so mean colours are added. Histograms
+    and colours are computed at two scales: for the patch (one histogram, 2 x 2 colours), and for the 3 x 3 patches
+    around the patch. Every histogram is normalised, so that faint strokes count nearly as much as bold strokes.
 
     Args:
         patch_size: pixels on a side of a patch; even.
@@ -71,10 +71,10 @@ class OrientedGradients:
 
 
 def _orientation_votes(pixels: Tensor) -> Tensor:
-    """Divides each pixel's gradient magnitude between its two nearest orientations: (B, 9, S, S).
+    """Divides each pixel's gradient magnitude between the two nearest of 9 orientations: (B, 9, S, S).
 
-    The gradient is the difference of a pixel's two neighbours in the colour channel where it is strongest. The sign of
-    the direction is dropped, so a contour and its negative give equal votes.
+    Gradients are central differences, taken from the colour channel with the strongest gradient. The sign of the
+    direction is dropped, so a contour and its negative give equal votes.
     """
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     horizontal = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
@@ -99,10 +99,10 @@ def _neighborhood(features: Tensor) -> Tensor:
 
 
 def _unit_length(histograms: Tensor) -> Tensor:
-    """Normalises contrast over all channels; histograms of almost flat patches stay near zero."""
+    """Normalises histograms to about length 1 over all channels; histograms of almost flat patches stay near zero."""
     return histograms / (histograms.square().sum(dim=1, keepdim=True) + _FAINT**2).sqrt()
 
 
 def _equal_share(colors: Tensor) -> Tensor:
-    """Scales colours so that white has length 1, as a histogram has."""
+    """Scales colour features so that a white patch has length 1, like a normalised histogram."""
     return colors / math.sqrt(colors.shape[1])

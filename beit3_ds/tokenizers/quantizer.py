@@ -1,4 +1,4 @@
-"""Defines the visual tokenizer's codebook, which finds the nearest code by cosine and learns by moving averages.
+"""Defines the visual tokenizer's codebook, with nearest codes by cosine similarity and moving-average updates.
 
 Follows BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2 and 3.1), after VQ-VAE (van den Oord et al., 2017,
 arXiv:1711.00937, appendix A.1).
@@ -18,28 +18,28 @@ _CHUNK_ROWS = 16384  # vectors compared with the codebook at a time: 0.5 GiB of 
 
 
 class Quantized(NamedTuple):
-    """Holds the nearest code vector of each input, the distance to it, and the number of the code."""
+    """Holds the result of quantizing vectors: the nearest codes, their vectors, and the distances to them."""
 
     vectors: Tensor
-    """Vectors of the codes, (..., C); their gradient passes unchanged to the quantized vectors."""
+    """Vector of the nearest code for each input, (..., C). Gradients pass unchanged to the input (straight-through)."""
     distance: Tensor
-    """Mean squared difference of each vector from its code, which is held fixed: the commitment loss, (...)."""
+    """Commitment loss per input, (...): mean squared difference from the code vector, without gradients to the code."""
     codes: Tensor
-    """Number of each vector's code, (...) int64."""
+    """Number of the nearest code for each input, (...) int64."""
 
 
 class Quantizer(nn.Module):
-    """Replaces each vector by the nearest of V unit-length codes.
+    """Replaces each vector by the nearest of V codes, which are vectors of length 1.
 
-    The codebook is a buffer: no gradient and no optimizer changes it. `start` initialises it with k-means. In training
-    mode each call adds its vectors to `totals`; `move_codes` then moves every code towards the mean of the vectors that
-    chose it, once per optimizer step, however the step is cut into calls and ranks. Codebook and totals stay in float32
-    if the module is cast.
+    The codebook is a buffer, so the optimizer does not change it. `start` initialises the codebook with k-means. In
+    training mode, each call adds the input vectors to `totals`. Once per optimizer step, `move_codes` moves every code
+    towards the mean of the vectors for which it was the nearest code. The result does not depend on how the step's
+    batch is divided into calls and ranks. Codebook and totals stay in float32 if the module is cast.
 
     Args:
         codebook_size: number of codes V.
         codebook_dim: width C of a code.
-        ema_decay: share of the old code that an update keeps.
+        ema_decay: weight of the old code in an update, in [0, 1].
     """
 
     weight: Tensor
@@ -57,7 +57,7 @@ class Quantizer(nn.Module):
         self.register_buffer("totals", torch.zeros(codebook_size, codebook_dim + 1), persistent=False)
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Returns the code of each vector.
+        """Returns the number of the nearest code for each vector.
 
         Args:
             vectors: (..., C) float32 of length 1.
@@ -68,7 +68,7 @@ class Quantizer(nn.Module):
         return _nearest(vectors.flatten(0, -2), self.weight).view(vectors.shape[:-1])
 
     def forward(self, vectors: Tensor) -> Quantized:
-        """Quantizes vectors, (..., C) float32 of length 1; in training mode it also adds them to `totals`."""
+        """Quantizes vectors, (..., C) float32 of length 1; in training mode, also adds the vectors to `totals`."""
         codes = self.nearest(vectors.detach())
         quantized = F.embedding(codes, self.weight)
         if self.training:
@@ -78,7 +78,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, vectors_MC: Tensor) -> None:
-        """Sets the codebook to the centres of a cosine k-means over vectors of length 1, (M, C) float32."""
+        """Initialises the codebook with cosine k-means over vectors of length 1, (M, C) float32; no communication."""
         centers_VC = _draw_centers(vectors_MC, self.weight.shape[0])
         counts_V = vectors_MC.new_zeros(len(centers_VC))
         for _ in range(_KMEANS_ROUNDS):
@@ -90,9 +90,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def move_codes(self) -> None:
-        """Moves each code towards the mean direction of its vectors in `totals`, normalises it and clears the totals.
+        """Moves each code towards the mean direction of the vectors in `totals`, normalises the code, clears `totals`.
 
-        Sum the totals over all ranks first. A code without vectors keeps its value.
+        The caller must first sum `totals` over all ranks. A code without vectors keeps its value.
         """
         means_VC, counts_V = _mean_directions(self.totals, self.weight)
         moved_VC = F.normalize(self.weight.lerp(means_VC, 1 - self.ema_decay), dim=-1)
@@ -102,7 +102,7 @@ class Quantizer(nn.Module):
         self.totals.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the buffers with the module, but keeps their types: rounding would change codes and sums."""
+        """Moves the buffers to another device with the module, but keeps their types, because casts would round."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -119,23 +119,26 @@ def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
 
 
 def _totals(vectors_MC: Tensor, codes_M: Tensor, num_codes: int) -> Tensor:
-    """Returns each code's sum of vectors and, in the last column, their number, (V, C + 1)."""
+    """Returns for each code the sum of its vectors and, in the last column, the number of vectors, (V, C + 1)."""
     ones_M1 = vectors_MC.new_ones(len(vectors_MC), 1)
     totals = vectors_MC.new_zeros(num_codes, vectors_MC.shape[1] + 1)
     return totals.index_add_(0, codes_M, torch.cat([vectors_MC, ones_M1], dim=1))
 
 
 def _mean_directions(totals: Tensor, fallback_VC: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each code's normalised mean, (V, C), `fallback_VC` where it has no vector, and the counts, (V,)."""
+    """Returns each code's normalised mean vector, (V, C), and number of vectors, (V,).
+
+    The mean of a code without vectors is its row of `fallback_VC`.
+    """
     sums_VC, counts_V = totals[:, :-1], totals[:, -1]
     return torch.where(counts_V[:, None] > 0, F.normalize(sums_VC, dim=-1), fallback_VC), counts_V
 
 
 def _draw_centers(vectors_MC: Tensor, num_centers: int) -> Tensor:
-    """Draws the first centres by k-means++ (Arthur and Vassilvitskii, 2007).
+    """Draws the initial centres of k-means from the vectors by k-means++ (Arthur and Vassilvitskii, 2007).
 
-    A vector's chance to become the next centre is its distance from the nearest centre so far. Uniform draws would
-    spend most centres on white backgrounds, which are all the same vector.
+    The probability that a vector becomes the next centre is proportional to its distance from the nearest centre so
+    far. Uniform draws would choose mostly patches of white background, whose vectors are all equal.
     """
     generator = torch.Generator().manual_seed(0)  # every rank draws the same centres from the same vectors
     picks = torch.rand(num_centers, generator=generator, dtype=torch.float64).to(vectors_MC.device)

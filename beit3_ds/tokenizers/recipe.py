@@ -1,6 +1,7 @@
-"""Records the recipe of a finished tokenizer, so that it is not retrained and overwritten by accident.
+"""Records the training settings (recipe) of a tokenizer, so that no tokenizer is overwritten by accident.
 
-A run's checkpoints belong to one tokenizer, and a second training, even with the same recipe, may give different ids.
+Checkpoints of a run depend on the run's tokenizer. Retraining the tokenizer may change its ids, even with equal
+settings.
 """
 
 import dataclasses
@@ -14,23 +15,25 @@ from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig
 
 Recipe = dict[str, Any]
-"""Settings of a tokenizer, as plain JSON values by their keys in the config."""
+"""Settings with which a tokenizer was trained, as JSON values keyed by their names in the config."""
 
 FREE_TO_CHANGE = ("path",)
-"""Keys of a tokenizer's section that do not change the result."""
+"""Keys of a tokenizer's config section that do not influence the trained tokenizer."""
 
 
 def text_recipe(config: RunConfig) -> Recipe:
-    """Returns the settings that the run's text tokenizer depends on."""
+    """Returns the recipe of a run's text tokenizer: all settings that influence the trained tokenizer."""
     return _recipe(config, config.tokenizers.text, ("texts", "pairs"), {})
 
 
 def visual_recipe(config: RunConfig, settings: Mapping[str, Any]) -> Recipe:
-    """Returns the settings that a run's visual tokenizer depends on, under the keys of version 0.1 where it had them.
+    """Returns the recipe of a visual tokenizer: all settings that influence the trained tokenizer.
+
+    Settings that existed in version 0.1 have the keys of that version.
 
     Args:
-        config: configuration of the tokenizer's own run.
-        settings: settings of its task.
+        config: config of the run that trains the tokenizer.
+        settings: settings in the task section of that run.
     """
     training = config.training
     fields = ("learning_rate", "min_learning_rate", "weight_decay", "warmup_steps", "adam_betas", "adam_epsilon")
@@ -40,9 +43,9 @@ def visual_recipe(config: RunConfig, settings: Mapping[str, Any]) -> Recipe:
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns the differences of two recipes as "key from OLD to NEW", or an empty string if there are none.
+    """Returns the differences between two recipes as "key from OLD to NEW"; an empty string for equal recipes.
 
-    Keys that only one of them has are ignored: another version wrote it.
+    Keys that are in only one recipe are ignored, because versions of this project record different keys.
     """
     before = {key: _plain_value(value) for key, value in before.items()}
     changed = [key for key in before if key in now and before[key] != now[key]]
@@ -63,10 +66,11 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
         section: section of the config, such as "tokenizers.text".
         path: path of the tokenizer.
         recipe: recipe that the tokenizer should have.
-        read_known: returns the part of the recipe that the tokenizer's own file contains, for files without a record.
+        read_known: function that reads a partial recipe from the tokenizer's file; used if no recipe was recorded.
 
     Raises:
-        ConfigError: if the file was trained with another recipe, or is no tokenizer; the message names the difference.
+        ConfigError: if the tokenizer was trained with another recipe (the message names the differences), or the file
+            is not a tokenizer.
     """
     if not Path(path).is_file():
         return False
@@ -86,10 +90,14 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
 
 
 def check_can_be_written(section: str, path: str | Path) -> None:
-    """Creates the folder of a tokenizer's file and writes to it once, so that training does not end without a file.
+    """Checks before training that the tokenizer's file can be written; creates the file's folder.
+
+    Args:
+        section: section of the config, such as "tokenizers.text", for messages.
+        path: path of the tokenizer's file.
 
     Raises:
-        ConfigError: if the file cannot be written, or a folder has its name.
+        ConfigError: if the file cannot be written, or `path` is a folder.
     """
     path = Path(path)
     try:
@@ -105,7 +113,7 @@ def check_can_be_written(section: str, path: str | Path) -> None:
 
 
 def describe_trained(section: str, path: str | Path) -> str:
-    """Returns the line that is printed if the tokenizer is already trained."""
+    """Returns the message for a tokenizer that is already trained."""
     return f"{section}: {path} is already trained with this recipe; nothing is done. --force retrains it"
 
 
@@ -122,19 +130,19 @@ def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...], training:
 
 
 def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a source without unset keys, so that keys added in later versions do not change its recipe."""
+    """Returns the settings of a data source without unset keys, so that new optional keys do not change recipes."""
     return {key: value for key, value in source.items() if value not in (None, "", (), 0, False)}
 
 
 def _plain_value(value: Any) -> Any:
-    """Returns a saved value in the current form; version 0.1 also saved the keys of a source that were not set."""
+    """Returns a recorded value in the current form, without the unset source keys that version 0.1 recorded."""
     if isinstance(value, list):
         return [_plain_source(item) if isinstance(item, dict) else item for item in value]
     return value
 
 
 def _read_recipe(path: str | Path) -> Recipe | None:
-    """Returns the recorded recipe of a tokenizer; None if there is none, or it belongs to another file."""
+    """Returns the recorded recipe of a tokenizer; None if the record is missing or has another file's SHA-256."""
     try:
         content = json.loads(_recipe_path(path).read_text(encoding="utf-8"))
         recipe: Recipe = content["recipe"]
@@ -146,7 +154,10 @@ def _read_recipe(path: str | Path) -> Recipe | None:
 
 
 def _merge_sources(images: list[Any], pairs: list[Any]) -> list[Any]:
-    """Joins two source lists of version 0.1, which trained once on each source and ignored the weights."""
+    """Joins the image sources and pair sources of a version 0.1 recipe, without weights and without duplicates.
+
+    Version 0.1 trained on each distinct source once and ignored the weights.
+    """
     merged: list[Any] = []
     for source in (*images, *pairs):
         unweighted = {key: value for key, value in source.items() if key != "weight"}

@@ -1,7 +1,7 @@
-"""Imports BEiT v2's released tokenizers, such as `vqkd_encoder_base_decoder_3x768x12_clip`.
+"""Imports BEiT v2's released visual tokenizers, such as `vqkd_encoder_base_decoder_3x768x12_clip`.
 
-The conversion follows the published description of their networks. Tests use tensors of the same names and shapes; the
-released files themselves were never read here.
+The conversion follows the published description of the released networks. It was tested only with tensors of equal
+names and shapes, and never with the released files.
 """
 
 import re
@@ -25,17 +25,17 @@ _UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "q
 def import_released_tokenizer(
     source: str | Path, target: str | Path, *, image_size: int | None = None, teacher: str = _TEACHER
 ) -> VisualTokenizer:
-    """Reads a released VQ-KD file as a tokenizer of this project; `save_visual_tokenizer` writes it.
+    """Converts a released VQ-KD file to a visual tokenizer; `save_visual_tokenizer` can then write the tokenizer.
 
     Args:
-        source: the released .pth file, read with `weights_only`.
-        target: path that the configuration will name.
-        image_size: pixels on a side of the tokenizer's view; None keeps the file's 224. For a model with patches of
-            14 px at 224 px (a grid of 16 x 16) it must be 256, to which the positions are interpolated.
-        teacher: the teacher to name in the tokenizer's description; the default is that of the `_clip` files.
+        source: path of the released .pth file, which is read with `weights_only`.
+        target: future path of the converted tokenizer, for the tokenizer's config.
+        image_size: pixels on a side of the tokenizer's view; None keeps the file's 224. A model with patches of 14 px
+            at 224 px has a grid of 16 x 16 and needs 256; position embeddings are then interpolated to this size.
+        teacher: name of the teacher for the tokenizer's description; the default is the teacher of the `_clip` files.
 
     Raises:
-        ConfigError: if the file cannot be read, its codebook is not trained, or its tensors do not match.
+        ConfigError: if the file cannot be read, the codebook is not trained, or the tensors do not match.
     """
     released = read_tensors(source)
     try:
@@ -51,17 +51,17 @@ def import_released_tokenizer(
 def convert_released_state(
     released: dict[str, Tensor], target: str | Path, *, image_size: int | None
 ) -> tuple[VisualTokenizerConfig, dict[str, Tensor]]:
-    """Renames the tensors of a released state dict and derives its architecture from their shapes.
+    """Renames the tensors of a released state dict, and derives the architecture from the tensors' shapes.
 
-    The released networks differ from ours in three points. Queries and values have separate biases and keys have none.
-    The last norm follows the choice of patch tokens and is called `fc_norm`. The codebook has the moving averages of
-    another update rule.
+    The released networks differ from this project's network in three points. Queries and values have separate biases,
+    and keys have no bias. The last norm is named `fc_norm` and is applied after the patch tokens are selected. The
+    codebook has moving averages of another update rule, which are dropped.
 
     Returns:
-        The tokenizer's configuration and its state dict.
+        The tokenizer's config and state dict.
 
     Raises:
-        ConfigError: if the codebook was never initialised or its codes do not have length 1.
+        ConfigError: if the codebook was never initialised, or the codes do not have length 1.
         KeyError: if a tensor that determines the architecture is missing.
     """
     released = {name: value for name, value in released.items() if not name.startswith(_FOREIGN_PREFIXES)}

@@ -1,4 +1,4 @@
-"""Builds the teacher, whose features the visual tokenizer learns to reconstruct."""
+"""Builds teachers, whose image features the visual tokenizer learns to reconstruct."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from beit3_ds.tokenizers.oriented_gradients import OrientedGradients
 
 
 class Teacher(Protocol):
-    """Computes features of every patch of an image, which depend on the pixels alone."""
+    """Declares the interface of a teacher, which computes fixed features of every image patch."""
 
     width: int
     """Features per patch."""
@@ -24,10 +24,16 @@ class Teacher(Protocol):
 
 
 def build_teacher(config: TeacherConfig, visual: VisualTokenizerConfig, device: torch.device | str = "cpu") -> Teacher:
-    """Builds `config.teacher` on a device, for the patches of a visual tokenizer.
+    """Builds the teacher that `config.teacher` names.
+
+    Args:
+        config: settings of the teacher.
+        visual: settings of the visual tokenizer, whose patches the teacher describes.
+        device: device of the teacher.
 
     Raises:
-        ConfigError: if a network's library is missing, its weights do not fit, or it has no patch features.
+        ConfigError: if the teacher network's library is missing, the weights do not fit, or the network has no patch
+            features.
     """
     if config.teacher == "oriented_gradients":
         return OrientedGradients(visual.patch_size)
@@ -35,7 +41,7 @@ def build_teacher(config: TeacherConfig, visual: VisualTokenizerConfig, device: 
 
 
 def describe_teacher(config: TeacherConfig) -> str:
-    """Returns a phrase for files and reports that names the source of the teacher's features."""
+    """Returns a phrase that describes the source of the teacher's features, for tokenizer files and reports."""
     if config.teacher == "oriented_gradients":
         return (
             "histograms of oriented gradients and colours, computed from the image itself: a hand-made descriptor, not "

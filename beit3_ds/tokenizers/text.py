@@ -1,7 +1,7 @@
-"""Trains and reads the text tokenizer, a SentencePiece model with the reference's numbering of ids.
+"""Trains and reads the text tokenizer: a SentencePiece model with the id numbering of the released BEiT-3.
 
-It calls SentencePiece directly, because transformers >= 5 reads such a file through XLMRobertaTokenizer, which turns
-every piece into <unk> without an error.
+This module calls SentencePiece directly. In transformers >= 5, XLMRobertaTokenizer reads a SentencePiece file without
+an error, but then encodes every piece as <unk>.
 """
 
 import hashlib
@@ -26,18 +26,19 @@ _ERRORS_ONLY = 2  # SentencePiece's log level; lower levels print a page during 
 
 
 class WordBorders(NamedTuple):
-    """Tells which token ids start or end a word, according to the white space in the tokenizer's pieces."""
+    """Marks the token ids that start or end a word, according to the white space in the tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
-    """Whether each id starts a word, (vocab_size,); true for pieces with leading white space, BOS, padding and EOS."""
+    """For each id, whether the id starts a word, (vocab_size,). True for BOS, padding, EOS, and all pieces with leading
+    white space in models that write white space before words."""
     ends: NDArray[np.bool_]
-    """Whether a word starts after each id, (vocab_size,); true for pieces with trailing white space, BOS, padding and
-    EOS."""
+    """For each id, whether the next id starts a word, (vocab_size,). True for BOS, padding, EOS, and all pieces with
+    trailing white space in models that write white space after words."""
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Returns whether each of consecutive ids starts a word, (n,).
+        """Returns for each id of a consecutive sequence whether the id starts a word, (n,).
 
-        An id also starts a word if the piece before it ends one; for the first id that piece is unknown.
+        An id also starts a word if the previous id ends a word. The first id has no known previous id.
         """
         begins = self.starts[ids]
         begins[1:] |= self.ends[ids[:-1]]
@@ -47,8 +48,9 @@ class WordBorders(NamedTuple):
 class TextTokenizer:
     """Converts texts to ids and back, with the ids of the released BEiT-3.
 
-    `<s>` is 0 (BOS, a text's CLS), `<pad>` 1, `</s>` 2 (EOS) and `<unk>` 3. A piece has its SentencePiece id + 1.
-    `<mask>` is the last id, 64001 with 64000 pieces. A tokenizer can be pickled; the copy needs no file.
+    The ids are: `<s>` 0 (BOS, also the text's CLS token), `<pad>` 1, `</s>` 2 (EOS) and `<unk>` 3. All other pieces
+    have their SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. Instances can be
+    pickled; a pickled copy does not need the file.
 
     Attributes:
         bos_id: id of `<s>`.
@@ -57,7 +59,7 @@ class TextTokenizer:
         unk_id: id of `<unk>`.
         mask_id: id of `<mask>`.
         vocab_size: number of ids, `mask_id` + 1.
-        fingerprint: digest of the model; two tokenizers with equal digests give every text the same ids.
+        fingerprint: digest of the SentencePiece model; tokenizers with equal digests encode every text to equal ids.
     """
 
     bos_id = 0
@@ -66,10 +68,11 @@ class TextTokenizer:
     unk_id = 3
 
     def __init__(self, path: str | Path) -> None:
-        """Reads a SentencePiece model.
+        """Reads a SentencePiece model from a file.
 
         Raises:
-            ConfigError: if the file is missing, is not a SentencePiece model, or numbers its special ids differently.
+            ConfigError: if the file is missing or not a SentencePiece model, or if the model's ids of `<unk>`, `<s>`
+                and `</s>` are not 0, 1 and 2.
         """
         self._sentencepiece = _load_sentencepiece(Path(path))
         self.mask_id: int = self._sentencepiece.vocab_size() + 1
@@ -79,11 +82,11 @@ class TextTokenizer:
 
     @property
     def num_pieces(self) -> int:
-        """Returns the number of pieces, specials included: `tokenizers.text.vocab_size` in training."""
+        """Returns the number of SentencePiece pieces, special pieces included (`tokenizers.text.vocab_size`)."""
         return self.mask_id - 1
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text without BOS and EOS; characters that no piece covers become `unk_id`.
+        """Returns the ids of a text, without BOS and EOS; characters that are in no piece become `unk_id`.
 
         Raises:
             TypeError: if `text` is not a string.
@@ -93,7 +96,7 @@ class TextTokenizer:
         return [self._from_sentencepiece(piece) for piece in self._sentencepiece.encode(text)]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Returns the ids of several texts, each as `encode` does, without a Python object per id.
+        """Encodes several texts to NumPy arrays, without BOS and EOS; faster than `encode` for many texts.
 
         Returns:
             The concatenated ids of all texts, (n,) int32, and the number of ids per text, (texts,) int64.
@@ -105,7 +108,7 @@ class TextTokenizer:
         return ids, np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids, with special ids by name, for example `<mask>`.
+        """Converts ids to text; special ids appear by name, for example `<mask>`.
 
         Raises:
             IndexError: for an id outside [0, vocab_size).
@@ -113,9 +116,10 @@ class TextTokenizer:
         return "".join(self.piece(id_) for id_ in ids).replace(_SPACE, " ").strip()
 
     def word_borders(self) -> WordBorders:
-        """Returns the ids at the borders of words, for pieces with white space before or after a word.
+        """Determines which ids start or end a word.
 
-        Most models have it before (`\u2581dog`), those trained with `treat_whitespace_as_suffix` after (`dog\u2581`).
+        Pieces of most models have white space before a word (`\u2581dog`). Pieces of models that were trained with
+        `treat_whitespace_as_suffix` have white space after a word (`dog\u2581`).
         """
         pieces = [self.piece(id_) for id_ in range(self.vocab_size)]
         starts = np.array([piece.startswith(_SPACE) for piece in pieces])
@@ -126,14 +130,14 @@ class TextTokenizer:
         return WordBorders(starts, ends)
 
     def _marks_ends(self, starts: NDArray[np.bool_], ends: NDArray[np.bool_]) -> bool:
-        """Returns whether pieces have their white space after a word."""
+        """Returns whether the model writes white space after words instead of before words."""
         shown = "".join(self.piece(id_) for id_ in self.encode("a a"))
         if shown.startswith(_SPACE) != shown.endswith(_SPACE):  # the model itself puts white space around a text
             return shown.endswith(_SPACE)
         return int(np.count_nonzero(ends & ~starts)) > int(np.count_nonzero(starts & ~ends))
 
     def piece(self, id_: int) -> str:
-        """Returns the piece of one id, in which U+2581 is white space.
+        """Returns the piece of one id as a string, in which U+2581 represents white space.
 
         Raises:
             IndexError: for an id outside [0, vocab_size).
@@ -152,7 +156,10 @@ class TextTokenizer:
 
 
 def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
-    """Reads a run's text tokenizer and checks that the word embedding has a row per id; None for a run without texts.
+    """Reads a run's text tokenizer and checks that the model's word embedding has a row for every id.
+
+    Returns:
+        The tokenizer; None for a run without texts.
 
     Raises:
         ConfigError: if the file is missing or is no valid tokenizer, or if the word embedding has too few rows.
@@ -169,15 +176,16 @@ def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
 
 
 def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> TextTokenizer:
-    """Trains a unigram model (Kudo, 2018, arXiv:1804.10959) and writes it to `config.path`.
+    """Trains a SentencePiece unigram model (Kudo, 2018, arXiv:1804.10959) and writes the model to `config.path`.
 
     Args:
-        config: path, number of pieces, coverage, and most sentences to train on.
-        lines: the training corpus: lines of the texts, then captions of the pairs.
-        seed: seed of the sample that is drawn from more than `config.max_sentences` lines.
+        config: path, number of pieces, character coverage, and maximum number of training sentences.
+        lines: lines of the training corpus; blank lines are skipped.
+        seed: seed for drawing `config.max_sentences` lines from a larger corpus.
 
     Raises:
-        ConfigError: if there is no text, or if `config.vocab_size` does not suit it, naming a size that does.
+        ConfigError: if there is no text, or if `config.vocab_size` is too small or too large for the corpus; the
+            message names the limit.
     """
     sentencepiece.set_random_generator_seed(seed % 2**32)  # it takes no more bits
     model = io.BytesIO()
@@ -203,7 +211,7 @@ def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed
 
 
 def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Reads a SentencePiece model and checks that it numbers <unk>, <s>, </s> as 0, 1, 2."""
+    """Reads a SentencePiece model and checks that its ids of <unk>, <s> and </s> are 0, 1 and 2."""
     if not path.is_file():
         raise ConfigError(
             f"tokenizers.text: {path} does not exist (looked in {Path.cwd()}). "
@@ -226,7 +234,7 @@ def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def _explain_training_error(message: str, config: TextTokenizerConfig) -> str:
-    """Translates SentencePiece's error about a number of pieces that does not suit the text."""
+    """Returns a message for a failed training that explains SentencePiece's error in terms of the config."""
     if match := re.search(r"value <= (\d+)", message):
         return (
             f"tokenizers.text.vocab_size={config.vocab_size} is more than this corpus supports. Use at most "

@@ -28,13 +28,13 @@ _METADATA_KEY = "beit3_ds.visual_tokenizer"
 class VisualTokenizer(nn.Module):
     """Encodes each patch of an image as one of `codebook_size` codes.
 
-    It has a ViT encoder, a codebook, and a ViT decoder that reconstructs a teacher's features from the codes alone.
-    Pretraining only uses `encode`; the decoder gives the codes their meaning during the tokenizer's own training.
+    The network consists of a ViT encoder, a codebook, and a ViT decoder. The decoder reconstructs a teacher's features
+    from the codes, and is only used to train the tokenizer. Pretraining of BEiT-3 uses only `encode`.
 
     Args:
         config: architecture of the tokenizer.
-        teacher_width: features E of the teacher per patch.
-        teacher_description: source of the features that give the codes their meaning, in words for reports.
+        teacher_width: number E of the teacher's features per patch.
+        teacher_description: description of the teacher, for files and reports.
     """
 
     def __init__(self, config: VisualTokenizerConfig, teacher_width: int, teacher_description: str = "") -> None:
@@ -52,7 +52,7 @@ class VisualTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Returns the codes of images in row-major order; it changes no state, not even in training mode.
+        """Encodes images to codes, in row-major order of the patches; never changes the codebook's state.
 
         Args:
             pixels: (B, 3, image_size, image_size) float in [-1, 1].
@@ -61,7 +61,7 @@ class VisualTokenizer(nn.Module):
             (B, N) int64 in [0, codebook_size).
 
         Raises:
-            ValueError: if `pixels` has another shape or dtype.
+            ValueError: if `pixels` has another shape or is not floating-point.
         """
         size = self.config.image_size
         found = (pixels.dtype, tuple(pixels.shape)) if isinstance(pixels, Tensor) else (type(pixels).__name__,)
@@ -73,13 +73,14 @@ class VisualTokenizer(nn.Module):
         return self.quantize.nearest(self.project(pixels))
 
     def project(self, pixels: Tensor) -> Tensor:
-        """Returns the unit vectors that the codebook quantizes.
+        """Maps images to one unit vector per patch, which the codebook then quantizes.
 
         Args:
             pixels: (B, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            (B, N, C) float32 of length 1, also of a bfloat16 encoder, because near ties decide the code.
+            (B, N, C) vectors of length 1. They are float32 even if the encoder is bfloat16, because rounding could
+            change the nearest code.
         """
         features_BND = self.encoder(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
@@ -87,7 +88,7 @@ class VisualTokenizer(nn.Module):
             return F.normalize(vectors_BNC, dim=-1)
 
     def decode(self, vectors_BNC: Tensor) -> Tensor:
-        """Reconstructs the teacher's features, (B, N, E), from vectors of codes or of `project`."""
+        """Reconstructs the teacher's features, (B, N, E), from code vectors or from the output of `project`."""
         grid = (self.config.grid_size, self.config.grid_size)
         vector_map = vectors_BNC.transpose(1, 2).unflatten(2, grid)  # (B, C, G, G)
         reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))
@@ -95,9 +96,10 @@ class VisualTokenizer(nn.Module):
 
 
 def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
-    """Writes weights and codebook to a file, with configuration and teacher as JSON in its metadata.
+    """Writes a tokenizer to a safetensors file, with the config and the teacher's description as JSON metadata.
 
-    After a kill, the path holds the old file or the complete new one. Permissions follow the umask.
+    The write is atomic: after a crash, the path has either the old file or the complete new file. File permissions
+    follow the umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
 
 
 def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
-    """Reads a trained tokenizer for encoding, on the CPU, in evaluation mode and without gradients.
+    """Reads a trained tokenizer to the CPU, in evaluation mode and without gradients.
 
     Raises:
         ConfigError: if the file is missing or is not a visual tokenizer.
@@ -126,10 +128,10 @@ def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
 
 
 def check_visual_tokenizer_fits(tokenizer: VisualTokenizer, config: RunConfig) -> None:
-    """Refuses a trained tokenizer whose number of codes or image size differs from the run's.
+    """Checks that a trained tokenizer has the number of codes, image size and patch size in a run's config.
 
     Raises:
-        ConfigError: naming the values and the keys to change.
+        ConfigError: if a value differs; the message names the values and the keys to change.
     """
     path, trained, wanted = config.tokenizers.visual.path, tokenizer.config, config.tokenizers.visual
     if config.backbone is not None and trained.codebook_size != config.backbone.visual_vocab_size:
@@ -160,7 +162,11 @@ def _build_transformer(
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in the file's metadata."""
+    """Returns the JSON object in the metadata of a tokenizer's file.
+
+    Raises:
+        ConfigError: if the file is missing or is not a visual tokenizer.
+    """
     remedy = (
         "A run of the task visual_tokenizer trains it: `beit3 train FILE.json`, with a file such as "
         "ds_configs/quickstart_visual_tokenizer_cpu.json."

@@ -1,6 +1,7 @@
 """Defines the plain Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of the visual tokenizer.
 
-The encoder and the decoder are this network. Parameters have the names of timm and of the released VQ-KD files.
+The tokenizer's encoder and decoder are both instances of this network. Parameters are named as in timm and in the
+released VQ-KD files.
 """
 
 # B images, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head dim.
@@ -14,7 +15,7 @@ _LAYER_NORM_EPSILON = 1e-6  # BEiT v2's value
 
 
 class Float32Linear(nn.Linear):
-    """Implements a linear layer that always computes in float32, for inputs and parameters of any type."""
+    """Implements a linear layer that computes in float32, whatever the types of inputs and parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T + bias in float32."""
@@ -22,14 +23,14 @@ class Float32Linear(nn.Linear):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into patches and projects each: (B, C, S, S) -> (B, N, D)."""
+    """Cuts images into patches and projects each patch linearly: (B, C, S, S) -> (B, N, D)."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Projects the patches, in row-major order."""
+        """Returns the projected patches in row-major order, (B, N, D)."""
         patches: Tensor = self.proj(image.to(self.proj.weight.dtype))
         return patches.flatten(2).transpose(1, 2)
 
@@ -44,7 +45,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Attends from every token to every token of its image."""
+        """Applies self-attention among all tokens of each image."""
         qkv_BLHK = self.qkv(x_BLD).unflatten(-1, (3, self.num_attention_heads, -1))
         query, key, value = qkv_BLHK.permute(2, 0, 3, 1, 4)
         mixed_BHLK = F.scaled_dot_product_attention(query, key, value)
@@ -61,7 +62,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Transforms each token on its own."""
+        """Applies the MLP to each token."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x_BLD)))
         return out
 
@@ -77,7 +78,7 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(hidden_size)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Adds attention, then the MLP."""
+        """Adds the attention output to the tokens, then the MLP output."""
         x_BLD = x_BLD + self.attn(self.norm1(x_BLD))
         return x_BLD + self.mlp(self.norm2(x_BLD))
 
@@ -86,12 +87,12 @@ class VisionTransformer(nn.Module):
     """Implements a Vision Transformer with a class token and absolute positions: (B, C, S, S) -> (B, N, D).
 
     Args:
-        in_channels: channels C of the input: 3 for pixels, the code's width for a grid of codes.
-        grid_size: patches along one side; N is its square.
+        in_channels: channels C of the input: 3 for pixels, the width of a code for a grid of codes.
+        grid_size: number of patches along one side; N = grid_size**2.
         patch_size: pixels (or codes) along one side of a patch; S = grid_size * patch_size.
-        hidden_size: width D.
-        num_layers: blocks.
-        num_attention_heads: heads; they divide `hidden_size`.
+        hidden_size: width D of a token.
+        num_layers: number of Transformer blocks.
+        num_attention_heads: number of attention heads; must divide `hidden_size`.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class VisionTransformer(nn.Module):
         self._initialize()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Returns the last layer's patch tokens in row-major order; the class token only takes part in attention."""
+        """Returns the normalized patch tokens of the last layer in row-major order, without the class token."""
         patches_BND = self.patch_embed(image)
         class_token = self.cls_token.expand(patches_BND.shape[0], -1, -1)
         x_BLD = torch.cat([class_token, patches_BND], dim=1) + self.pos_embed
@@ -129,7 +130,7 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Draws Xavier's initial values and, as in BEiT, divides the residual outputs of layer l by sqrt(2 l)."""
+        """Initialises all parameters; as in BEiT, divides the residual output weights of layer l by sqrt(2 l)."""
         initialize_linear_layers(self)
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
@@ -140,9 +141,10 @@ class VisionTransformer(nn.Module):
 
 
 def initialize_linear_layers(module: nn.Module) -> None:
-    """Draws Xavier's initial values for every linear layer and convolution inside `module`; biases start at 0.
+    """Initialises all linear layers and convolutions in `module` with Xavier's uniform values and zero biases.
 
-    BEiT's fixed .02 suits a width of 768; at the width of a small tokenizer every branch would start near zero.
+    BEiT uses a fixed standard deviation of 0.02, which suits a width of 768. In a small tokenizer that value would make
+    the initial outputs of all branches almost zero.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv2d):

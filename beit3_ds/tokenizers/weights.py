@@ -1,4 +1,4 @@
-"""Loads other projects' weights into a network of the same shape."""
+"""Loads weights from other projects into a network with parameters of equal shapes."""
 
 from pathlib import Path
 
@@ -9,16 +9,17 @@ from beit3_ds.untrusted_file import read_tensors
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a file of tensors into a model by name, or in order if all names differ and all shapes agree.
+    """Loads a file of tensors into a model, matching tensors by name or by order.
 
-    Ports of one network often differ only in the names of its layers.
+    Tensors are matched by order if no name agrees and all shapes agree in order, because ports of a network often
+    differ only in the names of layers.
 
     Args:
         model: the network, for example timm's `tf_efficientnet_lite0`.
-        path: a file that `read_tensors` reads.
+        path: path of a file in a format of `read_tensors`.
 
     Raises:
-        ConfigError: if the file cannot be read or neither names nor shapes fit.
+        ConfigError: if the file cannot be read, or the tensors fit neither by name nor by order.
     """
     state = read_tensors(path)
     wanted = model.state_dict()

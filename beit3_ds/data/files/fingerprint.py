@@ -23,7 +23,7 @@ class HasFiles(Protocol):
         """Returns the number of samples, broken ones included."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each file of the source, in the order of its samples."""
+        """Returns the name, size in bytes and number of samples of each source file, in the order of the samples."""
 
 
 class SourceFingerprint(TypedDict):

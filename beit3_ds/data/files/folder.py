@@ -99,7 +99,7 @@ class Folder:
 
 
 def _inode(path: str) -> int:
-    """Returns the inode number of a readable folder, which stays the same when an automounter mounts it again."""
+    """Returns the inode number of a readable folder; unlike the device number, it survives a remount."""
     with os.scandir(path):
         return os.stat(path).st_ino
 

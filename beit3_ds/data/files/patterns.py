@@ -25,8 +25,8 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
     `**` follows links to folders. Each folder is listed once, so loops of links end.
 
     Raises:
-        ConfigError: if a pattern, or an alternative of its braces, has no match; if a match is a folder, pipe, socket
-            or device; or if a file is matched twice, because its samples would count twice.
+        ConfigError: if a pattern, or an alternative in braces, has no match; if a match is a folder, pipe, socket or
+            device; or if a file is matched twice, because samples would then count twice.
         StorageError: if the file system fails.
     """
     files: list[str] = []

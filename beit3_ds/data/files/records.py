@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class BrokenRecordError(Exception):
-    """Reports one unreadable sample; the message names its file, its key and the reason."""
+    """Reports one unreadable sample; the message names the file, the sample's key and the reason."""
 
 
 class Skipped(NamedTuple):

@@ -60,8 +60,8 @@ def read_karpathy(path: str, folder: str, split: str) -> CaptionedImages:
             neither `val` nor `test`. `train` includes `restval`, as in all published results.
 
     Raises:
-        ConfigError: if the file cannot be read or does not have this form, the split is not in it, an image occurs
-            twice or a caption is empty; the message names the entry.
+        ConfigError: if the file cannot be read, has another form or lacks the split, an image occurs twice, or a
+            caption is empty; the message names the entry.
     """
     wanted = ("train", "restval") if split == "train" else (split,)
     samples, found = CaptionedImages(path, folder), Counter[str]()

@@ -13,7 +13,7 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 class CaptionedImages(CollectedAnnotations):
     """Holds images with several captions each. Each caption is one sample; an image's samples are consecutive.
 
-    `each_image` returns the same images as one sample per image.
+    `each_image` returns these images with one sample per image.
     """
 
     def __init__(self, annotations: str, folder: str) -> None:

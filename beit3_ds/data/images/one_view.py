@@ -126,7 +126,7 @@ class PairView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns `min_side` of the transforms `usual` and `unflipped`, for which it is equal."""
+        """Returns `min_side` of `usual`, which is equal to `min_side` of `unflipped`."""
         return self.usual.min_side
 
     def of(self, *texts: str) -> ImageTransform:

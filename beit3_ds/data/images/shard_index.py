@@ -100,7 +100,7 @@ class StoredIndex:
         """Returns the record of one sample.
 
         Raises:
-            StorageError: if the index file is gone, has shrunk, or cannot be read.
+            StorageError: if the index file no longer exists, has shrunk, or cannot be read.
         """
         return self._records()[index].copy()
 

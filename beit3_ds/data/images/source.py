@@ -24,7 +24,7 @@ class ImageSource(Protocol):
         """Returns the number of samples, broken ones included."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each file of the source, in the order of its samples."""
+        """Returns the name, size in bytes and number of samples of each source file, in the order of the samples."""
 
     def name(self, index: int) -> str:
         """Returns the file and the key of a sample, for messages."""
@@ -50,7 +50,7 @@ class ImageSource(Protocol):
         """
 
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
-        """Returns the image and the caption of a sample, with one read where the files allow it.
+        """Returns the image and the caption of a sample; reads both at once if the file format allows this.
 
         Args:
             index: number of the sample.

@@ -139,7 +139,7 @@ def _text_files(data: DataConfig) -> list[str]:
 
 
 def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document_separator: bool) -> TokenPiece | None:
-    """Returns the token file of a piece if it is up to date, otherwise None."""
+    """Returns the token file of a piece if an up-to-date token file exists, otherwise None."""
     with suppress(ConfigError):  # missing or damaged
         done = read_token_piece(token_path(folder, piece))
         made_with = (done.piece, done.tokenizer, done.document_separator)

@@ -1,6 +1,6 @@
 """Defines token files, which `beit3 prepare texts` writes and training reads as memory maps.
 
-Each piece of a text file has one token file, named after the text file and a digest of its path:
+Each piece of a text file has one token file, named by the text file's name and a digest of the text file's path:
 
     text.txt-5f0c9a3e11d2.000000000000.tokens     tokens of the piece that starts at byte 0
     text.txt-5f0c9a3e11d2.000067108864.tokens     tokens of the next piece

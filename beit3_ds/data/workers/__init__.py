@@ -1,1 +1,1 @@
-"""Runs worker processes that prepare items ahead; every wait for them has a time limit."""
+"""Runs worker processes that prepare items in advance; every wait for a worker has a time limit."""

@@ -93,7 +93,7 @@ def prepare_in_order(
 def prepare_in_any_order(
     preparation: Preparation[RequestT, ItemT], requests: Iterable[RequestT], num_workers: int
 ) -> Iterator[ItemT]:
-    """Prepares items in `num_workers` processes, at least one, and yields each as soon as it is finished.
+    """Prepares items in worker processes, and yields each item as soon as the item is finished.
 
     A computing worker may take any time. The time limit `limits.seconds` applies only while a worker uses no processor
     time.

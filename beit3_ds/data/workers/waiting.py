@@ -85,7 +85,7 @@ class WaitTimer:
 
 
 class ReaderThread:
-    """Runs a thread for calls that may block forever, so that the main thread can stop waiting for them."""
+    """Runs calls that may block forever in a separate thread, so that the main thread can stop waiting."""
 
     def __init__(self, name: str) -> None:
         """Stores the name of the thread; the first `call` starts the thread."""
@@ -132,7 +132,7 @@ class ReaderThread:
         return results[0]
 
     def close(self) -> None:
-        """Asks the thread to end once it is idle."""
+        """Asks the thread to end after its current call."""
         self._work.put(None)
         self._thread = None
 
