@@ -154,7 +154,7 @@ class _Reader:
         self._position += 1
 
     def _next(self, blanks: re.Pattern[str] = _BLANKS) -> str:
-        """Skips blanks, and returns the next character without reading past it."""
+        """Skips white space, and returns the next character without consuming it."""
         while True:
             match = blanks.match(self._buffer, self._position)
             self._position = match.end() if match else self._position

@@ -101,7 +101,7 @@ def _files_in(folder: Folder, inside: str) -> set[str]:
 
 
 def _number_keys(shards: TarShards) -> dict[str, int]:
-    """Maps each key to its sample number; also maps the last path component of a key if that component is unique."""
+    """Maps each key to a sample number; also maps the last path component of a key if that component is unique."""
     keys = [shards.key(number) for number in range(len(shards))]
     numbers: dict[str, int] = {}
     repeated: set[str] = set()

@@ -1,4 +1,4 @@
-"""Reads image files in a folder, with caption files next to them."""
+"""Reads image files in a folder, with caption files next to the images."""
 
 import heapq
 import os

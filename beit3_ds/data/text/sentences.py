@@ -50,7 +50,7 @@ class ParagraphCutter:
         return contents
 
     def sentence_starts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
-        """Finds where sentences start inside paragraphs; the first sentence of each paragraph is left out.
+        """Finds where sentences start inside paragraphs; ignores the first sentence of each paragraph.
 
         Args:
             ids: all ids of the paragraphs, (n,).

@@ -98,6 +98,11 @@ def prepare_in_any_order(
     A computing worker may take any time. The time limit `limits.seconds` applies only while a worker uses no processor
     time.
 
+    Args:
+        preparation: work and time limits of the workers.
+        requests: requests for items; read one by one, when a worker is free.
+        num_workers: number of processes, at least 1.
+
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
         DataTimeoutError: if a worker uses no processor time for `limits.seconds`.
