@@ -1,6 +1,6 @@
-"""Reads the weights of a model from a safetensors file, or from a folder of them with an index as in Hugging Face.
+"""Reads a model's weights from a safetensors file, or from a folder of such files with a Hugging Face index.
 
-Tensors have their logical names. The header of every file holds the configuration of the model.
+Tensors are stored under their logical names. The header of every file holds the configuration of the model.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from beit3_ds.safetensors_header import check_safetensors
 from beit3_ds.untrusted_json import MAX_JSON_BYTES, check_count, check_object, check_text, parse_untrusted_json
 
 INDEX_NAME = "model.safetensors.index.json"
-"""Name of the index of a sharded folder, which maps each tensor to its file."""
+"""File name of the index in a folder of weights; the index maps each tensor to its file."""
 EXTRA_PREFIX = "released."
-"""Prefix of tensors of an imported file that only the file's own project uses; they are not part of the model."""
+"""Name prefix of imported tensors that only the released code uses; the model does not contain them."""
 
 IMAGE_POSITION = "embeddings.image_position"
-"""Name of the only tensor whose shape depends on the size of images."""
+"""Name of the table of patch positions, the only tensor whose shape depends on `image_size`."""
 
 REPLACEABLE = ("heads.", "norm.")
-"""Name prefixes of the tensors that fine-tuned models replace."""
+"""Name prefixes of tensors that fine-tuned weights may lack or replace: heads and final norm."""
 _METADATA_KEY = "beit3_ds"
 _FORMAT_VERSION = 1
 
@@ -41,17 +41,17 @@ class PretrainedWeights:
     Attributes:
         path: file or folder.
         model: configuration of the model, with the requested image size.
-        step: number of optimizer updates behind the weights; 0 if unknown.
-        task: name and settings of the task to which the head belongs, as `Task.describe` returns; None in files of
-            older versions, which belong to pretraining.
+        step: number of optimizer updates that produced the weights; 0 if unknown.
+        task: name and settings of the head's task, in the form of `Task.describe`. None in files of older versions,
+            which hold pretraining weights.
     """
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
-        """Reads names, shapes and configuration.
+        """Opens the files, and reads the tensor names and the model's configuration.
 
         Args:
             path: a .safetensors file, or a folder with an index.
-            image_size: image side in pixels, for which positions are interpolated; None keeps the stored one.
+            image_size: image side in pixels to which positions are interpolated; None keeps the stored size.
 
         Raises:
             ConfigError: if the weights cannot be read, or another program wrote them.
@@ -68,7 +68,7 @@ class PretrainedWeights:
             self.model = dataclasses.replace(self.model, image_size=image_size)
 
     def _open_files(self) -> dict[str, tuple[Any, str]]:
-        """Opens the files, and returns the reader and the stored name of every tensor."""
+        """Opens the files, and maps the current name of every tensor to its file reader and stored name."""
         readers = [_open(file) for file in self._files]
         return {name: (reader, stored) for reader in readers for name, stored in stored_names(reader.keys()).items()}
 
@@ -81,7 +81,7 @@ class PretrainedWeights:
         self._places = self._open_files()
 
     def names(self) -> list[str]:
-        """Returns the names of all tensors, those with `EXTRA_PREFIX` included."""
+        """Returns the names of all tensors, including names that begin with `EXTRA_PREFIX`."""
         return list(self._places)
 
     def shape(self, name: str) -> torch.Size:
@@ -93,7 +93,7 @@ class PretrainedWeights:
         return self.read(name).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a stored tensor, or a part of it; its pages are read from disk when it is used.
+        """Returns a memory-mapped tensor, or a part of it; the values are read from disk when they are used.
 
         Args:
             name: one of `names()`.
@@ -113,15 +113,15 @@ class PretrainedWeights:
 
 
 def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs_head: bool = False) -> None:
-    """Checks that the head of stored weights, if there is one, belongs to the run's task.
+    """Checks that a run may use stored weights: their head, if any, must belong to the run's task.
 
     A run of any task may start from weights of pretraining, and from weights without a head.
 
     Args:
-        stored: name and settings of the task of the weights; None if they have no head, or of older versions.
+        stored: name and settings of the task of the weights; None for weights without a head or of older versions.
         task: name of the run's task.
-        where: names the weights, for the message.
-        needs_head: whether the weights must hold the task's head, as for an evaluation.
+        where: name of the weights, for the message.
+        needs_head: whether the weights must contain the task's head, as an evaluation requires.
 
     Raises:
         ConfigError: if the head belongs to another task; the message names both tasks.
@@ -145,8 +145,8 @@ def weights_metadata(model: ModelConfig, step: int, task: Mapping[str, Any] | No
 
     Args:
         model: configuration of the model.
-        step: number of updates behind the weights.
-        task: name and settings of the task to which the head belongs; None if unknown.
+        step: number of optimizer updates that produced the weights.
+        task: name and settings of the head's task; None if unknown.
     """
     header: dict[str, Any] = {"format_version": _FORMAT_VERSION, "model": dataclasses.asdict(model), "step": step}
     if task is not None:
@@ -155,10 +155,10 @@ def weights_metadata(model: ModelConfig, step: int, task: Mapping[str, Any] | No
 
 
 def parse_task(value: Any) -> dict[str, Any] | None:
-    """Returns a stored task, name and settings; None if there is none.
+    """Checks the task in a file header and returns its name and settings; None if the header names no task.
 
     Raises:
-        TypeError: if it is no object with a name.
+        TypeError: if the task is not a JSON object with a name.
     """
     if value is not None and not (isinstance(value, dict) and isinstance(value.get("name"), str)):
         raise TypeError(f"the task {str(value)[:80]!r} has no name")
@@ -174,23 +174,33 @@ def is_pretrained_file(file: Path) -> bool:
 
 
 def matrix_part(tensor: Tensor, part: tuple[int, int, int, int]) -> Tensor:
-    """Returns rows [top, bottom) and columns [left, right) of a tensor viewed as a matrix, as a view.
+    """Reshapes a tensor to a matrix and returns rows [top, bottom) and columns [left, right) without a copy.
 
-    The first dimension gives the rows, the others together give the columns; a vector is one column.
+    The first dimension becomes the rows, all other dimensions together become the columns. A vector has one column.
+
+    Args:
+        tensor: a contiguous tensor.
+        part: (top, bottom, left, right).
     """
     top, bottom, left, right = part
     return tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1)[top:bottom, left:right]
 
 
 def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> list[str]:
-    """Compares the tensors of a file with those of its model.
+    """Checks the tensors in a file of weights against the parameters of a model.
+
+    Ignores heads in the file that the model does not have.
+
+    Args:
+        where: name of the file, for the message.
+        found: shape of every tensor in the file, by name.
+        wanted: shape of every parameter of the model, by name.
 
     Returns:
-        Names of tensors of the final norm and the heads that the file lacks; fine-tuned releases have other heads.
-        Heads of the file that the model lacks are ignored.
+        Names of the final-norm and head parameters that the file lacks, as some fine-tuned releases do.
 
     Raises:
-        ConfigError: if another tensor is missing, a tensor is unknown, or a shape differs.
+        ConfigError: if a parameter outside heads and final norm is missing, a tensor is unknown, or a shape differs.
     """
     missing = [name for name in wanted if name not in found]
     absent = [name for name in missing if name.startswith(REPLACEABLE)]

@@ -1,21 +1,22 @@
-"""Maps old logical names of tensors, in files of older versions of this program, to current names.
+"""Maps logical names of tensors in files of older versions to their current names.
 
-Readers of checkpoints and of exported weights use it, so the rest of the program knows only current names.
+The readers of checkpoints and of exported weights apply this map, so all other code sees only current names.
 """
 
 from collections.abc import Iterable
 
 RENAMED_TENSORS: dict[str, str] = {"heads.norm.": "norm."}
-"""Current prefix of logical names by old prefix.
+"""Maps each old prefix of logical names to the current prefix.
 
-The final dot keeps a prefix from matching a part of a longer name. Entries are never removed, because files stay."""
+The final dot keeps a prefix from matching a part of a longer name. Entries are never removed, because users keep old
+files."""
 
 
 def stored_names(names: Iterable[str]) -> dict[str, str]:
-    """Returns the stored name of every tensor of a file by its current name, in the order of the file.
+    """Maps the current name of every tensor in a file to the name stored in the file; keeps the file's order.
 
     Args:
-        names: names of all tensors of a file, old or current.
+        names: names of all tensors in the file, old or current.
     """
     return {_current_name(name): name for name in names}
 

@@ -1,4 +1,4 @@
-"""Defines the interface of a model that the schedule and the engine use, for every task."""
+"""Defines the model interface that the pipeline schedule and the engine use for every task."""
 
 # T packed rows, K terms.
 
@@ -13,10 +13,10 @@ from beit3_ds.parallel import VocabParallelHead
 
 
 class LossOutput(NamedTuple):
-    """Holds the loss of one micro-batch."""
+    """Holds the loss of one micro-batch and the sums of its terms."""
 
     total: Tensor
-    """Weighted sum to differentiate, float32 scalar."""
+    """Loss to differentiate: the sum of all terms times their loss factors, float32 scalar."""
     sums: Tensor
     """Sum of each of the task's terms, (K,) float32, detached."""
 
@@ -32,14 +32,14 @@ class StageModel(nn.Module, ABC):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Runs one micro-batch through all layers, or through consecutive layers.
+        """Runs one micro-batch through all layers, or through the consecutive layers `layers`.
 
         Args:
             batch: the packed micro-batch, with targets if `loss_factors` is given.
-            loss_factors: factor of the sum of each term, (K,) float32: weight / count of the whole step. None returns
-                predictions.
-            x_TD: the stream before `layers`; None if `layers` begin with the first.
-            layers: the layers to run; None is all of them.
+            loss_factors: factor by which the sum of each loss term is multiplied, (K,) float32: the term's weight
+                divided by its count in the whole step (`training.loss.build_loss_factors`). None returns predictions.
+            x_TD: the stream before `layers`; None if `layers` begins with the first layer.
+            layers: the layers to run; None runs all layers.
 
         Returns:
             The stream after `layers`; after the last layer a `LossOutput`, `StepFeatures` or the task's predictions.
@@ -47,24 +47,24 @@ class StageModel(nn.Module, ABC):
 
     @abstractmethod
     def initialize(self, seed: int) -> None:
-        """Fills every parameter with its initial value, a function of the seed and the parameter's name."""
+        """Fills every parameter with its initial value, which depends only on the seed and the parameter's name."""
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Returns the dtype of the stream that stages exchange."""
+        """Returns the dtype of the residual stream that pipeline stages exchange."""
         return next(self.parameters()).dtype
 
     @property
     def stream_size(self) -> int:
-        """Returns the width of the stream that stages exchange; 0 for a model that cannot be cut into stages."""
+        """Returns the width of the residual stream; 0 for a model that cannot be cut into pipeline stages."""
         return 0
 
     @property
     def owned_table(self) -> nn.Parameter | None:
-        """Returns this stage's word table if another stage's head is tied to it; None otherwise."""
+        """Returns the tied word table if this stage holds the embeddings; None otherwise."""
         return None
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Returns the head's layer whose weight is tied to the word table; None if no layer is."""
+        """Returns the layer of this stage's head whose weight is tied to the word table; None if there is none."""
         return None

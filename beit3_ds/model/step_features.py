@@ -1,4 +1,4 @@
-"""Defines the output of heads whose loss compares the samples of a whole step, such as a contrastive loss."""
+"""Defines the output of a head whose loss compares all samples of a step, as a contrastive loss does."""
 
 # K terms.
 
@@ -9,21 +9,20 @@ from torch import Tensor
 
 
 class StepFeatures(NamedTuple):
-    """Holds the features of a micro-batch, or those of a whole step.
+    """Holds the features of one micro-batch or of a whole step.
 
-    The terms of a step are a function of these values alone, so gradients reach the model only through them.
+    The loss terms are computed from these values only, so gradients reach the model only through them.
     """
 
     rows: dict[str, Tensor]
-    """Tensors by name, each with one row per sample of its kind: features, or integers such as ids, which get no
-    gradient. The rows of micro-batches and ranks are concatenated."""
+    """Tensors by name, each with one row per sample: features, or integers such as ids, which get no gradient. For a
+    whole step, the rows of all micro-batches and ranks are concatenated."""
     shared: dict[str, Tensor]
-    """Float tensors by name that depend on parameters alone, such as a temperature; equal in all micro-batches and on
-    all ranks. Under ZeRO-3 a parameter cannot be read outside the forward pass, so it must be returned as a new
-    tensor."""
+    """Float tensors by name that depend only on parameters, such as a temperature. They are equal in all micro-batches
+    and on all ranks. Each must be a new tensor, because ZeRO-3 partitions a parameter again after the forward pass."""
 
     def take(self, kept: slice) -> "StepFeatures":
-        """Returns some rows of each tensor, with all shared values."""
+        """Returns features with only the rows `kept` of each tensor, and with all shared values."""
         return StepFeatures({name: x[kept] for name, x in self.rows.items()}, self.shared)
 
 

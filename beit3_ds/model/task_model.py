@@ -1,4 +1,4 @@
-"""Adds the head of a task, which computes the sums of its loss terms, to BEiT-3."""
+"""Adds a task's head, which computes loss terms or predictions, to BEiT-3."""
 
 # T packed rows, M rows that the head reads, D hidden, K terms.
 
@@ -18,34 +18,34 @@ from beit3_ds.parallel import TensorParallel, VocabParallelHead
 
 
 class Head(nn.Module, ABC):
-    """Computes the terms or the predictions of a task, as the last layer of its model."""
+    """Computes a task's loss terms or predictions at the end of the model's last layer."""
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Returns the layer whose weight is the word table under `tie_word_embeddings`; None if there is none."""
+        """Returns the layer that predicts words, whose weight may be tied to the word table; None if there is none."""
         return None
 
     @abstractmethod
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the sums of the task's terms, or its predictions.
+        """Computes the sums of the task's loss terms, or its predictions.
 
         Args:
-            h_MD: normalised rows that the head reads, (M, D), the same on all tensor-parallel ranks.
-            batch: the packed micro-batch, with the task's targets if `with_loss`.
-            with_loss: whether to return the sums of terms.
+            h_MD: rows after the final norm that the head reads, (M, D), the same on all tensor-parallel ranks.
+            batch: the packed micro-batch, with the task's targets if `with_loss` is True.
+            with_loss: True for the loss, False for predictions.
 
         Returns:
-            With loss the sum of each term, (K,) float32, differentiable, or the `StepFeatures` of a task whose terms
-            compare samples; otherwise the predictions of the task.
+            Without loss, the task's predictions. With loss, the differentiable sum of each term, (K,) float32; for a
+            task whose terms compare samples, `StepFeatures`.
         """
 
 
 class TaskModel(BEiT3, StageModel):
     """Extends BEiT-3 with the head of a task, at the end of the last layer.
 
-    The head is part of the last layer, and its parameters have the prefix `heads.`. So it is split, saved and loaded
-    like every other layer. With `tie_word_embeddings` and no embeddings on this stage, the word table of the head is a
-    buffer, which the stage that owns the table fills.
+    The parameters of the head have the prefix `heads.`. They are split, saved and loaded like all other parameters.
+    With `tie_word_embeddings`, the head uses the word table of the embeddings as its weight. If another pipeline stage
+    holds the embeddings, the weight is a buffer that receives the table from that stage.
     """
 
     def __init__(
@@ -59,7 +59,17 @@ class TaskModel(BEiT3, StageModel):
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
-        """Builds the layers as `BEiT3` does, and the head if the last layer is among them."""
+        """Builds the layers that this rank holds; adds the head if the last layer is one of them.
+
+        Args:
+            build_head: function that builds the head for a configuration and a tensor-parallel group.
+            config: sizes and layout.
+            tensor: the tensor-parallel group; None for a group of this process alone.
+            layers: range of layers of each model chunk that this pipeline stage holds; None builds all layers.
+            activation_checkpointing: which activations the backward pass recomputes.
+            kernels: GPU kernel backend; "cuda" must have been built.
+            fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
+        """
         super().__init__(
             config, tensor, layers, activation_checkpointing, kernels, fp32_residual_connection=fp32_residual_connection
         )
@@ -75,7 +85,10 @@ class TaskModel(BEiT3, StageModel):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Runs one micro-batch through all layers and the head, or through consecutive layers (`StageModel`)."""
+        """Runs one micro-batch through all layers and the head, or through the consecutive layers `layers`.
+
+        Arguments and results are described in `StageModel.forward`.
+        """
         h_MD = self.run_layers(batch, x_TD, layers)
         if layers is not None and self.all_layers[-1] not in layers:
             return h_MD
@@ -91,23 +104,23 @@ class TaskModel(BEiT3, StageModel):
 
     @property
     def stream_size(self) -> int:
-        """Returns the width of the stream between layers."""
+        """Returns the width of the residual stream between layers."""
         return self.config.hidden_size
 
     @property
     def owned_table(self) -> nn.Parameter | None:
-        """Returns the word table with `tie_word_embeddings`, on the stage that embeds; None elsewhere."""
+        """Returns the word table if it is tied to the head and this stage holds the embeddings; None otherwise."""
         if not self.config.has_tied_table or self.embeddings is None:
             return None
         return self.embeddings.word.weight
 
     def tie_word_embeddings(self) -> None:
-        """Shares the word table with the head if `tie_word_embeddings` is set."""
+        """Makes the head use the word table of the embeddings as its weight, if `tie_word_embeddings` is set."""
         table = self.tied_table
         if table is not None:
             table.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Returns the head's layer whose weight is tied to the word table; None if no layer is."""
+        """Returns the layer of this stage's head whose weight is tied to the word table; None if there is none."""
         return self.heads.word_table if self.config.has_tied_table and self.heads is not None else None

@@ -1,4 +1,4 @@
-"""Provides the mesh of ranks, its collectives and tensor-parallel layers; knows nothing of BEiT-3."""
+"""Provides the mesh of ranks, its collectives and tensor-parallel layers, independent of BEiT-3."""
 
 from beit3_ds.parallel.broadcast_batches import BroadcastBatches
 from beit3_ds.parallel.host_group import HostGroup, build_host_group

@@ -6,14 +6,14 @@ from types import FrameType
 
 
 class Activity:
-    """Holds the current step and phase of the main thread; the main thread calls `begin` when they change."""
+    """Holds the current step and phase of the main thread, which calls `begin` at every change."""
 
     def __init__(self) -> None:
         self.step, self.phase = 0, "starting"
         self.changes = 0
-        """Number of phases begun so far; if it does not grow for long, the rank may be stalled."""
+        """Number of phases begun so far; if this number stops growing, the rank may be stalled."""
         self.lost_contact = False
-        """Whether a collective has failed and the main thread waits for the reason."""
+        """Whether a collective has failed and the main thread waits until rank 0 finds the reason."""
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Begins a phase.
@@ -28,11 +28,10 @@ class Activity:
         self.changes += 1  # last, so that a reader of the new number also reads the new phase
 
     def waits_for_ranks(self) -> bool:
-        """Returns whether this rank waits for others: a thread is inside a collective, or a collective has failed.
+        """Returns whether this rank waits for other ranks: a thread is in a collective, or a collective has failed.
 
-        Reads Python's stacks, because NCCL's collectives are kernels: a GPU that waits looks as busy as one that
-        computes. Also reads the stacks of torch's threads for backward passes on a GPU, which `threading` does not
-        list.
+        Inspects Python's stacks instead of the GPU, because NCCL's collectives are kernels that keep a waiting GPU
+        busy. Also inspects torch's threads for backward passes on a GPU, which `threading` does not list.
         """
         if self.lost_contact:
             return True

@@ -9,7 +9,7 @@ from beit3_ds.storage_error import StorageError
 
 
 class Shareable(Protocol):
-    """Defines an item, such as a batch, that ranks can send to each other with or without its pixels."""
+    """Defines the interface of an item, such as a batch, that ranks can send to each other with or without pixels."""
 
     def without_pixels(self) -> Self:
         """Returns the item without pixels, for stages that hold neither the embeddings nor the head."""
@@ -26,19 +26,19 @@ class Shareable(Protocol):
 
 
 DataError = ConfigError | StorageError
-"""Types of errors in the data; if a reading rank meets one, all ranks of its copy of the model raise it."""
+"""Types of errors in the data; an error on a reading rank is raised on all ranks of this copy of the model."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 
 
 class BroadcastBatches(Generic[ItemT]):
-    """Yields items on all ranks of a copy of the model, although only some of them read (`Mesh.is_reader`).
+    """Yields items on all ranks of a copy of the model, although only some ranks read data (`Mesh.is_reader`).
 
-    One tensor-parallel rank of the first stage and one of the last stage decode the images that their stages need. A
-    digest shows whether both read the same samples. The first stage sends its items without pixels to the stages
-    between, and each of these two ranks sends its items with pixels to its tensor-parallel peers. Items are sent from
-    host memory to host memory, one per call of `next`, which all ranks must make equally often. If a reading rank meets
-    an error in the data, all ranks raise it.
+    Tensor-parallel rank 0 of the first and of the last pipeline stage read items with pixels, and compare digests to
+    ensure that both read the same samples. The first stage sends its items without pixels to the stages in between.
+    Tensor-parallel rank 0 of each stage then sends the items to its tensor-parallel peers. Items are sent between host
+    memories, one per call of `next`; all ranks must call `next` equally often. An error in the data on a reading rank
+    is raised on all ranks.
     """
 
     def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:

@@ -20,23 +20,23 @@ _LENGTH_BYTES = 8
 class HostGroup:
     """Exchanges values in host memory between ranks over gloo; a group of one rank sends nothing.
 
-    Host values need this group, because a device group serves one type of device: NCCL refuses CPU tensors. Device
-    tensors are never sent through it. A process has one `HostGroup` over all ranks, `Mesh.host`. The axes of the mesh
-    use subgroups of it (`among`), which need no further process group. Every other thread that communicates needs its
-    own group (`build_host_group`), because the messages of one group arrive in the order in which they are sent.
+    Process groups for device tensors cannot carry host values, because NCCL rejects CPU tensors. A process has one
+    `HostGroup` over all ranks, `Mesh.host`. The axes of the mesh use its subgroups (`among`), which share its process
+    group. Every other thread that communicates needs its own group (`build_host_group`), because the messages of one
+    group arrive in the order in which they are sent.
 
-    Each operation is a series of messages between two ranks, along binomial trees. A sum over P ranks takes 2 log2(P)
-    consecutive messages, 18 with 512 ranks, and a rank connects to at most log2(P) others. (gloo's own all-reduce is a
-    ring of 2 P messages, and a group that is not lazy connects each rank to all others.) Sums are bitwise equal on all
+    Each operation is a series of messages between two ranks, along binomial trees. A sum over P ranks needs 2 log2(P)
+    consecutive messages, 18 with 512 ranks, and a rank connects to at most log2(P) other ranks. For comparison, gloo's
+    all-reduce is a ring of 2 P messages, and gloo by default connects all pairs of ranks. Sums are bitwise equal on all
     ranks.
 
-    All ranks of a group call its methods in the same order. Values are numbers, strings, tensors, and lists, tuples and
-    dicts of these (`host_value.pack`); nothing is pickled. An operation fails with gloo's RuntimeError after the
-    group's time-out.
+    All ranks of a group must call its methods in the same order. Values are numbers, strings, tensors, and lists,
+    tuples and dicts of these types (`host_value.pack`); nothing is pickled. An operation fails with gloo's RuntimeError
+    after the group's time-out.
     """
 
     group: dist.ProcessGroup | None = None
-    """Process group of gloo that carries the messages; None for a single process."""
+    """Gloo process group that carries the messages; None for a single process."""
     ranks: tuple[int, ...] = (0,)
     """Ranks of this `HostGroup`, as numbered in `group`. The methods number these ranks from 0, in this order."""
     rank: int = 0
@@ -48,7 +48,7 @@ class HostGroup:
         return len(self.ranks)
 
     def among(self, ranks: Iterable[int]) -> "HostGroup":
-        """Returns a subgroup that contains the given ranks, one of which is this rank; sends nothing.
+        """Returns the subgroup of the given ranks, which must include this rank; sends nothing.
 
         Args:
             ranks: ranks as numbered in this group; the subgroup numbers them from 0 in this order.
@@ -57,7 +57,7 @@ class HostGroup:
         return HostGroup(self.group, tuple(self.ranks[rank] for rank in chosen), chosen.index(self.rank))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Returns the sum of CPU tensors `values`, which have one shape and dtype on all ranks."""
+        """Returns the sum of the CPU tensors `values` of all ranks; shape and dtype must be equal on all ranks."""
         _check_host(values)
         total = values.clone(memory_format=torch.contiguous_format)
         if self.size > 1 and total.numel():
@@ -101,11 +101,11 @@ class HostGroup:
         self.sum(torch.zeros(1, dtype=torch.uint8))
 
     def _distances(self) -> list[int]:
-        """Returns 1, 2, 4, ...: for each round of a tree, the difference between the ranks that exchange a message."""
+        """Returns the rank distance in each round of a binomial tree: 1, 2, 4, and so on."""
         return [1 << number for number in range((self.size - 1).bit_length())]
 
     def _reduce(self, total: Tensor) -> None:
-        """Adds the tensors of all ranks into the one of rank 0; other ranks' tensors become partial sums."""
+        """Adds the tensors of all ranks into rank 0's tensor; the tensors of other ranks become partial sums."""
         arriving = torch.empty_like(total)
         for distance in self._distances():
             if self.rank & distance:
@@ -116,7 +116,7 @@ class HostGroup:
                 total += arriving
 
     def _spread(self, values: Tensor) -> None:
-        """Overwrites the tensors of all ranks with the one of rank 0, which has the same size."""
+        """Overwrites the tensor of every rank with rank 0's tensor, which has equal size."""
         for distance in reversed(self._distances()):
             if self.rank % (2 * distance) == distance:
                 self._receive(values, self.rank - distance)
@@ -162,7 +162,7 @@ class HostGroup:
 
 
 def build_host_group(timeout: timedelta) -> HostGroup:
-    """Builds a group over all ranks of the initialised process group. All ranks call it.
+    """Builds a group over all ranks of the initialised default process group. All ranks must call this function.
 
     Args:
         timeout: longest time that an operation may wait.

@@ -1,4 +1,4 @@
-"""Converts plain values to JSON and tensors for another rank, and back; nothing is pickled."""
+"""Converts plain values to JSON and tensors, to send them to another rank, and back; nothing is pickled."""
 
 import json
 from typing import Any
@@ -16,14 +16,14 @@ _DTYPES = {
 
 
 def pack(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Splits a value into JSON and its tensors, which are made contiguous; the tensors must be in host memory.
+    """Splits a value into JSON and a list of its CPU tensors, made contiguous.
 
     Args:
         value: None, a bool, an int, a float, a string, a tensor, or a list, tuple, `torch.Size` or dict (whose keys are
             strings) of such values. NaN, infinities and strings of invalid Unicode are preserved.
 
     Raises:
-        TypeError: for a value of another type, or a tensor on a device.
+        TypeError: for a value of any other type, or a tensor that is not on the CPU.
     """
     tensors: list[Tensor] = []
     body = _to_json(value, tensors)
@@ -32,7 +32,7 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def unpack_tensors(header: bytes) -> list[Tensor]:
-    """Returns uninitialised tensors with the shapes and dtypes in the JSON of `pack`."""
+    """Returns uninitialised tensors with the shapes and dtypes that the JSON of `pack` lists."""
     kinds, _ = json.loads(header)
     return [torch.empty(shape, dtype=_DTYPES[dtype]) for dtype, *shape in kinds]
 

@@ -27,8 +27,8 @@ class Mesh:
     Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank, so that
     tensor-parallel peers, which communicate most, are neighbours on one node.
 
-    Process groups and `sum_*` take only tensors on this rank's device, as NCCL does. Host values, such as counts and
-    names, are sent through `host`, `data_host`, `tensor.host` or `pipeline.host`.
+    Process groups and the methods `sum_*` accept only tensors on this rank's device, because NCCL rejects CPU tensors.
+    Send host values, such as counts and names, through `host`, `data_host`, `tensor.host` or `pipeline.host`.
     """
 
     host: HostGroup = field(default_factory=HostGroup)
@@ -37,23 +37,24 @@ class Mesh:
     """Group of the ranks in `data_parallel_group` for host values."""
 
     data_parallel_group: dist.ProcessGroup | None = None
-    """Ranks that hold the same part of the model and different samples."""
+    """Process group of the ranks that hold the same part of the model and different samples."""
     data_parallel_rank: int = 0
     """This rank's number in `data_parallel_group`."""
     data_parallel_size: int = 1
     """Number of ranks in `data_parallel_group`."""
     model_parallel_group: dist.ProcessGroup | None = None
-    """Ranks that together hold one copy of the model: tensor x pipeline."""
+    """Process group of the ranks that together hold one copy of the model: tensor x pipeline."""
     tensor: TensorParallel = field(default_factory=TensorParallel)
-    """Ranks that hold different parts of every layer and the same samples."""
+    """Group of the ranks that hold different parts of every layer and the same samples."""
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)
-    """Ranks that hold different layers and the same samples."""
+    """Group of the ranks that hold different layers and the same samples."""
     all_coords: tuple[RankCoords, ...] = (RankCoords(0, 0, 0),)
     """Coordinates of each global rank."""
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
     """Name of each global rank's host."""
     store: dist.Store | None = None
-    """Store where the ranks met: torch's groups use it as long as they live, but keep no Python object alive."""
+    """Store of the process group. The mesh keeps a reference, because torch's groups use the store but would not keep a
+    Python object alive."""
     activity: Activity = field(default_factory=Activity)
     """Step and phase of this rank; `runtime.Watchdog` reports them to the other ranks."""
 
@@ -64,12 +65,12 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Returns whether this rank is the main rank, global rank 0, which alone prints, plots and renames files."""
+        """Returns whether this rank is the main rank, global rank 0; only it prints and writes reports."""
         return self.pipeline.is_first and self.data_parallel_rank == 0 and self.tensor.rank == 0
 
     @property
     def is_reader(self) -> bool:
-        """Returns whether this rank reads data: tensor-parallel rank 0 of the first and of the last stage does."""
+        """Returns whether this rank reads data: true on tensor-parallel rank 0 of the first and the last stage."""
         return (self.pipeline.is_first or self.pipeline.is_last) and self.tensor.rank == 0
 
     @property
@@ -83,12 +84,12 @@ class Mesh:
         return self.data_parallel_size * self.model_parallel_size
 
     def describe_layout(self) -> str:
-        """Returns the number of ranks along each axis as readable text."""
+        """Returns the number of ranks along each axis as text for people."""
         axes = f"{self.data_parallel_size} data-parallel x {self.tensor.size} tensor-parallel ranks"
         return axes if self.pipeline.size == 1 else f"{self.pipeline.size} stages of {axes}"
 
     def describe(self, rank: int) -> str:
-        """Returns a text for messages that names a global rank, its coordinates and its host."""
+        """Returns the number, the coordinates and the host of a global rank as text for messages."""
         return f"rank {rank} ({self.all_coords[rank]}, host {self.hosts[rank]})"
 
     def sum_over_data(self, values: Tensor) -> Tensor:
@@ -113,12 +114,12 @@ class Mesh:
         return values
 
     def gather_rows_over_data(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Gathers the rows of `x` from all data-parallel ranks and concatenates them in the order of the ranks.
+        """Gathers the rows of `x` from all data-parallel ranks and concatenates them in rank order.
 
-        `x` is a device tensor. Each rank sends max(lengths) rows.
+        Each rank sends max(lengths) rows.
 
         Args:
-            x: rows of this rank; all dimensions but the first are equal on all ranks.
+            x: device tensor with the rows of this rank; only the first dimension may differ between ranks.
             lengths: number of rows of each data-parallel rank.
         """
         if self.data_parallel_size == 1:
@@ -132,7 +133,7 @@ class Mesh:
         return torch.cat([piece[:length] for piece, length in pieces])
 
     def name_ranks(self, ranks: Iterable[int]) -> str:
-        """Names global ranks by host, such as "ranks 4-7 (host b) and rank 9 (host c)"."""
+        """Lists global ranks by host as text for messages, such as "ranks 4-7 (host b), rank 9 (host c)"."""
         by_host: dict[str, list[int]] = {}
         for rank in ranks:
             by_host.setdefault(self.hosts[rank], []).append(rank)
@@ -149,7 +150,8 @@ class Mesh:
             way_out: sentence that tells the user what to do.
 
         Raises:
-            ConfigError: on all ranks, if a value differs; the message names the ranks that differ from rank 0.
+            ConfigError: on all ranks, if the value differs between ranks; the message names the ranks that differ from
+                rank 0.
         """
         if self.num_ranks == 1:
             return
@@ -162,16 +164,19 @@ class Mesh:
             )
 
     def barrier(self) -> None:
-        """Waits until all ranks have called it; does not wait for their devices."""
+        """Waits until all ranks have called this method; does not wait for work on their devices."""
         self.host.barrier()
 
     def close(self) -> None:
-        """Waits for all ranks, then leaves the process group, so that no rank uses the store after rank 0 has ended."""
+        """Waits for all ranks, then leaves the process group.
+
+        The wait ensures that no rank still uses the store, which rank 0 may hold, after rank 0 has ended.
+        """
         self.barrier()
         self.leave()
 
     def leave(self) -> None:
-        """Leaves the process group at once; if it is not left, its threads abort the process at exit."""
+        """Leaves the process group at once; otherwise the group's threads would abort the process at exit."""
         dist.destroy_process_group()
 
 
@@ -179,10 +184,10 @@ class ModelParallelUnit:
     """Describes the mesh to DeepSpeed through its `mpu` interface, whose method names come from Megatron-LM.
 
     DeepSpeed sums gradient norms and overflow flags over the "model parallel" group. It counts parameters marked
-    `tensor_model_parallel` on all ranks of that group, and other parameters only on model-parallel rank 0. So the
-    model-parallel group spans one copy of the model with all stages, and the model-parallel rank is the tensor-parallel
-    rank. The model-parallel size is the tensor-parallel size; only DeepSpeed's own checkpoints read it, and they are
-    not used.
+    `tensor_model_parallel` on all ranks of this group, and all other parameters only on model-parallel rank 0.
+    Therefore the model-parallel group contains all ranks of one copy of the model, including all pipeline stages, and
+    the model-parallel rank is the tensor-parallel rank. The model-parallel size is the tensor-parallel size; DeepSpeed
+    reads this size only for its own checkpoints, which this program does not use.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -205,7 +210,7 @@ class ModelParallelUnit:
         return self._mesh.model_parallel_group
 
     def get_model_parallel_rank(self) -> int:
-        """Returns the tensor-parallel rank; DeepSpeed counts replicated parameters only on rank 0."""
+        """Returns the tensor-parallel rank; DeepSpeed counts replicated parameters only where this rank is 0."""
         return self._mesh.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
@@ -214,11 +219,11 @@ class ModelParallelUnit:
 
 
 def build_mesh(parallel: ParallelConfig, store: dist.Store | None = None) -> Mesh:
-    """Builds the mesh over all ranks of the initialised process group. All ranks call it; they exchange host names.
+    """Builds the mesh over all ranks of the initialised process group. All ranks call this and exchange host names.
 
     Args:
         parallel: the layout and the time-out.
-        store: store of the process group, if it is a Python object of ours.
+        store: store of the process group, to keep alive if it is a Python object; None otherwise.
 
     Raises:
         ConfigError: if the layout does not divide the number of ranks.
@@ -257,12 +262,12 @@ def build_mesh(parallel: ParallelConfig, store: dist.Store | None = None) -> Mes
 
 
 def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
-    """Creates disjoint groups over all ranks, and returns the group of this rank. All ranks call it.
+    """Creates one process group per row, and returns the group that contains this rank. All ranks must call it.
 
     Args:
-        rows: global ranks, one row per group.
-        timeout: longest time of a collective. torch does not take it from the first process group: its default is half
-            an hour.
+        rows: global ranks of each group; every rank is in exactly one row.
+        timeout: longest time of a collective. A new group does not inherit the default group's time-out: torch would
+            use half an hour.
     """
     groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows.tolist()]
     (own,) = (group for group, ranks in zip(groups, rows.tolist(), strict=True) if dist.get_rank() in ranks)

@@ -10,16 +10,16 @@ from torch import Tensor
 from beit3_ds.parallel.host_group import HostGroup
 
 ChannelKey = tuple[bool, bool]
-"""Kind and direction of a message: (True for activations, False for gradients; True if it goes to a higher stage)."""
+"""Kind and direction of a message: (whether it is an activation or a gradient, whether it goes to a higher stage)."""
 
 
 @dataclass(frozen=True)
 class PipelineParallel:
-    """Describes this rank's stage and its process groups. A pipeline of one stage is valid and sends nothing.
+    """Describes this rank's pipeline stage and its process groups. A pipeline of one stage is valid and sends nothing.
 
     The stages form a ring. Activations go to the next stage and, with interleaved model chunks, from the last stage to
-    the first. Gradients go the other way. Each kind and direction of messages has its own process group, so two
-    neighbours that send to each other at the same time do not block each other.
+    the first. Gradients go in the opposite direction. Each kind and direction of messages has its own process group, so
+    that two neighbours that send to each other at the same time do not block each other.
     """
 
     ranks: tuple[int, ...] = (0,)
@@ -27,7 +27,7 @@ class PipelineParallel:
     rank: int = 0
     """Stage of this rank, from 0."""
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
-    """Process group per kind and direction; messages are device tensors."""
+    """Process group for each kind and direction of messages, which are device tensors."""
     host: HostGroup = field(default_factory=HostGroup)
     """Group of the stages of this pipeline, in order, for host values."""
 
@@ -47,12 +47,12 @@ class PipelineParallel:
         return self.rank == self.size - 1
 
     def send(self, x: Tensor, *, forward: bool) -> "Message":
-        """Starts sending an activation to the next stage, or a gradient to the previous one; returns at once."""
+        """Starts sending an activation to the next stage, or a gradient to the previous stage; returns at once."""
         work = dist.isend(x, group=self._channel(forward, self.rank, self._next(forward)), dst=self._peer(forward))
         return Message(x, work)
 
     def receive(self, x: Tensor, *, forward: bool) -> "Message":
-        """Starts receiving into `x` the activation of the previous stage, or the gradient of the next one."""
+        """Starts receiving an activation from the previous stage, or a gradient from the next stage, into `x`."""
         source = self._next(not forward)
         work = dist.irecv(x, group=self._channel(forward, source, self.rank), src=self.ranks[source])
         return Message(x, work)
@@ -72,11 +72,11 @@ class Message:
     """Tracks a tensor that is being sent or received."""
 
     tensor: Tensor
-    """Tensor to send, kept alive until it is sent, or tensor that receives the data."""
+    """Tensor that is sent, kept alive until then, or tensor that receives the data."""
     work: Any
 
     def has_left(self) -> bool:
-        """Returns whether the tensor is known to be sent, so that it may be freed; with gloo, only `wait` can tell."""
+        """Returns whether the transfer is complete, so the tensor may be freed; with gloo, True only after `wait`."""
         return bool(self.work.is_completed())
 
     def wait(self) -> Tensor:
@@ -88,13 +88,13 @@ class Message:
 def build_pipeline_parallel(
     rows: Tensor, rank: int, host: HostGroup, own_group: Callable[[Tensor], dist.ProcessGroup]
 ) -> PipelineParallel:
-    """Builds this rank's pipeline with its process groups; every rank must call it.
+    """Builds this rank's pipeline with its process groups; every rank must call this function.
 
     Args:
         rows: global ranks, one pipeline per row, ordered by stage.
         rank: stage of this rank.
         host: group of all ranks, for host values.
-        own_group: builds one group per row and returns this rank's group.
+        own_group: function that builds one process group per row and returns the group of this rank.
     """
     if rows.shape[1] == 1:
         return PipelineParallel()

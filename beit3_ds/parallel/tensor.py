@@ -28,7 +28,7 @@ _VOCAB_ALIGNMENT = 64  # rows; keeps matrix products of shards at the tile sizes
 
 @dataclass(frozen=True)
 class Split:
-    """Describes this rank's part of a parameter: indices [start, stop) of the logical tensor along `dim`."""
+    """Describes this rank's part of a parameter: indices [start, stop) of the unsplit tensor along `dim`."""
 
     dim: int
     start: int
@@ -40,15 +40,15 @@ class Split:
 
     @property
     def local_size(self) -> int:
-        """Returns the size of the local tensor along `dim`, with padding."""
+        """Returns the size of this rank's tensor along `dim`, with padding."""
         return self.stop - self.start + self.padding
 
     def take(self, whole: Tensor) -> Tensor:
-        """Returns this rank's part of the logical tensor, without padding, as a view."""
+        """Returns a view of this rank's part of the unsplit tensor; the part has no padding."""
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
     def trim(self, local: Tensor) -> Tensor:
-        """Returns the local tensor without padding, as a view."""
+        """Returns a view of this rank's tensor without its padding."""
         return local.narrow(self.dim, 0, self.stop - self.start)
 
 
@@ -63,7 +63,7 @@ class TensorParallel:
     size: int = 1
     """Number of ranks in the group, P."""
     host: HostGroup = field(default_factory=HostGroup)
-    """Group of the same ranks for host values; `group` takes device tensors only."""
+    """Group of the P ranks for host values; `group` accepts only device tensors."""
     sequence_parallel: bool = False
     """Whether the ranks split the rows of the stream between the tensor-parallel layers."""
 
@@ -73,14 +73,14 @@ class TensorParallel:
         return self.sequence_parallel and self.size > 1
 
     def own_row_range(self, num_rows: int) -> tuple[int, int]:
-        """Returns the range [start, stop) of this rank's rows; `stop` exceeds `num_rows` if it holds padding rows."""
+        """Returns the range [start, stop) of this rank's rows; the part beyond `num_rows` is padding."""
         if not self.divides_rows:
             return 0, num_rows
         part = -(-num_rows // self.size)
         return self.rank * part, (self.rank + 1) * part
 
     def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]:
-        """Cuts row ranges down to this rank's rows, counted from its first row; the last range includes padding rows.
+        """Clips row ranges to this rank's rows and renumbers them from its first row; padding joins the last range.
 
         Args:
             slices: row ranges [start, stop) of the whole stream, which cover [0, num_rows) in order.
@@ -92,65 +92,66 @@ class TensorParallel:
         return list(itertools.pairwise(own))
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Returns this rank's rows of a replicated tensor, with padding rows; forward and backward send nothing."""
+        """Returns this rank's rows of a replicated tensor, padded to n rows; forward and backward send nothing."""
         if not self.divides_rows:
             return x
         start, stop = self.own_row_range(len(x))
         return _pad_rows(x[start:stop], stop - start)
 
     def scatter_rows(self, x: Tensor) -> Tensor:
-        """Splits a replicated tensor (T, D) along its rows and returns this rank's part.
+        """Splits the rows of a replicated tensor, (T, D), over the ranks and returns this rank's rows.
 
-        Forward sends nothing; backward all-gathers P * n * D elements.
+        With sequence parallelism forward sends nothing, and backward all-gathers P * n * D elements. Without sequence
+        parallelism this is the identity.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
     def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
-        """Gathers the rows of all ranks to (T, D), for a computation that every rank does with all rows.
+        """Gathers the rows of all ranks, (T, D), for a computation that every rank repeats on all rows.
 
-        Forward all-gathers P * n * D elements; backward sends nothing.
+        With sequence parallelism forward all-gathers P * n * D elements, and backward sends nothing. Without sequence
+        parallelism this is the identity.
         """
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 
     def gather_from(self, x: Tensor, num_rows: int) -> Tensor:
-        """Passes all rows of the stream, (T, D), to the tensor-parallel region; backward sums their gradients.
+        """Gathers all rows of the stream, (T, D), as input of tensor-parallel layers; backward sums the gradients.
 
-        With sequence parallelism forward all-gathers and backward reduce-scatters P * n * D elements. Without it this
-        is `copy_to`.
+        With sequence parallelism forward all-gathers and backward reduce-scatters P * n * D elements. Without sequence
+        parallelism this is `copy_to`.
         """
         return _GatherFrom.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
     def reduce_scatter_to(self, x: Tensor) -> Tensor:
         """Sums the partial results of all ranks, (T, D), and returns this rank's rows of the sum.
 
-        With sequence parallelism forward reduce-scatters and backward all-gathers P * n * D elements. Without it this
-        is `reduce_from`.
+        With sequence parallelism forward reduce-scatters and backward all-gathers P * n * D elements. Without sequence
+        parallelism this is `reduce_from`.
         """
         return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Returns the given replicated parameters, and sums their gradients over the ranks in backward.
+        """Returns replicated parameters unchanged; backward sums their gradients over the ranks.
 
-        With sequence parallelism, each rank applies the parameters to its own rows only, and backward all-reduces all
+        With sequence parallelism, each rank applies the parameters only to its own rows, and backward all-reduces all
         gradients in one message. Without sequence parallelism, nothing is sent. Under ZeRO-3, the parameters stay
-        gathered until backward; norms and biases need little memory.
+        gathered until backward, so use this only for small parameters such as norms and biases.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
     def split(self, size: int, dim: int = 0) -> Split:
-        """Returns this rank's part of a dimension; `size` must be a multiple of P."""
+        """Splits dimension `dim` evenly over the ranks and returns this rank's part; P must divide `size`."""
         assert size % self.size == 0, f"{self.size} tensor-parallel ranks do not divide {size}"
         part = size // self.size
         return Split(dim, self.rank * part, (self.rank + 1) * part, size)
 
     def split_vocabulary(self, size: int) -> Split:
-        """Splits a vocabulary and returns this rank's rows, which are ceil(size / P) in number.
+        """Splits the rows of a vocabulary over the ranks and returns this rank's part.
 
-        The number is rounded up to a multiple of 64 if size is at least 64 P.
-
-        Rows beyond the vocabulary are padding; the last ranks may hold only padding. All ranks hold equally many rows,
-        so that ZeRO cuts the flat buffers of all ranks at the same places, which keeps replicated parameters bitwise
-        equal. With P = 1 there is no padding.
+        Every rank holds ceil(size / P) rows, rounded up to a multiple of 64 if size is at least 64 P. Rows beyond the
+        vocabulary are padding; the last ranks may hold only padding. All ranks hold equally many rows, so that ZeRO
+        cuts the flat buffers of all ranks at the same places, which keeps replicated parameters bitwise equal. With
+        P = 1 there is no padding.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
         alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1
@@ -159,14 +160,14 @@ class TensorParallel:
         return Split(0, start, stop, size, part - (stop - start))
 
     def copy_to(self, x: Tensor) -> Tensor:
-        """Copies a replicated tensor to the tensor-parallel region (operator f of section 3).
+        """Passes a replicated tensor to tensor-parallel layers (operator f of section 3).
 
         Forward is the identity and sends nothing; backward all-reduces x.numel() elements.
         """
         return x if self.size == 1 else _CopyTo.apply(x, self.group)
 
     def reduce_from(self, x: Tensor) -> Tensor:
-        """All-reduces the partial results of the tensor-parallel region (operator g of section 3).
+        """Sums the partial results of tensor-parallel layers over the ranks (operator g of section 3).
 
         Forward all-reduces x.numel() elements; backward is the identity and sends nothing.
         """
@@ -179,7 +180,7 @@ class TensorParallel:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Gathers tensors of one shape into (P, ...), without a gradient; sends x.numel() elements."""
+        """Gathers the equally shaped tensors of all ranks to (P, ...) without gradients; sends x.numel() elements."""
         parts = [x] if self.size == 1 else [torch.empty_like(x) for _ in range(self.size)]
         if self.size > 1 and x.numel():
             dist.all_gather(parts, x.contiguous(), group=self.group)
@@ -187,14 +188,14 @@ class TensorParallel:
 
 
 def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn.Parameter:
-    """Builds a parameter for this rank's part of a logical tensor; only the padding gets values.
+    """Builds a parameter for this rank's part of a tensor; sets only the padding and leaves the rest uninitialised.
 
-    Its attribute `parallel_split` is `split`. Its attribute `tensor_model_parallel` tells DeepSpeed that the ranks hold
-    different parts; without it the gradient norm would count only one rank's part.
+    The parameter's attribute `parallel_split` is `split`. Its attribute `tensor_model_parallel` tells DeepSpeed that
+    the ranks hold different parts; otherwise the gradient norm would count only one rank's part.
 
     Args:
         split: this rank's part.
-        shape: the logical shape.
+        shape: shape of the unsplit tensor.
         padding_value: value of the padding.
     """
     local = list(shape)
@@ -214,11 +215,11 @@ def is_split(parameter: nn.Parameter) -> bool:
 
 
 def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> torch.Size:
-    """Returns the logical shape of a parameter: the shape that it has without any parallelism.
+    """Returns the logical shape of a parameter: its shape without any parallelism.
 
     Args:
         parameter: this rank's parameter.
-        local: shape of this rank's part; None takes the shape of `parameter`, which is wrong under ZeRO-3.
+        local: shape of this rank's part. None uses `parameter.shape`, which is wrong under ZeRO-3.
     """
     split: Split | None = getattr(parameter, "parallel_split", None)
     shape = list(parameter.shape if local is None else local)
@@ -228,18 +229,18 @@ def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> t
 
 
 def own_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Returns a view of the part of `whole` that this rank holds of a parameter, without padding."""
+    """Returns a view of this rank's part of `whole`, the unsplit values of `parameter`; the part has no padding."""
     split: Split | None = getattr(parameter, "parallel_split", None)
     return whole if split is None else split.take(whole)
 
 
 def logical_part(parameter: nn.Parameter, local: Tensor | None = None) -> Tensor:
-    """Returns a view of a parameter, or of a tensor of its shape, without padding; the shape is that of `own_part`.
+    """Returns a view of this rank's parameter, or of `local`, without padding; it has the shape of `own_part`.
 
     Args:
-        parameter: the parameter, whose split gives the padding.
-        local: tensor of the same local shape to view instead of the parameter, such as its gradient, or its values
-            under ZeRO-3.
+        parameter: parameter whose split defines the padding.
+        local: tensor to view instead of the parameter, such as its gradient, or its values under ZeRO-3. It has the
+            shape of this rank's part with padding. None uses the parameter.
     """
     local = parameter if local is None else local
     split: Split | None = getattr(parameter, "parallel_split", None)

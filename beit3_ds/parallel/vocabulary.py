@@ -1,4 +1,4 @@
-"""Splits the vocabulary of an embedding and of a cross entropy over the tensor-parallel ranks."""
+"""Provides an embedding and a cross-entropy head whose vocabulary is split over the tensor-parallel ranks."""
 
 # S tokens, M rows, D hidden, V rows of this rank's part of the vocabulary, padding included.
 
@@ -15,10 +15,11 @@ from beit3_ds.kernels.ops.linear_cross_entropy import Partials, linear_cross_ent
 from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 
 PADDING_BIAS = -1e4
-"""Bias of a head's padding rows; their weights are 0.
+"""Bias of a head's padding rows, whose weights are 0.
 
-It fits into half precision, but is so far below real logits that exp(difference) is exactly 0. So padding adds nothing
-to the cross entropy, and its gradients are exactly 0. AdamW never changes it, because biases have no weight decay."""
+The value fits into half precision, but is so far below real logits that exp(difference) is exactly 0. So padding rows
+add nothing to the cross entropy, and their gradients are exactly 0. AdamW never changes this bias, because biases have
+no weight decay."""
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -35,7 +36,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = split_parameter(self.split, vocab_size, hidden_size)
 
     def forward(self, ids_S: Tensor) -> Tensor:
-        """Looks up tokens, (S,) int64 in [0, vocabulary) -> (S, D)."""
+        """Returns the embeddings, (S, D), of token ids, (S,) int64 in [0, vocabulary)."""
         if self.tensor.size == 1:
             return embedding(ids_S, self.weight)
         local_S = ids_S - self.split.start
@@ -45,19 +46,19 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class RowLosses(NamedTuple):
-    """Holds the loss of each row, and whether its prediction is right."""
+    """Holds the loss of each row, and whether the row's prediction is correct."""
 
     loss: Tensor
     """Cross entropy, or divergence from smoothed labels, (M,) float32."""
     correct: Tensor
-    """Whether the target has the row's largest logit, (M,) bool."""
+    """Whether the target has the largest logit of the row, (M,) bool."""
 
 
 class VocabParallelHead(nn.Module):
     """Computes logits or cross entropies over a vocabulary that is split over the tensor-parallel group.
 
-    The logits come from a linear layer with bias. Its parameters are uninitialised except for their padding,
-    which has the logit `PADDING_BIAS`.
+    The logits come from a linear layer with bias. Its parameters are uninitialised, except for the padding rows: their
+    weights are 0 and their bias is `PADDING_BIAS`.
     """
 
     def __init__(
@@ -73,11 +74,11 @@ class VocabParallelHead(nn.Module):
         Args:
             hidden_size: D.
             vocab_size: size of the whole vocabulary.
-            chunk_size: largest number of rows whose logits exist at a time. None keeps all logits for the backward
-                pass, which is faster for a small vocabulary.
+            chunk_size: largest number of rows whose logits are in memory at a time. None keeps all logits for the
+                backward pass, which is faster for a small vocabulary.
             tensor: the tensor-parallel group.
-            label_smoothing: probability that the labels give to all columns other than the target, in total; 0 gives
-                the cross entropy.
+            label_smoothing: total label probability of all columns other than the target; 0 gives the plain cross
+                entropy.
         """
         super().__init__()
         self.label_smoothing = label_smoothing
@@ -86,7 +87,7 @@ class VocabParallelHead(nn.Module):
         self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
 
     def tie_weight(self, weight: nn.Parameter | None) -> None:
-        """Uses another module's parameter as the weight matrix; None makes the weight a buffer that is not saved."""
+        """Replaces the weight matrix with another module's parameter; None uses a buffer that is not saved."""
         own = self.weight
         del self.weight
         if weight is None:
@@ -95,10 +96,10 @@ class VocabParallelHead(nn.Module):
             self.weight = weight
 
     def forward(self, h_MD: Tensor, target_M: Tensor) -> RowLosses:
-        """Returns each row's loss and whether its target is predicted, equal on all ranks.
+        """Returns the loss of each row, and whether its prediction is correct; equal on all ranks.
 
-        Forward all-reduces 3 * M floats (maximum; sum and target's logit), and M more with label smoothing; backward
-        all-reduces M * D elements.
+        Forward all-reduces 3 * M floats (largest logit; sum of exponentials and target logit), and M more with label
+        smoothing. Backward all-reduces M * D elements.
 
         Args:
             h_MD: input rows, the same on all ranks.
@@ -118,9 +119,10 @@ class VocabParallelHead(nn.Module):
         return RowLosses(loss_M, joined[0].target_logit >= joined[0].largest)
 
     def logits(self, h_MD: Tensor) -> Tensor:
-        """Returns the logits of each row over the whole vocabulary, on all ranks, for predictions.
+        """Returns the logits of each row over the whole vocabulary, (M, vocabulary), on all ranks.
 
-        Forward all-reduces M * vocabulary elements. Gradients are not reduced over the ranks.
+        Use this only for predictions, because gradients are not reduced over the ranks. Forward all-reduces
+        M * vocabulary elements.
         """
         local_MV = F.linear(h_MD, self.weight, self.bias)
         if self.tensor.size == 1:

@@ -1,8 +1,8 @@
 """Searches for the most likely captions of images, exactly as the reference's captioning does.
 
-A caption is BOS, its words, and a placeholder (the mask token in whose place the next word is predicted). Its score is
-the sum of the log-probabilities of its words and of its end, divided by length ** length_penalty, where the length
-counts BOS and the placeholder.
+A caption consists of BOS, its words and a placeholder. The placeholder is a mask token, at which the model predicts the
+next word. The score of a caption is the sum of the log-probabilities of its words and of EOS, divided by
+length ** length_penalty. The length counts BOS, the words and the placeholder.
 """
 
 # I images, B beams, R captions, V vocabulary.
@@ -19,7 +19,7 @@ from beit3_ds.model.generation.decoder import CaptionDecoder
 from beit3_ds.model.task_model import TaskModel
 
 _CANDIDATES_PER_BEAM = 3
-"""Number of continuations per beam that each step considers; equal to the reference's."""
+"""Number of continuations per beam that each step considers, as in the reference."""
 
 
 class SpecialIds(Protocol):
@@ -27,11 +27,11 @@ class SpecialIds(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """Returns the id with which a caption begins."""
+        """Returns the id of BOS, the first token of every caption."""
 
     @property
     def eos_id(self) -> int:
-        """Returns the id with which a caption ends."""
+        """Returns the id of EOS, the last token of every caption."""
 
     @property
     def mask_id(self) -> int:
@@ -40,14 +40,14 @@ class SpecialIds(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearch:
-    """Configures the search; the defaults are those of the reference's captioning."""
+    """Configures the search; the defaults equal the reference's captioning settings."""
 
     num_beams: int = 3
     """Number of unfinished captions kept per image; 1 is greedy search."""
     length_penalty: float = 0.6
-    """Exponent of the length by which the log-probability of a caption is divided; larger values favour long ones."""
+    """Exponent of the length in the score of a caption; larger values favour long captions."""
     max_length: int = 20
-    """Maximum ids of a caption, with BOS, the placeholder and EOS; so at most `max_length` - 3 words."""
+    """Maximum number of ids of a caption, including BOS, the placeholder and EOS: at most `max_length` - 3 words."""
 
     def __post_init__(self) -> None:
         if self.num_beams < 1 or self.max_length < 4:
@@ -74,14 +74,14 @@ def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamS
     on the other images.
 
     Args:
-        model: a whole model that takes pairs, with a head that predicts words, in evaluation mode.
+        model: a model in evaluation mode, with all layers and a head that predicts words; must accept pairs.
         pixels: images, (I, 3, image_size, image_size) in [-1, 1], on the model's device.
         tokens: ids of BOS, EOS and the mask token, such as a `TextTokenizer`.
         search: beams, length penalty and maximum length; None is `BeamSearch()`.
 
     Raises:
-        ConfigError: if the model takes no pairs, has no head that predicts words, has fewer positions than a caption
-            may need, or fewer words than a step considers.
+        ConfigError: if the model does not accept pairs or has no head that predicts words, if `max_length` exceeds its
+            text positions, or if its vocabulary is smaller than the number of candidates per step.
     """
     search = search or BeamSearch()
     _check(model, search)
@@ -126,10 +126,10 @@ class _ImageSearch:
         return [words[-1] for words in self._words]
 
     def advance(self, scores: Sequence[float], indices: Sequence[int], vocab_size: int) -> bool:
-        """Continues the beams with the best candidates; returns whether the search continues.
+        """Extends the beams by the best candidates, and returns whether the search of this image continues.
 
         Args:
-            scores: log-probabilities of the candidates with all their words, in descending order.
+            scores: log-probability of each candidate, summed over all its words, in descending order.
             indices: beam * vocab_size + word of each candidate.
             vocab_size: size of the vocabulary, V.
         """
@@ -156,7 +156,7 @@ class _ImageSearch:
 
 
 def _places_of_active(is_active: Sequence[bool]) -> list[int]:
-    """Returns, for each place that remains, the index of the image to put there; the last images fill the gaps."""
+    """Returns the index of the image for each remaining place; images from the end replace finished images."""
     order = list(range(len(is_active)))
     for place in reversed(order.copy()):
         if not is_active[place]:

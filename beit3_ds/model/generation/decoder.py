@@ -1,8 +1,8 @@
-"""Predicts the next words of captions with cached keys and values, so every image and word is computed once.
+"""Predicts the next words of captions with cached keys and values, so every image and word is computed only once.
 
-Captions see their image and the words before them (`SequenceLayout.causal_captions`), so keys and values of images and
-of earlier words never change. Images are computed as pairs with empty captions, because the experts of a pair differ
-from those of a lone image.
+A word attends to its image and to earlier words (`SequenceLayout.causal_captions`), so keys and values of images and of
+earlier words never change. Images are encoded as pairs with empty captions, because pairs use other experts than images
+alone.
 """
 
 # I images, B beams, R = I * B captions, N rows per image, L words so far (BOS included), D hidden, H heads,
@@ -21,23 +21,23 @@ from beit3_ds.model.task_model import TaskModel
 
 
 class CaptionDecoder:
-    """Holds the keys and values of some images and of the captions that are being written for them.
+    """Holds the cached keys and values of images and of their unfinished captions.
 
-    Every image has the same number of captions (beams), whose rows are consecutive. The beams of an image share its
-    keys and values.
+    Every image has the same number of captions (beams). The captions of one image are consecutive and share the keys
+    and values of the image.
     """
 
     def __init__(self, model: TaskModel, pixels: Tensor, mask_id: int) -> None:
-        """Encodes images.
+        """Encodes the images and caches their keys and values.
 
         Args:
-            model: a model that takes pairs, with all layers and a head that predicts words. Tensor-parallel ranks that
-                divide it make the same calls; sequence parallelism is not supported.
+            model: a model with all layers and a head that predicts words; must accept pairs. Under tensor parallelism,
+                all ranks make the same calls. Sequence parallelism is not supported.
             pixels: images, (I, 3, image_size, image_size) in [-1, 1], on the model's device.
-            mask_id: id of the mask token, in whose place a word is predicted.
+            mask_id: id of the mask token, at which the model predicts the next word.
 
         Raises:
-            ConfigError: if the model takes no pairs or has no head that predicts words.
+            ConfigError: if the model does not accept pairs or has no head that predicts words.
         """
         words = None if model.heads is None else model.heads.word_table
         if words is None or "pairs" not in model.config.inputs or model.embeddings is None:
@@ -55,10 +55,10 @@ class CaptionDecoder:
         self._encode_images(pixels)
 
     def next_words(self, ids_R: Tensor) -> Tensor:
-        """Appends a word to every caption and returns the log-probabilities of the next words, (R, V) float32.
+        """Appends a word to every caption and returns the log-probabilities of the next word, (R, V) float32.
 
         Args:
-            ids_R: the next id of each caption, at first BOS of one caption per image.
+            ids_R: id to append to each caption. The first call must pass BOS for one caption per image.
         """
         position = self._num_words
         pairs_R2 = torch.stack([ids_R, torch.full_like(ids_R, self._mask_id)], dim=1)
@@ -74,10 +74,10 @@ class CaptionDecoder:
         return self._predict(x_SD[1::2])
 
     def select(self, rows: Sequence[int]) -> None:
-        """Replaces the captions by copies of selected captions; every image must get the same number.
+        """Replaces all captions with copies of selected captions; all images must get the same number of captions.
 
         Args:
-            rows: index of the caption to copy, for each new caption.
+            rows: for each new caption, the index of the caption to copy.
         """
         index = torch.tensor(rows, dtype=torch.int64, device=self._captions[0][0].device)
         self._captions = [
@@ -85,11 +85,11 @@ class CaptionDecoder:
         ]
 
     def drop_images(self, order: Sequence[int]) -> None:
-        """Keeps the caches of some images and drops the others; `select` must follow.
+        """Keeps the caches of the images in `order` and drops all other images; call `select` next.
 
         Args:
-            order: index of the image to keep at each place. Entry i is i, or an index past the end of `order`: only
-                images from the end move, each into the place of a dropped image.
+            order: index of the image to keep at each place. Entry i is either i, or an index from len(order) on: then
+                this image moves to the place of dropped image i.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):
@@ -129,7 +129,10 @@ class CaptionDecoder:
         self._captions = [(keys, keys) for keys in empty]
 
     def _attend_to_cache(self, number: int) -> tuple[Callable[..., Tensor], list[tuple[Tensor, Tensor]]]:
-        """Returns attention of every caption's newest word and mask token, and a list that gets its keys and values."""
+        """Returns an attention function for block `number`, and a list that receives the captions' keys and values.
+
+        The function attends from the newest word and the mask token of every caption to the image and the caption.
+        """
         image_keys, image_values = self._images[number]
         old_keys, old_values = self._captions[number]
         kept: list[tuple[Tensor, Tensor]] = []
@@ -156,17 +159,17 @@ class CaptionDecoder:
 def attend_to_image_and_caption(
     q_RH2K: Tensor, image_keys: Tensor, image_values: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Computes attention of two rows per caption, (R, H, 2, K), to its image and to the caption up to the row.
+    """Computes causal attention of the last two rows of each caption to the image and the caption, (R, H, 2, K).
 
-    The rows of all captions of an image are multiplied with its keys at once, so the keys and values are neither
-    copied nor read more than once.
+    All captions of an image are multiplied with the image's keys at once, so these keys and values are neither copied
+    nor read more than once.
 
     Args:
-        q_RH2K: queries of the newest word and of the mask token behind it.
+        q_RH2K: queries of the last two rows of each caption: the newest word, and the mask token after it.
         image_keys: keys of the images, (I, H, N, K).
-        image_values: values of the images, alike.
-        keys: keys of the captions, both rows included, (R, H, L + 1, K).
-        values: values of the captions, alike.
+        image_values: values of the images, (I, H, N, K).
+        keys: keys of the captions, including the last two rows, (R, H, L + 1, K).
+        values: values of the captions, including the last two rows, (R, H, L + 1, K).
     """
     num_images, num_rows = len(image_keys), image_keys.shape[2]
     beams = len(q_RH2K) // num_images
@@ -187,5 +190,5 @@ def attend_to_image_and_caption(
 
 
 def _by_sequence(x_THK: Tensor, count: int) -> Tensor:
-    """Views rows of `count` sequences of equal length as (sequences, H, rows, K)."""
+    """Returns packed rows of `count` sequences of equal length as a view, (sequences, H, rows, K)."""
     return x_THK.unflatten(0, (count, -1)).transpose(1, 2)
