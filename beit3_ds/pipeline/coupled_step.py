@@ -67,7 +67,7 @@ class CoupledStep:
         ]
 
     def total(self, number: int, features: StepFeatures) -> Tensor:
-        """Returns <features, gradient> of a micro-batch, a scalar whose gradients are those of the loss.
+        """Returns the inner product of features and their gradients; its backward pass gives the loss's gradients.
 
         A step of one micro-batch needs no first pass: its features are differentiated here, and the graph is kept.
 
@@ -87,10 +87,10 @@ class CoupledStep:
 
 
 def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: Mesh) -> Tensor:
-    """Returns this rank's share of the sums of terms over the samples of all data-parallel ranks, (K,) float32.
+    """Returns the sums of the terms over the samples of all data-parallel ranks, (K,) float32; zeros except on rank 0.
 
-    All data-parallel ranks of the last stage call it. Sends the number of rows and the rows of every tensor to all of
-    them.
+    All data-parallel ranks of the last stage must call this function. Each sends the number of rows and the rows of
+    every feature tensor to all others.
 
     Args:
         step_loss: sums of the terms over a whole step.
@@ -102,9 +102,9 @@ def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: 
 
 
 def gather_features(micro_batches: Sequence[StepFeatures], mesh: Mesh) -> tuple[StepFeatures, dict[str, slice]]:
-    """Returns detached features of all data-parallel ranks, ordered by rank, and the rows that are this rank's.
+    """Gathers detached features of all data-parallel ranks, and returns them with this rank's slice of each tensor.
 
-    Ranks may have different numbers of rows. All data-parallel ranks call it.
+    Rows are in rank order; ranks may have different numbers of rows. All data-parallel ranks must call this function.
     """
     first = micro_batches[0]
     joined = {name: torch.cat([features.rows[name].detach() for features in micro_batches]) for name in first.rows}

@@ -87,10 +87,10 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
 
 
 def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
-    """Clears ZeRO-3's buffer of gradients before a step in which this stage runs several model chunks.
+    """Clears ZeRO-3's gradient buffer before a step in which this stage runs several model chunks.
 
-    The first backward pass of a step overwrites the buffer; later ones add to it. A parameter of another model chunk is
-    not in the first backward pass, so its gradient would add to the one of the previous step.
+    The first backward pass of a step overwrites its part of the buffer; later passes add to it. The first pass covers
+    only one model chunk. So gradients of the other chunks would be added to the gradients of the previous step.
 
     Args:
         engine: the engine of this stage.
@@ -101,7 +101,7 @@ def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
 
 
 def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
-    """Runs one backward pass of a step, whichever forward pass came last.
+    """Runs one backward pass of a step, in any order of forward and backward passes.
 
     ZeRO clears its flags of a finished backward pass when a forward pass begins. In 1F1B, backward passes may follow
     each other without a forward pass between them. Gradients would then be wrong, or the step would fail with an

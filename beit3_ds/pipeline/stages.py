@@ -27,7 +27,7 @@ def stage_layers(chunks: Sequence[range], stage: int, num_stages: int) -> list[r
 
 
 def layer_costs(config: RunConfig, head_flops: float) -> list[float]:
-    """Returns the operations of each layer in one step, forward and backward, given those of the head."""
+    """Returns the forward and backward operations of each layer in one step; `head_flops` is the last layer's value."""
     costs = [3 * flops for flops in layer_flops(config.model, _expected_work(config))]
     return [*costs[:-1], head_flops]
 
@@ -70,7 +70,7 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """Returns the smallest sum of squares from `start` on (infinite if none is in the limit) and its borders."""
+        """Returns the smallest sum of squared costs from `start` on (infinite if impossible) and the chunk ends."""
         ends = [len(costs)] if chunks == 1 else range(start + 1, len(costs) - chunks + 2)
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())
         for end in ends:

@@ -21,7 +21,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Measures a piece of work."""
+        """Adds the time of the `with` block to the total."""
         if self._is_on_gpu:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -34,7 +34,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - begin
 
     def take(self) -> float:
-        """Returns the seconds since the last call; on a GPU it waits for the end of the work."""
+        """Returns the seconds measured since the last call; on a GPU, first waits until the measured work has ended."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000

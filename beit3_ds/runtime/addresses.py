@@ -26,12 +26,13 @@ def is_loopback(address: str) -> bool:
 def find_meeting_address(launch: Launch) -> str:
     """Returns the address at which rank 0 listens, as this host reaches it.
 
-    That is MASTER_ADDR. If the name means the loopback address on rank 0's own host (Debian writes 127.0.1.1 for it
-    into /etc/hosts) although other hosts have ranks, or no address of that host, it is that host's only other address.
+    Normally this is the address of MASTER_ADDR. On rank 0's host, the name may resolve to an address that the host does
+    not have. If other hosts have ranks, the name may resolve to a loopback address there (Debian writes 127.0.1.1 into
+    /etc/hosts). In both cases the result is the host's only other address.
 
     Raises:
-        OSError: if nobody knows the name.
-        ConfigError: if this is rank 0's host and it has several addresses that could be meant.
+        OSError: if the name cannot be resolved.
+        ConfigError: if this is rank 0's host and several of its addresses are possible.
     """
     assert launch.master_addr is not None
     found = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_STREAM)

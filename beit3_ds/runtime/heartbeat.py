@@ -103,7 +103,7 @@ class RankStatuses:
         ]
 
     def find_behind(self, seconds: float) -> list[int]:
-        """Returns the ranks that neither advanced nor waited for `seconds`, while another waited over half as long."""
+        """Returns the ranks without progress or waiting for over `seconds`, if a rank waits for over half as long."""
         if not any(status.beat.is_waiting and status.unchanged_seconds > seconds / 2 for status in self._ranks):
             return []
         return [

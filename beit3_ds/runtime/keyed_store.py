@@ -16,10 +16,10 @@ class ForgedValueError(RuntimeError):
 class KeyedStore(dist.Store):
     """Writes each value with a digest under a secret key, and verifies the digest before it returns a value.
 
-    The digest covers the value and its name, so a value is not valid under another name. Torch's process groups use
-    the store as any other, so the addresses at which gloo's ranks connect to each other are signed too. What carries no
-    digest: whether a key exists, counters (`add`, with which torch only lets ranks wait) and deletions. A value of the
-    same run may be replayed under its own name.
+    The digest covers the value and its name, so a value is not valid under another name. Torch's process groups also
+    use this store, so the addresses at which gloo's ranks connect to each other are signed too. Not protected are the
+    existence of keys, deletions, and counters (`add`), which torch uses only to make ranks wait. An attacker may
+    replay a value of this run under its own name.
     """
 
     def __init__(self, store: dist.Store, key: bytes) -> None:
@@ -38,15 +38,15 @@ class KeyedStore(dist.Store):
         self._store.set(key, self._digest(key, content) + content)  # type: ignore[arg-type] # torch takes bytes too
 
     def get(self, key: str) -> bytes:
-        """Returns the value of a key once there is one.
+        """Waits until a key has a value, and returns the value after verifying its digest.
 
         Raises:
-            ForgedValueError: if no rank with this secret wrote it.
+            ForgedValueError: if the digest is wrong, so no rank with this secret wrote the value.
         """
         return self._verify(key, self._store.get(key))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        """Returns the values of several keys, each as `get` does."""
+        """Waits until all keys have values, and returns the values after verifying their digests (`get`)."""
         return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(keys), strict=True)]
 
     def check(self, keys: list[str]) -> bool:

@@ -151,7 +151,7 @@ class Rendezvous:
             time.sleep(_POLL_SECONDS)
 
     def connect(self, seconds: float) -> dist.Store:
-        """Returns a further connection to the store of the ranks, which have met, with keys of its own.
+        """Opens another connection to the ranks' store, with a separate key prefix; call it after `meet`.
 
         Args:
             seconds: longest time of a request.
@@ -159,9 +159,9 @@ class Rendezvous:
         return KeyedStore(dist.PrefixStore("watchdog", self._connect(seconds)), self._key)
 
     def _serve(self) -> dist.Store:
-        """Opens rank 0's store, which listens only at the address where ranks meet; by default torch's listens at all.
+        """Opens rank 0's store; it listens only at rank 0's address, while torch by default listens at all addresses.
 
-        The listening socket is torch's: it closes it with the store.
+        Torch owns the listening socket and closes it with the store.
         """
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
         listener = socket.socket(family)
@@ -236,13 +236,17 @@ class Rendezvous:
         return answer
 
     def _refuse(self, store: KeyedStore, error: str) -> NoReturn:
-        """Sends all ranks the reason why they cannot meet, and raises it."""
+        """Sends an error message to all ranks as their answer, and raises it here.
+
+        Raises:
+            ConfigError: always, with this message.
+        """
         store.set("answer", json.dumps({"error": error}))
         time.sleep(min(_GRACE_SECONDS, self._seconds) / 5)  # the store ends with this rank
         raise ConfigError(error)
 
     def _receive_answer(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs on the other ranks: writes this rank's values under rank 0's challenge until rank 0 answers them."""
+        """Runs on all ranks except 0: sends this rank's values, signed with the challenge, until rank 0 answers."""
         self._waits_for = None  # rank 0 prints which ranks are missing
         invitation, began = KeyedStore(base, self._secret), time.monotonic()
         limit = time.monotonic() + self._seconds + _GRACE_SECONDS
@@ -330,7 +334,7 @@ def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _read(store: KeyedStore, key: str) -> str | None:
-    """Returns the value of a key; None if there is none, or none that a rank wrote."""
+    """Returns the value of a key; None if the key does not exist or the value's digest is wrong."""
     try:
         return store.get(key).decode() if store.check([key]) else None
     except ForgedValueError:

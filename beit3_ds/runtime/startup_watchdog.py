@@ -50,14 +50,14 @@ class StartupWatchdog:
         self._thread.start()
 
     def end_opening(self) -> None:
-        """Ends the limit on time without progress, because waits for other ranks have limits of their own.
+        """Disables the time limit for opening files; call it before this rank waits for other ranks.
 
-        Stop signals are still watched.
+        Waits for other ranks have separate time limits. The thread still reacts to stop signals.
         """
         self._opens_files = False
 
     def stop(self) -> None:
-        """Ends the watch; called once the ranks take steps."""
+        """Stops the thread; call this when the training steps begin."""
         self._over.set()
         self._thread.join()
 

@@ -188,7 +188,7 @@ class Watchdog:
         self._set_once("failure", json.dumps(failure))
 
     def _set_once(self, key: str, value: str) -> None:
-        """Writes a value unless there is one; if two ranks write at the same moment, either value holds."""
+        """Writes a value if the key has none; if two ranks write at the same moment, either value remains."""
         if self._store.get(key).decode() == _NONE:
             self._store.set(key, value)
 

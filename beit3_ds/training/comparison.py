@@ -1,4 +1,4 @@
-"""Compares the loss curves of two runs, which shows whether two layouts train the same model."""
+"""Compares the loss curves of two runs, for example to check that two layouts train equally."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -30,9 +30,9 @@ class MetricsLog:
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def forget_after(self, step: int) -> None:
-        """Drops records of steps after `step`, which a resumed run repeats.
+        """Deletes the records of steps after `step`, because a resumed run repeats these steps.
 
-        Keeps lines that are not records.
+        Keeps lines that are not valid records.
         """
         lines = self._lines()
         kept = [line for line in lines if (record := _parse(line)) is None or record["step"] <= step]
@@ -56,7 +56,7 @@ class MetricsLog:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """Returns the record of a line, or None for any other line."""
+    """Parses one line of the file; returns None if the line is not a valid record."""
     try:
         record = json.loads(line)
     except ValueError:

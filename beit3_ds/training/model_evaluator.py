@@ -18,7 +18,7 @@ from beit3_ds.training.evaluation import SourceNames, evaluate
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEvaluator:
-    """Gives a task access to a loaded model (`tasks.Evaluator`)."""
+    """Provides a loaded model, its ranks and batches to a task's evaluation (`tasks.Evaluator`)."""
 
     schedule: Schedule
     mesh: Mesh

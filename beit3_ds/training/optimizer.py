@@ -69,8 +69,8 @@ def build_optimizer(model: nn.Module, config: RunConfig, largest: Callable[[int]
     Args:
         model: this rank's part of the model.
         config: the run's configuration.
-        largest: returns the maximum over the pipeline's stages of the number that it is given. It gives all stages the
-            same number of groups, because DeepSpeed sums the gradient norm over the stages group by group.
+        largest: function that returns the maximum of a number over all pipeline stages. All stages must have equally
+            many groups, because DeepSpeed sums the gradient norm over the stages group by group.
 
     Raises:
         ConfigError: if the configured optimizer is not installed.

@@ -35,14 +35,14 @@ class StepFeed:
         return self._fetched is not None
 
     def fetch(self) -> None:
-        """Waits for the next step."""
+        """Waits for the data of the next step and keeps them for `take`, or keeps the error in `error`."""
         start = time.perf_counter()
         self._next_step += 1
         self._activity.begin("reading data", self._next_step)
         self.attempt(lambda: self._fetch(start))
 
     def take(self) -> tuple[StepBatch, float]:
-        """Returns the fetched step and the seconds of the wait for it."""
+        """Returns the fetched step, and the seconds that `fetch` waited."""
         assert self._fetched is not None, "fetch first"
         fetched, self._fetched = self._fetched, None
         return fetched
@@ -55,7 +55,7 @@ class StepFeed:
             self.error = error
 
     def raise_error(self, is_storage: bool) -> None:
-        """Raises this rank's error, or one that refers to another rank's; call it after all ranks agreed to end.
+        """Raises this rank's error, or an error that refers to another rank; call it after all ranks agreed to end.
 
         Args:
             is_storage: True if a file system failed on the rank without data.

@@ -16,7 +16,7 @@ _MEASURES = {"work": "its own work", "data": "its data"}
 
 
 class TimedSteps:
-    """Iterates over the steps that a rank reads itself and measures its wait for them."""
+    """Iterates over the steps that this rank reads, and measures how long it waits for each step."""
 
     def __init__(self, steps: Iterable[StepBatch]) -> None:
         self._steps, self.stopwatch = steps, Stopwatch(torch.device("cpu"))
