@@ -1,4 +1,4 @@
-"""Exports weights in this project's own format, the reference's, or timm's."""
+"""Exports weights in this project's own format, in the format of the reference (unilm), or in timm's format."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ class Exported(NamedTuple):
     num_bytes: int
     """Bytes of all files."""
     num_files: int
-    """Number of files, without the index of shards."""
+    """Number of files; the index of a sharded export is not counted."""
 
     def describe(self) -> str:
         """Returns the sizes of the export in words."""
@@ -59,7 +59,9 @@ def export_weights(
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes a model's weights to `out`, with one tensor in memory at a time; `out` appears only when complete.
+    """Writes a model's weights to `out`, with one tensor in memory at a time.
+
+    Files are written under a temporary name and renamed to `out` when complete.
 
     Args:
         reader: reads the tensors.
@@ -67,9 +69,9 @@ def export_weights(
         format: `beit3` is the format of `BEiT3.from_pretrained` (safetensors, logical names); `unilm-dual` and
             `unilm-fusion` are state dicts of the reference (`plan_unilm_export`); `timm` is a vision tower of timm
             (safetensors).
-        dtype: type of floating tensors; None keeps the stored types.
-        max_shard_bytes: maximum bytes of tensors per file of a sharded folder; a larger tensor gets a file of its own.
-            For `beit3` only.
+        dtype: type to which floating-point tensors are converted; None keeps the stored types.
+        max_shard_bytes: maximum bytes of tensors per file of a sharded folder, for `beit3` only; None writes one file.
+            A larger tensor is written to a separate file.
         overwrite: whether to replace existing weights at `out`.
 
     Raises:
@@ -106,7 +108,7 @@ def export_weights(
 
 
 def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
-    """Returns instructions to load exported weights, and names the inputs for which they are exact."""
+    """Returns instructions to load exported weights, including the inputs for which the exported model is exact."""
     if format == "beit3":
         return f"Load it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":
@@ -126,10 +128,10 @@ def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Checks that an output path is unused, or may be overwritten because it holds nothing but exported weights.
+    """Checks that nothing exists at an output path, or with `overwrite` nothing but exported weights.
 
     Raises:
-        ConfigError: if it exists and may not be overwritten.
+        ConfigError: if the path is inside a checkpoint, holds other files, or exists and `overwrite` is false.
     """
     if (out.parent / CHECKPOINT_INDEX_NAME).is_file():
         raise ConfigError(f"{out} is inside a checkpoint, which would be damaged. Name another place.")
@@ -152,7 +154,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def is_own_export(file: Path) -> bool:
-    """Returns whether a path is a regular file that an export or import of this program wrote, by the note in it."""
+    """Returns whether a path is a regular file with metadata that exports and imports of this program write."""
     if file.is_symlink() or not file.is_file():
         return False
     try:
@@ -164,7 +166,7 @@ def is_own_export(file: Path) -> bool:
 
 
 def _holds_note(file: Path) -> bool:
-    """Returns whether a torch file's description of its objects holds the note; nothing in it is unpickled."""
+    """Returns whether a torch file contains the key of an export note; searches its pickle without unpickling it."""
     with zipfile.ZipFile(file) as archive:
         return any(
             member.filename.endswith("/data.pkl")
@@ -175,7 +177,7 @@ def _holds_note(file: Path) -> bool:
 
 
 def _is_own_file(file: Path) -> bool:
-    """Returns whether an export wrote a file."""
+    """Returns whether a file in a folder is the index or a shard of exported weights."""
     if file.is_symlink() or not file.is_file():
         return False
     return file.name == INDEX_NAME or (_SHARD_NAME.fullmatch(file.name) is not None and is_pretrained_file(file))
@@ -210,7 +212,7 @@ def _call_arguments(arguments: dict[str, Any]) -> str:
 
 
 def _metadata(reader: WeightReader, format: ExportFormat) -> dict[str, str]:
-    """Returns the metadata that this program needs to read the file back."""
+    """Returns the metadata to store in the file; this program needs it to load the exported weights."""
     if format == "beit3":
         return weights_metadata(reader.model, reader.step, reader.task)
     task = None if reader.task is None else dict(reader.task)
@@ -239,7 +241,7 @@ def _write_safetensors(path: Path, planned: Sequence[PlannedTensor], metadata: d
 
 
 def _write_shards(folder: Path, planned: Sequence[PlannedTensor], max_bytes: int, metadata: dict[str, str]) -> None:
-    """Writes shards by Hugging Face's convention: numbered files, and an index with the file of every tensor."""
+    """Writes shards as Hugging Face does: numbered files, and an index that maps each tensor to its file."""
     shards: list[list[PlannedTensor]] = [[]]
     for tensor in planned:
         if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_bytes:
@@ -258,7 +260,7 @@ def _write_shards(folder: Path, planned: Sequence[PlannedTensor], max_bytes: int
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:
-    """Renames the finished file or folder to `out`; an old folder is moved away first, since it cannot be replaced."""
+    """Renames the finished file or folder to `out`. An old folder at `out` is first renamed, then deleted."""
     old = temporary.with_name(f"{temporary.name}.old")
     if out.is_dir() or (out.exists() and temporary.is_dir()):
         rename(out, old)

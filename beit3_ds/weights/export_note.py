@@ -1,8 +1,7 @@
-"""Records the model's configuration inside a file that is exported in another project's format.
+"""Defines a note with the model's configuration, which exported files in other projects' formats contain.
 
-Other projects' formats have no place for a model's configuration, and the shapes of tensors do not show the number of
-attention heads or which tensors the modalities share. This program needs the note to read back its own files; other
-programs ignore it.
+These formats store no configuration, and the shapes of tensors do not show the number of attention heads or which
+tensors the modalities share. This program needs the note to import its own exported files; other programs ignore it.
 """
 
 import dataclasses
@@ -15,16 +14,16 @@ from beit3_ds.model.pretrained import parse_task
 from beit3_ds.untrusted_json import check_count, check_object, parse_untrusted_json
 
 NOTE_KEY = "beit3_ds_export"
-"""Key of the note: next to the state dict in torch's files, in the metadata of safetensors files."""
+"""Key of the note: beside the key of the state dict in a torch file, or in the metadata of a safetensors file."""
 
 
 class ExportNote(NamedTuple):
-    """Holds the note of one file."""
+    """Describes the model, format and task of one exported file."""
 
     format: str
     """Format of the file: unilm-dual, unilm-fusion or timm."""
     model: ModelConfig
-    """Configuration of the exported model, vision-language experts included."""
+    """Configuration of the model before the export, including vision-language experts that the file may lack."""
     step: int
     """Number of updates that the weights have had; 0 if unknown."""
     has_extras: bool
@@ -33,7 +32,7 @@ class ExportNote(NamedTuple):
     """Name and settings of the task to which the head belongs; None in files of older versions."""
 
     def to_json(self) -> str:
-        """Returns the note as text."""
+        """Returns the note as JSON text."""
         return json.dumps(self._asdict() | {"model": dataclasses.asdict(self.model)})
 
 
@@ -41,7 +40,7 @@ def parse_note(text: str, where: str) -> ExportNote:
     """Parses the text of a note.
 
     Raises:
-        ConfigError: if it cannot be parsed, or a version of this program with other settings wrote it.
+        ConfigError: if the text is invalid, or if its model has settings that this version of the program lacks.
     """
     try:
         fields = check_object(parse_untrusted_json(text))

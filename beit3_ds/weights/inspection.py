@@ -29,14 +29,15 @@ _TOKENIZER_PARTS = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_l
 def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
     """Describes a checkpoint, exported weights or a released file: configuration, parameters per part, sizes.
 
-    For a checkpoint it compares all files with their digests, and adds the run's settings, ranks and versions.
+    For a checkpoint, all files are compared with their digests, and the text includes the run's settings, layout of
+    ranks and library versions.
 
     Args:
         path: a path that `open_weights` opens.
         every_tensor: whether to list every tensor too.
 
     Raises:
-        ConfigError: if there is nothing to open, or the checkpoint is incomplete or changed.
+        ConfigError: if the path holds no weights, or if the checkpoint is incomplete or damaged.
     """
     reader: WeightReader = open_checkpoint(path, kind=None) if is_checkpoint(path) else open_weights(path)
     step = f", after {reader.step} updates" if reader.step else ""
@@ -54,7 +55,7 @@ def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
 
 
 def describe_task(task: Mapping[str, Any]) -> str:
-    """Returns a task's name and settings in words, such as "vqa (num_answers 3129)"; lists are counted."""
+    """Returns a task's name and settings as text, such as "vqa (num_answers 3129)"; shows only the length of lists."""
     settings = [
         f"{key} {f'of {len(value)}' if isinstance(value, list | dict) else value}"
         for key, value in task.items()
@@ -64,7 +65,7 @@ def describe_task(task: Mapping[str, Any]) -> str:
 
 
 def part_of(name: str) -> str:
-    """Returns the part of the model to which a logical tensor belongs, in words."""
+    """Returns a readable name of the model part to which a logical tensor belongs, such as "attention, vision"."""
     if name.startswith(EXTRA_PREFIX):
         return "kept for unilm's format"
     expert = _EXPERT.search(name)
@@ -89,12 +90,12 @@ def _kind(reader: WeightReader) -> str:
 
 
 def _held(reader: WeightReader) -> list[str]:
-    """Returns the names of the tensors in the file itself."""
+    """Returns the names of the tensors that the file contains, without tensors that only have initial values."""
     return reader.held if isinstance(reader, TimmFile) else reader.names()
 
 
 def _describe_run(folder: CheckpointFolder) -> list[str]:
-    """Returns the index's facts about the run, not the model, and the size of the files."""
+    """Returns lines about the checkpoint's files, tensors, layout, library versions, tokenizers and run settings."""
     run, files = folder.index.run, folder.index.files
     num_pieces = sum(len(pieces) for pieces in folder.index.pieces.values())
     num_bytes = sum(file.num_bytes for file in files.values())
@@ -140,7 +141,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Formats rows as columns of the width of their longest cell; numbers are right-aligned."""
+    """Formats rows as a table whose columns are as wide as their longest cell; columns of numbers are right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     numeric = [all(line[column][:1].isdigit() for line in lines[1:]) for column in range(len(header))]

@@ -11,7 +11,7 @@ from beit3_ds.weights.reader import WeightReader
 
 
 class PlannedTensor(NamedTuple):
-    """Describes a tensor of a file; it is built only when it is written, so that memory holds one tensor at a time."""
+    """Describes a tensor to write. It is built only when it is written, so that memory holds one tensor at a time."""
 
     name: str
     """Name in the file."""
@@ -20,7 +20,7 @@ class PlannedTensor(NamedTuple):
     shape: tuple[int, ...]
     """Shape of the built tensor."""
     build: Callable[[], Tensor]
-    """Reads the tensor, or computes it from tensors that it reads."""
+    """Function that reads the tensor from disk, or computes it from stored tensors."""
 
     @property
     def num_bytes(self) -> int:
@@ -28,10 +28,9 @@ class PlannedTensor(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def cast(self, dtype: torch.dtype) -> "PlannedTensor":
-        """Returns the same tensor in another floating type; a tensor of integers is returned unchanged.
+        """Returns a plan that converts the tensor to another floating-point type; integer tensors stay unchanged.
 
-        Raises:
-            ConfigError: when the tensor is built, if a value is too large for the type.
+        Building the converted tensor raises a ConfigError if a value is too large for the type.
         """
         if not self.dtype.is_floating_point:
             return self
@@ -39,7 +38,7 @@ class PlannedTensor(NamedTuple):
 
 
 def plan_copy(reader: WeightReader, name: str) -> PlannedTensor:
-    """Plans a copy of a tensor under its own name."""
+    """Plans to write a stored tensor unchanged, under its logical name."""
     return PlannedTensor(name, reader.dtype(name), tuple(reader.shape(name)), lambda: reader.read(name))
 
 

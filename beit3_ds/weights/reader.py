@@ -29,7 +29,7 @@ class WeightReader(Protocol):
 
     @property
     def step(self) -> int:
-        """Returns the number of updates that made the weights; 0 if unknown."""
+        """Returns the number of training updates before the weights were saved; 0 if unknown."""
         ...
 
     @property
@@ -40,7 +40,8 @@ class WeightReader(Protocol):
     def names(self) -> list[str]:
         """Returns logical names such as `blocks.3.ffn.fc1.weight_vision`.
 
-        A tied matrix appears once, as `embeddings.word.weight`. Tensors under `EXTRA_PREFIX` are not the model's.
+        A tied matrix appears once, as `embeddings.word.weight`. Tensors with the prefix `EXTRA_PREFIX` are not part of
+        the model.
         """
         ...
 
@@ -53,27 +54,27 @@ class WeightReader(Protocol):
         ...
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a tensor as stored in its logical shape, or a slice of it as a matrix."""
+        """Returns a whole tensor in its logical shape, or with `part` only that slice, as a matrix."""
         ...
 
 
 class OpenedWeights(WeightReader, StoredWeights, Protocol):
-    """Declares weights that were opened by their path, from which a model can be loaded."""
+    """Declares a reader of weights on disk from which a model can be loaded."""
 
 
 class Backbone:
-    """Reads weights without the heads of their task, for a run of another task.
+    """Reads weights without task heads, for a run with another task.
 
     Attributes:
         model: configuration of the model.
-        step: number of updates that made the weights.
+        step: number of training updates before the weights were saved.
         task: None, because there is no head.
     """
 
     task = None
 
     def __init__(self, reader: WeightReader) -> None:
-        """Selects the tensors of a reader that do not belong to a head of this project or of the reference."""
+        """Selects all tensors of a reader except those of task heads, including heads of the reference."""
         self.model, self.step = reader.model, reader.step
         self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read
         self._names = [name for name in reader.names() if not name.startswith("heads.") and name not in HEAD_EXTRAS]
@@ -112,7 +113,8 @@ def open_for_import(path: str | Path, *, image_size: int | None = None) -> Relea
 
     Args:
         path: the file.
-        image_size: pixels on a side, for which positions are interpolated; None keeps the file's size.
+        image_size: image height and width in pixels, to which position embeddings are interpolated; None keeps the
+            file's size.
 
     Raises:
         ConfigError: if the file cannot be read, holds objects that could run code, or has an unknown format.

@@ -1,7 +1,7 @@
 """Reads released BEiT-3 weights as the logical tensors of a decoupled model.
 
-Names and shapes follow the reference's code, and tests use tensors of these names and shapes. The official files
-themselves were never tested.
+Names and shapes follow the reference's code, and tests use generated files with these names and shapes. The official
+files were never tested.
 """
 
 import dataclasses
@@ -42,17 +42,16 @@ class ReleasedFile:
     """Reads a pretrained, in-domain, contrastive or fine-tuned file of the reference, tensor by tensor on demand.
 
     The head of VQAv2, NLVR2, captioning, retrieval and ImageNet files is read as the head of that task. Tensors that
-    this project does not use, such as unused rows of position tables, keep their key after `EXTRA_PREFIX`, so that an
-    export in the reference's format restores every tensor.
+    this project does not use, such as unused rows of position tables, get the name `EXTRA_PREFIX` plus their key. An
+    export in the reference's format restores these tensors.
 
-    If this program exported the file, a note in it describes the exported model. The configuration is that of the note,
-    without vision-language experts, because the format has none (`exported_model`).
+    Files that this program exported contain a note with the model's configuration. The reader uses that configuration
+    without vision-language experts, because the reference's format has none (`exported_model`).
 
     Attributes:
         path: the file.
-        model: the configuration with the requested image size: the exported model's, or a decoupled one that follows
-            from the shapes.
-        step: number of updates of the weights; 0 if unknown.
+        model: configuration from the note, or derived from the tensors' shapes, with the requested image size.
+        step: number of training updates before the weights were saved; 0 if unknown.
         task: name and settings of the task to which the head belongs (`recognise_task`).
         description: kind of the file, for people.
     """
@@ -62,8 +61,8 @@ class ReleasedFile:
 
         Args:
             path: a file that `untrusted_file.read_tensors` reads.
-            image_size: pixels on a side, for which positions are interpolated as the reference does before fine-tuning;
-                None keeps the file's.
+            image_size: image height and width in pixels, to which position embeddings are interpolated as in the
+                reference's fine-tuning code; None keeps the file's size.
 
         Raises:
             ConfigError: if the file cannot be read, holds objects that could run code, or has another format.
@@ -86,13 +85,14 @@ class ReleasedFile:
         check_tensors(str(path), found, _parameter_shapes(stored, head_builder(recognised)))
 
     def name_answers(self, path: Path) -> None:
-        """Adds the list of answers, which the reference keeps in a file of its own, to the task of a VQAv2 file.
+        """Adds the list of VQAv2 answers to `task`, from a separate file, because the reference's weights lack it.
 
         Args:
             path: the reference's `answer2label.txt`, or the `answers.jsonl` of a run.
 
         Raises:
-            ConfigError: if the file is not one of VQAv2, or the list cannot be read or has another length.
+            ConfigError: if the weights have no VQAv2 head, if the list cannot be read, or if it does not have one
+                answer per class of the head.
         """
         if self.task["name"] != "vqa":
             raise ConfigError(
@@ -108,7 +108,7 @@ class ReleasedFile:
         self.task = {**self.task, "answers": answers}
 
     def names(self) -> list[str]:
-        """Returns the names of all tensors, also of those under `EXTRA_PREFIX`."""
+        """Returns the logical names of all tensors, including tensors with the prefix `EXTRA_PREFIX`."""
         return list(self._tensors)
 
     def shape(self, name: str) -> torch.Size:
@@ -120,21 +120,20 @@ class ReleasedFile:
         return self._tensors[name].dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a stored tensor, or a part of it as in `matrix_part`; its data is read from disk at first use."""
+        """Returns a stored tensor, or the part of it that `matrix_part` selects; its data is read at first use."""
         tensor = self._tensors[name]
         if name == IMAGE_POSITION:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Does nothing: comparing the tensors that A and B share would read freed pages again."""
+        """Does nothing, because comparing the tensors that branches A and B share would read freed pages again."""
 
 
 def exported_model(note: ExportNote) -> ModelConfig:
     """Returns the configuration of the model that a file in the reference's format holds.
 
-    The configuration has no vision-language experts. It accepts the modalities for which the file holds the experts of
-    all blocks.
+    The configuration has no vision-language experts. Its inputs are those whose experts the file holds in every block.
     """
     letters = reference_letters(note.model, fusion=note.format == "unilm-fusion")
     needs = {"images": {"A"}, "texts": {"B"}, "pairs": {"A", "B"}}

@@ -32,8 +32,8 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
     timm's `forward_features` ends before the final norm, which timm calls `fc_norm` and applies to the patches' mean.
 
     Raises:
-        ConfigError: if the model has no vision tower or no final norm, like some fine-tuned releases, or norms of
-            another epsilon.
+        ConfigError: if the model has no vision tower, if it has no final norm (like some fine-tuned releases), or if
+            the epsilon of its norms differs from timm's.
     """
     config = reader.model
     if "A" not in reference_letters(config):
@@ -56,7 +56,7 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` for a model: timm's most similar model, and settings that differ."""
+    """Returns arguments of `timm.create_model`: the name of timm's most similar model, and settings that differ."""
     same_width = (name for name, size in _NAMED.items() if size["hidden_size"] == config.hidden_size)
     name = next(same_width, "beit3_base_patch16_224")
     size = _NAMED[name]

@@ -17,15 +17,15 @@ from beit3_ds.weights.timm_names import timm_names
 
 
 class TimmFile:
-    """Reads a model whose vision tower comes from a file; the other tensors have initial values and are not in `held`.
+    """Reads a model's vision tower from a file, and returns initial values for all other tensors.
 
     Attributes:
         path: the file.
         model: the configuration of the exported model, with the requested image size.
-        step: number of updates of the weights.
+        step: number of training updates before the weights were saved.
         task: None, because the file has no head.
         description: kind of the file, for people.
-        held: logical names of the tensors that the file holds.
+        held: logical names of the tensors in the file; tensors with initial values are not listed.
     """
 
     task = None
@@ -64,7 +64,7 @@ class TimmFile:
         return next(iter(self._tensors.values())).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor, or a part of it as in `matrix_part`; initial values if the file lacks the tensor."""
+        """Returns a tensor, or the part that `matrix_part` selects; initial values if the file lacks the tensor."""
         if name in self._tensors:
             tensor = self._tensors[name]
             if name == IMAGE_POSITION:
@@ -74,7 +74,7 @@ class TimmFile:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Does nothing: a vision encoder uses almost all tensors of the file."""
+        """Does nothing, because a vision encoder uses almost all tensors of the file."""
 
 
 def _by_logical_name(

@@ -11,7 +11,7 @@ _FFN = {"norm2": "norm", "mlp.fc1": "fc1", "mlp.norm": "sub_norm", "mlp.fc2": "f
 
 
 def timm_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Returns, for each of timm's tensors, the names of the logical tensors whose rows it concatenates."""
+    """Maps each tensor name of timm to one logical name, or to several whose tensors are concatenated along rows."""
     shared = config.attention_experts[0]  # "shared" or "vision"
     names: dict[str, tuple[str, ...]] = {
         "cls_token": ("embeddings.cls_token",),

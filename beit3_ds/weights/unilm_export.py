@@ -19,12 +19,13 @@ from beit3_ds.weights.unilm_names import (
 
 
 def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTensor]:
-    """Plans every tensor of the reference's state dict, with the heads of its tasks that the weights have.
+    """Plans every tensor of the reference's state dict, including the task heads that the weights have.
 
-    The reference has no vision-language expert. A model with one takes two files: "dual" (A = vision, B = language) is
-    exact for images and for texts, "fusion" (A = B = vision-language in the top blocks) for pairs.
+    The reference has no vision-language expert, so a model with such experts needs two exports. The format "dual" (A =
+    vision, B = language) is exact for single images and texts. The format "fusion" (A = B = vision-language in the top
+    blocks) is exact for image-text pairs.
 
-    Tensors that an import kept under `EXTRA_PREFIX` are written under their original keys.
+    Tensors that an import stored with the prefix `EXTRA_PREFIX` are written under their original keys.
 
     Raises:
         ConfigError: if `fusion` is true for a model without vision-language experts, or false for a model that has them

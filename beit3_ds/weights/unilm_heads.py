@@ -1,4 +1,4 @@
-"""Maps the tensors of the reference's task heads to logical names, and recognises a file's task by them."""
+"""Maps tensor names of the reference's task heads to logical names, and infers the task of a file from its tensors."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -20,9 +20,9 @@ LOG_SCALE_KEY = "logit_scale"
 """Key of the reference's scalar parameter: the logarithm of the factor by which it multiplies similarities. Ours is the
 difference from the initial value."""
 LOG_SCALE = "heads.temperature.bias"
-"""Logical name of our parameter of the temperature."""
+"""Logical name of this project's temperature parameter."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
-"""Tensors of heads that an import also keeps unchanged."""
+"""Names of head tensors that an import stores a second time, unchanged, for exact export."""
 
 HeadBuilder = Callable[[ModelConfig, Any], Head]
 """Builds a head, given the model's sizes and the tensor-parallel group."""
@@ -56,21 +56,22 @@ _LAST_BIAS = {"vqa": ("heads.answers.bias", "num_answers"), "imagenet": ("heads.
 
 
 def head_keys(held: Collection[str]) -> dict[str, str]:
-    """Maps the reference's tensors of task heads to their logical names; leaves out the masked-modeling heads.
+    """Maps the reference's tensor names of the task head in a file to logical names; {} if no head is complete.
+
+    The MIM and MLM heads are not included.
 
     Args:
-        held: names of all tensors of the weights: the reference's keys or logical names. An incomplete head is left
-            out.
+        held: names of all tensors of the weights, either the reference's or logical names.
     """
     names = set(held)
     return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})
 
 
 def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
-    """Infers the task of weights from the shapes of their tensors; returns its name and settings.
+    """Infers the task of weights from the names and shapes of their tensors, and returns the task's name and settings.
 
-    Without a head of another task, weights with an MLM head but no MIM head belong to captioning, as the reference's
-    captioning files do, and others to pretraining.
+    If there is no complete head of VQAv2, NLVR2, ImageNet or retrieval, weights with an MLM head but no MIM head belong
+    to captioning, like the reference's captioning files. All other weights belong to pretraining.
 
     Args:
         shapes: shape of every tensor, by logical name.
@@ -86,7 +87,7 @@ def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
 
 
 def head_builder(task: Mapping[str, Any]) -> HeadBuilder:
-    """Returns a function that builds the head of a task of `recognise_task`."""
+    """Returns a function that builds the head of a task; `task` is a result of `recognise_task`."""
     name = task["name"]
     if name == "vqa":
         return lambda config, tensor: AnswerHead(config, task["num_answers"], tensor)
@@ -102,10 +103,10 @@ def head_builder(task: Mapping[str, Any]) -> HeadBuilder:
 
 
 def import_log_scale(value: Tensor) -> Tensor:
-    """Converts the reference's scalar `logit_scale` into our temperature parameter, (1,)."""
+    """Converts the reference's scalar `logit_scale` into this project's temperature parameter of shape (1,)."""
     return (value.double() - INITIAL_LOG_SCALE).to(value.dtype).reshape(1)
 
 
 def export_log_scale(value: Tensor) -> Tensor:
-    """Converts our temperature parameter, (1,), into the reference's scalar `logit_scale`."""
+    """Converts this project's temperature parameter of shape (1,) into the reference's scalar `logit_scale`."""
     return (value.double() + INITIAL_LOG_SCALE).to(value.dtype).reshape(())

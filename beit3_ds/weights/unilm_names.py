@@ -1,7 +1,7 @@
 """Maps the tensor names of the reference's BEiT-3 (unilm/beit3, torchscale 0.3.0) to logical names.
 
-The reference has every tensor of a block twice: A for vision and B for language. A tensor that modalities share here
-maps to both.
+The reference has two copies of every tensor of a block: A for vision and B for language. A tensor that the modalities
+share in this project corresponds to both copies.
 """
 
 import re
@@ -20,7 +20,7 @@ POSITION_TABLES = {
 """Position tables; the reference, like fairseq, never uses their first `UNUSED_POSITIONS` rows."""
 UNUSED_POSITIONS = 2
 TEXT_POSITION_ROWS = 1024
-"""Rows of the reference's table B, unused rows included."""
+"""Rows of the reference's text position table, including unused rows."""
 TOKENS = {
     "beit3.vision_embed.cls_token": "embeddings.cls_token",
     "beit3.vision_embed.mask_token": "embeddings.mask_token",
@@ -55,7 +55,7 @@ _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does
 
 
 def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Returns the modality of branches A and B; leaves out a branch that some block of the model lacks.
+    """Maps the reference's branches A and B to "vision" and "language"; omits a branch that some block lacks.
 
     Args:
         config: the model.
