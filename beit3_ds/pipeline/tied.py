@@ -50,7 +50,7 @@ class TiedWordEmbedding:
             self._sum.zero_()
 
     def before_backward(self, *, is_last: bool) -> None:
-        """Receives the gradient of the copy before the step's last backward pass; call it before each one."""
+        """Receives the copy's gradient if `is_last` is True; call this before every backward pass of the step."""
         if is_last and self._owned is not None:
             # Travels forward around the ring, after the last activation of the step.
             gradient = torch.empty(self._shape, dtype=torch.float32, device=self._owned.device)

@@ -35,7 +35,7 @@ def check_this_machine(environment: Mapping[str, str]) -> None:
     """Checks that this machine has the network interfaces and the device that environment variables name.
 
     Raises:
-        ConfigError: if it does not; the message names the variable, its value and the available interfaces or devices.
+        ConfigError: if an interface or the device is missing; the message names the variable and its value.
     """
     present = [name for _, name in socket.if_nameindex()]
     for name in filter(None, environment.get("GLOO_SOCKET_IFNAME", "").split(",")):

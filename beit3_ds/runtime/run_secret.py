@@ -52,7 +52,7 @@ def read_secret(named: str | None, output_dir: str | None) -> bytes:
 
 
 def _create(path: Path) -> None:
-    """Creates the file with a new secret; another rank may do so at the same moment, and the first one counts."""
+    """Creates the file with a new secret; if several ranks do so at the same moment, the first file remains."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

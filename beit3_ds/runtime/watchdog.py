@@ -86,7 +86,7 @@ class Watchdog:
         self._store_thread.start()
 
     def stop(self) -> None:
-        """Ends the threads, and tells the other ranks that this one needs no more watching."""
+        """Ends the threads, and tells the other ranks that this rank has left and is no longer watched."""
         self._stopped.set()
         self._thread.join()
         self._state = "left"
@@ -101,7 +101,7 @@ class Watchdog:
         self._report(f"{self._describe(self._rank)} failed: {line}")
 
     def announce_lost_contact(self, error: Exception) -> None:
-        """Lets rank 0 find out why a collective failed, and waits until this rank's threads end the process."""
+        """Asks rank 0 to find out why a collective failed, and waits until this rank's threads end the process."""
         self._activity.lost_contact = True
         self._contact_error = "".join(traceback.format_exception(error))
         self._report(None)

@@ -68,7 +68,7 @@ class BestCheckpoint:
 
     @property
     def may_be_exhausted_next(self) -> bool:
-        """Returns whether the run stops if the next evaluation brings no improvement."""
+        """Returns whether the run will stop early unless the next evaluation is better than the best one."""
         return self._patience is not None and self._evaluations_since + 1 >= self._patience
 
     def state(self) -> dict[str, Any]:

@@ -349,7 +349,7 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
 
 
 def _evaluate_and_record(run: Run, done: int, *, is_last: bool = False) -> bool:
-    """Evaluates terms and metrics and records them; a stop signal abandons the evaluation.
+    """Evaluates loss terms and task metrics and records them; a stop signal cancels the evaluation.
 
     Writes result files after the last step only.
 

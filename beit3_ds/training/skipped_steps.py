@@ -28,7 +28,7 @@ class SkippedSteps:
 
     @property
     def are_too_many(self) -> bool:
-        """Returns whether the run must stop."""
+        """Returns whether the number of skipped steps in a row has reached the limit, so the run must stop."""
         return self.in_a_row >= self.limit
 
     def note_update(self) -> None:
