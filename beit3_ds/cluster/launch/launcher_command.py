@@ -1,6 +1,7 @@
 """Builds the commands that start a guard for every rank through DeepSpeed's launcher, for each of its backends.
 
-Several launchers pass their command to shells on the hosts, so it holds fixed and plain words only (`plain_words`).
+Several launchers pass their command to shells on the hosts. So the command contains only words that no shell changes
+(`plain_words`).
 """
 
 import base64
@@ -49,7 +50,7 @@ _PDSH_SSH_OPTIONS = ("PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND")
 
 
 def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str]) -> list[list[str]]:
-    """Returns the commands that start DeepSpeed's launcher: one command, or with plain ssh one per host.
+    """Returns the commands that start DeepSpeed's launcher: one command per host with "ssh", else one in total.
 
     Args:
         launcher: the launcher's backend; not used if this machine is the only host.
@@ -84,7 +85,7 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
 
 
 def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: float) -> list[str]:
-    """Returns the arguments of the guards (`rank_guard.main`), with the path of the token in hexadecimal digits."""
+    """Returns the command-line arguments of the guards (`rank_guard.main`); encodes the token's path in hexadecimal."""
     # That path may have any characters, and shells on the hosts read this line.
     values = {"address": address, "port": port, "token": os.fsencode(token).hex(), "keepalive": keepalive_seconds}
     return [f"--{name}={value}" for name, value in values.items()]
@@ -93,8 +94,8 @@ def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: flo
 def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of the launcher's commands: only the variables of this process that they need.
 
-    Some launchers pass their whole environment to the hosts, so it must hold no secrets. Folders whose names have
-    special characters are left out of PATH. The ranks' variables are sent separately (`forwarding`).
+    Some launchers pass their whole environment to the hosts, so secrets are excluded. PATH omits folders whose names
+    have special characters. Variables for the ranks are sent separately (`forwarding`).
     """
     kept = {
         name: value
@@ -169,7 +170,7 @@ def _runner() -> list[str]:
 
 
 def _host_command(hostfile: Hostfile, index: int, per_host: Sequence[str]) -> list[str]:
-    """Returns the command of DeepSpeed's launcher on one host, which starts the guards of its ranks."""
+    """Returns the command that runs DeepSpeed's launcher on one host, to start the guards of the host's ranks."""
     slots = {host.name: list(range(host.slots)) for host in hostfile.hosts}
     variables = [f"{name}={value}" for name in _ON_LINES if (value := os.environ.get(name))]
     return [

@@ -13,7 +13,7 @@ _WATCH_SECONDS = 5.0
 
 
 class LauncherProcess:
-    """Runs the launcher's command, or one per host, in sessions of their own, which Ctrl-C does not reach."""
+    """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt them."""
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, log: Path):
         """Starts the commands.
@@ -22,7 +22,7 @@ class LauncherProcess:
             commands: commands that together start the guards of all ranks.
             environment: complete environment of the commands.
             folder: working directory of the commands.
-            log: file for their output; it is appended to.
+            log: file to which the output of the commands is appended.
 
         Raises:
             OSError: if a command does not exist.
@@ -60,7 +60,7 @@ class LauncherProcess:
         """Waits at most `seconds` for all commands to end, then kills their remaining processes on this machine.
 
         Returns:
-            The numbers of the processes that had to be killed.
+            Process ids of the killed processes.
         """
         deadline = asyncio.get_running_loop().time() + seconds
         while self.statuses() is None and asyncio.get_running_loop().time() < deadline:

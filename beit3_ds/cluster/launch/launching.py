@@ -55,13 +55,13 @@ class LaunchOptions:
     environment: Sequence[str]
     """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds without a message after which a host, or for a guard its supervisor, counts as lost."""
+    """Seconds without a message after which the supervisor counts a host as lost, and a guard the supervisor."""
     start_seconds: float
     """Longest time in seconds until all guards have registered."""
     port: int
     """Port on which the supervisor listens; 0 means any free port."""
     dry_run: bool = False
-    """Whether to print what would start where, with which variables, and start nothing."""
+    """Whether to print only the command, hosts and variables of the ranks, without starting a process."""
     module: str = "beit3_ds.train"
     """Module that every rank runs, with the config and the changes as its arguments."""
 
@@ -70,8 +70,8 @@ def launch(options: LaunchOptions) -> int:
     """Runs a training on the machines of a hostfile to its end.
 
     Returns:
-        0 if it is finished, or after a dry run; 128 + n if signal n stopped it with its state saved; 2 if a rank failed
-        on a mistake of the user; 1 after any other failure.
+        0 if the training has finished, or after a dry run; 128 + n if signal n stopped the training and its state was
+        saved; 2 if a rank failed because of a user's mistake; 1 after any other failure.
 
     Raises:
         ConfigError: if the run cannot work; it is raised before any process starts.
@@ -178,7 +178,7 @@ class _Launch:
         return folder
 
     def _status(self, outcome: Outcome) -> int:
-        """Returns the exit status of the launcher after the last attempt; prints how the run ended unless it failed."""
+        """Converts the outcome of an attempt to an exit status (see `launch`); prints a message unless it is 1."""
         if outcome.is_user_error:
             self._terminal.report("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR
@@ -194,7 +194,11 @@ class _Launch:
         return 128 + number
 
     async def _prepare_restart(self, outcome: Outcome, number: int) -> bool:
-        """Waits until lost ranks have ended, and drops hosts that cannot be reached; returns whether to restart."""
+        """Waits until lost ranks have ended, then chooses hosts for a restart from the hosts that can be reached.
+
+        Returns:
+            Whether to restart: false after a stop signal, or if the remaining hosts are too few for the run.
+        """
         await self._pause(max(_RESTART_SECONDS, outcome.clear_at - time.monotonic() + _RESTART_SECONDS))
         unreachable = await self._find_unreachable([host.name for host in self._hosts])
         if self._options.launcher == "slurm":  # its hosts are not asked over ssh
@@ -249,7 +253,7 @@ class _Launch:
         return f"from the checkpoint of step {done}" if done else "from the beginning, because there is no checkpoint"
 
     def _saved_step(self) -> int | None:
-        """Returns the step of the newest checkpoint that the run recorded; the run checks its files when it resumes."""
+        """Returns the step of the checkpoint named in the file `latest`, without checking the checkpoint's files."""
         try:
             text = (Path(self._config.training.output_dir) / "checkpoints" / "latest").read_text()
         except OSError:
@@ -274,7 +278,7 @@ def _describe_launch(
     of_launcher: Mapping[str, str],
     log_dir: Path,
 ) -> str:
-    """Returns what a launch would start, as lines; values of variables that may be secrets are left out."""
+    """Returns the text of a dry run: hosts, command, folders and variables, without values that may be secrets."""
     how = "on this machine" if hostfile.is_local else f"through {options.launcher}"
     return "\n".join(
         [

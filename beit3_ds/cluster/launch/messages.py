@@ -61,12 +61,12 @@ class KeepAlive:
     """Tells the other side that the sender is alive."""
 
     state: str = ""
-    """Letter of the trainer's state in /proc, from a guard whose trainer runs; T if it was stopped."""
+    """Letter of the trainer's state in /proc, such as T for stopped; empty unless a guard with a trainer sends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Passes text that the trainer printed to the supervisor."""
+    """Carries text that the trainer printed, from a guard to the supervisor."""
 
     text: str
 
@@ -80,7 +80,7 @@ class LogError:
 
 @dataclass(frozen=True, kw_only=True)
 class StopSignalReceived:
-    """Tells the supervisor that a guard received a stop signal from elsewhere, such as the cluster manager."""
+    """Tells the supervisor that a guard received a stop signal, for example from the cluster manager."""
 
     signal_number: int
 
@@ -111,7 +111,7 @@ class Kill:
 
 @dataclass(frozen=True, kw_only=True)
 class Leave:
-    """Tells a guard that the attempt is over."""
+    """Tells a guard that the attempt is over, so that the guard exits."""
 
 
 Message = Register | Start | KeepAlive | Output | LogError | StopSignalReceived | Ended | SendSignal | Kill | Leave
@@ -151,7 +151,7 @@ def decode(line: bytes) -> Message:
 
 
 class Channel:
-    """Controls one end of a connection between a guard and its supervisor."""
+    """Sends and receives messages at one end of a connection between a guard and its supervisor."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -181,7 +181,7 @@ class Channel:
         return decode(line)
 
     async def flush(self) -> None:
-        """Waits until sent messages have left this process, or the connection is lost."""
+        """Waits until the send buffer has drained, for at most `KEEPALIVE_INTERVAL`; ignores a lost connection."""
         try:
             await asyncio.wait_for(self._writer.drain(), KEEPALIVE_INTERVAL)
         except (OSError, TimeoutError):
@@ -197,7 +197,7 @@ class Channel:
         return str(self._writer.get_extra_info("sockname")[0])
 
     async def authenticate_guard(self, token: bytes) -> None:
-        """Authenticates the supervisor and a guard to each other; called by the supervisor.
+        """Proves to a guard that this supervisor knows the token, and checks that the guard knows the token too.
 
         Raises:
             ProtocolError: if the guard does not have the token.
@@ -211,7 +211,7 @@ class Channel:
         self._reader._limit = _LONGEST_LINE  # type: ignore[attr-defined] # asyncio has no public way to raise it
 
     async def authenticate_supervisor(self, token: bytes) -> None:
-        """Authenticates the supervisor and a guard to each other; called by the guard.
+        """Proves to a supervisor that this guard knows the token, and checks that the supervisor knows the token too.
 
         Raises:
             ProtocolError: if the peer does not have the token.
@@ -235,7 +235,7 @@ async def connect(address: str, port: int) -> Channel:
     """Connects to a supervisor and returns the channel.
 
     Raises:
-        OSError: if nothing answers.
+        OSError: if the connection cannot be established.
     """
     return Channel(*await asyncio.open_connection(address, port, limit=_LONGEST_LINE))
 
@@ -245,7 +245,7 @@ async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
 
     Args:
         address: address of this machine.
-        port: port; 0 is any free one.
+        port: port to listen on; 0 for any free port.
         accept: builds a `Channel` from the reader and the writer of a new connection.
 
     Raises:

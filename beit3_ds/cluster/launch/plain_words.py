@@ -1,8 +1,8 @@
-"""Checks the words of command lines that launchers pass to shells on the hosts: no shell may change them.
+"""Checks that the words of a command line have no special characters, because shells on the hosts read the line.
 
-DeepSpeed's launcher puts its Python, its variables and the guards' arguments on such lines. It quotes only words with
-blanks, in quotes that still expand `$( )`. A line therefore holds only words of these characters; guards receive
-everything else through their connection to the supervisor (`messages.Start`).
+DeepSpeed's launcher writes the path of Python, some variables and the guards' arguments into such lines. It quotes only
+words with blanks, in quotes that still expand `$( )`. Guards receive all other values through their connection to the
+supervisor (`messages.Start`).
 """
 
 import re
@@ -21,12 +21,12 @@ def check_plain_word(word: str, what: str, way_out: str) -> None:
     """Checks that a word contains no character that a shell might change.
 
     Args:
-        word: the word.
-        what: name of the word, for the message.
-        way_out: sentence with a way out.
+        word: word of a command line.
+        what: description of the word for the message, such as "the path of this Python".
+        way_out: sentence for the message that tells users how to fix the fault.
 
     Raises:
-        ConfigError: if it contains one; the message shows the first.
+        ConfigError: if the word is empty or contains such a character; the message shows the character.
     """
     if not word:
         raise ConfigError(f"launcher: {what} is empty, but the launcher writes it on a line for the hosts. {way_out}")

@@ -1,7 +1,7 @@
-"""Tracks the processes that DeepSpeed's launcher starts on this machine, and kills them if it does not end by itself.
+"""Tracks the processes that DeepSpeed's launcher starts on this machine, and kills those that do not end in time.
 
-The launcher is never sent SIGTERM or SIGINT: its handlers run `pkill -f` on every host of the run, which also reaches
-the runs of others.
+SIGTERM and SIGINT are never sent to the launcher, because its handlers run `pkill -f` on every host, which may also
+kill processes of other runs.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ class ProcessId(NamedTuple):
 
 
 class ProcessTree:
-    """Tracks root processes and those of their descendants that `watch` has recorded."""
+    """Tracks root processes, and all descendants that `watch` has found."""
 
     def __init__(self, roots: list[int]) -> None:
-        """Records the roots that still run; the caller must not have waited for them, or their ids may be reused."""
+        """Records the root processes that still run. They must be unreaped children, so that no id can be reused."""
         table = _read_table()
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root
 
     def watch(self) -> None:
-        """Records descendants started since the last call; those whose parent has ended cannot be found."""
+        """Finds and records new descendants of the recorded processes, unless their parent has already ended."""
         table = _read_table()
         children: dict[int, list[int]] = {}
         for pid, (parent, _) in table.items():
@@ -68,7 +68,7 @@ def kill_process(process: ProcessId) -> bool:
 
 
 def _read_table() -> dict[int, tuple[int, int]]:
-    """Returns parent and start time of every process."""
+    """Returns parent id and start time of every process on this machine, by process id."""
     table = {}
     for path in Path("/proc").iterdir():
         if path.name.isdecimal() and (fields := _fields(int(path.name))):

@@ -49,14 +49,14 @@ _ATTEMPTS = 4
 
 
 class RankGuard:
-    """Runs one rank's trainer as the supervisor commands."""
+    """Starts, signals and kills the trainer of one rank on the supervisor's commands, and reports its end."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
         """Prepares a guard that has already registered over `channel`.
 
         Args:
             channel: connection to the supervisor.
-            keepalive_seconds: silence after which the supervisor is lost.
+            keepalive_seconds: seconds without a message after which the supervisor counts as lost.
         """
         self._channel, self._keepalive = channel, keepalive_seconds
         self._trainer: TrainerProcess | None = None
@@ -65,8 +65,11 @@ class RankGuard:
         self._over = asyncio.Event()
 
     async def run(self) -> int:
-        """Runs until the supervisor ends the attempt (returns 0), or until supervisor and trainer are both gone
-        (returns 1)."""
+        """Runs until the supervisor ends the attempt, or until the supervisor is lost and the trainer has ended.
+
+        Returns:
+            Exit status: 0 if the supervisor ended the attempt, 1 if the supervisor was lost.
+        """
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._channel.send, StopSignalReceived(signal_number=number))
@@ -159,7 +162,7 @@ class RankGuard:
 
 
 def main() -> int:
-    """Runs the guard of the rank that the launcher's variables name; returns the exit status."""
+    """Reads the rank from the launcher's environment variables and runs the rank's guard; returns the exit status."""
     parser = argparse.ArgumentParser(prog="beit3_ds.cluster.launch.rank_guard", description=__doc__)
     parser.add_argument("--address", required=True, help="address of the supervisor")
     parser.add_argument("--port", required=True, type=int, help="port of the supervisor")

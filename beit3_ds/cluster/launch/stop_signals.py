@@ -1,4 +1,4 @@
-"""Handles the stop signals of `beit3 launch`: the ranks save and stop, or are killed at once."""
+"""Handles stop signals of `beit3 launch`: the first lets all ranks save and stop, Ctrl-C after that kills the ranks."""
 
 import asyncio
 import signal
@@ -12,8 +12,8 @@ from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 class LauncherStopSignals:
     """Records the first stop signal, which is forwarded to all ranks; a second SIGINT kills the ranks.
 
-    SIGHUP, which a closing terminal sends, counts as SIGTERM. SIGTSTP (Ctrl-Z) is refused, because ranks end when
-    their supervisor is silent.
+    SIGHUP, which a closing terminal sends, counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because ranks end if their
+    supervisor is stopped.
     """
 
     def __init__(self, terminal: Terminal) -> None:
@@ -28,7 +28,7 @@ class LauncherStopSignals:
         """Function that is called after every stop signal."""
 
     def handle(self) -> None:
-        """Handles this process's signals until its event loop ends."""
+        """Installs signal handlers in the running event loop."""
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self.receive, number)
@@ -44,8 +44,8 @@ class LauncherStopSignals:
         """Records a stop signal.
 
         Args:
-            number: stop signal for the ranks.
-            origin: text that says which signal was received and where, if not `number` in this process.
+            number: stop signal to forward to the ranks.
+            origin: source of the signal, for the message; empty if this process received `number` itself.
         """
         if self.first is None:
             self.first, self.since = number, time.monotonic()

@@ -22,7 +22,7 @@ class Terminal:
         self._log = log
 
     def report(self, text: str, lines: Iterable[str] = ()) -> None:
-        """Prints a message of the supervisor, and below it the quoted lines."""
+        """Prints a message of the supervisor, followed by quoted lines, such as a rank's last output."""
         text, quoted = printable(text), "".join(f"    | {printable(line)}\n" for line in lines)
         with contextlib.suppress(OSError, ValueError):
             print(f"{_PREFIX}{text}\n{quoted}", end="", file=sys.stderr, flush=True)
@@ -37,7 +37,7 @@ class Terminal:
 
 
 def last_lines(path: Path, count: int = 20) -> list[str]:
-    """Returns the last lines of a log; none if it cannot be read."""
+    """Returns the last `count` lines of a log file; an empty list if the file cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 500 * count))

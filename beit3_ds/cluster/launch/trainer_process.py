@@ -23,16 +23,16 @@ _libc = ctypes.CDLL(None)
 
 
 class TrainerProcess:
-    """Controls a trainer in its own session, whose output goes to its log through a pipe.
+    """Runs a trainer in a separate session, and copies the trainer's output from a pipe to a log file.
 
-    Because of the pipe, a full disk loses lines of the log but does not end the run. The kernel kills the trainer when
-    its guard ends for any reason.
+    On a full disk, lines of the log are lost, but training continues. The kernel kills the trainer if the guard ends
+    for any reason.
     """
 
     def __init__(
         self, start: Start, on_output: Callable[[str], None] | None, on_log_error: Callable[[str], None]
     ) -> None:
-        """Starts the trainer; only the main thread may call this, because the trainer is killed when that thread ends.
+        """Starts the trainer. The kernel kills the trainer when the calling thread ends, so call from the main thread.
 
         Args:
             start: command and environment of the trainer.
@@ -85,12 +85,16 @@ class TrainerProcess:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def kill(self) -> None:
-        """Kills the trainer and all processes of its session, also stopped ones; must not be called after `finish`."""
+        """Kills all processes of the trainer's process group, even stopped ones; must not be called after `finish`."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def finish(self) -> int:
-        """Kills processes that the ended trainer left; returns its exit status, or minus its signal's number."""
+        """Kills processes that the ended trainer left behind.
+
+        Returns:
+            The trainer's exit status, or minus the number of the signal that ended the trainer.
+        """
         self.kill()  # before its number can be given to another process
         status = self._process.wait()
         os.close(self.pidfd)
