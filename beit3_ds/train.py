@@ -14,7 +14,7 @@ import torch
 
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.folder import is_checkpoint
+from beit3_ds.checkpoint.folder import has_checkpoints
 from beit3_ds.checkpoint.run_description import build_run_description
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import ParallelConfig, RankCoords, RunConfig, check_layout
@@ -113,7 +113,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     prepare_output_dir(Path(config.training.output_dir))
     coords = config.parallel.rank_coords(launch.rank, launch.world_size)
     share = share_of(coords, config.parallel, data_parallel_size)
-    has_begun = is_checkpoint(Path(config.training.output_dir))  # the file of initial weights may then be deleted
+    has_begun = has_checkpoints(Path(config.training.output_dir))  # the file of initial weights may then be deleted
     initial_weights = None if has_begun else open_initial_weights(config)
     if initial_weights is not None:
         task.adopt_weights(initial_weights.task, f"training.init_from={config.training.init_from}")
@@ -233,7 +233,7 @@ def _build_store(task: Task, rank_task: RankTask, mesh: Mesh) -> CheckpointStore
 def _load_initial_weights(
     config: RunConfig, inputs: Inputs, state: EngineState, mesh: Mesh, say: Callable[[str], None]
 ) -> None:
-    # `open_inputs` opens no weights if there are checkpoints, but perhaps none of them is whole.
+    # `open_inputs` opens no weights if there are checkpoints, but `--force` may have moved them aside since.
     weights = inputs.initial_weights or open_initial_weights(config)
     if weights:
         check_same_files(mesh, {"training.init_from": config.training.init_from})

@@ -77,6 +77,26 @@ def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: P
     assert losses(tmp_path / "killed") == losses(tmp_path / "run")
 
 
+def test_run_without_a_usable_checkpoint_leaves_everything(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a run that starts over by itself: it would cut the log and overwrite the checkpoints."""
+    run_mapping["beit3_ds"]["training"] |= {"total_steps": 2, "save_interval": 1}
+    config, output_dir = write(run_mapping, tmp_path), tmp_path / "run"
+    assert finish(config)[0] == 0
+    for path in output_dir.glob("checkpoints/step-*/weights-00000.safetensors"):
+        os.truncate(path, 100)
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+
+    before = content()
+    status, output = finish(config)
+    assert status == 2, output
+    error = output.splitlines()[-1]
+    assert error.startswith("error on rank 0: none of the checkpoints in ") and "begin anew at step 0" in error
+    assert all(f"step-0000000{step}: weights-00000.safetensors has 100 bytes" in error for step in (1, 2))
+    assert content() == before
+
+
 def train_rank(config: str) -> int:
     from beit3_ds.train import main
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.checkpoint.folder import CheckpointFolder, has_checkpoints
 from beit3_ds.checkpoint.index import INDEX_NAME
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.config import ConfigError
@@ -152,6 +152,15 @@ def test_unreadable_folder_is_no_empty_folder(root: Path, monkeypatch: pytest.Mo
 def test_files_swapped_in_a_checkpoint_are_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swap(folder(root) / FILES[0], folder(root) / FILES[1])
     check_passed_over(root, capsys)
+
+
+def test_lost_target_of_a_link_is_no_new_run(root: Path) -> None:
+    """Catches a run that starts over because the disk with its checkpoints is not mounted."""
+    root.rename(root.with_name("elsewhere"))
+    root.symlink_to(root.with_name("not-mounted"))
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        SmallRun(root).resume()
+    assert has_checkpoints(root.parent)
 
 
 def swap_those_of_two_ranks(newest: Path) -> None:
