@@ -35,7 +35,8 @@ def check_this_machine(environment: Mapping[str, str]) -> None:
     """Checks that this machine has the network interfaces and the device that environment variables name.
 
     Raises:
-        ConfigError: if an interface or the device is missing; the message names the variable and its value.
+        ConfigError: if an interface or the device is missing. The message names the variable and its value, and for
+            an interface also the available interfaces.
     """
     present = [name for _, name in socket.if_nameindex()]
     for name in filter(None, environment.get("GLOO_SOCKET_IFNAME", "").split(",")):

@@ -35,8 +35,8 @@ class Heartbeat(NamedTuple):
 def find_sleep(seconds: float, interval: float) -> float:
     """Returns the seconds by which a wait of `interval` seconds was late; 0 if it took at most twice as long.
 
-    In that time this process was stopped or had no core. The other ranks may have been stopped too, as when a cluster
-    suspends a job, so it does not count against them.
+    During these seconds this process was stopped or had no CPU core. Other ranks may have been stopped too, for example
+    because a cluster suspended the job, so these seconds do not count as their silence.
 
     Args:
         seconds: measured duration of the wait.
