@@ -124,7 +124,7 @@ def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]
     from beit3_ds.training.engine import build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
-    mesh = init_process_group(configs[0].parallel)
+    first = mesh = init_process_group(configs[0].parallel)  # the first mesh keeps the store of all groups alive
     results = []
     for config in configs:
         if config is not configs[0]:
@@ -135,7 +135,7 @@ def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]
             seen = observe(schedule, micro_batches_of(config, mesh.data_parallel_rank, step), factors)
         results.append(seen)
         schedule.engine.destroy()
-    mesh.barrier()
+    first.barrier()
     return results
 
 

@@ -70,7 +70,7 @@ class Shells:
         for line, own in stand_ins.shell_lines(program, words):
             env = {**environment, **own, "PATH": f"{environment['PATH']}:/usr/bin:/bin"}
             done = subprocess.run(["sh", "-c", line], cwd=self.folder, env=env, capture_output=True, timeout=20)
-            found.append(done.stdout.splitlines())
+            found.append([os.fsdecode(word) for word in done.stdout.splitlines()])
         return found
 
     def check_untouched(self) -> None:
