@@ -1,4 +1,4 @@
-"""Reads and checks the header of safetensors files, so that neither our reader nor the library's meets a wrong one."""
+"""Reads the header of safetensors files, and checks it before this program or the library reads tensors."""
 
 import os
 from collections.abc import Mapping

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.checkpoint.collection import has_checkpoints
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.folder import has_checkpoints
 from beit3_ds.checkpoint.run_description import build_run_description
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import ParallelConfig, RankCoords, RunConfig, check_layout

@@ -22,7 +22,7 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
 
     Raises:
         ValueError: with the reason in a few words, if the text is longer, is not JSON, nests too deep, or holds a key
-            twice, an integer beyond 64 bits, or a constant that it may not have.
+            twice, an integer beyond 64 bits, or a constant without `has_constants`.
     """
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON exceed the limit of {limit}")
@@ -44,10 +44,10 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
 
 
 def check_count(value: Any) -> int:
-    """Returns a value that must be an integer from 0 on.
+    """Returns the value if it is an integer from 0 on.
 
     Raises:
-        ValueError: if it is negative, or not an integer; true and 1.0 are none.
+        ValueError: for every other value, such as -1, true and 1.0.
     """
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:40]!r} is no integer from 0 on")
@@ -55,10 +55,10 @@ def check_count(value: Any) -> int:
 
 
 def check_text(value: Any) -> str:
-    """Returns a value that must be a string.
+    """Returns the value if it is a string.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: for a value of another type.
     """
     if not isinstance(value, str):
         raise ValueError(f"{str(value)[:40]!r} is no string")
@@ -66,10 +66,10 @@ def check_text(value: Any) -> str:
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Returns a value that must be an object.
+    """Returns the value if it is an object.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: for a value of another type.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{str(value)[:40]!r} is no object")
@@ -77,10 +77,10 @@ def check_object(value: Any) -> dict[str, Any]:
 
 
 def check_list(value: Any, length: int | None = None) -> list[Any]:
-    """Returns a value that must be a list, of a given length unless that is None.
+    """Returns the value if it is a list, of `length` values unless that is None.
 
     Raises:
-        ValueError: if it is none, or has another length.
+        ValueError: for a value of another type, or a list of another length.
     """
     if not isinstance(value, list) or (length is not None and len(value) != length):
         raise ValueError(f"{str(value)[:40]!r} is no list{'' if length is None else f' of {length} values'}")

@@ -23,7 +23,7 @@ Turn = tuple[Callable[[], float], dict[str, Any]]
 
 
 class TurnProcess:
-    """Runs a process that computes one turn per request, with as many threads as this process."""
+    """Runs a process that computes one turn per request and has the same number of threads as this process."""
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:
         """Starts the process, which gets the descriptor of its answers' pipe as its last argument.

@@ -47,7 +47,14 @@ class CheckpointCollection:
         return self.root / checkpoint_name(step)
 
     def paths(self) -> list[Path]:
-        """Returns the paths of all checkpoints, newest first, including incomplete ones."""
+        """Returns the paths of all checkpoints, newest first, including incomplete ones.
+
+        Raises:
+            OSError: if the folder exists but cannot be read, or is a link whose target is missing: the disk with the
+                checkpoints may not be mounted.
+        """
+        if self.root.is_symlink():
+            self.root.stat()
         return checkpoint_paths(self.root)
 
     def newest_path(self) -> Path | None:
@@ -174,3 +181,11 @@ def _delete(path: Path) -> None:
     hidden = path.with_name(f".deleted-{path.name}")
     rename(path, hidden)
     shutil.rmtree(hidden)
+
+
+def has_checkpoints(output_dir: Path) -> bool:
+    """Returns whether a run has checkpoints, complete or not; True if their folder cannot be read."""
+    try:
+        return bool(CheckpointCollection(output_dir / "checkpoints", keep=1).paths())
+    except OSError:
+        return True

@@ -221,14 +221,12 @@ def checkpoint_paths(folder: Path) -> list[Path]:
     create them.
 
     Raises:
-        OSError: if the folder cannot be read, or is a link to a folder that is not there.
+        OSError: if the folder exists but cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
             found = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and _is_folder(entry)]
     except (FileNotFoundError, NotADirectoryError):
-        if folder.is_symlink():  # the disk with the checkpoints may not be mounted
-            raise
         return []
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
@@ -273,14 +271,6 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 def is_checkpoint(path: Path) -> bool:
     """Returns whether a path looks like a checkpoint, a folder of checkpoints, or a run's output with checkpoints."""
     return (path / INDEX_NAME).is_file() or bool(checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"))
-
-
-def has_checkpoints(output_dir: Path) -> bool:
-    """Returns whether a run has checkpoints, complete or not; True if their folder cannot be read."""
-    try:
-        return bool(checkpoint_paths(output_dir / "checkpoints"))
-    except OSError:
-        return True
 
 
 def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool = False) -> CheckpointFolder:

@@ -13,7 +13,7 @@ from beit3_ds.parallel import HostGroup, Mesh
 
 _LONG_CHECK_BYTES = 1 << 30
 _WAYS_OUT = (
-    "Nothing was changed. Make one of them readable, and the same command resumes from it; to begin anew at step 0, "
+    "Nothing was changed. Repair a checkpoint, and the same command resumes from it; to begin anew at step 0, "
     "rename that folder or set another training.output_dir."
 )
 

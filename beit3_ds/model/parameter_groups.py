@@ -102,7 +102,7 @@ def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> l
         if len(values) == 1:
             raise ConfigError(
                 f"training.layer_decay and training.frozen: every stage of the pipeline needs {number} groups of "
-                f"parameters, as many as the stage with most, but a stage has only {len(groups)} parameters. Lower "
+                f"parameters, but a stage has only {len(groups)} parameters, of which each can be a group. Lower "
                 "parallel.pipeline_parallel_size."
             )
         half = len(values) // 2

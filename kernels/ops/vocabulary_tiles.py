@@ -32,7 +32,7 @@ class VocabularyTiles(NamedTuple):
 
 
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into narrow tiles; keeps as many tiles as fit beside one reserved for the backward pass.
+    """Divides a vocabulary into narrow tiles; keeps the logits of all tiles that fit beside one for the backward pass.
 
     Rows are not divided, because each group of rows would have to read the matrix, and read and write its gradient.
 

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from beit3_ds.checkpoint.folder import CheckpointFolder, has_checkpoints
+from beit3_ds.checkpoint.collection import has_checkpoints
+from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import INDEX_NAME
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.config import ConfigError

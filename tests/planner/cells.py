@@ -124,18 +124,18 @@ def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]
     from beit3_ds.training.engine import build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
-    first = mesh = init_process_group(configs[0].parallel)  # the first mesh keeps the store of all groups alive
+    mesh = init_process_group(configs[0].parallel)
     results = []
     for config in configs:
         if config is not configs[0]:
-            mesh = build_mesh(config.parallel)
+            mesh = build_mesh(config.parallel, mesh.store)
         schedule = build_schedule(build_task(config), mesh)
         factors = build_loss_factors(torch.full((4,), 8), build_task(config).terms, mesh.data_parallel_size)
         for step in range(2):
             seen = observe(schedule, micro_batches_of(config, mesh.data_parallel_rank, step), factors)
         results.append(seen)
         schedule.engine.destroy()
-    first.barrier()
+    mesh.barrier()
     return results
 
 

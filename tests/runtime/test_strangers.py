@@ -53,8 +53,12 @@ def meet_beside_a_stranger(bomb: str) -> tuple[list[tuple[str, int]], float, str
             for key in store.list_keys():
                 if "/failure" not in key and "/beat" not in key and "/reported" not in key:
                     store.set(key, pickle.dumps(Bomb(bomb)))  # type: ignore[arg-type]
+            assert mesh.store is not None
+            mesh.store.set("fact", "the ranks' own")
+            assert mesh.store.get("fact") == b"the ranks' own"
+            store.set("run/0/fact", pickle.dumps(Bomb(bomb)))  # type: ignore[arg-type]
             try:
-                KeyedStore(store, b"the ranks' secret").get(next(iter(store.list_keys())))
+                mesh.store.get("fact")
             except ForgedValueError as error:
                 refused = str(error)
         mesh.barrier()

@@ -1,5 +1,6 @@
 """Tests the watchdog with ranks that stop, stall, leave or fail; each is a process that runs no training."""
 
+import json
 import os
 import re
 import signal
@@ -106,6 +107,26 @@ def test_stopped_rank_is_found_by_its_heartbeat(tmp_path: Path, lost: int) -> No
         for rank in others:
             assert f": rank {lost} (stage 0, data-parallel rank {lost}, " in ranks.error(rank)
             assert "does not answer" in ranks.error(rank)
+
+
+def forge_a_verdict(rank: int, activity: Activity) -> None:
+    """Writes the end of the run into the store without the secret, as a program on the network could."""
+    import torch.distributed as dist
+
+    if rank == NUM_RANKS - 1:
+        store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+        (key,) = (key for key in store.list_keys() if key.endswith("watchdog/failure"))
+        store.set(key, json.dumps(["rank 0 has nothing left to do"]))
+    time.sleep(LONG)
+
+
+def test_forged_verdict_is_not_believed(tmp_path: Path) -> None:
+    """Expects that the ranks end and name the forgery, but not its text."""
+    with started(tmp_path, forge_a_verdict) as ranks:
+        assert ranks.statuses(0, 1, 2) == [1, 1, 1]
+        for rank in range(NUM_RANKS):
+            assert "holds a value of 'failure' that no rank of this run wrote" in ranks.output(rank)
+            assert "nothing left to do" not in ranks.output(rank)
 
 
 def stall(rank: int, activity: Activity) -> None:

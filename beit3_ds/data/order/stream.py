@@ -1,4 +1,4 @@
-"""Computes the endless order of a stream's samples, which is shuffled anew every epoch and never stored.
+"""Computes the order of a stream's samples, epoch after epoch, each shuffled; the order is not stored.
 
 Without weights, all samples of a stream are one set, and (seed, stream, epoch) determines its order. With weights,
 (seed, stream, source, epoch) determines the order of each source; the choice of the source of each sample is not random

@@ -130,7 +130,7 @@ class WorkerProcess:
 
     @property
     def inline_bytes(self) -> int:
-        """Returns the tensor bytes of the last reply that came through the socket because shared memory was full."""
+        """Returns how many bytes of the last reply's tensors came through the socket, for want of shared memory."""
         return self._receiver.inline_bytes
 
     def fileno(self) -> int:
