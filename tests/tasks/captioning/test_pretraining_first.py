@@ -65,8 +65,12 @@ def caption(folder: Path, files: Path, seed: int, steps: int, weights: Path | No
 
 
 @pytest.mark.slow
-def test_pretraining_first_helps_captions(tmp_path: Path) -> None:
-    """Compares as many steps of fine-tuning, and as many steps in total, all on the same captioned images."""
+def test_pretraining_first_beside_fine_tuning_alone(tmp_path: Path) -> None:
+    """Compares runs with equal steps of fine-tuning, and with equal steps in total, on the same captioned images.
+
+    The figures are printed, and no outcome is required. The test only requires that the longest runs learn, because
+    otherwise the comparison says nothing.
+    """
     files = tmp_path / "squares"
     files.mkdir()
     copy_tokenizers(files)
@@ -81,4 +85,4 @@ def test_pretraining_first_helps_captions(tmp_path: Path) -> None:
         print(f"seed {seed}: exact captions, pretrained {first:.3f}, alone {alone:.3f}, alone for longer {longer:.3f}")
     low, high = interval([first - alone for first, alone, _ in measured])
     print(f"pretrained - alone {low:.3f} to {high:.3f}")
-    assert all(first > alone for first, alone, _ in measured)
+    assert min(longer for _, _, longer in measured) > 0.5
