@@ -1,1 +1,1 @@
-"""Implements memory, row chunks and products of the operations on a CPU."""
+"""Provides the operations on a CPU with memory, chunks of rows and matrix products."""

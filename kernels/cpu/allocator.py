@@ -17,18 +17,20 @@ class Allocator:
     """Allocates uninitialised tensors from PyTorch or, after `keep_freed_memory`, from its own memory mapping."""
 
     def __init__(self) -> None:
-        """Starts with PyTorch's allocator."""
+        """Starts without a memory mapping: PyTorch allocates all tensors until `keep_freed_memory` is called."""
         self.host_memory: HostMemory | None = None
 
     def keep_freed_memory(self, device: torch.device, lasting: int = 0) -> None:
-        """Makes a process that trains on the CPU keep freed memory and reuse it; applies to all later allocations.
+        """Lets this process keep freed memory and reuse it for all later allocations, if it trains on the CPU.
 
-        Tensors of this allocator get their own address range, if the operating system grants one. For PyTorch's own
-        tensors, glibc is told not to return memory to the system, which would zero the same pages again in every step.
+        This allocator's tensors get their own address range, if the operating system grants one. PyTorch's own tensors
+        come from glibc, which then no longer returns freed memory to the system. The system would have to zero the
+        returned pages again in every step.
 
         Args:
-            device: device of the training; nothing is done unless it is the CPU.
-            lasting: total bytes of the tensors that stay until the end of a step, or 0 if there are few.
+            device: device of the training. If it is not the CPU, the call does nothing.
+            lasting: total bytes of the tensors that stay until the end of a step, such as the weights' gradients; 0 if
+                there are few.
         """
         if device.type != "cpu" or sys.platform != "linux":
             return
@@ -50,7 +52,7 @@ class Allocator:
             like: gives the device, and the dtype if none is given.
             shape: shape of the tensor.
             dtype: dtype of the tensor.
-            lasting: whether it stays until the end of a step, like a weight's gradient.
+            lasting: whether the tensor stays until the end of a step, as a weight's gradient does.
         """
         dtype = like.dtype if dtype is None else dtype
         has_memory = type(like) in (Tensor, nn.Parameter)  # other subclasses may have none, as fake tensors
@@ -65,7 +67,10 @@ class Allocator:
         return self.empty(x, *x.shape, lasting=lasting)
 
     def settle(self, x: Tensor, lasting: bool = False) -> Tensor:
-        """Returns `x`, or a copy of it in the memory mapping if there is one; for small tensors kept during a step."""
+        """Returns a copy of `x` in the memory mapping, or `x` itself if the allocator has no mapping or x is on a GPU.
+
+        Use it for small tensors that stay during a step: in glibc's memory they would split the free space.
+        """
         return x if self.host_memory is None or x.device.type != "cpu" else self.empty_like(x, lasting).copy_(x)
 
 

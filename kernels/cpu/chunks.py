@@ -14,15 +14,17 @@ _CHUNK_ELEMENTS = 1 << 17
 
 
 def chunk_rows(x_TD: Tensor) -> int:
-    """Returns the rows per chunk, for `Tensor.split`; on a GPU one chunk holds all rows."""
+    """Returns the number of rows per chunk, for `Tensor.split`; on a GPU, one chunk holds all rows."""
     return max(1, _CHUNK_ELEMENTS // x_TD.shape[1] if x_TD.device.type == "cpu" else len(x_TD))
 
 
 def accumulate(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Adds the parameter gradients of one chunk to the totals of earlier chunks; an empty list of totals means zeros.
+    """Adds one chunk's parameter gradients (`parts`) to the totals of the earlier chunks, in place.
+
+    For the first chunk, pass an empty list of totals.
 
     Returns:
-        The totals, in float32 for half precision, so that they are rounded only once after the last chunk.
+        The totals. Half-precision gradients are added in float32, so they are rounded only once, after the last chunk.
     """
     if totals:
         return [total.add_(part) for total, part in zip(totals, parts, strict=True)]

@@ -1,9 +1,9 @@
 """Manages host memory for the tensors that each training step on a CPU allocates and frees.
 
-Every step allocates the same gigabytes of rows and gradients. glibc fragments this memory: it adds padding for
-alignment to each request, so a freed block does not fit the next request of the same size, and small tensors that stay
-split the gaps between large ones. So these tensors get their own address range. Rows are allocated from the lower end;
-they are freed in the order of their allocation, or in reverse. Gradients of weights stay until the update and are
+Every step allocates the same gigabytes of rows and gradients. glibc fragments this memory: it pads each request for
+alignment, so a freed block does not fit the next request of the same size. Small tensors that stay also split the gaps
+between large ones. So these tensors get their own address range. Rows are allocated from its lower end. They are freed
+in the order of their allocation, or in reverse. Gradients of weights stay until the optimizer's update and are
 allocated from the upper end, so at the end of the backward pass they reuse the memory of rows (BENCHMARKS.md). On a
 GPU, PyTorch's caching allocator does all this.
 """
@@ -26,10 +26,10 @@ _MAP_NORESERVE = 0x4000
 
 
 class Gaps:
-    """Tracks the free parts (gaps) of an address range; gaps are never empty and never touch."""
+    """Tracks the gaps (free byte ranges) of an address range; no gap is empty, and no two gaps are adjacent."""
 
     def __init__(self, size: int) -> None:
-        """Starts with [0, size) as the only gap."""
+        """Starts with one gap, the whole range [0, size)."""
         self._starts, self._stops = [0], [size]
 
     def take_low(self, size: int) -> int | None:
@@ -45,7 +45,7 @@ class Gaps:
         return None
 
     def take_high(self, size: int, ceiling: int) -> int | None:
-        """Takes `size` bytes from the upper end of the highest gap that has enough bytes below `ceiling`.
+        """Takes the highest `size` adjacent free bytes whose addresses are all below `ceiling`.
 
         Returns:
             Address of the first byte; None if no gap is large enough.
@@ -58,7 +58,7 @@ class Gaps:
         return None
 
     def give(self, start: int, size: int) -> None:
-        """Frees `size` bytes from `start` on, and merges them with adjacent gaps."""
+        """Frees the bytes [start, start + size) and merges them with adjacent gaps."""
         index, stop = bisect_left(self._starts, start), start + size
         touches_next = index < len(self._starts) and self._starts[index] == stop
         touches_last = index > 0 and self._stops[index - 1] == start
@@ -67,7 +67,7 @@ class Gaps:
         self._stops[joined] = [max(stop, *self._stops[joined], stop)]
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Returns start and stop of all gaps, in ascending order."""
+        """Returns (start, stop) of every gap, in ascending order."""
         return list(zip(self._starts, self._stops, strict=True))
 
     def _cut(self, index: int, start: int, stop: int) -> None:
@@ -84,13 +84,13 @@ class HostMemory:
     """
 
     def __init__(self, size: int) -> None:
-        """Maps an address range.
+        """Maps an address range for the tensors.
 
         Args:
-            size: bytes of all tensors together, at most.
+            size: size of the range in bytes, the maximum of all tensors together.
 
         Raises:
-            OSError: if the operating system refuses.
+            OSError: if the operating system refuses the mapping.
         """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._bytes = memoryview(mmap.mmap(-1, size, flags=flags))
@@ -100,7 +100,10 @@ class HostMemory:
         self._freed: deque[tuple[int, int]] = deque()
 
     def expect(self, lasting: int) -> None:
-        """Reserves room for `lasting` bytes of lasting tensors, and 1/64 more for other tensors between them."""
+        """Reserves room for `lasting` bytes of tensors that stay until the end of a step.
+
+        Reserves 1/64 more, for the other tensors that end up between them.
+        """
         self._ceiling = max(self._ceiling, lasting + lasting // 64)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool) -> Tensor | None:
@@ -109,7 +112,8 @@ class HostMemory:
         Args:
             shape: shape of the tensor.
             dtype: dtype of the tensor.
-            lasting: whether to allocate it near the upper end of the range used so far instead of at the lower end.
+            lasting: whether the tensor stays until the end of a step. If so, it gets the highest free bytes below the
+                highest address used or reserved so far. Any other tensor gets the lowest free bytes.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

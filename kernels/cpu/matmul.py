@@ -1,8 +1,8 @@
 """Computes the matrix products of linear layers on a CPU, and writes them into given memory.
 
 PyTorch multiplies float32 matrices with MKL. oneDNN, which PyTorch uses for convolutions, is often 10 to 33 % faster on
-many rows (BENCHMARKS.md). This module calls it as a 1 x 1 convolution that adds to its output, so that it writes into
-given memory.
+many rows (BENCHMARKS.md). This module expresses the product as oneDNN's 1 x 1 convolution that adds to its output: this
+convolution writes into given memory.
 """
 
 # R rows, D input width, F output width.
@@ -15,12 +15,12 @@ from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 _FEWEST_ROWS = 256
-"""Minimum rows for oneDNN, which first copies the matrix into its own format; for fewer rows the copy does not pay."""
+"""Minimum rows for which oneDNN is used. It first copies the matrix into its own format, too slow for fewer rows."""
 _FEWEST_ROWS_TRANSPOSED = 1024
-"""Minimum rows for oneDNN if the matrix is transposed."""
+"""Minimum rows for which oneDNN is used if the matrix is transposed."""
 _STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048
-"""Rows transposed at a time. Fewer are transposed in long rows, whose elements of one column compete for the same cache
-lines."""
+"""Rows that are transposed at a time: `_STRIP`, or `_STRIP_OF_LONG_ROWS` if a row has at least `_LONG_ROW` columns. In
+long rows, the elements of one column compete for the same cache lines."""
 
 
 def matmul(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Tensor:
@@ -28,9 +28,9 @@ def matmul(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Te
 
     Args:
         x_RD: rows.
-        w_FD: the matrix, contiguous or the transpose of a contiguous one.
-        b_F: the bias, or None.
-        out_RF: output; contiguous and of x's dtype, as are x_RD and b_F.
+        w_FD: matrix; either it or its transpose is contiguous.
+        b_F: bias, or None.
+        out_RF: output. x_RD, b_F and out_RF are contiguous and have the same dtype.
     """
     if _takes_onednn(x_RD, w_FD):
         _add_by_onednn(x_RD, w_FD, b_F, out_RF.zero_())
@@ -57,7 +57,10 @@ def _add_by_onednn(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tenso
 
 
 def _transpose(x_RD: Tensor) -> Tensor:
-    """Returns x.T, contiguous, copied in strips: PyTorch copies it whole with a single thread (BENCHMARKS.md)."""
+    """Returns a contiguous copy of x.T.
+
+    Copies strips of rows, because PyTorch copies a whole transposed matrix with a single thread (BENCHMARKS.md).
+    """
     out_DR = ALLOCATOR.empty(x_RD, x_RD.shape[1], len(x_RD))
     rows = _STRIP_OF_LONG_ROWS if x_RD.shape[1] >= _LONG_ROW else _STRIP
     for strip_rD, out_Dr in zip(x_RD.split(rows), out_DR.split(rows, dim=1), strict=True):
@@ -71,7 +74,7 @@ def _has_onednn() -> bool:
 
 
 def _check_onednn(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares products by oneDNN with those by MKL, with a matrix and with a transposed one."""
+    """Compares oneDNN's products with plain PyTorch's, for a contiguous matrix and for a transposed one."""
     generator = torch.Generator().manual_seed(0)
     x_RD, square, b_F = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, 16), (16, 16), (16,)))
     for w_FD in (square, square.t()):

@@ -1,4 +1,4 @@
-// Layout of tiles in shared memory, and of a warp's results on the way from registers to memory.
+// Places tiles in shared memory, loads operands of products from them, and reorders a warp's results before a write.
 
 #pragma once
 
@@ -47,15 +47,15 @@ __device__ __forceinline__ void load_left(std::uint32_t (&a)[4], const unsigned 
   load_matrices(a, tile + Tile::offset(row + lane % 16, chunk + lane / 16));
 }
 
-// Reads the right operands of two products, whose columns are rows of the tile: b[0] and b[1] belong to the first eight
-// rows, b[2] and b[3] to the next eight.
+// Reads the right operands of two products. Columns of an operand are rows of the tile: b[0] and b[1] are the first
+// eight rows, b[2] and b[3] the next eight.
 template <typename Tile>
 __device__ __forceinline__ void load_right(std::uint32_t (&b)[4], const unsigned char* tile, int row, int chunk) {
   const int lane = threadIdx.x % kWarp;
   load_matrices(b, tile + Tile::offset(row + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
 }
 
-// Reads the right operands of two products, whose columns are columns of the tile.
+// Reads the right operands of two products. Columns of an operand are columns of the tile.
 template <typename Tile>
 __device__ __forceinline__ void load_right_transposed(std::uint32_t (&b)[4], const unsigned char* tile, int row,
                                                       int chunk) {

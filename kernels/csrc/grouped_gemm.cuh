@@ -1,4 +1,5 @@
-// Up projections of all experts in one launch: u = x @ W_e^T + b_e in the rows of every expert e, and a = GELU(u).
+// Computes the up projections of all experts in one launch: u = x @ W_e^T + b_e for the rows of every expert e, and
+// a = GELU(u).
 //
 // T packed rows, D input width, F output width.
 //
@@ -15,8 +16,8 @@
 
 namespace beit3 {
 
-// A block of threads computes kTileRows x kTileColumns of u, each of its warps kWarpRows x kWarpColumns. A tile of the
-// table has at most kTileRows rows.
+// A block of threads computes kTileRows x kTileColumns of u, and each of its warps computes kWarpRows x kWarpColumns. A
+// tile of `arguments.tiles` has at most kTileRows rows.
 template <typename Element_, int kTileRows, int kTileColumns, int kTileDepth, int kStages, int kWarpRows,
           int kWarpColumns>
 struct GroupedGemm {
@@ -61,8 +62,8 @@ struct GroupedGemm {
     return (output_width + kTileColumns - 1) / kTileColumns;
   }
 
-  // Blocks that run together share few rows of x and W, which then stay in the L2 cache: they compute the columns of
-  // eight row tiles at a time.
+  // Returns a block's expert, rows and first column. Blocks that run together compute all columns of eight row tiles.
+  // They read few rows of x and W, which therefore stay in the L2 cache.
   __device__ static Place place_of(const Arguments& arguments, int block) {
     constexpr int kTogether = 8;
     const int in_group = kTogether * column_tiles(arguments.output_width);
@@ -72,7 +73,7 @@ struct GroupedGemm {
     return {tile[0], tile[1], tile[2], block % in_group / height * kTileColumns};
   }
 
-  // Starts to copy a step's tiles of x and W. Groups are closed beyond the last step too, because waits count them.
+  // Starts to copy a step's tiles of x and W. Closes a group of copies even after the last step: waits count groups.
   __device__ static void fetch(const Arguments& arguments, const Place& place, int step, int steps) {
     if (step < steps) {
       unsigned char* stage = shared_memory() + step % kStages * kStageBytes;

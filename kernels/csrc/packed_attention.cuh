@@ -1,4 +1,5 @@
-// Forward pass of packed attention, defined in kernels/ops/packed_attention.py; attention_plan.py there has its tables.
+// Computes the forward pass of packed attention, which kernels/ops/packed_attention.py defines. The file
+// attention_plan.py in the same folder describes the tables of sequences and tiles.
 //
 // T packed rows, H heads, K head width.
 //
@@ -55,7 +56,7 @@ struct PackedAttention {
  private:
   // Positions number a sequence's rows through its first and then its second range.
   struct Sequence {
-    int first;  // position of the tile
+    int first;  // first position of the tile
     int start_1, length_1, offset_2, total;
 
     __device__ int row(int position) const { return position + (position < length_1 ? start_1 : offset_2); }
@@ -81,7 +82,7 @@ struct PackedAttention {
     return (std::int64_t{sequence.row(position)} * arguments.num_heads + head) * arguments.head_width;
   }
 
-  // Starts to copy a block of keys and values. Groups are closed beyond the last step too, because waits count them.
+  // Starts to copy a block of keys and values. Closes a group of copies even after the last step: waits count groups.
   __device__ static void fetch(unsigned char* ring, const Arguments& arguments, const Sequence& sequence, int head,
                                int step, int steps) {
     if (step < steps) {

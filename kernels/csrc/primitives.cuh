@@ -1,7 +1,7 @@
 // Hardware instructions that the kernels use beyond CUDA's built-ins, for sm_80 and up.
 //
 // The tests compile the kernels' headers for the CPU and replace this header by one with the same names
-// (tests/kernels/csrc/emulation.cuh). So this file has nothing that could be tested without a GPU.
+// (tests/kernels/csrc/emulation.cuh). So this file contains only what cannot be tested without a GPU.
 
 #pragma once
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&pairs)[4], const v
                : "memory");
 }
 
-// Reads the transposed matrices: thread l receives rows 2 (l % 4) and the next, in column l / 4.
+// Reads four 8 x 8 matrices like `load_matrices`, but thread l receives column l / 4 of rows 2 (l % 4) and the next.
 __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&pairs)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
@@ -93,7 +93,7 @@ __device__ __forceinline__ void multiply_add<Float16>(float (&sum)[4], const std
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
 }
 
-// Starts a copy of 16 bytes from global to shared memory; if they are not real, writes 16 zeros and reads nothing.
+// Starts a copy of 16 bytes from global to shared memory. If `real` is false, writes 16 zero bytes and reads nothing.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool real) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
                    static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))),

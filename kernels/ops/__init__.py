@@ -1,1 +1,1 @@
-"""Defines the operations on packed streams: reference, registration and backward pass of each."""
+"""Defines the operations on packed rows, each with its PyTorch reference, registration and backward pass."""

@@ -9,53 +9,62 @@ import torch
 from torch import Tensor
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
-"""The row ranges [start, stop) of each sequence, e.g. (((0, 197),), ((197, 394), (591, 612)))."""
+"""Row ranges [start, stop) of each sequence. For example, (((0, 197),), ((197, 394), (591, 612))) is a sequence of one
+range and a sequence of two."""
 
 PADDING_ALLOWANCE = 1.5
 """Maximum ratio of the longest to the shortest sequence in a padded bucket (BENCHMARKS.md)."""
 
 CPU_ROWS = 256
-"""Maximum rows of a bucket of several sequences on a CPU: more rows are no faster, and PyTorch's buffers for a bucket
+"""Maximum rows of a bucket of several sequences on a CPU. More rows are no faster, and PyTorch's buffers for a bucket
 add to peak memory (BENCHMARKS.md)."""
 
 
 class Bucket(NamedTuple):
-    """Describes the sequences of one call of scaled_dot_product_attention."""
+    """Describes n sequences of similar length, which one call of scaled_dot_product_attention computes.
+
+    All sequences are padded to S rows, the length of the longest.
+    """
 
     rows: Tensor
-    """Rows of the stream, (n * S,) int64, sequence by sequence; padding repeats a row of its sequence."""
+    """Numbers of the sequences' rows in the packed stream, sequence by sequence, (n * S,) int64. A shorter sequence is
+    padded by repeating its first row."""
     num_sequences: int
     """Number of sequences, n."""
     first_row: int | None
-    """First row if the rows are consecutive, so that a view is enough and nothing is gathered; otherwise None."""
+    """First row number if all rows are consecutive in the stream, so that a view needs no copy; otherwise None."""
     real: Tensor | None
-    """Ascending indices of the entries of `rows` that are not padding, int64; None without padding."""
+    """Ascending indices of the entries of `rows` that are not padding, int64; None if no entry is padding."""
     key_mask: Tensor | None
-    """True for keys that are not padding, (n, 1, 1, S) bool. With a causal mask, True only if the query also sees the
-    key, (n, 1, S, S). None if all entries are True."""
+    """Attention mask, bool; None if all entries are True. Without a causal caption its shape is (n, 1, 1, S), and an
+    entry is True if the key is not padding. With a causal caption its shape is (n, 1, S, S), and an entry is True if,
+    in addition, the query sees the key."""
 
 
 class AttentionPlan(NamedTuple):
-    """Divides a micro-batch's sequences into buckets; a pure function of their ranges."""
+    """Holds the buckets into which a micro-batch's sequences are divided; depends on the sequences' ranges alone."""
 
     buckets: tuple[Bucket, ...]
-    """Buckets that together hold every sequence with rows once."""
+    """Buckets. Every sequence that has rows is in exactly one of them."""
     output_rows: Tensor | None
-    """Position of every stream row in the buckets' concatenated outputs, (T,) int64; None if they are in order."""
+    """Position of each of the stream's T rows in the concatenated outputs of all buckets, (T,) int64; None if row i is
+    at position i for every i."""
 
 
 class TilePlan(NamedTuple):
-    """Holds the tables of a micro-batch's sequences for the GPU's kernels; a pure function of their ranges."""
+    """Holds the tables that tell the GPU kernels the rows of a micro-batch's Q sequences and N tiles."""
 
     sequences_Q4: Tensor
-    """Start and length of both ranges per sequence, int32; the second range is empty if there is only one."""
+    """Start and length of each sequence's first range, then start and length of its second, (Q, 4) int32. If a sequence
+    has one range, the second length is 0."""
     tiles_N2: Tensor
-    """Per tile, its sequence and its first position in the sequence, int32; long sequences come first."""
+    """Each tile's sequence number and the position in that sequence at which the tile starts, (N, 2) int32. Tiles of
+    longer sequences come first."""
 
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan:
-    """Divides all sequences into tiles of `tile_size` positions."""
+    """Divides every sequence into tiles of at most `tile_size` rows, and returns the tables on `device`."""
     sequences = [[(start, stop - start) for start, stop in (*sequence, (0, 0))[:2]] for sequence in ranges]
     assert all(len(sequence) in (1, 2) for sequence in ranges), "packed_attention: a sequence is one or two ranges"
     order = sorted(range(len(ranges)), key=lambda i: -_length(ranges[i]))
@@ -67,15 +76,16 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
 
 @lru_cache(maxsize=16)
 def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool = False) -> AttentionPlan:
-    """Groups sequences of similar length into buckets; consecutive sequences of equal length get no padding."""
+    """Groups sequences of similar length into buckets; adjacent sequences of equal length get no padding."""
     most_rows = CPU_ROWS if device.type == "cpu" else None
     return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE, most_rows), device, causal_captions)
 
 
 def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:
-    """Groups sequences with rows by length.
+    """Returns groups of sequence numbers; the sequences of a group have similar lengths.
 
-    Consecutive sequences of equal length, such as images, form a separate group, because a view can batch them.
+    Adjacent sequences of equal length, such as images, form a separate group, because a view can batch them. Sequences
+    without rows are in no group.
 
     Args:
         ranges: row ranges of every sequence.
@@ -105,9 +115,10 @@ def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
 
 
 def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
-    """Groups two or more sequences of equal length whose rows follow each other without gaps.
+    """Returns groups of two or more sequences of equal length whose rows follow each other without gaps.
 
-    Skips sequences of two ranges."""
+    Sequences of two ranges are in no group.
+    """
     runs: list[list[int]] = []
     for index, sequence in enumerate(ranges):
         if len(sequence) != 1 or not _length(sequence):
@@ -123,7 +134,7 @@ def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
 def build_plan(
     ranges: Ranges, groups: list[list[int]], device: torch.device, causal_captions: bool = False
 ) -> AttentionPlan:
-    """Turns groups of sequence numbers into row indices and masks."""
+    """Builds a plan with one bucket per group of sequence numbers."""
     buckets, order = [], []
     offset = 0
     for group in groups:
@@ -155,11 +166,17 @@ def _length(sequence: tuple[tuple[int, int], ...]) -> int:
 
 
 def image_rows(sequence: tuple[tuple[int, int], ...]) -> int:
-    """Returns the number of rows of a sequence's image, which all its rows see under the captioning mask."""
+    """Returns the length of a sequence's first range, which the whole sequence sees under the captioning mask.
+
+    In a pair of an image and its caption, this range is the image.
+    """
     return _length(sequence[:1])
 
 
 def visible_rows(length: int, image_length: int, device: torch.device) -> Tensor:
-    """Returns whether a query (row) sees a key (column) under the captioning mask, (length, length) bool."""
+    """Returns the captioning mask, (length, length) bool: True where a query (row) sees a key (column).
+
+    Every query sees the first `image_length` keys. A query after them also sees all keys up to its own position.
+    """
     positions = torch.arange(length, device=device)
     return positions < (positions + 1).clamp(min=image_length).unsqueeze(1)

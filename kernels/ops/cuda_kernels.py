@@ -25,15 +25,17 @@ _HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 def is_built() -> bool:
-    """Returns whether `BEIT3_BUILD_CUDA=1 pip install --no-build-isolation .` has built the kernels; loads nothing."""
+    """Returns whether `BEIT3_BUILD_CUDA=1 pip install --no-build-isolation .` has built the kernels.
+
+    Does not load them.
+    """
     return importlib.util.find_spec("beit3_ds.kernels.cuda_operators") is not None
 
 
 def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
     """Returns whether `grouped_gemm` takes these rows and weights: half precision on a GPU, widths divisible by 8.
 
-    Asserts that the kernel is built. Returns False on a device where the kernel fails its check at first use
-    (`self_check`).
+    Returns False, with a warning, if the kernel is not built or fails its check at first use (`self_check`).
     """
     widths = weights[0].shape
     fits = x_TD.dtype in _HALF_PRECISIONS and len(weights) <= MAX_EXPERTS and all(n % 8 == 0 for n in widths)
@@ -64,7 +66,11 @@ def grouped_gemm(
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_row_tiles(slices: Slices, tile_rows: int, device: torch.device) -> Tensor:
-    """Returns expert, first row and stop row of every tile of at most `tile_rows` rows, (N, 3) int32."""
+    """Divides each expert's rows into tiles of at most `tile_rows` rows.
+
+    Returns:
+        Expert, first row and stop row of each of N tiles, (N, 3) int32.
+    """
     tiles = [
         (expert, first, min(first + tile_rows, stop))
         for expert, (start, stop) in enumerate(slices)
@@ -74,7 +80,10 @@ def plan_row_tiles(slices: Slices, tile_rows: int, device: torch.device) -> Tens
 
 
 def takes_attention(q_THK: Tensor) -> bool:
-    """Returns whether `packed_attention_forward` takes these queries: half precision on a GPU, K <= 128 in eights."""
+    """Returns whether `packed_attention_forward` takes these queries.
+
+    It takes half precision on a GPU with a head width that is a multiple of 8 and at most 128.
+    """
     return q_THK.is_cuda and q_THK.dtype in _HALF_PRECISIONS and q_THK.shape[2] % 8 == 0 and q_THK.shape[2] <= 128
 
 
@@ -87,17 +96,18 @@ def packed_attention_forward(
     tile_size: int,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the forward pass of `packed_attention`, as `triton/packed_attention_launch.py` does.
+    """Computes the forward pass of `packed_attention` with the kernel in CUDA C++.
 
     Args:
-        q_THK: contiguous, like k_THK and v_THK (`takes_attention`).
+        q_THK: queries that `takes_attention` accepts; q_THK, k_THK and v_THK are contiguous.
         sequences_Q4: `TilePlan.sequences_Q4`.
         tiles_N2: `TilePlan.tiles_N2`.
         tile_size: positions per tile, 64 or 128.
         causal_captions: whether the second range is a caption with a causal mask.
 
     Returns:
-        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows of no sequence are undefined.
+        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows that belong to no sequence are
+        undefined.
     """
     return _operators().packed_attention(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tile_size, causal_captions)
 
@@ -123,7 +133,7 @@ def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
 
 
 GROUPED_GEMM = TrustedKernels("grouped_gemm in CUDA C++", check_grouped_gemm)
-"""The kernel of `grouped_gemm`."""
+"""Decides whether the kernel of `grouped_gemm` is used, by a check at its first use."""
 
 
 @lru_cache

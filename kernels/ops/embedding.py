@@ -13,7 +13,7 @@ from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
 
 def embedding(ids_S: Tensor, weight_VD: Tensor) -> Tensor:
-    """Looks up rows of a table; without ids the table gets a gradient of zeros.
+    """Returns the rows of a table that have the given ids; if there are no ids, the table's gradient is zeros.
 
     Args:
         ids_S: int64 in [0, V).

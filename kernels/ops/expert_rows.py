@@ -1,4 +1,7 @@
-"""Decides whether the row-streaming GPU kernels can process rows of a packed stream, and chooses their tiling."""
+"""Decides whether the row-streaming GPU kernels support given rows, and chooses how these kernels are compiled.
+
+A row-streaming kernel loads rows one after the other and computes no matrix product.
+"""
 
 # T packed rows, D width.
 
@@ -18,12 +21,12 @@ WIDEST = 8192
 
 
 def row_lengths(stops: Sequence[int]) -> list[int]:
-    """Returns the number of rows of each expert, given the end of each expert's rows; the first starts at row 0."""
+    """Returns each expert's number of rows, given its stop: expert e owns rows [stops[e - 1], stops[e]), from 0 on."""
     return [stop - start for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
 
 
 def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether the GPU kernels support these rows: any dtype but float64, and at most WIDEST columns.
+    """Returns whether the row-streaming GPU kernels support these rows: no float64, and at most WIDEST columns.
 
     Args:
         x_TD: rows of the stream, float32 or of `dtype`.
@@ -34,7 +37,7 @@ def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
 
 
 def row_tiling(x_TD: Tensor) -> "RowTiling":
-    """Returns the tiling of the kernels for these rows."""
+    """Returns how the row-streaming kernels are compiled for the width and the GPU of `x_TD`."""
     from beit3_ds.kernels.triton.architecture import architecture_of
     from beit3_ds.kernels.triton.expert_rows_launch import choose_row_tiling  # Triton is needed on a GPU only
 

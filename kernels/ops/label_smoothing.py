@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 class LabelSmoothing(NamedTuple):
-    """Describes smoothed labels over a vocabulary, of which this process may hold a shard."""
+    """Describes smoothed labels over a vocabulary; this process may hold only a shard of the vocabulary."""
 
     probability: float
-    """Probability that the labels give to all other columns together, e; from 0 up to, but excluding, 1."""
+    """Total probability of all columns other than the target, e; 0 <= e < 1."""
     vocab_size: int
     """Size of the whole vocabulary, V; at least 2."""
     num_own: int
-    """Number of vocabulary rows in this shard's matrix; the rows behind them are padding."""
+    """Number of rows of this shard's matrix that belong to the vocabulary; the rows after them are padding."""
 
     @property
     def share(self) -> float:
@@ -41,7 +41,10 @@ class LabelSmoothing(NamedTuple):
 def smoothed_cross_entropy_reference(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, probability: float
 ) -> Tensor:
-    """Returns every row's divergence from smoothed labels, (M,), in plain PyTorch with full logits."""
+    """Returns the Kullback-Leibler divergence of every row from its smoothed labels, (M,).
+
+    Computes it in plain PyTorch from the full logits.
+    """
     log_MV = F.log_softmax(F.linear(h_MD, w_VD, b_V).to(torch.promote_types(h_MD.dtype, torch.float32)), dim=1)
     label_MV = torch.full_like(log_MV, probability / (len(w_VD) - 1))
     label_MV.scatter_(1, target_M.unsqueeze(1), 1 - probability)
@@ -49,7 +52,7 @@ def smoothed_cross_entropy_reference(
 
 
 def sum_logits(h_MD: Tensor, w_UD: Tensor, b_U: Tensor, smoothing: LabelSmoothing, dtype: torch.dtype) -> Tensor:
-    """Returns the sum of this shard's logits of every row, (M,), without padding."""
+    """Returns, for every row of `h_MD`, the sum of its logits in this shard, (M,); padding does not count."""
     own = slice(0, smoothing.num_own)
     return h_MD.to(dtype) @ w_UD[own].sum(0, dtype=dtype) + b_U[own].sum(dtype=dtype)
 
@@ -64,7 +67,7 @@ def add_smoothing_gradients(
 
     Args:
         gradients: dh (M, D), dw (U, D) and db (U,) of this shard.
-        inputs: h, w, b and the target, an index into this shard; one outside [0, U) belongs to another shard.
+        inputs: h, w, b and the targets. A target is an index into this shard; outside [0, U) it is in another shard.
         d_loss_M: gradient of every row's loss.
         smoothing: the labels.
     """

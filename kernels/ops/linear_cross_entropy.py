@@ -1,11 +1,14 @@
-"""Fuses a linear layer and cross entropy over a large vocabulary, tile by tile, so that full logits never exist.
+"""Fuses a linear layer with the cross entropy over a large vocabulary.
+
+The logits are computed in tiles of vocabulary columns, so all of them need not be in memory at once.
 
 On a CPU it runs PyTorch's matrix products and element-wise operations. On a GPU it runs PyTorch's matrix products and,
 between them, the operators `beit3_ds::logits_partials` and `beit3_ds::logits_gradient` (kernels of
 `triton/linear_cross_entropy.py`).
 """
 
-# M rows, D width, V vocabulary, N columns of a vocabulary tile, B tiles; K buffers of M x S elements.
+# M rows, D width, V vocabulary, N columns of a vocabulary tile, B tiles; K buffers of M x S elements, where S is the
+# stride, the number of elements from one row of a buffer to the next.
 
 from collections.abc import Callable
 from functools import partial
@@ -29,20 +32,21 @@ def linear_cross_entropy_reference(h_MD: Tensor, w_VD: Tensor, b_V: Tensor, targ
 
 
 class Partials(NamedTuple):
-    """Holds one vocabulary shard's part of every row's cross entropy, (M,) float32 each.
+    """Holds, for each row, the values from which the cross entropy is computed, over one shard of the vocabulary.
 
-    To reduce shards, take the maximum of `largest`, rescale the totals to it and sum them, and sum the other values.
-    The loss is then log(total) + largest - target_logit.
+    All tensors are (M,) float32 for M rows. To combine shards, take the maximum of `largest` and multiply each shard's
+    `total` by exp(largest - maximum). Then sum the totals, the target logits and the logit sums. The loss is
+    log(total) + maximum - target_logit.
     """
 
     largest: Tensor
-    """The largest logit."""
+    """Largest logit of the row in this shard."""
     total: Tensor
-    """Sum of exp(logit - largest)."""
+    """Sum of exp(logit - largest) over this shard's logits of the row."""
     target_logit: Tensor
-    """Logit of the target; 0 if the target is in another shard."""
+    """Logit of the row's target; 0 if the target is in another shard."""
     logit_sum: Tensor | None = None
-    """Sum of all logits, for label smoothing; None without."""
+    """Sum of this shard's logits of the row; None without label smoothing."""
 
 
 def linear_cross_entropy(
@@ -65,7 +69,7 @@ def linear_cross_entropy(
         h_MD: rows; without rows all gradients are zeros.
         w_VD: output matrix; saved for the backward pass as it is.
         b_V: output bias.
-        target_M: int64 in [0, V); with shards, one outside [0, V) belongs to another shard.
+        target_M: targets, int64 in [0, V). If the vocabulary is sharded, a target outside [0, V) is in another shard.
         chunk_size: rows whose logits over the whole vocabulary may exist at a time, or None.
         reduce: reduces this shard's partials with those of the other shards; None if the vocabulary is not sharded.
             With shards, the gradient for h is this shard's part.
@@ -101,7 +105,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("linear_cross_entropy", check_kernels)
-"""GPU kernels of both operators."""
+"""Decides whether both operators use their GPU kernels, by a check at the first use."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -156,8 +160,8 @@ def forward_plain(
         tiles: this shard's vocabulary tiles.
 
     Returns:
-        The partials, and for the backward pass exp(logit - largest) in the buffers, (K, M, S), and the largest logit of
-        every row when a tile was computed, (B, M).
+        The partials, and two tensors for the backward pass: the buffers, (K, M, S), which hold exp(logit - largest) of
+        the tiles that are kept; and for each tile the largest logit of every row up to that tile, (B, M).
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)
@@ -182,7 +186,7 @@ def backward_plain(
     d_loss_M: Tensor,
     tiles: VocabularyTiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes one shard's gradients of rows, matrix and bias in PyTorch.
+    """Computes the gradients of the rows, and of one shard's matrix and bias, in PyTorch.
 
     Args:
         h_MD: as in `forward_plain`, like w_VD, b_V, target_M and tiles.
@@ -215,7 +219,7 @@ def backward_plain(
 def _forward_kernels(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, tiles: VocabularyTiles
 ) -> tuple[Partials, Tensor]:
-    """Computes the partials with the GPU kernels; returns them and the last tile's logits without bias, (M, S)."""
+    """Returns the partials, computed with the GPU kernels, and the last tile's logits without bias, (M, S)."""
     partials_3M = _no_partials(h_MD)
     kept_MS = h_MD.new_empty(len(h_MD), tiles.stride)
     for columns in tiles.columns:
@@ -235,7 +239,7 @@ def _backward_kernels(
     d_loss_M: Tensor,
     tiles: VocabularyTiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients with the GPU's kernels; overwrites the saved logits."""
+    """Returns dh, dw and db, computed with the GPU kernels; overwrites the saved logits, `kept_MS`."""
     dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)  # in half precision the sum would be rounded once per tile
     dw_VD, db_V = torch.empty_like(w_VD), torch.empty_like(b_V)
     d_loss_M = d_loss_M.contiguous()
@@ -258,7 +262,7 @@ def _fill_logits(logits_MN: Tensor, h_MD: Tensor, w_ND: Tensor, b_N: Tensor) -> 
 
 
 def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Updates the partials with a tile's logits, and replaces these logits by exp(logit - largest)."""
+    """Updates the partials with one tile's logits, and replaces these logits by exp(logit - largest)."""
     largest_M, total_M, target_logit_M = partials_3M.unbind()
     index_M1, inside_M = _find(target_M, first, logits_MN)
     target_logit_M.add_(logits_MN.gather(1, index_M1).squeeze(1) * inside_M)
@@ -268,7 +272,10 @@ def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3
 
 
 def _find(target_M: Tensor, first: int, logits_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each row's target column, (M, 1), and whether it is in this tile; otherwise the column is arbitrary."""
+    """Returns each row's target column in this tile, (M, 1), and whether the target is in this tile, (M,) bool.
+
+    If a target is not in this tile, its column is arbitrary.
+    """
     local_M, width = target_M - first, logits_MN.shape[1]
     inside_M = (local_M >= 0) & (local_M < width)
     return local_M.clamp_(0, width - 1).unsqueeze(1), inside_M

@@ -130,7 +130,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("multiway_layer_norm", check_kernels)
-"""GPU kernels of both operators."""
+"""Decides whether both operators use their GPU kernels, by a check at the first use."""
 
 
 class _MultiwayLayerNorm(torch.autograd.Function):
@@ -171,7 +171,7 @@ def _forward_plain(
     """Applies PyTorch's LayerNorm to chunks of each expert's rows, and copies each result while it is in the cache.
 
     Returns:
-        h_TD, then the mean and 1 / deviation of each expert's rows, (rows, 1) each.
+        h_TD, then for each expert the mean and 1 / deviation of its rows, (rows, 1) each.
     """
     lengths, length = row_lengths(stops), chunk_rows(x_TD)
     h_TD = ALLOCATOR.empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)
@@ -238,7 +238,11 @@ _LIBRARY.define(
 def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator on a CPU for checks; the model never calls it there. Returns h and statistics, (2, T)."""
+    """Implements the operator on a CPU for checks; the model never calls it there.
+
+    Returns:
+        h_TD; the mean and 1 / deviation of each row, (2, T).
+    """
     h_TD, *statistics = _forward_plain(x_TD, stops, weights, biases, epsilon)
     return h_TD, torch.stack((torch.cat(statistics[::2]), torch.cat(statistics[1::2]))).squeeze(2)
 
@@ -252,7 +256,11 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator on a CPU for checks. Returns dx and the gradients of scales and shifts, (2, E, D)."""
+    """Implements the operator on a CPU for checks; the model never calls it there.
+
+    Returns:
+        dx_TD; the gradients of the scales and of the shifts, (2, E, D).
+    """
     parts = statistics_2T.unsqueeze(2).split(row_lengths(stops), dim=1)
     statistics = [statistic for part in parts for statistic in part.unbind()]
     dx_TD, *d_parameters = _backward_plain(dh_TD, d_stream_TD, x_TD, statistics, stops, weights)
@@ -305,8 +313,8 @@ def _backward_fake(
 def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
     """Returns the parameters in the dtype that PyTorch's layer norm needs for x.
 
-    On a CPU half-precision rows keep float32 statistics only with float32 parameters. Float32 rows need float32
-    parameters everywhere.
+    For half-precision rows on a CPU that dtype is float32, because PyTorch then computes float32 statistics. For all
+    other rows it is the dtype of the rows.
     """
     is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
     dtype = torch.float32 if is_half_on_cpu else x_TD.dtype

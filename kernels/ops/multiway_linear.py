@@ -80,23 +80,23 @@ class _MultiwayLinear(torch.autograd.Function):
 
 
 def ends_of(slices: Slices) -> list[int]:
-    """Returns the stop of every slice; operators take slices in this form."""
+    """Returns the stop of every slice, e.g. [197, 591] for ((0, 197), (197, 591)); operators take this form."""
     return [stop for _, stop in slices]
 
 
 def slices_of(ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns the slices with these stops; the inverse of `ends_of`."""
+    """Returns the slices that have these stops, e.g. [(0, 197), (197, 591)] for [197, 591]; inverts `ends_of`."""
     return list(pairwise([0, *ends]))
 
 
 def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
-    """Multiplies every row by its factor; without factors it returns the rows unchanged."""
+    """Returns every row multiplied by its factor; returns `x_TD` itself if the factors are None."""
     return x_TD if factor_T is None else torch.mul(x_TD, factor_T.unsqueeze(1), out=ALLOCATOR.empty_like(x_TD))
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
 _LIBRARY.define("multiway_linear(Tensor x, int[] ends, Tensor[] weights, Tensor[] biases) -> Tensor")
-# Rows of the layer's output were scaled by `factor`.
+# `factor` is the number by which each row of the layer's output was multiplied.
 _LIBRARY.define("multiway_input_gradient(Tensor dy, Tensor? factor, int[] ends, Tensor[] weights) -> Tensor")
 _LIBRARY.define("multiway_weight_gradient(Tensor dy, Tensor? factor, Tensor x, int[] ends, bool with_bias) -> Tensor[]")
 
@@ -210,4 +210,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_linear", check_kernels)
-"""GPU kernels of the three operators."""
+"""Decides whether the three operators use their GPU kernels, by a check at the first use."""

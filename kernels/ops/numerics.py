@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""Computes outputs, and gradients if it has any, from inputs of one floating dtype."""
+"""Type of a function from tensors of one floating dtype to its outputs, and to gradients if it computes them."""
 
 
 class WrongResultError(ArithmeticError):
@@ -25,7 +25,8 @@ def check_against_reference(
         names: names of the results, for the message.
         results: the kernel's results, of an input's dtype or float32.
         reference: computes the same results.
-        inputs: inputs of the kernel's dtype, or float32 for a stream beside parameters of another dtype.
+        inputs: the kernel's inputs. A residual stream among them may be float32 while the others have the kernel's
+            dtype.
 
     Raises:
         WrongResultError: if an error exceeds the bound, or a result has another shape or dtype.
@@ -45,7 +46,10 @@ def check_against_reference(
 
 
 def with_gradients(function: Callable[..., Tensor]) -> Function:
-    """Returns a function of the same tensors and the output's gradient that also returns the tensors' gradients."""
+    """Returns a function that computes the output of `function` and then the gradient of each of its tensors.
+
+    The returned function takes the same tensors, and then the gradient of the output.
+    """
 
     def differentiated(*inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs[:-1]]

@@ -1,9 +1,9 @@
-"""Ends a branch with one op: GELU, sub-LN, linear layer, bias, drop-path factor and residual.
+"""Computes the end of an attention or FFN branch in one op: GELU, sub-LN, linear layer, bias, drop path and residual.
 
-It ends the FFN (with GELU) and attention (without GELU). It saves only its input and recomputes the rest in the
-backward pass. On a CPU an expert's rows are normalised in chunks that fit into the cache and multiplied in larger row
-blocks. On a GPU the kernels of `triton/multiway_ffn.py` normalise before the product and add bias and residual after
-it.
+The FFN uses the op with GELU, attention without. Of its activations, the op saves only its input and recomputes the
+others in the backward pass. On a CPU an expert's rows are normalised in chunks that fit into the cache and multiplied
+in larger row blocks. On a GPU the kernels of `triton/multiway_ffn.py` normalise before the product, and add bias and
+residual after the product.
 """
 
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.
@@ -66,7 +66,8 @@ def out_projection(
     backward pass all-reduces two.
 
     Args:
-        activation: x_TF, which alone is saved for the backward pass, and the up projection's results for it.
+        activation: x_TF, and what `up_projection` has already computed from it. Only x_TF is saved for the backward
+            pass.
         slices: row range of each expert; together they cover [0, T) in order.
         weights: one (D, F) matrix per expert, of x's dtype.
         biases: one (D,) vector per expert, or none.
@@ -84,11 +85,11 @@ def out_projection(
 
 
 _MATMUL_ROWS = 2048
-"""Rows per product on a CPU: more rows need larger buffers, fewer rows make the product slower."""
+"""Rows of a row block, which one product on a CPU multiplies. More rows need larger buffers; fewer are slower."""
 
 
 class _Parameters(NamedTuple):
-    """Holds the parameters of a call by kind, one per expert; kinds that the call lacks are empty."""
+    """Holds a call's parameters, one tensor per expert in each tuple; a tuple is empty if the call has none of them."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
@@ -97,7 +98,7 @@ class _Parameters(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """Holds the settings of a call, without its tensors."""
+    """Holds the settings of one call of `out_projection`."""
 
     ends: list[int]
     gelu: bool
@@ -107,11 +108,11 @@ class _Form(NamedTuple):
 
     @property
     def has_whole_rows(self) -> bool:
-        """Returns whether this rank can compute the sub-LN alone, from whole rows; true without a sub-LN."""
+        """Returns whether this rank needs no other rank: it holds whole rows, or there is no sub-LN."""
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: Sequence[Tensor]) -> _Parameters:
-        """Splits the flat sequence of a call's parameters by kind."""
+        """Splits a flat sequence of parameters into weights, biases, scales and shifts."""
         has_norm, remaining = self.norm is not None, iter(parameters)
         is_present = (True, self.has_biases, has_norm, has_norm)
         return _Parameters(*(tuple(islice(remaining, len(self.ends) if present else 0)) for present in is_present))
@@ -259,7 +260,10 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Computes the gradients that `_backward_cpu` returns with operators; all-reduces row sums if ranks divide rows."""
+    """Returns the same gradients as `_backward_cpu`, computed by operators.
+
+    If ranks divide the width of a row, it all-reduces two sums per row.
+    """
     ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []
     n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends) if norm else _activate(x_TF, form.gelu)
     of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)
@@ -282,7 +286,10 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, written over y if the residual has y's dtype."""
+    """Returns residual + factor * y, and overwrites y unless the residual has another dtype.
+
+    A residual or factor of None is left out.
+    """
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:
@@ -360,11 +367,11 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("out_projection", check_kernels)
-"""GPU kernel of the operator."""
+"""Decides whether the operator uses its GPU kernel, by a check at the first use."""
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch, as a whole and as a partial product."""
+    """Compares the kernel with plain PyTorch: once with norm, bias, factor and residual, once as a product alone."""
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
 
     slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)

@@ -100,7 +100,7 @@ def _run_operator(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> None:
-    """Compares the kernels with the reference, forward and backward, on a pair over two tiles and two short sequences.
+    """Compares the kernels with the reference, forward and backward, on a pair of 149 rows and two short sequences.
 
     Args:
         device: device of the kernels.
@@ -123,11 +123,11 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
 
 
 KERNELS = TrustedKernels("packed_attention", check_kernels)
-"""GPU kernels of both operators."""
+"""Decides whether both operators use their GPU kernels, by a check at the first use."""
 
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Runs one scaled_dot_product_attention per bucket and puts the outputs back in row order."""
+    """Runs one scaled_dot_product_attention per bucket and returns the outputs in the order of the stream's rows."""
     if q_THK.device.type == "cpu":
         return _AttendOnCPU.apply(q_THK, k_THK, v_THK, plan.buckets)
     outputs = [_attend_bucket(q_THK, k_THK, v_THK, bucket) for bucket in plan.buckets]
@@ -190,7 +190,7 @@ class _AttendOnCPU(torch.autograd.Function):
 
 
 def _additive_mask(bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
-    """Returns 0 where a query sees a key and -inf elsewhere; None if all keys are seen."""
+    """Returns a mask that is 0 where a query sees a key and -inf elsewhere; None if every query sees all keys."""
     if bucket.key_mask is None:
         return None
     return torch.zeros_like(bucket.key_mask, dtype=dtype).masked_fill_(~bucket.key_mask, -torch.inf)
@@ -358,7 +358,7 @@ torch.library.register_autograd("beit3_ds::packed_attention", _differentiate, se
 
 
 def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor, Tensor]]:
-    """Returns the rows of every sequence and whether a query sees a key, (S, S) bool."""
+    """Returns each sequence's row numbers, (S,) int64, and its mask, (S, S) bool: True where a query sees a key."""
     result = []
     for start_1, length_1, start_2, length_2 in sequences_Q4.tolist():
         rows = torch.cat([torch.arange(start_1, start_1 + length_1), torch.arange(start_2, start_2 + length_2)])

@@ -26,7 +26,7 @@ class RecomputeFunction:
         self._num_users += 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the rows (T, D), computed at the first call; releases them when the last user has called.
+        """Returns the rows (T, D). The first user's call computes them, and the last user's call releases them.
 
         Args:
             tensors: saved values of `Recomputable.tensors`.
@@ -45,7 +45,7 @@ class Recomputable(NamedTuple):
     function: RecomputeFunction
     """Computes the rows from the tensors."""
     tensors: tuple[Tensor, ...]
-    """Inputs of the function, without gradients; they need no extra memory if another layer saves them anyway."""
+    """Arguments of the function, detached from autograd. They need no extra memory if another layer also saves them."""
 
 
 def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:

@@ -104,7 +104,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("residual_add", check_kernels)
-"""GPU kernels of both operators."""
+"""Decides whether both operators use their GPU kernels, by a check at the first use."""
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -157,7 +157,7 @@ def _forward_plain(
 def _backward_plain(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_partial, without rows if all factors are 1, and the biases' gradients, (E, D) of `dtype`."""
+    """Returns d_partial and the biases' gradients, (E, D), both of `dtype`; without factors, d_partial has no rows."""
     d_partial_TD = dy_TD if factor_T is None else dy_TD * factor_T.unsqueeze(1)
     d_biases_ED = torch.stack([part.sum(0) for part in d_partial_TD.split(row_lengths(stops))]).to(dtype)
     return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED

@@ -1,4 +1,4 @@
-"""Copies some rows out of a stream, so that layers process only these, and puts the new rows back in their places."""
+"""Copies some rows out of a stream, so that layers process only these rows, and writes the results back."""
 
 # T rows of the stream, K picked rows, D width.
 
@@ -28,9 +28,9 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     """Writes new rows into the places from which `take_rows` copied rows.
 
-    Use both functions together. Between the two calls, the stream's gradient contains the new rows' gradient. The
-    backward pass of `take_rows` replaces it with the old rows' gradient: clearing and adding would take two more
-    passes.
+    Use both functions together. The backward pass of `put_rows` leaves the new rows' gradient in the stream's gradient.
+    The backward pass of `take_rows` overwrites it there with the gradient of the copied rows. This saves two passes
+    over the rows, one that clears and one that adds.
 
     Args:
         stream_TD: stream returned by `take_rows`.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes that the GPU kernels have; float64 uses PyTorch."""
+"""Dtypes that the GPU kernels support; float64 tensors use PyTorch's operations."""
 
 
 class TrustedKernels:

@@ -22,20 +22,20 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 class SubNorm(NamedTuple):
-    """Holds one LayerNorm per expert, with the collectives of the ranks that divide its width."""
+    """Holds one LayerNorm per expert, and the collectives that it needs if P ranks divide the columns of a row."""
 
     scales: Sequence[Tensor]
-    """Scale of each expert's norm, (F,) each."""
+    """Scale of each expert's norm, (F,) each for this rank's F columns."""
     shifts: Sequence[Tensor]
-    """Shift of each expert's norm, (F,) each."""
+    """Shift of each expert's norm, (F,) each for this rank's F columns."""
     epsilon: float
     """Epsilon that is added to the variance."""
     width: int
-    """Columns of a row over all ranks."""
+    """Number of columns of a whole row, over all ranks."""
     all_gather: Callable[[Tensor], Tensor] | None = None
-    """Stacks all ranks' tensors, (P, ...); None if this rank holds whole rows."""
+    """Collects one tensor from each of P ranks into a tensor (P, ...); None if this rank holds whole rows."""
     all_reduce: Callable[[Tensor], Tensor] | None = None
-    """Sums all ranks' tensors; None if this rank holds whole rows."""
+    """Sums a tensor over the P ranks; None if this rank holds whole rows."""
 
     def join_statistics(self, mean_T: Tensor, squares_T: Tensor, local_width: int) -> tuple[Tensor, Tensor]:
         """Returns the mean and 1 / deviation of whole rows; gathers two floats per row from every rank.
@@ -44,9 +44,9 @@ class SubNorm(NamedTuple):
         E[x^2] - E[x]^2.
 
         Args:
-            mean_T: mean of this rank's columns.
-            squares_T: sum of the squared deviations from that mean.
-            local_width: this rank's columns; the same on every rank.
+            mean_T: mean of each row's columns on this rank.
+            squares_T: sum of these columns' squared deviations from that mean.
+            local_width: number of columns on this rank; the same on every rank.
         """
         if self.all_gather is not None:
             means_PT, squares_PT = self.all_gather(torch.stack([mean_T, squares_T])).unbind(1)
@@ -62,8 +62,8 @@ _LIBRARY.define("row_statistics(Tensor x) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "sub_norm(Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, Tensor[] shifts, int[] ends) -> Tensor"
 )
-# Returns sums over the local width of dn * scale and of dn * scale * (standardised row), (2, T) in the dtype of the
-# statistics, then the gradients of all scales, then of all shifts.
+# Returns two sums over this rank's columns of every row, (2, T) in the dtype of the statistics: of dn * scale, and of
+# dn * scale * (standardised row). Then returns the gradients of all scales, then of all shifts.
 _LIBRARY.define(
     "sub_norm_sums(Tensor dn, Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, int[] ends) -> Tensor[]"
 )
@@ -280,7 +280,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("sub_norm", check_kernels)
-"""GPU kernels of the four operators."""
+"""Decides whether the four operators use their GPU kernels, by a check at the first use."""
 
 
 def _check_norm(

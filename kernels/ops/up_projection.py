@@ -1,4 +1,4 @@
-"""Computes the FFN's first linear layer, on a GPU fused with the GELU and the sub-LN's statistics.
+"""Computes the FFN's first linear layer; on a GPU it also computes the GELU and the sub-LN's statistics.
 
 On a GPU the GELU and the statistics are computed while the product is in registers (`triton/multiway_ffn.py`). On a CPU
 `out_projection` computes both later, in buffers that fit into the cache.
@@ -26,11 +26,11 @@ class Activation(NamedTuple):
     """Holds the input of an output projection; gradients flow through `x_TF` alone."""
 
     x_TF: Tensor
-    """The up projection's result before the GELU, or attention's merged heads."""
+    """The FFN's up projection before the GELU, or attention's merged heads."""
     a_TF: Tensor | None = None
-    """GELU(x), if it is already computed."""
+    """GELU(x_TF); None if it is not computed yet."""
     statistics: tuple[Tensor, Tensor] | None = None
-    """Mean and sum of squared deviations of a's rows, (T,) float32, if they are already computed."""
+    """Mean of each row of a_TF and sum of its squared deviations, (T,) float32 each; None if not computed yet."""
 
 
 def up_projection(
@@ -43,14 +43,14 @@ def up_projection(
     recompute: Recomputable | None = None,
     cuda_cpp: bool = False,
 ) -> Activation:
-    """Computes x = h @ w.T + b, each row with its expert's parameters, and on a GPU also GELU(x) and its statistics.
+    """Computes x = h @ w.T + b with each row's expert; on a GPU also GELU(x) and, on request, its rows' statistics.
 
     Args:
         h_TD: packed rows.
         slices: row range of each expert; together they cover [0, T) in order.
         weights: one (F, D) matrix per expert, of h's dtype.
         biases: one (F,) vector per expert.
-        with_statistics: whether a sub-LN follows.
+        with_statistics: whether a sub-LN follows, which needs the statistics.
         recompute: recomputes h in the backward pass, instead of saving it; None saves it.
         cuda_cpp: use the kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these rows; Triton
             computes the statistics and the backward pass.
@@ -95,7 +95,7 @@ class _UpProjection(torch.autograd.Function):
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Returns x, GELU(x), and mean and sum of squared deviations of the latter's rows (empty without statistics).
+# Returns x, GELU(x), and the mean and the sum of squared deviations of each row of GELU(x) (empty without statistics).
 _LIBRARY.define(
     "up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases, bool with_statistics, "
     "bool cuda_cpp=False) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -179,4 +179,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("up_projection", check_kernels)
-"""GPU kernel of the operator."""
+"""Decides whether the operator uses its GPU kernel, by a check at the first use."""

@@ -5,40 +5,44 @@
 from typing import NamedTuple
 
 CPU_WIDTH = 1024
-"""Columns per tile on a CPU; with whole rows of logits the products take up to twice as long (BENCHMARKS.md)."""
+"""Columns per tile on a CPU. Without tiles the matrix products take up to twice as long (BENCHMARKS.md)."""
 
 ALIGNMENT = 64
-"""Row strides of tiles on a GPU are multiples of this, so that every access of a kernel is 128 bits wide."""
+"""Divisor of a tile's row stride on a GPU, in elements, so that every access of a kernel is 128 bits wide."""
 
 
 class VocabularyTiles(NamedTuple):
-    """Divides a vocabulary into tiles, whose logits are computed in buffers of M x `stride` elements."""
+    """Divides the vocabulary's columns into tiles, and says which buffer holds the logits of each tile.
+
+    A buffer has M x `stride` elements for M rows of logits.
+    """
 
     columns: list[slice]
-    """Columns of every tile; the last tile may be narrower."""
+    """Vocabulary columns of every tile; the last tile may be narrower."""
     stride: int
-    """Elements from one row of a buffer to the next."""
+    """Number of elements from the start of one row of a buffer to the next."""
     num_buffers: int
     """Number of buffers, K. Each of the first K - 1 buffers keeps one tile; all other tiles share the last buffer in
     turn."""
 
     def buffer(self, index: int) -> int:
-        """Returns the number of the buffer of a tile's logits."""
+        """Returns the number of the buffer that holds the logits of tile `index`."""
         return min(index, self.num_buffers - 1)
 
     def is_kept(self, index: int) -> bool:
-        """Returns whether a tile's logits are still in its buffer after all tiles were computed in order."""
+        """Returns whether the logits of tile `index` are still in its buffer after all tiles were computed in order."""
         return index < self.num_buffers - 1 or index == len(self.columns) - 1
 
 
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into narrow tiles; keeps the logits of all tiles that fit beside one for the backward pass.
+    """Divides a vocabulary into narrow tiles, and keeps as many tiles' logits for the backward pass as fit.
 
-    Rows are not divided, because each group of rows would have to read the matrix, and read and write its gradient.
+    One tile's room is left for the backward pass to work in. Rows are not divided, because each group of rows would
+    have to read the matrix, and to read and write its gradient.
 
     Args:
-        num_rows: M.
-        vocabulary: V.
+        num_rows: number of rows, M.
+        vocabulary: number of columns, V.
         chunk_size: at most `chunk_size` x V logits exist at a time; None keeps all logits, plus one tile to work in.
     """
     max_columns = _max_columns(num_rows, vocabulary, chunk_size)
@@ -49,14 +53,14 @@ def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
 
 
 def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into the widest tiles that fit; all share one buffer, and gradients overwrite logits.
+    """Divides a vocabulary into the widest tiles that fit; all tiles share one buffer.
 
-    Rows of the buffer are padded to a multiple of ALIGNMENT.
+    In the backward pass, gradients overwrite the logits in the buffer. Its rows are padded to a multiple of ALIGNMENT.
 
     Args:
-        num_rows: M.
-        vocabulary: V.
-        chunk_size: at most `chunk_size` x V logits exist at a time; None keeps all.
+        num_rows: number of rows, M.
+        vocabulary: number of columns, V.
+        chunk_size: at most `chunk_size` x V logits exist at a time; None keeps all logits.
     """
     width = _max_columns(num_rows, vocabulary, chunk_size)
     if width >= ALIGNMENT and width != vocabulary:
@@ -65,7 +69,7 @@ def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
 
 
 def _max_columns(num_rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the maximum number of columns whose logits of all rows are in memory at a time."""
+    """Returns the maximum number of columns whose logits, for all rows, may be in memory at a time."""
     return vocabulary if chunk_size is None else max(1, min(vocabulary, chunk_size * vocabulary // max(1, num_rows)))
 
 

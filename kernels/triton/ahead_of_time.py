@@ -41,8 +41,8 @@ SOURCES = (
     residual_add_launch.variants,
     linear_cross_entropy_launch.variants,
 )
-"""One function per file of kernels, which returns the file's variants for an architecture. Add new files here, and
-their kernels to the budgets."""
+"""One function per file of kernels: it takes an architecture (80, 90 or 100) and returns the file's variants. Add the
+function of a new file here, and the budgets of its kernels to budgets.json."""
 
 ARCHITECTURES = (80, 90, 100)
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -55,7 +55,7 @@ _GLOBAL_ACCESS = r"\b(?:LDG|STG|LDGSTS)\.[\w.]+"
 
 
 class Report(NamedTuple):
-    """Lists properties of one variant's machine code."""
+    """Lists properties of the machine code that one kernel variant compiles to."""
 
     registers: int
     """Registers per thread, at most 255."""
@@ -72,8 +72,8 @@ class Report(NamedTuple):
     wide_accesses: int
     """Number of instructions that load, store or copy 128 bits of global memory per thread."""
     narrow_accesses: int
-    """Number of narrower accesses to global memory: row statistics, and accesses that the compiler could not
-    vectorise."""
+    """Number of instructions that access less than 128 bits of global memory: row statistics, and accesses that the
+    compiler could not vectorise."""
 
 
 def all_variants(architecture: int) -> list[KernelVariant]:
@@ -84,7 +84,7 @@ def all_variants(architecture: int) -> list[KernelVariant]:
 
 
 def compile_variant(variant: KernelVariant, architecture: int) -> Report:
-    """Compiles one variant and reads its machine code."""
+    """Compiles one variant and returns the properties of its machine code."""
     source = ASTSource(
         variant.kernel,
         variant.signature,
@@ -123,7 +123,7 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
 
 
 def find_excess(report: Report, budget: Report | None, architecture: int) -> list[str]:
-    """Lists the properties in which a variant exceeds its budget or the hardware's limits; empty if it exceeds none."""
+    """Returns one message per property that exceeds the variant's budget or the hardware's limit."""
     problems = []
     if report.shared_memory > _SHARED_MEMORY[architecture]:
         problems.append(f"shared memory {report.shared_memory} > {_SHARED_MEMORY[architecture]} of sm_{architecture}")
@@ -141,7 +141,7 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
 
 
 def read_budgets() -> dict[tuple[str, int], Report]:
-    """Returns the stored budgets by variant and architecture."""
+    """Returns the budgets of budgets.json by variant name and architecture; empty if there is no file."""
     if not BUDGETS.exists():
         return {}
     stored = json.loads(BUDGETS.read_text(encoding="utf-8"))["budgets"]
@@ -153,7 +153,7 @@ def read_budgets() -> dict[tuple[str, int], Report]:
 
 
 def write_budgets(reports: dict[tuple[str, int], Report]) -> None:
-    """Stores reports as budgets, sorted, with the version of Triton."""
+    """Writes reports to budgets.json as the new budgets, sorted by variant name, with the version of Triton."""
     nested: dict[str, dict[str, dict[str, int]]] = {}
     for (name, architecture), report in sorted(reports.items()):
         nested.setdefault(name, {})[f"sm_{architecture}"] = report._asdict()
@@ -166,7 +166,11 @@ def write_budgets(reports: dict[tuple[str, int], Report]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compiles variants, prints a table, and compares or stores the results."""
+    """Compiles the selected variants, prints their properties, and compares these with the budgets or stores them.
+
+    Returns:
+        Exit status: 1 if a variant exceeds its budget, otherwise 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="store the results as new budgets")
     parser.add_argument("--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)

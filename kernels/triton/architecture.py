@@ -1,13 +1,13 @@
-"""Lists the architectures that the GPU kernels are compiled for."""
+"""Selects the GPU architecture whose kernel settings a device uses."""
 
 import torch
 
 NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-"""Multiprocessors of an A100, an H100 and a B200, on which the number of programs depends."""
+"""Number of multiprocessors of an A100 (architecture 80), an H100 (90) and a B200 (100)."""
 
 
 def architecture_of(device: torch.device) -> int:
-    """Returns the GPU architecture (80, 90 or 100) whose kernel settings a device uses; 80 without a GPU."""
+    """Returns the architecture whose kernel settings a device uses: 90 or 100, or 80 for all other GPUs and the CPU."""
     if device.type != "cuda":
         return 80
     major, _ = torch.cuda.get_device_capability(device)

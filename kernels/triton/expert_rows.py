@@ -1,7 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines Triton functions for kernels with parameters per expert: the rows of each program, and sums over rows."""
+"""Defines the Triton functions that the row-streaming kernels share, which compute one row after the other.
 
-# D width, E experts (3; the last ones may have no rows), P programs, S kinds of sums.
+They find a program's rows, load an expert's parameter, and sum over programs.
+"""
+
+# D width, E experts (3; the last ones may have no rows), P programs, S sums per program, e.g. for scale and for shift.
 #
 # A program works on up to `rows` consecutive rows of one expert, never of two. Each program sums over its own rows, and
 # then an expert's programs are summed in order: there are no atomics, so the result is deterministic.
@@ -12,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _first_programs(rows, stop_0, stop_1, stop_2):
-    """Returns the first programs of experts 1 and 2, and the number of programs."""
+    """Returns the number of expert 1's first program, of expert 2's first program, and of programs in total."""
     first_1 = tl.cdiv(stop_0, rows)
     first_2 = first_1 + tl.cdiv(stop_1 - stop_0, rows)
     return first_1, first_2, first_2 + tl.cdiv(stop_2 - stop_1, rows)
@@ -20,7 +23,7 @@ def _first_programs(rows, stop_0, stop_1, stop_2):
 
 @triton.jit
 def rows_of(program, rows, stop_0, stop_1, stop_2):
-    """Returns a program's expert and its rows [start, stop)."""
+    """Returns a program's expert (0, 1 or 2), and the start and stop of the program's rows."""
     first_1, first_2, _ = _first_programs(rows, stop_0, stop_1, stop_2)
     expert = (program >= first_1).to(tl.int32) + (program >= first_2).to(tl.int32)
     start = program * rows
@@ -36,9 +39,9 @@ def rows_of(program, rows, stop_0, stop_1, stop_2):
 
 @triton.jit
 def load_of_expert(expert, ptr_0, ptr_1, ptr_2, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Loads the (D,) parameter of one expert in float32, with 0 beyond D.
+    """Loads the D values of one expert's parameter as BLOCK float32 values, with 0 from column D on.
 
-    Every branch has its own load, because the compiler would not know the alignment of a pointer selected before the
+    Every branch has its own load: the compiler would not know the alignment of a pointer that was selected before the
     load.
     """
     columns = tl.arange(0, BLOCK)
@@ -64,7 +67,11 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Sums (S, P, D) float32 over each expert's programs to (S, E, D); one program sums BLOCK columns of one kind."""
+    """Adds the partial sums of each expert's programs.
+
+    Reads float32 partial sums (S, P, D) and writes (S, E, D) in the output's dtype. Each program computes BLOCK columns
+    for one expert and one index of S.
+    """
     expert = tl.program_id(1)
     kind = tl.program_id(2)
     first_1, first_2, num_programs = _first_programs(rows, stop_0, stop_1, stop_2)

@@ -1,6 +1,9 @@
-"""Divides experts' rows among the programs of row-streaming kernels, and launches the sums over programs."""
+"""Divides experts' rows among the programs of row-streaming kernels, and launches the sums over programs.
 
-# T packed rows, D width, E experts (at most 3), P programs, S kinds of sums.
+A row-streaming kernel computes one row after the other, without a matrix product.
+"""
+
+# T packed rows, D width, E experts (at most 3), P programs, S sums per program, e.g. for scale and for shift.
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -15,31 +18,33 @@ from beit3_ds.kernels.triton.expert_rows import sum_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 NUM_EXPERTS = 3
-"""Experts that the kernels have arguments for; a call with fewer passes empty ones."""
+"""Number of experts for which the kernels have arguments. A call for fewer experts adds experts without rows."""
 
 _SUM_COLUMNS, _SUM_PROGRAMS, _SUM_WARPS = 128, 32, 4
 
 
 class RowTiling(NamedTuple):
-    """Sets how row-streaming kernels are compiled for one architecture and width."""
+    """Sets how row-streaming kernels are compiled and launched for one architecture and row width."""
 
     num_warps: int
-    """Warps per program; a program holds one row."""
+    """Warps per program; together they hold one row in registers."""
     num_stages: int
-    """Rows per program that are being computed or loaded at one time."""
+    """Number of rows that a program has in work: it computes one while it loads the next ones."""
     forward_programs: int
-    """Maximum number of programs in a forward pass; each computes its rows one after the other."""
+    """Maximum number of programs of a forward launch. Each program computes its rows one after the other."""
     backward_programs: int
-    """Maximum number of programs in a backward pass: the number that runs at once, because each program writes float32
-    sums as wide as a row."""
+    """Maximum number of programs of a backward launch. It is the number that run at once, because each program writes
+    float32 sums as wide as a row."""
 
 
 def choose_row_tiling(architecture: int, width: int) -> RowTiling:
-    """Returns the tiling of row-streaming kernels; it compiles without spilled registers (budgets.json).
+    """Returns the warps, pipeline stages and numbers of programs of the row-streaming kernels.
+
+    All compiled variants have no register spills; budgets.json records this.
 
     Args:
-        architecture: 80, 90 or 100.
-        width: D, at most 8192, so that a thread holds at most 16 columns.
+        architecture: GPU architecture, 80, 90 or 100.
+        width: columns of a row, D; at most 8192, so that a thread holds at most 16 columns.
     """
     block = triton.next_power_of_2(width)
     num_warps = max(4, block // 512)
@@ -48,7 +53,7 @@ def choose_row_tiling(architecture: int, width: int) -> RowTiling:
 
 
 def row_constants(width: int, tiling: RowTiling) -> dict[str, int]:
-    """Returns the constexpr arguments that all row-streaming kernels have."""
+    """Returns the constexpr arguments that all row-streaming kernels take, by name."""
     return {"D": width, "BLOCK": triton.next_power_of_2(width), "STAGES": tiling.num_stages}
 
 
@@ -60,12 +65,12 @@ def check_rows(*tensors: Tensor) -> None:
 
 
 class RowPrograms(NamedTuple):
-    """Divides rows among programs, each with up to `rows` consecutive rows of one expert."""
+    """Divides rows among programs; each program gets at most `rows` consecutive rows of one expert."""
 
     rows: int
     """Maximum rows per program."""
     stops: tuple[int, ...]
-    """Row at which each of NUM_EXPERTS experts ends."""
+    """Stop of each expert's rows, for NUM_EXPERTS experts; expert 0 starts at row 0."""
     num_programs: int
     """Number of programs, P."""
 
@@ -73,11 +78,9 @@ class RowPrograms(NamedTuple):
 def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
     """Divides rows among at most `most_programs` programs.
 
-    Choose no more programs than run at once, because a second wave would double the time.
-
     Args:
-        stops: stop of each expert's rows; the first expert starts at 0.
-        most_programs: maximum number of programs; more than the number of experts.
+        stops: stop of each expert's rows; expert 0 starts at row 0.
+        most_programs: maximum number of programs; more than NUM_EXPERTS.
     """
     assert len(stops) <= NUM_EXPERTS < most_programs, f"{len(stops)} experts, {most_programs} programs"
     all_stops = (*stops, *[stops[-1]] * (NUM_EXPERTS - len(stops)))
@@ -88,13 +91,23 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
 
 
 def for_experts(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Returns one parameter for each of NUM_EXPERTS experts; the last one is repeated for absent experts."""
+    """Extends a list of one parameter per expert to NUM_EXPERTS entries by repeating the last parameter."""
     assert all(parameter.is_contiguous() for parameter in parameters), "a parameter is not contiguous"
     return [*parameters, *[parameters[-1]] * (NUM_EXPERTS - len(parameters))]
 
 
 def sum_partials(partial_SPD: Tensor, programs: RowPrograms, num_experts: int, dtype: torch.dtype) -> Tensor:
-    """Sums the programs' partial sums over each expert's programs, (S, E, D); an expert without rows gets zeros."""
+    """Adds the partial sums of each expert's programs; an expert without rows gets zeros.
+
+    Args:
+        partial_SPD: S sums of width D from each of P programs, float32.
+        programs: the division of rows among these programs.
+        num_experts: number of experts, E.
+        dtype: dtype of the result.
+
+    Returns:
+        The sums, (S, E, D).
+    """
     num_kinds, _, width = partial_SPD.shape
     sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
     grid = (triton.cdiv(width, _SUM_COLUMNS), num_experts, num_kinds)
@@ -116,14 +129,14 @@ def build_row_variant(
     """Builds the variant of a row-streaming kernel for one dtype and width.
 
     Args:
-        architecture: 80, 90 or 100.
+        architecture: GPU architecture, 80, 90 or 100.
         op: name of the op, with which the variant's name begins.
         kernel: the function decorated with `triton.jit`; its pointers to statistics and sums have float32 elements.
-        element: "bf16", "fp16" or "fp32".
-        width: D.
+        element: element type of all other pointers: "bf16", "fp16" or "fp32".
+        width: columns of a row, D.
         constants: constexpr arguments besides `row_constants`.
-        note: end of the variant's name.
-        elements: element types, by argument, of pointers with another dtype.
+        note: text at the end of the variant's name.
+        elements: element type by argument name, for pointers whose type is not `element`.
     """
     tiling = choose_row_tiling(architecture, width)
     values = {**row_constants(width, tiling), **constants}

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the cross entropy's Triton kernels: partials of every row's logits, and gradients written over logits."""
+"""Defines the cross entropy's Triton kernels: one reduces each row's logits, one replaces logits by gradients."""
 
 # M rows, N logits of a row (`width`), G groups of rows.
 #
@@ -31,7 +31,10 @@ def partials_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds one row's logits to its partials: largest, sum of exp(logit - largest) and target's logit, (3, M)."""
+    """Updates the partials of one row with its logits in this vocabulary tile.
+
+    The partials of M rows, (3, M), are the largest logit, the sum of exp(logit - largest), and the target's logit.
+    """
     row = tl.program_id(0)
     stride = steps * STEP
     known = tl.load(partials_ptr + row)
@@ -72,7 +75,10 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Replaces the logits of one group of rows by their gradients, and sums these over the group, (G, stride)."""
+    """Replaces the logits of one group of rows by their gradients, in BLOCK columns.
+
+    Writes the sum of these gradients over the group's rows into (G, stride), where G is the number of groups.
+    """
     group = tl.program_id(1)
     stride = steps * STEP
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -18,19 +18,22 @@ class LogitsTiling(NamedTuple):
     """Sets how both kernels of the cross entropy are compiled."""
 
     partials_block: int
-    """Number of logits per row in one step of the partials kernel's loop."""
+    """Number of a row's logits that one loop step of `partials_kernel` reads."""
     gradient_block: int
-    """Number of logits per row in one program of the gradient kernel."""
+    """Number of columns of one program of `gradient_kernel`."""
     gradient_rows: int
-    """Number of rows in one step of the gradient kernel's loop."""
+    """Number of rows that one loop step of `gradient_kernel` computes."""
     gradient_programs: int
-    """Approximate number of programs, row groups times blocks; an H100 runs this number at once."""
+    """Approximate number of programs of `gradient_kernel`: as many as an H100 runs at once."""
     num_stages: int
     """Number of loop steps whose loads overlap."""
 
 
 def choose_tiling(dtype: torch.dtype) -> LogitsTiling:
-    """Returns a tiling without spilled registers (budgets.json), in which a warp accesses 512 consecutive bytes."""
+    """Returns the block sizes and pipeline stages of the cross entropy's two kernels, for logits of `dtype`.
+
+    A warp accesses 512 consecutive bytes. All compiled variants have no register spills; budgets.json records this.
+    """
     return LogitsTiling(4096, 512 // dtype.itemsize, 8, 528, 3)
 
 
@@ -40,14 +43,15 @@ PARTIALS_WARPS, GRADIENT_WARPS = 8, 4
 def partials(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor, tiling: LogitsTiling
 ) -> None:
-    """Adds logits to the partials of their rows.
+    """Updates the partials of every row with the logits of one vocabulary tile.
 
     Args:
         logits_MN: logits without the bias; the row stride is a multiple of ALIGNMENT elements.
         bias_N: bias of the logits.
-        target_M: targets, int64.
-        first: target of column 0.
-        partials_3M: float32, contiguous; updated in place.
+        target_M: target of every row, int64.
+        first: target that column 0 stands for.
+        partials_3M: largest logit, sum of exp(logit - largest) and target's logit of every row; float32, contiguous,
+            updated in place.
         tiling: how to compile the kernel.
     """
     stride = _stride(logits_MN)
@@ -77,15 +81,15 @@ def gradient(
     d_loss_M: Tensor,
     tiling: LogitsTiling,
 ) -> Tensor:
-    """Replaces logits by their gradients.
+    """Replaces the logits of one vocabulary tile by their gradients.
 
     Args:
-        logits_MN: as in `partials`, like bias, target, first and tiling.
+        logits_MN: logits without the bias. This and bias_N, target_M, first and tiling are as in `partials`.
         lse_M: log(sum exp(logits)) over the whole vocabulary, float32, contiguous.
         d_loss_M: gradient of every row's loss, float32, contiguous.
 
     Returns:
-        The sum of the gradients over the rows, (N,) float32; without atomics, so it is deterministic.
+        The sum of the gradients over the rows, (N,) float32. It is computed without atomics, so it is deterministic.
     """
     (num_rows, width), stride = logits_MN.shape, _stride(logits_MN)
     assert all(x.is_contiguous() for x in (target_M, lse_M, d_loss_M)), "linear_cross_entropy: rows are not contiguous"
@@ -116,7 +120,7 @@ def gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation; sizes are not constexpr, so one variant serves all."""
+    """Returns the variants for ahead-of-time compilation: one per kernel and dtype, because sizes are not constexpr."""
     result = []
     for element, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         tiling = choose_tiling(dtype)

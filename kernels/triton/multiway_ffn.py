@@ -22,13 +22,13 @@ SQRT_HALF = tl.constexpr(0.5**0.5)
 
 @triton.jit
 def select_expert(expert, of_0, of_1, of_2):
-    """Returns one of three pointers or numbers."""
+    """Returns the pointer or number that belongs to `expert` (0, 1 or 2)."""
     return tl.where(expert == 0, of_0, tl.where(expert == 1, of_1, of_2))
 
 
 @triton.jit
 def find_row_tile(tile, stop_0, stop_1, stop_2, ROWS: tl.constexpr):
-    """Returns the expert, first row and stop of a tile of at most ROWS rows."""
+    """Returns the expert, first row and stop row of tile number `tile`; a tile has at most ROWS rows of one expert."""
     tiles_0 = tl.cdiv(stop_0, ROWS)
     tiles_1 = tiles_0 + tl.cdiv(stop_1 - stop_0, ROWS)
     expert = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_1).to(tl.int32)
@@ -45,7 +45,10 @@ def gelu(x):
 
 @triton.jit
 def _order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
-    """Returns row and column tile of a program: GROUP row tiles share the weights of each column tile in L2."""
+    """Returns a program's row tile and column tile.
+
+    Programs of GROUP row tiles run together, so they share the weights of each column tile in the L2 cache.
+    """
     first = program // (GROUP * num_column_tiles) * GROUP
     size = tl.minimum(num_row_tiles - first, GROUP)
     within = program % (GROUP * num_column_tiles)
@@ -63,7 +66,10 @@ def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit
 def _load(pointers, present, WHOLE: tl.constexpr):
-    """Loads a block of values, with 0 for absent ones; uses no mask if the whole block is known to be present."""
+    """Loads a block of values, with 0 where `present` is false.
+
+    If WHOLE, the caller knows that all values are present, and the load has no mask.
+    """
     if WHOLE:
         return tl.load(pointers)
     return tl.load(pointers, mask=present, other=0.0)
@@ -86,7 +92,10 @@ def _product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Computes x[rows] @ w[columns].T of a tile; with NORM x is layer-normalised and rounded to its dtype first."""
+    """Returns one tile of x[rows] @ w[columns].T in float32.
+
+    With NORM, x is first layer-normalised and rounded to its own dtype.
+    """
     whole: tl.constexpr = K % DEPTH == 0
     x_pointers = x_ptr + rows[:, None] * K
     w_pointers = w_ptr + tl.minimum(columns, N - 1)[None, :] * K
@@ -137,7 +146,10 @@ def projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes y = residual + factor * (LN(x) @ w.T + b); all parts but the product depend on their flags."""
+    """Computes one tile of y = residual + factor * (LN(x) @ w.T + b).
+
+    The flags RESIDUAL, FACTOR, NORM and BIAS say which of these terms are present.
+    """
     expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
@@ -201,10 +213,10 @@ def up_projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes u = x @ w.T + b, a = gelu(u), and statistics of a's rows in each column tile.
+    """Computes one tile of u = x @ w.T + b and of a = gelu(u), and the statistics of a's rows in this column tile.
 
-    The statistics are mean and sum of squared deviations, (tiles, T). The GELU is computed from u as stored, and the
-    statistics from a as stored.
+    The statistics are the mean and the sum of squared deviations of each of T rows, (column tiles, T). The GELU is
+    computed from u as stored, and the statistics from a as stored.
     """
     expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
     within = tl.arange(0, ROWS)
@@ -255,7 +267,7 @@ def input_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes dx = factor * dy @ w; dy has K columns, dx has N, a weight is (K, N)."""
+    """Computes one tile of dx = factor * dy @ w, where dy has K columns, dx has N columns and w is (K, N)."""
     expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
@@ -295,7 +307,8 @@ def _transposed_product(
 ):
     """Computes one tile of (factor * dy)[start:stop].T @ x[start:stop] and, with SUMS, the column sums of factor * dy.
 
-    The sums are a product with a matrix of ones, in 16 equal columns, so that dy does not pass through registers.
+    The sums are computed as a product with a matrix of ones, so that dy does not pass through registers. Its 16 result
+    columns are equal.
     """
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, 16], tl.float32)
@@ -347,9 +360,9 @@ def weight_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes dw = (factor * dy).T @ x, (OUT, IN), and with BIAS db, the column sums of factor * dy.
+    """Computes one tile of dw = (factor * dy).T @ x, (OUT, IN), and with BIAS also db, the column sums of factor * dy.
 
-    A program sums over all rows of an expert, so the result is deterministic; an expert without rows gets zeros.
+    One program sums over all rows of an expert, so the result is deterministic. An expert without rows gets zeros.
     """
     row_tiles: tl.constexpr = (OUT + ROWS - 1) // ROWS
     column_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS

@@ -1,4 +1,4 @@
-"""Launches the multiway FFN's kernels: tiles per architecture, tuning, and variants for ahead-of-time compilation."""
+"""Launches the multiway FFN's kernels, chooses their tile sizes, and lists variants for ahead-of-time compilation."""
 
 # T packed rows, D hidden, F ffn hidden (or any other two widths).
 
@@ -29,14 +29,14 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class MatmulTiles(NamedTuple):
-    """Sets how a kernel with a matrix product is compiled."""
+    """Sets how a kernel with a matrix product is compiled; each program computes one tile of the product."""
 
     rows: int
-    """Rows of a program's tile of the result."""
+    """Rows of a tile."""
     columns: int
-    """Columns of a program's tile of the result."""
+    """Columns of a tile."""
     depth: int
-    """Number of terms that each loop step adds to the sum."""
+    """Number of terms that one loop step adds to every sum of the product."""
     num_warps: int
     """Warps per program."""
     num_stages: int
@@ -44,17 +44,17 @@ class MatmulTiles(NamedTuple):
 
 
 GROUP = 8
-"""Row tiles whose programs run together, so that they share columns of the weights in the L2 cache."""
+"""Number of row tiles whose programs run together, so that they share columns of the weights in the L2 cache."""
 
 
 def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
-    """Returns tilings that compile without spilled registers (budgets.json); tuning on a device selects the fastest.
+    """Returns the tile sizes that a kernel may use. On a GPU, tuning selects the fastest; elsewhere the first is used.
 
-    Without a device the first tiling is used.
+    All compiled variants have no register spills; budgets.json records this.
 
     Args:
         kernel: a kernel of multiway_ffn.py.
-        architecture: 80, 90 or 100 (`architecture_of`).
+        architecture: GPU architecture, 80, 90 or 100 (`architecture_of`).
         dtype: dtype of the operands. float32 is multiplied exactly, not on tensor cores.
     """
     if dtype == torch.float32:
@@ -201,10 +201,10 @@ def weight_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation: for base, large and giant, with all tilings of giant's FFN.
+    """Returns the variants for ahead-of-time compilation of base, large and giant, with all tile sizes for giant's FFN.
 
-    The default tests compile only some variants of giant with the first tiling: the up projection for all
-    architectures, other kernels for sm_90.
+    The default tests compile only some variants of giant, with the first tile sizes: the up projection for all
+    architectures, the output projection and the weight gradient for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in (
@@ -230,12 +230,15 @@ def variants(architecture: int) -> list[KernelVariant]:
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COMMON = ("out_projection", "weight_gradient")
 _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
-"""Arguments of the projection that have the dtype of a float32 residual stream."""
+"""Arguments of `projection_kernel` that are float32 if the residual stream is float32."""
 _STATISTICS = ("mean_ptr", "rstd_ptr", "means_ptr", "squares_ptr")
 
 
 def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
-    """Returns kernels and constants of a block: attention's projections, the FFN's, and their gradients."""
+    """Returns (name, kernel, constexpr arguments) of one block's kernels.
+
+    They are attention's projection, the FFN's two projections, and the gradients of their inputs and weights.
+    """
     plain = {"NORM": False, "RESIDUAL": False, "FACTOR": False}
     whole = dict.fromkeys(("BIAS", "NORM", "RESIDUAL", "FACTOR"), True)
     return [
@@ -314,7 +317,7 @@ def _is_tuned(device: torch.device) -> bool:
 
 @lru_cache
 def _tuned(kernel: Any, choices: tuple[MatmulTiles, ...]) -> Any:
-    """Returns the kernel with tuning: its first launch for given widths selects the fastest tiles."""
+    """Returns a kernel that tunes itself: its first launch for given widths selects the fastest tile sizes."""
     key = [name for name in ("N", "K", "OUT", "IN", "BIAS", "NORM", "FACTOR") if name in kernel.arg_names]
     return triton.autotune([_build_config(tiles) for tiles in choices], key=key)(kernel)
 

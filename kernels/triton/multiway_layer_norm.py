@@ -33,7 +33,10 @@ def forward_kernel(
     STAGES: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
-    """Computes h of one program's rows and their statistics: means, then 1 / deviations, (2, T) float32."""
+    """Computes the normalised rows h of one program, and their statistics, (2, T) float32.
+
+    The statistics of T rows are their means, then 1 / standard deviation.
+    """
     expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
     w = load_of_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr, D, BLOCK)
     b = load_of_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr, D, BLOCK)
@@ -72,7 +75,10 @@ def backward_kernel(
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Computes dx of one program's rows, and their parts of the scale's and shift's gradients, (2, P, D) float32."""
+    """Computes dx of one program's rows, and sums over these rows for the gradients of scale and shift.
+
+    The sums of P programs are (2, P, D) float32. With RESIDUAL, the gradient of the residual stream is added to dx.
+    """
     program = tl.program_id(0)
     expert, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)
     w = load_of_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr, D, BLOCK)

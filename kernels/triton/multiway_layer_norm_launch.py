@@ -28,13 +28,13 @@ def forward(
     epsilon: float,
     tiling: RowTiling,
 ) -> tuple[Tensor, Tensor]:
-    """Normalises rows.
+    """Applies each expert's LayerNorm to its rows.
 
     Args:
         x_TD: contiguous rows, of float32 or the parameters' dtype.
-        stops: stop of each expert's rows.
-        weights: (D,) per expert; h gets their dtype.
-        biases: (D,) per expert.
+        stops: stop of each expert's rows; expert 0 starts at row 0.
+        weights: one scale (D,) per expert; h gets their dtype.
+        biases: one shift (D,) per expert.
         epsilon: added to the variance.
         tiling: how to compile the kernel.
 
@@ -70,12 +70,13 @@ def backward(
     weights: Sequence[Tensor],
     tiling: RowTiling,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the backward kernel and the sums over programs; without atomics, so the result is deterministic.
+    """Computes the gradients of rows, scales and shifts, without atomics, so the result is deterministic.
 
     Args:
-        dh_TD: contiguous gradient of h.
-        d_residual_TD: contiguous gradient of the stream that was passed through, added to dx; None for none.
-        x_TD: as in `forward`, like the remaining arguments.
+        dh_TD: gradient of h, contiguous.
+        d_residual_TD: gradient of the residual stream, contiguous, which is added to dx; or None.
+        x_TD: argument of `forward`, like stops, weights and tiling.
+        statistics_2T: statistics returned by `forward`.
 
     Returns:
         dx_TD; the gradients of the scales and of the shifts, (2, E, D) of the scales' dtype.
@@ -104,7 +105,7 @@ def backward(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation: widths of the stream and of the FFN's sub-LN."""
+    """Returns the variants for ahead-of-time compilation, for the widths of the stream and of the FFN's sub-LN."""
     cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
     # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.

@@ -25,9 +25,9 @@ LN2 = tl.constexpr(math.log(2.0))
 
 @triton.jit
 def _sequence_of(tile, sequences_ptr, tiles_ptr):
-    """Returns a tile's first position and its sequence.
+    """Returns a tile's first position, and four numbers of its sequence.
 
-    The sequence is start and length of range 1, the offset from positions to rows in range 2, and the total length.
+    They are the start and the length of range 1, the offset from positions to rows in range 2, and the total length.
     """
     sequence = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
@@ -51,7 +51,10 @@ def _column_block(x_ptr, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, K: tl.c
 
 @triton.jit
 def _load(x_ptr, rows, real, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr):
-    """Loads a head's columns in blocks A and B, 0 where a row is not real; without a block B returns block A twice."""
+    """Loads rows of one head as two column blocks, A and B.
+
+    Values are 0 in rows where `real` is false and in columns from K on. If the width B is 0, returns block A twice.
+    """
     pointers, columns = _column_block(x_ptr, rows, 0, A, K, STRIDE)
     block_a = tl.load(pointers, mask=real[:, None] & columns, other=0.0)
     block_b = block_a
@@ -72,7 +75,7 @@ def _store(x_ptr, rows, real, x_a, x_b, A: tl.constexpr, B: tl.constexpr, K: tl.
 
 @triton.jit
 def _product(x_a, x_b, y_a, y_b, B: tl.constexpr):
-    """Computes x @ y.T over all columns."""
+    """Returns x @ y.T, where each operand is given as column blocks A and B; without a block B, the width B is 0."""
     product = tl.dot(x_a, tl.trans(y_a), input_precision="ieee")
     if B > 0:
         product = tl.dot(x_b, tl.trans(y_b), product, input_precision="ieee")
@@ -90,7 +93,7 @@ def _zeros(TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
-    """Computes sum + x @ y; returns `sum` unchanged for an absent block B."""
+    """Returns sum + x @ y as column blocks A and B; if the width B is 0, `sum_b` is returned unchanged."""
     sum_a = tl.dot(x, y_a, sum_a, input_precision="ieee")
     if B > 0:
         sum_b = tl.dot(x, y_b, sum_b, input_precision="ieee")
@@ -99,7 +102,11 @@ def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
 
 @triton.jit
 def _visible(queries, keys, length_1, total, CAPTIONS: tl.constexpr):
-    """Returns whether a query sees a key; with one range all queries are below length_1, so it is bidirectional."""
+    """Returns True where a query sees a key; both are positions in their sequence.
+
+    With CAPTIONS, a query sees range 1 and all keys up to itself. A sequence of one range stays bidirectional, because
+    all its queries are below length_1.
+    """
     if CAPTIONS:
         return keys < tl.maximum(length_1, queries + 1)
     return (keys < total) & (queries >= 0)
@@ -124,7 +131,7 @@ def forward_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Computes y and log-sum-exp of one tile of queries, by an online softmax over blocks of keys."""
+    """Computes the outputs y and the log-sum-exp of one tile of queries, by an online softmax over blocks of keys."""
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     queries = first + tl.arange(0, TILE)
@@ -177,7 +184,7 @@ def query_gradient_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Computes dq of one tile of queries, and delta = sum(dy * y), which `key_value_gradient_kernel` needs."""
+    """Computes dq of one tile of queries, and each query's delta = sum(dy * y) for `key_value_gradient_kernel`."""
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     queries = first + tl.arange(0, TILE)
@@ -233,7 +240,7 @@ def key_value_gradient_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Computes dk and dv of one tile of keys; scores are transposed, with keys as rows and queries as columns."""
+    """Computes dk and dv of one tile of keys; its score matrix has keys as rows and queries as columns."""
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     keys = first + tl.arange(0, TILE)

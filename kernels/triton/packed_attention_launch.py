@@ -1,4 +1,4 @@
-"""Launches the attention kernels: tiles per architecture, tuning, and variants for ahead-of-time compilation."""
+"""Launches the attention kernels, chooses their tile sizes, and lists variants for ahead-of-time compilation."""
 
 # T packed rows, H heads, K head width, Q sequences, N tiles.
 
@@ -17,7 +17,7 @@ class KernelConfig(NamedTuple):
     """Sets how one of the attention kernels is compiled."""
 
     block: int
-    """Positions per loop step: keys in the kernels for queries, queries in the kernel for keys."""
+    """Positions per loop step: queries in `key_value_gradient_kernel`, keys in the two other kernels."""
     num_warps: int
     """Warps per program."""
     num_stages: int
@@ -28,18 +28,21 @@ class AttentionTiling(NamedTuple):
     """Sets how the three attention kernels are compiled for one architecture, head width and dtype."""
 
     tile: int
-    """Positions per program: queries, or keys in `key_value_gradient_kernel`."""
+    """Positions per program: keys in `key_value_gradient_kernel`, queries in the two other kernels."""
     forward: KernelConfig
     query_gradient: KernelConfig
     key_value_gradient: KernelConfig
 
 
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
-    """Returns tiles that compile without spilled registers (budgets.json).
+    """Returns the tile sizes and compile settings of the three attention kernels.
+
+    All compiled variants have no register spills; budgets.json records this.
 
     Args:
-        architecture: 80, 90 or 100; 80 also for similar ones with at least 99 KB of shared memory per program.
-        head_size: K, at most 128.
+        architecture: GPU architecture, 80, 90 or 100. 80 also serves others with at least 99 KB of shared memory per
+            program.
+        head_size: columns of a head, K; at most 128.
         dtype: dtype of q, k and v. float32 is multiplied exactly, not on tensor cores.
     """
     if dtype == torch.float32:
@@ -53,9 +56,9 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Atte
 
 
 def column_blocks(head_size: int) -> tuple[int, int]:
-    """Returns the widths of column blocks A and B, each a power of two and at least 16; B may be 0.
+    """Returns the widths of the two column blocks, A and B, that together cover a head, e.g. (64, 32) for 88 columns.
 
-    B is 0 if two blocks would not save columns.
+    Each width is a power of two and at least 16. B is 0 if two blocks have no fewer columns than one.
     """
     whole = max(16, triton.next_power_of_2(head_size))
     block_a = whole // 2
@@ -72,17 +75,18 @@ def forward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention.
+    """Computes the attention outputs and each query's log-sum-exp.
 
     Args:
-        q_THK: contiguous, like k_THK and v_THK.
-        sequences_Q4: start and length of both ranges of every sequence, int32.
+        q_THK: queries; q_THK, k_THK and v_THK are contiguous.
+        sequences_Q4: start and length of both row ranges of every sequence, int32.
         tiles_N2: sequence and first position of every tile of `tiling.tile` positions, int32.
         tiling: how to compile the kernel.
         causal_captions: whether the second range is a caption with a causal mask.
 
     Returns:
-        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows of no sequence are undefined.
+        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows that belong to no sequence are
+        undefined.
     """
     y_THK = torch.empty_like(q_THK)
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=torch.float32)
@@ -103,7 +107,13 @@ def backward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes dq, dk and dv, with arguments as in `forward`; without atomics, so the result is deterministic."""
+    """Computes dq, dk and dv, without atomics, so the result is deterministic.
+
+    Args:
+        dy_THK: gradient of y_THK.
+        q_THK: argument of `forward`, like k_THK, v_THK, sequences_Q4, tiles_N2, tiling and causal_captions.
+        y_THK: result of `forward`, like lse_HT.
+    """
     dq_THK, dk_THK, dv_THK = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     delta_HT = torch.empty_like(lse_HT)
     tensors = (q_THK, k_THK, v_THK, y_THK, dy_THK, lse_HT, delta_HT, dq_THK, sequences_Q4, tiles_N2)
@@ -114,7 +124,7 @@ def backward(
 
 
 def constants(num_heads: int, head_size: int, tile: int, block: int, causal_captions: bool) -> dict[str, Any]:
-    """Returns the constexpr arguments of all three kernels."""
+    """Returns the constexpr arguments that the three attention kernels take, by name."""
     block_a, block_b = column_blocks(head_size)
     return {
         "H": num_heads,
@@ -187,7 +197,10 @@ def _is_tuned(q_THK: Tensor) -> bool:
 
 @lru_cache
 def _tuned(kernel: Any, config: KernelConfig) -> Any:
-    """Returns the kernel with tuning of its number of stages; the block size is fixed, so results do not change."""
+    """Returns a kernel that tunes its number of stages at the first launch.
+
+    The block size is fixed, so tuning does not change results.
+    """
     block, warps, stages = config
     configs = [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=n) for n in (stages - 1, stages, stages + 1)]
     return triton.autotune(configs, key=["H", "K", "CAPTIONS", "TILE"])(kernel)

@@ -27,7 +27,7 @@ def forward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Computes y of one program's rows; without FACTOR all factors are 1."""
+    """Computes y = residual + factor * (partial + bias) for one program's rows; without FACTOR, factor is 1."""
     expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
     b = load_of_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr, D, BLOCK)
     columns = tl.arange(0, BLOCK)
@@ -56,7 +56,10 @@ def backward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Computes the gradient of one program's partial rows and its sum, (P, D) float32; without FACTOR the sum alone."""
+    """Computes d_partial = factor * dy for one program's rows, and its sum over these rows.
+
+    The sums of P programs are (P, D) float32. Without FACTOR it computes the sum alone, because d_partial is dy.
+    """
     program = tl.program_id(0)
     _, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)
     columns = tl.arange(0, BLOCK)

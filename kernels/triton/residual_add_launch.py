@@ -28,14 +28,14 @@ def forward(
     factor_T: Tensor | None,
     tiling: RowTiling,
 ) -> Tensor:
-    """Returns y_TD = residual + factor * (partial + bias).
+    """Returns y_TD = residual + factor * (partial + bias of the row's expert).
 
     Args:
-        residual_TD: contiguous.
-        partial_TD: contiguous.
-        stops: stop of each expert's rows.
-        biases: (D,) per expert.
-        factor_T: contiguous, or None.
+        residual_TD: the stream, contiguous.
+        partial_TD: the branch without its bias, contiguous.
+        stops: stop of each expert's rows; expert 0 starts at row 0.
+        biases: one vector (D,) per expert.
+        factor_T: factor of each row, contiguous; None for 1.
         tiling: how to compile the kernel.
     """
     y_TD = torch.empty_like(residual_TD)
@@ -60,17 +60,17 @@ def forward(
 def backward(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Launches the backward kernel and the sums over programs; without atomics, so the result is deterministic.
+    """Computes the gradients of the branch and of the biases, without atomics, so the result is deterministic.
 
     Args:
-        dy_TD: contiguous gradient of y.
-        stops: stop of each expert's rows.
-        factor_T: contiguous, or None.
+        dy_TD: gradient of y, contiguous.
+        stops: stop of each expert's rows; expert 0 starts at row 0.
+        factor_T: factor of each row, contiguous; None for 1.
         tiling: how to compile the kernel.
         dtype: dtype of the branch and of the results.
 
     Returns:
-        d_partial_TD, without rows if all factors are 1; the gradients of the biases, (E, D).
+        d_partial_TD, which has no rows if `factor_T` is None; the gradients of the biases, (E, D).
     """
     d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
     programs = deal_rows(stops, tiling.backward_programs)

@@ -17,7 +17,7 @@ INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _activate(x, GELU: tl.constexpr):
-    """Returns x as float32; with GELU its activation, rounded to x's dtype first."""
+    """Returns x, or with GELU gelu(x) rounded to x's dtype, converted to float32."""
     if GELU:
         return gelu(x.to(tl.float32)).to(x.dtype).to(tl.float32)
     return x.to(tl.float32)
@@ -25,7 +25,10 @@ def _activate(x, GELU: tl.constexpr):
 
 @triton.jit
 def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns the expert, first row, rows and columns of a program's block, and masks of existing rows and columns."""
+    """Returns a program's expert, first row, row offsets with their mask, and columns with their mask.
+
+    A mask is True for existing rows or columns.
+    """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, ROWS)
     rows = tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -40,7 +43,7 @@ def _column_values(expert, of_0_ptr, of_1_ptr, of_2_ptr, columns, real_columns):
 
 @triton.jit
 def row_statistics_kernel(y_ptr, mean_ptr, squares_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Computes mean and sum of squared deviations of one row, which is read once and stays in registers."""
+    """Computes the mean of one row and the sum of its squared deviations; reads the row once, into registers."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     y = tl.load(y_ptr + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
@@ -61,7 +64,7 @@ def combine_statistics_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Combines the statistics of column tiles, (tiles, T) each, into statistics of whole rows of N columns.
+    """Combines means and sums of squared deviations of column tiles, (tiles, T) each, into those of whole rows.
 
     A row's squared deviations are the squared deviations within its tiles plus the tile means' squared deviations from
     the row's mean (Chan et al., 1979): no large numbers are subtracted.
@@ -104,7 +107,10 @@ def normalize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes n = LN(a), or a without NORM: an operand of the weights' gradient that the forward pass did not save."""
+    """Computes one block of n = LN(a), or of n = a without NORM; a is gelu(x) with GELU, otherwise x.
+
+    n is an operand of the weight gradient that the forward pass did not save.
+    """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]
     present = real_rows[:, None] & real_columns[None, :]
@@ -138,10 +144,10 @@ def norm_gradient_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes partial sums of one tile of SPAN rows and COLUMNS columns.
+    """Computes sums over the rows and over the columns of one tile of SPAN rows and COLUMNS columns.
 
-    Sums over each row: dn * scale and dn * scale * xhat, (column tiles, 2, T). Sums over each column: dn * xhat and dn,
-    (row tiles, 2, N).
+    For each row it sums dn * scale and dn * scale * xhat, (column tiles, 2, T). For each column it sums dn * xhat and
+    dn, (row tiles, 2, N). xhat is the standardised row (a - mean) * rstd.
     """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, SPAN)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -190,10 +196,11 @@ def norm_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes dx = da * gelu'(x), da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH).
+    """Computes one block of dx = da * gelu'(x).
 
-    Without NORM, da is dn. WIDTH and the sums, (2, T), cover whole rows over all ranks. dx may be dn itself: the
-    program that writes a block has read it before.
+    da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH), where xhat is (a - mean) * rstd. Without NORM, da
+    is dn. WIDTH and the sums, (2, T), cover whole rows over all ranks. dx may be stored over dn, because the program
+    that writes a block has read it before.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]

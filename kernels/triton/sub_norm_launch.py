@@ -24,19 +24,19 @@ Slices = Sequence[tuple[int, int]]
 """Row ranges [start, stop), one per expert and at most three, in ascending order; together they cover the stream."""
 
 Norm = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
-"""A sub-LN: mean_T and rstd_T of whole rows, float32, and each expert's scale_F and shift_F of this rank's columns."""
+"""Type of a sub-LN: mean_T and rstd_T (1 / deviation) of whole rows, float32, then all scale_F and all shift_F."""
 
 BLOCK = {"ROWS": 16, "COLUMNS": 128}
-"""Block of a program of 4 warps: 16 values per thread, loaded 8 at a time."""
+"""Size of the block that a program of 4 warps computes: 16 values per thread, loaded 8 at a time."""
 
 SPAN = 128
-"""Rows over which one program sums the gradients of a norm's parameters."""
+"""Number of rows over which one program sums the gradients of a norm's scale and shift."""
 
 NUM_WARPS = 4
 
 
 def build_stops(slices: Slices) -> tuple[int, int, int]:
-    """Returns the stops of three experts' rows; absent experts have no rows."""
+    """Returns the stop of each expert's rows for three experts; if there are fewer, the last ones have no rows."""
     assert 1 <= len(slices) <= 3, f"multiway FFN: the kernels take one to three experts, not {len(slices)}"
     stops = [stop for _, stop in slices]
     first, second, third = stops + stops[-1:] * (3 - len(stops))
@@ -81,7 +81,7 @@ def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int)
 
 
 def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
-    """Computes LN(gelu(x)), gelu(x) or LN(x): an operand of a weight's gradient that the forward pass did not save.
+    """Returns LN(gelu(x)), gelu(x) or LN(x), an operand of the weight gradient that the forward pass did not save.
 
     Args:
         x_TF: rows.
@@ -100,18 +100,19 @@ def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Te
 def norm_gradient_sums(
     dn_TF: Tensor, x_TF: Tensor, gelu: bool, norm: Norm, slices: Slices
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Computes the row sums that a sub-LN's gradient needs, over this rank's columns, and its parameters' gradients.
+    """Computes a sub-LN's parameter gradients, and the sums over this rank's columns that its input gradient needs.
 
     Args:
         dn_TF: gradient of the norm's output.
         x_TF: the norm's input, or the input of the GELU before it.
         gelu: whether a GELU precedes the norm.
         norm: the sub-LN.
-        slices: row range of each expert; one without rows gets zeros.
+        slices: row range of each expert; an expert without rows gets zeros.
 
     Returns:
         sums_2T, float32: sum(dn * scale) and sum(dn * scale * xhat) of each row, to be summed over the ranks that hold
-        other columns; the gradients of each expert's scale_F and shift_F, of x's dtype. All are deterministic.
+        other columns. Then the gradients of each expert's scale_F and of its shift_F, of x's dtype. xhat is the
+        standardised row. All results are deterministic.
     """
     (num_rows, width), (mean_T, rstd_T, scales, _) = x_TF.shape, norm
     row_tiles = [count_row_tiles(slices[:index], SPAN) for index in range(len(slices) + 1)]
@@ -133,9 +134,10 @@ def norm_gradient(
     total_width: int,
     slices: Slices,
 ) -> Tensor:
-    """Computes dx_TF, the gradient through the sub-LN and the GELU before it, and writes it over dn_TF.
+    """Computes dx_TF, the gradient through the sub-LN and the GELU before it, and writes dx_TF over dn_TF.
 
-    dx = gelu'(x) * rstd * (dn * scale - sums[0] / total_width - xhat * sums[1] / total_width).
+    dx = gelu'(x) * rstd * (dn * scale - sums[0] / total_width - xhat * sums[1] / total_width), where xhat is the
+    standardised row.
 
     Args:
         dn_TF: gradient of the norm's output; without a norm, of the GELU's output.
@@ -186,7 +188,8 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 _ELEMENTS = ("y_ptr", "x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
-"""Arguments that have the dtype of rows, by name or by the first five letters; all others are float32."""
+"""Arguments whose elements have the dtype of the rows, given by name or by the first five letters. The elements of all
+other pointers are float32."""
 
 
 def _launch(

@@ -17,7 +17,7 @@ class KernelVariant(NamedTuple):
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Stages of software pipelining."""
+    """Number of loop steps whose loads overlap (software pipelining)."""
     is_common: bool = True
     """Whether the default tests compile this variant; the slow tests compile all."""
     is_memory_bound: bool = False
