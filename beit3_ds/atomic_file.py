@@ -25,12 +25,13 @@ def bounded_name(name: str) -> str:
 
 @contextmanager
 def atomic_write(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
-    """Opens a new file that is renamed to `path` once it is complete, or dropped after an error or if `keep` is false.
+    """Opens a temporary file for writing, and renames it to `path` once it is complete.
 
-    A reader sees the old file or the complete new one, even after a kill. Its permissions follow the umask.
+    After an error, or if `keep` is false, deletes the temporary file instead. So a reader sees the old file or the
+    complete new one, even if this process is killed. The permissions of the new file follow the umask.
 
     Raises:
-        OSError: if the file cannot be written; the old one is still there.
+        OSError: if the file cannot be written; the old file is still there.
     """
     temporary = path.with_name(f"{bounded_name(path.name)}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:

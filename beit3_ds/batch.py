@@ -39,8 +39,8 @@ class PackedBatch(RowLayout):
     text_lengths: tuple[int, ...]
     """Tokens of each text, BOS and EOS included; X values."""
     pixels: Tensor | None
-    """Views of the model, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then the images of pairs.
-    None if another pipeline stage embeds."""
+    """Preprocessed images, (B, 3, image_size, image_size) float32 in [-1, 1]: images without texts, then the images of
+    pairs. None on pipeline stages that do not embed."""
     patch_mask: Tensor
     """Patches that the embeddings replace by the mask token, (B, N) bool."""
     token_ids: Tensor
@@ -51,19 +51,20 @@ class PackedBatch(RowLayout):
     """Stochastic depth's factor per sequence, layer and branch, (Q, L, 2) float32: 0 if the branch is dropped,
     otherwise 1 / (1 - rate). None if nothing is dropped (evaluation, or a rate of 0)."""
     head_rows: Tensor | None = None
-    """Rows that the task's head reads, ascending, (M,) int64; None if it reads all rows."""
+    """Numbers of the rows that the task's head reads, ascending, (M,) int64; None if it reads all rows."""
     head_row_counts: tuple[int, ...] = ()
-    """Number of `head_rows` in each of `layout.PARTS`; empty if the head reads all rows."""
+    """Number of `head_rows` in each of the four row ranges in `layout.PARTS`; empty if the head reads all rows."""
     term_counts: tuple[int, ...] = ()
-    """Count of each of the task's terms in this micro-batch, by which its mean is computed, in the order of
-    `Task.terms`."""
+    """Number of samples or positions over which each of the task's terms (losses and metrics) is summed in this
+    micro-batch, in the order of `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that the task's head needs in addition to its rows, by the task's names for them; empty on stages without
     the head. Tensors of integers and booleans are compared between the stages of a pipeline that read them."""
     sample_names: tuple[str, ...] = ()
-    """Name of the sample of each sequence, for logs and messages; Q values or none."""
+    """Name of the sample of each sequence, for logs and messages; Q values, or empty without names."""
     sources: dict[str, int] = field(default_factory=dict)
-    """Number of the only source of each stream in the batch, by the stream's name; empty if sources may be mixed."""
+    """For each data stream by name, the number of the source from which all its samples in this batch come; empty if
+    the samples of a stream may come from several sources."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs
@@ -87,19 +88,19 @@ class PackedBatch(RowLayout):
 
     @property
     def image_length(self) -> int:
-        """Returns the rows per image: CLS and the patches."""
+        """Returns the number of rows per image: one for CLS, and one per patch."""
         return 1 + self.patch_mask.shape[1]
 
     @cached_property
     def layout(self) -> SequenceLayout:
-        """Returns the rows of every sequence and every expert."""
+        """Returns the layout of the stream, from which the rows of every sequence and every expert follow."""
         return SequenceLayout(
             self.num_images, self.caption_lengths, self.text_lengths, self.image_length, self.causal_captions
         )
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Returns the number of rows in each of `layout.PARTS`."""
+        """Returns the number of rows in each of the four row ranges in `layout.PARTS`."""
         return self.layout.part_rows
 
     @cached_property
@@ -113,7 +114,7 @@ class PackedBatch(RowLayout):
         return self.layout.sequence_ranges
 
     def kept_sequences(self, layer: int, branch: int) -> KeptSequences:
-        """Returns the sequences for which stochastic depth keeps a branch; waits for the device, once per micro-batch.
+        """Returns the sequences for which stochastic depth keeps a branch; the first call waits for the device.
 
         Args:
             layer: number of the layer, from 0.
@@ -123,8 +124,10 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def dropped_rows(self) -> list[list[int]]:
-        """Returns the number of dropped rows per layer and branch, L x 2; waits for the device, once per
-        micro-batch."""
+        """Returns the number of rows that stochastic depth drops in each layer and branch, L x 2.
+
+        The first call waits for the device.
+        """
         lengths = [sum(stop - start for start, stop in ranges) for ranges in self.sequence_ranges]
         lengths_Q = torch.tensor(lengths, dtype=torch.int64)
         rows: list[list[int]] = torch.where(self._keeps, 0, lengths_Q[:, None, None]).sum(0).tolist()
@@ -137,7 +140,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def row_sequence(self) -> Tensor:
-        """Returns the sequence of every row, (T,) int64."""
+        """Returns the number of the sequence to which each row belongs, (T,) int64."""
         sequences = torch.arange(self.num_sequences)
         num_pixels = self.num_images + self.num_pairs
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
@@ -157,7 +160,11 @@ class PackedBatch(RowLayout):
         return dataclasses.replace(self, pixels=None, targets={})
 
     def fingerprint(self) -> str:
-        """Returns a digest of all fields but the pixels; ranks compare it to check that they read the same samples."""
+        """Returns a digest of the micro-batch, with which ranks check that they read the same samples.
+
+        It covers the sequences, sample names, token ids, masks, head rows, stochastic-depth factors and integer
+        targets, but not the pixels.
+        """
         digest = hashlib.sha256(
             repr((self.num_images, self.caption_lengths, self.text_lengths, self.causal_captions)).encode()
         )
@@ -197,15 +204,15 @@ class StepBatch:
     micro_batches: tuple[PackedBatch, ...]
     """Micro-batches of this rank; every rank has the same number."""
     broken_records: dict[str, str] = field(default_factory=dict)
-    """Broken records in this rank's share, by name, each with a line that says what is wrong. Their slots stay
-    empty."""
+    """One-line error message of every broken record in this rank's share, by the record's name. The places of these
+    records in the micro-batches stay empty."""
 
     def without_pixels(self) -> "StepBatch":
         """Returns the step with `PackedBatch.without_pixels` micro-batches."""
         return dataclasses.replace(self, micro_batches=tuple(batch.without_pixels() for batch in self.micro_batches))
 
     def fingerprint(self) -> str:
-        """Returns a digest of all fields except the pixels, as `PackedBatch.fingerprint` does."""
+        """Returns the number of the step and the `PackedBatch.fingerprint` of every micro-batch."""
         return f"step {self.step}: {[batch.fingerprint() for batch in self.micro_batches]}"
 
     def as_value(self) -> dict[str, Any]:

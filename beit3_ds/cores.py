@@ -12,7 +12,10 @@ _CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
 
 
 def count_cores() -> int:
-    """Returns the cores that this process may use: its affinity, or its container's CPU quota if that is lower."""
+    """Returns the number of cores that this process may use.
+
+    It is the number of cores in its affinity, or its container's CPU quota if that is lower.
+    """
     return min(len(os.sched_getaffinity(0)), cpu_quota() or math.inf)  # type: ignore[return-value]
 
 
@@ -22,13 +25,13 @@ def describe_cores() -> dict[str, Any]:
 
 
 def divide_cores(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[int]:
-    """Returns the number of threads of every rank, so that the ranks of a host do not compete for cores.
+    """Returns the number of threads that each rank should use, so that the ranks of a host do not compete for cores.
 
-    A core that several ranks may use is shared equally among them; a rank that its launcher has bound to its own cores
+    A core that several ranks may use is shared equally among them. A rank that its launcher has bound to its own cores
     keeps them all.
 
     Args:
-        ranks: host and `describe_cores` of each.
+        ranks: host name and result of `describe_cores` of every rank.
     """
     users = Counter((host, core) for host, own in ranks for core in own["affinity"])
     ranks_on_host = Counter(host for host, _ in ranks)

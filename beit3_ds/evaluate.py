@@ -42,7 +42,7 @@ from beit3_ds.weights.reader import open_weights
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
 METRICS_FILE = "metrics.json"
-"""Name of the file with the metrics, beside the task's own files."""
+"""Name of the metrics file in the results folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Inputs:
     rank_task: RankTask
     weights: AdaptedWeights
     step: int
-    """Updates behind the weights; 0 if unknown."""
+    """Number of optimizer updates that produced the weights; 0 if unknown."""
     folder: Path
     """Folder of the results."""
 
@@ -62,7 +62,8 @@ def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
     """Evaluates weights on a split of the configuration's data and writes the results.
 
     Raises:
-        ConfigError: if the configuration, a data file or the weights are invalid, or they belong to another task.
+        ConfigError: if the configuration, a data file or the weights are invalid, or the weights belong to another
+            task.
     """
     with (
         StopSignals().handling() as signals,
@@ -88,7 +89,8 @@ def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
     """Opens the weights and the samples of the split that this rank reads.
 
     Raises:
-        ConfigError: if they cannot be read, do not fit each other, or the split has no sources.
+        ConfigError: if the weights or samples cannot be read, the weights do not fit the configuration, or the split
+            has no sources.
     """
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)

@@ -6,7 +6,7 @@ A stream is modality-major and has no padding:
       0      a                 b                c       T
 """
 
-# T rows; I images, P pairs, X texts, Q = I + P + X sequences, numbered in this order.
+# T rows; I images without texts, P pairs, X texts without images; Q = I + P + X sequences, numbered in this order.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """Describes a part of the packed stream: all rows of one modality that belong to pairs, or that do not."""
+    """Describes one of the four consecutive row ranges of a packed stream, e.g. the images of pairs."""
 
     modality: str
-    """Modality, which is also the name of its expert."""
+    """Modality of the rows, "vision" or "language", which is also the name of the modality's expert."""
     fused_expert: str | None
-    """Expert of the rows in layers that have it; None for samples that are not paired."""
+    """Expert of the rows in layers that have such an expert: "vision_language" for the rows of pairs. None for rows of
+    images and texts alone, which always belong to the expert of their modality."""
 
 
 PARTS = (
@@ -34,40 +35,40 @@ PARTS = (
     Part("language", "vision_language"),
     Part("language", None),
 )
-"""All parts, in row order.
+"""The four row ranges of a packed stream, in row order: images, images of pairs, texts of pairs, texts.
 
-Language is in the middle. A further modality with its own fused expert can be added before or after the others as
-(language, fused), (modality, fused), (modality, None). Every expert still owns one slice then."""
+A third modality with its own fused expert can be added at the end, as (language, fused), (modality, fused),
+(modality, None). Then the rows of every expert are still consecutive."""
 
 
 class RowLayout(ABC):
-    """Holds the number of rows of each part of a stream, from which the rows of each expert follow."""
+    """Declares the number of rows in each of the four row ranges of a stream, and derives the rows of each expert."""
 
     @property
     @abstractmethod
     def part_rows(self) -> tuple[int, ...]:
-        """Returns the number of rows in each of `PARTS`."""
+        """Returns the number of rows in each of the four row ranges in `PARTS`."""
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Returns the end row of each of `PARTS`: (a, b, c, T) in the module's docstring."""
+        """Returns the row at which each of the row ranges in `PARTS` stops: (a, b, c, T) in the module's docstring."""
         return tuple(accumulate(self.part_rows))
 
     @property
     def num_rows(self) -> int:
-        """Returns the number of rows, T."""
+        """Returns the number of rows of the stream, T."""
         return sum(self.part_rows)
 
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
-        """Returns the rows [start, stop) of each expert, in row order; an expert without rows has an empty slice.
+        """Returns the row range [start, stop) of each expert, in row order; an expert without rows gets an empty range.
 
-        A part of the stream belongs to its fused expert if that exists, otherwise to the expert of its modality. An
-        expert that no input of the model needs may be absent, and then its parts must have no rows
-        (`ModelConfig.inputs`).
+        The rows of each of `PARTS` belong to its fused expert if the layer has it, otherwise to the expert of its
+        modality. If the layer has neither, because no input of the model needs them (`ModelConfig.inputs`), there must
+        be no such rows.
 
         Args:
-            experts: names of the existing experts in the order of their rows: ("shared",) for one that takes all rows,
-                or experts of modalities and, in layers that have them, fused experts between them.
+            experts: names of the layer's experts in the order of their rows. Examples are ("shared",), which takes all
+                rows, ("vision", "language"), and ("vision", "vision_language", "language").
         """
         if experts == ("shared",):
             return [(0, self.num_rows)]
@@ -86,38 +87,38 @@ class RowLayout(ABC):
 
 @dataclass(frozen=True)
 class PickedRows(RowLayout):
-    """Describes single rows picked from a stream, in ascending order."""
+    """Describes rows that are picked one by one from a stream, such as those that a task's head reads."""
 
     rows: Tensor
-    """Indices of the rows in the stream, ascending, int64."""
+    """Numbers of the picked rows in the stream, ascending, int64."""
     counts: tuple[int, ...]
-    """Number of picked rows in each of `PARTS`."""
+    """Number of picked rows in each of the four row ranges in `PARTS`."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Returns the number of picked rows in each of `PARTS`."""
+        """Returns the number of picked rows in each of the four row ranges in `PARTS`."""
         return self.counts
 
 
 @dataclass(frozen=True)
 class SequenceLayout(RowLayout):
-    """Describes a stream of whole sequences."""
+    """Describes a stream that consists of complete images, pairs and texts."""
 
     num_images: int
     """Number of images without captions, I."""
     caption_lengths: tuple[int, ...]
-    """Tokens of each caption; P values."""
+    """Number of tokens of each pair's caption; P values."""
     text_lengths: tuple[int, ...]
-    """Tokens of each text; X values."""
+    """Number of tokens of each text without an image; X values."""
     image_length: int
     """Number of rows per image."""
     causal_captions: bool = False
-    """Whether attention in pairs is masked for captioning: image rows see their image, caption rows their image and the
-    caption up to themselves. Texts without images are never masked."""
+    """Whether attention in pairs is masked for captioning. Then image rows see their image, and caption rows see their
+    image and the caption up to themselves. Texts without images are never masked."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Returns the number of rows in each of `PARTS`."""
+        """Returns the number of rows in each of the four row ranges in `PARTS`."""
         return (
             self.num_images * self.image_length,
             len(self.caption_lengths) * self.image_length,
@@ -141,10 +142,10 @@ class SequenceLayout(RowLayout):
         return tuple(ranges)
 
     def first_rows(self, *parts: int) -> PickedRows:
-        """Returns the first row of every image or text in the given parts: CLS of images, BOS of texts.
+        """Returns the first row of every image or text in some of the row ranges: CLS of images, BOS of texts.
 
         Args:
-            parts: indices of `PARTS`, ascending.
+            parts: indices of these row ranges in `PARTS`, ascending.
         """
         image = (self.image_length,)
         lengths = (image * self.num_images, image * len(self.caption_lengths), self.caption_lengths, self.text_lengths)
@@ -156,10 +157,10 @@ class SequenceLayout(RowLayout):
         return PickedRows(torch.tensor(rows, dtype=torch.int64), counts)
 
     def keep(self, kept: Sequence[bool]) -> "KeptSequences":
-        """Returns the stream of the kept sequences, in their order.
+        """Returns the sequences to keep as a smaller stream; they stay in their order.
 
         Args:
-            kept: whether to keep a sequence, for each of the Q sequences.
+            kept: whether to keep each of the Q sequences.
         """
         pairs = self.num_images + len(self.caption_lengths)
         layout = SequenceLayout(
@@ -180,9 +181,9 @@ class SequenceLayout(RowLayout):
 
 @dataclass(frozen=True)
 class KeptSequences:
-    """Describes some sequences of a stream as a stream of their own."""
+    """Describes the sequences of a stream that stochastic depth keeps, as a smaller stream."""
 
     rows: Tensor
-    """Indices of their rows in the whole stream, ascending, int64, in host memory."""
+    """Numbers of the kept sequences' rows in the whole stream, ascending, int64, in host memory."""
     layout: SequenceLayout
-    """Layout of the stream of these rows."""
+    """Layout of the smaller stream, which consists of these rows."""

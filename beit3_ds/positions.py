@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
-    """Resamples positions bicubically: (1, 1 + g*g, D) to (1, 1 + grid_size^2, D); the class token's stays.
+    """Resamples a table of image positions bicubically, from (1, 1 + g*g, D) to (1, 1 + grid_size*grid_size, D).
 
-    The computation is in float32, and the result has the type of `positions`. Positions that already have this grid are
-    returned unchanged.
+    The first row, the position of the class token, stays unchanged. The computation is in float32, and the result has
+    the dtype of `positions`. A table that already has this grid is returned unchanged.
     """
     old_size = grid_size_of(positions)
     if old_size == grid_size:
@@ -20,5 +20,5 @@ def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
 
 
 def grid_size_of(positions: Tensor) -> int:
-    """Returns the patches on a side of an image, g, given its table of positions, (1, 1 + g*g, D)."""
+    """Returns the number of patches per image side, g, of a table of image positions, (1, 1 + g*g, D)."""
     return round((positions.shape[1] - 1) ** 0.5)

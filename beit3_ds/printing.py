@@ -9,7 +9,7 @@ def printable(text: str, limit: int | None = None) -> str:
 
     Args:
         text: the text.
-        limit: most characters of the text that are kept, the first and the last; None keeps all.
+        limit: maximum number of characters to keep. A longer text loses its middle. None keeps all characters.
     """
     if limit is not None and len(text) > limit:
         text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"

@@ -1,4 +1,4 @@
-"""Opens files that others wrote without waiting for pipes and without reading devices."""
+"""Opens regular files and nothing else, so that a path from others cannot make the program wait for a pipe."""
 
 import os
 import stat
@@ -9,8 +9,8 @@ def open_regular(path: str | Path, *, follow_links: bool = True) -> int:
     """Opens a regular file for reading and returns its descriptor.
 
     Args:
-        path: the file.
-        follow_links: whether the last part of the path may be a link.
+        path: path of the file.
+        follow_links: whether the last part of the path may be a symbolic link.
 
     Raises:
         OSError: if there is no such file, or it is a folder, a pipe, a socket or a device.

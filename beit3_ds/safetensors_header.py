@@ -31,7 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types of elements by their names in files."""
+"""Torch dtypes by their names in safetensors files."""
 METADATA_KEY = "__metadata__"
 
 _LENGTH_BYTES = 8
@@ -39,7 +39,7 @@ _MAX_ELEMENTS = 2**62
 
 
 class StoredTensor(NamedTuple):
-    """Describes a tensor in a file."""
+    """Describes a tensor in a safetensors file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class StoredTensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Holds a checked header: the tensors fill the rest of the file without gaps and do not overlap."""
+    """Holds a checked header, whose tensors fill the rest of the file without gaps and without overlaps."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
@@ -58,8 +58,8 @@ def check_safetensors(path: str | Path) -> Header:
     """Opens a safetensors file, and reads and checks its header alone.
 
     Raises:
-        OSError: if it is not a regular file or cannot be read.
-        ValueError: as `read_header` does.
+        OSError: if the path is not a regular file or cannot be read.
+        ValueError: if the header is invalid (`read_header`).
     """
     descriptor = open_regular(path)
     try:
@@ -72,7 +72,7 @@ def read_header(descriptor: int) -> Header:
     """Reads and checks the header of an open file.
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: if the file cannot be read.
         ValueError: with the reason in a few words, if a field has another type or value than the format allows, or the
             file is longer or shorter than the header says.
     """

@@ -49,14 +49,15 @@ from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
 
 def train_run(config: RunConfig, *, force: bool = False) -> None:
-    """Trains the task of a run to the end and writes its report; resumes from the newest whole checkpoint, if any.
+    """Trains the task of a run to the end and writes its report; resumes from the newest complete checkpoint, if any.
 
     SIGTERM, SIGINT or SIGUSR1 stops the run early, with a checkpoint and without a report (`training.loop.train`). If
-    the task's result exists already (`Task.find_result`), nothing is done, so a job script can be submitted again.
+    the task's result exists already (`Task.find_result`), prints one line about it and returns, so a job script can be
+    submitted again.
 
     Args:
         config: configuration of the run.
-        force: trains again if the result or a finished checkpoint exists, which is moved aside.
+        force: whether to train again if the result or a checkpoint of all steps exists; moves that checkpoint aside.
 
     Raises:
         ConfigError: if the configuration, a data file, a checkpoint or a file of the task is invalid.
@@ -130,7 +131,7 @@ def share_of(
     data_parallel_size: int,
     splits: tuple[Split, ...] = RankShare.splits,
 ) -> RankShare:
-    """Returns the share of some splits that a rank reads."""
+    """Returns which samples of the given splits a rank reads, and whether its pipeline stage embeds or predicts."""
     embeds, predicts = coords.pipeline == 0, coords.pipeline == parallel.pipeline_parallel_size - 1
     return RankShare(
         data_parallel_rank=coords.data,

@@ -36,11 +36,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict[str, Tensor], str | None]:
-    """Reads tensors as `read_tensors` does, and a text that the file stores with them.
+    """Reads the tensors of a file as `read_tensors` does, and one text that the file stores with them.
 
     Args:
         path: the file, as for `read_tensors`.
-        note_key: key of the text, in the metadata of a .safetensors file or at the top of a torch file.
+        note_key: key of the text in the metadata of a .safetensors file, or at the top level of a torch file. None
+            reads no text.
 
     Returns:
         The tensors, and the text or None if there is none.

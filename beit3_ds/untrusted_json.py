@@ -1,28 +1,29 @@
-"""Parses JSON that others wrote: without repeated keys, NaN and integers beyond 64 bits, and of bounded size."""
+"""Parses JSON that others wrote; refuses repeated keys, NaN, integers beyond 64 bits and texts that are too large."""
 
 import json
 from typing import Any, NoReturn
 
 MAX_JSON_BYTES = 1 << 23
-"""Default limit of a text."""
+"""Default maximum size of a JSON text, in bytes."""
 
-# Lists and objects take most memory and time: `[],` has three bytes, a list 72. A piece of a checkpoint has 15 or more.
+# Lists and objects take most memory and time: `[],` has 3 bytes as text and 72 in memory. Our own files, such as a
+# checkpoint's index, have 15 or more bytes of text per list or object.
 _MANY_CONTAINERS, _BYTES_PER_CONTAINER = 50_000, 12
 _LARGEST_INT = 2**63 - 1
 _MOST_DIGITS = 20
 
 
 def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_constants: bool = False) -> Any:
-    """Parses a text in UTF-8.
+    """Parses a JSON text in UTF-8 and returns its value.
 
     Args:
-        text: the text.
-        limit: most bytes, or characters of a string.
+        text: the JSON text.
+        limit: maximum length of `text`, in bytes or, for a string, in characters.
         has_constants: whether NaN and the infinities may be values, as in our own files of measured values.
 
     Raises:
-        ValueError: with the reason in a few words, if the text is longer, is not JSON, nests too deep, or holds a key
-            twice, an integer beyond 64 bits, or a constant without `has_constants`.
+        ValueError: with the reason in a few words, if the text is too long, is not JSON or nests too deep. Also if it
+            holds a key twice, an integer beyond 64 bits, or NaN or an infinity without `has_constants`.
     """
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON exceed the limit of {limit}")
@@ -44,7 +45,7 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
 
 
 def check_count(value: Any) -> int:
-    """Returns the value if it is an integer from 0 on.
+    """Returns the value if it is an integer of at least 0.
 
     Raises:
         ValueError: for every other value, such as -1, true and 1.0.
@@ -66,7 +67,7 @@ def check_text(value: Any) -> str:
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Returns the value if it is an object.
+    """Returns the value if it is a JSON object (a dictionary).
 
     Raises:
         ValueError: for a value of another type.
@@ -77,7 +78,7 @@ def check_object(value: Any) -> dict[str, Any]:
 
 
 def check_list(value: Any, length: int | None = None) -> list[Any]:
-    """Returns the value if it is a list, of `length` values unless that is None.
+    """Returns the value if it is a list and has `length` values; a `length` of None allows any number.
 
     Raises:
         ValueError: for a value of another type, or a list of another length.

@@ -1,1 +1,1 @@
-"""Benchmarks that `beit3 bench` runs; BENCHMARKS.md has their results."""
+"""Contains the benchmarks of `beit3 bench` and the checks of `beit3 certify`; BENCHMARKS.md has their results."""

@@ -13,17 +13,17 @@ class Mix(NamedTuple):
     """Lists the sequence lengths of a micro-batch with equal numbers of images, pairs and texts, in packed order."""
 
     samples: int
-    """Samples per stream."""
+    """Number of images, which is also the number of pairs and of texts."""
     image_length: int
-    """Rows per image."""
+    """Number of rows per image."""
     caption_lengths: tuple[int, ...]
-    """Rows of every caption."""
+    """Number of rows of every caption."""
     text_lengths: tuple[int, ...]
-    """Rows of every text."""
+    """Number of rows of every text."""
 
     @property
     def boundaries(self) -> tuple[int, int, int, int]:
-        """Returns four row numbers: the ends of the images, the pairs' images, the captions and the texts."""
+        """Returns four row numbers, at which the images, the pairs' images, the captions and the texts end."""
         a = self.samples * self.image_length
         c = 2 * a + sum(self.caption_lengths)
         return a, 2 * a, c, c + sum(self.text_lengths)
@@ -44,16 +44,16 @@ class Mix(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Returns the rows of every sequence."""
+        """Returns the number of rows of every sequence."""
         return tuple(sum(stop - start for start, stop in ranges) for ranges in self.ranges)
 
     @property
     def num_masked_tokens(self) -> int:
-        """Returns the masked tokens: 15% of the texts' and half of the captions' (paper, section 2.2)."""
+        """Returns the number of masked tokens: 15% of the texts' and half of the captions' (paper, section 2.2)."""
         return round(0.15 * sum(self.text_lengths) + 0.5 * sum(self.caption_lengths))
 
     def describe(self) -> str:
-        """Returns samples and rows as words for a table."""
+        """Returns the numbers of samples and rows as text for a table, e.g. "4+4+4 T=2106"."""
         return f"{self.samples}+{self.samples}+{self.samples} T={self.num_rows}"
 
 
@@ -62,7 +62,7 @@ def draw_mix(size: str, samples: int, seed: int = 0) -> Mix:
 
     Args:
         size: a name in MODEL_SIZES.
-        samples: samples per stream.
+        samples: number of images, of pairs and of texts.
         seed: seed of the lengths.
     """
     rng = np.random.default_rng(seed)

@@ -11,12 +11,12 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Resets the kernel's peak to the current resident size."""
+    """Resets the peak that the kernel counts for this process to its current resident size."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def status_bytes(pid: int | str, field: str) -> int:
-    """Returns a size in bytes from a process's status file; 0 if the process has ended."""
+    """Returns a size, such as "VmHWM", from a process's status file in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -24,18 +24,18 @@ class GradientError(NamedTuple):
     """Holds the error of one way to compute a step's gradients."""
 
     stream: str
-    """Type of the residual stream."""
+    """dtype of the residual stream: "bf16" or "fp32"."""
     sums: str
-    """Type in which the gradients of micro-batches are summed."""
+    """dtype in which the gradients of micro-batches are summed: "bf16" or "fp32"."""
     error: float
     """2-norm error relative to float64 gradients."""
 
 
 def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
-    """Measures all combinations of types and returns a table.
+    """Measures the error for every combination of dtypes of stream and sums, and returns a table.
 
     Args:
-        num_layers: blocks of the model.
+        num_layers: number of blocks of the model.
         width: width of the stream; the FFN is four times as wide.
         micro_batches: micro-batches per step, each with one image, one pair and one text.
     """
@@ -46,7 +46,7 @@ def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
 
 
 def measure_precision(num_layers: int, width: int, micro_batches: int) -> list[GradientError]:
-    """Measures all combinations of types on the CPU, with the same weights and batches."""
+    """Measures every combination of dtypes of stream and sums on the CPU, with the same weights and batches."""
     config = _narrow_config(num_layers, width)
     weights = PretrainingModel(config.model)
     initialize_parameters(weights, config.model, seed=1)

@@ -1,7 +1,7 @@
-"""Runs the sides of a comparison as processes that compute one at a time, in turn.
+"""Runs the implementations of a comparison (the sides) as processes that compute one at a time, in turn.
 
-A process reads the number of a batch from each line of its standard input and answers with a line of JSON on a separate
-pipe, because libraries also print to standard output. Between its turns it waits in the read.
+A process reads the number of a batch from each line of its standard input and answers with a line of JSON. It answers
+on a separate pipe, because libraries also print to standard output. Between its turns it waits for input.
 """
 
 import json
@@ -19,14 +19,14 @@ import torch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
 
 Turn = tuple[Callable[[], float], dict[str, Any]]
-"""Pair of a function to time, which returns the loss or another number, and facts about its batch."""
+"""Function to time, which returns the loss or another number, and facts about its batch, by name."""
 
 
 class TurnProcess:
-    """Runs a process that computes one turn per request and has the same number of threads as this process."""
+    """Controls a process that computes one turn per request, with the same number of threads as this process."""
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:
-        """Starts the process, which gets the descriptor of its answers' pipe as its last argument.
+        """Starts the process, and passes it the descriptor of the pipe for its answers as its last argument.
 
         Args:
             side: name of the side, for messages.
@@ -86,10 +86,11 @@ class TurnProcess:
 
 
 def serve_turns(prepare: Callable[[int], Turn], orders: Iterable[str], answers: TextIO) -> None:
-    """Takes a turn for every batch number that it reads, and answers with its figures.
+    """Computes one turn for every batch number that it reads, and answers with the turn's figures.
 
-    `seconds` is wall time, `cpu_seconds` the time of all threads, `page_faults` those that read nothing from a disk,
-    and `peak_bytes` the peak of the process, or on a GPU of torch's allocator, since the start.
+    `seconds` is wall time, and `cpu_seconds` is the CPU time of all threads. `page_faults` counts page faults that read
+    nothing from a disk. `peak_bytes` is the peak memory since the start, of the process or, on a GPU, of torch's
+    allocator.
 
     Args:
         prepare: builds a batch, outside the measured time, and returns its turn.

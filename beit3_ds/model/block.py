@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 def computed_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
-    """Returns the sequences that a branch computes; None means all, where skipping would save nothing.
+    """Returns the sequences that a branch computes; None if it computes all, because skipping some would save no time.
 
     Args:
         batch: the packed micro-batch.

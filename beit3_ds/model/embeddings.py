@@ -12,7 +12,7 @@ from beit3_ds.parallel import TensorParallel, VocabParallelEmbedding
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the residual stream for parameters of `dtype`: at least as wide as float32."""
+    """Returns the dtype of a float32 residual stream for parameters of `dtype`: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 

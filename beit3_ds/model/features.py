@@ -13,8 +13,8 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig
 
 _LARGEST_PIXEL = 8.0
-"""Largest valid absolute pixel value. It exceeds 1 to allow optimised pixels; larger values show that pixels were not
-normalised."""
+"""Largest valid absolute pixel value. It exceeds 1, so that pixels which an optimisation has changed are valid. Larger
+values show that the pixels were not normalised."""
 _PIXEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN_LETTERS = 60
 _TOKENISE = "A text becomes [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]."

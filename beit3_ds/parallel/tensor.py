@@ -84,7 +84,7 @@ class TensorParallel:
 
         Args:
             slices: row ranges [start, stop) of the whole stream, which cover [0, num_rows) in order.
-            num_rows: T.
+            num_rows: number of rows of the whole stream, T.
         """
         first, end = self.own_row_range(num_rows)
         borders = [*(start for start, _ in slices), max(num_rows, end)]
@@ -92,7 +92,10 @@ class TensorParallel:
         return list(itertools.pairwise(own))
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Returns this rank's rows of a replicated tensor, padded to n rows; forward and backward send nothing."""
+        """Returns this rank's rows of a replicated tensor; forward and backward send nothing.
+
+        With sequence parallelism they are padded with zeros, so that every rank has the same number of rows.
+        """
         if not self.divides_rows:
             return x
         start, stop = self.own_row_range(len(x))

@@ -72,7 +72,7 @@ class VocabParallelHead(nn.Module):
         """Builds the head.
 
         Args:
-            hidden_size: D.
+            hidden_size: width of an input row, D.
             vocab_size: size of the whole vocabulary.
             chunk_size: largest number of rows whose logits are in memory at a time. None keeps all logits for the
                 backward pass, which is faster for a small vocabulary.

@@ -14,44 +14,45 @@ from beit3_ds.planner.rank_model import build_rank_model
 from beit3_ds.planner.workload import expected_workloads
 
 _GIB = 1 << 30
-_RANK_BYTES = int(0.6 * _GIB)  # 0.54 measured on a CPU after all imports; what a CUDA context adds is not in it
-_WORKER_BYTES = int(0.05 * _GIB)  # 0.02 measured after all imports, beside what its parent shares; decoding
+_RANK_BYTES = int(0.6 * _GIB)  # 0.54 measured on a CPU after all imports; does not include a CUDA context
+_WORKER_BYTES = int(0.05 * _GIB)  # 0.02 measured after all imports, without pages shared with its parent; decoding
 _IMAGE_FILE_BYTES = 100_000  # assumed: a JPEG of about 500 x 400 pixels
 
 
 class HostRequirements(NamedTuple):
-    """Holds the requirements of the node with most data-reading ranks, in bytes unless a name says otherwise."""
+    """Holds the modelled requirements of the node that needs the most memory."""
 
     shm: int
-    """Prefetched steps of all its ranks, in /dev/shm."""
+    """Bytes of /dev/shm for the prefetched steps of the node's ranks."""
     ranks: int
-    """The ranks' processes with their libraries, without what CUDA adds."""
+    """Bytes of the ranks' processes and their libraries, without the memory that CUDA adds."""
     workers: int
-    """The data workers' own memory: libraries, and the step that each is preparing (twice while it is packed)."""
+    """Bytes of the data workers: their libraries, and the step that each worker prepares. A micro-batch counts twice
+    while it is packed."""
     validation: int
-    """Validation batches that the ranks keep in memory."""
+    """Bytes of the validation batches that the ranks keep in memory."""
     checkpoint: int
-    """Copy of the training state, from which checkpoints are written while training continues."""
+    """Bytes of the copy of the training state from which checkpoints are written while training continues."""
     offloaded: int
     """Bytes of master weights, moments, gradients and parameters that DeepSpeed offloads to the host."""
     pinned: int
-    """The part of `offloaded` that DeepSpeed pins, so that the system never pages it out."""
+    """Bytes of `offloaded` that DeepSpeed pins, so that the operating system never pages them out."""
     num_workers: int
-    """Data workers of all its ranks."""
+    """Number of data workers of all ranks of the node."""
     images_per_step: int
-    """Images of one step that its ranks decode."""
+    """Number of images that the node's ranks decode per step."""
     records_per_step: int
-    """Images, pairs and texts of one step that its ranks read."""
+    """Number of records that the node's ranks read per step."""
 
     @property
     def memory(self) -> int:
-        """Returns the memory of the node in all, /dev/shm included."""
+        """Returns the total memory of the node in bytes, /dev/shm included."""
         return self.shm + self.ranks + self.workers + self.validation + self.checkpoint + self.offloaded
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSize:
-    """Holds the memory of a node; None for unknown figures."""
+    """Holds the memory of a node; a size that is unknown is None."""
 
     memory: int | None = None
     """Bytes of memory that the run's processes may take."""
@@ -62,15 +63,15 @@ class NodeSize:
 
 
 def host_requirements(config: RunConfig, world_size: int, ranks_per_node: int) -> HostRequirements:
-    """Models the requirements of the busiest node.
+    """Models the requirements of the node that needs the most memory.
 
     Args:
         config: the run's configuration.
         world_size: number of ranks.
-        ranks_per_node: ranks on every node, in the order of their numbers; the last node may have fewer.
+        ranks_per_node: number of consecutive ranks on every node; the last node may have fewer.
 
     Raises:
-        ConfigError: if the layout does not fit, or a step exceeds `data.prefetch_gib`.
+        ConfigError: if the layout does not divide the ranks, or a step exceeds `data.prefetch_gib`.
     """
     state_bytes = {
         stage: _state_bytes(config, world_size, stage) for stage in range(config.parallel.pipeline_parallel_size)
@@ -139,11 +140,11 @@ def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_n
 
 
 class _Kind(NamedTuple):
-    """Identifies a kind of rank by what it reads."""
+    """Identifies the ranks with equal memory: those of one pipeline stage that read the same views of images."""
 
     stage: int
     views: str
-    """Views of images that the rank reads; empty if it reads nothing."""
+    """Views of images that the rank reads: "both", "model" or "tokenizer"; empty if the rank reads no data."""
 
 
 def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:
@@ -176,7 +177,10 @@ def _node_requirements(
 
 
 def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan) -> int:
-    """Models a worker's memory; a worker holds both views of an image, and two copies while packing a micro-batch."""
+    """Returns the modelled bytes of one rank's data workers.
+
+    Each worker holds its libraries, one step, and a second copy of a micro-batch, with both views, while it packs it.
+    """
     both = step_bytes(config, data_parallel_size, "both")
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 

@@ -17,26 +17,26 @@ _INDEX = 8  # bytes of a row number
 
 
 class Memory(NamedTuple):
-    """Holds the bytes of a rank's memory at the peak of a step's forward and backward passes, by kind."""
+    """Holds the modelled memory of one rank, in bytes, at the peak of a step's forward and backward passes."""
 
     parameters: int
-    """Parameters of the rank's part of the model; under ZeRO-3 its partition and the persistent parameters."""
+    """Bytes of the rank's parameters; under ZeRO-3, of its partition and of the persistent parameters."""
     gradients: int
-    """Gradient sums of earlier micro-batches during the passes of a later one."""
+    """Bytes of the sums of earlier micro-batches' gradients, which exist while a later micro-batch is computed."""
     optimizer: int
-    """Master weights, Adam's two moments and, with `training.ema_decay`, averages of the weights, in float32."""
+    """Bytes of float32 master weights, Adam's two moments and, with `training.ema_decay`, averages of the weights."""
     buckets: int
-    """DeepSpeed's buffers of a fixed size, in which gradients wait to be reduced."""
+    """Bytes of DeepSpeed's fixed-size buffers, in which gradients wait to be reduced."""
     gathered: int
-    """Largest total size of the whole parameters that ZeRO-3 has gathered at once."""
+    """Maximum bytes of the unpartitioned parameters that ZeRO-3 has gathered at one time."""
     activations: int
-    """Tensors that autograd keeps for the backward passes of all micro-batches in flight."""
+    """Bytes of the tensors that autograd keeps for the backward passes of all micro-batches in flight."""
     recomputed: int
-    """Additional tensors during the recomputation of one block."""
+    """Bytes of the additional tensors during the recomputation of one block."""
 
     @property
     def total(self) -> int:
-        """Returns the sum of all parts."""
+        """Returns the total bytes."""
         return sum(self)
 
 
@@ -46,7 +46,8 @@ def rank_memory(rank_model: RankModel, workloads: Sequence[Workload], data_rank:
     Args:
         rank_model: the rank's part of the model.
         workloads: micro-batches of one step.
-        data_rank: the rank's data-parallel number; under ZeRO-2 these ranks keep unequal parts of the gradients.
+        data_rank: the rank's number among the data-parallel ranks, which keep unequal parts of the gradients under
+            ZeRO-2.
     """
     return Memory(
         parameters=_parameters(rank_model),
@@ -122,7 +123,7 @@ def _gathered(rank_model: RankModel, workloads: Sequence[Workload]) -> int:
 
 
 def _partitions(rank_model: RankModel) -> list[int]:
-    """Returns the number of elements per parameter group that one data-parallel rank holds."""
+    """Returns the number of elements of each parameter group that one data-parallel rank holds."""
     ranks = rank_model.data_parallel_size
     if rank_model.zero_stage == 3:
         return [sum(-(-p.numel() // ranks) for p in group) for group in rank_model.groups]
@@ -134,7 +135,7 @@ def _numel(rank_model: RankModel) -> int:
 
 
 def activation_peak(rank_model: RankModel, workloads: Sequence[Workload]) -> int:
-    """Returns the bytes that autograd keeps at the schedule's peak, which always follows a forward pass."""
+    """Returns the maximum bytes that autograd keeps at any time during the pipeline schedule of one step."""
     live, peak = 0, 0
     for action in schedule_1f1b(len(workloads), rank_model.stage, rank_model.num_stages, len(rank_model.chunks)):
         kept = chunk_activations(rank_model, rank_model.chunks[action.chunk], workloads[action.micro_batch])
@@ -161,9 +162,9 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
     Args:
         rank_model: the rank's part of the model.
         chunk: model chunk that holds the block.
-        layer: number of the block in the list of layers.
+        layer: number of the block in the list of layers, from 1, because layer 0 holds the embeddings.
         workload: the micro-batch.
-        checkpointing: `training.activation_checkpointing`.
+        checkpointing: value of `training.activation_checkpointing`.
     """
     model = rank_model.config.model
     if checkpointing == "full":
@@ -175,8 +176,7 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
 
 
 def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
-    """Returns the bytes that attention and FFN both keep: the norm's input and statistics, factors, sub-LN's
-    parameters."""
+    """Returns the bytes that one branch, attention or FFN, keeps for its norms and its factors of stochastic depth."""
     model, size, ranks = rank_model.config.model, rank_model.element_size, rank_model.tensor.size
     own = _own_rows(rank_model, rows)
     kept = own * (model.hidden_size * rank_model.stream_size + 2 * _STATISTIC + rank_model.stream_size * drops)
@@ -191,8 +191,10 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
 
 
 def _attention_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns the bytes that only attention keeps: queries, keys, values, the output projection's input, and
-    log-sums."""
+    """Returns the bytes that attention keeps besides `_branch`.
+
+    They are those of queries, keys, values, the output projection's input, and the scores' log-sum-exp.
+    """
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size
     heads = model.num_attention_heads // rank_model.tensor.size
@@ -200,7 +202,7 @@ def _attention_core(rank_model: RankModel, rows: BlockRows) -> int:
 
 
 def _ffn_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns the bytes that only the FFN keeps: the GELU's input, because the rest is recomputed."""
+    """Returns the bytes that the FFN keeps besides `_branch`: the input of the GELU, because the rest is recomputed."""
     return rows.ffn * rank_model.config.model.ffn_hidden_size // rank_model.tensor.size * rank_model.element_size
 
 
@@ -223,7 +225,7 @@ def _head_activations(rank_model: RankModel, workload: Workload) -> int:
 
 
 def _kept_logits(rank_model: RankModel, rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the bytes of the logits' buffers and of the rows' maxima per vocabulary tile."""
+    """Returns the bytes of the buffers for logits, and of each row's largest logit after each vocabulary tile."""
     tiles = divide_for_cpu(rows, rank_model.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
     return rows * (tiles.num_buffers * tiles.stride + len(tiles.columns)) * _STATISTIC
 

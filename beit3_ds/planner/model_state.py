@@ -24,7 +24,7 @@ class ModelState(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Returns the bytes of all parts."""
+        """Returns the total bytes of parameters, gradients and optimizer state."""
         return self.parameters + self.gradients + self.optimizer
 
     def describe(self) -> str:

@@ -16,17 +16,18 @@ BANDWIDTH = 3.35e12
 """Memory bandwidth of modelled times in bytes per second, from the data sheet of an H100 SXM."""
 
 _FORWARD_PASSES = 3
-"""Passes over the stream per branch in the forward pass: the norm reads it, the branch's end reads and writes it."""
+"""Number of times that a branch reads or writes all rows of the residual stream in its forward pass. Its norm reads the
+stream, and its last operation reads and writes the stream."""
 _BACKWARD_PASSES = 4
-"""Passes over the stream per branch in the backward pass: the norm reads the stream and its gradient and writes a
-gradient; the branch's end reads that one."""
+"""Number of times that a branch reads or writes all rows of the stream or of its gradient in its backward pass. Its
+norm reads both and writes the gradient, and its last operation reads the gradient."""
 
 
 class PrecisionCost(NamedTuple):
-    """Holds the modelled cost of one choice for the rank that needs most memory."""
+    """Holds the modelled cost of one choice of dtypes, for the rank that needs the most memory."""
 
     memory: int
-    """Bytes that the rank keeps in all."""
+    """Total bytes of the rank's memory."""
     sent: float
     """Bytes that the rank sends per step, over all axes."""
     seconds: float
@@ -34,7 +35,9 @@ class PrecisionCost(NamedTuple):
 
 
 def describe_precision(config: RunConfig, world_size: int) -> str:
-    """Compares both choices of a bf16 run with their alternatives; returns "" for a float32 run.
+    """Formats a table of costs with float32 and with bf16, for the residual stream and for the sums of gradients.
+
+    The table is for bf16 runs; for a float32 run it is "".
 
     Args:
         config: the run's configuration.
@@ -61,7 +64,7 @@ def describe_precision(config: RunConfig, world_size: int) -> str:
 
 
 def precision_cost(config: RunConfig, world_size: int) -> PrecisionCost:
-    """Models the memory and traffic of a rank on the pipeline stage with the highest memory use."""
+    """Models the cost of a configuration for a rank of the pipeline stage that needs the most memory."""
     stages = range(config.parallel.pipeline_parallel_size)
     return max(_stage_cost(build_rank_model(config, world_size, stage)) for stage in stages)
 

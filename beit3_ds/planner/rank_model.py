@@ -14,7 +14,7 @@ from beit3_ds.planner.workload import BlockRows, Workload
 from beit3_ds.tasks import build_task
 
 _SIZES = {"fp32": 4, "bf16": 2}
-"""Bytes per element, by DeepSpeed's names of types."""
+"""Bytes per element of a dtype, by DeepSpeed's name of the dtype."""
 
 _ZERO_DEFAULTS = {
     "reduce_bucket_size": 500_000_000,
@@ -37,7 +37,7 @@ class RankModel:
     tensor: TensorParallel
     """This rank's place among the tensor-parallel ranks, without a process group, so that nothing can be sent."""
     data_parallel_size: int
-    """Ranks that hold the same part of the model."""
+    """Number of ranks that hold the same part of the model."""
     stage: int
     """Pipeline stage, from 0."""
     chunks: tuple[range, ...]
@@ -91,12 +91,12 @@ class RankModel:
         return self.config.options.zero_stage
 
     def zero_elements(self, key: str) -> int:
-        """Returns a key of `zero_optimization` that counts elements, or DeepSpeed's default for it."""
+        """Returns the value of a key of `zero_optimization` that counts elements; if unset, DeepSpeed's default."""
         return int(self.config.options.zero.get(key, _ZERO_DEFAULTS[key]))
 
     @property
     def tied_elements(self) -> int:
-        """Returns this rank's number of elements in a word table shared by first and last stage; 0 without one."""
+        """Returns this rank's number of elements of the word table that first and last stage share; 0 if not shared."""
         model = self.config.model
         if not model.has_tied_table or self.num_stages == 1:
             return 0
@@ -104,11 +104,11 @@ class RankModel:
         return split.local_size * model.hidden_size
 
     def blocks_of(self, chunk: range) -> range:
-        """Returns the blocks of one model chunk, by their numbers in the list of all layers: from 1 to L."""
+        """Returns the numbers of one model chunk's blocks in the list of all layers, where blocks are layers 1 to L."""
         return range(max(chunk.start, 1), min(chunk.stop, self.config.model.num_layers + 1))
 
     def block_rows(self, chunk: range, layer: int, workload: Workload) -> BlockRows:
-        """Returns the rows that a block of this chunk computes; `layer` is its number in the list of layers."""
+        """Returns the numbers of rows that a block computes; `layer` is the block's number in the list of layers."""
         rows = workload.every_row
         if workload.kept_rows and not self.tensor.divides_rows:
             rows = workload.kept_rows[layer - 1]

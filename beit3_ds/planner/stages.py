@@ -78,7 +78,7 @@ def bubble_share(config: RunConfig) -> float:
 
 
 def imbalance(config: RunConfig) -> float:
-    """Returns the share by which the slowest stage works longer than the average stage; 0 if all are even."""
+    """Returns by which share the slowest stage works longer than the average stage, e.g. 0.1 for 10 % longer."""
     stages = config.parallel.pipeline_parallel_size
     head_flops = build_task(config).expected_head_flops()
     costs, chunks = layer_costs(config, head_flops), cut_layers(config, head_flops)

@@ -1,4 +1,4 @@
-"""Models the calls and bytes of one rank in one optimizer step, by the formulas of docs/traffic_and_memory.md."""
+"""Models how many communication calls and bytes one rank needs per step, by docs/traffic_and_memory.md."""
 
 # T rows of a micro-batch, n = ceil(T / P) rows of one rank, P tensor-parallel size, D hidden, S text tokens, M rows at
 # masked positions, e bytes of an element.
@@ -16,37 +16,45 @@ _ALLREDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once with
 
 
 class Volume(NamedTuple):
-    """Holds the number and total bytes of one rank's calls of one kind."""
+    """Counts one rank's calls of one operation, such as all-reduce, along one axis of the mesh, and their bytes."""
 
     calls: int
+    """Number of calls."""
     num_bytes: int
-    """Bytes of the whole tensors: an all-reduce's tensor, an all-gather's output, or a reduce-scatter's input."""
+    """Total bytes of the calls' tensors: of an all-gather the output, of a reduce-scatter the input, of a send, a
+    receive or an all-reduce the tensor itself."""
 
 
 class Traffic:
-    """Holds volumes by axis (`data`, `tensor`, `pipeline`, `model`, `world`) and kind of call.
+    """Counts one rank's communication calls and their bytes, by axis of the mesh and by operation.
 
-    The axis `model` has the ranks of one copy of the model. Calls over a single rank move nothing and are left out.
+    The axes are `data`, `tensor`, `pipeline`, `model` (the ranks of one copy of the model) and `world` (all ranks). The
+    operations are "all-reduce", "all-gather", "reduce-scatter", "send" and "receive". Calls over a single rank send
+    nothing and are left out.
     """
 
     def __init__(self, rank_model: RankModel) -> None:
-        """Starts with no traffic; takes the sizes of the axes from the rank's mesh."""
+        """Starts without traffic, and takes the sizes of the axes from `rank_model`."""
         data, model = rank_model.data_parallel_size, rank_model.model_parallel_size
         self.sizes = {"data": data, "tensor": rank_model.tensor.size, "model": model, "world": data * model}
         self.sizes["pipeline"] = rank_model.num_stages
         self.volumes: dict[tuple[str, str], Volume] = {}
 
     def add(self, axis: str, kind: str, num_bytes: int, calls: int = 1) -> None:
-        """Adds `calls` calls that together move `num_bytes`."""
+        """Adds `calls` calls of the operation `kind` along one axis, whose tensors have `num_bytes` in total."""
         if self.sizes[axis] > 1 and calls:
             old = self.volumes.get((axis, kind), Volume(0, 0))
             self.volumes[axis, kind] = Volume(old.calls + calls, old.num_bytes + num_bytes)
 
     def sent_bytes(self, axis: str, kind: str | None = None) -> float:
-        """Returns the bytes that leave this rank along one axis if collectives are rings; `kind` None counts all kinds.
+        """Returns the bytes that this rank sends along one axis, if collectives use rings.
 
-        With P ranks these are (P - 1) / P of the whole tensor in an all-gather or a reduce-scatter, twice that in an
-        all-reduce, and the whole tensor in a send.
+        With P ranks, an all-gather or a reduce-scatter sends (P - 1) / P of the whole tensor, an all-reduce twice as
+        much, and a send the whole tensor.
+
+        Args:
+            axis: axis of the mesh.
+            kind: operation, such as "all-reduce"; None counts all operations.
         """
         ring = (self.sizes[axis] - 1) / self.sizes[axis]
         factors = {"all-reduce": 2 * ring, "all-gather": ring, "reduce-scatter": ring, "send": 1.0, "receive": 0.0}
@@ -63,7 +71,8 @@ def step_traffic(rank_model: RankModel, workloads: Sequence[Workload], step: int
     Args:
         rank_model: the rank's part of the model.
         workloads: the rank's micro-batches.
-        step: number of steps since the engine was built; ZeRO-3 learns the order of modules in the first ones.
+        step: number of earlier steps since the engine was built. In the first steps ZeRO-3 still learns the order of
+            the modules.
     """
     traffic = Traffic(rank_model)
     for workload in workloads:
@@ -94,13 +103,16 @@ def _add_tensor_traffic(traffic: Traffic, rank_model: RankModel, chunk: range, w
 
 
 def _branch_bytes(rank_model: RankModel, rows: int) -> int:
-    """Returns the bytes T D e of a branch's input or output; sequence parallelism rounds T up to a multiple of P."""
+    """Returns the bytes of a branch's input or output with `rows` rows.
+
+    With sequence parallelism, the rows are rounded up to a multiple of the tensor-parallel size.
+    """
     rows = padded(rows, rank_model.tensor.size) if rank_model.tensor.divides_rows else rows
     return rows * rank_model.config.model.hidden_size * rank_model.element_size
 
 
 def _stream_bytes(rank_model: RankModel, rows: int) -> int:
-    """Returns the bytes T D s of the residual stream, whose elements may be wider than a branch's."""
+    """Returns the bytes of `rows` rows of the residual stream, whose elements may be wider than those of a branch."""
     return _branch_bytes(rank_model, rows) // rank_model.element_size * rank_model.stream_size
 
 
@@ -127,7 +139,11 @@ def _add_block(traffic: Traffic, rank_model: RankModel, chunk: range, layer: int
 def _residual_add(
     traffic: Traffic, rank_model: RankModel, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
-    """Adds one attention or FFN over `rows` rows, and one more entry and exit for its backward pass."""
+    """Adds the tensor-parallel traffic of one attention or FFN over `rows` rows.
+
+    Its input is sent to the ranks `enters` times, and its output is reduced `leaves` times. The backward pass adds one
+    of each.
+    """
     model, stream = rank_model.config.model, _branch_bytes(rank_model, rows)
     if rank_model.tensor.divides_rows:
         if rows:
@@ -195,7 +211,10 @@ def _reduce(
     element_size: int,
     is_full: Callable[[int, int], bool],
 ) -> None:
-    """Adds the reductions of buckets that tensors fill in order; `is_full(held, next)` tells when one is full."""
+    """Adds the reductions of gradient buckets, which the parameters fill in order.
+
+    `is_full(held, next)` returns whether a bucket of `held` elements is reduced before `next` more elements are added.
+    """
     ranks = traffic.sizes["data"] if kind == "reduce-scatter" else 1
     calls, held, elements = 0, 0, 0
     for parameter in parameters:
@@ -208,7 +227,7 @@ def _reduce(
 
 
 def _add_update(traffic: Traffic, rank_model: RankModel) -> None:
-    """Adds the gradient norm, and under ZeRO-1 and 2 the gathering of the new weights."""
+    """Adds the traffic of the gradient norm and, under ZeRO-1 and ZeRO-2, of gathering the new weights."""
     stage, groups = rank_model.zero_stage, len(rank_model.groups)
     if stage == 3:
         traffic.add("world", "all-reduce", 4)

@@ -15,35 +15,35 @@ from beit3_ds.tasks.pretraining.targets import with_masks
 
 
 class BlockRows(NamedTuple):
-    """Holds the rows of a micro-batch that one block computes."""
+    """Holds how many rows of a micro-batch one block computes."""
 
     attention: int
-    """Rows of the residual stream that attention computes."""
+    """Number of rows of the residual stream that attention computes."""
     attended: int
-    """Rows of all calls of attention (`kernels.ops.attention_plan.AttentionPlan`), padding included."""
+    """Number of rows in all buckets of an `AttentionPlan` (`kernels.ops.attention_plan`), padding included."""
     ffn: int
-    """Rows that the FFN computes, unless it computes only masked rows."""
+    """Number of rows that the FFN computes."""
 
 
 class Workload(NamedTuple):
-    """Holds the sizes of one micro-batch."""
+    """Holds the sizes of one micro-batch on which its traffic and memory depend."""
 
     rows: int
-    """Packed rows, T."""
+    """Number of packed rows, T."""
     tokens: int
-    """Text tokens, S."""
+    """Number of tokens of all captions and texts, S."""
     images: int
-    """Images with pixels, B."""
+    """Number of images, those of pairs included, B."""
     masked_patches: int
-    """Rows of the MIM head."""
+    """Number of masked patches, which are the rows of the MIM head."""
     masked_tokens: int
-    """Rows of the MLM head."""
+    """Number of masked text tokens, which are the rows of the MLM head."""
     drops: bool
     """Whether branches are multiplied by factors of stochastic depth."""
     every_row: BlockRows
-    """Rows of a block that computes every row."""
+    """Numbers of rows of a block that computes every row."""
     kept_rows: tuple[BlockRows, ...] = ()
-    """Rows of each block when dropped branches are skipped; empty without stochastic depth."""
+    """Numbers of rows of each block when dropped branches are skipped; empty without stochastic depth."""
 
     @property
     def masked(self) -> int:

@@ -19,7 +19,7 @@ def persistent_parameters(rank_model: RankModel) -> list[nn.Parameter]:
 
 
 def padded(numel: int, ranks: int) -> int:
-    """Returns a number of elements, rounded up to a multiple of the ranks."""
+    """Returns `numel`, rounded up to a multiple of `ranks`."""
     return -(-numel // ranks) * ranks
 
 
@@ -63,7 +63,7 @@ class Zero3Replay:
         """Replays one optimizer step.
 
         Returns:
-            The step's calls and gathered elements, padding included.
+            Number of all-gather calls in the step, and number of gathered elements, padding included.
         """
         self.calls, self.elements = 0, 0
         rank_model = self.rank_model
@@ -124,7 +124,7 @@ class Zero3Replay:
         """Replays the backward pass of a block that is recomputed.
 
         Recomputation begins when the first tensor that the block did not save is needed, inside its last linear layer.
-        It stops once nothing is missing, so the modules that it has entered by then are never left.
+        It stops once nothing is missing. So the hooks after the modules that it has entered by then never run.
         """
         attention, ffn = block.attention, block.ffn
         assert isinstance(attention, nn.Module) and isinstance(ffn, nn.Module)
@@ -144,7 +144,7 @@ class Zero3Replay:
         self._backward_module(attention)
 
     def _step(self) -> None:
-        """Replays the optimizer's step: it updates partitions, then gathers persistent parameters, one per call."""
+        """Replays the optimizer's step: updates partitions, then gathers persistent parameters, one in each call."""
         self._inflight.clear()
         self._active.clear()
         for p in self.rank_model.model.parameters():
@@ -321,14 +321,14 @@ class Zero3Replay:
         return used
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        """Returns the parameters that are gathered for a module."""
+        """Returns the parameters that are gathered for a module: its own, without those of its children."""
         # Modules are asked for them millions of times, and torch builds the list from dictionaries.
         if module not in self._owned:
             self._owned[module] = list(module.parameters(recurse=False))
         return self._owned[module]
 
     def _own_sizes(self, module: nn.Module) -> tuple[frozenset[int], int]:
-        """Returns the id and the number of elements of each parameter that is gathered for a module."""
+        """Returns the ids of the parameters that are gathered for a module, and their total number of elements."""
         if module not in self._sizes:
             own = self._own(module)
             self._sizes[module] = frozenset(map(id, own)), sum(p.numel() for p in own)

@@ -17,21 +17,22 @@ import torch
 from beit3_ds.config import ConfigError
 
 ROOT = Path(__file__).parents[3]
-"""Root of the clone, which holds tests and configs next to the package."""
+"""Root folder of the clone, which contains the tests and the configurations next to the package."""
 
 _TAIL_LINES = 15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Describes a part of the certificate, with the commands that it runs."""
+    """Describes one step of a certification: its heading in the report, and the commands that it runs."""
 
     name: str
     """Heading of the step in the report, such as the property that the step proves."""
     commands: tuple[tuple[str, ...], ...]
     """Commands to run in order in the clone; each must exit with status 0."""
     figures: str | None = None
-    """JSON file that the commands write to the report's folder and the report includes; None without figures."""
+    """Name of the JSON file that the commands write to the report's folder. The report includes its content. None if
+    the commands write no such file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,13 @@ class Result:
     passed: bool
     """Whether all commands of the step exited with status 0."""
     seconds: float
-    """Wall time of its commands."""
+    """Wall time of all commands of the step, in seconds."""
     commands: list[str]
-    """Commands that were run."""
+    """Commands of the step, as they are typed in a shell."""
     tail: str
     """Last lines that the commands printed."""
     figures: Any
-    """Content of its JSON file; None without one."""
+    """Content of the step's JSON file; None if the step has none."""
 
 
 def plan_steps(folder: Path, num_gpus: int) -> list[Step]:
@@ -57,7 +58,7 @@ def plan_steps(folder: Path, num_gpus: int) -> list[Step]:
 
     Args:
         folder: the report's folder.
-        num_gpus: GPUs of this machine; more than one adds a run that is divided over all of them.
+        num_gpus: number of GPUs of this machine; with more than one, a training is also divided over them.
     """
     python, beit3 = sys.executable, str(Path(sys.executable).with_name("beit3"))
     tests = (python, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider")
@@ -142,7 +143,7 @@ def run_step(step: Step, folder: Path) -> Result:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns the devices, the versions of driver and libraries, the commit and the date."""
+    """Returns the names of the GPUs, the versions of driver and libraries, the commit and the date."""
     return {
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
@@ -170,7 +171,7 @@ def write_certificate(results: Sequence[Result], machine: dict[str, Any], folder
 
 
 def _layout_steps(folder: Path, num_gpus: int, python: str, beit3: str) -> list[Step]:
-    """Returns the steps that train on one GPU and, with several, also divided over all of them."""
+    """Returns the step that trains on one GPU; with several GPUs, it also divides the training and compares losses."""
     deepspeed, config = str(Path(python).with_name("deepspeed")), "ds_configs/demo_tp2_pp2_dp2_zero3.json"
     visual = (beit3, "train", "ds_configs/quickstart_visual_tokenizer_cpu.json")
     tokenizers = {

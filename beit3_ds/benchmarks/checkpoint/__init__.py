@@ -1,1 +1,1 @@
-"""Benchmarks of saving, loading and exporting."""
+"""Benchmarks the saving, loading and exporting of checkpoints."""

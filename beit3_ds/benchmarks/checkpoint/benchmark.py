@@ -26,10 +26,11 @@ from beit3_ds.tasks.pretraining.model import PretrainingModel
 SIZES = ("tiny", "base", "large", "giant")
 _SAVES, _LOADS, _EXPORTS = 3, 3, 5  # rounds
 _STATE_BYTES = 28
-"""Memory per parameter during a save: bfloat16 weight and gradient, float32 master and moments (16), a copy to write
-(12); DeepSpeed needs the same while it loads."""
+"""Bytes of memory per parameter during a save: bfloat16 weight and gradient, float32 master weight and moments (16 in
+total), and the copy that is written (12). DeepSpeed needs as much while it loads."""
 _DISK_BYTES = 44
-"""Disk space per parameter: DeepSpeed's checkpoint (12), two checkpoints of this project (24), two exports (8)."""
+"""Bytes on the disk per parameter: DeepSpeed's checkpoint (12), two checkpoints of this project (24), two exports
+(8)."""
 _PROCESS_BYTES = 1_000_000_000  # per rank, for any model
 _CACHE_BYTES = 2_000_000_000  # left for the page cache and other processes
 _POLL_SECONDS = 0.01
@@ -62,7 +63,7 @@ def benchmark_checkpoint(
         json_path: file for `rows` and `summary` as JSON.
 
     Raises:
-        ConfigError: if the size does not fit, or the file cannot be written.
+        ConfigError: if the size does not fit memory and disk, or the JSON file cannot be written.
     """
     if json_path and not Path(json_path).absolute().parent.is_dir():
         raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")
@@ -80,10 +81,10 @@ def benchmark_checkpoint(
 
 
 def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
-    """Returns the given size, or the largest that fits.
+    """Returns the given model size, or the largest size that fits memory and disk.
 
     Raises:
-        ConfigError: if the size does not fit.
+        ConfigError: if the given size does not fit, or no size fits.
     """
     memory, disk = _available_bytes(), shutil.disk_usage(folder).free
     reason = f"{memory / 2**30:.1f} GiB of memory and {disk / 2**30:.0f} GiB of disk are free"
@@ -113,7 +114,7 @@ def _say(text: str) -> None:
 
 
 def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
-    """Saves a checkpoint, loads it in new processes, and checks that both states are equal."""
+    """Measures saving and then loading in new processes, and checks that the loaded state equals the saved one."""
     saved = _run_ranks(folder, "save", size, _SAVES, ranks)
     _say("saved")
     loaded = _run_ranks(folder, "load", size, _LOADS, ranks)
@@ -126,7 +127,7 @@ def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
 
 
 def _join(rows: Sequence[Row]) -> Row:
-    """Merges the rows of all ranks: the times of the slowest, and the sum of their memory."""
+    """Merges the rows of all ranks into one row, with the times of the slowest rank and the sum of their memory."""
     joined = {key: max(row[key] for row in rows) if key.endswith("seconds") else rows[0][key] for key in rows[0]}
     return joined | {"peak_bytes": sum(row["peak_bytes"] for row in rows)}
 
@@ -190,7 +191,7 @@ def _measure_exports(folder: Path) -> list[Row]:
 
 
 def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
-    """Runs a module in its own process, and then waits until the files that it wrote are on the disk."""
+    """Returns the time and memory of a module in its own process, and the time until its files are on the disk."""
     os.sync()
     log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
     start, anonymous = time.perf_counter(), 0
@@ -245,7 +246,7 @@ def _check_equal(ours: Path, theirs: Path) -> None:
 
 
 def _summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the ratios that a report gives, from medians over rounds."""
+    """Returns the ratios for the report, computed from medians over rounds."""
     saves = [row for row in rows if row["operation"] == "save" and row["by"] == OURS]
     blocking = statistics.median(row["seconds"] for row in saves)
     later = [row["held_up_seconds"] for row in saves if not row["is_first"]] or [saves[0]["held_up_seconds"]]
@@ -302,7 +303,10 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
 
 
 def _peak(rows: Sequence[Row]) -> float:
-    """Returns the median peak; for DeepSpeed's saves the first, because later ones include this project's copy."""
+    """Returns the median peak memory of an operation in bytes.
+
+    For DeepSpeed's saves it is the first peak, because later ones include this project's copy of the state.
+    """
     if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
         return float(rows[0]["peak_bytes"])
     return statistics.median(row["peak_bytes"] for row in rows)

@@ -30,7 +30,10 @@ _TAG = "state"
 
 
 def state_config(size: str, seed: int) -> RunConfig:
-    """Returns a run under ZeRO-3 in bfloat16 with float32 masters, the usual input of `zero_to_fp32`."""
+    """Returns the configuration of a bfloat16 run under ZeRO-3 with float32 master weights.
+
+    Checkpoints of such runs are the usual input of `zero_to_fp32`.
+    """
     stream = {"train": ["none.tar"], "samples_per_step": 64}
     grid = 224 // MODEL_SIZES.get(size, {}).get("patch_size", 16)  # an unknown size is refused below
     return build_run_config(
@@ -84,7 +87,7 @@ class _Rank:
         ctypes.CDLL(None).malloc_trim(0)  # memory left from building the engine must not count for a save or a load
 
     def fingerprint(self) -> dict[str, float]:
-        """Returns the sums of all weights and moments of this rank."""
+        """Returns the sums of this rank's master weights and of each of its moments, by name."""
         sums = dict.fromkeys(KINDS, 0.0)
         for fragment in self.state.fragments_to_save():
             for kind in KINDS:
@@ -113,7 +116,10 @@ class _Rank:
 
 
 def save(rank: _Rank, rounds: int) -> None:
-    """Saves with DeepSpeed, then with this project, as this project's state copy does not exist at first."""
+    """Saves with DeepSpeed and then with this project, in every round.
+
+    So in the first round DeepSpeed saves before this project's copy of the state takes memory.
+    """
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:
             start = time.perf_counter()
@@ -137,7 +143,7 @@ def save(rank: _Rank, rounds: int) -> None:
 
 
 def load(rank: _Rank, rounds: int) -> None:
-    """Loads with this project, then with DeepSpeed, from files that are not in the page cache."""
+    """Loads with this project and then with DeepSpeed, in every round, from files that are not in the page cache."""
     for _ in range(rounds):
         for by, work in ((OURS, _load_ours), (THEIRS, _load_theirs)):
             if rank.mesh.is_main:

@@ -1,1 +1,1 @@
-"""Benchmarks that read and prepare data."""
+"""Benchmarks the reading and preparation of data."""

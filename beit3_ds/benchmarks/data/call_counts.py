@@ -37,20 +37,20 @@ _SENTENCES = ("a red bird sits left of two green boats.", "old trees stand in th
 
 @dataclass(frozen=True, kw_only=True)
 class CallCounts:
-    """Holds the calls per sample of one format in one order."""
+    """Holds the numbers of file calls per sample, for one data format that is read in one order."""
 
     source: str
-    """Format, and the parts of a sample that are read."""
+    """Data format, and what is read of each sample, e.g. "tar, images"."""
     order: str
-    """`data.order`."""
+    """Value of `data.order`: "shuffled" or "shard_sequential"."""
     open_shards: int
     """Number of shards that may stay open."""
     opens: float
-    """Opens per sample."""
+    """Number of file opens per sample."""
     reads: float
-    """Read calls per sample."""
+    """Number of read calls per sample."""
     kilobytes: float
-    """Kilobytes per sample that the read calls returned."""
+    """Kilobytes that the read calls returned per sample."""
 
 
 def count_calls() -> list[CallCounts]:
@@ -74,7 +74,7 @@ def count_calls() -> list[CallCounts]:
 
 
 def describe_calls(rows: Sequence[CallCounts]) -> str:
-    """Formats the counts as a table."""
+    """Formats the counts as a Markdown table."""
     lines = [
         f"Calls per sample, prepared data: {_SHARDS} shards of {_PER_SHARD} samples, one epoch, one process",
         "| format | order | shards that may stay open | opens | reads | kB |",

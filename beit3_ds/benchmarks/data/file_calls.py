@@ -14,21 +14,20 @@ class FileCalls:
     """Counts file calls of this process, over all its threads."""
 
     opens: int = 0
-    """Calls of `open` and `os.open`; files that torch maps into memory are not counted."""
+    """Number of calls of `open` and `os.open`; files that torch maps into memory are not counted."""
     reads: int = 0
-    """Read system calls (read, pread, readv) by the kernel's count `syscr`; mapped files are not counted."""
+    """Number of read system calls (read, pread, readv), which the kernel counts as `syscr`. Mapped files are not
+    counted."""
     num_bytes: int = 0
-    """Bytes that the read calls returned, by the kernel's count `rchar`."""
+    """Number of bytes that the read calls returned, which the kernel counts as `rchar`."""
 
 
 @contextmanager
 def count_file_calls() -> Iterator[FileCalls]:
     """Counts file calls inside a `with` block; the yielded counts are complete after the block.
 
-    `opens` is up to date at any time.
-
-    The kernel's counts cover the whole process and come from /proc/self/io (Linux); the calls that read this file are
-    subtracted.
+    Inside the block, only `opens` is up to date. The kernel's counts cover the whole process and come from
+    /proc/self/io (Linux). The calls that read this file are subtracted.
     """
     calls = FileCalls()
     counting = True
@@ -51,7 +50,7 @@ def count_file_calls() -> Iterator[FileCalls]:
 
 
 def _read_counts() -> tuple[int, int]:
-    """Returns the read calls and bytes so far."""
+    """Returns the number of this process's read calls so far, and the number of bytes that they returned."""
     with open(_IO, encoding="ascii") as file:
         counts = dict(line.split(": ") for line in file.read().splitlines())
     return int(counts["syscr"]), int(counts["rchar"])

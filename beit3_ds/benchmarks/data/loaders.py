@@ -1,9 +1,9 @@
-"""Compares this loader, WebDataset and torchvision's ImageFolder on the same JPEGs, in images per CPU second.
+"""Compares this project's loader with WebDataset and torchvision's ImageFolder on the same JPEGs.
 
-All three decode with Pillow and make two views of one jittered, flipped crop and a block mask. The baselines are
-written as BEiT's users write them: torchvision's transforms jitter the whole image, then crop and flip, resize twice
-and normalise twice. Each has one process and one thread. CPU time is measured, because other processes on the machine
-have little influence on it.
+Speed is in images per CPU second. All three loaders decode with Pillow, and make a block mask and two views of one
+jittered, flipped crop. The two baselines are written as BEiT's users write them: torchvision's transforms jitter the
+whole image, then crop and flip, resize twice and normalise twice. Each loader has one process and one thread. CPU time
+is measured, because other processes on the machine have little influence on it.
 """
 
 import io
@@ -40,7 +40,7 @@ _ROUNDS = 11
 _RATIOS = {"ratio_webdataset": "webdataset", "ratio_torchvision": "torchvision", "decode_limit_share": "decode alone"}
 
 Batches = Iterator[Any]
-"""An endless iterator that prepares `_BATCH` images per item."""
+"""Type of an endless iterator; for each item, it prepares `_BATCH` images."""
 
 
 def benchmark_data(json_path: str | None = None) -> str:
@@ -98,7 +98,7 @@ def _photo(rng: np.random.Generator) -> bytes:
 
 
 def _ours(folder: str) -> Batches:
-    """Yields the image stream as a rank's steps prepare it."""
+    """Yields batches of images, prepared as in a training run of this project."""
     augmentation = Augmentation(
         image_size=_IMAGE_SIZE,
         tokenizer_image_size=_IMAGE_SIZE,
@@ -167,7 +167,7 @@ def _image_folder(folder: str) -> Batches:
 
 
 def _decode(jpegs: list[bytes]) -> Batches:
-    """Decodes the images and does nothing else; no loader that decodes them can be faster."""
+    """Decodes the images and does nothing else; no loader that decodes the same images can be faster."""
     while True:
         for start in range(0, len(jpegs), _BATCH):
             for jpeg in jpegs[start : start + _BATCH]:
@@ -176,7 +176,7 @@ def _decode(jpegs: list[bytes]) -> Batches:
 
 
 def _measure_in_turn(contestants: dict[str, Batches]) -> dict[str, list[float]]:
-    """Returns each contestant's images per CPU second in every round, after a round that warms up."""
+    """Returns the images per CPU second of each loader in every round; a first round warms up and does not count."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

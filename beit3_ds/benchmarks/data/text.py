@@ -29,16 +29,17 @@ _SAMPLE_SECONDS = 0.2
 
 
 def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: str | None = None) -> str:
-    """Measures the preparation of a corpus made of the sample's sentences in random order, and returns a report.
+    """Measures the preparation of a text corpus and returns a report.
 
-    The speed is in CPU time of one core. It compares all that `beit3 prepare texts` does with a file (read, decode,
-    tokenize, write) with SentencePiece's batch encoding of the same paragraphs from memory, in turn, with the same
-    model. In a preparation cores share only the disk, because each works on its own piece.
+    The corpus consists of the sample data's sentences in random order. The speed is measured in CPU time of one core.
+    `beit3 prepare texts`, which reads, decodes, tokenizes and writes a file, takes turns with SentencePiece's batch
+    encoding of the same paragraphs, which are in memory. Both use the same model. The cores of a preparation share only
+    the disk, because each works on its own byte range.
 
     Args:
-        num_bytes: size of a second corpus, on which memory in the first 5% is compared with the peak; 0 skips this
-            part.
-        processes: processes that prepare the second corpus; None takes one per core.
+        num_bytes: size of a second corpus in bytes. The memory during its first 5% is compared with the peak. 0 skips
+            this measurement.
+        processes: number of processes that prepare the second corpus; None takes one per core.
         json_path: file for `rows` and `summary` as JSON.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +60,7 @@ def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: 
 
 
 def write_corpus(path: Path, num_bytes: int, seed: int = 0) -> None:
-    """Writes a text file of `num_bytes` with the sample's sentences in random order."""
+    """Writes a text file of `num_bytes` bytes with the sample data's sentences in random order."""
     sentences = np.array([sentence.encode() for sentence in _sample_sentences()], dtype=object)
     rng = np.random.default_rng(seed)
     with path.open("wb") as file:
@@ -76,7 +77,7 @@ def _sample_sentences() -> Iterator[str]:
 
 
 def _compare_speed(folder: Path, model: str, tokenizer: TextTokenizer) -> list[dict[str, float]]:
-    """Times both ways in turn in one thread and returns a row per round."""
+    """Times the preparation and SentencePiece's encoding in turn, in one thread, and returns one row per round."""
     corpus = folder / "speed.txt"
     write_corpus(corpus, _SPEED_BYTES)
     piece = whole_file(str(corpus))
@@ -124,7 +125,7 @@ def _measure_memory(folder: Path, tokenizer: TextTokenizer, num_bytes: int, proc
 
 
 class _MemorySampler(threading.Thread):
-    """Samples the resident memory of this process and its descendants, in the first 5% of the corpus and after."""
+    """Measures the peak memory of this process and its descendants: in the first 5% of the corpus, and overall."""
 
     def __init__(self, folder: Path, num_bytes: int) -> None:
         super().__init__(daemon=True)

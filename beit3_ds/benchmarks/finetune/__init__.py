@@ -1,1 +1,1 @@
-"""Benchmarks of fine-tuning steps and of caption generation."""
+"""Benchmarks fine-tuning steps and the generation of captions."""

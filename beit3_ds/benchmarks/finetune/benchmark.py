@@ -17,14 +17,14 @@ from beit3_ds.benchmarks.turns import TurnProcess
 from beit3_ds.config import ConfigError
 
 OURS, REFERENCE, BLIP = "beit3_ds", "torchscale", "blip"
-"""Names of the sides in the figures; BLIP base only generates captions."""
+"""Names of the three implementations that are compared (the sides); BLIP base only generates captions."""
 DECODING = "decoding"
-"""Name of caption generation in the list of tasks."""
+"""Name under which caption generation is listed among the tasks."""
 DECODED_IMAGES = 16
 """Number of images per turn of caption generation."""
 
 Row = dict[str, dict[str, Any]]
-"""Figures of one round, by side."""
+"""Figures of one round, by name of the side."""
 
 
 def benchmark_finetune(
@@ -37,7 +37,8 @@ def benchmark_finetune(
 ) -> str:
     """Measures this project and the reference on every task in turn, one batch per round, and returns a report.
 
-    A process per side computes, one at a time. The sides swap their order every round, and a first round warms up.
+    Each side has a process, and one process computes at a time. The order of the sides is reversed every round, and a
+    first round warms up.
     Ratios are medians over rounds of the ratio within a round, with their 95% interval (the extremes, if there are
     fewer than six rounds). The reference is torchscale's BEiT-3 with heads and beam search as its users write them. On
     a CPU both sides compute in float32. Peaks are those of whole processes.
@@ -54,7 +55,7 @@ def benchmark_finetune(
             transformers.
 
     Raises:
-        ConfigError: if torchscale is not installed, there is no such size, or the file cannot be written.
+        ConfigError: if torchscale is not installed, there is no such size, or the JSON file cannot be written.
     """
     for task in CASES:
         case_config(task, size, image_size)

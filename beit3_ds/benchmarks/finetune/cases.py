@@ -22,13 +22,13 @@ from beit3_ds.tasks.retrieval.head import ContrastiveHead
 from beit3_ds.tasks.vqa.head import ANSWER_SCORES, AnswerHead
 
 NUM_ANSWERS = 3129
-"""Answers of VQAv2."""
+"""Number of VQAv2's answers."""
 LABEL_SMOOTHING = 0.1
 """Label smoothing of captioning in the reference's recipe."""
 CAPTION_MASK_RATIO = 0.7
 """Share of a caption's tokens that are masked in the reference's recipe."""
 BOS, PAD, EOS = 0, 1, 2
-"""Ids of the reference's vocabulary."""
+"""Ids of BOS, padding and EOS in the reference's vocabulary."""
 
 
 class Case(NamedTuple):
@@ -37,11 +37,11 @@ class Case(NamedTuple):
     image_size: int
     """Pixels on a side of an image in the reference's recipe of the base size."""
     tokens: tuple[float, float]
-    """Log-normal distribution of the tokens per text: median, and standard deviation of the logarithm."""
+    """Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm."""
     padded_length: int
-    """Length to which the reference's code pads texts."""
+    """Number of tokens to which the reference's code pads texts."""
     inputs: tuple[str, ...]
-    """Kinds of input of the model."""
+    """Kinds of input that the model accepts: "images", "pairs" or "texts"."""
     final_norm: bool
     """Whether the reference's model has a final norm."""
     build_head: Callable[..., Head]
@@ -59,16 +59,16 @@ CASES = {
 
 
 class Samples(NamedTuple):
-    """Holds the samples of one batch, before either side packs or pads them."""
+    """Holds the samples of one batch, before this project packs them or the reference pads them."""
 
     pixels: Tensor
     """Images, (B, 3, image_size, image_size) float32."""
     texts: tuple[Tensor, ...]
-    """Ids of the text of each image, BOS and EOS included."""
+    """Token ids of each image's text, BOS and EOS included."""
     masked: tuple[Tensor, ...]
-    """Positions of masked tokens in each text, ascending; empty but for captioning."""
+    """Positions of the masked tokens in each text, ascending; empty tensors for tasks other than captioning."""
     scores: Tensor
-    """Target score of every answer, (B, A) float32; for VQAv2."""
+    """Target score of every answer, (B, A) float32; only VQAv2 uses it."""
 
 
 def mask_id(model: ModelConfig) -> int:
@@ -108,13 +108,13 @@ def draw_samples(task: str, config: RunConfig, number: int, count: int) -> Sampl
 
 
 def pack_samples(task: str, config: RunConfig, samples: Samples, number: int) -> PackedBatch:
-    """Packs samples as a run of the task does, with its targets and the draws of stochastic depth.
+    """Packs samples as a run of the task does, with the task's targets and random factors of stochastic depth.
 
     Args:
         task: a key of `CASES`.
         config: the run's configuration.
         samples: the samples.
-        number: number of the batch, for the draws.
+        number: number of the batch, from which the random factors are drawn.
     """
     model, count = config.model, len(samples.texts)
     texts = [ids.numpy() for ids in samples.texts]

@@ -88,7 +88,10 @@ def reference_captions(
 def _next_logits(
     model: ReferenceModel, captions: list[list[int]], images: Tensor | None, state: dict[int, dict[str, Tensor]]
 ) -> Tensor:
-    """Returns the logits of the next words, (R, V), and adds the newest word and the mask token to the cache."""
+    """Returns the logits of the next word of every caption, (R, V).
+
+    Adds the newest word and the mask token of every caption to the cache `state`.
+    """
     device = next(model.parameters()).device
     tokens = torch.tensor([[caption[-1], model.mask_id] for caption in captions], device=device)
     length, image_rows = len(captions[0]) + 1, model.beit3.vision_embed.num_position_embeddings()
@@ -103,7 +106,7 @@ def _next_logits(
 
 
 def _reorder(state: dict[int, dict[str, Tensor]], rows: Tensor) -> None:
-    """Keeps the chosen beams in the cache, without the mask token."""
+    """Reduces the cache to the chosen beams, `rows`, and removes the mask token from each."""
     for layer in state.values():
         for key, cached in layer.items():
             layer[key] = cached.index_select(0, rows)[:, :, :-1]

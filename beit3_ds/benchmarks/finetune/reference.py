@@ -21,7 +21,7 @@ from beit3_ds.weights.unilm_names import reference_arguments
 
 
 class Pooler(nn.Module):
-    """Pools the CLS row of an image."""
+    """Computes a pooled feature from the CLS row: LayerNorm, a linear layer and tanh."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,13 +29,13 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(width, width)
 
     def forward(self, y_BSD: Tensor) -> Tensor:
-        """Returns the pooled rows, (B, D)."""
+        """Returns the pooled feature of each sample, (B, D)."""
         pooled_BD: Tensor = self.dense(self.norm(y_BSD[:, 0])).tanh()
         return pooled_BD
 
 
 class ReferenceModel(nn.Module):
-    """Joins torchscale's backbone and the head of one task, under the names of released files."""
+    """Joins torchscale's backbone and the head of one task; parameters have the names of the released weights."""
 
     def __init__(self, task: str, model: ModelConfig) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ReferenceModel(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, samples: Samples) -> Tensor:
-        """Returns the loss of a batch, the mean over samples or masked tokens."""
+        """Returns the loss of a batch: the mean over its samples or, for captioning, over its masked tokens."""
         losses: dict[str, Callable[[Samples], Tensor]] = {
             "vqa": self._answer,
             "retrieval": self._match,
@@ -119,7 +119,7 @@ def smoothed_loss(logits_MV: Tensor, target_M: Tensor) -> Tensor:
 
 
 def pad(texts: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Returns ids padded to a fixed length, (B, S) int64, and the padding, (B, S) bool."""
+    """Returns the ids padded to `length` tokens, (B, length) int64, and a mask that is True at padding, bool."""
     tokens = pad_sequence(list(texts), batch_first=True, padding_value=PAD)
     tokens = F.pad(tokens, (0, length - tokens.shape[1]), value=PAD)
     lengths = torch.tensor([len(text) for text in texts], device=tokens.device)

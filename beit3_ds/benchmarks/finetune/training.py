@@ -13,12 +13,12 @@ from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
 
 
 def step_loss_of(task: str) -> StepLoss | None:
-    """Returns the function for losses that compare all samples of a step; None if the task has no such loss."""
+    """Returns a task's loss function if its loss compares all samples of a step, otherwise None."""
     return functools.partial(contrastive_sums, mask_duplicates=False) if task == "retrieval" else None
 
 
 def loss_factors(task: str, batch: PackedBatch) -> torch.Tensor:
-    """Returns the factors that multiply a task's term sums in the loss of a step with one micro-batch."""
+    """Returns the factors that multiply the sums of a task's loss terms, for a step of one micro-batch."""
     weights = [0.5, 0.5, 0.0, 0.0] if task == "retrieval" else [1.0, 0.0]
     if task == "captioning":
         return torch.tensor(weights) / sum(batch.head_row_counts)

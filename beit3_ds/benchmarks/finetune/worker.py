@@ -14,9 +14,10 @@ from beit3_ds.benchmarks.turns import Turn, device_of_turns, serve_turns
 from beit3_ds.config import RunConfig
 
 NUM_BEAMS, LENGTH_PENALTY, MAX_LENGTH = 3, 0.6, 15
-"""Beam search of the reference's recipe, with at most 12 words per caption."""
+"""Settings of the beam search in the reference's recipe, with at most 12 words per caption."""
 IMAGES_AT_ONCE = 4
-"""Images per batch of a generation. The reference's attention needs about half a GB per image of 480 px and beam."""
+"""Number of images whose captions are generated at once. The reference's attention needs about half a GB per beam of an
+image of 480 px."""
 
 
 class TrainingSide:
@@ -46,7 +47,7 @@ class TrainingSide:
 
 
 class DecodingSide:
-    """Generates captions of the images of each turn on one side; the weights are initial values."""
+    """Generates captions with one implementation, for the images of each turn; weights have their initial values."""
 
     def __init__(self, side: str, config: RunConfig, count: int) -> None:
         self.side, self.config, self.count = side, config, count
@@ -81,7 +82,7 @@ class DecodingSide:
         return sum(parts) / len(pixels)
 
     def _generate(self, pixels: torch.Tensor) -> float:
-        """Returns the mean number of words of the captions."""
+        """Generates a caption of every image and returns the mean number of words per caption."""
         from beit3_ds.benchmarks.finetune.decoding import blip_captions, reference_captions
         from beit3_ds.model.generation import BeamSearch, generate
 
@@ -98,11 +99,11 @@ class DecodingSide:
 
 
 def build_side(task: str, side: str, size: str, image_size: int | None, count: int) -> TrainingSide | DecodingSide:
-    """Builds one side of a comparison.
+    """Builds one of the implementations that are compared on a task.
 
     Args:
         task: a key of `cases.CASES`, or `DECODING`.
-        side: name of the side.
+        side: name of the implementation: `OURS`, `REFERENCE` or `BLIP`.
         size: size of the model.
         image_size: pixels on a side of an image; None is that of the reference's recipe.
         count: samples per turn.

@@ -1,1 +1,1 @@
-"""Measures the ops and their baselines."""
+"""Benchmarks the ops in `kernels` and their baselines."""

@@ -22,10 +22,10 @@ _ALLOWANCES = {
 
 
 def benchmark_attention() -> str:
-    """Measures all batchings of base-size attention with three mixes of samples and returns a table.
+    """Measures attention of the base size with every way to batch sequences, and returns a table.
 
-    Times are medians of forward and backward. Compare columns within a row only: all batchings of a mix are timed in
-    turn.
+    The table has one row per mix of samples and one column per way. Times are medians of forward plus backward. Compare
+    times within a row only, because only these were measured in turn.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["one call per sequence", *_ALLOWANCES]
@@ -45,7 +45,7 @@ def benchmark_attention() -> str:
 
 
 def _draw_ranges(num_images: int, num_pairs: int, num_texts: int) -> Ranges:
-    """Draws images of 197 rows, captions of 8 to 32 tokens and texts of 16 to 128, in the packed order."""
+    """Returns the row ranges of images of 197 rows, captions of 8 to 32 tokens and texts of 16 to 128 tokens."""
     rng = np.random.default_rng(0)
     caption_lengths, text_lengths = rng.integers(8, 33, num_pairs), rng.integers(16, 129, num_texts)
     images = [(i * _IMAGE_LENGTH, (i + 1) * _IMAGE_LENGTH) for i in range(num_images + num_pairs)]

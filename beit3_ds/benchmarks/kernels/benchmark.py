@@ -1,4 +1,7 @@
-"""Measures every op against its baselines at a model size's shapes: time, rate, share of the ceiling, memory."""
+"""Measures the time, rate and peak memory of every op and its baselines at the shapes of a model size.
+
+A rate is also given as a share of the device's ceiling, the highest rate that a large product or copy reached.
+"""
 
 import csv
 import ctypes
@@ -22,18 +25,18 @@ _CACHE_BYTES = 256 << 20  # larger than any L2 cache, so that no kernel finds da
 
 
 class Row(NamedTuple):
-    """Holds one line of the table."""
+    """Holds one line of the table: the figures of one implementation of an op in one direction."""
 
     op: str
     """Name of the op."""
     shape: str
-    """Size and shape of its inputs."""
+    """Model size and shape of the op's inputs."""
     dtype: str
-    """dtype of its tensors."""
+    """Name of the inputs' dtype, e.g. "bfloat16"."""
     implementation: str
-    """Name of the implementation: this project or a baseline."""
+    """Name of the implementation: "beit3_ds", or that of a baseline."""
     direction: str
-    """Direction: forward, backward, or both."""
+    """Direction: "forward", "backward" or "both"."""
     median_ms: float
     """Median time, ms."""
     p20_ms: float
@@ -43,17 +46,17 @@ class Row(NamedTuple):
     rate: float
     """Rate: TFLOP/s of the products, or GB/s of the bytes that must be read and written."""
     unit: str
-    """Unit of the rate."""
+    """Unit of the rate: "TFLOP/s" or "GB/s"."""
     ceiling_share: float
-    """Rate as a share of this device's ceiling, for matrix products or copies."""
+    """Rate divided by the device's measured ceiling for matrix products or for copies (`Ceilings`)."""
     peak_mb: float
-    """Peak memory of forward and backward, without inputs and gradients, MB."""
+    """Peak memory of forward and backward in MB, without the tensors that existed before."""
     modelled_floor_ms: float | None
     """Modelled minimum time in ms at the peak rates of the given GPU; None if no GPU is given."""
 
 
 class Ceilings(NamedTuple):
-    """Holds the highest rates of this device, measured in this run."""
+    """Holds the highest rates of this device for a large matrix product and a large copy, as measured in this run."""
 
     flops: float
     """FLOP/s of a large matrix product."""
@@ -101,7 +104,7 @@ def benchmark_kernels(
 
 
 def _measure(case: Case, device: torch.device) -> tuple[dict[tuple[str, str], list[float]], dict[str, float]]:
-    """Returns seconds of every round by implementation and direction, and peak bytes by implementation."""
+    """Returns the seconds of every round, by implementation and direction, and the peak bytes by implementation."""
     problems = {entry.name: entry.build() for entry in case.implementations if entry.build}
     _compare(problems)
     peaks = {name: _peak(problem, device) for name, problem in problems.items()}
@@ -145,7 +148,7 @@ def _cuda_clock(work: Callable[[], Any]) -> float:
 
 
 def _compare(problems: dict[str, Problem]) -> None:
-    """Asserts that all baselines compute the same result, so that their times can be compared."""
+    """Asserts that all implementations compute the same result, so that their times can be compared."""
     expected: torch.Tensor | None = None
     for name, problem in problems.items():
         y = problem.packed(problem.run()).detach().float()

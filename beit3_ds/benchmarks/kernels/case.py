@@ -8,27 +8,27 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """Holds one implementation with its inputs; all implementations of a case compute the same."""
+    """Holds one implementation of an op together with its inputs."""
 
     leaves: tuple[Tensor, ...]
     """Inputs whose gradients are computed."""
     run: Callable[[], Tensor]
-    """Runs the forward pass."""
+    """Function that runs the forward pass and returns the output."""
     dy: Tensor
     """Gradient of the output."""
     packed: Callable[[Tensor], Tensor]
-    """Reorders the output to the order of the packed stream, for comparisons."""
+    """Function that puts the output's rows into the order of the packed stream, to compare implementations."""
 
 
 class Implementation(NamedTuple):
-    """Describes this project's implementation or a baseline."""
+    """Describes one implementation of an op: this project's or a baseline."""
 
     name: str
-    """Name of its row in the table."""
+    """Name of the implementation in the table."""
     build: Callable[[], Problem] | None
-    """Prepares the inputs; None if the implementation cannot run here."""
+    """Function that prepares the inputs; None if the implementation cannot run on this machine."""
     why_absent: str = ""
-    """Reason why the implementation cannot run here."""
+    """Reason why the implementation cannot run on this machine; empty if it can."""
 
 
 class Cost(NamedTuple):
@@ -37,11 +37,11 @@ class Cost(NamedTuple):
     flops: float
     """FLOPs of its matrix products; a multiply-add counts 2."""
     bytes: float
-    """Bytes of inputs read and outputs written, once each."""
+    """Bytes of all inputs and outputs, because each input must be read and each output written once."""
 
 
 class Case(NamedTuple):
-    """Describes one op at one shape."""
+    """Describes one op at one shape, with its implementations."""
 
     op: str
     """Name of the op."""
@@ -52,9 +52,9 @@ class Case(NamedTuple):
     backward: Cost
     """Cost of the backward pass without recomputation."""
     is_compute_bound: bool
-    """Whether the op's rate counts FLOPs of products; otherwise it counts bytes."""
+    """Whether the op's rate is in FLOPs of products per second; otherwise it is in bytes per second."""
     implementations: list[Implementation]
-    """Implementations; this project's comes first."""
+    """Implementations of the op; this project's comes first."""
 
     def cost(self, direction: str) -> Cost:
         """Returns the cost of a direction: "forward", "backward" or "both"."""
@@ -63,16 +63,16 @@ class Case(NamedTuple):
         return self.forward if direction == "forward" else self.backward
 
     def absent(self) -> list[tuple[str, str]]:
-        """Returns the baselines that cannot run here, with reasons."""
+        """Returns the names of the baselines that cannot run on this machine, each with the reason."""
         return [(entry.name, entry.why_absent) for entry in self.implementations if entry.build is None]
 
 
 def random_tensor(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Draws normal values, the same on every device."""
+    """Returns a tensor of random normal values, which are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
 
 def as_leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns copies that require gradients."""
+    """Returns copies of the tensors that require gradients."""
     return tuple(x.detach().clone().requires_grad_() for x in tensors)

@@ -1,4 +1,4 @@
-"""Builds the ops and their baselines for `benchmark_kernels`."""
+"""Builds the cases that `benchmark_kernels` measures: ops at one shape, each with its baselines."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head width, Q sequences, M masked rows, V vocabulary.
 
@@ -19,7 +19,7 @@ from beit3_ds.kernels.ops.packed_attention import packed_attention
 
 
 def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
-    """Yields functions that build the cases of a model size, so that only one case is in memory.
+    """Yields one function per case of a model size, which builds the case; so only one case is in memory at a time.
 
     Args:
         size: a name in MODEL_SIZES.

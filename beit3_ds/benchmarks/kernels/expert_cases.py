@@ -1,4 +1,4 @@
-"""Builds the ops with parameters per expert (the FFN and the stream's norm) together with their baselines."""
+"""Builds the cases of the ops with parameters per expert (the FFN and the stream's norm), with their baselines."""
 
 # T packed rows, D hidden, F ffn hidden; two experts, of images and of texts.
 
@@ -22,7 +22,7 @@ _EXPERTS, _EPSILON = 2, 1e-5
 
 
 class _FFN(NamedTuple):
-    """Holds the parameters of both experts, in the order of the leaves that follow h and the stream."""
+    """Holds the FFN's parameters, one tensor per expert in each field."""
 
     w1: tuple[Tensor, ...]
     b1: tuple[Tensor, ...]
@@ -33,7 +33,7 @@ class _FFN(NamedTuple):
 
 
 def ffn_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
-    """Builds the FFN from normalised rows to the stream: products, GELU, sub-LN, stochastic depth and residual."""
+    """Builds the case of the FFN without its first norm: products, GELU, sub-LN, stochastic depth and residual."""
     rows, width, inner = mix.num_rows, shape["hidden_size"], shape["ffn_hidden_size"]
     slices, draw = _slices(mix), partial(random_tensor, device=device, dtype=dtype)
     stream = tuple(draw(rows, width, seed=i) for i in range(3))
@@ -85,7 +85,7 @@ def ffn_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, d
 
 
 def norm_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
-    """Builds the norm of the stream."""
+    """Builds the case of the LayerNorm that normalises the residual stream."""
     rows, width, slices = mix.num_rows, shape["hidden_size"], _slices(mix)
     draw = partial(random_tensor, device=device, dtype=dtype)
     x, dy = draw(rows, width), draw(rows, width, seed=1)
@@ -144,7 +144,10 @@ def _foreign(
     sliced: Callable[..., Callable[..., Tensor]],
     device: torch.device,
 ) -> Implementation:
-    """Returns another library's LayerNorm if it is installed (PyPI's `apex` is an unrelated package)."""
+    """Returns another library's LayerNorm as a baseline, or the reason why it cannot run.
+
+    PyPI's package `apex` is not NVIDIA's library of that name.
+    """
     try:
         found = importlib.import_module(module)
     except ImportError as error:

@@ -1,1 +1,1 @@
-"""Benchmarks of whole training steps."""
+"""Benchmarks whole training steps."""

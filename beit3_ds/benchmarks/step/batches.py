@@ -16,11 +16,12 @@ from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 STREAMS = ("images", "pairs", "texts")
 CAPTION_TOKENS = (16, 0.45)
-"""Log-normal distribution of the tokens per caption, BOS and EOS included: median, and standard deviation of the
-logarithm. Captions of COCO have about 11 words, those of Conceptual Captions 10 to 20; few are long."""
+"""Log-normal distribution of the number of tokens per caption, BOS and EOS included: median, and standard deviation of
+the logarithm. Captions of COCO have about 11 words, those of Conceptual Captions 10 to 20; few are long."""
 TEXT_TOKENS = (105, 0.6)
-"""Log-normal distribution of the tokens per text: median, and standard deviation of the logarithm. Texts are filled
-with whole paragraphs up to 128 tokens. About a third reach this limit; in the others the next paragraph did not fit."""
+"""Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm. A text
+consists of complete paragraphs of together at most 128 tokens. About a third of the texts reach this limit; in the
+others the next paragraph did not fit."""
 _MIN_TOKENS = 6
 
 
@@ -29,7 +30,7 @@ def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
 
     Args:
         size: size of the model.
-        samples: samples per stream and step.
+        samples: number of images, of pairs and of texts per step.
         model: further keys of the section "model".
     """
     stream = {"train": ["none.tar"], "samples_per_step": samples}
@@ -74,7 +75,7 @@ def build_batch(config: RunConfig, number: int) -> PackedBatch:
 
 
 def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
-    """Returns the sizes of a batch that influence its measured figures, by name."""
+    """Returns the sizes of a batch on which its time and memory depend, by name."""
     return {
         "caption_tokens": batch.caption_lengths,
         "text_tokens": batch.text_lengths,

@@ -15,13 +15,13 @@ from beit3_ds.benchmarks.turns import TurnProcess
 from beit3_ds.config import ConfigError
 
 OURS, REFERENCE, PRODUCTS = "beit3_ds", "torchscale", "products"
-"""Names of the three workers in the figures."""
+"""Names of the three processes that are measured: this project's step, the reference's step, and the products alone."""
 
 REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
 """Name of the reference if it pads texts to the batch's longest text, which is faster than its users' code."""
 
 Row = dict[str, dict[str, Any]]
-"""Figures of one round, by worker."""
+"""Figures of one round, by name of the process."""
 
 
 def benchmark_train(
@@ -29,26 +29,28 @@ def benchmark_train(
 ) -> str:
     """Measures both training steps and the products in turn, on one batch per round, and returns a report.
 
-    It starts three processes, one of which computes at a time: this project's training step, the reference's training
-    step, and only the model's matrix products, the upper bound of speed. All three get the batch of the round. The two
+    It starts three processes: this project's training step, the reference's training step, and only the model's matrix
+    products, the upper bound of speed. One process computes at a time. All three get the batch of the round. The two
     steps swap their order every round, and a first round warms up. Ratios are medians over rounds of the ratio within a
     round, with their 95% interval (the extremes, if there are fewer than six rounds). Peaks are the kernel's count for
     whole processes (VmHWM).
 
-    On a GPU both sides run in bfloat16, the reference under autocast, and peaks are those of torch's allocator.
+    On a GPU both training steps run in bfloat16, the reference under autocast, and peaks are those of torch's
+    allocator.
 
     Args:
         size: size of the model.
-        samples: samples per stream and step.
-        rounds: rounds after the one that warms up.
-        pads_to_longest: pad the reference's texts to the batch's longest; its users' code pads to the data's limit.
+        samples: number of images, of pairs and of texts per step.
+        rounds: number of rounds after the one that warms up.
+        pads_to_longest: whether to pad the reference's texts to the longest of the batch. Its users' code pads them to
+            the data's limit.
         json_path: file for `rows` and `summary` as JSON. `summary.ratio` is this project's samples per second over the
             reference's, `gemm_share` the products' time over this project's, and `memory_ratio` this project's peak
             over the reference's. The products are those of the model as defined, as in model FLOPs utilisation;
             `needed_gemm_share` omits dropped branches and rows that no head reads (`products.needed_flops`).
 
     Raises:
-        ConfigError: if torchscale is not installed, there is no such size, or the file cannot be written.
+        ConfigError: if torchscale is not installed, there is no such size, or the JSON file cannot be written.
     """
     step_config(size, samples)
     check_torchscale()

@@ -37,7 +37,7 @@ class StepVariant(NamedTuple):
     zero_stage: int
     """ZeRO stage: 1 divides the optimizer states over the ranks, 2 also gradients, 3 also parameters."""
     apart: bool = False
-    """Runs each process alone on its half of the samples, without communication."""
+    """Whether each process computes its half of the samples alone, without communication."""
 
 
 VARIANTS = (
@@ -47,7 +47,8 @@ VARIANTS = (
     StepVariant("two ranks, ZeRO-1", 2, 1, 1),
     StepVariant("two ranks, ZeRO-3", 2, 1, 3),
 )
-"""Ways to run the step. Each adds one cost: shared memory, reduced gradients, divided updates, divided weights."""
+"""Ways to run the step. Each adds one cost to the one before: separate processes, reduced gradients, divided updates,
+divided weights."""
 
 
 def benchmark_parallel(json_path: str | None = None) -> str:
@@ -129,7 +130,7 @@ def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
     Args:
         zero_stage: ZeRO stage of the engine.
         shares: number of processes that divide the samples.
-        share: index of this process among them.
+        share: number of this process among them, from 0.
     """
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
@@ -190,9 +191,9 @@ def parallel_config(zero_stage: int) -> RunConfig:
 
 
 def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
-    """Builds a batch of random samples with the given numbers from every stream, at the paper's mask ratios.
+    """Builds a batch of the random images, pairs and texts with the given numbers, at the paper's mask ratios.
 
-    Sample i is equal in every share.
+    A number gives the same image, pair and text in every process.
     """
     model, data, ratios = config.model, config.data, pretraining_config(config)
 

@@ -32,22 +32,22 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Lists the products of a layer's forward and backward pass, each in order."""
+    """Lists the matrix products of a layer: those of its forward pass and those of its backward pass, in order."""
 
     forward: tuple[Product, ...]
     backward: tuple[Product, ...]
 
 
 class Products:
-    """Lists the products of the model as defined, each computed once: its model FLOPs (`model.flops`).
+    """Lists the matrix products of one training step of the model as defined, whose sum is its model FLOPs.
 
-    They include products that a step can omit: those of branches that stochastic depth drops, and of rows that no head
-    reads after the last attention. `needed_flops` leaves these out.
+    They include products that a step can omit (`needed_flops` does): those of branches that stochastic depth drops,
+    and those of rows that no head reads after the last attention.
 
     Each expert multiplies its own rows. Queries, keys and values are one product. Attention's products are computed
     sequence by sequence with contiguous heads. The heads get masked rows only. The backward pass has products for the
-    gradients of inputs and weights, but not of pixels, and recomputes nothing. Blocks of one kind share their operands,
-    which exceed a cache already in one block of `base`.
+    gradients of inputs and weights, but not of pixels, and recomputes nothing. Blocks with the same experts share their
+    operands, because those of one block of `base` already exceed a cache.
     """
 
     def __init__(self, config: ModelConfig, batch: PackedBatch, dtype: torch.dtype, device: torch.device) -> None:
@@ -84,9 +84,9 @@ class Products:
 
 
 def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """Counts the operations of a step's products on which the loss or the gradients depend.
+    """Returns the number of operations of those products of a step on which the loss or the gradients depend.
 
-    It omits branches that stochastic depth drops and rows of the last FFN that no head reads.
+    Leaves out branches that stochastic depth drops, and rows of the last FFN that no head reads.
 
     Args:
         config: configuration of the model.
@@ -111,9 +111,10 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
 
 
 class _Operands:
-    """Allocates the layers' operands with random values, because products of zeros may differ in speed.
+    """Allocates the operands of the layers' products.
 
-    Results are written once in advance, so that no product causes page faults.
+    Their values are random, because products of zeros may differ in speed. Results are written once in advance, so that
+    no product causes page faults.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:

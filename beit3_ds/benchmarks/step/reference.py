@@ -33,10 +33,10 @@ _NO_DECAY = ("beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_t
 
 
 class PaddedStream(NamedTuple):
-    """Holds the padded samples of one stream; a modality that it lacks is None."""
+    """Holds the padded samples of one stream; tensors of a modality that the stream lacks are None."""
 
     pixels: Tensor | None
-    """(B, 3, image_size, image_size) float32."""
+    """Images, (B, 3, image_size, image_size) float32."""
     patch_mask: Tensor | None
     """True where a patch is masked, (B, N) bool."""
     codes: Tensor | None
@@ -115,7 +115,7 @@ class ReferenceModel(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns the mean cross entropies of masked patches and of masked tokens, whichever the stream has."""
+        """Returns the mean cross entropy over masked patches and that over masked tokens, if the stream has them."""
         y_BSD = self.beit3(
             textual_tokens=stream.tokens,
             visual_tokens=stream.pixels,

@@ -89,12 +89,12 @@ SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
 
 
 def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
-    """Takes a turn for every batch number that it reads, as `serve_turns` does.
+    """Computes one turn for every batch number that it reads, and answers with figures (`serve_turns`).
 
     Args:
         side: a key of `SIDES`.
         size: size of the model.
-        samples: samples per stream and step.
+        samples: number of images, of pairs and of texts per step.
         orders: lines with the number of a batch, one per turn.
         answers: receives the figures, one line of JSON per turn.
     """

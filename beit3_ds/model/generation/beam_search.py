@@ -156,7 +156,7 @@ class _ImageSearch:
 
 
 def _places_of_active(is_active: Sequence[bool]) -> list[int]:
-    """Returns the index of the image for each remaining place; images from the end replace finished images."""
+    """Returns, for each place that remains, the index of its image; images from the end replace finished images."""
     order = list(range(len(is_active)))
     for place in reversed(order.copy()):
         if not is_active[place]:
