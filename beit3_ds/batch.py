@@ -1,13 +1,13 @@
-"""Defines the packed, modality-major micro-batch, the contract between data, model, pipeline and task.
+"""Defines the packed micro-batch, which the data loader builds and which model, pipeline and task use.
 
-A micro-batch is one row of T tokens without padding, in this order:
+A micro-batch is one stream of T rows, one per token, ordered by modality and without padding:
 
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
 
-So every expert works on a slice of rows (`PackedBatch.expert_slices`). Every sequence is one range of rows, and a pair
-is two, its image and its text (`PackedBatch.sequence_ranges`). Sequences are numbered in the order images, pairs,
-texts.
+So every expert works on one range of rows (`PackedBatch.expert_slices`). An image or a text is one range of rows. A
+pair is two ranges, its image and its text (`PackedBatch.sequence_ranges`). Sequences are numbered in the order images,
+pairs, texts.
 """
 
 # I images, P pairs, X texts, B = I + P images with pixels, Q = I + P + X sequences, N patches per image,
@@ -31,27 +31,27 @@ class PackedBatch(RowLayout):
     """Holds one micro-batch of images, pairs and texts; any of the three may be absent."""
 
     num_images: int
-    """Images without texts, I."""
+    """Number of images without texts, I."""
     num_pairs: int
-    """Images with captions, P."""
+    """Number of pairs of an image and a caption, P."""
     caption_lengths: tuple[int, ...]
-    """Tokens of each caption, BOS and EOS included; P values."""
+    """Number of tokens of each pair's caption, BOS and EOS included."""
     text_lengths: tuple[int, ...]
-    """Tokens of each text, BOS and EOS included; X values."""
+    """Number of tokens of each text without an image, BOS and EOS included."""
     pixels: Tensor | None
-    """Preprocessed images, (B, 3, image_size, image_size) float32 in [-1, 1]: images without texts, then the images of
-    pairs. None on pipeline stages that do not embed."""
+    """Preprocessed images, (images, 3, image_size, image_size) float32 in [-1, 1]: images without texts, then the
+    images of pairs. None on pipeline stages that do not embed."""
     patch_mask: Tensor
-    """Patches that the embeddings replace by the mask token, (B, N) bool."""
+    """Whether the embeddings replace a patch by the mask token, (images, patches) bool."""
     token_ids: Tensor
-    """Ids of all captions, then of all texts, (S,) int64."""
+    """Token ids of all captions, then of all texts, in one int64 vector."""
     causal_captions: bool = False
     """Whether attention in pairs is masked for captioning (`SequenceLayout.causal_captions`)."""
     drop_path: Tensor | None = None
-    """Stochastic depth's factor per sequence, layer and branch, (Q, L, 2) float32: 0 if the branch is dropped,
-    otherwise 1 / (1 - rate). None if nothing is dropped (evaluation, or a rate of 0)."""
+    """Stochastic depth's factor for each sequence, layer and branch, (sequences, layers, 2) float32. It is 0 if the
+    branch is dropped, otherwise 1 / (1 - rate). None if nothing is dropped (evaluation, or a rate of 0)."""
     head_rows: Tensor | None = None
-    """Numbers of the rows that the task's head reads, ascending, (M,) int64; None if it reads all rows."""
+    """Numbers of the rows that the task's head reads, ascending, int64; None if it reads all rows."""
     head_row_counts: tuple[int, ...] = ()
     """Number of `head_rows` in each of the four row ranges in `layout.PARTS`; empty if the head reads all rows."""
     term_counts: tuple[int, ...] = ()
@@ -61,7 +61,7 @@ class PackedBatch(RowLayout):
     """Tensors that the task's head needs in addition to its rows, by the task's names for them; empty on stages without
     the head. Tensors of integers and booleans are compared between the stages of a pipeline that read them."""
     sample_names: tuple[str, ...] = ()
-    """Name of the sample of each sequence, for logs and messages; Q values, or empty without names."""
+    """Name of each sequence's sample, for logs and messages; empty if the samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)
     """For each data stream by name, the number of the source from which all its samples in this batch come; empty if
     the samples of a stream may come from several sources."""
@@ -124,7 +124,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def dropped_rows(self) -> list[list[int]]:
-        """Returns the number of rows that stochastic depth drops in each layer and branch, L x 2.
+        """Returns, for each layer, how many rows stochastic depth drops in attention and in the FFN.
 
         The first call waits for the device.
         """
@@ -140,7 +140,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def row_sequence(self) -> Tensor:
-        """Returns the number of the sequence to which each row belongs, (T,) int64."""
+        """Returns the number of the sequence to which each row belongs, one int64 per row."""
         sequences = torch.arange(self.num_sequences)
         num_pixels = self.num_images + self.num_pairs
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
@@ -150,7 +150,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def text_positions(self) -> Tensor:
-        """Returns the position of every token in its text, from 0, (S,) int64."""
+        """Returns the position of each token in its caption or text, from 0, one int64 per token."""
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return (torch.arange(len(starts)) - starts).to(self.token_ids.device)
@@ -197,7 +197,7 @@ class PackedBatch(RowLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """Holds the share of one rank in one optimizer step."""
+    """Holds the micro-batches that one rank computes in one optimizer step."""
 
     step: int
     """Number of the optimizer step, from 0."""
@@ -208,7 +208,7 @@ class StepBatch:
     records in the micro-batches stay empty."""
 
     def without_pixels(self) -> "StepBatch":
-        """Returns the step with `PackedBatch.without_pixels` micro-batches."""
+        """Returns the step with micro-batches that have no pixels and no targets (`PackedBatch.without_pixels`)."""
         return dataclasses.replace(self, micro_batches=tuple(batch.without_pixels() for batch in self.micro_batches))
 
     def fingerprint(self) -> str:

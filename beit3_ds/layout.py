@@ -1,6 +1,6 @@
 """Maps the rows of a packed stream to experts and sequences.
 
-A stream is modality-major and has no padding:
+A stream is ordered by modality and has no padding:
 
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
@@ -107,9 +107,9 @@ class SequenceLayout(RowLayout):
     num_images: int
     """Number of images without captions, I."""
     caption_lengths: tuple[int, ...]
-    """Number of tokens of each pair's caption; P values."""
+    """Number of tokens of each pair's caption."""
     text_lengths: tuple[int, ...]
-    """Number of tokens of each text without an image; X values."""
+    """Number of tokens of each text without an image."""
     image_length: int
     """Number of rows per image."""
     causal_captions: bool = False
@@ -160,7 +160,7 @@ class SequenceLayout(RowLayout):
         """Returns the sequences to keep as a smaller stream; they stay in their order.
 
         Args:
-            kept: whether to keep each of the Q sequences.
+            kept: whether to keep each sequence, one value per sequence.
         """
         pairs = self.num_images + len(self.caption_lengths)
         layout = SequenceLayout(

@@ -8,8 +8,9 @@ from torch import Tensor
 def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
     """Resamples a table of image positions bicubically, from (1, 1 + g*g, D) to (1, 1 + grid_size*grid_size, D).
 
-    The first row, the position of the class token, stays unchanged. The computation is in float32, and the result has
-    the dtype of `positions`. A table that already has this grid is returned unchanged.
+    g is the number of patches per image side in the given table, and D is the width of a row. The first row, the
+    position of the class token, stays unchanged. The computation is in float32, and the result has the dtype of
+    `positions`. A table that already has this grid is returned unchanged.
     """
     old_size = grid_size_of(positions)
     if old_size == grid_size:

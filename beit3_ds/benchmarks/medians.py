@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 
 def median_with_interval(values: Sequence[float]) -> dict[str, float]:
-    """Returns the median and its 95% interval: the narrowest pair of order statistics with at least 95% confidence."""
+    """Returns the median of the values ("median") and its 95% interval ("low", "high").
+
+    The interval is between two of the sorted values. It is the narrowest one, symmetric in rank, that contains the true
+    median with at least 95% confidence. With fewer than six values it is the whole range.
+    """
     ordered, n = sorted(values), len(values)
     # The k-th smallest exceeds the true median with the chance of fewer than k heads in n fair tosses.
     tail = [sum(math.comb(n, j) for j in range(k)) / 2**n for k in range(1, n // 2 + 1)]

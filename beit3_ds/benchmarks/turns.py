@@ -77,7 +77,7 @@ class TurnProcess:
         self.log.close()
 
     def __enter__(self) -> Self:
-        """Returns the process, which `__exit__` stops."""
+        """Returns this object; `__exit__` stops its process."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,7 +20,8 @@ from beit3_ds.model.multiway import (
 from beit3_ds.parallel import TensorParallel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Computes the outputs of all heads from queries, keys and values, (T, H, K) each."""
+"""Type of a function that computes the outputs of all heads from queries, keys and values. Each tensor is (rows, heads,
+head width)."""
 
 
 class MultiwayAttention(nn.Module):
@@ -33,7 +34,7 @@ class MultiwayAttention(nn.Module):
     separate projections and norms, but attend to each other. With `sub_layernorm` the concatenated heads are normalised
     before the output projection (Magneto, arXiv:2210.06423).
 
-    The heads are split over the tensor-parallel group. Forward and backward each exchange T * D elements
+    The heads are split over the tensor-parallel group. Forward and backward each exchange the T rows of hidden size D
     (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
     """
 

@@ -159,7 +159,7 @@ class BEiT3(nn.Module):
         """Computes the features of images, texts and pairs in one packed batch; gradients can flow through it.
 
         Args:
-            images: (I, 3, image_size, image_size) floats in [-1, 1], RGB.
+            images: RGB images, (images, 3, image_size, image_size) floats in [-1, 1].
             texts: token ids of each text, BOS and EOS included; at most `max_text_length` ids.
             pairs: images as above, and the token ids of one caption per image.
 

@@ -20,7 +20,7 @@ class PatchProjection(nn.Conv2d):
     """Projects non-overlapping image patches with a matrix product, which equals a strided convolution."""
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Returns patch embeddings, (B, N, D), in row order and in the dtype of the weight."""
+        """Returns the embeddings of each image's patches in row order, (images, patches, hidden size)."""
         size = self.kernel_size[0]
         patches = pixels_BCHW.to(self.weight.dtype).unflatten(3, (-1, size)).unflatten(2, (-1, size))
         rows_BNP = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -32,9 +32,9 @@ class Embeddings(nn.Module):
 
     Each modality has a table of learned positions; in a pair, the positions of image and caption both start at 0. BOS
     is the CLS token of a text. There is no token-type embedding, because experts already tell the modalities apart. The
-    word table is split over the tensor-parallel group, and forward all-reduces S * D elements. Each rank embeds all
-    rows and keeps its own rows (`TensorParallel.scatter_rows`). A modality that none of `ModelConfig.inputs` contains
-    gets no parameters.
+    word table is split over the tensor-parallel group, and forward all-reduces the embeddings of all text tokens. Each
+    rank embeds all rows and keeps its own rows (`TensorParallel.scatter_rows`). A modality that none of
+    `ModelConfig.inputs` contains gets no parameters.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:
@@ -73,7 +73,7 @@ class Embeddings(nn.Module):
         return self.embed_tokens(batch.token_ids, batch.text_positions)
 
     def embed_tokens(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
-        """Returns the word embedding plus the position embedding of each token, (S, D)."""
+        """Returns the word embedding plus the position embedding of each token, (tokens, hidden size)."""
         # index_select has a gradient of zeros for zero rows, so the tables take part even without texts.
         return self.word(ids_S) + self.text_position.index_select(0, positions_S)
 

@@ -27,13 +27,13 @@ class Features(NamedTuple):
     """Holds the output of the last layer after the final norm."""
 
     images: Tensor
-    """Features of each image, (I, 1 + N, D): CLS, then the patches in row order."""
+    """Features of each image, (images, 1 + patches, hidden size): CLS, then the patches in row order."""
     texts: tuple[Tensor, ...]
-    """Features of each text, (L, D); the first row is BOS, the CLS token of a text."""
+    """Features of each text, (tokens, hidden size); the first row is BOS, the CLS token of a text."""
     pair_images: Tensor
-    """Features of the image of each pair, (P, 1 + N, D); the image attended to its caption."""
+    """Features of each pair's image, (pairs, 1 + patches, hidden size); the image attended to its caption."""
     pair_texts: tuple[Tensor, ...]
-    """Features of the caption of each pair, (L, D); the caption attended to its image."""
+    """Features of each pair's caption, (tokens, hidden size); the caption attended to its image."""
 
 
 def pack_inputs(
@@ -71,7 +71,7 @@ def pack_inputs(
 
 
 def unpack_features(h_TD: Tensor, batch: PackedBatch) -> Features:
-    """Splits the rows after the final norm, (T, D), into the features of each image, text and pair."""
+    """Splits the rows after the final norm into the features of each image, text and pair."""
     a, b, c, _ = batch.boundaries
     images, pair_images, captions, texts = h_TD.tensor_split([a, b, c])
     shape = (-1, batch.image_length, h_TD.shape[1])

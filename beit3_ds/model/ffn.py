@@ -21,8 +21,8 @@ class MultiwayFFN(nn.Module):
     With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). Forward
     saves only one tensor as wide as the FFN, the input of GELU; backward recomputes the others.
 
-    The width of every expert is split over the tensor-parallel group. Forward and backward each exchange T * D
-    elements (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
+    The width of every expert is split over the tensor-parallel group. Forward and backward each exchange the T rows of
+    hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:

@@ -37,7 +37,7 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
     def forward(self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None) -> Tensor:
-        """Applies each expert to its rows, and returns this rank's output features, (T, F / P).
+        """Applies each expert to its rows, and returns this rank's output features of all rows.
 
         Args:
             x_TD: all rows.
@@ -56,7 +56,7 @@ class UpProjection(ColumnParallelMultiwayLinear):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None, *, with_statistics: bool
     ) -> Activation:
-        """Returns this rank's output features, (T, F / P), as the input of a RowParallelMultiwayLinear with `gelu`.
+        """Returns this rank's output features of all rows, as the input of a RowParallelMultiwayLinear with `gelu`.
 
         Args:
             x_TD: all rows.
@@ -105,7 +105,7 @@ class RowParallelMultiwayLinear(nn.Module):
         """Returns this rank's rows of the stream after the branch, (T, D).
 
         Args:
-            activation: this rank's input features of all rows, (T, F / P).
+            activation: this rank's input features of all rows.
             residual_TD: this rank's rows of the stream.
             factor_T: stochastic-depth factor of each row of this rank; None without stochastic depth.
             layout: row range of each expert.
@@ -135,9 +135,9 @@ class NormOutput(NamedTuple):
     h_TD: Tensor
     """Normalised rows."""
     scales: tuple[Tensor, ...]
-    """Weight per expert, (D,), without a gradient."""
+    """Copy of each expert's weight, without a gradient."""
     shifts: tuple[Tensor, ...]
-    """Bias per expert, (D,), without a gradient."""
+    """Copy of each expert's bias, without a gradient."""
 
 
 class MultiwayLayerNorm(nn.Module):

@@ -18,7 +18,7 @@ class LossOutput(NamedTuple):
     total: Tensor
     """Loss to differentiate: the sum of all terms times their loss factors, float32 scalar."""
     sums: Tensor
-    """Sum of each of the task's terms, (K,) float32, detached."""
+    """Sum of each of the task's terms, one float32 per term, detached."""
 
 
 class StageModel(nn.Module, ABC):
@@ -36,8 +36,8 @@ class StageModel(nn.Module, ABC):
 
         Args:
             batch: the packed micro-batch, with targets if `loss_factors` is given.
-            loss_factors: factor by which the sum of each loss term is multiplied, (K,) float32: the term's weight
-                divided by its count in the whole step (`training.loss.build_loss_factors`). None returns predictions.
+            loss_factors: factor by which the sum of each loss term is multiplied, float32: the term's weight divided by
+                its count in the whole step (`training.loss.build_loss_factors`). None returns predictions.
             x_TD: the stream before `layers`; None if `layers` begins with the first layer.
             layers: the layers to run; None runs all layers.
 

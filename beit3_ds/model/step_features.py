@@ -27,4 +27,4 @@ class StepFeatures(NamedTuple):
 
 
 StepLoss = Callable[[StepFeatures], Tensor]
-"""Differentiable function that maps the features of a whole step to the sum of each term, (K,) float32."""
+"""Type of a differentiable function from the features of a whole step to the sum of each loss term, float32."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from beit3_ds.parallel.host_value import as_bytes, pack, unpack, unpack_tensors
 
 _FIRST_BYTES = 1024
-"""Bytes of the first message of a value; a short value fits into it and needs no second message."""
+"""Bytes of the first message that carries a value. A short value fits into this message and needs no second one."""
 _LENGTH_BYTES = 8
 
 

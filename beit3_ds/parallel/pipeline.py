@@ -10,7 +10,8 @@ from torch import Tensor
 from beit3_ds.parallel.host_group import HostGroup
 
 ChannelKey = tuple[bool, bool]
-"""Kind and direction of a message: (whether it is an activation or a gradient, whether it goes to a higher stage)."""
+"""Kind and direction of a message, as two flags: whether it is an activation (not a gradient), and whether it goes to a
+stage with a higher number."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Message:
     """Tracks a tensor that is being sent or received."""
 
     tensor: Tensor
-    """Tensor that is sent, kept alive until then, or tensor that receives the data."""
+    """Tensor that is sent, which must exist until it has been sent, or tensor that receives the data."""
     work: Any
 
     def has_left(self) -> bool:

@@ -34,9 +34,9 @@ class Split:
     start: int
     stop: int
     size: int
-    """Logical size along `dim`."""
+    """Size of the unsplit tensor along `dim`."""
     padding: int = 0
-    """Number of padding indices at the end of the local tensor."""
+    """Number of padding indices at the end of this rank's tensor, along `dim`."""
 
     @property
     def local_size(self) -> int:
@@ -80,7 +80,7 @@ class TensorParallel:
         return self.rank * part, (self.rank + 1) * part
 
     def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]:
-        """Clips row ranges to this rank's rows and renumbers them from its first row; padding joins the last range.
+        """Clips row ranges to this rank's rows, and numbers these from 0; padding rows belong to the last range.
 
         Args:
             slices: row ranges [start, stop) of the whole stream, which cover [0, num_rows) in order.
@@ -102,34 +102,34 @@ class TensorParallel:
         return _pad_rows(x[start:stop], stop - start)
 
     def scatter_rows(self, x: Tensor) -> Tensor:
-        """Splits the rows of a replicated tensor, (T, D), over the ranks and returns this rank's rows.
+        """Splits the rows of a replicated tensor over the ranks and returns this rank's rows.
 
-        With sequence parallelism forward sends nothing, and backward all-gathers P * n * D elements. Without sequence
-        parallelism this is the identity.
+        With sequence parallelism forward sends nothing, and backward all-gathers all rows, padding included. Without
+        sequence parallelism this is the identity.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
     def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
-        """Gathers the rows of all ranks, (T, D), for a computation that every rank repeats on all rows.
+        """Gathers the rows of all ranks for a computation that every rank repeats on all rows.
 
-        With sequence parallelism forward all-gathers P * n * D elements, and backward sends nothing. Without sequence
-        parallelism this is the identity.
+        With sequence parallelism forward all-gathers all rows, padding included, and backward sends nothing. Without
+        sequence parallelism this is the identity.
         """
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 
     def gather_from(self, x: Tensor, num_rows: int) -> Tensor:
-        """Gathers all rows of the stream, (T, D), as input of tensor-parallel layers; backward sums the gradients.
+        """Gathers all rows of the stream as input of tensor-parallel layers; backward sums the gradients.
 
-        With sequence parallelism forward all-gathers and backward reduce-scatters P * n * D elements. Without sequence
-        parallelism this is `copy_to`.
+        With sequence parallelism forward all-gathers and backward reduce-scatters all rows, padding included. Without
+        sequence parallelism this is `copy_to`.
         """
         return _GatherFrom.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
     def reduce_scatter_to(self, x: Tensor) -> Tensor:
-        """Sums the partial results of all ranks, (T, D), and returns this rank's rows of the sum.
+        """Sums the partial results of all ranks and returns this rank's rows of the sum.
 
-        With sequence parallelism forward reduce-scatters and backward all-gathers P * n * D elements. Without sequence
-        parallelism this is `reduce_from`.
+        With sequence parallelism forward reduce-scatters and backward all-gathers all rows, padding included. Without
+        sequence parallelism this is `reduce_from`.
         """
         return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
@@ -143,7 +143,7 @@ class TensorParallel:
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
     def split(self, size: int, dim: int = 0) -> Split:
-        """Splits dimension `dim` evenly over the ranks and returns this rank's part; P must divide `size`."""
+        """Splits dimension `dim` evenly over the ranks and returns this rank's part; the ranks must divide `size`."""
         assert size % self.size == 0, f"{self.size} tensor-parallel ranks do not divide {size}"
         part = size // self.size
         return Split(dim, self.rank * part, (self.rank + 1) * part, size)
@@ -151,10 +151,10 @@ class TensorParallel:
     def split_vocabulary(self, size: int) -> Split:
         """Splits the rows of a vocabulary over the ranks and returns this rank's part.
 
-        Every rank holds ceil(size / P) rows, rounded up to a multiple of 64 if size is at least 64 P. Rows beyond the
-        vocabulary are padding; the last ranks may hold only padding. All ranks hold equally many rows, so that ZeRO
+        Each of P ranks holds ceil(size / P) rows, rounded up to a multiple of 64 if size is at least 64 P. Rows beyond
+        the vocabulary are padding; the last ranks may hold only padding. All ranks hold equally many rows, so that ZeRO
         cuts the flat buffers of all ranks at the same places, which keeps replicated parameters bitwise equal. With
-        P = 1 there is no padding.
+        one rank there is no padding.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
         alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1
@@ -183,7 +183,7 @@ class TensorParallel:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Gathers the equally shaped tensors of all ranks to (P, ...) without gradients; sends x.numel() elements."""
+        """Stacks the equally shaped tensors of all ranks, without gradients; sends x.numel() elements."""
         parts = [x] if self.size == 1 else [torch.empty_like(x) for _ in range(self.size)]
         if self.size > 1 and x.numel():
             dist.all_gather(parts, x.contiguous(), group=self.group)

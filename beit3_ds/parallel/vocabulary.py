@@ -27,7 +27,7 @@ class VocabParallelEmbedding(nn.Module):
 
     The parameter `weight` is uninitialised except for its padding, which is 0.
 
-    Forward all-reduces S * D elements; backward sends nothing.
+    Forward all-reduces the embeddings of all tokens; backward sends nothing.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tensor: TensorParallel) -> None:
@@ -36,7 +36,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = split_parameter(self.split, vocab_size, hidden_size)
 
     def forward(self, ids_S: Tensor) -> Tensor:
-        """Returns the embeddings, (S, D), of token ids, (S,) int64 in [0, vocabulary)."""
+        """Returns the embeddings of int64 token ids, (tokens, hidden size)."""
         if self.tensor.size == 1:
             return embedding(ids_S, self.weight)
         local_S = ids_S - self.split.start
@@ -49,9 +49,9 @@ class RowLosses(NamedTuple):
     """Holds the loss of each row, and whether the row's prediction is correct."""
 
     loss: Tensor
-    """Cross entropy, or divergence from smoothed labels, (M,) float32."""
+    """Cross entropy of each row, or its divergence from smoothed labels, float32."""
     correct: Tensor
-    """Whether the target has the largest logit of the row, (M,) bool."""
+    """Whether each row's target has the row's largest logit, bool."""
 
 
 class VocabParallelHead(nn.Module):
@@ -98,12 +98,12 @@ class VocabParallelHead(nn.Module):
     def forward(self, h_MD: Tensor, target_M: Tensor) -> RowLosses:
         """Returns the loss of each row, and whether its prediction is correct; equal on all ranks.
 
-        Forward all-reduces 3 * M floats (largest logit; sum of exponentials and target logit), and M more with label
-        smoothing. Backward all-reduces M * D elements.
+        Forward all-reduces three floats per row (largest logit; sum of exponentials and target logit), and one more
+        with label smoothing. Backward all-reduces the gradient of the rows.
 
         Args:
             h_MD: input rows, the same on all ranks.
-            target_M: int64 in [0, vocabulary).
+            target_M: target of each row, int64 in [0, vocabulary).
         """
         joined: list[Partials] = []
 
@@ -119,10 +119,9 @@ class VocabParallelHead(nn.Module):
         return RowLosses(loss_M, joined[0].target_logit >= joined[0].largest)
 
     def logits(self, h_MD: Tensor) -> Tensor:
-        """Returns the logits of each row over the whole vocabulary, (M, vocabulary), on all ranks.
+        """Returns the logits of each row over the whole vocabulary, (rows, vocabulary), on all ranks.
 
-        Use this only for predictions, because gradients are not reduced over the ranks. Forward all-reduces
-        M * vocabulary elements.
+        Use this only for predictions, because gradients are not reduced over the ranks. Forward all-reduces all logits.
         """
         local_MV = F.linear(h_MD, self.weight, self.bias)
         if self.tensor.size == 1:

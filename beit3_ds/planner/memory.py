@@ -41,13 +41,13 @@ class Memory(NamedTuple):
 
 
 def rank_memory(rank_model: RankModel, workloads: Sequence[Workload], data_rank: int = 0) -> Memory:
-    """Models the memory of one rank.
+    """Models the memory of one rank at the peak of a step.
 
     Args:
         rank_model: the rank's part of the model.
         workloads: micro-batches of one step.
-        data_rank: the rank's number among the data-parallel ranks, which keep unequal parts of the gradients under
-            ZeRO-2.
+        data_rank: the rank's number among the data-parallel ranks. It matters under ZeRO-2, because these ranks then
+            keep unequal parts of the gradients.
     """
     return Memory(
         parameters=_parameters(rank_model),

@@ -67,7 +67,7 @@ class RankModel:
 
     @property
     def element_size(self) -> int:
-        """Returns the bytes per element of parameters, products and their inputs: 2 in bf16, else 4."""
+        """Returns the bytes per element of parameters, matrix products and their inputs: 2 in bf16, otherwise 4."""
         return _SIZES[self.config.options.precision]
 
     @property

@@ -1,4 +1,4 @@
-"""Models how many communication calls and bytes one rank needs per step, by docs/traffic_and_memory.md."""
+"""Models the number and the bytes of one rank's communication calls in one step (docs/traffic_and_memory.md)."""
 
 # T rows of a micro-batch, n = ceil(T / P) rows of one rank, P tensor-parallel size, D hidden, S text tokens, M rows at
 # masked positions, e bytes of an element.
@@ -21,8 +21,7 @@ class Volume(NamedTuple):
     calls: int
     """Number of calls."""
     num_bytes: int
-    """Total bytes of the calls' tensors: of an all-gather the output, of a reduce-scatter the input, of a send, a
-    receive or an all-reduce the tensor itself."""
+    """Total bytes of the calls' tensors. For an all-gather they are the outputs, for a reduce-scatter the inputs."""
 
 
 class Traffic:

@@ -79,7 +79,7 @@ def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
 
 
 def expected_workloads(config: RunConfig, data_parallel_size: int) -> list[Workload]:
-    """Returns the workload of every micro-batch of a data-parallel rank with the largest share of a step.
+    """Returns the workloads of one step's micro-batches, for the data-parallel rank with the most samples.
 
     All texts have full length, and no branch is dropped.
 

@@ -52,9 +52,9 @@ def grouped_gemm(
 
     Args:
         x_TD: packed rows, contiguous, bfloat16 or float16 (`runs_grouped_gemm`).
-        slices: row range of each expert; together they cover [0, T) in order.
-        weights: one contiguous (F, D) matrix per expert, of x's dtype.
-        biases: one (F,) vector per expert.
+        slices: row range [start, stop) of each expert; together they cover all rows in order.
+        weights: one contiguous matrix per expert, (F, D) for output width F and input width D, of x's dtype.
+        biases: one vector (F,) per expert.
         gelu: whether to compute a.
 
     Returns:
@@ -106,14 +106,14 @@ def packed_attention_forward(
         causal_captions: whether the second range is a caption with a causal mask.
 
     Returns:
-        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows that belong to no sequence are
-        undefined.
+        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32 for H heads and T rows. Rows that
+        belong to no sequence are undefined.
     """
     return _operators().packed_attention(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tile_size, causal_captions)
 
 
 def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares `grouped_gemm` with the reference on two tiles, an empty slice and a single row.
+    """Compares `grouped_gemm` with the reference on three experts, which have 150 rows, no rows and one row.
 
     Raises:
         WrongResultError: if a result is wrong.

@@ -16,11 +16,11 @@ def embedding(ids_S: Tensor, weight_VD: Tensor) -> Tensor:
     """Returns the rows of a table that have the given ids; if there are no ids, the table's gradient is zeros.
 
     Args:
-        ids_S: int64 in [0, V).
+        ids_S: row numbers, int64.
         weight_VD: the table.
 
     Returns:
-        The rows, (S, D), of the table's dtype.
+        One row per id, of the table's dtype.
     """
     rows_SD: Tensor = _Embedding.apply(ids_S, weight_VD)
     return rows_SD

@@ -21,7 +21,7 @@ WIDEST = 8192
 
 
 def row_lengths(stops: Sequence[int]) -> list[int]:
-    """Returns each expert's number of rows, given its stop: expert e owns rows [stops[e - 1], stops[e]), from 0 on."""
+    """Returns each expert's number of rows, given the stop of each expert's rows, e.g. [3, 2] for stops [3, 5]."""
     return [stop - start for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
 
 

@@ -1,8 +1,9 @@
-"""Adds label smoothing to a cross entropy over a large vocabulary, without its full logits.
+"""Adds label smoothing to a cross entropy over a large vocabulary, without computing all logits.
 
-The target gets the probability 1 - e, and every other column gets e / (V - 1). The Kullback-Leibler divergence from
-these labels is the cross entropy, plus e / (V - 1) times (V * target logit - sum of all logits), plus a constant. The
-sum of all logits of a row is the row's product with the sum of the matrix's rows, so it costs little.
+With smoothing e and V vocabulary entries, the labels give the target the probability 1 - e and every other entry
+e / (V - 1). The Kullback-Leibler divergence from these labels is the cross entropy, plus e / (V - 1) times
+(V * target logit - sum of all logits), plus a constant. The sum of all logits of a row is the row's product with the
+sum of the matrix's rows, so it costs little.
 """
 
 # M rows, D width, V vocabulary, U rows of the matrix in this shard.
@@ -32,7 +33,7 @@ class LabelSmoothing(NamedTuple):
 
     @property
     def constant(self) -> float:
-        """Returns the negative entropy of the labels, in nats."""
+        """Returns the negative entropy of the labels in nats, the part of the loss that does not depend on logits."""
         if self.probability == 0:
             return 0.0
         return (1 - self.probability) * math.log1p(-self.probability) + self.probability * math.log(self.share)
@@ -41,7 +42,7 @@ class LabelSmoothing(NamedTuple):
 def smoothed_cross_entropy_reference(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, probability: float
 ) -> Tensor:
-    """Returns the Kullback-Leibler divergence of every row from its smoothed labels, (M,).
+    """Returns the Kullback-Leibler divergence of each row from its smoothed labels, (M,) for M rows.
 
     Computes it in plain PyTorch from the full logits.
     """
@@ -52,7 +53,7 @@ def smoothed_cross_entropy_reference(
 
 
 def sum_logits(h_MD: Tensor, w_UD: Tensor, b_U: Tensor, smoothing: LabelSmoothing, dtype: torch.dtype) -> Tensor:
-    """Returns, for every row of `h_MD`, the sum of its logits in this shard, (M,); padding does not count."""
+    """Returns the sum of each row's logits in this shard, (M,) for M rows; padding does not count."""
     own = slice(0, smoothing.num_own)
     return h_MD.to(dtype) @ w_UD[own].sum(0, dtype=dtype) + b_U[own].sum(dtype=dtype)
 
@@ -63,11 +64,14 @@ def add_smoothing_gradients(
     d_loss_M: Tensor,
     smoothing: LabelSmoothing,
 ) -> None:
-    """Adds the gradients of share * (V * target logit - sum of all logits) to those of the cross entropy, in place.
+    """Adds the gradients of the smoothing term to those of the cross entropy, in place.
+
+    The smoothing term of a row's loss is share * (V * target logit - sum of all logits), for V vocabulary entries.
 
     Args:
-        gradients: dh (M, D), dw (U, D) and db (U,) of this shard.
-        inputs: h, w, b and the targets. A target is an index into this shard; outside [0, U) it is in another shard.
+        gradients: gradients of h, w and b in this shard.
+        inputs: rows h, matrix w, bias b and the targets. A target is an index into w's rows; an index outside them
+            belongs to another shard.
         d_loss_M: gradient of every row's loss.
         smoothing: the labels.
     """

@@ -40,13 +40,13 @@ class Partials(NamedTuple):
     """
 
     largest: Tensor
-    """Largest logit of the row in this shard."""
+    """Largest logit of each row in this shard of the vocabulary."""
     total: Tensor
-    """Sum of exp(logit - largest) over this shard's logits of the row."""
+    """Sum of exp(logit - largest) over each row's logits in this shard."""
     target_logit: Tensor
-    """Logit of the row's target; 0 if the target is in another shard."""
+    """Logit of each row's target; 0 if the target is in another shard."""
     logit_sum: Tensor | None = None
-    """Sum of this shard's logits of the row; None without label smoothing."""
+    """Sum of each row's logits in this shard; None without label smoothing."""
 
 
 def linear_cross_entropy(
@@ -58,12 +58,12 @@ def linear_cross_entropy(
     reduce: Callable[[Partials], Partials] | None = None,
     smoothing: LabelSmoothing | None = None,
 ) -> Tensor:
-    """Computes the cross entropy of every row against its target, or its divergence from smoothed labels.
+    """Computes the cross entropy of each of M rows against its target, or its divergence from smoothed labels.
 
-    With a chunk size, at most `chunk_size` x V logits exist at a time, in float32 (float64 for float64 input; on a GPU
-    in h's dtype). Logits that fit are saved for the backward pass, which recomputes the others. Without a chunk size
-    all M x V logits are saved. On a GPU a graph can be differentiated only once, because gradients overwrite the saved
-    logits.
+    The vocabulary has V entries. With a chunk size, at most `chunk_size` x V logits exist at a time, in float32
+    (float64 for float64 input; on a GPU in h's dtype). Logits that fit are saved for the backward pass, which
+    recomputes the others. Without a chunk size all M x V logits are saved. On a GPU a graph can be differentiated only
+    once, because gradients overwrite the saved logits.
 
     Args:
         h_MD: rows; without rows all gradients are zeros.
@@ -105,7 +105,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("linear_cross_entropy", check_kernels)
-"""Decides whether both operators use their GPU kernels, by a check at the first use."""
+"""Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -156,12 +156,13 @@ def forward_plain(
         h_MD: rows.
         w_VD: this shard's rows of the output matrix.
         b_V: this shard's bias.
-        target_M: index into this shard; a row whose target is outside it ([0, V)) contributes 0 as target logit.
+        target_M: targets as indices into this shard. A target outside the shard contributes 0 as target logit.
         tiles: this shard's vocabulary tiles.
 
     Returns:
-        The partials, and two tensors for the backward pass: the buffers, (K, M, S), which hold exp(logit - largest) of
-        the tiles that are kept; and for each tile the largest logit of every row up to that tile, (B, M).
+        The partials of the M rows, and two tensors for the backward pass. The first has K buffers, (K, M, stride), with
+        exp(logit - largest) of the tiles that are kept. The second has, for each of B tiles, the largest logit of every
+        row up to that tile, (B, M).
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)
@@ -191,7 +192,8 @@ def backward_plain(
     Args:
         h_MD: as in `forward_plain`, like w_VD, b_V, target_M and tiles.
         lse_M: log(sum exp(logits)) of every row over the whole vocabulary, float32.
-        kept_KMS: buffers returned by `forward_plain`, like largest_BM; both are left unchanged.
+        kept_KMS: buffers returned by `forward_plain`; not changed.
+        largest_BM: largest logits returned by `forward_plain`; not changed.
         d_loss_M: gradient of every row's loss, float32.
 
     Returns:
@@ -219,7 +221,7 @@ def backward_plain(
 def _forward_kernels(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, tiles: VocabularyTiles
 ) -> tuple[Partials, Tensor]:
-    """Returns the partials, computed with the GPU kernels, and the last tile's logits without bias, (M, S)."""
+    """Returns the partials, computed with the GPU kernels, and the buffer with the last tile's logits without bias."""
     partials_3M = _no_partials(h_MD)
     kept_MS = h_MD.new_empty(len(h_MD), tiles.stride)
     for columns in tiles.columns:
@@ -272,7 +274,7 @@ def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3
 
 
 def _find(target_M: Tensor, first: int, logits_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each row's target column in this tile, (M, 1), and whether the target is in this tile, (M,) bool.
+    """Returns each row's target column in this tile, (rows, 1), and whether the target is in this tile, (rows,) bool.
 
     If a target is not in this tile, its column is arbitrary.
     """
@@ -304,7 +306,7 @@ def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: in
 def _gradient_cpu(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
-    """Overwrites logits with gradients on a CPU, for checks; returns the sum of the gradients over rows, (N,)."""
+    """Overwrites logits with gradients on a CPU, for checks; returns the sum of the gradients over the rows."""
     d_MN = (logits_MN.to(lse_M.dtype) + bias_N).sub_(lse_M.unsqueeze(1)).exp_()
     index_M1, inside_M = _find(target_M, first, d_MN)
     d_MN.scatter_add_(1, index_M1, -inside_M.to(d_MN.dtype).unsqueeze(1)).mul_(d_loss_M.unsqueeze(1))

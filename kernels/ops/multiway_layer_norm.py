@@ -47,7 +47,7 @@ def multiway_layer_norm(
 
     Args:
         x_TD: packed rows, of the parameters' dtype or of float32.
-        slices: row range of each expert; together they cover [0, T) in order.
+        slices: row range [start, stop) of each expert; together they cover all rows in order.
         weights: one scale (D,) per expert.
         biases: one shift (D,) per expert, of the scales' dtype.
         epsilon: added to the variance.
@@ -99,7 +99,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
     Args:
         device: device of the operators.
         dtype: dtype of the parameters and the normalised rows.
-        width: D.
+        width: columns of a row, D.
         stream: dtype of the packed rows; None for the parameters' dtype.
 
     Raises:
@@ -130,7 +130,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("multiway_layer_norm", check_kernels)
-"""Decides whether both operators use their GPU kernels, by a check at the first use."""
+"""Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
 
 
 class _MultiwayLayerNorm(torch.autograd.Function):
@@ -241,7 +241,7 @@ def _forward_cpu(
     """Implements the operator on a CPU for checks; the model never calls it there.
 
     Returns:
-        h_TD; the mean and 1 / deviation of each row, (2, T).
+        h_TD; the mean and 1 / deviation of each of T rows, (2, T).
     """
     h_TD, *statistics = _forward_plain(x_TD, stops, weights, biases, epsilon)
     return h_TD, torch.stack((torch.cat(statistics[::2]), torch.cat(statistics[1::2]))).squeeze(2)
@@ -259,7 +259,7 @@ def _backward_cpu(
     """Implements the operator on a CPU for checks; the model never calls it there.
 
     Returns:
-        dx_TD; the gradients of the scales and of the shifts, (2, E, D).
+        dx_TD; the gradients of the scales and of the shifts, (2, E, D) for E experts of width D.
     """
     parts = statistics_2T.unsqueeze(2).split(row_lengths(stops), dim=1)
     statistics = [statistic for part in parts for statistic in part.unbind()]

@@ -47,9 +47,10 @@ def multiway_linear(
 
     Args:
         x_TD: packed rows.
-        slices: row range of each expert; together they cover [0, T) in order.
-        weights: one (F, D) matrix per expert, of x's dtype; saved for the backward pass without a copy.
-        biases: one (F,) vector per expert.
+        slices: row range [start, stop) of each expert; together they cover all rows in order.
+        weights: one matrix per expert, (F, D) for output width F and input width D, of x's dtype; saved for the
+            backward pass without a copy.
+        biases: one vector (F,) per expert.
         recompute: recomputes x in the backward pass, instead of saving it; None saves it.
 
     Returns:
@@ -210,4 +211,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_linear", check_kernels)
-"""Decides whether the three operators use their GPU kernels, by a check at the first use."""
+"""Decides whether the three operators use their GPU kernels, by a check at the first use on a device."""

@@ -68,9 +68,9 @@ def out_projection(
     Args:
         activation: x_TF, and what `up_projection` has already computed from it. Only x_TF is saved for the backward
             pass.
-        slices: row range of each expert; together they cover [0, T) in order.
-        weights: one (D, F) matrix per expert, of x's dtype.
-        biases: one (D,) vector per expert, or none.
+        slices: row range [start, stop) of each expert; together they cover all rows in order.
+        weights: one matrix per expert, (D, F) for output width D and input width F, of x's dtype.
+        biases: one vector (D,) per expert, or none.
         gelu: whether to apply the exact (erf) GELU first.
         norm: the sub-LN, or None. Its parameters are saved, so pass copies of parameters that ZeRO-3 partitions.
         residual_TD: the stream to which the branch is added, or None.
@@ -108,7 +108,7 @@ class _Form(NamedTuple):
 
     @property
     def has_whole_rows(self) -> bool:
-        """Returns whether this rank needs no other rank: it holds whole rows, or there is no sub-LN."""
+        """Returns whether this rank holds whole rows, so that it can compute a sub-LN alone; True without a sub-LN."""
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: Sequence[Tensor]) -> _Parameters:
@@ -367,7 +367,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("out_projection", check_kernels)
-"""Decides whether the operator uses its GPU kernel, by a check at the first use."""
+"""Decides whether the operator uses its GPU kernel, by a check at the first use on a device."""
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:

@@ -105,7 +105,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
     Args:
         device: device of the kernels.
         dtype: dtype of queries, keys and values.
-        head_size: K.
+        head_size: columns of a head, K.
         cuda_cpp: whether the forward kernel is the one in CUDA C++.
 
     Raises:
@@ -123,7 +123,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
 
 
 KERNELS = TrustedKernels("packed_attention", check_kernels)
-"""Decides whether both operators use their GPU kernels, by a check at the first use."""
+"""Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
 
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:

@@ -43,7 +43,7 @@ class Recomputable(NamedTuple):
     """Describes how a layer recomputes its input in the backward pass instead of saving it."""
 
     function: RecomputeFunction
-    """Computes the rows from the tensors."""
+    """Function that computes the layer's input from `tensors`."""
     tensors: tuple[Tensor, ...]
     """Arguments of the function, detached from autograd. They need no extra memory if another layer also saves them."""
 

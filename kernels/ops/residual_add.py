@@ -40,8 +40,8 @@ def residual_add(
     Args:
         residual_TD: the stream, (T, D), float32 or of the branch's dtype.
         partial_TD: the branch without its bias, (T, D).
-        slices: row range of each expert; together they cover [0, T) in order.
-        biases: one (D,) vector per expert.
+        slices: row range [start, stop) of each expert; together they cover all rows in order.
+        biases: one vector (D,) per expert.
         factor_T: factor of stochastic depth for each row's branch, without a gradient; None for 1.
 
     Returns:
@@ -73,7 +73,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
     Args:
         device: device of the operators.
         dtype: dtype of the branch and the biases.
-        width: D.
+        width: columns of a row, D.
         stream: dtype of the residual; None for the branch's dtype.
 
     Raises:
@@ -104,7 +104,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("residual_add", check_kernels)
-"""Decides whether both operators use their GPU kernels, by a check at the first use."""
+"""Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -157,7 +157,7 @@ def _forward_plain(
 def _backward_plain(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_partial and the biases' gradients, (E, D), both of `dtype`; without factors, d_partial has no rows."""
+    """Returns d_partial and one bias gradient per expert, both of `dtype`; without factors, d_partial has no rows."""
     d_partial_TD = dy_TD if factor_T is None else dy_TD * factor_T.unsqueeze(1)
     d_biases_ED = torch.stack([part.sum(0) for part in d_partial_TD.split(row_lengths(stops))]).to(dtype)
     return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED

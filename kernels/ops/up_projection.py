@@ -30,7 +30,7 @@ class Activation(NamedTuple):
     a_TF: Tensor | None = None
     """GELU(x_TF); None if it is not computed yet."""
     statistics: tuple[Tensor, Tensor] | None = None
-    """Mean of each row of a_TF and sum of its squared deviations, (T,) float32 each; None if not computed yet."""
+    """Mean of each row of a_TF, and sum of its squared deviations, float32; None if they are not computed yet."""
 
 
 def up_projection(
@@ -47,9 +47,9 @@ def up_projection(
 
     Args:
         h_TD: packed rows.
-        slices: row range of each expert; together they cover [0, T) in order.
-        weights: one (F, D) matrix per expert, of h's dtype.
-        biases: one (F,) vector per expert.
+        slices: row range [start, stop) of each expert; together they cover all rows in order.
+        weights: one matrix per expert, (F, D) for output width F and input width D, of h's dtype.
+        biases: one vector (F,) per expert.
         with_statistics: whether a sub-LN follows, which needs the statistics.
         recompute: recomputes h in the backward pass, instead of saving it; None saves it.
         cuda_cpp: use the kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these rows; Triton
@@ -179,4 +179,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("up_projection", check_kernels)
-"""Decides whether the operator uses its GPU kernel, by a check at the first use."""
+"""Decides whether the operator uses its GPU kernel, by a check at the first use on a device."""

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton functions that the row-streaming kernels share, which compute one row after the other.
+"""Defines the Triton functions that all row-streaming kernels use.
 
-They find a program's rows, load an expert's parameter, and sum over programs.
+A row-streaming kernel computes one row after the other. The functions find the rows of a program, load an expert's
+parameter, and sum over programs.
 """
 
 # D width, E experts (3; the last ones may have no rows), P programs, S sums per program, e.g. for scale and for shift.
@@ -69,8 +70,9 @@ def sum_kernel(
 ):
     """Adds the partial sums of each expert's programs.
 
-    Reads float32 partial sums (S, P, D) and writes (S, E, D) in the output's dtype. Each program computes BLOCK columns
-    for one expert and one index of S.
+    Reads float32 partial sums (S, P, D): S sums of width D from each of P programs. Writes the sums per expert,
+    (S, E, D) for E experts, in the output's dtype. Each program computes BLOCK columns for one expert and one index of
+    S.
     """
     expert = tl.program_id(1)
     kind = tl.program_id(2)

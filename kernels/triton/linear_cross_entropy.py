@@ -77,7 +77,7 @@ def gradient_kernel(
 ):
     """Replaces the logits of one group of rows by their gradients, in BLOCK columns.
 
-    Writes the sum of these gradients over the group's rows into (G, stride), where G is the number of groups.
+    Writes the sum of these gradients over the group's rows into a tensor with one row per group.
     """
     group = tl.program_id(1)
     stride = steps * STEP

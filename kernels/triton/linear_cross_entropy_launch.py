@@ -26,7 +26,7 @@ class LogitsTiling(NamedTuple):
     gradient_programs: int
     """Approximate number of programs of `gradient_kernel`: as many as an H100 runs at once."""
     num_stages: int
-    """Number of loop steps whose loads overlap."""
+    """Number of loop steps whose loads from memory overlap (software pipelining)."""
 
 
 def choose_tiling(dtype: torch.dtype) -> LogitsTiling:

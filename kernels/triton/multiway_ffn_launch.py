@@ -40,7 +40,7 @@ class MatmulTiles(NamedTuple):
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Number of loop steps whose loads overlap."""
+    """Number of loop steps whose loads from memory overlap (software pipelining)."""
 
 
 GROUP = 8
@@ -75,10 +75,10 @@ def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequ
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
     Args:
-        x_TD: contiguous, like all tensors of this file; bfloat16, float16 or float32, like weights and biases.
+        x_TD: rows; rows, weights and biases are bfloat16, float16 or float32. All tensors of this file are contiguous.
         slices: row range of each expert.
-        weights: one (F, D) matrix per expert.
-        biases: one (F,) vector per expert; empty for none.
+        weights: one matrix per expert, (F, D) for output width F and input width D.
+        biases: one vector (F,) per expert; empty for none.
     """
     return out_projection(x_TD, None, slices, weights, biases, None, None)
 
@@ -98,8 +98,8 @@ def out_projection(
         a_TF: rows.
         norm: the sub-LN, or None.
         slices: row range of each expert.
-        weights: one (D, F) matrix per expert.
-        biases: one (D,) vector per expert; empty for none.
+        weights: one matrix per expert, (D, F) for output width D and input width F.
+        biases: one vector (D,) per expert; empty for none.
         residual_TD: stream to add, which gives y its dtype, or None.
         factor_T: drop-path factor of each row, of any floating dtype, or None.
     """
@@ -131,8 +131,8 @@ def up_projection(
     Args:
         h_TD: rows.
         slices: row range of each expert.
-        weights: one (F, D) matrix per expert.
-        biases: one (F,) vector per expert; empty for none.
+        weights: one matrix per expert, (F, D) for output width F and input width D.
+        biases: one vector (F,) per expert; empty for none.
         with_statistics: whether a sub-LN follows.
 
     Returns:
@@ -160,7 +160,7 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
         dy_TD: gradient of the layer's output.
         factor_T: factor of each row, or None.
         slices: row range of each expert.
-        weights: one (D, F) matrix per expert.
+        weights: one matrix per expert, (D, F) for output width D and input width F.
     """
     dx_TF = dy_TD.new_empty(dy_TD.shape[0], weights[0].shape[1])
     tensors = (dy_TD, dy_TD if factor_T is None else factor_T, *for_experts(weights), dx_TF)
@@ -281,7 +281,7 @@ def _build_variant(
 def _launch_rows(
     kernel: Any, tensors: tuple[Tensor, ...], slices: Slices, out_width: int, in_width: int, flags: dict[str, bool]
 ) -> None:
-    """Launches a kernel whose result has rows of `out_width` columns."""
+    """Launches a kernel over tiles of the packed rows; the result has `out_width` columns."""
     if not slices or slices[-1][1] == 0:
         return
 

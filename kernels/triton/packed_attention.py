@@ -75,7 +75,7 @@ def _store(x_ptr, rows, real, x_a, x_b, A: tl.constexpr, B: tl.constexpr, K: tl.
 
 @triton.jit
 def _product(x_a, x_b, y_a, y_b, B: tl.constexpr):
-    """Returns x @ y.T, where each operand is given as column blocks A and B; without a block B, the width B is 0."""
+    """Returns x @ y.T. Each operand is given as column blocks A and B; if the width B is 0, block B is not used."""
     product = tl.dot(x_a, tl.trans(y_a), input_precision="ieee")
     if B > 0:
         product = tl.dot(x_b, tl.trans(y_b), product, input_precision="ieee")

@@ -21,7 +21,7 @@ class KernelConfig(NamedTuple):
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Number of loop steps whose loads overlap."""
+    """Number of loop steps whose loads from memory overlap (software pipelining)."""
 
 
 class AttentionTiling(NamedTuple):

@@ -24,7 +24,8 @@ Slices = Sequence[tuple[int, int]]
 """Row ranges [start, stop), one per expert and at most three, in ascending order; together they cover the stream."""
 
 Norm = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
-"""Type of a sub-LN: mean_T and rstd_T (1 / deviation) of whole rows, float32, then all scale_F and all shift_F."""
+"""Type of a sub-LN: mean and 1 / deviation of whole rows, float32; then one scale and one shift per expert, for this
+rank's columns."""
 
 BLOCK = {"ROWS": 16, "COLUMNS": 128}
 """Size of the block that a program of 4 warps computes: 16 values per thread, loaded 8 at a time."""

@@ -7,7 +7,8 @@ class KernelVariant(NamedTuple):
     """Holds the settings with which `ahead_of_time` compiles a kernel as a launch on a GPU would."""
 
     name: str
-    """File, kernel and specialisation, e.g. "packed_attention forward bf16 K=88"; the key in budgets.json."""
+    """Unique name, made of the file, the kernel, the dtype and sizes, e.g. "packed_attention forward bf16 K=88". It is
+    the variant's key in budgets.json."""
     kernel: Any
     """The function decorated with `triton.jit`."""
     signature: dict[str, str]
@@ -17,7 +18,7 @@ class KernelVariant(NamedTuple):
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Number of loop steps whose loads overlap (software pipelining)."""
+    """Number of loop steps whose loads from memory overlap (software pipelining)."""
     is_common: bool = True
     """Whether the default tests compile this variant; the slow tests compile all."""
     is_memory_bound: bool = False

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 class Choice(NamedTuple):
-    """Holds the size of the benchmarked model and why it was chosen."""
+    """Holds the size of the benchmarked model and the reason for this size."""
 
     size: str
     num_parameters: int

@@ -38,10 +38,9 @@ def benchmark_finetune(
     """Measures this project and the reference on every task in turn, one batch per round, and returns a report.
 
     Each side has a process, and one process computes at a time. The order of the sides is reversed every round, and a
-    first round warms up.
-    Ratios are medians over rounds of the ratio within a round, with their 95% interval (the extremes, if there are
-    fewer than six rounds). The reference is torchscale's BEiT-3 with heads and beam search as its users write them. On
-    a CPU both sides compute in float32. Peaks are those of whole processes.
+    first round warms up. Ratios are medians over rounds of the ratio within a round, with their 95% interval (the
+    extremes, if there are fewer than six rounds). The reference is torchscale's BEiT-3 with heads and beam search as
+    its users write them. On a CPU all sides compute in float32. Peaks are those of whole processes.
 
     Args:
         size: size of the model.

@@ -62,13 +62,13 @@ class Samples(NamedTuple):
     """Holds the samples of one batch, before this project packs them or the reference pads them."""
 
     pixels: Tensor
-    """Images, (B, 3, image_size, image_size) float32."""
+    """Images, (samples, 3, image_size, image_size) float32."""
     texts: tuple[Tensor, ...]
     """Token ids of each image's text, BOS and EOS included."""
     masked: tuple[Tensor, ...]
     """Positions of the masked tokens in each text, ascending; empty tensors for tasks other than captioning."""
     scores: Tensor
-    """Target score of every answer, (B, A) float32; only VQAv2 uses it."""
+    """Target score of every answer, (samples, answers) float32; only VQAv2 uses it."""
 
 
 def mask_id(model: ModelConfig) -> int:

@@ -88,7 +88,7 @@ def reference_captions(
 def _next_logits(
     model: ReferenceModel, captions: list[list[int]], images: Tensor | None, state: dict[int, dict[str, Tensor]]
 ) -> Tensor:
-    """Returns the logits of the next word of every caption, (R, V).
+    """Returns the logits of the next word of every caption, (captions, vocabulary).
 
     Adds the newest word and the mask token of every caption to the cache `state`.
     """

@@ -29,7 +29,7 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(width, width)
 
     def forward(self, y_BSD: Tensor) -> Tensor:
-        """Returns the pooled feature of each sample, (B, D)."""
+        """Returns the pooled feature of each sample, (samples, width)."""
         pooled_BD: Tensor = self.dense(self.norm(y_BSD[:, 0])).tanh()
         return pooled_BD
 

@@ -73,7 +73,7 @@ def benchmark_kernels(
 
     Args:
         sizes: names of models, e.g. "base" and "giant".
-        samples: samples per stream of the micro-batch: images, pairs and texts with the paper's lengths.
+        samples: number of images, of pairs and of texts in the micro-batch (`mix.draw_mix`).
         dtype: dtype of all tensors.
         gpu: name in `roofline.GPUS`, for a column of modelled minimum times; None for no column.
         csv_path: CSV file for all rows, with device and versions; None for no file.

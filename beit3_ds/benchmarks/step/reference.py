@@ -33,20 +33,20 @@ _NO_DECAY = ("beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_t
 
 
 class PaddedStream(NamedTuple):
-    """Holds the padded samples of one stream; tensors of a modality that the stream lacks are None."""
+    """Holds the B padded samples of one stream; tensors of a modality that the stream lacks are None."""
 
     pixels: Tensor | None
     """Images, (B, 3, image_size, image_size) float32."""
     patch_mask: Tensor | None
-    """True where a patch is masked, (B, N) bool."""
+    """True where a patch is masked, (B, patches) bool."""
     codes: Tensor | None
     """Target codes of the masked patches, in order, (masked patches,) int64."""
     tokens: Tensor | None
-    """Token ids, (B, S) int64."""
+    """Token ids, (B, padded length) int64."""
     padding: Tensor | None
-    """True at padding positions, (B, S) bool."""
+    """True at padding positions, (B, padded length) bool."""
     token_mask: Tensor | None
-    """True where a token is masked, (B, S) bool."""
+    """True where a token is masked, (B, padded length) bool."""
     targets: Tensor | None
     """Target ids of the masked tokens, in order, (masked tokens,) int64."""
 
@@ -206,7 +206,7 @@ def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: 
 
 
 def _pad(ids: Tensor, masked: Tensor, lengths: Sequence[int], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads texts; returns the ids, a mask that is True at padding, and the flags of masked tokens, (B, S) each."""
+    """Pads texts; returns the ids, a mask that is True at padding, and a mask that is True at masked tokens."""
     tokens = pad_sequence(list(ids.split(list(lengths))), batch_first=True, padding_value=_PAD)
     token_mask = pad_sequence(list(masked.split(list(lengths))), batch_first=True, padding_value=False)
     missing = 0 if length is None else length - tokens.shape[1]

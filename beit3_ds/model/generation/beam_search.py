@@ -75,7 +75,7 @@ def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamS
 
     Args:
         model: a model in evaluation mode, with all layers and a head that predicts words; must accept pairs.
-        pixels: images, (I, 3, image_size, image_size) in [-1, 1], on the model's device.
+        pixels: images, (images, 3, image_size, image_size) in [-1, 1], on the model's device.
         tokens: ids of BOS, EOS and the mask token, such as a `TextTokenizer`.
         search: beams, length penalty and maximum length; None is `BeamSearch()`.
 
@@ -131,7 +131,7 @@ class _ImageSearch:
         Args:
             scores: log-probability of each candidate, summed over all its words, in descending order.
             indices: beam * vocab_size + word of each candidate.
-            vocab_size: size of the vocabulary, V.
+            vocab_size: size of the vocabulary.
         """
         limit = self._search.max_length
         # No caption can become better than this, because its log-probability only falls.

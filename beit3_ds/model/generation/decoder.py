@@ -33,7 +33,7 @@ class CaptionDecoder:
         Args:
             model: a model with all layers and a head that predicts words; must accept pairs. Under tensor parallelism,
                 all ranks make the same calls. Sequence parallelism is not supported.
-            pixels: images, (I, 3, image_size, image_size) in [-1, 1], on the model's device.
+            pixels: images, (images, 3, image_size, image_size) in [-1, 1], on the model's device.
             mask_id: id of the mask token, at which the model predicts the next word.
 
         Raises:
@@ -55,7 +55,7 @@ class CaptionDecoder:
         self._encode_images(pixels)
 
     def next_words(self, ids_R: Tensor) -> Tensor:
-        """Appends a word to every caption and returns the log-probabilities of the next word, (R, V) float32.
+        """Appends a word to every caption and returns the log-probabilities of the next, (captions, vocabulary) float32.
 
         Args:
             ids_R: id to append to each caption. The first call must pass BOS for one caption per image.
@@ -88,8 +88,8 @@ class CaptionDecoder:
         """Keeps the caches of the images in `order` and drops all other images; call `select` next.
 
         Args:
-            order: index of the image to keep at each place. Entry i is either i, or an index from len(order) on: then
-                this image moves to the place of dropped image i.
+            order: index of the image to keep at each place. If image i is kept, entry i is i. If image i is dropped,
+                entry i is the index of a later image, at least len(order), which moves to place i.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):
@@ -159,10 +159,10 @@ class CaptionDecoder:
 def attend_to_image_and_caption(
     q_RH2K: Tensor, image_keys: Tensor, image_values: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Computes causal attention of the last two rows of each caption to the image and the caption, (R, H, 2, K).
+    """Computes causal attention of the last two rows of each caption to its image and the caption itself.
 
     All captions of an image are multiplied with the image's keys at once, so these keys and values are neither copied
-    nor read more than once.
+    nor read more than once. There are I images of N rows and R captions of L + 1 rows; H heads have K columns each.
 
     Args:
         q_RH2K: queries of the last two rows of each caption: the newest word, and the mask token after it.
@@ -170,6 +170,9 @@ def attend_to_image_and_caption(
         image_values: values of the images, (I, H, N, K).
         keys: keys of the captions, including the last two rows, (R, H, L + 1, K).
         values: values of the captions, including the last two rows, (R, H, L + 1, K).
+
+    Returns:
+        The outputs of the last two rows of each caption, (R, H, 2, K).
     """
     num_images, num_rows = len(image_keys), image_keys.shape[2]
     beams = len(q_RH2K) // num_images
