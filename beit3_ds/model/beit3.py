@@ -225,5 +225,5 @@ class BEiT3(nn.Module):
         if picked is not None and not has_picked:
             x_MD = x_MD.index_select(0, picked.rows)
         if self.norm is None:
-            return x_MD.to(next(self.parameters()).dtype)  # as a norm does with a float32 stream
+            return x_MD.to(next(self.parameters()).dtype)  # a norm would return this dtype for a float32 stream too
         return self.norm(x_MD, rows.expert_slices(self.config.attention_experts)).h_TD

@@ -45,12 +45,12 @@ def unpack(header: bytes, tensors: list[Tensor]) -> Any:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """Returns the memory of a contiguous tensor as a uint8 tensor of shape (bytes,), without a copy."""
-    # A tensor of one element or none counts as contiguous whatever its stride is, which a view as bytes does not take.
+    # A tensor of one element or none counts as contiguous whatever its stride is. A view as bytes needs stride 1.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _to_json(value: Any, tensors: list[Tensor]) -> Any:
-    # A type that JSON lacks becomes a list that begins with the type's name; therefore plain lists do too.
+    # A type that JSON lacks becomes a list that begins with the type's name. So plain lists begin with "list".
     match value:
         case None | bool() | int() | float() | str():
             return value

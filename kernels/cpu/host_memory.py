@@ -126,7 +126,7 @@ class HostMemory:
                 return None
             self._ceiling = max(self._ceiling, start + size)
             part, note = self._bytes[start : start + size], (start, size)
-            # A storage may be freed at any time, even between these lines, so its callback only leaves a note.
+            # A storage may be freed at any time, even between these lines, so its callback only records the range.
             self._taken[start] = weakref.ref(part, lambda _: self._freed.append(note))
         # Not a view: its base would refer to the storage too, and autograd then would not add gradients in place.
         return torch.frombuffer(part, dtype=dtype, count=count).resize_(shape)

@@ -175,7 +175,7 @@ class _AttendOnCPU(torch.autograd.Function):
             dy_nHSK = take(dy_THK)
             if bucket.real is not None:  # rows repeated as padding must not count twice
                 is_real = torch.zeros_like(bucket.rows, dtype=torch.bool).index_fill_(0, bucket.real, True)
-                dy_nHSK.mul_(is_real.view(bucket.num_sequences, 1, -1, 1))  # in place: it is a copy, selected from dy
+                dy_nHSK.mul_(is_real.view(bucket.num_sequences, 1, -1, 1))  # in place, because dy_nHSK is a copy
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dy_nHSK,
                 *(take(x_THK) for x_THK in (q_THK, k_THK, v_THK, y_THK)),

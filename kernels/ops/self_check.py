@@ -60,7 +60,7 @@ def passes_check(kernels: str, device: torch.device, check: Callable[[], None]) 
     try:
         with torch.inference_mode(False), torch.enable_grad():
             check()
-    except Exception as error:  # of a compiler or a driver, or a wrong result
+    except Exception as error:  # raised by a compiler, by a driver, or because of a wrong result
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         warnings.warn(
             f"{kernels} failed its check on {name} and is switched off: {type(error).__name__}: {error}. Plain PyTorch "

@@ -46,7 +46,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for layout, changes in _LAYOUTS.items():
         run = step_config("tiny", **(_SIZES | changes))
-        small = replace(run.model, text_vocab_size=2010, visual_vocab_size=512)  # for float64's sake
+        small = replace(run.model, text_vocab_size=2010, visual_vocab_size=512)  # float64 is slow
         run = replace(run, backbone=small)
         batch = build_batch(run, 0)
         exact_loss, exact = _step(run.model, batch, torch.device("cpu"), torch.float64)

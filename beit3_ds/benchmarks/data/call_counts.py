@@ -31,7 +31,7 @@ from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tokenizers.text import train_text_tokenizer
 
 _SHARDS, _PER_SHARD, _WINDOW = 64, 32, 4
-_FEW_OPEN = 8  # shards that may stay open in rows for a corpus with more shards than a process may open
+_FEW_OPEN = 8  # limit of open shards, to represent a corpus with more shards than a process may open
 _SENTENCES = ("a red bird sits left of two green boats.", "old trees stand in the snow near the water.")
 
 

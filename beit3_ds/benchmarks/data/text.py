@@ -90,9 +90,9 @@ def _compare_speed(folder: Path, model: str, tokenizer: TextTokenizer) -> list[d
     rows: list[dict[str, float]] = []
     for _ in range(_ROUNDS + 1):  # the first round warms up
         seconds = dict.fromkeys(ways, 0.0)
-        # Each row runs both orders, because a way is faster after itself than after the other.
+        # Each row runs both orders, because a function is faster after itself than after the other.
         for name in (*ways, *reversed(ways)):
-            start = time.process_time()  # both keep one core busy; other processes do not count
+            start = time.process_time()  # CPU time, which other processes do not change; both use one core
             ways[name]()
             seconds[name] += time.process_time() - start
         row = {f"{name}_cpu_seconds": value for name, value in seconds.items()}

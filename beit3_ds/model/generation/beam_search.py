@@ -134,7 +134,7 @@ class _ImageSearch:
             vocab_size: size of the vocabulary.
         """
         limit = self._search.max_length
-        # No caption can become better than this, because its log-probability only falls.
+        # No unfinished caption can get a better score than this bound, because its log-probability only falls.
         if self.best.score >= scores[0] / (limit - 1) ** self._search.length_penalty:
             return False
         length = len(self._words[0]) + 2  # with BOS and the placeholder

@@ -55,10 +55,13 @@ class CaptionDecoder:
         self._encode_images(pixels)
 
     def next_words(self, ids_R: Tensor) -> Tensor:
-        """Appends a word to every caption and returns the log-probabilities of the next, (captions, vocabulary) float32.
+        """Appends a word to every caption, and returns the log-probabilities of the word after it.
 
         Args:
             ids_R: id to append to each caption. The first call must pass BOS for one caption per image.
+
+        Returns:
+            Log-probabilities, (captions, vocabulary) float32.
         """
         position = self._num_words
         pairs_R2 = torch.stack([ids_R, torch.full_like(ids_R, self._mask_id)], dim=1)
