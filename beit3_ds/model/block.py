@@ -1,7 +1,7 @@
 """Implements a Multiway Transformer block."""
 
 # T packed rows, K rows of sequences whose branch is not dropped, M rows that the head reads, D hidden,
-# Q sequences, L layers.
+# Q sequences.
 
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool = False) -> Tensor:
-        """Runs the block and returns this rank's part of the stream: all rows, (T, D), or the head's rows, (M, D).
+        """Runs the block and returns this rank's rows of the stream, or its share of the rows that the head reads.
 
         Args:
             x_TD: this rank's rows of the stream.

@@ -1,6 +1,6 @@
 """Defines the model interface that the pipeline schedule and the engine use for every task."""
 
-# T packed rows, K terms.
+# T packed rows, D hidden.
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple

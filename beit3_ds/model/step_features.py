@@ -1,7 +1,5 @@
 """Defines the output of a head whose loss compares all samples of a step, as a contrastive loss does."""
 
-# K terms.
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 """Adds a task's head, which computes loss terms or predictions, to BEiT-3."""
 
-# T packed rows, M rows that the head reads, D hidden, K terms.
+# T packed rows, M rows that the head reads, D hidden.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

@@ -43,7 +43,7 @@ class Mesh:
     data_parallel_size: int = 1
     """Number of ranks in `data_parallel_group`."""
     model_parallel_group: dist.ProcessGroup | None = None
-    """Process group of the ranks that together hold one copy of the model: tensor x pipeline."""
+    """Process group of the ranks that together hold one copy of the model, over all tensor and pipeline ranks."""
     tensor: TensorParallel = field(default_factory=TensorParallel)
     """Group of the ranks that hold different parts of every layer and the same samples."""
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)

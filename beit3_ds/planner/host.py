@@ -193,7 +193,7 @@ def _validation_bytes(config: RunConfig, data_parallel_size: int, views: str) ->
 
 
 def _state_bytes(config: RunConfig, world_size: int, stage: int) -> tuple[int, int, int]:
-    """Returns, for one rank of a stage, the bytes that a checkpoint copies, that are offloaded, and that are pinned."""
+    """Returns three byte counts of one rank of a stage: copied for checkpoints, offloaded to the host, and pinned."""
     memory: Memory | ModelState
     if config.backbone is None:
         memory = model_state(config, world_size)

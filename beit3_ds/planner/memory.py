@@ -1,8 +1,5 @@
 """Models the memory of one rank by the formulas of docs/traffic_and_memory.md."""
 
-# T rows, G rows of a gathered stream, n rows of one rank, P tensor-parallel size, D hidden, F ffn hidden, W = D / P,
-# M rows at masked positions, V vocabulary of one rank, padding included, e bytes of an element.
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

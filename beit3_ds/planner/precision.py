@@ -1,7 +1,5 @@
 """Models the cost of float32 in a bf16 run: a float32 residual stream, and float32 sums of gradients."""
 
-# T rows of a micro-batch, D hidden, e bytes of an element of the stream.
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -52,7 +52,7 @@ class RankModel:
 
     @property
     def model_parallel_size(self) -> int:
-        """Returns the number of ranks that hold one copy of the model: tensor x pipeline."""
+        """Returns the number of ranks that together hold one copy of the model."""
         return self.config.parallel.model_parallel_size
 
     @property

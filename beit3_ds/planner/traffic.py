@@ -1,8 +1,5 @@
 """Models the number and the bytes of one rank's communication calls in one step (docs/traffic_and_memory.md)."""
 
-# T rows of a micro-batch, n = ceil(T / P) rows of one rank, P tensor-parallel size, D hidden, S text tokens, M rows at
-# masked positions, e bytes of an element.
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -40,7 +37,7 @@ class Traffic:
         self.volumes: dict[tuple[str, str], Volume] = {}
 
     def add(self, axis: str, kind: str, num_bytes: int, calls: int = 1) -> None:
-        """Adds `calls` calls of the operation `kind` along one axis, whose tensors have `num_bytes` in total."""
+        """Adds `calls` calls of the operation `kind` along one axis; their tensors have `num_bytes` bytes in total."""
         if self.sizes[axis] > 1 and calls:
             old = self.volumes.get((axis, kind), Volume(0, 0))
             self.volumes[axis, kind] = Volume(old.calls + calls, old.num_bytes + num_bytes)

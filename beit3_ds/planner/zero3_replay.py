@@ -11,7 +11,7 @@ from beit3_ds.planner.rank_model import RankModel
 
 
 def persistent_parameters(rank_model: RankModel) -> list[nn.Parameter]:
-    """Returns the parameters that ZeRO-3 keeps whole on every rank because they are small."""
+    """Returns the parameters that ZeRO-3 does not partition, because they are small; every rank keeps them."""
     if rank_model.zero_stage != 3:
         return []
     threshold = rank_model.zero_elements("stage3_param_persistence_threshold")

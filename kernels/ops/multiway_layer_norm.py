@@ -80,9 +80,10 @@ def _recompute_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *param
 
 
 def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `multiway_layer_norm` uses the GPU kernels (`fits_kernels`) and not PyTorch's operations.
+    """Returns whether `multiway_layer_norm` uses the GPU kernels and not PyTorch's operations.
 
-    It does not use them on a device where they fail their check at first use (`self_check`).
+    The kernels must support the rows (`fits_kernels`), and must pass their check at first use on the device
+    (`self_check`).
 
     Args:
         x_TD: packed rows.

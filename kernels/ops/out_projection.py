@@ -38,7 +38,7 @@ def out_projection_reference(
     residual_TD: Tensor,
     factor_T: Tensor,
 ) -> Tensor:
-    """Computes `out_projection` in plain PyTorch, for a rank that holds whole rows."""
+    """Computes `out_projection` in plain PyTorch, for a rank that holds all columns of the rows."""
     parts = []
     for i, (start, stop) in enumerate(slices):
         a = F.gelu(x_TF[start:stop]) if gelu else x_TF[start:stop]
@@ -108,7 +108,7 @@ class _Form(NamedTuple):
 
     @property
     def has_whole_rows(self) -> bool:
-        """Returns whether this rank holds whole rows, so that it can compute a sub-LN alone; True without a sub-LN."""
+        """Returns whether this rank holds all columns of the rows or there is no sub-LN, so it needs no other rank."""
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: Sequence[Tensor]) -> _Parameters:

@@ -61,12 +61,12 @@ def packed_attention(
 
     Args:
         q_THK: queries; k_THK and v_THK have the same shape and dtype.
-        ranges: the row ranges of each sequence; together they cover [0, T) once.
-        causal_captions: whether to mask sequences of two ranges for captioning: rows of the first range (an image) see
-            that range only, rows of the second (its caption) see the first range and the second up to themselves.
-            Sequences of one range stay bidirectional.
-        cuda_cpp: use the forward kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these queries;
-            the backward pass uses Triton.
+        ranges: the row ranges of each sequence; every row is in exactly one range.
+        causal_captions: whether to mask sequences of two ranges for captioning. Then rows of the first range (an image)
+            see that range only. Rows of the second range (its caption) see the first range, and the second up to
+            themselves. Sequences of one range stay bidirectional.
+        cuda_cpp: whether to use the forward kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these
+            queries. The backward pass uses Triton.
 
     Returns:
         y_THK, the outputs of all heads of every row, in q's dtype.
@@ -77,9 +77,10 @@ def packed_attention(
 
 
 def runs_kernels(q_THK: Tensor) -> bool:
-    """Returns whether `packed_attention` uses the GPU kernels: head size at most 128, and any dtype but float64.
+    """Returns whether `packed_attention` uses the GPU kernels and not PyTorch's operations.
 
-    Otherwise it runs PyTorch's operations, as it does on a device where the kernels fail their check at first use.
+    The kernels support heads of at most 128 columns and every dtype except float64. They must also pass their check at
+    first use on the device (`self_check`).
     """
     head_size = q_THK.shape[-1]
     return head_size <= 128 and KERNELS.accept(q_THK, head_size=head_size)

@@ -54,9 +54,10 @@ def residual_add(
 
 
 def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `residual_add` uses the GPU kernels (`fits_kernels`) and not PyTorch's operations.
+    """Returns whether `residual_add` uses the GPU kernels and not PyTorch's operations.
 
-    It does not use them on a device where they fail their check at first use (`self_check`).
+    The kernels must support the rows (`fits_kernels`), and must pass their check at first use on the device
+    (`self_check`).
 
     Args:
         residual_TD: the stream.

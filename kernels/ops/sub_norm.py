@@ -1,8 +1,8 @@
 """Computes GELU and sub-LN before an output projection if ranks divide the width of a row.
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
-activations or attention's merged heads. Its statistics cover whole rows, so ranks exchange two numbers per row in
-forward and in backward; only these numbers are saved for the backward pass. A rank that holds whole rows needs
+activations or attention's merged heads. Its statistics cover all columns of a row, so ranks exchange two numbers per
+row in forward and in backward. Only these numbers are saved for the backward pass. A rank that holds all columns needs
 `out_projection` alone.
 """
 
@@ -31,14 +31,14 @@ class SubNorm(NamedTuple):
     epsilon: float
     """Epsilon that is added to the variance."""
     width: int
-    """Number of columns of a whole row, over all ranks."""
+    """Number of columns of a row, over all ranks."""
     all_gather: Callable[[Tensor], Tensor] | None = None
-    """Collects one tensor from each of P ranks into a tensor (P, ...); None if this rank holds whole rows."""
+    """Function that stacks one tensor from each of P ranks into (P, ...); None if this rank holds all columns."""
     all_reduce: Callable[[Tensor], Tensor] | None = None
-    """Sums a tensor over the P ranks; None if this rank holds whole rows."""
+    """Function that sums a tensor over the P ranks; None if this rank holds all columns."""
 
     def join_statistics(self, mean_T: Tensor, squares_T: Tensor, local_width: int) -> tuple[Tensor, Tensor]:
-        """Returns the mean and 1 / deviation of whole rows; gathers two floats per row from every rank.
+        """Returns the mean and 1 / deviation of each row over all columns; gathers two floats per row from every rank.
 
         Combines the ranks' statistics about the common mean (Chan et al., 1979), which avoids the cancellation of
         E[x^2] - E[x]^2.

@@ -52,8 +52,8 @@ def up_projection(
         biases: one vector (F,) per expert.
         with_statistics: whether a sub-LN follows, which needs the statistics.
         recompute: recomputes h in the backward pass, instead of saving it; None saves it.
-        cuda_cpp: use the kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these rows; Triton
-            computes the statistics and the backward pass.
+        cuda_cpp: whether to use the kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these rows.
+            Triton computes the statistics and the backward pass.
     """
     if not KERNELS.accept(h_TD):
         return Activation(multiway_linear(h_TD, slices, weights, biases, recompute))

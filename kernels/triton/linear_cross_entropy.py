@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the cross entropy's Triton kernels: one reduces each row's logits, one replaces logits by gradients."""
+"""Defines the cross entropy's Triton kernels: one reduces a row's logits to three numbers, one computes gradients."""
 
 # M rows, N logits of a row (`width`), G groups of rows.
 #

@@ -120,7 +120,7 @@ def gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation: one per kernel and dtype, because sizes are not constexpr."""
+    """Returns the variants for ahead-of-time compilation, one per kernel and dtype; sizes are not constexpr."""
     result = []
     for element, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         tiling = choose_tiling(dtype)

@@ -105,7 +105,7 @@ def backward(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation, for the widths of the stream and of the FFN's sub-LN."""
+    """Returns the variants of both kernels for ahead-of-time compilation, for widths of the stream and of the FFN."""
     cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
     # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.

@@ -139,7 +139,10 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation: head widths 88 (giant), 64 (others), 96 and 128."""
+    """Returns the variants of the attention kernels for ahead-of-time compilation.
+
+    Their head widths are 88 (giant), 64 (all other model sizes), 96 and 128.
+    """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = [(bf16, 88, False), (bf16, 88, True), (bf16, 64, False), (bf16, 96, False), (bf16, 128, True)]
     cases += [(fp16, 88, False), (fp32, 88, True), (fp32, 128, False)]

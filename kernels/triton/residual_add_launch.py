@@ -92,7 +92,7 @@ def backward(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation, for the widths of the stream."""
+    """Returns the variants of both kernels for ahead-of-time compilation, for the stream's widths and dtypes."""
     cases = [
         ("bf16", 768),
         ("bf16", 1024),

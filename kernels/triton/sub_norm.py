@@ -64,7 +64,7 @@ def combine_statistics_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Combines means and sums of squared deviations of column tiles, (tiles, T) each, into those of whole rows.
+    """Combines each row's means and sums of squared deviations in all column tiles into those of the row.
 
     A row's squared deviations are the squared deviations within its tiles plus the tile means' squared deviations from
     the row's mean (Chan et al., 1979): no large numbers are subtracted.
@@ -146,8 +146,8 @@ def norm_gradient_sums_kernel(
 ):
     """Computes sums over the rows and over the columns of one tile of SPAN rows and COLUMNS columns.
 
-    For each row it sums dn * scale and dn * scale * xhat, (column tiles, 2, T). For each column it sums dn * xhat and
-    dn, (row tiles, 2, N). xhat is the standardised row (a - mean) * rstd.
+    For each row it sums dn * scale and dn * scale * xhat, (column tiles, 2, rows). For each column it sums dn * xhat
+    and dn, (row tiles, 2, columns). xhat is the standardised row (a - mean) * rstd.
     """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, SPAN)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -199,8 +199,8 @@ def norm_gradient_kernel(
     """Computes one block of dx = da * gelu'(x).
 
     da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH), where xhat is (a - mean) * rstd. Without NORM, da
-    is dn. WIDTH and the sums, (2, T), cover whole rows over all ranks. dx may be stored over dn, because the program
-    that writes a block has read it before.
+    is dn. WIDTH and the two sums of each row cover the columns of all ranks. dx may be stored over dn, because the
+    program that writes a block has read it before.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]

@@ -24,8 +24,8 @@ Slices = Sequence[tuple[int, int]]
 """Row ranges [start, stop), one per expert and at most three, in ascending order; together they cover the stream."""
 
 Norm = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
-"""Type of a sub-LN: mean and 1 / deviation of whole rows, float32; then one scale and one shift per expert, for this
-rank's columns."""
+"""Type of a sub-LN: mean and 1 / deviation of each row over all ranks' columns, float32; then one scale and one shift
+per expert, for this rank's columns."""
 
 BLOCK = {"ROWS": 16, "COLUMNS": 128}
 """Size of the block that a program of 4 warps computes: 16 values per thread, loaded 8 at a time."""
@@ -67,8 +67,8 @@ def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int)
     """Combines the statistics of column tiles into mean_T and squares_T of whole rows, float32.
 
     Args:
-        means: mean of each row in each tile, (tiles, T) float32.
-        squares: sums of squared deviations from these means, (tiles, T) float32.
+        means: mean of each row in each tile, (tiles, rows) float32.
+        squares: sums of squared deviations from these means, (tiles, rows) float32.
         width: columns of a row.
         columns: columns of a tile; the last tile may be narrower.
     """
@@ -159,7 +159,7 @@ def norm_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation, the same for all architectures."""
+    """Returns the variants of the sub-LN kernels for ahead-of-time compilation; all architectures have the same."""
     result = []
     for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}

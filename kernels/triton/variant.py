@@ -1,4 +1,4 @@
-"""Describes variants of Triton kernels for ahead-of-time compilation."""
+"""Describes variants of Triton kernels: a kernel with the argument types and constants for which it is compiled."""
 
 from typing import Any, NamedTuple
 

@@ -48,10 +48,10 @@ def benchmark_finetune(
         rounds: rounds of a training step after the one that warms up; generation has half as many, at least one.
         image_size: pixels on a side of an image; None takes the size in the reference's recipe of each task.
         tasks: tasks to measure, of `CASES` and `DECODING`.
-        json_path: file for `rows` by task and `summary` as JSON. `summary.ratio_TASK` is this project's speed over the
-            reference's, and `memory_ratio` the largest of this project's peaks over the reference's in training
-            (`memory_ratio_TASK`). `ratio_blip` is the speed of generation over that of BLIP base, None without
-            transformers.
+        json_path: file for `rows` by task and `summary` as JSON. `summary.ratio_TASK` is this project's speed divided
+            by the reference's. `memory_ratio_TASK` is this project's peak memory divided by the reference's, and
+            `memory_ratio` is the largest of these ratios in training. `ratio_blip` is this project's speed of
+            generation divided by BLIP base's; None if transformers is not installed.
 
     Raises:
         ConfigError: if torchscale is not installed, there is no such size, or the JSON file cannot be written.

@@ -82,7 +82,7 @@ def case_config(task: str, size: str, image_size: int | None = None, **model: An
     Args:
         task: a key of `CASES`.
         size: size of the model.
-        image_size: pixels on a side of an image; None is that of the reference's recipe.
+        image_size: pixels on a side of an image; None takes the size in the reference's recipe.
         model: further keys of the section "model".
     """
     case = CASES[task]

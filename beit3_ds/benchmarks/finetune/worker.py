@@ -105,7 +105,7 @@ def build_side(task: str, side: str, size: str, image_size: int | None, count: i
         task: a key of `cases.CASES`, or `DECODING`.
         side: name of the implementation: `OURS`, `REFERENCE` or `BLIP`.
         size: size of the model.
-        image_size: pixels on a side of an image; None is that of the reference's recipe.
+        image_size: pixels on a side of an image; None takes the size in the reference's recipe.
         count: samples per turn.
     """
     config = case_config("captioning" if task == DECODING else task, size, image_size)

@@ -34,7 +34,7 @@ class Row(NamedTuple):
     dtype: str
     """Name of the inputs' dtype, e.g. "bfloat16"."""
     implementation: str
-    """Name of the implementation: "beit3_ds", or that of a baseline."""
+    """Name of the implementation: "beit3_ds", or the name of a baseline."""
     direction: str
     """Direction: "forward", "backward" or "both"."""
     median_ms: float

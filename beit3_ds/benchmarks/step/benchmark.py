@@ -44,10 +44,11 @@ def benchmark_train(
         rounds: number of rounds after the one that warms up.
         pads_to_longest: whether to pad the reference's texts to the longest of the batch. Its users' code pads them to
             the data's limit.
-        json_path: file for `rows` and `summary` as JSON. `summary.ratio` is this project's samples per second over the
-            reference's, `gemm_share` the products' time over this project's, and `memory_ratio` this project's peak
-            over the reference's. The products are those of the model as defined, as in model FLOPs utilisation;
-            `needed_gemm_share` omits dropped branches and rows that no head reads (`products.needed_flops`).
+        json_path: file for `rows` and `summary` as JSON. `summary.ratio` is this project's samples per second divided
+            by the reference's. `gemm_share` is the products' time divided by the time of this project's step.
+            `memory_ratio` is this project's peak memory divided by the reference's. The products are those of the model
+            as defined, as in model FLOPs utilisation. `needed_gemm_share` omits dropped branches and rows that no head
+            reads (`products.needed_flops`).
 
     Raises:
         ConfigError: if torchscale is not installed, there is no such size, or the JSON file cannot be written.

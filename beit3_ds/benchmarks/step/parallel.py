@@ -55,8 +55,8 @@ def benchmark_parallel(json_path: str | None = None) -> str:
     """Measures all variants of one step in turn, in several rounds, and returns a report.
 
     The step is 16 images, 16 pairs and 16 texts through 6 blocks of width 384 with the vocabulary of 64k, forward,
-    backward and update, in float32. A round's ratio is the time of one process with two threads over that of two ranks
-    of one thread; 1 would mean that dividing costs nothing.
+    backward and update, in float32. A round's ratio is the time of one process with two threads, divided by the time of
+    two ranks with one thread each. A ratio of 1 would mean that dividing costs nothing.
 
     Args:
         json_path: file for `rows` and `summary` as JSON; `summary.efficiency` is the median ratio under ZeRO-3.

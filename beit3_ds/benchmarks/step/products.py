@@ -84,9 +84,10 @@ class Products:
 
 
 def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """Returns the number of operations of those products of a step on which the loss or the gradients depend.
+    """Returns the minimum number of operations in the matrix products of a training step.
 
-    Leaves out branches that stochastic depth drops, and rows of the last FFN that no head reads.
+    Leaves out products that change neither the loss nor a gradient: those of branches that stochastic depth drops, and
+    those of rows of the last FFN that no head reads.
 
     Args:
         config: configuration of the model.

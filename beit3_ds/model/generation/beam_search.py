@@ -156,7 +156,10 @@ class _ImageSearch:
 
 
 def _places_of_active(is_active: Sequence[bool]) -> list[int]:
-    """Returns, for each place that remains, the index of its image; images from the end replace finished images."""
+    """Returns the indices of the unfinished images in a new order, without gaps.
+
+    Images from the end move to the places of finished images, and all others keep their places.
+    """
     order = list(range(len(is_active)))
     for place in reversed(order.copy()):
         if not is_active[place]:
