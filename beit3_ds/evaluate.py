@@ -130,7 +130,7 @@ def _open_weights(path: str, *, averages: bool, best: bool) -> PretrainedWeights
 def build_evaluator(
     config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals, split: Split
 ) -> ModelEvaluator:
-    """Builds the model in the layout of the ranks and loads the weights; all ranks call it.
+    """Builds this rank's part of the model and loads its weights; all ranks call it.
 
     Raises:
         ConfigError: if ranks have different configurations, files or weights.

@@ -27,8 +27,8 @@ class Bucket(NamedTuple):
     """
 
     rows: Tensor
-    """Numbers of the sequences' rows in the packed stream, sequence by sequence, (n * S,) int64. A shorter sequence is
-    padded by repeating its first row."""
+    """Numbers of the sequences' rows in the packed stream, sequence by sequence, int64. Shorter sequences are padded to
+    the length of the longest by repeating their own first row."""
     num_sequences: int
     """Number of sequences, n."""
     first_row: int | None
@@ -36,9 +36,9 @@ class Bucket(NamedTuple):
     real: Tensor | None
     """Ascending indices of the entries of `rows` that are not padding, int64; None if no entry is padding."""
     key_mask: Tensor | None
-    """Attention mask, bool; None if all entries are True. Without a causal caption its shape is (n, 1, 1, S), and an
-    entry is True if the key is not padding. With a causal caption its shape is (n, 1, S, S), and an entry is True if,
-    in addition, the query sees the key."""
+    """Attention mask, bool; None if all entries are True. Without a causal caption it is (sequences, 1, 1, keys), and
+    an entry is True if the key is not padding. With a causal caption it is (sequences, 1, queries, keys), and an entry
+    is True if, in addition, the query sees the key."""
 
 
 class AttentionPlan(NamedTuple):

@@ -46,9 +46,9 @@ def check_against_reference(
 
 
 def with_gradients(function: Callable[..., Tensor]) -> Function:
-    """Returns a function that computes the output of `function` and then the gradient of each of its tensors.
+    """Returns a function that computes the output of `function` and the gradients of its input tensors.
 
-    The returned function takes the same tensors, and then the gradient of the output.
+    The returned function takes the same input tensors, and after them the gradient of the output.
     """
 
     def differentiated(*inputs: Tensor) -> tuple[Tensor, ...]:

@@ -37,8 +37,8 @@ class VocabularyTiles(NamedTuple):
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
     """Divides a vocabulary into narrow tiles, and keeps as many tiles' logits for the backward pass as fit.
 
-    One tile's room is left for the backward pass to work in. Rows are not divided, because each group of rows would
-    have to read the matrix, and to read and write its gradient.
+    Leaves room for one more tile, in which the backward pass works. Rows are not divided, because each group of rows
+    would have to read the matrix, and to read and write its gradient.
 
     Args:
         num_rows: number of rows, M.

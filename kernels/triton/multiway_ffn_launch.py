@@ -201,10 +201,11 @@ def weight_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation of base, large and giant, with all tile sizes for giant's FFN.
+    """Returns the variants for ahead-of-time compilation, for the shapes of the models base, large and giant.
 
-    The default tests compile only some variants of giant, with the first tile sizes: the up projection for all
-    architectures, the output projection and the weight gradient for sm_90.
+    Giant's FFN kernels are compiled with all tile sizes, all others with the first tile sizes only. The default tests
+    compile only some variants of giant, with the first tile sizes: the up projection for all architectures, the output
+    projection and the weight gradient for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in (
@@ -311,7 +312,7 @@ def _launch(
 
 
 def _is_tuned(device: torch.device) -> bool:
-    """Returns whether to tune kernels on this device: only on a GPU, because without one kernels are interpreted."""
+    """Returns whether kernels are tuned on this device: True on a GPU, False on a CPU, where they are interpreted."""
     return device.type == "cuda"
 
 

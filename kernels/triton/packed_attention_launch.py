@@ -194,7 +194,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, config: KernelC
 
 
 def _is_tuned(q_THK: Tensor) -> bool:
-    """Returns whether to tune kernels on this device: only on a GPU, because without one kernels are interpreted."""
+    """Returns whether kernels are tuned on this device: True on a GPU, False on a CPU, where they are interpreted."""
     return q_THK.is_cuda
 
 

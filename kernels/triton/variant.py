@@ -4,7 +4,10 @@ from typing import Any, NamedTuple
 
 
 class KernelVariant(NamedTuple):
-    """Holds the settings with which `ahead_of_time` compiles a kernel as a launch on a GPU would."""
+    """Holds a kernel with the argument types and constants for which `ahead_of_time` compiles it.
+
+    They are the same as in a launch on a GPU.
+    """
 
     name: str
     """Unique name, made of the file, the kernel, the dtype and sizes, e.g. "packed_attention forward bf16 K=88". It is

@@ -96,7 +96,10 @@ def _describe(rows: list[dict[str, dict[str, float]]], ratios: dict[str, list[fl
 
 
 def _measure(variant: StepVariant) -> dict[str, float]:
-    """Runs a variant's processes and returns the median seconds of the slowest rank's steps, passes and updates."""
+    """Runs a variant's processes; returns the median seconds of a step, its passes and its update.
+
+    With several processes, they are those of the slowest process.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
