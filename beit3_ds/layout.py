@@ -51,7 +51,7 @@ class RowLayout(ABC):
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Returns the row at which each of the row ranges in `PARTS` stops: (a, b, c, T) in the module's docstring."""
+        """Returns the row at which each of the four row ranges in `PARTS` stops; the last is the number of rows."""
         return tuple(accumulate(self.part_rows))
 
     @property

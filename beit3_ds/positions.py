@@ -21,5 +21,5 @@ def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
 
 
 def grid_size_of(positions: Tensor) -> int:
-    """Returns the number of patches per image side, g, of a table of image positions, (1, 1 + g*g, D)."""
+    """Returns the number of patches per image side, g, of a table of image positions, (1, 1 + g*g, width)."""
     return round((positions.shape[1] - 1) ** 0.5)

@@ -1,4 +1,4 @@
-"""Exchanges host values between ranks (counts, decisions, names, batches), never device tensors."""
+"""Exchanges values in host memory between ranks (counts, decisions, names, batches), never device tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

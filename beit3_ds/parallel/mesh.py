@@ -32,9 +32,9 @@ class Mesh:
     """
 
     host: HostGroup = field(default_factory=HostGroup)
-    """Group of all ranks for host values."""
+    """Group in which all ranks exchange values in host memory, such as counts and names."""
     data_host: HostGroup = field(default_factory=HostGroup)
-    """Group of the ranks in `data_parallel_group` for host values."""
+    """Group in which the ranks of `data_parallel_group` exchange values in host memory."""
 
     data_parallel_group: dist.ProcessGroup | None = None
     """Process group of the ranks that hold the same part of the model and different samples."""

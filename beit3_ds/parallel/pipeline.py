@@ -30,7 +30,7 @@ class PipelineParallel:
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
     """Process group for each kind and direction of messages, which are device tensors."""
     host: HostGroup = field(default_factory=HostGroup)
-    """Group of the stages of this pipeline, in order, for host values."""
+    """Group in which the stages of this pipeline exchange values in host memory; ranks are in the order of stages."""
 
     @property
     def size(self) -> int:
@@ -94,7 +94,7 @@ def build_pipeline_parallel(
     Args:
         rows: global ranks, one pipeline per row, ordered by stage.
         rank: stage of this rank.
-        host: group of all ranks, for host values.
+        host: group in which all ranks exchange values in host memory.
         own_group: function that builds one process group per row and returns the group of this rank.
     """
     if rows.shape[1] == 1:

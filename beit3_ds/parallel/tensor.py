@@ -63,7 +63,7 @@ class TensorParallel:
     size: int = 1
     """Number of ranks in the group, P."""
     host: HostGroup = field(default_factory=HostGroup)
-    """Group of the P ranks for host values; `group` accepts only device tensors."""
+    """Group in which the P ranks exchange values in host memory; `group` accepts only device tensors."""
     sequence_parallel: bool = False
     """Whether the ranks split the rows of the stream between the tensor-parallel layers."""
 

@@ -87,7 +87,7 @@ class VocabParallelHead(nn.Module):
         self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
 
     def tie_weight(self, weight: nn.Parameter | None) -> None:
-        """Replaces the weight matrix with another module's parameter; None uses a buffer that is not saved."""
+        """Replaces the weight matrix with another module's parameter, or with an unsaved buffer if `weight` is None."""
         own = self.weight
         del self.weight
         if weight is None:

@@ -190,7 +190,7 @@ def backward_plain(
     """Computes the gradients of the rows, and of one shard's matrix and bias, in PyTorch.
 
     Args:
-        h_MD: as in `forward_plain`, like w_VD, b_V, target_M and tiles.
+        h_MD: argument of `forward_plain`, like w_VD, b_V, target_M and tiles.
         lse_M: log(sum exp(logits)) of every row over the whole vocabulary, float32.
         kept_KMS: buffers returned by `forward_plain`; not changed.
         largest_BM: largest logits returned by `forward_plain`; not changed.

@@ -13,7 +13,7 @@ class KernelVariant(NamedTuple):
     """Unique name, made of the file, the kernel, the dtype and sizes, e.g. "packed_attention forward bf16 K=88". It is
     the variant's key in budgets.json."""
     kernel: Any
-    """The function decorated with `triton.jit`."""
+    """Kernel, a function decorated with `triton.jit`."""
     signature: dict[str, str]
     """Type of every argument in order: "*bf16", "i32", ..., or "constexpr"."""
     constants: dict[str, Any]

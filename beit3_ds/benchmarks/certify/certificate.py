@@ -37,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Holds the outcome of a step."""
+    """Holds the outcome of one step of a certification."""
 
     name: str
     """Name of the step."""

@@ -115,7 +115,7 @@ class ReferenceModel(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns the mean cross entropy over masked patches and that over masked tokens, if the stream has them."""
+        """Returns one mean cross entropy per modality of the stream: over masked patches, then over masked tokens."""
         y_BSD = self.beit3(
             textual_tokens=stream.tokens,
             visual_tokens=stream.pixels,
