@@ -85,7 +85,7 @@ class PretrainedWeights:
         return list(self._places)
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the logical shape of a tensor."""
+        """Returns the logical shape of a tensor: its shape without any parallelism."""
         return self.read(name).shape
 
     def dtype(self, name: str) -> torch.dtype:

@@ -43,7 +43,7 @@ class RankModel:
     chunks: tuple[range, ...]
     """Model chunks of the stage: ranges in the ordered list of layers."""
     groups: tuple[tuple[nn.Parameter, ...], ...]
-    """The optimizer's parameter groups in its order (`group_parameters`); no group is empty."""
+    """Parameter groups of the optimizer, in the optimizer's order (`group_parameters`); no group is empty."""
 
     @property
     def num_stages(self) -> int:

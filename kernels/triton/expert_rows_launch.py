@@ -33,8 +33,8 @@ class RowTiling(NamedTuple):
     forward_programs: int
     """Maximum number of programs of a forward launch. Each program computes its rows one after the other."""
     backward_programs: int
-    """Maximum number of programs of a backward launch. It is the number that run at once, because each program writes
-    float32 sums as wide as a row."""
+    """Maximum number of programs of a backward launch. It equals the number of programs that run at once, because each
+    program writes float32 sums as wide as a row."""
 
 
 def choose_row_tiling(architecture: int, width: int) -> RowTiling:

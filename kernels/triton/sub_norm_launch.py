@@ -37,7 +37,7 @@ NUM_WARPS = 4
 
 
 def build_stops(slices: Slices) -> tuple[int, int, int]:
-    """Returns the stop of each expert's rows for three experts; if there are fewer, the last ones have no rows."""
+    """Returns the stop of each expert's rows for three experts; with fewer experts, the last stop is repeated."""
     assert 1 <= len(slices) <= 3, f"multiway FFN: the kernels take one to three experts, not {len(slices)}"
     stops = [stop for _, stop in slices]
     first, second, third = stops + stops[-1:] * (3 - len(stops))

@@ -46,7 +46,7 @@ class Case(NamedTuple):
     op: str
     """Name of the op."""
     shape: str
-    """Model size and number of rows."""
+    """Model size, number of rows and other sizes, as text for the table."""
     forward: Cost
     """Cost of the forward pass."""
     backward: Cost
