@@ -195,12 +195,12 @@ def test_kernels_that_cannot_run_are_named(run_mapping: dict[str, Any], monkeypa
 
     from beit3_ds.kernels.ops import cuda_kernels
 
-    run_mapping["beit3_ds"]["training"]["kernels"] = "cuda"
+    run_mapping["beit3_ds"]["training"]["kernel_backend"] = "cuda"
     monkeypatch.setattr(cuda_kernels, "is_built", lambda: False)
     assert "BEIT3_BUILD_CUDA=1 pip install --no-build-isolation ." in train_error(run_mapping)
     monkeypatch.setattr(cuda_kernels, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert 'training.kernels="cuda" needs a CUDA device' in train_error(run_mapping)
+    assert 'training.kernel_backend="cuda" needs a CUDA device' in train_error(run_mapping)
 
 
 def test_missing_tokenizers_name_the_command(run_mapping: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from beit3_ds.config.source_names import short_source_names
 from beit3_ds.config.step_shares import MicroBatchSize, StepShares
 from beit3_ds.config.strict import ConfigError
 from beit3_ds.config.task import TaskConfig
-from beit3_ds.config.training import ActivationCheckpointing, Kernels, TrainingConfig
+from beit3_ds.config.training import ActivationCheckpointing, KernelBackend, TrainingConfig
 from beit3_ds.config.visual_tokenizer import TeacherConfig, VisualTokenizerConfig
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "InputKind",
-    "Kernels",
+    "KernelBackend",
     "MicroBatchSize",
     "ModelConfig",
     "ParallelConfig",

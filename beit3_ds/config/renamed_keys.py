@@ -3,7 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-RENAMED_KEYS = {"heldout": "validation", "prepared_dir": "cache_dir", "initial_weights": "init_from"}
+RENAMED_KEYS = {
+    "heldout": "validation",
+    "prepared_dir": "cache_dir",
+    "initial_weights": "init_from",
+    "kernels": "kernel_backend",
+}
 """Maps old names of keys to new names. An old name in a run's file is an error whose message gives the new name
 (docs/configuration.md)."""
 

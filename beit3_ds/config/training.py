@@ -21,8 +21,8 @@ from beit3_ds.config.strict import ConfigError, PathString
 ActivationCheckpointing = Literal["none", "full"]
 """What the backward pass recomputes in addition to the ops' own recomputation: nothing, or whole blocks."""
 
-Kernels = Literal["triton", "cuda"]
-"""GPU kernel backend; `cuda` applies only where a CUDA C++ kernel exists."""
+KernelBackend = Literal["auto", "triton", "library", "cuda"]
+"""How operators are implemented on a GPU (`TrainingConfig.kernel_backend`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,12 @@ class TrainingConfig:
     against float64 was about a third of the error with a bf16 stream. A float32 stream takes twice the memory and
     bandwidth of a bf16 stream; `beit3 check` prints both. The reference's autocast also keeps it in float32.
     Checkpoints do not depend on this setting."""
-    kernels: Kernels = "triton"
-    """GPU kernel backend. `triton` needs no build. `cuda` uses CUDA C++ kernels for half precision where they exist
-    (the forward passes of attention and of the FFN's up projection), and Triton elsewhere. docs/kernels_cuda.md
-    explains the build; docs/kernels.md lists which kernels ran on which device."""
+    kernel_backend: KernelBackend = "auto"
+    """How operators are implemented on a GPU. `auto` times all implementations at the first use of each size and uses
+    the fastest; the choices are kept in a file, so that later runs do not measure. `triton` uses our Triton kernels,
+    `library` uses PyTorch's operations with cuBLAS and cuDNN, and `cuda` uses our CUDA C++ kernels where they exist
+    (docs/kernels_cuda.md) and Triton elsewhere. docs/kernels.md lists which kernels ran on which device. No effect on a
+    CPU."""
     seed: Seed = 1
     """Seed of initial values, data order, masks, augmentation and stochastic depth."""
     validation_seed: Seed = 1

@@ -38,9 +38,6 @@ class MultiwayAttention(nn.Module):
     (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
     """
 
-    cuda_cpp = False
-    """Whether to use the forward kernel in CUDA C++ (`kernel_backend.select_kernels`)."""
-
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
         hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
@@ -81,5 +78,4 @@ class MultiwayAttention(nn.Module):
             packed_attention,
             ranges=layout.sequence_ranges,
             causal_captions=layout.causal_captions,
-            cuda_cpp=self.cuda_cpp,
         )

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ActivationCheckpointing, InputKind, Kernels, ModelConfig
+from beit3_ds.config import ActivationCheckpointing, InputKind, ModelConfig
 from beit3_ds.model.adaptation import AdaptedWeights, StoredWeights, fill_parameters
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings, stream_dtype
 from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
-from beit3_ds.model.kernel_backend import select_kernels
 from beit3_ds.model.multiway import MultiwayLayerNorm
 from beit3_ds.model.pretrained import PretrainedWeights
 from beit3_ds.parallel import TensorParallel
@@ -39,7 +38,6 @@ class BEiT3(nn.Module):
         tensor: TensorParallel | None = None,
         layers: Sequence[range] | None = None,
         activation_checkpointing: ActivationCheckpointing = "none",
-        kernels: Kernels = "triton",
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
@@ -50,7 +48,6 @@ class BEiT3(nn.Module):
             tensor: the tensor-parallel group; None for a group of this process alone.
             layers: range of layers of each model chunk that this pipeline stage holds; None builds all layers.
             activation_checkpointing: which activations the backward pass recomputes.
-            kernels: GPU kernel backend; "cuda" must have been built.
             fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
         """
         super().__init__()
@@ -72,7 +69,6 @@ class BEiT3(nn.Module):
             if self.all_layers[-1] in held and config.final_norm
             else None
         )
-        select_kernels(self, kernels)
 
     @classmethod
     def from_pretrained(

@@ -50,9 +50,6 @@ class ColumnParallelMultiwayLinear(nn.Module):
 class UpProjection(ColumnParallelMultiwayLinear):
     """Implements the first linear layer of the FFN; its GPU kernel also applies GELU."""
 
-    cuda_cpp = False
-    """Whether to use the kernel in CUDA C++ (`kernel_backend.select_kernels`)."""
-
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None, *, with_statistics: bool
     ) -> Activation:
@@ -71,7 +68,6 @@ class UpProjection(ColumnParallelMultiwayLinear):
             _biases(self),
             with_statistics=with_statistics,
             recompute=recompute,
-            cuda_cpp=self.cuda_cpp,
         )
 
 

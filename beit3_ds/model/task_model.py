@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
+from beit3_ds.config import ActivationCheckpointing, ModelConfig
 from beit3_ds.model.beit3 import BEiT3
 from beit3_ds.model.initialization import initialize_parameters
 from beit3_ds.model.stage_model import LossOutput, StageModel
@@ -55,7 +55,6 @@ class TaskModel(BEiT3, StageModel):
         tensor: TensorParallel | None = None,
         layers: Sequence[range] | None = None,
         activation_checkpointing: ActivationCheckpointing = "none",
-        kernels: Kernels = "triton",
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
@@ -67,11 +66,10 @@ class TaskModel(BEiT3, StageModel):
             tensor: the tensor-parallel group; None for a group of this process alone.
             layers: range of layers of each model chunk that this pipeline stage holds; None builds all layers.
             activation_checkpointing: which activations the backward pass recomputes.
-            kernels: GPU kernel backend; "cuda" must have been built.
             fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
         """
         super().__init__(
-            config, tensor, layers, activation_checkpointing, kernels, fp32_residual_connection=fp32_residual_connection
+            config, tensor, layers, activation_checkpointing, fp32_residual_connection=fp32_residual_connection
         )
         last = self.all_layers[-1]
         has_last = layers is None or any(last in chunk for chunk in layers)

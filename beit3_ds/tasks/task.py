@@ -205,7 +205,6 @@ class Task(ABC):
             tensor,
             layers,
             training.activation_checkpointing,
-            training.kernels,
             fp32_residual_connection=training.fp32_residual_connection,
         )
 

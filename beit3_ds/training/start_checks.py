@@ -38,9 +38,9 @@ def check_device(config: TrainingConfig) -> None:
     Raises:
         ConfigError: if the device is missing; the message names the setting to leave out.
     """
-    if config.kernels != "triton" and not torch.cuda.is_available():
+    if config.kernel_backend == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f'training.kernels="{config.kernels}" needs a CUDA device, and this machine has none that torch can use. '
+            'training.kernel_backend="cuda" needs a CUDA device, and this machine has none that torch can use. '
             "Leave the setting out."
         )
 
@@ -91,8 +91,8 @@ def _unwritable(folder: Path, reason: str) -> ConfigError:
 
 
 def _check_kernels_are_built(config: TrainingConfig) -> None:
-    if config.kernels != "triton" and not cuda_kernels.is_built():
+    if config.kernel_backend == "cuda" and not cuda_kernels.is_built():
         raise ConfigError(
-            f'training.kernels="{config.kernels}" needs the kernels in CUDA C++, which are not built. Build them with '
-            'nvcc: BEIT3_BUILD_CUDA=1 pip install --no-build-isolation . (docs/kernels_cuda.md), or set "triton".'
+            'training.kernel_backend="cuda" needs the kernels in CUDA C++, which are not built. Build them with nvcc: '
+            'BEIT3_BUILD_CUDA=1 pip install --no-build-isolation . (docs/kernels_cuda.md), or set "auto".'
         )

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.ops.label_smoothing import LabelSmoothing, add_smoothing_gradients, sum_logits
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.ops.vocabulary_tiles import VocabularyTiles, divide_for_cpu, divide_for_gpu
@@ -316,21 +317,35 @@ def _gradient_cpu(
 
 @torch.library.impl(_LIBRARY, "logits_partials", "CUDA")
 def _partials_cuda(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    from beit3_ds.kernels.triton.linear_cross_entropy_launch import (
-        choose_tiling,
-        partials,
-    )  # Triton is needed on a GPU only
+    _PARTIALS(logits_MN, bias_N, target_M, first, partials_3M)
+
+
+@torch.library.impl(_LIBRARY, "logits_gradient", "CUDA")
+def _gradient_cuda(*arguments: Any) -> Tensor:
+    db_N: Tensor = _GRADIENT(*arguments)
+    return db_N
+
+
+def _partials_triton(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
+    from beit3_ds.kernels.triton.linear_cross_entropy_launch import choose_tiling, partials  # needed on a GPU only
 
     partials(logits_MN, bias_N, target_M, first, partials_3M, choose_tiling(logits_MN.dtype))
 
 
-@torch.library.impl(_LIBRARY, "logits_gradient", "CUDA")
-def _gradient_cuda(
+def _gradient_triton(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
     from beit3_ds.kernels.triton.linear_cross_entropy_launch import choose_tiling, gradient
 
     return gradient(logits_MN, bias_N, target_M, first, lse_M, d_loss_M, choose_tiling(logits_MN.dtype))
+
+
+_PARTIALS = MeasuredOp(
+    "logits_partials", {"triton": _partials_triton, "library": _partials_cpu}, mutates=(4,), ignores=(3,)
+)
+_GRADIENT = MeasuredOp(
+    "logits_gradient", {"triton": _gradient_triton, "library": _gradient_cpu}, mutates=(0,), ignores=(3,)
+)
 
 
 @torch.library.register_fake("beit3_ds::logits_partials", lib=_LIBRARY)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
 from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import Slices
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.recompute import Recomputable, RecomputeFunction
@@ -239,7 +240,7 @@ _LIBRARY.define(
 def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator on a CPU for checks; the model never calls it there.
+    """Implements the operator in plain PyTorch; on a CPU only checks call it.
 
     Returns:
         h_TD; the mean and 1 / deviation of each of T rows, (2, T).
@@ -257,7 +258,7 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator on a CPU for checks; the model never calls it there.
+    """Implements the operator in plain PyTorch; on a CPU only checks call it.
 
     Returns:
         dx_TD; the gradients of the scales and of the shifts, (2, E, D) for E experts of width D.
@@ -269,16 +270,26 @@ def _backward_cpu(
 
 
 @torch.library.impl(_LIBRARY, "multiway_layer_norm", "CUDA")
-def _forward_cuda(
+def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor] = _FORWARD(*arguments)
+    return outputs
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CUDA")
+def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = _BACKWARD(*arguments)
+    return gradients
+
+
+def _forward_triton(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    from beit3_ds.kernels.triton.multiway_layer_norm_launch import forward
+    from beit3_ds.kernels.triton.multiway_layer_norm_launch import forward  # Triton is needed on a GPU only
 
     return forward(x_TD, stops, weights, biases, epsilon, row_tiling(x_TD))
 
 
-@torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CUDA")
-def _backward_cuda(
+def _backward_triton(
     dh_TD: Tensor,
     d_stream_TD: Tensor | None,
     x_TD: Tensor,
@@ -289,6 +300,11 @@ def _backward_cuda(
     from beit3_ds.kernels.triton.multiway_layer_norm_launch import backward
 
     return backward(dh_TD, d_stream_TD, x_TD, statistics_2T, stops, weights, row_tiling(x_TD))
+
+
+# Both implementations save the same statistics, so forward and backward are chosen separately.
+_FORWARD = MeasuredOp("multiway_layer_norm", {"triton": _forward_triton, "library": _forward_cpu})
+_BACKWARD = MeasuredOp("multiway_layer_norm_backward", {"triton": _backward_triton, "library": _backward_cpu})
 
 
 @torch.library.register_fake("beit3_ds::multiway_layer_norm", lib=_LIBRARY)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.matmul import matmul
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import TrustedKernels
@@ -133,34 +134,58 @@ def _weight_gradient(
 
 @torch.library.impl(_LIBRARY, "multiway_linear", "CUDA")
 def _linear_cuda(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    if not KERNELS.accept(x_TD):
-        return _linear(x_TD, ends, weights, biases)
-    from beit3_ds.kernels.triton import multiway_ffn_launch
-
-    return multiway_ffn_launch.linear(x_TD, slices_of(ends), weights, biases)
+    run = _LINEAR if KERNELS.accept(x_TD) else _linear
+    y_TF: Tensor = run(x_TD, ends, weights, biases)
+    return y_TF
 
 
 @torch.library.impl(_LIBRARY, "multiway_input_gradient", "CUDA")
 def _input_gradient_cuda(
     dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]
 ) -> Tensor:
-    if not KERNELS.accept(dy_TF):
-        return _input_gradient(dy_TF, factor_T, ends, weights)
-    from beit3_ds.kernels.triton import multiway_ffn_launch
-
-    return multiway_ffn_launch.input_gradient(dy_TF, factor_T, slices_of(ends), weights)
+    run = _INPUT_GRADIENT if KERNELS.accept(dy_TF) else _input_gradient
+    dx_TD: Tensor = run(dy_TF, factor_T, ends, weights)
+    return dx_TD
 
 
 @torch.library.impl(_LIBRARY, "multiway_weight_gradient", "CUDA")
 def _weight_gradient_cuda(
     dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
 ) -> list[Tensor]:
-    if not KERNELS.accept(dy_TF):
-        return _weight_gradient(dy_TF, factor_T, x_TD, ends, with_bias)
+    run = _WEIGHT_GRADIENT if KERNELS.accept(dy_TF) else _weight_gradient
+    gradients: list[Tensor] = run(dy_TF, factor_T, x_TD, ends, with_bias)
+    return gradients
+
+
+def _linear_triton(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
+
+    return multiway_ffn_launch.linear(x_TD, slices_of(ends), weights, biases)
+
+
+def _input_gradient_triton(
+    dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]
+) -> Tensor:
+    from beit3_ds.kernels.triton import multiway_ffn_launch
+
+    return multiway_ffn_launch.input_gradient(dy_TF, factor_T, slices_of(ends), weights)
+
+
+def _weight_gradient_triton(
+    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
+) -> list[Tensor]:
     from beit3_ds.kernels.triton import multiway_ffn_launch
 
     d_weights, d_biases = multiway_ffn_launch.weight_gradient(dy_TF, factor_T, x_TD, slices_of(ends), with_bias)
     return [*d_weights, *d_biases]
+
+
+# The library's implementations are the CPU's: one product of cuBLAS per expert.
+_LINEAR = MeasuredOp("multiway_linear", {"triton": _linear_triton, "library": _linear})
+_INPUT_GRADIENT = MeasuredOp("multiway_input_gradient", {"triton": _input_gradient_triton, "library": _input_gradient})
+_WEIGHT_GRADIENT = MeasuredOp(
+    "multiway_weight_gradient", {"triton": _weight_gradient_triton, "library": _weight_gradient}
+)
 
 
 @torch.library.register_fake("beit3_ds::multiway_linear", lib=_LIBRARY)

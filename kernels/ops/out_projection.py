@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
 from beit3_ds.kernels.cpu.matmul import matmul
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, scale_rows, slices_of
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
@@ -324,7 +325,13 @@ def _out_projection(
 
 
 @torch.library.impl(_LIBRARY, "out_projection", "CUDA")
-def _out_projection_cuda(
+def _out_projection_cuda(a_TF: Tensor, *rest: Any) -> Tensor:
+    run = _OUT_PROJECTION if KERNELS.accept(a_TF) else _out_projection
+    y_TD: Tensor = run(a_TF, *rest)
+    return y_TD
+
+
+def _out_projection_triton(
     a_TF: Tensor,
     mean_T: Tensor | None,
     rstd_T: Tensor | None,
@@ -336,13 +343,14 @@ def _out_projection_cuda(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    norm = None if mean_T is None or rstd_T is None else (mean_T, rstd_T, scales, shifts)
-    if not KERNELS.accept(a_TF):
-        arguments = (scales, shifts, ends, weights, biases, residual_TD, factor_T)
-        return _out_projection(a_TF, mean_T, rstd_T, *arguments)
-    from beit3_ds.kernels.triton import multiway_ffn_launch
+    from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
 
+    norm = None if mean_T is None or rstd_T is None else (mean_T, rstd_T, scales, shifts)
     return multiway_ffn_launch.out_projection(a_TF, norm, slices_of(ends), weights, biases, residual_TD, factor_T)
+
+
+_OUT_PROJECTION = MeasuredOp("out_projection", {"triton": _out_projection_triton, "library": _out_projection})
+# The library's implementation runs the norm, one product of cuBLAS per expert, and the sum with the stream.
 
 
 @torch.library.register_fake("beit3_ds::out_projection", lib=_LIBRARY)

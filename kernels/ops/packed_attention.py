@@ -1,33 +1,25 @@
 """Computes attention within each sequence of a packed stream; a sequence consists of one or two row ranges.
 
-On a CPU it runs PyTorch's flash attention on buckets of sequences of similar length. On a GPU it runs the operator
-`beit3_ds::packed_attention` with the kernels of `triton/packed_attention.py`.
+On a CPU it runs PyTorch's flash attention on buckets of sequences of similar length. On a GPU it runs the fastest
+implementation: the kernels of `triton/packed_attention.py`, those in CUDA C++, or PyTorch's attention.
 """
 
-# T packed rows, H heads, K head width; a bucket holds n sequences of at most S rows.
+# T packed rows, H heads, K head width, S rows of one sequence.
 
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.ops import cuda_kernels
-from beit3_ds.kernels.ops.attention_plan import (
-    AttentionPlan,
-    Bucket,
-    Ranges,
-    image_rows,
-    plan_attention,
-    plan_tiles,
-    visible_rows,
-)
+from beit3_ds.kernels.ops.attention_plan import Ranges, image_rows, plan_attention, plan_tiles, visible_rows
+from beit3_ds.kernels.ops.bucket_attention import attend
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.self_check import TrustedKernels
+from beit3_ds.kernels.ops.varlen_attention import varlen_attention
 
 if TYPE_CHECKING:
     from beit3_ds.kernels.triton.packed_attention_launch import AttentionTiling
@@ -55,7 +47,6 @@ def packed_attention(
     ranges: Ranges,
     *,
     causal_captions: bool = False,
-    cuda_cpp: bool = False,
 ) -> Tensor:
     """Computes the attention of every row to all rows of its own sequence, scaled by 1 / sqrt(K).
 
@@ -65,15 +56,15 @@ def packed_attention(
         causal_captions: whether to mask sequences of two ranges for captioning. Then rows of the first range (an image)
             see that range only. Rows of the second range (its caption) see the first range, and the second up to
             themselves. Sequences of one range stay bidirectional.
-        cuda_cpp: whether to use the forward kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these
-            queries. The backward pass uses Triton.
 
     Returns:
         y_THK, the outputs of all heads of every row, in q's dtype.
     """
     if not runs_kernels(q_THK):
-        return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions))
-    return _run_operator(q_THK, k_THK, v_THK, ranges, causal_captions, cuda_cpp and _runs_cuda_cpp(q_THK))
+        return _attend_in_buckets(q_THK, k_THK, v_THK, ranges, causal_captions)
+    is_differentiated = torch.is_grad_enabled() and q_THK.requires_grad
+    y_THK: Tensor = _ATTENTION(q_THK, k_THK, v_THK, ranges, causal_captions, is_differentiated)
+    return y_THK
 
 
 def runs_kernels(q_THK: Tensor) -> bool:
@@ -86,12 +77,42 @@ def runs_kernels(q_THK: Tensor) -> bool:
     return head_size <= 128 and KERNELS.accept(q_THK, head_size=head_size)
 
 
-def _runs_cuda_cpp(q_THK: Tensor) -> bool:
-    return cuda_kernels.takes_attention(q_THK) and KERNELS.accept(q_THK, head_size=q_THK.shape[-1], cuda_cpp=True)
+def _attend_in_buckets(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool, *rest: Any
+) -> Tensor:
+    return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions))
+
+
+def _attend_by_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, *rest: Any) -> Tensor:
+    return varlen_attention(q_THK, k_THK, v_THK, ranges)
+
+
+def _takes_varlen(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool, *rest: Any
+) -> bool:
+    head_size = q_THK.shape[2]
+    is_half = q_THK.dtype in (torch.bfloat16, torch.float16)
+    fits = is_half and head_size % 8 == 0 and q_THK.numel() > 0 and not causal_captions
+    return fits and VARLEN.accept(q_THK, head_size=head_size)
+
+
+def _takes_cuda_cpp(q_THK: Tensor, *rest: Any) -> bool:
+    takes = cuda_kernels.is_built() and cuda_kernels.takes_attention(q_THK)
+    return takes and KERNELS.accept(q_THK, head_size=q_THK.shape[-1], cuda_cpp=True)
+
+
+def _attend_by_cuda_cpp(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, *rest: Any) -> Tensor:
+    return _run_operator(q_THK, k_THK, v_THK, ranges, rest[0], cuda_cpp=True)
 
 
 def _run_operator(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool, cuda_cpp: bool = False
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    ranges: Ranges,
+    causal_captions: bool,
+    *rest: Any,
+    cuda_cpp: bool = False,
 ) -> Tensor:
     tile_size = _tiling(q_THK).tile
     plan = plan_tiles(ranges, tile_size, q_THK.device)
@@ -112,117 +133,67 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
     Raises:
         WrongResultError: if a result is wrong.
     """
-    ranges = (((0, 120), (121, 150)), ((120, 121),), ((150, 169),))
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(4, 169, 2, head_size, generator=generator).to(device, dtype).unbind()
     for captions in (False, True):
-        ours, reference = (
-            with_gradients(partial(attention, ranges=ranges, causal_captions=captions))
-            for attention in (partial(_run_operator, cuda_cpp=cuda_cpp), packed_attention_reference)
+        _compare(
+            partial(_run_operator, causal_captions=captions, cuda_cpp=cuda_cpp), device, dtype, head_size, captions
         )
-        check_against_reference(("y", "dq", "dk", "dv"), ours(*inputs), reference, inputs)
 
 
 KERNELS = TrustedKernels("packed_attention", check_kernels)
 """Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
 
 
-def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Runs one scaled_dot_product_attention per bucket and returns the outputs in the order of the stream's rows."""
-    if q_THK.device.type == "cpu":
-        return _AttendOnCPU.apply(q_THK, k_THK, v_THK, plan.buckets)
-    outputs = [_attend_bucket(q_THK, k_THK, v_THK, bucket) for bucket in plan.buckets]
-    if not outputs:
-        return q_THK + k_THK + v_THK  # no rows, but every projection must stay in the graph
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return y if plan.output_rows is None else y.index_select(0, plan.output_rows)
+def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+    """Compares PyTorch's attention for sequences of different lengths with the reference, as `check_kernels` does.
 
-
-def _attend_bucket(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, bucket: Bucket) -> Tensor:
-    take = _row_reader(bucket)
-    y_nHSK = F.scaled_dot_product_attention(take(q_THK), take(k_THK), take(v_THK), attn_mask=bucket.key_mask)
-    return y_nHSK.transpose(1, 2).flatten(0, 1)
-
-
-class _AttendOnCPU(torch.autograd.Function):
-    """Runs PyTorch's attention operator for CPUs on every bucket, and saves packed rows only.
-
-    Autograd would save gathered and padded copies. This backward pass gathers packed rows again instead, and writes
-    every gradient once.
+    Raises:
+        WrongResultError: if a result is wrong.
     """
-
-    @staticmethod
-    def forward(ctx: Any, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
-        y_THK = ALLOCATOR.empty_like(q_THK)
-        lses = []
-        for bucket in buckets:
-            take = _row_reader(bucket)
-            y_nHSK, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                take(q_THK), take(k_THK), take(v_THK), attn_mask=_additive_mask(bucket, q_THK.dtype)
-            )
-            _write_rows(y_THK, y_nHSK, bucket)
-            lses.append(ALLOCATOR.settle(lse))
-        ctx.buckets = buckets
-        ctx.save_for_backward(q_THK, k_THK, v_THK, y_THK, *lses)
-        return y_THK
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
-        q_THK, k_THK, v_THK, y_THK, *lses = ctx.saved_tensors
-        gradients = [ALLOCATOR.empty_like(x_THK) for x_THK in (q_THK, k_THK, v_THK)]
-        for bucket, lse in zip(ctx.buckets, lses, strict=True):
-            take = _row_reader(bucket)
-            dy_nHSK = take(dy_THK)
-            if bucket.real is not None:  # rows repeated as padding must not count twice
-                is_real = torch.zeros_like(bucket.rows, dtype=torch.bool).index_fill_(0, bucket.real, True)
-                dy_nHSK.mul_(is_real.view(bucket.num_sequences, 1, -1, 1))  # in place, because dy_nHSK is a copy
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dy_nHSK,
-                *(take(x_THK) for x_THK in (q_THK, k_THK, v_THK, y_THK)),
-                lse,
-                dropout_p=0.0,
-                is_causal=False,
-                attn_mask=_additive_mask(bucket, q_THK.dtype),
-            )
-            for gradient_THK, part_nHSK in zip(gradients, parts, strict=True):
-                _write_rows(gradient_THK, part_nHSK, bucket)
-        return (*gradients, None)
+    _compare(varlen_attention, device, dtype, head_size, captions=False)
 
 
-def _additive_mask(bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
-    """Returns a mask that is 0 where a query sees a key and -inf elsewhere; None if every query sees all keys."""
-    if bucket.key_mask is None:
-        return None
-    return torch.zeros_like(bucket.key_mask, dtype=dtype).masked_fill_(~bucket.key_mask, -torch.inf)
+VARLEN = TrustedKernels("PyTorch's varlen attention", check_varlen)
+"""PyTorch's kernels for sequences of different lengths."""
 
 
-def _write_rows(out_THK: Tensor, x_nHSK: Tensor, bucket: Bucket) -> None:
-    """Writes a bucket's rows to their places in the stream."""
-    rows, x_rHK = bucket.rows, x_nHSK.transpose(1, 2).flatten(0, 1)
-    if bucket.first_row is not None:
-        out_THK[bucket.first_row : bucket.first_row + len(rows)] = x_rHK
-    elif bucket.real is None:
-        out_THK.index_copy_(0, rows, x_rHK)
-    else:
-        out_THK.index_copy_(0, rows[bucket.real], _select_rows(x_rHK, bucket.real))
+def _compare(
+    attention: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, head_size: int, captions: bool
+) -> None:
+    ranges = (((0, 120), (121, 150)), ((120, 121),), ((150, 169),))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 169, 2, head_size, generator=generator).to(device, dtype).unbind()
+    ours = with_gradients(partial(attention, ranges=ranges))
+    reference = with_gradients(partial(packed_attention_reference, ranges=ranges, causal_captions=captions))
+    check_against_reference(("y", "dq", "dk", "dv"), ours(*inputs), reference, inputs)
 
 
-def _row_reader(bucket: Bucket) -> Callable[[Tensor], Tensor]:
-    def take(x_THK: Tensor) -> Tensor:
-        if bucket.first_row is None:
-            rows = _select_rows(x_THK, bucket.rows)
-        else:
-            rows = x_THK[bucket.first_row : bucket.first_row + len(bucket.rows)]
-        return rows.unflatten(0, (bucket.num_sequences, -1)).transpose(1, 2)
+def _rehearse(attention: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Returns a function that runs an implementation, and also its backward pass if gradients are needed."""
 
-    return take
+    def run(*arguments: Any) -> Any:
+        *inputs, ranges, causal_captions, is_differentiated = arguments
+        if not is_differentiated:
+            return attention(*arguments)
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            y_THK = attention(*leaves, ranges, causal_captions, True)
+            return torch.autograd.grad(y_THK, leaves, y_THK.detach())
+
+    return run
 
 
-def _select_rows(x_THK: Tensor, rows: Tensor) -> Tensor:
-    if x_THK.device.type != "cpu":  # differentiated by autograd
-        return x_THK.index_select(0, rows)
-    return torch.index_select(x_THK, 0, rows, out=ALLOCATOR.empty(x_THK, len(rows), *x_THK.shape[1:]))
+_ATTENTION = MeasuredOp(
+    "packed_attention",
+    {
+        "triton": _run_operator,
+        "cuda": _attend_by_cuda_cpp,
+        "varlen": _attend_by_varlen,
+        "library": _attend_in_buckets,
+    },
+    accepts={"cuda": _takes_cuda_cpp, "varlen": _takes_varlen},
+    ignores=(3,),
+    rehearse=_rehearse,
+)
 
 
 def _tiling(q_THK: Tensor) -> "AttentionTiling":

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import Slices
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.self_check import TrustedKernels
@@ -165,21 +166,35 @@ def _backward_plain(
 
 
 @torch.library.impl(_LIBRARY, "residual_add", "CUDA")
-def _forward_cuda(
+def _forward_cuda(*arguments: Any) -> Tensor:
+    y_TD: Tensor = _FORWARD(*arguments)
+    return y_TD
+
+
+@torch.library.impl(_LIBRARY, "residual_add_backward", "CUDA")
+def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = _BACKWARD(*arguments)
+    return gradients
+
+
+def _forward_triton(
     residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
-    from beit3_ds.kernels.triton.residual_add_launch import forward
+    from beit3_ds.kernels.triton.residual_add_launch import forward  # Triton is needed on a GPU only
 
     return forward(residual_TD, partial_TD, stops, biases, factor_T, row_tiling(residual_TD))
 
 
-@torch.library.impl(_LIBRARY, "residual_add_backward", "CUDA")
-def _backward_cuda(
+def _backward_triton(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     from beit3_ds.kernels.triton.residual_add_launch import backward
 
     return backward(dy_TD, stops, factor_T, row_tiling(dy_TD), dtype)
+
+
+_FORWARD = MeasuredOp("residual_add", {"triton": _forward_triton, "library": _forward_plain})
+_BACKWARD = MeasuredOp("residual_add_backward", {"triton": _backward_triton, "library": _backward_plain})
 
 
 @torch.library.register_fake("beit3_ds::residual_add", lib=_LIBRARY)

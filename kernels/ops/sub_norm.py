@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import slices_of
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
@@ -142,15 +143,39 @@ def _sub_norm_gradient(
 
 @torch.library.impl(_LIBRARY, "row_statistics", "CUDA")
 def _row_statistics_cuda(x_TF: Tensor) -> tuple[Tensor, Tensor]:
-    if not KERNELS.accept(x_TF):
-        return _row_statistics(x_TF)
-    from beit3_ds.kernels.triton import sub_norm_launch
+    run = _ROW_STATISTICS if KERNELS.accept(x_TF) else _row_statistics
+    statistics: tuple[Tensor, Tensor] = run(x_TF)
+    return statistics
+
+
+@torch.library.impl(_LIBRARY, "sub_norm", "CUDA")
+def _sub_norm_cuda(x_TF: Tensor, *rest: Any) -> Tensor:
+    run = _SUB_NORM if KERNELS.accept(x_TF) else _sub_norm
+    n_TF: Tensor = run(x_TF, *rest)
+    return n_TF
+
+
+@torch.library.impl(_LIBRARY, "sub_norm_sums", "CUDA")
+def _sub_norm_sums_cuda(dn_TF: Tensor, *rest: Any) -> list[Tensor]:
+    run = _SUB_NORM_SUMS if KERNELS.accept(dn_TF) else _sub_norm_sums
+    sums: list[Tensor] = run(dn_TF, *rest)
+    return sums
+
+
+@torch.library.impl(_LIBRARY, "sub_norm_gradient", "CUDA")
+def _sub_norm_gradient_cuda(dn_TF: Tensor, *rest: Any) -> Tensor:
+    run = _SUB_NORM_GRADIENT if KERNELS.accept(dn_TF) else _sub_norm_gradient
+    dx_TF: Tensor = run(dn_TF, *rest)
+    return dx_TF
+
+
+def _row_statistics_triton(x_TF: Tensor) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.triton import sub_norm_launch  # Triton is needed on a GPU only
 
     return sub_norm_launch.row_statistics(x_TF)
 
 
-@torch.library.impl(_LIBRARY, "sub_norm", "CUDA")
-def _sub_norm_cuda(
+def _sub_norm_triton(
     x_TF: Tensor,
     gelu: bool,
     mean_T: Tensor,
@@ -159,15 +184,12 @@ def _sub_norm_cuda(
     shifts: Sequence[Tensor],
     ends: Sequence[int],
 ) -> Tensor:
-    if not KERNELS.accept(x_TF):
-        return _sub_norm(x_TF, gelu, mean_T, rstd_T, scales, shifts, ends)
     from beit3_ds.kernels.triton import sub_norm_launch
 
     return sub_norm_launch.normalize(x_TF, gelu, (mean_T, rstd_T, scales, shifts), slices_of(ends))
 
 
-@torch.library.impl(_LIBRARY, "sub_norm_sums", "CUDA")
-def _sub_norm_sums_cuda(
+def _sub_norm_sums_triton(
     dn_TF: Tensor,
     x_TF: Tensor,
     gelu: bool,
@@ -176,8 +198,6 @@ def _sub_norm_sums_cuda(
     scales: Sequence[Tensor],
     ends: Sequence[int],
 ) -> list[Tensor]:
-    if not KERNELS.accept(x_TF):
-        return _sub_norm_sums(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, ends)
     from beit3_ds.kernels.triton import sub_norm_launch
 
     norm = (mean_T, rstd_T, scales, list[Tensor]())
@@ -185,8 +205,7 @@ def _sub_norm_sums_cuda(
     return [sums_2T, *d_scales, *d_shifts]
 
 
-@torch.library.impl(_LIBRARY, "sub_norm_gradient", "CUDA")
-def _sub_norm_gradient_cuda(
+def _sub_norm_gradient_triton(
     dn_TF: Tensor,
     x_TF: Tensor,
     gelu: bool,
@@ -197,12 +216,18 @@ def _sub_norm_gradient_cuda(
     width: int,
     ends: Sequence[int],
 ) -> Tensor:
-    if not KERNELS.accept(x_TF):
-        return _sub_norm_gradient(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, sums_2T, width, ends)
     from beit3_ds.kernels.triton import sub_norm_launch
 
     norm = (mean_T, rstd_T, scales, list[Tensor]())
     return sub_norm_launch.norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
+
+
+_ROW_STATISTICS = MeasuredOp("row_statistics", {"triton": _row_statistics_triton, "library": _row_statistics})
+_SUB_NORM = MeasuredOp("sub_norm", {"triton": _sub_norm_triton, "library": _sub_norm})
+_SUB_NORM_SUMS = MeasuredOp("sub_norm_sums", {"triton": _sub_norm_sums_triton, "library": _sub_norm_sums})
+_SUB_NORM_GRADIENT = MeasuredOp(
+    "sub_norm_gradient", {"triton": _sub_norm_gradient_triton, "library": _sub_norm_gradient}, mutates=(0,)
+)
 
 
 @torch.library.register_fake("beit3_ds::row_statistics", lib=_LIBRARY)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from beit3_ds.kernels.ops.cuda_kernels import grouped_gemm, runs_grouped_gemm
+from beit3_ds.kernels.ops.cuda_kernels import grouped_gemm, is_built, runs_grouped_gemm
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, multiway_linear, slices_of
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
@@ -41,7 +42,6 @@ def up_projection(
     *,
     with_statistics: bool,
     recompute: Recomputable | None = None,
-    cuda_cpp: bool = False,
 ) -> Activation:
     """Computes x = h @ w.T + b with each row's expert; on a GPU also GELU(x) and, on request, its rows' statistics.
 
@@ -52,14 +52,11 @@ def up_projection(
         biases: one vector (F,) per expert.
         with_statistics: whether a sub-LN follows, which needs the statistics.
         recompute: recomputes h in the backward pass, instead of saving it; None saves it.
-        cuda_cpp: whether to use the kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these rows.
-            Triton computes the statistics and the backward pass.
     """
     if not KERNELS.accept(h_TD):
         return Activation(multiway_linear(h_TD, slices, weights, biases, recompute))
-    cuda_cpp = cuda_cpp and runs_grouped_gemm(h_TD, weights)
-    form = (ends_of(slices), with_statistics, cuda_cpp)
-    x_TF, a_TF, *statistics = _UpProjection.apply(h_TD.contiguous(), recompute, *form, *weights, *biases)
+    form = (recompute, ends_of(slices), with_statistics)
+    x_TF, a_TF, *statistics = _UpProjection.apply(h_TD.contiguous(), *form, *weights, *biases)
     return Activation(x_TF, a_TF, tuple(statistics) if with_statistics else None)
 
 
@@ -71,34 +68,35 @@ class _UpProjection(torch.autograd.Function):
         recompute: Recomputable | None,
         ends: list[int],
         with_statistics: bool,
-        cuda_cpp: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         ctx.recompute, kept = rows_to_save(h_TD, recompute)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
-        outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases, with_statistics, cuda_cpp)
+        outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases, with_statistics)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # otherwise GELU(x), which has no gradient, would get one of zeros
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx_TF: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx_TF: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert dx_TF is not None, "gradients flow through x, which every caller uses"
         saved = ctx.saved_tensors  # read once: under checkpointing they are unpacked for a single read
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dx_TF = dx_TF.contiguous()
         dh_TD = torch.ops.beit3_ds.multiway_input_gradient(dx_TF, None, ctx.ends, weights)
         h_TD = restore_rows(ctx.recompute, kept)
         gradients = torch.ops.beit3_ds.multiway_weight_gradient(dx_TF, None, h_TD, ctx.ends, True)
-        return (dh_TD, None, None, None, None, *gradients)
+        return (dh_TD, None, None, None, *gradients)
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
 # Returns x, GELU(x), and the mean and the sum of squared deviations of each row of GELU(x) (empty without statistics).
 _LIBRARY.define(
-    "up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases, bool with_statistics, "
-    "bool cuda_cpp=False) -> (Tensor, Tensor, Tensor, Tensor)"
+    "up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases, bool with_statistics) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -109,33 +107,54 @@ def _up_projection(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     with_statistics: bool,
-    cuda_cpp: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Implements the operator on a CPU for checks; the model never calls it there."""
+    """Computes the product, the GELU and the statistics one after the other."""
     x_TF = torch.ops.beit3_ds.multiway_linear(h_TD, ends, weights, biases)
     a_TF = F.gelu(x_TF)
+    return x_TF, a_TF, *_statistics(a_TF, with_statistics)
+
+
+def _statistics(a_TF: Tensor, with_statistics: bool) -> tuple[Tensor, ...]:
+    """Returns mean and sum of squared deviations of every row, (T,) each; two empty tensors without statistics."""
     if with_statistics:
-        return (x_TF, a_TF, *torch.ops.beit3_ds.row_statistics(a_TF))
-    return x_TF, a_TF, *(h_TD.new_empty(0, dtype=wide_dtype(h_TD)) for _ in range(2))
+        mean_T, squares_T = torch.ops.beit3_ds.row_statistics(a_TF)
+        return mean_T, squares_T
+    return tuple(a_TF.new_empty(0, dtype=wide_dtype(a_TF)) for _ in range(2))
 
 
 @torch.library.impl(_LIBRARY, "up_projection", "CUDA")
 def _up_projection_cuda(
-    h_TD: Tensor,
-    ends: Sequence[int],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    with_statistics: bool,
-    cuda_cpp: bool = False,
+    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
 ) -> tuple[Tensor, ...]:
-    if cuda_cpp:
-        x_TF, a_TF = grouped_gemm(h_TD, slices_of(ends), weights, biases, gelu=True)
-        if with_statistics:
-            return (x_TF, a_TF, *torch.ops.beit3_ds.row_statistics(a_TF))
-        return x_TF, a_TF, *(h_TD.new_empty(0, dtype=wide_dtype(h_TD)) for _ in range(2))
-    from beit3_ds.kernels.triton import multiway_ffn_launch
+    run = _UP_PROJECTION if KERNELS.accept(h_TD) else _up_projection
+    outputs: tuple[Tensor, ...] = run(h_TD, ends, weights, biases, with_statistics)
+    return outputs
+
+
+def _up_projection_triton(
+    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
+) -> tuple[Tensor, ...]:
+    from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
 
     return multiway_ffn_launch.up_projection(h_TD, slices_of(ends), weights, biases, with_statistics)
+
+
+def _up_projection_cuda_cpp(
+    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
+) -> tuple[Tensor, ...]:
+    x_TF, a_TF = grouped_gemm(h_TD, slices_of(ends), weights, biases, gelu=True)
+    return x_TF, a_TF, *_statistics(a_TF, with_statistics)
+
+
+def _takes_cuda_cpp(h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], *rest: Any) -> bool:
+    return is_built() and runs_grouped_gemm(h_TD, weights)
+
+
+_UP_PROJECTION = MeasuredOp(
+    "up_projection",
+    {"triton": _up_projection_triton, "cuda": _up_projection_cuda_cpp, "library": _up_projection},
+    accepts={"cuda": _takes_cuda_cpp},
+)
 
 
 @torch.library.register_fake("beit3_ds::up_projection", lib=_LIBRARY)
@@ -145,7 +164,6 @@ def _up_projection_fake(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     with_statistics: bool,
-    cuda_cpp: bool = False,
 ) -> tuple[Tensor, ...]:
     rows = len(h_TD)
     x_TF = h_TD.new_empty(rows, len(weights[0]))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from beit3_ds.kernels.ops.measured_op import CHOICES, Backend
 from beit3_ds.kernels.ops.numerics import WrongResultError
 from beit3_ds.kernels.ops.out_projection import out_projection_reference
 from beit3_ds.kernels.ops.sub_norm import SubNorm
@@ -94,12 +95,14 @@ def check_device_implementation(
 ) -> None:
     """Compares the function that CUDA tensors reach with the operator, with its kernels and with them switched off."""
     monkeypatch.setattr(op.KERNELS, "accept", lambda x: accepted)
-    arguments = operator_calls(torch.float32)[name]
-    expected = getattr(torch.ops.beit3_ds, name)(*arguments)
-    with interpreted():
-        ours = getattr(op, function)(*arguments)
-    for mine, theirs in zip(flatten(ours), flatten(expected), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    backends: tuple[Backend, ...] = ("triton", "library")
+    for backend in backends:
+        arguments = operator_calls(torch.float32)[name]
+        expected = getattr(torch.ops.beit3_ds, name)(*arguments)
+        with interpreted(), CHOICES.fixed(backend):
+            ours = getattr(op, function)(*arguments)
+        for mine, theirs in zip(flatten(ours), flatten(expected), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def check_operator(name: str) -> None:

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from beit3_ds.config import INPUT_KINDS, ActivationCheckpointing, Kernels, ModelConfig
-from beit3_ds.model import BEiT3, attention, initialize_parameters
+from beit3_ds.config import INPUT_KINDS, ActivationCheckpointing, ModelConfig
+from beit3_ds.model import BEiT3, initialize_parameters
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import decoupled, random_batch, small_model_config
 from tests.model.plain_beit3 import plain_losses
@@ -104,21 +104,6 @@ def test_samples_do_not_see_each_other() -> None:
     before, after = model(batch, torch.ones(4)).sums, model(altered, torch.ones(4)).sums
     assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]])
     assert before[1] != after[1]
-
-
-@pytest.mark.parametrize("kernels", ["triton", "cuda"])
-def test_every_block_takes_the_kernels_that_were_chosen(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, asked = LAYOUTS["shared"], []
-    original = attention.packed_attention
-    monkeypatch.setattr(
-        attention,
-        "packed_attention",
-        lambda *args, **kwargs: asked.append(kwargs["cuda_cpp"]) or original(*args, **kwargs),
-    )
-    model = PretrainingModel(config, kernels=kernels)
-    initialize_parameters(model, config, seed=3)
-    model(random_batch(config, 1, 1, 1), torch.ones(4))
-    assert asked == [kernels == "cuda"] * config.num_layers
 
 
 @torch.no_grad()

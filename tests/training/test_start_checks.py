@@ -60,8 +60,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused(begin: Callable[[Run
 @pytest.mark.parametrize("begin", [check, start])
 def test_kernels_that_are_not_built_are_refused(begin: Callable[[RunConfig], None], tmp_path: Path) -> None:
     run = config(tmp_path)
-    run = dataclasses.replace(run, training=dataclasses.replace(run.training, kernels="cuda"))
-    with pytest.raises(ConfigError, match=r'kernels="cuda" needs'):
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, kernel_backend="cuda"))
+    with pytest.raises(ConfigError, match=r'kernel_backend="cuda" needs'):
         begin(run)
 
 

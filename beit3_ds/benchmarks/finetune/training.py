@@ -42,7 +42,6 @@ class Trainer:
             CASES[task].build_head,
             config.model,
             activation_checkpointing=training.activation_checkpointing,
-            kernels=training.kernels,
             fp32_residual_connection=training.fp32_residual_connection,
         )
         model.initialize(training.seed)

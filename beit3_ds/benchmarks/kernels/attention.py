@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from beit3_ds.kernels.ops.attention_plan import AttentionPlan, Ranges, bucket_by_length, build_plan
-from beit3_ds.kernels.ops.packed_attention import attend
+from beit3_ds.kernels.ops.bucket_attention import attend
 
 _HEADS, _HEAD_SIZE, _IMAGE_LENGTH = 12, 64, 197
 _ROUNDS = 7

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
+from beit3_ds.config import ActivationCheckpointing, ModelConfig
 from beit3_ds.model import TaskModel
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads
@@ -19,7 +19,6 @@ class PretrainingModel(TaskModel):
         tensor: TensorParallel | None = None,
         layers: Sequence[range] | None = None,
         activation_checkpointing: ActivationCheckpointing = "none",
-        kernels: Kernels = "triton",
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
@@ -30,6 +29,5 @@ class PretrainingModel(TaskModel):
             tensor,
             layers,
             activation_checkpointing,
-            kernels,
             fp32_residual_connection=fp32_residual_connection,
         )

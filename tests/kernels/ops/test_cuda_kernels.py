@@ -13,6 +13,7 @@ from beit3_ds.kernels.ops import cuda_kernels
 from beit3_ds.kernels.ops import packed_attention as attention_module
 from beit3_ds.kernels.ops.attention_plan import plan_tiles
 from beit3_ds.kernels.ops.cuda_kernels import MAX_EXPERTS, TILE_ROWS, check_grouped_gemm, is_built, plan_row_tiles
+from beit3_ds.kernels.ops.measured_op import CHOICES
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.packed_attention import check_kernels, packed_attention_reference
 from tests.kernels.csrc.emulated import SOURCES
@@ -52,34 +53,38 @@ def test_operator_takes_the_kernel_that_was_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "cuda_cpp", "is_trusted", "runs", "checks"),
+    ("backend", "dtype", "is_built", "is_trusted", "runs"),
     [
-        (torch.bfloat16, False, True, False, [False]),
-        (torch.bfloat16, True, True, True, [False, True]),
-        (torch.bfloat16, True, False, False, [False, True]),
-        (torch.float32, True, True, False, [False]),  # the C++ kernel knows half precision only
+        ("cuda", torch.bfloat16, True, True, "cuda"),
+        ("cuda", torch.bfloat16, True, False, "triton"),
+        ("cuda", torch.bfloat16, False, True, "triton"),
+        ("cuda", torch.float32, True, True, "triton"),  # the C++ kernel knows half precision only
+        ("triton", torch.bfloat16, True, True, "triton"),
+        ("library", torch.bfloat16, True, True, "varlen"),
+        ("library", torch.float32, True, True, "library"),
     ],
 )
-def test_kernels_in_cuda_cpp_need_their_own_check(
-    dtype: torch.dtype,
-    cuda_cpp: bool,
-    is_trusted: bool,
-    runs: bool,
-    checks: list[bool],
-    monkeypatch: pytest.MonkeyPatch,
+def test_kernels_need_their_own_check(
+    backend: str, dtype: torch.dtype, is_built: bool, is_trusted: bool, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a setting without effect, and a C++ kernel that runs unchecked, or although its check failed."""
-    asked, ran = [], []
+    ran = []
 
     def are_trusted(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> bool:
-        asked.append(cuda_cpp)
         return is_trusted or not cuda_cpp
 
-    monkeypatch.setattr(attention_module.KERNELS, "are_trusted", are_trusted)
-    monkeypatch.setattr(attention_module, "_run_operator", lambda *arguments: ran.append(arguments[-1]))
-    q = type("OnDevice", (), {"is_cuda": True, "device": CPU, "dtype": dtype, "shape": (4, 2, 8)})
-    attention_module.packed_attention(q, q, q, (((0, 4),),), cuda_cpp=cuda_cpp)  # type: ignore[arg-type]
-    assert (ran, asked) == ([runs], checks)
+    op = attention_module._ATTENTION
+    implementations = {name: lambda *_, name=name: ran.append(name) for name in op._implementations}
+    monkeypatch.setattr(op, "_implementations", implementations)
+    monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(CHOICES, "backend", backend)
+    monkeypatch.setattr(cuda_kernels, "is_built", lambda: is_built)
+    for kernels in (attention_module.KERNELS, attention_module.VARLEN):
+        monkeypatch.setattr(kernels, "are_trusted", are_trusted)
+    properties = {"is_cuda": True, "device": CPU, "dtype": dtype, "shape": (4, 2, 8), "requires_grad": False}
+    q = type("OnDevice", (), {**properties, "numel": lambda: 64})
+    attention_module.packed_attention(q, q, q, (((0, 4),),))  # type: ignore[arg-type]
+    assert ran == [runs]
 
 
 def test_gradients_do_not_depend_on_the_choice() -> None:

@@ -14,6 +14,7 @@ from beit3_ds.kernels.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from beit3_ds.kernels.ops.measured_op import CHOICES, Backend
 from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_reference, with_gradients
 from tests.kernels.interpreter import interpreted
 
@@ -179,7 +180,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.beit3_ds.logits_gradient.default, arguments)
 
 
-def test_launches_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["triton", "library"])
+def test_launches_of_a_device(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Follows the path of CUDA tensors through the operators' CUDA implementations, over two tiles."""
 
     class Operators:
@@ -189,7 +191,7 @@ def test_launches_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
     *leaves, target = problem(5, 100, torch.float32)
     inputs = (*(x.detach() for x in leaves), torch.linspace(-1, 2, 5))
-    with interpreted():
+    with interpreted(), CHOICES.fixed(backend):
         ours = with_gradients(lambda *x: operators(*x, target, 4))(*inputs)
     reference = with_gradients(partial(linear_cross_entropy_reference, target_M=target))
     check_against_reference(("loss", "dh", "dw", "db"), ours, reference, inputs)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.kernels.ops import multiway_layer_norm as module
+from beit3_ds.kernels.ops.measured_op import CHOICES, Backend
 from beit3_ds.kernels.ops.multiway_layer_norm import check_kernels, multiway_layer_norm, multiway_layer_norm_reference
 from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_reference, with_gradients
 from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
@@ -188,12 +189,13 @@ def test_opcheck() -> None:
         )
 
 
-def test_launches_of_a_device() -> None:
+@pytest.mark.parametrize("backend", ["triton", "library"])
+def test_launches_of_a_device(backend: Backend) -> None:
     """Catches arguments that the operators' CUDA implementations swap."""
     case = Case((2, 0, 3), 24, torch.float32)
     stops = [stop for _, stop in case.slices]
     weights, biases = case.weights_and_biases(case.parameters)
-    with interpreted():
+    with interpreted(), CHOICES.fixed(backend):
         h, statistics = module._forward_cuda(case.x, stops, weights, biases, EPSILON)
         dx, d_parameters = module._backward_cuda(case.dh, case.d_stream, case.x, statistics, stops, weights)
     case.check((torch.stack((case.x, h)), dx, *d_parameters.flatten(0, 1)), with_stream=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from beit3_ds.kernels.ops import residual_add as module
+from beit3_ds.kernels.ops.measured_op import CHOICES, Backend
 from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_reference, with_gradients
 from beit3_ds.kernels.ops.residual_add import check_kernels, residual_add, residual_add_reference
 from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
@@ -129,10 +130,11 @@ def test_a_float32_stream_beside_bf16_branches(with_factor: bool) -> None:
     check_kernels(CPU, torch.bfloat16, 24, torch.float32)
 
 
-def test_launches_of_a_device() -> None:
+@pytest.mark.parametrize("backend", ["triton", "library"])
+def test_launches_of_a_device(backend: Backend) -> None:
     """Catches arguments that the operators' CUDA implementations swap."""
     case = Case((2, 0, 3), 24, torch.float32, with_factor=True)
-    with interpreted():
+    with interpreted(), CHOICES.fixed(backend):
         y = module._forward_cuda(case.residual, case.partial, case.stops, case.biases, case.factor)
         d_partial, d_biases = module._backward_cuda(case.dy, case.stops, case.factor, case.partial.dtype)
     case.check((y, case.dy, d_partial, *d_biases))

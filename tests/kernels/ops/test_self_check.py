@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from beit3_ds.kernels.ops.measured_op import CHOICES
 from beit3_ds.kernels.ops.self_check import TrustedKernels, passes_check
 
 CPU = torch.device("cpu")
@@ -48,3 +49,10 @@ def test_checks_may_differentiate() -> None:
     with torch.inference_mode():
         leaf_check = lambda: torch.ones(1, requires_grad=True).sum().backward()  # noqa: E731
         assert passes_check("op", CPU, leaf_check)
+
+
+def test_checks_run_the_kernels_themselves() -> None:
+    """Catches a check of Triton's kernels that measures, and then checks a library."""
+    backends = []
+    kernels = TrustedKernels("op", lambda *_: backends.append(CHOICES.backend))
+    assert kernels.accept(on_device(torch.float32)) and backends == ["triton"] and CHOICES.backend == "auto"

@@ -1,0 +1,113 @@
+"""Stores which implementation of each operator was the fastest, in one JSON file per device and versions.
+
+A file has a line per case: {"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. Files that ship with the
+package (`kernels/choices`) are read first, then the file that this machine wrote in Triton's cache folder.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHIPPED = Path(__file__).parents[1] / "choices"
+"""Folder of the measurements that ship with the package."""
+
+
+class ChoiceFile:
+    """Reads and adds the choices for one device; a file that cannot be read or written costs only a new measurement."""
+
+    def __init__(self, name: str, folder: Path | None, shipped: Path = SHIPPED) -> None:
+        """Reads the shipped file and the machine's own.
+
+        Args:
+            name: name of both files.
+            folder: folder of the machine's own file; None keeps choices in memory only.
+            shipped: folder of the shipped file.
+        """
+        self.path = None if folder is None else folder / name
+        self._cases = _read(shipped / name)
+        if self.path is not None:
+            self._cases |= _read(self.path)
+
+    def find(self, case: str) -> str | None:
+        """Returns the fastest implementation of a case; None if it was not measured."""
+        return self._cases[case]["fastest"] if case in self._cases else None
+
+    def add(self, case: str, fastest: str, milliseconds: Mapping[Any, float]) -> None:
+        """Adds a measurement to the file.
+
+        Other processes may add theirs meanwhile: the file is read again, and replaced as a whole. The last of two
+        simultaneous writers wins, and the other's measurement is made again by the next run.
+        """
+        measured = {name: round(ms, 4) for name, ms in milliseconds.items() if ms < float("inf")}
+        self._cases[case] = {"fastest": fastest, "milliseconds": measured}
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(self.path, _read(self.path) | {case: self._cases[case]})
+        except OSError as error:
+            warnings.warn(
+                f"the choice of kernels is kept in memory only, because {self.path} cannot be written: {error}",
+                stacklevel=2,
+            )
+            self.path = None
+
+
+def choice_file_of(device: torch.device) -> ChoiceFile:
+    """Opens the file of a CUDA device and the installed versions, in Triton's cache folder."""
+    import triton  # needed on a GPU only
+
+    return ChoiceFile(file_name(torch.cuda.get_device_name(device)), Path(triton.knobs.cache.dir) / "beit3_ds")
+
+
+def file_name(device: str) -> str:
+    """Returns the name of a device's file, which also holds the versions on which timings depend.
+
+    For example "nvidia_h200-torch2.14.1-triton3.8.0-beit3_ds0.2.0.json".
+    """
+    versions = [f"{name}{_version(name)}" for name in ("torch", "triton", "beit3_ds")]
+    return re.sub(r"[^a-z0-9_.+-]+", "_", "-".join([device, *versions]).lower()) + ".json"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the valid cases of a file; none if it does not exist or is no such file."""
+    try:
+        cases = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"{path} is ignored, and operators are measured again: {error}", stacklevel=2)
+        return {}
+    return {case: found for case, found in cases.items() if _is_valid(found)} if isinstance(cases, dict) else {}
+
+
+def _is_valid(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("fastest"), str)
+
+
+def _replace(path: Path, cases: Mapping[str, Any]) -> None:
+    lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(cases[case])}" for case in sorted(cases))
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(f"{{\n{lines}\n}}\n")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)

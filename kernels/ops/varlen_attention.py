@@ -1,0 +1,55 @@
+"""Computes packed attention with PyTorch's flash attention for sequences of different lengths, without padding.
+
+`packed_attention` uses it on a GPU if it is faster than our kernels (`measured_op`).
+"""
+
+# T packed rows, H heads, K head width, Q sequences.
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_ds.kernels.ops.attention_plan import Ranges
+
+
+class VarlenPlan(NamedTuple):
+    """Orders the rows of a micro-batch sequence by sequence; a pure function of the sequences' ranges."""
+
+    rows: Tensor | None
+    """Row of the stream at every position of the order, (T,) int64; None if the stream has this order already."""
+    positions: Tensor | None
+    """Position of every row of the stream in the order, (T,) int64; None like `rows`."""
+    bounds: Tensor
+    """First position of every sequence, and T, (Q + 1,) int32."""
+    longest: int
+    """Number of rows of the longest sequence."""
+
+
+@lru_cache(maxsize=16)  # the same for all layers that compute all sequences
+def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
+    """Orders the rows of all sequences; only pairs of an image and a caption are not in order already."""
+    lengths = [sum(stop - start for start, stop in sequence) for sequence in ranges]
+    rows = torch.cat([torch.arange(start, stop) for sequence in ranges for start, stop in sequence])
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    if bool((rows == torch.arange(len(rows))).all()):
+        return VarlenPlan(None, None, bounds, max(lengths))
+    return VarlenPlan(rows.to(device), rows.argsort().to(device), bounds, max(lengths))
+
+
+def varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges) -> Tensor:
+    """Computes bidirectional attention within each sequence, as `packed_attention` does.
+
+    Args:
+        q_THK: queries, like k_THK and v_THK in half precision on a GPU, with a head size up to 128 that 8 divides.
+        ranges: row ranges of each sequence; together they cover [0, T) once.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # its import needs a build of PyTorch with flash attention
+
+    plan = plan_varlen(ranges, q_THK.device)
+    if plan.rows is not None:
+        q_THK, k_THK, v_THK = (x_THK.index_select(0, plan.rows) for x_THK in (q_THK, k_THK, v_THK))
+    y_THK = varlen_attn(q_THK, k_THK, v_THK, plan.bounds, plan.bounds, plan.longest, plan.longest)
+    assert isinstance(y_THK, Tensor)
+    return y_THK if plan.positions is None else y_THK.index_select(0, plan.positions)

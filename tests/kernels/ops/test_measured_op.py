@@ -1,0 +1,166 @@
+"""Tests that each operator uses its fastest trusted implementation, and measures once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beit3_ds.kernels.ops.choice_file import ChoiceFile
+from beit3_ds.kernels.ops.measured_op import CHOICES, Choices, MeasuredOp, use_backend
+
+
+class Clock:
+    """Stands for the timer of a GPU: a call takes the milliseconds that its implementation has planted."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.milliseconds, self.timed, self._last = {"triton": 1.0, "library": 2.0}, list[str](), ""
+        self.choices = Choices(self._time, lambda device: ChoiceFile("gpu.json", folder))
+
+    def implementation(self, name: str, function: Callable[..., Any] = lambda *arguments: None) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            self._last = name
+            result = function(*arguments)
+            return name if result is None else result
+
+        return run
+
+    def op(self, name: str = "op", **options: Any) -> MeasuredOp:
+        implementations: Any = {name: self.implementation(name) for name in self.milliseconds}
+        return MeasuredOp(name, implementations, choices=self.choices, **options)
+
+    def _time(self, call: Callable[[], Any]) -> float:
+        call()
+        self.timed.append(self._last)
+        return self.milliseconds[self._last]
+
+
+@pytest.mark.parametrize(("library", "fastest"), [(2.0, "triton"), (0.5, "library")])
+def test_the_fastest_is_used_and_measured_once(library: float, fastest: str) -> None:
+    """A planted slow implementation is not chosen, whichever it is."""
+    clock = Clock()
+    clock.milliseconds["library"] = library
+    op = clock.op()
+    assert [op(torch.ones(5, 3)) for _ in range(3)] == [fastest] * 3
+    assert sorted(clock.timed) == ["library", "triton"]
+
+
+def test_an_implementation_that_fails_its_check_is_not_measured() -> None:
+    clock = Clock()
+    clock.milliseconds["cuda"] = 0.1
+    op = clock.op(accepts={"cuda": lambda x: False})
+    assert op(torch.ones(5, 3)) == "triton" and "cuda" not in clock.timed
+
+
+def test_an_implementation_that_cannot_run_is_not_chosen() -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    clock = Clock()
+    implementations: Any = {"triton": clock.implementation("triton", fail), "library": clock.implementation("library")}
+    op = MeasuredOp("op", implementations, choices=clock.choices)
+    with pytest.warns(UserWarning, match="triton could not be timed and is not used: out of memory"):
+        assert op(torch.ones(5, 3)) == "library"
+
+
+@pytest.mark.parametrize(
+    ("argument", "is_new"),
+    [
+        (torch.ones(7, 3), False),  # the same power of two
+        (torch.ones(9, 3), True),
+        (torch.ones(0, 3), True),
+        (torch.ones(5, 4), True),
+        (torch.ones(5, 3, dtype=torch.bfloat16), True),
+    ],
+)
+def test_cases_differ_in_dtype_width_and_rows_to_a_power_of_two(argument: torch.Tensor, is_new: bool) -> None:
+    clock = Clock()
+    op = clock.op()
+    op(torch.ones(5, 3))
+    before = len(clock.timed)
+    op(argument)
+    assert (len(clock.timed) > before) == is_new
+
+
+def test_flags_lists_and_operators_are_cases_too() -> None:
+    clock = Clock()
+    op, other = clock.op(), clock.op("other", ignores=(2,))
+    x = torch.ones(5, 3)
+    calls: list[tuple[MeasuredOp, tuple[Any, ...], int]] = [
+        (op, (x, True, [5]), 2),
+        (op, (x, False, [5]), 2),
+        (op, (x, False, [2, 3]), 2),
+        (op, (x, False, [4, 1]), 0),
+        (op, (x, False, [x, x]), 2),
+        (op, (x, None, [x, x]), 2),
+        (other, (x, None, 1), 2),
+        (other, (x, None, 2), 0),
+    ]
+    for measured, arguments, count in calls:
+        before = len(clock.timed)
+        measured(*arguments)
+        assert len(clock.timed) - before == count, arguments[1:]
+
+
+def test_a_stored_choice_is_used_without_measurement(tmp_path: Path) -> None:
+    first = Clock(tmp_path)
+    first.milliseconds["library"] = 0.5
+    first.op()(torch.ones(5, 3))
+    second = Clock(tmp_path)
+    assert second.op()(torch.ones(5, 3)) == "library" and second.timed == []
+
+
+def test_a_stored_choice_that_is_not_trusted_here_is_measured_again(tmp_path: Path) -> None:
+    first = Clock(tmp_path)
+    first.milliseconds["cuda"] = 0.1
+    first.op()(torch.ones(5, 3))
+    second = Clock(tmp_path)
+    assert second.op()(torch.ones(5, 3)) == "triton" and sorted(second.timed) == ["library", "triton"]
+
+
+@pytest.mark.parametrize(("backend", "used"), [("triton", "triton"), ("library", "library"), ("cuda", "triton")])
+def test_a_fixed_backend_measures_nothing(backend: Any, used: str) -> None:
+    """`cuda` uses Triton where an operator has no kernel in CUDA C++."""
+    clock = Clock()
+    clock.choices.backend = backend
+    assert clock.op()(torch.ones(5, 3)) == used and clock.timed == []
+
+
+def test_changing_the_backend_applies_to_known_cases() -> None:
+    clock = Clock()
+    op, x = clock.op(), torch.ones(5, 3)
+    assert op(x) == "triton"
+    clock.choices.backend = "library"
+    assert op(x) == "library"
+
+
+def test_measurements_leave_the_arguments_as_they_are() -> None:
+    """Catches an operator that overwrites its argument once per measured implementation."""
+    clock = Clock()
+    implementations: Any = {name: clock.implementation(name, lambda x: x.add_(1)) for name in clock.milliseconds}
+    x = torch.zeros(4)
+    MeasuredOp("op", implementations, mutates=(0,), choices=clock.choices)(x)
+    assert x.tolist() == [1.0] * 4
+
+
+def test_what_is_timed_can_include_the_backward_pass() -> None:
+    """The implementation that is fastest in forward loses if its backward pass is slow."""
+    clock = Clock()
+    clock.milliseconds |= {"triton backward": 9.0, "library backward": 3.0}
+
+    def rehearse(run: Callable[..., Any]) -> Callable[..., Any]:
+        def both(*arguments: Any) -> None:
+            clock._last = f"{run(*arguments)} backward"
+
+        return both
+
+    implementations: Any = {name: clock.implementation(name) for name in ("triton", "library")}
+    op = MeasuredOp("op", implementations, rehearse=rehearse, choices=clock.choices)
+    assert op(torch.ones(5, 3)) == "library"
+
+
+def test_the_process_has_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CHOICES, "backend", "auto")
+    use_backend("library")
+    assert CHOICES.backend == "library"
