@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from beit3_ds.kernels.ops import packed_attention as module
 from beit3_ds.kernels.ops.attention_plan import plan_tiles
+from beit3_ds.kernels.ops.measured_op import CHOICES
 from beit3_ds.kernels.ops.numerics import WrongResultError
 from beit3_ds.kernels.ops.packed_attention import packed_attention, packed_attention_reference
 from tests.batches import random_batch, small_model_config
@@ -63,6 +64,7 @@ def test_gradcheck(op: object, captions: bool) -> None:
 def test_takes_the_operator_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Follows the path of CUDA tensors with their tiles, in the CPU implementation; projections may be views."""
     monkeypatch.setattr("beit3_ds.kernels.ops.packed_attention.runs_kernels", lambda q: True)
+    monkeypatch.setattr(CHOICES, "backend", "triton")
     leaf = torch.randn(10, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     for captions in (False, True):
         results = []
