@@ -5,9 +5,9 @@ A micro-batch is one stream of T rows, one per token, ordered by modality and wi
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
 
-So every expert works on one range of rows (`PackedBatch.expert_slices`). An image or a text is one range of rows. A
-pair is two ranges, its image and its text (`PackedBatch.sequence_ranges`). Sequences are numbered in the order images,
-pairs, texts.
+The letters are the rows at which the four ranges stop. So every expert works on one range of rows
+(`PackedBatch.expert_slices`). An image or a text is one range of rows. A pair is two ranges, its image and its text
+(`PackedBatch.sequence_ranges`). Sequences are numbered in the order images, pairs, texts.
 """
 
 # I images, P pairs, X texts, B = I + P images with pixels, Q = I + P + X sequences, N patches per image,

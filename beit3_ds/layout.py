@@ -4,6 +4,8 @@ A stream is ordered by modality and has no padding:
 
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
+
+The letters are the rows at which the four ranges stop; T is the number of rows.
 """
 
 # T rows; I images without texts, P pairs, X texts without images; Q = I + P + X sequences, numbered in this order.

@@ -28,7 +28,7 @@ class PipelineParallel:
     rank: int = 0
     """Stage of this rank, from 0."""
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
-    """Process group for each kind and direction of messages, which are device tensors."""
+    """Process group for each kind and direction of messages; it carries device tensors."""
     host: HostGroup = field(default_factory=HostGroup)
     """Group in which the stages of this pipeline exchange values in host memory; ranks are in the order of stages."""
 

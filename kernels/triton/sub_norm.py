@@ -109,7 +109,7 @@ def normalize_kernel(
 ):
     """Computes one block of n = LN(a), or of n = a without NORM; a is gelu(x) with GELU, otherwise x.
 
-    n is an operand of the weight gradient that the forward pass did not save.
+    The weight gradient needs n, which the forward pass did not save.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]

@@ -82,7 +82,7 @@ def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int)
 
 
 def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
-    """Returns LN(gelu(x)), gelu(x) or LN(x), an operand of the weight gradient that the forward pass did not save.
+    """Recomputes LN(gelu(x)), gelu(x) or LN(x), which the weight gradient needs and the forward pass did not save.
 
     Args:
         x_TF: rows.

@@ -130,7 +130,7 @@ class _ImageSearch:
 
         Args:
             scores: log-probability of each candidate, summed over all its words, in descending order.
-            indices: beam * vocab_size + word of each candidate.
+            indices: for each candidate, beam * vocab_size + word.
             vocab_size: size of the vocabulary.
         """
         limit = self._search.max_length
