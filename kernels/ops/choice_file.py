@@ -1,7 +1,8 @@
-"""Stores which implementation of each operator was the fastest, in one JSON file per device and versions.
+"""Stores which implementation of each operator was the fastest, in one JSON file per GPU model and software versions.
 
-A file has a line per case: {"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. Files that ship with the
-package (`kernels/choices`) are read first, then the file that this machine wrote in Triton's cache folder.
+A case is an operator with the dtypes and sizes of its arguments. A file has one line per case:
+{"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file that ships with the package
+(`kernels/choices`) is read first, then the file that this machine wrote in Triton's cache folder.
 """
 
 import contextlib
@@ -18,19 +19,22 @@ from typing import Any
 import torch
 
 SHIPPED = Path(__file__).parents[1] / "choices"
-"""Folder of the measurements that ship with the package."""
+"""Folder of the files that ship with the package."""
 
 
 class ChoiceFile:
-    """Reads and adds the choices for one device; a file that cannot be read or written costs only a new measurement."""
+    """Reads and extends the stored choices for one device.
+
+    If a file cannot be read or written, the operators are only measured again.
+    """
 
     def __init__(self, name: str, folder: Path | None, shipped: Path = SHIPPED) -> None:
-        """Reads the shipped file and the machine's own.
+        """Reads the file that ships with the package, and then the file that this machine wrote.
 
         Args:
             name: name of both files.
-            folder: folder of the machine's own file; None keeps choices in memory only.
-            shipped: folder of the shipped file.
+            folder: folder of this machine's file; None keeps choices in memory only.
+            shipped: folder of the file that ships with the package.
         """
         self.path = None if folder is None else folder / name
         self._cases = _read(shipped / name)
@@ -42,10 +46,15 @@ class ChoiceFile:
         return self._cases[case]["fastest"] if case in self._cases else None
 
     def add(self, case: str, fastest: str, milliseconds: Mapping[Any, float]) -> None:
-        """Adds a measurement to the file.
+        """Adds a measurement to this machine's file.
 
-        Other processes may add theirs meanwhile: the file is read again, and replaced as a whole. The last of two
-        simultaneous writers wins, and the other's measurement is made again by the next run.
+        Other processes may extend the file too, so it is read again and then replaced as a whole. If two processes
+        write at the same time, the measurement of one is lost, and a later run repeats it.
+
+        Args:
+            case: the measured case.
+            fastest: name of the fastest implementation.
+            milliseconds: time of every implementation, by name; infinity if it could not be timed.
         """
         measured = {name: round(ms, 4) for name, ms in milliseconds.items() if ms < float("inf")}
         self._cases[case] = {"fastest": fastest, "milliseconds": measured}
@@ -63,16 +72,16 @@ class ChoiceFile:
 
 
 def choice_file_of(device: torch.device) -> ChoiceFile:
-    """Opens the file of a CUDA device and the installed versions, in Triton's cache folder."""
+    """Opens the file for a CUDA device and the installed software versions; it is in Triton's cache folder."""
     import triton  # needed on a GPU only
 
     return ChoiceFile(file_name(torch.cuda.get_device_name(device)), Path(triton.knobs.cache.dir) / "beit3_ds")
 
 
 def file_name(device: str) -> str:
-    """Returns the name of a device's file, which also holds the versions on which timings depend.
+    """Returns the name of the file for a device and the installed versions of torch, Triton and this package.
 
-    For example "nvidia_h200-torch2.14.1-triton3.8.0-beit3_ds0.2.0.json".
+    An example is "nvidia_h200-torch2.14.1-triton3.8.0-beit3_ds0.2.0.json".
     """
     versions = [f"{name}{_version(name)}" for name in ("torch", "triton", "beit3_ds")]
     return re.sub(r"[^a-z0-9_.+-]+", "_", "-".join([device, *versions]).lower()) + ".json"
@@ -86,7 +95,7 @@ def _version(package: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Returns the valid cases of a file; none if it does not exist or is no such file."""
+    """Returns the valid cases of a file; empty if the file does not exist or is not a file of choices."""
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

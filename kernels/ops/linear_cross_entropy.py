@@ -106,7 +106,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("linear_cross_entropy", check_kernels)
-"""Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

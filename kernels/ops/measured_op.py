@@ -1,7 +1,7 @@
-"""Runs the fastest implementation of an operator, which is found by timing all of them on the GPU at the first use.
+"""Runs the fastest implementation of an operator; at the first use, times all implementations on the GPU.
 
-The results are kept in memory and in a file (`choice_file`). A fixed backend replaces the measurement: for comparisons,
-and for runs that must not depend on timings.
+The choices are kept in memory and in a file (`choice_file`). With a backend other than `auto`, nothing is timed. Use
+one for comparisons, and for runs that must not depend on timings.
 """
 
 import functools
@@ -16,8 +16,8 @@ from torch import Tensor
 from beit3_ds.kernels.ops.choice_file import ChoiceFile, choice_file_of
 
 Backend = Literal["auto", "triton", "library", "cuda"]
-"""How to implement operators on a GPU: with Triton kernels, with PyTorch's operations and the libraries that these call
-(cuBLAS, cuDNN), with kernels in CUDA C++, or with whichever of these is the fastest (`auto`)."""
+"""Implementation of operators on a GPU. `triton` stands for our Triton kernels, `library` for PyTorch's operations and
+the libraries that these call (cuBLAS, cuDNN), `cuda` for our kernels in CUDA C++, and `auto` for the fastest of all."""
 
 Name = Literal["triton", "cuda", "varlen", "library"]
 """Name of an implementation; `varlen` is PyTorch's attention for sequences of different lengths."""
@@ -28,11 +28,11 @@ _ORDER: Mapping[Backend, tuple[Name, ...]] = {
     "library": ("varlen", "library"),
     "cuda": ("cuda", "triton", "library"),
 }
-"""Implementations that each backend may use, in order of preference, because an operator may lack the first."""
+"""Implementations that each backend may use. If an operator lacks the first one, the next in the order is used."""
 
 
 class Choices:
-    """Chooses implementations for all operators of this process."""
+    """Chooses the implementation of every operator in this process."""
 
     def __init__(
         self, time: Callable[[Callable[[], Any]], float], open_file: Callable[[torch.device], ChoiceFile]
@@ -40,17 +40,17 @@ class Choices:
         """Stores the arguments; nothing is measured or read yet.
 
         Args:
-            time: returns the milliseconds of a call on the current device.
-            open_file: opens the file of a device's choices.
+            time: function that returns the milliseconds of a call on the current device.
+            open_file: function that opens the file with the choices for a device.
         """
         self.backend: Backend = "auto"
-        """The backend in use; `use_backend` sets it."""
+        """Backend in use; `use_backend` sets it."""
         self._time, self._open_file = time, open_file
         self._files: dict[torch.device, ChoiceFile] = {}
 
     @contextmanager
     def fixed(self, backend: Backend) -> Iterator[None]:
-        """Uses a backend during the block, such as in a check or a comparison of implementations."""
+        """Uses another backend inside a `with` block, e.g. to check or compare implementations."""
         before, self.backend = self.backend, backend
         try:
             yield
@@ -58,12 +58,12 @@ class Choices:
             self.backend = before
 
     def choose(self, device: torch.device, case: str, calls: Mapping[Name, Callable[[], Any]]) -> Name:
-        """Returns the implementation to use for a case; measures it if the backend is `auto` and the case is new.
+        """Returns the name of the implementation to use; if the backend is `auto` and the case is new, times all.
 
         Args:
             device: device of the operands.
-            case: operator, dtype, sizes, and whatever else may decide which implementation is the fastest.
-            calls: a call of each implementation that takes these operands.
+            case: text that names the operator, and the dtypes, sizes and flags on which its speed depends.
+            calls: for each implementation that takes these operands, a function that calls it.
         """
         available = [name for name in _ORDER[self.backend] if name in calls]
         if len(available) == 1 or self.backend != "auto":
@@ -90,9 +90,9 @@ class Choices:
 
 
 def _time_on_gpu(call: Callable[[], Any]) -> float:
-    """Returns the median milliseconds of a call; clears the L2 cache before each, which keeps the GPU busy meanwhile.
+    """Returns the median milliseconds of repeated calls, without the time that Python needs to launch the kernels.
 
-    So the time that Python needs to launch the kernels is hidden.
+    Before each call it clears the L2 cache. The GPU is busy with that while Python launches the kernels.
     """
     from triton.testing import do_bench  # Triton is needed on a GPU only
 
@@ -100,7 +100,7 @@ def _time_on_gpu(call: Callable[[], Any]) -> float:
 
 
 CHOICES = Choices(_time_on_gpu, choice_file_of)
-"""Choices of this process."""
+"""Choices of implementations in this process."""
 
 
 def use_backend(backend: Backend) -> None:
@@ -109,7 +109,7 @@ def use_backend(backend: Backend) -> None:
 
 
 class MeasuredOp:
-    """Calls the implementation of an operator that `Choices` selects."""
+    """Calls an operator by the implementation that `Choices` selects for its arguments."""
 
     def __init__(
         self,
@@ -122,17 +122,18 @@ class MeasuredOp:
         rehearse: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
         choices: Choices = CHOICES,
     ) -> None:
-        """Stores the arguments.
+        """Stores the arguments; nothing is measured yet.
 
         Args:
-            name: name of the operator, with which its cases begin in the file.
-            implementations: functions of the same arguments; the first argument is a tensor.
-            accepts: for an implementation that does not take all arguments, a function of the arguments that tells
-                whether it takes them; this is also the place of its self-check.
-            mutates: indices of tensors that an implementation overwrites; measurements use copies of them.
-            ignores: indices of arguments on which the speed does not depend.
-            rehearse: turns an implementation into the function that is timed, which may also run its backward pass.
-            choices: selects the implementation.
+            name: name of the operator; its cases in the file begin with this name.
+            implementations: functions with the same arguments, by name; the first argument is a tensor.
+            accepts: for each implementation that does not take all arguments, a function of the arguments that returns
+                whether it takes them. The function may also check the implementation at its first use.
+            mutates: indices of the arguments that an implementation overwrites; measurements use copies of these.
+            ignores: indices of the arguments on which the speed does not depend.
+            rehearse: function that turns an implementation into the function that is timed. The latter may also run the
+                backward pass.
+            choices: object that selects the implementation.
         """
         self._name, self._implementations = name, implementations
         self._accepts, self._rehearse, self._choices = accepts or {}, rehearse, choices
@@ -161,10 +162,10 @@ class MeasuredOp:
 
 
 def _describe(argument: Any) -> Any:
-    """Returns what the speed of an implementation depends on: number, dtype and sizes of tensors, and flags.
+    """Returns the properties of an argument on which the speed depends: dtype and sizes of a tensor, or a flag's value.
 
-    Rows, the first size of a tensor, count as the next power of two, because their number changes with every batch. A
-    list of tensors is described by its first tensor, and a list of row numbers by its length.
+    The number of rows, a tensor's first size, is rounded up to a power of two, because it changes with every batch. A
+    list of tensors is described by its length and its first tensor, and a list of row numbers by its length.
     """
     if isinstance(argument, Tensor):
         rows, *sizes = argument.shape

@@ -1,7 +1,8 @@
 """Applies LayerNorm with one scale and shift per expert; its backward pass adds the residual's gradient.
 
 On a CPU it runs PyTorch's LayerNorm on each expert's rows. On a GPU it runs the operator
-`beit3_ds::multiway_layer_norm` with the kernels of `triton/multiway_layer_norm.py`, one launch for all experts.
+`beit3_ds::multiway_layer_norm`: with the kernels of `triton/multiway_layer_norm.py`, one launch for all experts, or
+with PyTorch's LayerNorm if this is faster (`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -81,7 +82,7 @@ def _recompute_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *param
 
 
 def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `multiway_layer_norm` uses the GPU kernels and not PyTorch's operations.
+    """Returns whether `multiway_layer_norm` may use its GPU kernels; if not, it uses PyTorch's operations.
 
     The kernels must support the rows (`fits_kernels`), and must pass their check at first use on the device
     (`self_check`).
@@ -132,7 +133,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("multiway_layer_norm", check_kernels)
-"""Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
 
 
 class _MultiwayLayerNorm(torch.autograd.Function):

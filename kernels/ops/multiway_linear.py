@@ -1,7 +1,8 @@
 """Applies the linear layers of several experts, each to its own slice of one packed stream.
 
 On a CPU each expert's product is written into its rows of one output. On a GPU one launch of a kernel in
-`triton/multiway_ffn.py` computes all experts.
+`triton/multiway_ffn.py` computes all experts, or cuBLAS computes one product per expert if this is faster
+(`measured_op`).
 """
 
 # T packed rows, D input width, F output width; an expert owns rows [start, stop).
@@ -236,4 +237,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_linear", check_kernels)
-"""Decides whether the three operators use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the three operators may use their GPU kernels, by a check at the first use on a device."""

@@ -375,7 +375,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("out_projection", check_kernels)
-"""Decides whether the operator uses its GPU kernel, by a check at the first use on a device."""
+"""Decides whether the operator may use its GPU kernel, by a check at the first use on a device."""
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:

@@ -68,7 +68,7 @@ def packed_attention(
 
 
 def runs_kernels(q_THK: Tensor) -> bool:
-    """Returns whether `packed_attention` uses the GPU kernels and not PyTorch's operations.
+    """Returns whether `packed_attention` may use its GPU kernels; if not, it uses PyTorch's operations.
 
     The kernels support heads of at most 128 columns and every dtype except float64. They must also pass their check at
     first use on the device (`self_check`).
@@ -140,7 +140,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
 
 
 KERNELS = TrustedKernels("packed_attention", check_kernels)
-"""Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
 
 
 def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
@@ -153,7 +153,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> No
 
 
 VARLEN = TrustedKernels("PyTorch's varlen attention", check_varlen)
-"""PyTorch's kernels for sequences of different lengths."""
+"""Decides whether PyTorch's attention for sequences of different lengths may be used, by a check at the first use."""
 
 
 def _compare(

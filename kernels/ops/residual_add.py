@@ -1,7 +1,7 @@
 """Adds a branch to the residual stream after the branch's partial results were summed over the ranks.
 
-On a CPU it makes two passes of PyTorch over one new tensor. On a GPU it runs the operator `beit3_ds::residual_add` with
-the kernels of `triton/residual_add.py` in one pass.
+On a CPU it makes two passes of PyTorch over one new tensor. On a GPU it runs the operator `beit3_ds::residual_add`: in
+one pass with the kernels of `triton/residual_add.py`, or with PyTorch's operations if these are faster (`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -55,7 +55,7 @@ def residual_add(
 
 
 def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `residual_add` uses the GPU kernels and not PyTorch's operations.
+    """Returns whether `residual_add` may use its GPU kernels; if not, it uses PyTorch's operations.
 
     The kernels must support the rows (`fits_kernels`), and must pass their check at first use on the device
     (`self_check`).
@@ -106,7 +106,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("residual_add", check_kernels)
-"""Decides whether both operators use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
 
 
 class _ResidualAdd(torch.autograd.Function):

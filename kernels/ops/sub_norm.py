@@ -305,7 +305,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("sub_norm", check_kernels)
-"""Decides whether the four operators use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the four operators may use their GPU kernels, by a check at the first use on a device."""
 
 
 def _check_norm(

@@ -15,21 +15,21 @@ from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
 class VarlenPlan(NamedTuple):
-    """Orders the rows of a micro-batch sequence by sequence; a pure function of the sequences' ranges."""
+    """Holds the order in which the rows of each sequence follow each other; depends on the sequences' ranges alone."""
 
     rows: Tensor | None
-    """Row of the stream at every position of the order, (T,) int64; None if the stream has this order already."""
+    """Number of the stream's row at each position of the order, int64; None if the stream has this order already."""
     positions: Tensor | None
-    """Position of every row of the stream in the order, (T,) int64; None like `rows`."""
+    """Position in the order of each of the stream's rows, int64; None if the stream has this order already."""
     bounds: Tensor
-    """First position of every sequence, and T, (Q + 1,) int32."""
+    """First position of every sequence, and then the number of all rows, int32."""
     longest: int
     """Number of rows of the longest sequence."""
 
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
-    """Orders the rows of all sequences; only pairs of an image and a caption are not in order already."""
+    """Orders the stream's rows sequence by sequence; only pairs of an image and a caption need another order."""
     lengths = [sum(stop - start for start, stop in sequence) for sequence in ranges]
     rows = torch.cat([torch.arange(start, stop) for sequence in ranges for start, stop in sequence])
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
