@@ -26,9 +26,12 @@ from beit3_ds.model.adaptation import AdaptedWeights
 from beit3_ds.model.pretrained import PretrainedWeights, check_task
 from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.rank_program import run_rank_program
+from beit3_ds.runtime.command_signals import StoppedBySignal
+from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
 from beit3_ds.runtime.startup_watchdog import watched_start
+from beit3_ds.runtime.stop_deadline import stop_deadline
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.tasks import RankTask, Task, build_task
 from beit3_ds.train import share_of
@@ -36,7 +39,7 @@ from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.engine import build_schedule
 from beit3_ds.training.evaluation import evaluate_split
 from beit3_ds.training.model_evaluator import ModelEvaluator
-from beit3_ds.training.split_batches import SplitBatches
+from beit3_ds.training.split_batches import SplitBatches, StoppableBatches
 from beit3_ds.training.start_checks import check_device
 from beit3_ds.weights.reader import open_weights
 
@@ -64,25 +67,27 @@ def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
     Raises:
         ConfigError: if the configuration, a data file or the weights are invalid, or the weights belong to another
             task.
+        StoppedBySignal: if a rank received a stop signal; no metrics are written then.
     """
-    with (
-        StopSignals().handling() as signals,
-        watched_start(read_launch(os.environ).rank, signals.received, config.data.timeout_seconds) as start,
-    ):
-        inputs = open_inputs(config, options)
-        start.end_opening()
-        with joined_ranks(config.parallel, str(inputs.folder)) as mesh:
+    rank, stopped_by = read_launch(os.environ).rank, None
+    with StopSignals().handling() as signals, stop_deadline(rank, signals) as deadline:
+        with watched_start(rank, config.data.timeout_seconds):
+            inputs = open_inputs(config, options)
+        with joined_ranks(config.parallel, str(inputs.folder), signals) as mesh:
             evaluator = build_evaluator(config, inputs, mesh, signals, options.split)
-            start.stop()
+            deadline.limit_all("the evaluation", "It wrote no metrics; the same command starts again.")
             try:
                 metrics = evaluator.mean_terms(config.data.source_names(options.split))
                 metrics |= evaluate_split(inputs.rank_task, evaluator, options.split, inputs.folder)
             except StopRequestedError:
+                stop = DistributedStopSignals(signals, mesh)
+                stop.synchronize()
+                stopped_by = stop.first
+            else:
                 if mesh.is_main:
-                    print("stopped; the same command starts again", flush=True)
-                return
-            if mesh.is_main:
-                _write_metrics(config, inputs, options, metrics)
+                    _write_metrics(config, inputs, options, metrics)
+    if stopped_by is not None:
+        raise StoppedBySignal(stopped_by)
 
 
 def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
@@ -155,8 +160,11 @@ def build_evaluator(
         terms=task.terms,
         rank_task=rank_task,
         weights=inputs.weights,
-        validation=BroadcastBatches(rank_task.validation or (), mesh, PackedBatch),
+        validation=StoppableBatches(
+            BroadcastBatches(rank_task.validation or (), mesh, PackedBatch), mesh, signals.is_any_received
+        ),
         splits={split: SplitBatches(rank_task.evaluation.get(split), mesh, limits)},
+        is_stopping=signals.is_any_received,
     )
 
 
@@ -204,7 +212,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can fix."""
+    """Runs the command line of one rank and returns the exit status (`run_rank_program`)."""
     return run_rank_program(evaluate_weights, "beit3_ds.evaluate", __doc__, add_options, arguments)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,6 +10,7 @@ from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer
 from beit3_ds.config.numbers import Range
 from beit3_ds.printing import printable
+from beit3_ds.runtime.command_signals import StoppedBySignal, ending_on_signals
 from beit3_ds.runtime.environment import check_this_machine, check_variables
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.storage_error import StorageError
@@ -33,7 +35,7 @@ def run_rank_program(
 
     Returns:
         0 for success; 2 after one line about an error that the user can fix; 1 after one line about a file system that
-        fails.
+        fails; 128 + n after one line about stop signal n that came when there was nothing to save.
     """
     parser = OneLineParser(prog=name, description=description)
     add_config_arguments(parser)
@@ -41,11 +43,19 @@ def run_rank_program(
     parser.add_argument("--local_rank", type=integer(Range(0)), help=argparse.SUPPRESS)  # the launcher passes it
     rank: int | str = "?"  # in errors before the rank is known
     try:
-        options = parser.parse_args(arguments)
-        rank = read_launch(os.environ).rank
-        check_variables(os.environ)
-        check_this_machine(os.environ)
-        program(load_run_config(options.config, options.set), options)
+        with ending_on_signals():  # until the program handles them itself
+            options = parser.parse_args(arguments)
+            rank = read_launch(os.environ).rank
+            check_variables(os.environ)
+            check_this_machine(os.environ)
+            program(load_run_config(options.config, options.set), options)
+    except StoppedBySignal as stop:
+        print(f"error on rank {rank}: {stop}", file=sys.stderr, flush=True)
+        return stop.status
+    except KeyboardInterrupt:
+        line = "a second SIGINT ended this rank; the same command resumes from the newest checkpoint"
+        print(f"error on rank {rank}: {line}", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)  # the threads of a process group could block or abort the end of the interpreter
     except (ConfigError, NonFiniteLossError) as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2

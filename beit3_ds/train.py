@@ -31,6 +31,7 @@ from beit3_ds.runtime.launch_environment import Launch, read_launch
 from beit3_ds.runtime.node_size import measure_node
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
 from beit3_ds.runtime.startup_watchdog import watched_start
+from beit3_ds.runtime.stop_deadline import stop_deadline
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.tasks import RankShare, RankTask, Task, build_task
 from beit3_ds.training.agreement import check_same_files, check_same_sources
@@ -39,11 +40,12 @@ from beit3_ds.training.broken_records import BrokenRecords, records_from
 from beit3_ds.training.engine import build_schedule
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.init_from import InitialWeights, open_initial_weights
-from beit3_ds.training.loop import Run, resume, train
+from beit3_ds.training.loop import resume, train
 from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.progress import Progress
-from beit3_ds.training.report import write_report
-from beit3_ds.training.split_batches import SplitBatches
+from beit3_ds.training.report import report
+from beit3_ds.training.run import Run
+from beit3_ds.training.split_batches import SplitBatches, StoppableBatches
 from beit3_ds.training.start_checks import check_device, check_frozen_patterns, check_software, prepare_output_dir
 from beit3_ds.training.startup_summary import describe_startup
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
@@ -52,9 +54,9 @@ from beit3_ds.training.stragglers import Stragglers, TimedSteps
 def train_run(config: RunConfig, *, force: bool = False) -> None:
     """Trains the task of a run to the end and writes its report; resumes from the newest complete checkpoint, if any.
 
-    SIGTERM, SIGINT or SIGUSR1 stops the run early, with a checkpoint and without a report (`training.loop.train`). If
-    the task's result exists already (`Task.find_result`), prints one line about it and returns, so a job script can be
-    submitted again.
+    SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops the run early, with a checkpoint and without a report
+    (`training.loop.train`). If the task's result exists already (`Task.find_result`), prints one line about it and
+    returns, so a job script can be submitted again.
 
     Args:
         config: configuration of the run.
@@ -68,18 +70,17 @@ def train_run(config: RunConfig, *, force: bool = False) -> None:
         if read_launch(os.environ).rank == 0:
             print(result, flush=True)
         return
-    with (
-        StopSignals().handling() as signals,
-        watched_start(read_launch(os.environ).rank, signals.received, config.data.timeout_seconds) as start,
-    ):
-        inputs = open_inputs(config)
-        start.end_opening()
-        with joined_ranks(config.parallel, config.training.output_dir) as mesh:
+    rank = read_launch(os.environ).rank
+    with StopSignals().handling() as signals, stop_deadline(rank, signals) as deadline:
+        with watched_start(rank, config.data.timeout_seconds):
+            inputs = open_inputs(config)
+        with joined_ranks(config.parallel, config.training.output_dir, signals) as mesh:
             run, steps = build_run(config, inputs, mesh, signals, force=force)
-            start.stop()
-            if train(run, steps, signals):
-                with run.state.averaged_weights():
-                    write_report(run)
+            deadline.limit_waits(mesh.activity)
+            is_finished = train(run, steps, signals)
+            deadline.limit_all("the end of the run", "Its checkpoint is saved; the same command continues.")
+            if is_finished:
+                report(run, signals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,9 @@ def build_run(
         device=device,
         terms=task.terms,
         rank_task=rank_task,
-        validation=BroadcastBatches(validation or (), mesh, PackedBatch),
+        validation=StoppableBatches(
+            BroadcastBatches(validation or (), mesh, PackedBatch), mesh, signals.is_any_received
+        ),
         read_validation=functools.partial(_read_validation, validation, limits),
         splits={"validation": SplitBatches(rank_task.evaluation.get("validation"), mesh, limits)},
         store=store,
@@ -210,6 +213,7 @@ def build_run(
         best=BestCheckpoint(config.training, is_higher_better=direction_of(task), data=data),
         order=None if dataset is None else dataset.order,
         data=data,
+        is_stopping=signals.is_any_received,
         broken_records=BrokenRecords(config.data.max_broken_records, mesh.data_host, records_from(data)),
     )
     return run, BroadcastBatches(steps, mesh, StepBatch)

@@ -14,8 +14,8 @@ _EPILOG = """examples:
 
 DeepSpeed's launcher starts the ranks; this command supervises them. It writes each rank's output to
 LOG_DIR/attempt_K/rank_N.log and shows that of rank 0. When a rank fails, it shows the last lines of the first that
-failed and ends all others. On SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 the run finishes its step, saves and stops; a second
-Ctrl-C kills it. The same command resumes from the newest checkpoint.
+failed and ends all others. On SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP the run finishes its step, saves and stops; a
+second Ctrl-C kills it. The same command resumes from the newest checkpoint.
 
 exit status: 0 the run is finished; 128 + n signal n stopped it, with a checkpoint; 2 a config or a file needs a change;
 1 it failed otherwise.

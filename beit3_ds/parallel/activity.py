@@ -2,7 +2,11 @@
 
 import sys
 import threading
+import time
 from types import FrameType
+
+_UNMEASURED = ("starting", "reading data", "saving")
+"""Phases that may last much longer than a step."""
 
 
 class Activity:
@@ -12,6 +16,9 @@ class Activity:
         self.step, self.phase = 0, "starting"
         self.changes = 0
         """Number of phases begun so far; if this number stops growing, the rank may be stalled."""
+        self.longest_seconds = 0.0
+        """Duration of the longest phase so far that is a part of a step or of an evaluation."""
+        self._begun_at = time.monotonic()
         self.lost_contact = False
         """Whether a collective has failed and the main thread waits until rank 0 finds the reason."""
 
@@ -22,7 +29,10 @@ class Activity:
             phase: description for people, such as "reading data".
             step: number of the step, from 1; None keeps the current one.
         """
-        self.phase = phase
+        now = time.monotonic()
+        if self.phase not in _UNMEASURED:
+            self.longest_seconds = max(self.longest_seconds, now - self._begun_at)
+        self.phase, self._begun_at = phase, now
         if step is not None:
             self.step = step
         self.changes += 1  # last, so that a reader of the new number also reads the new phase

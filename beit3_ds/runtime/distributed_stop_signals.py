@@ -16,6 +16,8 @@ class DistributedStopSignals:
         self._signals, self._mesh = signals, mesh
         self.names = ""
         """Names of the stop signals that any rank has received, joined by "and"; empty if no rank has received one."""
+        self.first: int | None = None
+        """Number of the first of these signals in the order of `STOP_SIGNALS`; None without one."""
         self.data_fault: Literal["data", "storage"] | None = None
         """Cause, if any rank has no data: "storage" for a failed file system, "data" for any other error; else None."""
 
@@ -27,7 +29,7 @@ class DistributedStopSignals:
     def synchronize(self, data_error: Exception | None = None) -> bool:
         """Exchanges signals and errors with all ranks, which all call it, and returns the new `must_stop`.
 
-        Sends five integers.
+        Sends six integers.
 
         Args:
             data_error: error that left this rank without data; None if it has data.
@@ -35,7 +37,8 @@ class DistributedStopSignals:
         faults = [data_error is not None, isinstance(data_error, StorageError)]
         own = [*(number in self._signals.received for number in STOP_SIGNALS), *faults]
         *received, failed, failed_storage = self._mesh.host.sum(torch.tensor(own, dtype=torch.int64)).tolist()
-        self.names = " and ".join(number.name for number, count in zip(STOP_SIGNALS, received, strict=True) if count)
+        numbers = [number for number, count in zip(STOP_SIGNALS, received, strict=True) if count]
+        self.names, self.first = " and ".join(number.name for number in numbers), next(iter(numbers), None)
         self.data_fault = "storage" if failed_storage else "data" if failed else None
         self._signals.is_stop_agreed = bool(self.names)
         return self.must_stop

@@ -18,6 +18,7 @@ from beit3_ds.parallel import Mesh, build_mesh
 from beit3_ds.runtime.launch_environment import Launch, discover_through_mpi, read_launch
 from beit3_ds.runtime.rendezvous import Rendezvous
 from beit3_ds.runtime.run_secret import read_secret
+from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.runtime.watchdog import STORE_SECONDS, Watchdog
 
 
@@ -65,15 +66,17 @@ def _join_launched(parallel: ParallelConfig, output_dir: str | None) -> tuple[Me
 
 
 @contextmanager
-def joined_ranks(parallel: ParallelConfig, output_dir: str | None = None) -> Iterator[Mesh]:
+def joined_ranks(
+    parallel: ParallelConfig, output_dir: str | None = None, signals: StopSignals | None = None
+) -> Iterator[Mesh]:
     """Joins the process group while a program runs, and ends the program on all ranks if one of them fails.
 
     An error of the program is raised again after it is reported to the other ranks, which print a line that names this
     rank and end. If a collective failed because of another rank, this rank prints a line that names the other rank and
-    ends. All ranks also end if a rank is lost or stalled (`Watchdog`).
+    ends. All ranks also end if a rank is lost or stalled, and learn of stop signals in `signals` (`Watchdog`).
     """
     mesh, connect = _join_launched(parallel, output_dir)
-    watchdog = Watchdog(parallel, mesh, connect(STORE_SECONDS))
+    watchdog = Watchdog(parallel, mesh, connect(STORE_SECONDS), signals)
     try:
         yield mesh
     except Exception as error:

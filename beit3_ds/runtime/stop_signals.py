@@ -1,25 +1,62 @@
-"""Records stop signals: SIGTERM, SIGINT and SIGUSR1 end a run after its current step, with a checkpoint."""
+"""Records stop signals: SIGTERM, SIGINT, SIGUSR1 and SIGHUP end a run after its current step, with a checkpoint."""
 
+import contextlib
+import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that stop a run. Cluster managers send SIGTERM or SIGUSR1 before SIGKILL; Ctrl-C sends SIGINT."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that stop a run. Cluster managers send SIGTERM or SIGUSR1 before SIGKILL, Ctrl-C sends SIGINT, and a closing
+terminal sends SIGHUP."""
+
+
+def handled_signals() -> tuple[signal.Signals, ...]:
+    """Returns `STOP_SIGNALS`, without SIGHUP if this process ignores it, as under `nohup`."""
+    return tuple(
+        number
+        for number in STOP_SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    )
+
+
+def exit_status(number: int) -> int:
+    """Returns the exit status of a process that a stop signal ended before it could save: 128 + the signal's number.
+
+    SIGHUP counts as SIGTERM, as in `beit3 launch`.
+    """
+    return 128 + (signal.SIGTERM if number == signal.SIGHUP else number)
+
+
+def describe_signal(number: int) -> str:
+    """Returns the name of a stop signal, for messages."""
+    return "SIGHUP (the terminal is closed)" if number == signal.SIGHUP else signal.Signals(number).name
 
 
 class StopSignals:
-    """Records the stop signals that this process has received."""
+    """Records the stop signals that this process has received.
+
+    Python runs signal handlers in the main thread between two instructions, so a handler waits while the main thread is
+    in a call such as gloo's. A thread therefore reads the signals from a pipe, into which the interpreter writes them
+    at once.
+    """
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        """Numbers of the stop signals received so far."""
+        """Numbers of the stop signals that this process, or another rank of the run, has received so far."""
+        self.received_at: float | None = None
+        """Time of the first stop signal, on the monotonic clock; None before it."""
+        self.num_interrupts = 0
+        """Number of SIGINTs received so far."""
         self.is_stop_agreed = False
         """Whether all ranks have agreed to stop because of a stop signal (`DistributedStopSignals.synchronize`)."""
+        self._has_handled_interrupt = False
 
     def is_any_received(self) -> bool:
-        """Returns whether this process has received a stop signal."""
+        """Returns whether this process, or another rank of the run, has received a stop signal."""
         return bool(self.received)
 
     @contextmanager
@@ -30,15 +67,59 @@ class StopSignals:
         KeyboardInterrupt, as Python does by default. If the ranks have agreed to stop, the signals are ignored after
         the block: a late signal must not kill a rank whose work is done, because the launcher would report a failure.
         """
-        before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_IGN if self.is_stop_agreed else handler)
+        numbers = handled_signals()
+        with reading_signals(self._note):
+            before = {number: signal.signal(number, self._handle) for number in numbers}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+            try:
+                yield self
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, signal.SIG_IGN if self.is_stop_agreed else handler)
 
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in self.received:
-            raise KeyboardInterrupt
+    def record(self, number: int) -> None:
+        """Records a stop signal, which this process or another rank has received; any thread may call it."""
+        self.received_at = self.received_at or time.monotonic()
         self.received.add(number)
+
+    def _note(self, number: int) -> None:
+        """Records a signal; runs in the thread that reads the pipe."""
+        if number in STOP_SIGNALS:
+            self.num_interrupts += number == signal.SIGINT
+            self.record(number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Records a signal; runs in the main thread, before or after `_note` runs for the same signal."""
+        is_second = number == signal.SIGINT and self._has_handled_interrupt
+        self._has_handled_interrupt |= number == signal.SIGINT
+        self.record(number)
+        if is_second:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
+    """Calls `note` with the number of each signal as soon as it arrives, in a thread; for the main thread only.
+
+    Python writes only signals with a handler of Python's into the pipe.
+    """
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    before = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_read, args=(readable, note), name="stop signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        # A library may have replaced the pipe, as asyncio does until its loop is closed.
+        with contextlib.suppress(ValueError, OSError):
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
+        os.close(writable)
+        thread.join()
+        os.close(readable)
+
+
+def _read(pipe: int, note: Callable[[int], None]) -> None:
+    while numbers := os.read(pipe, 256):
+        for number in numbers:
+            note(number)

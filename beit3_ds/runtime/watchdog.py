@@ -17,6 +17,7 @@ from beit3_ds.parallel.mesh import Mesh
 from beit3_ds.runtime.failure_detector import Failure, FailureDetector
 from beit3_ds.runtime.heartbeat import Heartbeat, RankStatuses, find_sleep
 from beit3_ds.runtime.keyed_store import ForgedValueError
+from beit3_ds.runtime.stop_signals import StopSignals
 
 _POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0
@@ -46,13 +47,21 @@ class Watchdog:
 
     Then every rank prints one line and ends with status 1.
 
-    Messages: each rank asks the store once per second for three short values, and writes one of about 80 bytes every
+    The first thread also passes stop signals on: a signal that one rank receives is recorded on all ranks about two
+    seconds later, so that none of them goes on waiting for data.
+
+    Messages: each rank asks the store once per second for four short values, and writes one of about 80 bytes every
     sixth of `heartbeat_timeout_seconds`; rank 0 also reads all heartbeats once per second, in one request. With 512
     ranks and 60 s that is 565 requests and less than 200 kB per second; a store answers 24,000 per second on one core.
     """
 
     def __init__(
-        self, parallel: ParallelConfig, mesh: Mesh, store: dist.Store, end: Callable[[int], None] = os._exit
+        self,
+        parallel: ParallelConfig,
+        mesh: Mesh,
+        store: dist.Store,
+        signals: StopSignals | None = None,
+        end: Callable[[int], None] = os._exit,
     ) -> None:
         """Starts the threads; all ranks call it.
 
@@ -60,8 +69,10 @@ class Watchdog:
             parallel: the time-outs.
             mesh: mesh of the initialised process group; gives the names of the ranks and the activity of this rank.
             store: connection to the store where ranks meet, with a time-out of `STORE_SECONDS` and used by nobody else.
+            signals: stop signals of this process, which are passed on to all ranks.
             end: ends this process, even if its main thread is blocked in a collective.
         """
+        self._signals = StopSignals() if signals is None else signals
         self._parallel, self._activity, self._end = parallel, mesh.activity, end
         self._describe = mesh.describe
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
@@ -72,7 +83,7 @@ class Watchdog:
         self._count, self._beaten_at, self._state = 0, 0.0, "running"
         self._beat()
         if self._rank == 0:
-            for key in ("reported", "beats_requested", "failure"):
+            for key in ("reported", "beats_requested", "failure", "stop_signal"):
                 self._store.set(key, _NONE)
         mesh.host.barrier()  # so that all ranks have written their keys
         watched = range(self._size) if self._rank == 0 else [0]
@@ -135,9 +146,9 @@ class Watchdog:
         """Runs as the first thread: sends heartbeats, and ends the process when a failure is published."""
         try:
             while not self._stopped.wait(self._poll_seconds):
-                requested, failure, first_beat = (
-                    value.decode() for value in self._store.multi_get(["beats_requested", "failure", "beat/0"])
-                )
+                keys = ["beats_requested", "failure", "beat/0", "stop_signal"]
+                requested, failure, first_beat, stop_signal = (value.decode() for value in self._store.multi_get(keys))
+                self._share_stop_signal(stop_signal)
                 if failure != _NONE:
                     self._end_process(Failure(*json.loads(failure)))
                     return
@@ -154,6 +165,13 @@ class Watchdog:
             self._end_process(Failure(str(error)))
         except _STORE_ERRORS:
             self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
+
+    def _share_stop_signal(self, shared: str) -> None:
+        """Passes this rank's first stop signal on to all ranks, or records that of another rank."""
+        if shared != _NONE:
+            self._signals.record(int(shared))
+        elif self._signals.is_any_received():
+            self._set_once("stop_signal", str(min(self._signals.received)))
 
     def _watch_store(self) -> None:
         """Runs as the second thread: ends the process if the store stops answering; makes no call that could block."""

@@ -172,6 +172,17 @@ class RankTask:
         state of the model, so that a resumed run repeats it exactly.
         """
 
+    def resume(self, evaluator: Evaluator, done: int) -> None:
+        """Sets what depends on the number of steps done, after a checkpoint was loaded; all ranks call it.
+
+        The model must then be as it was after `after_step` of step `done` - 1, before the call of `before_step` for
+        step `done`: an evaluation that a stop signal cancelled is repeated in between.
+
+        Args:
+            evaluator: the model.
+            done: number of steps done.
+        """
+
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
         """Ends a training step after its update; all ranks call it.
 

@@ -47,6 +47,9 @@ def evaluate(
         device: this rank's device.
         source_names: names of the sources of each stream.
 
+    Raises:
+        StopRequestedError: on all ranks, if `batches` raises it (`StoppableBatches`).
+
     Returns:
         Means by term name, without terms of count 0. If a term's stream has several sources, also the mean over each
         source under "TERM/SOURCE".

@@ -1,33 +1,25 @@
 """Runs the training loop of any task: resume, update, evaluate, report and save."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.batch import StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
-from beit3_ds.config import ConfigError, RunConfig
-from beit3_ds.config.data import Split
-from beit3_ds.data.order.run import POSITIONS, RunOrder
+from beit3_ds.config import ConfigError
+from beit3_ds.data.order.run import POSITIONS
 from beit3_ds.data.workers.waiting import StopRequestedError
-from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh
-from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.storage_error import StorageError
-from beit3_ds.tasks import RankTask, Term
-from beit3_ds.training.best_checkpoint import BestCheckpoint
-from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
+from beit3_ds.training.broken_records import BROKEN_RECORDS, StepCounts, format_new_records
 from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
 from beit3_ds.training.evaluation import VALIDATION_FOLDER, evaluate, evaluate_split
@@ -36,76 +28,14 @@ from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
 from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.optimizer import set_learning_rate
-from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
+from beit3_ds.training.progress import Update, format_evaluation, format_line
+from beit3_ds.training.run import Run
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.step_feed import StepFeed
-from beit3_ds.training.stragglers import Stragglers
 
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Holds the parts of a run that the training loop uses; `train.build_run` builds it."""
-
-    config: RunConfig
-    schedule: Schedule
-    state: EngineState
-    mesh: Mesh
-    device: torch.device
-    terms: tuple[Term, ...]
-    """Loss terms of the task."""
-    rank_task: RankTask
-    """The task, opened for this rank."""
-    validation: Iterable[PackedBatch]
-    read_validation: Callable[[], None]
-    """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
-    splits: Mapping[Split, Iterable[PackedBatch]]
-    """All batches of each split that the task evaluates; each iteration reads them from disk again."""
-    store: CheckpointStore
-    metrics_log: MetricsLog
-    progress: Progress
-    stragglers: Stragglers
-    first_step: int
-    """Number of updates done before this process started."""
-    broken_records: BrokenRecords
-    """Broken records found by this run, including those found before it was resumed."""
-    best: BestCheckpoint
-    """The best evaluation of this run, including those before it was resumed."""
-    order: RunOrder | None
-    """Order of the samples; None on ranks that receive their samples from others."""
-    data: Mapping[str, Any]
-    """Data state of the resumed checkpoint (`Index.data`); empty without a checkpoint."""
-
-    @property
-    def engine(self) -> DeepSpeedEngine:
-        """Returns DeepSpeed's engine, which wraps the layers of this stage."""
-        return self.schedule.engine
-
-    @property
-    def model(self) -> StageModel:
-        """Returns the layers of this stage."""
-        model: StageModel = self.engine.module
-        return model
-
-    def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """Moves a micro-batch to the device and adds the targets that the head needs."""
-        return self.rank_task.prepare(batch, self.device)
-
-    def batches(self, split: Split) -> Iterable[PackedBatch]:
-        """Returns this rank's share of all samples of a split."""
-        return self.splits[split]
-
-    def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields pairs of a prepared batch and the head's predictions, which are None except on the last stage."""
-        yield from self.schedule.run_forward(batches, None, self.prepare)
-
-    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) for each float32 weight and each buffer of the newest checkpoint, on the CPU."""
-        path = self.store.newest_path()
-        assert path is not None, "a run ends with a checkpoint"
-        folder = CheckpointFolder(path)
-        yield from ((name, folder.read(name)) for name in folder.names())
-        yield from ((name, folder.read_buffer(name)) for name in folder.index.buffers)
-        folder.close()
+EVALUATION_DUE = "evaluation_due"
+"""Key in the data state of a checkpoint (`Index.data`) whose weights are still to be evaluated, because a stop signal
+came before the end of the evaluation. The next start evaluates them first, so that the metrics are complete."""
 
 
 class Resumption(NamedTuple):
@@ -159,8 +89,8 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
     """Trains from `run.first_step` to the end; reports progress, evaluates and saves on the way.
 
     When any rank receives a stop signal, all ranks finish their current step, save and return. This takes at most one
-    step, the current save and one more save. A rank that waits for data stops waiting. If the signal comes before the
-    first step, all ranks return at once.
+    step, the current save and one more save. A rank that waits for data stops waiting. An evaluation ends between two
+    batches, and the next start repeats it. If the signal comes before the first step, all ranks return at once.
 
     Args:
         run: the parts of the run.
@@ -197,26 +127,24 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
     has_unsaved_update = False  # whether an update was done since the last save or resume
     feed = StepFeed(steps, run.mesh.activity, done)
     feed.attempt(run.read_validation)
+    stop.synchronize(feed.error)
+    is_evaluated = _complete_evaluation(run, stop)
     if run.best.is_exhausted:
         _say(run, f"{_early_stop(run)}; nothing is left to train")
-        return _finish(run, feed, stop, done)
-    if not stop.synchronize(feed.error) and done < config.total_steps:
-        run.rank_task.before_step(run, done)
+        return _finish(run, feed, stop, done, is_evaluated=is_evaluated)
+    if not stop.must_stop and done < config.total_steps and _prepare_step(run, stop, done):
         if done == 0:
-            _evaluate_and_record(run, 0)
-    if not stop.must_stop and done < config.total_steps:
+            _evaluate(run, stop, 0)
         feed.fetch()
         stop.synchronize(feed.error)
     while not stop.must_stop and done < config.total_steps:
         step_batch, data_seconds = feed.take()
         start = time.perf_counter()
-        if done > run.first_step:
-            run.rank_task.before_step(run, done)
-        counts, new_records = step_counts.agree(step_batch)
-        for line in format_new_records(new_records, run.broken_records.total, run.config.data.max_broken_records):
-            _say(run, line)
-        update = _update(run, step_batch, counts, learning_rate(config, step_batch.step))
-        run.rank_task.after_step(run, is_skipped=update.is_skipped)
+        if done > run.first_step and not _prepare_step(run, stop, done):
+            if has_unsaved_update:
+                run.store.save(run.state, done, _data_state(run, done))
+            break
+        update = _train_step(run, step_batch, step_counts)
         seconds = data_seconds + time.perf_counter() - start
         done = step_batch.step + 1
         run.progress.add(step_batch, update, data_seconds, seconds)
@@ -235,17 +163,53 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
             _report(run, done, skipped, spikes)
         if skipped.are_too_many:
             _end_diverged(run, done, skipped, must_save=has_unsaved_update)
-        is_best = False
-        if (done % config.eval_interval == 0 or is_last) and not stop.must_stop:
-            is_best = _evaluate_and_record(run, done, is_last=is_last or run.best.may_be_exhausted_next)
+        is_evaluated, is_best = True, False
+        if done % config.eval_interval == 0 or is_last:
+            is_evaluated, is_best = _evaluate(run, stop, done)
         _report_saves(run)  # before the save: the outcome of the last save is read after the loop
         if done % config.save_interval == 0 or is_last or stop.must_stop or is_best or run.best.is_exhausted:
-            run.store.save(run.state, done, _data_state(run, done))
+            run.store.save(run.state, done, _data_state(run, done, is_evaluated=is_evaluated))
             has_unsaved_update = False
         if run.best.is_exhausted:
             _say(run, _early_stop(run))
             break
-    return _finish(run, feed, stop, done)
+    return _finish(run, feed, stop, done, is_evaluated=is_evaluated)
+
+
+def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
+    """Repeats the evaluation of the resumed step if a stop cancelled it, and saves its result.
+
+    Returns:
+        Whether the resumed step is evaluated, as far as it has to be.
+    """
+    if not run.data.get(EVALUATION_DUE):
+        return True
+    if not stop.must_stop:
+        _say(run, f"evaluating the weights of step {run.first_step} again, because a stop cancelled that before")
+        run.rank_task.resume(run, run.first_step)
+    is_evaluated, _ = _evaluate(run, stop, run.first_step)
+    if is_evaluated:
+        run.store.save(run.state, run.first_step, _data_state(run, run.first_step))
+    return is_evaluated
+
+
+def _prepare_step(run: Run, stop: DistributedStopSignals, step: int) -> bool:
+    """Lets the task prepare a step; returns False, with `stop` synchronized, if a stop signal cancelled that."""
+    try:
+        run.rank_task.before_step(run, step)
+    except StopRequestedError:
+        stop.synchronize()
+        return False
+    return True
+
+
+def _train_step(run: Run, step_batch: StepBatch, step_counts: StepCounts) -> Update:
+    counts, new_records = step_counts.agree(step_batch)
+    for line in format_new_records(new_records, run.broken_records.total, run.config.data.max_broken_records):
+        _say(run, line)
+    update = _update(run, step_batch, counts, learning_rate(run.config.training, step_batch.step))
+    run.rank_task.after_step(run, is_skipped=update.is_skipped)
+    return update
 
 
 def _early_stop(run: Run) -> str:
@@ -253,8 +217,8 @@ def _early_stop(run: Run) -> str:
     return f"stops early: the last {number} evaluations are not better than {run.best.describe()}"
 
 
-def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int) -> bool:
-    """Waits for the last save, reports why the run ends, and returns whether all steps are done.
+def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int, *, is_evaluated: bool) -> bool:
+    """Waits for the last save, reports why the run ends, and returns whether all steps and evaluations are done.
 
     Raises:
         ConfigError: if the last checkpoint was not written, or a rank got no data.
@@ -271,16 +235,18 @@ def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int) -
     if stop.data_fault is not None:
         _say(run, f"a rank got no data for step {done + 1}; the same command resumes from step {done}")
         feed.raise_error(is_storage=stop.data_fault == "storage")
-    is_finished = done == run.config.training.total_steps or run.best.is_exhausted
+    is_finished = is_evaluated and (done == run.config.training.total_steps or run.best.is_exhausted)
     if not is_finished:
-        _say(run, f"stopped after step {done} on {stop.names}; the same command resumes from there")
+        pending = "" if is_evaluated else ", before it was evaluated"
+        _say(run, f"stopped after step {done} on {stop.names}{pending}; the same command resumes from there")
     return is_finished
 
 
-def _data_state(run: Run, done: int) -> dict[str, Any]:
+def _data_state(run: Run, done: int, *, is_evaluated: bool = True) -> dict[str, Any]:
     """Returns the data state of a checkpoint after `done` steps (`Index.data`); only the main rank needs it."""
-    positions = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
-    return positions | {BROKEN_RECORDS: run.broken_records.state()} | run.best.state()
+    state: dict[str, Any] = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
+    state |= {BROKEN_RECORDS: run.broken_records.state()} | run.best.state()
+    return state if is_evaluated else state | {EVALUATION_DUE: True}
 
 
 def _report_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:
@@ -348,23 +314,40 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
     _say(run, "\n".join([format_line(record, run.config.training.total_steps, run.terms), *lines]))
 
 
-def _evaluate_and_record(run: Run, done: int, *, is_last: bool = False) -> bool:
-    """Evaluates loss terms and task metrics and records them; a stop signal cancels the evaluation.
+def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, bool]:
+    """Evaluates the weights after `done` steps and records the result, unless the run stops; all ranks call it.
+
+    Returns:
+        Whether the weights were evaluated, which a stop signal cancels between two batches; and whether the evaluation
+        is better than all earlier ones (`training.best_metric`). If it is cancelled, `stop` is synchronized.
+    """
+    if stop.must_stop:
+        return False, False
+    try:
+        return True, _evaluate_and_record(run, done)
+    except StopRequestedError:
+        stop.synchronize()
+        return False, False
+
+
+def _evaluate_and_record(run: Run, done: int) -> bool:
+    """Evaluates loss terms and task metrics and records them.
 
     Writes result files after the last step only.
 
     Returns:
         Whether the evaluation is better than all earlier ones (`training.best_metric`). The evaluation of the initial
         weights does not take part.
+
+    Raises:
+        StopRequestedError: on all ranks, if one of them received a stop signal.
     """
     names = run.config.data.source_names()
+    is_last = done == run.config.training.total_steps or (done > 0 and run.best.may_be_exhausted_next)
     folder = Path(run.config.training.output_dir) / VALIDATION_FOLDER if is_last else None
     with run.state.averaged_weights():
         means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
-        try:
-            means |= evaluate_split(run.rank_task, run, "validation", folder)
-        except StopRequestedError:
-            return False
+        means |= evaluate_split(run.rank_task, run, "validation", folder)
     record = {"step": done, "kind": "validation", **means}
     _record(run, record)
     _say(run, format_evaluation(record, run.terms))

@@ -1,6 +1,6 @@
 """Runs a loaded model over the samples of a split, without training."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tasks import RankTask, Term
 from beit3_ds.training.evaluation import SourceNames, evaluate
+from beit3_ds.training.split_batches import iterate_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class ModelEvaluator:
     """Batches of the mean terms; empty in a task that evaluates whole splits."""
     splits: Mapping[Split, Iterable[PackedBatch]]
     """All batches of the split."""
+    is_stopping: Callable[[], bool]
+    """Returns whether this rank has received a stop signal."""
 
     @property
     def model(self) -> StageModel:
@@ -48,8 +51,13 @@ class ModelEvaluator:
         return self.rank_task.prepare(batch, self.device)
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch with the head's predictions; these are None on all stages but the last."""
-        yield from self.schedule.run_forward(batches, None, self.prepare)
+        """Yields each prepared batch with the head's predictions; these are None on all stages but the last.
+
+        Raises:
+            StopRequestedError: on all ranks, if one of them was asked to stop.
+        """
+        together = iterate_together(batches, self.mesh, self.is_stopping)
+        yield from self.schedule.run_forward(together, None, self.prepare)
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields each tensor of the weights on disk in float32, with its name."""

@@ -8,10 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.atomic_file import atomic_write
+from beit3_ds.data.workers.waiting import StopRequestedError
 from beit3_ds.picture import try_to_write
+from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
+from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.training.evaluation import VALIDATION_FOLDER
-from beit3_ds.training.loop import Run
 from beit3_ds.training.plot import plot_losses
+from beit3_ds.training.run import Run
+
+
+def report(run: Run, signals: StopSignals) -> None:
+    """Writes the report of a finished run with the averaged weights, if any; a stop signal ends it between two batches.
+
+    All ranks call it. The next start of the same command writes the report of a run that was stopped here.
+    """
+    try:
+        with run.state.averaged_weights():
+            write_report(run)
+    except StopRequestedError:
+        stop = DistributedStopSignals(signals, run.mesh)
+        stop.synchronize()
+        if run.mesh.is_main:
+            _say(f"stopped on {stop.names} before the report was written; the same command writes it")
 
 
 def write_report(run: Run) -> None:
@@ -22,6 +40,7 @@ def write_report(run: Run) -> None:
 
     Raises:
         StorageError: if a result of the task cannot be written.
+        StopRequestedError: on all ranks, if one of them received a stop signal.
     """
     folder = Path(run.config.training.output_dir)
     results = run.rank_task.write_results(run)

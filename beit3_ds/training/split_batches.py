@@ -41,6 +41,27 @@ class SplitBatches:
         return iterate_together(BroadcastBatches(read, self._mesh, PackedBatch), self._mesh, self._limits.is_stopping)
 
 
+class StoppableBatches:
+    """Iterates over this rank's batches on all ranks together, so that a stop signal ends the iteration on all ranks.
+
+    Before each batch the ranks exchange three integers each.
+    """
+
+    def __init__(self, batches: Iterable[PackedBatch], mesh: Mesh, is_stopping: Callable[[], bool]) -> None:
+        """Stores the arguments.
+
+        Args:
+            batches: the same number of batches on all ranks.
+            mesh: the ranks.
+            is_stopping: returns whether this process was asked to stop.
+        """
+        self._batches, self._mesh, self._is_stopping = batches, mesh, is_stopping
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yields the batches; raises as `iterate_together` does."""
+        return iterate_together(self._batches, self._mesh, self._is_stopping)
+
+
 class _Reading:
     def __init__(self, own: EvaluationBatches, limits: WaitLimits) -> None:
         self._own, self._limits = own, limits

@@ -31,10 +31,10 @@ def test_a_rank_that_stops_does_not_die_of_its_own_late_signal(others: int) -> N
 @pytest.mark.parametrize(
     ("others", "names", "fault"),
     [
-        ([0, 0, 0, 0, 0], "", None),
-        ([2, 0, 1, 0, 0], "SIGTERM and SIGUSR1", None),
-        ([0, 0, 0, 1, 0], "", "data"),
-        ([0, 0, 0, 2, 1], "", "storage"),
+        ([0, 0, 0, 0, 0, 0], "", None),
+        ([2, 0, 1, 0, 0, 0], "SIGTERM and SIGUSR1", None),
+        ([0, 0, 0, 1, 1, 0], "SIGHUP", "data"),
+        ([0, 0, 0, 0, 2, 1], "", "storage"),
     ],
 )
 def test_what_any_rank_met_counts_for_all(others: list[int], names: str, fault: str | None) -> None:

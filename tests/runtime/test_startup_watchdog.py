@@ -3,13 +3,16 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from beit3_ds.checkpoint.disk import file_sha256
-from beit3_ds.runtime import startup_watchdog as start_watch
+from beit3_ds.runtime import stop_deadline
 from beit3_ds.runtime.startup_watchdog import StartupWatchdog
+from beit3_ds.runtime.stop_deadline import StopDeadline
+from beit3_ds.runtime.stop_signals import StopSignals
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def pipe(tmp_path: Path) -> Path:
     return path
 
 
-def hang(pipe: Path, received: set[int], seconds: float) -> list[int]:
+def hang(pipe: Path, start: Callable[[Callable[[int], None]], StartupWatchdog | StopDeadline]) -> list[int]:
     """The statuses with which a watch ends a process whose main thread opens the pipe."""
     statuses = []
 
@@ -28,7 +31,7 @@ def hang(pipe: Path, received: set[int], seconds: float) -> list[int]:
         statuses.append(status)
         os.close(os.open(pipe, os.O_WRONLY))  # releases the main thread of this process
 
-    watch = StartupWatchdog(3, received, seconds, end)
+    watch = start(end)
     with pytest.MonkeyPatch.context() as patch:  # else a pipe is refused
         patch.setattr("beit3_ds.checkpoint.disk.open_regular", lambda path: os.open(path, os.O_RDONLY))
         file_sha256(pipe)  # as of a tokenizer
@@ -37,28 +40,31 @@ def hang(pipe: Path, received: set[int], seconds: float) -> list[int]:
 
 
 def test_files_that_cannot_be_opened_end_the_start(pipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert hang(pipe, set(), 2) == [1]
+    assert hang(pipe, lambda end: StartupWatchdog(3, 2, end)) == [1]
     error = capfd.readouterr().err
     assert f"error on rank 3: the start has stood still for 2 s (data.timeout_seconds): with {pipe}, at" in error
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_a_start_that_hangs(
-    pipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, pipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a hanging start that no signal ends, because signals are only recorded until all ranks have met."""
-    monkeypatch.setattr(start_watch, "STOP_SECONDS", 1.0)
-    assert hang(pipe, {signal.SIGTERM}, 600) == [128 + signal.SIGTERM]
-    assert f"SIGTERM came during the start, which has not ended 1 s later: with {pipe}" in capfd.readouterr().err
+    monkeypatch.setattr(stop_deadline, "STOP_SECONDS", 0.5)
+    with StopSignals().handling() as signals:
+        os.kill(os.getpid(), number)
+        assert hang(pipe, lambda end: StopDeadline(3, signals, end)) == [128 + signal.SIGTERM]
+    name = "SIGHUP (the terminal is closed)" if number == signal.SIGHUP else number.name
+    assert f"error on rank 3: {name} was received, and the start has not ended" in (error := capfd.readouterr().err)
+    assert f"later: with {pipe}, at disk.py" in error
 
 
 def test_a_start_that_works_is_let_alone() -> None:
     """Catches a bound on the whole start: texts may take hours to tokenize."""
     statuses: list[int] = []
-    watch = StartupWatchdog(0, set(), 1.0, statuses.append)
-    deadline = time.monotonic() + 3
+    watch = StartupWatchdog(0, 1.0, statuses.append)
+    deadline = time.monotonic() + 2
     while time.monotonic() < deadline:
         sum(range(1000))
-    watch.end_opening()
-    time.sleep(2.5)  # for other ranks, whose waits have bounds of their own
     watch.stop()
     assert statuses == []

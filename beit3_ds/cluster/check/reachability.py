@@ -39,6 +39,9 @@ async def _find_fault(host: str, limit: asyncio.Semaphore) -> str | None:
             ssh.kill()
             await ssh.wait()
             return f"no answer within {_SECONDS:.0f} s"
+        except asyncio.CancelledError:
+            ssh.kill()
+            raise
     if ssh.returncode == 0:
         return None
     lines = errors.decode(errors="replace").strip().splitlines()

@@ -32,6 +32,7 @@ from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
 from beit3_ds.cluster.launch.terminal import Terminal, last_lines
 from beit3_ds.rank_names import join_ranks
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS, exit_status
 
 USER_ERROR = 2
 """Exit status of a trainer that failed because of a user's mistake."""
@@ -41,7 +42,9 @@ _SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its caus
 _SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence that is mentioned beside a failure
 _GRACE_SECONDS = 5.0  # time for the other ranks after the first failure: they report it (`runtime.watchdog`)
 _LAUNCHER_SECONDS = 10.0  # time for DeepSpeed's launcher to end once all guards have left
-_LOST_HOST_LAUNCHER_SECONDS = 4.0  # the same if a host is lost, for which pdsh and mpirun would wait
+_SHORT_LAUNCHER_SECONDS = (
+    4.0  # the same after a stop signal, or if a host is lost, for which pdsh and mpirun would wait
+)
 _NOTICE_SECONDS = 15.0  # interval of lines that name the ranks that this process waits for
 
 
@@ -91,8 +94,8 @@ class Attempt:
                 rank.channel.send(Leave())
             keepalives.cancel()
             server.close()
-            is_host_lost = any(rank.is_lost for rank in self._ranks.values())
-            await launcher.end(_LOST_HOST_LAUNCHER_SECONDS if is_host_lost else _LAUNCHER_SECONDS)
+            is_short = self._stop_signals.first is not None or any(rank.is_lost for rank in self._ranks.values())
+            await launcher.end(_SHORT_LAUNCHER_SECONDS if is_short else _LAUNCHER_SECONDS)
             for rank in self._ranks.values():
                 rank.channel.close()
             token_path.unlink(missing_ok=True)
@@ -163,7 +166,7 @@ class Attempt:
 
     def _is_failure(self, rank: GuardedRank, ended: Ended) -> bool:
         stop = self._stop_signals.first
-        is_stopped = stop is not None and ended.status in (None, -stop)
+        is_stopped = stop is not None and ended.status in (None, -stop, *map(exit_status, STOP_SIGNALS))
         return not rank.is_killed and not is_stopped and ended.status != 0
 
     # The course of an attempt.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from beit3_ds.cluster.check.reachability import find_unreachable
 from beit3_ds.cluster.hostfile import Hostfile, HostSlots, is_loopback, read_hostfile, write_hostfile
@@ -111,10 +112,14 @@ class _Launch:
         self._hostfile, self._log_dir = hostfile, log_dir
         self._terminal = Terminal(log_dir / "launch.log")
         self._stop_signals = LauncherStopSignals(self._terminal)
+        self._attempt_hostfile = log_dir / "hostfile"
+        """Hostfile of the last attempt, which is as old as the attempt."""
 
     async def run(self) -> int:
         self._stop_signals.handle()
         await self._check_reachable()
+        if self._stop_signals.first is not None:
+            return self._report_stop()
         restarts = 0
         while True:
             outcome = await self._attempt()
@@ -142,12 +147,20 @@ class _Launch:
         uses_slurm = self._options.launcher == "slurm" or (
             self._options.launcher in ("openmpi", "mpich") and "SLURM_JOB_ID" in os.environ
         )
-        return {} if self._hostfile.is_local or uses_slurm else await find_unreachable(names)
+        if self._hostfile.is_local or uses_slurm:
+            return {}
+        search = asyncio.create_task(find_unreachable(names))
+        await self._wait_unless_stopped(search)
+        if search.done():
+            return search.result()
+        search.cancel()
+        return {}
 
     async def _attempt(self) -> Outcome:
         address = _own_address(self._hosts, self._hostfile.path)
         folder = self._new_folder()
         hostfile = write_hostfile(folder / "hostfile", self._hosts)
+        self._attempt_hostfile = hostfile.path
         options = self._options
         try:
             with hostfile.path.open("rb") as file:
@@ -185,13 +198,29 @@ class _Launch:
         if outcome.failure is not None or self._stop_signals.is_kill:
             return 1
         done, total = self._saved_step(), self._config.training.total_steps
-        if done is not None and done >= total:
-            self._terminal.report(f"finished: {total} steps")
+        is_done = done is not None and done >= total
+        if self._is_report_written() or (is_done and self._stop_signals.first is None):
+            self._terminal.report(f"finished: {done or total} steps")
             return 0
+        return self._report_stop()
+
+    def _report_stop(self) -> int:
+        """Prints what a stopped run has saved, and returns the exit status."""
         number = self._stop_signals.first or signal.SIGTERM  # a rank may have received it from elsewhere
+        done, total = self._saved_step(), self._config.training.total_steps
         saved = f"the checkpoint of step {done} of {total} is saved" if done else "no step was done, nothing to save"
         self._terminal.report(f"stopped by {number.name}: {saved}; the same command resumes from there")
         return 128 + number
+
+    def _is_report_written(self) -> bool:
+        """Returns whether the run's report is newer than its last checkpoint and the start of the last attempt."""
+        output_dir = Path(self._config.training.output_dir)
+        try:
+            before = [output_dir / "checkpoints" / "latest", self._attempt_hostfile]
+            written_at = (output_dir / "summary.json").stat().st_mtime_ns
+            return all(written_at >= path.stat().st_mtime_ns for path in before)
+        except OSError:
+            return False
 
     async def _prepare_restart(self, outcome: Outcome, number: int) -> bool:
         """Waits until lost ranks have ended, then chooses hosts for a restart from the hosts that can be reached.
@@ -233,10 +262,15 @@ class _Launch:
         return True
 
     async def _pause(self, seconds: float) -> None:
-        ended = asyncio.Event()
-        self._stop_signals.on_change = ended.set
+        await self._wait_unless_stopped(asyncio.create_task(asyncio.sleep(seconds)))
+
+    async def _wait_unless_stopped(self, work: "asyncio.Task[Any]") -> None:
+        """Waits until a task has ended or a stop signal has arrived."""
+        stopped = asyncio.Event()
+        self._stop_signals.on_change = stopped.set
         if self._stop_signals.first is None:
-            await asyncio.wait([asyncio.create_task(ended.wait())], timeout=seconds)
+            tasks = [work, asyncio.create_task(stopped.wait())]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     def _give_up(self, restarts: int) -> str:
         why = (

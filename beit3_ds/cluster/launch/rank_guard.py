@@ -34,7 +34,7 @@ from beit3_ds.cluster.launch.messages import (
     connect,
 )
 from beit3_ds.cluster.launch.trainer_process import TrainerProcess
-from beit3_ds.runtime.stop_signals import STOP_SIGNALS
+from beit3_ds.runtime.stop_signals import handled_signals
 
 # Variables that launchers set: DeepSpeed, Open MPI, MPICH, Slurm.
 _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
@@ -71,7 +71,7 @@ class RankGuard:
             Exit status: 0 if the supervisor ended the attempt, 1 if the supervisor was lost.
         """
         loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
+        for number in handled_signals():
             loop.add_signal_handler(number, self._channel.send, StopSignalReceived(signal_number=number))
         tasks = [loop.create_task(self._receive_messages()), loop.create_task(self._send_keepalives())]
         await self._over.wait()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from beit3_ds.cluster.launch.terminal import Terminal
-from beit3_ds.runtime.stop_signals import STOP_SIGNALS
+from beit3_ds.runtime.stop_signals import describe_signal, exit_status, handled_signals
 
 
 class LauncherStopSignals:
@@ -30,10 +30,8 @@ class LauncherStopSignals:
     def handle(self) -> None:
         """Installs signal handlers in the running event loop."""
         loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
+        for number in handled_signals():
             loop.add_signal_handler(number, self.receive, number)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            loop.add_signal_handler(signal.SIGHUP, self.receive, signal.SIGTERM, "SIGHUP (the terminal is closed)")
         loop.add_signal_handler(
             signal.SIGTSTP,
             self._terminal.report,
@@ -44,12 +42,12 @@ class LauncherStopSignals:
         """Records a stop signal.
 
         Args:
-            number: stop signal to forward to the ranks.
+            number: stop signal to forward to the ranks, as SIGTERM if it is SIGHUP.
             origin: source of the signal, for the message; empty if this process received `number` itself.
         """
         if self.first is None:
-            self.first, self.since = number, time.monotonic()
-            self._terminal.report(f"{origin or number.name}: asking all ranks to save and stop")
+            self.first, self.since = signal.Signals(exit_status(number) - 128), time.monotonic()
+            self._terminal.report(f"{origin or describe_signal(number)}: asking all ranks to save and stop")
         elif number == signal.SIGINT and not origin and not self.is_kill:
             self.is_kill = True
             self._terminal.report("second SIGINT: killing all ranks")

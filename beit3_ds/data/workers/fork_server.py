@@ -13,6 +13,7 @@ from beit3_ds.config import ConfigError
 _SOCKET_NAME_BYTES = 107  # longest AF_UNIX address
 _SOCKET_SUFFIX_BYTES = 40  # multiprocessing adds "/pymp-xxxxxxxx/listener-xxxxxxxx"
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 
 
 def start_fork_server(preload: str) -> None:
@@ -20,7 +21,7 @@ def start_fork_server(preload: str) -> None:
 
     Workers are not forked from this process, because a fork copies locked locks and makes CUDA unusable.
 
-    The server and its workers block SIGTERM, SIGINT and SIGUSR1. Clusters and terminals send these signals to all
+    The server and its workers block the signals that stop a run. Clusters and terminals send these signals to all
     processes of a run, so that the ranks finish their step and save. The ranks still need the workers for that step.
 
     Args:
@@ -29,7 +30,7 @@ def start_fork_server(preload: str) -> None:
     use_short_socket_folder()
     multiprocessing.get_context("forkserver").set_forkserver_preload([preload])
     resource_tracker.ensure_running()  # otherwise the server starts it, which unblocks the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # inherited
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # inherited
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

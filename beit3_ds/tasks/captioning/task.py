@@ -56,6 +56,10 @@ class CaptioningRankTask(RankTask):
         """Tells the loss the number of the step, because it drops tokens only after the first steps."""
         self.dropped.begin(step)
 
+    def resume(self, evaluator: Evaluator, done: int) -> None:
+        """Tells the loss the number of the last step."""
+        self.dropped.begin(done - 1)
+
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
         """Predicts the masked words of all captions of a split, and generates captions if `task.generation` says so.
 

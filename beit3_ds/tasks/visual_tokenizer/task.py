@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,12 +64,16 @@ class TokenizerRankTask(RankTask):
         model = _tokenizer(evaluator)
         model.is_quantized = step >= self.continuous_steps
         if step == 0:
-            steps = self._read(start_steps(self.run_config, step))
+            steps = list(self._read(start_steps(self.run_config, step)))
             model.center.copy_(mean_features(steps, self._features, evaluator.mesh, evaluator.device))
         if step == self.continuous_steps:
-            steps = self._read(start_steps(self.run_config, step))
+            steps = list(self._read(start_steps(self.run_config, step)))
             vectors = gather_vectors(steps, _vectors(evaluator, steps), evaluator.mesh)
             model.quantize.start(vectors.to(evaluator.device))
+
+    def resume(self, evaluator: Evaluator, done: int) -> None:
+        """Sets whether the decoder got codes in the last step."""
+        _tokenizer(evaluator).is_quantized = done > self.continuous_steps
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
         """Moves the codes once, with the vectors of all micro-batches of all ranks; a skipped step moves no codes."""
@@ -98,10 +102,6 @@ class TokenizerRankTask(RankTask):
         Returns:
             On the main rank, the written files and the usage of codes on training images, by name; empty elsewhere.
         """
-        results: dict[str, str] = {}
-        if evaluator.mesh.is_main:
-            tensors = dict(evaluator.trained_tensors())
-            results = write_tokenizer(self.run_config, self.teacher_description, tensors)
         visual, total_steps = self.run_config.tokenizers.visual, self.run_config.training.total_steps
         num_steps = -(-_USAGE_IMAGES // self.run_config.data.images.samples_per_step)
         steps = self._read(range(total_steps, total_steps + num_steps))
@@ -109,8 +109,11 @@ class TokenizerRankTask(RankTask):
         codes = (nearest(vectors) for vectors in _vectors(evaluator, steps))
         usage = measure_code_usage(codes, visual.codebook_size, evaluator.mesh)
         warning = usage.describe_if_low()
-        results |= {"codes": f"{usage} over training images"} | ({"warning": warning} if warning else {})
-        return results if evaluator.mesh.is_main else {}
+        if not evaluator.mesh.is_main:
+            return {}
+        # Last, because a run whose tokenizer exists is finished.
+        results = write_tokenizer(self.run_config, self.teacher_description, dict(evaluator.trained_tensors()))
+        return results | {"codes": f"{usage} over training images"} | ({"warning": warning} if warning else {})
 
     def _features(self, pixels: Tensor) -> Tensor:
         if not len(pixels):  # not every network takes an empty batch
@@ -118,10 +121,10 @@ class TokenizerRankTask(RankTask):
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.run_config.options.is_bf16):
             return self.teacher(pixels)
 
-    def _read(self, steps: range) -> list[StepBatch]:
-        """Reads this rank's share of some steps; a broken record leaves its slot empty."""
+    def _read(self, steps: range) -> Iterator[StepBatch]:
+        """Yields this rank's share of some steps; a broken record leaves its slot empty."""
         assert self.dataset is not None, "every rank reads"
-        return [self.dataset.prepare(step) for step in steps]
+        yield from map(self.dataset.prepare, steps)
 
 
 class VisualTokenizerTask(Task):
@@ -277,7 +280,7 @@ def _tokenizer(evaluator: Evaluator) -> TokenizerModel:
     return model
 
 
-def _vectors(evaluator: Evaluator, steps: list[StepBatch]) -> Iterator[Tensor]:
+def _vectors(evaluator: Evaluator, steps: Iterable[StepBatch]) -> Iterator[Tensor]:
     """Yields the vectors of each micro-batch, (B, N, C), in evaluation mode; all ranks call it."""
     batches = (batch for step in steps for batch in step.micro_batches)
     for _, vectors in evaluator.predict(batches):

@@ -1,0 +1,74 @@
+"""Ends a command on a stop signal: unwinds it, so that unfinished files are deleted, within a time limit."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS, describe_signal, exit_status, handled_signals, reading_signals
+
+STOP_SECONDS = 7.0
+"""Seconds from a stop signal until a command ends without unwinding, if it has not ended by itself."""
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """Reports a stop signal that ends a command; libraries treat it like Ctrl-C.
+
+    Attributes:
+        number: number of the signal.
+        status: exit status of the command (`exit_status`).
+    """
+
+    def __init__(self, number: int) -> None:
+        """Stores the number of the signal."""
+        super().__init__(
+            f"stopped by {describe_signal(number)}: each file is complete or absent; the same command starts again"
+        )
+        self.number, self.status = number, exit_status(number)
+
+
+@contextmanager
+def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
+    """Raises `StoppedBySignal` in the block when a stop signal arrives; does nothing outside the main thread.
+
+    Python raises the exception after the current call into a library, and a library may suppress it. The process ends
+    after `STOP_SECONDS` in any case. Signals after the first one have no effect.
+
+    Args:
+        end: ends this process, even if its main thread is blocked in a call.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    timer = threading.Timer(STOP_SECONDS, lambda: _end_now(received[0], end))
+    timer.daemon = True
+    has_raised = False
+
+    def note(number: int) -> None:  # in the thread that reads signals
+        if number in STOP_SIGNALS and not received:
+            received.append(number)
+            timer.start()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal has_raised
+        if not has_raised:
+            has_raised = True
+            raise StoppedBySignal(number)
+
+    with reading_signals(note):
+        before = {number: signal.signal(number, handle) for number in handled_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            timer.cancel()
+
+
+def _end_now(number: int, end: Callable[[int], None]) -> None:
+    print(f"error: {StoppedBySignal(number)}", file=sys.stderr, flush=True)
+    end(exit_status(number))

@@ -1,0 +1,112 @@
+"""Ends a process that does not end by itself within some seconds after a stop signal."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from beit3_ds.parallel.activity import Activity
+from beit3_ds.runtime.main_thread import describe_main_thread
+from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_status
+
+STOP_SECONDS = 7.0
+"""Seconds that a process without unsaved updates has to end after a stop signal; also the shortest limit of a wait for
+other ranks. A cluster kills a job half a minute after the signal or later."""
+_PEER_FACTOR = 2.0
+"""A rank waits for others at most this many times as long as the longest phase of a step so far."""
+_SECOND_INTERRUPT_SECONDS = 1.0
+_POLL_SECONDS = 0.25
+
+
+class StopDeadline:
+    """Runs a thread that ends this process if it does not end by itself after a stop signal.
+
+    There are two limits. Before the first step and after the last one nothing can be lost, so the process has
+    `STOP_SECONDS`. During training a rank finishes its step and saves, however long that takes; but if it only waits
+    for other ranks, a wait may last `STOP_SECONDS`, or twice as long as the longest forward pass, backward pass, update
+    or batch of an evaluation so far. A rank that is stopped or stalled thus keeps no other rank from ending. A second
+    SIGINT ends the process at once.
+    """
+
+    def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
+        """Starts the thread, with the first limit.
+
+        Args:
+            rank: rank of this process, for messages.
+            signals: signals that this process receives.
+            end: ends this process, even if its main thread is blocked in a call.
+        """
+        self._rank, self._signals, self._end = rank, signals, end
+        self._activity: Activity | None = None
+        self._phase, self._consequence = "the start", "Nothing was trained; the same command starts again."
+        self._phase_since = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop deadline", daemon=True)
+        self._thread.start()
+
+    def limit_waits(self, activity: Activity) -> None:
+        """Limits only waits for other ranks from now on; call it when training begins.
+
+        Args:
+            activity: current activity of this rank's main thread.
+        """
+        self._phase_since, self._activity = time.monotonic(), activity
+
+    def limit_all(self, phase: str, consequence: str) -> None:
+        """Limits everything from now on; call it when nothing is left to save.
+
+        Args:
+            phase: the part of the program that follows, for messages, such as "the report".
+            consequence: sentence about what is saved and what the same command does when it is started again.
+        """
+        self._phase, self._consequence = phase, consequence
+        self._phase_since, self._activity = time.monotonic(), None
+
+    def stop(self) -> None:
+        """Stops the thread."""
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        changes, changed_at = -1, 0.0
+        while not self._over.wait(_POLL_SECONDS):
+            now, activity, received_at = time.monotonic(), self._activity, self._signals.received_at
+            if received_at is None:
+                continue
+            if activity is not None and (activity.changes != changes or not activity.waits_for_ranks()):
+                changes, changed_at = activity.changes, now
+            since = max(received_at, self._phase_since, changed_at)
+            is_urgent = self._signals.num_interrupts > 1
+            limit = STOP_SECONDS
+            if is_urgent:
+                since, limit = received_at, _SECOND_INTERRUPT_SECONDS
+            elif activity is not None:
+                limit = max(STOP_SECONDS, _PEER_FACTOR * activity.longest_seconds)
+            if now - since >= limit:
+                self._finish(now - since, activity)
+                return
+
+    def _finish(self, seconds: float, activity: Activity | None) -> None:
+        number, where = min(self._signals.received), describe_main_thread("waiting for other ranks")
+        if activity is None:
+            what = f"{self._phase} has not ended {seconds:.0f} s later: {where}. {self._consequence}"
+        else:
+            what = (
+                f"step {activity.step}, {activity.phase}, has waited for other ranks for {seconds:.0f} s: {where}. The "
+                "steps since the newest checkpoint are lost; the same command resumes from it."
+            )
+        line = f"error on rank {self._rank}: {describe_signal(number)} was received, and {what}"
+        print(line, file=sys.stderr, flush=True)
+        self._end(exit_status(number))
+
+
+@contextmanager
+def stop_deadline(rank: int, signals: StopSignals) -> Iterator[StopDeadline]:
+    """Runs a `StopDeadline` during the block."""
+    deadline = StopDeadline(rank, signals)
+    try:
+        yield deadline
+    finally:
+        deadline.stop()

@@ -1,0 +1,100 @@
+"""Holds the parts of a training run that the training loop, its evaluations and its report use."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.checkpoint.store import CheckpointStore
+from beit3_ds.config import RunConfig
+from beit3_ds.config.data import Split
+from beit3_ds.data.order.run import RunOrder
+from beit3_ds.model import StageModel
+from beit3_ds.parallel import Mesh
+from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.tasks import RankTask, Term
+from beit3_ds.training.best_checkpoint import BestCheckpoint
+from beit3_ds.training.broken_records import BrokenRecords
+from beit3_ds.training.metrics_log import MetricsLog
+from beit3_ds.training.progress import Progress
+from beit3_ds.training.split_batches import iterate_together
+from beit3_ds.training.stragglers import Stragglers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Holds the parts of a run that the training loop uses; `train.build_run` builds it."""
+
+    config: RunConfig
+    schedule: Schedule
+    state: EngineState
+    mesh: Mesh
+    device: torch.device
+    terms: tuple[Term, ...]
+    """Loss terms of the task."""
+    rank_task: RankTask
+    """The task, opened for this rank."""
+    validation: Iterable[PackedBatch]
+    read_validation: Callable[[], None]
+    """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
+    splits: Mapping[Split, Iterable[PackedBatch]]
+    """All batches of each split that the task evaluates; each iteration reads them from disk again."""
+    store: CheckpointStore
+    metrics_log: MetricsLog
+    progress: Progress
+    stragglers: Stragglers
+    first_step: int
+    """Number of updates done before this process started."""
+    broken_records: BrokenRecords
+    """Broken records found by this run, including those found before it was resumed."""
+    best: BestCheckpoint
+    """The best evaluation of this run, including those before it was resumed."""
+    order: RunOrder | None
+    """Order of the samples; None on ranks that receive their samples from others."""
+    data: Mapping[str, Any]
+    """Data state of the resumed checkpoint (`Index.data`); empty without a checkpoint."""
+    is_stopping: Callable[[], bool]
+    """Returns whether this rank has received a stop signal."""
+
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        """Returns DeepSpeed's engine, which wraps the layers of this stage."""
+        return self.schedule.engine
+
+    @property
+    def model(self) -> StageModel:
+        """Returns the layers of this stage."""
+        model: StageModel = self.engine.module
+        return model
+
+    def prepare(self, batch: PackedBatch) -> PackedBatch:
+        """Moves a micro-batch to the device and adds the targets that the head needs."""
+        return self.rank_task.prepare(batch, self.device)
+
+    def batches(self, split: Split) -> Iterable[PackedBatch]:
+        """Returns this rank's share of all samples of a split."""
+        return self.splits[split]
+
+    def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
+        """Yields pairs of a prepared batch and the head's predictions, which are None except on the last stage.
+
+        Raises:
+            StopRequestedError: on all ranks, if one of them was asked to stop.
+        """
+        together = iterate_together(batches, self.mesh, self.is_stopping)
+        yield from self.schedule.run_forward(together, None, self.prepare)
+
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, tensor) for each float32 weight and each buffer of the newest checkpoint, on the CPU."""
+        path = self.store.newest_path()
+        assert path is not None, "a run ends with a checkpoint"
+        folder = CheckpointFolder(path)
+        yield from ((name, folder.read(name)) for name in folder.names())
+        yield from ((name, folder.read_buffer(name)) for name in folder.index.buffers)
+        folder.close()
