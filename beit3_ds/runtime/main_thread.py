@@ -15,12 +15,15 @@ def describe_main_thread(otherwise: str) -> str:
         otherwise: what the main thread does if it uses no file or folder.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    lines, paths = [], []
+    lines, paths, awaited = [], [], []
     for inner, line in traceback.walk_stack(frame):
         if inner.f_code.co_filename.startswith(_PACKAGE):
             lines.append(f"{Path(inner.f_code.co_filename).name}:{line} ({inner.f_code.co_name})")
-            values = [inner.f_locals.get(name) for name in ("path", "file", "name", "self")]
-            values += [getattr(values[-1], name, None) for name in ("path", "_path")]
-            paths += [str(value) for value in values if isinstance(value, str | Path)]
-    named = f"with {paths[0]}" if paths else otherwise
+            owner = inner.f_locals.get("self")
+            awaited.append(getattr(owner, "_waits_for", None))  # of `Rendezvous`
+            values = [inner.f_locals.get(name) for name in ("path", "file", "name")]
+            values += [getattr(owner, name, None) for name in ("path", "_path")]
+            paths += [str(value) for value in values if isinstance(value, str | Path) and "/" in str(value)]
+    named = next((f"waiting for {what}" for what in awaited if isinstance(what, str)), otherwise)
+    named = f"with {paths[0]}" if paths else named
     return f"{named}, at {lines[0]}" if lines else named
