@@ -13,9 +13,9 @@ from beit3_ds.data.images.one_view import whole_view
 def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop: bool = True) -> Tensor:
     """Converts an image to the pixels that `BEiT3.encode` takes, exactly as for validation images.
 
-    Rotates the image by its EXIF orientation, converts it to RGB (transparent parts become white, 16 bits are scaled to
-    8), crops the largest centred square, resizes it bicubically with antialiasing, and normalises with mean and
-    standard deviation 0.5.
+    Rotates the image by its EXIF orientation and converts it to RGB: transparent parts become white, and 16 bits are
+    scaled to 8. Then crops the largest centred square and resizes it bicubically with antialiasing. Finally normalises
+    with mean and standard deviation 0.5.
 
     Args:
         image: path of an image file, its bytes, or an image that Pillow has opened.

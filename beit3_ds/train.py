@@ -101,9 +101,9 @@ def open_inputs(config: RunConfig) -> Inputs:
     """Checks the layout and opens the files that this rank reads.
 
     Raises:
-        ConfigError: if the layout is invalid, the machine has too little memory for its ranks, the optimizer is not
-            installed, the kernels are not built, the output folder cannot be written, or a file cannot be read or does
-            not fit the model.
+        ConfigError: if the layout is invalid, or the machine has too little memory for its ranks. Also if the optimizer
+            is not installed, the kernels are not built, or the output folder cannot be written. Also if a file cannot
+            be read or does not fit the model.
     """
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)

@@ -4,8 +4,8 @@ Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3, and for sequence para
 arXiv:2205.05198, section 4.2.
 
 The residual stream is (T, D): packed tokens by hidden size. Between the tensor-parallel layers every rank holds all T
-rows. With sequence parallelism the rows are padded with zeros at the end to P * n rows, where P is the number of
-tensor-parallel ranks, and rank r holds rows [r * n, (r + 1) * n).
+rows. With sequence parallelism, rank r of P tensor-parallel ranks holds only rows [r * n, (r + 1) * n). The stream is
+padded with zeros at the end to P * n rows.
 """
 
 # T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.

@@ -80,8 +80,8 @@ def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamS
         search: beams, length penalty and maximum length; None is `BeamSearch()`.
 
     Raises:
-        ConfigError: if the model does not accept pairs or has no head that predicts words, if `max_length` exceeds its
-            text positions, or if its vocabulary is smaller than the number of candidates per step.
+        ConfigError: if the model does not accept pairs or has no head that predicts words. Also if `max_length` exceeds
+            its text positions, or if its vocabulary is smaller than the number of candidates per step.
     """
     search = search or BeamSearch()
     _check(model, search)
