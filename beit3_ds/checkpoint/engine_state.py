@@ -180,7 +180,7 @@ class EngineState:
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Yields, per fragment, the weights to save and the values of these elements in the model's parameters."""
+        """Yields the weights to save for each fragment, with the same elements of the model's parameters."""
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():

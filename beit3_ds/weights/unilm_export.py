@@ -74,7 +74,10 @@ def _plan_log_scale(reader: WeightReader, held: set[str]) -> PlannedTensor:
 
 
 def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
-    """Plans a position table: unused rows, the model's rows, and filler rows if the table was not imported."""
+    """Plans a position table in the reference's form, which begins with rows that no position uses.
+
+    A text table that was not imported also gets zero rows at its end, up to the reference's number of positions.
+    """
     (rows, width), dtype, unused = reader.shape(name), reader.dtype(name), EXTRA_PREFIX + key
     imported = unused in held
     filler = 0 if imported or name != "embeddings.text_position" else TEXT_POSITION_ROWS - UNUSED_POSITIONS - rows

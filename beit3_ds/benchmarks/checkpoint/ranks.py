@@ -61,7 +61,7 @@ def state_config(size: str, seed: int) -> RunConfig:
 
 
 class _Rank:
-    """Builds an engine with random weights and nonzero moments, as after some updates."""
+    """Holds an engine with random weights and nonzero moments, like those of a run after some updates."""
 
     def __init__(self, folder: Path, size: str, seed: int) -> None:
         from beit3_ds.runtime.process_group import init_process_group

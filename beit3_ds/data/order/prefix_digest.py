@@ -14,7 +14,7 @@ class IdentifiedSamples(HasFiles, Protocol):
     """Declares the interface of samples that can be recognised even if their numbers change."""
 
     is_last_open: ClassVar[bool]
-    """Whether the last sample may change when a file grows at its end, as the last sequence of a text file does."""
+    """Whether the last sample may change if lines are added to a file, as the last sequence of a text file does."""
 
     def identity(self, index: int) -> bytes:
         """Returns bytes that identify a sample, independent of the folder of its files."""

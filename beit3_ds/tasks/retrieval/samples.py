@@ -94,7 +94,7 @@ class RetrievalSamples(CaptionedSamples):
 def caption_of_epoch(count: int, key: SampleKey) -> int:
     """Returns the index of the caption that an image is trained with in an epoch.
 
-    Every `count` epochs use each of the image's captions once, in a new random order.
+    Within `count` epochs each caption of the image is used once. Then the captions get a new random order.
 
     Args:
         count: number of captions of the image.

@@ -269,7 +269,7 @@ def _planned_width(settings: VisualTokenizerSettings, config: RunConfig) -> int:
 
 
 def _read_known(path: str) -> Recipe:
-    """Returns the architecture that the tokenizer's file records; an imported or copied tokenizer has no recipe."""
+    """Reads the architecture from the tokenizer's own file, because imported tokenizers have no file with a recipe."""
     trained = load_visual_tokenizer(path).config
     return {name: getattr(trained, name) for name in ("image_size", "patch_size", "codebook_size")}
 
