@@ -4,6 +4,7 @@
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from beit3_ds.model.adaptation import AdaptedWeights
 from beit3_ds.model.pretrained import PretrainedWeights, check_task
 from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.rank_program import run_rank_program
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.runtime.command_signals import StoppedBySignal
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.launch_environment import read_launch
@@ -33,6 +35,7 @@ from beit3_ds.runtime.process_group import compute_device, joined_ranks
 from beit3_ds.runtime.startup_watchdog import watched_start
 from beit3_ds.runtime.stop_deadline import stop_deadline
 from beit3_ds.runtime.stop_signals import StopSignals
+from beit3_ds.storage_error import StorageError
 from beit3_ds.tasks import RankTask, Task, build_task
 from beit3_ds.train import share_of
 from beit3_ds.training.agreement import check_same_files, check_same_sources
@@ -57,7 +60,7 @@ class Inputs:
     weights: AdaptedWeights
     step: int
     """Number of optimizer updates that produced the weights; 0 if unknown."""
-    folder: Path
+    folder: ResultFolder
     """Folder of the results."""
 
 
@@ -73,7 +76,7 @@ def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
     with StopSignals().handling() as signals, stop_deadline(rank, signals) as deadline:
         with watched_start(rank, config.data.timeout_seconds):
             inputs = open_inputs(config, options)
-        with joined_ranks(config.parallel, str(inputs.folder), signals) as mesh:
+        with joined_ranks(config.parallel, str(inputs.folder.path), signals) as mesh:
             evaluator = build_evaluator(config, inputs, mesh, signals, options.split)
             deadline.limit_all("the evaluation", "It wrote no metrics; the same command starts again.")
             try:
@@ -122,7 +125,8 @@ def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
     coords = config.parallel.rank_coords(launch.rank, launch.world_size)
     rank_task = task.open(share_of(coords, config.parallel, data_parallel_size, (split,)))
     folder = Path(options.out or Path(config.training.output_dir) / "evaluation" / split)
-    return Inputs(task=task, rank_task=rank_task, weights=weights, step=stored.step, folder=folder)
+    results = ResultFolder(folder, functools.partial(print, flush=True))
+    return Inputs(task=task, rank_task=rank_task, weights=weights, step=stored.step, folder=results)
 
 
 def _open_weights(path: str, *, averages: bool, best: bool) -> PretrainedWeights | CheckpointFolder:
@@ -178,14 +182,18 @@ def _write_metrics(
         "step": inputs.step,
         "metrics": dict(metrics),
     }
+    folder = inputs.folder.path
+    print(format_metrics(content), flush=True)
     try:
-        inputs.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(inputs.folder / METRICS_FILE) as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / METRICS_FILE) as file:
             file.write((json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
-        raise ConfigError(f"{inputs.folder} cannot be written: {error}. Name another folder with --out.") from error
-    print(format_metrics(content), flush=True)
-    print(f"results: {inputs.folder}", flush=True)
+        raise ConfigError(f"{folder} cannot be written: {error}. Name another folder with --out.") from error
+    inputs.folder.retry()
+    if missing := ", ".join(map(str, inputs.folder.missing)):
+        raise StorageError(f"not written: {missing}. Make room, or name another folder with --out, and evaluate again.")
+    print(f"results: {folder}", flush=True)
 
 
 def format_metrics(content: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Writes the pictures and pages of a run; a run does not fail if one cannot be written."""
+"""Draws the pictures of a run."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,24 +47,3 @@ def save_figure(figure: Any, path: Path) -> None:
     """
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
-
-
-def try_to_write(path: Path, write: Callable[[Path], None], report: Callable[[str], None] = print) -> bool:
-    """Writes a picture or page; if that fails, reports the reason in one line.
-
-    Args:
-        path: path of the new file.
-        write: writes the file; any exception is reported.
-        report: receives the line.
-
-    Returns:
-        True if the file was written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-    except Exception as error:  # a missing font, a full disk or a broken library must not fail a finished run
-        why = " ".join(str(error).split())
-        report(f"WARNING: {path} was not written: {type(error).__name__}: {why}")
-        return False
-    return True

@@ -10,6 +10,7 @@ from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer
 from beit3_ds.config.numbers import Range
 from beit3_ds.printing import printable
+from beit3_ds.retrying.standard_streams import keep_standard_streams
 from beit3_ds.runtime.command_signals import StoppedBySignal, ending_on_signals
 from beit3_ds.runtime.environment import check_this_machine, check_variables
 from beit3_ds.runtime.launch_environment import read_launch
@@ -26,6 +27,8 @@ def run_rank_program(
 ) -> int:
     """Runs the command line of one rank and returns the exit status.
 
+    Output that cannot be printed neither ends the program nor changes its status (`keep_standard_streams`).
+
     Args:
         program: does this rank's work; takes the configuration and the options of the command line.
         name: module name in the help text.
@@ -37,6 +40,7 @@ def run_rank_program(
         0 for success; 2 after one line about an error that the user can fix; 1 after one line about a file system that
         fails; 128 + n after one line about stop signal n that came when there was nothing to save.
     """
+    streams = keep_standard_streams()
     parser = OneLineParser(prog=name, description=description)
     add_config_arguments(parser)
     add_options(parser)
@@ -62,4 +66,6 @@ def run_rank_program(
     except StorageError as error:  # not 2: a restart needs no change
         print(f"error on rank {rank}: {printable(str(error))}", file=sys.stderr, flush=True)
         return 1
+    finally:
+        streams.finish()
     return 0

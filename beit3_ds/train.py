@@ -27,6 +27,8 @@ from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.planner import check_node, host_requirements
 from beit3_ds.rank_program import run_rank_program
+from beit3_ds.retrying.folder import ResultFolder
+from beit3_ds.retrying.standard_streams import keep_standard_streams
 from beit3_ds.runtime.launch_environment import Launch, read_launch
 from beit3_ds.runtime.node_size import measure_node
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
@@ -43,7 +45,7 @@ from beit3_ds.training.init_from import InitialWeights, open_initial_weights
 from beit3_ds.training.loop import resume, train
 from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.progress import Progress
-from beit3_ds.training.report import report
+from beit3_ds.training.report import report, write_missing
 from beit3_ds.training.run import Run
 from beit3_ds.training.split_batches import SplitBatches, StoppableBatches
 from beit3_ds.training.start_checks import check_device, check_frozen_patterns, check_software, prepare_output_dir
@@ -76,11 +78,14 @@ def train_run(config: RunConfig, *, force: bool = False) -> None:
             inputs = open_inputs(config)
         with joined_ranks(config.parallel, config.training.output_dir, signals) as mesh:
             run, steps = build_run(config, inputs, mesh, signals, force=force)
-            deadline.limit_waits(mesh.activity)
-            is_finished = train(run, steps, signals)
-            deadline.limit_all("the end of the run", "Its checkpoint is saved; the same command continues.")
-            if is_finished:
-                report(run, signals)
+            try:
+                deadline.limit_waits(mesh.activity)
+                is_finished = train(run, steps, signals)
+                deadline.limit_all("the end of the run", "Its checkpoint is saved; the same command continues.")
+                if is_finished:
+                    report(run, signals)
+            finally:
+                write_missing(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +176,14 @@ def build_run(
     use_backend(config.training.kernel_backend)
     schedule = build_schedule(task, mesh)
     state = EngineState(schedule.engine, mesh, config.training.ema_decay)
-    metrics_log = MetricsLog(Path(config.training.output_dir) / "metrics.jsonl")
+    output_dir = Path(config.training.output_dir)
+    say = functools.partial(print, flush=True) if mesh.is_main else _say_nothing
+    metrics_log = MetricsLog(output_dir / "metrics.jsonl", say)
     store = _build_store(task, rank_task, mesh)
     total_steps = config.training.total_steps
     if force:
         store.move_finished_aside(total_steps)
     first_step, checkpoint = resume(schedule.engine, state, store, metrics_log, mesh, total_steps)
-    say = functools.partial(print, flush=True) if mesh.is_main else _say_nothing
     if first_step == 0:
         _load_initial_weights(config, inputs, state, mesh, say)
     say(describe_startup(config, mesh, state, device, first_step))
@@ -206,6 +212,7 @@ def build_run(
         read_validation=functools.partial(_read_validation, validation, limits),
         splits={"validation": SplitBatches(rank_task.evaluation.get("validation"), mesh, limits)},
         store=store,
+        results=ResultFolder(output_dir, functools.partial(print, flush=True)),
         metrics_log=metrics_log,
         progress=_build_progress(task, schedule, mesh, device),
         stragglers=Stragglers(mesh, schedule.own_work, steps.stopwatch),
@@ -264,6 +271,7 @@ def _read_validation(validation: ValidationBatches | None, limits: WaitLimits) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line of one rank and returns the exit status (`run_rank_program`)."""
+    keep_standard_streams(reports_closed_pipe=True)
     return run_rank_program(
         lambda config, options: train_run(config, force=options.force),
         "beit3_ds.train",

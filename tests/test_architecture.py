@@ -38,9 +38,10 @@ ARROWS: dict[str, set[str]] = {
         "untrusted_json",
     },
     "picture": {"atomic_file"},
+    "retrying": {"atomic_file"},
     "tasks": {
         *("atomic_file", "batch", "config", "data", "layout", "model", "parallel", "picture", "printing"),
-        *("storage_error", "tokenizers"),
+        *("retrying", "storage_error", "tokenizers"),
     },
     "pipeline": {"batch", "config", "model", "parallel"},
     "checkpoint": {
@@ -60,13 +61,13 @@ ARROWS: dict[str, set[str]] = {
     "runtime": {"config", "cores", "parallel", "planner", "rank_names", "storage_error"},
     "training": {
         *("atomic_file", "batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline"),
-        *("picture", "planner", "runtime", "storage_error", "tasks", "tokenizers"),
+        *("picture", "planner", "retrying", "runtime", "storage_error", "tasks", "tokenizers"),
     },
     "benchmarks": {
         *("batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline", "runtime"),
         *("tasks", "tokenizers", "training", "weights"),
     },
-    "cluster": {"config", "planner", "printing", "rank_names", "runtime"},
+    "cluster": {"config", "planner", "printing", "rank_names", "retrying", "runtime"},
 }
 ENTRY_POINTS = {"train", "evaluate", "rank_program", "cli", "__init__"}
 # The parts of a room in the order in which they are read: each may import only those before it.

@@ -16,6 +16,7 @@ def add_command(
     *,
     details: str = "",
     epilog: str | None = None,
+    writes_files: bool = False,
 ) -> argparse.ArgumentParser:
     """Adds a command and returns its parser, to which the caller adds arguments.
 
@@ -26,6 +27,7 @@ def add_command(
         summary: one line without a full stop, shown in the list of commands and, as a sentence, in the command's help.
         details: sentences that follow the summary in the command's help.
         epilog: text below the options, printed with its line breaks.
+        writes_files: whether the results are files, so that the command does not fail if its output cannot be printed.
     """
     command = subparsers.add_parser(
         name,
@@ -34,5 +36,5 @@ def add_command(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter,
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, writes_files=writes_files)
     return command

@@ -12,7 +12,7 @@ def add_evaluate_command(subparsers: Subparsers) -> None:
         "score weights on all samples of a split in one process; use the deepspeed launcher with --module "
         "beit3_ds.evaluate for more ranks"
     )
-    command = add_command(subparsers, "evaluate", _evaluate, summary)
+    command = add_command(subparsers, "evaluate", _evaluate, summary, writes_files=True)
     add_config_arguments(command)
     command.add_argument(
         "--weights", required=True, help="exported or imported weights, a checkpoint, or a run's folder"

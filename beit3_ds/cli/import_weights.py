@@ -13,7 +13,9 @@ def add_import_command(subparsers: Subparsers) -> None:
         "read released BEiT-3 weights, pretrained or fine-tuned, a released visual tokenizer of BEiT v2, or a file "
         "that `export` wrote"
     )
-    command = add_command(subparsers, "import", _import, summary, details="Code inside the file is never run.")
+    command = add_command(
+        subparsers, "import", _import, summary, details="Code inside the file is never run.", writes_files=True
+    )
     command.add_argument(
         "file", help="the released .pth file, or one that export wrote with --format; its tensors tell its kind"
     )

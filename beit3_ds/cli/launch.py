@@ -25,7 +25,7 @@ exit status: 0 the run is finished; 128 + n signal n stopped it, with a checkpoi
 def add_launch_command(subparsers: Subparsers) -> None:
     """Adds `launch` to a parser's subcommands."""
     summary = "train on the machines of a hostfile, or resume; survives the loss of ranks and machines"
-    command = add_command(subparsers, "launch", _launch, summary, epilog=_EPILOG)
+    command = add_command(subparsers, "launch", _launch, summary, epilog=_EPILOG, writes_files=True)
     command.add_argument("hostfile", help="one machine per line: NAME slots=RANKS")
     add_config_arguments(command)
     command.add_argument(

@@ -27,6 +27,7 @@ from beit3_ds.cli.train_text_tokenizer import add_train_text_tokenizer_command
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import OneLineParser
 from beit3_ds.printing import printable
+from beit3_ds.retrying.standard_streams import keep_standard_streams
 from beit3_ds.runtime.command_signals import StoppedBySignal, ending_on_signals
 from beit3_ds.runtime.environment import check_variables
 from beit3_ds.storage_error import StorageError
@@ -48,13 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The status is 0 for success; 1 if a check fails or a file system fails; 2 after one line about a mistake that the
     user can fix; 128 + n after one line about stop signal n, for commands that do not handle the signal themselves.
+    Output that cannot be printed fails a command unless its results are files (`add_command`). A reader of the output
+    that ends early, such as `head -1`, fails none.
     """
+    streams = keep_standard_streams()
     try:
         with ending_on_signals():
             options = build_parser().parse_args(arguments)
             check_variables(os.environ)
             run: Callable[[argparse.Namespace], int] = options.run
-            return run(options)
+            status = run(options)
+            error = streams.finish()
+        if error is not None and not status and not options.writes_files:
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
+        return status
     except StoppedBySignal as stop:
         print(f"error: {stop}", file=sys.stderr)
         return stop.status

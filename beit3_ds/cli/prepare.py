@@ -20,7 +20,9 @@ def add_prepare_command(subparsers: Subparsers) -> None:
 
 def _add_index(subparsers: Subparsers) -> None:
     summary = "write indices of tars and tables of annotations to data.cache_dir, so that a run starts at once"
-    command = add_command(subparsers, "index", _index, summary, details="Resumes if it was interrupted.")
+    command = add_command(
+        subparsers, "index", _index, summary, details="Resumes if it was interrupted.", writes_files=True
+    )
     add_config_arguments(command)
     command.add_argument(
         "--verify",
@@ -45,7 +47,9 @@ def _add_stats(subparsers: Subparsers) -> None:
 
 def _add_texts(subparsers: Subparsers) -> None:
     summary = "tokenize all training and validation texts of a run into token files"
-    command = add_command(subparsers, "texts", _texts, summary, details="Resumes if it was interrupted.")
+    command = add_command(
+        subparsers, "texts", _texts, summary, details="Resumes if it was interrupted.", writes_files=True
+    )
     add_config_arguments(command)
     command.add_argument("--part", default="1/1", metavar="I/N", help="do share I of N, as in a Slurm array (from 1)")
     command.add_argument("--processes", type=integer(PROCESSES), metavar="P", help="processes (default: one per core)")

@@ -9,7 +9,7 @@ from beit3_ds.config.arguments import add_config_arguments
 def add_show_codes_command(subparsers: Subparsers) -> None:
     """Adds `show-codes` to a parser's subcommands."""
     summary = "draw training images, their masks and, as colours, their visual codes"
-    command = add_command(subparsers, "show-codes", _show_codes, summary)
+    command = add_command(subparsers, "show-codes", _show_codes, summary, writes_files=True)
     add_config_arguments(command)
     command.add_argument(
         "--out", default="codes.png", metavar="FILE.png", help="the picture to write (default: codes.png)"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -17,6 +16,7 @@ from beit3_ds.data.samples import SourceSamples, Stream, name_sources
 from beit3_ds.data.validation_overlap import check_validation_apart, describe_shared_images
 from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh
+from beit3_ds.retrying.folder import ResultFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +195,12 @@ class RankTask:
         """Returns the task's figures since the last progress report, and resets them; all ranks call it."""
         return Figures()
 
-    def write_results(self, evaluator: Evaluator) -> dict[str, str]:
+    def write_results(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
         """Writes the task's result files, which other runs may read; all ranks call it after the last checkpoint.
+
+        Args:
+            evaluator: the model.
+            folder: the run's output folder, for files that a finished run may lack.
 
         Returns:
             Entries for the run's summary, by name; only the main rank's entries are shown.
@@ -206,7 +210,7 @@ class RankTask:
         """
         return {}
 
-    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Evaluates all samples of a split; all ranks must call it, even if the split has no samples.
 
         A task runs the model over `evaluator.batches(split)`, adds a row per sample to `SampleResults`, and computes
@@ -215,7 +219,7 @@ class RankTask:
         Args:
             evaluator: the model and its ranks.
             split: "validation" or "test".
-            folder: existing folder for result files and pages; None writes no files.
+            folder: folder for result files and pages, which only the main rank writes; None writes no files.
 
         Returns:
             Metrics by name on the main rank. Empty on other ranks, and for a split without annotations. A metric with
@@ -227,7 +231,7 @@ class RankTask:
         """Returns the value of each term for a predictor that ignores its input, by name; all ranks must call it."""
         return {}
 
-    def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
+    def write_pages(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
         """Writes pages that show example results; all ranks must call it.
 
         Returns:

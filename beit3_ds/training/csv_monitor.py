@@ -1,27 +1,85 @@
-"""Keeps each CSV file of DeepSpeed's monitor a single valid table when a run is resumed."""
+"""Writes the tables of DeepSpeed's CSV monitor, each of them one valid table even if a run is resumed or a disk fails.
+
+DeepSpeed's own writer fails the run on a full disk, writes a header to every file once per process, and keeps rows of
+steps that are repeated.
+"""
 
 import csv
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from beit3_ds.retrying.file import RetryingFile
 
-def continue_csv_files(monitor: Any, step: int) -> None:
-    """Makes a monitor append to the files of earlier processes, without a second header or repeated steps.
 
-    By default, DeepSpeed writes a header to every file once per process and keeps rows of steps that are repeated.
+class CsvMonitor:
+    """Appends figures to one CSV file per name, with DeepSpeed's names of files and columns."""
 
-    Args:
-        monitor: `engine.monitor`, which has a `csv_monitor` on the rank that writes.
-        step: number of updates done. Rows of later steps are dropped; -1 drops all rows.
-    """
-    files = getattr(monitor, "csv_monitor", None)
-    if files is None or not files.enabled:
-        return
-    for path in sorted(Path(files.log_dir).glob("*.csv")):
-        rows = _read_own_rows(path)
-        if rows is not None:
-            _drop_rows_after(path, rows, step)
-            files.filenames.append(path.stem)
+    def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
+        """Stores the arguments.
+
+        Args:
+            folder: folder of the files.
+            report: receives a line when the first file cannot be written, and when all files are complete again.
+        """
+        self._folder, self._report = folder, report
+        self._files: dict[str, RetryingFile] = {}
+        self._has_failed = False
+
+    def write_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
+        """Appends a row (step, value) for each event (name, value, step)."""
+        for name, value, step in events:
+            table = name.replace("/", "_").replace(" ", "_")
+            rows = [[step, value]] if table in self._files else [["step", name.rpartition("/")[2]], [step, value]]
+            self._file(table).append(_format(rows))
+        if self._has_failed:  # also tables that have no new rows
+            self.retry()
+        self._report_changes()
+
+    def forget_after(self, step: int) -> None:
+        """Deletes the rows of steps after `step`, because a resumed run repeats these steps; -1 deletes all rows."""
+        for path in sorted(self._folder.glob("*.csv")):
+            rows = _read_own_rows(path)
+            if rows is not None:
+                header, *rows = rows
+                kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step]
+                self._file(path.stem).replace(_format([header, *kept]))
+        self._report_changes()
+
+    def retry(self) -> bool:
+        """Writes the rows that are missing; returns whether all files are complete."""
+        for file in self._files.values():
+            file.retry()
+        self._report_changes()
+        return not self._has_failed
+
+    def _file(self, table: str) -> RetryingFile:
+        if table not in self._files:
+            self._files[table] = RetryingFile(self._folder / f"{table}.csv", _say_nothing)
+        return self._files[table]
+
+    def _report_changes(self) -> None:
+        """Reports once for all files, because one disk holds all of them."""
+        failed = [file.path.name for file in self._files.values() if file.has_failed]
+        if failed and not self._has_failed:
+            self._report(
+                f"WARNING: {self._folder / failed[0]} and other tables cannot be written. The run continues and writes "
+                "the missing rows once that is possible."
+            )
+        elif self._has_failed and not failed:
+            self._report(f"the tables in {self._folder} are complete again")
+        self._has_failed = bool(failed)
+
+
+def _say_nothing(line: str) -> None:
+    """Ignores the report of one file."""
+
+
+def _format(rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
 
 
 def _read_own_rows(path: Path) -> list[list[str]] | None:
@@ -31,17 +89,8 @@ def _read_own_rows(path: Path) -> list[list[str]] | None:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file)) or [["step", path.stem]]
-    except (UnicodeDecodeError, csv.Error):
+    except (OSError, UnicodeDecodeError, csv.Error):
         return None
     header = rows[0]
     is_own = len(header) == 2 and header[0] == "step" and path.stem.endswith(header[1].replace(" ", "_"))
     return rows if is_own else None
-
-
-def _drop_rows_after(path: Path, rows: list[list[str]], step: int) -> None:
-    header, *rows = rows
-    kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step]
-    aside = path.with_suffix(".tmp")
-    with open(aside, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *kept])
-    aside.replace(path)

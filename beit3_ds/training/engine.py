@@ -1,5 +1,6 @@
 """Builds DeepSpeed's engine and applies updates; no other module initialises DeepSpeed."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.runtime.process_group import compute_device
 from beit3_ds.tasks import Task
+from beit3_ds.training.monitor import RunMonitor
 from beit3_ds.training.optimizer import allocate_moments, build_optimizer, freeze_parameters
 
 
@@ -56,6 +58,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
             dist_init_required=False,
         )
     deepspeed_compat.adapt_engine(engine, mesh)
+    engine.monitor = RunMonitor(engine.monitor, functools.partial(print, flush=True))
     adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):
         allocate_moments(adamw)  # as DeepSpeed does under ZeRO

@@ -3,7 +3,6 @@
 # K terms of the task.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from beit3_ds.model import LossOutput, StepFeatures, StepLoss
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.coupled_step import sum_terms
 from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks import Evaluator, RankTask, Term
 
 SourceNames = Mapping[str, Sequence[str]]
@@ -97,20 +97,20 @@ def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeat
     return torch.stack(sums, 1).double().cpu()
 
 
-def evaluate_split(rank_task: RankTask, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+def evaluate_split(
+    rank_task: RankTask, evaluator: Evaluator, split: Split, folder: ResultFolder | None
+) -> dict[str, float]:
     """Computes the task's metrics on a split and returns them on all ranks; all ranks call it.
 
     Args:
         rank_task: the task, opened for this rank.
         evaluator: the model and its ranks.
         split: split to evaluate.
-        folder: folder for result files and pages, which the main rank creates; None writes none.
+        folder: folder for result files and pages, which the main rank writes; None writes none.
 
     Raises:
         StopRequestedError: on all ranks, if one of them was asked to stop.
     """
-    if folder is not None and evaluator.mesh.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float] = evaluator.mesh.host.broadcast(rank_task.evaluate(evaluator, split, folder))
     return metrics
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from deepspeed import DeepSpeedEngine
@@ -20,7 +19,6 @@ from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.storage_error import StorageError
 from beit3_ds.training.broken_records import BROKEN_RECORDS, StepCounts, format_new_records
-from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
 from beit3_ds.training.evaluation import VALIDATION_FOLDER, evaluate, evaluate_split
 from beit3_ds.training.learning_rate import learning_rate
@@ -70,7 +68,7 @@ def resume(
     first_step = store.load(state, newest) if newest else 0
     engine.global_steps = first_step  # the count in DeepSpeed's own logs
     if mesh.is_main:
-        continue_csv_files(engine.monitor, first_step if newest else -1)
+        engine.monitor.forget_after(first_step if newest else -1)
         if newest:
             metrics_log.forget_after(first_step)
             print(f"resuming after step {first_step} from {newest.path}", flush=True)
@@ -344,7 +342,7 @@ def _evaluate_and_record(run: Run, done: int) -> bool:
     """
     names = run.config.data.source_names()
     is_last = done == run.config.training.total_steps or (done > 0 and run.best.may_be_exhausted_next)
-    folder = Path(run.config.training.output_dir) / VALIDATION_FOLDER if is_last else None
+    folder = run.results.inside(VALIDATION_FOLDER) if is_last else None
     with run.state.averaged_weights():
         means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
         means |= evaluate_split(run.rank_task, run, "validation", folder)
@@ -358,7 +356,7 @@ def _evaluate_and_record(run: Run, done: int) -> bool:
 
 
 def _record(run: Run, record: dict[str, Any]) -> None:
-    """Writes a record to metrics.jsonl and, through DeepSpeed's monitor, to CSV and TensorBoard."""
+    """Writes a record to metrics.jsonl and sends it to DeepSpeed's monitors; a full disk only delays both."""
     if not run.mesh.is_main:
         return
     run.metrics_log.append(record)

@@ -3,30 +3,37 @@
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.checkpoint.disk import write_whole
+from beit3_ds.retrying.file import RetryingFile
 
 
 class MetricsLog:
-    """Appends records and reads them back; each record has a "step"."""
+    """Appends records and reads them back; each record has a "step".
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A disk that fails ends no run: records that cannot be written are kept, and written with a later one or by `retry`.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None] = print) -> None:
+        """Stores the path; `report` receives a line when writing fails, and one when it succeeds again."""
+        self.path, self._report = path, report
+        self._file = RetryingFile(path, report)
 
     def append(self, record: dict[str, Any]) -> None:
         """Appends one record to the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill truncated the last line
-                    file.write(b"\n")
-            file.write(f"{json.dumps(record)}\n".encode())
+        self._file.append(f"{json.dumps(record)}\n".encode())
+
+    def retry(self) -> bool:
+        """Writes the records that are missing in the file; returns whether the file is complete."""
+        return self._file.retry()
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns all complete records; ignores other lines, such as a line truncated by a kill."""
+        """Returns all complete records, also those that could not be written yet.
+
+        Ignores other lines, such as a line truncated by a kill.
+        """
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def forget_after(self, step: int) -> None:
@@ -37,21 +44,32 @@ class MetricsLog:
         lines = self._lines()
         kept = [line for line in lines if (record := _parse(line)) is None or record["step"] <= step]
         if kept != lines:
-            write_whole(self.path.resolve(), "".join(f"{line}\n" for line in kept).encode("utf-8", "surrogateescape"))
+            self._file.replace("".join(f"{line}\n" for line in kept).encode("utf-8", "surrogateescape"))
 
     def move_aside(self) -> Path | None:
-        """Renames the file of an earlier run when a new run starts; returns its new path, or None without a file."""
+        """Renames the file of an earlier run when a new run starts.
+
+        Returns:
+            The new path; None without a file, and after a report if the file cannot be renamed: new records then follow
+            the old ones.
+        """
         if not self._lines():
             return None
         names = (f"{self.path.stem}-{number}{self.path.suffix}" for number in itertools.count(1))
         moved = next(path for name in names if not os.path.lexists(path := self.path.with_name(name)))
-        self.path.rename(moved)
+        try:
+            self.path.rename(moved)
+        except OSError as error:
+            self._report(f"WARNING: {self.path} of an earlier run cannot be renamed: {error.strerror}")
+            return None
         return moved
 
     def _lines(self) -> list[str]:
-        if not self.path.exists():
+        try:
+            text = self._file.content().decode(errors="surrogateescape")
+        except OSError as error:
+            self._report(f"WARNING: {self.path} cannot be read: {error.strerror}")
             return []
-        text = self.path.read_bytes().decode("utf-8", errors="surrogateescape")
         return text.removesuffix("\n").split("\n") if text else []
 
 

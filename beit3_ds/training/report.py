@@ -9,7 +9,6 @@ from typing import Any
 
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.data.workers.waiting import StopRequestedError
-from beit3_ds.picture import try_to_write
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.training.evaluation import VALIDATION_FOLDER
@@ -42,23 +41,35 @@ def write_report(run: Run) -> None:
         StorageError: if a result of the task cannot be written.
         StopRequestedError: on all ranks, if one of them received a stop signal.
     """
-    folder = Path(run.config.training.output_dir)
-    results = run.rank_task.write_results(run)
+    folder = run.results
+    results = run.rank_task.write_results(run, folder)
     baselines = run.rank_task.baselines(run)
     pages = run.mesh.pipeline.host.broadcast(run.rank_task.write_pages(run, folder), src=-1)
     if not run.mesh.is_main:
         return
     records = run.metrics_log.records()
     draw = functools.partial(plot_losses, records, baselines, run.terms)
-    plot = try_to_write(folder / "losses.png", draw, _say)
+    plot = folder.write("losses.png", draw)
     summary = _summarize(run, records, baselines) | results | pages | {"checkpoint": str(run.store.newest_path())}
     summary |= {"best": run.best.describe()} if run.best.step is not None else {}
-    summary |= {"plot": str(folder / "losses.png")} if plot else {}
+    summary |= {"plot": str(folder.path / "losses.png")} if plot else {}
     summary["metrics"] = str(run.metrics_log.path)
-    scored = folder / VALIDATION_FOLDER
+    scored = folder.path / VALIDATION_FOLDER
     summary |= {"results": str(scored)} if scored.is_dir() and any(scored.iterdir()) else {}
-    try_to_write(folder / "summary.json", lambda path: _write_json(summary, path), _say)
+    folder.write("summary.json", lambda path: _write_json(summary, path))
     _say(format_summary(summary, {term.name for term in run.terms if term.weight}))
+
+
+def write_missing(run: Run) -> None:
+    """Writes what a disk has refused before, and names what is still missing; the main rank's files need no others."""
+    run.results.retry()
+    missing = [str(path) for path in run.results.missing]
+    if not run.metrics_log.retry():
+        missing.append(f"lines of {run.metrics_log.path}")
+    if not run.engine.monitor.retry():
+        missing.append("figures of the monitors")
+    if missing:
+        _say(f"WARNING: not written, because of the errors above: {', '.join(missing)}")
 
 
 def format_summary(summary: dict[str, Any], losses: Collection[str]) -> str:

@@ -18,6 +18,7 @@ from beit3_ds.data.order.run import RunOrder
 from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks import RankTask, Term
 from beit3_ds.training.best_checkpoint import BestCheckpoint
 from beit3_ds.training.broken_records import BrokenRecords
@@ -46,6 +47,8 @@ class Run:
     splits: Mapping[Split, Iterable[PackedBatch]]
     """All batches of each split that the task evaluates; each iteration reads them from disk again."""
     store: CheckpointStore
+    results: ResultFolder
+    """The output folder, into which the main rank writes pages and pictures."""
     metrics_log: MetricsLog
     progress: Progress
     stragglers: Stragglers

@@ -1,50 +1,46 @@
-"""Tests that each CSV file of a resumed run is one table."""
+"""Tests that each CSV file of a resumed run is one table, whenever its disk fails."""
 
 from pathlib import Path
-from types import SimpleNamespace
+from tempfile import TemporaryDirectory
 
-import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from beit3_ds.training.csv_monitor import continue_csv_files
+from beit3_ds.training.csv_monitor import CsvMonitor
+from tests.retrying.failing_disk import MOMENTS, failing_disk
 
 
-def start(folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Returns DeepSpeed's monitor in a new process after `step` updates."""
-    from deepspeed.monitor import csv_monitor
-    from deepspeed.monitor.config import CSVConfig
-
-    monkeypatch.setattr(csv_monitor.dist, "get_rank", lambda: 0)
-    files = csv_monitor.csvMonitor(CSVConfig(enabled=True, output_path=str(folder), job_name="csv"))
-    monitor = SimpleNamespace(csv_monitor=files)
-    continue_csv_files(monitor, step)
+def start(folder: Path, step: int) -> CsvMonitor:
+    """Returns the monitor in a new process after `step` updates."""
+    monitor = CsvMonitor(folder / "csv", lambda line: None)
+    monitor.forget_after(step)
     return monitor
 
 
-def test_a_resumed_run_adds_rows_to_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_adds_rows_to_the_same_table(tmp_path: Path) -> None:
     """Catches a second header and repeated rows of the steps between checkpoint and stop, which DeepSpeed writes."""
-    first = start(tmp_path, -1, monkeypatch)
-    first.csv_monitor.write_events([("train/loss", 5.0 - step, step) for step in (1, 2, 3)])
-    resumed = start(tmp_path, 2, monkeypatch)
-    resumed.csv_monitor.write_events([("train/loss", 2.5, 3), ("validation/loss", 2.0, 3)])
+    first = start(tmp_path, -1)
+    first.write_events([("train/loss", 5.0 - step, step) for step in (1, 2, 3)])
+    resumed = start(tmp_path, 2)
+    resumed.write_events([("train/loss", 2.5, 3), ("validation/loss", 2.0, 3)])
     assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == ["step,loss", "1,4.0", "2,3.0", "3,2.5"]
     assert (tmp_path / "csv" / "validation_loss.csv").read_text().split() == ["step,loss", "3,2.0"]
-    new_run = start(tmp_path, -1, monkeypatch)
-    new_run.csv_monitor.write_events([("train/loss", 6.0, 1)])
+    new_run = start(tmp_path, -1)
+    new_run.write_events([("train/loss", 6.0, 1)])
     assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == ["step,loss", "1,6.0"]
 
 
-def test_a_run_without_the_monitor_and_files_cut_by_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    continue_csv_files(SimpleNamespace(csv_monitor=None), 3)
+def test_files_cut_by_a_kill(tmp_path: Path) -> None:
     folder = tmp_path / "csv"
     folder.mkdir()
     (folder / "train_loss.csv").write_text("step,loss\r\n1,4.0\r\n2,")
     (folder / "empty.csv").write_text("")
-    start(tmp_path, 1, monkeypatch)
+    start(tmp_path, 1)
     assert (folder / "train_loss.csv").read_text().split() == ["step,loss", "1,4.0"]
     assert (folder / "empty.csv").read_text().split() == ["step,empty"]
 
 
-def test_tables_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_others_stay(tmp_path: Path) -> None:
     """Catches rows deleted from a user's table, and a resumed run that fails on a file that it did not write."""
     folder = tmp_path / "csv"
     (folder / "folder.csv").mkdir(parents=True)
@@ -55,7 +51,38 @@ def test_tables_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    resumed = start(tmp_path, 1, monkeypatch)
-    resumed.csv_monitor.write_events([("train/loss", 2.5, 2)])
+    resumed = start(tmp_path, 1)
+    resumed.write_events([("train/loss", 2.5, 2)])
     assert {name: (folder / name).read_bytes() for name in contents} == contents
     assert (folder / "train_loss.csv").read_text().split() == ["step,loss", "2,2.5"]
+
+
+NAMES = st.sampled_from(["train/loss", "train/image mim", "validation/loss"])
+
+
+@given(events=st.lists(st.tuples(NAMES, st.floats(allow_nan=False)), max_size=20), moments=MOMENTS)
+def test_a_disk_that_fails_changes_no_table(events: list[tuple[str, float]], moments: list[int | None]) -> None:
+    """Catches a header that is missing or repeated, and rows that are torn, lost or repeated."""
+    with TemporaryDirectory() as folder:
+        contents = []
+        for name, failures in (("undisturbed", []), ("disturbed", moments)):
+            said: list[str] = []
+            monitor = CsvMonitor(Path(folder) / name, said.append)
+            monitor.forget_after(-1)
+            with failing_disk(failures):
+                for step, (event, value) in enumerate(events):
+                    monitor.write_events([(event, value, step)])
+            assert monitor.retry()
+            assert [line.startswith("WARNING") for line in said] == [number % 2 == 0 for number in range(len(said))]
+            contents.append({path.name: path.read_bytes() for path in (Path(folder) / name).glob("*")})
+        assert contents[0] == contents[1]
+
+
+def test_names_of_deepspeed(tmp_path: Path) -> None:
+    """Catches tables that another version of DeepSpeed would not continue."""
+    monitor = start(tmp_path, -1)
+    monitor.write_events([("Train/Samples/train loss", 0.5, 8)])
+    path = tmp_path / "csv" / "Train_Samples_train_loss.csv"
+    assert path.read_bytes() == b"step,train loss\r\n8,0.5\r\n"
+    start(tmp_path, 8).write_events([("Train/Samples/train loss", 0.25, 9)])
+    assert path.read_bytes() == b"step,train loss\r\n8,0.5\r\n9,0.25\r\n"

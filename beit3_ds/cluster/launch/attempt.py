@@ -154,7 +154,9 @@ class Attempt:
             case Output() if not self._failures:
                 self._terminal.print_output(message.text)
             case LogError():
-                self._terminal.report(f"{rank.name}: its output is lost, training continues: {message.error}")
+                self._terminal.report(
+                    f"{rank.name}: its log misses lines until it can be written, training continues: {message.error}"
+                )
             case StopSignalReceived() if not self._failures and not rank.is_gone:
                 number = signal.Signals(message.signal_number)
                 self._stop_signals.receive(number, f"{rank.name} has received {number.name}")

@@ -1,19 +1,27 @@
 """Runs DeepSpeed's launcher as a child of the supervisor."""
 
 import asyncio
+import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from beit3_ds.cluster.launch.process_tree import ProcessTree
+from beit3_ds.cluster.launch.terminal import open_log
+from beit3_ds.retrying.stream import RetryingStream
 
 _POLL_SECONDS = 0.1
+_CHUNK_BYTES = 1 << 16
 _WATCH_SECONDS = 5.0
 
 
 class LauncherProcess:
-    """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt them."""
+    """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt them.
+
+    Their output goes to a file in memory, from which it is copied to the log: DeepSpeed's launcher would end on a full
+    disk. A pipe would end it with the supervisor, while the ranks still save.
+    """
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, log: Path):
         """Starts the commands.
@@ -22,31 +30,33 @@ class LauncherProcess:
             commands: commands that together start the guards of all ranks.
             environment: complete environment of the commands.
             folder: working directory of the commands.
-            log: file to which the output of the commands is appended.
+            log: file to which the output of the commands is appended, at each call of a method.
 
         Raises:
             OSError: if a command does not exist.
         """
         self.log = log
         self._processes: list[subprocess.Popen[bytes]] = []
-        with log.open("ab") as file:
-            for command in commands:
-                self._processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=environment,
-                        cwd=folder,
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
+        self._output, self._num_copied = open(os.memfd_create("launcher"), "rb", buffering=0), 0  # noqa: SIM115
+        self._log = RetryingStream(lambda: open_log(log), lambda error: None)
+        for command in commands:
+            self._processes.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
+            )
         self._tree = ProcessTree([process.pid for process in self._processes])
         self._watched_at = time.monotonic()
 
     def watch(self) -> None:
         """Records, every few seconds, the processes that the commands have started on this machine."""
+        self._copy_output()
         if time.monotonic() - self._watched_at > _WATCH_SECONDS:
             self._tree.watch()
             self._watched_at = time.monotonic()
@@ -54,6 +64,7 @@ class LauncherProcess:
     def statuses(self) -> list[int] | None:
         """Returns the exit status of each launch command; None until all commands have ended."""
         statuses = [process.poll() for process in self._processes]
+        self._copy_output()
         return None if None in statuses else [status for status in statuses if status is not None]
 
     async def end(self, seconds: float) -> list[int]:
@@ -68,4 +79,11 @@ class LauncherProcess:
         killed = self._tree.kill()
         for process in self._processes:
             process.wait()
+        self._copy_output()
+        self._log.release()
         return killed
+
+    def _copy_output(self) -> None:
+        while chunk := os.pread(self._output.fileno(), _CHUNK_BYTES, self._num_copied):
+            self._log.write(chunk)
+            self._num_copied += len(chunk)

@@ -1,12 +1,14 @@
 """Prints the lines of `beit3 launch` to the terminal and to a file next to the ranks' logs."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from beit3_ds.printing import printable
+from beit3_ds.retrying.stream import RetryingStream
 
 _PREFIX = "beit3 launch: "
 
@@ -14,26 +16,39 @@ _PREFIX = "beit3 launch: "
 class Terminal:
     """Prints the supervisor's lines to stderr and to a file, and the output of rank 0 to stdout.
 
-    Errors are ignored: a closed terminal or a full disk must not end a run.
+    A closed terminal or a full disk does not end a run. Lines that the file misses are written with a later line.
     """
 
     def __init__(self, log: Path) -> None:
         """Prints to stderr, and appends the supervisor's lines to the file `log`."""
-        self._log = log
+        self._path = log
+        self._log = RetryingStream(lambda: open_log(log), self._report_error)
 
     def report(self, text: str, lines: Iterable[str] = ()) -> None:
         """Prints a message of the supervisor, followed by quoted lines, such as a rank's last output."""
         text, quoted = printable(text), "".join(f"    | {printable(line)}\n" for line in lines)
         with contextlib.suppress(OSError, ValueError):
             print(f"{_PREFIX}{text}\n{quoted}", end="", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n{quoted}")
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n{quoted}".encode())
 
     def print_output(self, text: str) -> None:
         """Prints output of rank 0."""
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.write(text)
             sys.stdout.flush()
+
+    def _report_error(self, error: OSError) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{_PREFIX}{self._path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def open_log(path: Path) -> int:
+    """Opens a log file to append to it, and returns the file descriptor.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
 
 def last_lines(path: Path, count: int = 20) -> list[str]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from beit3_ds.cluster.launch.messages import Start
+from beit3_ds.cluster.launch.terminal import open_log
+from beit3_ds.retrying.stream import RetryingStream
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
 _LAST_LINES = 20
@@ -25,8 +27,8 @@ _libc = ctypes.CDLL(None)
 class TrainerProcess:
     """Runs a trainer in a separate session, and copies the trainer's output from a pipe to a log file.
 
-    On a full disk, lines of the log are lost, but training continues. The kernel kills the trainer if the guard ends
-    for any reason.
+    On a full disk training continues, and missing lines are written to the log once there is room. The kernel kills the
+    trainer if the guard ends for any reason.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class TrainerProcess:
         """File descriptor that becomes readable when the trainer ends."""
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._unfinished = ""
-        self._on_output, self._on_log_trouble = on_output, on_log_error
+        self._on_output, self._on_log_error = on_output, on_log_error
         # In a thread, because a network file system that hangs must not delay the guard's keepalive messages.
         self._copier = threading.Thread(target=self._copy_output, args=(Path(start.log),), daemon=True)
         self._copier.start()
@@ -108,34 +110,18 @@ class TrainerProcess:
     def _copy_output(self, log: Path) -> None:
         assert self._process.stdout is not None, "the output goes through a pipe"
         pipe = self._process.stdout.fileno()
-        try:
-            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            file = -1
-            self._on_log_trouble(f"{log}: {error.strerror}")
-        is_told, decoder = file < 0, codecs.getincrementaldecoder("utf-8")("replace")
+        file = RetryingStream(lambda: open_log(log), lambda error: self._on_log_error(f"{log}: {error.strerror}"))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := os.read(pipe, _CHUNK_BYTES):
-            try:
-                if file >= 0:
-                    _write_all(file, chunk)
-            except OSError as error:
-                if not is_told:
-                    self._on_log_trouble(f"{log}: {error.strerror}")
-                is_told = True
+            file.write(chunk)
             text = decoder.decode(chunk)
             self._remember(text)
             if self._on_output is not None:
                 self._on_output(text)
-        if file >= 0:
-            with contextlib.suppress(OSError):
-                os.close(file)
+        file.finish()
+        file.release()
 
     def _remember(self, text: str) -> None:
         *lines, self._unfinished = (self._unfinished + text).split("\n")
         self._unfinished = self._unfinished[-_LONGEST_LINE:]
         self._lines.extend(line.rpartition("\r")[2][:_LONGEST_LINE] for line in lines)
-
-
-def _write_all(file: int, chunk: bytes) -> None:
-    while chunk:
-        chunk = chunk[os.write(file, chunk) :]

@@ -13,7 +13,7 @@ from torch import Tensor
 from beit3_ds.data.samples import Split, Stream
 from beit3_ds.model import TaskModel
 from beit3_ds.model.generation import BeamSearch, generate
-from beit3_ds.picture import try_to_write
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.packing import NUM_MASKED, NUMBERS
 from beit3_ds.tasks.captioning.samples import CaptionSamples
@@ -152,13 +152,13 @@ class DescribedSplit:
             found |= scores.scores
         return found
 
-    def write(self, folder: Path, metrics: Mapping[str, float], shown: int) -> None:
+    def write(self, folder: ResultFolder, metrics: Mapping[str, float], shown: int) -> None:
         """Writes the captions as JSON, and a page with `shown` images; writes nothing without generated captions."""
         if self._search is None:
             return
-        write_caption_results(folder / RESULTS, self._by_identifier())
+        folder.write(RESULTS, functools.partial(write_caption_results, captions=self._by_identifier()))
         page = functools.partial(self._write_page, metrics=metrics, shown=shown)
-        try_to_write(folder / PAGE, page, functools.partial(print, flush=True))
+        folder.write(PAGE, page)
 
     def _by_identifier(self) -> dict[Identifier, str]:
         return {

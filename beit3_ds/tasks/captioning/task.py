@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from beit3_ds.data.samples import Split
 from beit3_ds.model import Head, StepFeatures, StepLoss
 from beit3_ds.model.generation import BeamSearch
 from beit3_ds.parallel import TensorParallel
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.captioning.config import CaptioningConfig
 from beit3_ds.tasks.captioning.evaluation import DescribedSplit, describe_missing_generation, predict_split
 from beit3_ds.tasks.captioning.head import CaptionHead, sum_best_tokens
@@ -60,7 +60,7 @@ class CaptioningRankTask(RankTask):
         """Tells the loss the number of the last step."""
         self.dropped.begin(done - 1)
 
-    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Predicts the masked words of all captions of a split, and generates captions if `task.generation` says so.
 
         If the model's layout does not allow generation, it returns only the metrics of masked words, and the main rank

@@ -13,6 +13,7 @@ from beit3_ds.config import ConfigError, ModelConfig, RunConfig
 from beit3_ds.data.samples import Split, Stream
 from beit3_ds.model import Head, StepLoss
 from beit3_ds.parallel import TensorParallel
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.imagenet.classes import ClassList
 from beit3_ds.tasks.imagenet.config import ImagenetConfig
 from beit3_ds.tasks.imagenet.head import LinearClassHead
@@ -40,7 +41,7 @@ class ImagenetRankTask(RankTask):
     text_batches: Sequence[PackedBatch]
     """Batches of class texts that this rank encodes in an evaluation."""
 
-    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Classifies all images of a split; the text of each class is encoded only once.
 
         With `folder`, also writes `classes.jsonl` and `classes.html`.
@@ -54,8 +55,10 @@ class ImagenetRankTask(RankTask):
         metrics = scores.metrics()
         if folder is not None and metrics:
             stream = self.evaluation[split].streams["images"]
-            _write_answers(folder / "classes.jsonl", scores, stream, self.classes)
-            _write_page(folder / "classes.html", scores, stream, self.classes, metrics)
+            answers = functools.partial(_write_answers, scores=scores, stream=stream, classes=self.classes)
+            page = functools.partial(_write_page, scores=scores, stream=stream, classes=self.classes, metrics=metrics)
+            folder.write("classes.jsonl", answers)
+            folder.write("classes.html", page)
         return metrics
 
 

@@ -14,7 +14,7 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.samples import SourceSamples, Stream
 from beit3_ds.parallel import TensorParallel
-from beit3_ds.picture import try_to_write
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.nlvr2.files import Statements
 from beit3_ds.tasks.nlvr2.head import StatementHead
 from beit3_ds.tasks.nlvr2.samples import FORMATS, NUMBERS, StatementSamples, build_stream, pack
@@ -32,7 +32,7 @@ _SHOWN = 60
 class StatementRankTask(RankTask):
     """Implements NLVR2 on one rank, with its opened statements."""
 
-    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Judges all statements of a split.
 
         With `folder`, also writes `predictions.csv`, in the format of NLVR2's scoring script, and `statements.html`.
@@ -61,12 +61,12 @@ class _Judgements:
         self._samples = [(_statements(samples), index) for samples, index in places]
         self._labels = [statements.label(index) for statements, index in self._samples]
 
-    def report(self, folder: Path | None) -> dict[str, float]:
+    def report(self, folder: ResultFolder | None) -> dict[str, float]:
         metrics = {} if None in self._labels else self._metrics()
         if folder is not None:
-            self._write_predictions(folder / "predictions.csv")
+            folder.write("predictions.csv", self._write_predictions)
             page = functools.partial(self._write_page, metrics=metrics)
-            try_to_write(folder / "statements.html", page, functools.partial(print, flush=True))
+            folder.write("statements.html", page)
         return metrics
 
     def _metrics(self) -> dict[str, float]:

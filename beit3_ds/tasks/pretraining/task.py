@@ -4,7 +4,6 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig, RunConfig
 from beit3_ds.parallel import TensorParallel
-from beit3_ds.picture import try_to_write
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS, unigram_entropies
 from beit3_ds.tasks.pretraining.config import PretrainingConfig
 from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads, head_flops
@@ -59,18 +58,17 @@ class PretrainingRankTask(RankTask):
             self.validation_sources,
         )
 
-    def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
+    def write_pages(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
         """Writes `predictions.html`, which shows masked words and patches of one batch with the model's guesses."""
         pages = {}
         if self.visual_tokenizer:
             pages["visual_tokenizer_teacher"] = self.visual_tokenizer.teacher_description
-        path = folder / "predictions.html"
         for batch, logits in evaluator.predict(itertools.islice(evaluator.validation, 1)):
             if logits is None or evaluator.mesh.data_parallel_rank or evaluator.mesh.tensor.rank:
                 continue
             page = functools.partial(write_predictions, batch, logits, self.text_tokenizer, self.visual_tokenizer)
-            if try_to_write(path, page, functools.partial(print, flush=True)):
-                pages["predictions"] = str(path)
+            if folder.write("predictions.html", page):
+                pages["predictions"] = str(folder.path / "predictions.html")
         return pages
 
 

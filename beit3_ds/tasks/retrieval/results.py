@@ -14,6 +14,7 @@ from torch import Tensor
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.samples import Stream
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
 from beit3_ds.tasks.retrieval.neighbours import best_candidates
 from beit3_ds.tasks.retrieval.packing import MOST_CAPTIONS
@@ -77,7 +78,7 @@ class ResultFiles:
     retrieved: Retrieved
     """Features and ranks of all images and captions of the split."""
 
-    def write(self, folder: Path, metrics: Mapping[str, float], num_shown: int) -> None:
+    def write(self, folder: ResultFolder, metrics: Mapping[str, float], num_shown: int) -> None:
         """Writes `retrieval.json` and `retrieval.html`.
 
         Args:
@@ -92,10 +93,14 @@ class ResultFiles:
             "images": list(self._image_entries(texts.tolist(), text_scores.tolist())),
             "captions": list(self._text_entries(images.tolist(), image_scores.tolist())),
         }
-        with atomic_write(folder / "retrieval.json") as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+        folder.write("retrieval.json", lambda path: _write_json(path, content))
+        folder.write("retrieval.html", lambda path: self._write_page(path, metrics, texts, images, num_shown))
+
+    def _write_page(
+        self, path: Path, metrics: Mapping[str, float], texts: Tensor, images: Tensor, num_shown: int
+    ) -> None:
         shown = [*self._shown_images(texts, num_shown), *self._shown_texts(images, num_shown)]
-        write_result_page(folder / "retrieval.html", "Images and captions that find each other", metrics, shown, _NOTE)
+        write_result_page(path, "Images and captions that find each other", metrics, shown, _NOTE)
 
     def _image_entries(self, texts: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> Iterator[Any]:
         for image, rank in enumerate(self.retrieved.text_ranks.tolist()):
@@ -159,3 +164,8 @@ class ResultFiles:
             return samples.source.image(index)
         except BrokenRecordError as error:
             raise AssertionError("the image was read in this evaluation") from error
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())

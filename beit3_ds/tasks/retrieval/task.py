@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from beit3_ds.config import InputKind, ModelConfig
@@ -13,6 +12,7 @@ from beit3_ds.data.samples import Stream
 from beit3_ds.data.validation_overlap import describe_shared_images
 from beit3_ds.model import Head, StepLoss
 from beit3_ds.parallel import TensorParallel
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.results import SampleResults
 from beit3_ds.tasks.retrieval.config import RetrievalConfig
@@ -32,7 +32,7 @@ class RetrievalRankTask(RankTask):
     shown_queries: int
     """Number of images, and also of captions, on the page that an evaluation writes."""
 
-    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Returns, on the main rank, recall at 1, 5 and 10 in both directions over all images and captions of a split.
 
         Every image and every caption is encoded once. The main rank gathers all features and computes the recall. With

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from beit3_ds.config import RunConfig
-from beit3_ds.picture import try_to_write
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tasks.visual_tokenizer.code_picture import code_picture_path, write_code_picture
 from beit3_ds.tasks.visual_tokenizer.config import VisualTokenizerSettings
@@ -16,13 +16,16 @@ from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer
 from beit3_ds.tokenizers.recipe import save_recipe, visual_recipe
 
 
-def write_tokenizer(config: RunConfig, teacher_description: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def write_tokenizer(
+    config: RunConfig, teacher_description: str, tensors: Mapping[str, Tensor], folder: ResultFolder
+) -> dict[str, str]:
     """Writes the tokenizer's file and its recipe, and tries to draw a picture of its codes.
 
     Args:
         config: configuration of the run.
         teacher_description: description of the teacher for people.
         tensors: weights and buffers of the trained `TokenizerModel`, by name.
+        folder: the run's output folder, which writes the picture.
 
     Returns:
         The written files, by name.
@@ -45,6 +48,6 @@ def write_tokenizer(config: RunConfig, teacher_description: str, tensors: Mappin
     written = {"visual_tokenizer": str(path)}
     picture = code_picture_path(path)
     draw = functools.partial(write_code_picture, config, tokenizer.eval())
-    if try_to_write(picture, draw, functools.partial(print, flush=True)):
+    if folder.write(picture.absolute(), draw):
         written["code_picture"] = str(picture)
     return written

@@ -13,6 +13,7 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.model import Head, StageModel
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import Evaluator, Figures, RankShare, RankTask
 from beit3_ds.tasks.task import Task, Term
 from beit3_ds.tasks.visual_tokenizer.code_usage import CodeCounter, measure_code_usage
@@ -96,7 +97,7 @@ class TokenizerRankTask(RankTask):
         lines = [f"codes: {usage}", *([f"WARNING: {warning}"] if warning else [])]
         return Figures({"codes_used": usage.num_codes, "code_perplexity": round(usage.perplexity)}, lines)
 
-    def write_results(self, evaluator: Evaluator) -> dict[str, str]:
+    def write_results(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
         """Writes the tokenizer, its recipe and a picture of its codes.
 
         Returns:
@@ -112,7 +113,8 @@ class TokenizerRankTask(RankTask):
         if not evaluator.mesh.is_main:
             return {}
         # Last, because a run whose tokenizer exists is finished.
-        results = write_tokenizer(self.run_config, self.teacher_description, dict(evaluator.trained_tensors()))
+        tensors = dict(evaluator.trained_tensors())
+        results = write_tokenizer(self.run_config, self.teacher_description, tensors, folder)
         return results | {"codes": f"{usage} over training images"} | ({"warning": warning} if warning else {})
 
     def _features(self, pixels: Tensor) -> Tensor:

@@ -67,10 +67,10 @@ def choose_answers(
 
 
 def keep_answers(folder: Path, answers: AnswerVocabulary) -> None:
-    """Writes the list of answers into a run's output folder.
+    """Writes the list of answers into a run's output folder, unless the folder has the same list already.
 
     Raises:
-        ConfigError: if the folder has checkpoints of a run with another list; then nothing is written.
+        ConfigError: if the folder has checkpoints of a run with another list, or cannot be written.
     """
     path = folder / ANSWERS_FILE
     checkpoints = folder / "checkpoints"
@@ -82,7 +82,11 @@ def keep_answers(folder: Path, answers: AnswerVocabulary) -> None:
                 f"this run: {_first_difference(before, answers)}. Put the training files back, set task.answer_list to "
                 "that file, or use another training.output_dir."
             )
-    answers.save(path)
+        return
+    try:
+        answers.save(path)
+    except OSError as error:
+        raise ConfigError(f"vqa: the answers cannot be written: {error}. Fix the folder or make room.") from error
 
 
 def _first_difference(left: AnswerVocabulary, right: AnswerVocabulary) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config.data import Split
 from beit3_ds.data import EvaluationBatches
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import Evaluator
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
 from beit3_ds.tasks.results import GatheredResults, SampleResults
@@ -107,22 +108,24 @@ class AnsweredSplit:
         return [samples for samples in self._sources if isinstance(samples, VqaSamples)]
 
 
-def write_files(split: AnsweredSplit, metrics: dict[str, float], folder: Path, page_samples: int) -> None:
-    """Writes the submission file, the results file with all answers, and a page with `page_samples` questions.
-
-    Raises:
-        OSError: if the folder cannot be written.
-    """
+def write_files(split: AnsweredSplit, metrics: dict[str, float], folder: ResultFolder, page_samples: int) -> None:
+    """Writes the submission file, the results file with all answers, and a page with `page_samples` questions."""
     places = range(len(split))
     submission = [{"question_id": split.identifier(place), "answer": split.answers[place]} for place in places]
-    _write_json(folder / SUBMISSION, submission)
+    folder.write(SUBMISSION, lambda path: _write_json(path, submission))
     answers = [_describe(split, place) for place in places]
-    _write_json(folder / RESULTS, {"metrics": metrics, "num_questions": len(split), "answers": answers})
+    results = {"metrics": metrics, "num_questions": len(split), "answers": answers}
+    folder.write(RESULTS, lambda path: _write_json(path, results))
+    folder.write(PAGE, lambda path: _write_page(path, split, metrics, page_samples))
+
+
+def _write_page(path: Path, split: AnsweredSplit, metrics: dict[str, float], page_samples: int) -> None:
+    places = range(len(split))
     accuracies = [split.accuracy(place) for place in places]
     is_right = [None if accuracy is None else accuracy > 0 for accuracy in accuracies]
     shown = [_show(split, place, is_right[place]) for place in choose_shown(is_right, page_samples)]
     note = f"{len(shown)} of {len(split)} questions, the wrong answers first; half are wrong if enough are."
-    write_result_page(folder / PAGE, "Answers to questions about images", metrics, shown, note)
+    write_result_page(path, "Answers to questions about images", metrics, shown, note)
 
 
 def _describe(split: AnsweredSplit, place: int) -> dict[str, Any]:

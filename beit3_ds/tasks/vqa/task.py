@@ -10,6 +10,7 @@ from beit3_ds.config import ModelConfig, RunConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.samples import Stream
 from beit3_ds.parallel import TensorParallel
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.task import Headline, Task, Term
 from beit3_ds.tasks.vqa.answer_list import choose_answers, keep_answers, read_stored_answers
@@ -31,7 +32,7 @@ class VqaRankTask(RankTask):
     vocabulary: AnswerVocabulary | None
     """Answers among which the model chooses; None on ranks that read no questions."""
 
-    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Answers all questions of a split; returns the official accuracies if people's answers are known.
 
         Questions whose answers are not in the list also count, although the model cannot answer them. The reference

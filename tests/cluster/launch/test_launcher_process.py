@@ -38,6 +38,15 @@ def test_what_does_not_end_is_killed_with_its_children(tmp_path: Path) -> None:
     assert len(asyncio.run(end())) == 2 and launcher.statuses() == [-9]
 
 
+def test_output_that_the_disk_refuses_ends_no_command(tmp_path: Path) -> None:
+    """Catches DeepSpeed's launcher, which a full disk below its log would end with the run."""
+    launcher = _start(tmp_path, "print('x' * (1 << 20), flush=True)")
+    full = LauncherProcess([[sys.executable, "-c", "print('x', flush=True)"]], {}, tmp_path, Path("/dev/full"))
+    assert asyncio.run(full.end(60)) == asyncio.run(launcher.end(60)) == []
+    assert full.statuses() == launcher.statuses() == [0]
+    assert (tmp_path / "launcher.log").read_text() == "x" * (1 << 20) + "\n"
+
+
 def test_a_command_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="none"):
         LauncherProcess([["/none"]], {}, tmp_path, tmp_path / "launcher.log")

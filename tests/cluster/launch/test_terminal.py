@@ -20,8 +20,15 @@ def test_lines_go_to_stderr_and_the_file_and_output_to_stdout(
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Terminal(tmp_path / "none" / "launch.log").report("started")
-    assert capsys.readouterr().err == "beit3 launch: started\n"
+    """Catches lines that are lost although the disk has room again."""
+    terminal = Terminal(log := tmp_path / "none" / "launch.log")
+    terminal.report("started")
+    reason = f"beit3 launch: {log} cannot be written: No such file or directory\n"
+    assert capsys.readouterr().err == f"beit3 launch: started\n{reason}"
+    log.parent.mkdir()
+    terminal.report("finished")
+    assert [line.split()[-1] for line in log.read_text().splitlines()] == ["started", "finished"]
+    assert capsys.readouterr().err == "beit3 launch: finished\n"
 
 
 def test_last_lines_of_a_log(tmp_path: Path) -> None:

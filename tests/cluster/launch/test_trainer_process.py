@@ -49,6 +49,17 @@ def test_output_survives_a_full_disk(tmp_path: Path, log: str) -> None:
         assert trouble.endswith("No space left on device" if "full" in log else "No such file or directory")
 
 
+def test_a_log_is_complete_once_its_folder_is_there(tmp_path: Path) -> None:
+    """Catches lines of a log that are lost while its disk is full or not mounted."""
+    code = f"import os, time; print('early', flush=True)\nwhile not os.path.exists({str(tmp_path / 'logs')!r}): "
+    shown: list[str] = []
+    troubles: list[str] = []
+    trainer = run(code + "time.sleep(0.01)\nprint('late')", tmp_path / "logs" / "log", shown, troubles)
+    wait_until(lambda: len(troubles) == 1)
+    (tmp_path / "logs").mkdir()
+    assert wait(trainer) == 0 and (tmp_path / "logs" / "log").read_text() == "early\nlate\n"
+
+
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool) -> None:
     """Includes processes forked by data loaders, and stopped ones."""

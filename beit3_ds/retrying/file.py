@@ -1,0 +1,106 @@
+"""Appends to a file that must be complete in the end, although its disk may fail meanwhile."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from beit3_ds.atomic_file import atomic_write
+
+
+class RetryingFile:
+    """Appends to a file; keeps in memory what cannot be written, and writes it with the next bytes.
+
+    No method that writes raises an `OSError`. The first error is reported, and so is the moment when the file is
+    complete again. The file is opened for every write, so that it may be deleted, moved or mounted again meanwhile.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None], *, has_lines: bool = True) -> None:
+        """Stores the arguments; touches no file.
+
+        Args:
+            path: the file; missing folders are created.
+            report: receives one line when writing fails, and one when it succeeds again.
+            has_lines: whether the file consists of lines. A line that a kill has cut is then ended before new ones.
+        """
+        self.path, self._report, self._has_lines = path, report, has_lines
+        self._missing = b""
+        self._start: int | None = None
+        """Size of the file before a failed attempt to append `_missing`, of which it may have written a part."""
+        self._replaces = False
+        """Whether `_missing` replaces the whole file."""
+        self.has_failed = False
+        """Whether the last write failed, so that the file is not complete."""
+
+    def append(self, content: bytes) -> None:
+        """Appends bytes, after those that are still missing."""
+        self._missing += content
+        self.retry()
+
+    def replace(self, content: bytes) -> None:
+        """Replaces the whole file atomically, also the bytes that are still missing."""
+        self._missing, self._start, self._replaces = content, None, True
+        self.retry()
+
+    def retry(self) -> bool:
+        """Writes what is missing; returns whether the file is complete."""
+        if not self._missing and not self._replaces:
+            return True
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._replaces:
+                with atomic_write(self.path.resolve()) as file:
+                    file.write(self._missing)
+            else:
+                self._append_missing()
+        except OSError as error:
+            if not self.has_failed:
+                self._report(
+                    f"WARNING: {self.path} cannot be written: {error.strerror}. The run continues and writes the "
+                    "missing part once that is possible."
+                )
+            self.has_failed = True
+            return False
+        self._missing, self._start, self._replaces = b"", None, False
+        if self.has_failed:
+            self.has_failed = False
+            self._report(f"{self.path} is complete again")
+        return True
+
+    def content(self) -> bytes:
+        """Returns what the file holds once all missing bytes are written.
+
+        Raises:
+            OSError: if the file exists and cannot be read.
+        """
+        if self._replaces:
+            return self._missing
+        held = self.path.read_bytes() if self.path.exists() else b""
+        if not self._missing:
+            return held
+        if self._start is not None and self._missing.startswith(held[self._start :]):
+            held = held[: self._start]
+        is_cut = self._has_lines and held and not held.endswith(b"\n") and not self._missing.startswith(b"\n")
+        return held + (b"\n" if is_cut else b"") + self._missing
+
+    def _append_missing(self) -> None:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            written = self._find_written(descriptor)
+            rest = memoryview(self._missing)[written:]
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        finally:
+            os.close(descriptor)  # a network file system may report here that there was no room
+
+    def _find_written(self, descriptor: int) -> int:
+        """Returns how many of the missing bytes an earlier attempt has written at the end of the file."""
+        size = os.fstat(descriptor).st_size
+        if self._start is not None and self._start <= size <= self._start + len(self._missing):
+            held = os.pread(descriptor, size - self._start, self._start)
+            if len(held) == size - self._start and self._missing.startswith(held):
+                return len(held)
+        is_cut = self._has_lines and size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        if is_cut and not self._missing.startswith(b"\n"):
+            self._missing = b"\n" + self._missing
+        self._start = size
+        return 0

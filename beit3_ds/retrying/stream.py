@@ -1,0 +1,141 @@
+"""Writes a stream of bytes that must not end its program: standard output, or the log of a process."""
+
+import contextlib
+import errno
+import io
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_CHUNK_BYTES = 1 << 20
+_FULL_PIPE_SECONDS = 5.0  # longest wait of `finish` for the reader of a pipe or terminal that does not block
+_NOT_OPEN = -1
+
+
+class RetryingStream(io.RawIOBase):
+    """Writes bytes in order; keeps what the system refuses, and writes it before the next bytes.
+
+    A full disk, a read-only mount or a terminal that is gone raises no error. The bytes continue exactly where the last
+    successful write ended, so that the file is complete once there is room. A pipe without a reader discards all later
+    bytes, because nobody can read them any more.
+
+    Attributes:
+        reports_closed_pipe: whether a pipe without a reader is reported like another error; it is not by default.
+    """
+
+    def __init__(
+        self, open_descriptor: Callable[[], int], report: Callable[[OSError], None], limit: int = 1 << 24
+    ) -> None:
+        """Stores the arguments; the first write opens the descriptor.
+
+        Args:
+            open_descriptor: returns the file descriptor; an `OSError` of this function counts as a failed write, and
+                the next write calls it again.
+            report: receives the first error, and again the first one after a time without errors. Called without locks.
+            limit: most bytes that are kept. Later bytes are dropped, and a line in the stream says how many.
+        """
+        super().__init__()
+        self._open, self._report, self._limit = open_descriptor, report, limit
+        self._descriptor = _NOT_OPEN
+        self._missing, self._num_dropped = bytearray(), 0
+        self._error: OSError | None = None
+        self.reports_closed_pipe = False
+        self._pid = os.getpid()
+        # Not the lock of a `BufferedWriter`: signal handlers print, too, and a report may come from another stream.
+        self._lock = threading.RLock()
+
+    @property
+    def error(self) -> OSError | None:
+        """Returns the error that prevents writing now; None if everything is written."""
+        return self._error
+
+    @property
+    def has_reader(self) -> bool:
+        """Returns whether the stream can still be read: false for a pipe whose reader has ended."""
+        return not isinstance(self._error, BrokenPipeError)
+
+    @property
+    def num_missing(self) -> int:
+        """Returns the number of bytes that are not written; 0 for a pipe without a reader."""
+        return len(self._missing) + self._num_dropped
+
+    def writable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def fileno(self) -> int:
+        """Returns the file descriptor, for code that writes to it directly."""
+        if self._descriptor < 0:
+            self._descriptor = self._open()
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """Returns whether the stream is a terminal."""
+        return os.isatty(self.fileno())
+
+    def write(self, data: Any) -> int:
+        """Writes the missing bytes and `data`, or keeps them; always returns the number of bytes in `data`."""
+        content = bytes(data)
+        with self._lock:
+            self._forget_after_fork()
+            if not self.has_reader:
+                return len(content)
+            if self._num_dropped or (self._missing and len(self._missing) + len(content) > self._limit):
+                self._num_dropped += len(content)
+            else:
+                self._missing += content
+        self.retry()
+        return len(content)
+
+    def retry(self) -> bool:
+        """Tries to write what is missing; returns whether nothing is missing then."""
+        with self._lock:
+            before = self._error
+            if before is None or self.has_reader:
+                self._error = self._write_missing()
+            error = self._error
+        if error is not None and before is None and self._is_news(error):
+            with contextlib.suppress(Exception):  # of another stream that has failed, too
+                self._report(error)
+        return error is None
+
+    def finish(self) -> None:
+        """Tries a last time; waits some seconds for the reader of a pipe that is full and does not block."""
+        if not self.retry() and isinstance(self._error, BlockingIOError):
+            with contextlib.suppress(OSError, ValueError):
+                while select.select([], [self._descriptor], [], _FULL_PIPE_SECONDS)[1] and not self.retry():
+                    pass
+
+    def release(self) -> None:
+        """Closes the file descriptor if it is open."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+        self._descriptor = _NOT_OPEN
+
+    def _is_news(self, error: OSError) -> bool:
+        if isinstance(error, BrokenPipeError):
+            return self.reports_closed_pipe
+        return not isinstance(error, BlockingIOError)
+
+    def _write_missing(self) -> OSError | None:
+        try:
+            while self._missing or self._num_dropped:
+                if not self._missing:
+                    self._missing += f"\n[{self._num_dropped} bytes of output are missing here]\n".encode()
+                    self._num_dropped = 0
+                del self._missing[: os.write(self.fileno(), bytes(self._missing[:_CHUNK_BYTES]))]
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                self._missing.clear()
+                self._num_dropped = 0
+            return error
+        return None
+
+    def _forget_after_fork(self) -> None:
+        """Leaves what is missing to the process that printed it."""
+        if self._pid != os.getpid():
+            self._pid, self._num_dropped = os.getpid(), 0
+            self._missing.clear()

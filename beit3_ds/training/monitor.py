@@ -1,0 +1,89 @@
+"""Sends the figures of a run to DeepSpeed's monitors; none of them can fail the run."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from beit3_ds.training.csv_monitor import CsvMonitor
+from beit3_ds.training.tensorboard_monitor import TensorBoardMonitor
+
+Event = tuple[str, Any, int]
+"""Name, value and step of a figure."""
+
+
+class _Part(Protocol):
+    def write_events(self, events: Sequence[Event]) -> None: ...
+
+    def retry(self) -> bool: ...
+
+
+class RunMonitor:
+    """Replaces `engine.monitor`, through which this program and DeepSpeed's engine report figures.
+
+    Figures that a monitor cannot take are kept, and sent with later ones or by `retry`.
+    """
+
+    def __init__(self, master: Any, report: Callable[[str], None]) -> None:
+        """Takes over the monitors that DeepSpeed has built.
+
+        Args:
+            master: `MonitorMaster`, which has monitors on the main rank only.
+            report: receives a line when a monitor fails, and when it works again.
+        """
+        self.enabled = bool(master.enabled)
+        self._csv: CsvMonitor | None = None
+        self._parts: list[_Part] = []
+        if master.csv_monitor is not None:
+            self._csv = CsvMonitor(Path(master.csv_monitor.log_dir), report)
+            self._parts.append(self._csv)
+        if master.tb_monitor is not None:
+            self._parts.append(TensorBoardMonitor(master.tb_monitor.summary_writer, report))
+        for name, service in (("wandb", master.wandb_monitor), ("comet", master.comet_monitor)):
+            if service is not None:
+                self._parts.append(_Service(name, service, report))
+
+    def write_events(self, events: Sequence[Event]) -> None:
+        """Sends figures to all monitors; raises no error."""
+        for part in self._parts:
+            part.write_events(events)
+
+    def forget_after(self, step: int) -> None:
+        """Deletes the figures of later steps from CSV files (`CsvMonitor.forget_after`)."""
+        if self._csv is not None:
+            self._csv.forget_after(step)
+
+    def retry(self) -> bool:
+        """Sends what is missing; returns whether all monitors have all figures."""
+        return sum(not part.retry() for part in self._parts) == 0  # all are asked
+
+
+class _Service:
+    """Sends figures to a service one by one, in order."""
+
+    def __init__(self, name: str, service: Any, report: Callable[[str], None]) -> None:
+        self._name, self._service, self._report = name, service, report
+        self._missing: list[Event] = []
+        self._has_failed = False
+
+    def write_events(self, events: Sequence[Event]) -> None:
+        self._missing += events
+        self.retry()
+
+    def retry(self) -> bool:
+        try:
+            while self._missing:
+                self._service.write_events(self._missing[:1])
+                del self._missing[0]
+        except Exception as error:  # each library has its own
+            if not self._has_failed:
+                why = " ".join(str(error).split())
+                self._report(
+                    f"WARNING: {self._name} takes no figures: {type(error).__name__}: {why}. The run continues and "
+                    "sends them once that is possible."
+                )
+            self._has_failed = True
+            return False
+        if self._has_failed:
+            self._report(f"{self._name} has all figures again")
+        self._has_failed = False
+        return True

@@ -1,0 +1,64 @@
+"""Trains one rank while the disk of the run fails at chosen steps: `python -m tests.disk_faults FOLDER FAULTS CONFIG`.
+
+The process must be in a mount namespace of its own, with a tmpfs at FOLDER. FAULTS is a JSON object of steps and
+faults: "fill" leaves no byte free, "free" undoes that, "read-only" and "writable" mount the folder again. The main rank
+causes a fault just before it writes the metrics of the step.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.train import main
+from beit3_ds.training.metrics_log import MetricsLog
+
+FILLER = "filler"
+_REMOUNT_SECONDS = 60.0  # a checkpoint may be written in the background, during which the kernel refuses
+
+
+def cause(folder: Path, fault: str) -> None:
+    """Causes a fault, or ends it."""
+    if fault == "fill":
+        _fill(folder / FILLER)
+    elif fault == "free":
+        (folder / FILLER).unlink()
+    else:
+        option = {"read-only": "ro", "writable": "rw"}[fault]
+        deadline = time.monotonic() + _REMOUNT_SECONDS
+        command = ["mount", "-o", f"remount,{option}", str(folder)]
+        while (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+            assert time.monotonic() < deadline, done.stderr
+            time.sleep(0.01)
+
+
+def _fill(path: Path) -> None:
+    with open(path, "ab", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while file.write(b"x" * size):
+                    pass
+            except OSError:
+                continue
+
+
+def _run() -> int:
+    folder, faults = Path(sys.argv[1]), {int(step): fault for step, fault in json.loads(sys.argv[2]).items()}
+    append = MetricsLog.append
+
+    def append_with_fault(log: MetricsLog, record: dict[str, Any]) -> None:
+        if record["kind"] == "train" and record["step"] in faults:
+            cause(folder, faults.pop(record["step"]))
+        append(log, record)
+
+    MetricsLog.append = append_with_fault  # type: ignore[method-assign]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return main(sys.argv[3:])
+
+
+if __name__ == "__main__":
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # from DeepSpeed's launcher
+    sys.exit(_run())
