@@ -107,10 +107,11 @@ def check_same(found: Path, expected: Path) -> None:
     for table in (expected / logs / "csv").glob("*.csv"):
         rows = (found / logs / "csv" / table.name).read_text().splitlines()
         assert len(rows) == len(table.read_text().splitlines())
-    ours, theirs = (EventAccumulator(str(folder / logs / "tensorboard")).Reload() for folder in (found, expected))
-    assert ours.Scalars("train/loss") and [event[1:] for event in ours.Scalars("train/loss")] == [
-        event[1:] for event in theirs.Scalars("train/loss")
-    ]
+    losses = []
+    for folder in (found, expected):
+        events = EventAccumulator(str(folder / logs / "tensorboard")).Reload().Scalars("train/loss")
+        losses.append([(event.step, event.value) for event in events])
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
     assert names_of_files(found) - {"train.log", FILLER} == names_of_files(expected)
 
 
