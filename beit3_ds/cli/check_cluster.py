@@ -117,7 +117,7 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables of the ranks that decide which code and which network they use.
+    """Returns the ranks' environment variables that select their code (PYTHON*) and network (GLOO_*, NCCL_*).
 
     `deepspeed` reads .deepspeed_env in the home folder, then in the working directory.
     """

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser of all commands; each sets `run` to its function."""
+    """Builds the parser of all commands; each command sets the option `run` to its function."""
     parser: argparse.ArgumentParser = OneLineParser(
         prog="beit3",
         description="Pretrain BEiT-3 by masked modeling of images, texts and image-text pairs.",

@@ -165,7 +165,7 @@ def _classify(options: argparse.Namespace) -> int:
 
 
 def _loading(options: argparse.Namespace) -> Any:
-    """Checks that the results can be written; returns the options of `from_pretrained`.
+    """Returns the options of `from_pretrained`, after checking that the results can be written.
 
     Raises:
         ConfigError: if torch lacks the device, or the folder of a file that is to be written does not exist.

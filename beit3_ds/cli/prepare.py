@@ -1,4 +1,4 @@
-"""Implements `beit3 prepare`, which indexes, counts and tokenizes the files of a run before it starts."""
+"""Implements `beit3 prepare`, which indexes, counts and tokenizes the files of a run before the run starts."""
 
 import argparse
 import sys

@@ -19,16 +19,16 @@ _AHEAD = 2
 _GIB = 1 << 30
 
 Plan = Mapping[str, Sequence[int]]
-"""Numbers of the samples of one batch, by stream."""
+"""Maps each stream to the numbers of its samples in one batch."""
 
 
 class EvaluationBatches:
     """Yields this rank's batches of a split; in one pass, all ranks together get each sample once.
 
-    The division into batches depends only on `training.eval_batch_size`, and rank r of R evaluates every R-th batch. A
-    batch therefore has the same samples, and a sample bitwise the same predictions, on any number of data-parallel
-    ranks. Every rank has the same number of batches; some may be empty. Worker processes prepare the batches of each
-    pass ahead. Batches are not kept in memory.
+    The division into batches depends only on `training.eval_batch_size`, and rank r of R evaluates every R-th batch. On
+    any number of data-parallel ranks, each batch therefore has the same samples, and the model's predictions for each
+    sample are bitwise the same. Every rank has the same number of batches; some may be empty. Worker processes prepare
+    the batches of each pass ahead. Batches are not kept in memory.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class EvaluationBatches:
         return self.read(WaitLimits(seconds=self._config.data.timeout_seconds))
 
     def read(self, limits: WaitLimits) -> Iterator[PackedBatch]:
-        """Yields this rank's batches.
+        """Yields this rank's batches; `limits` bounds the wait for each batch.
 
         Raises:
             ConfigError: if a record is broken, because scores without it would not be comparable.

@@ -1,6 +1,6 @@
 """Packs the inputs of samples into one micro-batch; used by all tasks."""
 
-# Q sequences, L layers, N patches per image.
+# B images, with and without captions; N patches per image.
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -10,14 +10,14 @@ def sample_rng(seed: SupportsIndex, purpose: str, *ids: SupportsIndex | str) -> 
     """Returns the random generator of (seed, purpose, ids), which is the same on every rank, worker and machine.
 
     Different arguments give independent generators. For example, masks do not change if augmentation draws one number
-    more. The generator's bits come from Philox and never change, but a NumPy release may compute other numbers from
-    them.
+    more. The generator's bits come from Philox and never change, but another NumPy release may compute other numbers
+    from these bits.
 
     Args:
         seed: the run's seed.
-        purpose: name of the thing that is drawn, for example "patch mask".
-        ids: identifiers of the object that it is drawn for, for example stream, epoch and sample. A NumPy integer
-            equals the Python integer of its value.
+        purpose: name of what is drawn, for example "patch mask".
+        ids: what the draw is for, for example the stream, epoch and number of a sample. NumPy and Python integers of
+            equal value are equal.
     """
     # Python salts hash() in every process; a digest of the printed values is always the same.
     words = [repr(word if isinstance(word, str) else int(word)) for word in (seed, purpose, *ids)]

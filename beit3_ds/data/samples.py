@@ -53,10 +53,10 @@ class SourceSamples(Protocol):
         """Returns the number of samples in the source, broken ones included."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each file of the source."""
+        """Returns the name, size in bytes and number of samples of each file of the source."""
 
     def identity(self, index: int) -> bytes:
-        """Returns bytes that identify a sample, by which a resumed run detects that samples have other numbers."""
+        """Returns bytes that identify a sample; a resumed run compares them to detect inserted or removed samples."""
 
     def name(self, index: int) -> str:
         """Returns the file that contains a sample, and the sample's name in the file, for messages."""
@@ -86,11 +86,11 @@ class ImagesOfSource:
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each file of the source."""
+        """Returns the name, size in bytes and number of samples of each file of the source."""
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes, by which a resumed run recognises it."""
+        """Returns the name of a sample, without folders, as bytes; a resumed run recognises the sample by this name."""
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -120,7 +120,7 @@ class ImageSourceSamples(ImagesOfSource):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedSamples(ImagesOfSource):
-    """Holds the images of one source with their captions: one each, or several if the source is an `EachImage`."""
+    """Holds the images of one source with one caption per sample, or with several if the source is an `EachImage`."""
 
     def image_files(self) -> Iterable[str]:
         """Returns the paths of all images that the annotations name; empty for a folder or tars."""
@@ -146,14 +146,14 @@ class Stream:
     sources: ConcatSources[SourceSamples]
     """The samples of each source."""
     sequences_per_sample: int = 1
-    """Number of sequences of the packed batch per sample, such as 2 for an image and a text as separate sequences."""
+    """Number of sequences that a sample takes in the packed batch: 2 if its image and its text are separate."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the stream, broken ones included."""
         return len(self.sources)
 
     def name(self, index: int) -> str:
-        """Returns the file that contains a sample, and the sample's name in the file; the text is equal in all runs."""
+        """Returns the file that contains a sample, and the sample's name in the file, as one text for messages."""
         source, number = self.sources.locate(index)
         return source.name(number)
 
@@ -170,7 +170,7 @@ class Stream:
 def name_sources(split: Split, streams: Mapping[str, Stream], data: DataConfig) -> dict[str, SourceSamples]:
     """Returns the samples of each source, by a name such as "data.images.train[0] (images/*.tar)".
 
-    The name has no path if the sources of the stream are not those in the config, but a task's own.
+    If a task opens other sources than the config names, their names have no path.
     """
     named: dict[str, SourceSamples] = {}
     for name, stream in streams.items():

@@ -23,9 +23,9 @@ def _say_nothing(name: str) -> None:
 class StepDataset(Dataset[StepBatch]):
     """Implements a map-style dataset whose item `step` is one data-parallel rank's share of that optimizer step.
 
-    The samples of a step depend only on the seed, the step and the data (`RunOrder`). They fill the slots of their
-    stream in order, and ranks and micro-batches divide the slots (`StepShares.slots`). A broken record leaves its slot
-    empty; all other samples keep their slots.
+    The samples of a step depend only on the seed, the step and the data (`RunOrder`). The samples of a stream fill the
+    step's slots 0, 1, 2, ... in order. Ranks and micro-batches divide the slots (`StepShares.slots`). A broken record
+    leaves its slot empty; all other samples keep their slots.
 
     Attributes:
         order: order of the run's samples. A resumed run must call its `resume` before it reads a step.
@@ -67,12 +67,12 @@ class StepDataset(Dataset[StepBatch]):
         return self._config.training.total_steps
 
     def epochs(self) -> dict[str, float]:
-        """Returns the epochs that the run trains on each stream: samples of all steps / samples of the stream."""
+        """Returns the number of epochs per stream in the whole run: samples of all steps / samples of the stream."""
         streams, steps = self._config.data.streams(), self._config.training.total_steps
         return {name: steps * streams[name].samples_per_step / len(stream) for name, stream in self._streams.items()}
 
     def sources(self) -> dict[str, SourceSamples]:
-        """Returns the samples of every source, by its name in the config."""
+        """Returns the samples of each source, by a name such as "data.images.train[0] (images/*.tar)"."""
         return name_sources("train", self._streams, self._config.data)
 
     def __getitem__(self, step: int) -> StepBatch:

@@ -102,7 +102,7 @@ def build_validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> ValidationBatches:
-    """Chooses `TrainingConfig.loss_samples` validation samples of every stream, and divides them over the ranks.
+    """Builds this rank's batches from at most `TrainingConfig.loss_samples` validation samples per stream.
 
     The samples (`choose_samples`), their center crops and their masks depend only on `training.validation_seed`, so
     they are the same in every layout. Only the division into batches depends on the ranks. A batch has samples of one

@@ -15,7 +15,7 @@ from beit3_ds.printing import printable
 
 @runtime_checkable
 class NamesImages(Protocol):
-    """Declares samples whose annotations name image files."""
+    """Declares the interface of samples whose annotations name image files."""
 
     def image_files(self) -> Iterable[str]:
         """Yields the paths of the image files that the annotations name; a path may be repeated."""
@@ -37,8 +37,8 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
         must_exist: whether a pattern that matches no file is an error.
 
     Raises:
-        ConfigError: if a file is used for both, with both names; if a pattern matches no file; or if
-            `check_no_file_twice` raises it.
+        ConfigError: if a training file is also a validation or test file (the message gives both names), if a pattern
+            matches no file, or if two sources of a stream share a file.
         StorageError: if the file system fails.
     """
     streams = data.streams()
@@ -91,7 +91,7 @@ def _image_files(sources: Iterable[object]) -> Iterator[str]:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int, str], str]]:
-    """Yields device, inode, split and path of each file of the sources; of annotated images, only the annotations."""
+    """Yields (device, inode, split) and path of each file of the sources; for annotated images, of annotation files."""
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":

@@ -25,7 +25,7 @@ from beit3_ds.tasks.vqa.answers import AnswerVocabulary
 from beit3_ds.tasks.vqa.head import AnswerHead
 from beit3_ds.tokenizers import TextTokenizer
 
-_IMAGES_OF_PAIRS = 1  # of layout.PARTS
+_IMAGES_OF_PAIRS = 1  # index into `layout.PARTS`
 
 
 class Answer(NamedTuple):
@@ -65,7 +65,7 @@ class QuestionAnswerer:
             path: weights of VQAv2: exported, imported or released ones, a checkpoint, or a run's output folder.
             tokenizer: the tokenizer of the weights, or its SentencePiece file.
             answers: file with the list of answers, such as a run's `answers.jsonl` or the reference's
-                `answer2label.txt`; None takes the list in the weights, which released ones lack.
+                `answer2label.txt`; None takes the list that is stored with the weights. Released weights have no list.
             options: options of loading (`LoadOptions`).
 
         Raises:

@@ -20,7 +20,7 @@ from beit3_ds.tokenizers import TextTokenizer
 from beit3_ds.weights.reader import OpenedWeights, open_weights
 
 LogitsOf = Callable[[Sequence[ImageInput], int], Tensor]
-"""Returns the logits of some images, (I, C), computed in batches of a given size."""
+"""Function that returns the logits of images, (I, C), computed in batches of the given size."""
 
 _LINEAR = "heads.classes.bias"
 
@@ -54,13 +54,14 @@ class ImageClassifier:
     ) -> Self:
         """Loads a classifier.
 
-        Weights of retrieval, or of ImageNet as retrieval, compare images with names, which are encoded once and need
-        not have occurred in training. Weights with a linear layer need no tokenizer and read no experts of texts.
+        Weights of the tasks retrieval, or imagenet with the head `names`, compare images with the names of the classes.
+        The names are encoded once and need not have occurred in training. For weights with a linear layer, no tokenizer
+        is needed and no experts of texts are read.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
             names: names of the classes; for a linear layer in the order of its outputs.
-            tokenizer: the tokenizer of the weights, or its SentencePiece file, to compare with names.
+            tokenizer: the tokenizer of the weights, or its SentencePiece file; None for a linear layer.
             options: options of loading (`LoadOptions`).
 
         Raises:

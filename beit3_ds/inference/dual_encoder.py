@@ -26,7 +26,7 @@ from beit3_ds.model.features import pack_inputs
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES, ContrastiveHead
 from beit3_ds.tokenizers import TextTokenizer
 
-_IMAGES, _TEXTS = 0, 3  # of layout.PARTS
+_IMAGES, _TEXTS = 0, 3  # indices into `layout.PARTS`
 
 
 class DualEncoder:

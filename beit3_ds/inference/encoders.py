@@ -37,7 +37,7 @@ class VisionEncoder:
 
         Args:
             model: a whole model that takes images.
-            crop: whether to crop the largest centred square of an image, or to squeeze the image into a square.
+            crop: whether to crop an image to its largest centred square; False squeezes the image into a square.
         """
         self.model = model
         self.images = ImageProcessor(model.config.image_size, crop, next(model.parameters()).device)
@@ -48,7 +48,7 @@ class VisionEncoder:
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
-            crop: whether to crop the largest centred square of an image, or to squeeze the image into a square.
+            crop: whether to crop an image to its largest centred square; False squeezes the image into a square.
             options: `device`, `dtype` and `image_size` (`LoadOptions`).
 
         Raises:
@@ -154,7 +154,7 @@ class FusionEncoder:
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
             tokenizer: the tokenizer of the weights, or its SentencePiece file.
-            crop: whether to crop the largest centred square of an image, or to squeeze the image into a square.
+            crop: whether to crop an image to its largest centred square; False squeezes the image into a square.
             options: options of loading (`LoadOptions`).
 
         Raises:

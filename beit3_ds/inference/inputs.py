@@ -21,14 +21,14 @@ class ImageProcessor:
     """Prepares images for a model."""
 
     image_size: int
-    """Pixels on a side."""
+    """Pixels on a side of the prepared images."""
     crop: bool
-    """Whether to crop the largest centred square first (`preprocess`)."""
+    """Whether to crop an image to its largest centred square (`preprocess`); False squeezes the image into a square."""
     device: torch.device
     """Device of the pixels."""
 
     def __call__(self, images: Sequence[ImageInput]) -> Tensor:
-        """Returns the pixels of images, (I, 3, s, s) float32.
+        """Returns the pixels of images, (images, 3, image_size, image_size) float32.
 
         Raises:
             OSError: if a file cannot be read.
@@ -69,7 +69,7 @@ class TextProcessor:
 
 
 def build_text_processor(tokenizer: TextTokenizer | str | Path, config: ModelConfig) -> TextProcessor:
-    """Builds the conversion of texts for a model.
+    """Builds the processor that converts texts to ids for a model.
 
     Args:
         tokenizer: the tokenizer that the model was trained with, or its SentencePiece file.

@@ -67,7 +67,7 @@ class StatementJudge:
         *,
         batch_size: int = 8,
     ) -> Tensor:
-        """Returns the probability that each statement is true, (S,) float32.
+        """Returns the probability that each statement is true, (statements,) float32.
 
         Args:
             left: the left image of each statement.

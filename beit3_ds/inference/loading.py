@@ -1,4 +1,4 @@
-"""Loads the needed part of trained weights, on one device and in evaluation mode."""
+"""Loads the part of trained weights that given inputs need, on one device and in evaluation mode."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,11 +27,11 @@ class LoadOptions(TypedDict, total=False):
 
 
 def load_backbone(path: str | Path, inputs: Sequence[InputKind], **options: Unpack[LoadOptions]) -> BEiT3:
-    """Loads the experts that some kinds of input need, without a head.
+    """Loads the experts that given inputs need, without a head.
 
     Args:
         path: exported, imported or released weights, a checkpoint, or a run's output folder.
-        inputs: kinds of input.
+        inputs: inputs that the model must accept: "images", "pairs" or "texts".
         options: options of loading.
 
     Raises:
@@ -50,12 +50,12 @@ def load_with_head(
     build_head: Callable[[ModelConfig, TensorParallel], Head],
     **options: Unpack[LoadOptions],
 ) -> TaskModel:
-    """Loads the experts that some kinds of input need, and a task's head.
+    """Loads the experts that given inputs need, and a task's head.
 
     Args:
         weights: the weights.
-        inputs: kinds of input.
-        build_head: builds the head.
+        inputs: inputs that the model must accept: "images", "pairs" or "texts".
+        build_head: function that builds the head from the model's sizes and its tensor-parallel group.
         options: options of loading.
 
     Raises:

@@ -40,7 +40,7 @@ class Prediction:
 
 
 def caption_images(captioner: Captioner, images: Sequence[Path], search: BeamSearch) -> list[Prediction]:
-    """Writes a caption of each image."""
+    """Returns a prediction per image: its caption."""
     with _broken_images():
         captions = captioner(images, search)
     return [
@@ -55,7 +55,7 @@ def caption_images(captioner: Captioner, images: Sequence[Path], search: BeamSea
 
 
 def answer_questions(answerer: QuestionAnswerer, questions: Sequence[Question], top: int) -> list[Prediction]:
-    """Answers questions, with the best answers of each."""
+    """Returns a prediction per question: its `top` best answers."""
     with _broken_images():
         found = answerer([asked.image for asked in questions], [asked.question for asked in questions], top=top)
     predictions = []
@@ -75,7 +75,7 @@ def answer_questions(answerer: QuestionAnswerer, questions: Sequence[Question], 
 
 
 def judge_statement(judge: StatementJudge, left: Path, right: Path, statement: str) -> list[Prediction]:
-    """Judges a statement about two images."""
+    """Returns a list with one prediction: the probability that a statement about two images is true."""
     with _broken_images():
         probability = float(judge(left, right, statement)[0])
     record = {"left": str(left), "right": str(right), "statement": statement}
@@ -90,7 +90,7 @@ def judge_statement(judge: StatementJudge, left: Path, right: Path, statement: s
 
 
 def classify_images(classifier: ImageClassifier, images: Sequence[Path], top: int) -> list[Prediction]:
-    """Finds the most likely classes of each image."""
+    """Returns a prediction per image: its `top` most likely classes."""
     with _broken_images():
         found = classifier(images, top=top)
     return [
@@ -108,7 +108,7 @@ def classify_images(classifier: ImageClassifier, images: Sequence[Path], top: in
 
 
 def match_texts(dual: DualEncoder, images: Sequence[Path], texts: Sequence[str], top: int) -> list[Prediction]:
-    """Finds the images that fit each text best, by cosine; one prediction per text."""
+    """Returns a prediction per text: the `top` images whose features have the largest cosine with the text's."""
     with _broken_images():
         image_features = dual.encode_images(images)
     cosines = dual.encode_texts(texts) @ image_features.T
@@ -145,7 +145,7 @@ def write_predictions(predictions: Iterable[Prediction], out: Path | None) -> No
 
 
 def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_shown: int) -> None:
-    """Writes a page with images and predictions, at most `max_shown` of them, evenly spread.
+    """Writes an HTML page with the images and texts of at most `max_shown` predictions, evenly spread.
 
     Raises:
         OSError: if the page cannot be written.

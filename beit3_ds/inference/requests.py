@@ -44,7 +44,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_questions(path: str | Path, folder: str | Path | None = None) -> list[Question]:
-    """Reads a file of questions: JSON lines with `question`, `image` and, if need be, `id`.
+    """Reads a file of questions: JSON lines with `question`, `image` and optionally `id`.
 
     Args:
         path: the file.

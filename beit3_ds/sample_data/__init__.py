@@ -1,1 +1,1 @@
-"""Contains small real data: image-text pairs, labelled images and prose."""
+"""Contains small data from public packages (image-text pairs, labelled images, prose), and draws synthetic scenes."""

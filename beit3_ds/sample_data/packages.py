@@ -23,7 +23,7 @@ class PackageError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Holds one image with its text, before choice and processing."""
+    """Holds one image with its text, before samples are chosen and processed."""
 
     name: str
     """Path inside the package; unique within the package."""
@@ -40,8 +40,13 @@ class Candidate:
 def find_package(folder: Path, pattern: str, how: str) -> Path:
     """Returns the one file in `folder` that matches `pattern`.
 
+    Args:
+        folder: folder of the packages.
+        pattern: glob pattern of the file's name.
+        how: command that fetches the file, for the error message.
+
     Raises:
-        PackageError: if none or several match; `how` is the command that fetches it.
+        PackageError: if no file or several files match.
     """
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
@@ -54,7 +59,7 @@ def find_package(folder: Path, pattern: str, how: str) -> Path:
 
 
 def unpack_deb(folder: Path, package: str, out: Path) -> None:
-    """Unpacks the Debian package `package` from `folder` below `out`."""
+    """Unpacks the Debian package named `package`, a file in `folder`, into the folder `out`."""
     deb = find_package(folder, f"{package}_*.deb", f"apt-get download {package}")
     if shutil.which("dpkg-deb") is None:
         raise PackageError("sample_data: dpkg-deb is not on the PATH; it unpacks .deb files (package dpkg).")
@@ -180,7 +185,7 @@ CATEGORIES = (
 _LICENSE = re.compile(r'<cc:license\s+rdf:resource="([^"]*)"', re.IGNORECASE)
 _PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
 _SET_TITLE = re.compile(r"Clipart by|theme|iconset|Icons|^people$")  # a title of a set; the file name says more
-_UNUSABLE = re.compile(r"<image\b|Road Signs</dc:title>")  # links to a raster file; or one of fifty like it
+_UNUSABLE = re.compile(r"<image\b|Road Signs</dc:title>")  # contains a raster image; or is one of fifty similar signs
 _NUMBER = re.compile(r"[\W_\d]+$")  # flower_01, flower_02: one series
 _TITLE = re.compile(r"<dc:title>(.*?)</dc:title>", re.DOTALL)
 # Excludes weapons, underwear and likenesses of private people; marks and characters that belong to someone; tiles,

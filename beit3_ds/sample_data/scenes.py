@@ -1,7 +1,8 @@
 """Draws scenes of coloured shapes, with true captions, questions with answers, and statements with labels.
 
-A scene has up to three objects in the quarters of a square image. No two share a colour or a shape, so "the red one"
-and "the circle" name one object. Everything follows from the generator that is passed.
+A scene has up to three objects in the quarters of a square image. No two objects share a colour or a shape, so each of
+"the red one" and "the circle" names exactly one object. All random draws come from the generator that the caller
+passes.
 """
 
 import random
@@ -69,7 +70,7 @@ class Question(NamedTuple):
     question: str
     answer: str
     question_type: str
-    """First words, which all questions of a kind share."""
+    """First words of the question, such as `what color is the`; all questions of one type have the same."""
     answer_type: str
     """`yes/no`, `number` or `other`."""
 
@@ -144,7 +145,10 @@ def draw_shape(
 
 
 def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """Yields one question of each kind: color, shape, place, number, and presence with yes and no equally likely."""
+    """Yields five questions: an object's colour, shape and place, the number of objects, and whether one is there.
+
+    The answer to the last question is "yes" or "no" with equal probability.
+    """
     found = rng.choice(scene.objects)
     yield Question(f"what color is the {found.shape}?", found.color, "what color is the", "other")
     found = rng.choice(scene.objects)
@@ -160,7 +164,7 @@ def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 def draw_statement(rng: random.Random) -> Statement:
-    """Draws a statement about two images; half of the kinds need both of them."""
+    """Draws a statement about two images; half of the statements depend on both images."""
     if rng.random() < 0.5:
         color, shape, words = rng.choice(list(COLORS)), "", "something {}"
     else:

@@ -40,7 +40,7 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
     Args:
         folder: folder that is created; files in it are replaced.
         num_train: number of scenes, of statements with two pairs each, and of class images, for training.
-        num_validation: the same for validation.
+        num_validation: the same number for validation.
         seed: seed of everything that is drawn.
         size: pixels on a side.
     """
@@ -104,7 +104,10 @@ def _karpathy_entry(number: int, split: str, place: int, scene: Scene) -> dict[s
 
 
 def _write_statements(folder: Path, split: str, count: int, rng: random.Random, size: int) -> Iterable[dict[str, Any]]:
-    """Writes two pairs of images per sentence: it is true of one pair, so the text alone gives no answer away."""
+    """Writes two pairs of images per sentence, and yields one line of the statements file per pair.
+
+    The sentence is true of one pair and false of the other, so the text alone does not reveal the label.
+    """
     for group in range(count):
         statement = draw_statement(rng)
         labels = [True, False]
@@ -133,7 +136,7 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the files that the arguments name."""
+    """Parses the command line and writes all files."""
     parser = argparse.ArgumentParser(
         prog="python -m beit3_ds.sample_data.write_scenes",
         description="Draw scenes of coloured shapes, with questions, statements, captions and classes.",

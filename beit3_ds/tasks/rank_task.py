@@ -55,10 +55,10 @@ class Evaluator(Protocol):
 
     @property
     def validation(self) -> Iterable[PackedBatch]:
-        """Returns this rank's batches for the validation loss, before `RankTask.prepare`."""
+        """Returns this rank's batches for the validation loss, not yet prepared by `RankTask.prepare`."""
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
-        """Returns this rank's share of all samples of a split as batches, before `RankTask.prepare`.
+        """Returns this rank's share of all samples of a split as batches, not yet prepared by `RankTask.prepare`.
 
         Each iteration reads the samples again with worker processes. All ranks have the same number of batches, some of
         them empty. The data-parallel ranks together have each sample once. A sample's number in its stream
@@ -128,8 +128,8 @@ class RankTask:
             build_streams: opens the streams of a split, in the order of their rows in a batch.
             pack: packs prepared samples into a micro-batch.
             views: views of each image that a batch keeps (`config.prefetch.plan_prefetch`).
-            validation_loss: whether an evaluation is the mean of the terms over `training.eval_samples` samples that
-                stay in memory. False lets `evaluate` read all samples of a split.
+            validation_loss: whether an evaluation is the mean of the terms over at most `TrainingConfig.loss_samples`
+                samples per stream, which stay in memory. False lets `evaluate` read all samples of a split.
             fields: values of the other fields of the class.
 
         Raises:
@@ -173,10 +173,10 @@ class RankTask:
         """
 
     def resume(self, evaluator: Evaluator, done: int) -> None:
-        """Sets what depends on the number of steps done, after a checkpoint was loaded; all ranks call it.
+        """Restores the task's state that depends on the number of steps done; all ranks call it after loading.
 
-        The model must then be as it was after `after_step` of step `done` - 1, before the call of `before_step` for
-        step `done`: an evaluation that a stop signal cancelled is repeated in between.
+        The result must be the state after `after_step` of step `done` - 1 and before `before_step` of step `done`. If a
+        stop signal cancelled the evaluation between these two calls, it is repeated in this state.
 
         Args:
             evaluator: the model.
@@ -184,7 +184,7 @@ class RankTask:
         """
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
-        """Ends a training step after its update; all ranks call it.
+        """Updates the task's own state after the optimizer's update of a training step; all ranks call it.
 
         Args:
             evaluator: the model.

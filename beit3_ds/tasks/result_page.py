@@ -70,10 +70,10 @@ def _embed(image: Image.Image) -> str:
 
 
 def choose_shown(is_right: Sequence[bool | None], count: int) -> list[int]:
-    """Returns the places of `count` samples to show, evenly spread over the split.
+    """Returns the indices of `count` samples to show, evenly spread over the split.
 
-    Half of them are wrong answers if there are enough. If there are too few samples of one kind, the other kind fills
-    up the number.
+    Half of the samples have wrong answers if there are enough of these. If there are too few samples with wrong answers
+    or too few others, more samples of the other group are chosen.
 
     Args:
         is_right: whether the answer to each sample is right; None if unknown.

@@ -69,7 +69,7 @@ class Headline(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NoSettings:
-    """Provides the settings of a task whose only key in the "task" section is `name`."""
+    """Holds no settings, for a task whose only key in the "task" section is `name`."""
 
 
 class Task(ABC):
@@ -134,10 +134,10 @@ class Task(ABC):
 
     @property
     def inputs(self) -> tuple[InputKind, ...]:
-        """Returns the kinds of input in the task's batches; by default, the streams that the run uses.
+        """Returns which of "images", "pairs" and "texts" the task's batches contain; by default, the run's streams.
 
-        `Task.__init__` reads it before the constructor of a subclass continues, so an override may use only `config`
-        and `settings`.
+        `Task.__init__` reads this property before the constructor of a subclass continues, so an override may use only
+        `config` and `settings`.
         """
         streams = self.config.data.streams()
         return tuple(kind for kind in INPUT_KINDS if streams[kind].is_used)
@@ -164,7 +164,7 @@ class Task(ABC):
     def adopt_weights(self, described: Mapping[str, Any] | None, where: str) -> None:
         """Stores the task description of the weights that the run starts from or evaluates; called before `open`.
 
-        A task whose head needs more than tensors, such as a list of answers, finds it in the description.
+        The description holds what a head needs in addition to tensors, such as a list of answers.
 
         Args:
             described: what `describe` returned in the run that trained the weights; None if unknown.
@@ -175,7 +175,7 @@ class Task(ABC):
     def find_result(self) -> str | None:
         """Returns one line about the result file if an earlier run with the same settings has written it, else None.
 
-        If it returns a line, the run need not be repeated. A task that writes no result file always returns None.
+        If the result is a line, the run need not be repeated. A task that writes no result file always returns None.
 
         Raises:
             ConfigError: if the result file exists but belongs to other settings; the run would overwrite it.
@@ -185,7 +185,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
-        """Returns the loss terms and metrics of the task, in the order of their sums and counts in vectors."""
+        """Returns the loss terms and metrics of the task, in the order of `PackedBatch.term_counts`."""
 
     @abstractmethod
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:

@@ -26,8 +26,8 @@ class OrientedGradients:
     Gradients are described by histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients
     for Human Detection"). MaskFeat (Wei et al., 2022, arXiv:2112.09133) found HOG as good a target of masked prediction
     as a pretrained network's features. HOG cannot distinguish two flat colours, so mean colours are added. Histograms
-    and colours are computed at two scales: for the patch (one histogram, 2 x 2 colours), and for the 3 x 3 patches
-    around the patch. Every histogram is normalised, so that faint strokes count nearly as much as bold strokes.
+    and colours are computed at two scales: for the patch (one histogram, 2 x 2 colours), and for the 3 x 3 patches with
+    the patch in their centre. Every histogram is normalised, so that faint strokes count nearly as much as bold ones.
 
     Args:
         patch_size: pixels on a side of a patch; even.
@@ -92,7 +92,7 @@ def _orientation_votes(pixels: Tensor) -> Tensor:
 
 
 def _neighborhood(features: Tensor) -> Tensor:
-    """Averages features over the 3 x 3 patches around each patch: (B, c, G, G) -> (B, c, G, G)."""
+    """Averages features over the 3 x 3 patches with each patch in their centre: (B, c, G, G) -> (B, c, G, G)."""
     margin = _NEIGHBORHOOD // 2
     padded = F.pad(features, (margin,) * 4, mode="replicate")
     return F.avg_pool2d(padded, _NEIGHBORHOOD, stride=1)

@@ -18,7 +18,7 @@ _CHUNK_ROWS = 16384  # vectors compared with the codebook at a time: 0.5 GiB of 
 
 
 class Quantized(NamedTuple):
-    """Holds the result of quantizing vectors: the nearest codes, their vectors, and the distances to them."""
+    """Holds the result of quantizing vectors: the nearest codes, the codes' vectors, and the distances to these."""
 
     vectors: Tensor
     """Vector of the nearest code for each input, (..., C). Gradients pass unchanged to the input (straight-through)."""

@@ -20,7 +20,11 @@ class Teacher(Protocol):
         """Moves the teacher to a device."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Maps (B, 3, image_size, image_size) float in [-1, 1] to (B, N, width) float32, in row-major order."""
+        """Returns the features of the N patches of each of B images, (B, N, width) float32, in row-major order.
+
+        Args:
+            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+        """
 
 
 def build_teacher(config: TeacherConfig, visual: VisualTokenizerConfig, device: torch.device | str = "cpu") -> Teacher:

@@ -4,7 +4,8 @@ The tokenizer's encoder and decoder are both instances of this network. Paramete
 released VQ-KD files.
 """
 
-# B images, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head dim.
+# B images, C channels, S pixels on a side, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head
+# dim.
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Applies two linear layers around a GELU, with an inner width of 4 * D: (B, L, D) -> (B, L, D)."""
+    """Applies a linear layer to width 4 * D, GELU, and a linear layer back to D: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

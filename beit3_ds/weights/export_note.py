@@ -1,7 +1,8 @@
-"""Defines a note with the model's configuration, which exported files in other projects' formats contain.
+"""Defines the note that this program adds to files it exports in other projects' formats.
 
-These formats store no configuration, and the shapes of tensors do not show the number of attention heads or which
-tensors the modalities share. This program needs the note to import its own exported files; other programs ignore it.
+The note holds the model's configuration. These formats store none, and the shapes of tensors do not show the number of
+attention heads or which tensors the modalities share. This program needs the note to import its own exported files;
+other programs ignore it.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from beit3_ds.model.pretrained import parse_task
 from beit3_ds.untrusted_json import check_count, check_object, parse_untrusted_json
 
 NOTE_KEY = "beit3_ds_export"
-"""Key of the note: beside the key of the state dict in a torch file, or in the metadata of a safetensors file."""
+"""Key of the note in the dictionary of a torch file, next to the state dict, or in a safetensors file's metadata."""
 
 
 class ExportNote(NamedTuple):

@@ -23,11 +23,11 @@ _EXPERT = re.compile(r"_(vision_language|vision|language)$")
 
 
 _TOKENIZER_PARTS = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.")
-"""Beginnings of the names of a visual tokenizer's tensors."""
+"""Prefixes of the names of a visual tokenizer's tensors."""
 
 
 def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
-    """Describes a checkpoint, exported weights or a released file: configuration, parameters per part, sizes.
+    """Describes a checkpoint, exported weights or a released file as text: configuration, parameters per part, sizes.
 
     For a checkpoint, all files are compared with their digests, and the text includes the run's settings, layout of
     ranks and library versions.

@@ -74,7 +74,7 @@ class Backbone:
     task = None
 
     def __init__(self, reader: WeightReader) -> None:
-        """Selects all tensors of a reader except those of task heads, including heads of the reference."""
+        """Selects all tensors of a reader except those of task heads (`heads.*` and `unilm_heads.HEAD_EXTRAS`)."""
         self.model, self.step = reader.model, reader.step
         self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read
         self._names = [name for name in reader.names() if not name.startswith("heads.") and name not in HEAD_EXTRAS]

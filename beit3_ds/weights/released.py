@@ -53,7 +53,7 @@ class ReleasedFile:
         model: configuration from the note, or derived from the tensors' shapes, with the requested image size.
         step: number of training updates before the weights were saved; 0 if unknown.
         task: name and settings of the task to which the head belongs (`recognise_task`).
-        description: kind of the file, for people.
+        description: format of the file in words, such as "weights exported as unilm-dual".
     """
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
@@ -157,7 +157,7 @@ def _by_logical_name(
                 named[EXTRA_PREFIX + key] = tensor[:UNUSED_POSITIONS]
             tensor = tensor[UNUSED_POSITIONS:]
             if not has_extras and name == TEXT_POSITION:
-                tensor = tensor[: config.max_text_length]  # the export filled the rows behind it
+                tensor = tensor[: config.max_text_length]  # the export added zero rows at the end
         if key == LOG_SCALE_KEY:
             tensor = import_log_scale(tensor)
         tensor = tensor.flatten() if key in TOKENS else tensor

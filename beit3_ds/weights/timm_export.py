@@ -23,7 +23,7 @@ _SIZES = {
 }
 _IMAGE_SIZE, _EPSILON = 224, 1e-5  # of all these models; the epsilon is that of every norm
 _BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
-"""Leading dimensions of size 1 that only timm's tensors have."""
+"""Number of leading dimensions of size 1 that timm's tensor has and this project's tensor lacks, by timm's name."""
 
 
 def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:

@@ -24,7 +24,7 @@ class TimmFile:
         model: the configuration of the exported model, with the requested image size.
         step: number of training updates before the weights were saved.
         task: None, because the file has no head.
-        description: kind of the file, for people.
+        description: format of the file in words.
         held: logical names of the tensors in the file; tensors with initial values are not listed.
     """
 

@@ -17,15 +17,15 @@ from beit3_ds.tasks.retrieval.head import INITIAL_LOG_SCALE, ContrastiveHead
 from beit3_ds.tasks.vqa.head import AnswerHead
 
 LOG_SCALE_KEY = "logit_scale"
-"""Key of the reference's scalar parameter: the logarithm of the factor by which it multiplies similarities. Ours is the
-difference from the initial value."""
+"""Key of the reference's scalar parameter: the logarithm of the factor by which it multiplies similarities. This
+project's parameter is that logarithm minus its initial value."""
 LOG_SCALE = "heads.temperature.bias"
 """Logical name of this project's temperature parameter."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
 """Names of head tensors that an import stores a second time, unchanged, for exact export."""
 
 HeadBuilder = Callable[[ModelConfig, Any], Head]
-"""Builds a head, given the model's sizes and the tensor-parallel group."""
+"""Function that builds a head from the model's sizes and the tensor-parallel group."""
 
 _LAYERS: dict[str, dict[str, str]] = {
     "vqa": {
@@ -56,9 +56,9 @@ _LAST_BIAS = {"vqa": ("heads.answers.bias", "num_answers"), "imagenet": ("heads.
 
 
 def head_keys(held: Collection[str]) -> dict[str, str]:
-    """Maps the reference's tensor names of the task head in a file to logical names; {} if no head is complete.
+    """Maps the reference's names of a task head's tensors to logical names, for the head that the weights have.
 
-    The MIM and MLM heads are not included.
+    Returns an empty dictionary if the weights have no complete head. The MIM and MLM heads are not included.
 
     Args:
         held: names of all tensors of the weights, either the reference's or logical names.

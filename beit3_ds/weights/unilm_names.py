@@ -37,7 +37,7 @@ _EMBEDDINGS = {
     },
     "B": {"beit3.text_embed.weight": "embeddings.word.weight", _TEXT_TABLE: TEXT_POSITION},
 }
-"""Tensors of the embeddings that belong to each letter."""
+"""Maps the reference's names of embedding tensors to logical names, for branch A (vision) and branch B (language)."""
 _HEADS = {"A": ("mim_head", "heads.mim"), "B": ("mlm_head", "heads.mlm")}
 _ATTENTION = {
     "self_attn_layer_norm": "norm",

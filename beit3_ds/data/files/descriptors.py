@@ -56,7 +56,8 @@ class OpenFiles:
             path: path of the file.
             offset: position of the first byte.
             size: number of bytes.
-            expected: size and modification time in nanoseconds that the file must have when it is opened.
+            expected: size in bytes and modification time in nanoseconds that the file must have when it is opened; None
+                skips this check.
 
         Raises:
             FileChangedError: if the size or modification time differs from `expected`.

@@ -27,7 +27,7 @@ class HasFiles(Protocol):
 
 
 class SourceFingerprint(TypedDict):
-    """Identifies the samples of a data source and their order. Copies of the files in other folders are equal."""
+    """Identifies the samples of a data source and their order; a copy of the files has the same fingerprint."""
 
     num_files: int
     num_samples: int
@@ -45,7 +45,7 @@ def fingerprint(source: HasFiles) -> SourceFingerprint:
 
 
 def first_difference(own: Sequence[SourceFile], other: Sequence[SourceFile], name: str) -> str:
-    """Describes the first difference between two lists of files.
+    """Returns a description of the first difference between two lists of files, for messages.
 
     Args:
         own: files that this process found.

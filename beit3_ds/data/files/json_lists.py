@@ -137,7 +137,7 @@ class _Reader:
                 reason = ""
             except json.JSONDecodeError as error:
                 value, end, reason = None, len(self._buffer), error.msg
-            # A value that touches the end of the buffer may go on behind it, as 12 of 123.
+            # A value at the end of the buffer may be incomplete: 12 may be the beginning of 123.
             if not reason and end < len(self._buffer):
                 self._position = end
                 return value

@@ -49,7 +49,7 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         ConfigError: if a range has more than a million numbers, or there are more than a million names.
     """
-    # Each pass expands the innermost braces, and the next pass those around them. The dict drops repeated names.
+    # Each pass expands the innermost braces, so the braces that enclose them come next. The dict drops repeated names.
     names, is_done = {pattern: None}, False
     while not is_done:
         is_done, expanded = True, dict[str, None]()
@@ -82,9 +82,9 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def list_folders(base: str) -> Iterator[str]:
-    """Yields the folder `base` and all visible folders below, following links; yields each real folder only once.
+    """Yields the folder `base` and all visible folders below it, once each, even if several links lead to a folder.
 
-    Links to a folder that contains `base` are not followed, because they would include everything around `base`.
+    Links to folders are followed, except links to a folder that contains `base`: they would add files outside `base`.
 
     Raises:
         ConfigError: if a folder cannot be listed.

@@ -40,7 +40,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: frozenset[int] = FILE_ERRORS) -> ResultT:
-    """Calls `read` until it succeeds, at most four times within about two seconds.
+    """Calls `read` until it succeeds, at most four times within about two seconds; returns its result.
 
     Args:
         read: function that opens and reads the file; must reopen the file in each call, because a descriptor can become

@@ -17,7 +17,7 @@ from beit3_ds.data.images.compact_strings import CompactStrings, StoredStrings
 from beit3_ds.printing import printable
 
 NO_IMAGE = -1
-"""Image number of a sample whose annotation names an image that the file does not list."""
+"""Image number of a sample whose image the annotation file does not list."""
 
 
 class AnnotatedImages:
@@ -61,7 +61,7 @@ class AnnotatedImages:
         return len(self.captions)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields name, size and number of samples of the annotation file.
+        """Yields the name, size in bytes and number of samples of the annotation file.
 
         Raises:
             ConfigError: if the file no longer exists.
@@ -81,7 +81,7 @@ class AnnotatedImages:
         return (os.path.join(self.images.path, self.paths[number]) for number in range(len(self.paths)))
 
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
-        """Decodes the image of a sample, upright and in RGB.
+        """Decodes the image of a sample, upright and in RGB; `min_side` is explained in `decoding.decode_image`.
 
         Raises:
             BrokenRecordError: if the annotation file does not list the sample's image, or if the image cannot be read
@@ -135,11 +135,11 @@ class CollectedAnnotations(AnnotatedImages):
         return len(self._paths) - 1
 
     def add_sample(self, image_number: int, caption: object, line: int | None = None) -> None:
-        """Adds a sample, which is an image with one caption; without a string as caption the sample is broken.
+        """Adds a sample: one image with one caption.
 
         Args:
             image_number: result of `add_image`, or `NO_IMAGE`.
-            caption: the caption.
+            caption: the caption. If it is not a string, reading it raises `BrokenRecordError`.
             line: line of the sample in a file of lines, counted from 1; None in other files.
         """
         if line is not None and self.lines is not None:

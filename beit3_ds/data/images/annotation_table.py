@@ -1,9 +1,10 @@
 """Stores annotations in tables. `beit3 prepare index` writes the tables so that runs parse no annotation files.
 
-A table starts with one line of JSON: size and modification time of the annotation files, skipped rows and files, and
-the sizes of all parts. Numbers follow (int64, little-endian): the image number of each sample, the end offset of each
-image path, and the end offset of each caption. The paths and the captions follow as UTF-8 text. Everything after the
-first line is memory-mapped, so all processes of a machine share the page cache.
+A table starts with one line of JSON: size and modification time of the annotation files, skipped rows and files, the
+numbers of samples and images, and the bytes of all paths and of all captions. Numbers follow (int64, little-endian):
+the image number of each sample, the end offset of each image path, and the end offset of each caption. The paths and
+the captions follow as UTF-8 text. Everything after the first line is memory-mapped, so all processes of a machine share
+the page cache.
 """
 
 import hashlib
@@ -80,7 +81,14 @@ class StoredAnnotations(AnnotatedImages):
 
 
 def table_path(cache_dir: str, kind: str, annotations: str, folder: str) -> str:
-    """Returns the path of a table, named by the annotation file and a digest of the format and both paths."""
+    """Returns the path of a table: the annotation file's name with a digest of `kind`, `annotations` and `folder`.
+
+    Args:
+        cache_dir: folder of caches; the table is in its subfolder `index`.
+        kind: format of the annotation file, such as `coco`.
+        annotations: path of the annotation file.
+        folder: folder of the images.
+    """
     facts = "\0".join((kind, os.path.abspath(annotations), os.path.abspath(folder)))
     digest = hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]
     return os.path.join(cache_dir, "index", f"{bounded_name(os.path.basename(annotations))}.{digest}.table")

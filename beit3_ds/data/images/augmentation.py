@@ -1,6 +1,6 @@
 """Augments images: turns one crop into a view for the model and a view for the visual tokenizer (section 2.3)."""
 
-# s pixels on a side of a view, h and w of a crop.
+# s: pixels on a side of a view. h, w: height and width of a crop in pixels.
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class ViewTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels on an image's shorter side that suffice for decoding; None decodes the full size."""
+        """Returns the pixels that the shorter side of a decoded image needs; None decodes images in full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns the model's view and the tokenizer's view of an RGB image; draws all random numbers from `rng`."""
@@ -64,7 +64,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels on an image's shorter side that suffice for every crop; None if crops have any size."""
+        """Returns the pixels that the shorter side of a decoded image needs for every crop; None is the full size."""
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

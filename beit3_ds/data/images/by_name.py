@@ -51,7 +51,7 @@ class ImagesByName:
         return self._number(name) is not None if self._folder is None else self._folder.holds(name)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Returns the names without an image, in the order of `names`; lists each folder once and opens no image.
+        """Returns those of `names` that have no image, in the same order; lists each folder once and opens no image.
 
         Raises:
             StorageError: if the file system fails.
@@ -70,7 +70,7 @@ class ImagesByName:
         return lacking
 
     def image(self, name: str, min_side: int | None = None) -> Image.Image:
-        """Decodes an image, upright and in RGB (`decoding.decode_image`).
+        """Decodes an image, upright and in RGB; `min_side` is explained in `decoding.decode_image`.
 
         Raises:
             ValueError: if the image is missing, outside the folder, or cannot be read.
@@ -101,7 +101,10 @@ def _files_in(folder: Folder, inside: str) -> set[str]:
 
 
 def _number_keys(shards: TarShards) -> dict[str, int]:
-    """Maps each key to a sample number; also maps the last path component of a key if that component is unique."""
+    """Maps keys (paths of images in the tars, without extension) to sample numbers.
+
+    Also maps the last component of a key, without the folders, if only one key ends with it.
+    """
     keys = [shards.key(number) for number in range(len(shards))]
     numbers: dict[str, int] = {}
     repeated: set[str] = set()

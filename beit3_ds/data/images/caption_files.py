@@ -17,7 +17,7 @@ from beit3_ds.data.files.json_lists import iterate_json_list, reading_as
 from beit3_ds.data.images.captioned import CaptionedImages
 
 CaptionFormat = Literal["karpathy", "coco_images", "caption_lines"]
-"""Formats of caption files, in which each image has an identifier and captions."""
+"""Format of a caption file; the table at the top of this module describes each format."""
 
 _KARPATHY = "an object with 'images' (filename, split, sentences)"
 _COCO = "an object with 'images' (id, file_name) and, but for a test split, 'annotations' (image_id, caption)"

@@ -37,7 +37,7 @@ class CaptionedImages(CollectedAnnotations):
             identifier: number or text that identifies the image in result files.
             path: path of the image in the folder.
             captions: captions of the image; may be empty in a test split.
-            where: file and place of the entry, for messages.
+            where: file and number of the entry, for messages, such as `captions.jsonl:3`.
             line: line of the entry in a file of lines, counted from 1; None in other files.
 
         Raises:

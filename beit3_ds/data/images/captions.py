@@ -9,7 +9,7 @@ MAX_JSON_BYTES = 1 << 20
 
 
 def decode_caption(data: bytes) -> str:
-    """Decodes a caption file: UTF-8, with or without a byte order mark.
+    """Decodes the bytes of a caption file, which are UTF-8 with or without a byte order mark.
 
     Raises:
         ValueError: if the caption is empty, too long or binary.

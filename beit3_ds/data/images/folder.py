@@ -30,9 +30,10 @@ class ImageFolder:
     The caption of `NAME.jpg` is the text in `NAME.txt`, or else the value of `caption` in `NAME.json`. Captions may be
     missing.
 
-    Links to folders are followed, even to folders outside, because ImageNet's class folders are often links. Each real
-    folder is listed only once, so loops of links end. Hidden files and links to single files outside the folder are not
-    read. `skipped` counts all skipped files and folders. Each path takes 8 bytes of memory in addition to its text.
+    Links to folders are followed, even to folders outside, because ImageNet's class folders are often links. A folder
+    that several paths lead to is listed only once, so loops of links end. Hidden files and links to single files
+    outside the folder are not read. `skipped` counts all skipped files and folders. Each path takes 8 bytes of memory
+    in addition to its text.
     """
 
     def __init__(self, path: str) -> None:
@@ -63,7 +64,7 @@ class ImageFolder:
         return printable(os.path.join(self.path, self._names[index]))
 
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
-        """Decodes an image, upright and in RGB.
+        """Decodes an image, upright and in RGB; `min_side` is explained in `decoding.decode_image`.
 
         Raises:
             BrokenRecordError: if the image cannot be read.
@@ -163,7 +164,10 @@ def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
 
 
 class _Listing:
-    """Lists the files below a folder. Each real folder is listed once, by its own path or else by its first link."""
+    """Lists the files below a folder.
+
+    A folder that several paths lead to is listed once: under its own path, or else under the first link to it.
+    """
 
     def __init__(self, folder: Folder) -> None:
         self.names: list[str] = []

@@ -35,7 +35,7 @@ class ImageTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels on an image's shorter side that suffice for decoding; None decodes the full size."""
+        """Returns the pixels that the shorter side of a decoded image needs; None decodes images in full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Converts an RGB image to the model's input; draws all random numbers from `rng`."""
@@ -81,7 +81,7 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels on an image's shorter side that suffice for every crop; None if crops have any size."""
+        """Returns the pixels that the shorter side of a decoded image needs for every crop; None is the full size."""
         return smallest_side(self.image_size, self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
@@ -117,7 +117,7 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 
 @dataclass(frozen=True, kw_only=True)
 class PairView:
-    """Chooses the transform of an image with texts; never flips the image if a text contains "left" or "right"."""
+    """Chooses the transform of an image by its texts: no flip if one has a word that begins with "left" or "right"."""
 
     usual: ImageTransform
     """Transform that may flip the image."""

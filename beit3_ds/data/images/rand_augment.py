@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 _PROBABILITY = 0.5  # of each drawn operation, as in timm and in the reference
 _MAX_LEVEL = 10.0
-_GREY = (128, 128, 128)  # where a moved image leaves pixels free
+_GREY = (128, 128, 128)  # color of pixels that the moved image no longer covers
 
 Operation = Callable[[Image.Image, float, float], Image.Image]
 """Function that distorts an image, given a strength in [0, 1] and a sign, 1 or -1."""

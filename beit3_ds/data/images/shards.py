@@ -21,7 +21,7 @@ from beit3_ds.data.images.shard_scan import CAPTION_EXTENSIONS, scan_shard
 from beit3_ds.printing import printable
 
 _EMPTY = "tar without samples"
-_MAX_GAP = 1 << 18  # most bytes between a sample's image and caption that one read includes
+_MAX_GAP = 1 << 18  # maximum bytes between a sample's image and caption, so that one read returns both
 _OPENING_THREADS = 16
 _KINDS = {"image": (IMAGE_EXTENSIONS, MAX_IMAGE_BYTES), "caption": (CAPTION_EXTENSIONS, MAX_JSON_BYTES)}
 

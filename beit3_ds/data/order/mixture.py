@@ -15,15 +15,17 @@ def assign_sources(
 
     Of the first n positions, source 0 gets floor(n * its share), source 1 gets its share of the rest, rounded down, and
     so on. Position p belongs to the source whose number of positions grows between n = p and n = p + 1. Every source
-    therefore visits its own places 0, 1, 2, ... without a gap. Its number of positions differs from its exact share by
-    less than the number of sources. Shares are rounded to a millionth, so integers are exact up to 9e12 positions.
+    therefore counts its own positions 0, 1, 2, ... without a gap. Its number of positions differs from its exact share
+    by less than the number of sources. Shares are rounded to a millionth, so int64 products are exact up to 9e12
+    positions.
 
     Args:
         weights: weight of each source, above 0.
         positions: positions in the stream, (n,) int64.
 
     Returns:
-        The source of each position, and the place of the position in the order of this source; both (n,) int64.
+        The source of each position, and how many earlier positions of the stream belong to this source; both (n,)
+        int64.
     """
     parts = mixture_shares(weights)
     sources, places = np.empty_like(positions), np.empty_like(positions)

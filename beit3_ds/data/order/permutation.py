@@ -96,7 +96,12 @@ def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPe
 
 
 def block_key(block: int, window: int) -> str:
-    """Returns the part of a key that selects a `BlockPermutation` with these numbers in `order_permutation`."""
+    """Returns the part of a key, such as `blocks 256x16`, that makes `order_permutation` build a `BlockPermutation`.
+
+    Args:
+        block: number of samples per block.
+        window: number of blocks per window.
+    """
     return f"{_BLOCKS}{block}x{window}"
 
 

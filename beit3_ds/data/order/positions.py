@@ -67,11 +67,11 @@ class StreamPosition:
     """Seed of the run, which shuffles the epochs."""
     samples_per_step: int
     weights: tuple[float, ...] | None
-    """Weights of the sources; None if they form one set."""
+    """Weights of the sources; None if the sources form one set."""
     mixture_position: int
     """Number of samples taken from all sources since the weights or the sources last changed."""
     sources: tuple[SourcePosition, ...]
-    """The sources in the order of the config, which numbers the samples of the stream."""
+    """The sources in the order of the config; the samples of the stream are numbered in this order."""
     sets: tuple[SetPosition, ...]
     """Position of one set per source if there are weights, else of a single set of all sources."""
     removed: tuple[RemovedSource, ...] = ()
@@ -113,7 +113,7 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples that were left in a set's epoch when the data last changed; None for the whole set."""
+        """Returns the samples left in a set's epoch when the data last changed; None if they have not changed in it."""
         nodes = self.sets[number].remaining
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
@@ -166,7 +166,7 @@ def start_position(
         stream: name of the stream.
         seed: the run's seed.
         samples_per_step: samples of the stream in one step.
-        weights: weights of the sources; None if they form one set.
+        weights: weights of the sources; None if the sources form one set.
         sources: the sources; their ids must be 0, 1, 2, ... in this order.
         blocks: samples per block and blocks per window; None shuffles an epoch as a whole.
     """

@@ -158,7 +158,10 @@ class _Continuation:
         return self._shuffle(0, max(epochs, default=0), parts)
 
     def _shuffle(self, number: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
-        """Returns the position of a set in whose epoch the samples `parts` are left; if none are, of its next epoch."""
+        """Returns the position of a set whose epoch continues with the samples `parts` in a new random order.
+
+        If `parts` have no samples, the position is the beginning of the next epoch.
+        """
         parts = [part for part in parts if len(part)]
         if not parts:
             return self._now.start_epoch(number, epoch + 1)
@@ -173,14 +176,14 @@ class _Continuation:
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
     def _remaining_of(self, match: SourceMatch) -> RemainingSamples:
-        """Returns the samples of a source that were left in its epoch, without samples that are new."""
+        """Returns the samples of a source that were left in its epoch, without samples that were added since."""
         for entry in self._stored.removed:
             if entry.source.id == match.id:
                 return from_nodes(entry.remaining, self._now.bounds)
         return self._remaining_of_set([match.id])
 
     def _remaining_of_set(self, ids: Sequence[int]) -> RemainingSamples:
-        """Returns the samples of the sources `ids` that were left in the epoch of the stored set they belong to."""
+        """Returns the samples of the sources `ids` that were left in the epoch of the stored set of these sources."""
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
         old = stored.sets[number]

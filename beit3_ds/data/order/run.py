@@ -43,7 +43,7 @@ class RunOrder:
         """Moves all streams to their positions in a checkpoint, adapted to changes of the data and the settings.
 
         Args:
-            first_step: number of steps that the checkpoint has done.
+            first_step: number of steps that the run had done when it saved the checkpoint.
             data: data state of the checkpoint. A checkpoint of version 0.1 has no positions; they are then computed.
             before: configuration of the run that wrote the checkpoint, by section.
 
@@ -85,7 +85,13 @@ class RunOrder:
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number of each of the given slots of a step; both (len(slots),) int64."""
+        """Returns the epochs and the numbers of some samples of a step; both (len(slots),) int64.
+
+        Args:
+            stream: name of the stream.
+            step: number of the step.
+            slots: which of the step's samples, counted from 0.
+        """
         return self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
 
     def _samples_since(self, stream: str, step: int) -> int:

@@ -33,13 +33,17 @@ class SourceMatch(NamedTuple):
     kind: str
     """Comparison with the stored source: `same`, `grown` (at its end), `renumbered` or `new`."""
     before: SourcePosition | None
-    """Description of the source in the stored position; None if it is new."""
+    """Description of the source in the stored position; None if the source is new."""
     removed: RemovedSource | None
     """Stored rest of the source's epoch if an earlier run removed the source from the config; else None."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
-    """Returns one match per found source; a stored source has the same path or, if it was moved, the same content."""
+    """Matches each found source with a stored source: one with the same path, else one that was moved there.
+
+    A stored source was moved if its path is no longer in the config, and its size and digest equal those of the found
+    source.
+    """
     by_path = {source.path: source for source in stored.sources}
     removed = {entry.source.path: entry for entry in stored.removed}
     paths = {source.path for source in sources}
@@ -66,6 +70,7 @@ def _compare(found: FoundSource, before: SourcePosition) -> str:
 
 
 def same_weights(weights: Sequence[float] | None, before: Sequence[float] | None) -> bool:
+    """Returns whether two lists of weights give the sources the same shares of the stream; None is no weights."""
     if weights is None or before is None:
         return weights is before is None
     return mixture_shares(weights) == mixture_shares(before)
@@ -78,6 +83,7 @@ def describe_changes(
     weights: Sequence[float] | None,
     matched: Sequence[SourceMatch],
 ) -> list[str]:
+    """Returns one line of text per difference between a stored position and the settings and sources of the run."""
     lines = []
     if samples_per_step != stored.samples_per_step:
         lines.append(f"samples_per_step {stored.samples_per_step} -> {samples_per_step}: every source continues there")

@@ -1,8 +1,8 @@
 """Computes the order of a stream's samples, epoch after epoch, each shuffled; the order is not stored.
 
 Without weights, all samples of a stream are one set, and (seed, stream, epoch) determines its order. With weights,
-(seed, stream, source, epoch) determines the order of each source; the choice of the source of each sample is not random
-(`mixture.assign_sources`).
+(seed, stream, source, epoch) determines the order of each source. The sources then take turns by a fixed rule, without
+randomness (`mixture.assign_sources`).
 """
 
 from collections.abc import Sequence

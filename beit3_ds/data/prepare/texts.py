@@ -63,7 +63,7 @@ class TextPreparation:
     """Holds the result of `prepare_texts` for one share of the work."""
 
     pieces_written: int
-    """Number of pieces that this call has tokenized."""
+    """Number of pieces of text files (`TextPiece`) that this call has tokenized."""
     pieces_kept: int
     """Number of pieces whose token files were already up to date."""
     num_tokens: int
@@ -81,7 +81,7 @@ def prepare_texts(
     processes: int | None = None,
     piece_bytes: int = _PIECE_BYTES,
 ) -> TextPreparation:
-    """Tokenizes the training and validation texts of a run into `data.cache_dir`.
+    """Tokenizes the training, validation and test texts of a run into `data.cache_dir`.
 
     Files are cut into pieces, which are divided over shares and processes. No share waits for another share. Token
     files that are up to date are kept, so an interrupted preparation can be resumed. Once all pieces of a file are

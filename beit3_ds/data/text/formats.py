@@ -53,10 +53,10 @@ _OTHERS = {
 
 
 class TextFormat(NamedTuple):
-    """Names the kind and compression of a text file."""
+    """Describes the format of a text file: how its content is read, and how the content is compressed."""
 
     kind: Literal["plain", "json_lines", "json_values"]
-    """Kind of the decompressed content."""
+    """Format of the decompressed content, as the table of this module defines it."""
     compression: Literal["", "gzip", "zstandard"]
     """Compression of the file; empty for none."""
 
@@ -67,7 +67,7 @@ class TextFormat(NamedTuple):
 
 
 def find_text_format(path: str) -> TextFormat:
-    """Finds the format of a file.
+    """Returns the format of a text file, found by the file's name and first bytes.
 
     Raises:
         ConfigError: if the file has an unsupported format, or cannot be opened.

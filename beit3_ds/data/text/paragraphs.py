@@ -111,8 +111,8 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
 
     Args:
         piece: the piece to read.
-        broken: collects broken lines and JSON values: not valid text (`check_is_text`), not UTF-8, not a JSON object
-            with a `text`, or too long.
+        broken: collects lines and JSON values that are not valid text (`check_is_text`), not UTF-8, not a JSON object
+            with a string under `text`, or too long.
 
     Raises:
         ConfigError: if the file cannot be read, decompressed or parsed as JSON values, or if too many lines are broken.
@@ -219,16 +219,16 @@ def _find_first_line(file: BinaryIO, piece: TextPiece) -> int:
 
 
 def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
-    """Yields the lines of a file from `position` on; a line with carriage returns is cut there into parts.
+    """Yields the lines of a file from `position` on, each cut into parts at its carriage returns.
 
     Yields:
-        The line number (counted from 1 by newlines), whether the line starts before `stop`, and the bytes of the part.
-        Bytes of a line that is too long are truncated.
+        For each part: the line number (counted from 1 by newlines), whether the line starts before `stop`, and the
+        bytes of the part. Bytes of a line that is too long are truncated.
     """
     number, was_blank = 0, False
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number, length = number + 1, len(line)
-        if was_blank and line == b"\n" and position + length < stop:  # says nothing that the last line did not
+        if was_blank and line == b"\n" and position + length < stop:  # one blank line suffices
             position += length
             continue
         was_blank = line == b"\n"

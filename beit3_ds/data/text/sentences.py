@@ -4,9 +4,9 @@ A sentence ends with `.`, `!`, `?` or `…` before white space or an East Asian 
 `!` or `?` before anything. Closing quotes and brackets that follow directly belong to the sentence. So "3.5" and "?q="
 contain no end, and "Mr. Smith" contains one, because the rule knows no abbreviations.
 
-The rule is applied to the tokenizer's pieces instead of the text, with one look-up per token of a long paragraph.
-Cutting therefore changes no ids, and token files need no marks for sentences. The end of a sentence is missed if it is
-inside a piece, or if the vocabulary lacks the character.
+The rule is applied to the pieces of the tokenizer's vocabulary instead of the text, with one look-up per token of a
+long paragraph. Cutting therefore changes no ids, and token files need no marks for sentences. The end of a sentence is
+missed if it is inside a piece, or if the vocabulary lacks the character that ends the sentence.
 """
 
 from bisect import bisect_right
@@ -98,7 +98,7 @@ class ParagraphCutter:
 
 
 def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Moves positions to the next number that is not in `skipped`, an ascending array; leaves other positions as is."""
+    """Returns `positions`, each replaced by the next number that is not in `skipped`; both arrays are ascending."""
     if not len(skipped):
         return positions
     run_ends = skipped[np.append(np.flatnonzero(np.diff(skipped) > 1), len(skipped) - 1)] + 1

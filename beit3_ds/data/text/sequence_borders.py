@@ -1,4 +1,4 @@
-"""Writes the borders of a prepared text file's sequences, and reads the sequences from the token files."""
+"""Writes the borders between the sequences of a tokenized text file, and reads sequences from the token files."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from beit3_ds.data.text.token_files import (
 from beit3_ds.data.text.tokenization import TokenizedParagraphs, sequence_starts
 from beit3_ds.tokenizers.text import TextTokenizer
 
-_BORDERS = -1  # key of the map of borders among the maps of the pieces
+_BORDERS = -1  # key of the memory-mapped borders in `PreparedText._maps`; the other keys are numbers of token files
 _CHUNK_TOKENS = 1 << 20
 
 

@@ -130,7 +130,7 @@ class WorkerProcess:
 
     @property
     def inline_bytes(self) -> int:
-        """Returns how many bytes of the last reply's tensors came through the socket, for want of shared memory."""
+        """Returns the bytes of the last reply's tensors that came through the socket because shared memory was full."""
         return self._receiver.inline_bytes
 
     def fileno(self) -> int:

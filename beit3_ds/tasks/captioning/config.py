@@ -19,7 +19,7 @@ class CaptioningConfig:
     captions do not fit their image. With a value above 0, a step of several micro-batches runs forward twice; the first
     pass computes the losses of all tokens of the step."""
     drop_after_steps: Count = 12_000
-    """Number of first steps in which no tokens are dropped."""
+    """Number of steps at the beginning of the run in which no tokens are dropped."""
     generation: Literal["at_end", "always", "never"] = "at_end"
     """Which evaluations generate captions. `at_end` selects those that write result files: the last one of a run, and
     `beit3 evaluate`. Evaluations without generation only predict masked words."""

@@ -84,7 +84,7 @@ def predict_split(
 
 
 def smoothed_loss(logits_MV: Tensor, targets_M: Tensor, smoothing: float) -> Tensor:
-    """Returns the training loss of each prediction, (M,) float64: the divergence of the smoothed label from it.
+    """Returns the training loss of each prediction, (M,) float64: KL(smoothed label || prediction).
 
     Args:
         logits_MV: logits of all words.
@@ -129,8 +129,8 @@ class DescribedSplit:
     def metrics(self, *, official: bool) -> dict[str, float]:
         """Returns the metrics of the split.
 
-        These are loss and accuracy over masked words, the share of generated captions that reached EOS, and, if all
-        images have references, the scores of `score_captions`.
+        These are loss and accuracy over masked words, the share of generated captions that ended with EOS before the
+        length limit, and, if all images have references, the scores of `score_captions`.
 
         Args:
             official: whether to compute the metrics of the official evaluation that are installed.
@@ -141,7 +141,7 @@ class DescribedSplit:
             found["word_accuracy"] = self._results.tensor("found").sum().item() / num_masked
         if self._search is None:
             return found
-        # At the limit the last word is thrown away, so a caption of all that is left may have ended there by itself.
+        # A caption of max_length - 3 words counts as cut off, although it may have ended with EOS just there.
         is_short = self._results.tensor("length") < self._search.max_length - 3
         found["ended"] = is_short.double().mean().item()
         if all(self._references):

@@ -1,6 +1,6 @@
 """Defines the head that predicts the words of captions: a masked language modeling head (paper section 3.1)."""
 
-# M rows at masked tokens, D hidden, V vocabulary.
+# M rows, one per token to predict; D hidden, V vocabulary.
 
 from typing import Any
 
@@ -62,8 +62,8 @@ class CaptionHead(Head):
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns the sums of two terms, (2,) float32, or the logits of words.
 
-        The first term is the divergence from the smoothed labels. The second term is the number of right predictions;
-        it has no gradient.
+        The first term is the loss, KL(smoothed label || prediction). The second term is the number of right
+        predictions, which has no gradient.
 
         Args:
             h_MD: rows of tokens, (M, D).
@@ -83,7 +83,7 @@ class CaptionHead(Head):
 
 
 def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
-    """Returns the sums of both terms over a step, (2,) float32; the loss leaves out the tokens with the largest losses.
+    """Sums the loss and the right predictions over a step, (2,) float32; leaves out the largest losses of tokens.
 
     The reference drops these tokens late in training, because some captions do not fit their image. The reference
     compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not

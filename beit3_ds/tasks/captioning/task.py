@@ -25,7 +25,7 @@ from beit3_ds.tokenizers.text import TextTokenizer, load_text_tokenizer
 
 
 class DroppedTokens:
-    """Computes the loss of the current step; after the first steps, it drops the tokens with the largest losses."""
+    """Computes the loss of a step; from step `drop_after_steps` on, leaves out the tokens with the largest losses."""
 
     def __init__(self, settings: CaptioningConfig) -> None:
         """Stores the settings, and sets the current step to 0."""
@@ -36,7 +36,7 @@ class DroppedTokens:
         self._step = step
 
     def sums(self, features: StepFeatures) -> Tensor:
-        """Returns the sums of both terms over the current step, (2,) float32 (`sum_best_tokens`)."""
+        """Returns the summed loss and the number of right predictions of the step, (2,) float32 (`sum_best_tokens`)."""
         is_dropping = self._step >= self._settings.drop_after_steps
         return sum_best_tokens(features, self._settings.dropped_share if is_dropping else 0.0)
 
@@ -48,16 +48,16 @@ class CaptioningRankTask(RankTask):
     settings: CaptioningConfig
     """The task's settings."""
     dropped: DroppedTokens
-    """Loss of a step, which the task also uses; `before_step` tells it the current step."""
+    """Computes the loss of a step. The trainer uses the same object (`Captioning.step_loss`)."""
     tokenizer: TextTokenizer
     """Converts captions to token ids and back."""
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Tells the loss the number of the step, because it drops tokens only after the first steps."""
+        """Tells the loss the number of the step, because the loss drops tokens only after `drop_after_steps` steps."""
         self.dropped.begin(step)
 
     def resume(self, evaluator: Evaluator, done: int) -> None:
-        """Tells the loss the number of the last step."""
+        """Tells the loss the number of the last finished step."""
         self.dropped.begin(done - 1)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:

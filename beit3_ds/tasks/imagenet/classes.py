@@ -27,7 +27,8 @@ class ClassList:
         """Stores the classes; the label of a class is its index in `classes`.
 
         Args:
-            classes: the classes. Two may share a name, as ImageNet's cranes do; no model can tell them apart.
+            classes: the classes. Two classes may share a name, as ImageNet's two classes `crane` do; no model can tell
+                these apart.
             where: file that the classes come from, for messages.
 
         Raises:
@@ -70,7 +71,7 @@ class ClassList:
         """Returns the label of a class by its key.
 
         Raises:
-            ConfigError: if the class is not in the list; the message names `where`, the place that uses the class.
+            ConfigError: if the class is not in the list; the message names `where`, the image or line with this key.
         """
         if key not in self.labels:
             near = nearest(key, self.labels)

@@ -17,9 +17,9 @@ class ImagenetConfig:
     """Configures the classification of images by the names of their classes (paper section 3.2)."""
 
     head: Literal["names", "linear"] = "names"
-    """Kind of head. `names` compares the features of an image with the features of all class names, as the paper does.
-    `linear` is a linear layer over the mean of the patches, as in the reference's fine-tuned models; it reads no
-    texts."""
+    """Head that classifies images. `names` compares the features of an image with the features of all class names, as
+    the paper does. `linear` is a linear layer over the mean of the patches, as in the reference's fine-tuned models; it
+    reads no texts."""
     num_classes: Positive = 1000
     """Number of classes; it must equal the number of classes in the file of classes."""
     prompt: str = _PLACE

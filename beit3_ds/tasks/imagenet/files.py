@@ -2,8 +2,8 @@
 
 | format | class of an image |
 |---|---|
-| folder | folder that it is in: `n01440764/n01440764_10026.JPEG` |
-| tars | folder in its name; else the number in `KEY.cls`; else the name up to `_`: `n01440764_10026.jpg` |
+| folder | topmost folder in the image's path: `n01440764/n01440764_10026.JPEG` |
+| tars | last folder in its path; else the number in `KEY.cls`; else its name up to `_`: `n01440764_10026.jpg` |
 | JSON lines | objects with `image` (path in the folder) and `class` (its key) |
 """
 
@@ -48,7 +48,7 @@ class LabelledImages:
         return self.source.skipped
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each file that the images come from."""
+        """Returns the name, size in bytes and number of samples of each file that the images come from."""
         return self.source.files()
 
     def name(self, index: int) -> str:
@@ -60,7 +60,7 @@ class LabelledImages:
         return self.labels[index]
 
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
-        """Decodes an image, upright and in RGB.
+        """Decodes an image, upright and in RGB; `min_side` is explained in `decoding.decode_image`.
 
         Raises:
             BrokenRecordError: if the image cannot be read.

@@ -1,9 +1,9 @@
 """Defines the head that classifies images with a linear layer, as the reference's ImageNet models do.
 
-The paper classifies by retrieving class names (section 3.2); this uses `retrieval.head.ContrastiveHead` instead.
+The paper classifies by retrieving class names (section 3.2). For that, the task uses `retrieval.head.ContrastiveHead`.
 """
 
-# I images, N patches per image, D hidden, C classes.
+# I images, N patches per image, L = N + 1 rows per image, M = I * N rows of patches, D hidden, C classes.
 
 from typing import Any
 

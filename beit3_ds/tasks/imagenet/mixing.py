@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 WHOLE = 1 << 16
-"""Share of a whole image. Shares are integers in units of 1 / WHOLE, so that they are exactly equal on all ranks."""
+"""Share of an image that is not mixed. Shares are integers, in units of 1 / WHOLE, so that all ranks have exactly equal
+shares."""
 
 
 @dataclass(frozen=True, kw_only=True)

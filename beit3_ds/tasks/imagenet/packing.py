@@ -25,7 +25,7 @@ NUMBERS = "numbers"
 TEXT_CLASSES = "classes of texts"
 """Key in `PackedBatch.targets` of the label of each text, (X,) int64."""
 
-_IMAGES, _TEXTS = 0, 3  # places in `layout.PARTS`
+_IMAGES, _TEXTS = 0, 3  # indices into `layout.PARTS`
 
 
 def pack(
@@ -45,7 +45,8 @@ def pack(
             one after the other.
         sources: value of `PackedBatch.sources`.
         model: sizes of the model.
-        head: kind of head. `linear` reads the patches of images, `names` the first row of each image and text.
+        head: head that reads the batch: `linear` reads the patches of images, `names` the first row of each image and
+            text.
         embeds: whether the batch keeps the pixels.
     """
     images = [sample for sample in samples if isinstance(sample, ClassImage)]

@@ -79,11 +79,11 @@ class ClassImages:
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each file of the source."""
+        """Returns the name, size in bytes and number of samples of each file of the source."""
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample as bytes, by which a resumed run recognises the sample."""
+        """Returns the name of a sample as bytes; a resumed run recognises the sample by this name."""
         return self.source.name(index).rpartition("/")[2].encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -139,12 +139,12 @@ class ClassTexts:
         return len(self.texts)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of classes of the file of classes."""
+        """Returns the name, size in bytes and number of classes of the file of classes."""
         path = self.classes.where
         return [SourceFile(os.path.basename(path), os.path.getsize(path), len(self))]
 
     def identity(self, index: int) -> bytes:
-        """Returns the key of a class as bytes, by which a resumed run recognises the class."""
+        """Returns the key of a class as bytes; a resumed run recognises the class by this key."""
         return self.classes.classes[index].key.encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:

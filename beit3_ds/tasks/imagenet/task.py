@@ -66,8 +66,8 @@ class Imagenet(Task):
     """Trains the classification of images, with a comparison to class names or with a linear layer.
 
     With the head `names`, every step encodes `data.texts.samples_per_step` class names, divided over ranks and
-    micro-batches. If this is the number of classes, the softmax is over all classes. If it is smaller, for example for
-    ImageNet-21K, that many classes are drawn per step, and the classes of the step's images are added to them.
+    micro-batches. If `samples_per_step` equals the number of classes, the softmax is over all classes. If it is
+    smaller, for example for ImageNet-21K, each step draws that many classes and adds the classes of its images.
     """
 
     Settings = ImagenetConfig
@@ -83,7 +83,8 @@ class Imagenet(Task):
         """Checks the task's settings and the run's streams; reads no file.
 
         Raises:
-            ConfigError: if there is not one list of classes, or the class names of a step do not fit the head.
+            ConfigError: if `data.texts` does not name exactly one file of classes, or its `samples_per_step` does not
+                fit the head.
         """
         super().__init__(config)
         _check_class_source(config)

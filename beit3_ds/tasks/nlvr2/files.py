@@ -3,7 +3,7 @@
 | format | file | images of an entry |
 |---|---|---|
 | NLVR2 | `train.json`, `dev.json`, `test1.json`: one object per line, `identifier`, `sentence`, `label` | as below |
-| JSON lines | `left`, `right`, `sentence`, `label`, and if need be `id`, `group` | paths `left` and `right` |
+| JSON lines | `left`, `right`, `sentence`, `label`, optional `id` and `group` | paths `left` and `right` |
 
 An identifier such as `dev-850-0-1` names the split, the set of sentences, the pair of images and the sentence. Its
 images are `dev-850-0-img0.png` and `dev-850-0-img1.png`. Training images are in the folder that the key `directory` of
@@ -89,7 +89,7 @@ class Statements:
         return len(self._sentences)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields name, size and number of samples of the file of statements.
+        """Yields the name, size in bytes and number of samples of the file of statements.
 
         Raises:
             ConfigError: if the file no longer exists.
@@ -132,7 +132,7 @@ class Statements:
         """Checks that every statement has a label.
 
         Raises:
-            ConfigError: if one has none; the message names the first such statement.
+            ConfigError: if a statement has no label; the message names the first such statement.
         """
         if not self.has_labels:
             name = self.name(self._labels.index(_NO_LABEL))
@@ -180,8 +180,9 @@ def read_nlvr2(path: str, folder: str) -> Statements:
 
     Args:
         path: `train.json`, `dev.json`, `test1.json`, or the balanced or unbalanced part of one of them.
-        folder: folder of the images of the split SPLIT, or a folder that contains it as `SPLIT` or `images/SPLIT`. The
-            images of an entry with the key `directory` are in the subfolder of this name.
+        folder: folder of the split's images, or a folder that has them in the subfolder `SPLIT` or `images/SPLIT`, such
+            as `dev` or `images/dev`. If an entry has the key `directory`, its images are in a further subfolder of that
+            name.
 
     Raises:
         ConfigError: if the file cannot be read, a line does not have NLVR2's form, or an identifier occurs twice; the

@@ -1,6 +1,6 @@
 """Defines the head that decides whether a statement is true of two images, as the reference's NLVR2 model does."""
 
-# S samples, P = 2 S pairs, D hidden.
+# S samples, P = 2 S pairs, M = 2 P rows, D hidden.
 
 from typing import Any
 

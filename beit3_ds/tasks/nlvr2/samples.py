@@ -24,7 +24,7 @@ from beit3_ds.tasks.nlvr2.head import LABELS
 from beit3_ds.tokenizers.text import TextTokenizer
 
 NUMBERS = "sample_numbers"
-"""Key in `PackedBatch.targets` of the number of each sample in its stream, (S,) int64."""
+"""Key in `PackedBatch.targets` of the number of each sample in its stream, (samples,) int64."""
 FORMATS = ("nlvr2", "statement_lines")
 """Names of the source formats that this task reads: NLVR2's published files, and JSON lines."""
 
@@ -65,7 +65,7 @@ class StatementSamples:
         return len(self.statements)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of the source's file of statements."""
+        """Returns the name, size in bytes and number of samples of the source's file of statements."""
         return self.statements.files()
 
     def image_files(self) -> Iterable[str]:
@@ -73,7 +73,7 @@ class StatementSamples:
         return self.statements.image_files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the identifier of a sample as bytes, by which a resumed run recognises the sample."""
+        """Returns the identifier of a sample as bytes; a resumed run recognises the sample by this identifier."""
         return str(self.statements.identifier(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -153,7 +153,7 @@ def pack(
     """Packs each statement as two pairs: the left image with the statement, then the right image with the statement.
 
     Args:
-        samples: S samples, which become pairs 2 i and 2 i + 1; S may be 0.
+        samples: statements; may be empty. Sample i becomes pairs 2 i and 2 i + 1.
         drop_path: factors of stochastic depth, two rows per sample, or None.
         sources: value of `PackedBatch.sources`.
         model: the model's sizes.

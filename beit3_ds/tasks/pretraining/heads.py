@@ -72,7 +72,7 @@ class MaskedModelingHeads(Head):
 
 
 def head_flops(model: ModelConfig, term_counts: Sequence[float]) -> float:
-    """Returns the floating-point operations of both heads, forward, given the number of masked positions per term."""
+    """Returns the floating-point operations of a forward pass of both heads over `term_counts` masked positions."""
     image_mim, text_mlm, pair_mim, pair_mlm = term_counts
     logits = (image_mim + pair_mim) * model.visual_vocab_size + (text_mlm + pair_mlm) * model.text_vocab_size
     return 2 * model.hidden_size * logits

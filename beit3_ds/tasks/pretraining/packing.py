@@ -1,6 +1,7 @@
 """Packs masked samples into one packed micro-batch."""
 
-# Q samples, L layers, N patches per image, n tokens of one text, k masked tokens of one text.
+# Q samples, L layers, N patches per image, n tokens of one text, k masked tokens of one text, s pixels on a side of the
+# visual tokenizer's view.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ def write_predictions(
     visual_tokenizer: VisualTokenizer | None,
     path: Path,
 ) -> None:
-    """Writes one self-contained HTML page.
+    """Writes the model's predictions for one validation batch as a self-contained HTML page.
 
     For each masked word, the page shows the model's guess, in green if it is right, and the original word. For masked
     patches, it shows mosaics that draw each code as the mean of the batch's patches with this code.
@@ -126,14 +126,14 @@ class _Mosaics:
 
 
 def _cut(pixels: Tensor, num_patches: int) -> Tensor:
-    """Cuts images into patches, (B, 3, s, s) -> (B, N, 3, p, p)."""
+    """Cuts B images of s x s pixels into N patches of p x p pixels, (B, 3, s, s) -> (B, N, 3, p, p)."""
     grid = int(num_patches**0.5)
     rows = pixels.unflatten(3, (grid, -1)).unflatten(2, (grid, -1))  # B 3 g p g p
     return rows.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 def _join(patches: Tensor) -> Tensor:
-    """Joins patches into an image, (N, 3, p, p) -> (3, s, s)."""
+    """Joins N patches of p x p pixels into an image of s x s pixels, (N, 3, p, p) -> (3, s, s)."""
     grid = int(len(patches) ** 0.5)
     return patches.unflatten(0, (grid, grid)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 

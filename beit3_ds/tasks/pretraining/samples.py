@@ -41,7 +41,7 @@ class ImageSamples(ImageSourceSamples):
         return self.augment(self.read(index), index, key)
 
     def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
-        """Augments and masks the image of sample `index`, which has been read; `key` seeds both."""
+        """Augments and masks `image`, the decoded image of sample `index`; `key` seeds augmentation and mask."""
         model_view, tokenizer_view = self.views(image, key.rng("augmentation"))
         return ImageSample(
             name=self.source.name(index),
@@ -71,11 +71,11 @@ class PairSamples:
         return len(self.images)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each file of the source."""
+        """Returns the name, size in bytes and number of samples of each file of the source."""
         return self.images.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes, by which a resumed run recognises it."""
+        """Returns the name of a sample, without folders, as bytes; a resumed run recognises the sample by this name."""
         return self.images.identity(index)
 
     def name(self, index: int) -> str:
@@ -120,15 +120,15 @@ class TextSamples:
         return len(self.sequences)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each file of the source."""
+        """Returns the name, size in bytes and number of samples of each file of the source."""
         return self.sequences.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the token ids of a sample as bytes, by which a resumed run recognises the sample."""
+        """Returns the token ids of a sample as bytes; a resumed run recognises the sample by these ids."""
         return self.sequences[index].tobytes()
 
     def name(self, index: int) -> str:
-        """Returns the file that contains a sample, and the sample's place in the file, for messages."""
+        """Returns the file that contains a sample, and the sample's number in the file, for messages."""
         return self.sequences.name(index)
 
     def skipped(self) -> dict[str, Skipped]:

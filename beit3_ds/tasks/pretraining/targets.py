@@ -1,6 +1,6 @@
 """Adds the targets of masked modeling to a batch: ids of masked tokens, codes of masked patches (paper section 2.2)."""
 
-# B images with pixels, N patches per image, M masked tokens.
+# B images with pixels, N patches per image, M masked tokens, s pixels on a side of the visual tokenizer's view.
 
 import dataclasses
 

@@ -109,7 +109,7 @@ class Pretraining(Task):
         return MaskedModelingHeads(model, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of both heads, forward, given the masked positions per term."""
+        """Returns the floating-point operations of a forward pass of both heads over `term_counts` masked positions."""
         return head_flops(self.config.model, term_counts)
 
     def expected_head_flops(self) -> float:

@@ -1,6 +1,6 @@
 """Computes the contrastive loss of every image and every text of a step (Radford et al., 2021, arXiv:2103.00020)."""
 
-# N pairs of a step, B of a block, D hidden.
+# N pairs of a step, B queries of a block, D hidden.
 
 from typing import Any
 

@@ -92,5 +92,5 @@ class _Limit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        # A clamp passes no gradient beyond its limit, so a scale that one update took there could not come back.
+        # A clamp passes no gradient beyond its limit, so a scale that one update raised above the limit would stay.
         return torch.where(ctx.beyond & (dx < 0), 0, dx), None

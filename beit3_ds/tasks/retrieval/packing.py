@@ -24,7 +24,7 @@ MOST_CAPTIONS = 1 << 20
 NUM_TERMS = 4
 """Number of terms of the task; the count of each term is the number of images."""
 
-_IMAGES, _TEXTS = 0, 3  # in `layout.PARTS`
+_IMAGES, _TEXTS = 0, 3  # indices into `layout.PARTS`
 
 
 def pack(

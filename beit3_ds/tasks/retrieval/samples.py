@@ -41,9 +41,9 @@ class RetrievalSample:
     texts: tuple[NDArray[np.int64], ...]
     """Token ids of each caption, BOS and EOS included."""
     image_id: int
-    """Hash of the image's path or name; equal images have equal numbers."""
+    """Hash of the image's path or name; samples of the same image have equal hashes."""
     text_ids: tuple[int, ...]
-    """Hash of each caption; equal captions have equal numbers."""
+    """Hash of each caption; equal captions have equal hashes."""
 
 
 @dataclass(frozen=True, kw_only=True)

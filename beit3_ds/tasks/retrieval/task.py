@@ -96,7 +96,7 @@ class Retrieval(Task):
         return functools.partial(contrastive_sums, mask_duplicates=self.settings.mask_duplicates)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of both projections, forward, for `term_counts[0]` pairs."""
+        """Returns the floating-point operations of a forward pass of both projections over `term_counts[0]` pairs."""
         return 4 * term_counts[0] * self.config.model.hidden_size**2
 
     def open(self, share: RankShare) -> RetrievalRankTask:

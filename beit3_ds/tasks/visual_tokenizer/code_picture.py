@@ -39,7 +39,7 @@ def code_picture_path(tokenizer: Path) -> Path:
 
 
 def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str | Path) -> None:
-    """Writes a PNG with one row for each of 8 training views of a run's images and pairs.
+    """Writes a PNG with one row per view, for views of at most 8 training images of a run's images and pairs.
 
     Raises:
         ConfigError: if the training images cannot be read.

@@ -1,5 +1,7 @@
 """Measures how evenly the codes of the visual tokenizer are used."""
 
+# V codes in the codebook.
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,6 +1,10 @@
-"""Gathers data of whole training steps to initialise the codebook and to center the targets, equal in any layout."""
+"""Gathers data of whole training steps to initialise the codebook and to center the targets.
 
-# N patches per image, C width of a code, E width of the teacher's features, V codes in the codebook.
+The results are the same in any layout of ranks.
+"""
+
+# B images of a micro-batch, N patches per image, M patches of all images, C width of a code, E width of the teacher's
+# features.
 
 from collections.abc import Callable, Iterator, Sequence
 

@@ -87,7 +87,7 @@ class TokenizerModel(VisualTokenizer, StageModel):
 
 
 def forward_flops(config: VisualTokenizerConfig, teacher_width: int, num_images: float) -> float:
-    """Returns the floating-point operations of encoder and decoder, forward; a multiply-add counts as 2."""
+    """Returns the floating-point operations of a forward pass of encoder and decoder; a multiply-add counts as 2."""
     width, rows = config.hidden_size, 1 + config.grid_size**2
     block = 2 * 12 * width**2 + 4 * rows * width  # per row
     patch = 2 * 3 * config.patch_size**2 * width + 4 * width * (width + config.codebook_dim) + 2 * width * teacher_width

@@ -1,5 +1,7 @@
 """Packs images for the training of the visual tokenizer into one micro-batch."""
 
+# B images, N patches per image, E width of the teacher's features.
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

@@ -14,7 +14,7 @@ from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.tasks.vqa.contractions import CONTRACTIONS
 
 MIN_OCCURRENCES = 9
-"""Default number of questions whose main answer a listed answer must be.
+"""Default of `task.min_answer_occurrences`: an answer is listed if it is the main answer to this number of questions.
 
 With this value, VQAv2's training and validation splits give the usual list of 3,129 answers.
 """
@@ -70,7 +70,7 @@ def accuracy_of_share(num_matches: int, num_answers: int) -> float:
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Maps the normal form of every answer that people gave to its accuracy, the training target."""
+    """Returns the accuracy of each answer that people gave, by the answer's normal form; used as training targets."""
     counts = Counter(map(normalize_answer, answers))
     return {answer: accuracy_of_share(count, len(answers)) for answer, count in counts.items()}
 
@@ -126,7 +126,7 @@ class AnswerVocabulary:
 
         Args:
             main_answers: the main answer of every training question (`multiple_choice_answer` in the official files).
-            min_occurrences: smallest number of questions that share a main answer for it to be listed.
+            min_occurrences: an answer is listed if it is the main answer to at least this number of questions.
 
         Raises:
             ConfigError: if no answer occurs often enough.

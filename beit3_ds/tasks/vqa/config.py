@@ -16,7 +16,7 @@ class VqaConfig:
     """Number of answers in the list, and of outputs of the head. VQAv2's training and validation answers give 3,129.
     If the list of the run has another length, the error at the start names it."""
     min_answer_occurrences: Positive = MIN_OCCURRENCES
-    """Smallest number of training questions that share a main answer for it to be in the list (reference: 9)."""
+    """Minimum number of training questions to which an answer must be the main answer to be listed (reference: 9)."""
     answer_list: PathString | None = None
     """File with a list of answers, such as the `answers.jsonl` of another run or the reference's `answer2label.txt`.
     With None, training builds the list from the training answers, and an evaluation uses the list stored with the

@@ -47,7 +47,10 @@ def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
 
 
 class AnsweredSplit:
-    """Joins the questions of a split with the model's answers, on the main rank."""
+    """Joins the questions of a split with the model's answers, on the main rank.
+
+    Methods name a question by its `place`: its index among the answered questions, from 0.
+    """
 
     def __init__(self, batches: EvaluationBatches, results: GatheredResults, vocabulary: AnswerVocabulary) -> None:
         """Stores the questions' source, the results and the list of answers.
@@ -73,7 +76,7 @@ class AnsweredSplit:
         return all(samples.questions.has_answers for samples in self._questions())
 
     def locate(self, place: int) -> tuple[VqaQuestions, int]:
-        """Returns the questions of the source that contains the question at `place`, and its index among them."""
+        """Returns the source of the question at `place`, and the index of the question in this source."""
         samples, index = self._sources.locate(self._numbers[place])
         assert isinstance(samples, VqaSamples)
         return samples.questions, index

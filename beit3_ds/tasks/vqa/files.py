@@ -4,7 +4,7 @@
 |---|---|---|---|
 | VQAv2 | `v2_OpenEnded_mscoco_*_questions.json` | `v2_mscoco_*_annotations.json` | `COCO_{split}_{image_id:012}.jpg` |
 | Visual Genome | `question_answers.json` | in the same file | last two parts of its URL in `image_data.json` |
-| JSON lines | objects with `question`, `image`, and if need be `id` | `answers`, or `answer` | path `image` |
+| JSON lines | objects with `question`, `image`, and optionally `id` | `answers`, or `answer` | path `image` |
 
 Files are read one entry at a time, because VQAv2's training annotations (365 MB) would take 2.5 GB as Python objects.
 """
@@ -30,7 +30,8 @@ _ANNOTATIONS_FORM = "an object with 'annotations' (question_id, multiple_choice_
 class VqaQuestions(CollectedAnnotations):
     """Holds questions about images, with people's answers if the split has them.
 
-    Each question is one sample, and `caption` returns its text. A question takes about 200 bytes beside its text.
+    Each question is one sample, and `caption` returns its text. A question takes about 200 bytes in addition to its
+    text.
     """
 
     def __init__(self, questions: str, folder: str, *further_files: str) -> None:
@@ -78,7 +79,7 @@ class VqaQuestions(CollectedAnnotations):
         self._sample_types.append(self._type_numbers[types])
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields name, size and number of samples of the file of questions, then of the further files.
+        """Yields the name, size in bytes and number of samples of the file of questions, then of the further files.
 
         Raises:
             ConfigError: if a file no longer exists.
@@ -144,7 +145,7 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
     Args:
         questions: official file of questions.
         annotations: official file of answers; empty for a test split, which has none.
-        images: folder of the images, or a folder that contains it under the name of the split, such as `val2014`.
+        images: folder of the images, or its parent folder if it is named after the split, such as `val2014`.
         split: split in the names of the images, such as `val2014`; if empty, the value `data_subtype` in the file of
             questions.
 
@@ -185,7 +186,7 @@ def _add_annotations(samples: VqaQuestions, annotations: str, places: dict[objec
     """Adds the answers of an official file, which may list the questions in another order."""
     found: list[Any] = [None] * len(samples)
     seen: dict[object, int] = {}
-    texts: dict[str, str] = {}  # one object per text, because VQAv2's 4.4 million answers are few texts
+    texts: dict[str, str] = {}  # one object per text, because VQAv2's 4.4 million answers have few distinct texts
     with reading_as(annotations, _ANNOTATIONS_FORM):
         for number, entry in enumerate(iterate_json_list(annotations, "annotations")):
             where, question = f"{annotations}: entry {number} of 'annotations'", entry["question_id"]

@@ -63,7 +63,7 @@ class VqaSamples:
         return len(self.questions)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns name, size and number of samples of each annotation file of the source."""
+        """Returns the name, size in bytes and number of samples of each annotation file of the source."""
         return self.questions.files()
 
     def image_files(self) -> Iterable[str]:
@@ -71,7 +71,7 @@ class VqaSamples:
         return self.questions.image_files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the identifier of a question as bytes, by which a resumed run recognises the question."""
+        """Returns the identifier of a question as bytes; a resumed run recognises the question by this identifier."""
         return str(self.questions.identifier(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:

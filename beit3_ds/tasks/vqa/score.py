@@ -16,7 +16,7 @@ class ScoredQuestion(NamedTuple):
     prediction: str
     """Answer of the model."""
     question_type: str = ""
-    """Type of the question, which the official files name by its first words; empty if unknown."""
+    """Type of the question: in the official files its first words, such as `what color is the`; empty if unknown."""
     answer_type: str = ""
     """Type of the answer: `yes/no`, `number` or `other` in the official files; empty if unknown."""
 
