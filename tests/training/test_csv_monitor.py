@@ -86,3 +86,12 @@ def test_names_of_deepspeed(tmp_path: Path) -> None:
     assert path.read_bytes() == b"step,train loss\r\n8,0.5\r\n"
     start(tmp_path, 8).write_events([("Train/Samples/train loss", 0.25, 9)])
     assert path.read_bytes() == b"step,train loss\r\n8,0.5\r\n9,0.25\r\n"
+
+
+def test_a_table_without_new_rows_is_completed_too(tmp_path: Path) -> None:
+    """Catches rows of an evaluation that wait for the next evaluation although the disk has room."""
+    monitor = start(tmp_path, -1)
+    with failing_disk([0]):
+        monitor.write_events([("validation/loss", 2.0, 0)])
+    monitor.write_events([("train/loss", 2.5, 1)])
+    assert (tmp_path / "csv" / "validation_loss.csv").read_text().split() == ["step,loss", "0,2.0"]
