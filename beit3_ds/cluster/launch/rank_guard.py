@@ -34,6 +34,7 @@ from beit3_ds.cluster.launch.messages import (
     connect,
 )
 from beit3_ds.cluster.launch.trainer_process import TrainerProcess
+from beit3_ds.retrying.standard_streams import keep_standard_streams
 from beit3_ds.runtime.stop_signals import handled_signals
 
 # Variables that launchers set: DeepSpeed, Open MPI, MPICH, Slurm.
@@ -163,6 +164,7 @@ class RankGuard:
 
 def main() -> int:
     """Reads the rank from the launcher's environment variables and runs the rank's guard; returns the exit status."""
+    keep_standard_streams()  # the launcher that reads them may have ended
     parser = argparse.ArgumentParser(prog="beit3_ds.cluster.launch.rank_guard", description=__doc__)
     parser.add_argument("--address", required=True, help="address of the supervisor")
     parser.add_argument("--port", required=True, type=int, help="port of the supervisor")
