@@ -31,7 +31,7 @@ def pack_inputs(
     sample_names: Sequence[str] = (),
     sources: Mapping[str, int] | None = None,
 ) -> PackedBatch:
-    """Packs images, pairs and texts into one micro-batch; any of the three kinds, or all, may be absent.
+    """Packs images, pairs and texts into one micro-batch; each of the three, or all, may be absent.
 
     Args:
         num_images: number of images without captions.

@@ -68,7 +68,8 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 def describe_shared_images(splits: Mapping[Split, Iterable[object]]) -> list[str]:
     """Returns a warning for each pair of splits that share image files, with the number of shared files.
 
-    Shared images are no error, because the questions or captions may differ, but scores on known images are too good.
+    Shared images are no error, because the questions or captions may differ. But scores on images that were trained on
+    are too good.
 
     Args:
         splits: samples of each split; only samples that implement `NamesImages` are compared.

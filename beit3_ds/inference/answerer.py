@@ -29,10 +29,10 @@ _IMAGES_OF_PAIRS = 1  # index into `layout.PARTS`
 
 
 class Answer(NamedTuple):
-    """Holds an answer of the model."""
+    """Holds an answer of the model to a question."""
 
     text: str
-    """The answer."""
+    """Text of the answer, an entry of the list of answers."""
     score: float
     """Probability that people give this answer, from 0 to 1; probabilities of different answers do not add up to 1."""
 

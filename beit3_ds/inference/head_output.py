@@ -1,4 +1,4 @@
-"""Runs a model with the head of a task on some rows of a batch."""
+"""Runs a model and the head of its task; the head reads chosen rows of the batch."""
 
 import dataclasses
 from typing import Any

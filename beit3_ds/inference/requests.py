@@ -16,7 +16,7 @@ class Question:
     image: Path
     """File of the image."""
     question: str
-    """The question."""
+    """Text of the question."""
     identifier: int | str | None = None
     """Name of the question in results; None if it has none."""
 

@@ -129,7 +129,7 @@ def _choose(samples: list[Sample], limit: int, duplicate: float) -> list[Sample]
 
 
 def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
-    """Joins samples of one series, or with a correlation above `alike`, into groups (union-find)."""
+    """Groups samples that belong to one series or whose images have a correlation above `alike` (union-find)."""
     parent = list(range(len(samples)))
 
     def root(i: int) -> int:
@@ -194,7 +194,7 @@ def _members(samples: list[Sample], prefix: str, suffix: str, first: int) -> Ite
 
 
 def _write_split(out: Path, kind: str, suffix: str, groups: list[list[Sample]], fraction: float) -> None:
-    """Writes `KINDs-train.tar` and `KINDs-validation.tar`; the second continues the keys of the first."""
+    """Writes `{kind}s-train.tar` and `{kind}s-validation.tar`; key numbers continue from the first to the second."""
     train, validation = _split(groups, fraction)
     write_shard(out / f"{kind}s-train.tar", _members(train, kind, suffix, 0))
     write_shard(out / f"{kind}s-validation.tar", _members(validation, kind, suffix, len(train)))

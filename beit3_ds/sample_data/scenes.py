@@ -145,7 +145,7 @@ def draw_shape(
 
 
 def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """Yields five questions: an object's colour, shape and place, the number of objects, and whether one is there.
+    """Yields five questions: an object's colour, shape and position, the number of objects, and if a colour occurs.
 
     The answer to the last question is "yes" or "no" with equal probability.
     """

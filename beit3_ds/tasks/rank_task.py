@@ -1,4 +1,4 @@
-"""Defines a task's part on one rank: its opened samples, its work before and after steps, evaluation and results."""
+"""Defines what a task does on one rank: opens samples, works before and after steps, evaluates, and writes results."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -96,7 +96,8 @@ class Task(ABC):
     """Number of image-text pairs per sample of the stream "pairs"; used to estimate memory and traffic."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
     """Source formats that each stream accepts; a stream without an entry accepts no sources. A source may leave out its
-    format in a stream that accepts any of `IMAGE_FORMATS`, and in the stream "texts" if its entry is empty."""
+    format in a stream that accepts one of `IMAGE_FORMATS`, and in the stream "texts" if the tuple of "texts" is
+    empty."""
     headline: ClassVar[Headline | None] = None
     """Metric of `RankTask.evaluate` by which checkpoints are compared; None if `evaluate` returns no metrics."""
 
@@ -105,7 +106,7 @@ class Task(ABC):
 
         Raises:
             ConfigError: if the settings are invalid, the task does not support the layout or the format of a source,
-                `model.inputs` lacks a kind of input of the task, or the word table is tied but the head predicts no
+                `model.inputs` lacks one of the task's `inputs`, or the word table is tied but the head predicts no
                 words.
         """
         _check_formats(config, self.formats)

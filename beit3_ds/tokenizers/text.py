@@ -38,7 +38,7 @@ class WordBorders(NamedTuple):
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Returns for each id of a consecutive sequence whether the id starts a word, (n,).
 
-        An id also starts a word if the previous id ends a word. The first id has no known previous id.
+        An id also starts a word if the previous id ends a word. For the first id, the previous id is unknown.
         """
         begins = self.starts[ids]
         begins[1:] |= self.ends[ids[:-1]]

@@ -57,7 +57,7 @@ class ReleasedFile:
     """
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
-        """Reads names and shapes.
+        """Reads and checks the names and shapes of the file's tensors.
 
         Args:
             path: a file that `untrusted_file.read_tensors` reads.
@@ -120,7 +120,7 @@ class ReleasedFile:
         return self._tensors[name].dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a stored tensor, or the part of it that `matrix_part` selects; its data is read at first use."""
+        """Returns a stored tensor, or the part that `matrix_part` selects; the data are read when they are used."""
         tensor = self._tensors[name]
         if name == IMAGE_POSITION:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]

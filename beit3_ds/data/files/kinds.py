@@ -1,4 +1,4 @@
-"""Detects the kind of a file from its first bytes, and lists the file name extensions of images."""
+"""Detects the file type from a file's first bytes, and lists the file name extensions of images."""
 
 from beit3_ds.data.files.reading import open_for_reading
 
@@ -38,7 +38,7 @@ _HEAD_BYTES = 512
 
 
 def kind_of_file(path: str) -> str:
-    """Returns the kind of a file, such as `gzip data`, detected from its first bytes; empty for an unknown kind.
+    """Returns the type of a file, such as `gzip data`, detected from its first bytes; empty if the type is unknown.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -49,7 +49,7 @@ def kind_of_file(path: str) -> str:
 
 
 def kind_of_bytes(head: bytes) -> str:
-    """Returns the kind of a file, such as `gzip data`, given its first 512 bytes; empty for an unknown kind."""
+    """Returns the type of a file, such as `gzip data`, given its first 512 bytes; empty if the type is unknown."""
     for offset, magic, kind in _MAGIC:
         if head.startswith(magic, offset):
             return kind
@@ -60,7 +60,7 @@ def check_is_text(path: str) -> None:
     """Checks that a file is not a compressed file, an archive, a table, an image or UTF-16, by its first bytes.
 
     Raises:
-        ValueError: if the file has one of these kinds; the message names the kind and advises a conversion.
+        ValueError: if the file has such a type; the message names the type and advises a conversion.
         OSError: if the file cannot be read.
     """
     if kind := kind_of_file(path):

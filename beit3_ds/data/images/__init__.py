@@ -1,1 +1,1 @@
-"""Reads images and captions from all kinds of sources; decodes and augments images."""
+"""Reads images and captions from folders, tars and annotation files; decodes and augments images."""

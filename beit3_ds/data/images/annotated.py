@@ -140,7 +140,7 @@ class CollectedAnnotations(AnnotatedImages):
         Args:
             image_number: result of `add_image`, or `NO_IMAGE`.
             caption: the caption. If it is not a string, reading it raises `BrokenRecordError`.
-            line: line of the sample in a file of lines, counted from 1; None in other files.
+            line: line number of the sample, counted from 1; None if the file is not read line by line.
         """
         if line is not None and self.lines is not None:
             self.lines.append(line)

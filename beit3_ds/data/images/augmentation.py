@@ -31,7 +31,7 @@ class ViewTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that the shorter side of a decoded image needs; None decodes images in full size."""
+        """Returns the pixels that a decoded image's shorter side needs; None means the full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns the model's view and the tokenizer's view of an RGB image; draws all random numbers from `rng`."""
@@ -64,7 +64,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that the shorter side of a decoded image needs for every crop; None is the full size."""
+        """Returns the pixels that a decoded image's shorter side needs for every crop; None means the full size."""
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

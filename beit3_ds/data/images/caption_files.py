@@ -31,7 +31,7 @@ def read_captions(
     Args:
         path: the file.
         folder: folder of the images.
-        kind: format of the file.
+        kind: format of the file, such as `karpathy`.
         split: `train`, `val` or `test` of a Karpathy file; must be empty for the other formats, which have one split.
         needs_captions: whether every image must have a caption, as training and scoring require.
 

@@ -38,7 +38,7 @@ class CaptionedImages(CollectedAnnotations):
             path: path of the image in the folder.
             captions: captions of the image; may be empty in a test split.
             where: file and number of the entry, for messages, such as `captions.jsonl:3`.
-            line: line of the entry in a file of lines, counted from 1; None in other files.
+            line: line number of the entry, counted from 1; None if the file is not read line by line.
 
         Raises:
             ConfigError: if the identifier occurs twice, or a caption is empty or not valid text.
@@ -71,7 +71,7 @@ class CaptionedImages(CollectedAnnotations):
 
     @property
     def image_lines(self) -> "array[int]":
-        """Returns the line of each image in a file of lines, counted from 1; empty for other files."""
+        """Returns the line number of each image, counted from 1; empty if the file is not read line by line."""
         return self._image_lines
 
     def identifier(self, image: int) -> int | str:

@@ -35,7 +35,7 @@ class ImageTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that the shorter side of a decoded image needs; None decodes images in full size."""
+        """Returns the pixels that a decoded image's shorter side needs; None means the full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Converts an RGB image to the model's input; draws all random numbers from `rng`."""
@@ -81,7 +81,7 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that the shorter side of a decoded image needs for every crop; None is the full size."""
+        """Returns the pixels that a decoded image's shorter side needs for every crop; None means the full size."""
         return smallest_side(self.image_size, self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:

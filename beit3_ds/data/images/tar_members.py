@@ -46,7 +46,7 @@ class _Extended(NamedTuple):
 def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
     """Yields all members of an open tar file except folders, in order; reads headers only.
 
-    Links are never followed. The file's real size bounds memory and time, even if headers claim larger sizes.
+    Links are never followed. The file's size bounds memory and time, even if headers claim larger sizes.
 
     Raises:
         TarError: if a header is damaged, the file is truncated, the end-of-archive block is missing, or data such as a

@@ -25,7 +25,7 @@ Bounds = Callable[[int], tuple[int, int]]
 
 
 class RemainingSamples(Protocol):
-    """Declares the interface of an ordered set of samples, whose places are counted from 0."""
+    """Declares the interface of an ordered set of samples; a place is a sample's index in this order, from 0."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the set."""
@@ -34,7 +34,7 @@ class RemainingSamples(Protocol):
         """Returns the sample numbers in the stream at given places of the set; both (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the sets that this set consists of, then its own; returns its own node's index."""
+        """Appends the JSON nodes of this set's parts, then the node of this set; returns the index of the last node."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the sets and of their concatenation; returns the concatenation's index."""
+        """Appends the JSON nodes of the sets and of their concatenation; returns the index of the last node."""
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1
 
@@ -108,7 +108,7 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the whole set and of the remaining samples; returns the second node's index."""
+        """Appends the JSON nodes of the whole set and of the remaining samples; returns the index of the last node."""
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1
 
@@ -151,7 +151,7 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the whole set and of this subset; returns the subset's index."""
+        """Appends the JSON nodes of the whole set and of this subset; returns the index of the last node."""
         nodes.append(["only", self.whole.add_to(nodes), list(self.sources)])
         return len(nodes) - 1
 
@@ -174,7 +174,7 @@ def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
 
     Args:
         nodes: result of `to_nodes`.
-        bounds: gives the current range of each source's sample numbers; `gone_bounds` for removed sources.
+        bounds: returns the current range of a source's sample numbers, and `gone_bounds` for a removed source.
     """
     built: list[RemainingSamples] = []
     for kind, *values in nodes:

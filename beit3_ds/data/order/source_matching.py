@@ -35,7 +35,7 @@ class SourceMatch(NamedTuple):
     before: SourcePosition | None
     """Description of the source in the stored position; None if the source is new."""
     removed: RemovedSource | None
-    """Stored rest of the source's epoch if an earlier run removed the source from the config; else None."""
+    """The source's entry in the stored position if an earlier run removed the source from the config; else None."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:

@@ -65,7 +65,7 @@ class TextPreparation:
     pieces_written: int
     """Number of pieces of text files (`TextPiece`) that this call has tokenized."""
     pieces_kept: int
-    """Number of pieces whose token files were already up to date."""
+    """Number of pieces of text files whose token files were already up to date."""
     num_tokens: int
     """Number of tokens in all written and kept pieces."""
     broken: tuple[str, ...]
@@ -139,7 +139,7 @@ def _text_files(data: DataConfig) -> list[str]:
 
 
 def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document_separator: bool) -> TokenPiece | None:
-    """Returns the token file of a piece if an up-to-date token file exists, otherwise None."""
+    """Returns the token file of a piece of a text file if an up-to-date token file exists, otherwise None."""
     with suppress(ConfigError):  # missing or damaged
         done = read_token_piece(token_path(folder, piece))
         made_with = (done.piece, done.tokenizer, done.document_separator)

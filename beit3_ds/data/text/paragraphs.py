@@ -83,7 +83,7 @@ class BrokenLines:
 
 
 def whole_file(path: str) -> TextPiece:
-    """Returns the piece that covers a whole file.
+    """Returns the `TextPiece` that covers a whole file.
 
     Raises:
         ConfigError: if the file cannot be read, or is not a text file.
@@ -107,7 +107,7 @@ def cut_into_pieces(path: str, piece_bytes: float) -> list[TextPiece]:
 
 
 def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph]:
-    """Yields the paragraphs of a piece.
+    """Yields the paragraphs of a piece of a text file.
 
     Args:
         piece: the piece to read.

@@ -79,7 +79,7 @@ class TokenPiece(NamedTuple):
 
 
 def token_path(folder: Path, piece: TextPiece) -> Path:
-    """Returns the path of a piece's token file, which includes a digest of the text file's path."""
+    """Returns the path of the token file of a piece of a text file; the name has a digest of the text file's path."""
     return _piece_path(folder, piece.path, piece.start)
 
 
@@ -184,7 +184,7 @@ def find_token_pieces(
 
 
 def remove_other_pieces(folder: Path, texts: Iterable[Sequence[TextPiece]]) -> None:
-    """Deletes token files of pieces that no longer exist, for example after a text file has shrunk.
+    """Deletes the token files of pieces of text files that no longer exist, for example after a file has shrunk.
 
     Args:
         folder: folder of the token files.

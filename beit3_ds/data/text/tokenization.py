@@ -2,7 +2,7 @@
 
 EOS separates documents, as in RoBERTa's sequences that cross documents (Liu et al., 2019, arXiv:1907.11692, section
 4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. If a sequence ends with a separator,
-that EOS is also the EOS of the sequence and takes no extra place.
+that EOS is also the EOS of the sequence, so the sequence needs no second EOS.
 """
 
 from collections.abc import Iterable, Iterator

@@ -56,5 +56,5 @@ class Mixing:
 
 
 def _span(center: int, side: int, size: int) -> tuple[int, int]:
-    """Returns the range of pixels around a center along one side, clipped to the image, for CutMix."""
+    """Returns the first pixel, and one past the last, of a span of `side` pixels around `center`, within the image."""
     return max(0, center - side // 2), min(size, center - side // 2 + side)

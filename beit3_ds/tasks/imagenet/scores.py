@@ -90,8 +90,8 @@ def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
 def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank: int, size: int) -> list[PackedBatch]:
     """Returns this rank's share of batches: batch `rank` and every `size`-th batch after it.
 
-    Adds empty batches, so that all ranks have the same number. The content of a batch, and so its features, do not
-    depend on `size`.
+    Adds empty batches, so that all ranks have the same number. The content of a batch does not depend on `size`, and
+    neither do the features computed from it.
 
     Args:
         batches: all batches.

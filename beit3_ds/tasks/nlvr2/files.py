@@ -179,7 +179,7 @@ def read_nlvr2(path: str, folder: str) -> Statements:
     """Reads a file of statements of NLVR2 (Suhr et al., 2019, arXiv:1811.00491).
 
     Args:
-        path: `train.json`, `dev.json`, `test1.json`, or the balanced or unbalanced part of one of them.
+        path: `train.json`, `dev.json`, `test1.json`, or the published balanced or unbalanced subset of one of them.
         folder: folder of the split's images, or a folder that has them in the subfolder `SPLIT` or `images/SPLIT`, such
             as `dev` or `images/dev`. If an entry has the key `directory`, its images are in a further subfolder of that
             name.

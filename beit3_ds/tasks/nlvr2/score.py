@@ -12,7 +12,7 @@ class JudgedStatement(NamedTuple):
     label: bool
     """Whether the statement is true."""
     prediction: bool
-    """The model's answer."""
+    """Whether the model judged the statement to be true."""
 
 
 def score_statements(statements: Iterable[JudgedStatement]) -> dict[str, float]:

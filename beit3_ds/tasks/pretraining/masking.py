@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from beit3_ds.tokenizers.text import WordBorders
 
 FIRST_PIECE_ID = 4
-"""Smallest id of a piece of text; BOS, padding, EOS and unknown have smaller ids."""
+"""Smallest id of a SentencePiece piece; BOS, padding, EOS and unknown have smaller ids."""
 
 _ATTEMPTS = 10
 _MIN_ASPECT = 0.3

@@ -26,8 +26,8 @@ def match_ranks(
     """Returns the rank of the best match of each query, counted from 0, (Q,) int64 on the CPU.
 
     Scores are computed in float32 in blocks of queries with at most 2^24 scores each. Several processes may share the
-    blocks; the elementwise maximum of their results is the complete result. The blocks do not depend on the number of
-    processes, so rounding does not either.
+    blocks; the elementwise maximum of their results is the complete result. The blocks, and so the rounding of scores,
+    do not depend on the number of processes.
 
     Args:
         query_QD: features of all queries, of length one, (Q, D).

@@ -50,7 +50,7 @@ class VqaRankTask(RankTask):
 
 
 class Vqa(Task):
-    """Trains a classifier of answers to questions about images (VQAv2; paper section 3.1)."""
+    """Trains a classifier that chooses the answer to a question about an image (VQAv2; paper section 3.1)."""
 
     Settings = VqaConfig
     settings: VqaConfig
