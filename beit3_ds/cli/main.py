@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The status is 0 for success; 1 if a check fails or a file system fails; 2 after one line about a mistake that the
     user can fix; 128 + n after one line about stop signal n, for commands that do not handle the signal themselves.
-    Output that cannot be printed fails a command unless its results are files (`add_command`). A reader of the output
-    that ends early, such as `head -1`, fails none.
+    A command fails if its output cannot be printed, unless its results are files (`add_command`). A command does not
+    fail if the reader of its output ends early, such as `head -1`.
     """
     streams = keep_standard_streams()
     try:

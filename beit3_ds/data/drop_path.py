@@ -1,4 +1,4 @@
-"""Draws the random factors of stochastic depth with the data, so that the model's forward pass is deterministic."""
+"""Draws the random factors of stochastic depth while data are prepared, so that the forward pass is deterministic."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

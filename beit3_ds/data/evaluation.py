@@ -15,7 +15,7 @@ from beit3_ds.data.workers.pool import Preparation, prepare_in_order
 from beit3_ds.data.workers.waiting import WaitLimits
 
 _AHEAD = 2
-"""Batches that each worker prepares ahead."""
+"""Number of batches that each worker prepares ahead."""
 _GIB = 1 << 30
 
 Plan = Mapping[str, Sequence[int]]

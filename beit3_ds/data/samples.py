@@ -33,8 +33,8 @@ class SampleKey:
     stream: str
     """Name of the stream."""
     epoch: int
-    """Number of complete passes before this one over the sample's source, or, without weights, over the stream;
-    `VALIDATION_EPOCH` for validation and test samples."""
+    """Number of earlier complete passes over the sample's source, or, in a stream without weights, over the whole
+    stream; `VALIDATION_EPOCH` for validation and test samples."""
     index: int
     """Number of the sample in its stream."""
 
@@ -127,7 +127,7 @@ class CaptionedSamples(ImagesOfSource):
         return self.source.image_files() if isinstance(self.source, AnnotatedImages) else ()
 
     def identifier(self, index: int) -> int | str:
-        """Returns the image's identifier for result files: from the annotation file if it has one, else its name."""
+        """Returns the image's identifier for result files: that of the annotation file, or else the image's name."""
         return self.source.identifier(index) if isinstance(self.source, EachImage) else self.source.name(index)
 
     def captions(self, index: int) -> list[str]:

@@ -57,7 +57,7 @@ class ConcatSources(Generic[SourceT]):
 
 
 def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:
-    """Checks that no two sources of one stream share a file or a folder, because its samples would be used twice.
+    """Checks that no two sources of one stream share a file or a folder, because shared samples would be used twice.
 
     Args:
         sources: sources of one stream.
@@ -91,19 +91,19 @@ def image_format(source: SourceConfig) -> str:
 
 
 def annotation_files(source: SourceConfig) -> list[str]:
-    """Returns the annotation files of a source in an annotation format."""
+    """Returns the paths of the annotation files of a source whose format is an annotation format, such as `coco`."""
     if source.format == "visual_genome":
         return [source.path, os.path.join(os.path.dirname(source.path), "image_data.json")]
     return [source.path]
 
 
 def source_table(source: SourceConfig, cache_dir: str) -> str:
-    """Returns the path of the table that `beit3 prepare index` writes for a source in an annotation format."""
+    """Returns the path of the table that `beit3 prepare index` writes for the annotation files of a source."""
     return table_path(cache_dir, image_format(source), source.path, source.images)
 
 
 def read_annotations(source: SourceConfig) -> AnnotatedImages:
-    """Parses the annotation files of a source in an annotation format.
+    """Parses the annotation files of a source whose format is an annotation format, such as `coco`.
 
     Raises:
         ConfigError: if files are missing or cannot be read.

@@ -152,7 +152,7 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
         stream: name of the stream.
 
     Returns:
-        Numbers of the chosen samples in the stream, ascending, per source.
+        For each source, the numbers in the stream of its chosen samples, ascending.
     """
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     chosen: list[list[int]] = []
@@ -166,7 +166,7 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
 
 
 def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
-    """Divides at most `limit` samples over sources in proportion to their sizes.
+    """Returns each source's share of at most `limit` samples, in proportion to the sources' sizes.
 
     Shares are rounded down. The remaining samples go to the sources with the largest remainders; of equal remainders,
     the first source is preferred. Each source that still has no sample then takes one from the largest share, if that

@@ -92,7 +92,7 @@ def _image_files(sources: Iterable[object]) -> Iterator[str]:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int, str], str]]:
-    """Yields (device, inode, split) and path of each file of the sources; for annotated images, of annotation files."""
+    """Yields (device, inode, split) and path of each file of the sources; for annotated images, only annotations."""
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":

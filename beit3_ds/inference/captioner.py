@@ -25,7 +25,7 @@ class Captioner:
     Attributes:
         model: the model, which takes pairs.
         images: prepares images for the model.
-        texts: holds the tokenizer.
+        texts: text processor, whose tokenizer converts the captions' ids to words.
     """
 
     def __init__(self, model: TaskModel, texts: TextProcessor) -> None:

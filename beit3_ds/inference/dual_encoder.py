@@ -54,7 +54,8 @@ class DualEncoder:
             options: options of loading (`LoadOptions`).
 
         Raises:
-            ConfigError: if the weights or the tokenizer cannot be read, or the weights have no heads that compare.
+            ConfigError: if the weights or the tokenizer cannot be read, or the weights have no heads that compare
+                images with texts.
         """
         weights = open_with_head(path, "heads.image.weight", "compares images with texts")
         model = load_with_head(weights, ("images", "texts"), ContrastiveHead, **options)

@@ -128,7 +128,7 @@ class PairFeatures(NamedTuple):
 
 
 class FusionEncoder:
-    """Computes joint features of images with texts.
+    """Computes features of images and texts that attend to each other.
 
     Attributes:
         model: the model, which takes pairs alone.
@@ -167,7 +167,7 @@ class FusionEncoder:
     def __call__(
         self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str], *, batch_size: int = 16
     ) -> PairFeatures:
-        """Returns the features of images, each with its text.
+        """Returns the joint features of each image and its text.
 
         Args:
             images: one image or several.

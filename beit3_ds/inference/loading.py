@@ -70,7 +70,7 @@ def load_with_head(
 
 
 def open_with_head(path: str | Path, tensor: str, use: str) -> OpenedWeights:
-    """Opens weights that hold a certain head.
+    """Opens weights, and checks that they contain the head with a given tensor.
 
     Args:
         path: exported, imported or released weights, a checkpoint, or a run's output folder.

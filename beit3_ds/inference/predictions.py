@@ -1,4 +1,4 @@
-"""Predicts for files of images and texts, and writes the predictions as JSON and as a page."""
+"""Makes predictions for image files and texts, and writes the predictions as JSON and as an HTML page."""
 
 import json
 import math

@@ -55,7 +55,7 @@ class Sample:
     candidate: Candidate
     webp: bytes
     shape: npt.NDArray[np.float32]
-    """16 x 16 luminance of zero mean and unit norm: the dot product of two is their correlation."""
+    """Luminance of 16 x 16 pixels with mean 0 and norm 1, so the dot product of two samples is their correlation."""
     vivid: bool
     """Whether the image is colourful, filled and detailed enough to be preferred."""
 
@@ -73,7 +73,7 @@ def _render(image: Image.Image) -> Image.Image:
 
 
 def _encode(image: Image.Image) -> bytes:
-    """Encodes an image as WebP, at the best of a few qualities that fits MAX_IMAGE_BYTES or else at the lowest."""
+    """Encodes an image as WebP with the highest of eight qualities that fits MAX_IMAGE_BYTES, or else the lowest."""
     data = b""
     for quality in (85, 80, 75, 70, 65, 60, 55, 50):
         buffer = io.BytesIO()
@@ -151,9 +151,10 @@ def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
 
 
 def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into training and validation: per category, groups of at most four until `fraction` is reached.
+    """Splits samples into training and validation.
 
-    Larger groups stay in training, so that one series cannot dominate the validation.
+    Validation gets groups of at most four samples, up to the given fraction of each category. Larger groups stay in
+    training, so that one series cannot dominate the validation.
     """
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):
@@ -201,7 +202,7 @@ def _write_split(out: Path, kind: str, suffix: str, groups: list[list[Sample]], 
 
 
 def build_pairs(packages: Path, out: Path) -> None:
-    """Writes the image-text pairs."""
+    """Writes `pairs-train.tar` and `pairs-validation.tar`, the image-text pairs."""
     samples = [sample for sample in map(_process, read_pairs(packages)) if sample]
     # Faces with other meanings differ in few pixels, hence the high bounds.
     chosen = _choose(samples, NUM_PAIRS, duplicate=0.998)
@@ -209,7 +210,7 @@ def build_pairs(packages: Path, out: Path) -> None:
 
 
 def build_images(packages: Path, out: Path) -> None:
-    """Writes the labelled images."""
+    """Writes `images-train.tar` and `images-validation.tar`, the labelled images."""
     by_category: dict[str, list[Sample]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for sample in map(_process, read_clipart(packages, Path(scratch))):
@@ -239,7 +240,7 @@ def _chapters(lines: list[str]) -> list[list[str]]:
 
 
 def build_text(packages: Path, out: Path) -> None:
-    """Writes the prose: one paragraph per line, with a blank line between paragraphs."""
+    """Writes `text-train.txt` and `text-validation.txt`: one paragraph per line, blank lines between paragraphs."""
     with tempfile.TemporaryDirectory() as scratch:
         novels = read_novels(packages, Path(scratch))
     chapters = [

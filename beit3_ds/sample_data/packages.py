@@ -59,7 +59,7 @@ def find_package(folder: Path, pattern: str, how: str) -> Path:
 
 
 def unpack_deb(folder: Path, package: str, out: Path) -> None:
-    """Unpacks the Debian package named `package`, a file in `folder`, into the folder `out`."""
+    """Unpacks the .deb file of `package` in `folder` into the folder `out`."""
     deb = find_package(folder, f"{package}_*.deb", f"apt-get download {package}")
     if shutil.which("dpkg-deb") is None:
         raise PackageError("sample_data: dpkg-deb is not on the PATH; it unpacks .deb files (package dpkg).")
@@ -103,7 +103,7 @@ def _emoji_series(name: str) -> str:
 def _caption(name: str, keywords: list[str]) -> str:
     """Returns the name and up to six of its keywords, e.g. `roller coaster: amusement, park, theme`.
 
-    The name seeds the number of keywords, so captions vary in length and a rebuild repeats them.
+    The name seeds the choice of keywords, so captions vary in length, and a rebuild gives the same captions.
     """
     draw = random.Random(f"caption {name}")
     said = set(re.findall(r"\w+", name.lower()))

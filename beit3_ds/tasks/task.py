@@ -7,10 +7,10 @@ two classes:
     Task        built from the configuration alone, also by `beit3 check`: loss terms, model, costs
     RankTask    opened by each rank (`rank_task.py`): samples, preparation of micro-batches, evaluation, result files
 
-A task may update state of its own, such as a codebook, around each step (`RankTask.before_step` and `after_step`) and
-report figures about it (`RankTask.figures`). Checkpoints contain the buffers of its model. A task whose result is a
-file writes the file at the end of the run (`RankTask.write_results`), and finds it when the run is started again
-(`Task.find_result`).
+A task may update state of its own, such as a codebook, before and after each step (`RankTask.before_step` and
+`after_step`) and report figures about this state (`RankTask.figures`). Checkpoints contain the buffers of its model. A
+task whose result is a file writes the file at the end of the run (`RankTask.write_results`), and finds the file when
+the run is started again (`Task.find_result`).
 
 For further needs, a task uses the following:
 
@@ -19,7 +19,7 @@ For further needs, a task uses the following:
     captions that see only the words before them    `PackedBatch.causal_captions`
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
     no text, no image, another image size           `model` in the configuration; the streams that the task opens;
-                                                    `Task.inputs` if batches hold other kinds than the streams
+                                                    `Task.inputs` if batches contain other inputs than the streams
     files of its own                                `Task.formats`; `build_streams` opens the sources of these formats
     metrics that are means                          a term of weight 0, whose sum and count merge exactly over ranks
     metrics over all samples of a split             `RankTask.open(validation_loss=False)` and `RankTask.evaluate`
@@ -78,7 +78,7 @@ class Task(ABC):
     Attributes:
         config: configuration of the run.
         settings: the task's own keys in the "task" section, an instance of `Settings`.
-        weights_description: description of the task that trained the weights that the run starts from or evaluates
+        weights_description: description of the task that trained the run's initial or evaluated weights
             (`adopt_weights`); None if unknown.
         weights_name: name of these weights, for messages.
     """

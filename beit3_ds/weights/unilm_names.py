@@ -17,7 +17,8 @@ POSITION_TABLES = {
     "beit3.encoder.embed_positions.A.weight": "embeddings.image_position",
     "beit3.encoder.embed_positions.B.weight": TEXT_POSITION,
 }
-"""Position tables; the reference, like fairseq, never uses their first `UNUSED_POSITIONS` rows."""
+"""Maps the reference's names of position tables to logical names. The reference, like fairseq, never uses the first
+`UNUSED_POSITIONS` rows of its tables."""
 UNUSED_POSITIONS = 2
 TEXT_POSITION_ROWS = 1024
 """Rows of the reference's text position table, including unused rows."""
@@ -25,7 +26,7 @@ TOKENS = {
     "beit3.vision_embed.cls_token": "embeddings.cls_token",
     "beit3.vision_embed.mask_token": "embeddings.mask_token",
 }
-"""Vectors (D,) that have the shape (1, 1, D) in the reference."""
+"""Maps the reference's names of two vectors to logical names; they are (1, 1, D) in the reference, and (D,) here."""
 
 _IMAGE_TABLE, _TEXT_TABLE = POSITION_TABLES
 _EMBEDDINGS = {

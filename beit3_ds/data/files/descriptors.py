@@ -1,6 +1,7 @@
 """Keeps files open between reads: a bounded cache of file descriptors and memory maps.
 
-Opening a file is the slowest operation of a shared file system. With an open shard, one call reads a record.
+Opening a file is the slowest operation of a shared file system. If a shard is already open, one system call reads a
+record.
 """
 
 import errno

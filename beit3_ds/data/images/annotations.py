@@ -6,7 +6,7 @@ The readers follow the published descriptions of the formats; docs/data.md lists
 |---|---|---|
 | COCO Captions | `captions_*.json` | `file_name` of the image whose `id` is the row's `image_id` |
 | Visual Genome | `region_descriptions.json` and `image_data.json` | end of the image's URL: `VG_100K/2.jpg` |
-| SBU Captions | `*_captions.txt`, one per line, or JSON with `captions` | file named by the row number |
+| SBU Captions | `*_captions.txt`, one caption per line, or JSON with `captions` | file named by the row number |
 | Conceptual Captions | TSV: caption, URL; Conceptual 12M: URL, caption | file named by the row number |
 
 Rows are numbered from 0; `7.jpg`, `00007.png` and `00000/000000007.jpg` are images of row 7. Downloads of SBU Captions

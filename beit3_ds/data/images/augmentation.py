@@ -1,4 +1,4 @@
-"""Augments images: turns one crop into a view for the model and a view for the visual tokenizer (section 2.3)."""
+"""Augments images: turns one crop into a view for the model and one for the visual tokenizer (paper section 2.3)."""
 
 # s: pixels on a side of a view. h, w: height and width of a crop in pixels.
 
@@ -20,7 +20,7 @@ _CROP_ASPECTS = (3 / 4, 4 / 3)
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 
 ResizeFilter = Literal["bicubic", "lanczos"]
-"""Filters for resizing images, both with antialiasing."""
+"""Filter for resizing an image; both filters use antialiasing."""
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a crop, in pixels."""

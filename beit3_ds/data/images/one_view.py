@@ -117,7 +117,7 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 
 @dataclass(frozen=True, kw_only=True)
 class PairView:
-    """Chooses the transform of an image by its texts: no flip if one has a word that begins with "left" or "right"."""
+    """Chooses an image's transform by its texts: no flip if a text has a word that begins with "left" or "right"."""
 
     usual: ImageTransform
     """Transform that may flip the image."""

@@ -23,7 +23,7 @@ class TarError(Exception):
 
 
 class TarMember(NamedTuple):
-    """Describes one member of a tar file that is not a folder."""
+    """Describes one tar member other than a folder."""
 
     name: str
     """Full name of the member; bytes that are not valid UTF-8 become surrogate escapes."""

@@ -51,5 +51,5 @@ def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
 
 
 def mixture_shares(weights: Sequence[float]) -> list[int]:
-    """Returns the share of each source in millionths, at least 1; `assign_sources` depends on nothing else."""
+    """Returns the share of each source in millionths, at least 1; `assign_sources` uses nothing else of the weights."""
     return [max(1, round(weight / sum(weights) * _SHARE_PARTS)) for weight in weights]

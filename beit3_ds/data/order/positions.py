@@ -1,4 +1,4 @@
-"""Defines the position of a stream, which checkpoints store: the epoch of each source and the progress in it."""
+"""Defines the position of a stream, which checkpoints store: each source's epoch and the progress in that epoch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,10 @@ class SetPosition:
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSource:
-    """Describes a source that was removed from the config, and the samples left in its epoch if it is added again."""
+    """Describes a source that was removed from the config, and the samples that were left in its epoch.
+
+    If the source is added to the config again, the epoch continues with these samples.
+    """
 
     source: SourcePosition
     epoch: int
@@ -113,7 +116,7 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples left in a set's epoch when the data last changed; None if they have not changed in it."""
+        """Returns the samples left in a set's epoch when the data last changed; None without a change in this epoch."""
         nodes = self.sets[number].remaining
         return None if nodes is None else from_nodes(nodes, self.bounds)
 

@@ -25,8 +25,8 @@ def prefix_digest(samples: IdentifiedSamples, count: int) -> str:
 
     The digest covers the names of the files that contain these samples, and 256 evenly spread samples. The last of the
     256 is sample `count` - 1, or sample `count` - 2 if appending may change the last sample (`is_last_open`). If a
-    source had `count` samples before and the digest of its first `count` samples is the same now, it has only grown at
-    its end. The digest does not detect samples that are replaced or swapped between two of the 256.
+    source had `count` samples before and the digest of its first `count` samples is the same now, the source has only
+    grown at its end. The digest does not detect replaced or swapped samples that lie between two of the 256.
     """
     last = count - 1 - samples.is_last_open
     digest, start = hashlib.sha256(), 0

@@ -18,20 +18,20 @@ _BLOCK = 128
 """Number of samples per block of a `SourceSubset`, which computes a whole block to find one sample."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""Smallest sample number of a removed source, and number of sample numbers that are reserved for each one."""
+"""Smallest sample number that a removed source can have, and count of the numbers reserved per removed source."""
 
 Bounds = Callable[[int], tuple[int, int]]
 """Maps the id of a source to the range of its sample numbers: the first number, and one past the last."""
 
 
 class RemainingSamples(Protocol):
-    """Declares the interface of an ordered set of samples; a place is a sample's index in this order, from 0."""
+    """Declares the interface of an ordered set of a stream's samples; a place is an index in this order, from 0."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the set."""
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream at given places of the set; both (n,) int64."""
+        """Returns the stream's sample numbers for given places (indices) in the set; both (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
         """Appends the JSON nodes of this set's parts, then the node of this set; returns the index of the last node."""
@@ -53,7 +53,7 @@ class Range:
         return self.last - self.first
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream at given places of the range; both (n,) int64."""
+        """Returns the stream's sample numbers for given places (indices) in the range; both (n,) int64."""
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
@@ -75,7 +75,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream at given places of the concatenation; both (n,) int64."""
+        """Returns the stream's sample numbers for given places (indices) in the concatenation; both (n,) int64."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
@@ -104,7 +104,7 @@ class Rest:
         return len(self.whole) - self.taken
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream at given places among the remaining samples; both (n,) int64."""
+        """Returns the stream's sample numbers at `places`, indices into the remaining samples; both (n,) int64."""
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
@@ -141,7 +141,7 @@ class SourceSubset:
         return int(self._counts[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream at given places among the kept samples; both (n,) int64."""
+        """Returns the stream's sample numbers for given places (indices) among the kept samples; both (n,) int64."""
         blocks = np.searchsorted(self._counts, places, side="right") - 1
         wanted, owners = np.unique(blocks, return_inverse=True)
         inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # places of whole blocks in the whole set

@@ -14,8 +14,8 @@ from beit3_ds.data.order.remaining import Joined, Range, RemainingSamples, Rest,
 from beit3_ds.data.order.source_matching import FoundSource, SourceMatch, describe_changes, match_sources, same_weights
 
 _MAX_CHANGES = 100
-"""Maximum number of data changes within one epoch; with more the epoch ends, because each change costs time per sample
-and room in checkpoints."""
+"""Maximum number of data changes within one epoch; after more changes the epoch ends, because each change costs time
+per sample and space in checkpoints."""
 
 
 class Continued(NamedTuple):
@@ -183,7 +183,7 @@ class _Continuation:
         return self._remaining_of_set([match.id])
 
     def _remaining_of_set(self, ids: Sequence[int]) -> RemainingSamples:
-        """Returns the samples of the sources `ids` that were left in the epoch of the stored set of these sources."""
+        """Returns those samples of the sources `ids` that were left in the epoch of their stored set."""
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
         old = stored.sets[number]

@@ -17,10 +17,10 @@ class FoundSource:
     size: int
     """Number of samples of the source."""
     digest: Callable[[int], str]
-    """Returns the digest of the first n samples for a given n (`prefix_digest.prefix_digest`)."""
+    """Function that returns the digest of the first n samples, given n (`prefix_digest.prefix_digest`)."""
 
     def describe(self, source_id: int) -> SourcePosition:
-        """Returns the description of the source that a checkpoint stores, with its id in the stream."""
+        """Returns this source's description for a checkpoint; `source_id` is the source's id in the stream."""
         return SourcePosition(id=source_id, path=self.path, size=self.size, digest=self.digest(self.size))
 
 
@@ -70,7 +70,7 @@ def _compare(found: FoundSource, before: SourcePosition) -> str:
 
 
 def same_weights(weights: Sequence[float] | None, before: Sequence[float] | None) -> bool:
-    """Returns whether two lists of weights give the sources the same shares of the stream; None is no weights."""
+    """Returns whether two lists of weights give the sources the same shares of the stream; None means no weights."""
     if weights is None or before is None:
         return weights is before is None
     return mixture_shares(weights) == mixture_shares(before)

@@ -1,4 +1,4 @@
-"""Computes the order of a stream's samples, epoch after epoch, each shuffled; the order is not stored.
+"""Computes the order of a stream's samples; every epoch is shuffled, and the order is not stored.
 
 Without weights, all samples of a stream are one set, and (seed, stream, epoch) determines its order. With weights,
 (seed, stream, source, epoch) determines the order of each source. The sources then take turns by a fixed rule, without
@@ -43,7 +43,7 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number at each offset from the position, counted in samples of one set."""
+        """Returns the epoch and the sample number at each offset `since`; offsets count only set `number`'s samples."""
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
         left = last - first if remaining is None else len(remaining)

@@ -97,7 +97,7 @@ def prepare_indices(
         cache_dir: folder of the indices; created if missing.
         verify: whether to compare each existing index with its tar: offset and CRC-32 of every member.
         num_processes: number of processes; None starts one per core.
-        timeout_seconds: longest time for which a process may use no processor time (`data.timeout_seconds`).
+        timeout_seconds: seconds without use of a processor after which a process is given up (`data.timeout_seconds`).
 
     Returns:
         One result per tar, in the order of `tars`.

@@ -174,7 +174,7 @@ def _name_piece(piece: TextPiece) -> str:
 
 
 def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) -> Iterator[TokenPiece]:
-    """Passes token files through, and shows finished bytes and tokens per second if stderr is a terminal."""
+    """Yields the token files in `finished`, and shows bytes and tokens per second if stderr is a terminal."""
     num_bytes = sum(piece.stop - piece.start for piece in pieces)
     num_tokens = 0
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:

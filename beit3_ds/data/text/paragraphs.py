@@ -27,7 +27,7 @@ _SHOWN = 10
 
 
 class TextPiece(NamedTuple):
-    """Identifies the lines of a file that start in a range of its bytes."""
+    """Identifies a piece of a text file: the lines that start in a range of bytes."""
 
     path: str
     """Path of the file."""

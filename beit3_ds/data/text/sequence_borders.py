@@ -32,7 +32,7 @@ _CHUNK_TOKENS = 1 << 20
 
 
 def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter) -> None:
-    """Writes the file of sequence borders for a text file, unless an up-to-date file exists.
+    """Writes the `.borders` file of a text file, with the start of each sequence, unless an up-to-date file exists.
 
     Args:
         folder: folder of the token files.

@@ -23,7 +23,7 @@ class TextSequences:
 
     Each sequence is filled with consecutive paragraphs of one file as long as the next paragraph fits whole. The
     paragraphs may belong to several documents, which are separated by EOS unless `document_separator` is false. A
-    paragraph longer than a sequence is cut between sentences, and its last piece shares a sequence with the next
+    paragraph longer than a sequence is cut between sentences, and the rest of it shares a sequence with the next
     paragraph. A sentence longer than a sequence is cut between words if possible. The module `paragraphs` defines
     paragraphs, documents and readable files; the module `sentences` defines the end of a sentence.
 

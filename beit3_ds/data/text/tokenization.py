@@ -55,7 +55,7 @@ def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: P
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
     A paragraph that fits into a sequence stays whole. A longer paragraph starts a sequence and is cut between
-    sentences. The last piece of a cut paragraph shares a sequence with the next paragraph.
+    sentences. The rest of a cut paragraph shares a sequence with the next paragraph.
 
     Args:
         chunks: paragraphs from `encode_paragraphs`; empty paragraphs have no effect.

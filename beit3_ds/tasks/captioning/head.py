@@ -83,7 +83,7 @@ class CaptionHead(Head):
 
 
 def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
-    """Sums the loss and the right predictions over a step, (2,) float32; leaves out the largest losses of tokens.
+    """Returns a step's summed loss and number of right predictions, (2,) float32; leaves out the largest losses.
 
     The reference drops these tokens late in training, because some captions do not fit their image. The reference
     compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not

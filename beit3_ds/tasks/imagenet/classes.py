@@ -83,7 +83,7 @@ class ClassList:
 
     @classmethod
     def load(cls, path: str) -> "ClassList":
-        """Reads a file with one class per line: its key, a space, and its name, as ImageNet's `LOC_synset_mapping.txt`.
+        """Reads a file with a class's key, a space and its name per line, such as ImageNet's `LOC_synset_mapping.txt`.
 
         Raises:
             ConfigError: if the file cannot be read, or a line does not have this form.

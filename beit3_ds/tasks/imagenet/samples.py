@@ -23,9 +23,9 @@ from beit3_ds.tasks.imagenet.mixing import WHOLE, Mixing
 from beit3_ds.tokenizers.text import TextTokenizer
 
 CLASS_LINES = "class_jsonl"
-"""Name of the source format of JSON lines that list images and their classes."""
+"""Name of the source format for JSON lines with images and their classes."""
 CLASS_NAMES = "class_names"
-"""Name of the source format of a file that has a class's key and name per line."""
+"""Name of the source format for a file with the key and the name of one class per line."""
 IMAGE_FORMATS = ("tar", "folder", CLASS_LINES)
 """Names of the source formats of images with classes (`tasks.imagenet.files`)."""
 
@@ -166,7 +166,7 @@ def encode_classes(
     """Returns the text of every class, cut to `length` ids, BOS and EOS included.
 
     Raises:
-        ConfigError: if the tokenizer keeps nothing of a name.
+        ConfigError: if a class name has no tokens.
     """
     texts = []
     for label, found in enumerate(classes):

@@ -75,7 +75,7 @@ def score_split(
 
 
 def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
-    """Returns label, rank of the label, best classes and loss of each image, by name.
+    """Returns `labels`, `ranks`, `best` and `losses` of the images, as `ClassScores` defines them.
 
     Of classes with equal scores, the one with the smaller label ranks first.
     """

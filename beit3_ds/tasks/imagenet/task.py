@@ -144,8 +144,8 @@ class Imagenet(Task):
         """Opens the tokenizer and the images that a rank reads.
 
         Raises:
-            ConfigError: if a file cannot be read, the class of an image is unknown, the tokenizer keeps nothing of a
-                class name, or a linear layer was trained for other classes.
+            ConfigError: if a file cannot be read, the class of an image is unknown, a class name has no tokens, or a
+                linear layer was trained for other classes.
         """
         self._check_weights()
         config, classes, texts = self.config, self.classes, self._encode()

@@ -88,7 +88,7 @@ class StatementSamples:
         """Reads sample `index` of the source; `key` seeds the augmentation of its images.
 
         Raises:
-            BrokenRecordError: if an image cannot be read, or the tokenizer keeps nothing of the sentence.
+            BrokenRecordError: if an image cannot be read, or the sentence has no tokens.
         """
         statements, name = self.statements, self.name(index)
         sentence = statements.sentence(index)

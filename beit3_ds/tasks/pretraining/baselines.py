@@ -12,7 +12,7 @@ from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENI
 from beit3_ds.tokenizers.visual import VisualTokenizer
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
-"""Stream of each term of pretraining, in the order of the terms."""
+"""Maps each loss term of pretraining to its stream, in the order of the terms."""
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def unigram_entropies(
 ) -> dict[str, float]:
     """Returns the cross entropy of the best predictor that ignores its input, in nats, for each loss term.
 
-    This is the entropy of the frequencies of ids among all patches or tokens of the validation samples of all ranks.
-    BOS is left out, because it is never predicted. Per source, the ranks sum one count per entry of the vocabulary.
+    This is the entropy of the ids' frequencies, counted over all patches or tokens of all ranks' validation samples.
+    BOS is left out, because it is never predicted. The ranks sum one count per source and entry of the vocabulary.
 
     Args:
         batches: this rank's validation batches.

@@ -92,8 +92,8 @@ def mask_words(
     """Corrupts a text for masked language modeling, word by word.
 
     A word is a piece that starts a word, together with the pieces up to the next start. Every EOS is a word. If a text
-    begins within a word, the rest of this word counts as a word. At least one word is chosen, and at least one is not
-    chosen unless there is only one. The chosen words together have as nearly as possible the number of tokens that
+    begins within a word, the rest of this word counts as a word. At least one word is chosen. If there are several
+    words, at least one is not chosen. The chosen words together have as nearly as possible the number of tokens that
     `mask_tokens` predicts; of two equally near numbers, the smaller one is used. Each token of the chosen words is then
     replaced or kept as in `mask_tokens`.
 

@@ -90,8 +90,7 @@ class PairSamples:
         """Reads sample `index` of the source; `key` seeds its augmentation and the masks of image and caption.
 
         Raises:
-            BrokenRecordError: if the image or the caption cannot be read, or the tokenizer keeps nothing of the
-                caption.
+            BrokenRecordError: if the image or the caption cannot be read, or the caption has no tokens.
         """
         source, tokenizer = self.images.source, self.tokenizer
         image, text = source.pair(index, self.images.views.min_side)

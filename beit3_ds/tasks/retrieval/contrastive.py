@@ -13,9 +13,10 @@ from beit3_ds.model import StepFeatures
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 IMAGE_IDS = "image_id"
-"""Key in targets and `StepFeatures.rows` of a number per image, (N,) int64; equal images have equal numbers."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of a number per image, (N,) int64, equal for equal images."""
 TEXT_IDS = "text_id"
-"""Key in targets and `StepFeatures.rows` of a number per caption, (N,) int64; equal captions have equal numbers."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of a number per caption, (N,) int64, equal for equal captions.
+"""
 
 _BLOCK_ELEMENTS = 1 << 20
 """Largest number of scores that are computed at a time."""

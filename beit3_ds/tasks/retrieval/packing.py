@@ -15,9 +15,9 @@ from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
 from beit3_ds.tasks.retrieval.samples import RetrievalSample
 
 IMAGE_NUMBERS = "image_number"
-"""Key in targets and `StepFeatures.rows` of each image's number in its stream, (I,) int64."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each image's number in its stream, (I,) int64."""
 TEXT_NUMBERS = "text_number"
-"""Key in targets and `StepFeatures.rows` of each caption's number, (X,) int64. A caption's number is
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each caption's number, (X,) int64. A caption's number is
 `MOST_CAPTIONS` times the number of its image, plus its index among the captions of the image."""
 MOST_CAPTIONS = 1 << 20
 """Factor in the numbers of captions (`TEXT_NUMBERS`); one image can have at most this number of captions."""

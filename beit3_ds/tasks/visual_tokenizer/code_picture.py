@@ -101,7 +101,7 @@ def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDAr
 def code_colors(codebook_VC: Tensor) -> Tensor:
     """Returns one colour per code, similar for similar codes.
 
-    The three channels are the codes' sort positions along the first three principal directions of the codebook.
+    A code's three channels are its ranks among all codes along the codebook's first three principal directions.
 
     Returns:
         (V, 3) float in [0, 1]; channels without a direction are 0.5.

@@ -40,7 +40,7 @@ class TokenizerModel(VisualTokenizer, StageModel):
         self.load_state_dict(drawn.state_dict(), strict=False)
 
     def recompute_blocks(self) -> None:
-        """Recomputes every block in the backward pass, to save memory for a third more compute."""
+        """Makes the backward pass recompute every block, which saves memory and costs a third more compute."""
         self.encoder.recompute_blocks = self.decoder.recompute_blocks = True
 
     def forward(

@@ -73,7 +73,7 @@ class TokenizerRankTask(RankTask):
             model.quantize.start(vectors.to(evaluator.device))
 
     def resume(self, evaluator: Evaluator, done: int) -> None:
-        """Sets whether the decoder got codes in the last step."""
+        """Sets the model's `is_quantized` to its value in the last finished step."""
         _tokenizer(evaluator).is_quantized = done > self.continuous_steps
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:

@@ -14,7 +14,7 @@ from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.tasks.vqa.contractions import CONTRACTIONS
 
 MIN_OCCURRENCES = 9
-"""Default of `task.min_answer_occurrences`: an answer is listed if it is the main answer to this number of questions.
+"""Default of `task.min_answer_occurrences`: listed answers are the main answer to at least this number of questions.
 
 With this value, VQAv2's training and validation splits give the usual list of 3,129 answers.
 """

@@ -14,9 +14,9 @@ class VqaConfig:
 
     num_answers: Annotated[int, Range(2, 2**20)] = 3129
     """Number of answers in the list, and of outputs of the head. VQAv2's training and validation answers give 3,129.
-    If the list of the run has another length, the error at the start names it."""
+    If the run's list has another length, the run ends at its start with an error that names this length."""
     min_answer_occurrences: Positive = MIN_OCCURRENCES
-    """Minimum number of training questions to which an answer must be the main answer to be listed (reference: 9)."""
+    """An answer is listed if it is the main answer to at least this number of training questions (reference: 9)."""
     answer_list: PathString | None = None
     """File with a list of answers, such as the `answers.jsonl` of another run or the reference's `answer2label.txt`.
     With None, training builds the list from the training answers, and an evaluation uses the list stored with the

@@ -130,7 +130,7 @@ class VqaQuestions(CollectedAnnotations):
         """Checks that all questions have answers.
 
         Raises:
-            ConfigError: if some have none; the message names the file of the questions.
+            ConfigError: if a question has no answers; the message names the file of the questions.
         """
         if not self.has_answers:
             raise ConfigError(
@@ -145,7 +145,8 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
     Args:
         questions: official file of questions.
         annotations: official file of answers; empty for a test split, which has none.
-        images: folder of the images, or its parent folder if it is named after the split, such as `val2014`.
+        images: folder of the images. If that folder has the name of the split, such as `val2014`, its parent folder is
+            accepted too.
         split: split in the names of the images, such as `val2014`; if empty, the value `data_subtype` in the file of
             questions.
 

@@ -86,8 +86,7 @@ class VqaSamples:
         """Reads question `index` and its image; `key` seeds the augmentation of the image.
 
         Raises:
-            BrokenRecordError: if the image or the question cannot be read, or the tokenizer keeps nothing of the
-                question.
+            BrokenRecordError: if the image or the question cannot be read, or the question has no tokens.
         """
         image, text = self.questions.pair(index, self.view.min_side)
         pieces = self.tokenizer.encode(text)[: self.length - 2]

@@ -40,7 +40,7 @@ def question_accuracy(answers: Sequence[str], prediction: str) -> float:
 def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:
     """Returns the mean accuracy in percent over all questions, per type of question, and per type of answer.
 
-    The names are `accuracy`, `accuracy/question/TYPE` and `accuracy/answer/TYPE`. Values are rounded to two decimals,
+    The keys are `accuracy`, `accuracy/question/TYPE` and `accuracy/answer/TYPE`. Values are rounded to two decimals,
     as in the official evaluator, and do not depend on the order of the questions.
 
     Raises:
@@ -57,5 +57,5 @@ def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:
 
 
 def mean_percentages(groups: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Returns the mean of each group in percent, rounded to two decimals, independent of the order of its values."""
+    """Returns the mean of each group in percent, rounded to two decimals; the order of values has no effect."""
     return {name: round(100 * math.fsum(values) / len(values), 2) for name, values in sorted(groups.items())}
