@@ -32,6 +32,7 @@ from beit3_ds.runtime.command_signals import StoppedBySignal
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
+from beit3_ds.runtime.rank_lock import locked_by_rank_0
 from beit3_ds.runtime.startup_watchdog import watched_start
 from beit3_ds.runtime.stop_deadline import stop_deadline
 from beit3_ds.runtime.stop_signals import StopSignals
@@ -76,7 +77,12 @@ def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
     with StopSignals().handling() as signals, stop_deadline(rank, signals) as deadline:
         with watched_start(rank, config.data.timeout_seconds):
             inputs = open_inputs(config, options)
-        with joined_ranks(config.parallel, str(inputs.folder.path), signals) as mesh:
+        folder = inputs.folder.path
+        lock_path = _create_folder(folder) / "evaluation.lock"
+        with (
+            locked_by_rank_0(lock_path, str(folder), "name another folder with --out", signals) as contended_at,
+            joined_ranks(config.parallel, str(folder), signals, contended_at) as mesh,
+        ):
             evaluator = build_evaluator(config, inputs, mesh, signals, options.split)
             deadline.limit_all("the evaluation", "It wrote no metrics; the same command starts again.")
             try:
@@ -127,6 +133,14 @@ def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
     folder = Path(options.out or Path(config.training.output_dir) / "evaluation" / split)
     results = ResultFolder(folder, functools.partial(print, flush=True))
     return Inputs(task=task, rank_task=rank_task, weights=weights, step=stored.step, folder=results)
+
+
+def _create_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    return folder
 
 
 def _open_weights(path: str, *, averages: bool, best: bool) -> PretrainedWeights | CheckpointFolder:
@@ -185,15 +199,18 @@ def _write_metrics(
     folder = inputs.folder.path
     print(format_metrics(content), flush=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / METRICS_FILE) as file:
             file.write((json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error}. Name another folder with --out.") from error
+        raise _unwritable(folder, error) from error
     inputs.folder.retry()
     if missing := ", ".join(map(str, inputs.folder.missing)):
         raise StorageError(f"not written: {missing}. Make room, or name another folder with --out, and evaluate again.")
     print(f"results: {folder}", flush=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{folder} cannot be written: {error}. Name another folder with --out.")
 
 
 def format_metrics(content: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from beit3_ds.retrying.standard_streams import keep_standard_streams
 from beit3_ds.runtime.launch_environment import Launch, read_launch
 from beit3_ds.runtime.node_size import measure_node
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
+from beit3_ds.runtime.rank_lock import locked_by_rank_0
 from beit3_ds.runtime.startup_watchdog import watched_start
 from beit3_ds.runtime.stop_deadline import stop_deadline
 from beit3_ds.runtime.stop_signals import StopSignals
@@ -75,17 +76,22 @@ def train_run(config: RunConfig, *, force: bool = False) -> None:
     rank = read_launch(os.environ).rank
     with StopSignals().handling() as signals, stop_deadline(rank, signals) as deadline:
         with watched_start(rank, config.data.timeout_seconds):
-            inputs = open_inputs(config)
-        with joined_ranks(config.parallel, config.training.output_dir, signals) as mesh:
-            run, steps = build_run(config, inputs, mesh, signals, force=force)
-            try:
-                deadline.limit_waits(mesh.activity)
-                is_finished = train(run, steps, signals)
-                deadline.limit_all("the end of the run", "Its checkpoint is saved; the same command continues.")
-                if is_finished:
-                    report(run, signals)
-            finally:
-                write_missing(run)
+            check_start(config)
+        folder = Path(config.training.output_dir)
+        target, way_out = f"training.output_dir={folder}", "choose another training.output_dir"
+        with locked_by_rank_0(folder / "run.lock", target, way_out, signals) as contended_at:
+            with watched_start(rank, config.data.timeout_seconds):
+                inputs = open_inputs(config)
+            with joined_ranks(config.parallel, str(folder), signals, contended_at) as mesh:
+                run, steps = build_run(config, inputs, mesh, signals, force=force)
+                try:
+                    deadline.limit_waits(mesh.activity)
+                    is_finished = train(run, steps, signals)
+                    deadline.limit_all("the end of the run", "Its checkpoint is saved; the same command continues.")
+                    if is_finished:
+                        report(run, signals)
+                finally:
+                    write_missing(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +108,15 @@ class Inputs:
     """Weights that a run without a checkpoint starts from; None draws initial values from the seed."""
 
 
-def open_inputs(config: RunConfig) -> Inputs:
-    """Checks the layout and opens the files that this rank reads.
+def check_start(config: RunConfig) -> None:
+    """Checks what can be checked before the output folder is locked and files are opened; creates the output folder.
 
     Raises:
         ConfigError: if the layout is invalid, or the machine has too little memory for its ranks. Also if the optimizer
-            is not installed, the kernels are not built, or the output folder cannot be written. Also if a file cannot
-            be read or does not fit the model.
+            is not installed, the kernels are not built, or the output folder cannot be written.
     """
     launch = read_launch(os.environ)
-    data_parallel_size = check_layout(config, launch.world_size)
+    check_layout(config, launch.world_size)
     task = build_task(config)
     _check_this_node(config, launch)
     check_software(config)
@@ -119,6 +124,17 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_frozen_patterns(task)
     direction_of(task)  # refuses a metric that the task does not have
     prepare_output_dir(Path(config.training.output_dir))
+
+
+def open_inputs(config: RunConfig) -> Inputs:
+    """Opens the files that this rank reads, after `check_start`.
+
+    Raises:
+        ConfigError: if a file cannot be read or does not fit the model.
+    """
+    launch = read_launch(os.environ)
+    data_parallel_size = check_layout(config, launch.world_size)
+    task = build_task(config)
     coords = config.parallel.rank_coords(launch.rank, launch.world_size)
     share = share_of(coords, config.parallel, data_parallel_size)
     has_begun = has_checkpoints(Path(config.training.output_dir))  # the file of initial weights may then be deleted

@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "regular_file": set(),
     "untrusted_json": set(),
     "safetensors_header": {"regular_file", "untrusted_json"},
+    "writer_lock": {"config", "printing", "storage_error", "untrusted_json"},
     "untrusted_file": {"config", "regular_file", "safetensors_header"},
     "parallel": {"config", "kernels", "rank_names", "storage_error"},
     "tokenizers": {
@@ -49,8 +50,18 @@ ARROWS: dict[str, set[str]] = {
         *("storage_error", "untrusted_json"),
     },
     "weights": {
-        *("checkpoint", "config", "model", "positions", "printing", "safetensors_header", "tasks", "untrusted_file"),
-        "untrusted_json",
+        *(
+            "atomic_file",
+            "checkpoint",
+            "config",
+            "model",
+            "positions",
+            "printing",
+            "safetensors_header",
+            "tasks",
+            "untrusted_file",
+        ),
+        *("untrusted_json", "writer_lock"),
     },
     # Users' classes around trained weights: files in, answers out. Only commands stand above.
     "inference": {
@@ -58,7 +69,7 @@ ARROWS: dict[str, set[str]] = {
         *("tokenizers", "weights"),
     },
     "planner": {"batch", "config", "kernels", "layout", "model", "parallel", "pipeline", "tasks"},
-    "runtime": {"config", "cores", "parallel", "planner", "rank_names", "storage_error"},
+    "runtime": {"config", "cores", "parallel", "planner", "rank_names", "storage_error", "writer_lock"},
     "training": {
         *("atomic_file", "batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline"),
         *("picture", "planner", "retrying", "runtime", "storage_error", "tasks", "tokenizers"),
@@ -67,7 +78,7 @@ ARROWS: dict[str, set[str]] = {
         *("batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline", "runtime"),
         *("tasks", "tokenizers", "training", "weights"),
     },
-    "cluster": {"config", "planner", "printing", "rank_names", "retrying", "runtime"},
+    "cluster": {"config", "planner", "printing", "rank_names", "retrying", "runtime", "writer_lock"},
 }
 ENTRY_POINTS = {"train", "evaluate", "rank_program", "cli", "__init__"}
 # The parts of a room in the order in which they are read: each may import only those before it.

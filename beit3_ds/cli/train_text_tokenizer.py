@@ -16,10 +16,14 @@ def add_train_text_tokenizer_command(subparsers: Subparsers) -> None:
 
 
 def _train_text_tokenizer(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from beit3_ds.atomic_file import bounded_name
     from beit3_ds.config import load_run_config
     from beit3_ds.data import read_training_lines
     from beit3_ds.tokenizers import TextTokenizer, train_text_tokenizer
     from beit3_ds.tokenizers.recipe import check_can_be_written, describe_trained, is_trained, save_recipe, text_recipe
+    from beit3_ds.writer_lock import WriterLock
 
     config = load_run_config(options.config, options.set)
     path, recipe = config.tokenizers.text.path, text_recipe(config)
@@ -29,11 +33,20 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
     def read_known() -> dict[str, int]:
         return {"vocab_size": TextTokenizer(path).num_pieces}
 
-    if not options.force and is_trained("tokenizers.text", path, recipe, read_known):
+    def is_done() -> bool:
+        return not options.force and is_trained("tokenizers.text", path, recipe, read_known)
+
+    if is_done():  # perhaps in a folder that cannot be written
         print(describe_trained("tokenizers.text", path))
         return 0
     check_can_be_written("tokenizers.text", path)
-    tokenizer = train_text_tokenizer(config.tokenizers.text, read_training_lines(config.data), config.training.seed)
-    save_recipe(path, recipe)
+    lock_path = Path(path).with_name(f"{bounded_name(Path(path).name)}.lock")
+    with WriterLock(lock_path, f"tokenizers.text.path={path}", "name another file"):
+        if is_done():  # another process has just ended
+            print(describe_trained("tokenizers.text", path))
+            return 0
+        lines = read_training_lines(config.data)
+        tokenizer = train_text_tokenizer(config.tokenizers.text, lines, config.training.seed)
+        save_recipe(path, recipe)
     print(f"wrote {path}: {tokenizer.vocab_size} ids, <mask> is {tokenizer.mask_id}")
     return 0

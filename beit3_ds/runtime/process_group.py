@@ -1,5 +1,6 @@
 """Joins this process to the process group of a run, and leaves it."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,10 +35,12 @@ def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) 
     Raises:
         ConfigError: if the environment is contradictory, or if ranks cannot reach each other or do not connect in time.
     """
-    return _join_launched(parallel, output_dir)[0]
+    return _join_launched(parallel, output_dir, lambda: -math.inf)[0]
 
 
-def _join_launched(parallel: ParallelConfig, output_dir: str | None) -> tuple[Mesh, Callable[[float], dist.Store]]:
+def _join_launched(
+    parallel: ParallelConfig, output_dir: str | None, contended_at: Callable[[], float]
+) -> tuple[Mesh, Callable[[float], dist.Store]]:
     """Does the work of `init_process_group`; also returns a function that opens another connection to the store."""
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
@@ -53,7 +56,7 @@ def _join_launched(parallel: ParallelConfig, output_dir: str | None) -> tuple[Me
         store = dist.HashStore()  # in memory: a single process opens no port
         return _join(parallel, launch, "fake", store), lambda _: store
     secret = read_secret(launch.secret_file, output_dir)
-    with Rendezvous(launch, parallel.timeout_seconds, secret) as rendezvous:
+    with Rendezvous(launch, parallel.timeout_seconds, secret, contended_at=contended_at) as rendezvous:
         rendezvous.meet()
         _use_threads(rendezvous.num_threads)
         try:
@@ -67,15 +70,24 @@ def _join_launched(parallel: ParallelConfig, output_dir: str | None) -> tuple[Me
 
 @contextmanager
 def joined_ranks(
-    parallel: ParallelConfig, output_dir: str | None = None, signals: StopSignals | None = None
+    parallel: ParallelConfig,
+    output_dir: str | None = None,
+    signals: StopSignals | None = None,
+    contended_at: Callable[[], float] = lambda: -math.inf,
 ) -> Iterator[Mesh]:
     """Joins the process group while a program runs, and ends the program on all ranks if one of them fails.
 
     An error of the program is raised again after it is reported to the other ranks, which print a line that names this
     rank and end. If a collective failed because of another rank, this rank prints a line that names the other rank and
     ends. All ranks also end if a rank is lost or stalled, and learn of stop signals in `signals` (`Watchdog`).
+
+    Args:
+        parallel: layout and time limits.
+        output_dir: folder of the ranks' secret, as in `init_process_group`.
+        signals: signals that this process receives.
+        contended_at: returns on rank 0 when another start last asked for the output folder (`Rendezvous`).
     """
-    mesh, connect = _join_launched(parallel, output_dir)
+    mesh, connect = _join_launched(parallel, output_dir, contended_at)
     watchdog = Watchdog(parallel, mesh, connect(STORE_SECONDS), signals)
     try:
         yield mesh

@@ -3,6 +3,7 @@
 import errno
 import hmac
 import json
+import math
 import os
 import secrets
 import socket
@@ -23,6 +24,7 @@ from beit3_ds.runtime.addresses import find_interface, find_meeting_address, is_
 from beit3_ds.runtime.keyed_store import ForgedValueError, KeyedStore
 from beit3_ds.runtime.launch_environment import Launch
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
+from beit3_ds.runtime.stop_deadline import STOP_SECONDS
 from beit3_ds.runtime.versions import describe_versions
 
 SILENCE_SECONDS = 60.0
@@ -31,6 +33,7 @@ rank 0 may still be opening its files."""
 NOTICE_SECONDS = 30.0
 """Seconds between two messages of a waiting rank."""
 _POLL_SECONDS = 0.5
+_CONTENDER_SECONDS = STOP_SECONDS + 5.0  # a launcher notices that a rank has ended, and ends the others with SIGTERM
 _GRACE_SECONDS = 10.0  # time for other ranks to read from rank 0 that one is missing, or to fail by themselves
 _LISTED = 8  # most differences that a message names
 _WAYS_OUT = (
@@ -46,7 +49,14 @@ class Rendezvous:
     what this rank waits for, and ends the process if a call into torch blocks for too long.
     """
 
-    def __init__(self, launch: Launch, seconds: float, secret: bytes, end: Callable[[int], None] = os._exit) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        seconds: float,
+        secret: bytes,
+        end: Callable[[int], None] = os._exit,
+        contended_at: Callable[[], float] = lambda: -math.inf,
+    ) -> None:
         """Prepares to connect; `meet` makes the first connection.
 
         Args:
@@ -54,8 +64,10 @@ class Rendezvous:
             seconds: longest time that ranks wait for each other.
             secret: secret of all ranks of the run.
             end: ends this process, even if its main thread is blocked in a call.
+            contended_at: returns on rank 0 when another start last asked for the output folder of this run, on the
+                monotonic clock. That start is refused, but its ranks may connect here, with the same secret and port.
         """
-        self._launch, self._seconds, self._end = launch, seconds, end
+        self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()
         self._waits_for: str | None = None
         self._over = threading.Event()
@@ -201,6 +213,28 @@ class Rendezvous:
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
         """Runs on rank 0: waits for all ranks, and sends them the answer, or an error if a rank is missing.
 
+        If another start asked for the output folder meanwhile, the ranks found may be of that start. This rank then
+        gives that start's launcher `_CONTENDER_SECONDS` to end its ranks, and finds its own ranks anew.
+        """
+        while True:
+            began = time.monotonic()
+            challenge, store, ranks = self._find_ranks(base, own)
+            if self._contended_at() < began - _CONTENDER_SECONDS:
+                break
+            self._waits_for = "another start in the same output folder, which is refused, to end"
+            while time.monotonic() - self._contended_at() <= _CONTENDER_SECONDS:
+                time.sleep(_POLL_SECONDS)
+        if differences := find_differences(ranks):
+            self._refuse(store, differences)
+        threads = divide_cores([(rank["host"], rank["cores"]) for rank in ranks])
+        answer = {"addresses": [rank["address"] for rank in ranks], "threads": threads}
+        answer["nonces"] = [challenge, *(rank["nonce"] for rank in ranks)]
+        store.set("answer", json.dumps(answer))
+        return answer
+
+    def _find_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> tuple[str, KeyedStore, list[dict[str, Any]]]:
+        """Returns a new challenge, the store signed with it, and the values of all ranks.
+
         Ranks sign their values with the secret and with a challenge that rank 0 draws, so that values of an earlier run
         are not valid. A value with a wrong digest counts as missing, and the challenge is written repeatedly: a
         stranger who overwrites one changes nothing.
@@ -226,14 +260,7 @@ class Rendezvous:
                 self._waits_for = f"{join_ranks(missing)} of {size} to come to {self._master()}"
                 time.sleep(_POLL_SECONDS / 5)
         self._waits_for = None
-        ranks = [found[rank] for rank in range(size)]
-        if differences := find_differences(ranks):
-            self._refuse(store, differences)
-        threads = divide_cores([(rank["host"], rank["cores"]) for rank in ranks])
-        answer = {"addresses": [rank["address"] for rank in ranks], "threads": threads}
-        answer["nonces"] = [challenge, *(rank["nonce"] for rank in ranks)]
-        store.set("answer", json.dumps(answer))
-        return answer
+        return challenge, store, [found[rank] for rank in range(size)]
 
     def _refuse(self, store: KeyedStore, error: str) -> NoReturn:
         """Sends an error message to all ranks as their answer, and raises it here.

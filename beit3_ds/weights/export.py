@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from beit3_ds.atomic_file import bounded_name
 from beit3_ds.checkpoint.disk import rename, sync_folder, write_whole
 from beit3_ds.checkpoint.index import INDEX_NAME as CHECKPOINT_INDEX_NAME
 from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
@@ -27,6 +29,7 @@ from beit3_ds.weights.state_dict_file import write_state_dict_file
 from beit3_ds.weights.timm_export import plan_timm_export, timm_example
 from beit3_ds.weights.unilm_export import plan_unilm_export
 from beit3_ds.weights.unilm_names import reference_arguments
+from beit3_ds.writer_lock import WriterLock
 
 ExportFormat = Literal["beit3", "unilm-dual", "unilm-fusion", "timm"]
 
@@ -85,10 +88,36 @@ def export_weights(
     planned = _plan(reader, format)
     if dtype is not None:
         planned = [tensor.cast(dtype) for tensor in planned]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    metadata = _metadata(reader, format)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    with lock_output(out):
+        check_free(out, overwrite)  # another export may have ended since
+        _write_planned(planned, out, format, max_shard_bytes, _metadata(reader, format))
+    files = [file for file in out.iterdir() if file.name != INDEX_NAME] if out.is_dir() else [out]
+    return Exported(len(planned), sum(file.stat().st_size for file in files), len(files))
+
+
+def lock_output(out: Path) -> WriterLock:
+    """Returns a lock that keeps other exports and imports from writing the same path; its folder must exist."""
+    return WriterLock(out.with_name(f".{bounded_name(out.name)}.lock"), str(out), "name another place")
+
+
+def _write_planned(
+    planned: Sequence[PlannedTensor],
+    out: Path,
+    format: ExportFormat,
+    max_shard_bytes: int | None,
+    metadata: dict[str, str],
+) -> None:
+    """Writes tensors under a temporary name and renames the file or folder to `out`.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    temporary = out.with_name(f".{bounded_name(out.name)}.{socket.gethostname()}.{os.getpid()}")
+    try:
         num_bytes = sum(tensor.num_bytes for tensor in planned)
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=f"writing {out.name}", disable=None) as bar:
             planned = [_counted(tensor, bar) for tensor in planned]
@@ -100,11 +129,13 @@ def export_weights(
                 write_state_dict_file(temporary, planned, metadata)
         _move_into_place(temporary, out)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}. Free space there, or name another place.") from error
+        raise _unwritable(out, error) from error
     finally:
         _remove(temporary)
-    files = [file for file in out.iterdir() if file.name != INDEX_NAME] if out.is_dir() else [out]
-    return Exported(len(planned), sum(file.stat().st_size for file in files), len(files))
+
+
+def _unwritable(out: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{out} cannot be written: {error}. Free space there, or name another place.")
 
 
 def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.config import ConfigError, RunConfig, build_run_config
-from beit3_ds.train import open_inputs
+from beit3_ds.train import check_start
 from beit3_ds.training.dry_run import describe_dry_run
 from tests.run_config import small_run_mapping
 
@@ -25,7 +25,7 @@ def check(run: RunConfig) -> None:
 
 
 def start(run: RunConfig) -> None:
-    open_inputs(run)
+    check_start(run)
 
 
 @pytest.fixture(autouse=True)

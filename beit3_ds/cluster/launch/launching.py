@@ -32,6 +32,7 @@ from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
 from beit3_ds.cluster.launch.terminal import Terminal
 from beit3_ds.config import ConfigError, RunConfig, check_layout, fits_layout, load_run_config
 from beit3_ds.printing import printable
+from beit3_ds.writer_lock import WriterLock
 
 _STEP = re.compile(r"step-(\d+)")
 _ATTEMPT = re.compile("attempt_([0-9]+)")
@@ -75,7 +76,8 @@ def launch(options: LaunchOptions) -> int:
         saved; 2 if a rank failed because of a user's mistake; 1 after any other failure.
 
     Raises:
-        ConfigError: if the run cannot work; it is raised before any process starts.
+        ConfigError: if the run cannot work, or another launch writes into the log folder; it is raised before any
+            process starts.
     """
     hostfile = read_hostfile(options.hostfile)
     config = load_run_config(options.config, options.changes)
@@ -95,7 +97,13 @@ def launch(options: LaunchOptions) -> int:
         raise ConfigError(
             f"the log folder {log_dir} cannot be created: {error.strerror}. Name one that all hosts share: --log-dir."
         ) from None
-    return asyncio.run(_Launch(options, config, hostfile, environment, log_dir).run())
+    run = _Launch(options, config, hostfile, environment, log_dir)
+    command = f"beit3 launch {options.hostfile} {options.config}"  # without values of --env, which may be secrets
+    way_out = "name another log folder with --log-dir"
+    with WriterLock(
+        log_dir / "launch.lock", f"the log folder {log_dir}", way_out, command=command, is_stopping=run.is_stopping
+    ):
+        return asyncio.run(run.run())
 
 
 class _Launch:
@@ -114,6 +122,9 @@ class _Launch:
         self._stop_signals = LauncherStopSignals(self._terminal)
         self._attempt_hostfile = log_dir / "hostfile"
         """Hostfile of the last attempt, which is as old as the attempt."""
+
+    def is_stopping(self) -> bool:
+        return self._stop_signals.first is not None
 
     async def run(self) -> int:
         self._stop_signals.handle()

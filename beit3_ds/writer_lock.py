@@ -1,0 +1,328 @@
+"""Lets one process at a time write a folder or a file, on one host or on several with shared storage."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import shlex
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from beit3_ds.config import ConfigError
+from beit3_ds.printing import printable
+from beit3_ds.storage_error import StorageError
+from beit3_ds.untrusted_json import check_count, check_object, check_text, parse_untrusted_json
+
+WAIT_SECONDS = 120.0
+"""Longest wait for a holder that stops or gives no sign of life; an NFS server keeps a crashed host's lock for 90 s."""
+SILENT_SECONDS = 8.0
+"""Seconds without a sign of life after which a holder counts as gone, where the lock itself cannot tell. An NFS client
+may show a new time of a file several seconds late."""
+_BEAT_SECONDS = 1.0
+_POLL_SECONDS = 0.2
+_NOTICE_SECONDS = 0.6  # before the first message of a wait: until then a new holder has written its name
+_MOST_BYTES = 4096
+_LONGEST_COMMAND = 200
+_HOLDER, _WAITING = 0, 1  # bytes of the file that the holder and the waiting processes lock
+_HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class WaitStoppedError(Exception):
+    """Reports that a process received a stop signal while it waited for another one to release a lock."""
+
+
+class Holder(NamedTuple):
+    """Describes the process that holds a lock, as written in the lock's file."""
+
+    host: str
+    pid: int
+    since: str
+    """Local time at which the process took the lock."""
+    command: str
+    boot: str
+    """Identifier of the running kernel; locks of two processes under one kernel always exclude each other."""
+    is_stopping: bool
+    """Whether the process has received a stop signal and will end soon."""
+
+    def describe(self) -> str:
+        """Returns the holder in words, printable and of bounded length."""
+        command = printable(self.command, _LONGEST_COMMAND)
+        return f"process {self.pid} on host {printable(self.host, 100)} ({command}), since {printable(self.since, 40)}"
+
+
+def _never() -> bool:
+    return False
+
+
+class WriterLock:
+    """Holds the only right to write a folder or a file during a `with` block.
+
+    The lock is a POSIX record lock (fcntl) on a small file, which names the holder and is deleted after the block. The
+    kernel releases the lock however the process ends, and an NFS server once a host has crashed. Other kinds of locks
+    (flock, locks of an open file description) are inherited by forked processes: a data worker that outlives its killed
+    rank would keep them. A POSIX lock belongs to one process, which loses it if it closes the file a second time, so no
+    other code may open the file.
+
+    A thread of the holder sets the file's time every second. A process that finds the lock taken therefore knows
+    whether the holder is alive: if so, it is refused at once; if not, it waits for the lock. Where a file system has no
+    locks, this sign of life alone tells whether there is a holder.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        target: str,
+        way_out: str,
+        *,
+        command: str | None = None,
+        is_stopping: Callable[[], bool] = _never,
+    ) -> None:
+        """Stores the arguments; entering the `with` block takes the lock.
+
+        Args:
+            path: the lock's file; its folder must exist.
+            target: what the lock protects, such as "training.output_dir=runs/a", for messages.
+            way_out: what a refused user can do, such as "choose another training.output_dir".
+            command: what the process does, for the message that another process prints; None takes its command line.
+            is_stopping: returns whether this process was asked to stop. It then ends a wait for the lock; a holder
+                writes it into the file, so that the next process waits.
+        """
+        self.path, self._target, self._way_out, self._is_stopping = path, target, way_out, is_stopping
+        self._own = Holder(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            command=printable(_command_line() if command is None else command, _LONGEST_COMMAND),
+            boot=_read_boot_id(),
+            is_stopping=False,
+        )
+        self._file = -1
+        self._written: Holder | None = None
+        self._contended_at = -math.inf
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="writer lock", daemon=True)
+
+    def __enter__(self) -> "WriterLock":
+        """Takes the lock.
+
+        Raises:
+            ConfigError: if a living process holds it (the message names host and process), or its file cannot be used.
+            StorageError: if a holder that stops or gives no sign of life does not release it within `WAIT_SECONDS`.
+            WaitStoppedError: if a stop signal ends the wait for a holder that stops or gives no sign of life.
+        """
+        try:
+            self._acquire()
+        except BaseException as error:
+            self._close()
+            if not isinstance(error, OSError):
+                raise
+            raise ConfigError(
+                f"{self._target}: the lock {self.path} cannot be taken: {error.strerror or error}. If no other process "
+                f"writes there, delete that file; else {self._way_out}."
+            ) from None
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Deletes the file and releases the lock."""
+        self._over.set()
+        self._thread.join(_BEAT_SECONDS)
+        if self._thread.is_alive():
+            return  # its storage hangs; the kernel releases the lock when this process ends
+        with contextlib.suppress(OSError):
+            if self._is_current():
+                self.path.unlink()
+        self._close()
+
+    def contended_at(self) -> float:
+        """Returns when another process was last seen to ask for this lock, on the monotonic clock; else -inf."""
+        return self._contended_at
+
+    def _acquire(self) -> None:
+        began = time.monotonic()
+        first_beat, changed_at, is_noticed = None, began, False
+        is_locked: bool | None = None
+        self._file = self._open()
+        while True:
+            is_locked = is_locked or _try_lock(self._file, _HOLDER, fcntl.LOCK_EX)
+            if not self._is_current():  # its holder has just deleted it
+                self._close()
+                self._file, is_locked, first_beat = self._open(), None, None
+                continue
+            if is_locked is False:
+                _try_lock(self._file, _WAITING, fcntl.LOCK_SH)  # for `contended_at` of the holder
+            holder, beat, is_empty = self._look()
+            # A lock that was taken proves nothing about another kernel if the file system keeps locks to one host.
+            if (is_locked is not False and is_empty) or (is_locked and holder and holder.boot == self._own.boot):
+                break
+            now = time.monotonic()
+            if first_beat is None:
+                first_beat, changed_at = beat, now
+            is_alive, is_leaving = beat != first_beat, holder is not None and holder.is_stopping
+            if is_alive and not is_leaving:
+                raise self._refusal(holder)
+            if is_alive:
+                first_beat, changed_at = beat, now
+            if is_locked is not False and now - changed_at >= SILENT_SECONDS:
+                break
+            if now - began >= WAIT_SECONDS:
+                raise StorageError(
+                    f"{self._target} is in use by {_describe(holder)}: the lock {self.path} was not released within "
+                    f"{WAIT_SECONDS:.0f} s. If that process hangs, end it; then start the same command again."
+                )
+            if not is_noticed and now - began >= _NOTICE_SECONDS:
+                is_noticed = True
+                print(
+                    f"waiting for {self._target}, which is in use by {_describe(holder)}", file=sys.stderr, flush=True
+                )
+            if self._is_stopping():
+                raise WaitStoppedError(f"stopped while waiting for {self._target}, in use by {_describe(holder)}")
+            time.sleep(_POLL_SECONDS)
+        self._write_name(shares_no_locks=is_locked is None)
+
+    def _write_name(self, *, shares_no_locks: bool) -> None:
+        with contextlib.suppress(OSError):  # of a full disk; the thread tries again
+            self._write(self._own)
+        if not shares_no_locks:
+            return
+        print(
+            f"WARNING: the file system of {self.path} has no locks. Another process that writes there is recognised by "
+            "that file's time alone, and only if it does not start at the same moment.",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(2 * _BEAT_SECONDS)  # of two that start at the same moment, the one that wrote last goes on
+        holder, _, _ = self._look()
+        if holder is not None and holder != self._own:
+            raise self._refusal(holder)
+
+    def _open(self) -> int:
+        """Opens the file, or creates it, without following a link or waiting for a pipe.
+
+        Raises:
+            OSError: if it cannot be opened for writing, or is not a regular file.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            _check_regular(self.path.lstat())  # before it is opened, which a device may notice
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(self.path, flags, 0o666)
+        try:
+            _check_regular(os.fstat(file))
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
+    def _is_current(self) -> bool:
+        """Returns whether the open file still has its name."""
+        try:
+            return os.path.samestat(os.fstat(self._file), os.stat(self.path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def _look(self) -> tuple[Holder | None, int, bool]:
+        """Returns the holder that the file names, the time of its last sign of life, and whether the file is empty.
+
+        Reads through the open file, because closing a second one would release this process's locks.
+        """
+        text = os.pread(self._file, _MOST_BYTES, 0)
+        return _parse_holder(text), os.fstat(self._file).st_mtime_ns, not text
+
+    def _write(self, holder: Holder) -> None:
+        text = json.dumps(holder._asdict()).encode()
+        os.pwrite(self._file, text, 0)
+        os.ftruncate(self._file, len(text))
+        self._written = holder
+
+    def _beat(self) -> None:
+        while not self._over.wait(_BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                self._look_for_others()
+                os.utime(self._file)  # others end soon after it
+                self._look_for_others()
+                current = self._own._replace(is_stopping=bool(self._is_stopping()))
+                if current != self._written:
+                    self._write(current)
+
+    def _look_for_others(self) -> None:
+        if _try_lock(self._file, _WAITING, fcntl.LOCK_EX) is False:
+            self._contended_at = time.monotonic()
+        else:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _WAITING)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _refusal(self, holder: Holder | None) -> ConfigError:
+        return ConfigError(
+            f"{self._target} is in use by {_describe(holder)}. Wait for its end, end it, or {self._way_out}."
+        )
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+
+
+def _command_line() -> str:
+    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+
+
+def _describe(holder: Holder | None) -> str:
+    return "another process, which has not written its name" if holder is None else holder.describe()
+
+
+def _parse_holder(text: bytes) -> Holder | None:
+    try:
+        fields = check_object(parse_untrusted_json(text))
+        return Holder(
+            host=check_text(fields["host"]),
+            pid=check_count(fields["pid"]),
+            since=check_text(fields["since"]),
+            command=check_text(fields["command"]),
+            boot=check_text(fields["boot"]),
+            is_stopping=fields["is_stopping"] is True,
+        )
+    except (ValueError, KeyError):
+        return None
+
+
+def _try_lock(file: int, byte: int, kind: int) -> bool | None:
+    """Locks a byte of a file without waiting.
+
+    Returns:
+        True if this process has the lock now; False if another one has it; None if the file system has no locks.
+
+    Raises:
+        OSError: if the file system fails otherwise.
+    """
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, byte)
+    except OSError as error:
+        if error.errno in _HELD_ELSEWHERE:
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _read_boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
