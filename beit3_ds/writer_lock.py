@@ -70,8 +70,8 @@ class WriterLock:
     The lock is a POSIX record lock (fcntl) on a small file, which names the holder and is deleted after the block. The
     kernel releases the lock however the process ends, and an NFS server once a host has crashed. Other kinds of locks
     (flock, locks of an open file description) are inherited by forked processes: a data worker that outlives its killed
-    rank would keep them. A POSIX lock belongs to one process, which loses it if it closes the file a second time, so no
-    other code may open the file.
+    rank would keep them. A process loses a POSIX lock if any of its code opens and closes the file; the thread below
+    takes it again within a second.
 
     A thread of the holder sets the file's time every second. A process that finds the lock taken therefore knows
     whether the holder is alive: if so, it is refused at once; if not, it waits for the lock. Where a file system has no
@@ -86,6 +86,7 @@ class WriterLock:
         *,
         command: str | None = None,
         is_stopping: Callable[[], bool] = _never,
+        end: Callable[[int], None] = os._exit,
     ) -> None:
         """Stores the arguments; entering the `with` block takes the lock.
 
@@ -96,8 +97,10 @@ class WriterLock:
             command: what the process does, for the message that another process prints; None takes its command line.
             is_stopping: returns whether this process was asked to stop. It then ends a wait for the lock; a holder
                 writes it into the file, so that the next process waits.
+            end: ends this process at once, with an exit status, if another process has taken the lock from it.
         """
         self.path, self._target, self._way_out, self._is_stopping = path, target, way_out, is_stopping
+        self._end = end
         self._own = Holder(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -142,7 +145,7 @@ class WriterLock:
         if self._thread.is_alive():
             return  # its storage hangs; the kernel releases the lock when this process ends
         with contextlib.suppress(OSError):
-            if self._is_current():
+            if self._is_current() and not self._is_named_for_another(self._look()[0]):
                 self.path.unlink()
         self._close()
 
@@ -249,12 +252,31 @@ class WriterLock:
     def _beat(self) -> None:
         while not self._over.wait(_BEAT_SECONDS):
             with contextlib.suppress(OSError):
+                self._check_is_held()
                 self._look_for_others()
                 os.utime(self._file)  # others end soon after it
                 self._look_for_others()
                 current = self._own._replace(is_stopping=bool(self._is_stopping()))
                 if current != self._written:
                     self._write(current)
+
+    def _check_is_held(self) -> None:
+        """Takes the lock again, which changes nothing if this process has it; ends this process if another has it.
+
+        A server gives the lock away if this host was cut off from it for longer than a lease.
+        """
+        is_locked, (holder, _, _) = _try_lock(self._file, _HOLDER, fcntl.LOCK_EX), self._look()
+        if is_locked is False or self._is_named_for_another(holder):
+            print(
+                f"error: {self._target} is now in use by {_describe(holder)}, because this process (host "
+                f"{self._own.host}) was cut off from it; this process ends without a further write",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._end(1)
+
+    def _is_named_for_another(self, holder: Holder | None) -> bool:
+        return self._written is not None and holder is not None and holder != self._written
 
     def _look_for_others(self) -> None:
         if _try_lock(self._file, _WAITING, fcntl.LOCK_EX) is False:

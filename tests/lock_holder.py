@@ -1,0 +1,27 @@
+"""Holds a `WriterLock` until its standard input ends or it is killed; tests start it as a process of its own."""
+
+import os
+import select
+import sys
+import threading
+from pathlib import Path
+
+from beit3_ds.writer_lock import WriterLock
+
+
+def main(path: str, what: str) -> None:
+    """Prints "held", then "contended" if another process asks for the lock; `what` is an extra of a test."""
+    stopping = threading.Event()
+    with WriterLock(Path(path), "the folder", "choose another", is_stopping=stopping.is_set) as lock:
+        if what == "with a worker" and os.fork() == 0:
+            select.select([sys.stdin], [], [])
+            os._exit(0)
+        print("held", flush=True)
+        if what == "stopping":
+            stopping.set()
+        sys.stdin.read()
+        print("contended" if lock.contended_at() > 0 else "never contended", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
