@@ -3,6 +3,10 @@
 `beit3 evaluate` does the same in one process. Metrics are the same on any number of ranks.
 """
 
+import beit3_ds.runtime.checked_environment  # noqa: F401
+
+# isort: split
+
 import argparse
 import functools
 import json

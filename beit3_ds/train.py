@@ -3,6 +3,10 @@
 This module connects the packages in the order in which data flows.
 """
 
+import beit3_ds.runtime.checked_environment  # noqa: F401
+
+# isort: split
+
 import functools
 import os
 import sys

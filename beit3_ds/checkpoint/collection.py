@@ -101,7 +101,11 @@ class CheckpointCollection:
                 print(f"WARNING: {self.root} is gone, with the checkpoints in it; it is created again", flush=True)
             temporary.mkdir(parents=True)
         self._existed = True
-        sync_folder(self.root.parent)
+        try:
+            sync_folder(self.root.parent)
+        except OSError:
+            temporary.rmdir()
+            raise
         return temporary
 
     def temporary_path(self, step: int) -> Path:

@@ -21,8 +21,16 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.atomic_file import bounded_name
     from beit3_ds.config import load_run_config
     from beit3_ds.data import read_training_lines
-    from beit3_ds.tokenizers import TextTokenizer, train_text_tokenizer
-    from beit3_ds.tokenizers.recipe import check_can_be_written, describe_trained, is_trained, save_recipe, text_recipe
+    from beit3_ds.storage_error import StorageError
+    from beit3_ds.tokenizers import TextTokenizer
+    from beit3_ds.tokenizers.recipe import (
+        check_can_be_written,
+        describe_trained,
+        is_trained,
+        save_with_recipe,
+        text_recipe,
+    )
+    from beit3_ds.tokenizers.text import train_sentencepiece_model
     from beit3_ds.writer_lock import WriterLock
 
     config = load_run_config(options.config, options.set)
@@ -46,7 +54,14 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
             print(describe_trained("tokenizers.text", path))
             return 0
         lines = read_training_lines(config.data)
-        tokenizer = train_text_tokenizer(config.tokenizers.text, lines, config.training.seed)
-        save_recipe(path, recipe)
+        model = train_sentencepiece_model(config.tokenizers.text, lines, config.training.seed)
+        try:
+            save_with_recipe(path, model, recipe)
+        except OSError as error:
+            raise StorageError(
+                f"tokenizers.text.path={path} cannot be written: {error}. Make room or fix the folder, then start the "
+                "same command again."
+            ) from error
+    tokenizer = TextTokenizer(path)
     print(f"wrote {path}: {tokenizer.vocab_size} ids, <mask> is {tokenizer.mask_id}")
     return 0

@@ -7,6 +7,7 @@ settings.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,20 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} from {before[key]!r} to {now[key]!r}" for key in changed)
 
 
-def save_recipe(path: str | Path, recipe: Recipe) -> None:
-    """Records the recipe of a finished tokenizer in `PATH.recipe.json`."""
-    content = {"sha256": _digest(Path(path)), "recipe": recipe}
-    with atomic_write(_recipe_path(path)) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+def save_with_recipe(path: str | Path, content: bytes, recipe: Recipe) -> None:
+    """Writes a finished tokenizer, and its recipe to `PATH.recipe.json`; creates their folder.
+
+    Raises:
+        OSError: if one of the two cannot be written; then neither replaces an older file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "recipe": recipe}
+    with atomic_write(path) as file, atomic_write(_recipe_path(path)) as recipe_file:
+        recipe_file.write((json.dumps(record, indent=2) + "\n").encode())
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # before the recipe gets its name
 
 
 def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Callable[[], Recipe]) -> bool:

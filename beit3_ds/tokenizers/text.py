@@ -176,10 +176,19 @@ def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
 
 
 def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> TextTokenizer:
-    """Trains a SentencePiece unigram model (Kudo, 2018, arXiv:1804.10959) and writes the model to `config.path`.
+    """Trains a SentencePiece model and writes it to `config.path`, without a recipe (`train_sentencepiece_model`)."""
+    path, model = Path(config.path), train_sentencepiece_model(config, lines, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(model)
+    return TextTokenizer(path)
+
+
+def train_sentencepiece_model(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> bytes:
+    """Trains a SentencePiece unigram model (Kudo, 2018, arXiv:1804.10959) and returns the content of its file.
 
     Args:
-        config: path, number of pieces, character coverage, and maximum number of training sentences.
+        config: number of pieces, character coverage, and maximum number of training sentences.
         lines: lines of the training corpus; blank lines are skipped.
         seed: seed for drawing `config.max_sentences` lines from a larger corpus.
 
@@ -203,11 +212,7 @@ def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed
         )
     except (RuntimeError, OSError) as error:
         raise ConfigError(_explain_training_error(str(error), config)) from None
-    path = Path(config.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(model.getvalue())
-    return TextTokenizer(path)
+    return model.getvalue()
 
 
 def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:

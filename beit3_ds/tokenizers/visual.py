@@ -103,13 +103,17 @@ def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(serialize_visual_tokenizer(tokenizer))
+
+
+def serialize_visual_tokenizer(tokenizer: VisualTokenizer) -> bytes:
+    """Returns the content of a tokenizer's file (`save_visual_tokenizer`)."""
     description = {"config": dataclasses.asdict(tokenizer.config), "teacher_width": tokenizer.teacher_width}
     description["teacher"] = tokenizer.teacher_description
     tensors = {name: value.contiguous() for name, value in tokenizer.state_dict().items()}
     # Written as bytes, because only the owner can read a file that safetensors creates.
-    content = safetensors.torch.save(tensors, metadata={_METADATA_KEY: json.dumps(description)})
-    with atomic_write(path) as file:
-        file.write(content)
+    return safetensors.torch.save(tensors, metadata={_METADATA_KEY: json.dumps(description)})
 
 
 def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:

@@ -118,10 +118,12 @@ def check_fault(root: Path, keep: int, new: int, fault: Fault, inject: Callable[
 
     Whatever happens, `latest` names a whole checkpoint: the newest, or the one before while that one is being written.
     """
-    run = SmallRun(root, keep)
+    run, before = SmallRun(root, keep), set(root.glob(".writing-*"))
     inject(fault)
     errors = run.save(new)
     inject(Fault("none", -1))
+    if errors not in ([], [None]) and fault.kind == "error" and fault.names[fault.at] not in ("unlink", "rmdir"):
+        assert set(root.glob(".writing-*")) <= before, "a save that failed has left its files on the full disk"
     found = SmallRun(root).resume()
     assert found in (new - 1, new)
     latest = (root / "latest").read_text().strip()

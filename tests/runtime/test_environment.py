@@ -46,3 +46,15 @@ def test_commands_answer_at_once() -> None:
     done = subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "gpu"}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: environment: DS_ACCELERATOR='gpu' is none of DeepSpeed's: cuda, cpu")
+
+
+@pytest.mark.parametrize("module", ["beit3_ds.train", "beit3_ds.evaluate"])
+def test_a_program_ends_in_one_line_before_deepspeed_is_imported(module: str) -> None:
+    """DeepSpeed raises at its import, before the program could handle that."""
+    environment = os.environ | {"DS_ACCELERATOR": "abc", "RANK": "3"}
+    ended = subprocess.run(
+        [sys.executable, "-m", module, "config.json"], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error on rank 3: environment: DS_ACCELERATOR='abc' is none of DeepSpeed's: cuda, cpu, ")

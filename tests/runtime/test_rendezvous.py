@@ -1,6 +1,8 @@
 """Tests that ranks that do not meet report the reason in time."""
 
 import contextlib
+import json
+import math
 import queue
 import socket
 import threading
@@ -13,6 +15,7 @@ import pytest
 
 from beit3_ds.config import ConfigError
 from beit3_ds.runtime import rendezvous
+from beit3_ds.runtime.keyed_store import KeyedStore
 from beit3_ds.runtime.launch_environment import Launch
 from beit3_ds.runtime.rendezvous import Rendezvous, find_differences
 
@@ -181,3 +184,35 @@ def test_another_secret_is_named() -> None:
         with meeting, pytest.raises(ConfigError, match=r"has another secret than this rank.*BEIT3_SECRET_FILE=FILE"):
             meeting.meet()
         assert "rank 1 of 2 did not come within 4 s" in first.result()
+
+
+def test_ranks_of_a_refused_start_get_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts with one port and one secret: rank 0 of the other one is refused, its rank 1 comes here first."""
+    monkeypatch.setattr(rendezvous, "_CONTENDER_SECONDS", 0.5)
+    port, together, contended = free_port(), threading.Barrier(2), [-math.inf]
+
+    class Foreign(Rendezvous):
+        """Sends its values until its launcher ends it."""
+
+        def _receive_answer(self, base: Any, own: Any) -> Any:
+            invitation = KeyedStore(base, SECRET)
+            while not base.check(["challenge"]):
+                time.sleep(0.01)
+            store = KeyedStore(base, self._derive_key("challenge", invitation.get("challenge").decode()))
+            contended[0] = time.monotonic()
+            store.set("rank/1", json.dumps(own))
+            raise ConfigError("ended")
+
+    def begin() -> str:
+        with Rendezvous(launch(0, 2, port), 60, SECRET, contended_at=lambda: contended[0]) as meeting:
+            meeting.meet()
+            together.wait(60)
+        return "met"
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(begin)
+        with Foreign(launch(1, 2, port), 60, SECRET) as foreign, pytest.raises(ConfigError, match="ended"):
+            foreign.meet()
+        time.sleep(0.3)  # rank 0 has the values of all ranks
+        assert meet(launch(1, 2, port), 20, together) == "met"
+        assert first.result() == "met"

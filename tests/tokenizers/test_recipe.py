@@ -1,7 +1,11 @@
 """Tests that a finished tokenizer is neither retrained nor overwritten without `--force`."""
 
 import dataclasses
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from beit3_ds.cli import main as cli
 from beit3_ds.config import ConfigError, build_run_config
 from beit3_ds.tasks.visual_tokenizer.config import VisualTokenizerSettings
 from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer
-from beit3_ds.tokenizers.recipe import Recipe, is_trained, save_recipe, visual_recipe
+from beit3_ds.tokenizers.recipe import Recipe, is_trained, save_with_recipe, visual_recipe
 from tests.run_config import small_run_mapping, visual_tokenizer_mapping
 
 
@@ -58,6 +62,45 @@ def test_finished_text_tokenizer_is_kept(
     assert run(mapping, tmp_path, "train-text-tokenizer") == 0
 
 
+@pytest.mark.parametrize("failing", [1, 2])  # the write of the probe comes before
+def test_a_full_disk_keeps_the_old_tokenizer_with_its_recipe(
+    failing: int,
+    mapping: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a new tokenizer beside the recipe of the old one, and leftovers."""
+    assert run(mapping, tmp_path, "train-text-tokenizer") == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("text*")}
+    assert len(before) == 2
+    mapping["beit3_ds"]["tokenizers"]["text"]["vocab_size"] = 20
+    calls: list[int] = []
+
+    def sync(file: int) -> None:
+        calls.append(file)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    assert run(mapping, tmp_path, "train-text-tokenizer", "--force") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: tokenizers.text.path=") and "No space left on device (no file was replaced)" in line
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*text*")} == before
+    assert run(mapping, tmp_path, "train-text-tokenizer", "--force") == 0
+
+
+def test_two_trainings_of_one_text_tokenizer_exclude_each_other(
+    mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "tests.lock_holder", str(tmp_path / "text.spm.lock"), ""]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert run(mapping, tmp_path, "train-text-tokenizer") == 2
+    assert f"text.spm is in use by process {holder.pid} on host " in capsys.readouterr().err
+    assert not (tmp_path / "text.spm").exists()
+
+
 def test_copied_visual_tokenizer_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a second training, which would take minutes and end with another file."""
     mapping = visual_tokenizer_mapping(tmp_path)
@@ -86,12 +129,11 @@ def test_first_versions_form_of_a_recipe_is_known(tmp_path: Path) -> None:
     mapping = visual_tokenizer_mapping(tmp_path)
     mapping["beit3_ds"]["data"]["images"] |= {"train": ["photos.tar", "pairs.tar"]}
     recipe, path = visual_tokenizer_recipe(mapping), tmp_path / "visual.safetensors"
-    path.touch()
     # As that version wrote it: with every key of a source, set or not, in two streams whose weights had no meaning.
     named = {name: {"path": name, "format": None, "images": "", "weight": None} for name in ("photos.tar", "pairs.tar")}
     named["photos.tar"]["weight"] = 2.0
     of_pairs = [named["photos.tar"], named["pairs.tar"]]
-    save_recipe(path, recipe | {"images.train": [named["photos.tar"]], "pairs.train": of_pairs})
+    save_with_recipe(path, b"", recipe | {"images.train": [named["photos.tar"]], "pairs.train": of_pairs})
     assert is_trained("tokenizers.visual", path, recipe, dict)
     with pytest.raises(ConfigError, match=r"images\.train from"):
         is_trained("tokenizers.visual", path, recipe | {"images.train": [{"path": "other.tar"}]}, dict)

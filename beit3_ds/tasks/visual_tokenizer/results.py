@@ -12,8 +12,9 @@ from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tasks.visual_tokenizer.code_picture import code_picture_path, write_code_picture
 from beit3_ds.tasks.visual_tokenizer.config import VisualTokenizerSettings
-from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer
-from beit3_ds.tokenizers.recipe import save_recipe, visual_recipe
+from beit3_ds.tokenizers import VisualTokenizer
+from beit3_ds.tokenizers.recipe import save_with_recipe, visual_recipe
+from beit3_ds.tokenizers.visual import serialize_visual_tokenizer
 
 
 def write_tokenizer(
@@ -38,8 +39,7 @@ def write_tokenizer(
     tokenizer.load_state_dict({name: value for name, value in tensors.items() if name != "center"})
     settings = dataclasses.asdict(config.task.load(VisualTokenizerSettings))
     try:
-        save_visual_tokenizer(path, tokenizer)
-        save_recipe(path, visual_recipe(config, settings))
+        save_with_recipe(path, serialize_visual_tokenizer(tokenizer), visual_recipe(config, settings))
     except OSError as error:
         raise StorageError(
             f"the tokenizer {path} cannot be written: {error}. Fix its folder or make room, then start the same "

@@ -1,6 +1,7 @@
 """Tests complete runs, restarts, and refusals before any process starts."""
 
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,3 +80,25 @@ def test_what_cannot_work_is_said_before_anything_starts(launch: Callable[..., L
     assert run.wait() == 2
     assert "999 ranks" in run.printed()  # more than the samples of a step
     assert not list(run.output_dir.glob("logs/attempt_*"))
+
+
+def test_a_second_launch_with_the_same_log_folder_is_refused(launch: Callable[..., Launch], tmp_path: Path) -> None:
+    """Catches launches whose attempts and lines are mixed, and a fight for the folder `attempt_1`."""
+    copy = tmp_path / "run" / "logs" / "attempt_2.bak"
+    copy.mkdir(parents=True)
+    (copy / "rank_0.log").write_text("mine")
+    first = launch([], steps=200)
+    first.wait_until(lambda: "\nstep 1\n" in first.printed())
+    folder = tmp_path / "second"
+    folder.mkdir()
+    second = Launch(folder, "localhost slots=3\n", [], log_dir=str(first.output_dir / "logs"))
+    assert second.process.wait(60) == 2
+    assert f"is in use by process {first.process.pid} on host " in second.printed()
+    assert "name another log folder with --log-dir" in second.printed()
+    first.process.terminate()
+    assert first.wait() == 128 + signal.SIGTERM
+    names = {path.name for path in (first.output_dir / "logs").iterdir()}
+    assert names == {"attempt_1", "attempt_2.bak", "launch.log"}
+    assert (copy / "rank_0.log").read_text() == "mine"
+    assert launch([]).wait() == 0  # at once
+    assert (first.output_dir / "logs" / "attempt_2").is_dir()

@@ -1,0 +1,16 @@
+"""Ends the process after one line if an environment variable has a value with which DeepSpeed cannot be imported.
+
+A program imports this module before all others, because DeepSpeed reads the variable at its import.
+"""
+
+import os
+import sys
+
+from beit3_ds.config import ConfigError
+from beit3_ds.runtime.environment import check_variables
+
+try:
+    check_variables(os.environ)
+except ConfigError as error:
+    print(f"error on rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
