@@ -140,6 +140,8 @@ class WriterLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Deletes the file and releases the lock."""
+        if os.getpid() != self._own.pid:
+            return  # a forked process, which has no lock
         self._over.set()
         self._thread.join(_BEAT_SECONDS)
         if self._thread.is_alive():
