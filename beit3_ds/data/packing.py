@@ -1,7 +1,5 @@
 """Packs the inputs of samples into one micro-batch; used by all tasks."""
 
-# B images, with and without captions; N patches per image.
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,12 +33,12 @@ def pack_inputs(
 
     Args:
         num_images: number of images without captions.
-        pixels: all images, (B, 3, image_size, image_size), first those without captions (`stack_views`); None if this
-            pipeline stage needs no pixels.
-        num_patches: number of patches per image, N.
+        pixels: all images, (images, 3, image_size, image_size), first those without captions (`stack_views`); None if
+            this pipeline stage needs no pixels.
+        num_patches: number of patches per image.
         captions: token ids of the caption of each pair, BOS and EOS included.
         texts: token ids of each text, BOS and EOS included.
-        patch_mask: True for patches that the mask token replaces, (B, N) bool; None masks no patches.
+        patch_mask: True for patches that the mask token replaces, (images, patches) bool; None masks no patches.
         drop_path: value of `PackedBatch.drop_path`, with rows in the order images, pairs, texts.
         sample_names: value of `PackedBatch.sample_names`, in the same order.
         sources: value of `PackedBatch.sources`.
@@ -62,7 +60,7 @@ def pack_inputs(
 
 
 def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
-    """Stacks images into one tensor, (B, 3, size, size) float32; B is 0 if there are no images."""
+    """Stacks images into one tensor, (images, 3, size, size) float32; also for 0 images."""
     return torch.stack(list(views)) if views else torch.empty(0, 3, size, size)
 
 

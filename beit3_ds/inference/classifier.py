@@ -20,7 +20,7 @@ from beit3_ds.tokenizers import TextTokenizer
 from beit3_ds.weights.reader import OpenedWeights, open_weights
 
 LogitsOf = Callable[[Sequence[ImageInput], int], Tensor]
-"""Function that returns the logits of images, (I, C), computed in batches of the given size."""
+"""Function that returns the logits of images, (images, classes), computed in batches of the given size."""
 
 _LINEAR = "heads.classes.bias"
 
@@ -81,7 +81,7 @@ class ImageClassifier:
 
     @torch.no_grad()
     def probabilities(self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32) -> Tensor:
-        """Returns the probability of every class for every image, (I, C) float32."""
+        """Returns the probability of every class for every image, (images, classes) float32."""
         return self._logits_of(as_images(images), batch_size).softmax(1)
 
     def __call__(

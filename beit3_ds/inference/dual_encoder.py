@@ -1,7 +1,5 @@
 """Encodes images and texts separately into features that can be compared (paper figure 3, dual encoder)."""
 
-# I images, X texts, D hidden.
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, Unpack
@@ -63,7 +61,7 @@ class DualEncoder:
 
     @torch.no_grad()
     def encode_images(self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32) -> Tensor:
-        """Returns the features of images, (I, D) float32 of length 1.
+        """Returns the features of images, (images, hidden size) float32 of length 1.
 
         Args:
             images: one image or several.
@@ -82,7 +80,7 @@ class DualEncoder:
 
     @torch.no_grad()
     def encode_texts(self, texts: str | Sequence[str], *, batch_size: int = 64) -> Tensor:
-        """Returns the features of texts, (X, D) float32 of length 1.
+        """Returns the features of texts, (texts, hidden size) float32 of length 1.
 
         Args:
             texts: one text or several.
@@ -99,7 +97,7 @@ class DualEncoder:
         return torch.cat([part.rows[TEXT_FEATURES] for part in parts]) if parts else self._nothing()
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> Tensor:
-        """Returns the similarity of every image and every text, (I, X): cosines times the learned factor.
+        """Returns the similarity of every image and every text, (images, texts): cosines times the learned factor.
 
         A softmax over texts gives the probability of each text for an image.
         """

@@ -1,7 +1,5 @@
 """Encodes images, texts, and pairs of both (paper figure 3, without the dual encoder)."""
 
-# I images, X texts, P pairs, N patches per image, L tokens of a text, D hidden.
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self, Unpack
@@ -58,7 +56,7 @@ class VisionEncoder:
 
     @torch.no_grad()
     def __call__(self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32) -> Tensor:
-        """Returns the features of images, (I, 1 + N, D): CLS, then the patches in row order.
+        """Returns the features of images, (images, 1 + patches, hidden size): CLS, then the patches in row order.
 
         Args:
             images: one image or several.
@@ -105,7 +103,7 @@ class LanguageEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: str | Sequence[str], *, batch_size: int = 64) -> list[Tensor]:
-        """Returns the features of each text, (L, D); the first row is BOS, the CLS of a text.
+        """Returns the features of each text, (tokens, hidden size); the first row is BOS, the CLS of a text.
 
         Args:
             texts: one text or several.
@@ -122,9 +120,9 @@ class PairFeatures(NamedTuple):
     """Holds features of images and texts that attended to each other."""
 
     images: Tensor
-    """Features of the images, (P, 1 + N, D): CLS, then the patches in row order."""
+    """Features of the images, (pairs, 1 + patches, hidden size): CLS, then the patches in row order."""
     texts: tuple[Tensor, ...]
-    """Features of each text, (L, D); the first row is BOS."""
+    """Features of each text, (tokens, hidden size); the first row is BOS."""
 
 
 class FusionEncoder:

@@ -13,7 +13,7 @@ from beit3_ds.preprocess import preprocess
 from beit3_ds.tokenizers import TextTokenizer
 
 ImageInput = str | Path | bytes | Image.Image | Tensor
-"""An image: path of a file, its bytes, an image that Pillow has opened, or prepared pixels, (3, s, s) in [-1, 1]."""
+"""An image: path of a file, its bytes, an image that Pillow opened, or prepared pixels, (3, size, size) in [-1, 1]."""
 
 
 @dataclass(frozen=True)

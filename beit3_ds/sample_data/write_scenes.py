@@ -85,7 +85,7 @@ def _save(path: Path, scene: Scene, rng: random.Random, size: int) -> None:
 
 
 def _karpathy_entry(number: int, split: str, place: int, scene: Scene) -> dict[str, Any]:
-    """Describes an image in the form of Karpathy's splits; ids have gaps, as those of COCO."""
+    """Returns an image's JSON object in the format of Karpathy's splits; ids have gaps, like COCO's."""
     captions = scene.captions()
     sentences = [
         {"raw": caption, "tokens": caption.replace(",", "").split(), "imgid": number, "sentid": 5 * number + i}

@@ -28,7 +28,7 @@ class SampleResults:
         """Adds the rows of a batch.
 
         Args:
-            numbers: numbers of the samples in their stream (`SampleKey.index`), (n,) int64.
+            numbers: numbers of the samples in their stream (`SampleKey.index`), (samples,) int64.
             rows: values of these samples, by name; every call must pass the same names.
         """
         assert all(len(values) == len(numbers) for values in rows.values()), "one row per sample"
@@ -60,14 +60,14 @@ class GatheredResults:
     """Holds the results of all samples, sorted by the samples' numbers.
 
     Attributes:
-        numbers: numbers of the samples in their stream, ascending, (n,) int64.
+        numbers: numbers of the samples in their stream, ascending, (samples,) int64.
     """
 
     def __init__(self, numbers: Tensor, rows: Mapping[str, Rows]) -> None:
         """Stores the rows, and checks that no sample has two rows.
 
         Args:
-            numbers: numbers of the samples, ascending, (n,) int64.
+            numbers: numbers of the samples, ascending, (samples,) int64.
             rows: values by name, in the order of `numbers`.
 
         Raises:
@@ -86,7 +86,7 @@ class GatheredResults:
         return len(self.numbers)
 
     def tensor(self, name: str) -> Tensor:
-        """Returns the tensor that was added under a name, (n, ...); (0,) if there are no samples."""
+        """Returns the tensor that was added under a name, (samples, ...); (0,) if there are no samples."""
         found = self._rows.get(name, torch.empty(0))
         assert isinstance(found, Tensor), f"{name} holds strings"
         return found

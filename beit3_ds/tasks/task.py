@@ -197,7 +197,7 @@ class Task(ABC):
 
         Args:
             tensor: the tensor-parallel group; None for a group of this process alone.
-            layers: model chunks of the stage; None for all layers.
+            layers: layers of each model chunk of the stage, as ranges of layer numbers; None for all layers.
         """
         training = self.config.training
         return TaskModel(

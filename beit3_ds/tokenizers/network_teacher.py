@@ -1,7 +1,5 @@
 """Loads pretrained networks as teachers of the visual tokenizer, from timm, open_clip or transformers."""
 
-# B images, N patches of the codes' grid, E features per patch, S pixels on a side of the network's input.
-
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ class _Network:
 
     module: nn.Module
     patch_features: Callable[[Tensor], Tensor]
-    """Function that maps normalised images (B, 3, S, S) to features of every patch (B, N, E)."""
+    """Function that maps normalised images, (images, 3, size, size), to features, (images, patches, features)."""
     stride: int
     """Side length in pixels of the patch that one feature describes."""
     mean: Sequence[float]
@@ -39,7 +37,7 @@ class NetworkTeacher:
     example, a network with patches of 16 px gets images of 224 px for a tokenizer with a 14x14 grid.
 
     Attributes:
-        width: features E per patch.
+        width: number of features per patch.
     """
 
     def __init__(self, network: _Network, grid_size: int, device: torch.device | str) -> None:
@@ -62,10 +60,10 @@ class NetworkTeacher:
         """Returns the features of every patch.
 
         Args:
-            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+            pixels: (images, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            (B, N, E) float32, patches in row-major order.
+            (images, patches, features) float32, patches in row-major order.
         """
         pixels = pixels.float()
         if pixels.shape[-1] != self._image_size:

@@ -1,6 +1,6 @@
 """Defines a teacher of the visual tokenizer that needs no pretrained network: gradients and colours of patches."""
 
-# B images, N patches per image, G patches on a side, S pixels on a side, E features per patch, c channels.
+# B images, N patches per image, G patches on a side, S pixels on a side, E features per patch.
 
 import math
 
@@ -33,7 +33,7 @@ class OrientedGradients:
         patch_size: pixels on a side of a patch; even.
 
     Attributes:
-        width: features E per patch.
+        width: number of features per patch.
 
     Raises:
         ConfigError: if `patch_size` is odd.
@@ -56,10 +56,10 @@ class OrientedGradients:
         """Returns the features of every patch.
 
         Args:
-            pixels: (B, 3, S, S) float in [-1, 1]; `patch_size` divides S.
+            pixels: (images, 3, size, size) float in [-1, 1]; `patch_size` divides the size.
 
         Returns:
-            (B, N, E) float32, patches in row-major order.
+            (images, patches, features) float32, patches in row-major order.
         """
         pixels = pixels.float()
         cell_colors = F.avg_pool2d(pixels, self.patch_size // _CELLS)
@@ -71,7 +71,7 @@ class OrientedGradients:
 
 
 def _orientation_votes(pixels: Tensor) -> Tensor:
-    """Divides each pixel's gradient magnitude between the two nearest of 9 orientations: (B, 9, S, S).
+    """Divides each pixel's gradient magnitude between the two nearest of 9 orientations: (images, 9, size, size).
 
     Gradients are central differences, taken from the colour channel with the strongest gradient. The sign of the
     direction is dropped, so a contour and its negative give equal votes.
@@ -92,7 +92,7 @@ def _orientation_votes(pixels: Tensor) -> Tensor:
 
 
 def _neighborhood(features: Tensor) -> Tensor:
-    """Averages features over the 3 x 3 patches with each patch in their centre: (B, c, G, G) -> (B, c, G, G)."""
+    """Averages features over the 3 x 3 patches around each patch; keeps the shape (images, channels, grid, grid)."""
     margin = _NEIGHBORHOOD // 2
     padded = F.pad(features, (margin,) * 4, mode="replicate")
     return F.avg_pool2d(padded, _NEIGHBORHOOD, stride=1)

@@ -21,7 +21,7 @@ class Quantized(NamedTuple):
     """Holds the result of quantizing vectors: the nearest codes, the codes' vectors, and the distances to these."""
 
     vectors: Tensor
-    """Vector of the nearest code for each input, (..., C). Gradients pass unchanged to the input (straight-through)."""
+    """Vector of each input's nearest code, (..., width). Gradients pass to the input unchanged (straight-through)."""
     distance: Tensor
     """Commitment loss per input, (...): mean squared difference from the code vector, without gradients to the code."""
     codes: Tensor
@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Replaces each vector by the nearest of V codes, which are vectors of length 1.
+    """Replaces each vector by the nearest of `codebook_size` codes, which are vectors of length 1.
 
     The codebook is a buffer, so the optimizer does not change it. `start` initialises the codebook with k-means. In
     training mode, each call adds the input vectors to `totals`. Once per optimizer step, `move_codes` moves every code
@@ -37,8 +37,8 @@ class Quantizer(nn.Module):
     batch is divided into calls and ranks. Codebook and totals stay in float32 if the module is cast.
 
     Args:
-        codebook_size: number of codes V.
-        codebook_dim: width C of a code.
+        codebook_size: number of codes.
+        codebook_dim: number of components of a code's vector.
         ema_decay: weight of the old code in an update, in [0, 1].
     """
 
@@ -60,15 +60,15 @@ class Quantizer(nn.Module):
         """Returns the number of the nearest code for each vector.
 
         Args:
-            vectors: (..., C) float32 of length 1.
+            vectors: (..., width) float32 of length 1.
 
         Returns:
-            (...) int64 in [0, V).
+            (...) int64 in [0, codebook_size).
         """
         return _nearest(vectors.flatten(0, -2), self.weight).view(vectors.shape[:-1])
 
     def forward(self, vectors: Tensor) -> Quantized:
-        """Quantizes vectors, (..., C) float32 of length 1; in training mode, also adds the vectors to `totals`."""
+        """Quantizes vectors, (..., width) float32 of length 1; in training mode, also adds the vectors to `totals`."""
         codes = self.nearest(vectors.detach())
         quantized = F.embedding(codes, self.weight)
         if self.training:
@@ -78,7 +78,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, vectors_MC: Tensor) -> None:
-        """Initialises the codebook with cosine k-means over vectors of length 1, (M, C) float32; no communication."""
+        """Initialises the codebook with cosine k-means over unit vectors, (vectors, width) float32; sends nothing."""
         centers_VC = _draw_centers(vectors_MC, self.weight.shape[0])
         counts_V = vectors_MC.new_zeros(len(centers_VC))
         for _ in range(_KMEANS_ROUNDS):
@@ -119,14 +119,14 @@ def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
 
 
 def _totals(vectors_MC: Tensor, codes_M: Tensor, num_codes: int) -> Tensor:
-    """Returns for each code the sum of its vectors and, in the last column, the number of vectors, (V, C + 1)."""
+    """Returns each code's sum of vectors and, in the last column, number of vectors, (codes, width + 1)."""
     ones_M1 = vectors_MC.new_ones(len(vectors_MC), 1)
     totals = vectors_MC.new_zeros(num_codes, vectors_MC.shape[1] + 1)
     return totals.index_add_(0, codes_M, torch.cat([vectors_MC, ones_M1], dim=1))
 
 
 def _mean_directions(totals: Tensor, fallback_VC: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each code's normalised mean vector, (V, C), and number of vectors, (V,).
+    """Returns each code's normalised mean vector, (codes, width), and number of vectors, (codes,).
 
     The mean of a code without vectors is its row of `fallback_VC`.
     """

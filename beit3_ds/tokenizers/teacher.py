@@ -20,10 +20,10 @@ class Teacher(Protocol):
         """Moves the teacher to a device."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Returns the features of the N patches of each of B images, (B, N, width) float32, in row-major order.
+        """Returns the features of every patch of every image, (images, patches, width) float32, in row-major order.
 
         Args:
-            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+            pixels: (images, 3, image_size, image_size) float in [-1, 1].
         """
 
 

@@ -36,7 +36,7 @@ class WordBorders(NamedTuple):
     trailing white space in models that write white space after words."""
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Returns for each id of a consecutive sequence whether the id starts a word, (n,).
+        """Returns for each id of a consecutive sequence whether the id starts a word, (ids,).
 
         An id also starts a word if the previous id ends a word. For the first id, the previous id is unknown.
         """
@@ -99,7 +99,7 @@ class TextTokenizer:
         """Encodes several texts to NumPy arrays, without BOS and EOS; faster than `encode` for many texts.
 
         Returns:
-            The concatenated ids of all texts, (n,) int32, and the number of ids per text, (texts,) int64.
+            The concatenated ids of all texts, (ids,) int32, and the number of ids per text, (texts,) int64.
         """
         encoded = self._sentencepiece.encode(list(texts), return_type="numpy", num_threads=1)
         ids = np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)

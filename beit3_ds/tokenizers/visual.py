@@ -33,7 +33,7 @@ class VisualTokenizer(nn.Module):
 
     Args:
         config: architecture of the tokenizer.
-        teacher_width: number E of the teacher's features per patch.
+        teacher_width: number of the teacher's features per patch.
         teacher_description: description of the teacher, for files and reports.
     """
 
@@ -55,10 +55,10 @@ class VisualTokenizer(nn.Module):
         """Encodes images to codes, in row-major order of the patches; never changes the codebook's state.
 
         Args:
-            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+            pixels: (images, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            (B, N) int64 in [0, codebook_size).
+            (images, patches) int64 in [0, codebook_size).
 
         Raises:
             ValueError: if `pixels` has another shape or is not floating-point.
@@ -76,11 +76,11 @@ class VisualTokenizer(nn.Module):
         """Maps images to one unit vector per patch, which the codebook then quantizes.
 
         Args:
-            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+            pixels: (images, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            (B, N, C) vectors of length 1. They are float32 even if the encoder is bfloat16, because rounding could
-            change the nearest code.
+            (images, patches, width) vectors of length 1. They are float32 even if the encoder is bfloat16, because
+            rounding could change the nearest code.
         """
         features_BND = self.encoder(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
@@ -88,7 +88,7 @@ class VisualTokenizer(nn.Module):
             return F.normalize(vectors_BNC, dim=-1)
 
     def decode(self, vectors_BNC: Tensor) -> Tensor:
-        """Reconstructs the teacher's features, (B, N, E), from code vectors or from the output of `project`."""
+        """Reconstructs the teacher's features, (images, patches, features), from code vectors or `project`'s output."""
         grid = (self.config.grid_size, self.config.grid_size)
         vector_map = vectors_BNC.transpose(1, 2).unflatten(2, grid)  # (B, C, G, G)
         reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))

@@ -4,7 +4,7 @@ The tokenizer's encoder and decoder are both instances of this network. Paramete
 released VQ-KD files.
 """
 
-# B images, C channels, S pixels on a side, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head
+# B images, S pixels on a side, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head
 # dim.
 
 import torch
@@ -24,20 +24,20 @@ class Float32Linear(nn.Linear):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and projects each patch linearly: (B, C, S, S) -> (B, N, D)."""
+    """Cuts images, (images, channels, size, size), into patches; projects them linearly to (images, patches, width)."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Returns the projected patches in row-major order, (B, N, D)."""
+        """Returns the projected patches in row-major order, (images, patches, width)."""
         patches: Tensor = self.proj(image.to(self.proj.weight.dtype))
         return patches.flatten(2).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
-    """Implements multi-head self-attention over the tokens of one image: (B, L, D) -> (B, L, D)."""
+    """Implements multi-head self-attention over the tokens of each image, (images, tokens, width)."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()
@@ -55,7 +55,10 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Applies a linear layer to width 4 * D, GELU, and a linear layer back to D: (B, L, D) -> (B, L, D)."""
+    """Applies a linear layer to 4 times the width, GELU, and a linear layer back to the width.
+
+    Input and output are (images, tokens, width).
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class Mlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Applies pre-norm attention and MLP with residuals: (B, L, D) -> (B, L, D)."""
+    """Applies pre-norm attention and MLP with residuals to tokens, (images, tokens, width)."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()
@@ -85,13 +88,15 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Implements a Vision Transformer with a class token and absolute positions: (B, C, S, S) -> (B, N, D).
+    """Implements a Vision Transformer with a class token and absolute positions.
+
+    It maps (images, channels, size, size) to (images, patches, width).
 
     Args:
-        in_channels: channels C of the input: 3 for pixels, the width of a code for a grid of codes.
-        grid_size: number of patches along one side; N = grid_size**2.
-        patch_size: pixels (or codes) along one side of a patch; S = grid_size * patch_size.
-        hidden_size: width D of a token.
+        in_channels: channels of the input: 3 for pixels, the width of a code for a grid of codes.
+        grid_size: number of patches along one side.
+        patch_size: pixels (or codes) along one side of a patch.
+        hidden_size: width of a token.
         num_layers: number of Transformer blocks.
         num_attention_heads: number of attention heads; must divide `hidden_size`.
     """

@@ -14,7 +14,7 @@ class PlannedTensor(NamedTuple):
     """Describes a tensor to write. It is built only when it is written, so that memory holds one tensor at a time."""
 
     name: str
-    """Name in the file."""
+    """Name of the tensor in the file."""
     dtype: torch.dtype
     """Type of the built tensor."""
     shape: tuple[int, ...]

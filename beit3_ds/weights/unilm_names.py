@@ -26,7 +26,7 @@ TOKENS = {
     "beit3.vision_embed.cls_token": "embeddings.cls_token",
     "beit3.vision_embed.mask_token": "embeddings.mask_token",
 }
-"""Maps the reference's names of two vectors to logical names; they are (1, 1, D) in the reference, and (D,) here."""
+"""Maps the reference's names of two vectors to logical names; (1, 1, hidden size) there, (hidden size,) here."""
 
 _IMAGE_TABLE, _TEXT_TABLE = POSITION_TABLES
 _EMBEDDINGS = {

@@ -1,7 +1,5 @@
 """Augments images: turns one crop into a view for the model and one for the visual tokenizer (paper section 2.3)."""
 
-# s: pixels on a side of a view. h, w: height and width of a crop in pixels.
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ Box = tuple[int, int, int, int]
 
 
 class ViewTransform(Protocol):
-    """Makes two views of one crop, one for the model and one for the tokenizer, each (3, s, s) float32 in [-1, 1]."""
+    """Makes two views of one crop, for the model and the tokenizer, each (3, size, size) float32 in [-1, 1]."""
 
     @property
     def min_side(self) -> int | None:
@@ -181,19 +179,19 @@ def _two_views(crop: Image.Image, image_size: int, tokenizer_image_size: int) ->
     """Resizes one RGB crop for the model (bicubic) and for the visual tokenizer (Lanczos), as BEiT does.
 
     Returns:
-        The model's view and the tokenizer's view, each (3, s, s) uint8.
+        The model's view and the tokenizer's view, each (3, size, size) uint8.
     """
     pixels = image_pixels(crop)
     return resize_pixels(pixels, image_size, "bicubic"), resize_pixels(pixels, tokenizer_image_size, "lanczos")
 
 
 def image_pixels(image: Image.Image) -> Tensor:
-    """Converts an RGB image to a tensor, (3, h, w) uint8."""
+    """Converts an RGB image to a tensor, (3, height, width) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize_pixels(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
-    """Resizes an image, (3, h, w) uint8, to (3, size, size) with antialiasing.
+    """Resizes an image, (3, height, width) uint8, to (3, size, size) with antialiasing.
 
     Values differ from Pillow's result by at most one level. PyTorch needs at most half of Pillow's time.
     """
@@ -208,7 +206,7 @@ def jitter(views: Sequence[Tensor], strength: float, rng: np.random.Generator) -
     views have the same colors.
 
     Args:
-        views: views of one crop, each (3, s, s) float32 in [0, 255].
+        views: views of one crop, each (3, size, size) float32 in [0, 255].
         strength: factors are uniform in [1 - strength, 1 + strength].
         rng: random number generator.
     """
@@ -221,7 +219,7 @@ def jitter(views: Sequence[Tensor], strength: float, rng: np.random.Generator) -
 
 
 def _grey(view: Tensor) -> Tensor:
-    """Converts an RGB view, (3, s, s), to greyscale, (s, s), with the luma weights of ITU-R 601, as Pillow does."""
+    """Converts an RGB view, (3, size, size), to greyscale, (size, size), with ITU-R 601 luma weights, like Pillow."""
     return (view[0] * 0.299).add_(view[1], alpha=0.587).add_(view[2], alpha=0.114)
 
 

@@ -1,7 +1,5 @@
 """Converts an image to the model's input by augmenting or resizing it, for tasks other than pretraining."""
 
-# s pixels on a side of a view.
-
 import dataclasses
 import math
 import re
@@ -31,7 +29,7 @@ _ERASED_ASPECTS = (0.3, 10 / 3)
 
 
 class ImageTransform(Protocol):
-    """Declares the interface of a transform from an image to the model's input, (3, s, s) float32 in [-1, 1]."""
+    """Declares the interface of a transform from an image to the model's input, (3, size, size) float32 in [-1, 1]."""
 
     @property
     def min_side(self) -> int | None:

@@ -68,7 +68,7 @@ class _Candidate(NamedTuple):
     extension: str
     """Extension in lower case."""
     member: TarMember
-    """Offset and size in the tar."""
+    """Offset and size of the member's data in the tar, in bytes."""
 
 
 def _scan(tar: str, with_checksums: bool) -> tuple[dict[str, _Sample], dict[str, Skipped]]:

@@ -38,7 +38,7 @@ class ParagraphCutter:
         """Counts the ids of each paragraph, without the separator (EOS) at its end.
 
         Args:
-            ids: all ids of the paragraphs, (n,).
+            ids: all ids of the paragraphs, (ids,).
             lengths: number of ids per paragraph, (paragraphs,).
 
         Returns:
@@ -53,7 +53,7 @@ class ParagraphCutter:
         """Finds where sentences start inside paragraphs; ignores the first sentence of each paragraph.
 
         Args:
-            ids: all ids of the paragraphs, (n,).
+            ids: all ids of the paragraphs, (ids,).
             lengths: number of ids per paragraph, (paragraphs,).
 
         Returns:
@@ -75,7 +75,7 @@ class ParagraphCutter:
         and a word longer than a sequence is cut where the sequence is full.
 
         Args:
-            ids: all ids of the paragraphs, (n,).
+            ids: all ids of the paragraphs, (ids,).
             lengths: number of ids per paragraph, (paragraphs,).
             limit: maximum ids per sequence.
 

@@ -102,7 +102,7 @@ class TextSequences:
             yield SourceFile(os.path.basename(path), num_bytes, len(sequences))
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Returns the ids of a sequence, BOS and EOS included, (n,) int64."""
+        """Returns the ids of a sequence, BOS and EOS included, (ids,) int64."""
         file = self._file_of(index)
         ids = self._files[file].ids(index - int(self._first_of_file[file]))
         if ids[-1] == self._eos_id:  # the sequence ends with a document

@@ -16,7 +16,7 @@ from beit3_ds.data.text.sentences import ParagraphCutter
 from beit3_ds.tokenizers.text import TextTokenizer
 
 TokenizedParagraphs: TypeAlias = tuple[NDArray[np.generic], NDArray[np.generic]]
-"""Token ids of consecutive paragraphs, (n,) in `token_dtype`, and number of ids per paragraph, (paragraphs,)."""
+"""Token ids of consecutive paragraphs, (ids,) in `token_dtype`, and number of ids per paragraph, (paragraphs,)."""
 
 _CHUNK_PARAGRAPHS = 4096
 _CHUNK_CHARACTERS = 1 << 20

@@ -84,7 +84,7 @@ def predict_split(
 
 
 def smoothed_loss(logits_MV: Tensor, targets_M: Tensor, smoothing: float) -> Tensor:
-    """Returns the training loss of each prediction, (M,) float64: KL(smoothed label || prediction).
+    """Returns the training loss of each prediction, (masked tokens,) float64: KL(smoothed label || prediction).
 
     Args:
         logits_MV: logits of all words.
@@ -101,7 +101,7 @@ def smoothed_loss(logits_MV: Tensor, targets_M: Tensor, smoothing: float) -> Ten
 
 
 def _sums(values_M: Tensor, counts_P: Tensor) -> Tensor:
-    """Sums the values of each caption's masked words, (P,) float64."""
+    """Sums the values of each caption's masked words, (captions,) float64."""
     captions_M = torch.arange(len(counts_P), device=values_M.device).repeat_interleave(counts_P)
     return torch.zeros(len(counts_P), dtype=torch.float64, device=values_M.device).index_add_(0, captions_M, values_M)
 

@@ -1,6 +1,6 @@
 """Defines the head that predicts the words of captions: a masked language modeling head (paper section 3.1)."""
 
-# M rows, one per token to predict; D hidden, V vocabulary.
+# M rows, one per token to predict; D hidden.
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from beit3_ds.model import Head, StepFeatures
 from beit3_ds.parallel import TensorParallel, VocabParallelHead
 
 TARGET_IDS = "target_ids"
-"""Key in `PackedBatch.targets` of the original ids of the masked tokens, (M,) int64."""
+"""Key in `PackedBatch.targets` of the original ids of the masked tokens, (masked tokens,) int64."""
 TOKEN_LOSSES = "loss"
-"""Key in `StepFeatures.rows` of the loss of each masked token, (M,) float32."""
+"""Key in `StepFeatures.rows` of the loss of each masked token, (masked tokens,) float32."""
 CORRECT = "correct"
-"""Key in `StepFeatures.rows` of whether each prediction is right, 0 or 1, (M,) int64."""
+"""Key in `StepFeatures.rows` of whether each prediction is right, 0 or 1, (masked tokens,) int64."""
 
 
 class CaptionHead(Head):
@@ -66,13 +66,13 @@ class CaptionHead(Head):
         predictions, which has no gradient.
 
         Args:
-            h_MD: rows of tokens, (M, D).
+            h_MD: rows of the masked tokens, (masked tokens, hidden size).
             batch: the packed micro-batch, with `TARGET_IDS` if `with_loss`.
             with_loss: True returns the sums, False the logits.
 
         Returns:
-            Without `with_loss`, the logits, (M, V). With `with_loss`, the sums over tokens, or, if `compares_tokens`,
-            `StepFeatures` with `TOKEN_LOSSES` and `CORRECT`.
+            Without `with_loss`, the logits, (masked tokens, vocabulary). With `with_loss`, the sums over tokens, or, if
+            `compares_tokens`, `StepFeatures` with `TOKEN_LOSSES` and `CORRECT`.
         """
         if not with_loss:
             return self.mlm.logits(h_MD)

@@ -1,6 +1,6 @@
 """Packs images with masked captions into one packed micro-batch."""
 
-# P pairs, M masked tokens.
+# M masked tokens.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.samples import CaptionSample
 
 NUMBERS = "sample_numbers"
-"""Key in `PackedBatch.targets` of the number of each sample in its stream, (P,) int64."""
+"""Key in `PackedBatch.targets` of the number of each sample in its stream, (samples,) int64."""
 NUM_MASKED = "num_masked"
-"""Key in `PackedBatch.targets` of the number of masked tokens of each caption, (P,) int64."""
+"""Key in `PackedBatch.targets` of the number of masked tokens of each caption, (captions,) int64."""
 
 
 def pack(

@@ -32,13 +32,13 @@ class CaptionSample:
     number: int
     """Number of the sample in its stream."""
     view: Tensor
-    """Image after augmentation or resizing, (3, s, s) float32 in [-1, 1]."""
+    """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
-    """Token ids of the caption after masking, BOS and EOS included, (n,)."""
+    """Token ids of the caption after masking, BOS and EOS included, (tokens,)."""
     masked_positions: NDArray[np.int64]
-    """Positions of the tokens to predict, ascending, (k,); empty if the image has no caption."""
+    """Positions of the tokens to predict, ascending, (masked tokens,); empty if the image has no caption."""
     target_ids: NDArray[np.int64]
-    """Original token ids at the masked positions, (k,)."""
+    """Original token ids at the masked positions, (masked tokens,)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 The paper classifies by retrieving class names (section 3.2). For that, the task uses `retrieval.head.ContrastiveHead`.
 """
 
-# I images, N patches per image, L = N + 1 rows per image, M = I * N rows of patches, D hidden, C classes.
+# I images, L rows per image (CLS and patches), M rows of the patches of all images, D hidden, C classes.
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class LinearClassHead(Head):
 
         Args:
             config: the model's sizes.
-            num_classes: number of classes, C.
+            num_classes: number of classes.
             tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
         """
         super().__init__()
@@ -46,12 +46,12 @@ class LinearClassHead(Head):
         The first term is the cross entropy. The second term is the number of correct answers; it has no gradient.
 
         Args:
-            h_MD: rows of the patches of all images, (I * N, D).
+            h_MD: rows of the patches of all images, (images * patches, hidden size).
             batch: the packed micro-batch, with `CLASSES` if `with_loss`.
             with_loss: True returns the sums, False the logits.
 
         Returns:
-            The sums over images, or the logits, (I, C) float32.
+            The sums over images, or the logits, (images, classes) float32.
         """
         patches = batch.image_length - 1
         pooled_ID = h_MD.unflatten(0, (batch.num_images, patches)).mean(1)

@@ -1,7 +1,5 @@
 """Mixes pairs of images with mixup or CutMix; one random generator determines the result."""
 
-# S pixels on a side.
-
 import math
 from dataclasses import dataclass
 
@@ -33,7 +31,7 @@ class Mixing:
         """Mixes two images by mixup or CutMix.
 
         Args:
-            own: the image that the other one is mixed into, (3, S, S).
+            own: the image that the other one is mixed into, (3, size, size).
             other: the other image, of the same shape.
             rng: generator of all draws.
 

@@ -1,7 +1,5 @@
 """Packs images and class names into one micro-batch."""
 
-# I images, X texts, Q sequences, L layers.
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -16,14 +14,14 @@ from beit3_ds.tasks.imagenet.head import CLASSES, patch_rows
 from beit3_ds.tasks.imagenet.samples import ClassImage, ClassText
 
 OTHER_CLASSES = "other classes"
-"""Key in `PackedBatch.targets` of the label of the second image of each mixed image, (I,) int64."""
+"""Key in `PackedBatch.targets` of the label of the second image of each mixed image, (images,) int64."""
 SHARES = "shares"
 """Key in `PackedBatch.targets` of the share of the first image in each mixed image, in units of 1 / `mixing.WHOLE`,
-(I,) int64."""
+(images,) int64."""
 NUMBERS = "numbers"
-"""Key in `PackedBatch.targets` of each image's number in its stream, (I,) int64."""
+"""Key in `PackedBatch.targets` of each image's number in its stream, (images,) int64."""
 TEXT_CLASSES = "classes of texts"
-"""Key in `PackedBatch.targets` of the label of each text, (X,) int64."""
+"""Key in `PackedBatch.targets` of the label of each text, (texts,) int64."""
 
 _IMAGES, _TEXTS = 0, 3  # indices into `layout.PARTS`
 
@@ -41,8 +39,8 @@ def pack(
 
     Args:
         samples: images, then class texts. An image may carry the text of its own class (`ClassImage.text`).
-        drop_path: factors of stochastic depth, (Q, L, 2) float32, or None. An image that carries a text has two rows,
-            one after the other.
+        drop_path: factors of stochastic depth, (sequences, layers, 2) float32, or None. An image that carries a text
+            has two rows, one after the other.
         sources: value of `PackedBatch.sources`.
         model: sizes of the model.
         head: head that reads the batch: `linear` reads the patches of images, `names` the first row of each image and

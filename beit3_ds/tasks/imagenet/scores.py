@@ -27,16 +27,16 @@ class ClassScores(NamedTuple):
     """Holds the classification of all images of a split, sorted by the images' numbers."""
 
     numbers: Tensor
-    """Numbers of the images in their stream, ascending, (n,) int64."""
+    """Numbers of the images in their stream, ascending, (images,) int64."""
     labels: Tensor
-    """Labels of the images, (n,) int64."""
+    """Labels of the images, (images,) int64."""
     ranks: Tensor
-    """Rank of each image's own class, (n,) int64: the number of classes with a higher score, or with an equal score and
-    a smaller label."""
+    """Rank of each image's own class, (images,) int64: the number of classes with a higher score, or with an equal
+    score and a smaller label."""
     best: Tensor
-    """Labels of the classes with the highest scores per image, the best first, (n, at most `NUM_SHOWN`) int64."""
+    """Labels of the classes with the highest scores per image, the best first, (images, at most `NUM_SHOWN`) int64."""
     losses: Tensor
-    """Cross entropy of each image over all classes, (n,) float32."""
+    """Cross entropy of each image over all classes, (images,) float32."""
 
     def metrics(self) -> dict[str, float]:
         """Returns mean loss, top-1 and top-5 accuracy and the number of images; empty without images."""
@@ -105,9 +105,9 @@ def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank:
 
 
 def _encode_classes(evaluator: Evaluator, batches: Sequence[PackedBatch], num_classes: int) -> Tensor | None:
-    """Returns the features of all classes, (C, D), on the last stage of a pipeline, and None on the others.
+    """Returns the features of all classes, (classes, features), on the last pipeline stage, and None on the others.
 
-    The data-parallel ranks gather the features: C * D elements.
+    The data-parallel ranks gather the features of all classes.
     """
     outputs = [output for _, output in evaluator.predict(batches)]
     if not evaluator.mesh.pipeline.is_last:

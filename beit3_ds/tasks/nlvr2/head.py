@@ -14,17 +14,17 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 LABELS = "labels"
-"""Key in `PackedBatch.targets` of the labels, (S,) int64: 1 for a true statement, 0 for a false one."""
+"""Key in `PackedBatch.targets` of the labels, (samples,) int64: 1 for a true statement, 0 for a false one."""
 
 
 class StatementHead(Head):
     """Decides whether a statement is true of its two images (paper section 3.1).
 
     Pair 2 i of a batch is the left image of sample i with the statement; pair 2 i + 1 is the right image with the
-    statement. The head concatenates the image's CLS row and the text's BOS row of both pairs, 4 D features. It applies
-    LayerNorm, a linear layer to 2 D, LayerNorm, GELU, and a linear layer to two classes. Every tensor-parallel rank has
-    the whole head and computes the same logits. The batch's head rows are the first rows of its pairs' images and texts
-    (`SequenceLayout.first_rows`).
+    statement. The head concatenates the image's CLS row and the text's BOS row of both pairs, 4 times the hidden size.
+    It applies LayerNorm, a linear layer to 2 times the hidden size, LayerNorm, GELU, and a linear layer to two classes.
+    Every tensor-parallel rank has the whole head and computes the same logits. The batch's head rows are the first rows
+    of its pairs' images and texts (`SequenceLayout.first_rows`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel | None = None) -> None:
@@ -47,12 +47,12 @@ class StatementHead(Head):
         The first term is the cross entropy. The second term is the number of correct answers; it has no gradient.
 
         Args:
-            h_MD: CLS rows of the images of all pairs, then BOS rows of their texts, (2 P, D).
+            h_MD: CLS rows of the images of all pairs, then BOS rows of their texts, (2 * pairs, hidden size).
             batch: the packed micro-batch, with `LABELS` if `with_loss`.
             with_loss: True returns the sums, False the logits.
 
         Returns:
-            The sums over samples, or the logits, (S, 2) float32.
+            The sums over samples, or the logits, (samples, 2) float32.
         """
         assert batch.num_pairs % 2 == 0, f"{batch.num_pairs} pairs, but a sample has two"
         cls_PD, bos_PD = h_MD.tensor_split(2)

@@ -38,7 +38,7 @@ class StatementSample:
     number: int
     """Number of the sample in its stream."""
     views: tuple[Tensor, Tensor]
-    """Left and right image after augmentation or resizing, each (3, s, s) float32 in [-1, 1]."""
+    """Left and right image after augmentation or resizing, each (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
     """Token ids of the statement, BOS and EOS included."""
     label: int

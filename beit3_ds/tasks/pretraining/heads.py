@@ -48,8 +48,8 @@ class MaskedModelingHeads(Head):
         """Returns the sums of cross entropies of the four terms, (4,) float32, or the logits.
 
         Args:
-            h_MD: normalised rows at masked positions, (M, D), in the order: patches of images, patches of pairs, tokens
-                of captions, tokens of texts.
+            h_MD: normalised rows at masked positions, (rows, hidden size), in the order: patches of images, patches of
+                pairs, tokens of captions, tokens of texts.
             batch: the packed micro-batch, with visual codes if `with_loss`.
             with_loss: True returns the sums, False the logits.
         """

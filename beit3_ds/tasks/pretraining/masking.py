@@ -79,7 +79,7 @@ def mask_tokens(
         rng: generator of all draws.
 
     Returns:
-        The corrupted ids, (n,) int64, and the predicted positions, ascending, (k,) int64.
+        The corrupted ids, (n,) int64, and the predicted positions, ascending, (predictions,) int64.
     """
     assert len(ids) >= 2, "a text has BOS and EOS"
     positions = np.sort(1 + rng.choice(len(ids) - 1, _num_masked_tokens(len(ids), ratio), replace=False))
@@ -105,7 +105,7 @@ def mask_words(
         rng: generator of all draws.
 
     Returns:
-        The corrupted ids, (n,) int64, and the predicted positions, ascending, (k,) int64.
+        The corrupted ids, (n,) int64, and the predicted positions, ascending, (predictions,) int64.
     """
     assert len(ids) >= 2, "a text has BOS and EOS"
     begins = words.begins(ids)

@@ -1,8 +1,5 @@
 """Packs masked samples into one packed micro-batch."""
 
-# Q samples, L layers, N patches per image, n tokens of one text, k masked tokens of one text, s pixels on a side of the
-# visual tokenizer's view.
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -30,9 +27,9 @@ class ImageSample:
     model_view: Tensor
     """Crop for the model, (3, image_size, image_size) float32 in [-1, 1]."""
     tokenizer_view: Tensor
-    """Same crop for the visual tokenizer, (3, s, s) float32 in [-1, 1]."""
+    """Same crop for the visual tokenizer, (3, size, size) float32 in [-1, 1]."""
     patch_mask: NDArray[np.bool_]
-    """True for masked patches, (N,)."""
+    """True for masked patches, (patches,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,11 +39,11 @@ class TextSample:
     name: str
     """File and name of the sample, for messages."""
     ids: NDArray[np.int64]
-    """Token ids after masking, BOS and EOS included, (n,)."""
+    """Token ids after masking, BOS and EOS included, (tokens,)."""
     masked_positions: NDArray[np.int64]
-    """Positions of the tokens to predict, ascending, (k,)."""
+    """Positions of the tokens to predict, ascending, (masked tokens,)."""
     target_ids: NDArray[np.int64]
-    """Original token ids at the masked positions, (k,)."""
+    """Original token ids at the masked positions, (masked tokens,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,8 +81,8 @@ def pack(
     """Packs samples into a batch; samples of any stream, or of all streams, may be absent.
 
     Args:
-        samples: images, then pairs, then texts; Q samples in total.
-        drop_path: factors of stochastic depth in the order of `samples`, (Q, L, 2) float32, or None.
+        samples: images, then pairs, then texts.
+        drop_path: factors of stochastic depth in the order of `samples`, (samples, layers, 2) float32, or None.
         sources: value of `PackedBatch.sources`.
         shape: sizes of the images.
         views: views of each image that the batch keeps.

@@ -1,6 +1,6 @@
 """Adds the targets of masked modeling to a batch: ids of masked tokens, codes of masked patches (paper section 2.2)."""
 
-# B images with pixels, N patches per image, M masked tokens, s pixels on a side of the visual tokenizer's view.
+# B images with pixels, N patches per image.
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.tokenizers.visual import VisualTokenizer
 
 MASKED_TOKENS = "masked_tokens"
-"""Key in `PackedBatch.targets` of the positions in `PackedBatch.token_ids` to predict, ascending, (M,) int64."""
+"""Key in `PackedBatch.targets` of the masked positions in `PackedBatch.token_ids`, ascending, (positions,) int64."""
 TARGET_IDS = "target_ids"
-"""Key in `PackedBatch.targets` of the original ids of the masked tokens, (M,) int64."""
+"""Key in `PackedBatch.targets` of the original ids of the masked tokens, (masked tokens,) int64."""
 TOKENIZER_PIXELS = "tokenizer_pixels"
-"""Key in `PackedBatch.targets` of the images for the visual tokenizer, (B, 3, s, s) float32 in [-1, 1]; absent on
-pipeline stages without heads."""
+"""Key in `PackedBatch.targets` of the images for the visual tokenizer, (images, 3, size, size) float32 in [-1, 1];
+absent on pipeline stages without heads."""
 VISUAL_CODES = "visual_codes"
 """Key in `PackedBatch.targets` of the codes of the masked patches, int64, in the order of the batch's rows; computed on
 the device (`prepare_batch`)."""
@@ -37,9 +37,10 @@ def with_masks(
 
     Args:
         batch: the inputs, in host memory.
-        masked_tokens: positions of masked tokens, ascending, (M,) int64.
-        target_ids: original ids of the masked tokens, (M,) int64.
-        tokenizer_pixels: images for the visual tokenizer, (B, 3, s, s); None on pipeline stages without heads.
+        masked_tokens: positions of masked tokens, ascending, (masked tokens,) int64.
+        target_ids: original ids of the masked tokens, (masked tokens,) int64.
+        tokenizer_pixels: images for the visual tokenizer, (images, 3, size, size); None on pipeline stages without
+            heads.
         visual_codes: codes of the masked patches; None if they are not known yet.
     """
     assert masked_tokens.shape == target_ids.shape, "one target per masked token"
@@ -65,7 +66,7 @@ def with_masks(
 
 
 def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
-    """Returns the batch with the codes of its masked patches, selected from the codes of all patches, (B, N) int64."""
+    """Returns the batch with the codes of its masked patches, selected from all codes, (images, patches) int64."""
     assert codes_BN.shape == batch.patch_mask.shape, f"codes {tuple(codes_BN.shape)} for {batch.patch_mask.shape}"
     return dataclasses.replace(batch, targets={**batch.targets, VISUAL_CODES: codes_BN[batch.patch_mask]})
 
@@ -86,7 +87,7 @@ def prepare_batch(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None, 
 
 
 def encode_images(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None) -> Tensor:
-    """Returns the codes of a batch's images, (B, N) int64, on the device of its pixels.
+    """Returns the codes of a batch's images, (images, patches) int64, on the device of its pixels.
 
     Args:
         batch: a batch with `TOKENIZER_PIXELS`.

@@ -13,10 +13,9 @@ from beit3_ds.model import StepFeatures
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 IMAGE_IDS = "image_id"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of a number per image, (N,) int64, equal for equal images."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of one number per image, equal for equal images."""
 TEXT_IDS = "text_id"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of a number per caption, (N,) int64, equal for equal captions.
-"""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of one number per caption, equal for equal captions."""
 
 _BLOCK_ELEMENTS = 1 << 20
 """Largest number of scores that are computed at a time."""
@@ -27,10 +26,11 @@ def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor
 
     The first two are sums of cross entropies: of each image's caption among all captions, and of each caption's image
     among all images. The last two are the numbers of images and of captions whose partner has the highest score. Scores
-    are computed for a block of rows at a time and recomputed in the backward pass, so memory grows linearly with N.
+    are computed for a block of rows at a time and recomputed in the backward pass, so memory grows linearly with the
+    number of pairs.
 
     Args:
-        features: features of length 1 of N images and, in the same order, of their captions, with the scale of scores.
+        features: features of length 1 of images and, in the same order, of their captions, with the scale of scores.
         mask_duplicates: whether to leave out negatives that are equal to the right candidate, or that belong to a pair
             with the same query.
     """

@@ -15,9 +15,9 @@ from beit3_ds.model import Head, StepFeatures
 from beit3_ds.parallel import TensorParallel
 
 IMAGE_FEATURES = "image"
-"""Key in `StepFeatures.rows` of the features of images, (I, D) float32 of length 1."""
+"""Key in `StepFeatures.rows` of the features of images, (images, hidden size) float32 of length 1."""
 TEXT_FEATURES = "text"
-"""Key in `StepFeatures.rows` of the features of texts, (X, D) float32 of length 1."""
+"""Key in `StepFeatures.rows` of the features of texts, (texts, hidden size) float32 of length 1."""
 SCALE = "scale"
 """Key in `StepFeatures.shared` of the factor that scales similarities, (1,) float32."""
 
@@ -69,7 +69,7 @@ class ContrastiveHead(Head):
         """Returns the features of a micro-batch, with or without `with_loss`.
 
         Args:
-            h_MD: CLS rows of images, then BOS rows of texts, (I + X, D).
+            h_MD: CLS rows of images, then BOS rows of texts, (images + texts, hidden size).
             batch: the packed micro-batch. Its targets, integers with one row per sample, are copied to the result.
             with_loss: has no effect.
 

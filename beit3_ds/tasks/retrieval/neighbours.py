@@ -1,6 +1,6 @@
 """Finds the candidates with the highest scores for each query."""
 
-# Q queries, N candidates, D features, K candidates per query.
+# Q queries, N candidates, D features.
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ def best_candidates(query_QD: Tensor, candidate_ND: Tensor, count: int) -> tuple
     Scores are computed in float32, in blocks of queries with at most 2^24 scores each.
 
     Args:
-        query_QD: features of all queries, of length one, (Q, D).
-        candidate_ND: features of all candidates, of length one, (N, D).
-        count: number of candidates per query; K is the smaller one of `count` and N.
+        query_QD: features of all queries, of length one, (queries, features).
+        candidate_ND: features of all candidates, of length one, (candidates, features).
+        count: number of candidates to return per query; all candidates if there are fewer.
 
     Returns:
-        Numbers of candidates, (Q, K) int64, and their scores, (Q, K) float32, on the CPU.
+        Numbers of candidates, (queries, returned) int64, and their scores, (queries, returned) float32, on the CPU.
     """
     candidate_DN = candidate_ND.float().t()
     kept = min(count, len(candidate_ND))

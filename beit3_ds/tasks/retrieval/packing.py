@@ -1,7 +1,5 @@
 """Packs images and their captions as separate sequences: all images, then all texts."""
 
-# Q sequences, L layers, I images, X texts, N patches per image.
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -15,10 +13,10 @@ from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
 from beit3_ds.tasks.retrieval.samples import RetrievalSample
 
 IMAGE_NUMBERS = "image_number"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each image's number in its stream, (I,) int64."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each image's number in its stream, (images,) int64."""
 TEXT_NUMBERS = "text_number"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each caption's number, (X,) int64. A caption's number is
-`MOST_CAPTIONS` times the number of its image, plus its index among the captions of the image."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each caption's number, (captions,) int64. A caption's number
+is `MOST_CAPTIONS` times the number of its image, plus its index among the captions of the image."""
 MOST_CAPTIONS = 1 << 20
 """Factor in the numbers of captions (`TEXT_NUMBERS`); one image can have at most this number of captions."""
 NUM_TERMS = 4
@@ -38,8 +36,8 @@ def pack(
 
     Args:
         samples: images with captions, one caption each in training; may be empty.
-        drop_path: factors of stochastic depth, (2 I, L, 2), or None. Rows 2 i and 2 i + 1 are for the image and the
-            caption of sample i.
+        drop_path: factors of stochastic depth, (2 * images, layers, 2), or None. Rows 2 i and 2 i + 1 are for the image
+            and the caption of sample i.
         sources: value of `PackedBatch.sources`.
         model: sizes of images.
         embeds: whether the batch keeps the pixels.

@@ -23,15 +23,15 @@ _BLOCK_ELEMENTS = 1 << 24
 def match_ranks(
     query_QD: Tensor, candidate_ND: Tensor, matches: Sequence[Sequence[int]], rank: int = 0, num_ranks: int = 1
 ) -> Tensor:
-    """Returns the rank of the best match of each query, counted from 0, (Q,) int64 on the CPU.
+    """Returns the rank of the best match of each query, counted from 0, (queries,) int64 on the CPU.
 
     Scores are computed in float32 in blocks of queries with at most 2^24 scores each. Several processes may share the
     blocks; the elementwise maximum of their results is the complete result. The blocks, and so the rounding of scores,
     do not depend on the number of processes.
 
     Args:
-        query_QD: features of all queries, of length one, (Q, D).
-        candidate_ND: features of all candidates, of length one, (N, D).
+        query_QD: features of all queries, of length one, (queries, features).
+        candidate_ND: features of all candidates, of length one, (candidates, features).
         matches: numbers of the right candidates of each query; at least one.
         rank: number of this process.
         num_ranks: number of processes. The result is -1 for queries that another process ranks.

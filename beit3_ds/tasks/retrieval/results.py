@@ -1,6 +1,6 @@
 """Computes the recall of a split, and writes the retrieved captions and images as JSON and as an HTML page."""
 
-# I images, X captions, D features, K candidates per query.
+# I images, X captions, D features.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,10 +39,10 @@ class Retrieved:
         """Computes the ranks of the right captions of all images and of the right images of all captions.
 
         Args:
-            image_numbers: numbers of images in their stream, ascending, (I,) int64.
-            image_ID: features of images, (I, D).
-            text_numbers: numbers of captions (`packing.TEXT_NUMBERS`), ascending, (X,) int64.
-            text_XD: features of captions, (X, D).
+            image_numbers: numbers of images in their stream, ascending, (images,) int64.
+            image_ID: features of images, (images, features).
+            text_numbers: numbers of captions (`packing.TEXT_NUMBERS`), ascending, (captions,) int64.
+            text_XD: features of captions, (captions, features).
             device: device of the scores.
         """
         self.image_numbers, self.text_numbers = image_numbers, text_numbers
@@ -61,11 +61,11 @@ class Retrieved:
         return found | {"mean_recall": sum(found.values()) / len(found)}
 
     def best_texts(self) -> tuple[Tensor, Tensor]:
-        """Returns the best captions of each image and their scores, each (I, K)."""
+        """Returns the best captions of each image and their scores, each (images, candidates)."""
         return best_candidates(self._image_ID, self._text_XD, NUM_LISTED)
 
     def best_images(self) -> tuple[Tensor, Tensor]:
-        """Returns the best images of each caption and their scores, each (X, K)."""
+        """Returns the best images of each caption and their scores, each (captions, candidates)."""
         return best_candidates(self._text_XD, self._image_ID, NUM_LISTED)
 
 

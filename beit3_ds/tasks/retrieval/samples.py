@@ -37,7 +37,7 @@ class RetrievalSample:
     number: int
     """Number of the sample in its stream."""
     view: Tensor
-    """Image after augmentation or resizing, (3, s, s) float32 in [-1, 1]."""
+    """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     texts: tuple[NDArray[np.int64], ...]
     """Token ids of each caption, BOS and EOS included."""
     image_id: int

@@ -56,7 +56,7 @@ def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str 
 
 
 def _draw_views(config: RunConfig) -> Tensor:
-    """Returns views of training images in a shuffled order, without broken images, (B, 3, S, S)."""
+    """Returns views of training images in a shuffled order, without broken images, (images, 3, size, size)."""
     sources = (*config.data.images.train, *config.data.pairs.train)
     different = tuple(dict.fromkeys(dataclasses.replace(source, weight=None) for source in sources))
     stream = open_views(config, different, build_augmentation(config, config.data.flip_probability))
@@ -78,8 +78,8 @@ def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDAr
 
     Args:
         tokenizer: a trained tokenizer, on the CPU.
-        views: (B, 3, S, S) float in [-1, 1].
-        masks: (B, N) bool, True for masked patches.
+        views: (images, 3, size, size) float in [-1, 1].
+        masks: (images, patches) bool, True for masked patches.
 
     Returns:
         (height, width, 3) uint8.
@@ -104,7 +104,7 @@ def code_colors(codebook_VC: Tensor) -> Tensor:
     A code's three channels are its ranks among all codes along the codebook's first three principal directions.
 
     Returns:
-        (V, 3) float in [0, 1]; channels without a direction are 0.5.
+        (codes, 3) float in [0, 1]; channels without a direction are 0.5.
     """
     centered = (codebook_VC - codebook_VC.mean(dim=0)).double()
     directions = torch.linalg.svd(centered, full_matrices=False).Vh[:3]

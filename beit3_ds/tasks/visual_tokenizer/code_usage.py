@@ -69,7 +69,7 @@ class CodeCounter:
         self._counts.index_add_(0, codes, torch.ones_like(codes))
 
     def add_counts(self, counts_V: Tensor) -> None:
-        """Adds the number of occurrences of each code, (V,) of any type."""
+        """Adds the number of occurrences of each code, (codes,) of any type."""
         self._counts += counts_V.to(torch.int64)
 
     def clear(self) -> None:

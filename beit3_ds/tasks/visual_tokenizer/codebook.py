@@ -3,9 +3,6 @@
 The results are the same in any layout of ranks.
 """
 
-# B images of a micro-batch, N patches per image, M patches of all images, C width of a code, E width of the teacher's
-# features.
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -28,9 +25,9 @@ def start_steps(config: RunConfig, step: int) -> range:
 def mean_features(
     steps: Sequence[StepBatch], teacher: Callable[[Tensor], Tensor], mesh: Mesh, device: torch.device
 ) -> Tensor:
-    """Returns the mean of the teacher's features over all images of some steps, (E,) float32.
+    """Returns the mean of the teacher's features over all images of some steps, (features,) float32.
 
-    The data-parallel ranks sum E + 1 numbers.
+    The data-parallel ranks sum one number per feature and the number of patches.
 
     Args:
         steps: this rank's share of the steps.
@@ -50,14 +47,14 @@ def mean_features(
 
 
 def gather_vectors(steps: Sequence[StepBatch], vectors: Iterator[Tensor], mesh: Mesh) -> Tensor:
-    """Returns the vectors of all ranks for some steps, (M, C) float32 on the CPU, in the order of the samples' slots.
+    """Returns the vectors of all ranks for some steps, (patches, width) float32 on the CPU, in the order of the slots.
 
     All ranks get the same result. Slots are numbered by micro-batch, then by rank, so the order does not depend on how
     the samples are divided.
 
     Args:
         steps: this rank's share of the steps; all ranks have equally many micro-batches.
-        vectors: the vectors of each micro-batch, (B, N, C).
+        vectors: the vectors of each micro-batch, (images, patches, width).
         mesh: the ranks.
     """
     gathered: list[Tensor] = []

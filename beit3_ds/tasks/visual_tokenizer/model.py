@@ -1,6 +1,6 @@
 """Defines the trainable visual tokenizer, which learns to reconstruct its teacher's features from codes."""
 
-# B images, N patches per image, C width of a code, E width of the teacher's features, V codes in the codebook.
+# B images, N patches per image, C width of a code, E width of the teacher's features.
 
 from typing import Any
 
@@ -20,8 +20,8 @@ class TokenizerModel(VisualTokenizer, StageModel):
 
     Attributes:
         is_quantized: whether the decoder gets codes; if False, as in the first steps, it gets the encoder's vectors.
-        center: mean of the teacher's features, (E,), which is subtracted from the targets. The mean is dominated by
-            white backgrounds; without the subtraction, a constant reconstruction would already have a high cosine.
+        center: mean of the teacher's features, (features,), which is subtracted from the targets. The mean is dominated
+            by white backgrounds; without the subtraction, a constant reconstruction would already have a high cosine.
     """
 
     center: Tensor
@@ -63,7 +63,7 @@ class TokenizerModel(VisualTokenizer, StageModel):
         Returns:
             With `loss_factors`, a `LossOutput` with two sums over all patches: the distance
             1 - cos(reconstruction, teacher's features - `center`), and the commitment loss. Otherwise the unit vectors
-            that the codebook quantizes, (B, N, C) float32.
+            that the codebook quantizes, (images, patches, width) float32.
         """
         assert batch.pixels is not None, "the tokenizer's only stage has the pixels"
         vectors_BNC = self.project(batch.pixels)

@@ -13,7 +13,7 @@ from beit3_ds.data.packing import pack_inputs, stack_views
 from beit3_ds.tasks.visual_tokenizer.samples import TokenizerView
 
 TEACHER_FEATURES = "teacher_features"
-"""Key in `PackedBatch.targets` of the teacher's features of every patch, (B, N, E) float32; computed on the device."""
+"""Key in `PackedBatch.targets` of the teacher's features, (images, patches, features) float32 on the model's device."""
 
 
 def pack(
@@ -43,5 +43,5 @@ def pack(
 
 
 def with_teacher_features(batch: PackedBatch, features_BNE: Tensor) -> PackedBatch:
-    """Returns the batch with the teacher's features of its images, (B, N, E)."""
+    """Returns the batch with the teacher's features of its images, (images, patches, features)."""
     return replace(batch, targets={**batch.targets, TEACHER_FEATURES: features_BNE})

@@ -283,7 +283,7 @@ def _tokenizer(evaluator: Evaluator) -> TokenizerModel:
 
 
 def _vectors(evaluator: Evaluator, steps: Iterable[StepBatch]) -> Iterator[Tensor]:
-    """Yields the vectors of each micro-batch, (B, N, C), in evaluation mode; all ranks call it."""
+    """Yields the vectors of each micro-batch, (images, patches, width), in evaluation mode; all ranks call it."""
     batches = (batch for step in steps for batch in step.micro_batches)
     for _, vectors in evaluator.predict(batches):
         yield vectors

@@ -14,7 +14,7 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 ANSWER_SCORES = "answer_scores"
-"""Key in `PackedBatch.targets` of the target score of each answer to each question, (P, A) float32 in [0, 1]."""
+"""Key in `PackedBatch.targets` of the target scores of answers, (questions, answers) float32 in [0, 1]."""
 
 
 class Pooler(nn.Module):
@@ -26,7 +26,7 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, h_PD: Tensor) -> Tensor:
-        """Returns the pooled features of CLS rows, (P, D)."""
+        """Returns the pooled features of CLS rows, (questions, hidden size)."""
         pooled_PD: Tensor = self.dense(self.norm(h_PD)).tanh()
         return pooled_PD
 
@@ -34,9 +34,9 @@ class Pooler(nn.Module):
 class AnswerHead(Head):
     """Scores every answer from the image's CLS row, which has attended to the question (paper section 3.1).
 
-    The layers are a pooler, a linear layer to 2 D, LayerNorm, GELU, and a linear layer to the answers. Every
-    tensor-parallel rank has the whole head and computes the same scores. The batch's head rows are the CLS rows of its
-    pairs (`SequenceLayout.first_rows`).
+    The layers are a pooler, a linear layer to 2 times the hidden size, LayerNorm, GELU, and a linear layer to the
+    answers. Every tensor-parallel rank has the whole head and computes the same scores. The batch's head rows are the
+    CLS rows of its pairs (`SequenceLayout.first_rows`).
     """
 
     def __init__(self, config: ModelConfig, num_answers: int, tensor: TensorParallel | None = None) -> None:
@@ -61,12 +61,12 @@ class AnswerHead(Head):
         score of the answer with the largest logit; it has no gradient.
 
         Args:
-            h_MD: the CLS row of the image of every pair, (P, D).
+            h_MD: the CLS row of the image of every pair, (questions, hidden size).
             batch: the packed micro-batch, with `ANSWER_SCORES` if `with_loss`.
             with_loss: True returns the sums, False the logits.
 
         Returns:
-            The sums over questions, or the logits, (P, A) float32.
+            The sums over questions, or the logits, (questions, answers) float32.
         """
         hidden_P = self.hidden_norm(self.dense(self.pooler(h_MD)))
         logits_PA = self.answers(F.gelu(hidden_P)).float()

@@ -1,7 +1,5 @@
 """Opens questions about images, and prepares each as one image-text pair with target scores."""
 
-# A answers.
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -34,11 +32,11 @@ class VqaSample(NamedTuple):
     number: int
     """Number of the question in its stream."""
     view: Tensor
-    """Image after augmentation or resizing, (3, s, s) float32 in [-1, 1]."""
+    """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
     """Token ids of the question, BOS and EOS included."""
     scores: Tensor
-    """Target score of each answer, (A,) float32; all zero if the question has no answers of people."""
+    """Target score of each answer, (answers,) float32; all zero if the question has no answers of people."""
 
 
 @dataclass(frozen=True, kw_only=True)
