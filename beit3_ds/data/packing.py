@@ -60,7 +60,7 @@ def pack_inputs(
 
 
 def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
-    """Stacks images into one tensor, (images, 3, size, size) float32; also for 0 images."""
+    """Stacks images into one tensor, (images, 3, size, size) float32; `views` may be empty."""
     return torch.stack(list(views)) if views else torch.empty(0, 3, size, size)
 
 

@@ -188,7 +188,7 @@ def open_images(source: SourceConfig, cache_dir: str | None, files: OpenFiles | 
     Args:
         source: config of the source.
         cache_dir: folder of the indices of tars and the tables of annotations that `beit3 prepare index` wrote. A tar
-            without an index is scanned, and an annotation file without a table is parsed. None does this for all files.
+            without an index is scanned, and an annotation file without a table is parsed. None scans or parses all.
         files: collection of open files that keeps tars and indices open; all sources of a process should share it.
 
     Raises:

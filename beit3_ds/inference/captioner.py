@@ -57,7 +57,7 @@ class Captioner:
 
         Args:
             images: one image or several.
-            search: beams, length penalty and maximum length; None is `BeamSearch()`.
+            search: number of beams, length penalty and maximum length; None is `BeamSearch()`.
             batch_size: number of images that are captioned at once; it does not change the captions.
 
         Raises:

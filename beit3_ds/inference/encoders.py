@@ -34,7 +34,7 @@ class VisionEncoder:
         """Wraps a model.
 
         Args:
-            model: a whole model that takes images.
+            model: a model with all its layers that takes images.
             crop: whether to crop an image to its largest centred square; False squeezes the image into a square.
         """
         self.model = model
@@ -42,7 +42,7 @@ class VisionEncoder:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, crop: bool = True, **options: Unpack[LoadOptions]) -> Self:
-        """Loads a vision encoder; reads no other part of the weights.
+        """Loads a vision encoder; reads only the weights that images alone need.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
@@ -88,7 +88,7 @@ class LanguageEncoder:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a language encoder; reads no other part of the weights.
+        """Loads a language encoder; reads only the weights that texts alone need.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
@@ -147,7 +147,7 @@ class FusionEncoder:
         crop: bool = True,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Loads a fusion encoder; reads no other part of the weights.
+        """Loads a fusion encoder; reads only the weights that image-text pairs need.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.

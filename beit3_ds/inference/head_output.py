@@ -12,7 +12,7 @@ def head_output(model: TaskModel, batch: PackedBatch, picked: PickedRows) -> Any
     """Returns the predictions of a model's head; the last block's FFN computes only the rows that the head reads.
 
     Args:
-        model: a whole model with a head.
+        model: a model with all its layers and a head.
         batch: the inputs, on the model's device.
         picked: the rows that the head reads.
     """

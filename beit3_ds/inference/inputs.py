@@ -100,7 +100,7 @@ def as_texts(texts: str | Sequence[str]) -> list[str]:
 
 
 def in_batches(count: int, batch_size: int) -> Iterator[slice]:
-    """Yields the slices of consecutive batches.
+    """Yields the slices that divide `count` items into consecutive batches.
 
     Raises:
         ConfigError: if the size of a batch is not positive.

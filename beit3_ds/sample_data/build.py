@@ -195,7 +195,7 @@ def _members(samples: list[Sample], prefix: str, suffix: str, first: int) -> Ite
 
 
 def _write_split(out: Path, kind: str, suffix: str, groups: list[list[Sample]], fraction: float) -> None:
-    """Writes `{kind}s-train.tar` and `{kind}s-validation.tar`; key numbers continue from the first to the second."""
+    """Writes `{kind}s-train.tar` and `{kind}s-validation.tar`; the second continues the first one's key numbers."""
     train, validation = _split(groups, fraction)
     write_shard(out / f"{kind}s-train.tar", _members(train, kind, suffix, 0))
     write_shard(out / f"{kind}s-validation.tar", _members(validation, kind, suffix, len(train)))
@@ -225,7 +225,7 @@ def build_images(packages: Path, out: Path) -> None:
 
 
 def _chapters(lines: list[str]) -> list[list[str]]:
-    """Returns the paragraphs of each chapter, one line each, without headings, emphasis marks and notes."""
+    """Returns one list of paragraphs per chapter, without line breaks, headings, emphasis marks and notes."""
     chapters = re.split(r"^chapter +(?:\d+|[ivxlc]+)\s*$", "\n".join(lines), flags=re.IGNORECASE | re.MULTILINE)[1:]
     result = []
     for chapter in chapters:

@@ -24,7 +24,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 """Names of the shapes."""
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-"""Names of the quarters, in reading order."""
+"""Names of the quarters of an image, in reading order."""
 
 _OVERSAMPLING = 4
 
@@ -35,7 +35,7 @@ class SceneObject(NamedTuple):
     color: str
     shape: str
     place: int
-    """Index in `PLACES`."""
+    """Quarter of the image that contains the object, as an index in `PLACES`."""
 
     def __str__(self) -> str:
         """Returns the object in words with its article, such as `a red circle`."""
@@ -145,7 +145,7 @@ def draw_shape(
 
 
 def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """Yields five questions: an object's colour, shape and position, the number of objects, and if a colour occurs.
+    """Yields five questions: an object's colour, shape and place, the number of objects, and whether a colour occurs.
 
     The answer to the last question is "yes" or "no" with equal probability.
     """

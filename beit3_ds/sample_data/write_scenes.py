@@ -40,7 +40,7 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
     Args:
         folder: folder that is created; files in it are replaced.
         num_train: number of scenes, of statements with two pairs each, and of class images, for training.
-        num_validation: the same number for validation.
+        num_validation: number of each of these for validation.
         seed: seed of everything that is drawn.
         size: pixels on a side.
     """

@@ -1,4 +1,4 @@
-"""Defines what a task does on one rank: opens samples, works before and after steps, evaluates, and writes results."""
+"""Defines what a task does on one rank: opens samples, updates its state at each step, evaluates, writes results."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +127,7 @@ class RankTask:
             share: the samples that the rank reads.
             build_streams: opens the streams of a split, in the order of their rows in a batch.
             pack: packs prepared samples into a micro-batch.
-            views: views of each image that a batch keeps (`config.prefetch.plan_prefetch`).
+            views: views of each image that a batch keeps: "model", "tokenizer" or "both".
             validation_loss: whether an evaluation is the mean of the terms over at most `TrainingConfig.loss_samples`
                 samples per stream, which stay in memory. False lets `evaluate` read all samples of a split.
             fields: values of the other fields of the class.
@@ -192,7 +192,7 @@ class RankTask:
         """
 
     def figures(self) -> Figures:
-        """Returns the task's figures since the last progress report, and resets them; all ranks call it."""
+        """Returns the task's figures for a progress report, counted since the last report; all ranks call it."""
         return Figures()
 
     def write_results(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:

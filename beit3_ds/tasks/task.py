@@ -47,7 +47,7 @@ class Term(NamedTuple):
     """Describes a loss term or a metric that is a mean over the samples or positions of a step."""
 
     name: str
-    """Name in logs, metrics and messages."""
+    """Name of the term in logs, metrics and messages."""
     stream: str
     """Name of the stream from whose samples the term is computed."""
     title: str
@@ -148,9 +148,9 @@ class Task(ABC):
         return {"name": self.config.task.name, **dataclasses.asdict(self.settings)}
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the model settings that must equal those of the checkpoint when a run resumes.
+        """Returns the model settings that a resumed run compares with those in its checkpoint.
 
-        Only the fields in `config.FIELDS_WITHOUT_TENSORS` may differ.
+        All settings must be equal, except the fields in `config.FIELDS_WITHOUT_TENSORS`.
         """
         return dataclasses.asdict(self.config.model)
 

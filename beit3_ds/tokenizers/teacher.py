@@ -14,7 +14,7 @@ class Teacher(Protocol):
     """Declares the interface of a teacher, which computes fixed features of every image patch."""
 
     width: int
-    """Features per patch."""
+    """Number of features per patch."""
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher to a device."""

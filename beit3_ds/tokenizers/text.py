@@ -176,7 +176,7 @@ def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
 
 
 def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> TextTokenizer:
-    """Trains a SentencePiece model and writes it to `config.path`, without a recipe (`train_sentencepiece_model`)."""
+    """Trains a SentencePiece model (`train_sentencepiece_model`), and writes it to `config.path` without a recipe."""
     path, model = Path(config.path), train_sentencepiece_model(config, lines, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:

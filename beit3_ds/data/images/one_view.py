@@ -124,7 +124,7 @@ class PairView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns `min_side` of `usual`, which is equal to `min_side` of `unflipped`."""
+        """Returns the pixels that a decoded image's shorter side needs, equal for both transforms; None: full size."""
         return self.usual.min_side
 
     def of(self, *texts: str) -> ImageTransform:

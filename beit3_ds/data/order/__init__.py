@@ -1,1 +1,1 @@
-"""Orders the samples as a pure function of the seed and the position."""
+"""Orders the samples of a stream as a pure function of the seed and the position in the stream."""

@@ -116,7 +116,7 @@ class _Continuation:
         return dataclasses.replace(self._now, sets=tuple(sets), removed=self._keep_removed())
 
     def _keeps_mixture(self) -> bool:
-        """Returns whether sources and weights are the same, so that positions are assigned as before."""
+        """Returns whether sources and weights equal the stored ones, so that positions keep their sources."""
         return (
             same_weights(self._weights, self._stored.weights)
             and self._weights is not None

@@ -96,7 +96,7 @@ class SourceStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Holds the result of `describe_streams`."""
+    """Holds a description of a run's files, and the problems found in them (`describe_streams`)."""
 
     text: str
     """Description of all files, as text with one fact per line."""

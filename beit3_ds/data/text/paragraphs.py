@@ -30,11 +30,11 @@ class TextPiece(NamedTuple):
     """Identifies a piece of a text file: the lines that start in a range of bytes."""
 
     path: str
-    """Path of the file."""
+    """Path of the text file."""
     start: int
-    """First byte of the range."""
+    """Offset in the file of the first byte of the range."""
     stop: int
-    """One past the last byte of the range. A compressed file or a file of JSON values always forms a single piece."""
+    """Offset one past the range's last byte. A compressed file or a file of JSON values is always a single piece."""
 
 
 class Paragraph(NamedTuple):

@@ -47,9 +47,9 @@ class TokenPiece(NamedTuple):
     dtype: str
     """NumPy type of the ids, such as `<u2`."""
     num_tokens: int
-    """Number of ids."""
+    """Number of token ids in the file."""
     num_paragraphs: int
-    """Number of paragraphs."""
+    """Number of paragraphs in the file."""
     tokenizer: str
     """Fingerprint of the text tokenizer that produced the ids."""
     document_separator: bool

@@ -25,7 +25,7 @@ CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CaptionSample:
-    """Holds an image with a caption of n tokens, of which k are masked."""
+    """Holds an image with a caption, some of whose tokens are masked."""
 
     name: str
     """File and name of the sample, for messages."""

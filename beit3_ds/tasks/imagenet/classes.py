@@ -83,7 +83,7 @@ class ClassList:
 
     @classmethod
     def load(cls, path: str) -> "ClassList":
-        """Reads a file with a class's key, a space and its name per line, such as ImageNet's `LOC_synset_mapping.txt`.
+        """Reads a file of classes, one `KEY NAME` per line, such as ImageNet's `LOC_synset_mapping.txt`.
 
         Raises:
             ConfigError: if the file cannot be read, or a line does not have this form.

@@ -18,7 +18,7 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 CLASSES = "classes"
-"""Key in `PackedBatch.targets` of the label of each image, (I,) int64."""
+"""Key in `PackedBatch.targets` of the label of each image, (images,) int64."""
 
 
 class LinearClassHead(Head):

@@ -145,7 +145,7 @@ def _choose_sizes(sizes: list[int], target: int) -> list[int]:
 def _corrupt(
     ids: NDArray[np.int64], positions: NDArray[np.int64], mask_id: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Masks 80% of the positions, replaces 10% by random pieces, and keeps 10%."""
+    """Returns the ids, with on average 80% of those at `positions` replaced by mask ids and 10% by random pieces."""
     fate = rng.random(len(positions))
     pieces = rng.integers(FIRST_PIECE_ID, mask_id, len(positions))
     corrupted = ids.copy()

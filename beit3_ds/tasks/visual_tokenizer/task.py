@@ -101,7 +101,8 @@ class TokenizerRankTask(RankTask):
         """Writes the tokenizer, its recipe and a picture of its codes.
 
         Returns:
-            On the main rank, the written files and the usage of codes on training images, by name; empty elsewhere.
+            Entries for the run's summary, by name: the written files, and the usage of codes on training images. Only
+            the main rank returns them; other ranks return an empty dictionary.
         """
         visual, total_steps = self.run_config.tokenizers.visual, self.run_config.training.total_steps
         num_steps = -(-_USAGE_IMAGES // self.run_config.data.images.samples_per_step)

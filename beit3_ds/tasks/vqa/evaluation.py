@@ -76,13 +76,13 @@ class AnsweredSplit:
         return all(samples.questions.has_answers for samples in self._questions())
 
     def locate(self, place: int) -> tuple[VqaQuestions, int]:
-        """Returns the source of the question at `place`, and the index of the question in this source."""
+        """Returns the source of answered question number `place`, and the question's index in this source."""
         samples, index = self._sources.locate(self._numbers[place])
         assert isinstance(samples, VqaSamples)
         return samples.questions, index
 
     def identifier(self, place: int) -> int | str:
-        """Returns the identifier of the question at `place`."""
+        """Returns the identifier of answered question number `place`."""
         questions, index = self.locate(place)
         return questions.identifier(index)
 
@@ -99,7 +99,7 @@ class AnsweredSplit:
         return found | score_questions(scored)
 
     def accuracy(self, place: int) -> float | None:
-        """Returns the official accuracy of the answer at `place`, from 0 to 1; None without answers of people."""
+        """Returns the official accuracy of answer number `place`, from 0 to 1; None without answers of people."""
         questions, index = self.locate(place)
         return question_accuracy(questions.answers(index), self.answers[place]) if questions.has_answers else None
 

@@ -293,7 +293,7 @@ def _answers_of_line(line: Mapping[str, Any], where: str) -> list[str] | None:
 
 
 def _check_new(places: dict[object, int], identifier: object, number: int, where: str) -> None:
-    """Stores where an identifier occurs; raises `ConfigError` for a repeat, or if it is neither int nor str."""
+    """Stores where an identifier occurs; raises `ConfigError` if the identifier is repeated, or neither int nor str."""
     if not isinstance(identifier, int | str):
         raise ConfigError(f"vqa: {where}: the id {identifier!r} is neither a number nor a text.")
     if identifier in places:

@@ -44,7 +44,7 @@ class AnswerHead(Head):
 
         Args:
             config: the model's sizes.
-            num_answers: number of answers, A.
+            num_answers: number of answers in the list.
             tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
         """
         super().__init__()

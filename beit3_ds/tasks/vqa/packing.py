@@ -38,7 +38,7 @@ def pack(
         drop_path: value of `PackedBatch.drop_path`.
         sources: value of `PackedBatch.sources`.
         model: sizes of the model.
-        num_answers: number of answers, A.
+        num_answers: number of answers in the list.
         embeds: whether this pipeline stage needs the images.
         predicts: whether this pipeline stage needs the target scores.
     """
