@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,9 @@ import torch
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 from tests.checkpoint.training_run import check_same_state
+from tests.cluster.launch.test_launch_hosts import BEIT3
+from tests.cluster.launch.test_plain_launchers import ENVIRONMENT, needs
+from tests.hosts import Host
 from tests.preloaded import ModuleProcess, start_module
 from tests.run_config import small_run_mapping, visual_tokenizer_mapping
 from tests.signalled_program import MARK
@@ -235,6 +239,44 @@ def test_a_rank_that_waits_for_others(tokenizer_files: dict[str, str], tmp_path:
             processes[1].send_signal(signal.SIGSTOP)
     assert [stop.statuses for stop in stops] == [[128 + signal.SIGTERM]] * 2
     describe("a rank that waits", stops)
+
+
+@needs()
+def test_launches(two_hosts: list[Host], tokenizer_files: dict[str, str], tmp_path: Path) -> None:
+    """Catches ranks, guards and launchers that are left, and a launch that reports a stop as a failure."""
+    programs = {}
+    for name in ("undisturbed", "stopped"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(run_mapping_of(folder, tokenizer_files)))
+        (folder / "hosts").write_text("localhost slots=2\n")
+        programs[name] = [*BEIT3, str(folder / "hosts"), str(folder / "config.json")]
+    host, ours, expected = two_hosts[0], tmp_path / "stopped", tmp_path / "undisturbed"
+    begun = time.monotonic()
+    assert host.run(programs["undisturbed"], ENVIRONMENT, timeout=_LIFE_SECONDS).returncode == 0
+    life, rng, stops = time.monotonic() - begun, random.Random(13), []
+    for number in range(8):
+        if (ours / "run" / "summary.json").exists():
+            check_same_run(ours, expected, 12)
+            shutil.rmtree(ours / "run")
+        printed = tmp_path / f"printed{number}"
+        with printed.open("w") as file:
+            launch = host.start(programs["stopped"], ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT)
+        time.sleep(rng.uniform(2, life))
+        signalled = time.monotonic()
+        for pid in host.pids(r"beit3_ds\.cli\.main launch"):
+            host.signal(pid, rng.choice(STOP_SIGNALS))
+        status = launch.wait(_LIFE_SECONDS)
+        while left := host.pids("beit3_ds|deepspeed"):
+            assert time.monotonic() < signalled + END_SECONDS, (left, printed.read_text())
+            time.sleep(0.05)
+        seconds = time.monotonic() - signalled
+        lines = printed.read_text()
+        stops.append(Stop(lines.splitlines()[-1][:40] if lines else "before", seconds, [status], lines))
+        assert "FAILED" not in lines and status != 1, lines
+    assert host.run(programs["stopped"], ENVIRONMENT, timeout=_LIFE_SECONDS).returncode == 0
+    check_same_run(ours, expected, 12)
+    describe("launch", stops)
 
 
 def write_text_config(folder: Path) -> Path:

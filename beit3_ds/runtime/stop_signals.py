@@ -13,6 +13,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """Signals that stop a run. Cluster managers send SIGTERM or SIGUSR1 before SIGKILL, Ctrl-C sends SIGINT, and a closing
 terminal sends SIGHUP."""
 
+_END = 0  # no signal has this number
+
 
 def handled_signals() -> tuple[signal.Signals, ...]:
     """Returns `STOP_SIGNALS`, without SIGHUP if this process ignores it, as under `nohup`."""
@@ -63,7 +65,7 @@ class StopSignals:
     def handling(self) -> Iterator["StopSignals"]:
         """Records stop signals during the block instead of letting them end the process; for the main thread only.
 
-        Also unblocks the signals, because `beit3 launch` starts ranks with the signals blocked. A second SIGINT raises
+        Also unblocks the signals, because a launcher may start ranks with the signals blocked. A second SIGINT raises
         KeyboardInterrupt, as Python does by default. If the ranks have agreed to stop, the signals are ignored after
         the block: a late signal must not kill a rank whose work is done, because the launcher would report a failure.
         """
@@ -114,12 +116,15 @@ def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
         # A library may have replaced the pipe, as asyncio does until its loop is closed.
         with contextlib.suppress(ValueError, OSError):
             signal.set_wakeup_fd(before, warn_on_full_buffer=False)
-        os.close(writable)
+        os.write(writable, bytes([_END]))  # closing it would not end the thread if a forked process holds it, too
         thread.join()
+        os.close(writable)
         os.close(readable)
 
 
 def _read(pipe: int, note: Callable[[int], None]) -> None:
-    while numbers := os.read(pipe, 256):
-        for number in numbers:
+    while True:
+        for number in os.read(pipe, 256):
+            if number == _END:
+                return
             note(number)

@@ -50,7 +50,7 @@ def test_signal_to_one_rank_stops_all_with_a_checkpoint(
 
 
 def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a rank that dies of a signal before it can handle it (`beit3 launch` delays such signals)."""
+    """Catches a rank that dies of a signal before it can handle it (a launcher may delay such signals)."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(run_mapping))
     process = start_module("beit3_ds.train", [config], output=subprocess.PIPE, blocked=STOP_SIGNALS)

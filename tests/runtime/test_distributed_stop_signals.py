@@ -1,15 +1,19 @@
 """Tests that all ranks stop after the same step, although signals reach them at different times."""
 
+import os
 import signal
+import time
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from beit3_ds.config import ParallelConfig
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, StopSignals
 from beit3_ds.storage_error import StorageError
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -50,3 +54,22 @@ def test_an_own_data_error_is_told_apart_from_a_failing_file_system() -> None:
     assert stop.synchronize(ValueError("no workers")) and stop.data_fault == "data"
     assert stop.synchronize(StorageError("EIO")) and stop.data_fault == "storage"
     assert not stop.synchronize() and not stop.must_stop  # nothing is left of the last agreement
+
+
+def receive() -> set[int]:
+    """On a rank: waits for a stop signal, which rank 1 sends to itself alone."""
+    from beit3_ds.runtime.process_group import joined_ranks
+
+    with StopSignals().handling() as signals, joined_ranks(ParallelConfig(), None, signals) as mesh:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 30
+        while not signals.is_any_received() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        mesh.barrier()  # a rank that leaves is no longer watched
+        return set(signals.received)
+
+
+def test_a_signal_to_one_rank_reaches_all() -> None:
+    """Catches ranks that wait for data, for minutes, while the rank with the signal waits for them."""
+    assert run_ranks(receive, 2) == [{signal.SIGUSR1}] * 2

@@ -67,7 +67,7 @@ def test_ignored_hangups_stay_ignored() -> None:
 
 
 def test_a_signal_that_was_blocked_is_received() -> None:
-    """`beit3 launch` starts ranks with stop signals blocked, so that none ends them while they start."""
+    """A launcher may start ranks with stop signals blocked, so that none ends them while they start."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other threads of this process do not block it
     with StopSignals().handling() as signals:

@@ -14,7 +14,6 @@ from pathlib import Path
 from beit3_ds.cluster.launch.messages import Start
 from beit3_ds.cluster.launch.terminal import open_log
 from beit3_ds.retrying.stream import RetryingStream
-from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
 _LAST_LINES = 20
 _LONGEST_LINE = 500  # characters of such a line
@@ -50,9 +49,6 @@ class TrainerProcess:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != guard:
                 os._exit(1)
-            # Stop signals would kill the trainer while it starts, so they are blocked until it handles them
-            # (`runtime.stop_signals`).
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
         self._process = subprocess.Popen(
             start.command,

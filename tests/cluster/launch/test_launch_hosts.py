@@ -141,11 +141,11 @@ def cut_link(launch: HostsLaunch) -> None:
 
 
 def stop_launch(launch: HostsLaunch) -> None:
-    os.kill(launch.pid(r"beit3_ds\.cli launch"), signal.SIGTERM)
+    os.kill(launch.pid(r"beit3_ds\.cli\.main launch"), signal.SIGTERM)
 
 
 def kill_launch(launch: HostsLaunch) -> None:
-    os.kill(launch.pid(r"beit3_ds\.cli launch"), signal.SIGKILL)
+    os.kill(launch.pid(r"beit3_ds\.cli\.main launch"), signal.SIGKILL)
 
 
 @pytest.mark.slow
