@@ -281,7 +281,7 @@ def test_launches(two_hosts: list[Host], tokenizer_files: dict[str, str], tmp_pa
 
 def write_text_config(folder: Path) -> Path:
     mapping = small_run_mapping(0)
-    mapping["beit3_ds"]["tokenizers"]["text"] |= {"path": str(folder / "text.spm"), "vocab_size": 2000}
+    mapping["beit3_ds"]["tokenizers"]["text"] |= {"path": str(folder / "text.spm"), "vocab_size": 1000}
     path = folder / "config.json"
     path.write_text(json.dumps(mapping))
     return path

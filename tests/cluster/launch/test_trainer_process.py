@@ -111,14 +111,8 @@ def test_what_a_trainer_leaves_behind_is_ended(tmp_path: Path) -> None:
     wait_until(lambda: not is_running(int("".join(shown))))
 
 
-def test_signals_wait_until_the_trainer_can_take_them(tmp_path: Path) -> None:
-    """Catches one that dies while it still imports torch."""
-    code = (
-        "import signal, time; time.sleep(0.3); signal.signal(signal.SIGUSR1, lambda *_: print('taken', flush=True));"
-        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])"
-    )
-    shown: list[str] = []
-    trainer = run(code, tmp_path / "log", shown, [])
+def test_a_signal_ends_a_trainer_that_still_starts(tmp_path: Path) -> None:
+    """Catches one that heeds no signal while it imports torch, which takes minutes on a slow file system."""
+    trainer = run("import time; time.sleep(60)", tmp_path / "log", [], [])
     trainer.send_signal(signal.SIGUSR1)
-    assert wait(trainer) == 0
-    assert "".join(shown) == "taken\n"
+    assert wait(trainer) == -signal.SIGUSR1
