@@ -15,9 +15,9 @@ class Slot(NamedTuple):
 
     stream: str
     number: int
-    """Number of the sample among the step's samples of its stream."""
+    """Index of the sample among the step's samples of its stream."""
     sequence: int = 0
-    """Number of the sequence among the sequences of its sample."""
+    """Index of the sequence among the sequences of its sample."""
 
 
 def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Sequence[Slot]) -> Tensor | None:

@@ -36,7 +36,7 @@ class SampleKey:
     """Number of earlier complete passes over the sample's source, or, in a stream without weights, over the whole
     stream; `VALIDATION_EPOCH` for validation and test samples."""
     index: int
-    """Number of the sample in its stream."""
+    """Index of the sample in its stream, from 0."""
 
     def rng(self, purpose: str) -> np.random.Generator:
         """Returns the sample's random generator for one purpose, independent of its generators for other purposes."""

@@ -200,7 +200,7 @@ class RankTask:
 
         Args:
             evaluator: the model.
-            folder: the run's output folder, for files that a finished run may lack.
+            folder: the run's output folder, for pages and pictures; a run does not fail if these cannot be written.
 
         Returns:
             Entries for the run's summary, by name; only the main rank's entries are shown.

@@ -13,7 +13,7 @@ Rows = Tensor | Sequence[str]
 
 
 class SampleResults:
-    """Collects one row of results per sample, identified by the sample's number in its stream.
+    """Collects one row of results per sample, identified by the sample's index in its stream.
 
     Every rank adds the rows of its own batches. The main rank gets the rows of all ranks, sorted by number, so metrics
     computed from the rows are bitwise equal on any number of ranks.
@@ -28,7 +28,7 @@ class SampleResults:
         """Adds the rows of a batch.
 
         Args:
-            numbers: numbers of the samples in their stream (`SampleKey.index`), (samples,) int64.
+            numbers: indices of the samples in their stream (`SampleKey.index`), (samples,) int64.
             rows: values of these samples, by name; every call must pass the same names.
         """
         assert all(len(values) == len(numbers) for values in rows.values()), "one row per sample"
@@ -57,17 +57,17 @@ class SampleResults:
 
 
 class GatheredResults:
-    """Holds the results of all samples, sorted by the samples' numbers.
+    """Holds the results of all samples, sorted by the samples' indices in their stream.
 
     Attributes:
-        numbers: numbers of the samples in their stream, ascending, (samples,) int64.
+        numbers: indices of the samples in their stream, ascending, (samples,) int64.
     """
 
     def __init__(self, numbers: Tensor, rows: Mapping[str, Rows]) -> None:
         """Stores the rows, and checks that no sample has two rows.
 
         Args:
-            numbers: numbers of the samples, ascending, (samples,) int64.
+            numbers: indices of the samples, ascending, (samples,) int64.
             rows: values by name, in the order of `numbers`.
 
         Raises:
@@ -92,7 +92,7 @@ class GatheredResults:
         return found
 
     def strings(self, name: str) -> list[str]:
-        """Returns the n strings that were added under a name."""
+        """Returns the strings that were added under a name, one per sample."""
         found = self._rows.get(name, ())
         assert not isinstance(found, Tensor), f"{name} is a tensor"
         return list(found)

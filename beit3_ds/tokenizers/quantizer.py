@@ -25,7 +25,7 @@ class Quantized(NamedTuple):
     distance: Tensor
     """Commitment loss per input, (...): mean squared difference from the code vector, without gradients to the code."""
     codes: Tensor
-    """Number of the nearest code for each input, (...) int64."""
+    """Index of the nearest code for each input, (...) int64."""
 
 
 class Quantizer(nn.Module):
@@ -57,7 +57,7 @@ class Quantizer(nn.Module):
         self.register_buffer("totals", torch.zeros(codebook_size, codebook_dim + 1), persistent=False)
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Returns the number of the nearest code for each vector.
+        """Returns the index of the nearest code for each vector.
 
         Args:
             vectors: (..., width) float32 of length 1.

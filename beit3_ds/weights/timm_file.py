@@ -1,4 +1,4 @@
-"""Reads a vision tower that this program exported for timm as the logical tensors of its model."""
+"""Reads a file that this program exported for timm, and returns the logical tensors of its vision tower."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

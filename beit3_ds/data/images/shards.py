@@ -114,7 +114,7 @@ class TarShards:
         """Decodes the image of a sample, upright and in RGB.
 
         Args:
-            index: number of the sample.
+            index: index of the sample, from 0.
             min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
@@ -136,7 +136,7 @@ class TarShards:
         """Returns the image and the caption of a sample; reads both at once if they are neighbours in the tar.
 
         Args:
-            index: number of the sample.
+            index: index of the sample, from 0.
             min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
 
         Raises:

@@ -33,7 +33,7 @@ class ImageSource(Protocol):
         """Returns the image of a sample, upright and in RGB.
 
         Args:
-            index: number of the sample.
+            index: index of the sample, from 0.
             min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
@@ -53,7 +53,7 @@ class ImageSource(Protocol):
         """Returns the image and the caption of a sample; reads both at once if the file format allows this.
 
         Args:
-            index: number of the sample.
+            index: index of the sample, from 0.
             min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
 
         Raises:

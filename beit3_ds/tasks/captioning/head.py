@@ -83,7 +83,7 @@ class CaptionHead(Head):
 
 
 def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
-    """Returns a step's summed loss and number of right predictions, (2,) float32; leaves out the largest losses.
+    """Returns a step's loss, summed without the tokens of largest loss, and its number of right predictions.
 
     The reference drops these tokens late in training, because some captions do not fit their image. The reference
     compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not
@@ -93,6 +93,9 @@ def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
         features: losses of all tokens of a step.
         dropped_share: share of the tokens to drop. The sum over the kept tokens is scaled, so that dividing it by the
             number of all tokens gives the mean over the kept tokens.
+
+    Returns:
+        Both numbers, (2,) float32. The right predictions include those of dropped tokens.
     """
     losses_M = features.rows[TOKEN_LOSSES]
     num_kept = int(len(losses_M) * (1 - dropped_share))

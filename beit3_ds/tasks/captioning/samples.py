@@ -30,7 +30,7 @@ class CaptionSample:
     name: str
     """File and name of the sample, for messages."""
     number: int
-    """Number of the sample in its stream."""
+    """Index of the sample in its stream, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]

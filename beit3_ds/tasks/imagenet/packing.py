@@ -19,7 +19,7 @@ SHARES = "shares"
 """Key in `PackedBatch.targets` of the share of the first image in each mixed image, in units of 1 / `mixing.WHOLE`,
 (images,) int64."""
 NUMBERS = "numbers"
-"""Key in `PackedBatch.targets` of each image's number in its stream, (images,) int64."""
+"""Key in `PackedBatch.targets` of each image's index in its stream, (images,) int64."""
 TEXT_CLASSES = "classes of texts"
 """Key in `PackedBatch.targets` of the label of each text, (texts,) int64."""
 

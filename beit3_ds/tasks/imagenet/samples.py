@@ -46,7 +46,7 @@ class ClassImage:
     name: str
     """File and name of the sample, for messages."""
     number: int
-    """Number of the sample in its stream."""
+    """Index of the sample in its stream, from 0."""
     view: Tensor
     """Image, augmented or resized and perhaps mixed, (3, image_size, image_size) float32 in [-1, 1]."""
     label: int

@@ -24,10 +24,10 @@ NUM_SHOWN = 5
 
 
 class ClassScores(NamedTuple):
-    """Holds the classification of all images of a split, sorted by the images' numbers."""
+    """Holds the classification of all images of a split, sorted by the images' indices in the stream."""
 
     numbers: Tensor
-    """Numbers of the images in their stream, ascending, (images,) int64."""
+    """Indices of the images in their stream, ascending, (images,) int64."""
     labels: Tensor
     """Labels of the images, (images,) int64."""
     ranks: Tensor

@@ -24,7 +24,7 @@ from beit3_ds.tasks.nlvr2.head import LABELS
 from beit3_ds.tokenizers.text import TextTokenizer
 
 NUMBERS = "sample_numbers"
-"""Key in `PackedBatch.targets` of the number of each sample in its stream, (samples,) int64."""
+"""Key in `PackedBatch.targets` of the index of each sample in its stream, (samples,) int64."""
 FORMATS = ("nlvr2", "statement_lines")
 """Names of the source formats that this task reads: NLVR2's published files, and JSON lines."""
 
@@ -36,7 +36,7 @@ class StatementSample:
     name: str
     """File and identifier of the sample, for messages."""
     number: int
-    """Number of the sample in its stream."""
+    """Index of the sample in its stream, from 0."""
     views: tuple[Tensor, Tensor]
     """Left and right image after augmentation or resizing, each (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]

@@ -19,7 +19,7 @@ def best_candidates(query_QD: Tensor, candidate_ND: Tensor, count: int) -> tuple
         count: number of candidates to return per query; all candidates if there are fewer.
 
     Returns:
-        Numbers of candidates, (queries, returned) int64, and their scores, (queries, returned) float32, on the CPU.
+        Indices of candidates, (queries, returned) int64, and their scores, (queries, returned) float32, on the CPU.
     """
     candidate_DN = candidate_ND.float().t()
     kept = min(count, len(candidate_ND))

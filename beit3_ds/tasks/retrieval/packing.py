@@ -13,7 +13,7 @@ from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
 from beit3_ds.tasks.retrieval.samples import RetrievalSample
 
 IMAGE_NUMBERS = "image_number"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each image's number in its stream, (images,) int64."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each image's index in its stream, (images,) int64."""
 TEXT_NUMBERS = "text_number"
 """Key in `PackedBatch.targets` and `StepFeatures.rows` of each caption's number, (captions,) int64. A caption's number
 is `MOST_CAPTIONS` times the number of its image, plus its index among the captions of the image."""

@@ -32,7 +32,7 @@ def match_ranks(
     Args:
         query_QD: features of all queries, of length one, (queries, features).
         candidate_ND: features of all candidates, of length one, (candidates, features).
-        matches: numbers of the right candidates of each query; at least one.
+        matches: indices of the right candidates of each query; at least one.
         rank: number of this process.
         num_ranks: number of processes. The result is -1 for queries that another process ranks.
     """

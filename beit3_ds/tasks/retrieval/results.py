@@ -39,7 +39,7 @@ class Retrieved:
         """Computes the ranks of the right captions of all images and of the right images of all captions.
 
         Args:
-            image_numbers: numbers of images in their stream, ascending, (images,) int64.
+            image_numbers: indices of images in their stream, ascending, (images,) int64.
             image_ID: features of images, (images, features).
             text_numbers: numbers of captions (`packing.TEXT_NUMBERS`), ascending, (captions,) int64.
             text_XD: features of captions, (captions, features).

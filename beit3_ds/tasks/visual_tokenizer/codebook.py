@@ -1,4 +1,4 @@
-"""Gathers data of whole training steps to initialise the codebook and to center the targets.
+"""Gathers vectors and features over whole training steps, to initialise the codebook and to center the targets.
 
 The results are the same in any layout of ranks.
 """

@@ -30,7 +30,7 @@ class VqaSample(NamedTuple):
     name: str
     """File and number of the question, for messages."""
     number: int
-    """Number of the question in its stream."""
+    """Index of the question in its stream, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
