@@ -1,4 +1,4 @@
-"""Loads the part of trained weights that given inputs need, on one device and in evaluation mode."""
+"""Loads only the trained weights that images, pairs or texts need, on one device and in evaluation mode."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def load_backbone(path: str | Path, inputs: Sequence[InputKind], **options: Unpa
     Args:
         path: exported, imported or released weights, a checkpoint, or a run's output folder.
         inputs: inputs that the model must accept: "images", "pairs" or "texts".
-        options: options of loading.
+        options: options of loading (`LoadOptions`).
 
     Raises:
         ConfigError: if the weights cannot be read, or lack what the inputs need.
@@ -56,7 +56,7 @@ def load_with_head(
         weights: the weights.
         inputs: inputs that the model must accept: "images", "pairs" or "texts".
         build_head: function that builds the head from the model's sizes and its tensor-parallel group.
-        options: options of loading.
+        options: options of loading (`LoadOptions`).
 
     Raises:
         ConfigError: if the weights lack what the inputs need.

@@ -61,7 +61,7 @@ class Sample:
 
 
 def _render(image: Image.Image) -> Image.Image:
-    """Composites an image on white, crops it to the visible part, pads it to a square with a 4% margin, resizes it."""
+    """Composites an image on white, crops it to its visible part, pads it to a square (4% margin), and resizes it."""
     rgba = image.convert("RGBA")
     box = rgba.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     rgba = rgba.crop(box) if box else rgba

@@ -43,7 +43,7 @@ class Exported(NamedTuple):
 
     num_tensors: int
     num_bytes: int
-    """Bytes of all files."""
+    """Total size of all files, in bytes."""
     num_files: int
     """Number of files; the index of a sharded export is not counted."""
 

@@ -31,7 +31,7 @@ class RemainingSamples(Protocol):
         """Returns the number of samples in the set."""
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers for given places (indices) in the set; both (n,) int64."""
+        """Returns the stream's sample numbers at `places`, indices into the set; both (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
         """Appends the JSON nodes of this set's parts, then the node of this set; returns the index of the last node."""
@@ -53,7 +53,7 @@ class Range:
         return self.last - self.first
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers for given places (indices) in the range; both (n,) int64."""
+        """Returns the stream's sample numbers at `places`, indices into the range; both (n,) int64."""
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
@@ -75,7 +75,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers for given places (indices) in the concatenation; both (n,) int64."""
+        """Returns the stream's sample numbers at `places`, indices into the concatenation; both (n,) int64."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
@@ -141,7 +141,7 @@ class SourceSubset:
         return int(self._counts[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers for given places (indices) among the kept samples; both (n,) int64."""
+        """Returns the stream's sample numbers at `places`, indices into the kept samples; both (n,) int64."""
         blocks = np.searchsorted(self._counts, places, side="right") - 1
         wanted, owners = np.unique(blocks, return_inverse=True)
         inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # places of whole blocks in the whole set

@@ -39,7 +39,7 @@ class SourceMatch(NamedTuple):
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
-    """Matches each found source with a stored source: one with the same path, else one that was moved there.
+    """Matches each found source with a stored source: one with the same path, else one moved to this path.
 
     A stored source was moved if its path is no longer in the config, and its size and digest equal those of the found
     source.

@@ -41,7 +41,7 @@ def with_masks(
         target_ids: original ids of the masked tokens, (masked tokens,) int64.
         tokenizer_pixels: images for the visual tokenizer, (images, 3, size, size); None on pipeline stages without
             heads.
-        visual_codes: codes of the masked patches; None if they are not known yet.
+        visual_codes: codes of the masked patches; None if they are not computed yet.
     """
     assert masked_tokens.shape == target_ids.shape, "one target per masked token"
     image, patch = batch.patch_mask.nonzero(as_tuple=True)

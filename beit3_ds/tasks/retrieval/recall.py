@@ -32,8 +32,8 @@ def match_ranks(
     Args:
         query_QD: features of all queries, of length one, (queries, features).
         candidate_ND: features of all candidates, of length one, (candidates, features).
-        matches: indices of the right candidates of each query; at least one.
-        rank: number of this process.
+        matches: for each query, the indices of its right candidates, at least one.
+        rank: index of this process among the processes.
         num_ranks: number of processes. The result is -1 for queries that another process ranks.
     """
     assert len(matches) == len(query_QD), f"{len(matches)} lists of matches for {len(query_QD)} queries"

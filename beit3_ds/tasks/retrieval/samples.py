@@ -113,7 +113,7 @@ def image_path(source: ImageSource, index: int) -> str:
 
 
 def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
-    """Opens the files of a split.
+    """Opens the sources of a split; each image must have captions.
 
     Raises:
         ConfigError: if a file cannot be read, an image is missing, or an image has no captions.

@@ -33,7 +33,7 @@ class RetrievalRankTask(RankTask):
     """Number of images, and also of captions, on the page that an evaluation writes."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Returns, on the main rank, recall at 1, 5 and 10 in both directions over all images and captions of a split.
+        """Returns, on the main rank, recall at 1, 5 and 10 of captions for images and images for captions of a split.
 
         Every image and every caption is encoded once. The main rank gathers all features and computes the recall. With
         `folder`, it also writes the results as JSON and as a page.

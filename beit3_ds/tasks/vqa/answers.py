@@ -148,7 +148,7 @@ class AnswerVocabulary:
 
     @classmethod
     def load(cls, path: Path) -> "AnswerVocabulary":
-        """Reads a list in the format that `save` writes.
+        """Reads a list of answers: one JSON object with `answer` and `label` per line.
 
         Raises:
             ConfigError: if the file cannot be read or a line has another format; the message names the line.
