@@ -25,11 +25,7 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
         ValueError: with the reason in a few words, if the text is too long, is not JSON or nests too deep. Also if it
             holds a key twice, an integer beyond 64 bits, or NaN or an infinity without `has_constants`.
     """
-    if len(text) > limit:
-        raise ValueError(f"{len(text)} bytes of JSON exceed the limit of {limit}")
-    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if data.count(b"[") + data.count(b"{") > _MANY_CONTAINERS + len(data) // _BYTES_PER_CONTAINER:
-        raise ValueError("it has too many lists or objects for its size")
+    check_json_size(text, limit)
     try:
         return json.loads(
             text,
@@ -42,6 +38,21 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
         raise ValueError("lists or objects are nested too deep") from None
     except UnicodeDecodeError:
         raise ValueError("the text is not UTF-8") from None
+
+
+def check_json_size(text: bytes | str, limit: int) -> None:
+    """Checks that parsing a text, whole or not, takes bounded memory.
+
+    Raises:
+        ValueError: if the text is longer than `limit`, or has far more lists or objects than usual for its size.
+    """
+    if len(text) > limit:
+        raise ValueError(f"{len(text)} bytes of JSON exceed the limit of {limit}")
+    lists, objects = (
+        (text.count("["), text.count("{")) if isinstance(text, str) else (text.count(b"["), text.count(b"{"))
+    )
+    if lists + objects > _MANY_CONTAINERS + len(text) // _BYTES_PER_CONTAINER:
+        raise ValueError("it has too many lists or objects for its size")
 
 
 def check_count(value: Any) -> int:

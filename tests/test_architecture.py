@@ -32,7 +32,10 @@ ARROWS: dict[str, set[str]] = {
     "tokenizers": {
         *("atomic_file", "config", "parallel", "positions", "safetensors_header", "untrusted_file", "untrusted_json"),
     },
-    "data": {"atomic_file", "batch", "config", "cores", "printing", "storage_error", "tokenizers"},
+    "data": {
+        *("atomic_file", "batch", "config", "cores", "printing", "regular_file", "storage_error", "tokenizers"),
+        "untrusted_json",
+    },
     "preprocess": {"data"},
     "model": {
         *("batch", "config", "kernels", "layout", "parallel", "positions", "regular_file", "safetensors_header"),

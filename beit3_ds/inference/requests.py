@@ -7,6 +7,7 @@ from pathlib import Path
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS
+from beit3_ds.data.files.names import iterate_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +79,9 @@ def read_names(path: str | Path) -> list[str]:
         ConfigError: if the file cannot be read or holds no names.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = [line.strip() for line in iterate_names(str(path)) if line.strip()]
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}. Name a text file with one name per line.") from None
-    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ConfigError(f"{path} holds no names. Write one per line.")
     return names

@@ -1,13 +1,16 @@
 """Reads JSON lines: one object per line, with keys that every line must have."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files.json_lists import open_json_text
+from beit3_ds.data.files.kinds import check_is_text
+from beit3_ds.data.files.lines import skip_blank_lines
+from beit3_ds.data.files.reading import open_for_reading
 from beit3_ds.printing import printable
+from beit3_ds.untrusted_json import MAX_JSON_BYTES, parse_untrusted_json
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN = 80
 
 
@@ -25,11 +28,15 @@ def iterate_json_lines(path: str, required: Mapping[str, type]) -> Iterator[tupl
     """
     shown, number = printable(path), 0
     try:
-        with open_json_text(path) as file:
-            for number, line in enumerate(iter(file.readline, ""), start=1):
-                if line.strip():
+        check_is_text(path)
+        with open_for_reading(path) as file:
+            while line := file.readline(MAX_JSON_BYTES + 1):
+                number += 1
+                if not line.isspace():
                     yield number, _object(line, required, f"{shown}:{number}")
-    except (OSError, UnicodeDecodeError) as error:
+                    continue
+                number += skip_blank_lines(file)[0]
+    except OSError as error:
         place = f" after line {number}" if number else ""
         raise ConfigError(f"data: {shown} cannot be read{place}: {error}. Correct the path.") from error
     except ConfigError:
@@ -38,13 +45,14 @@ def iterate_json_lines(path: str, required: Mapping[str, type]) -> Iterator[tupl
         raise ConfigError(f"data: {shown} is no file of JSON lines: {error}.") from error
 
 
-def _object(line: str, required: Mapping[str, type], where: str) -> dict[str, Any]:
+def _object(line: bytes, required: Mapping[str, type], where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        text = line.decode("utf-8-sig" if line.startswith(_BYTE_ORDER_MARK) else "utf-8")
+        found = parse_untrusted_json(text, has_constants=True)
+    except ValueError as error:
         raise ConfigError(f"data: {where} is not JSON: {error}. Write one object per line.") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"data: {where} is {line.strip()[:_SHOWN]!r} and not an object, such as {{...}}.")
+        raise ConfigError(f"data: {where} is {text.strip()[:_SHOWN]!r} and not an object, such as {{...}}.")
     for key, kind in required.items():
         if not isinstance(found.get(key), kind):
             has = f"{key}={str(found[key])[:_SHOWN]!r}" if key in found else f"no '{key}'"

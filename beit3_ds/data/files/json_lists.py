@@ -10,8 +10,11 @@ from typing import Any
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.kinds import check_is_text
 from beit3_ds.data.files.reading import open_for_reading
+from beit3_ds.untrusted_json import check_json_size
 
 _CHUNK = 1 << 20
+_MAX_ELEMENT = 1 << 22
+"""Most characters of one element of a list, and of a member that is no list."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
 
@@ -59,7 +62,7 @@ def read_json_members(path: str, *keys: str) -> dict[str, Any]:
         reader = _Reader(file)
         for key in reader.member_keys():
             if key in keys:
-                found[key] = reader.value()
+                found[key] = reader.member()
             else:
                 reader.skip_value()
     return found
@@ -121,12 +124,20 @@ class _Reader:
         self._position += 1
 
     def skip_value(self) -> None:
-        """Skips the value at the current position; skips a list one element at a time."""
-        if self._next() == "[":
-            for _ in self.elements():
-                pass
-        else:
-            self.value()
+        """Skips the value at the current position; skips a list or an object one element at a time."""
+        match self._next():
+            case "[":
+                for _ in self.elements():
+                    pass
+            case "{":
+                for _ in self.member_keys():
+                    self.skip_value()
+            case _:
+                self.value()
+
+    def member(self) -> Any:
+        """Decodes and returns the value of a member; a list may have any number of elements."""
+        return list(self.elements()) if self._next() == "[" else self.value()
 
     def value(self) -> Any:
         """Decodes and returns the value at the current position."""
@@ -141,6 +152,7 @@ class _Reader:
             if not reason and end < len(self._buffer):
                 self._position = end
                 return value
+            check_json_size(self._buffer[self._position :], _MAX_ELEMENT)
             if not self._read_more():
                 if reason:
                     raise ValueError(f"truncated or damaged: {reason}")

@@ -1,5 +1,6 @@
 """Detects the file type from a file's first bytes, and lists the file name extensions of images."""
 
+from beit3_ds.data.files.gaps import check_has_no_gap
 from beit3_ds.data.files.reading import open_for_reading
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -60,9 +61,11 @@ def check_is_text(path: str) -> None:
     """Checks that a file is not a compressed file, an archive, a table, an image or UTF-16, by its first bytes.
 
     Raises:
-        ValueError: if the file has such a type; the message names the type and advises a conversion.
+        ValueError: if the file has such a type or a gap (`files.gaps`); the message names the type and advises a
+            conversion.
         OSError: if the file cannot be read.
     """
+    check_has_no_gap(path)
     if kind := kind_of_file(path):
         advice = "convert it to UTF-8 with iconv" if "UTF" in kind else "unpack it first"
         raise ValueError(f"it holds {kind}: {advice}")

@@ -13,7 +13,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable
-from typing import BinaryIO, TypeVar, cast
+from typing import TypeVar
 
 from beit3_ds.printing import printable
 from beit3_ds.storage_error import StorageError
@@ -74,14 +74,14 @@ def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
     )
 
 
-def open_for_reading(path: str) -> BinaryIO:
+def open_for_reading(path: str) -> io.BufferedReader:
     """Opens a file for buffered reading; failed reads are retried as in `read_with_retries`.
 
     Raises:
         OSError: if the file is missing, forbidden or not a regular file.
         StorageError: if the file system still fails after all retries; later reads may raise it too.
     """
-    return cast(BinaryIO, io.BufferedReader(_RetryingFile(path), _BUFFER_BYTES))
+    return io.BufferedReader(_RetryingFile(path), _BUFFER_BYTES)
 
 
 class _RetryingFile(io.RawIOBase):

@@ -71,8 +71,7 @@ class AnnotatedImages:
 
     def name(self, index: int) -> str:
         """Names a sample in messages: annotation file, line number or sample number, and path of the image."""
-        number = self.image_numbers[index]
-        image = "no image" if number == NO_IMAGE else self.paths[number]
+        image = self._image_path(index) or "no image"
         place = self.lines[index] if self.lines else index
         return printable(f"{self.annotations}:{place} ({image})")
 
@@ -87,13 +86,18 @@ class AnnotatedImages:
             BrokenRecordError: if the annotation file does not list the sample's image, or if the image cannot be read
                 or is outside the folder.
         """
-        number = self.image_numbers[index]
-        if number == NO_IMAGE:
+        path = self._image_path(index)
+        if path is None:
             raise BrokenRecordError(f"{self.name(index)}: the annotation names an image that the file does not list")
         try:
-            return self.images.image(self.paths[number], min_side)
+            return self.images.image(path, min_side)
         except ValueError as error:
             raise BrokenRecordError(f"{self.name(index)}: broken image: {error}") from error
+
+    def _image_path(self, index: int) -> str | None:
+        """Returns the path of a sample's image; None if its annotation names no image, or its table is damaged."""
+        number = int(self.image_numbers[index])
+        return self.paths[number] if 0 <= number < len(self.paths) else None
 
     def caption(self, index: int) -> str:
         """Returns the caption of a sample, without white space around it.

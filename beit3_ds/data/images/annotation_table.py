@@ -18,12 +18,12 @@ import numpy as np
 
 from beit3_ds.atomic_file import atomic_write, bounded_name
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files.records import Skipped
 from beit3_ds.data.images.annotated import AnnotatedImages, describe_files
 from beit3_ds.data.images.compact_strings import StoredStrings
+from beit3_ds.data.images.shard_index import parse_skipped, read_first_line
+from beit3_ds.untrusted_json import check_count, check_list
 
 _FORMAT = 1
-_MAX_HEADER_BYTES = 1 << 20
 
 
 class StoredAnnotations(AnnotatedImages):
@@ -42,19 +42,14 @@ class StoredAnnotations(AnnotatedImages):
         """
         self._path, self._files = path, files
         try:
-            with open(path, "rb") as file:
-                line = file.readline(_MAX_HEADER_BYTES)
-            header = json.loads(line)
-            if header["format"] != _FORMAT:
-                raise ValueError(f"format {header['format']} instead of {_FORMAT}")
-            num_samples, num_images, path_bytes, caption_bytes = map(int, header["sizes"])
+            start, header = read_first_line(path, _FORMAT)
+            num_samples, num_images, path_bytes, caption_bytes = map(check_count, check_list(header["sizes"], 4))
             num_numbers = 2 * num_samples + num_images
-            if os.path.getsize(path) != len(line) + 8 * num_numbers + path_bytes + caption_bytes:
+            if os.path.getsize(path) != start + 8 * num_numbers + path_bytes + caption_bytes:
                 raise ValueError("truncated or overwritten")
-            skipped = {reason: Skipped(*found) for reason, found in header["skipped"].items()}
-            made_from = header["made_from"]
-            data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[len(line) :]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            skipped, made_from = parse_skipped(header["skipped"]), check_list(header["made_from"], len(files))
+            data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[start:]
+        except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"data: table {path} of {files[0]} is damaged: {error}. Run `beit3 prepare index`."
             ) from error

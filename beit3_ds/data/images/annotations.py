@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 
 from beit3_ds.data.files.json_lists import iterate_json_list, read_json_members, reading_as
 from beit3_ds.data.files.kinds import check_is_text
+from beit3_ds.data.files.lines import iterate_lines
 from beit3_ds.data.files.reading import open_for_reading
 from beit3_ds.data.images.annotated import NO_IMAGE, AnnotatedImages, CollectedAnnotations
 from beit3_ds.data.images.compact_strings import CompactStrings
 from beit3_ds.data.images.folder import list_images, open_folder
 
+_MAX_ROW_BYTES = 1 << 20  # a caption has fewer; a longer row is cut and is then a broken record
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 
 
@@ -177,5 +179,5 @@ def _lines(path: str) -> Iterator[str]:
     check_is_text(path)
     # Reads bytes: only a newline ends a row, no other separator of Unicode, and one bad caption breaks one row.
     with open_for_reading(path) as file:
-        for line in file:
+        for line in iterate_lines(file, _MAX_ROW_BYTES):
             yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")

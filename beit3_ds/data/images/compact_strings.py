@@ -22,7 +22,7 @@ class StoredStrings:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
-        """Returns one string.
+        """Returns one string; bytes of a damaged file that are no text become escapes.
 
         Raises:
             IndexError: if the index is outside [0, len).
@@ -30,7 +30,11 @@ class StoredStrings:
         if not 0 <= index < len(self):
             raise IndexError(f"string {index} of {len(self)}")
         start = self.ends[index - 1] if index else 0
-        return bytes(self.text[start : self.ends[index]]).decode("utf-8", "surrogatepass")
+        text = bytes(self.text[start : self.ends[index]])
+        try:
+            return text.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return text.decode("utf-8", "surrogateescape")
 
 
 class CompactStrings(StoredStrings):

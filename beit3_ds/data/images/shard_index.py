@@ -21,6 +21,8 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.reading import read_with_retries, storage_error
 from beit3_ds.data.files.records import Skipped
+from beit3_ds.regular_file import open_regular
+from beit3_ds.untrusted_json import check_count, check_list, check_object, check_text, parse_untrusted_json
 
 NO_MEMBER = -1
 """Size in a sample's record that marks a missing image or caption."""
@@ -75,20 +77,16 @@ class StoredIndex:
         """
         self.path, self._files = path, files or OpenFiles()
         try:
-            with open(path, "rb") as file:
-                line = file.readline(_MAX_HEADER_BYTES)
-                header = json.loads(line)
-            if header["format"] != _FORMAT:
-                raise ValueError(f"format {header['format']} instead of {_FORMAT}")
-            self._type = record_type(int(header["key_width"]))
-            self._start, self._length = len(line), int(header["num_samples"])
+            self._start, header = read_first_line(path, _FORMAT)
+            self._type = record_type(_check_width(header["key_width"]))
+            self._length = check_count(header["num_samples"])
             if os.path.getsize(path) != self._start + self._length * self._type.itemsize:
                 raise ValueError("truncated or overwritten")
             self._crc32, self.tar_size, self.tar_mtime_ns = (
-                header[key] for key in ("records_crc32", "tar_size", "tar_mtime_ns")
+                check_count(header[key]) for key in ("records_crc32", "tar_size", "tar_mtime_ns")
             )
-            self.skipped = {reason: Skipped(*found) for reason, found in header["skipped"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.skipped = parse_skipped(header["skipped"])
+        except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"data: index {path} of {tar} is damaged: {error}. Run `beit3 prepare index`.") from error
         self._check_tar(tar, (self.tar_size, self.tar_mtime_ns))
 
@@ -131,6 +129,45 @@ class StoredIndex:
                     f"data: {tar} has {what} {now}, its index {self.path} was made from {what} {then}. If the change "
                     "is meant, run `beit3 prepare index` again; else fetch the tar again."
                 )
+
+
+def read_first_line(path: str, version: int) -> tuple[int, dict[str, Any]]:
+    """Reads the JSON object in the first line of an index or table of this program.
+
+    Returns:
+        Length of the line in bytes, and the object.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if the line is not such an object, or has another version.
+        KeyError: if the object has no version.
+    """
+    with open(open_regular(path), "rb") as file:
+        line = file.readline(_MAX_HEADER_BYTES)
+    header = check_object(parse_untrusted_json(line))
+    if header["format"] != version:
+        raise ValueError(f"format {str(header['format'])[:20]} instead of {version}")
+    return len(line), header
+
+
+def parse_skipped(value: Any) -> dict[str, Skipped]:
+    """Checks the skipped files or members in the first line of an index or table, by reason.
+
+    Raises:
+        ValueError: if the value has another form.
+    """
+    skipped = {}
+    for reason, found in check_object(value).items():
+        count, example = check_list(found, 2)
+        skipped[reason] = Skipped(check_count(count), check_text(example))
+    return skipped
+
+
+def _check_width(value: Any) -> int:
+    width = check_count(value)
+    if not 1 <= width <= _MAX_HEADER_BYTES:
+        raise ValueError(f"keys of {width} bytes")
+    return width
 
 
 def index_path(cache_dir: str, tar: str) -> str:

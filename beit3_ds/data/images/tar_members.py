@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from beit3_ds.data.files.gaps import next_written
+
 _BLOCK = 512
 _MAX_EXTENDED_SIZE = 1 << 20  # of a long name or a pax header; real ones have some hundred bytes
 _CHECKSUM = slice(148, 156)
@@ -173,7 +175,7 @@ def _end_of_sparse_map(descriptor: int, block: bytes, data: int) -> int:
 
 
 def _check_end(descriptor: int, position: int, file_size: int) -> None:
-    while position < file_size:
+    while (position := next_written(descriptor, position, file_size)) < file_size:
         chunk = os.pread(descriptor, 1 << 20, position)
         if not chunk:
             break

@@ -11,31 +11,22 @@ Files of each format may be compressed; their names then end with `.gz`, `.gzip`
 object per line. JSON values are objects that may span several lines, either consecutive or in lists.
 """
 
-import gzip
-import io
 import json
 import os
 import re
-import zlib
-from typing import BinaryIO, Literal, NamedTuple, cast
-
-import zstandard
+from typing import Literal, NamedTuple
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files.gaps import check_has_no_gap
 from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS, UNREAD_IMAGE_EXTENSIONS, kind_of_bytes
-from beit3_ds.data.files.reading import open_for_reading
+from beit3_ds.data.text.decompression import DECOMPRESSION_ERRORS, Compression, open_decompressed
 from beit3_ds.printing import printable
-
-DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-"""Exceptions raised by reads of a missing file or a damaged compressed file."""
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 _GZIP, _ZSTANDARD = (".gz", ".gzip"), (".zst", ".zstd")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _KEY_TEXT = re.compile(r'[{,]\s*"text"\s*:\s*"')
 _HEAD_BYTES = 1 << 16
-_COMPRESSED_BYTES = 8 << 10  # zstandard decompresses all of its input at once
-_CHUNK_BYTES = 1 << 20
 
 _TO_JSONL = 'write the column of texts as JSONL, one {"text": ...} per line'
 _OTHERS = {
@@ -57,7 +48,7 @@ class TextFormat(NamedTuple):
 
     kind: Literal["plain", "json_lines", "json_values"]
     """Format of the decompressed content, as the table of this module defines it."""
-    compression: Literal["", "gzip", "zstandard"]
+    compression: Compression
     """Compression of the file; empty for none."""
 
     @property
@@ -77,12 +68,13 @@ def find_text_format(path: str) -> TextFormat:
     if extension in _OTHERS:
         raise ConfigError(f"data: {printable(path)} {_OTHERS[extension]}, or leave it out of data.texts.")
     try:
+        check_has_no_gap(path)
         with open_decompressed(path, compression) as file:
             head = file.read(_HEAD_BYTES)
     except IsADirectoryError:
         pattern = printable(os.path.join(path, "*.txt"))
         raise ConfigError(f"data: {printable(path)} is a folder. Name its files, for example {pattern}.") from None
-    except DECOMPRESSION_ERRORS as error:
+    except (*DECOMPRESSION_ERRORS, ValueError) as error:
         raise ConfigError(f"data: {printable(path)} cannot be read: {error}. Fetch it again.") from error
     if kind := kind_of_bytes(head):
         advice = "Convert it with iconv" if "UTF" in kind else "Give it the name of its format, or leave it out"
@@ -97,19 +89,7 @@ def find_text_format(path: str) -> TextFormat:
     return TextFormat(_kind_of_json(head, extension, is_whole=len(head) < _HEAD_BYTES), compression)
 
 
-def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) -> BinaryIO:
-    """Opens a file for reading its decompressed content, with retries of failed reads.
-
-    Reading a truncated compressed file raises EOFError.
-    """
-    if compression == "gzip":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=open_for_reading(path)))
-    if compression == "zstandard":
-        return cast(BinaryIO, io.BufferedReader(_ZstandardFrames(path), _CHUNK_BYTES))
-    return open_for_reading(path)
-
-
-def _split_name(path: str) -> tuple[Literal["", "gzip", "zstandard"], str]:
+def _split_name(path: str) -> tuple[Compression, str]:
     """Splits a file name into compression and extension: `a.txt.gz` gives `gzip` and `.txt`."""
     stem, extension = os.path.splitext(path.lower())
     if extension in _GZIP:
@@ -145,37 +125,3 @@ def _starts_with_record(head: bytes) -> bool:
     except (ValueError, RecursionError):  # not JSON, or longer than `head`
         return len(head) == _HEAD_BYTES and _KEY_TEXT.search(text) is not None
     return isinstance(record, dict) and isinstance(record.get("text"), str)
-
-
-class _ZstandardFrames(io.RawIOBase):
-    """Reads all frames of a .zst file; raises EOFError for a truncated frame, which zstandard's own reader ignores."""
-
-    def __init__(self, path: str) -> None:
-        self._file = open_for_reading(path)
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside = False
-        self._compressed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._ready:
-            self._compressed = self._compressed or self._file.read(_COMPRESSED_BYTES)
-            if not self._compressed:
-                if self._inside:
-                    raise EOFError("it ends within a Zstandard frame")
-                return 0
-            self._ready = memoryview(self._frame.decompress(self._compressed))
-            self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from beit3_ds.untrusted_json import check_json_size
+
 _CHUNK = 1 << 20
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
@@ -47,3 +49,4 @@ def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
         if len(buffer) - position > max_characters:
             raise ValueError(f"a value of more than {max_characters} characters, or {reason}")
         buffer, position = buffer[position:] + more, 0
+        check_json_size(buffer, 2 * len(buffer))

@@ -10,19 +10,24 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files.lines import skip_blank_lines, skip_line
 from beit3_ds.data.files.reading import open_for_reading
-from beit3_ds.data.text.formats import DECOMPRESSION_ERRORS, TextFormat, find_text_format, open_decompressed
+from beit3_ds.data.text.decompression import DECOMPRESSION_ERRORS, open_decompressed
+from beit3_ds.data.text.formats import TextFormat, find_text_format
 from beit3_ds.data.text.json_values import iterate_json_values
 from beit3_ds.data.text.validity import check_is_text
 from beit3_ds.printing import printable
+from beit3_ds.untrusted_json import check_json_size
 
 _MAX_LINE_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANK_PARTS = re.compile(rb"\r{3,}")
 _SHOWN = 10
 
 
@@ -129,7 +134,7 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
         raise ConfigError(f"data: {printable(piece.path)} cannot be read: {error}. Fetch it again.") from error
 
 
-def _paragraphs_of_values(file: BinaryIO, path: str, broken: BrokenLines) -> Iterator[Paragraph]:
+def _paragraphs_of_values(file: io.BufferedReader, path: str, broken: BrokenLines) -> Iterator[Paragraph]:
     values = iterate_json_values(io.TextIOWrapper(file, encoding="utf-8-sig"), _MAX_LINE_BYTES)
     number = 0
     try:
@@ -146,7 +151,7 @@ def _paragraphs_of_values(file: BinaryIO, path: str, broken: BrokenLines) -> Ite
 
 
 def _paragraphs_of_lines(
-    file: BinaryIO, piece: TextPiece, text_format: TextFormat, broken: BrokenLines
+    file: io.BufferedReader, piece: TextPiece, text_format: TextFormat, broken: BrokenLines
 ) -> Iterator[Paragraph]:
     first = _find_first_line(file, piece)
     lines_before: int | None = None
@@ -186,6 +191,7 @@ def _parse_json(line: str) -> list[str]:
     if not line or line.isspace():
         return []
     try:
+        check_json_size(line, len(line))
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
@@ -210,45 +216,38 @@ def _decode(line: bytes) -> str:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start} of the line") from error
 
 
-def _find_first_line(file: BinaryIO, piece: TextPiece) -> int:
+def _find_first_line(file: io.BufferedReader, piece: TextPiece) -> int:
     """Moves the file's position to the first line that starts in the piece; returns the line's offset in bytes."""
     if piece.start == 0:
         return 0
     file.seek(piece.start - 1)  # if the byte before is a newline, a line starts at piece.start
-    return piece.start - 1 + _skip_line(file)
+    return piece.start - 1 + skip_line(file, b" ")
 
 
-def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
+def _read_parts(file: io.BufferedReader, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
     """Yields the lines of a file from `position` on, each cut into parts at its carriage returns.
+
+    Of a run of blank lines or parts, some are left out, because they say nothing that the first one does not.
 
     Yields:
         For each part: the line number (counted from 1 by newlines), whether the line starts before `stop`, and the
         bytes of the part. Bytes of a line that is too long are truncated.
     """
-    number, was_blank = 0, False
+    number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number, length = number + 1, len(line)
-        if was_blank and line == b"\n" and position + length < stop:  # one blank line suffices
-            position += length
-            continue
-        was_blank = line == b"\n"
-        if length > _MAX_LINE_BYTES and not line.endswith(b"\n"):
-            length += _skip_line(file)
+        if length > _MAX_LINE_BYTES:
+            length += skip_line(file, line)
         line = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
         is_long = len(line) > _MAX_LINE_BYTES
-        for part in [line] if is_long else line.rstrip(b"\r\n").split(b"\r"):
+        for part in [line] if is_long else _BLANK_PARTS.sub(b"\r\r", line.rstrip(b"\r\n")).split(b"\r"):
             yield number, position < stop, part
         position += length
-
-
-def _skip_line(file: BinaryIO) -> int:
-    """Skips the rest of a line in bounded memory; returns the number of skipped bytes."""
-    skipped = 0
-    while part := file.readline(_CHUNK_BYTES):
-        skipped += len(part)
-        if part.endswith(b"\n"):
-            break
-    return skipped
+        while line.isspace() and position < stop:
+            num_lines, num_bytes = skip_blank_lines(file)
+            number, position = number + num_lines, position + num_bytes
+            if not num_bytes:
+                break
 
 
 def _count_lines(path: str, stop: int) -> int:

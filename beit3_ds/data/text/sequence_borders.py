@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.reading import read_with_retries, storage_error
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.text.sentences import ParagraphCutter
 from beit3_ds.data.text.token_files import (
     COPY_NUMBERS,
@@ -25,6 +26,7 @@ from beit3_ds.data.text.token_files import (
     write_footer,
 )
 from beit3_ds.data.text.tokenization import TokenizedParagraphs, sequence_starts
+from beit3_ds.printing import printable
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _BORDERS = -1  # key of the memory-mapped borders in `PreparedText._maps`; the other keys are numbers of token files
@@ -87,9 +89,12 @@ class PreparedText:
                 f"data.text_length={length} tokens. {REDO}"
             )
         footer = read_footer(self._borders_path)
-        if footer["pieces"] != _fingerprint(self._pieces):
+        if footer.get("pieces") != _fingerprint(self._pieces):
             raise ConfigError(f"data: {self._borders_path} does not fit the token files beside it. {REDO}")
-        self._num_borders: int = footer["count"]
+        self._num_borders, left = divmod(footer["offset"], 8)
+        if not self._num_borders or left or footer.get("count") != self._num_borders:
+            raise ConfigError(f"data: {self._borders_path} is damaged: its size is wrong. {REDO}")
+        self._vocab_size, self._length = tokenizer.vocab_size, length
         self._piece_starts = np.cumsum([0, *(piece.num_tokens for piece in self._pieces)])
         self._maps: dict[int, NDArray[np.generic]] = {}
 
@@ -101,9 +106,14 @@ class PreparedText:
         """Reads the ids of a sequence, without BOS; the last id is EOS if a document ends there.
 
         Raises:
+            BrokenRecordError: if the file of borders or the ids in the token files are damaged.
             StorageError: if a file cannot be mapped. If reading the mapped memory fails later, the process is killed.
         """
         start, stop = (int(border) for border in self._borders()[index : index + 2])
+        if not 0 <= start < stop <= min(start + self._length - 1, int(self._piece_starts[-1])):
+            raise BrokenRecordError(
+                f"{printable(str(self._borders_path))}: sequence {index} has damaged borders. {REDO}"
+            )
         parts = []
         number = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
         while start < stop:
@@ -112,7 +122,10 @@ class PreparedText:
             parts.append(part)
             start += len(part)
             number += 1
-        return np.concatenate(parts)
+        ids = np.concatenate(parts)
+        if ids.max() >= self._vocab_size:
+            raise BrokenRecordError(f"{printable(str(self._borders_path))}: sequence {index} has damaged ids. {REDO}")
+        return ids
 
     def _borders(self) -> NDArray[np.generic]:
         if _BORDERS not in self._maps:

@@ -28,11 +28,14 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.files.descriptors import map_file
 from beit3_ds.data.text.paragraphs import BrokenLines, TextPiece, read_paragraphs
 from beit3_ds.data.text.tokenization import encode_paragraphs, token_dtype
+from beit3_ds.regular_file import open_regular
 from beit3_ds.tokenizers.text import TextTokenizer
+from beit3_ds.untrusted_json import check_count, check_list, check_object, check_text, parse_untrusted_json
 
 _MAGIC = b"BEIT3TOK"
 _VERSION = 3  # version of the format, and of the rule that cuts sequences
 _SUFFIX = ".tokens"
+_MAX_FOOTER_BYTES = 1 << 26  # with the descriptions of many broken lines
 COPY_NUMBERS = 1 << 18
 """Maximum count of numbers that are copied to a file at a time, which bounds memory."""
 REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
@@ -123,7 +126,7 @@ def write_tokens(
             "broken": broken.lines,
         }
         write_footer(file, footer)
-    return _from_footer(path, footer)
+    return read_token_piece(path)
 
 
 def read_token_piece(path: Path) -> TokenPiece:
@@ -199,18 +202,32 @@ def remove_other_pieces(folder: Path, texts: Iterable[Sequence[TextPiece]]) -> N
 
 
 def _from_footer(path: Path, footer: dict[str, Any]) -> TokenPiece:
-    return TokenPiece(
-        path=path,
-        dtype=footer["dtype"],
-        num_tokens=footer["num_tokens"],
-        num_paragraphs=footer["num_paragraphs"],
-        tokenizer=footer["tokenizer"],
-        document_separator=footer["document_separator"],
-        piece=TextPiece(*footer["source"]),
-        text_size=footer["source_size"],
-        text_mtime_ns=footer["source_mtime_ns"],
-        broken=tuple(footer["broken"]),
-    )
+    try:
+        text, start, stop = check_list(footer["source"], 3)
+        piece = TokenPiece(
+            path=path,
+            dtype=_check_dtype(footer["dtype"]),
+            num_tokens=check_count(footer["num_tokens"]),
+            num_paragraphs=check_count(footer["num_paragraphs"]),
+            tokenizer=check_text(footer["tokenizer"]),
+            document_separator=footer["document_separator"] is True,
+            piece=TextPiece(check_text(text), check_count(start), check_count(stop)),
+            text_size=check_count(footer["source_size"]),
+            text_mtime_ns=check_count(footer["source_mtime_ns"]),
+            broken=tuple(check_text(line) for line in check_list(footer["broken"])),
+        )
+        num_bytes = piece.num_tokens * np.dtype(piece.dtype).itemsize
+        if _aligned(num_bytes) + 4 * piece.num_paragraphs != footer["offset"]:
+            raise ValueError("its sizes do not fit the file")
+        return piece
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_dtype(name: Any) -> str:
+    if name not in ("<u2", "<u4"):
+        raise ValueError(f"{str(name)[:20]!r} is no type of ids")
+    return str(name)
 
 
 def file_stem(text: str) -> str:
@@ -248,23 +265,28 @@ def write_footer(file: BinaryIO, footer: dict[str, Any]) -> None:
 
 
 def read_footer(path: Path) -> dict[str, Any]:
-    """Reads the footer of a file.
+    """Reads the footer of a file, and adds the position where it starts as `offset`.
 
     Raises:
         ConfigError: if the file is missing or damaged, or has another version of the format.
     """
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 16))
             tail = file.read()
             length = int.from_bytes(tail[:8], "little")
-            if tail[8:] != _MAGIC or length > end - 16:
+            if tail[8:] != _MAGIC or length > min(end - 16, _MAX_FOOTER_BYTES):
                 raise ValueError("it has no footer")
-            file.seek(end - 16 - length)
-            footer = json.loads(file.read(length))
+            offset = file.seek(end - 16 - length)
+            footer = check_object(parse_untrusted_json(file.read(length), _MAX_FOOTER_BYTES))
             if footer.pop("version") != _VERSION:
                 raise ValueError(f"it was not written by version {_VERSION} of the format")
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"data: {path} cannot be read: {error}. {REDO}") from error
-    return dict(footer)
+        raise _damaged(path, error) from error
+    return footer | {"offset": offset}
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    reason = f"its footer has no {error}" if isinstance(error, KeyError) else error
+    return ConfigError(f"data: {path} cannot be read: {reason}. {REDO}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from beit3_ds.config import ConfigError
 from beit3_ds.config.strict import nearest
-from beit3_ds.data.files.json_lists import open_json_text
+from beit3_ds.data.files.names import iterate_names
 
 
 class ImageClass(NamedTuple):
@@ -90,16 +90,15 @@ class ClassList:
         """
         classes = []
         try:
-            with open_json_text(path) as file:
-                for number, line in enumerate(file, start=1):
-                    key, _, name = line.strip().partition(" ")
-                    if key and not name.strip():
-                        raise ConfigError(
-                            f"imagenet: {path}:{number} is {line.strip()[:80]!r}: write the key of a class, a space "
-                            "and its name."
-                        )
-                    if key:
-                        classes.append(ImageClass(key, name.strip()))
+            for number, line in enumerate(iterate_names(path), start=1):
+                key, _, name = line.strip().partition(" ")
+                if key and not name.strip():
+                    raise ConfigError(
+                        f"imagenet: {path}:{number} is {line.strip()[:80]!r}: write the key of a class, a space and "
+                        "its name."
+                    )
+                if key:
+                    classes.append(ImageClass(key, name.strip()))
         except ConfigError:
             raise
         except (OSError, ValueError) as error:

@@ -21,7 +21,7 @@ def test_lines_keep_their_numbers(tmp_path: Path) -> None:
         (b'{"a": "x"}\n["a"]', r"a\.jsonl:2 is '\[\"a\"\]' and not an object"),
         (b'{"a": "x"}\n{"a": 1}', r"a\.jsonl:2 has a='1'; every line needs 'a' \(str\)"),
         (b'{"b": 1}', r"a\.jsonl:1 has no 'a'; every line needs"),
-        (b'{"a": "x"}\n\xff', r"a\.jsonl cannot be read: 'utf-8'"),
+        (b'{"a": "x"}\n\xff', r"a\.jsonl:2 is not JSON: 'utf-8' codec"),
         (b"\x1f\x8b\x08\0", r"gzip data: unpack it first"),
     ],
 )

@@ -1,0 +1,60 @@
+"""Finds files with long gaps: bytes that were never written, which take no room on disk and are read as zeros."""
+
+import errno
+import os
+
+from beit3_ds.data.files.reading import read_with_retries
+
+_LONG = 1 << 26
+_MOST_GAPS = 1000
+
+
+def check_has_no_gap(path: str) -> None:
+    """Checks that at most 64 MiB of a file were never written, because reading a gap of terabytes takes hours.
+
+    Asks the file system, which may know of no gaps, and reads nothing.
+
+    Raises:
+        ValueError: if there are more.
+        OSError: if the file cannot be opened.
+        StorageError: if the file system fails.
+    """
+    size = read_with_retries(lambda: os.stat(path).st_size, path)
+    if size <= _LONG:
+        return
+    missing = read_with_retries(lambda: _count_missing(path, size), path)
+    if missing > _LONG:
+        raise ValueError(f"at least {missing:,} of its {size:,} bytes were never written: copy it again")
+
+
+def next_written(descriptor: int, position: int, size: int) -> int:
+    """Returns the position of the first written byte from `position` on; `size`, the end of the file, without any."""
+    try:
+        return os.lseek(descriptor, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system knows of no gaps
+            return position
+        raise
+
+
+def _count_missing(path: str, size: int) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        position = missing = 0
+        for _ in range(_MOST_GAPS):
+            written = next_written(descriptor, position, size)
+            missing += written - position
+            if written >= size or missing > _LONG:
+                return missing
+            position = os.lseek(descriptor, written, os.SEEK_HOLE)
+            if position >= size:
+                return missing
+        return size  # a file of so many gaps is no copy of a text
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENXIO):
+            return 0
+        raise
+    finally:
+        os.close(descriptor)

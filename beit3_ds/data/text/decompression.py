@@ -1,0 +1,93 @@
+"""Opens text files and decompresses gzip and Zstandard; refuses files that expand far more than texts do."""
+
+import gzip
+import io
+import os
+import zlib
+from typing import Literal, cast
+
+import zstandard
+
+from beit3_ds.data.files.reading import open_for_reading
+
+Compression = Literal["", "gzip", "zstandard"]
+"""Compression of a file; empty for none."""
+DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+"""Exceptions raised by reads of a missing file or a damaged compressed file."""
+
+_COMPRESSED_BYTES = 512  # zstandard decompresses all of its input at once, to 32768 times as many bytes
+_CHUNK_BYTES = 1 << 20
+_MOST_EXPANSION = 100  # texts expand about tenfold
+_FREE_BYTES = 1 << 26
+
+
+def open_decompressed(path: str, compression: Compression) -> io.BufferedReader:
+    """Opens a file for reading its decompressed content, with retries of failed reads.
+
+    Reading a truncated compressed file raises EOFError. Reading more than 64 MiB of content that takes more than 100
+    times the room of the file raises OSError.
+    """
+    match compression:
+        case "gzip":
+            content: io.RawIOBase = cast(io.RawIOBase, gzip.GzipFile(fileobj=open_for_reading(path)))
+        case "zstandard":
+            content = _ZstandardFrames(path)
+        case _:
+            return open_for_reading(path)
+    return io.BufferedReader(_Expansion(content, os.path.getsize(path)), _CHUNK_BYTES)
+
+
+class _Expansion(io.RawIOBase):
+    """Reads decompressed content up to a limit, beyond which the file is a decompression bomb."""
+
+    def __init__(self, content: io.RawIOBase, compressed_bytes: int) -> None:
+        self._content, self._num_read = content, 0
+        self._limit = max(_FREE_BYTES, _MOST_EXPANSION * compressed_bytes)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = self._content.readinto(buffer) or 0
+        self._num_read += count
+        if self._num_read > self._limit:
+            raise OSError(f"it expands more than {_MOST_EXPANSION}-fold, which no text does")
+        return count
+
+    def close(self) -> None:
+        self._content.close()
+        super().close()
+
+
+class _ZstandardFrames(io.RawIOBase):
+    """Reads all frames of a .zst file; raises EOFError for a truncated frame, which zstandard's own reader ignores."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open_for_reading(path)
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False
+        self._compressed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            self._compressed = self._compressed or self._file.read(_COMPRESSED_BYTES)
+            if not self._compressed:
+                if self._inside:
+                    raise EOFError("it ends within a Zstandard frame")
+                return 0
+            self._ready = memoryview(self._frame.decompress(self._compressed))
+            self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
