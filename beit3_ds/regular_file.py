@@ -34,7 +34,8 @@ def read_regular(path: str | Path, limit: int, *, follow_links: bool = True) -> 
         OSError: as `open_regular` does, or if the file is longer.
     """
     with open(open_regular(path, follow_links=follow_links), "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        is_longer = os.fstat(file.fileno()).st_size > limit
+        data = b"" if is_longer else file.read(limit + 1)
+    if is_longer or len(data) > limit:
         raise OSError(f"{path} has more than {limit} bytes")
     return data

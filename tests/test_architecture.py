@@ -30,7 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "untrusted_file": {"config", "regular_file", "safetensors_header"},
     "parallel": {"config", "kernels", "rank_names", "storage_error"},
     "tokenizers": {
-        *("atomic_file", "config", "parallel", "positions", "safetensors_header", "untrusted_file", "untrusted_json"),
+        *("atomic_file", "config", "parallel", "positions", "regular_file", "safetensors_header", "untrusted_file"),
+        "untrusted_json",
     },
     "data": {
         *("atomic_file", "batch", "config", "cores", "printing", "regular_file", "storage_error", "tokenizers"),
@@ -42,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
         "untrusted_json",
     },
     "picture": {"atomic_file"},
-    "retrying": {"atomic_file"},
+    "retrying": {"atomic_file", "regular_file"},
     "tasks": {
         *("atomic_file", "batch", "config", "data", "layout", "model", "parallel", "picture", "printing"),
         *("retrying", "storage_error", "tokenizers"),
@@ -75,7 +76,8 @@ ARROWS: dict[str, set[str]] = {
     "runtime": {"config", "cores", "parallel", "planner", "rank_names", "storage_error", "writer_lock"},
     "training": {
         *("atomic_file", "batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline"),
-        *("picture", "planner", "retrying", "runtime", "storage_error", "tasks", "tokenizers"),
+        *("picture", "planner", "printing", "retrying", "runtime", "storage_error", "tasks", "tokenizers"),
+        "untrusted_json",
     },
     "benchmarks": {
         *("batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline", "runtime"),

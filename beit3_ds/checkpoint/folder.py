@@ -124,8 +124,16 @@ class CheckpointFolder:
         """Returns the float32 weights or averages of a tensor.
 
         The result has the tensor's logical shape; with `part`, it holds only that slice, as a matrix.
+
+        Raises:
+            ConfigError: if a file does not hold what the index says, which happens only if both were edited.
         """
-        values = self.read_kind(self._weights, name, part or whole_slice(self.shape(name)))
+        try:
+            values = self.read_kind(self._weights, name, part or whole_slice(self.shape(name)))
+        except (BrokenIndexError, BrokenTensorFileError) as error:
+            raise ConfigError(
+                f"checkpoint {self.path} cannot be read, though its digests fit: {error}. Name another one of the run."
+            ) from error
         return values if part else values.view(self.shape(name))
 
     def release_pages(self) -> None:

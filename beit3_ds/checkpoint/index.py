@@ -186,7 +186,7 @@ def _parse(content: dict[str, Any]) -> Index:
         },
         files={_parse_file_name(name): _parse_file(file) for name, file in check_object(content["files"]).items()},
         buffers={name: _parse_buffer(buffer) for name, buffer in check_object(content.get(BUFFERS, {})).items()},
-        data=check_object(content.get("data", {})),
+        data=_parse_data(content.get("data", {})),
         old_names={name: stored for name, stored in names.items() if name != stored},
     )
     check_cover(index.shapes, index.pieces)
@@ -202,6 +202,17 @@ def _parse_run(content: Mapping[str, Any]) -> RunDescription:
     for section in ("task", "training", "data", "parallel", "tokenizers"):
         check_object(content["config"].get(section, {}))
     return RunDescription(**{name: content[name] for name in RunDescription.__dataclass_fields__})
+
+
+def _parse_data(data: Any) -> dict[str, Any]:
+    """Checks the best evaluation in the data state; the readers of the other keys check them."""
+    data = check_object(data)
+    if BEST in data:
+        best = check_object(data[BEST])
+        check_count(best["step"]), check_count(best["evaluations_since"]), check_text(best["metric"])
+        if type(best["value"]) not in (int, float):
+            raise ValueError(f"the best value is {str(best['value'])[:_SHOWN]!r}")
+    return data
 
 
 def _parse_shape(shape: Any) -> torch.Size:

@@ -11,7 +11,9 @@ from typing import Any
 
 from beit3_ds.checkpoint.disk import file_sha256
 from beit3_ds.config import FIELDS_WITHOUT_TENSORS, ConfigError, ModelConfig, RunConfig
+from beit3_ds.printing import printable
 
+_LONGEST_LINE = 500
 _LIBRARIES = ("beit3_ds", "torch", "deepspeed", "safetensors")
 
 
@@ -67,7 +69,7 @@ class RunDescription:
         old, new = dict(flatten(before.config)), dict(flatten(self.config))
         keys = [key for key in {**old, **new} if not key.startswith(("parallel.", "training.output_dir"))]
         return [
-            f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+            printable(f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}", _LONGEST_LINE)
             for key in keys
             if old.get(key) != new.get(key)
         ]

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from beit3_ds.atomic_file import atomic_write
+from beit3_ds.regular_file import read_regular
+
+_MAX_BYTES = 1 << 32
 
 
 class RetryingFile:
@@ -70,11 +73,11 @@ class RetryingFile:
         """Returns what the file holds once all missing bytes are written.
 
         Raises:
-            OSError: if the file exists and cannot be read.
+            OSError: if the file exists and cannot be read, is no regular file, or has more than 4 GiB.
         """
         if self._replaces:
             return self._missing
-        held = self.path.read_bytes() if self.path.exists() else b""
+        held = read_regular(self.path, _MAX_BYTES) if self.path.exists() else b""
         if not self._missing:
             return held
         if self._start is not None and self._missing.startswith(held[self._start :]):
@@ -83,7 +86,7 @@ class RetryingFile:
         return held + (b"\n" if is_cut else b"") + self._missing
 
     def _append_missing(self) -> None:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
         try:
             written = self._find_written(descriptor)
             rest = memoryview(self._missing)[written:]

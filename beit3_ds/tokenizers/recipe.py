@@ -14,6 +14,8 @@ from typing import Any
 
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.regular_file import read_regular
+from beit3_ds.untrusted_json import MAX_JSON_BYTES, check_list, check_object, parse_untrusted_json
 
 Recipe = dict[str, Any]
 """Settings with which a tokenizer was trained, as JSON values keyed by their names in the config."""
@@ -154,10 +156,11 @@ def _plain_value(value: Any) -> Any:
 def _read_recipe(path: str | Path) -> Recipe | None:
     """Returns the recorded recipe of a tokenizer; None if the record is missing or has another file's SHA-256."""
     try:
-        content = json.loads(_recipe_path(path).read_text(encoding="utf-8"))
-        recipe: Recipe = content["recipe"]
+        content = check_object(parse_untrusted_json(read_regular(_recipe_path(path), MAX_JSON_BYTES)))
+        recipe: Recipe = check_object(content["recipe"])
         if "images.train" in recipe and "pairs.train" in recipe:
-            recipe["images.train"] = _merge_sources(recipe["images.train"], recipe.pop("pairs.train"))
+            images, pairs = check_list(recipe["images.train"]), check_list(recipe.pop("pairs.train"))
+            recipe["images.train"] = _merge_sources([*map(check_object, images)], [*map(check_object, pairs)])
         return recipe if content["sha256"] == _digest(Path(path)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig, TextTokenizerConfig
+from beit3_ds.regular_file import read_regular
 
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
 _SENTENCEPIECE_SPECIALS = ("<unk>", "<s>", "</s>")  # SentencePiece's own ids 0 to 2
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _MAX_LINE_BYTES = 1 << 16  # with its default of 4192, SentencePiece silently skips longer paragraphs
+_MAX_MODEL_BYTES = 1 << 27  # a million pieces take 30 MB
 _ERRORS_ONLY = 2  # SentencePiece's log level; lower levels print a page during training
 
 
@@ -223,8 +225,8 @@ def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
             f"Train it with `beit3 train-text-tokenizer CONFIG.json`."
         )
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError:
+        model = sentencepiece.SentencePieceProcessor(model_proto=read_regular(path, _MAX_MODEL_BYTES))
+    except (RuntimeError, OSError):
         raise ConfigError(
             f"tokenizers.text: {path} is not a SentencePiece model. "
             f"Train one with `beit3 train-text-tokenizer CONFIG.json`."

@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from beit3_ds.config.strict import load_section
 from beit3_ds.safetensors_header import check_safetensors
 from beit3_ds.tokenizers.quantizer import Quantizer
 from beit3_ds.tokenizers.vit import Float32Linear, VisionTransformer, initialize_linear_layers
-from beit3_ds.untrusted_json import check_object, parse_untrusted_json
+from beit3_ds.untrusted_json import check_count, check_object, check_text, parse_untrusted_json
 
 _METADATA_KEY = "beit3_ds.visual_tokenizer"
 
@@ -126,9 +127,32 @@ def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
     description = _read_description(path)
     fields = without_tokenizer_keys(description["config"])  # version 0.1 also wrote the recipe of the training
     config = load_section(VisualTokenizerConfig, fields, f"{path} (metadata)")
-    tokenizer = VisualTokenizer(config, description["teacher_width"], description["teacher"])
+    tokenizer = _build_fitting(path, config, description)
     load_model(tokenizer, path)
     return tokenizer.eval().requires_grad_(False)
+
+
+def _build_fitting(path: Path, config: VisualTokenizerConfig, description: Mapping[str, Any]) -> VisualTokenizer:
+    """Builds the network of a file after comparing its shapes with the file's, before any memory is allocated.
+
+    Raises:
+        ConfigError: if they differ.
+    """
+    try:
+        width, teacher = check_count(description["teacher_width"]), check_text(description["teacher"])
+        found = {name: torch.Size(stored.shape) for name, stored in check_safetensors(path).tensors.items()}
+        if config.num_layers + config.decoder_layers > len(found):
+            raise ValueError(f"{len(found)} tensors for {config.num_layers + config.decoder_layers} blocks")
+        with torch.device("meta"):
+            wanted = {name: value.shape for name, value in VisualTokenizer(config, width).state_dict().items()}
+        if changed := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
+            raise ValueError(f"{changed[0]} has the shape {found.get(changed[0])} instead of {wanted.get(changed[0])}")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"tokenizers.visual: {path} is damaged: its tensors do not fit its description ({error}). Train the "
+            "tokenizer, or import it again."
+        ) from error
+    return VisualTokenizer(config, width, teacher)
 
 
 def check_visual_tokenizer_fits(tokenizer: VisualTokenizer, config: RunConfig) -> None:
@@ -178,6 +202,8 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"tokenizers.visual: {path} does not exist (looked in {Path.cwd()}). {remedy}")
     try:
-        return check_object(parse_untrusted_json(check_safetensors(path).metadata[_METADATA_KEY]))
+        description = check_object(parse_untrusted_json(check_safetensors(path).metadata[_METADATA_KEY]))
+        check_object(description["config"])
+        return description
     except (OSError, ValueError, KeyError):
         raise ConfigError(f"tokenizers.visual: {path} is not a visual tokenizer of this project. {remedy}") from None

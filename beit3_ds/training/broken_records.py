@@ -10,8 +10,10 @@ from beit3_ds.batch import StepBatch
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
 from beit3_ds.parallel.host_group import HostGroup
+from beit3_ds.printing import printable
 from beit3_ds.training.loss import count_terms
 
+_LONGEST_LINE = 4000
 BROKEN_RECORDS = "broken_records"
 """Key of the broken records in the data state of a checkpoint."""
 
@@ -96,8 +98,18 @@ class StepCounts:
 
 
 def records_from(data: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the broken records in the data state of a checkpoint; checkpoints of older versions have none."""
-    return dict(data.get(BROKEN_RECORDS, {}))
+    """Returns the broken records in the data state of a checkpoint; checkpoints of older versions have none.
+
+    Raises:
+        ConfigError: if they are not texts by name, because the checkpoint was edited.
+    """
+    records = data.get(BROKEN_RECORDS, {})
+    if not (isinstance(records, Mapping) and all(isinstance(line, str) for line in records.values())):
+        raise ConfigError(
+            f"the checkpoint's list of broken records is damaged: {str(records)[:80]!r}. Remove this checkpoint, and "
+            "the same command resumes from the one before."
+        )
+    return {name: printable(line, _LONGEST_LINE) for name, line in records.items()}
 
 
 def format_new_records(lines: Sequence[str], total: int, limit: int) -> list[str]:

@@ -51,15 +51,17 @@ def compare_runs(first: Path, second: Path) -> Comparison:
         raise ConfigError(
             f"{first} and {second} recorded no step in common. Train both with the same training.log_interval."
         )
-    one, other = (row[steps[0]] for row in rows)
-    figures = [name for name, value in one.items() if isinstance(value, float) and name in other]
+    everywhere = set[str].intersection(*(set(row[step]) for row in rows for step in steps))
+    figures = [name for name, value in rows[0][steps[0]].items() if isinstance(value, float) and name in everywhere]
     names = [name for name in figures if name not in OTHER_FIGURES]
+    if "loss" not in names:
+        raise ConfigError(f"{first} and {second} recorded no 'loss' at all their common steps. Compare whole records.")
     losses = {name: tuple(tuple(row[step][name] for step in steps) for row in rows) for name in names}
     return Comparison((str(first), str(second)), tuple(steps), losses)  # type: ignore[arg-type]
 
 
 def _train_records(folder: Path) -> dict[int, dict[str, Any]]:
-    records = MetricsLog(folder / "metrics.jsonl").records()
+    records = MetricsLog(folder / "metrics.jsonl").figures()
     if not records:
         raise ConfigError(f"{folder}: holds no metrics.jsonl of a run (training.output_dir).")
     return {record["step"]: record for record in records if record["kind"] == "train"}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.retrying.file import RetryingFile
+from beit3_ds.untrusted_json import check_count, check_object, parse_untrusted_json
 
 
 class MetricsLog:
@@ -35,6 +36,14 @@ class MetricsLog:
         Ignores other lines, such as a line truncated by a kill.
         """
         return [record for record in map(_parse, self._lines()) if record is not None]
+
+    def figures(self) -> list[dict[str, Any]]:
+        """Returns "step", "kind" and all numbers of each record that has a kind; leaves out values of other types."""
+        records = [record for record in self.records() if isinstance(record.get("kind"), str)]
+        return [
+            {key: value for key, value in record.items() if key == "kind" or type(value) in (int, float)}
+            for record in records
+        ]
 
     def forget_after(self, step: int) -> None:
         """Deletes the records of steps after `step`, because a resumed run repeats these steps.
@@ -68,7 +77,7 @@ class MetricsLog:
         try:
             text = self._file.content().decode(errors="surrogateescape")
         except OSError as error:
-            self._report(f"WARNING: {self.path} cannot be read: {error.strerror}")
+            self._report(f"WARNING: {self.path} cannot be read: {error.strerror or error}")
             return []
         return text.removesuffix("\n").split("\n") if text else []
 
@@ -76,10 +85,9 @@ class MetricsLog:
 def _parse(line: str) -> dict[str, Any] | None:
     """Parses one line of the file; returns None if the line is not a valid record."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        record: dict[str, Any] = check_object(parse_untrusted_json(line, has_constants=True))
+        check_count(record["step"])
+    except (ValueError, KeyError):
         return None
     if record.get("kind") == "heldout":  # the name in version 0.1
         record["kind"] = "validation"

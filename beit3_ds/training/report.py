@@ -47,7 +47,7 @@ def write_report(run: Run) -> None:
     pages = run.mesh.pipeline.host.broadcast(run.rank_task.write_pages(run, folder), src=-1)
     if not run.mesh.is_main:
         return
-    records = run.metrics_log.records()
+    records = run.metrics_log.figures()
     draw = functools.partial(plot_losses, records, baselines, run.terms)
     plot = folder.write("losses.png", draw)
     summary = _summarize(run, records, baselines) | results | pages | {"checkpoint": str(run.store.newest_path())}

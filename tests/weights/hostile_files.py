@@ -7,10 +7,8 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,18 +21,8 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
 from beit3_ds.model.pretrained import INDEX_NAME as SHARD_INDEX_NAME
 from beit3_ds.weights.export import export_weights
 from tests.batches import small_model_config
+from tests.hostile.values import ESCAPES, change_header, change_json, replace_file
 from tests.weights.models import ModelReader, random_model
-
-ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\r\n\u202etxt\u2028\udc80"
-VALUES: list[Any] = [
-    *(None, True, False, -1, 0.5, 1e308, float("nan"), 2**63, 10**30, "", "3", "x" * 10_000, ESCAPES),
-    *([], {}, [[]], {"a": {}}, [1, 2, 3], [-1], [0.5], [True], [2**62, 2**62], "../../etc/passwd", "/dev/zero"),
-    *(json.loads("[" * 300 + "]" * 300), {"__metadata__": 1}, [None] * 5, ["0", "1"], "a\0b"),
-]
-TEXTS = [
-    *(b"", b"{", b"[]", b"null", b"\xff\xfe{}", b'{"a":1,"a":2}', b'{"a":NaN}', b"[" * 100_000, b'{"a":' * 50_000),
-    *(b"1" * 5000, b'"\\ud800"', b'{"a":"' + b"\x1b" * 10 + b'"}', b"\0" * 100, b"[" + b"[]," * 1_000_000 + b"[]]"),
-]
 
 
 class Originals:
@@ -99,14 +87,14 @@ def write_hostile(originals: Originals, folder: Path, number: int) -> Path:
 
 def _changed_index(originals: Originals, folder: Path, draw: random.Random) -> Path:
     path, content = _copy_checkpoint(originals, folder), copy.deepcopy(originals.index)
-    _change(content, draw)
+    change_json(content, draw)
     write_index(path, content)
     return path
 
 
 def _strange_index(originals: Originals, folder: Path, draw: random.Random) -> Path:
     path = _copy_checkpoint(originals, folder)
-    _replace(path / INDEX_NAME, draw)
+    replace_file(path / INDEX_NAME, draw)
     return path
 
 
@@ -121,9 +109,9 @@ def _strange_piece_file(originals: Originals, folder: Path, draw: random.Random)
             tensor = next(tensor for tensor in content["tensors"].values() if len(tensor["shape"]) == 2)
             tensor["pieces"] = [[0, 0, 1, 0, 1]] * 30_000
         case 2:
-            _replace(file, draw)
+            replace_file(file, draw)
         case _:
-            _change_header(file, draw)
+            change_header(file, draw)
             content["files"][file.name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
     write_index(path, content)
     return path
@@ -132,14 +120,14 @@ def _strange_piece_file(originals: Originals, folder: Path, draw: random.Random)
 def _changed_header(originals: Originals, folder: Path, draw: random.Random) -> Path:
     name = draw.choice(["weights.safetensors", "timm.safetensors"])
     path = Path(shutil.copy(originals.folder / name, folder / name))
-    _change_header(path, draw)
+    change_header(path, draw)
     return path
 
 
 def _strange_bytes(originals: Originals, folder: Path, draw: random.Random) -> Path:
     name = draw.choice(["weights.safetensors", "timm.safetensors", "released.pth"])
     path = Path(shutil.copy(originals.folder / name, folder / name))
-    _replace(path, draw)
+    replace_file(path, draw)
     return path
 
 
@@ -148,14 +136,14 @@ def _strange_shards(originals: Originals, folder: Path, draw: random.Random) -> 
     shutil.copytree(originals.folder / "shards", path)
     index = path / SHARD_INDEX_NAME
     if draw.random() < 0.3:
-        _replace(index, draw)
+        replace_file(index, draw)
         return path
     content = json.loads(index.read_text())
     if draw.random() < 0.5:
         name = draw.choice(list(content["weight_map"]))
         content["weight_map"][name] = draw.choice(["/dev/zero", "../../../etc/passwd", ESCAPES, "..", "", 3, None, []])
     else:
-        _change(content["weight_map"], draw)
+        change_json(content["weight_map"], draw)
     index.write_text(json.dumps(content))
     return path
 
@@ -178,59 +166,3 @@ def _changed_torch(originals: Originals, folder: Path, draw: random.Random) -> P
 
 def _copy_checkpoint(originals: Originals, folder: Path) -> Path:
     return Path(shutil.copytree(originals.checkpoint, folder / originals.checkpoint.name))
-
-
-def _change(content: Any, draw: random.Random) -> None:
-    """Replaces, removes or adds one value somewhere in nested objects and lists."""
-    places: list[tuple[Any, Any]] = []
-
-    def visit(value: Any) -> None:
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            places.append((value, key))
-            if isinstance(item, dict | list) and len(places) < 2000:
-                visit(item)
-
-    visit(content)
-    shallow = places[: min(len(places), 20)]
-    holder, key = draw.choice(draw.choice([places, shallow]))
-    match draw.randrange(4):
-        case 0:
-            del holder[key]
-        case 1 if isinstance(holder, dict):
-            holder[draw.choice(["", ESCAPES, "x" * 5000, "../x"])] = draw.choice(VALUES)
-        case _:
-            holder[key] = draw.choice(VALUES)
-
-
-def _change_header(path: Path, draw: random.Random) -> None:
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    if draw.random() < 0.3:
-        text = draw.choice(TEXTS)
-        length = draw.choice([len(text), 2**63, 2**40, 0, len(data)])
-        path.write_bytes(struct.pack("<Q", length) + text + data[8 + length :])
-        return
-    header = json.loads(data[8 : 8 + length])
-    _change(header, draw)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def _replace(path: Path, draw: random.Random) -> None:
-    """Replaces a file by something else."""
-    data = path.read_bytes()
-    path.unlink()
-    match draw.randrange(8):
-        case 0:
-            os.mkfifo(path)
-        case 1:
-            path.symlink_to(draw.choice(["/dev/zero", "/dev/stdin", path.name, "/etc", "/nowhere"]))
-        case 2:
-            path.mkdir()
-        case 3:
-            with path.open("wb") as file:
-                file.truncate(1 << 40)  # a hole, which takes no room
-        case 4:
-            path.write_bytes(data[: draw.randrange(len(data))])
-        case _:
-            path.write_bytes(draw.choice(TEXTS))

@@ -1,21 +1,13 @@
 """Defines the position of a stream, which checkpoints store: each source's epoch and the progress in that epoch."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from beit3_ds.data.order.mixture import positions_per_source
 from beit3_ds.data.order.permutation import block_key
 from beit3_ds.data.order.remaining import RemainingSamples, from_nodes, gone_bounds
-
-_OLD_NAMES = {
-    "turns": "mixture_position",
-    "unseen": "remaining",
-    "num_unseen": "num_remaining",
-    "parked": "removed",
-}
-"""Maps names of fields in checkpoints from before version 0.2 to their current names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,38 +178,3 @@ def start_position(
     )
     sets = tuple(position.start_epoch(number, 0) for number in range(1 if weights is None else len(sources)))
     return dataclasses.replace(position, sets=sets)
-
-
-def position_from_json(stream: str, content: Mapping[str, Any]) -> StreamPosition:
-    """Rebuilds the position of a stream from the JSON object that `StreamPosition.to_json` returned."""
-    fields = _with_current_names(content)
-    fields["weights"] = None if fields["weights"] is None else tuple(fields["weights"])
-    fields["blocks"] = None if fields.get("blocks") is None else tuple(fields["blocks"])
-    fields["sources"] = tuple(SourcePosition(**source) for source in fields["sources"])
-    fields["sets"] = tuple(_set_from_json(position) for position in fields["sets"])
-    fields["removed"] = tuple(
-        RemovedSource(
-            source=SourcePosition(**removed["source"]),
-            epoch=removed["epoch"],
-            remaining=tuple(removed["remaining"]),
-        )
-        for removed in fields["removed"]
-    )
-    return StreamPosition(stream=stream, **fields)
-
-
-def _set_from_json(content: Mapping[str, Any]) -> SetPosition:
-    remaining = content["remaining"]
-    return SetPosition(
-        epoch=content["epoch"],
-        taken=content["taken"],
-        key=tuple(content["key"]),
-        remaining=None if remaining is None else tuple(remaining),
-        num_remaining=content["num_remaining"],
-    )
-
-
-def _with_current_names(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {_OLD_NAMES.get(name, name): _with_current_names(value) for name, value in content.items()}
-    return [_with_current_names(value) for value in content] if isinstance(content, list | tuple) else content

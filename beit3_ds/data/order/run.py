@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit3_ds.config import DataConfig
-from beit3_ds.data.order.positions import StreamPosition, position_from_json
+from beit3_ds.config import ConfigError, DataConfig
+from beit3_ds.data.order.positions import StreamPosition
 from beit3_ds.data.order.prefix_digest import IdentifiedSamples, prefix_digest
 from beit3_ds.data.order.resuming import continue_stream, new_position
 from beit3_ds.data.order.source_matching import FoundSource
+from beit3_ds.data.order.stored_position import position_from_json
 from beit3_ds.data.order.stream import StreamOrder
+from beit3_ds.printing import printable
 
+_LONGEST_LINE = 1000
 POSITIONS = "positions"
 """Key of the streams' positions in the data state of a checkpoint."""
 
@@ -49,9 +52,15 @@ class RunOrder:
 
         Returns:
             Description of each change since the checkpoint, one line each.
+
+        Raises:
+            ConfigError: if the checkpoint's positions are damaged.
         """
         self._first_step = first_step
-        stored: dict[str, Any] = dict(data.get(POSITIONS, {}))
+        stored = data.get(POSITIONS, {})
+        if not isinstance(stored, Mapping):
+            raise _damaged("*", ValueError(f"{str(stored)[:40]!r} is no object"))
+        stored = dict(stored)
         lines: list[str] = []
         if POSITIONS not in data:
             lines.append(
@@ -60,22 +69,28 @@ class RunOrder:
             )
         for name in self._orders:
             if POSITIONS in data:
-                position = position_from_json(name, stored.pop(name)) if name in stored else None
+                position = _parse(name, stored.pop(name)) if name in stored else None
             else:
-                position = self._derive(name, first_step, before)
+                try:
+                    position = self._derive(name, first_step, before)
+                except (KeyError, TypeError, AttributeError, ValueError) as error:
+                    raise _damaged(name, error) from error
             if position is None:
                 lines.append(f"data.{name}: its position is unknown; it begins with its first sample")
                 self._orders[name] = StreamOrder(self._new_position(name))
                 continue
             stream = self._config.streams()[name]
             found = self._found[name]
-            continued = continue_stream(
-                position, self._seed, stream.samples_per_step, stream.weights(), found, self._config.blocks()
-            )
-            self._orders[name] = StreamOrder(continued.position)
+            try:
+                continued = continue_stream(
+                    position, self._seed, stream.samples_per_step, stream.weights(), found, self._config.blocks()
+                )
+                self._orders[name] = StreamOrder(continued.position)
+            except (ValueError, IndexError, OverflowError) as error:
+                raise _damaged(name, error) from error
             lines += continued.changes
         self._absent = stored
-        return lines
+        return [printable(line, _LONGEST_LINE) for line in lines]
 
     def state_after(self, step: int) -> dict[str, Any]:
         """Returns the positions of all streams after `step` steps, to store them in a checkpoint.
@@ -92,7 +107,10 @@ class RunOrder:
             step: number of the step.
             slots: which of the step's samples, counted from 0.
         """
-        return self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
+        epochs, numbers = self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
+        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self._orders[stream].position.total:
+            raise _damaged(stream, ValueError("it leads to samples that the stream does not have"))
+        return epochs, numbers
 
     def _samples_since(self, stream: str, step: int) -> int:
         return (step - self._first_step) * self._config.streams()[stream].samples_per_step
@@ -125,6 +143,21 @@ class RunOrder:
         seed, samples = before["training"]["seed"], stream["samples_per_step"]
         start = new_position(name, seed, samples, weights, [found[path] for path in paths])
         return start.advanced(step * samples)
+
+
+def _parse(name: str, content: Any) -> StreamPosition:
+    try:
+        return position_from_json(name, content)
+    except (ValueError, KeyError) as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> ConfigError:
+    reason = f"it has no {error}" if isinstance(error, KeyError) else error
+    return ConfigError(
+        f"data.{name}: the checkpoint's position in the data is damaged: {reason}. Remove this checkpoint, and the "
+        "same command resumes from the one before; or begin anew in another training.output_dir."
+    )
 
 
 def _find_sources(config: DataConfig, name: str, sources: Iterable[IdentifiedSamples]) -> list[FoundSource]:

@@ -19,9 +19,16 @@ class StreamOrder:
     """Computes which samples of an endless stream follow a stored position."""
 
     def __init__(self, position: StreamPosition) -> None:
-        """Stores the position, from which offsets are counted."""
+        """Stores the position, from which offsets are counted.
+
+        Raises:
+            ValueError: if the position, as an edited checkpoint holds it, counts other samples than it describes.
+        """
         self.position = position
         self._remaining = [position.remaining(number) for number in range(len(position.sets))]
+        for one, remaining in zip(position.sets, self._remaining, strict=True):
+            if remaining is not None and not one.taken <= len(remaining) == one.num_remaining:
+                raise ValueError(f"{one.taken} of {one.num_remaining} samples are taken where {len(remaining)} remain")
         self._places = (
             None if position.weights is None else positions_per_source(position.weights, position.mixture_position)
         )

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.data.order.positions import StreamPosition, position_from_json
+from beit3_ds.data.order.positions import StreamPosition
 from beit3_ds.data.order.resuming import continue_stream, new_position
 from beit3_ds.data.order.source_matching import FoundSource
+from beit3_ds.data.order.stored_position import position_from_json
 from beit3_ds.data.order.stream import StreamOrder, order_from_start
 
 Names = list[str]
