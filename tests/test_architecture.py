@@ -30,8 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "untrusted_file": {"config", "regular_file", "safetensors_header"},
     "parallel": {"config", "kernels", "rank_names", "storage_error"},
     "tokenizers": {
-        *("atomic_file", "config", "parallel", "positions", "regular_file", "safetensors_header", "untrusted_file"),
-        "untrusted_json",
+        *("atomic_file", "config", "parallel", "positions", "printing", "regular_file", "safetensors_header"),
+        *("untrusted_file", "untrusted_json"),
     },
     "data": {
         *("atomic_file", "batch", "config", "cores", "printing", "regular_file", "storage_error", "tokenizers"),

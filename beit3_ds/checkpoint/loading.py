@@ -10,6 +10,7 @@ from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import HostGroup, Mesh
+from beit3_ds.printing import printable
 
 _LONG_CHECK_BYTES = 1 << 30
 _WAYS_OUT = (
@@ -46,7 +47,7 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
         faults.append(f"{name}: {fault}" + (f" (on {mesh.describe(rank)})" if rank else ""))
         if mesh.is_main:
             rest = "; trying the one before" if len(faults) < len(names) else ""
-            print(f"checkpoint {path} is not whole ({fault}){rest}", flush=True)
+            print(printable(f"checkpoint {path} is not whole ({fault}){rest}"), flush=True)
     if faults:
         reasons = "; ".join(faults)
         raise ConfigError(f"none of the checkpoints in {collection.root} can be used: {reasons}. {_WAYS_OUT}")

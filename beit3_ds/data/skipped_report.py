@@ -13,7 +13,7 @@ def describe_skipped(sources: Mapping[str, SourceSamples]) -> list[str]:
         sources: samples of each source by its name, as `name_sources` returns them.
     """
     return [
-        f"{name}: left out {found.num_members:,}: {reason} (such as {printable(found.example)})"
+        printable(f"{name}: left out {found.num_members:,}: {reason} (such as {found.example})")
         for name, samples in sources.items()
         for reason, found in samples.skipped().items()
     ]

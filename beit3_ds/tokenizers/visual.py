@@ -18,6 +18,7 @@ from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
 from beit3_ds.config.renamed_keys import without_tokenizer_keys
 from beit3_ds.config.strict import load_section
+from beit3_ds.printing import printable
 from beit3_ds.safetensors_header import check_safetensors
 from beit3_ds.tokenizers.quantizer import Quantizer
 from beit3_ds.tokenizers.vit import Float32Linear, VisionTransformer, initialize_linear_layers
@@ -139,7 +140,7 @@ def _build_fitting(path: Path, config: VisualTokenizerConfig, description: Mappi
         ConfigError: if they differ.
     """
     try:
-        width, teacher = check_count(description["teacher_width"]), check_text(description["teacher"])
+        width, teacher = check_count(description["teacher_width"]), printable(check_text(description["teacher"]), 500)
         found = {name: torch.Size(stored.shape) for name, stored in check_safetensors(path).tensors.items()}
         if config.num_layers + config.decoder_layers > len(found):
             raise ValueError(f"{len(found)} tensors for {config.num_layers + config.decoder_layers} blocks")

@@ -38,10 +38,14 @@ class MetricsLog:
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def figures(self) -> list[dict[str, Any]]:
-        """Returns "step", "kind" and all numbers of each record that has a kind; leaves out values of other types."""
+        """Returns "step", "kind" and all numbers of each record that has a kind; leaves out the rest."""
         records = [record for record in self.records() if isinstance(record.get("kind"), str)]
         return [
-            {key: value for key, value in record.items() if key == "kind" or type(value) in (int, float)}
+            {
+                key: value
+                for key, value in record.items()
+                if key == "kind" or (type(value) in (int, float) and key.isprintable())
+            }
             for record in records
         ]
 

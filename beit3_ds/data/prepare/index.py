@@ -75,7 +75,7 @@ def describe_indices(shards: Sequence[IndexedShard]) -> str:
     for reason in sorted({reason for shard in shards for reason in shard.skipped}):
         found = [(shard.tar, shard.skipped[reason]) for shard in shards if reason in shard.skipped]
         total = sum(skipped.num_members for _, skipped in found)
-        lines.append(f"left out, {reason}: {total:,} (such as {printable(f'{found[0][0]}:{found[0][1].example}')})")
+        lines.append(printable(f"left out, {reason}: {total:,} (such as {found[0][0]}:{found[0][1].example})"))
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ class SourceStatistics:
             lines += [f"  {printable(message)}" for message in messages[:_MAX_NAMED]]
             lines += [f"  ... and {len(messages) - _MAX_NAMED:,} more of this kind"] * (len(messages) > _MAX_NAMED)
         for reason, found in self.skipped.items():
-            lines.append(f"left out: {found.num_members:,}: {reason} (such as {printable(found.example)})")
+            lines.append(printable(f"left out: {found.num_members:,}: {reason} (such as {found.example})"))
         return lines
 
     def problems(self, max_broken_records: int) -> list[str]:

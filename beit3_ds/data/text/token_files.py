@@ -28,6 +28,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.files.descriptors import map_file
 from beit3_ds.data.text.paragraphs import BrokenLines, TextPiece, read_paragraphs
 from beit3_ds.data.text.tokenization import encode_paragraphs, token_dtype
+from beit3_ds.printing import printable
 from beit3_ds.regular_file import open_regular
 from beit3_ds.tokenizers.text import TextTokenizer
 from beit3_ds.untrusted_json import check_count, check_list, check_object, check_text, parse_untrusted_json
@@ -214,7 +215,7 @@ def _from_footer(path: Path, footer: dict[str, Any]) -> TokenPiece:
             piece=TextPiece(check_text(text), check_count(start), check_count(stop)),
             text_size=check_count(footer["source_size"]),
             text_mtime_ns=check_count(footer["source_mtime_ns"]),
-            broken=tuple(check_text(line) for line in check_list(footer["broken"])),
+            broken=tuple(printable(check_text(line)) for line in check_list(footer["broken"])),
         )
         num_bytes = piece.num_tokens * np.dtype(piece.dtype).itemsize
         if _aligned(num_bytes) + 4 * piece.num_paragraphs != footer["offset"]:
