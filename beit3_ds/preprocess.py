@@ -6,8 +6,9 @@ from PIL import Image
 from torch import Tensor
 
 from beit3_ds.data.images.augmentation import center_view
-from beit3_ds.data.images.decoding import decode_image, upright_rgb
+from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, decode_image, upright_rgb
 from beit3_ds.data.images.one_view import whole_view
+from beit3_ds.regular_file import read_regular
 
 
 def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop: bool = True) -> Tensor:
@@ -27,7 +28,7 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop
         Pixels, (3, image_size, image_size) float32 in [-1, 1]; `torch.stack` joins several into a batch.
 
     Raises:
-        OSError: if the file cannot be read.
+        OSError: if the file cannot be read, is a pipe or a device, or has more than 256 MiB.
         TypeError: if `image` has another type.
         ValueError: if the image is not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image or has no pixels, or if
             `image_size` is not positive.
@@ -46,6 +47,6 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop
             f"image is a {type(image).__name__}. Pass the path of an image file, its bytes, or a PIL.Image.Image."
         )
     try:
-        return view(decode_image(Path(image).read_bytes()), image_size)
+        return view(decode_image(read_regular(image, MAX_IMAGE_BYTES)), image_size)
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error

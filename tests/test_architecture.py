@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
         *("atomic_file", "batch", "config", "cores", "printing", "regular_file", "storage_error", "tokenizers"),
         "untrusted_json",
     },
-    "preprocess": {"data"},
+    "preprocess": {"data", "regular_file"},
     "model": {
         *("batch", "config", "kernels", "layout", "parallel", "positions", "regular_file", "safetensors_header"),
         "untrusted_json",

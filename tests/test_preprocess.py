@@ -1,6 +1,7 @@
 """What a user's image becomes is what the loader makes of it for the validation loss."""
 
 import io
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -112,3 +113,14 @@ def test_what_is_no_image_says_so(tmp_path: Path) -> None:
     Image.new("F", (4, 4)).save(buffer, "tiff")
     with pytest.raises(ValueError, match="does not say which value is white"):
         preprocess(buffer.getvalue(), 16)
+
+
+def test_pipes_and_endless_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "hole.png").open("wb") as file:
+        file.truncate(1 << 40)
+    for name in ("pipe.png", "hole.png"):
+        with pytest.raises(OSError, match=name):
+            preprocess(tmp_path / name, 32)
+    with pytest.raises(OSError, match="not a regular file"):
+        preprocess("/dev/zero", 32)

@@ -32,6 +32,7 @@ SECTIONS = ("model", "data", "tokenizers", "training", "parallel", "task")
 """Sections inside "beit3_ds"."""
 _OPTIONAL_SECTIONS = ("model", "parallel", "task")
 
+_MAX_BYTES = 1 << 23
 _MAX_SHOWN = 200
 """Maximum number of characters of a `--set` that a message repeats."""
 
@@ -115,7 +116,11 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(expand_home(str(path), "the path of the config file"))
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # may be a pipe
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
+        text = data.decode()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file (looked in {Path.cwd()}).") from None
     except (OSError, ValueError) as error:  # a name with NUL, or bytes that are not UTF-8
