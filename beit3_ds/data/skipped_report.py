@@ -7,7 +7,7 @@ from beit3_ds.printing import printable
 
 
 def describe_skipped(sources: Mapping[str, SourceSamples]) -> list[str]:
-    """Returns one line per source and reason with the number of skipped files, members, rows or lines and an example.
+    """Returns one line per source and reason: the number of skipped files, members, rows or lines, and an example.
 
     Args:
         sources: samples of each source by its name, as `name_sources` returns them.

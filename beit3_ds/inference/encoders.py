@@ -173,7 +173,7 @@ class FusionEncoder:
             batch_size: number of pairs that are computed at once.
 
         Raises:
-            ConfigError: if there are no pairs, their numbers differ, or a text is empty.
+            ConfigError: if there are no pairs, the numbers of images and texts differ, or a text is empty.
             OSError: if a file cannot be read.
             ValueError: if an image is broken.
         """

@@ -76,7 +76,7 @@ class StatementJudge:
             batch_size: number of statements that are judged at once.
 
         Raises:
-            ConfigError: if the numbers differ, or a statement is empty.
+            ConfigError: if the numbers of images and statements differ, or a statement is empty.
             OSError: if a file cannot be read.
             ValueError: if an image is broken.
         """

@@ -179,7 +179,7 @@ class RankTask:
         stop signal cancelled the evaluation between these two calls, it is repeated in this state.
 
         Args:
-            evaluator: the model.
+            evaluator: gives access to the model and its ranks.
             done: number of steps done.
         """
 
@@ -187,7 +187,7 @@ class RankTask:
         """Updates the task's own state after the optimizer's update of a training step; all ranks call it.
 
         Args:
-            evaluator: the model.
+            evaluator: gives access to the model and its ranks.
             is_skipped: whether the update was skipped, because a loss or gradient was not finite.
         """
 
@@ -199,7 +199,7 @@ class RankTask:
         """Writes the task's result files, which other runs may read; all ranks call it after the last checkpoint.
 
         Args:
-            evaluator: the model.
+            evaluator: gives access to the model and its ranks.
             folder: the run's output folder, for pages and pictures; a run does not fail if these cannot be written.
 
         Returns:

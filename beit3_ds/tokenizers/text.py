@@ -40,7 +40,7 @@ class WordBorders(NamedTuple):
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Returns for each id of a consecutive sequence whether the id starts a word, (ids,).
 
-        An id also starts a word if the previous id ends a word. For the first id, the previous id is unknown.
+        An id also starts a word if the previous id ends a word. The first id has no previous id.
         """
         begins = self.starts[ids]
         begins[1:] |= self.ends[ids[:-1]]

@@ -59,7 +59,7 @@ def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str,
     """Maps the reference's branches A and B to "vision" and "language"; omits a branch that some block lacks.
 
     Args:
-        config: the model.
+        config: configuration of the model.
         fusion: whether A and B both map to the vision-language expert in blocks that have one.
     """
     letters = {"A": "vision", "B": "language"}
@@ -80,7 +80,7 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
     Omits branch A (vision) or B (language) if a block of the model lacks it (`reference_letters`).
 
     Args:
-        config: the model.
+        config: configuration of the model.
         fusion: whether A and B both map to the vision-language expert in blocks that have one.
     """
     kinds, attention = ("weight", "bias"), config.attention_experts

@@ -32,7 +32,7 @@ def mean_features(
     Args:
         steps: this rank's share of the steps.
         teacher: maps pixels to the features of every patch.
-        mesh: the ranks.
+        mesh: mesh of all ranks.
         device: device of the teacher.
     """
     totals: Tensor | None = None
@@ -55,7 +55,7 @@ def gather_vectors(steps: Sequence[StepBatch], vectors: Iterator[Tensor], mesh: 
     Args:
         steps: this rank's share of the steps; all ranks have equally many micro-batches.
         vectors: the vectors of each micro-batch, (images, patches, width).
-        mesh: the ranks.
+        mesh: mesh of all ranks.
     """
     gathered: list[Tensor] = []
     for _ in _batches(steps):
