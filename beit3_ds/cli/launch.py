@@ -4,7 +4,7 @@ import argparse
 
 from beit3_ds.cli.command import Subparsers, add_command
 from beit3_ds.cluster.launch.launcher_command import LAUNCHERS
-from beit3_ds.config.arguments import add_config_arguments, integer, real
+from beit3_ds.config.arguments import add_config_arguments, add_force_argument, integer, real
 from beit3_ds.config.numbers import RANKS, Range
 
 _EPILOG = """examples:
@@ -28,6 +28,7 @@ def add_launch_command(subparsers: Subparsers) -> None:
     command = add_command(subparsers, "launch", _launch, summary, epilog=_EPILOG, writes_files=True)
     command.add_argument("hostfile", help="one machine per line: NAME slots=RANKS")
     add_config_arguments(command)
+    add_force_argument(command, "train again if the run is finished; its checkpoints are moved aside")
     command.add_argument(
         "--launcher", choices=LAUNCHERS, default="pdsh", help="program that starts ranks elsewhere (default: pdsh)"
     )
@@ -104,6 +105,7 @@ def _launch(options: argparse.Namespace) -> int:
             keepalive_seconds=options.keepalive,
             start_seconds=options.start_timeout,
             port=options.port,
+            force=options.force,
             dry_run=options.dry_run,
         )
     )

@@ -62,6 +62,8 @@ class LaunchOptions:
     """Longest time in seconds until all guards have registered."""
     port: int
     """Port on which the supervisor listens; 0 means any free port."""
+    force: bool = False
+    """Whether the ranks move the checkpoints of a finished run aside and train again (`beit3 train --force`)."""
     dry_run: bool = False
     """Whether to print only the command, hosts and variables of the ranks, without starting a process."""
     module: str = "beit3_ds.train"
@@ -122,6 +124,9 @@ class _Launch:
         self._stop_signals = LauncherStopSignals(self._terminal)
         self._attempt_hostfile = log_dir / "hostfile"
         """Hostfile of the last attempt, which is as old as the attempt."""
+        self._outdated: int | None = None  # inode of the finished run's folder of checkpoints
+        if options.force and self._is_trained():
+            self._outdated = self._checkpoints_inode()
 
     def is_stopping(self) -> bool:
         return self._stop_signals.first is not None
@@ -181,7 +186,7 @@ class _Launch:
                     hosts=self._hosts,
                     build_commands=lambda guard: build_commands(options.launcher, plain, guard),
                     launcher_environment=launcher_environment(options.launcher, os.environ),
-                    trainer=_trainer_command(options),
+                    trainer=_trainer_command(options, force=options.force and not self._is_trained()),
                     environment=self._environment,
                     folder=Path.cwd(),
                     log_dir=folder,
@@ -209,8 +214,7 @@ class _Launch:
         if outcome.failure is not None or self._stop_signals.is_kill:
             return 1
         done, total = self._saved_step(), self._config.training.total_steps
-        is_done = done is not None and done >= total
-        if self._is_report_written() or (is_done and self._stop_signals.first is None):
+        if self._is_report_written() or (self._is_trained() and self._stop_signals.first is None):
             self._terminal.report(f"finished: {done or total} steps")
             return 0
         return self._report_stop()
@@ -297,8 +301,16 @@ class _Launch:
         done = self._saved_step()
         return f"from the checkpoint of step {done}" if done else "from the beginning, because there is no checkpoint"
 
+    def _is_trained(self) -> bool:
+        return (self._saved_step() or 0) >= self._config.training.total_steps
+
     def _saved_step(self) -> int | None:
-        """Returns the step of the checkpoint named in the file `latest`, without checking the checkpoint's files."""
+        """Returns the step of the checkpoint named in the file `latest`, without checking the checkpoint's files.
+
+        Returns None for the checkpoints of the finished run that the ranks have yet to move aside (`--force`).
+        """
+        if self._outdated is not None and self._outdated == self._checkpoints_inode():
+            return None
         try:
             text = (Path(self._config.training.output_dir) / "checkpoints" / "latest").read_text()
         except OSError:
@@ -306,14 +318,22 @@ class _Launch:
         match = _STEP.fullmatch(text.strip())
         return int(match[1]) if match else None
 
+    def _checkpoints_inode(self) -> int | None:
+        """Returns the inode of the folder of checkpoints, which renaming does not change; None without a folder."""
+        try:
+            return (Path(self._config.training.output_dir) / "checkpoints").stat().st_ino
+        except OSError:
+            return None
+
 
 def _describe_hosts(hosts: Sequence[HostSlots]) -> str:
     return ", ".join(f"{host.name} ({host.slots})" for host in hosts)
 
 
-def _trainer_command(options: LaunchOptions) -> list[str]:
+def _trainer_command(options: LaunchOptions, *, force: bool) -> list[str]:
     config = options.config if not options.config.startswith("-") else f"./{options.config}"
-    return [sys.executable, "-u", "-m", options.module, config, *(f"--set={change}" for change in options.changes)]
+    changes = [f"--set={change}" for change in options.changes]
+    return [sys.executable, "-u", "-m", options.module, config, *changes, *(["--force"] if force else [])]
 
 
 def _describe_launch(
@@ -328,7 +348,7 @@ def _describe_launch(
     return "\n".join(
         [
             f"would start {hostfile.world_size} ranks {how}: {_describe_hosts(hostfile.hosts)}",
-            f"command of every rank: {printable(shlex.join(_trainer_command(options)))}",
+            f"command of every rank: {printable(shlex.join(_trainer_command(options, force=options.force)))}",
             f"in the folder {printable(str(Path.cwd()))}, with logs in {printable(str(log_dir))}",
             "variables that are sent to every rank:",
             *(f"  {line}" for line in describe_forwarded(environment)),

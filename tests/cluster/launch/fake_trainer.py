@@ -1,11 +1,13 @@
 """Fakes a trainer: takes steps of a few milliseconds, writes a checkpoint after each, and has faults on request.
 
-Its arguments are those of the trainer, CONFIG --set=..., of which it uses training.output_dir and total_steps. FAULTS
+Its arguments are those of the trainer, CONFIG --set=... --force, of which it uses training.output_dir and total_steps.
+With --force rank 0 moves the checkpoints of a finished run aside, as soon as all ranks have come to step -1. FAULTS
 is a JSON list of [rank, step, what]; each fault happens once in a run. `what` is a signal that the rank sends itself,
 a status with which it ends, or "ignore" for a rank that ignores stop signals. Ranks wait for each other in every step.
 They also fail after a fault of another rank, except that they wait for ever for a rank that is stopped.
 """
 
+import argparse
 import json
 import os
 import re
@@ -59,17 +61,25 @@ def main() -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: received.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    config = load_run_config(sys.argv[1], [argument.removeprefix("--set=") for argument in sys.argv[2:]]).training
+    options = argparse.ArgumentParser()
+    options.add_argument("config")
+    options.add_argument("--set", action="append", default=[])
+    options.add_argument("--force", action="store_true")
+    arguments = options.parse_args()
+    config = load_run_config(arguments.config, arguments.set).training
     folder = Path(config.output_dir)
     ranks = Ranks(folder)
     latest = folder / "checkpoints" / "latest"
     first = int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
+    moves_aside = arguments.force and first == config.total_steps
+    if moves_aside:
+        first = 0
     worker = subprocess.Popen(["sleep", "60"], env={**os.environ, "RUN": str(folder)})
     greeting = os.environ.get("GREETING")
     print(f"rank {ranks.rank} of {ranks.size}, worker {worker.pid}, from step {first}, {greeting}", flush=True)
     print(f"secrets {[name for name in os.environ if re.search('TOKEN|PASSWORD', name)]}", flush=True)
     ignores = False
-    for step in range(first, config.total_steps):
+    for step in range(-1 if moves_aside else first, config.total_steps):
         for number, (its_rank, its_step, what) in enumerate(json.loads(os.environ.get("FAULTS", "[]"))):
             mark = folder / f"fault_{number}"
             if (its_rank, its_step) == (ranks.rank, step) and not mark.exists():
@@ -87,6 +97,10 @@ def main() -> int:
         if ranks.meet(step, bool(received)) and not ignores:
             print(f"rank {ranks.rank} stops on {[signal.Signals(number).name for number in received]}", flush=True)
             break
+        if step < 0:
+            if ranks.rank == 0:
+                latest.parent.rename(folder / "checkpoints-1")
+            continue
         time.sleep(STEP_SECONDS)
         if ranks.rank == 0:
             print(f"step {step + 1}", flush=True)

@@ -41,6 +41,23 @@ def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]
     assert steps == list(range(1, STEPS + 1))
 
 
+def test_a_finished_run_is_repeated(launch: Callable[..., Launch]) -> None:
+    """A restart begins the repetition if the old checkpoints are still in place, and else resumes it."""
+    assert launch([], hosts="a slots=2\n").wait() == 0
+    faults = [[1, -1, 3], [1, 5, 3]]
+    run = launch(faults, hosts="a slots=2\n", restarts=2, force=True)
+    assert run.wait() == 0
+    assert (run.output_dir / "checkpoints-1" / "latest").read_text() == f"step-{STEPS:08d}\n"
+    assert "restart 1 of 2: 2 ranks on a (2), from the beginning, because there is no checkpoint\n" in run.printed()
+    assert "restart 2 of 2: 2 ranks on a (2), from the checkpoint of step 5\n" in run.printed()
+    assert [run.log(1, attempt).split(", ")[2] for attempt in (2, 3, 4)] == [
+        "from step 0",
+        "from step 0",
+        "from step 5",
+    ]
+    assert f"finished: {STEPS} steps" in run.printed()
+
+
 @pytest.mark.slow
 def test_restarts_are_counted(launch: Callable[..., Launch]) -> None:
     run = launch([[1, 5, 3], [1, 6, 3], [1, 7, 3]], restarts=1)
