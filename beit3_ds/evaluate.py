@@ -168,7 +168,7 @@ def build_evaluator(
     check_same_sources(mesh, rank_task.sources)
     device = compute_device()
     rank_task.to(device)
-    schedule = build_schedule(task, mesh)
+    schedule = build_schedule(task, mesh, trains=False)
     names = {name for name, _ in schedule.engine.module.named_parameters()}
     EngineState(schedule.engine, mesh).load_weights(
         lambda kind, name, part: inputs.weights.read(name, part).float(), names

@@ -36,18 +36,28 @@ def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequen
     return model
 
 
-def build_schedule(task: Task, mesh: Mesh) -> Schedule:
-    """Builds this rank's part of the model, its engine, and the schedule that runs micro-batches through it."""
+def build_schedule(task: Task, mesh: Mesh, *, trains: bool = True) -> Schedule:
+    """Builds this rank's part of the model, its engine, and the schedule that runs micro-batches through it.
+
+    Args:
+        task: the task of the run.
+        mesh: the mesh of ranks.
+        trains: whether updates follow. An evaluation needs no memory for gradients and moments.
+    """
     chunks = cut_layers(task.config, task.expected_head_flops()) if task.has_backbone else [range(1)]
     model = build_model(task, mesh.tensor, stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size))
-    schedule = Schedule(build_engine(task.config, model, mesh), chunks, mesh, task.step_loss)
+    engine = build_engine(task.config, model, mesh, trains=trains)
+    schedule = Schedule(engine, chunks, mesh, task.step_loss)
     freeze_parameters(model, task.config)  # after the schedule's own hooks on the tied word table
     return schedule
 
 
-def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
-    """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters."""
-    ALLOCATOR.keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model))
+def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: bool = True) -> deepspeed.DeepSpeedEngine:
+    """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters.
+
+    Without `trains`, AdamW has no moments: under ZeRO, DeepSpeed allocates them in the first update.
+    """
+    ALLOCATOR.keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model) if trains else 0)
     optimizer = build_optimizer(model, config, lambda number: max(mesh.pipeline.host.gather(number)))
     with deepspeed_compat.zero1_adds_up_in_float32():
         engine, *_ = deepspeed.initialize(
@@ -60,8 +70,8 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
     deepspeed_compat.adapt_engine(engine, mesh)
     engine.monitor = RunMonitor(engine.monitor, functools.partial(print, flush=True))
     adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):
-        allocate_moments(adamw)  # as DeepSpeed does under ZeRO
+    if trains and not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):
+        allocate_moments(adamw)
     return engine
 
 
