@@ -8,14 +8,18 @@ import pytest
 
 from tests.tasks.fine_tuning import (
     ALL,
+    CLIPPED_NORM,
+    EPSILON,
+    MODEL,
     ONE_PROCESS,
     Layout,
     WriteConfig,
+    check_layout_trains_the_same,
     check_metrics_do_not_depend_on_ranks,
     check_resumes_bit_for_bit,
-    check_same_gradients,
     figures,
     train_layout,
+    write_json,
 )
 from tests.tasks.retrieval.runs import NUM_VALIDATION, write_config, write_files
 
@@ -24,7 +28,6 @@ COVERING: dict[str, Layout] = {
     "ZeRO-1, tensor 2, 4 micro-batches": (2, 1, 4, {"tensor_parallel_size": 2, "sequence_parallel": True}),
     "ZeRO-1, pipeline 2, 2 micro-batches": (2, 1, 2, {"pipeline_parallel_size": 2}),
 }
-POSSIBLE = {name: layout for name, layout in ALL.items() if not ("pipeline" in name and layout[2] < 2)}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,9 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> WriteConfig:
 
     def write(folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
         _, stage, micro_batches, parallel = layout
-        return write_config(files, folder, stage, dict(parallel), micro_batches, training=training)
+        training = {"adam_epsilon": EPSILON, **training}
+        path = write_config(files, folder, stage, dict(parallel), micro_batches, model=MODEL, training=training)
+        return write_json(folder, json.loads(path.read_text()) | {"gradient_clipping": CLIPPED_NORM})
 
     return write
 
@@ -43,32 +48,15 @@ def one_process(write: WriteConfig, tmp_path_factory: pytest.TempPathFactory) ->
     return train_layout(write, tmp_path_factory.mktemp("retrieval") / "one")
 
 
-def check_layout(write: WriteConfig, one_process: Path, folder: Path, layout: Layout) -> None:
-    """Compares the gradients of the first step, losses, gradient norms and scores with one process.
-
-    Gradients of a contrastive loss are differences of nearly equal features, which doubles the share of rounding.
-    """
-    train_layout(write, folder, layout)
-    check_same_gradients(folder, one_process, bound=2e-5)
-    found, expected = figures(folder, "train"), figures(one_process, "train")
-    assert len(found) == len(expected) == 4
-    for ours, theirs in zip(found, expected, strict=True):
-        names = ("loss", "image_to_text", "text_to_image", "grad_norm")
-        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=2e-5)
-    scores, expected_scores = figures(folder, "validation"), figures(one_process, "validation")
-    assert scores[0] == expected_scores[0] and len(scores) == 3  # equal weights
-    assert scores[-1] == pytest.approx(expected_scores[-1], abs=0.05)  # rounding may exchange two neighbours
-
-
 @pytest.mark.parametrize("layout", COVERING)
-def test_layouts_train_and_score_the_same(layout: str, write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
-    check_layout(write, one_process, tmp_path / "run", COVERING[layout])
+def test_layouts_train_the_same(layout: str, write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    check_layout_trains_the_same(write, one_process, tmp_path / "run", COVERING[layout])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", POSSIBLE)
+@pytest.mark.parametrize("layout", ALL)
 def test_all_layouts_train_the_same(layout: str, write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
-    check_layout(write, one_process, tmp_path / "run", POSSIBLE[layout])
+    check_layout_trains_the_same(write, one_process, tmp_path / "run", ALL[layout])
 
 
 def test_it_resumes_bit_for_bit(write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
