@@ -66,7 +66,7 @@ def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True
     Raises:
         ConfigError: if two sources share a file, a folder is inside another one, or a pattern matches no file.
     """
-    for split in {source.split for source in sources}:  # two parts of one file differ
+    for split in {source.split for source in sources}:  # sources with different splits of one file share no sample
         paths = [source.path for source in sources if source.split in (split, "")]
         check_no_hard_link(expand_patterns(paths if must_exist else filter(_matches_files, paths)))
     folders = [source.path for source in sources if os.path.isdir(source.path)]

@@ -24,7 +24,7 @@ from beit3_ds.model.features import pack_inputs
 from beit3_ds.tasks.nlvr2.head import StatementHead
 from beit3_ds.tokenizers import TextTokenizer
 
-_PAIR_PARTS = (1, 2)  # images and texts of pairs in layout.PARTS
+_PAIR_PARTS = (1, 2)  # indices in `layout.PARTS` of the images and texts of pairs
 
 
 class StatementJudge:

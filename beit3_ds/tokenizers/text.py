@@ -198,7 +198,7 @@ def train_sentencepiece_model(config: TextTokenizerConfig, lines: Iterable[str],
         ConfigError: if there is no text, or if `config.vocab_size` is too small or too large for the corpus; the
             message names the limit.
     """
-    sentencepiece.set_random_generator_seed(seed % 2**32)  # it takes no more bits
+    sentencepiece.set_random_generator_seed(seed % 2**32)  # SentencePiece takes 32 bits
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

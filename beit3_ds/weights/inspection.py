@@ -113,7 +113,7 @@ def _describe_run(folder: CheckpointFolder) -> list[str]:
 
 
 def _describe_model(reader: WeightReader) -> list[str]:
-    if isinstance(reader, CheckpointFolder):  # of any task
+    if isinstance(reader, CheckpointFolder):  # a checkpoint of any task
         return [f"  {name}: {value}" for name, value in reader.index.run.model.items()]
     fields = dataclasses.asdict(reader.model)
     return [f"  {name}: {value}" for name, value in fields.items()]

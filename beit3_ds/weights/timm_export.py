@@ -21,7 +21,7 @@ _SIZES = {
     "num_heads": "num_attention_heads",
     "patch_size": "patch_size",
 }
-_IMAGE_SIZE, _EPSILON = 224, 1e-5  # of all these models; the epsilon is that of every norm
+_IMAGE_SIZE, _EPSILON = 224, 1e-5  # the same in all these models; every norm has this epsilon
 _BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
 """Number of leading dimensions of size 1 that timm's tensor has and this project's tensor lacks, by timm's name."""
 

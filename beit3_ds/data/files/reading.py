@@ -29,7 +29,7 @@ FILE_ERRORS = frozenset(
         errno.EPERM,
         errno.ELOOP,
         errno.ENAMETOOLONG,
-        errno.ENXIO,  # a socket
+        errno.ENXIO,  # the path is a socket
         errno.EINVAL,
     )
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-_PROBABILITY = 0.5  # of each drawn operation, as in timm and in the reference
+_PROBABILITY = 0.5  # probability of applying a drawn operation, as in timm and in the reference
 _MAX_LEVEL = 10.0
 _GREY = (128, 128, 128)  # color of pixels that the moved image no longer covers
 

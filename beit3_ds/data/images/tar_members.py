@@ -13,7 +13,7 @@ from typing import NamedTuple
 from beit3_ds.data.files.gaps import next_written
 
 _BLOCK = 512
-_MAX_EXTENDED_SIZE = 1 << 20  # of a long name or a pax header; real ones have some hundred bytes
+_MAX_EXTENDED_SIZE = 1 << 20  # maximum bytes of a long name or a pax header; usual ones have some hundred
 _CHECKSUM = slice(148, 156)
 _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
@@ -72,7 +72,7 @@ def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
         if kind == b"S":
             data = _end_of_sparse_map(descriptor, block, data)
         member = _member(block, kind, data, size, extended)
-        has_data = kind not in b"123456"  # these have only a header, whatever size it names
+        has_data = kind not in b"123456"  # links, devices, folders and pipes have only a header, whatever its size
         if has_data and data + member.size > file_size:
             raise TarError(f"truncated at byte {file_size}, in the data of {member.name!r}")
         position = data + _padded(member.size) if has_data else data

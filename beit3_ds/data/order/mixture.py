@@ -29,7 +29,7 @@ def assign_sources(
     """
     parts = mixture_shares(weights)
     sources, places = np.empty_like(positions), np.empty_like(positions)
-    left = positions  # earlier positions that no source before this one takes
+    left = positions  # number of earlier positions that no earlier source takes
     unassigned = np.ones(len(positions), dtype=bool)
     for source, part in enumerate(parts):
         remaining = sum(parts[source:])

@@ -144,7 +144,7 @@ class SourceSubset:
         """Returns the stream's sample numbers at `places`, indices into the kept samples; both (n,) int64."""
         blocks = np.searchsorted(self._counts, places, side="right") - 1
         wanted, owners = np.unique(blocks, return_inverse=True)
-        inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # places of whole blocks in the whole set
+        inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # all indices of these blocks in the whole set
         candidates = self.whole(np.minimum(inside, len(self.whole) - 1).ravel()).reshape(inside.shape)
         kept = self._is_kept(candidates) & (inside < len(self.whole))
         ordinals = np.cumsum(kept, axis=1)[owners] == (places - self._counts[blocks] + 1)[:, None]

@@ -176,7 +176,7 @@ def find_token_pieces(
                 f"{piece.text_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {REDO}"
             )
         if pieces and piece.piece.stop <= end:
-            break  # it would be its own successor
+            break  # an empty piece would be its own successor
         pieces.append(piece)
         end = piece.piece.stop
     if not pieces or end != status.st_size:

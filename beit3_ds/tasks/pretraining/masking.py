@@ -128,7 +128,7 @@ def _choose_sizes(sizes: list[int], target: int) -> list[int]:
     Chooses at least one size, and not all of them if there are several. Bit s of a Python integer says whether some
     sizes add up to s.
     """
-    reachable = [1]  # with the last 0, 1, 2, ... sizes
+    reachable = [1]  # sums reachable with the last 0, 1, 2, ... sizes
     for size in reversed(sizes):
         reachable.append(reachable[-1] | reachable[-1] << size)
     total = sum(sizes)
