@@ -134,10 +134,10 @@ def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
 
 
 def _build_fitting(path: Path, config: VisualTokenizerConfig, description: Mapping[str, Any]) -> VisualTokenizer:
-    """Builds the network of a file after comparing its shapes with the file's, before any memory is allocated.
+    """Builds the network of a file, after checking on the meta device that its tensors have the file's shapes.
 
     Raises:
-        ConfigError: if they differ.
+        ConfigError: if a shape differs.
     """
     try:
         width, teacher = check_count(description["teacher_width"]), printable(check_text(description["teacher"]), 500)

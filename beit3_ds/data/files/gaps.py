@@ -1,4 +1,4 @@
-"""Finds files with long gaps: bytes that were never written, which take no room on disk and are read as zeros."""
+"""Finds files with long gaps: bytes that were never written. Gaps take no disk space and are read as zeros."""
 
 import errno
 import os
@@ -12,10 +12,10 @@ _MOST_GAPS = 1000
 def check_has_no_gap(path: str) -> None:
     """Checks that at most 64 MiB of a file were never written, because reading a gap of terabytes takes hours.
 
-    Asks the file system, which may know of no gaps, and reads nothing.
+    Asks the file system instead of reading the file. A file system that does not report gaps passes the check.
 
     Raises:
-        ValueError: if there are more.
+        ValueError: if more than 64 MiB were never written.
         OSError: if the file cannot be opened.
         StorageError: if the file system fails.
     """
@@ -28,7 +28,7 @@ def check_has_no_gap(path: str) -> None:
 
 
 def next_written(descriptor: int, position: int, size: int) -> int:
-    """Returns the position of the first written byte from `position` on; `size`, the end of the file, without any."""
+    """Returns the position of the first written byte from `position` on; `size` (the file's end) if there is none."""
     try:
         return os.lseek(descriptor, position, os.SEEK_DATA)
     except OSError as error:

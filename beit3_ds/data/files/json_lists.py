@@ -14,7 +14,7 @@ from beit3_ds.untrusted_json import check_json_size
 
 _CHUNK = 1 << 20
 _MAX_ELEMENT = 1 << 22
-"""Most characters of one element of a list, and of a member that is no list."""
+"""Maximum characters of one element of a list, or of an object's member that is not a list."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
 
@@ -136,7 +136,7 @@ class _Reader:
                 self.value()
 
     def member(self) -> Any:
-        """Decodes and returns the value of a member; a list may have any number of elements."""
+        """Decodes and returns the value of an object's member; a list may have any number of elements."""
         return list(self.elements()) if self._next() == "[" else self.value()
 
     def value(self) -> Any:

@@ -1,4 +1,4 @@
-"""Reads lines in bounded memory, and blank lines quickly."""
+"""Reads and skips lines of files in bounded memory; skips many blank lines at once."""
 
 import io
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def iterate_lines(file: IO[AnyStr], limit: int) -> Iterator[AnyStr]:
 
 
 def skip_line(file: IO[AnyStr], begin: AnyStr) -> int:
-    """Skips the rest of a line of which `begin` was read; returns the number of skipped bytes or characters."""
+    """Skips the rest of a line whose beginning, `begin`, was read; returns how many bytes or characters it skipped."""
     skipped, part = 0, begin
     while part and not (part.endswith("\n") if isinstance(part, str) else part.endswith(b"\n")):
         part = file.readline(_CHUNK)
@@ -29,7 +29,7 @@ def skip_line(file: IO[AnyStr], begin: AnyStr) -> int:
 
 
 def skip_blank_lines(file: io.BufferedReader) -> tuple[int, int]:
-    """Skips the blank lines that follow in a file's buffer, at its position; returns their number and their bytes."""
+    """Skips blank lines at a file's position, as far as they are buffered; returns their number and total bytes."""
     following = file.peek()
     blank = following[: len(following) - len(following.lstrip())]
     num_lines, num_bytes = blank.count(b"\n"), blank.rfind(b"\n") + 1

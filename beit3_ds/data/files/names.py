@@ -1,4 +1,4 @@
-"""Reads short lists of names, one per line."""
+"""Reads text files with one name per line, of bounded size."""
 
 from collections.abc import Iterator
 

@@ -95,7 +95,7 @@ class AnnotatedImages:
             raise BrokenRecordError(f"{self.name(index)}: broken image: {error}") from error
 
     def _image_path(self, index: int) -> str | None:
-        """Returns the path of a sample's image; None if its annotation names no image, or its table is damaged."""
+        """Returns the path of a sample's image; None if the annotation names no image, or the table is damaged."""
         number = int(self.image_numbers[index])
         return self.paths[number] if 0 <= number < len(self.paths) else None
 

@@ -22,7 +22,7 @@ class StoredStrings:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
-        """Returns one string; bytes of a damaged file that are no text become escapes.
+        """Returns one string; replaces bytes that are not UTF-8, as in a damaged file, by escapes.
 
         Raises:
             IndexError: if the index is outside [0, len).

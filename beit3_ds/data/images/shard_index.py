@@ -139,7 +139,7 @@ def read_first_line(path: str, version: int) -> tuple[int, dict[str, Any]]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the line is not such an object, or has another version.
+        ValueError: if the line is not a JSON object, or the object has another version.
         KeyError: if the object has no version.
     """
     with open(open_regular(path), "rb") as file:
@@ -151,7 +151,7 @@ def read_first_line(path: str, version: int) -> tuple[int, dict[str, Any]]:
 
 
 def parse_skipped(value: Any) -> dict[str, Skipped]:
-    """Checks the skipped files or members in the first line of an index or table, by reason.
+    """Parses the numbers and examples of skipped files or members, by reason, in the first line of an index or table.
 
     Raises:
         ValueError: if the value has another form.

@@ -1,4 +1,4 @@
-"""Reads the position of a stream from a checkpoint, and checks every value, because checkpoints can be edited."""
+"""Reads the position of a stream from a checkpoint; checks every value, because people can edit checkpoints."""
 
 import math
 from collections.abc import Mapping
@@ -95,7 +95,7 @@ def _parse_set(content: Any, span: int, sizes: Mapping[int, int]) -> SetPosition
 
 
 def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], int]:
-    """Checks nodes as `remaining.to_nodes` writes them; returns them and the most samples that the last one holds."""
+    """Checks the nodes that `remaining.to_nodes` wrote; returns the nodes and the last one's maximum of samples."""
     nodes = check_list(value)
     if not 1 <= len(nodes) <= _MOST_NODES:
         raise ValueError(f"{len(nodes)} nodes of remaining samples")
@@ -112,7 +112,7 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
 
 
 def _check_node(node: Any, lengths: list[int], sizes: Mapping[int, int]) -> tuple[list[int], int]:
-    """Returns the numbers of a node's parts, and the most samples that it holds."""
+    """Checks one node; returns the indices of its parts, and the maximum number of samples that it describes."""
     kind, *values = check_list(node)
     if kind == "range":
         source, first, last = map(check_count, check_list(values, 3))

@@ -22,7 +22,8 @@ class StreamOrder:
         """Stores the position, from which offsets are counted.
 
         Raises:
-            ValueError: if the position, as an edited checkpoint holds it, counts other samples than it describes.
+            ValueError: if the position's number of samples differs from the samples it describes, as after an edit of
+                the checkpoint.
         """
         self.position = position
         self._remaining = [position.remaining(number) for number in range(len(position.sets))]

@@ -24,8 +24,8 @@ _FREE_BYTES = 1 << 26
 def open_decompressed(path: str, compression: Compression) -> io.BufferedReader:
     """Opens a file for reading its decompressed content, with retries of failed reads.
 
-    Reading a truncated compressed file raises EOFError. Reading more than 64 MiB of content that takes more than 100
-    times the room of the file raises OSError.
+    Reading a truncated compressed file raises EOFError. Reading more than 64 MiB of content raises OSError if the
+    content is more than 100 times as large as the file.
     """
     match compression:
         case "gzip":
@@ -38,7 +38,7 @@ def open_decompressed(path: str, compression: Compression) -> io.BufferedReader:
 
 
 class _Expansion(io.RawIOBase):
-    """Reads decompressed content up to a limit, beyond which the file is a decompression bomb."""
+    """Reads decompressed content up to a limit; more content is treated as a decompression bomb."""
 
     def __init__(self, content: io.RawIOBase, compressed_bytes: int) -> None:
         self._content, self._num_read = content, 0

@@ -227,7 +227,7 @@ def _find_first_line(file: io.BufferedReader, piece: TextPiece) -> int:
 def _read_parts(file: io.BufferedReader, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
     """Yields the lines of a file from `position` on, each cut into parts at its carriage returns.
 
-    Of a run of blank lines or parts, some are left out, because they say nothing that the first one does not.
+    May leave out blank lines or parts that follow a blank one, because they have no further effect.
 
     Yields:
         For each part: the line number (counted from 1 by newlines), whether the line starts before `stop`, and the
