@@ -23,7 +23,7 @@ STEPS = 24
 SIZE = "30m"
 FAULTS = {3: "fill", 8: "free", 11: "read-only", 15: "writable", 18: "fill", 21: "free"}
 FULL_DISK = {3: "fill", 8: "free", 18: "fill", 21: "free"}
-"""Faults without a remount, which the kernel refuses while the run's own output is a file on the disk."""
+"""Faults that also reach the run's own output if that is a file on the disk, which stays open."""
 
 
 def _can_mount() -> bool:
