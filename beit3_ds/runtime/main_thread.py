@@ -12,7 +12,7 @@ def describe_main_thread(otherwise: str) -> str:
     """Returns the line of this program at which the main thread is, and the file or folder that it uses.
 
     Args:
-        otherwise: what the main thread does if it uses no file or folder.
+        otherwise: what the main thread does if it uses no file or folder; empty if that is not known.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     lines, paths, awaited = [], [], []
@@ -26,4 +26,4 @@ def describe_main_thread(otherwise: str) -> str:
             paths += [str(value) for value in values if isinstance(value, str | Path) and "/" in str(value)]
     named = next((f"waiting for {what}" for what in awaited if isinstance(what, str)), otherwise)
     named = f"with {paths[0]}" if paths else named
-    return f"{named}, at {lines[0]}" if lines else named
+    return ", ".join(filter(None, [named, *(f"at {line}" for line in lines[:1])]))

@@ -89,7 +89,8 @@ class StopDeadline:
                 return
 
     def _finish(self, seconds: float, activity: Activity | None) -> None:
-        number, where = min(self._signals.received), describe_main_thread("waiting for other ranks")
+        number = min(self._signals.received)
+        where = describe_main_thread("" if activity is None else "waiting for other ranks")
         if activity is None:
             what = f"{self._phase} has not ended {seconds:.0f} s later: {where}. {self._consequence}"
         else:
