@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from beit3_ds.checkpoint.flat_tensors import adamw_of, flat_tensors
 from beit3_ds.checkpoint.index import AVERAGE, KINDS, MOMENTS, WEIGHT
-from beit3_ds.checkpoint.slices import TensorSlice, own_block, slice_range
+from beit3_ds.checkpoint.slices import BLOCK_ELEMENTS, TensorSlice, own_block, slice_range
 from beit3_ds.checkpoint.state_check import HeldWeights, find_mismatch
 from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
@@ -287,9 +287,13 @@ class EngineState:
         optimizer.invalidate_secondary_tensor()
 
     def _fill(self, fragment: Fragment, read: ReadSlice, kind: str = WEIGHT) -> None:
+        """Overwrites a fragment's values block by block, so that a load needs little memory beside the state."""
         values = fragment.values(kind)
         for position, part in self.slices(fragment):
-            values[position : position + part.num_elements].copy_(read(kind, fragment.name, part).flatten())
+            for block in part.blocks(BLOCK_ELEMENTS):
+                stop = position + block.num_elements
+                values[position:stop].copy_(read(kind, fragment.name, block).flatten())
+                position = stop
 
     def _start_moments(self) -> None:
         """Creates AdamW's moments as zeros where they do not exist yet, as AdamW itself does at the first update."""

@@ -27,7 +27,7 @@ from beit3_ds.checkpoint.index import (
     read_index,
     tensor_key,
 )
-from beit3_ds.checkpoint.slices import TensorSlice, whole_slice
+from beit3_ds.checkpoint.slices import BLOCK_ELEMENTS, TensorSlice, whole_slice
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.config.strict import load_section
@@ -164,8 +164,11 @@ class CheckpointFolder:
                 target = values[common.inside(part)]
                 if target.is_contiguous() and target.shape[1] == piece.shape[1]:
                     file.read_rows_into(target, key, rows.start)
-                else:
-                    target.copy_(file.read_rows(key, rows.start, rows.stop)[:, columns])
+                    continue
+                step = max(1, BLOCK_ELEMENTS // piece.shape[1])  # the rows of the piece may be wider than the slice
+                for top in range(rows.start, rows.stop, step):
+                    stop = min(top + step, rows.stop)
+                    target[top - rows.start : stop - rows.start].copy_(file.read_rows(key, top, stop)[:, columns])
         return values
 
     def read_buffer(self, name: str) -> Tensor:

@@ -12,6 +12,9 @@ import torch
 
 from beit3_ds.parallel import Split
 
+BLOCK_ELEMENTS = 1 << 20
+"""Largest number of elements that a load reads at once (4 MiB of float32), unless a single row has more."""
+
 
 class TensorSlice(NamedTuple):
     """Selects rows [top, bottom) and columns [left, right) of a tensor seen as a matrix."""
@@ -30,6 +33,17 @@ class TensorSlice(NamedTuple):
     def num_elements(self) -> int:
         """Returns the number of elements."""
         return (self.bottom - self.top) * (self.right - self.left)
+
+    def blocks(self, max_elements: int) -> Iterator["TensorSlice"]:
+        """Cuts this slice into slices of at most `max_elements` elements, in the order of its elements row by row.
+
+        A block consists of whole rows of this slice, or, if a row has more elements, of a part of one row.
+        """
+        width = self.right - self.left
+        rows, columns = max(1, max_elements // max(1, width)), max(1, min(width, max_elements))
+        for top in range(self.top, self.bottom, rows):
+            for left in range(self.left, self.right, columns):
+                yield TensorSlice(top, min(top + rows, self.bottom), left, min(left + columns, self.right))
 
     def intersection(self, other: "TensorSlice") -> "TensorSlice | None":
         """Returns the slice where this slice and `other` overlap; None if they do not overlap."""

@@ -135,7 +135,7 @@ def _add_checkpoint(benches: Subparsers) -> None:
     summary = "compare saving, loading and exporting with DeepSpeed's own ways"
     checkpoint = add_command(benches, "checkpoint", _run_checkpoint, summary)
     checkpoint.add_argument(
-        "--size", metavar="SIZE", help="size of the model (default: the largest that fits this machine)"
+        "--size", metavar="SIZE", help="size of the model (default: the largest that fits, as smaller ones measure)"
     )
     checkpoint.add_argument("--ranks", type=integer(PROCESSES), default=2, metavar="N", help="processes (default: 2)")
     checkpoint.add_argument(

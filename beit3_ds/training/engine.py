@@ -57,7 +57,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
 
     Without `trains`, AdamW has no moments: under ZeRO, DeepSpeed allocates them in the first update.
     """
-    ALLOCATOR.keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model) if trains else 0)
+    gradient_bytes = _gradient_bytes(config, model) if trains else 0
     optimizer = build_optimizer(model, config, lambda number: max(mesh.pipeline.host.gather(number)))
     with deepspeed_compat.zero1_adds_up_in_float32():
         engine, *_ = deepspeed.initialize(
@@ -72,6 +72,8 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
     adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if trains and not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):
         allocate_moments(adamw)
+    # Comes last: the process would otherwise keep the copies of the model that DeepSpeed frees while it builds.
+    ALLOCATOR.keep_freed_memory(compute_device(), lasting=gradient_bytes)
     return engine
 
 

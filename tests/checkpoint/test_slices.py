@@ -59,3 +59,12 @@ def test_blocks_are_what_tensor_parallelism_leaves() -> None:
     assert own_block(shape, Split(dim=1, start=1, stop=3, size=4)) == TensorSlice(0, 6, 1, 3)
     assert whole_slice(torch.Size(())) == TensorSlice(0, 1, 0, 1)
     assert whole_slice(torch.Size((5,))) == TensorSlice(0, 5, 0, 1)
+
+
+@given(st.data(), SHAPES, st.integers(1, 40))
+def test_blocks_of_a_slice_follow_each_other(data: st.DataObject, shape: torch.Size, max_elements: int) -> None:
+    matrix, part = numbered(shape), data.draw(parts(shape))
+    blocks = list(part.blocks(max_elements))
+    assert all(0 < block.num_elements <= max_elements for block in blocks)
+    found = [number for block in blocks for number in elements(matrix, block).flatten().tolist()]
+    assert found == elements(matrix, part).flatten().tolist()

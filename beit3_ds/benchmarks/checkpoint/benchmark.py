@@ -3,48 +3,28 @@
 import json
 import os
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from beit3_ds.benchmarks.checkpoint.ranks import OURS, THEIRS, drop_from_cache, state_config
+from beit3_ds.benchmarks.checkpoint.processes import POLL_SECONDS, run_ranks, start_module
+from beit3_ds.benchmarks.checkpoint.ranks import OURS, THEIRS, drop_from_cache
+from beit3_ds.benchmarks.checkpoint.size import Choice, choose_size
 from beit3_ds.benchmarks.peak_memory import status_bytes
 from beit3_ds.config import ConfigError
-from beit3_ds.cores import count_cores
 from beit3_ds.model.pretrained import PretrainedWeights
-from beit3_ds.tasks.pretraining.model import PretrainingModel
 
-SIZES = ("tiny", "base", "large", "giant")
 _SAVES, _LOADS, _EXPORTS = 3, 3, 5  # rounds
-_STATE_BYTES = 28
-"""Bytes of memory per parameter during a save: bfloat16 weight and gradient, float32 master weight and moments (16 in
-total), and the copy that is written (12). DeepSpeed needs as much while it loads."""
-_DISK_BYTES = 44
-"""Bytes on the disk per parameter: DeepSpeed's checkpoint (12), two checkpoints of this project (24), two exports
-(8)."""
-_PROCESS_BYTES = 1_000_000_000  # per rank, for any model
-_CACHE_BYTES = 2_000_000_000  # left for the page cache and other processes
-_POLL_SECONDS = 0.01
 _READ_BYTES = 1 << 24
 _EXPORTERS = {OURS: "export", THEIRS: "zero_to_fp32"}
 Row = dict[str, Any]
-
-
-class Choice(NamedTuple):
-    """Holds the size of the benchmarked model and the reason for this size."""
-
-    size: str
-    num_parameters: int
-    reason: str
 
 
 def benchmark_checkpoint(
@@ -53,11 +33,13 @@ def benchmark_checkpoint(
     """Measures saving, loading and exporting with this project and with DeepSpeed in turn, and returns a report.
 
     The ranks hold the state under ZeRO-3 in bfloat16; no step is trained. Every operation starts with all earlier
-    writes on the disk. Files to load are not in the page cache; files to export are. Peak memory is the kernel's count
-    for whole processes (VmHWM), torch included: the sum over the ranks, or the peak of the single process that exports.
+    writes on the disk and all freed memory returned to the system. Files to load are not in the page cache; files to
+    export are. Peak memory is the kernel's count for whole processes (VmHWM), torch included: the sum over the ranks,
+    or the peak of the single process that exports. "states" in the summary are the bfloat16 parameters and the float32
+    weights and moments of all ranks.
 
     Args:
-        size: size of the model; None is the largest of `SIZES` that fits memory and disk.
+        size: size of the model; None is the largest of `SIZES` that fits memory and disk (`choose_size`).
         ranks: number of processes that hold the state.
         folder: folder of the benchmark's temporary files; None is the working directory.
         json_path: file for `rows` and `summary` as JSON.
@@ -80,88 +62,29 @@ def benchmark_checkpoint(
     return _describe(choice, rows, summary)
 
 
-def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
-    """Returns the given model size, or the largest size that fits memory and disk.
-
-    Raises:
-        ConfigError: if the given size does not fit, or no size fits.
-    """
-    memory, disk = _available_bytes(), shutil.disk_usage(folder).free
-    reason = f"{memory / 2**30:.1f} GiB of memory and {disk / 2**30:.0f} GiB of disk are free"
-    for candidate in [size] if size else SIZES[::-1]:
-        count = count_parameters(candidate)
-        needs = count * _STATE_BYTES + ranks * _PROCESS_BYTES + _CACHE_BYTES, count * _DISK_BYTES
-        words = f"{candidate} needs {needs[0] / 2**30:.1f} GiB and {needs[1] / 2**30:.0f} GiB"
-        if needs[0] <= memory and needs[1] <= disk:
-            return Choice(candidate, count, f"{reason}; {words}")
-        reason += f"; {words}"
-    raise ConfigError(f"bench checkpoint: {reason}. Name a smaller --size, fewer --ranks or another --folder.")
-
-
-def count_parameters(size: str) -> int:
-    """Returns the number of parameters of a model of this size in the `shared` layout."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in PretrainingModel(state_config(size, 1).model).parameters())
-
-
-def _available_bytes() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
-    """Measures saving and then loading in new processes, and checks that the loaded state equals the saved one."""
-    saved = _run_ranks(folder, "save", size, _SAVES, ranks)
+    """Saves a checkpoint, loads it in new processes, and checks that both states are equal."""
+    saved = run_ranks(folder, "save", size, _SAVES, ranks)
     _say("saved")
-    loaded = _run_ranks(folder, "load", size, _LOADS, ranks)
+    loaded = run_ranks(folder, "load", size, _LOADS, ranks)
     _say("loaded")
     for before, after in zip(saved, loaded, strict=True):
         assert before["fingerprint"] != after["fingerprint"], "the ranks that load began with what was saved"
         for row in after["rows"]:
             assert row.pop("fingerprint") == before["fingerprint"], f"{row['by']} loaded something else"
-    return [_join(rows) for result in (saved, loaded) for rows in zip(*(rank["rows"] for rank in result), strict=True)]
+    rows = [_join(rows) for result in (saved, loaded) for rows in zip(*(rank["rows"] for rank in result), strict=True)]
+    sums = {key: sum(rank[key] for rank in loaded) for key in ("state_bytes", "library_bytes")}
+    return [row | sums if row["operation"] == "load" else row for row in rows]
 
 
 def _join(rows: Sequence[Row]) -> Row:
     """Merges the rows of all ranks into one row, with the times of the slowest rank and the sum of their memory."""
     joined = {key: max(row[key] for row in rows) if key.endswith("seconds") else rows[0][key] for key in rows[0]}
     return joined | {"peak_bytes": sum(row["peak_bytes"] for row in rows)}
-
-
-def _run_ranks(folder: Path, operation: str, size: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    threads = max(1, count_cores() // ranks)
-    processes, results = [], [folder / f"{operation}-{rank}.json" for rank in range(ranks)]
-    for rank, result in enumerate(results):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)}
-        arguments = ("beit3_ds.benchmarks.checkpoint.ranks", operation, str(folder), size, str(rounds), str(result))
-        processes.append(_start(result.with_suffix(".log"), os.environ | shared | own, *arguments))
-    try:
-        # A rank that fails leaves the others waiting for it.
-        while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
-            time.sleep(_POLL_SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, result in zip(processes, results, strict=True):
-        if not result.exists():
-            log = result.with_suffix(".log").read_text(errors="replace")
-            raise RuntimeError(f"a rank that was to {operation} ended with status {process.returncode}:\n{log[-2000:]}")
-    return [json.loads(result.read_text()) for result in results]
-
-
-def _start(log: Path, environment: Mapping[str, str], module: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    with log.open("wb") as file:
-        command = [sys.executable, "-m", module, *arguments]
-        return subprocess.Popen(command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT)
 
 
 def _measure_exports(folder: Path) -> list[Row]:
@@ -195,11 +118,11 @@ def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
     os.sync()
     log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
     start, anonymous = time.perf_counter(), 0
-    process = _start(log, os.environ, "beit3_ds.benchmarks.peak_memory", str(peak), module, *arguments)
+    process = start_module(log, os.environ, "beit3_ds.benchmarks.peak_memory", str(peak), module, *arguments)
     ended, status = 0, 0
     while not ended:
         anonymous = max(anonymous, status_bytes(process.pid, "RssAnon"))
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -246,28 +169,38 @@ def _check_equal(ours: Path, theirs: Path) -> None:
 
 
 def _summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the ratios for the report, computed from medians over rounds."""
+    """Returns the ratios that a report gives, from medians over rounds.
+
+    A memory ratio is DeepSpeed's memory over this project's, and a time ratio is this project's time over DeepSpeed's.
+    """
     saves = [row for row in rows if row["operation"] == "save" and row["by"] == OURS]
     blocking = statistics.median(row["seconds"] for row in saves)
     later = [row["held_up_seconds"] for row in saves if not row["is_first"]] or [saves[0]["held_up_seconds"]]
     held_up = statistics.median(later)
+    states, libraries = (_median(rows, "load", OURS, key) for key in ("state_bytes", "library_bytes"))
 
-    def ratio(operation: str, key: str) -> float:
+    def time_ratio(operation: str, key: str) -> float:
+        return _median(rows, operation, OURS, key) / _median(rows, operation, THEIRS, key)
+
+    def memory_ratio(operation: str, key: str) -> float:
         return _median(rows, operation, THEIRS, key) / _median(rows, operation, OURS, key)
 
     return {
-        "export_memory_ratio": ratio("export", "peak_bytes"),
-        "export_time_ratio": ratio("export", "seconds"),
+        "export_memory_ratio": memory_ratio("export", "peak_bytes"),
+        "export_time_ratio": time_ratio("export", "seconds"),
         "stall_share": held_up / blocking,
         "worst_stall_share": max(later) / blocking,
         "first_stall_share": saves[0]["held_up_seconds"] / blocking,
         "stall_share_of_deepspeed": held_up / _median(rows, "save", THEIRS, "seconds"),
-        "export_anonymous_memory_ratio": ratio("export", "anonymous_bytes"),
-        "export_synced_time_ratio": ratio("export", "synced_seconds"),
-        "export_cpu_time_ratio": ratio("export", "cpu_seconds"),
-        "save_time_ratio": ratio("save", "synced_seconds"),
-        "load_time_ratio": ratio("load", "seconds"),
-        "load_memory_ratio": ratio("load", "peak_bytes"),
+        "export_anonymous_memory_ratio": memory_ratio("export", "anonymous_bytes"),
+        "export_synced_time_ratio": time_ratio("export", "synced_seconds"),
+        "export_cpu_time_ratio": time_ratio("export", "cpu_seconds"),
+        "save_time_ratio": time_ratio("save", "synced_seconds"),
+        "load_time_ratio": time_ratio("load", "seconds"),
+        "load_memory_ratio": memory_ratio("load", "peak_bytes"),
+        "load_peak_share": _median(rows, "load", OURS, "peak_bytes") / states,
+        "load_peak_share_without_libraries": (_median(rows, "load", OURS, "peak_bytes") - libraries) / states,
+        "states_gb": states / 1e9,
     }
 
 
@@ -293,11 +226,13 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
     lines += [
         "",
         f"export: zero_to_fp32 takes {figure['export_memory_ratio']} times the memory (pages of mapped files left out "
-        f"{figure['export_anonymous_memory_ratio']}) and {figure['export_time_ratio']} times the time (until on the "
+        f"{figure['export_anonymous_memory_ratio']}), and export {figure['export_time_ratio']} of its time (until on the "
         f"disk {figure['export_synced_time_ratio']}, CPU time {figure['export_cpu_time_ratio']})",
         f"save: training is held up for {figure['stall_share']} of a blocking save (at worst "
         f"{figure['worst_stall_share']}, the first time {figure['first_stall_share']}), or "
         f"{figure['stall_share_of_deepspeed']} of DeepSpeed's",
+        f"load: peaks at {figure['load_peak_share']} times the states of {figure['states_gb']} GB (libraries left out "
+        f"{figure['load_peak_share_without_libraries']})",
     ]
     return "\n".join(lines)
 

@@ -68,7 +68,7 @@ class _Rank:
         from beit3_ds.training.engine import build_engine
 
         config = state_config(size, seed)
-        self.mesh: Mesh = init_process_group(config.parallel, config.training.output_dir)
+        self.mesh: Mesh = init_process_group(config.parallel, str(folder))
         generator = torch.Generator().manual_seed(seed)
         model = PretrainingModel(config.model)
         for parameter in model.parameters():  # the initial values of a run would take minutes
@@ -83,8 +83,7 @@ class _Rank:
         self.store = CheckpointStore(folder / OURS, 1, self.mesh, run, config.parallel.timeout_seconds)
         self.theirs = folder / THEIRS
         self.rows: list[dict[str, Any]] = []
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # memory left from building the engine must not count for a save or a load
+        self.state_bytes = self._count_state_bytes()
 
     def fingerprint(self) -> dict[str, float]:
         """Returns the sums of this rank's master weights and of each of its moments, by name."""
@@ -100,6 +99,8 @@ class _Rank:
         self.mesh.barrier()
         if self.mesh.is_main:
             os.sync()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory of earlier work, such as the engine's build, must not count
         self.mesh.barrier()
         reset_peak()
         row: dict[str, Any] = {"operation": operation, "by": by}
@@ -109,6 +110,13 @@ class _Rank:
         row.setdefault("seconds", time.perf_counter() - start)
         row["peak_bytes"] = peak_bytes()
         self.rows.append(row)
+
+    def _count_state_bytes(self) -> int:
+        """Returns the bytes of this rank's parameters, float32 weights and moments."""
+        tensors = [parameter.ds_tensor for parameter in self.engine.module.parameters()]
+        for fragment in self.state.fragments_to_save():
+            tensors += [fragment.values(kind) for kind in KINDS]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _moments(self) -> Iterator[Tensor]:
         for fragment in self.state.fragments_to_save():
@@ -182,9 +190,15 @@ def main(operation: str, folder: str, size: str, rounds: str, result: str) -> No
     """Runs one rank and writes its rows and the state's fingerprint to a file."""
     operations: dict[str, tuple[Callable[[_Rank, int], None], int]] = {"save": (save, 1), "load": (load, 2)}
     work, seed = operations[operation]
-    start = time.perf_counter()
+    start, library_bytes = time.perf_counter(), peak_bytes()
     rank = _Rank(Path(folder), size, seed)
-    before = {"fingerprint": rank.fingerprint(), "build_seconds": time.perf_counter() - start}
+    before = {
+        "build_seconds": time.perf_counter() - start,
+        "fingerprint": rank.fingerprint(),
+        "library_bytes": library_bytes,
+        "build_peak_bytes": peak_bytes(),
+        "state_bytes": rank.state_bytes,
+    }
     work(rank, int(rounds))
     Path(result).write_text(json.dumps({**before, "rows": rank.rows}))
     rank.mesh.close()

@@ -6,6 +6,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def benchmark_parallel(json_path: str | None = None) -> str:
     for round_number in range(_ROUNDS):
         # The order alternates, so that a machine that slows down favours no variant.
         order = VARIANTS if round_number % 2 == 0 else VARIANTS[::-1]
-        rows.append({variant.name: _measure(variant) for variant in order})
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append({variant.name: _measure(variant, folder) for variant in order})
         print(f"round {round_number + 1} of {_ROUNDS} done", file=sys.stderr, flush=True)
     ratios = {
         variant.name: sorted(row[VARIANTS[0].name]["step"] / row[variant.name]["step"] for row in rows)
@@ -95,7 +97,7 @@ def _describe(rows: list[dict[str, dict[str, float]]], ratios: dict[str, list[fl
     return "\n".join(lines)
 
 
-def _measure(variant: StepVariant) -> dict[str, float]:
+def _measure(variant: StepVariant, folder: str) -> dict[str, float]:
     """Runs a variant's processes; returns the median seconds of a step, its passes and its update.
 
     With several processes, they are those of the slowest process.
@@ -116,7 +118,7 @@ def _measure(variant: StepVariant) -> dict[str, float]:
             str(variant.zero_stage),
             str(variant.ranks),
         ]
-        command.append(str(rank))
+        command += [str(rank), folder]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     results = []
     for process in processes:
@@ -127,13 +129,14 @@ def _measure(variant: StepVariant) -> dict[str, float]:
     return {key: max(result[key] for result in results) for key in results[0]}
 
 
-def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
+def run_steps(zero_stage: int, shares: int, share: int, folder: str) -> dict[str, float]:
     """Runs the steps of one process; returns the median seconds of whole steps, passes and updates.
 
     Args:
         zero_stage: ZeRO stage of the engine.
         shares: number of processes that divide the samples.
         share: number of this process among them, from 0.
+        folder: folder for the secret that the processes share.
     """
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
@@ -141,7 +144,7 @@ def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
     from beit3_ds.training.loss import build_loss_factors
 
     config = parallel_config(zero_stage)
-    mesh = init_process_group(config.parallel, config.training.output_dir)
+    mesh = init_process_group(config.parallel, folder)
     task = build_task(config)
     schedule = build_schedule(task, mesh)
     batch = build_share(config, range(share * _SAMPLES // shares, (share + 1) * _SAMPLES // shares))
@@ -222,4 +225,5 @@ def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_steps(*(int(argument) for argument in sys.argv[1:]))))
+    stage, number, index = map(int, sys.argv[1:4])
+    print(json.dumps(run_steps(stage, number, index, sys.argv[4])))

@@ -1,0 +1,101 @@
+"""Chooses the size of the benchmarked model by the memory that smaller models were measured to need."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from beit3_ds.benchmarks.checkpoint.processes import run_ranks
+from beit3_ds.benchmarks.checkpoint.ranks import state_config
+from beit3_ds.config import ConfigError
+from beit3_ds.runtime.node_size import measure_node
+from beit3_ds.tasks.pretraining.model import PretrainingModel
+
+SIZES = ("tiny", "base", "large", "giant")
+_MEASURED = ("tiny", "base")  # sizes that are run once to predict the memory of larger ones
+_DISK_BYTES = 44
+"""Disk space per parameter: DeepSpeed's checkpoint (12), two checkpoints of this project (24), two exports (8)."""
+_LEAST_BYTES = 1_500_000_000  # per rank, admits the smallest size, for which nothing is measured
+_CACHE_BYTES = 2_000_000_000  # left for the page cache and other processes
+
+
+class Choice(NamedTuple):
+    """Holds the size of the benchmarked model and why it was chosen."""
+
+    size: str
+    num_parameters: int
+    reason: str
+
+
+class Peak(NamedTuple):
+    """Holds the peak memory of all ranks for a number of parameters."""
+
+    num_parameters: int
+    num_bytes: int
+
+
+def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
+    """Returns the given size, or the largest that fits.
+
+    Runs the sizes of `_MEASURED` that are smaller, and takes memory to be linear in the number of parameters.
+
+    Raises:
+        ConfigError: if the size does not fit or is unknown.
+    """
+    free = _available_bytes(), shutil.disk_usage(folder).free
+    reason = f"{free[0] / 2**30:.1f} GiB of memory and {free[1] / 2**30:.0f} GiB of disk are free"
+    count_parameters(size or SIZES[0])  # checks the name before anything is measured
+    peaks: list[Peak] = []
+    choice: Choice | None = None
+    for candidate in SIZES[: SIZES.index(size) + 1] if size else SIZES:
+        count = count_parameters(candidate)
+        needs = _CACHE_BYTES + (predict_bytes(peaks, count) if peaks else ranks * _LEAST_BYTES), count * _DISK_BYTES
+        reason += f"; {candidate} needs {needs[0] / 2**30:.1f} GiB and {needs[1] / 2**30:.0f} GiB"
+        if needs[0] > free[0] or needs[1] > free[1]:
+            choice = None if size else choice
+            break
+        choice = Choice(candidate, count, reason)
+        if candidate in _MEASURED and candidate != size:
+            libraries, peak = _measure_peak(candidate, ranks, folder)
+            peaks = [*peaks, Peak(count, peak)] if peaks else [Peak(0, libraries), Peak(count, peak)]
+    if choice is None:
+        raise ConfigError(f"bench checkpoint: {reason}. Name a smaller --size, fewer --ranks or another --folder.")
+    return choice._replace(reason=reason)
+
+
+def predict_bytes(peaks: Sequence[Peak], num_parameters: int) -> int:
+    """Returns the memory of a larger model: the line through the last two peaks, at its number of parameters."""
+    (less, low), (more, high) = peaks[-2:]
+    return high + (high - low) * (num_parameters - more) // (more - less)
+
+
+def count_parameters(size: str) -> int:
+    """Returns the number of parameters of a model of this size in the `shared` layout."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in PretrainingModel(state_config(size, 1).model).parameters())
+
+
+def _available_bytes() -> int:
+    """Returns the memory that is free on the machine, at most the limit of the container."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit = measure_node().memory
+    return free if limit is None else min(free, limit)
+
+
+def _measure_peak(size: str, ranks: int, folder: Path) -> tuple[int, int]:
+    """Saves and loads once; returns the memory of all ranks with the libraries alone, and their peak."""
+    print(f"measuring the memory of {size}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".bench-checkpoint-") as scratch:
+        results = [run_ranks(Path(scratch), operation, size, 1, ranks) for operation in ("save", "load")]
+    libraries = max(sum(rank["library_bytes"] for rank in of_ranks) for of_ranks in results)
+    peak = max(sum(max(rank["build_peak_bytes"], *_peaks(rank["rows"])) for rank in of_ranks) for of_ranks in results)
+    return libraries, peak
+
+
+def _peaks(rows: Sequence[dict[str, int]]) -> list[int]:
+    return [row["peak_bytes"] for row in rows]
