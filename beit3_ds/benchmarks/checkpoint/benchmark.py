@@ -226,8 +226,8 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
     lines += [
         "",
         f"export: zero_to_fp32 takes {figure['export_memory_ratio']} times the memory (pages of mapped files left out "
-        f"{figure['export_anonymous_memory_ratio']}), and export {figure['export_time_ratio']} of its time (until on the "
-        f"disk {figure['export_synced_time_ratio']}, CPU time {figure['export_cpu_time_ratio']})",
+        f"{figure['export_anonymous_memory_ratio']}), and export {figure['export_time_ratio']} of its time (until on "
+        f"the disk {figure['export_synced_time_ratio']}, CPU time {figure['export_cpu_time_ratio']})",
         f"save: training is held up for {figure['stall_share']} of a blocking save (at worst "
         f"{figure['worst_stall_share']}, the first time {figure['first_stall_share']}), or "
         f"{figure['stall_share_of_deepspeed']} of DeepSpeed's",
