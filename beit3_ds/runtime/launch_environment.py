@@ -9,6 +9,8 @@ from beit3_ds.config import ConfigError
 from beit3_ds.config.numbers import RANKS
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 
+TORCH_LAUNCHER = "the launcher"
+"""Name of a launcher that sets torch's variables: `deepspeed`, `torchrun` or `beit3 launch`."""
 _DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
 _STEPS_PER_JOB = 16
@@ -111,7 +113,7 @@ def _read_torch(environment: Mapping[str, str]) -> Launch:
         )
     local_size = "LOCAL_SIZE" if "LOCAL_SIZE" in environment else "LOCAL_WORLD_SIZE"
     return Launch(
-        launcher="the launcher",
+        launcher=TORCH_LAUNCHER,
         rank=_number(environment, "RANK"),
         world_size=_number(environment, "WORLD_SIZE"),
         local_rank=_number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0,

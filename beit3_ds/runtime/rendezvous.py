@@ -22,7 +22,7 @@ from beit3_ds.cores import describe_cores, divide_cores
 from beit3_ds.rank_names import join_ranks
 from beit3_ds.runtime.addresses import find_interface, find_meeting_address, is_loopback, own_address
 from beit3_ds.runtime.keyed_store import ForgedValueError, KeyedStore
-from beit3_ds.runtime.launch_environment import Launch
+from beit3_ds.runtime.launch_environment import TORCH_LAUNCHER, Launch
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 from beit3_ds.runtime.stop_deadline import STOP_SECONDS
 from beit3_ds.runtime.versions import describe_versions
@@ -75,6 +75,8 @@ class Rendezvous:
         self._secret, self._key = secret, b""
         self._nonce = secrets.token_hex(16)
         self._address = ""
+        # Torch's launchers start all ranks of a host; every rank of `beit3 launch`, which names a secret, has a guard.
+        self._parent = os.getppid() if launch.launcher == TORCH_LAUNCHER and launch.secret_file is None else 0
         self.num_threads = 1
         """Number of threads that fits this rank's share of its host's cores; known after `meet`."""
 
@@ -103,7 +105,7 @@ class Rendezvous:
         self._waits_for = f"the store at {self._master()}, which accepts connections but does not answer"
         base = self._serve() if serves else self._connect(self._seconds)
         own: dict[str, Any] = {"address": own_address(*self._target()), "host": self._host, "nonce": self._nonce}
-        own |= {"software": describe_versions(), "cores": describe_cores()}
+        own |= {"software": describe_versions(), "cores": describe_cores(), "parent": self._parent}
         answer = self._gather_ranks(base, own) if self._launch.rank == 0 else self._receive_answer(base, own)
         self.num_threads, addresses = answer["threads"][self._launch.rank], answer["addresses"]
         self._key = self._derive_key("session", *answer["nonces"])
@@ -213,16 +215,19 @@ class Rendezvous:
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
         """Runs on rank 0: waits for all ranks, and sends them the answer, or an error if a rank is missing.
 
-        If another start asked for the output folder meanwhile, the ranks found may be of that start. This rank then
-        gives that start's launcher `_CONTENDER_SECONDS` to end its ranks, and finds its own ranks anew.
+        If another start asked for the output folder meanwhile, or ranks of one host have different launchers, the ranks
+        found may be of a start that is being refused. This rank then gives that start's launcher `_CONTENDER_SECONDS`
+        to end its ranks, and finds its own ranks anew.
         """
+        is_first = True
         while True:
             began = time.monotonic()
             challenge, store, ranks = self._find_ranks(base, own)
-            if self._contended_at() < began - _CONTENDER_SECONDS:
+            if self._contended_at() < began - _CONTENDER_SECONDS and not (is_first and _have_different_parents(ranks)):
                 break
+            is_first, since = False, time.monotonic()
             self._waits_for = "another start in the same output folder, which is refused, to end"
-            while time.monotonic() - self._contended_at() <= _CONTENDER_SECONDS:
+            while time.monotonic() - max(since, self._contended_at()) <= _CONTENDER_SECONDS:
                 time.sleep(_POLL_SECONDS)
         if differences := find_differences(ranks):
             self._refuse(store, differences)
@@ -358,6 +363,11 @@ def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
         f"{'; '.join(sentences[:_LISTED])}{more}. All ranks must run the same software: install the same there, or "
         "share the environment. 'beit3 check-cluster HOSTFILE' names what differs on every host before a run."
     )
+
+
+def _have_different_parents(ranks: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether ranks of one host are children of different processes."""
+    return len({(rank["host"], rank["parent"]) for rank in ranks}) > len({rank["host"] for rank in ranks})
 
 
 def _read(store: KeyedStore, key: str) -> str | None:

@@ -186,7 +186,8 @@ def test_another_secret_is_named() -> None:
         assert "rank 1 of 2 did not come within 4 s" in first.result()
 
 
-def test_ranks_of_a_refused_start_get_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sign", ["the folder", "the launcher"])
+def test_ranks_of_a_refused_start_get_no_place(monkeypatch: pytest.MonkeyPatch, sign: str) -> None:
     """Two starts with one port and one secret: rank 0 of the other one is refused, its rank 1 comes here first."""
     monkeypatch.setattr(rendezvous, "_CONTENDER_SECONDS", 0.5)
     port, together, contended = free_port(), threading.Barrier(2), [-math.inf]
@@ -199,7 +200,10 @@ def test_ranks_of_a_refused_start_get_no_place(monkeypatch: pytest.MonkeyPatch) 
             while not base.check(["challenge"]):
                 time.sleep(0.01)
             store = KeyedStore(base, self._derive_key("challenge", invitation.get("challenge").decode()))
-            contended[0] = time.monotonic()
+            if sign == "the folder":
+                contended[0] = time.monotonic()
+            else:  # its rank 0 has not asked for the folder yet
+                own["parent"] = 1
             store.set("rank/1", json.dumps(own))
             raise ConfigError("ended")
 
