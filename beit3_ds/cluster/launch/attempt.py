@@ -30,6 +30,7 @@ from beit3_ds.cluster.launch.messages import (
 )
 from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
 from beit3_ds.cluster.launch.terminal import Terminal, last_lines
+from beit3_ds.cluster.launch.waiting_peers import WaitingPeers
 from beit3_ds.rank_names import join_ranks
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, exit_status
@@ -60,8 +61,7 @@ class Attempt:
         self._has_started = self._is_over = self._is_stop_forwarded = False
         self._began = time.monotonic()
         self._token = b""
-        self._num_unproven = 0
-        """Number of open connections whose peers have not yet shown the token."""
+        self._waiting = WaitingPeers(plan.world_size + _STRANGERS)
         stop_signals.on_change = self._forward_stop_signal
 
     async def run(self) -> Outcome:
@@ -106,21 +106,19 @@ class Attempt:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = Channel(reader, writer)
-        if self._num_unproven >= self._plan.world_size + _STRANGERS:
-            channel.close()
-            return
-        self._num_unproven += 1
+        self._waiting.add(channel)
         try:
             try:
                 await channel.authenticate_guard(self._token)
             finally:
-                self._num_unproven -= 1
+                self._waiting.remove(channel)
             message = await channel.receive()
             if not isinstance(message, Register):
                 raise ProtocolError("it did not register")
             rank = self._register(message, channel)
         except ProtocolError as error:
-            self._terminal.report(f"refused a connection from {writer.get_extra_info('peername')}: {error}")
+            if line := self._waiting.describe_refusal(channel, str(error)):
+                self._terminal.report(line)
             channel.close()
             return
         try:

@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +23,7 @@ _LONGEST_LINE = 16 << 20  # bytes; environments can be long
 _HANDSHAKE_BYTES = 1 << 10  # most that a peer without the token may send in a line
 _HANDSHAKE_SECONDS = 10.0
 _BACKLOG = 1024  # guards that may connect at the same moment
+_ACCEPTED_AT_ONCE = 32  # connections accepted before the first of them is looked at; each takes a file descriptor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,10 @@ class ProtocolError(Exception):
     """Reports a peer that lacks the token or sends invalid messages."""
 
 
+class HandshakeClosedError(ProtocolError):
+    """Reports a peer that closed the connection during the handshake."""
+
+
 def encode(message: Message) -> bytes:
     """Returns a message as one line of JSON; newlines and other control characters are escaped."""
     return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
@@ -191,6 +197,15 @@ class Channel:
         """Closes the connection."""
         self._writer.close()
 
+    def abort(self) -> None:
+        """Closes the connection without sending what is still in the buffer."""
+        self._writer.transport.abort()
+
+    @property
+    def peer_address(self) -> str:
+        """Returns the address of the peer; "an unknown address" if the connection was closed before it was accepted."""
+        return str((self._writer.get_extra_info("peername") or ["an unknown address"])[0])
+
     @property
     def local_address(self) -> str:
         """Returns the local address of the connection."""
@@ -214,6 +229,8 @@ class Channel:
         """Proves to a supervisor that this guard knows the token, and checks that the supervisor knows the token too.
 
         Raises:
+            HandshakeClosedError: if the supervisor closed the connection, because this guard's token is wrong or
+                because too many peers wait.
             ProtocolError: if the peer does not have the token.
         """
         ours, theirs = secrets.token_hex(16), await self._word()
@@ -224,8 +241,12 @@ class Channel:
     async def _word(self) -> str:
         try:
             line = await asyncio.wait_for(self._reader.readline(), _HANDSHAKE_SECONDS)
-        except (OSError, ValueError, TimeoutError):
+        except (ValueError, TimeoutError):
+            raise ProtocolError("it sent an invalid handshake") from None
+        except OSError:
             line = b""
+        if not line:
+            raise HandshakeClosedError("it closed the connection during the handshake")
         if not line.endswith(b"\n") or not line.isascii():
             raise ProtocolError("it sent an invalid handshake")
         return line.decode().strip()
@@ -251,7 +272,11 @@ async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
     Raises:
         OSError: if this machine does not have the address, or the port is taken.
     """
-    return await asyncio.start_server(accept, address, port, limit=_HANDSHAKE_BYTES, backlog=_BACKLOG)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family)
+    server = await asyncio.start_server(accept, sock=listener, limit=_HANDSHAKE_BYTES, backlog=_ACCEPTED_AT_ONCE)
+    listener.listen(_BACKLOG)  # asyncio has one number for both
+    return server
 
 
 def write_token(path: Path) -> bytes:

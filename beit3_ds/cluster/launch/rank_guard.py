@@ -20,6 +20,7 @@ from beit3_ds.cluster.launch.messages import (
     KEEPALIVE_INTERVAL,
     Channel,
     Ended,
+    HandshakeClosedError,
     KeepAlive,
     Kill,
     Leave,
@@ -196,13 +197,11 @@ async def _guard(options: argparse.Namespace) -> int:
         ) from None
     where = f"the supervisor at {options.address} port {options.port}"
     try:
-        channel = await _connect(options.address, options.port)
+        channel = await _connect(options.address, options.port, token)
     except OSError as error:
         raise OSError(
             f"{who} cannot reach {where}: {error.strerror}. Let the hosts connect to that port (--port names it)."
         ) from None
-    try:
-        await channel.authenticate_supervisor(token)
     except ProtocolError as error:
         raise ProtocolError(f"{who} does not trust {where}: {error}") from None
     channel.send(
@@ -226,13 +225,23 @@ async def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-async def _connect(address: str, port: int) -> Channel:
+async def _connect(address: str, port: int, token: bytes) -> Channel:
+    """Connects to the supervisor; tries again if that closes the connection, as it may while strangers flood it."""
     for _ in range(_ATTEMPTS - 1):
-        try:
-            return await connect(address, port)
-        except OSError:
-            await asyncio.sleep(KEEPALIVE_INTERVAL)
-    return await connect(address, port)
+        with contextlib.suppress(OSError, HandshakeClosedError):
+            return await _connect_once(address, port, token)
+        await asyncio.sleep(KEEPALIVE_INTERVAL)
+    return await _connect_once(address, port, token)
+
+
+async def _connect_once(address: str, port: int, token: bytes) -> Channel:
+    channel = await connect(address, port)
+    try:
+        await channel.authenticate_supervisor(token)
+    except ProtocolError:
+        channel.close()
+        raise
+    return channel
 
 
 def _decode_path(text: str) -> Path:
