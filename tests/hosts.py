@@ -6,6 +6,7 @@ network is touched and any number of tests can have hosts at the same time. All 
 end, it is gone, also if the tests are killed.
 """
 
+import ipaddress
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 INTERFACE = "eth0"
 """Name of the network interface on every host."""
+_SSH_PORT = 22
 _LISTENER = r"^sshd: .*\[listener\]"
 _PROGRAMS = ("unshare", "nsenter", "ip", "tc", "ssh", "sshd", "ssh-keygen", "bash", "mount")
 
@@ -138,6 +140,18 @@ class Host:
                 if os.readlink(folder / "ns/pid") == self._namespace and re.search(pattern, " ".join(words)):
                     found.append(int(folder.name))
         return [pid for pid in found if pid != self._init_pid]
+
+    def listeners(self) -> set[tuple[str, int]]:
+        """Returns the addresses and TCP ports at which programs of the host listen, except its sshd, as `ss` does."""
+        found = set()
+        for table, size in (("tcp", 4), ("tcp6", 16)):
+            for line in Path(f"/proc/{self._init_pid}/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state, *_ = line.split()
+                address, port = local.split(":")
+                words = [bytes.fromhex(address)[start : start + 4][::-1] for start in range(0, size, 4)]
+                if state == "0A" and int(port, 16) != _SSH_PORT:
+                    found.add((str(ipaddress.ip_address(b"".join(words))), int(port, 16)))
+        return found
 
     def signal(self, pid: int, number: int) -> None:
         """Sends a signal to one of `pids`.

@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from beit3_ds.runtime.keyed_store import ForgedValueError
+
 
 class Heartbeat(NamedTuple):
     """Holds the status that a rank reports every few seconds."""
@@ -81,12 +83,21 @@ class RankStatuses:
         self._ranks = [RankStatus(beat, self._updated) for beat in beats]
 
     def update(self, beats: Sequence[Heartbeat]) -> None:
-        """Updates the status of all ranks from their newest heartbeats, one per rank."""
+        """Updates the status of all ranks from their newest heartbeats, one per rank.
+
+        Raises:
+            ForgedValueError: if a heartbeat is older than one that was read before, so somebody wrote it again.
+        """
         now = time.monotonic()
         slept = find_sleep(now - self._updated, self._interval)
         self._updated = now
-        for status, beat in zip(self._ranks, beats, strict=True):
+        for rank, (status, beat) in enumerate(zip(self._ranks, beats, strict=True)):
             before, status.beat = status.beat, beat
+            if beat.number < before.number:
+                raise ForgedValueError(
+                    f"the store where ranks meet holds heartbeat {beat.number} of rank {rank} after {before.number}. A "
+                    "program on the network writes old values again: close its port to all but the ranks' hosts"
+                )
             status.beaten_at += slept
             status.unchanged_since += slept
             if beat.number != before.number:

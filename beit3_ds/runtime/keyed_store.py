@@ -1,4 +1,7 @@
-"""Signs the values that ranks exchange through torch's store, which accepts requests from anyone."""
+"""Signs the values that ranks exchange through torch's store, which accepts requests from anyone.
+
+`cluster.check` sends the source of this file to nodes that may lack it. So it imports nothing else of the project.
+"""
 
 import hmac
 from datetime import timedelta

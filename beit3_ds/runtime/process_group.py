@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from beit3_ds.config import ParallelConfig
 from beit3_ds.cores import count_cores
 from beit3_ds.parallel import Mesh, build_mesh
+from beit3_ds.runtime.keyed_store import ForgedValueError
 from beit3_ds.runtime.launch_environment import Launch, discover_through_mpi, read_launch
 from beit3_ds.runtime.rendezvous import Rendezvous
 from beit3_ds.runtime.run_secret import read_secret
@@ -63,7 +64,7 @@ def _join_launched(
             backend = get_accelerator().communication_backend_name()
             return _join(parallel, launch, backend, rendezvous.store), rendezvous.connect
         except RuntimeError as error:
-            if not _is_lost_contact(error):
+            if not isinstance(error, ForgedValueError) and not _is_lost_contact(error):
                 raise
             raise rendezvous.explain(error) from error
 

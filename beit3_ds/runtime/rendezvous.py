@@ -121,6 +121,8 @@ class Rendezvous:
 
     def explain(self, error: RuntimeError) -> ConfigError:
         """Returns an error that explains a failure to form the process group after the ranks have met."""
+        if isinstance(error, ForgedValueError):
+            return ConfigError(f"host {self._host}: {error}")
         return ConfigError(
             f"host {self._host}: the ranks met at {self._master()}, but could not all connect to each other: "
             f"{str(error).splitlines()[0]}. Every rank must reach every other one at any port, over the interface that "
@@ -295,8 +297,10 @@ class Rendezvous:
                         return dict(answer)
                 elif base.check(["challenge"]) and time.monotonic() - began > min(_GRACE_SECONDS, self._seconds) / 2:
                     raise ConfigError(
-                        f"host {self._host}: rank 0 at {self._master()} has another secret than this rank. All ranks "
-                        f"must read one file: share the output folder, or name a copy with {SECRET_VARIABLE}=FILE."
+                        f"host {self._host}: rank 0 at {self._master()} has another secret than this rank, or a "
+                        "program on the network overwrites what rank 0 says. All ranks must read one file: share the "
+                        f"output folder, or name a copy with {SECRET_VARIABLE}=FILE. Close the port to all but the "
+                        "ranks' hosts."
                     )
                 time.sleep(_POLL_SECONDS / 5 * (1 + self._launch.world_size / 64))
         except (RuntimeError, dist.DistError):

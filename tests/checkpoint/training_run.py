@@ -26,6 +26,9 @@ _TIMEOUT_SECONDS = 120
 class TrainingRun:
     """Controls a run below a folder; its ranks can be started any number of times."""
 
+    module = "tests.checkpoint.training_run"
+    """Module that every rank runs."""
+
     def __init__(self, mapping: dict[str, Any], folder: Path, num_ranks: int = 1, **training: Any) -> None:
         folder.mkdir()
         self._num_ranks, self._folder = num_ranks, folder
@@ -53,7 +56,7 @@ class TrainingRun:
             environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
             arguments = [self._folder, *map(str, failing_saves)]
             with self._log(rank).open("w") as log:
-                self.ranks.append(start_module("tests.checkpoint.training_run", arguments, env=environment, output=log))
+                self.ranks.append(start_module(self.module, arguments, env=environment, output=log))
         try:
             yield self
         finally:
@@ -111,7 +114,7 @@ def check_same_state(ours: CheckpointFolder, expected: CheckpointFolder) -> None
     expected.close()
 
 
-def _train(folder: str, failing_saves: list[str]) -> None:
+def train(folder: str, failing_saves: list[str]) -> None:
     os.setsid()  # so that whatever it starts can be found
     torch.set_num_threads(1)
     if failing_saves:
@@ -137,4 +140,4 @@ def _fail_saves(names: set[str]) -> None:
 
 
 if __name__ == "__main__":
-    _train(sys.argv[1], sys.argv[2:])
+    train(sys.argv[1], sys.argv[2:])

@@ -4,6 +4,7 @@ import pytest
 
 from beit3_ds.runtime import heartbeat
 from beit3_ds.runtime.heartbeat import Heartbeat, RankStatuses, find_sleep
+from beit3_ds.runtime.keyed_store import ForgedValueError
 
 
 class Ranks:
@@ -26,6 +27,16 @@ class Ranks:
 def test_a_heartbeat_survives_the_store() -> None:
     beat = Heartbeat(3, 17, 812, "reading data", True, "ending")
     assert Heartbeat.decode(beat.encode()) == Heartbeat.decode(beat.encode().encode()) == beat
+
+
+def test_an_old_heartbeat_that_was_written_again_is_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that is called lost because somebody on the network repeats its values, which are signed."""
+    ranks = Ranks(monkeypatch, 3)
+    old = ranks.beats[2]
+    ranks.step(3, (0, 1, 2))
+    ranks.beats[2] = old
+    with pytest.raises(ForgedValueError, match=r"heartbeat 1 of rank 2 after 4\. A program on the network"):
+        ranks.statuses.update(ranks.beats)
 
 
 @pytest.mark.parametrize(("seconds", "slept"), [(1.0, 0.0), (2.0, 0.0), (61.0, 60.0)])

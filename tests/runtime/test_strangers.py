@@ -6,31 +6,15 @@ import re
 import secrets
 import socket
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from beit3_ds.config import ConfigError
 from beit3_ds.runtime.keyed_store import ForgedValueError, KeyedStore
 from beit3_ds.runtime.run_secret import SECRET_FILE, read_secret
+from tests.listeners import listeners
 from tests.ranks import run_ranks
-
-
-class Bomb:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (self.path, "w")
-
-
-def listeners() -> list[tuple[str, int]]:
-    """Returns the addresses and ports at which this process listens."""
-    found = psutil.Process().net_connections("tcp")
-    return [(entry.laddr.ip, entry.laddr.port) for entry in found if entry.status == psutil.CONN_LISTEN]
+from tests.runtime.stranger import Bomb
 
 
 def meet_beside_a_stranger(bomb: str) -> tuple[list[tuple[str, int]], float, str]:

@@ -109,12 +109,14 @@ class _Inspector:
         self._tokens = [secrets.token_hex(8) for _ in self._connections]
         self._named_master: dict[str, dict[str, Any]] = {}
         self._shared_folder: str | None = None
+        self._master_addresses: list[str] = []
 
     async def run(self) -> Inspection:
         try:
             await self._ask_all(self._ask_about_itself)
             if self._inquiry.output_dir is not None:
                 await self._share_folder(str(self._inquiry.output_dir))
+            await self._ask_all(self._resolve_master)
             await self._ask_all(self._listen)
             await self._ask_all(self._connect)
         finally:
@@ -196,10 +198,21 @@ class _Inspector:
 
         await self._ask_all(read)
 
+    async def _resolve_master(self, index: int) -> None:
+        """Notes to which addresses a node will connect when it connects to the first node's host name."""
+        self._master_addresses += await self._connections[index].ask("resolve", name=self._answers[0].name)
+
     async def _listen(self, index: int) -> None:
-        port = self._inquiry.master_port if index == 0 else 0
+        """Lets one node listen at the addresses to which others connect, and at no other of its addresses."""
+        first = _first_address(self._answers[index])
+        addresses = [*([first] if first else []), *(self._master_addresses if index == 0 else [])]
+        if not addresses:
+            return
         self._answers[index].listener = await self._connections[index].ask(
-            "listen", port=port, token=self._tokens[index]
+            "listen",
+            port=self._inquiry.master_port if index == 0 else 0,
+            token=self._tokens[index],
+            addresses=list(dict.fromkeys(addresses)),
         )
 
     async def _connect(self, index: int) -> None:

@@ -6,6 +6,7 @@ The source of this file is sent over ssh, like the source of `probe`. The proces
 import json
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -40,8 +41,10 @@ def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
 class Worker:
     """Measures the network speed from this rank to other ranks."""
 
-    def __init__(self, rank: int, world_size: int, address: str, port: int, backend: str) -> None:
-        """Joins the process group of all nodes; rank 0 listens at `address`.
+    def __init__(
+        self, rank: int, world_size: int, address: str, port: int, backend: str, store_text: str, secret: str
+    ) -> None:
+        """Joins the process group of all nodes; rank 0 listens at `address` only.
 
         Args:
             rank: rank of this node.
@@ -49,6 +52,8 @@ class Worker:
             address: address of node 0.
             port: port on node 0.
             backend: "nccl", which sends from the first GPU, or "gloo".
+            store_text: source text of `runtime/keyed_store.py`, because this node may lack the file.
+            secret: secret of this measurement, with which the ranks sign the addresses that they exchange.
         """
         import torch
         import torch.distributed as dist
@@ -57,9 +62,19 @@ class Worker:
         self._device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         if backend == "nccl":
             torch.cuda.set_device(0)
-        dist.init_process_group(
-            backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=_TIMEOUT
+        module: dict[str, Any] = {"__name__": "keyed_store"}
+        exec(compile(store_text, "keyed_store", "exec"), module)
+        listener = _listen(address, port) if rank == 0 else None
+        store = dist.TCPStore(
+            address,
+            port,
+            is_master=listener is not None,
+            wait_for_workers=False,
+            timeout=_TIMEOUT,
+            master_listen_fd=None if listener is None else listener.detach(),
         )
+        keyed = module["KeyedStore"](store, bytes.fromhex(secret))
+        dist.init_process_group(backend, store=keyed, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
 
     def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
@@ -142,6 +157,14 @@ class Worker:
         if self._device.type == "cuda":
             self._torch.cuda.synchronize()
         return time.monotonic()
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """Returns a socket that listens at one address; torch's own listens at all addresses."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    return listener
 
 
 def _answer_all(requests: "queue.Queue[bytes]") -> None:

@@ -136,24 +136,35 @@ class Probe:
                 return found
             time.sleep(0.1)
 
-    def listen(self, port: int, token: str) -> dict:
-        """Listens on a port, sends `token` to every client, and returns the port.
+    def resolve(self, name: str) -> list[str]:
+        """Returns the addresses that a host name has on this node; an empty list if the name is unknown."""
+        try:
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        except OSError:
+            return []
+        return [str(entry[4][0]) for entry in found]
 
-        Port 0 means any free port. If the port is taken, a free port is used, and the result names the process that
-        holds the wanted port.
+    def listen(self, port: int, token: str, addresses: list[str]) -> dict:
+        """Listens on a port at some addresses of this node, sends `token` to every client, and returns the port.
+
+        Port 0 means any free port. If the port is taken at the first address, a free port is used, and the result
+        names the process that holds the wanted port. Other addresses that this node does not have are ignored.
         """
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port in TIME_WAIT is free
+        first, *others = addresses
         owner = None
         try:
-            listener.bind(("", port))
+            listeners = [_listen(first, port)]
         except OSError as error:
             owner = _owner_of(port) or error.strerror
-            listener.bind(("", 0))
-        listener.listen(1024)
-        self._listeners.append(listener)
-        threading.Thread(target=_serve_token, args=(listener, token), daemon=True).start()
-        return {"wanted": port, "port": listener.getsockname()[1], "owner": owner}
+            listeners = [_listen(first, 0)]
+        found = listeners[0].getsockname()[1]
+        for address in others:
+            with contextlib.suppress(OSError):
+                listeners.append(_listen(address, found))
+        self._listeners += listeners
+        for listener in listeners:
+            threading.Thread(target=_serve_token, args=(listener, token), daemon=True).start()
+        return {"wanted": port, "port": found, "owner": owner}
 
     def connect(self, targets: list[list]) -> list[dict]:
         """Connects to all targets `[address, port]` in parallel.
@@ -247,6 +258,18 @@ def _own_name() -> str | None:
             trial.bind(address)
             return str(address[0])
     return None
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port in TIME_WAIT is free
+        listener.bind((address, port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _serve_token(listener: socket.socket, token: str) -> None:

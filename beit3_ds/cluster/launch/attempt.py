@@ -119,7 +119,8 @@ class Attempt:
         except ProtocolError as error:
             if line := self._waiting.describe_refusal(channel, str(error)):
                 self._terminal.report(line)
-            channel.close()
+            channel.abort()
+            await channel.wait_closed()
             return
         try:
             while (message := await channel.receive()) is not None:

@@ -6,6 +6,7 @@ signed.
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import os
@@ -200,6 +201,11 @@ class Channel:
     def abort(self) -> None:
         """Closes the connection without sending what is still in the buffer."""
         self._writer.transport.abort()
+
+    async def wait_closed(self) -> None:
+        """Waits until a connection that this side has closed is gone; asyncio prints errors that nobody waits for."""
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
     @property
     def peer_address(self) -> str:

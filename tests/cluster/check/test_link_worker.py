@@ -2,12 +2,15 @@
 
 import itertools
 import os
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from beit3_ds.cluster.check.link_worker import Worker, pair_rounds
+from beit3_ds.runtime import keyed_store
+from tests.listeners import listeners
 from tests.ranks import run_ranks
 
 
@@ -28,7 +31,10 @@ def _measure() -> dict[str, Any]:
         address="127.0.0.1",
         port=int(os.environ["MASTER_PORT"]),
         backend="gloo",
+        store_text=Path(keyed_store.__file__).read_text(),
+        secret="00" * 32,
     )
+    assert not {address for address, _ in listeners()} & {"0.0.0.0", "::"}  # where torch listens by default
     rates = worker.measure([[list(pair) for pair in pairs] for pairs in pair_rounds(3)])
     return {"rates": rates, "all_reduce": worker.all_reduce(1e9)}
 

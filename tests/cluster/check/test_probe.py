@@ -10,6 +10,7 @@ import pytest
 
 from beit3_ds.cluster.check import node_connection, probe
 from beit3_ds.cluster.check.probe import Probe, existing_parent, parse_gpus
+from tests.listeners import listeners
 
 # What nvidia-smi prints for --query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits: recorded text from
 # its documentation and from reports of users; none of it was seen on a GPU of ours.
@@ -51,11 +52,23 @@ def test_tokens_are_read_by_others_and_deleted_at_the_end(tmp_path: Path) -> Non
 def test_a_port_that_is_taken_is_answered_with_its_owner_and_another_port() -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        found = Probe().listen(port, "token")
+        found = Probe().listen(port, "token", ["127.0.0.1"])
     assert found["wanted"] == port != found["port"] and f"process {os.getpid()} " in found["owner"]
     (answered,) = Probe().connect([["127.0.0.1", found["port"]]])
     assert answered["token"] == "token" and answered["own"] == "127.0.0.1" and answered["interface"] == "lo"
     assert "Connection refused" in Probe().connect([["127.0.0.1", port]])[0]["error"]
+
+
+def test_a_probe_listens_only_at_the_given_addresses() -> None:
+    """Catches a probe that answers on every network of a node."""
+    before = set(listeners())
+    found = Probe().listen(0, "token", ["127.0.0.1", "127.0.0.2", "192.0.2.1"])  # the last is not this machine's
+    port = found["port"]
+    assert set(listeners()) - before == {("127.0.0.1", port), ("127.0.0.2", port)}
+    assert [answer.get("token") for answer in Probe().connect([["127.0.0.2", port], ["127.0.0.3", port]])] == [
+        "token",
+        None,
+    ]
 
 
 def test_a_disk_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import psutil
 from beit3_ds.cluster.launch.attempt import _STRANGERS
 from beit3_ds.cluster.launch.waiting_peers import WaitingPeers
 from tests.cluster.launch.running_launch import BOUND_SECONDS, Launch
+from tests.listeners import listeners
 
 
 class FakeChannel:
@@ -66,7 +67,7 @@ def test_a_guard_gets_in_while_strangers_hold_every_place(launch: Callable[..., 
     run = launch([], "a slots=1\nabsent slots=1\n")
     supervisor = psutil.Process(run.process.pid)
     found: list[tuple[str, int]] = []
-    run.wait_until(lambda: found.extend(listeners(supervisor)) or found)
+    run.wait_until(lambda: found.extend(listeners(supervisor.pid)) or found)
     with contextlib.ExitStack() as strangers:
         before = supervisor.num_fds()
         for _ in range(4 * _STRANGERS):
@@ -80,9 +81,3 @@ def test_a_guard_gets_in_while_strangers_hold_every_place(launch: Callable[..., 
         run.wait_until(lambda: "started 2 ranks" in run.printed())
         assert run.process.wait(BOUND_SECONDS) == guard.wait(BOUND_SECONDS) == 0, run.printed()
     assert 4 <= run.printed().count("refused a connection") < 20
-
-
-def listeners(process: psutil.Process) -> list[tuple[str, int]]:
-    """Returns the addresses at which a process listens."""
-    connections = process.net_connections("tcp")
-    return [(entry.laddr.ip, entry.laddr.port) for entry in connections if entry.status == psutil.CONN_LISTEN]
