@@ -73,8 +73,9 @@ class Worker:
             timeout=_TIMEOUT,
             master_listen_fd=None if listener is None else listener.detach(),
         )
-        keyed = module["KeyedStore"](store, bytes.fromhex(secret))
-        dist.init_process_group(backend, store=keyed, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+        # Kept, because torch calls methods that are Python's, and keeps only its own part of the object.
+        self._store = module["KeyedStore"](store, bytes.fromhex(secret))
+        dist.init_process_group(backend, store=self._store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
 
     def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
