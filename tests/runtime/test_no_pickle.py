@@ -11,7 +11,7 @@ from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.ranks import run_ranks
 from tests.test_train import losses
 
-STEPS = 12
+STEPS = 24
 
 
 class RunWithoutPickle(TrainingRun):
@@ -61,12 +61,12 @@ def test_ranks_train_save_and_resume_without_pickle(
     if "pipeline_parallel_size" in layout:
         run_mapping |= {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}
     run_mapping["beit3_ds"]["parallel"] = layout
-    settings = {"total_steps": STEPS, "save_interval": 4, "eval_interval": 6, "keep_checkpoints": 9}
+    settings = {"total_steps": STEPS, "save_interval": 8, "eval_interval": STEPS, "keep_checkpoints": 9}
     undisturbed = TrainingRun(run_mapping, tmp_path / "undisturbed", 2, **settings)
     assert undisturbed.finish() == [0, 0], undisturbed.output()
     run = RunWithoutPickle(run_mapping, tmp_path / "run without pickle", 2, **settings)
     with run.started():
-        run.wait_until(lambda: f"step 5/{STEPS}" in run.output())
+        run.wait_until(lambda: f"step 2/{STEPS}" in run.output())
         os.kill(run.ranks[1].pid, signal.SIGTERM)
         assert run.wait() == [0, 0], run.output() + run.output(1)
     assert "stopped after step" in run.output()
