@@ -345,7 +345,7 @@ def test_a_stranger_in_torchs_sockets_ends_a_run_but_changes_no_result(
     assert run.count_attacks()
     if run.status:
         assert re.search(message, run.output()), run.output()
-        assert "Traceback" not in run.output()
+        assert "Traceback" not in run.printed  # a rank's own log may hold one, of the connection that it lost
 
 
 @pytest.mark.slow
