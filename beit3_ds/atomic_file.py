@@ -1,4 +1,4 @@
-"""Writes new files that are complete or absent."""
+"""Writes files atomically: a reader finds the old file or the complete new one."""
 
 import hashlib
 import os
@@ -12,9 +12,10 @@ _LONG_NAME = 107  # bytes; file systems allow 255, of which a host's name may ta
 
 
 def bounded_name(name: str) -> str:
-    """Returns a file's name, shortened to 113 bytes if it is long, so that further names can be derived from it.
+    """Returns a file name of at most 113 bytes, which leaves room for suffixes such as a host name and `.tmp`.
 
-    A shortened name ends with a digest of the whole name, so that names that begin alike stay different.
+    A name of up to 107 bytes is returned unchanged. A longer name is cut and ends with a digest of the whole name, so
+    that two names with the same beginning stay different.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= _LONG_NAME:
@@ -43,7 +44,7 @@ def atomic_write(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
         if keep:
             temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # of a write or sync, which do not know their file
+        if error.filename is None:  # errors of a write or sync do not name the file
             raise OSError(error.errno, f"{error.strerror} (no file was replaced)", str(path)) from error
         raise
     finally:

@@ -42,16 +42,17 @@ class PackedBatch(RowLayout):
     """Preprocessed images, (images, 3, image_size, image_size) float32 in [-1, 1]: images without texts, then the
     images of pairs. None on pipeline stages that do not embed."""
     patch_mask: Tensor
-    """Whether the embeddings replace a patch by the mask token, (images, patches) bool."""
+    """True for patches that the mask token replaces, (images, patches) bool."""
     token_ids: Tensor
     """Token ids of all captions, then of all texts, in one int64 vector."""
     causal_captions: bool = False
-    """Whether attention in pairs is masked for captioning (`SequenceLayout.causal_captions`)."""
+    """Whether attention in pairs is masked for captioning. Then image rows see their image, and caption rows see their
+    image and the caption up to themselves."""
     drop_path: Tensor | None = None
     """Stochastic depth's factor for each sequence, layer and branch, (sequences, layers, 2) float32. It is 0 if the
     branch is dropped, otherwise 1 / (1 - rate). None if nothing is dropped (evaluation, or a rate of 0)."""
     head_rows: Tensor | None = None
-    """Numbers of the rows that the task's head reads, ascending, int64; None if it reads all rows."""
+    """Indices in the stream of the rows that the task's head reads, ascending, int64; None if it reads all rows."""
     head_row_counts: tuple[int, ...] = ()
     """Number of `head_rows` in each of the four row ranges in `layout.PARTS`; empty if the head reads all rows."""
     term_counts: tuple[int, ...] = ()
@@ -63,8 +64,8 @@ class PackedBatch(RowLayout):
     sample_names: tuple[str, ...] = ()
     """Name of each sequence's sample, for logs and messages; empty if the samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)
-    """For each data stream by name, the number of the source from which all its samples in this batch come; empty if
-    the samples of a stream may come from several sources."""
+    """For each data stream by name, the index of the one source from which its samples in this batch come. Empty if the
+    samples of a stream may come from several sources."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs
@@ -140,7 +141,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def row_sequence(self) -> Tensor:
-        """Returns the number of the sequence to which each row belongs, one int64 per row."""
+        """Returns the index of the sequence to which each row belongs, (rows,) int64."""
         sequences = torch.arange(self.num_sequences)
         num_pixels = self.num_images + self.num_pairs
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
@@ -150,7 +151,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def text_positions(self) -> Tensor:
-        """Returns the position of each token in its caption or text, from 0, one int64 per token."""
+        """Returns the position of each token in its caption or text, counted from 0, (tokens,) int64."""
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return (torch.arange(len(starts)) - starts).to(self.token_ids.device)
@@ -181,7 +182,7 @@ class PackedBatch(RowLayout):
 
     @classmethod
     def from_value(cls, value: dict[str, Any]) -> "PackedBatch":
-        """Rebuilds a batch from the fields of `as_value`."""
+        """Rebuilds a batch from the fields that `as_value` returned."""
         return cls(**value)
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -204,8 +205,8 @@ class StepBatch:
     micro_batches: tuple[PackedBatch, ...]
     """Micro-batches of this rank; every rank has the same number."""
     broken_records: dict[str, str] = field(default_factory=dict)
-    """One-line error message of every broken record in this rank's share, by the record's name. The places of these
-    records in the micro-batches stay empty."""
+    """One-line error message of every broken record in this rank's share, by the record's name. The micro-batches do
+    not contain these records."""
 
     def without_pixels(self) -> "StepBatch":
         """Returns the step with micro-batches that have no pixels and no targets (`PackedBatch.without_pixels`)."""
@@ -222,6 +223,6 @@ class StepBatch:
 
     @classmethod
     def from_value(cls, value: dict[str, Any]) -> "StepBatch":
-        """Rebuilds a step from the fields of `as_value`."""
+        """Rebuilds a step from the fields that `as_value` returned."""
         batches = tuple(PackedBatch.from_value(batch) for batch in value["micro_batches"])
         return cls(**value | {"micro_batches": batches})

@@ -104,7 +104,7 @@ def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
-    """Opens the weights and the samples of the split that this rank reads.
+    """Opens the weights, and this rank's share of the samples of the split.
 
     Raises:
         ConfigError: if the weights or samples cannot be read, the weights do not fit the configuration, or the split
@@ -157,7 +157,7 @@ def _open_weights(path: str, *, averages: bool, best: bool) -> PretrainedWeights
 def build_evaluator(
     config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals, split: Split
 ) -> ModelEvaluator:
-    """Builds this rank's part of the model and loads its weights; all ranks call it.
+    """Builds this rank's evaluator, which holds its part of the model with loaded weights; all ranks call it.
 
     Raises:
         ConfigError: if ranks have different configurations, files or weights.

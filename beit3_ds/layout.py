@@ -27,8 +27,8 @@ class Part(NamedTuple):
     modality: str
     """Modality of the rows, "vision" or "language", which is also the name of the modality's expert."""
     fused_expert: str | None
-    """Expert of the rows in layers that have such an expert: "vision_language" for the rows of pairs. None for rows of
-    images and texts alone, which always belong to the expert of their modality."""
+    """Expert that computes these rows in layers with a fused expert: "vision_language" for the rows of pairs. None for
+    rows of images and texts alone, which the expert of their modality computes in every layer."""
 
 
 PARTS = (
@@ -64,9 +64,9 @@ class RowLayout(ABC):
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
         """Returns the row range [start, stop) of each expert, in row order; an expert without rows gets an empty range.
 
-        The rows of each of `PARTS` belong to its fused expert if the layer has it, otherwise to the expert of its
-        modality. If the layer has neither, because no input of the model needs them (`ModelConfig.inputs`), there must
-        be no such rows.
+        The rows of each entry of `PARTS` belong to its fused expert if the layer has that expert, otherwise to the
+        expert of its modality. A layer lacks both experts if no input of the model needs them (`ModelConfig.inputs`);
+        then the stream must have no such rows.
 
         Args:
             experts: names of the layer's experts in the order of their rows. Examples are ("shared",), which takes all
@@ -92,7 +92,7 @@ class PickedRows(RowLayout):
     """Describes rows that are picked one by one from a stream, such as those that a task's head reads."""
 
     rows: Tensor
-    """Numbers of the picked rows in the stream, ascending, int64."""
+    """Indices of the picked rows in the stream, ascending, int64."""
     counts: tuple[int, ...]
     """Number of picked rows in each of the four row ranges in `PARTS`."""
 
@@ -186,6 +186,6 @@ class KeptSequences:
     """Describes the sequences of a stream that stochastic depth keeps, as a smaller stream."""
 
     rows: Tensor
-    """Numbers of the kept sequences' rows in the whole stream, ascending, int64, in host memory."""
+    """Indices in the whole stream of the rows of kept sequences, ascending, int64, in host memory."""
     layout: SequenceLayout
     """Layout of the smaller stream, which consists of these rows."""

@@ -1,4 +1,4 @@
-"""Preprocesses an image for a model exactly as the validation loss does."""
+"""Preprocesses an image for a model exactly as training preprocesses validation images."""
 
 from pathlib import Path
 

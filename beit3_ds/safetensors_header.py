@@ -55,7 +55,7 @@ class Header(NamedTuple):
 
 
 def check_safetensors(path: str | Path) -> Header:
-    """Opens a safetensors file, and reads and checks its header alone.
+    """Returns the checked header of a safetensors file, without reading its tensors.
 
     Raises:
         OSError: if the path is not a regular file or cannot be read.
@@ -69,7 +69,7 @@ def check_safetensors(path: str | Path) -> Header:
 
 
 def read_header(descriptor: int) -> Header:
-    """Reads and checks the header of an open file.
+    """Returns the checked header of an open safetensors file.
 
     Raises:
         OSError: if the file cannot be read.

@@ -1,9 +1,9 @@
-"""Defines the error of a file system that fails."""
+"""Defines the error that reports a failing file system."""
 
 
 class StorageError(Exception):
-    """Reports an error of the file system that holds the data; the message names file, host and reason.
+    """Reports that a file system failed, hung or kept a file locked; the message names the file or folder.
 
-    It is not a `ConfigError`, because the same command works once the file system does. It is not a
-    `BrokenRecordError`, because nothing is known about the record.
+    This is not a `ConfigError`, because the same command succeeds once the file system works again. It is not a
+    `BrokenRecordError` either, because a record that was not read may be correct.
     """

@@ -67,7 +67,8 @@ def train_run(config: RunConfig, *, force: bool = False) -> None:
 
     Args:
         config: configuration of the run.
-        force: whether to train again if the result or a checkpoint of all steps exists; moves that checkpoint aside.
+        force: whether to train again if the run is finished: its result exists, or its checkpoint of the last step. The
+            folder of checkpoints is then renamed.
 
     Raises:
         ConfigError: if the configuration, a data file, a checkpoint or a file of the task is invalid.
@@ -141,7 +142,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     task = build_task(config)
     coords = config.parallel.rank_coords(launch.rank, launch.world_size)
     share = share_of(coords, config.parallel, data_parallel_size)
-    has_begun = has_checkpoints(Path(config.training.output_dir))  # the file of initial weights may then be deleted
+    has_begun = has_checkpoints(Path(config.training.output_dir))  # then the file of initial weights may be gone
     initial_weights = None if has_begun else open_initial_weights(config)
     if initial_weights is not None:
         task.adopt_weights(initial_weights.task, f"training.init_from={config.training.init_from}")
@@ -182,7 +183,8 @@ def build_run(
 ) -> tuple[Run, Iterable[StepBatch]]:
     """Builds and resumes a run; returns it with the remaining steps of this rank. All ranks call it.
 
-    With `force`, a checkpoint of all steps is moved aside instead of resumed.
+    If `force` is true and a checkpoint of the last step exists, the folder of checkpoints is renamed, and the run
+    starts at step 0.
 
     Raises:
         ConfigError: if ranks have different configurations or files, or a checkpoint does not fit the model.

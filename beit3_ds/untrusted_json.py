@@ -41,7 +41,7 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
 
 
 def check_json_size(text: bytes | str, limit: int) -> None:
-    """Checks that parsing a text, whole or not, takes bounded memory.
+    """Checks the size of a JSON text and its number of lists and objects, so that parsing takes bounded memory.
 
     Raises:
         ValueError: if the text is longer than `limit`, or has far more lists or objects than usual for its size.

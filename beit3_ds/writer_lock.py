@@ -25,11 +25,11 @@ from beit3_ds.untrusted_json import check_count, check_object, check_text, parse
 WAIT_SECONDS = 120.0
 """Longest wait for a holder that stops or gives no sign of life; an NFS server keeps a crashed host's lock for 90 s."""
 SILENT_SECONDS = 8.0
-"""Seconds without a sign of life after which a holder counts as gone, where the lock itself cannot tell. An NFS client
-may show a new time of a file several seconds late."""
+"""Seconds without a sign of life after which a holder counts as gone, if the file system's lock does not show whether
+it still holds the lock. An NFS client may show a new time of a file several seconds late."""
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
-_NOTICE_SECONDS = 0.6  # before the first message of a wait: until then a new holder has written its name
+_NOTICE_SECONDS = 0.6  # until the first message of a wait, so that a new holder has written its name
 _MOST_BYTES = 4096
 _LONGEST_COMMAND = 200
 _HOLDER, _WAITING = 0, 1  # bytes of the file that the holder and the waiting processes lock
@@ -50,7 +50,7 @@ class Holder(NamedTuple):
     """Local time at which the process took the lock."""
     command: str
     boot: str
-    """Identifier of the running kernel; locks of two processes under one kernel always exclude each other."""
+    """Identifier of the boot of the holder's host. Two processes of the same boot always see each other's locks."""
     is_stopping: bool
     """Whether the process has received a stop signal and will end soon."""
 
@@ -70,12 +70,12 @@ class WriterLock:
     The lock is a POSIX record lock (fcntl) on a small file, which names the holder and is deleted after the block. The
     kernel releases the lock however the process ends, and an NFS server once a host has crashed. Other kinds of locks
     (flock, locks of an open file description) are inherited by forked processes: a data worker that outlives its killed
-    rank would keep them. A process loses a POSIX lock if any of its code opens and closes the file; the thread below
-    takes it again within a second.
+    rank would keep them. A process loses a POSIX lock if any of its code opens and closes the file. Therefore a thread
+    of the holder takes the lock again every second.
 
-    A thread of the holder sets the file's time every second. A process that finds the lock taken therefore knows
-    whether the holder is alive: if so, it is refused at once; if not, it waits for the lock. Where a file system has no
-    locks, this sign of life alone tells whether there is a holder.
+    The same thread sets the file's time every second, as a sign of life. A process that finds the lock taken is refused
+    at once if the holder is alive, and waits for the lock otherwise. On a file system without locks, only this sign of
+    life shows that there is a holder.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class WriterLock:
             target: what the lock protects, such as "training.output_dir=runs/a", for messages.
             way_out: what a refused user can do, such as "choose another training.output_dir".
             command: what the process does, for the message that another process prints; None takes its command line.
-            is_stopping: returns whether this process was asked to stop. It then ends a wait for the lock; a holder
-                writes it into the file, so that the next process waits.
+            is_stopping: returns whether this process has received a stop signal. The signal ends a wait for the lock.
+                If this process holds the lock, it notes the signal in the file, so that the next process waits.
             end: ends this process at once, with an exit status, if another process has taken the lock from it.
         """
         self.path, self._target, self._way_out, self._is_stopping = path, target, way_out, is_stopping
@@ -208,19 +208,19 @@ class WriterLock:
             file=sys.stderr,
             flush=True,
         )
-        time.sleep(2 * _BEAT_SECONDS)  # of two that start at the same moment, the one that wrote last goes on
+        time.sleep(2 * _BEAT_SECONDS)  # if two start at the same moment, the one that wrote last continues
         holder, _, _ = self._look()
         if holder is not None and holder != self._own:
             raise self._refusal(holder)
 
     def _open(self) -> int:
-        """Opens the file, or creates it, without following a link or waiting for a pipe.
+        """Opens or creates the lock's file and returns its descriptor; follows no link and waits for no pipe.
 
         Raises:
             OSError: if it cannot be opened for writing, or is not a regular file.
         """
         with contextlib.suppress(FileNotFoundError):
-            _check_regular(self.path.lstat())  # before it is opened, which a device may notice
+            _check_regular(self.path.lstat())  # before opening, because opening a device may have effects
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.open(self.path, flags, 0o666)
         try:
@@ -231,7 +231,7 @@ class WriterLock:
         return file
 
     def _is_current(self) -> bool:
-        """Returns whether the open file still has its name."""
+        """Returns whether the open file is still the one at `path`; False if it was deleted or replaced."""
         try:
             return os.path.samestat(os.fstat(self._file), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
@@ -256,16 +256,16 @@ class WriterLock:
             with contextlib.suppress(OSError):
                 self._check_is_held()
                 self._look_for_others()
-                os.utime(self._file)  # others end soon after it
+                os.utime(self._file)  # waiting processes see this and end, so look for them before and after it
                 self._look_for_others()
                 current = self._own._replace(is_stopping=bool(self._is_stopping()))
                 if current != self._written:
                     self._write(current)
 
     def _check_is_held(self) -> None:
-        """Takes the lock again, which changes nothing if this process has it; ends this process if another has it.
+        """Takes the lock again, which has no effect if this process holds it; ends this process if another one does.
 
-        A server gives the lock away if this host was cut off from it for longer than a lease.
+        An NFS server gives the lock to another host if it has not reached this one for longer than a lease.
         """
         is_locked, (holder, _, _) = _try_lock(self._file, _HOLDER, fcntl.LOCK_EX), self._look()
         if is_locked is False or self._is_named_for_another(holder):

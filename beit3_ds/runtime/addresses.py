@@ -11,7 +11,7 @@ from beit3_ds.runtime.launch_environment import Launch
 
 
 def own_address(host: str, port: int) -> str:
-    """Returns this host's address on the network towards another host; sends nothing."""
+    """Returns the address from which this host would send to another host; sends nothing."""
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
@@ -19,16 +19,16 @@ def own_address(host: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Returns whether an address is one of the loopback interface."""
+    """Returns whether an address belongs to the loopback interface, such as 127.0.0.1 or ::1."""
     return ipaddress.ip_address(address).is_loopback
 
 
 def find_meeting_address(launch: Launch) -> str:
     """Returns the address at which rank 0 listens, as this host reaches it.
 
-    Normally this is the address of MASTER_ADDR. On rank 0's host, the name may resolve to an address that the host does
-    not have. If other hosts have ranks, the name may resolve to a loopback address there (Debian writes 127.0.1.1 into
-    /etc/hosts). In both cases the result is the host's only other address.
+    Normally this is the address of MASTER_ADDR. On rank 0's host the name may be unusable: it may resolve to an address
+    that the host does not have, or to a loopback address although other hosts have ranks (Debian writes 127.0.1.1 into
+    /etc/hosts). Then the result is the only address of that host that others can reach.
 
     Raises:
         OSError: if the name cannot be resolved.
@@ -69,7 +69,7 @@ def find_interface(address: str) -> str | None:
 
 
 def _outer_addresses() -> dict[str, str]:
-    """Returns the interface per address of this host, without loopback and link-local addresses."""
+    """Returns the name of the interface by address, for this host's addresses that are not loopback or link-local."""
     return {
         address: name
         for name, entries in psutil.net_if_addrs().items()

@@ -11,7 +11,7 @@ from types import FrameType
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, describe_signal, exit_status, handled_signals, reading_signals
 
 STOP_SECONDS = 7.0
-"""Seconds from a stop signal until a command ends without unwinding, if it has not ended by itself."""
+"""Seconds after a stop signal at which a command is ended without unwinding, if it has not ended by itself."""
 
 
 class StoppedBySignal(KeyboardInterrupt):

@@ -17,9 +17,9 @@ class DistributedStopSignals:
         self.names = ""
         """Names of the stop signals that any rank has received, joined by "and"; empty if no rank has received one."""
         self.first: int | None = None
-        """Number of the first of these signals in the order of `STOP_SIGNALS`; None without one."""
+        """Number of a stop signal that a rank has received; of several, the first in `STOP_SIGNALS`. None if none."""
         self.data_fault: Literal["data", "storage"] | None = None
-        """Cause, if any rank has no data: "storage" for a failed file system, "data" for any other error; else None."""
+        """Why a rank has no data: "storage" for a failed file system, else "data". None if all ranks have data."""
 
     @property
     def must_stop(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from beit3_ds.config import ConfigError
 
-# Those of DeepSpeed, which raises at its import for any other.
+# DeepSpeed's names of accelerators. Its import raises an error for any other name.
 _ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")
 _THREADS = re.compile(r"\s*0*[1-9][0-9]{0,5}\s*(,\s*0*[1-9][0-9]{0,5}\s*)*")
 

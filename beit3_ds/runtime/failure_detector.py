@@ -18,11 +18,11 @@ class Failure(NamedTuple):
     text: str
     """Description of the failure, one line."""
     dump_stacks: bool = False
-    """Whether all ranks first write the stacks of their threads."""
+    """Whether all ranks write the stacks of their threads before they end."""
 
 
 class FailureDetector:
-    """Finds failures in the status of all ranks; runs on rank 0. `Watchdog` lists the kinds of failures."""
+    """Finds failures of a run in the heartbeats of all ranks; runs on rank 0. `Watchdog` lists all failures."""
 
     def __init__(self, parallel: ParallelConfig, statuses: RankStatuses, describe: Callable[[int], str]) -> None:
         """Starts the detector on rank 0.
@@ -62,7 +62,7 @@ class FailureDetector:
         return None
 
     def describe_slow(self) -> list[str]:
-        """Returns one line per slow rank, which others wait for; repeats it each time the wait has doubled."""
+        """Returns one line per slow rank, for which others wait; a rank is named again once its wait has doubled."""
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)
         self._slow = {rank: self._slow.get(rank, first) for rank in behind}
@@ -75,7 +75,7 @@ class FailureDetector:
         ]
 
     def _lost_contact(self) -> Failure:
-        """Returns the failure to report if a collective failed although all ranks answer; usually it timed out."""
+        """Returns the failure to report if a collective failed although all ranks answer; most often it timed out."""
         seconds = self._parallel.timeout_seconds
         if stalled := self._statuses.find_behind(seconds / 2):
             return self._stalled(stalled)

@@ -22,7 +22,7 @@ class Heartbeat(NamedTuple):
     is_waiting: bool
     """Whether the main thread waits for other ranks."""
     state: str = "running"
-    """State: "running"; "ending" once the rank has read the run's failure; "left" once it is no longer watched."""
+    """State of the rank: "running", "ending" after it has read the run's failure, or "left" if no longer watched."""
 
     def encode(self) -> str:
         """Returns the heartbeat as JSON."""
@@ -114,7 +114,10 @@ class RankStatuses:
         ]
 
     def find_behind(self, seconds: float) -> list[int]:
-        """Returns the ranks without progress or waiting for over `seconds`, if a rank waits for over half as long."""
+        """Returns the ranks whose main thread has, for more than `seconds`, neither made progress nor waited.
+
+        The list is empty unless another rank has waited for more than half of `seconds`.
+        """
         if not any(status.beat.is_waiting and status.unchanged_seconds > seconds / 2 for status in self._ranks):
             return []
         return [

@@ -53,11 +53,11 @@ class KeyedStore(dist.Store):
         return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(keys), strict=True)]
 
     def check(self, keys: list[str]) -> bool:
-        """Returns whether all keys exist; their values may be forged."""
+        """Returns whether all keys exist; does not verify their values."""
         return self._store.check(keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Waits until all keys exist; their values may be forged."""
+        """Waits until all keys exist; does not verify their values."""
         self._store.wait(keys, *([] if timeout is None else [timeout]))
 
     def add(self, key: str, value: int) -> int:
@@ -69,12 +69,12 @@ class KeyedStore(dist.Store):
         return self._store.delete_key(key)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Sets the longest time of a request."""
+        """Sets how long a request to the store may take."""
         self._store.set_timeout(timeout)
 
     @property
     def timeout(self) -> Any:
-        """Returns the longest time of a request."""
+        """Returns how long a request to the store may take."""
         return self._store.timeout  # type: ignore[attr-defined] # missing in torch's stubs
 
     def _digest(self, key: str, content: bytes) -> bytes:

@@ -36,7 +36,7 @@ class Launch:
     """Port on which rank 0 listens."""
 
     secret_file: str | None = None
-    """File with the secret of the ranks (BEIT3_SECRET_FILE); None takes the one in the output folder."""
+    """File with the secret of the ranks (BEIT3_SECRET_FILE); None stands for the file in the output folder."""
 
     def variables(self) -> dict[str, str]:
         """Returns the environment variables that torch and DeepSpeed read."""
@@ -77,7 +77,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def discover_through_mpi(launch: Launch) -> Launch:
-    """Returns the launch with the address of rank 0, which it finds through MPI.
+    """Finds the address of rank 0 through MPI, and returns the launch with this address.
 
     The address is the first that `hostname -I` prints on rank 0's host.
 
@@ -178,13 +178,13 @@ def _single_process() -> Launch:
 
 
 def first_host(hosts: str) -> str:
-    """Returns the first host of a list that Slurm writes as "node[08-11,20],gpu1"."""
+    """Returns the first host of Slurm's list, for example "node08" for "node[08-11,20],gpu1"."""
     first = re.split(r",(?![^\[]*\])", hosts)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def expand_tasks(counts: str) -> list[int]:
-    """Returns the number of ranks per host, which Slurm writes as "8(x3),4"."""
+    """Returns the number of ranks of each host from Slurm's short form, for example [8, 8, 8, 4] for "8(x3),4"."""
     found = re.findall(r"([0-9]{1,7})(?:\(x([0-9]{1,7})\))?", counts)
     return [int(count) for count, times in found for _ in range(min(int(times or 1), int(RANKS.high)))]
 

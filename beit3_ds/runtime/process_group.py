@@ -42,7 +42,11 @@ def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) 
 def _join_launched(
     parallel: ParallelConfig, output_dir: str | None, contended_at: Callable[[], float]
 ) -> tuple[Mesh, Callable[[float], dist.Store]]:
-    """Does the work of `init_process_group`; also returns a function that opens another connection to the store."""
+    """Joins the process group as `init_process_group` does, and returns the mesh and a function.
+
+    The function opens another connection to the store where ranks meet; it takes the longest time of a request in
+    seconds.
+    """
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -76,17 +80,18 @@ def joined_ranks(
     signals: StopSignals | None = None,
     contended_at: Callable[[], float] = lambda: -math.inf,
 ) -> Iterator[Mesh]:
-    """Joins the process group while a program runs, and ends the program on all ranks if one of them fails.
+    """Joins the process group during the `with` block, and ends the program on all ranks if it fails on one of them.
 
     An error of the program is raised again after it is reported to the other ranks, which print a line that names this
     rank and end. If a collective failed because of another rank, this rank prints a line that names the other rank and
-    ends. All ranks also end if a rank is lost or stalled, and learn of stop signals in `signals` (`Watchdog`).
+    ends. All ranks also end if a rank is lost or stalled. A stop signal of one rank is passed on to all (`Watchdog`).
 
     Args:
         parallel: layout and time limits.
         output_dir: folder of the ranks' secret, as in `init_process_group`.
         signals: signals that this process receives.
-        contended_at: returns on rank 0 when another start last asked for the output folder (`Rendezvous`).
+        contended_at: returns, on rank 0, the monotonic time at which another command last asked for the output folder;
+            -inf if none did.
     """
     mesh, connect = _join_launched(parallel, output_dir, contended_at)
     watchdog = Watchdog(parallel, mesh, connect(STORE_SECONDS), signals)
@@ -109,7 +114,7 @@ def compute_device() -> torch.device:
 
 
 def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.Store) -> Mesh:
-    """Builds the process groups for device tensors, which accept no other tensors, and the group for host values.
+    """Builds the process groups and returns the mesh: device groups take device tensors only, a host group host values.
 
     Args:
         parallel: the layout and the time-out.
@@ -132,7 +137,7 @@ def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.St
 
 
 def _is_lost_contact(error: Exception) -> bool:
-    """Returns whether a collective failed because of another rank; gloo raises plain RuntimeErrors."""
+    """Returns whether an error means that a collective failed because of another rank; gloo raises RuntimeErrors."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
     )

@@ -14,9 +14,10 @@ from beit3_ds.writer_lock import WaitStoppedError, WriterLock
 
 @contextmanager
 def locked_by_rank_0(path: Path, target: str, way_out: str, signals: StopSignals) -> Iterator[Callable[[], float]]:
-    """Holds a `WriterLock` on rank 0 during the block; other ranks hold nothing, and their launcher ends them with it.
+    """Holds a `WriterLock` on rank 0 during the block; the launcher ends the other ranks if rank 0 does not get it.
 
-    Yields a function that returns on rank 0 when another start last asked for the lock (`WriterLock.contended_at`).
+    Yields a function that returns, on rank 0, the monotonic time at which another process last asked for the lock; -inf
+    if none did.
 
     Args:
         path: the lock's file.

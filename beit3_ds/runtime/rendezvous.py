@@ -33,7 +33,7 @@ rank 0 may still be opening its files."""
 NOTICE_SECONDS = 30.0
 """Seconds between two messages of a waiting rank."""
 _POLL_SECONDS = 0.5
-_CONTENDER_SECONDS = STOP_SECONDS + 5.0  # a launcher notices that a rank has ended, and ends the others with SIGTERM
+_CONTENDER_SECONDS = STOP_SECONDS + 5.0  # in which a launcher notices the end of a rank and ends the others by SIGTERM
 _GRACE_SECONDS = 10.0  # time for other ranks to read from rank 0 that one is missing, or to fail by themselves
 _LISTED = 8  # most differences that a message names
 _WAYS_OUT = (
@@ -64,8 +64,9 @@ class Rendezvous:
             seconds: longest time that ranks wait for each other.
             secret: secret of all ranks of the run.
             end: ends this process, even if its main thread is blocked in a call.
-            contended_at: returns on rank 0 when another start last asked for the output folder of this run, on the
-                monotonic clock. That start is refused, but its ranks may connect here, with the same secret and port.
+            contended_at: returns, on rank 0, the monotonic time at which another command last asked for the output
+                folder of this run. That command is refused, but until it ends, its ranks may connect here, because they
+                have the same secret and port.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()
@@ -78,7 +79,7 @@ class Rendezvous:
         # Torch's launchers start all ranks of a host; every rank of `beit3 launch`, which names a secret, has a guard.
         self._parent = os.getppid() if launch.launcher == TORCH_LAUNCHER and launch.secret_file is None else 0
         self.num_threads = 1
-        """Number of threads that fits this rank's share of its host's cores; known after `meet`."""
+        """Number of threads that this rank should use: its share of its host's cores. Valid after `meet`."""
 
     def __enter__(self) -> "Rendezvous":
         self._start = time.monotonic()
@@ -167,7 +168,7 @@ class Rendezvous:
             time.sleep(_POLL_SECONDS)
 
     def connect(self, seconds: float) -> dist.Store:
-        """Opens another connection to the ranks' store, with a separate key prefix; call it after `meet`.
+        """Opens another connection to the store of rank 0, with a separate key prefix; call it after `meet`.
 
         Args:
             seconds: longest time of a request.
@@ -215,11 +216,14 @@ class Rendezvous:
         return hmac.digest(self._secret, " ".join(words).encode(), "sha256")
 
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs on rank 0: waits for all ranks, and sends them the answer, or an error if a rank is missing.
+        """Runs on rank 0: waits for all ranks, then sends them an answer and returns it.
 
-        If another start asked for the output folder meanwhile, or ranks of one host have different launchers, the ranks
-        found may be of a start that is being refused. This rank then gives that start's launcher `_CONTENDER_SECONDS`
-        to end its ranks, and finds its own ranks anew.
+        The answer holds the addresses, numbers of threads and nonces of all ranks. If a rank is missing or has other
+        software, the answer is an error.
+
+        If another command asked for the output folder meanwhile, or ranks of one host have different launchers, some of
+        the ranks found may belong to a command that is being refused. This rank then gives the launcher of that command
+        `_CONTENDER_SECONDS` to end its ranks, and finds its own ranks anew.
         """
         is_first = True
         while True:
@@ -240,11 +244,12 @@ class Rendezvous:
         return answer
 
     def _find_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> tuple[str, KeyedStore, list[dict[str, Any]]]:
-        """Returns a new challenge, the store signed with it, and the values of all ranks.
+        """Waits for all ranks; returns a new challenge, a store signed with the challenge, and each rank's description.
 
-        Ranks sign their values with the secret and with a challenge that rank 0 draws, so that values of an earlier run
-        are not valid. A value with a wrong digest counts as missing, and the challenge is written repeatedly: a
-        stranger who overwrites one changes nothing.
+        A description holds a rank's address, host, software and cores. Ranks sign it with the secret and with the
+        challenge, a random text that rank 0 draws, so that a description from an earlier run is not valid. A
+        description with a wrong digest counts as missing, and the challenge is written repeatedly. So a stranger who
+        overwrites either of them has no effect.
         """
         challenge, size = secrets.token_hex(16), self._launch.world_size
         invitation = KeyedStore(base, self._secret)
@@ -280,7 +285,7 @@ class Rendezvous:
         raise ConfigError(error)
 
     def _receive_answer(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs on all ranks except 0: sends this rank's values, signed with the challenge, until rank 0 answers."""
+        """Runs on all ranks except 0: sends this rank's description until rank 0 answers, and returns the answer."""
         self._waits_for = None  # rank 0 prints which ranks are missing
         invitation, began = KeyedStore(base, self._secret), time.monotonic()
         limit = time.monotonic() + self._seconds + _GRACE_SECONDS
@@ -320,7 +325,7 @@ class Rendezvous:
         return ""
 
     def _interface(self, addresses: list[str]) -> str | None:
-        """Returns the network interface towards rank 0's host, or on that host, towards the other hosts."""
+        """Returns the network interface that reaches rank 0's host or, on rank 0's host, the other hosts."""
         own = own_address(*self._target())
         others = [address for address in addresses if not is_loopback(address)]
         if is_loopback(own) and others:

@@ -9,9 +9,9 @@ from pathlib import Path
 from beit3_ds.config import ConfigError
 
 SECRET_VARIABLE = "BEIT3_SECRET_FILE"
-"""Variable that names a file with the secret; `beit3 launch` sets it to the token of the attempt."""
+"""Environment variable that names a file with the secret; `beit3 launch` sets it to a new file at every attempt."""
 SECRET_FILE = "rank_secret"
-"""Name of the file in the output folder, if the variable is not set."""
+"""Name of the secret's file in the output folder, which is used if `SECRET_VARIABLE` is not set."""
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
 
 
@@ -21,12 +21,12 @@ def read_secret(named: str | None, output_dir: str | None) -> bytes:
     Creates the file in the output folder, with mode 0600, unless another rank or run has created it.
 
     Args:
-        named: file named by `SECRET_VARIABLE`; None takes the one in the output folder.
+        named: file that `SECRET_VARIABLE` names; None stands for the file in the output folder.
         output_dir: output folder, on storage that all hosts share.
 
     Raises:
-        ConfigError: if there is neither, if the file cannot be read or created, belongs to another user, can be read by
-            others, or is too short.
+        ConfigError: if both arguments are None. Also if the file cannot be read or created, belongs to another user,
+            can be read by others, or is too short.
     """
     if named is None and output_dir is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Watches a process while it opens its files, where no other time limit applies; names a call that hangs."""
+"""Watches a process while it opens its files, where no other time limit applies; prints which call hangs."""
 
 import os
 import sys
@@ -13,13 +13,13 @@ NOTICE_SECONDS = 60.0
 """Seconds between two messages that say where a start without progress hangs."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""A process that uses less than this share of one core counts as waiting."""
+"""Share of one core; a process that uses less counts as waiting."""
 
 
 class StartupWatchdog:
-    """Runs a thread that watches the main thread while it opens files.
+    """Runs a thread that ends the process if the main thread makes no progress while it opens files.
 
-    If the file system hangs then, the main thread blocks for ever. Later waits have time limits of their own.
+    Without it, a file system that hangs would block the main thread for ever. Later waits have their own time limits.
     """
 
     def __init__(self, rank: int, seconds: float, end: Callable[[int], None] = os._exit) -> None:

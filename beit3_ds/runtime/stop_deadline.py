@@ -31,7 +31,7 @@ class StopDeadline:
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
-        """Starts the thread, with the first limit.
+        """Starts the thread, which first limits everything to `STOP_SECONDS`; `limit_waits` changes that.
 
         Args:
             rank: rank of this process, for messages.

@@ -50,7 +50,7 @@ class StopSignals:
         self.received: set[int] = set()
         """Numbers of the stop signals that this process, or another rank of the run, has received so far."""
         self.received_at: float | None = None
-        """Time of the first stop signal, on the monotonic clock; None before it."""
+        """Time of the first stop signal, on the monotonic clock; None if none was received."""
         self.num_interrupts = 0
         """Number of SIGINTs received so far."""
         self.is_stop_agreed = False
@@ -103,7 +103,7 @@ class StopSignals:
 def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
     """Calls `note` with the number of each signal as soon as it arrives, in a thread; for the main thread only.
 
-    Python writes only signals with a handler of Python's into the pipe.
+    Only signals that have a handler in Python are read, because the interpreter writes no others into the pipe.
     """
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
@@ -116,7 +116,7 @@ def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
         # A library may have replaced the pipe, as asyncio does until its loop is closed.
         with contextlib.suppress(ValueError, OSError):
             signal.set_wakeup_fd(before, warn_on_full_buffer=False)
-        os.write(writable, bytes([_END]))  # closing it would not end the thread if a forked process holds it, too
+        os.write(writable, bytes([_END]))  # closing would not end the thread if a forked process has the pipe
         thread.join()
         os.close(writable)
         os.close(readable)

@@ -23,7 +23,7 @@ _POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0
 """Longest time in seconds of one request to the store."""
 _GRACE_SECONDS = 5.0
-"""Seconds that ranks have to answer a request for heartbeats, or to end by themselves after an error common to all."""
+"""Seconds that ranks have to answer a request for heartbeats, or to end by themselves after a failure of the run."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
 """Value of a key that no rank has set yet."""
@@ -37,18 +37,19 @@ class Watchdog:
     heartbeats and runs the `FailureDetector`. The others read its result and the heartbeat of rank 0, so that they
     notice if rank 0 is lost. There are four kinds of failures, each named with rank, coordinates and host:
 
-    * a rank failed: it reported that in the store before it ended;
-    * it does not answer: no heartbeat for `heartbeat_timeout_seconds`, or for five seconds once a collective failed;
-    * it stalled: it sends heartbeats, but for `timeout_seconds` its main thread neither made progress nor waited, while
-      others waited. All ranks then write the stacks of their threads to stderr. Before that the rank is *slow*, which
-      is only reported;
+    * a rank failed: it reported its error in the store before it ended;
+    * a rank does not answer: it sent no heartbeat for `heartbeat_timeout_seconds`, or for five seconds after a
+      collective failed;
+    * a rank stalled: it sends heartbeats, but for `timeout_seconds` its main thread neither made progress nor waited,
+      while others waited. All ranks then write the stacks of their threads to stderr. Before that the rank is *slow*,
+      which is only reported;
     * the store does not answer: rank 0, its host or the link to it is down. The second thread detects that, because the
       first thread may block for ever.
 
     Then every rank prints one line and ends with status 1.
 
     The first thread also passes stop signals on: a signal that one rank receives is recorded on all ranks about two
-    seconds later, so that none of them goes on waiting for data.
+    seconds later, so that no rank keeps waiting for data.
 
     Messages: each rank asks the store once per second for four short values, and writes one of about 80 bytes every
     sixth of `heartbeat_timeout_seconds`; rank 0 also reads all heartbeats once per second, in one request. With 512
@@ -167,7 +168,7 @@ class Watchdog:
             self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
 
     def _share_stop_signal(self, shared: str) -> None:
-        """Passes this rank's first stop signal on to all ranks, or records that of another rank."""
+        """Passes a stop signal of this rank on to all ranks, or records on this rank a stop signal of another one."""
         if shared != _NONE:
             self._signals.record(int(shared))
         elif self._signals.is_any_received():
@@ -192,7 +193,7 @@ class Watchdog:
                 return
 
     def _detect_failure(self, are_beats_requested: bool) -> None:
-        """Updates the status of all ranks on rank 0, prints which are slow, and publishes a failure if there is one."""
+        """Runs on rank 0: updates the status of all ranks, prints which are slow, and publishes a failure, if any."""
         values = self._store.multi_get(["reported", *_beat_keys(range(self._size))])
         reported, *beats = (value.decode() for value in values)
         self._statuses.update([Heartbeat.decode(beat) for beat in beats])
