@@ -80,7 +80,7 @@ class BackgroundSave:
     def start(self, state: EngineState, step: int, data: Mapping[str, Any], begun: float) -> None:
         """Copies the state to host memory and starts a thread that writes the copy to disk.
 
-        All ranks must call `wait` before, and then this method.
+        All ranks must call `wait` first, and then this method.
 
         Args:
             state: training state of this rank: weights and moments.
@@ -132,7 +132,7 @@ class BackgroundSave:
         try:
             error = self._write_together(snapshot, step, data)
         except RuntimeError as failure:
-            # Another rank is gone: its training thread meets that, too, and the run ends.
+            # Another rank is gone. The training thread of this rank notices that too, and ends the run.
             error = f"lost contact with another rank while saving: {_one_line(failure)}"
         self._outcomes.append(
             SaveOutcome(
@@ -175,10 +175,10 @@ class BackgroundSave:
         return error
 
     def _attempt(self, work: Callable[[], Any]) -> str | None:
-        """Calls `work`, which does a part of a save; returns its error message in one line, or None if it succeeds."""
+        """Calls `work` and returns None, or its error as one line that names this rank; raises nothing."""
         try:
             work()
-        except Exception as error:  # the other ranks wait to hear of it
+        except Exception as error:  # the other ranks wait for this rank's report
             return f"{_one_line(error)} (rank {self._host.rank}, {self._mesh.coords})"
         return None
 

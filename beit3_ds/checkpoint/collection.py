@@ -58,7 +58,7 @@ class CheckpointCollection:
         return checkpoint_paths(self.root)
 
     def newest_path(self) -> Path | None:
-        """Finds the newest checkpoint whose files all exist with the right sizes. Reads only the index of a checkpoint.
+        """Returns the newest checkpoint whose files all exist with the right sizes; reads only the index of each.
 
         Returns:
             Path of the checkpoint; None if no checkpoint is complete, or if the folder cannot be read.
@@ -69,7 +69,7 @@ class CheckpointCollection:
             return None
 
     def mark_damaged(self, path: Path) -> None:
-        """Records that a checkpoint is damaged: `newest_path` skips it, and it does not count as one to keep.
+        """Records that a checkpoint is damaged, so that `newest_path` skips it and it does not count as one to keep.
 
         `newest_path` itself compares only file sizes, and a damaged file can have the right size.
         """
@@ -131,9 +131,9 @@ class CheckpointCollection:
         if os.path.lexists(target):
             self._clear(target)
         rename(temporary, target)
-        self.mark_whole(target)  # before pruning counts
+        self.mark_whole(target)  # before `_prune` counts the whole checkpoints
         self._write_latest(target.name)
-        with contextlib.suppress(OSError):  # the new one is safe; what could not be deleted now is deleted next time
+        with contextlib.suppress(OSError):  # the new checkpoint is safe; the next save deletes what is left
             self._prune(index.best_step)
 
     def discard_temporary(self, step: int) -> None:
@@ -144,7 +144,7 @@ class CheckpointCollection:
         return (path for path in self.paths() if path not in self._damaged and _has_all_files(path))
 
     def _clear(self, target: Path) -> None:
-        """Makes the path `target` unused: deletes a checkpoint of this program there, or renames anything else."""
+        """Frees the path `target`: deletes a checkpoint of this program there, and renames anything else."""
         if is_own_checkpoint(target):
             _delete(target)
             return
@@ -163,7 +163,7 @@ class CheckpointCollection:
         write_whole(latest, f"{name}\n".encode())
 
     def _prune(self, best_step: int | None) -> None:
-        """Keeps the newest complete checkpoints and that of step `best_step`; deletes this program's older ones."""
+        """Deletes old checkpoints of this program, but keeps the newest complete ones and that of step `best_step`."""
         paths = self.paths()
         best = None if best_step is None else self.path(best_step)
         whole = [path for path in self._whole_paths() if is_own_checkpoint(path) and path != best]

@@ -30,8 +30,8 @@ from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
-"""Function that reads a slice of a logical tensor and returns it as a matrix. Its arguments are a kind of values
-(`EngineState.kinds`), the tensor's logical name, and the slice."""
+"""Function that reads a slice of a logical tensor and returns it as a matrix. Its arguments are the values to read
+(`EngineState.kinds`, such as "exp_avg"), the tensor's logical name, and the slice."""
 
 _GATHERED_PARAMETERS = 4
 """Number of parameters that ZeRO-3's ranks gather at each save to compare them with the saved weights."""
@@ -48,19 +48,19 @@ class LocalTensor:
 
 
 class Fragment(NamedTuple):
-    """Holds weights and optimizer state of a range of elements that this rank owns, as 1-D views of engine memory."""
+    """Holds the weights and optimizer state of consecutive elements of one tensor, as 1-D views of engine memory."""
 
     name: str
     """Logical name of the parameter."""
     start: int
-    """Index of the first element in this rank's block of the tensor."""
+    """Index of the fragment's first element, counted from the start of this rank's block of the tensor."""
     weight: Tensor
     """Weights in float32."""
     optimizer_state: dict[str, Tensor]
-    """AdamW's moments of the elements, and the moving average of their weights if configured, by kind of values."""
+    """AdamW's moments "exp_avg" and "exp_avg_sq" of the elements and, if configured, the "average" of their weights."""
 
     def values(self, kind: str) -> Tensor:
-        """Returns the weights, a moment or the moving average of the elements; `kind` is one of `EngineState.kinds`."""
+        """Returns one value per element: `kind` selects weights, a moment or the average (`EngineState.kinds`)."""
         return self.weight if kind == WEIGHT else self.optimizer_state[kind]
 
     def cut(self, start: int, stop: int) -> "Fragment":
@@ -107,7 +107,7 @@ class EngineState:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Returns the kinds of values kept per element: `index.KINDS`, and `index.AVERAGE` with a moving average."""
+        """Returns the names of the values of each element: "weight", "exp_avg", "exp_avg_sq", and "average" if kept."""
         return KINDS if self._average is None else (*KINDS, AVERAGE)
 
     def update_average(self) -> None:
@@ -180,7 +180,7 @@ class EngineState:
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Yields the weights to save for each fragment, with the same elements of the model's parameters."""
+        """Yields, for each fragment, the weights to save and the same elements of the model's parameters."""
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():
@@ -251,7 +251,7 @@ class EngineState:
     def _load_weights(self, read: ReadSlice, wanted: set[str]) -> None:
         optimizer = self._engine.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            optimizer._partition_all_parameters()  # also those that are kept whole between steps
+            optimizer._partition_all_parameters()  # also the parameters that ZeRO-3 keeps whole between steps
         for fragment in self._fragments():
             if fragment.name in wanted:
                 self._fill(fragment, read)
@@ -342,7 +342,7 @@ def _local_tensor(parameter: nn.Parameter) -> LocalTensor:
 
 def _gather(parameter: Any) -> Tensor:
     """All-gathers a parameter that ZeRO-3 partitions, and returns it flattened. All data-parallel ranks call it."""
-    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # kept whole between steps
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # ZeRO-3 keeps it whole between steps
         return parameter.data.flatten()
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.data.flatten().clone()

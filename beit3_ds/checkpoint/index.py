@@ -52,14 +52,14 @@ KINDS = (WEIGHT, *MOMENTS)
 AVERAGE = "average"
 """Moving average of the weight, saved only in a run with `training.ema_decay`."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
-"""Kinds of values in each file of a rank, by kind of file."""
+"""For each kind of file that a rank writes, the first part of its name and the values that it holds."""
 BEST = "best"
-"""Key in `Index.data` of the best evaluation, an object with a `step`; that step's checkpoint is never deleted."""
+"""Key in `Index.data` under which the best evaluation is stored; the checkpoint of its `step` is never deleted."""
 BUFFERS = "buffers"
-"""Kind of file that holds persistent buffers."""
+"""First part of the name of a file with persistent buffers, and key of the buffers in the index."""
 
 _FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS))})-[0-9]{{5,9}}\.safetensors")
-_BYTES_PER_FILE = 1 << 16  # of the index, above its limit in a folder without files; a rank's pieces take less
+_BYTES_PER_FILE = 1 << 16  # by which each file in the folder raises the limit of the index's size
 _SHOWN = 80  # most characters of a name in a message
 
 
@@ -91,16 +91,16 @@ class Index:
     """Number of updates that AdamW has counted; skipped updates are not counted."""
     run: RunDescription
     shapes: Mapping[str, torch.Size]
-    """Logical shape of every tensor."""
+    """Logical shape of every tensor, by its logical name."""
     pieces: Mapping[str, Sequence[Piece]]
-    """Pieces of every tensor."""
+    """Pieces of every tensor, by the tensor's logical name."""
     files: Mapping[str, WrittenFile]
     """Size and digest of every file except the index."""
     buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)
     """Persistent buffers by name, such as the codebook of a visual tokenizer; empty for a model without any."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Position in the data and related state as plain JSON, one key per kind of state; does not depend on the layout.
-    Empty in a checkpoint of an older version."""
+    """Position in the data, broken records, best evaluation and similar state as plain JSON, which does not depend on
+    the layout. Empty in a checkpoint of an older version."""
     old_names: Mapping[str, str] = field(default_factory=dict)
     """Maps the current name of each renamed tensor to its old name in the checkpoint's files."""
 
@@ -205,7 +205,7 @@ def _parse_run(content: Mapping[str, Any]) -> RunDescription:
 
 
 def _parse_data(data: Any) -> dict[str, Any]:
-    """Checks the best evaluation in the data state; the readers of the other keys check them."""
+    """Checks the best evaluation in `data` and returns `data`; the code that reads another key checks that key."""
     data = check_object(data)
     if BEST in data:
         best = check_object(data[BEST])
@@ -287,7 +287,7 @@ def file_name(kind: str, rank: int) -> str:
 
 
 def tensor_key(kind: str, name: str, part: TensorSlice) -> str:
-    """Returns the name of a piece's tensor in a safetensors file, made of kind, logical name and slice."""
+    """Returns the name of a piece in a safetensors file, such as "head.weight exp_avg [0:64, 0:768]"."""
     return f"{name} {kind} [{part.top}:{part.bottom}, {part.left}:{part.right}]"
 
 

@@ -28,7 +28,7 @@ class RunDescription:
     tokenizers: Mapping[str, str]
     """SHA-256 of the files of the tokenizers that the run uses, under the keys "text" and "visual"."""
     layout: str
-    """Layout of the ranks that wrote the checkpoint, in words."""
+    """Layout of the ranks that wrote the checkpoint, such as "2 data-parallel x 1 tensor-parallel ranks"."""
     versions: Mapping[str, str]
     """Versions of Python and of the libraries that wrote the checkpoint."""
 
@@ -107,8 +107,8 @@ def build_run_description(
 
     Args:
         config: configuration of the run.
-        layout: arrangement of the ranks, in words.
-        task: name and settings of its task (`Task.describe`).
+        layout: layout of the ranks in words (`Mesh.describe_layout`).
+        task: name and settings of the run's task (`Task.describe`).
         model: settings of the model that all checkpoints of the run share (`Task.describe_model`).
         tokenizers: paths of the tokenizers that the run uses, under the keys "text" and "visual".
     """

@@ -13,7 +13,7 @@ import torch
 from beit3_ds.parallel import Split
 
 BLOCK_ELEMENTS = 1 << 20
-"""Largest number of elements that a load reads at once (4 MiB of float32), unless a single row has more."""
+"""Largest number of elements that loading a checkpoint reads at once: 4 MiB of float32."""
 
 
 class TensorSlice(NamedTuple):

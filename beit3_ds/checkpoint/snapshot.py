@@ -27,7 +27,7 @@ class Snapshot:
         """Number of updates that AdamW had counted when the state was copied."""
 
     def reserve_memory(self) -> None:
-        """Allocates the memory and writes zeros to every page, so that the first copy need not wait for allocation."""
+        """Allocates the memory of the copy and writes zeros to it, so that the first copy need not wait for memory."""
         if not self._memory:
             pin = self._state.is_on_gpu
             self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in self._state.kinds}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _SAMPLED_ELEMENTS = 4096
-"""Evenly spread elements to compare per range: cheap, and enough to detect buffers in another order."""
+"""Number of elements to compare per range, evenly spread; enough to detect that a buffer has another order."""
 
 
 class HeldWeights(NamedTuple):
@@ -18,9 +18,9 @@ class HeldWeights(NamedTuple):
     saved: Tensor
     """Values that a checkpoint would hold, in one dimension."""
     held: Tensor
-    """Values of these elements in the model's parameters, in the parameters' dtype."""
+    """Values of the same elements in the model's parameters, in the parameters' dtype."""
     moments: tuple[Tensor, ...]
-    """AdamW's moments of these elements: running averages of the gradient and of the squared gradient."""
+    """AdamW's moments of the same elements: running averages of the gradient and of the squared gradient."""
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:

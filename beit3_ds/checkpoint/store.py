@@ -42,7 +42,7 @@ class CheckpointStore:
             timeout_seconds: limit in seconds for the communication of a save, and for training to wait for a save.
         """
         self.root, self._mesh, self._run = root, mesh, run
-        self._host = build_host_group(timedelta(seconds=timeout_seconds))  # apart from that of the main threads
+        self._host = build_host_group(timedelta(seconds=timeout_seconds))  # separate from the group of the main threads
         self._collection = CheckpointCollection(root, keep)
         self._background = BackgroundSave(self._collection, mesh, self._host, run, timeout_seconds)
 

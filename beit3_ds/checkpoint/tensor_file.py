@@ -104,7 +104,7 @@ class TensorFile:
         self.metadata = header.metadata
         self._starts = {name: tensor.start for name, tensor in header.tensors.items()}
         self.entries = {name: TensorEntry(name, found.dtype, found.shape) for name, found in header.tensors.items()}
-        """The file's tensors by name."""
+        """Name, dtype and shape of each tensor in the file, by name."""
 
     def read(self, name: str) -> Tensor:
         """Returns a whole tensor.
@@ -132,7 +132,7 @@ class TensorFile:
         Args:
             target: contiguous matrix to fill, with the tensor's dtype and number of columns.
             name: name of the tensor.
-            top: index of the tensor's row that becomes row 0.
+            top: index of the tensor's row that becomes row 0 of `target`.
 
         Raises:
             BrokenTensorFileError: as `read` does.

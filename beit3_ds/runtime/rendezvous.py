@@ -76,7 +76,8 @@ class Rendezvous:
         self._secret, self._key = secret, b""
         self._nonce = secrets.token_hex(16)
         self._address = ""
-        # Torch's launchers start all ranks of a host; every rank of `beit3 launch`, which names a secret, has a guard.
+        # One launcher process of torch starts all ranks of a host. With `beit3 launch`, which names a secret, each rank
+        # has a guard process of its own as its parent.
         self._parent = os.getppid() if launch.launcher == TORCH_LAUNCHER and launch.secret_file is None else 0
         self.num_threads = 1
         """Number of threads that this rank should use: its share of its host's cores. Valid after `meet`."""
@@ -246,10 +247,10 @@ class Rendezvous:
     def _find_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> tuple[str, KeyedStore, list[dict[str, Any]]]:
         """Waits for all ranks; returns a new challenge, a store signed with the challenge, and each rank's description.
 
-        A description holds a rank's address, host, software and cores. Ranks sign it with the secret and with the
-        challenge, a random text that rank 0 draws, so that a description from an earlier run is not valid. A
-        description with a wrong digest counts as missing, and the challenge is written repeatedly. So a stranger who
-        overwrites either of them has no effect.
+        A description holds the address, host, software, cores and parent process of a rank. Ranks sign it with the
+        secret and with the challenge, a random text that rank 0 draws, so that a description from an earlier run is not
+        valid. A description with a wrong digest counts as missing, and the challenge is written repeatedly. So a
+        stranger who overwrites either of them has no effect.
         """
         challenge, size = secrets.token_hex(16), self._launch.world_size
         invitation = KeyedStore(base, self._secret)

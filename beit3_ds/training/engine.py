@@ -72,7 +72,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
     adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if trains and not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):
         allocate_moments(adamw)
-    # Comes last: the process would otherwise keep the copies of the model that DeepSpeed frees while it builds.
+    # Comes last, because the process would otherwise keep the memory that DeepSpeed frees while it builds the engine.
     ALLOCATOR.keep_freed_memory(compute_device(), lasting=gradient_bytes)
     return engine
 
