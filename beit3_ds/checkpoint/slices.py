@@ -13,7 +13,7 @@ import torch
 from beit3_ds.parallel import Split
 
 BLOCK_ELEMENTS = 1 << 20
-"""Largest number of elements that loading a checkpoint reads at once: 4 MiB of float32."""
+"""Number of elements that loading a checkpoint reads at most at once: 4 MiB of float32, or one longer row."""
 
 
 class TensorSlice(NamedTuple):

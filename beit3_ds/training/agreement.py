@@ -28,7 +28,7 @@ def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
         sources: sources that this rank reads, by their names in the config; empty on ranks that read none.
 
     Raises:
-        ConfigError: on all ranks, if sources differ; names host, source, counts and the first file that differs.
+        ConfigError: on all ranks, if sources differ; the message names host, source, counts and the first other file.
     """
     own = {name: fingerprint(source) for name, source in sources.items()}
     digests = mesh.host.gather(hashlib.sha256(json.dumps(own).encode()).hexdigest() if own else None)
@@ -73,7 +73,7 @@ def check_same_files(mesh: Mesh, paths: Mapping[str, str | None]) -> None:
         paths: files or folders by their config keys; None for a key that is not set.
 
     Raises:
-        ConfigError: on all ranks, if files differ; names the key, the path and the ranks.
+        ConfigError: on all ranks, if files differ; the message names the key, the path and the ranks.
     """
     if mesh.num_ranks == 1:
         return

@@ -43,7 +43,7 @@ class BestCheckpoint:
             record: the evaluation's means and metrics by name, the same on all ranks.
 
         Raises:
-            ConfigError: if the evaluation has no such metric.
+            ConfigError: if the evaluation lacks the metric `training.best_metric`.
         """
         if self.metric is None:
             return False
@@ -84,7 +84,7 @@ class BestCheckpoint:
 
 
 def direction_of(task: Task) -> bool:
-    """Returns whether a larger value of `training.best_metric` is better; False if it is not set.
+    """Returns whether a larger value of `training.best_metric` is better; False if no metric is set.
 
     Raises:
         ConfigError: if the task has no such metric, or there is nothing to evaluate it on.

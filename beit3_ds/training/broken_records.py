@@ -30,7 +30,7 @@ class BrokenRecords:
 
         Args:
             limit: largest number of distinct broken records (`data.max_broken_records`).
-            group: the ranks that read different records.
+            group: the ranks that share their broken records; each reads other records.
             known: records found before; maps each name to the line that describes its error.
         """
         self._limit, self._host = limit, group
@@ -46,7 +46,11 @@ class BrokenRecords:
         return dict(self._lines)
 
     def unknown(self, met: Mapping[str, str]) -> dict[str, str]:
-        """Returns the records in `met` that no rank has found before; both map each record to its error."""
+        """Returns the entries of `met` whose records no rank has found before.
+
+        Args:
+            met: broken records that this rank has just found; maps each name to the line that describes its error.
+        """
         return {name: line for name, line in met.items() if name not in self._lines}
 
     def add(self, new: Mapping[str, str], where: str) -> list[str]:
@@ -113,6 +117,12 @@ def records_from(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def format_new_records(lines: Sequence[str], total: int, limit: int) -> list[str]:
-    """Formats one line per broken record that was found for the first time."""
+    """Returns one line per newly found broken record, with its number and the limit, for the log of the run.
+
+    Args:
+        lines: descriptions of the errors of the new records.
+        total: number of broken records found so far, including the new ones.
+        limit: largest number of broken records (`data.max_broken_records`).
+    """
     first = total - len(lines)
     return [f"left out broken record {first + i + 1} of at most {limit}: {line}" for i, line in enumerate(lines)]

@@ -19,7 +19,7 @@ class Comparison:
     steps: tuple[int, ...]
     """Number of updates done at each compared step."""
     losses: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
-    """Values of both runs in nats, by name: "loss" and each term that both runs have."""
+    """Maps "loss", and each term that both runs have, to the values of both runs at `steps`, in nats."""
 
     def largest_difference(self, name: str) -> tuple[float, int]:
         """Returns the largest absolute difference of a loss, in nats, and its step."""

@@ -1,4 +1,4 @@
-"""Writes the tables of DeepSpeed's CSV monitor, each of them one valid table even if a run is resumed or a disk fails.
+"""Writes the CSV files of DeepSpeed's CSV monitor; each stays a valid table if a run is resumed or a disk fails.
 
 DeepSpeed's own writer fails the run on a full disk, writes a header to every file once per process, and keeps rows of
 steps that are repeated.
@@ -14,7 +14,7 @@ from beit3_ds.retrying.file import RetryingFile
 
 
 class CsvMonitor:
-    """Appends figures to one CSV file per name, with DeepSpeed's names of files and columns."""
+    """Appends the values of named figures to CSV files, one per figure, with DeepSpeed's names of files and columns."""
 
     def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
         """Stores the arguments.
@@ -33,7 +33,7 @@ class CsvMonitor:
             table = name.replace("/", "_").replace(" ", "_")
             rows = [[step, value]] if table in self._files else [["step", name.rpartition("/")[2]], [step, value]]
             self._file(table).append(_format(rows))
-        if self._has_failed:  # also tables that have no new rows
+        if self._has_failed:  # writes also the missing rows of tables that have no new ones
             self.retry()
         self._report_changes()
 

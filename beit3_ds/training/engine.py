@@ -55,7 +55,8 @@ def build_schedule(task: Task, mesh: Mesh, *, trains: bool = True) -> Schedule:
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: bool = True) -> deepspeed.DeepSpeedEngine:
     """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters.
 
-    Without `trains`, AdamW has no moments: under ZeRO, DeepSpeed allocates them in the first update.
+    With `trains`, AdamW's moments are allocated here, or under ZeRO in the first update. An engine that does not train
+    has no moments.
     """
     gradient_bytes = _gradient_bytes(config, model) if trains else 0
     optimizer = build_optimizer(model, config, lambda number: max(mesh.pipeline.host.gather(number)))
@@ -107,7 +108,7 @@ def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
 
 
 def _gradient_norm(model: nn.Module, mesh: Mesh) -> torch.Tensor:
-    """Returns the 2-norm over all parts of the model; counts replicated parameters once. Sends one element."""
+    """Returns the 2-norm of the gradients of the whole model; counts replicated parameters once. Sends one element."""
     counted = [p.grad for p in model.parameters() if p.grad is not None and (is_split(p) or mesh.tensor.rank == 0)]
     norm = torch.nn.utils.get_total_norm(counted).to(compute_device())  # without gradients it is on the CPU
     return mesh.sum_over_model(norm.square()).sqrt()

@@ -35,8 +35,8 @@ def evaluate(
     """Returns the mean of each term over the validation batches of all ranks.
 
     Every rank has the same number of batches. Terms that compare samples (`Task.step_loss`) are computed over all
-    samples of a source, after their features are gathered. Sends 2 K elements per source, where K is the number of
-    terms and all streams count as many sources as the largest.
+    samples of a source, after their features are gathered. Sends 2 x K x S elements for K terms, where S is the largest
+    number of sources in any stream.
 
     Args:
         schedule: computes the forward passes.
@@ -84,7 +84,7 @@ def evaluate(
 
 
 def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeatures]], mesh: Mesh) -> Tensor:
-    """Returns this rank's share of the sums of each term over each source, (K, sources) float64, on the CPU.
+    """Returns this rank's share of each term's sum over each source, (terms, sources) float64, on the CPU.
 
     Args:
         step_loss: sums of the terms over a whole step.
@@ -116,7 +116,7 @@ def evaluate_split(
 
 
 def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) -> dict[str, float]:
-    """Returns the means of the terms over all ranks, without terms of count 0; sends 3 K elements.
+    """Returns the mean of each of the K terms over all ranks, without terms of count 0; sends 3 x K elements.
 
     Args:
         sums: term sums of this data-parallel rank, (K,); valid on the last stage.

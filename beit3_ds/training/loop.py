@@ -32,8 +32,8 @@ from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.step_feed import StepFeed
 
 EVALUATION_DUE = "evaluation_due"
-"""Key in the data state of a checkpoint (`Index.data`) whose weights are still to be evaluated, because a stop signal
-came before the end of the evaluation. The next start evaluates them first, so that the metrics are complete."""
+"""Key in `Index.data` that marks a checkpoint whose weights must still be evaluated, because a stop signal came before
+the end of the evaluation. The next start evaluates them first, so that the metrics are complete."""
 
 
 class Resumption(NamedTuple):
@@ -99,9 +99,10 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         True if the run is finished; False if it was stopped earlier.
 
     Raises:
-        ConfigError: if too many records are broken, a rank gets no data, or the last checkpoint cannot be written.
-        StorageError: if a file system fails. The state after the last finished step is saved first. The same applies
-            if a rank gets no data.
+        ConfigError: if too many records are broken, the last checkpoint cannot be written, or a rank gets no data. In
+            the last case the state after the last finished step is saved first.
+        StorageError: if a rank gets no data because a file system fails; the state is saved first too. Also if a save
+            does not end in time.
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before these steps.
     """
@@ -178,7 +179,7 @@ def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
     """Repeats the evaluation of the resumed step if a stop cancelled it, and saves its result.
 
     Returns:
-        Whether the resumed step is evaluated, as far as it has to be.
+        False if the resumed step still lacks its evaluation; otherwise True.
     """
     if not run.data.get(EVALUATION_DUE):
         return True
@@ -192,7 +193,7 @@ def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
 
 
 def _prepare_step(run: Run, stop: DistributedStopSignals, step: int) -> bool:
-    """Lets the task prepare a step; returns False, with `stop` synchronized, if a stop signal cancelled that."""
+    """Lets the task prepare a step. If a stop signal cancels the preparation, synchronizes `stop` and returns False."""
     try:
         run.rank_task.before_step(run, step)
     except StopRequestedError:
@@ -316,8 +317,8 @@ def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, 
     """Evaluates the weights after `done` steps and records the result, unless the run stops; all ranks call it.
 
     Returns:
-        Whether the weights were evaluated, which a stop signal cancels between two batches; and whether the evaluation
-        is better than all earlier ones (`training.best_metric`). If it is cancelled, `stop` is synchronized.
+        Whether the weights were evaluated, and whether the evaluation is better than all earlier ones
+        (`training.best_metric`). A stop signal cancels an evaluation between two batches; `stop` is then synchronized.
     """
     if stop.must_stop:
         return False, False
@@ -334,8 +335,8 @@ def _evaluate_and_record(run: Run, done: int) -> bool:
     Writes result files after the last step only.
 
     Returns:
-        Whether the evaluation is better than all earlier ones (`training.best_metric`). The evaluation of the initial
-        weights does not take part.
+        Whether the evaluation is better than all earlier ones (`training.best_metric`); False for the initial weights,
+        whose evaluation is never compared.
 
     Raises:
         StopRequestedError: on all ranks, if one of them received a stop signal.

@@ -12,7 +12,7 @@ from beit3_ds.tasks import Term
 
 
 def count_terms(step_batch: StepBatch) -> Tensor:
-    """Returns each term's count of predictions in this rank's share of a step, (K,) int64, before any forward pass."""
+    """Returns each term's count of predictions in this rank's share of a step, (terms,) int64; runs no model."""
     counts = torch.tensor([batch.term_counts for batch in step_batch.micro_batches], dtype=torch.int64)
     return counts.sum(0)
 

@@ -14,7 +14,8 @@ from beit3_ds.untrusted_json import check_count, check_object, parse_untrusted_j
 class MetricsLog:
     """Appends records and reads them back; each record has a "step".
 
-    A disk that fails ends no run: records that cannot be written are kept, and written with a later one or by `retry`.
+    A failing disk does not end the run: records that cannot be written are kept in memory, and written together with a
+    later record or by `retry`.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None] = print) -> None:
@@ -63,8 +64,8 @@ class MetricsLog:
         """Renames the file of an earlier run when a new run starts.
 
         Returns:
-            The new path; None without a file, and after a report if the file cannot be renamed: new records then follow
-            the old ones.
+            The new path. None if there is no file, or if the file cannot be renamed; the latter is reported, and new
+            records then follow the old ones.
         """
         if not self._lines():
             return None

@@ -28,11 +28,11 @@ class ModelEvaluator:
     rank_task: RankTask
     """The task, opened for this rank and the split."""
     weights: AdaptedWeights
-    """The weights on disk."""
+    """Reader of the weights on disk, from which the model was loaded."""
     validation: Iterable[PackedBatch]
-    """Batches of the mean terms; empty in a task that evaluates whole splits."""
+    """Batches over which `mean_terms` averages; empty in a task that evaluates whole splits."""
     splits: Mapping[Split, Iterable[PackedBatch]]
-    """All batches of the split."""
+    """This rank's batches of all samples, by split."""
     is_stopping: Callable[[], bool]
     """Returns whether this rank has received a stop signal."""
 
@@ -60,7 +60,7 @@ class ModelEvaluator:
         yield from self.schedule.run_forward(together, None, self.prepare)
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each tensor of the weights on disk in float32, with its name."""
+        """Yields (name, tensor) for each parameter of this stage, read from disk in float32."""
         for name, _ in self.model.named_parameters():
             yield name, self.weights.read(name).float()
 

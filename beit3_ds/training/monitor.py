@@ -1,4 +1,4 @@
-"""Sends the figures of a run to DeepSpeed's monitors; none of them can fail the run."""
+"""Sends the figures of a run (named numbers such as losses) to DeepSpeed's monitors; no monitor can fail the run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from beit3_ds.training.csv_monitor import CsvMonitor
 from beit3_ds.training.tensorboard_monitor import TensorBoardMonitor
 
 Event = tuple[str, Any, int]
-"""Name, value and step of a figure."""
+"""Figure of a run as (name, value, step), such as ("train/loss", 2.5, 100)."""
 
 
 class _Part(Protocol):
@@ -53,12 +53,12 @@ class RunMonitor:
             self._csv.forget_after(step)
 
     def retry(self) -> bool:
-        """Sends what is missing; returns whether all monitors have all figures."""
-        return sum(not part.retry() for part in self._parts) == 0  # all are asked
+        """Sends the figures that monitors lack; returns whether all monitors have all figures now."""
+        return sum(not part.retry() for part in self._parts) == 0  # `all` would stop at the first failure
 
 
 class _Service:
-    """Sends figures to a service one by one, in order."""
+    """Sends figures to an online service (wandb or comet) one by one, in order."""
 
     def __init__(self, name: str, service: Any, report: Callable[[str], None]) -> None:
         self._name, self._service, self._report = name, service, report

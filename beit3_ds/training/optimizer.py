@@ -63,8 +63,8 @@ def allocate_moments(optimizer: torch.optim.AdamW) -> None:
 def build_optimizer(model: nn.Module, config: RunConfig, largest: Callable[[int], int] = int) -> torch.optim.Optimizer:
     """Builds AdamW with a group per combination of weight decay and learning rate (`parameter_group`).
 
-    Each group has the key `lr_scale`, by which `set_learning_rate` multiplies its learning rate. Uses torch's fused
-    AdamW, which is ten times faster than the plain one, also on the CPU.
+    Each group has the key `lr_scale`, by which `set_learning_rate` multiplies its learning rate. Unless
+    `training.optimizer` selects apex, this is torch's fused AdamW, ten times faster than the plain one even on a CPU.
 
     Args:
         model: this rank's part of the model.

@@ -20,7 +20,7 @@ class Update(NamedTuple):
     """Holds the results of one step."""
 
     sums: Tensor
-    """Sum of each term on this rank, (K,) float32."""
+    """Sum of each term on this rank, (terms,) float32."""
     grad_norm: float
     """Global norm of the gradients before clipping; not finite if the update was skipped."""
     learning_rate: float
@@ -54,13 +54,13 @@ class Interval:
     tokens: int = 0
     flops: float = 0.0
     sums: float | Tensor = 0.0
-    """Sums of the terms, (K,) float64."""
+    """Sum of each term, (terms,) float64; 0.0 before the first update."""
     counts: float | Tensor = 0.0
-    """Counts of the terms, (K,) float64."""
+    """Count of the samples or positions in each sum, (terms,) float64; 0.0 before the first update."""
 
 
 class Progress:
-    """Collects the steps of an interval and returns the record of their figures."""
+    """Adds up the figures of the steps between two progress lines, and returns them as a record."""
 
     def __init__(
         self,
@@ -114,13 +114,13 @@ class Progress:
                 interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 
     def losses(self) -> list[tuple[int, float]]:
-        """Returns (step, loss) of each step since the last line that was not skipped; sends one number per step."""
+        """Returns (step, loss) of each step of the interval, without skipped steps; sends one number per step."""
         losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
         steps = [step for step, _ in self.interval.updates]
         return list(zip(steps, self.mesh.host.sum(losses).tolist(), strict=True))
 
     def report(self, step: int) -> dict[str, Any]:
-        """Sums the interval over ranks, starts a new one and returns the record for log, CSV and TensorBoard.
+        """Returns the figures of the interval over all ranks as a record of metrics.jsonl, and starts a new interval.
 
         Args:
             step: number of steps done.
@@ -166,7 +166,7 @@ def format_line(record: dict[str, Any], total_steps: int, terms: Sequence[Term])
 def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
     """Formats validation means and metrics as one line.
 
-    Values per source of a term, or per kind of a metric ("accuracy/number"), follow the total.
+    After a total, the values of its parts follow in parentheses: "accuracy 0.700 (number 0.500, other 0.800)".
     """
     shown = []
     metrics = [key for key in record if key not in ("step", "kind") and "/" not in key]

@@ -17,7 +17,7 @@ from beit3_ds.training.run import Run
 
 
 def report(run: Run, signals: StopSignals) -> None:
-    """Writes the report of a finished run with the averaged weights, if any; a stop signal ends it between two batches.
+    """Writes the report of a finished run with the averaged weights, if any; a stop signal ends that between batches.
 
     All ranks call it. The next start of the same command writes the report of a run that was stopped here.
     """
@@ -61,7 +61,7 @@ def write_report(run: Run) -> None:
 
 
 def write_missing(run: Run) -> None:
-    """Writes what a disk has refused before, and names what is still missing; the main rank's files need no others."""
+    """Writes again what could not be written before, and prints what is still missing; calls no other rank."""
     run.results.retry()
     missing = [str(path) for path in run.results.missing]
     if not run.metrics_log.retry():

@@ -85,7 +85,7 @@ class Run:
         return self.splits[split]
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields pairs of a prepared batch and the head's predictions, which are None except on the last stage.
+        """Yields each prepared batch with the head's predictions; these are None on all stages but the last.
 
         Raises:
             StopRequestedError: on all ranks, if one of them was asked to stop.

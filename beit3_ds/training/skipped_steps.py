@@ -32,7 +32,7 @@ class SkippedSteps:
         return self.in_a_row >= self.limit
 
     def note_update(self) -> None:
-        """Resets the number of skipped steps in a row after an update."""
+        """Sets the number of skipped steps in a row to 0; call it after an update."""
         self.in_a_row = 0
 
     def add(self, step_batch: StepBatch, grad_norm: float, probe: GradientProbe) -> dict[str, Any]:

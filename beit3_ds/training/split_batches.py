@@ -13,7 +13,7 @@ from beit3_ds.storage_error import StorageError
 
 
 class SplitBatches:
-    """Iterates over this rank's batches of an evaluation on all ranks together; only some of the ranks read files.
+    """Iterates over this rank's batches of a split, on all ranks together; some ranks receive what others read.
 
     Before each batch the ranks exchange three integers each to check that all of them have a batch. So an error or a
     stop signal on one rank ends the evaluation on all ranks, and no rank waits in a collective.
@@ -84,7 +84,7 @@ def iterate_together(
         is_stopping: returns whether this process was asked to stop.
 
     Raises:
-        ConfigError, StorageError: on all ranks, if one of them raises it.
+        ConfigError, StorageError: on all ranks, if reading a batch raises it on one of them.
         StopRequestedError: on all ranks, if one of them was asked to stop.
     """
     iterator = iter(batches)

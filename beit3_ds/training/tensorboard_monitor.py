@@ -1,6 +1,6 @@
-"""Writes the event file of DeepSpeed's TensorBoard monitor, which is complete even if a disk fails meanwhile.
+"""Writes the event file of DeepSpeed's TensorBoard monitor, and completes it once a failed disk works again.
 
-TensorBoard's own writer ends its thread at the first error, after which every figure raises that error.
+TensorBoard's own writer ends its thread at the first error; each later figure then raises that error.
 """
 
 import io
@@ -13,7 +13,7 @@ from beit3_ds.retrying.file import RetryingFile
 
 
 class TensorBoardMonitor:
-    """Appends figures to an event file."""
+    """Appends figures (named numbers such as losses) to an event file."""
 
     def __init__(self, summary_writer: Any, report: Callable[[str], None]) -> None:
         """Closes DeepSpeed's writer, which has begun the file, and continues the file.
