@@ -1,4 +1,4 @@
-"""Reads hostfiles, which name the machines of a run and their numbers of ranks, more strictly than DeepSpeed.
+"""Reads hostfiles more strictly than DeepSpeed; a hostfile names the machines of a run and their numbers of ranks.
 
 DeepSpeed's parser (`deepspeed.launcher.runner`) reads `slots=2x` as 2, and accepts 0 slots, 99999 slots and invalid
 host names. The run then hangs, or fails later. This module reports such lines as errors, with their line numbers.

@@ -177,7 +177,8 @@ class DataConfig:
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
     """Number of neighbouring samples per block with `order` "shard_sequential"; at most the samples of a shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
-    """Number of blocks that are shuffled together with `order` "shard_sequential"; choose enough for many steps."""
+    """Number of blocks that are shuffled together with `order` "shard_sequential"; choose it so that a window
+    holds the samples of many steps."""
     num_workers: Annotated[int, Range(0, 1024)] = 2
     """Number of processes per rank that prepare steps; with 0 the training process prepares them."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2

@@ -7,7 +7,7 @@ from beit3_ds.config.training import TrainingConfig
 
 
 def check_deepspeed_rules(options: DeepSpeedOptions, training: TrainingConfig, parallel: ParallelConfig) -> None:
-    """Checks that the keys work together.
+    """Checks that DeepSpeed's keys work with each other and with the run's optimizer and layout.
 
     Combinations are refused if DeepSpeed refuses them, if gradients would be wrong, or if the state could not be saved.
 

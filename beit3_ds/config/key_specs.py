@@ -1,4 +1,4 @@
-"""Defines the kinds of entries of the tables of DeepSpeed keys (`deepspeed_keys`), which check single values."""
+"""Defines the entries of the tables of DeepSpeed keys (`deepspeed_keys`); each entry checks the value of one key."""
 
 import json
 import os
@@ -58,14 +58,14 @@ class Flag(Spec):
     samples: tuple[Any, ...] = (True, False)
 
     def read(self, value: Any, where: str) -> bool:
-        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
+        """Checks that the value is true or false, and returns it."""
         if not isinstance(value, bool):
             raise self._refuse(value, where)
         return value
 
     @property
     def rule(self) -> str:
-        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns "true or false", for messages that begin with "expected"."""
         return "true or false"
 
 
@@ -79,14 +79,14 @@ class Fixed(Spec):
     effect: str = ""
 
     def read(self, value: Any, where: str) -> Any:
-        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
+        """Checks that the value is the accepted one, and returns it."""
         if isinstance(value, bool) != isinstance(self.value, bool) or value != self.value:
             raise ConfigError(f"{where}: {show(value)} is not supported, only {self.rule}, because {self.reason}")
         return value
 
     @property
     def rule(self) -> str:
-        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the accepted value as JSON, for messages."""
         return json.dumps(self.value)
 
 
@@ -100,7 +100,7 @@ class Number(Spec):
     multiple_of: int = 1
 
     def read(self, value: Any, where: str) -> int | float:
-        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
+        """Checks the value, and returns it as an int if it must be whole, otherwise as a float."""
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in self.range:
             raise self._refuse(value, where)
         if not self.whole:
@@ -111,7 +111,7 @@ class Number(Spec):
 
     @property
     def rule(self) -> str:
-        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the valid numbers in words, such as "an integer between 1 and 8", for messages."""
         kind = "an integer" if self.whole else "a number"
         multiple = f", a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
         return f"{kind} {self.range}{multiple}"
@@ -126,14 +126,14 @@ class Choice(Spec):
     """Reason why a value that DeepSpeed knows is not accepted."""
 
     def read(self, value: Any, where: str) -> str | int:
-        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
+        """Checks that the value is one of the accepted ones, and returns it."""
         if isinstance(value, bool) or not isinstance(value, str | int) or value not in self.values:
             raise self._refuse(value, where)
         return value
 
     @property
     def rule(self) -> str:
-        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the accepted values in words, such as '"fp32" or "bf16"', for messages."""
         *first, last = map(json.dumps, self.values)
         values = f"{', '.join(first)} or {last}" if first else last
         return f"{values} ({self.reason})" if self.reason else values
@@ -151,7 +151,7 @@ class Text(Spec):
     """Whether the text is the path of a folder inside another one: relative, without `..`, and without `~` in front."""
 
     def read(self, value: Any, where: str) -> str:
-        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
+        """Checks that the value is a valid text, and returns it."""
         if not isinstance(value, str) or not value or value == "auto" or not is_plain_text(value):
             raise self._refuse(value, where)
         if max(len(part.encode()) for part in value.split(os.sep)) > _LONGEST_NAME:
@@ -164,7 +164,7 @@ class Text(Spec):
 
     @property
     def rule(self) -> str:
-        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the valid texts in words, such as "the name of one folder", for messages."""
         return (
             "the name of one folder"
             if self.is_folder_name
@@ -191,7 +191,7 @@ class Section:
     """Example of a valid object, for error messages."""
 
     def read(self, value: Any, where: str) -> dict[str, Any]:
-        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
+        """Checks a JSON object and the values of its keys, and returns it in the form that DeepSpeed expects."""
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a JSON object such as {self.example}, got {show(value)}.")
         check_known_keys(value, self.keys, where)

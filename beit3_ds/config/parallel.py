@@ -35,9 +35,9 @@ class ParallelConfig:
     """Number of pipeline stages that divide the list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). There
     must be at least this number of micro-batches (`gradient_accumulation_steps`)."""
     virtual_pipeline_parallel_size: Ranks = 1
-    """Number of model chunks per stage, interleaved with the chunks of the other stages. A value v divides the bubble
-    by v and multiplies the number of messages by v. With v > 1, the number of stages must divide the number of
-    micro-batches."""
+    """Number of model chunks per stage, interleaved with the chunks of the other stages. A value v divides the
+    pipeline bubble (the time in which stages idle) by v, and multiplies the number of messages by v. With v > 1, the
+    number of stages must divide the number of micro-batches."""
     timeout_seconds: Seconds = 1800
     """Longest time, in seconds, that a rank waits for another rank before the run ends. It must exceed the time of the
     slowest checkpoint and the slowest evaluation."""

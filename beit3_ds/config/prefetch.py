@@ -32,7 +32,7 @@ def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both
     Args:
         config: the run's configuration.
         data_parallel_size: ranks that share a step.
-        views: views of an image that the rank keeps: "both", "model" or "tokenizer".
+        views: which resized copies of an image the rank keeps: those for "model", for "tokenizer" or for "both".
 
     Raises:
         ConfigError: if a single step exceeds the limit.
@@ -57,7 +57,7 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
     Args:
         config: the run's configuration.
         data_parallel_size: ranks that share a step.
-        views: views of an image that the rank keeps: "both", "model" or "tokenizer".
+        views: which resized copies of an image the rank keeps: those for "model", for "tokenizer" or for "both".
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
     data, model = config.data, config.backbone
@@ -69,7 +69,7 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
-    """Returns the bytes of one image in the given views: "both", "model" or "tokenizer"."""
+    """Returns the bytes of an image's resized copies: the one for "model", the one for "tokenizer", or "both"."""
     sizes = {"tokenizer": config.tokenizers.visual.image_size}
     if config.backbone is not None:
         sizes["model"] = config.backbone.image_size

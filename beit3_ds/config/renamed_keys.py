@@ -19,7 +19,7 @@ MOVED_KEYS = {
     "text_masking": "data",
     "loss_weights": "training",
 }
-"""Maps keys that moved to the section "task" to their old sections. Such a key in its old section is an error whose
+"""Maps each key that is now in the section "task" to its old section. Such a key in its old section is an error whose
 message gives the new section."""
 
 TOKENIZER_KEYS = {
@@ -31,8 +31,8 @@ TOKENIZER_KEYS = {
     "save_interval": "training.save_interval",
     "bf16": "bf16.enabled",
 }
-"""Maps keys that left the section "tokenizers.visual" to their new place, in the file of the run that trains the
-tokenizer."""
+"""Maps each key that was once in the section "tokenizers.visual" to its new name in the file of the run that trains
+the tokenizer."""
 
 
 def with_new_keys(config: Any) -> Any:

@@ -64,7 +64,11 @@ class StepShares:
         return _deal(self.samples, self.num_ranks, rank)
 
     def divide_rank(self, samples: MicroBatchSize) -> list[MicroBatchSize]:
-        """Returns the samples of each micro-batch of a rank with the given samples (`rank_samples`)."""
+        """Returns the number of samples of each stream in each micro-batch of a rank.
+
+        Args:
+            samples: number of samples of each stream that the rank has in one step (`rank_samples`).
+        """
         return [_deal(samples, self.num_micro_batches, number) for number in range(self.num_micro_batches)]
 
     def slots(self, rank: int) -> list[dict[str, range]]:
@@ -138,7 +142,7 @@ def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
     Args:
         samples: number of samples of each stream to deal.
         num_hands: number of receivers, which are ranks or micro-batches.
-        hand: number of the receiver.
+        hand: index of the receiver, from 0.
     """
     counts, dealt = [], 0
     for number in samples:

@@ -28,7 +28,7 @@ class TaskConfig:
 
 
 def load_task_section(mapping: Any, where: str) -> TaskConfig:
-    """Reads the section; the task checks its own keys later (`TaskConfig.load`).
+    """Reads the section "task"; the task itself checks its settings later (`TaskConfig.load`).
 
     Raises:
         ConfigError: if the section is not an object or its name is not a string.

@@ -19,7 +19,7 @@ from beit3_ds.config.numbers import (
 from beit3_ds.config.strict import ConfigError, PathString
 
 ActivationCheckpointing = Literal["none", "full"]
-"""What the backward pass recomputes in addition to the ops' own recomputation: nothing, or whole blocks."""
+"""Whether the backward pass recomputes whole blocks (`TrainingConfig.activation_checkpointing`)."""
 
 KernelBackend = Literal["auto", "triton", "library", "cuda"]
 """How operators are implemented on a GPU (`TrainingConfig.kernel_backend`)."""

@@ -189,4 +189,4 @@ ZERO = Section(
         },
     },
 )
-"""Keys of `zero_optimization`."""
+"""Keys of the section `zero_optimization`, each with its accepted values or the reason why it is refused."""

@@ -2,8 +2,8 @@
 
 Follows GradCache (Gao et al., 2021, arXiv:2101.06983). A first pass computes the features of every micro-batch without
 gradients. The loss of the whole step is differentiated with respect to them. A second pass computes the features of
-each micro-batch again and goes back through <features, gradient>. So a step needs the memory of one micro-batch plus
-the features. A packed batch contains all random draws, so both passes compute the same features.
+each micro-batch again and backpropagates the inner product <features, gradient>. So a step needs the memory of one
+micro-batch plus the features. A packed batch contains all random draws, so both passes compute the same features.
 """
 
 # n rows of this rank, N rows of all data-parallel ranks, K terms.
@@ -45,7 +45,7 @@ class CoupledStep:
         Sends the number of rows and the rows of every tensor to all data-parallel ranks.
 
         Args:
-            micro_batches: features of each of this rank's micro-batches; may still be attached to a graph.
+            micro_batches: features of each of this rank's micro-batches; may still be attached to an autograd graph.
         """
         whole, own = gather_features(micro_batches, self._mesh)
         with torch.enable_grad():
@@ -73,7 +73,7 @@ class CoupledStep:
 
         Args:
             number: number of the micro-batch.
-            features: features of the micro-batch, attached to its graph.
+            features: features of the micro-batch, attached to its autograd graph.
         """
         if not self._gradients:
             assert self._num_micro_batches == 1, "the first pass must come before"

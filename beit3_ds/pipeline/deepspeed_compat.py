@@ -1,4 +1,4 @@
-"""Relies on internals of DeepSpeed and works around them; each workaround has a test that fails without it.
+"""Contains the workarounds that rely on internals of DeepSpeed; each has a test that fails without it.
 
 Importing this module checks the version of DeepSpeed. DeepSpeed also needs the following, which other modules ensure:
 
@@ -40,7 +40,7 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
         if mesh.data_parallel_size == 1:
             # With one rank DeepSpeed would copy all gradients into one buffer and back, although nothing is reduced.
             engine.enable_backward_allreduce = False
-        # DeepSpeed would compute the norm again, which `clip_gradients` gets, and multiply even by 1.
+        # DeepSpeed would compute the norm a second time, and would multiply gradients even by 1 (see `clip_gradients`).
         engine.clip_fp32_gradients = lambda: None
     _judge_gradients_by_norm(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.use_grad_accum_attribute:
@@ -55,9 +55,9 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 def zero1_adds_up_in_float32() -> Iterator[None]:
     """Makes an engine built in this context use ZeRO's own optimizer for stage 1 in bf16 with float32 sums.
 
-    DeepSpeed would choose its BF16_Optimizer, which also accumulates in float32. But that one reduces gradients only
-    after the last backward pass, in buckets of 500M elements, so `overlap_comm` and `reduce_bucket_size` would have no
-    effect.
+    DeepSpeed would choose its BF16_Optimizer, which also accumulates in float32. But that optimizer reduces gradients
+    only after the last backward pass, in buckets of 500M elements, so `overlap_comm` and `reduce_bucket_size` would
+    have no effect.
     """
     chosen = DeepSpeedEngine._do_optimizer_sanity_check
 
@@ -110,7 +110,7 @@ def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
     Args:
         engine: an engine with gradient accumulation 1.
         loss: scalar output of the forward pass to differentiate.
-        is_last: whether this is the last backward pass of the step on this rank, in which ZeRO-0 and 1 reduce.
+        is_last: whether this is the last backward pass of the step on this rank; ZeRO-0 and 1 reduce gradients in it.
     """
     engine.set_gradient_accumulation_boundary(is_last)
     if hasattr(engine.optimizer, "clear_backward_seen_flag"):
@@ -165,7 +165,7 @@ def _judge_gradients_by_norm(optimizer: Any) -> None:
 
 
 def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> Tensor:
-    """Returns the 2-norm of all gradients over all three axes; sends one element.
+    """Returns the 2-norm of all gradients over all ranks; sends one element.
 
     DeepSpeed would sum each of its sub-groups over the model-parallel ranks, but stages may have different numbers of
     sub-groups.

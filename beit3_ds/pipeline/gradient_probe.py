@@ -19,7 +19,7 @@ class GradientProbe:
         self._current: list[Tensor] = []
 
     def watch(self, leaves: Iterable[Tensor]) -> None:
-        """Registers a hook on every leaf tensor that sums its gradients; hooks registered later run after it."""
+        """Registers on every leaf tensor a hook that sums its gradient; hooks registered later run after this hook."""
         for leaf in leaves:
             leaf.register_hook(self._note)
 

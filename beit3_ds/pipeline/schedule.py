@@ -22,15 +22,15 @@ from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.pipeline.tied import TiedWordEmbedding
 
 Prepare = Callable[[PackedBatch], PackedBatch]
-"""Moves a micro-batch to the device and, on the stage with the head, adds missing targets (`RankTask.prepare`)."""
+"""Function that moves a micro-batch to the device and adds missing targets for the head (`RankTask.prepare`)."""
 
 
 class Schedule:
     """Runs the micro-batches of a step through this stage's layers, in 1F1B order.
 
-    Neighbouring stages exchange the stream of each micro-batch, (T, D), and its gradient. T may differ per micro-batch.
-    With sequence parallelism each tensor-parallel rank sends its own rows. Sends do not block a stage. It
-    receives the tensor of the next action while it computes. Every stage knows all micro-batch sizes in advance.
+    Neighbouring stages exchange the stream of each micro-batch, (rows, hidden size), and its gradient. The number of
+    rows may differ per micro-batch, and every stage knows it in advance. With sequence parallelism each tensor-parallel
+    rank sends its own rows. Sends do not block a stage, and a stage receives its next tensor while it computes.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Schedule:
             batches: batches, the same on all stages of a pipeline.
             loss_factors: factor of the sum of each term, (K,) float32; None yields predictions.
             prepare: function applied to each batch first.
-            activity: what this rank is doing (`Mesh.activity`).
+            activity: name of the phase for `Mesh.activity`, which the watchdog reports.
 
         Yields:
             Each prepared batch, with its `LossOutput`, `StepFeatures` or predictions on the last stage and None
@@ -164,7 +164,11 @@ class Schedule:
         return self.model_chunks[chunk].stop == self.chunks[-1].stop
 
     def receive(self, chunk: int, batch: PackedBatch, *, forward: bool) -> Message | None:
-        """Starts receiving the tensor, (T, D), that a pass through a chunk needs from another stage, if any."""
+        """Starts receiving what a pass through a chunk needs from another stage: the stream (T, D), or its gradient.
+
+        Returns:
+            The message to wait for; None if the pass needs nothing from another stage.
+        """
         if self.is_first(chunk) if forward else self.is_last(chunk):
             return None
         first, stop = self.mesh.tensor.own_row_range(batch.num_rows)

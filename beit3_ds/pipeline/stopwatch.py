@@ -8,7 +8,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of pieces of work: host time, or on a GPU the device time between events in its stream.
+    """Adds up the time of several pieces of work: time on the host, or for a GPU the time between events on the GPU.
 
     The device is synchronized only in `take`.
     """

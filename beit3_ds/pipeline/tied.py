@@ -14,8 +14,8 @@ class TiedWordEmbedding:
     The first stage owns the table: it is trained, partitioned by ZeRO, clipped and saved there. The head of the last
     stage has a copy that DeepSpeed does not know. The last stage sums the gradient of the copy in float32 over the
     micro-batches of the step. It sends the sum before the last backward pass of the first stage, which adds it to its
-    own gradient. So every ZeRO stage reduces the sum. Each step and evaluation begins by sending the table, this rank's
-    V * D elements. Without a pipeline the head holds the parameter itself, and nothing is sent.
+    own gradient. So every ZeRO stage reduces the sum. Each step and evaluation begins by sending this rank's part of
+    the table. Without a pipeline the head holds the parameter itself, and nothing is sent.
     """
 
     def __init__(self, model: StageModel, mesh: Mesh) -> None:
