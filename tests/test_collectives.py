@@ -39,7 +39,9 @@ TABLE: dict[Call, Row] = {
     # The groups and what goes through them.
     **rows("beit3_ds/parallel/host_group.py", HOST, "data", _send="dist.send", _receive="dist.recv"),
     **rows("beit3_ds/parallel/host_group.py", HOST, BY_READING, build_host_group="dist.new_group"),
-    **rows("beit3_ds/parallel/mesh.py", DEVICES, BY_READING, own_group="dist.new_group"),
+    **rows(
+        "beit3_ds/parallel/mesh.py", DEVICES, BY_READING, own_group="dist.new_group", _group_of_one="dist.new_group"
+    ),
     **rows("beit3_ds/parallel/mesh.py", DEVICES, "data", sum_over_all="dist.all_reduce"),
     **rows("beit3_ds/parallel/mesh.py", DEVICES, "replicated", sum_over_model="dist.all_reduce"),
     **rows("beit3_ds/parallel/mesh.py", DEVICES, BY_READING, sum_over_data="dist.all_reduce"),

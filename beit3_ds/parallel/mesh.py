@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, ParallelConfig, RankCoords
@@ -235,9 +236,9 @@ def build_mesh(parallel: ParallelConfig, store: dist.Store | None = None) -> Mes
     ranks = torch.arange(world_size).view(parallel.pipeline_parallel_size, data_size, parallel.tensor_parallel_size)
     timeout = timedelta(seconds=parallel.timeout_seconds)
     host = build_host_group(timeout)
-    tensor_group = own_group(ranks.flatten(0, 1), timeout)
+    tensor_group = own_group(ranks.flatten(0, 1), timeout) if parallel.tensor_parallel_size > 1 else None
     data_group = own_group(ranks.transpose(1, 2).flatten(0, 1), timeout)
-    model_group = own_group(ranks.transpose(0, 1).flatten(1), timeout)
+    model_group = own_group(ranks.transpose(0, 1).flatten(1), timeout) if data_size < world_size else _group_of_one()
     return Mesh(
         store=store,
         host=host,
@@ -273,3 +274,14 @@ def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
     (own,) = (group for group, ranks in zip(groups, rows.tolist(), strict=True) if dist.get_rank() in ranks)
     assert isinstance(own, dist.ProcessGroup)
     return own
+
+
+def _group_of_one() -> dist.ProcessGroup:
+    """Returns a group of this rank alone, which DeepSpeed needs for sums over one rank.
+
+    It sends nothing and needs no other rank. With real groups every rank would take part in creating as many groups as
+    there are ranks, each of which NCCL splits from all ranks.
+    """
+    group = dist.new_group([dist.get_rank()], backend="fake", use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

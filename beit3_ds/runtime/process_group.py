@@ -10,7 +10,6 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
-import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
 from deepspeed.accelerator import get_accelerator
 
 from beit3_ds.config import ParallelConfig

@@ -139,3 +139,24 @@ def test_an_error_of_one_reader_ends_all_ranks() -> None:
 def test_stages_that_read_different_samples_are_an_error() -> None:
     for seen, message in run_ranks(measure_sharing, 4, 2, "drift"):
         assert len(seen) == 1 and "First: 10; last: 11." in message
+
+
+def count_groups() -> int:
+    import torch.distributed as dist
+
+    mesh = build_mesh(ParallelConfig())
+    groups = {group.group_name for group in dist.distributed_c10d._world.pg_map}
+    ones = torch.ones(2)
+    assert mesh.tensor.group is None
+    dist.all_reduce(ones, group=mesh.model_parallel_group)  # DeepSpeed sums over this group
+    assert ones.tolist() == [1, 1]
+    mesh.close()
+    return len(groups)
+
+
+def test_an_axis_of_one_rank_needs_no_groups() -> None:
+    """Catches a group per rank for each axis of size 1: at 512 ranks that would be 1,024 groups.
+
+    The groups are the default one, those of host values and of data-parallel ranks, and the one of this rank alone.
+    """
+    assert run_ranks(count_groups, 3) == [4, 4, 4]
