@@ -9,9 +9,11 @@ import os
 import shlex
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +35,7 @@ _NOTICE_SECONDS = 0.6  # until the first message of a wait, so that a new holder
 _MOST_BYTES = 4096
 _LONGEST_COMMAND = 200
 _HOLDER, _WAITING = 0, 1  # bytes of the file that the holder and the waiting processes lock
+_FLOCK = "@hhqqi4x"  # struct flock of fcntl.h
 _HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -67,11 +70,14 @@ def _never() -> bool:
 class WriterLock:
     """Holds the only right to write a folder or a file during a `with` block.
 
-    The lock is a POSIX record lock (fcntl) on a small file, which names the holder and is deleted after the block. The
-    kernel releases the lock however the process ends, and an NFS server once a host has crashed. Other kinds of locks
-    (flock, locks of an open file description) are inherited by forked processes: a data worker that outlives its killed
-    rank would keep them. A process loses a POSIX lock if any of its code opens and closes the file. Therefore a thread
-    of the holder takes the lock again every second.
+    The lock belongs to a small file, which names the holder and is deleted after the block. The kernel releases the
+    lock however the process ends, and an NFS server once a host has crashed. There are two ways to lock:
+
+    * flock on a file that is open for reading only, so that the disk can still be mounted read-only. Forked processes
+      inherit such a lock: a data worker that outlives its killed rank would keep it. They therefore close the file.
+    * A POSIX record lock, on file systems that refuse flock without a file that is open for writing, as NFS does. A
+      process loses it if any of its code opens and closes the file. Therefore a thread of the holder takes the lock
+      again every second.
 
     The same thread sets the file's time every second, as a sign of life. A process that finds the lock taken is refused
     at once if the holder is alive, and waits for the lock otherwise. On a file system without locks, only this sign of
@@ -109,7 +115,7 @@ class WriterLock:
             boot=_read_boot_id(),
             is_stopping=False,
         )
-        self._file = -1
+        self._file, self._uses_records = -1, False
         self._written: Holder | None = None
         self._contended_at = -math.inf
         self._over = threading.Event()
@@ -161,13 +167,13 @@ class WriterLock:
         is_locked: bool | None = None
         self._file = self._open()
         while True:
-            is_locked = is_locked or _try_lock(self._file, _HOLDER, fcntl.LOCK_EX)
+            is_locked = is_locked or self._try_to_hold()
             if not self._is_current():  # its holder has just deleted it
                 self._close()
                 self._file, is_locked, first_beat = self._open(), None, None
                 continue
             if is_locked is False:
-                _try_lock(self._file, _WAITING, fcntl.LOCK_SH)  # for `contended_at` of the holder
+                _try_record(self._file, _WAITING, fcntl.LOCK_SH)  # for `contended_at` of the holder
             holder, beat, is_empty = self._look()
             # A lock that was taken proves nothing about another kernel if the file system keeps locks to one host.
             if (is_locked is not False and is_empty) or (is_locked and holder and holder.boot == self._own.boot):
@@ -213,15 +219,35 @@ class WriterLock:
         if holder is not None and holder != self._own:
             raise self._refusal(holder)
 
+    def _try_to_hold(self) -> bool | None:
+        """Takes the lock without waiting; changes nothing if this process has it. Returns the same as `_try_record`."""
+        if not self._uses_records:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _HELD.add(self)
+                return True
+            except OSError as error:
+                if error.errno in _HELD_ELSEWHERE:
+                    return False
+                if error.errno in _NO_LOCKS:
+                    return None
+                if error.errno != errno.EBADF:
+                    raise
+            self._close()
+            self._uses_records = True
+            self._file = self._open()
+        return _try_record(self._file, _HOLDER, fcntl.LOCK_EX)
+
     def _open(self) -> int:
         """Opens or creates the lock's file and returns its descriptor; follows no link and waits for no pipe.
 
         Raises:
-            OSError: if it cannot be opened for writing, or is not a regular file.
+            OSError: if it cannot be opened, or is not a regular file.
         """
         with contextlib.suppress(FileNotFoundError):
             _check_regular(self.path.lstat())  # before opening, because opening a device may have effects
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        access = os.O_RDWR if self._uses_records else os.O_RDONLY
+        flags = access | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.open(self.path, flags, 0o666)
         try:
             _check_regular(os.fstat(file))
@@ -247,9 +273,16 @@ class WriterLock:
 
     def _write(self, holder: Holder) -> None:
         text = json.dumps(holder._asdict()).encode()
-        os.pwrite(self._file, text, 0)
-        os.ftruncate(self._file, len(text))
-        self._written = holder
+        # Closing a second open file would release a record lock.
+        file = self._file if self._uses_records else os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.path.samestat(os.fstat(file), os.fstat(self._file)):
+                os.pwrite(file, text, 0)
+                os.ftruncate(file, len(text))
+                self._written = holder
+        finally:
+            if file != self._file:
+                os.close(file)
 
     def _beat(self) -> None:
         while not self._over.wait(_BEAT_SECONDS):
@@ -267,7 +300,7 @@ class WriterLock:
 
         An NFS server gives the lock to another host if it has not reached this one for longer than a lease.
         """
-        is_locked, (holder, _, _) = _try_lock(self._file, _HOLDER, fcntl.LOCK_EX), self._look()
+        is_locked, (holder, _, _) = self._try_to_hold(), self._look()
         if is_locked is False or self._is_named_for_another(holder):
             print(
                 f"error: {self._target} is now in use by {_describe(holder)}, because this process (host "
@@ -281,12 +314,15 @@ class WriterLock:
         return self._written is not None and holder is not None and holder != self._written
 
     def _look_for_others(self) -> None:
-        if _try_lock(self._file, _WAITING, fcntl.LOCK_EX) is False:
+        # Asks who would prevent a lock of this byte, because taking it needs a file that is open for writing.
+        wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _WAITING, 1, 0)
+        found, *_ = struct.unpack_from("h", fcntl.fcntl(self._file, fcntl.F_GETLK, wanted))
+        if found != fcntl.F_UNLCK:
             self._contended_at = time.monotonic()
-        else:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _WAITING)
 
     def _close(self) -> None:
+        """Closes the file; in a process that did not inherit it by a fork, this releases the lock."""
+        _HELD.discard(self)
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -295,6 +331,18 @@ class WriterLock:
         return ConfigError(
             f"{self._target} is in use by {_describe(holder)}. Wait for its end, end it, or {self._way_out}."
         )
+
+
+_HELD: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
+"""Locks of this process by flock, whose files a forked process must close (`WriterLock`)."""
+
+
+def _close_inherited() -> None:
+    for lock in list(_HELD):
+        lock._close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def _check_regular(status: os.stat_result) -> None:
@@ -325,8 +373,8 @@ def _parse_holder(text: bytes) -> Holder | None:
         return None
 
 
-def _try_lock(file: int, byte: int, kind: int) -> bool | None:
-    """Locks a byte of a file without waiting.
+def _try_record(file: int, byte: int, kind: int) -> bool | None:
+    """Takes a record lock on a byte of a file without waiting.
 
     Returns:
         True if this process has the lock now; False if another one has it; None if the file system has no locks.

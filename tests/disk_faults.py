@@ -25,12 +25,9 @@ def cause(folder: Path, fault: str) -> None:
     elif fault == "free":
         (folder / FILLER).unlink()
     elif fault == "read-only":
-        # The kernel does not remount a folder while a file in it is open for writing, such as the lock of the run. So a
-        # second, read-only mount covers the first one, as paths find it.
-        subprocess.run(["mount", "--bind", folder, folder], check=True)
-        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     else:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
 
 
 def _fill(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Holds a `WriterLock` until its standard input ends or it is killed; tests start it as a process of its own."""
 
+import errno
+import fcntl
 import os
 import select
 import sys
@@ -12,8 +14,10 @@ from beit3_ds.writer_lock import WriterLock
 def main(path: str, what: str) -> None:
     """Prints "held", then "contended" if another process asks for the lock; `what` is an extra of a test."""
     stopping = threading.Event()
+    if what.endswith("records"):
+        fcntl.flock = _refuse  # as NFS does for a file that is not open for writing
     with WriterLock(Path(path), "the folder", "choose another", is_stopping=stopping.is_set) as lock:
-        if what == "with a worker" and os.fork() == 0:
+        if what.startswith("with a worker") and os.fork() == 0:
             select.select([sys.stdin], [], [])
             os._exit(0)
         print("held", flush=True)
@@ -21,6 +25,10 @@ def main(path: str, what: str) -> None:
             stopping.set()
         sys.stdin.read()
         print("contended" if lock.contended_at() > 0 else "never contended", flush=True)
+
+
+def _refuse(*arguments: object) -> None:
+    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 if __name__ == "__main__":

@@ -96,9 +96,43 @@ def test_a_living_holder_is_named_to_others(path: Path, start: Start) -> None:
     assert not path.exists()
 
 
-def test_a_killed_holder_is_replaced_at_once_though_its_workers_live(path: Path, start: Start) -> None:
-    """Catches a lock that forked processes inherit, such as that of flock."""
-    holder = start("with a worker")
+def refuse_flock(*arguments: Any) -> None:
+    """Stands for a file system that refuses flock on a file that is not open for writing, as NFS does."""
+    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def test_the_disk_can_be_mounted_read_only(path: Path) -> None:
+    """The kernel refuses that while a file is open for writing."""
+    with lock(path) as own:
+        time.sleep(0.1)
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(f"/proc/self/fd/{name}"), path.stat()):
+                    assert fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        assert not own._uses_records
+
+
+def test_record_locks_exclude_others_where_flock_needs_a_writable_file(
+    path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuse_flock)
+    holder = start("with records")
+    with pytest.raises(ConfigError, match=f"in use by process {holder.pid} "), lock(path):
+        pass
+    time.sleep(1.5)  # until the holder's next sign of life
+    assert end(holder) == "contended\n"
+    with lock(path) as own:
+        assert own._uses_records
+
+
+@pytest.mark.parametrize("records", ["", " and records"])
+def test_a_killed_holder_is_replaced_at_once_though_its_workers_live(
+    path: Path, start: Start, records: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a lock that forked processes keep."""
+    if records:
+        monkeypatch.setattr(fcntl, "flock", refuse_flock)
+    holder = start(f"with a worker{records}")
     holder.kill()
     holder.wait()
     assert json.loads(path.read_text())["pid"] == holder.pid
@@ -145,7 +179,8 @@ def test_signs_of_life_tell_without_locks(
     path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     holder = start()
-    monkeypatch.setattr(fcntl, "lockf", without_locks)
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, without_locks)
     monkeypatch.setattr(writer_lock, "SILENT_SECONDS", 1.5)
     monkeypatch.setattr(writer_lock, "_BEAT_SECONDS", 0.2)
     with pytest.raises(ConfigError, match=f"in use by process {holder.pid} "), lock(path):
@@ -159,7 +194,8 @@ def test_signs_of_life_tell_without_locks(
 
 
 def test_of_two_at_once_without_locks_the_last_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcntl, "lockf", without_locks)
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, without_locks)
     monkeypatch.setattr(time, "sleep", lambda seconds: write_holder(path))
     with pytest.raises(ConfigError, match="in use by process 7 on host elsewhere"), lock(path):
         pass
@@ -242,8 +278,9 @@ def test_a_full_disk_costs_the_name_alone(path: Path, monkeypatch: pytest.Monkey
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_that_is_lost_is_taken_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_lock_that_is_lost_is_taken_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_lock, "_BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(fcntl, "flock", refuse_flock)
     with lock(path):
         path.read_text()  # closes the file a second time
         time.sleep(0.5)
@@ -252,16 +289,16 @@ def test_a_lock_that_is_lost_is_taken_again(path: Path, monkeypatch: pytest.Monk
 
 
 def test_who_loses_the_lock_to_another_ends(
-    path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(writer_lock, "_BEAT_SECONDS", 0.5)
+    monkeypatch.setattr(writer_lock, "_BEAT_SECONDS", 0.2)
     ended: list[int] = []
-    with lock(path, end=ended.append):
-        os.ftruncate(descriptor := os.open(path, os.O_RDWR), 0)
-        os.close(descriptor)
-        holder = start()
+    with lock(path, end=ended.append) as own, path.open() as other:
+        fcntl.flock(own._file, fcntl.LOCK_UN)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        write_holder(path)
         while not ended:
             time.sleep(0.05)
     assert ended[0] == 1
     assert path.exists()  # it is the other's now
-    assert f"error: the folder is now in use by process {holder.pid}" in capsys.readouterr().err
+    assert "error: the folder is now in use by process 7 on host elsewhere" in capsys.readouterr().err
