@@ -1,4 +1,7 @@
-"""Runs the micro-batches of a step, with or without a pipeline; the engine's own accumulation is always 1."""
+"""Runs the micro-batches of a step through the model, with or without pipeline stages.
+
+DeepSpeed's engine therefore never accumulates gradients itself: its `gradient_accumulation_steps` is always 1.
+"""
 
 # T packed rows of this rank, D hidden, K terms.
 

@@ -9,11 +9,11 @@ class Action(NamedTuple):
     forward: bool
     micro_batch: int
     chunk: int
-    """Index among the model chunks of the stage, from 0."""
+    """Index of the model chunk among those of the stage, from 0."""
 
 
 def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_chunks: int = 1) -> list[Action]:
-    """Returns the 1F1B order of a stage, interleaved if it holds several model chunks.
+    """Returns the order of a stage's passes: one forward, one backward (1F1B), interleaved for several model chunks.
 
     After a warm-up of forward passes, forward and backward passes alternate. So a stage keeps the activations of the
     fewest possible micro-batches. A pipeline of one stage has no warm-up. See Narayanan et al., 2021, arXiv:2104.04473,

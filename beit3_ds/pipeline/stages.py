@@ -43,7 +43,7 @@ def _expected_work(config: RunConfig) -> Work:
 
 
 def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
-    """Cuts a list into consecutive chunks so that the largest sum of a chunk is as small as possible.
+    """Cuts a list of costs into consecutive chunks so that the largest sum of a chunk is as small as possible.
 
     Each chunk has at least one item. Among equally good cuts it chooses the most even one, with the smallest sum of
     squared sums.

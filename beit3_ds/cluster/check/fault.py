@@ -8,7 +8,7 @@ CHECKS = (
     *("GPUs", "disk", "limits", "clock"),
     *("network", "port", "shared", "files"),
 )
-"""Columns of the table, in order."""
+"""Names of the checks, in the order of the columns in the table of `beit3 check-cluster`."""
 
 
 @dataclass(frozen=True)

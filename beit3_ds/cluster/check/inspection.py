@@ -25,7 +25,7 @@ class Inquiry:
     output_dir: Path | None
     """Output folder, which all nodes must share; None without a config."""
     files: Mapping[str, bool]
-    """Maps glob patterns of a run's input files to whether they must exist (`requirements.find_required_files`)."""
+    """Maps glob patterns of input files to whether matching files must exist (`requirements.find_required_files`)."""
     master_port: int
     """Port on which rank 0 will listen."""
     environment: Mapping[str, str]
@@ -66,7 +66,7 @@ class Answers:
     token_error: str | None = None
     """Error message if the node could not write into the shared folder; None if the node succeeded."""
     tokens_missing: tuple[str, ...] | None = None
-    """Names of hosts whose files in the shared folder are invisible to this node."""
+    """Names of hosts whose files in the shared folder this node does not see; None if the node was not asked."""
     listener: dict[str, Any] | None = None
     """Result of `Probe.listen`: for the master port on the first host, for any port on the others."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -199,7 +199,7 @@ class _Inspector:
         await self._ask_all(read)
 
     async def _resolve_master(self, index: int) -> None:
-        """Notes to which addresses a node will connect when it connects to the first node's host name."""
+        """Records the addresses to which a node connects when it uses the first node's host name."""
         self._master_addresses += await self._connections[index].ask("resolve", name=self._answers[0].name)
 
     async def _listen(self, index: int) -> None:

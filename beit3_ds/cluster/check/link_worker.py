@@ -73,7 +73,7 @@ class Worker:
             timeout=_TIMEOUT,
             master_listen_fd=None if listener is None else listener.detach(),
         )
-        # Kept, because torch calls methods that are Python's, and keeps only its own part of the object.
+        # This attribute keeps the Python object alive: torch calls its methods, but keeps only the C++ part of it.
         self._store = module["KeyedStore"](store, bytes.fromhex(secret))
         dist.init_process_group(backend, store=self._store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)

@@ -29,7 +29,7 @@ class Links:
     """Holds measured speeds of links, in bits per second."""
 
     backend: str
-    """"gloo" or "nccl"."""
+    """Backend of torch.distributed that sent the data, "gloo" or "nccl"."""
     rates: Mapping[tuple[str, str], float]
     """Speed by sender and receiver."""
     all_reduce: float
@@ -122,7 +122,11 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Sends a request to all nodes in parallel, because they communicate; records a fault per node that fails."""
+        """Sends a request to all nodes in parallel, because they wait for each other, and returns their answers.
+
+        Raises:
+            NoAnswer: if a node fails; a fault is recorded for each node that fails.
+        """
 
         async def ask(rank: int) -> Any:
             try:
@@ -138,7 +142,7 @@ class _Measurement:
 
 
 def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[str, str], float], str]:
-    """Returns the links that are too slow with their speeds, and a description of the limit."""
+    """Returns the speed of each link that is too slow, and a description of the limit."""
     least, reason = _SLOW * links.usual, f"half of the {_gbit(links.usual)} that links reach here"
     if expected_bits is not None:
         least, reason = _SLOW * expected_bits, f"half of the {_gbit(expected_bits)} that were expected"
@@ -173,7 +177,7 @@ def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault
 
 
 def describe_links(links: Links) -> str:
-    """Formats the speeds as a matrix; for many nodes, only the slowest and the fastest links."""
+    """Formats the speeds of all links as a matrix; with many nodes, lists only the slowest and the fastest links."""
     names = links.names
     ordered = sorted(links.rates.items(), key=lambda item: item[1])
     lines = [

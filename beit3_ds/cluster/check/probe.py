@@ -66,7 +66,7 @@ class Probe:
         return {"versions": module["find_package_versions"](), "code": module["compute_code_digests"]()}
 
     def gpus(self) -> dict:
-        """Returns a list of the GPUs that nvidia-smi shows, and its error or None; no GPUs if it is not installed."""
+        """Returns the GPUs that nvidia-smi lists, and its error message or None; no GPUs without nvidia-smi."""
         try:
             done = subprocess.run(
                 _GPU_QUERY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_GPU_SECONDS, check=False
@@ -248,7 +248,7 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """Returns the address that gloo would announce: the first bindable address of this machine's host name."""
+    """Returns the address that gloo would announce: the first of the own host name to which a socket can be bound."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:

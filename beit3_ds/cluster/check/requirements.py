@@ -17,7 +17,7 @@ class Requirements:
     """Estimated bytes of device memory per rank (`planner.rank_memory`). For visual tokenizers the estimate excludes
     activations (`planner.model_state`)."""
     checkpoint_bytes: int = 0
-    """Bytes of one checkpoint: weights, two moments and perhaps an average of the weights, in float32."""
+    """Bytes of one checkpoint: weights, two moments and, if configured, an average of the weights, in float32."""
 
     def describe(self) -> str:
         """Formats the memory per rank and the size of a checkpoint as one line of text."""
@@ -36,8 +36,8 @@ class Requirements:
 def find_required_files(config: RunConfig) -> dict[str, bool]:
     """Maps glob patterns of a run's input files to whether the files must exist before the run starts.
 
-    Files of tokenizers need not exist yet, because they may still be trained. A run that trains the visual tokenizer
-    reads no visual tokenizer.
+    Files of tokenizers need not exist yet, because other commands may write them before the run starts. A run that
+    trains the visual tokenizer reads no visual tokenizer.
     """
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.validation)]

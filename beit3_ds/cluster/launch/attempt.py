@@ -50,7 +50,7 @@ _NOTICE_SECONDS = 15.0  # interval of lines that name the ranks that this proces
 
 
 class Attempt:
-    """Supervises the ranks of one attempt."""
+    """Supervises one attempt at a run: starts the ranks on all hosts, watches them and ends them."""
 
     def __init__(self, plan: AttemptPlan, stop_signals: LauncherStopSignals, terminal: Terminal) -> None:
         self._plan, self._stop_signals, self._terminal = plan, stop_signals, terminal
@@ -329,7 +329,7 @@ class Attempt:
     # The end of an attempt.
 
     def _print_ends(self) -> None:
-        """Prints a line per way in which ranks ended, such as an exit status; omits the failure printed before."""
+        """Prints how the ranks ended, one line for all that ended alike; omits the rank whose failure was printed."""
         if self._failure is None:
             return
         ends: dict[str, list[GuardedRank]] = {}

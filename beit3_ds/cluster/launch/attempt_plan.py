@@ -31,7 +31,7 @@ class AttemptPlan:
     port: int
     """Port on which the supervisor listens; 0 for any free port."""
     keepalive_seconds: float
-    """Seconds without a message after which the supervisor counts a host as lost, and a guard the supervisor."""
+    """Seconds without a message after which the supervisor gives up a host, and a guard gives up the supervisor."""
     start_seconds: float
     """Longest time in seconds until all guards have registered."""
 

@@ -43,7 +43,7 @@ class GuardedRank:
     is_killed: bool = False
     """Whether the supervisor has told the guard to kill the trainer."""
     state: str = ""
-    """Letter of the trainer's state in /proc."""
+    """Letter of the trainer's state in /proc, such as T for stopped; empty if unknown."""
     state_since: float = field(default_factory=time.monotonic)
 
     @property

@@ -19,8 +19,9 @@ _WATCH_SECONDS = 5.0
 class LauncherProcess:
     """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt them.
 
-    Their output goes to a file in memory, from which it is copied to the log: DeepSpeed's launcher would end on a full
-    disk. A pipe would end it with the supervisor, while the ranks still save.
+    Their output goes to a file in memory, and is copied from there to the log. If DeepSpeed's launcher wrote to the log
+    itself, a full disk would end it. If it wrote to a pipe, it would end with the supervisor, while the ranks still
+    save.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, log: Path):

@@ -51,13 +51,13 @@ class LaunchOptions:
     restarts: int
     """Largest number of restarts after failures."""
     min_ranks: int
-    """Minimum ranks after a restart."""
+    """Minimum number of ranks of a restarted run."""
     log_dir: str | None
     """Log folder; None means `logs` in the run's output folder."""
     environment: Sequence[str]
     """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds without a message after which the supervisor counts a host as lost, and a guard the supervisor."""
+    """Seconds without a message after which the supervisor gives up a host, and a guard gives up the supervisor."""
     start_seconds: float
     """Longest time in seconds until all guards have registered."""
     port: int
@@ -123,7 +123,7 @@ class _Launch:
         self._terminal = Terminal(log_dir / "launch.log")
         self._stop_signals = LauncherStopSignals(self._terminal)
         self._attempt_hostfile = log_dir / "hostfile"
-        """Hostfile of the last attempt, which is as old as the attempt."""
+        """Path of the hostfile that the last attempt wrote; the time of this file shows when the attempt started."""
         self._outdated: int | None = None  # inode of the finished run's folder of checkpoints
         if options.force and self._is_trained():
             self._outdated = self._checkpoints_inode()
@@ -207,7 +207,7 @@ class _Launch:
         return folder
 
     def _status(self, outcome: Outcome) -> int:
-        """Converts the outcome of an attempt to an exit status (see `launch`); prints a message unless it is 1."""
+        """Converts the outcome of an attempt to an exit status (see `launch`); prints a line unless the status is 1."""
         if outcome.is_user_error:
             self._terminal.report("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR
@@ -221,7 +221,7 @@ class _Launch:
 
     def _report_stop(self) -> int:
         """Prints what a stopped run has saved, and returns the exit status."""
-        number = self._stop_signals.first or signal.SIGTERM  # a rank may have received it from elsewhere
+        number = self._stop_signals.first or signal.SIGTERM  # `first` is None if ranks were stopped from elsewhere
         done, total = self._saved_step(), self._config.training.total_steps
         saved = f"the checkpoint of step {done} of {total} is saved" if done else "no step was done, nothing to save"
         self._terminal.report(f"stopped by {number.name}: {saved}; the same command resumes from there")

@@ -142,7 +142,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> Message:
-    """Returns the message of one line.
+    """Parses one line and returns its message.
 
     Raises:
         ProtocolError: if the line is not a valid message.
@@ -203,7 +203,7 @@ class Channel:
         self._writer.transport.abort()
 
     async def wait_closed(self) -> None:
-        """Waits until a connection that this side has closed is gone; asyncio prints errors that nobody waits for."""
+        """Waits until the closed connection is gone; without a wait, asyncio would print the connection's errors."""
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
@@ -281,7 +281,7 @@ async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, port), family=family)
     server = await asyncio.start_server(accept, sock=listener, limit=_HANDSHAKE_BYTES, backlog=_ACCEPTED_AT_ONCE)
-    listener.listen(_BACKLOG)  # asyncio has one number for both
+    listener.listen(_BACKLOG)  # `start_server` uses one number for the backlog and for connections accepted at once
     return server
 
 

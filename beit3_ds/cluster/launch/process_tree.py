@@ -23,7 +23,11 @@ class ProcessTree:
     """Tracks root processes, and all descendants that `watch` has found."""
 
     def __init__(self, roots: list[int]) -> None:
-        """Records the root processes that still run. They must be unreaped children, so that no id can be reused."""
+        """Records the root processes that still run.
+
+        Args:
+            roots: ids of child processes of this process. Nobody may have waited for them, so that no id is reused.
+        """
         table = _read_table()
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root
 
@@ -82,7 +86,7 @@ def _stat(pid: int) -> ProcessId | None:
 
 
 def _fields(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat from the state on; none if the process is gone or a zombie."""
+    """Returns the fields of /proc/PID/stat, first the state; an empty list if the process is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -226,7 +226,7 @@ async def _read(path: Path) -> bytes:
 
 
 async def _connect(address: str, port: int, token: bytes) -> Channel:
-    """Connects to the supervisor; tries again if that closes the connection, as it may while strangers flood it."""
+    """Connects to the supervisor; tries again if the supervisor is flooded by strangers and closes the connection."""
     for _ in range(_ATTEMPTS - 1):
         with contextlib.suppress(OSError, HandshakeClosedError):
             return await _connect_once(address, port, token)

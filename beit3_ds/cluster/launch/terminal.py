@@ -20,7 +20,7 @@ class Terminal:
     """
 
     def __init__(self, log: Path) -> None:
-        """Prints to stderr, and appends the supervisor's lines to the file `log`."""
+        """Prepares to print to stderr, and to append the supervisor's lines to the file `log`."""
         self._path = log
         self._log = RetryingStream(lambda: open_log(log), self._report_error)
 

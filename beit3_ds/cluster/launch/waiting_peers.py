@@ -12,7 +12,7 @@ _FIRST_REFUSALS = 4  # each gets a line; later ones get a line whenever their nu
 class WaitingPeers:
     """Holds the channels that wait for the token, at most a given number; strangers cannot keep guards out.
 
-    If a further peer connects, the oldest connection of the address with the most waiting connections is closed. So a
+    If one more peer connects, the oldest connection of the address with the most waiting connections is closed. So a
     stranger only replaces its own connections, and a guard at another address has all the time that the handshake
     allows. A guard that shares its address with a stranger needs less than a millisecond for the handshake, and
     connects again if it was closed before.
