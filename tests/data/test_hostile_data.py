@@ -27,7 +27,9 @@ def test_thousands_of_hostile_files(tmp_path: Path) -> None:
     for name, kind in KINDS.items():
         found[name] = check_kind(name, kind, tmp_path, range(SAMPLE, ALL))
     print(show_figures(found))
-    assert all(figures.refused > 0 for figures in found.values())  # catches a kind whose changes do nothing
+    # catches changes that do nothing, and originals that no reader accepts; broken images are broken records
+    refuses = {name: figures for name, figures in found.items() if not name.startswith("folder")}
+    assert all(0 < figures.refused < figures.files for figures in refuses.values())
 
 
 @pytest.mark.parametrize("blank", [b"\n", b"\r\n", b" \t\n", b"\r"])

@@ -58,7 +58,15 @@ NAMES = ("1.png", "2.png", "COCO_val2014_000000000001.png", "COCO_val2014_000000
 
 def _images(folder: Path) -> Path:
     inside = folder / "images"
-    for name in (*NAMES, "val2014/1.png", "VG_100K/1.jpg", "dev-1-0-img0.png", "dev-1-0-img1.png"):
+    for name in (
+        *NAMES,
+        "val2014/1.png",
+        f"val2014/{NAMES[3]}",
+        "VG_100K/1.jpg",
+        "VG_100K/2.jpg",
+        "dev-1-0-img0.png",
+        "dev-1-0-img1.png",
+    ):
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
         (inside / name).write_bytes(PNG)
     return folder
@@ -396,7 +404,17 @@ def tar_bytes(draw: random.Random) -> bytes:
     """Returns a tar of which members are links, devices or out of the folder, or have wrong sizes."""
     buffer = io.BytesIO()
     tar_format = draw.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-    names = ["1.png", "1.txt", "2.png", "2.json", "3.cls", "/etc/passwd.png", "../up.png", "a/../../b.txt", "x" * 90]
+    names = [
+        "dog_1.png",
+        "dog_1.txt",
+        "cat_2.png",
+        "dog_1.json",
+        "cat_2.cls",
+        "/etc/passwd.png",
+        "../up.png",
+        "a/../../b.txt",
+        "x" * 90,
+    ]
     with tarfile.open(fileobj=buffer, mode="w", format=tar_format, errors="surrogateescape") as archive:
         for number in range(draw.randrange(1, 8)):
             info = tarfile.TarInfo(draw.choice(names))
@@ -419,7 +437,7 @@ def tar_bytes(draw: random.Random) -> bytes:
                         {"a": "b" * 9999},
                     ]
                 )
-            archive.addfile(info, io.BytesIO(data))
+            archive.addfile(info, io.BytesIO(data) if info.isreg() else None)
     return buffer.getvalue()
 
 
