@@ -66,7 +66,7 @@ class Inputs:
     step: int
     """Number of optimizer updates that produced the weights; 0 if unknown."""
     folder: ResultFolder
-    """Folder of the results."""
+    """Folder into which the results are written."""
 
 
 def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:

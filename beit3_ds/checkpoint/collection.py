@@ -174,7 +174,7 @@ class CheckpointCollection:
 
 
 def _has_all_files(path: Path) -> bool:
-    """Returns whether a folder holds all files of a checkpoint, with the right sizes, and its name matches its step."""
+    """Returns whether a folder holds all files of a checkpoint in the right sizes and is named after its step."""
     try:
         return path.name == checkpoint_name(CheckpointFolder(path).step)
     except BrokenIndexError:

@@ -26,12 +26,12 @@ class TensorSlice(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Returns the numbers of rows and columns."""
+        """Returns the number of rows and the number of columns of the slice."""
         return self.bottom - self.top, self.right - self.left
 
     @property
     def num_elements(self) -> int:
-        """Returns the number of elements."""
+        """Returns the number of elements of the slice."""
         return (self.bottom - self.top) * (self.right - self.left)
 
     def blocks(self, max_elements: int) -> Iterator["TensorSlice"]:

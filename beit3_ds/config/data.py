@@ -175,7 +175,7 @@ class DataConfig:
     reads ahead, and corpora with more shards than a process may keep open. The order is less random, so do not use it
     if neighbouring samples are alike, as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Number of neighbouring samples per block with `order` "shard_sequential"; at most the samples of a shard."""
+    """Number of neighbouring samples per block with `order` "shard_sequential"; choose at most the size of a shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
     """Number of blocks that are shuffled together with `order` "shard_sequential"; choose it so that a window
     holds the samples of many steps."""

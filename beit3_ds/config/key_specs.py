@@ -148,7 +148,7 @@ class Text(Spec):
 
     is_folder_name: bool = False
     is_inner_path: bool = False
-    """Whether the text is the path of a folder inside another one: relative, without `..`, and without `~` in front."""
+    """Whether the text must be a relative path below another folder: without `..`, and without `~` in front."""
 
     def read(self, value: Any, where: str) -> str:
         """Checks that the value is a valid text, and returns it."""

@@ -103,9 +103,9 @@ def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
 def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
     """Runs one backward pass of a step, in any order of forward and backward passes.
 
-    ZeRO clears its flags of a finished backward pass when a forward pass begins. In 1F1B, backward passes may follow
-    each other without a forward pass between them. Gradients would then be wrong, or the step would fail with an
-    unknown parameter type.
+    ZeRO clears its flags of a finished backward pass only when a forward pass begins, but in 1F1B backward passes may
+    follow each other directly. So this function clears the flags. Otherwise gradients would be wrong, or the step would
+    fail with an unknown parameter type.
 
     Args:
         engine: an engine with gradient accumulation 1.

@@ -30,7 +30,7 @@ class Heartbeat(NamedTuple):
 
     @staticmethod
     def decode(text: str | bytes) -> "Heartbeat":
-        """Parses the JSON of `encode`."""
+        """Parses a heartbeat from the JSON that `encode` returned."""
         return Heartbeat(*json.loads(text))
 
 

@@ -61,7 +61,7 @@ class KeyedStore(dist.Store):
         self._store.wait(keys, *([] if timeout is None else [timeout]))
 
     def add(self, key: str, value: int) -> int:
-        """Adds to a counter, which carries no digest, and returns its value."""
+        """Adds `value` to a counter and returns the new count; counters carry no digest."""
         return self._store.add(key, value)
 
     def delete_key(self, key: str) -> bool:

@@ -87,7 +87,7 @@ def direction_of(task: Task) -> bool:
     """Returns whether a larger value of `training.best_metric` is better; False if no metric is set.
 
     Raises:
-        ConfigError: if the task has no such metric, or there is nothing to evaluate it on.
+        ConfigError: if the task has no such metric, or no stream has validation data.
     """
     name, data = task.config.training.best_metric, task.config.data
     if name is None:

@@ -80,16 +80,16 @@ class BrokenRecords:
 
 
 class StepCounts:
-    """Sums the term counts of each step over all ranks, before any forward pass."""
+    """Sums each term's count of samples or positions in a step over all ranks, before any forward pass."""
 
     def __init__(self, records: BrokenRecords, mesh: Mesh) -> None:
         self.records, self._mesh = records, mesh
 
     def agree(self, step_batch: StepBatch) -> tuple[Tensor, list[str]]:
-        """Sums the counts of a step's K terms over all ranks; sends K + 1 integers and the new broken records.
+        """Sums each term's count of samples or positions in a step over all ranks, and shares new broken records.
 
         Returns:
-            Counts of each term over all ranks, (K,) int64; one line per broken record that no rank had found before.
+            Count of each term over all ranks, (terms,) int64; one line per broken record that no rank had found before.
 
         Raises:
             ConfigError: on all ranks at the same step, if too many records are broken.

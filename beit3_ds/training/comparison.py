@@ -27,7 +27,7 @@ class Comparison:
         return max((abs(a - b), step) for a, b, step in zip(first, second, self.steps, strict=True))
 
     def describe(self) -> str:
-        """Formats one line per loss with its largest difference and the step."""
+        """Returns one line per loss, with the largest difference between the two runs and its step."""
         lines = [f"{self.names[0]} and {self.names[1]}: {len(self.steps)} steps in common"]
         for name in self.losses:
             difference, step = self.largest_difference(name)

@@ -42,7 +42,7 @@ class InitialWeights:
         self._names = wanted.keys() - set(self.absent)
 
     def load(self, state: EngineState) -> None:
-        """Overwrites the engine's initial values; each rank reads only its own parts. All ranks call it."""
+        """Replaces initial values in the engine by the stored weights; each rank reads its own. All ranks call it."""
         state.load_weights(self._read, self._names)
 
     def describe(self) -> str:

@@ -39,7 +39,7 @@ class MetricsLog:
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def figures(self) -> list[dict[str, Any]]:
-        """Returns "step", "kind" and all numbers of each record that has a kind; leaves out the rest."""
+        """Returns "step", "kind" and all numbers of each record with a "kind", such as "train"; leaves out the rest."""
         records = [record for record in self.records() if isinstance(record.get("kind"), str)]
         return [
             {

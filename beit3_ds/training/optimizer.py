@@ -1,4 +1,4 @@
-"""Builds AdamW with a group per combination of weight decay and learning rate (paper section 2.3)."""
+"""Builds AdamW with one parameter group per combination of weight decay and learning rate (paper section 2.3)."""
 
 import importlib
 import importlib.util
@@ -61,7 +61,7 @@ def allocate_moments(optimizer: torch.optim.AdamW) -> None:
 
 
 def build_optimizer(model: nn.Module, config: RunConfig, largest: Callable[[int], int] = int) -> torch.optim.Optimizer:
-    """Builds AdamW with a group per combination of weight decay and learning rate (`parameter_group`).
+    """Builds AdamW with one parameter group per combination of weight decay and learning rate (`parameter_group`).
 
     Each group has the key `lr_scale`, by which `set_learning_rate` multiplies its learning rate. Unless
     `training.optimizer` selects apex, this is torch's fused AdamW, ten times faster than the plain one even on a CPU.

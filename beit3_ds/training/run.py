@@ -55,13 +55,13 @@ class Run:
     first_step: int
     """Number of updates done before this process started."""
     broken_records: BrokenRecords
-    """Broken records found by this run, including those found before it was resumed."""
+    """Broken records found by this run so far, also those found before the run was resumed."""
     best: BestCheckpoint
-    """The best evaluation of this run, including those before it was resumed."""
+    """The best evaluation of this run so far, also counting evaluations before the run was resumed."""
     order: RunOrder | None
     """Order of the samples; None on ranks that receive their samples from others."""
     data: Mapping[str, Any]
-    """Data state of the resumed checkpoint (`Index.data`); empty without a checkpoint."""
+    """Position in the data and related state of the resumed checkpoint (`Index.data`); empty without a checkpoint."""
     is_stopping: Callable[[], bool]
     """Returns whether this rank has received a stop signal."""
 

@@ -50,15 +50,15 @@ class Answers:
     seconds: float = 0.0
     """Seconds from the connection to the first answer."""
     machine: dict[str, Any] | None = None
-    """Result of `Probe.machine`."""
+    """Facts about the machine by name, such as "hostname" (`Probe.machine`)."""
     software: dict[str, Any] | None = None
-    """Result of `Probe.software`."""
+    """Versions of packages, and digests of the project's files (`Probe.software`)."""
     gpus: dict[str, Any] | None = None
-    """Result of `Probe.gpus`."""
+    """GPUs that nvidia-smi lists, and its error message or None (`Probe.gpus`)."""
     disks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Results of `Probe.disk`, by the purpose of the disk."""
+    """Total and free bytes of each checked folder's disk (`Probe.disk`), by the purpose of the folder."""
     files: dict[str, tuple[int, str]] | None = None
-    """Results of `Probe.files`, by pattern."""
+    """Number and digest of the files that match each pattern (`Probe.files`), by pattern."""
     clock: float | None = None
     """Seconds by which the node's clock is ahead of this machine's."""
     clock_error: float = 0.0
@@ -68,9 +68,9 @@ class Answers:
     tokens_missing: tuple[str, ...] | None = None
     """Names of hosts whose files in the shared folder this node does not see; None if the node was not asked."""
     listener: dict[str, Any] | None = None
-    """Result of `Probe.listen`: for the master port on the first host, for any port on the others."""
+    """Port on which the node listens for test connections (`Probe.listen`): on the first host the master port."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Results of `Probe.connect`, by the host to which this node connected."""
+    """Addresses used, or the error, of this node's connection to each node (`Probe.connect`), by the other host."""
     own_address: str | None = None
     """This node's own address in its connections to other nodes."""
     interface: str | None = None
@@ -88,7 +88,7 @@ class Inspection:
     master_address: str | None
     """MASTER_ADDR that DeepSpeed would choose: the first address of the first host."""
     named_master: Mapping[str, dict[str, Any]]
-    """Results of `Probe.connect` to the first host's name, by the name of the connecting host."""
+    """Addresses used, or the error, of each node's connection to the first host's name, by the connecting host."""
     shared_folder: str | None
     """Folder into which nodes wrote test files: the output folder, or its nearest parent that exists."""
 

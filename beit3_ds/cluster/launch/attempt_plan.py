@@ -17,7 +17,7 @@ class AttemptPlan:
     build_commands: Callable[[list[str]], list[list[str]]]
     """Function that returns the commands which start a guard per rank; its argument is the guards' command line."""
     launcher_environment: Mapping[str, str]
-    """Complete environment of the commands from `build_commands`."""
+    """All environment variables with which the commands from `build_commands` run."""
     trainer: Sequence[str]
     """Training command that every rank runs."""
     environment: Mapping[str, str]

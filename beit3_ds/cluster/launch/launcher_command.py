@@ -1,4 +1,4 @@
-"""Builds the commands that start a guard for every rank through DeepSpeed's launcher, for each of its backends.
+"""Builds the commands with which DeepSpeed's launcher starts a guard (the parent of a trainer) for every rank.
 
 Several launchers pass their command to shells on the hosts. So the command contains only words that no shell changes
 (`plain_words`).

@@ -1,4 +1,4 @@
-"""Runs DeepSpeed's launcher as a child of the supervisor."""
+"""Runs DeepSpeed's launcher as a child process of `beit3 launch`."""
 
 import asyncio
 import os
