@@ -42,7 +42,7 @@ class LocalTensor:
     """Describes the block of a logical tensor that belongs to this rank under tensor and pipeline parallelism."""
 
     shape: torch.Size
-    """Logical shape of the tensor."""
+    """Shape of the whole tensor, without any parallelism."""
     block: TensorSlice
     """This rank's block of the tensor."""
 
@@ -51,7 +51,7 @@ class Fragment(NamedTuple):
     """Holds the weights and optimizer state of consecutive elements of one tensor, as 1-D views of engine memory."""
 
     name: str
-    """Logical name of the parameter."""
+    """Name of the parameter in the whole model."""
     start: int
     """Index of the fragment's first element, counted from the start of this rank's block of the tensor."""
     weight: Tensor

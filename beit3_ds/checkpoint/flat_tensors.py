@@ -21,7 +21,7 @@ class ParameterRange(NamedTuple):
     position: int
     """Index of the range's first element in the flat tensor."""
     length: int
-    """Number of elements."""
+    """Number of elements in the range."""
 
 
 def adamw_of(optimizer: Any) -> torch.optim.Optimizer:

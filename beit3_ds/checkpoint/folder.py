@@ -78,7 +78,7 @@ class CheckpointFolder:
 
     @property
     def step(self) -> int:
-        """Returns the number of updates done."""
+        """Returns the number of updates done before the checkpoint was saved."""
         return self.index.step
 
     @property
@@ -109,11 +109,11 @@ class CheckpointFolder:
         return bool(self.files(_FILE_OF_KIND[AVERAGE]))
 
     def names(self) -> list[str]:
-        """Returns the logical names of all tensors."""
+        """Returns the names of all tensors of the model in the checkpoint."""
         return list(self.index.shapes)
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the logical shape of a tensor."""
+        """Returns the shape of a whole tensor, without any parallelism."""
         return self.index.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -322,7 +322,7 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
 
 
 def best_checkpoint_path(path: Path) -> Path:
-    """Returns the path of a run's best checkpoint (`training.best_metric`), which its newest checkpoint names.
+    """Returns the path of a run's best checkpoint (`training.best_metric`); the newest checkpoint records its step.
 
     Args:
         path: a folder of checkpoints, or `training.output_dir` of a run.
@@ -340,7 +340,7 @@ def best_checkpoint_path(path: Path) -> Path:
 
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
-    """Compares files like `find_damage`, but with one thread per core and a progress bar.
+    """Compares files with their digests like `find_damage`, but with one thread per core and a progress bar.
 
     Suits commands that run as a single process on the machine.
     """

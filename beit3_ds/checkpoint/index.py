@@ -76,7 +76,7 @@ class StoredBuffer(NamedTuple):
     rank: int
     """Rank that wrote the buffer."""
     dtype: str
-    """Name of its dtype in torch, without `torch.`."""
+    """Name of the buffer's dtype in torch, such as "float32"."""
     shape: tuple[int, ...]
     """Shape of the buffer."""
 
@@ -86,14 +86,14 @@ class Index:
     """Holds the content of a checkpoint's index file."""
 
     step: int
-    """Number of updates done."""
+    """Number of updates done before the checkpoint was saved."""
     optimizer_step: int
     """Number of updates that AdamW has counted; skipped updates are not counted."""
     run: RunDescription
     shapes: Mapping[str, torch.Size]
-    """Logical shape of every tensor, by its logical name."""
+    """Shape of every whole tensor, by the tensor's name."""
     pieces: Mapping[str, Sequence[Piece]]
-    """Pieces of every tensor, by the tensor's logical name."""
+    """Pieces of every tensor, by the tensor's name; together they cover each of its elements once."""
     files: Mapping[str, WrittenFile]
     """Size and digest of every file except the index."""
     buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)

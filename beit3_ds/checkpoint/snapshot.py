@@ -48,7 +48,7 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Returns logical shapes by tensor name, for every tensor that this rank saves at least partly."""
+        """Returns the shape of each whole tensor of which this rank saves a piece, by the tensor's name."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> list[tuple[str, Piece]]:

@@ -14,7 +14,7 @@ class HeldWeights(NamedTuple):
     """Holds two copies of a range of weights: the optimizer's, which checkpoints save, and the model's."""
 
     name: str
-    """Logical name of the parameter."""
+    """Name of the parameter in the whole model."""
     saved: Tensor
     """Values that a checkpoint would hold, in one dimension."""
     held: Tensor

@@ -34,7 +34,7 @@ if deepspeed.__version__ != TESTED_DEEPSPEED:
 
 
 def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
-    """Adapts the DeepSpeed engine of this pipeline stage to the mesh."""
+    """Replaces the functions of this stage's DeepSpeed engine that do not fit the mesh, such as gradient norms."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         if mesh.data_parallel_size == 1:

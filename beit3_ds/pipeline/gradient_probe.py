@@ -28,7 +28,7 @@ class GradientProbe:
         self._sums = {}
 
     def begin_backward(self, micro_batch: int) -> None:
-        """Sets the micro-batch of the step to which the next backward pass belongs."""
+        """Sets the index of the micro-batch, within the step, to which the next backward pass belongs."""
         self._current = self._sums.setdefault(micro_batch, [])
 
     def find_non_finite(self) -> list[int]:

@@ -33,7 +33,7 @@ def layer_costs(config: RunConfig, head_flops: float) -> list[float]:
 
 
 def _expected_work(config: RunConfig) -> Work:
-    """Returns the sizes of a step whose texts have full length."""
+    """Returns the rows, (query, key) pairs and patches of one step, if all texts have full length."""
     data, num_patches = config.data, config.model.num_patches
     images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
     image_length, caption_length, text_length = 1 + num_patches, data.pair_text_length, data.text_length

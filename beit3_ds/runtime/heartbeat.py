@@ -16,9 +16,9 @@ class Heartbeat(NamedTuple):
     changes: int
     """Counts phases of the main thread (`Activity.changes`); a growing number shows that the rank makes progress."""
     step: int
-    """Step of the main thread, from 1."""
+    """Number of the step in which the main thread is, from 1."""
     phase: str
-    """Phase of the step in which the main thread is."""
+    """Name of the main thread's current phase, such as "update"."""
     is_waiting: bool
     """Whether the main thread waits for other ranks."""
     state: str = "running"

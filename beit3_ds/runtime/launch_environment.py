@@ -39,7 +39,7 @@ class Launch:
     """File with the secret of the ranks (BEIT3_SECRET_FILE); None stands for the file in the output folder."""
 
     def variables(self) -> dict[str, str]:
-        """Returns the environment variables that torch and DeepSpeed read."""
+        """Returns this rank's values of the environment variables that torch and DeepSpeed read."""
         values = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world_size,

@@ -113,7 +113,7 @@ def compute_device() -> torch.device:
 
 
 def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.Store) -> Mesh:
-    """Builds the process groups and returns the mesh: device groups take device tensors only, a host group host values.
+    """Builds the mesh with its process groups: some for device tensors, and one for values in host memory.
 
     Args:
         parallel: the layout and the time-out.

@@ -207,7 +207,7 @@ class Watchdog:
         self._set_once("failure", json.dumps(failure))
 
     def _set_once(self, key: str, value: str) -> None:
-        """Writes a value if the key has none; if two ranks write at the same moment, either value remains."""
+        """Writes a value if the key has none; if two ranks write at the same moment, one of their values remains."""
         if self._store.get(key).decode() == _NONE:
             self._store.set(key, value)
 

@@ -15,7 +15,7 @@ from beit3_ds.training.loss import count_terms
 
 _LONGEST_LINE = 4000
 BROKEN_RECORDS = "broken_records"
-"""Key of the broken records in the data state of a checkpoint."""
+"""Key in `Index.data` under which a checkpoint lists the broken records."""
 
 
 class BrokenRecords:
@@ -102,7 +102,7 @@ class StepCounts:
 
 
 def records_from(data: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the broken records in the data state of a checkpoint; checkpoints of older versions have none.
+    """Returns the broken records that a checkpoint lists in `Index.data`; checkpoints of older versions have none.
 
     Raises:
         ConfigError: if they are not texts by name, because the checkpoint was edited.

@@ -15,7 +15,7 @@ class Comparison:
     """Holds the training losses of two runs at the steps that both recorded."""
 
     names: tuple[str, str]
-    """The runs' folders."""
+    """Output folders of the two runs."""
     steps: tuple[int, ...]
     """Number of updates done at each compared step."""
     losses: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]

@@ -242,7 +242,7 @@ def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int, *
 
 
 def _data_state(run: Run, done: int, *, is_evaluated: bool = True) -> dict[str, Any]:
-    """Returns the data state of a checkpoint after `done` steps (`Index.data`); only the main rank needs it."""
+    """Returns `Index.data` for a checkpoint after `done` steps, such as the data position; for the main rank."""
     state: dict[str, Any] = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
     state |= {BROKEN_RECORDS: run.broken_records.state()} | run.best.state()
     return state if is_evaluated else state | {EVALUATION_DUE: True}

@@ -26,7 +26,7 @@ class ModelEvaluator:
     device: torch.device
     terms: tuple[Term, ...]
     rank_task: RankTask
-    """The task, opened for this rank and the split."""
+    """Opened samples and files of the task that this rank reads for the split."""
     weights: AdaptedWeights
     """Reader of the weights on disk, from which the model was loaded."""
     validation: Iterable[PackedBatch]

@@ -27,7 +27,7 @@ def _find_fused_adam() -> Any:
 
 
 def find_apex(part: str, asked_for: str) -> Any:
-    """Imports a part of NVIDIA's apex.
+    """Imports a submodule of NVIDIA's apex and returns it.
 
     Args:
         part: name of the submodule.

@@ -17,9 +17,9 @@ from beit3_ds.training.run import Run
 
 
 def report(run: Run, signals: StopSignals) -> None:
-    """Writes the report of a finished run with the averaged weights, if any; a stop signal ends that between batches.
+    """Writes the report of a finished run, computed with the averaged weights if there are any. All ranks call it.
 
-    All ranks call it. The next start of the same command writes the report of a run that was stopped here.
+    A stop signal ends the computation between two batches. The next start of the same command then writes the report.
     """
     try:
         with run.state.averaged_weights():

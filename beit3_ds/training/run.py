@@ -40,7 +40,7 @@ class Run:
     terms: tuple[Term, ...]
     """Loss terms of the task."""
     rank_task: RankTask
-    """The task, opened for this rank."""
+    """Opened samples and files of the task that this rank reads."""
     validation: Iterable[PackedBatch]
     read_validation: Callable[[], None]
     """Reads this rank's own validation batches; returns early if the rank is asked to stop."""

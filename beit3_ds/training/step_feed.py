@@ -48,7 +48,7 @@ class StepFeed:
         return fetched
 
     def attempt(self, read: Callable[[], None]) -> None:
-        """Calls a function that reads data and keeps its error for `raise_error`."""
+        """Calls `read`, which reads data, and keeps its error in `error` for `raise_error`."""
         try:
             read()
         except (ConfigError, StorageError) as error:

@@ -31,7 +31,7 @@ class Links:
     backend: str
     """Backend of torch.distributed that sent the data, "gloo" or "nccl"."""
     rates: Mapping[tuple[str, str], float]
-    """Speed by sender and receiver."""
+    """Bits per second of each link, by the names of its sender and receiver."""
     all_reduce: float
     """Bus bandwidth of an all-reduce over all nodes, as the slowest rank measured it."""
 

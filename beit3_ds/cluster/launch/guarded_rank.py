@@ -1,4 +1,4 @@
-"""Tracks the state of one rank for the supervisor, and describes its end."""
+"""Tracks the state of one rank for the supervisor, and describes how the rank ended."""
 
 import signal
 import time

@@ -46,7 +46,7 @@ class LaunchOptions:
     hostfile: str
     config: str
     changes: Sequence[str]
-    """Changes of the config (`--set`)."""
+    """Changes of the config, each as KEY=VALUE (`--set`)."""
     launcher: Launcher
     restarts: int
     """Largest number of restarts after failures."""

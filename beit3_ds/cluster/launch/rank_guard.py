@@ -51,7 +51,7 @@ _ATTEMPTS = 4
 
 
 class RankGuard:
-    """Starts, signals and kills the trainer of one rank on the supervisor's commands, and reports its end."""
+    """Starts, signals and kills one rank's trainer when the supervisor says so, and reports the trainer's end."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
         """Prepares a guard that has already registered over `channel`.

@@ -1,4 +1,4 @@
-"""Bounds the connections whose peers have not yet shown the supervisor the token, and the lines about refused peers."""
+"""Limits the connections whose peers have yet to prove that they know the token, and the lines about refused peers."""
 
 import ipaddress
 from collections import Counter
@@ -10,7 +10,7 @@ _FIRST_REFUSALS = 4  # each gets a line; later ones get a line whenever their nu
 
 
 class WaitingPeers:
-    """Holds the channels that wait for the token, at most a given number; strangers cannot keep guards out.
+    """Holds a limited number of channels whose peers have yet to prove that they know the token.
 
     If one more peer connects, the oldest connection of the address with the most waiting connections is closed. So a
     stranger only replaces its own connections, and a guard at another address has all the time that the handshake
