@@ -79,9 +79,9 @@ class WriterLock:
       process loses it if any of its code opens and closes the file. Therefore a thread of the holder takes the lock
       again every second.
 
-    The same thread sets the file's time every second, as a sign of life. A process that finds the lock taken is refused
-    at once if the holder is alive, and waits for the lock otherwise. On a file system without locks, only this sign of
-    life shows that there is a holder.
+    In both cases a thread of the holder sets the file's time every second, as a sign of life. A process that finds the
+    lock taken is refused at once if the holder is alive, and waits for the lock otherwise. On a file system without
+    locks, only this sign of life shows that there is a holder.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class WriterLock:
             if is_locked is False:
                 _try_record(self._file, _WAITING, fcntl.LOCK_SH)  # for `contended_at` of the holder
             holder, beat, is_empty = self._look()
-            # A lock that was taken proves nothing about another kernel if the file system keeps locks to one host.
+            # If the file system keeps locks to one host, a taken lock says nothing about processes on other hosts.
             if (is_locked is not False and is_empty) or (is_locked and holder and holder.boot == self._own.boot):
                 break
             now = time.monotonic()
@@ -204,7 +204,7 @@ class WriterLock:
         self._write_name(shares_no_locks=is_locked is None)
 
     def _write_name(self, *, shares_no_locks: bool) -> None:
-        with contextlib.suppress(OSError):  # of a full disk; the thread tries again
+        with contextlib.suppress(OSError):  # the disk may be full; the thread tries again
             self._write(self._own)
         if not shares_no_locks:
             return
@@ -220,7 +220,11 @@ class WriterLock:
             raise self._refusal(holder)
 
     def _try_to_hold(self) -> bool | None:
-        """Takes the lock without waiting; changes nothing if this process has it. Returns the same as `_try_record`."""
+        """Takes the lock without waiting; changes nothing if this process has it already.
+
+        Returns:
+            True if this process has the lock now; False if another one has it; None if the file system has no locks.
+        """
         if not self._uses_records:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,7 +338,7 @@ class WriterLock:
 
 
 _HELD: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
-"""Locks of this process by flock, whose files a forked process must close (`WriterLock`)."""
+"""Locks that this process holds by flock. A forked process must close their files (`WriterLock`)."""
 
 
 def _close_inherited() -> None:

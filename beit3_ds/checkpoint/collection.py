@@ -89,7 +89,7 @@ class CheckpointCollection:
         """
         temporary = self.temporary_path(step)
         for left_over in left_over_paths(self.root):
-            shutil.rmtree(left_over, ignore_errors=left_over != temporary)  # only that one is in the way
+            shutil.rmtree(left_over, ignore_errors=left_over != temporary)  # only `temporary` must be gone
         try:
             temporary.mkdir()
         except FileExistsError:

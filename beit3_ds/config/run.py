@@ -123,7 +123,7 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
         text = data.decode()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file (looked in {Path.cwd()}).") from None
-    except (OSError, ValueError) as error:  # a name with NUL, or bytes that are not UTF-8
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL, or bytes that are not UTF-8
         raise ConfigError(f"{path}: cannot be read: {error}.") from None
     mapping = parse_json(text, str(path))
     try:

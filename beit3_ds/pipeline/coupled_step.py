@@ -56,7 +56,7 @@ class CoupledStep:
             gradients = iter(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
         self.sums += _share(sums.detach(), self._mesh)
         rows = {name: next(gradients) for name, x in whole.rows.items() if x.is_floating_point()}
-        # The factors contain the data-parallel size, because the engine averages. Every rank has the whole gradient
+        # The factors contain the data-parallel size, because the engine averages gradients. Every rank has the gradient
         # of shared values, and each of its micro-batches contributes an equal part of it.
         parts = self._mesh.data_parallel_size * self._num_micro_batches
         shared = {name: next(gradients) / parts for name in whole.shared}

@@ -1,7 +1,7 @@
 """Writes the CSV files of DeepSpeed's CSV monitor; each stays a valid table if a run is resumed or a disk fails.
 
-DeepSpeed's own writer fails the run on a full disk, writes a header to every file once per process, and keeps rows of
-steps that are repeated.
+DeepSpeed's own writer fails the run on a full disk, writes a header to every file once per process, and keeps the old
+rows of steps that a resumed run repeats.
 """
 
 import csv

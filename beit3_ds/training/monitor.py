@@ -74,7 +74,7 @@ class _Service:
             while self._missing:
                 self._service.write_events(self._missing[:1])
                 del self._missing[0]
-        except Exception as error:  # each library has its own
+        except Exception as error:  # each library has its own errors
             if not self._has_failed:
                 why = " ".join(str(error).split())
                 self._report(

@@ -79,7 +79,7 @@ class Worker:
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
 
     def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
-        """Measures both directions of each pair, round by round; all ranks must get equal rounds.
+        """Measures the speed between the ranks of each pair in both directions; all ranks must get equal rounds.
 
         Returns:
             Bits per second from this rank to each other rank, by rank number as a string.

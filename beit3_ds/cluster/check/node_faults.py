@@ -17,7 +17,7 @@ differences make the times of logs and files misleading."""
 _FREE_BYTES = 2**30  # least free space in /tmp and the output folder, for compiled kernels and logs
 _BUSY_GPU_BYTES = 2**30  # a program holds more than this, the driver less
 _GPU_SHARE = 0.9  # largest modelled share of memory: CUDA's context, NCCL's buffers and fragmentation are not modelled
-_OPEN_FILES = 1024  # Linux's default; connections to all peers and files of data count
+_OPEN_FILES = 1024  # Linux's default; connections to all peers and data files need descriptors
 _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Docker gives 64 MiB
 
 

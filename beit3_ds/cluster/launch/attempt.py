@@ -40,7 +40,7 @@ USER_ERROR = 2
 
 _STRANGERS = 64  # connections without the token that may wait, beside one per rank
 _SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its cause may be reported after it
-_SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence that is mentioned beside a failure
+_SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence after which the message about a failure names a rank
 _GRACE_SECONDS = 5.0  # time for the other ranks after the first failure: they report it (`runtime.watchdog`)
 _LAUNCHER_SECONDS = 10.0  # time for DeepSpeed's launcher to end once all guards have left
 _SHORT_LAUNCHER_SECONDS = (

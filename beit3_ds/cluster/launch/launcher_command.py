@@ -128,7 +128,7 @@ def check_launcher(
 
     Raises:
         ConfigError: if the backend's program is not installed or cannot start different numbers of ranks, or if a path
-            or variable on the hosts' lines has a character that shells change.
+            or variable in the hosts' command lines has a character that shells change.
     """
     if hostfile.is_local:
         return

@@ -180,7 +180,7 @@ class _Launch:
         options = self._options
         try:
             with hostfile.path.open("rb") as file:
-                # The folder's path may have any characters, but mpirun gets the hostfile's on its line.
+                # The path on mpirun's command line must be plain, but the folder's path may have any characters.
                 plain = Hostfile(Path(f"/proc/{os.getpid()}/fd/{file.fileno()}"), hostfile.hosts)
                 plan = AttemptPlan(
                     hosts=self._hosts,
