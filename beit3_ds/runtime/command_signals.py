@@ -10,7 +10,7 @@ from types import FrameType
 
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, describe_signal, exit_status, handled_signals, reading_signals
 
-STOP_SECONDS = 7.0
+STOP_SECONDS = 5.0
 """Seconds after a stop signal at which a command is ended without unwinding, if it has not ended by itself."""
 
 

@@ -11,7 +11,7 @@ from beit3_ds.parallel.activity import Activity
 from beit3_ds.runtime.main_thread import describe_main_thread
 from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_status
 
-STOP_SECONDS = 7.0
+STOP_SECONDS = 5.0
 """Seconds that a process without unsaved updates has to end after a stop signal; also the shortest limit of a wait for
 other ranks. A cluster kills a job half a minute after the signal or later."""
 _PEER_FACTOR = 2.0

@@ -43,9 +43,7 @@ _SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its caus
 _SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence after which the message about a failure names a rank
 _GRACE_SECONDS = 5.0  # time for the other ranks after the first failure: they report it (`runtime.watchdog`)
 _LAUNCHER_SECONDS = 10.0  # time for DeepSpeed's launcher to end once all guards have left
-_SHORT_LAUNCHER_SECONDS = (
-    4.0  # the same after a stop signal, or if a host is lost, for which pdsh and mpirun would wait
-)
+_SHORT_LAUNCHER_SECONDS = 2.0  # after a stop signal, or if a host is lost, for which pdsh and mpirun would wait
 _NOTICE_SECONDS = 15.0  # interval of lines that name the ranks that this process waits for
 
 
