@@ -34,6 +34,7 @@ NOTICE_SECONDS = 30.0
 """Seconds between two messages of a waiting rank."""
 _POLL_SECONDS = 0.5
 _CONTENDER_SECONDS = STOP_SECONDS + 5.0  # in which a launcher notices the end of a rank and ends the others by SIGTERM
+_LAUNCHER_SECONDS = 60.0  # time in which rank 0 takes no rank on its host that another launcher started
 _GRACE_SECONDS = 10.0  # time for other ranks to read from rank 0 that one is missing, or to fail by themselves
 _LISTED = 8  # most differences that a message names
 _WAYS_OUT = (
@@ -222,19 +223,17 @@ class Rendezvous:
         The answer holds the addresses, numbers of threads and nonces of all ranks. If a rank is missing or has other
         software, the answer is an error.
 
-        If another command asked for the output folder meanwhile, or ranks of one host have different launchers, some of
-        the ranks found may belong to a command that is being refused. This rank then gives the launcher of that command
-        `_CONTENDER_SECONDS` to end its ranks, and finds its own ranks anew.
+        If another command asked for the output folder meanwhile, some of the ranks found may belong to that command,
+        which is being refused. This rank then gives the launcher of that command `_CONTENDER_SECONDS` to end its ranks,
+        and finds its own ranks anew.
         """
-        is_first = True
         while True:
             began = time.monotonic()
             challenge, store, ranks = self._find_ranks(base, own)
-            if self._contended_at() < began - _CONTENDER_SECONDS and not (is_first and _have_different_parents(ranks)):
+            if self._contended_at() < began - _CONTENDER_SECONDS:
                 break
-            is_first, since = False, time.monotonic()
             self._waits_for = "another start in the same output folder, which is refused, to end"
-            while time.monotonic() - max(since, self._contended_at()) <= _CONTENDER_SECONDS:
+            while time.monotonic() - self._contended_at() <= _CONTENDER_SECONDS:
                 time.sleep(_POLL_SECONDS)
         if differences := find_differences(ranks):
             self._refuse(store, differences)
@@ -260,7 +259,9 @@ class Rendezvous:
             invitation.set("challenge", challenge)
             for rank in range(size):
                 if rank not in found and (text := _read(store, f"rank/{rank}")) is not None:
-                    found[rank] = json.loads(text)
+                    description = json.loads(text)
+                    if not self._is_of_another_launcher(description):
+                        found[rank] = description
             missing = [rank for rank in range(size) if rank not in found]
             if missing and time.monotonic() - self._start >= self._seconds:
                 self._refuse(
@@ -274,6 +275,14 @@ class Rendezvous:
                 time.sleep(_POLL_SECONDS / 5)
         self._waits_for = None
         return challenge, store, [found[rank] for rank in range(size)]
+
+    def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
+        """Returns whether a rank of rank 0's host has another parent process, like the ranks of another command.
+
+        After `_LAUNCHER_SECONDS` this is false for all ranks, because people may start each rank by hand.
+        """
+        is_late = time.monotonic() - self._start >= min(_LAUNCHER_SECONDS, self._seconds / 2)
+        return description["host"] == self._host and description["parent"] != self._parent and not is_late
 
     def _refuse(self, store: KeyedStore, error: str) -> NoReturn:
         """Sends an error message to all ranks as their answer, and raises it here.
@@ -373,11 +382,6 @@ def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
         f"{'; '.join(sentences[:_LISTED])}{more}. All ranks must run the same software: install the same there, or "
         "share the environment. 'beit3 check-cluster HOSTFILE' names what differs on every host before a run."
     )
-
-
-def _have_different_parents(ranks: Sequence[Mapping[str, Any]]) -> bool:
-    """Returns whether ranks of one host are children of different processes."""
-    return len({(rank["host"], rank["parent"]) for rank in ranks}) > len({rank["host"] for rank in ranks})
 
 
 def _read(store: KeyedStore, key: str) -> str | None:
