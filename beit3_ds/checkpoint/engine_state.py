@@ -137,7 +137,7 @@ class EngineState:
         """Returns the fragments that this rank saves; all ranks together save every element of every tensor once.
 
         Without ZeRO, the data-parallel ranks hold equal elements, and each rank saves an equal share of them. Tensors
-        that are equal on all tensor-parallel ranks, such as norms and positions, are saved by TP rank 0.
+        that are equal on all tensor-parallel ranks, such as norms and positions, are saved by tensor-parallel rank 0.
         """
         self._start_moments()
         return list(self._shares())

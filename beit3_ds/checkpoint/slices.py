@@ -37,7 +37,7 @@ class TensorSlice(NamedTuple):
     def blocks(self, max_elements: int) -> Iterator["TensorSlice"]:
         """Cuts this slice into slices of at most `max_elements` elements, in the order of its elements row by row.
 
-        A block consists of whole rows of this slice, or, if a row has more elements, of a part of one row.
+        A block consists of whole rows of this slice, or of a part of one row if a row has more than `max_elements`.
         """
         width = self.right - self.left
         rows, columns = max(1, max_elements // max(1, width)), max(1, min(width, max_elements))

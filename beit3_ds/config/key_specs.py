@@ -141,7 +141,7 @@ class Choice(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Spec):
-    """Describes a key whose value is a printable text, not empty and with parts no longer than a file name may be.
+    """Describes a key whose value is a printable text, not empty; parts between slashes have at most 255 bytes.
 
     A text with `is_folder_name` names one folder and has no slashes.
     """

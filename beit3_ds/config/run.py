@@ -92,7 +92,7 @@ class RunConfig:
         """Checks that the DeepSpeed options work with this layout and optimizer (`check_deepspeed_rules`).
 
         Raises:
-            ConfigError: if they do not; the message names the option to leave out.
+            ConfigError: if options do not work together; the message names the option to leave out.
         """
         check_deepspeed_rules(self.options, self.training, self.parallel)
 

@@ -56,8 +56,8 @@ class CoupledStep:
             gradients = iter(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
         self.sums += _share(sums.detach(), self._mesh)
         rows = {name: next(gradients) for name, x in whole.rows.items() if x.is_floating_point()}
-        # The factors contain the data-parallel size, because the engine averages gradients. Every rank has the gradient
-        # of shared values, and each of its micro-batches contributes an equal part of it.
+        # The factors contain the data-parallel size, because the engine averages gradients. Every rank has the whole
+        # gradient of shared values, and each of its micro-batches contributes an equal part of that gradient.
         parts = self._mesh.data_parallel_size * self._num_micro_batches
         shared = {name: next(gradients) / parts for name in whole.shared}
         split = {name: _split(rows[name][own[name]], [f.rows[name] for f in micro_batches]) for name in rows}
@@ -87,7 +87,7 @@ class CoupledStep:
 
 
 def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: Mesh) -> Tensor:
-    """Returns the sums of the terms over the samples of all data-parallel ranks, (K,) float32; zeros except on rank 0.
+    """Returns each term's sum over the samples of all data-parallel ranks, (terms,); zeros except on the first rank.
 
     All data-parallel ranks of the last stage must call this function. Each sends the number of rows and the rows of
     every feature tensor to all others.

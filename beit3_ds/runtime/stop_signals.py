@@ -63,7 +63,7 @@ class StopSignals:
 
     @contextmanager
     def handling(self) -> Iterator["StopSignals"]:
-        """Records stop signals during the block instead of letting them end the process; enter in the main thread.
+        """Records stop signals during the block, so that they do not end the process; only the main thread may enter.
 
         Also unblocks the signals, because a launcher may start ranks with the signals blocked. A second SIGINT raises
         KeyboardInterrupt, as Python does by default. If the ranks have agreed to stop, the signals are ignored after
@@ -101,7 +101,7 @@ class StopSignals:
 
 @contextmanager
 def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
-    """During the block, a thread calls `note` with the number of each signal that arrives; enter in the main thread.
+    """Calls `note`, from another thread, with the number of each signal that arrives; only the main thread may enter.
 
     Only signals that have a handler in Python are read, because the interpreter writes no others into the pipe.
     """

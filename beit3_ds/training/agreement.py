@@ -64,7 +64,7 @@ def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
 
 
 def check_same_files(mesh: Mesh, paths: Mapping[str, str | None]) -> None:
-    """Checks that each key names the same files on all ranks. All ranks call it; sends 8 bytes per rank and file.
+    """Checks that files have the same content on all ranks. All ranks call it; sends 8 bytes per rank and file.
 
     Compares files of more than 256 MiB by their size and by 64 blocks of 1 MiB, spread over the file.
 

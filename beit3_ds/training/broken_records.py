@@ -88,6 +88,8 @@ class StepCounts:
     def agree(self, step_batch: StepBatch) -> tuple[Tensor, list[str]]:
         """Sums each term's count of samples or positions in a step over all ranks, and shares new broken records.
 
+        Sends one integer per term and one more, and then the new records if there are any.
+
         Returns:
             Count of each term over all ranks, (terms,) int64; one line per broken record that no rank had found before.
 

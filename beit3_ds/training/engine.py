@@ -55,8 +55,8 @@ def build_schedule(task: Task, mesh: Mesh, *, trains: bool = True) -> Schedule:
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: bool = True) -> deepspeed.DeepSpeedEngine:
     """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters.
 
-    With `trains`, AdamW's moments are allocated here, or under ZeRO in the first update. An engine that does not train
-    has no moments.
+    With `trains`, the moments of torch's AdamW are allocated here; under ZeRO, and with apex, they are allocated in the
+    first update. An engine that does not train has no moments.
     """
     gradient_bytes = _gradient_bytes(config, model) if trains else 0
     optimizer = build_optimizer(model, config, lambda number: max(mesh.pipeline.host.gather(number)))

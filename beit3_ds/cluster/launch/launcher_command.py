@@ -54,8 +54,8 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
 
     Args:
         launcher: the launcher's backend; not used if this machine is the only host.
-        hostfile: hostfile at a path of plain characters on this machine.
-        guard: arguments of the guards.
+        hostfile: hostfile whose path has only plain characters (`plain_words`).
+        guard: command-line arguments of the guards (`guard_arguments`).
     """
     first = hostfile.hosts[0].name
     # Guards get rank 0's address from the supervisor (`Attempt`). Without --master_addr DeepSpeed would ask for it over
