@@ -31,7 +31,7 @@ def read_regular(path: str | Path, limit: int, *, follow_links: bool = True) -> 
     """Returns the content of a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: as `open_regular` does, or if the file is longer.
+        OSError: if the file is longer, does not exist, or is a folder, a pipe, a socket or a device.
     """
     with open(open_regular(path, follow_links=follow_links), "rb") as file:
         is_longer = os.fstat(file.fileno()).st_size > limit

@@ -47,7 +47,7 @@ def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict
         The tensors, and the text or None if there is none.
 
     Raises:
-        ConfigError: as `read_tensors` does.
+        ConfigError: if the file cannot be read, holds objects that are not plain data, or holds no tensors by name.
     """
     path = Path(path)
     if path.suffix == ".safetensors":

@@ -121,7 +121,8 @@ class CheckpointStore:
             Number of updates done before the checkpoint was saved, which is the number of the next step.
 
         Raises:
-            ConfigError: as `load_checkpoint` does.
+            ConfigError: if the checkpoint holds another model, was trained with other tokenizers, or was not written by
+                this program.
         """
         return load_checkpoint(state, folder, self._run, self._mesh)
 

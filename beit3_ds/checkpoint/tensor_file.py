@@ -119,7 +119,7 @@ class TensorFile:
         """Returns the rows [top, bottom) of a tensor seen as a matrix (`slices.matrix_shape`).
 
         Raises:
-            BrokenTensorFileError: as `read` does.
+            BrokenTensorFileError: if the file has no tensor of that name, or is truncated inside the rows.
         """
         entry = self._entry(name)
         rows = torch.empty(bottom - top, matrix_shape(torch.Size(entry.shape))[1], dtype=entry.dtype)
@@ -135,7 +135,7 @@ class TensorFile:
             top: index of the tensor's row that becomes row 0 of `target`.
 
         Raises:
-            BrokenTensorFileError: as `read` does.
+            BrokenTensorFileError: if the file has no tensor of that name, or is truncated inside the rows.
         """
         entry, columns = self._entry(name), target.shape[1]
         assert (target.dtype, columns) == (entry.dtype, matrix_shape(torch.Size(entry.shape))[1]), (

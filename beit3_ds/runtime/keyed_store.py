@@ -20,8 +20,8 @@ class KeyedStore(dist.Store):
     """Writes each value with a digest under a secret key, and verifies the digest before it returns a value.
 
     The digest covers the value and its name, so a value is not valid under another name. Torch's process groups also
-    use this store, so the addresses at which gloo's ranks connect to each other are signed too. Not protected are the
-    existence of keys, deletions, and counters (`add`), which torch uses only to make ranks wait. An attacker may
+    use this store, so the addresses at which gloo's ranks connect to each other are signed too. The existence of keys,
+    deletions and counters are not protected; torch uses counters (`add`) only to make ranks wait. An attacker may
     replay a value of this run under its own name.
     """
 

@@ -53,7 +53,7 @@ def resume(
     mesh: Mesh,
     total_steps: int,
 ) -> Resumption:
-    """Loads the newest whole checkpoint, if any, and drops the metrics of later steps; all ranks call it.
+    """Loads the newest undamaged checkpoint, if any, and deletes the metrics of later steps; all ranks call it.
 
     Raises:
         ConfigError: if the checkpoint holds another model, was trained with other tokenizers, or has more than

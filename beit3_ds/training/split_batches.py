@@ -58,7 +58,7 @@ class StoppableBatches:
         self._batches, self._mesh, self._is_stopping = batches, mesh, is_stopping
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yields the batches; raises as `iterate_together` does."""
+        """Yields the batches; an error or a stop signal of one rank raises on all ranks (`iterate_together`)."""
         return iterate_together(self._batches, self._mesh, self._is_stopping)
 
 
