@@ -15,25 +15,26 @@ class AttemptPlan:
     hosts: Sequence[HostSlots]
     """Hosts and slots, in the order of their ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Function that returns the commands which start a guard per rank; its argument is the guards' command line."""
+    """Function that takes the command-line arguments of the guards, and returns the commands that start a guard (the
+    parent of the training process) for every rank."""
     launcher_environment: Mapping[str, str]
     """All environment variables with which the commands from `build_commands` run."""
     trainer: Sequence[str]
     """Training command that every rank runs."""
     environment: Mapping[str, str]
-    """Environment variables to set for the trainers; they override variables that the launcher sets."""
+    """Environment variables to set for the training processes; they override variables that the launcher sets."""
     folder: Path
-    """Working directory of the trainers on all hosts."""
+    """Working directory of the training processes on all hosts."""
     log_dir: Path
     """Log folder of this attempt, on storage that all hosts share."""
     address: str
-    """Address of this machine, to which the guards on all hosts connect."""
+    """Address of this machine, to which the guards of all ranks connect."""
     port: int
-    """Port on which the supervisor listens; 0 for any free port."""
+    """Port on which `beit3 launch` waits for the guards of the ranks; 0 for any free port."""
     keepalive_seconds: float
-    """Seconds without a message after which the supervisor gives up a host, and a guard gives up the supervisor."""
+    """Seconds of silence after which a host counts as lost for `beit3 launch`, and `beit3 launch` for the guards."""
     start_seconds: float
-    """Longest time in seconds until all guards have registered."""
+    """Longest time in seconds until the guards of all ranks have connected to `beit3 launch`."""
 
     @property
     def world_size(self) -> int:
@@ -57,4 +58,4 @@ class Outcome:
     lost_hosts: frozenset[str]
     """Names of hosts that stopped sending messages or whose guards never connected."""
     clear_at: float
-    """Time on the monotonic clock after which lost guards have certainly ended their trainers."""
+    """Time on the monotonic clock at which the guards on lost hosts have certainly ended their training processes."""

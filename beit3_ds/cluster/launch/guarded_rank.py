@@ -1,4 +1,4 @@
-"""Tracks the state of one rank for the supervisor, and describes how the rank ended."""
+"""Tracks the state of one rank for `beit3 launch`, and describes how the rank ended."""
 
 import signal
 import time
@@ -9,7 +9,7 @@ from beit3_ds.cluster.launch.messages import Channel, Ended, Register
 from beit3_ds.cluster.launch.terminal import last_lines
 
 STOPPED_SECONDS = 10.0
-"""Seconds after which a stopped trainer (state T) counts as failed."""
+"""Seconds after which a stopped training process (state T) counts as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +30,20 @@ class AttemptFailure:
 
 @dataclass(kw_only=True)
 class GuardedRank:
-    """Holds the state of a rank whose guard has registered."""
+    """Holds the state of a rank whose guard (the parent of its training process) has connected."""
 
     registered: Register
     channel: Channel
     log: Path
-    """File with the trainer's output."""
+    """File with the output of the training process."""
     ended: Ended | None = None
-    """The guard's report of the trainer's end; None while the trainer runs."""
+    """The guard's report of the end of the training process; None while that process runs."""
     is_lost: bool = False
     """Whether the rank's guard is gone or has been silent for too long."""
     is_killed: bool = False
-    """Whether the supervisor has told the guard to kill the trainer."""
+    """Whether `beit3 launch` has told the guard to kill the training process."""
     state: str = ""
-    """Letter of the trainer's state in /proc, such as T for stopped; empty if unknown."""
+    """Letter of the training process's state in /proc, such as T for stopped; empty if unknown."""
     state_since: float = field(default_factory=time.monotonic)
 
     @property
@@ -58,7 +58,7 @@ class GuardedRank:
 
     @property
     def is_gone(self) -> bool:
-        """Returns whether the trainer has ended or is lost."""
+        """Returns whether the training process has ended or is lost."""
         return self.ended is not None or self.is_lost
 
     @property
@@ -67,16 +67,16 @@ class GuardedRank:
         return time.monotonic() - self.channel.last_heard
 
     def record_state(self, state: str) -> None:
-        """Records the trainer's state from a keepalive message."""
+        """Records the state of the training process from a keepalive message."""
         if state != self.state:
             self.state, self.state_since = state, time.monotonic()
 
     def is_stopped(self) -> bool:
-        """Returns whether the trainer has been stopped (state T) for longer than `STOPPED_SECONDS`."""
+        """Returns whether the training process has been stopped (state T) for longer than `STOPPED_SECONDS`."""
         return self.state == "T" and not self.is_gone and time.monotonic() - self.state_since > STOPPED_SECONDS
 
     def describe_end(self) -> str:
-        """Describes how the trainer ended, in a phrase such as "ended with status 1"."""
+        """Describes how the training process ended, in a phrase such as "ended with status 1"."""
         if self.ended is None:
             return "was lost" if self.is_lost else "still runs"
         if self.ended.error:

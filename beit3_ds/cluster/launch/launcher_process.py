@@ -20,7 +20,7 @@ class LauncherProcess:
     """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt them.
 
     Their output goes to a file in memory, and is copied from there to the log. If DeepSpeed's launcher wrote to the log
-    itself, a full disk would end it. If it wrote to a pipe, it would end with the supervisor, while the ranks still
+    itself, a full disk would end it. If it wrote to a pipe, it would end with `beit3 launch`, while the ranks still
     save.
     """
 

@@ -57,11 +57,11 @@ class LaunchOptions:
     environment: Sequence[str]
     """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds without a message after which the supervisor gives up a host, and a guard gives up the supervisor."""
+    """Seconds of silence after which a host counts as lost for `beit3 launch`, and `beit3 launch` for the guards."""
     start_seconds: float
-    """Longest time in seconds until all guards have registered."""
+    """Longest time in seconds until the guards of all ranks have connected to `beit3 launch`."""
     port: int
-    """Port on which the supervisor listens; 0 means any free port."""
+    """Port on which `beit3 launch` waits for the guards of the ranks; 0 for any free port."""
     force: bool = False
     """Whether the ranks move the checkpoints of a finished run aside and train again (`beit3 train --force`)."""
     dry_run: bool = False

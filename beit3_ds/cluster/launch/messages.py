@@ -1,4 +1,4 @@
-"""Defines the messages between the supervisor of a run and the guards of its ranks: one JSON object per line over TCP.
+"""Defines the messages between `beit3 launch` (the supervisor) and the guards of the ranks: lines of JSON over TCP.
 
 First, both sides prove that they know the attempt's token, which is in a file of mode 0600 in the shared log folder.
 This is needed because a guard starts any command that its supervisor sends. Later messages are neither encrypted nor
@@ -29,7 +29,7 @@ _ACCEPTED_AT_ONCE = 32  # connections accepted before the first of them is looke
 
 @dataclass(frozen=True, kw_only=True)
 class Register:
-    """Tells the supervisor that a guard is ready, and describes the guard."""
+    """Tells the supervisor (`beit3 launch`) that a rank's guard is ready, and describes the guard."""
 
     rank: int
     local_rank: int | None
@@ -39,24 +39,24 @@ class Register:
     pid: int
     """Process number of the guard."""
     address: str
-    """Address of this host on the network over which it reached the supervisor."""
+    """Address of this host on the network over which it reached `beit3 launch`."""
     free_port: int
     """Port of this host that was free when the guard registered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Tells a guard to start its trainer."""
+    """Tells a guard to start its trainer, the training process of its rank."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Additional variables for the trainer; they override those that the launcher has set."""
+    """Additional environment variables for the training process; they override those that the launcher has set."""
     folder: str
-    """Working directory of the trainer."""
+    """Working directory of the training process."""
     log: str
-    """File for the trainer's output."""
+    """File for the output of the training process."""
     send_output: bool
-    """Whether the guard also sends the trainer's output to the supervisor."""
+    """Whether the guard also sends the output of the training process to `beit3 launch`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,52 +64,52 @@ class KeepAlive:
     """Tells the other side that the sender is alive."""
 
     state: str = ""
-    """Letter of the trainer's state in /proc, such as T for stopped; empty unless a guard with a trainer sends it."""
+    """Letter of the training process's state in /proc, such as T for stopped; empty without such a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Carries text that the trainer printed, from a guard to the supervisor."""
+    """Carries text that a training process printed, from its guard to `beit3 launch`."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogError:
-    """Tells the supervisor that the trainer's log file cannot be written; training continues."""
+    """Tells `beit3 launch` that the log file of a training process cannot be written; training continues."""
 
     error: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopSignalReceived:
-    """Tells the supervisor that a guard received a stop signal, for example from the cluster manager."""
+    """Tells `beit3 launch` that a guard received a stop signal, for example from the cluster manager."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """Tells the supervisor that the trainer and all its processes have ended."""
+    """Tells `beit3 launch` that a training process and all its child processes have ended."""
 
     status: int | None
-    """Exit status of the trainer, or minus the signal number that ended it; None if it was never started."""
+    """Exit status of the training process, or minus the number of the signal that ended it; None if never started."""
     lines: Sequence[str]
-    """Last lines of the trainer's output."""
+    """Last lines of the training process's output."""
     error: str = ""
-    """Reason why the trainer could not be started."""
+    """Reason why the training process could not be started; empty if it was started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SendSignal:
-    """Tells a guard to send a signal to its trainer."""
+    """Tells a guard to send a signal to its rank's training process."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """Tells a guard to kill its trainer and all its processes."""
+    """Tells a guard to kill its rank's training process and all child processes of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def decode(line: bytes) -> Message:
 
 
 class Channel:
-    """Sends and receives messages at one end of a connection between a guard and its supervisor."""
+    """Sends and receives messages at one end of a connection between a rank's guard and `beit3 launch`."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -259,7 +259,7 @@ class Channel:
 
 
 async def connect(address: str, port: int) -> Channel:
-    """Connects to a supervisor and returns the channel.
+    """Connects a guard to `beit3 launch` and returns the channel.
 
     Raises:
         OSError: if the connection cannot be established.

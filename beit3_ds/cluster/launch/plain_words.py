@@ -2,7 +2,7 @@
 
 DeepSpeed's launcher writes the path of Python, some variables and the guards' arguments into such lines. It quotes only
 words with blanks, in quotes that still expand `$( )`. Guards receive all other values through their connection to the
-supervisor (`messages.Start`).
+supervisor, `beit3 launch` (`messages.Start`).
 """
 
 import re

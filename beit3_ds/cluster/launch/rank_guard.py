@@ -51,14 +51,14 @@ _ATTEMPTS = 4
 
 
 class RankGuard:
-    """Starts, signals and kills one rank's trainer when the supervisor says so, and reports the trainer's end."""
+    """Starts, signals and kills one rank's training process as `beit3 launch` requests, and reports its end."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
         """Prepares a guard that has already registered over `channel`.
 
         Args:
-            channel: connection to the supervisor.
-            keepalive_seconds: seconds without a message after which the supervisor counts as lost.
+            channel: connection to `beit3 launch`.
+            keepalive_seconds: seconds without a message after which `beit3 launch` counts as lost.
         """
         self._channel, self._keepalive = channel, keepalive_seconds
         self._trainer: TrainerProcess | None = None
@@ -67,10 +67,10 @@ class RankGuard:
         self._over = asyncio.Event()
 
     async def run(self) -> int:
-        """Runs until the supervisor ends the attempt, or until the supervisor is lost and the trainer has ended.
+        """Runs until `beit3 launch` ends the attempt, or until it is lost and the training process has ended.
 
         Returns:
-            Exit status: 0 if the supervisor ended the attempt, 1 if the supervisor was lost.
+            Exit status: 0 if `beit3 launch` ended the attempt, 1 if `beit3 launch` was lost.
         """
         loop = asyncio.get_running_loop()
         for number in handled_signals():
@@ -226,7 +226,7 @@ async def _read(path: Path) -> bytes:
 
 
 async def _connect(address: str, port: int, token: bytes) -> Channel:
-    """Connects to the supervisor; tries again if the supervisor is flooded by strangers and closes the connection."""
+    """Connects to `beit3 launch`; tries again if that process closes the connection, because strangers flood it."""
     for _ in range(_ATTEMPTS - 1):
         with contextlib.suppress(OSError, HandshakeClosedError):
             return await _connect_once(address, port, token)

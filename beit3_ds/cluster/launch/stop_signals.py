@@ -13,7 +13,7 @@ class LauncherStopSignals:
     """Records the first stop signal, which is forwarded to all ranks; a second SIGINT kills the ranks.
 
     SIGHUP, which a closing terminal sends, counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because ranks end if their
-    supervisor is stopped.
+    supervisor, this process, is stopped.
     """
 
     def __init__(self, terminal: Terminal) -> None:

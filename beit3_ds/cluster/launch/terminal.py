@@ -14,18 +14,18 @@ _PREFIX = "beit3 launch: "
 
 
 class Terminal:
-    """Prints the supervisor's lines to stderr and to a file, and the output of rank 0 to stdout.
+    """Prints the lines of `beit3 launch` to stderr and to a file, and the output of rank 0 to stdout.
 
     A closed terminal or a full disk does not end a run. Lines that the file misses are written with a later line.
     """
 
     def __init__(self, log: Path) -> None:
-        """Prepares to print to stderr, and to append the supervisor's lines to the file `log`."""
+        """Prepares to print to stderr, and to append the lines of `beit3 launch` to the file `log`."""
         self._path = log
         self._log = RetryingStream(lambda: open_log(log), self._report_error)
 
     def report(self, text: str, lines: Iterable[str] = ()) -> None:
-        """Prints a message of the supervisor, followed by quoted lines, such as a rank's last output."""
+        """Prints a message of `beit3 launch`, followed by quoted lines, such as a rank's last output."""
         text, quoted = printable(text), "".join(f"    | {printable(line)}\n" for line in lines)
         with contextlib.suppress(OSError, ValueError):
             print(f"{_PREFIX}{text}\n{quoted}", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Runs one rank's trainer as a child of its guard: copies its output, reads its state, and ends all its processes."""
+"""Runs one rank's training process as a child of its guard, copies its output, and ends all processes that it left."""
 
 import codecs
 import contextlib
@@ -24,7 +24,7 @@ _libc = ctypes.CDLL(None)
 
 
 class TrainerProcess:
-    """Runs a trainer in a separate session, and copies the trainer's output from a pipe to a log file.
+    """Runs a trainer (a rank's training process) in a separate session, and copies its output from a pipe to a log.
 
     On a full disk training continues, and missing lines are written to the log once there is room. The kernel kills the
     trainer if the guard ends for any reason.
