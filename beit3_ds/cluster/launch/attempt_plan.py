@@ -32,7 +32,8 @@ class AttemptPlan:
     port: int
     """Port on which `beit3 launch` waits for the guards of the ranks; 0 for any free port."""
     keepalive_seconds: float
-    """Seconds of silence after which a host counts as lost for `beit3 launch`, and `beit3 launch` for the guards."""
+    """Seconds without a message after which `beit3 launch` counts a host as lost. Guards wait equally long for messages
+    of `beit3 launch`."""
     start_seconds: float
     """Longest time in seconds until the guards of all ranks have connected to `beit3 launch`."""
 

@@ -57,7 +57,8 @@ class LaunchOptions:
     environment: Sequence[str]
     """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds of silence after which a host counts as lost for `beit3 launch`, and `beit3 launch` for the guards."""
+    """Seconds without a message after which `beit3 launch` counts a host as lost. Guards wait equally long for messages
+    of `beit3 launch`."""
     start_seconds: float
     """Longest time in seconds until the guards of all ranks have connected to `beit3 launch`."""
     port: int
