@@ -270,7 +270,7 @@ class WriterLock:
     def _look(self) -> tuple[Holder | None, int, bool]:
         """Returns the holder that the file names, the time of its last sign of life, and whether the file is empty.
 
-        Reads through the open file, because closing a second one would release this process's locks.
+        Reads through the open file, because closing a second open file would release this process's record locks.
         """
         text = os.pread(self._file, _MOST_BYTES, 0)
         return _parse_holder(text), os.fstat(self._file).st_mtime_ns, not text

@@ -123,7 +123,7 @@ class CheckpointFolder:
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         """Returns the float32 weights or averages of a tensor.
 
-        The result has the tensor's logical shape; with `part`, it holds only that slice, as a matrix.
+        Without `part`, the result has the shape of the whole tensor; otherwise it is that slice as a matrix.
 
         Raises:
             ConfigError: if a file does not hold what the index says, which happens only if both were edited.

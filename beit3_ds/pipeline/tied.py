@@ -39,7 +39,7 @@ class TiedWordEmbedding:
         return [] if self._copy is None else [self._copy]
 
     def synchronize(self) -> None:
-        """Sends the table from the first to the last stage; under ZeRO-3 data-parallel ranks gather it first."""
+        """Sends the word table from the first to the last stage; under ZeRO-3 data-parallel ranks gather it first."""
         if self._owned is not None:
             with deepspeed.zero.GatheredParameters([self._owned]), torch.no_grad():
                 # Travels backward around the ring, after the last gradient of the previous step.

@@ -72,7 +72,7 @@ class BestCheckpoint:
         return self._patience is not None and self._evaluations_since + 1 >= self._patience
 
     def state(self) -> dict[str, Any]:
-        """Returns the best evaluation for a checkpoint, under the key `BEST`; {} before the first evaluation."""
+        """Returns the best evaluation as an entry "best" of `Index.data`; {} before the first evaluation."""
         if self.step is None:
             return {}
         fields = {"metric": self.metric, "step": self.step, "value": self.value}

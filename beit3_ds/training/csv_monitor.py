@@ -73,7 +73,7 @@ class CsvMonitor:
 
 
 def _say_nothing(line: str) -> None:
-    """Ignores the report of one file."""
+    """Ignores a line about one file, because `CsvMonitor` reports once for all files."""
 
 
 def _format(rows: Sequence[Sequence[Any]]) -> bytes:
