@@ -22,7 +22,7 @@ class Failure(NamedTuple):
 
 
 class FailureDetector:
-    """Finds failures of a run in the heartbeats of all ranks; runs on rank 0. `Watchdog` lists all failures."""
+    """Finds failures of a run in the heartbeats of all ranks; runs on rank 0. `Watchdog` lists the four kinds."""
 
     def __init__(self, parallel: ParallelConfig, statuses: RankStatuses, describe: Callable[[int], str]) -> None:
         """Starts the detector on rank 0.

@@ -277,7 +277,7 @@ class Rendezvous:
         return challenge, store, [found[rank] for rank in range(size)]
 
     def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
-        """Returns whether a rank of rank 0's host has another parent process, like the ranks of another command.
+        """Returns whether a rank on rank 0's host has another parent than rank 0, as ranks of another command do.
 
         After `_LAUNCHER_SECONDS` this is false for all ranks, because people may start each rank by hand.
         """
