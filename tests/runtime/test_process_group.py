@@ -16,7 +16,12 @@ TIMEOUT_SECONDS = 8  # parallel.timeout_seconds of the runs here
 BOUND_SECONDS = 30
 
 
-def start_ranks(mapping: dict[str, Any], folder: Path, extra: dict[int, list[str]] | None = None) -> list[Any]:
+def start_ranks(
+    mapping: dict[str, Any],
+    folder: Path,
+    extra: dict[int, list[str]] | None = None,
+    modules: tuple[str, str] = ("beit3_ds.train", "beit3_ds.train"),
+) -> list[Any]:
     """Starts two stages of a pipeline, one process each, as a launcher does; output goes to one file per rank."""
     mapping["gradient_accumulation_steps"] = 2
     mapping["beit3_ds"]["training"] |= {"total_steps": 1000, "eval_interval": 1000, "save_interval": 1000}
@@ -32,7 +37,7 @@ def start_ranks(mapping: dict[str, Any], folder: Path, extra: dict[int, list[str
         environment = {**os.environ, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
         arguments = [config, *(extra or {}).get(rank, [])]
         with open(folder / f"rank{rank}.log", "w") as log:
-            ranks.append(start_module("beit3_ds.train", arguments, env=environment, output=log))
+            ranks.append(start_module(modules[rank], arguments, env=environment, output=log))
     return ranks
 
 
@@ -86,15 +91,11 @@ def test_ranks_with_different_configurations_are_refused(run_mapping: dict[str, 
 
 
 def test_a_failing_rank_is_named_on_the_others(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Makes only the first stage fail: it cannot write the run's record."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").mkdir()
-    ranks = start_ranks(run_mapping, tmp_path)
+    ranks = start_ranks(run_mapping, tmp_path, modules=("tests.failing_rank", "beit3_ds.train"))
     try:
         assert [rank.wait(timeout=60) for rank in ranks] == [1, 1]
         first, second = read_logs(tmp_path)
-        assert "IsADirectoryError" in first
-        assert "rank 0 (stage 0" in second and "failed: IsADirectoryError" in second
+        assert "LookupError: a planted fault at step" in first
+        assert "rank 0 (stage 0" in second and "failed: LookupError: a planted fault at step" in second
     finally:
         end(ranks)
