@@ -65,8 +65,8 @@ def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict
 
 def _load_safetensors(path: Path, note_key: str | None) -> tuple[object, str | None]:
     try:
-        note = check_safetensors(path).metadata.get(note_key) if note_key else None
-        return load_file(path), note
+        metadata = check_safetensors(path).metadata  # opened by the library alone, a pipe would block
+        return load_file(path), metadata.get(note_key) if note_key else None
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read as a file of tensors: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import pickle
 from pathlib import Path
 
@@ -83,3 +84,9 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
     for name in ("x.safetensors", "absent.safetensors", "absent.pth"):
         with pytest.raises(ConfigError, match="cannot be read as a file of tensors"):
             read_tensors(tmp_path / name)
+
+
+def test_a_pipe_named_as_a_safetensors_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")  # catches a reader that waits for the pipe's other end
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_tensors(tmp_path / "pipe.safetensors")

@@ -34,6 +34,7 @@ from beit3_ds.config.strict import load_section
 from beit3_ds.cores import count_cores
 from beit3_ds.printing import printable
 
+_SHOWN = 80
 _NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,})")
 _LEFT_OVER = re.compile(rf"\.(writing|deleted)-{_NAME.pattern}")
 _FILE_NAME = re.compile(rf"{re.escape(INDEX_NAME)}|({'|'.join((*FILE_KINDS, BUFFERS))})-\d{{5,}}\.safetensors")
@@ -113,7 +114,16 @@ class CheckpointFolder:
         return list(self.index.shapes)
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the shape of a whole tensor, without any parallelism."""
+        """Returns the shape of a whole tensor, without any parallelism.
+
+        Raises:
+            ConfigError: if the checkpoint does not hold the tensor.
+        """
+        if name not in self.index.shapes:
+            raise ConfigError(
+                f"checkpoint {self.path} has no tensor {name[:_SHOWN]!r}, which its model needs. Name another one of "
+                "the run."
+            )
         return self.index.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
