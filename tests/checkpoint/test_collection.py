@@ -7,6 +7,7 @@ import shutil
 import string
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -153,11 +154,15 @@ def test_the_search_sorts_by_number(tmp_path: Path) -> None:
     assert open_checkpoint(root).step == 100_000_000
 
 
+def best_at(step: int) -> dict[str, Any]:
+    return {"step": step, "metric": "accuracy", "value": 0.5, "evaluations_since": 0}
+
+
 @pytest.mark.usefixtures("lone_rank")
 def test_pruning_keeps_the_best_checkpoint(tmp_path: Path) -> None:
     run = SmallRun(tmp_path, keep=2)
     for step in range(1, 7):
-        run.store.save(run.state.train_to(step), step, {BEST: {"step": 2 if step < 6 else 6}})
+        run.store.save(run.state.train_to(step), step, {BEST: best_at(2 if step < 6 else 6)})
         run.store.finish()
         if step == 5:
             assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4", "5"]
