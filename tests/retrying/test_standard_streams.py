@@ -100,9 +100,11 @@ assert streams.finish() is None
 def test_a_terminal_that_is_gone() -> None:
     """Catches EIO at the next line, after the terminal of a run was closed."""
     ours, theirs = os.openpty()
-    program = f"import sys, time; sys.stdin.readline()\n{_PROGRAM}"
+    later = _PROGRAM.replace('print("before")', "pass")
+    program = f"import sys; print('started', flush=True); sys.stdin.readline()\n{later}"
     process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
     os.close(theirs)
+    assert os.read(ours, 100).startswith(b"started")
     os.close(ours)
     process.communicate(b"\n", timeout=60)
     assert process.returncode == 0

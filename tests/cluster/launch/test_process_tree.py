@@ -25,6 +25,8 @@ def test_a_child_in_another_session_is_killed_without_its_parent() -> None:
         root.kill()
         root.wait()
         assert tree.kill() == found  # though nobody is its parent any more
+        while Path(f"/proc/{found[0]}").exists():  # until init has waited for it
+            time.sleep(0.01)
         assert tree.kill() == []
         assert other.poll() is None
     finally:
