@@ -101,7 +101,7 @@ def test_a_terminal_that_is_gone() -> None:
     """Catches EIO at the next line, after the terminal of a run was closed."""
     ours, theirs = os.openpty()
     later = _PROGRAM.replace('print("before")', "pass")
-    program = f"import sys; print('started', flush=True); sys.stdin.readline()\n{later}"
+    program = f"import os, sys; os.write(1, b'started'); sys.stdin.readline()\n{later}"
     process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
     os.close(theirs)
     assert os.read(ours, 100).startswith(b"started")
