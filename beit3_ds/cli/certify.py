@@ -1,25 +1,38 @@
-"""Implements `beit3 certify`, which tests and measures the kernels, a step and a layout on this machine's GPUs."""
+"""Implements `beit3 certify`, which tests and measures this machine section by section."""
 
 import argparse
 
 from beit3_ds.cli.command import Subparsers, add_command
+from beit3_ds.config.arguments import real
+from beit3_ds.config.numbers import Range
 
 
 def add_certify_command(subparsers: Subparsers) -> None:
     """Adds `certify` to a parser's subcommands."""
-    summary = "test and measure the kernels, a step and a layout on this machine's GPUs, and write one report"
+    summary = "test and measure the kernels and training steps on this machine, and write one report"
     command = add_command(subparsers, "certify", _certify, summary)
     command.add_argument(
-        "--out", default="certificate", metavar="DIR", help="folder for the report (default: certificate)"
+        "--out",
+        default="certificate",
+        metavar="DIR",
+        help="folder for the report (default: certificate); results that it has are not measured again",
     )
     command.add_argument(
-        "--only", nargs="+", default=[], metavar="WORD", help="run the steps whose names contain one of these words"
+        "--minutes",
+        type=real(Range(0.1, 1e5)),
+        metavar="N",
+        help="time of this call; a second call continues (default: no limit)",
     )
+    command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run only these sections")
+    command.add_argument("--list", action="store_true", help="print the sections in order, and run nothing")
 
 
 def _certify(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from beit3_ds.benchmarks.certify.certificate import certify
+    from beit3_ds.benchmarks.certify.runner import certify, describe_plan
 
-    return certify(Path(options.out), only=options.only)
+    if options.list:
+        print(describe_plan())
+        return 0
+    return certify(Path(options.out), minutes=options.minutes, only=options.only)

@@ -1,1 +1,1 @@
-"""Writes the report of `beit3 certify` about a machine with GPUs."""
+"""Tests and measures this machine for `beit3 certify`, section by section, and writes a report."""

@@ -4,15 +4,13 @@ import gzip
 import io
 import os
 import zlib
-from typing import Literal, cast
-
-import zstandard
+from typing import Any, Literal, cast
 
 from beit3_ds.data.files.reading import open_for_reading
 
 Compression = Literal["", "gzip", "zstandard"]
 """Compression of a file; empty for none."""
-DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error)
 """Exceptions raised by reads of a missing file or a damaged compressed file."""
 
 _COMPRESSED_BYTES = 512  # zstandard decompresses all of its input at once, to 32768 times as many bytes
@@ -64,7 +62,7 @@ class _ZstandardFrames(io.RawIOBase):
 
     def __init__(self, path: str) -> None:
         self._file = open_for_reading(path)
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = _start_frame()
         self._inside = False
         self._compressed = b""
         self._ready = memoryview(b"")
@@ -79,10 +77,10 @@ class _ZstandardFrames(io.RawIOBase):
                 if self._inside:
                     raise EOFError("it ends within a Zstandard frame")
                 return 0
-            self._ready = memoryview(self._frame.decompress(self._compressed))
+            self._ready = memoryview(_decompress(self._frame, self._compressed))
             self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = _start_frame()
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]
@@ -91,3 +89,19 @@ class _ZstandardFrames(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _start_frame() -> Any:
+    import zstandard  # only .zst files need the package
+
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+def _decompress(frame: Any, compressed: bytes) -> bytes:
+    import zstandard
+
+    try:
+        content: bytes = frame.decompress(compressed)
+    except zstandard.ZstdError as error:
+        raise OSError(f"a Zstandard frame is damaged: {error}") from error
+    return content

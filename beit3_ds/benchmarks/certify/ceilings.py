@@ -1,0 +1,66 @@
+"""Measures the highest rates of a device: large matrix products in every dtype, and a large copy."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from beit3_ds.benchmarks.certify.clock import Clock
+from beit3_ds.benchmarks.certify.recorder import Recorder
+from beit3_ds.benchmarks.certify.results import ResultsFile
+from beit3_ds.benchmarks.kernels.roofline import GPU, GPUS
+from beit3_ds.benchmarks.turns import device_of_turns
+
+HALF_PRODUCT = "product in bfloat16"
+"""Item whose rate is the ceiling of training steps."""
+_COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+_WIDTHS = {"cuda": 8192, "cpu": 512}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def measure(recorder: Recorder) -> None:
+    """Records one item per dtype, and one for the copy."""
+    device = device_of_turns()
+    clock = Clock(device)
+    for dtype in _DTYPES:
+        recorder.measure(f"product in {str(dtype).removeprefix('torch.')}", partial(_product, clock, dtype))
+    recorder.measure("copy", partial(_copy, clock))
+
+
+def measured_flops(recorder: Recorder) -> float | None:
+    """Returns the measured ceiling of products in bfloat16, in FLOP/s; None if the folder does not have it."""
+    lines = ResultsFile(recorder.folder / "results.jsonl").read()
+    rates = [line["tflops"] for line in lines if line.get("item") == HALF_PRODUCT and "tflops" in line]
+    return rates[-1] * 1e12 if rates else None
+
+
+def published(device: torch.device) -> GPU | None:
+    """Returns the data sheet's rates of a device; None if `roofline` does not have them."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in name), None)
+
+
+def _product(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
+    width = _WIDTHS[clock.device.type]
+    a, b, out = (torch.randn(width, width, device=clock.device).to(dtype) for _ in range(3))
+    timing = clock.time(lambda _: torch.mm(a, b, out=out), 10)
+    rate = 2 * width**3 / min(timing.milliseconds) / 1e9
+    gpu = published(clock.device)
+    peak = None if gpu is None else (gpu.float32_flops if dtype == torch.float32 else gpu.half_flops) / 1e12
+    return {"width": width, **timing.describe(), "tflops": rate, "data_sheet_tflops": peak}
+
+
+def _copy(clock: Clock) -> dict[str, Any]:
+    num_bytes = _COPY_BYTES[clock.device.type]
+    source, target = (torch.zeros(num_bytes, dtype=torch.int8, device=clock.device) for _ in range(2))
+    timing = clock.time(lambda _: target.copy_(source), 10)
+    gpu = published(clock.device)
+    rate = 2 * num_bytes / min(timing.milliseconds) / 1e6
+    return {
+        "bytes": num_bytes,
+        **timing.describe(),
+        "gb_per_s": rate,
+        "data_sheet_gb_per_s": gpu and gpu.bandwidth / 1e9,
+    }

@@ -1,0 +1,93 @@
+"""Times calls on a GPU whose work is queued beforehand, so that launches by Python do not count."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+_WIDTH = 8192
+_MOST_PRODUCTS = 40
+
+
+class Timing(NamedTuple):
+    """Holds the times of repeated calls."""
+
+    milliseconds: list[float]
+    """Time of each call on the device, ms."""
+    host_milliseconds: float
+    """Median time that Python needs to launch a call's kernels, ms; on a CPU that of the call."""
+
+    @property
+    def median(self) -> float:
+        """Returns the median time, ms."""
+        return statistics.median(self.milliseconds)
+
+    def describe(self) -> dict[str, float]:
+        """Returns median, extremes and host time by name."""
+        low, high = min(self.milliseconds), max(self.milliseconds)
+        return {"ms": self.median, "min_ms": low, "max_ms": high, "host_ms": self.host_milliseconds}
+
+
+class Clock:
+    """Times calls on one device.
+
+    On a GPU a large product runs before each call, as often as Python needs to launch the call. It keeps the clock rate
+    of the GPU high, and replaces the content of the L2 cache.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Allocates the product's operands and times it."""
+        self.device = device
+        if device.type == "cuda":
+            self._operands = [torch.randn(_WIDTH, _WIDTH, device=device, dtype=torch.bfloat16) for _ in range(3)]
+            self._queue(100)  # the clock rate rises
+            self._product_ms = self._events(lambda: self._queue(10)) / 10
+
+    def time(self, call: Callable[[Any], Any], rounds: int, prepare: Callable[[], Any] = lambda: None) -> Timing:
+        """Times `call(prepare())` after two calls that warm up; `prepare` is not part of the time.
+
+        Args:
+            call: function to time; its result is dropped.
+            rounds: number of timed calls.
+            prepare: function that returns the argument of each call.
+        """
+        host = [self._host_ms(call, prepare()) for _ in range(3)][1:]
+        if self.device.type != "cuda":
+            return Timing(times := [self._host_ms(call, prepare()) for _ in range(rounds)], statistics.median(times))
+        torch.cuda.synchronize()
+        products = min(_MOST_PRODUCTS, 1 + math.ceil(2 * min(host) / self._product_ms))
+        times = []
+        for _ in range(rounds):
+            argument = prepare()
+            self._queue(products)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            begin = time.perf_counter()
+            result = call(argument)
+            host.append((time.perf_counter() - begin) * 1e3)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+            del argument, result
+        return Timing(times, statistics.median(host[2:]))
+
+    def _queue(self, number: int) -> None:
+        a, b, out = self._operands
+        for _ in range(number):
+            torch.mm(a, b, out=out)
+
+    def _events(self, call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def _host_ms(self, call: Callable[[Any], Any], argument: Any) -> float:
+        start = time.perf_counter()
+        call(argument)
+        return (time.perf_counter() - start) * 1e3

@@ -1,0 +1,27 @@
+"""Runs commands in the clone for sections that need its tests or configurations."""
+
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+"""Root folder of the clone, which contains the tests and the configurations next to the package."""
+
+_TAIL_LINES = 8
+
+
+def run_commands(commands: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Runs commands in the clone until one fails; returns whether all passed, their time, and the last lines."""
+    start, passed, tail = time.monotonic(), True, ""
+    for command in commands:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        output = done.stdout.decode(errors="replace")
+        print(f"$ {shlex.join(command)}\n{output}", flush=True)
+        passed, tail = done.returncode == 0, "\n".join(output.splitlines()[-_TAIL_LINES:])
+        if not passed:
+            break
+    shown = " && ".join(shlex.join(command) for command in commands)
+    return {"passed": passed, "seconds": time.monotonic() - start, "command": shown, "tail": tail}

@@ -1,0 +1,43 @@
+"""Counts the Triton kernels that were found in Triton's cache, and those that were compiled."""
+
+import importlib.util
+import sys
+from collections import Counter
+from typing import Any
+
+
+class Compilations:
+    """Counts the kernels that Triton loads in this process."""
+
+    def __init__(self) -> None:
+        """Sets all counts to 0."""
+        self.num_hits = 0
+        """Number of kernels that were in the cache."""
+        self.missed: Counter[str] = Counter()
+        """Number of compiled variants, by name of the kernel."""
+        self.seconds = 0.0
+        """Seconds of all compilations."""
+
+    def start(self) -> None:
+        """Starts to count if this process has imported PyTorch and Triton is installed."""
+        if "torch" in sys.modules and importlib.util.find_spec("triton") is not None:
+            import triton  # absent from torch's builds for CPUs
+
+            triton.knobs.compilation.listener = self._count
+
+    @property
+    def num_misses(self) -> int:
+        """Returns the number of kernels that were compiled."""
+        return sum(self.missed.values())
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the counts by name."""
+        missed = ", ".join(f"{name} {number}" for name, number in self.missed.most_common())
+        return {"hits": self.num_hits, "misses": self.num_misses, "compile_seconds": self.seconds, "missed": missed}
+
+    def _count(self, *, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        if cache_hit:
+            self.num_hits += 1
+            return
+        self.missed[getattr(src, "name", "unknown")] += 1
+        self.seconds += times.total / 1e6

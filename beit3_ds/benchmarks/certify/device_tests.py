@@ -1,0 +1,25 @@
+"""Runs the clone's tests that need a device, and opcheck of all operators."""
+
+import importlib
+import sys
+from functools import partial
+
+import torch
+
+from beit3_ds.benchmarks.certify.commands import ROOT, run_commands
+from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError, Recorder
+
+_PYTEST = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+
+
+def measure(recorder: Recorder) -> None:
+    """Records one item for the tests marked `gpu`, and one for opcheck."""
+    if not torch.cuda.is_available():
+        raise NeedsDeviceError
+    importlib.import_module("pytest")  # absent: the section reports it
+    if not (ROOT / "tests" / "kernels").is_dir():
+        recorder.add("tests", not_run=f"{ROOT} holds no tests; install from a clone")
+        return
+    tests = (sys.executable, *_PYTEST)
+    recorder.measure("opcheck", partial(run_commands, [(*tests, "tests/kernels", "-k", "opcheck")]))
+    recorder.measure("tests marked gpu", partial(run_commands, [(*tests, "tests", "-m", "gpu")]))

@@ -1,0 +1,44 @@
+"""Times training steps with DeepSpeed's engine, which updates the weights as a run does."""
+
+import importlib
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from beit3_ds.benchmarks.certify.recorder import Recorder
+from beit3_ds.benchmarks.certify.steps import Model, models, timed_batch
+from beit3_ds.benchmarks.peak_memory import peak_bytes
+from beit3_ds.benchmarks.step.worker import train_ours
+from beit3_ds.benchmarks.turns import device_of_turns
+
+_STEPS = {"cuda": 10, "cpu": 1}
+
+
+def measure(recorder: Recorder) -> None:
+    """Records one item per model; the first that runs takes the process group of this process."""
+    importlib.import_module("deepspeed")  # absent: the section reports it
+    device = device_of_turns()
+    model = models(device)[0]
+    recorder.measure(f"{model.name}: DeepSpeed's engine, ZeRO stage 0", partial(_measure, model, device))
+
+
+def _measure(model: Model, device: torch.device) -> dict[str, Any]:
+    config = model._replace(has_small_vocabularies=False).config()  # the tokenizers set the vocabularies
+    if device.type == "cuda":
+        config = replace(config, deepspeed={**config.deepspeed, "bf16": {"enabled": True}})
+    batch = timed_batch(config, torch.device("cpu"))
+    step, _ = train_ours(config)(batch)
+    first = step()
+    times = []
+    for _ in range(_STEPS[device.type]):
+        start = time.perf_counter()
+        loss = step()  # it waits for the loss
+        times.append((time.perf_counter() - start) * 1e3)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
+    ms = statistics.median(times)
+    figures = {"rows": batch.num_rows, "ms": ms, "tokens_per_s": batch.num_rows / ms * 1e3, "peak_gib": peak / 2**30}
+    return {**figures, "first_loss": first, "last_loss": loss, "passed": loss == loss}

@@ -1,0 +1,64 @@
+"""Trains on one GPU, and divided over all GPUs of this machine on every axis, and compares the losses."""
+
+import importlib
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from beit3_ds.benchmarks.certify.commands import ROOT, run_commands
+from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError, Recorder
+
+CONFIG = "ds_configs/demo_tp2_pp2_dp2_zero3.json"
+"""Configuration that is trained, in the clone."""
+
+Commands = list[tuple[str, ...]]
+
+
+def measure(recorder: Recorder) -> None:
+    """Records one item for the training on one GPU, and one for the comparison if there are several."""
+    if not torch.cuda.is_available():
+        raise NeedsDeviceError
+    importlib.import_module("deepspeed")  # absent: the section reports it
+    if not (ROOT / CONFIG).exists():
+        recorder.add("training", not_run=f"{ROOT} holds no configurations; install from a clone")
+        return
+    for name, commands in plan_commands(recorder.folder, torch.cuda.device_count()).items():
+        recorder.measure(name, partial(run_commands, commands))
+
+
+def plan_commands(folder: Path, num_gpus: int) -> dict[str, Commands]:
+    """Returns the commands of every item by name.
+
+    Args:
+        folder: folder for the runs' outputs.
+        num_gpus: number of GPUs; with several, the training is also divided over the largest power of two of them.
+    """
+    beit3 = (sys.executable, "-m", "beit3_ds.cli.main")
+    tokenizers = {
+        "runs/quickstart/text.spm": (*beit3, "train-text-tokenizer", "ds_configs/quickstart_cpu.json"),
+        "runs/quickstart/visual_tokenizer.safetensors": (
+            *beit3,
+            "train",
+            "ds_configs/quickstart_visual_tokenizer_cpu.json",
+        ),
+    }
+    prepare = [command for path, command in tokenizers.items() if not (ROOT / path).exists()]
+
+    def train(name: str, ranks: int, parallel: str) -> tuple[str, ...]:
+        run = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks))
+        changes = (f"training.output_dir={folder.resolve() / name}", "training.total_steps=40", f"parallel={parallel}")
+        return (*run, "--module", "beit3_ds.train", CONFIG, *(part for change in changes for part in ("--set", change)))
+
+    planned: dict[str, Commands] = {"one GPU under ZeRO-3": [*prepare, train("one_gpu", 1, "{}")]}
+    if num_gpus > 1:
+        size = 1 << (num_gpus.bit_length() - 1)
+        parallel = {"tensor_parallel_size": 2, "sequence_parallel": True}
+        parallel["pipeline_parallel_size"] = 2 if size >= 4 else 1
+        runs = (str(folder.resolve() / "one_gpu"), str(folder.resolve() / f"{size}_gpus"))
+        compare = (*beit3, "compare-runs", *runs, "--tolerance", "1e-2")
+        divided = train(f"{size}_gpus", size, json.dumps(parallel))
+        planned[f"one GPU beside {size}, divided on every axis"] = [divided, compare]
+    return planned

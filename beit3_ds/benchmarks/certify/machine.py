@@ -1,0 +1,71 @@
+"""Describes this machine: its devices, versions of drivers and packages, absent packages, and the commit."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.benchmarks.certify.recorder import Recorder
+
+_ROOM = Path(__file__).parents[2]
+PACKAGES = (
+    *("torch", "triton", "numpy", "deepspeed", "torchscale", "timm", "zstandard", "webdataset", "sentencepiece"),
+    *("flash_attn", "liger_kernel", "apex", "pytest"),
+)
+"""Packages whose versions a report names; the sections use those that are installed."""
+
+
+def measure(recorder: Recorder) -> None:
+    """Records one item that describes the machine, in every call."""
+    recorder.add("machine", **describe_machine())
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns devices, versions, absent packages and the commit, by name."""
+    import torch
+
+    versions = {name: _version(name) for name in PACKAGES}
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "devices": devices or [f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"],
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": {name: version for name, version in versions.items() if version},
+        "absent": [name for name, version in versions.items() if not version],
+        "commit": _output("git", "rev-parse", "HEAD") + (" (changed)" if _output("git", "status", "--short") else ""),
+        "source": _source_hash(),
+    }
+
+
+def _version(package: str) -> str | None:
+    """Returns the version of a package that can be imported; None if it is absent."""
+    try:
+        if importlib.util.find_spec(package) is None:
+            return None
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+    except ImportError:
+        return None
+
+
+def _source_hash() -> str:
+    """Returns a hash of this package's Python files, which names the code where there is no repository."""
+    digest = hashlib.sha256()
+    for path in sorted([*_ROOM.rglob("*.py"), *(_ROOM / "kernels").rglob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _output(*command: str) -> str:
+    """Returns the output of a command; "unknown" if it cannot run."""
+    try:
+        done = subprocess.run(command, cwd=_ROOM, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,171 @@
+"""Runs the sections of a certification one after the other, each in a process with a time limit."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.benchmarks.certify.plan import MACHINE, PLAN, Section
+from beit3_ds.benchmarks.certify.report import RESULTS, write_report
+from beit3_ds.benchmarks.certify.results import ABSENT, DONE, NEEDS_DEVICE, ResultsFile
+from beit3_ds.config import ConfigError
+
+_ATTEMPTS = 5
+_TAIL_BYTES = 2000
+_SAME = ("devices", "cuda", "python", "versions")
+
+
+def certify(
+    folder: Path,
+    *,
+    minutes: float | None = None,
+    only: Sequence[str] = (),
+    plan: Sequence[Section] = PLAN,
+    machine: Section = MACHINE,
+) -> int:
+    """Runs all sections that the folder does not have yet, and rewrites the report after each.
+
+    Sections that began in an earlier call and did not complete run after those that never began, and skip their
+    recorded items.
+
+    Args:
+        folder: folder for the report, the results and the sections' logs; created if it does not exist.
+        minutes: time of this call; a section that still runs then is killed. None for no limit.
+        only: names of sections to run; empty for all.
+        plan: sections, the most valuable first.
+        machine: section that describes the machine and runs first in every call.
+
+    Returns:
+        0 if every section of the plan completed (or needs a package or a device that is absent), no item failed, and
+        no check failed; otherwise 1.
+
+    Raises:
+        ConfigError: if no section has such a name, the folder holds something else, or its results are those of another
+            machine.
+    """
+    if unknown := [name for name in only if name not in [section.name for section in plan]]:
+        names = ", ".join(repr(section.name) for section in plan)
+        raise ConfigError(f"certify: no section is called {' or '.join(map(repr, unknown))}; there are {names}.")
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    results = _open(folder)
+    call = results.call + 1
+    results.append({"call": call, "minutes": minutes, "date": time.strftime("%Y-%m-%d %H:%M:%S")})
+    _run(machine, results, call, _seconds_left(end, machine.limit))
+    _check_machine(results, folder)
+    wanted = [section for section in plan if not only or section.name in only]
+    for number, section in enumerate(pending := _pending(wanted, results), start=1):
+        seconds = _seconds_left(end, section.limit)
+        if seconds <= 0:
+            break
+        print(f"[{number}/{len(pending)}] {section.name}: {section.title}", flush=True)
+        status = _run(section, results, call, seconds)
+        print(f"      {status}", flush=True)
+        write_report(results, folder, plan)
+    ok = write_report(results, folder, plan)
+    if never := [section.name for section in wanted if section.name not in results.statuses()]:
+        print(f"not begun within {minutes} minutes: {', '.join(never)}; call `beit3 certify` again to continue")
+    print(f"report: {folder / 'certificate.md'} and {folder / 'certificate.json'}")
+    return 0 if ok else 1
+
+
+def describe_plan(plan: Sequence[Section] = PLAN) -> str:
+    """Returns the sections in order, with their estimated times on a GPU and their limits, as text."""
+    lines = [
+        f"{section.name:12} about {section.seconds:4} s, at most {section.limit:4} s: {section.title}"
+        for section in plan
+    ]
+    return "\n".join([*lines, f"all: about {sum(section.seconds for section in plan) / 60:.0f} minutes on one GPU"])
+
+
+def _open(folder: Path) -> ResultsFile:
+    results = ResultsFile(folder / RESULTS)
+    if folder.exists() and any(folder.iterdir()) and not results.path.exists():
+        raise ConfigError(f"certify: {folder} holds files of something else. Name another folder with --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return results
+
+
+def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
+    """Returns the sections that did not complete, those that never began first."""
+    statuses = results.statuses()
+    return [
+        *(section for section in plan if section.name not in statuses),
+        *(section for section in plan if statuses.get(section.name, DONE) != DONE),
+    ]
+
+
+def _seconds_left(end: float | None, limit: float) -> float:
+    return limit if end is None else min(limit, end - time.monotonic())
+
+
+def _check_machine(results: ResultsFile, folder: Path) -> None:
+    """Refuses to continue another machine's results, because their figures could not be compared."""
+    found: list[dict[str, Any]] = [line for line in results.read() if line.get("section") == MACHINE.name]
+    found = [line for line in found if "devices" in line]
+    if len(found) > 1:
+        for name in _SAME:
+            if found[0].get(name) != found[-1].get(name):
+                raise ConfigError(
+                    f"certify: {folder} has results with {name} {found[0].get(name)}, but here they are "
+                    f"{found[-1].get(name)}. Name another folder with --out."
+                )
+
+
+def _run(section: Section, results: ResultsFile, call: int, seconds: float) -> str:
+    """Runs a section, again after a crash if it had recorded an item, and appends and returns its status."""
+    start, attempt = time.monotonic(), 0
+    while True:
+        attempt += 1
+        size = results.path.stat().st_size
+        status = _run_once(section, results, call, seconds - (time.monotonic() - start))
+        progressed = results.path.stat().st_size > size
+        if not status.startswith("crashed") or not progressed or attempt == _ATTEMPTS:
+            break
+    line: dict[str, Any] = {"section": section.name, "status": status, "call": call}
+    line["seconds"] = round(time.monotonic() - start, 1)
+    if status.startswith(("crashed", "killed")):
+        line["tail"] = _tail(results.path.parent / f"{section.name}.log")
+    results.append(line)
+    return status
+
+
+def _run_once(section: Section, results: ResultsFile, call: int, seconds: float) -> str:
+    """Runs a section's process and returns its status; kills the process and its children at the limit."""
+    command = [sys.executable, "-m", "beit3_ds.benchmarks.certify.section", section.name, section.module]
+    command += ["--out", str(results.path), "--call", str(call)]
+    with open(results.path.parent / f"{section.name}.log", "a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return f"killed after {max(0.0, seconds):.0f} s"
+        finally:
+            _kill_group(process)
+    if status:
+        return f"crashed with status {status}"
+    return _own_status(section, results, call)
+
+
+def _own_status(section: Section, results: ResultsFile, call: int) -> str:
+    """Returns the status that a section recorded about itself in this call; otherwise it is done."""
+    for line in reversed(list(results.read())):
+        if line.get("section") == section.name and line.get("call") == call and "status" in line:
+            status: str = line["status"]
+            return status if status == NEEDS_DEVICE or status.startswith(ABSENT) else DONE
+    return DONE
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kills a section's process, and children that it left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tail(log: Path) -> str:
+    return log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")

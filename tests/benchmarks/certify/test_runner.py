@@ -1,0 +1,165 @@
+"""Tests how sections run: one that hangs or crashes loses only itself, and a second call runs the rest."""
+
+import json
+import os
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_ds.benchmarks.certify import plan as shipped
+from beit3_ds.benchmarks.certify.plan import Section
+from beit3_ds.benchmarks.certify.runner import certify, describe_plan
+from beit3_ds.config import ConfigError
+
+Make = Callable[..., Section]
+ONE = "recorder.measure('one', lambda: {'ms': 1.5})"
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Returns a function that writes a section's module and describes it."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.getcwd()]))
+
+    def write(name: str, code: str = ONE, limit: int = 20) -> Section:
+        body = textwrap.indent(textwrap.dedent(code), "    ")
+        (folder / f"fake_{name}.py").write_text(f"import os, subprocess, time\ndef measure(recorder):\n{body}\n")
+        return Section(name=name, title=f"Title of {name}", module=f"fake_{name}", seconds=1, limit=limit)
+
+    return write
+
+
+@pytest.fixture
+def run(make: Make, tmp_path: Path) -> Callable[..., int]:
+    def call(plan: list[Section], device: str = "none", **options: Any) -> int:
+        facts = f"devices=['{device}'], commit='c', source='s', versions={{'torch': '2'}}, absent=['deepspeed']"
+        machine = make("machine", f"recorder.add('machine', {facts})")
+        return certify(tmp_path / "out", plan=plan, machine=machine, **options)
+
+    return call
+
+
+def report(tmp_path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    return {**content, "by_name": {section["name"]: section for section in content["sections"]}}
+
+
+def begun(tmp_path: Path, call: int) -> list[str]:
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    items = [line["section"] for line in lines if line.get("begun") and line["call"] == call]
+    return list(dict.fromkeys(items))
+
+
+def test_a_section_that_hangs_or_crashes_loses_only_itself(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    hang = f"""
+        {ONE}
+        open({str(child)!r}, "w").write(str(subprocess.Popen(["sleep", "60"]).pid))
+        recorder.measure("two", lambda: time.sleep(60))
+    """
+    crash = f"""
+        {ONE}
+        recorder.measure("two", lambda: os._exit(3))
+        recorder.measure("three", lambda: {{"ms": 2.5}})
+    """
+    wrong = """
+        recorder.measure("error", lambda: 1 / 0)
+        recorder.measure("check", lambda: {"passed": False})
+        recorder.measure("package", lambda: __import__("no_such_package"))
+    """
+    plan = [
+        make("first"),
+        make("hang", hang, limit=2),
+        make("crash", crash),
+        make("wrong", wrong),
+        make("absent", "import another_absent_package"),
+        make(
+            "device",
+            "from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError\nraise NeedsDeviceError",
+        ),
+        make("last"),
+    ]
+    start = time.monotonic()
+    assert run(plan) == 1
+    assert time.monotonic() - start < 50
+    content = report(tmp_path)
+    found = content["by_name"]
+    assert list(found) == [section.name for section in plan]  # in order of value
+    assert not content["ok"] and content["machine"]["absent"] == ["deepspeed"]
+    assert found["first"]["ok"] and found["first"]["items"] == {"one": {"ms": 1.5}}
+    assert found["hang"]["status"] == "killed after 2 s"
+    assert found["hang"]["items"] == {"one": {"ms": 1.5}, "two": {"error": "it began and did not end"}}
+    assert not Path(f"/proc/{child.read_text()}").exists() or "Z" in Path(f"/proc/{child.read_text()}/stat").read_text()
+    # The section starts again behind the item that crashed it.
+    assert found["crash"]["items"]["two"] == {"error": "it began and did not end"}
+    assert found["crash"]["items"]["three"] == {"ms": 2.5} and found["crash"]["failed"] == ["two"]
+    assert (
+        found["wrong"]["failed"] == ["error", "check"]
+        and "ZeroDivisionError" in found["wrong"]["items"]["error"]["error"]
+    )
+    assert found["wrong"]["items"]["package"] == {"absent": "no_such_package"}
+    assert found["absent"]["status"] == "absent: another_absent_package" and found["absent"]["ok"]
+    assert found["device"]["status"] == "needs a CUDA device" and found["device"]["ok"]
+    assert found["last"]["ok"]
+    text = (tmp_path / "out" / "certificate.md").read_text()
+    for expected in (
+        "| hang | killed after 2 s | 1 |",
+        "## Title of first",
+        "| item | ms |",
+        "| one | 1.5 |",
+        "**no**",
+    ):
+        assert expected in text
+    assert '* absent: ["deepspeed"]' in text
+
+
+def test_a_second_call_runs_the_rest(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
+    slow = f"{ONE}\nrecorder.measure('two', lambda: time.sleep(SECONDS) or {{'ms': 2.0}})"
+    plan = [make("first"), make("slow", slow.replace("SECONDS", "60")), make("last")]
+    assert run(plan, minutes=6 / 60) == 1
+    assert begun(tmp_path, 1) == ["first", "slow"]  # "last" had no time
+    assert report(tmp_path)["by_name"]["last"]["status"] == "not begun"
+    plan[1] = make("slow", slow.replace("SECONDS", "0"))
+    assert run(plan) == 0
+    assert begun(tmp_path, 2) == ["last", "slow"]  # what never began comes first
+    assert report(tmp_path)["by_name"]["slow"]["items"] == {"one": {"ms": 1.5}, "two": {"ms": 2.0}}
+    lines = (tmp_path / "out" / "results.jsonl").read_text()
+    assert lines.count('"section": "slow", "item": "one"') == 2  # begun and measured in the first call only
+    assert run(plan) == 0 and begun(tmp_path, 3) == []
+    with pytest.raises(ConfigError, match="has results with devices \\['none'\\], but here they are \\['other'\\]"):
+        run(plan, device="other")
+
+
+def test_a_cut_line_costs_only_itself(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
+    assert run([make("first")]) == 0
+    with open(tmp_path / "out" / "results.jsonl", "a") as file:
+        file.write('{"section": "first", "item": "cut", "ms"')
+    assert run([make("first"), make("last")]) == 0
+    assert report(tmp_path)["by_name"]["last"]["items"] == {"one": {"ms": 1.5}}
+
+
+def test_mistakes(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no section is called 'nothing'; there are 'first'"):
+        run([make("first")], only=["nothing"])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(ConfigError, match="holds files of something else"):
+        run([make("first")])
+
+
+def test_plan() -> None:
+    """Catches a section whose module does not exist, and a limit below the estimate."""
+    root = Path(shipped.__file__).parents[3]
+    names = [section.name for section in shipped.PLAN]
+    assert len(set(names)) == len(names) and names[:4] == ["ceilings", "correctness", "operators", "steps"]
+    for section in (shipped.MACHINE, *shipped.PLAN):
+        source = (root / section.module.replace(".", "/")).with_suffix(".py").read_text()
+        assert "\ndef measure(recorder: Recorder) -> None:" in source
+        assert section.seconds <= section.limit
+    assert all(name in describe_plan() for name in names)
