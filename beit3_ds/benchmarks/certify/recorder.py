@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.benchmarks.certify.results import ResultsFile
+from beit3_ds.benchmarks.certify.results import ResultsFile, has_failed
 
 
 class NeedsDeviceError(RuntimeError):
@@ -35,7 +35,7 @@ class Recorder:
             for line in self._file.read()
             if line.get("section") == section
             and "item" in line
-            and (line["call"] == call or not line.keys() & {"begun", "error", "absent", "warning"})
+            and (line["call"] == call or not (has_failed(line) or line.keys() & {"absent", "warning"}))
         }
 
     def knows(self, item: str) -> bool:

@@ -22,6 +22,11 @@ NEEDS_DEVICE = "needs a CUDA device"
 """Status of a section that has no form for a CPU."""
 
 
+def has_failed(line: Line) -> bool:
+    """Returns whether an item began and did not end, raised an error, or is a check that did not pass."""
+    return bool(line.get("begun") or line.get("error")) or line.get("passed") is False
+
+
 class ResultsFile:
     """Appends and reads the lines of one certification."""
 
@@ -55,6 +60,11 @@ class ResultsFile:
     def call(self) -> int:
         """Returns the number of the latest call of `beit3 certify` in this file, or 0."""
         return max((line["call"] for line in self.read() if "section" not in line and "call" in line), default=0)
+
+    def failed_sections(self) -> set[str]:
+        """Returns the names of the sections with an item whose latest line is a failure."""
+        latest = {(line["section"], line["item"]): line for line in self.read() if "item" in line}
+        return {section for (section, _), line in latest.items() if has_failed(line)}
 
     def statuses(self) -> dict[str, str]:
         """Returns the latest status of every section that ended, by name."""

@@ -30,8 +30,8 @@ def certify(
 ) -> int:
     """Runs all sections that the folder does not have yet, and rewrites the report after each.
 
-    Sections that began in an earlier call and did not complete run after those that never began, and skip their
-    recorded items.
+    Sections that began in an earlier call and did not complete, or have failed items, run after those that never began.
+    They skip the items that they have.
 
     Args:
         folder: folder for the report, the results and the sections' logs; created if it does not exist.
@@ -91,11 +91,11 @@ def _open(folder: Path) -> ResultsFile:
 
 
 def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
-    """Returns the sections that did not complete, those that never began first."""
-    statuses = results.statuses()
+    """Returns the sections that did not complete or have failed items, those that never began first."""
+    statuses, failed = results.statuses(), results.failed_sections()
     return [
         *(section for section in plan if section.name not in statuses),
-        *(section for section in plan if statuses.get(section.name, DONE) != DONE),
+        *(section for section in plan if statuses.get(section.name, DONE) != DONE or section.name in failed),
     ]
 
 

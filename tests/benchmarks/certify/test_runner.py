@@ -135,6 +135,16 @@ def test_a_second_call_runs_the_rest(make: Make, run: Callable[..., int], tmp_pa
         run(plan, device="other")
 
 
+def test_a_second_call_repeats_what_failed(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
+    """Catches a mistake that was corrected and still shows, and good figures that are measured again."""
+    faulty = f"{ONE}\nrecorder.measure('error', lambda: 1 / 0)\nrecorder.measure('check', lambda: {{'passed': False}})"
+    assert run([make("faulty", faulty)]) == 1
+    corrected = faulty.replace("1 / 0", "{'ms': 1.0}").replace("False", "True").replace("1.5", "9.9")
+    assert run([make("faulty", corrected)]) == 0
+    items = {"one": {"ms": 1.5}, "error": {"ms": 1.0}, "check": {"passed": True}}
+    assert report(tmp_path)["by_name"]["faulty"]["items"] == items
+
+
 def test_a_cut_line_costs_only_itself(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
     assert run([make("first")]) == 0
     with open(tmp_path / "out" / "results.jsonl", "a") as file:
