@@ -1,4 +1,4 @@
-"""Opens regular files and nothing else, so that a path from others cannot make the program wait for a pipe."""
+"""Opens regular files and nothing else, so that an untrusted path cannot make the program wait for a pipe."""
 
 import os
 import stat

@@ -181,7 +181,7 @@ def _check_this_node(config: RunConfig, launch: Launch) -> None:
 def build_run(
     config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals, *, force: bool = False
 ) -> tuple[Run, Iterable[StepBatch]]:
-    """Builds and resumes a run; returns it with the remaining steps of this rank. All ranks call it.
+    """Builds and resumes a run; returns it with the remaining steps of this rank. All ranks must call this function.
 
     If `force` is true and a checkpoint of the last step exists, the folder of checkpoints is renamed, and the run
     starts at step 0.

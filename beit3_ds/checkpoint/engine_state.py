@@ -166,10 +166,10 @@ class EngineState:
     def find_mismatch(self, step: int) -> str | None:
         """Compares the weights to save with the parameters that the forward pass uses. All ranks call it.
 
-        Checkpoints are read from DeepSpeed's flat buffers. If a DeepSpeed option changed the order of elements in these
-        buffers, training would stay correct, but checkpoints would be wrong. To detect this, each rank compares samples
-        of its elements of every parameter. Under ZeRO-3 the data-parallel ranks also gather a few parameters, chosen
-        anew at each step.
+        The weights to save are read from DeepSpeed's flat buffers. If a DeepSpeed option changed the order of elements
+        in these buffers, training would stay correct, but checkpoints would be wrong. To detect this, each rank
+        compares samples of its elements of every parameter. Under ZeRO-3 the data-parallel ranks also gather a few
+        parameters, chosen anew at each step.
 
         Args:
             step: number of updates done; chooses the samples, which are the same on all ranks.
@@ -200,7 +200,7 @@ class EngineState:
 
     @torch.no_grad()
     def load(self, read: ReadSlice, optimizer_step: int) -> None:
-        """Overwrites this rank's weights and moments with values from `read`. All ranks call it.
+        """Overwrites this rank's weights and moments with values from `read`. All ranks must call this function.
 
         Calls `read` only for elements that this rank owns. Under ZeRO-3 the data-parallel ranks then gather the
         parameters that DeepSpeed keeps unpartitioned.

@@ -20,7 +20,7 @@ _WAYS_OUT = (
 
 
 def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGroup) -> CheckpointFolder | None:
-    """Returns the newest undamaged checkpoint, or None if there are no checkpoints. All ranks call it.
+    """Returns the newest undamaged checkpoint, or None if there are no checkpoints. All ranks must call this function.
 
     All ranks get the same checkpoint. Each rank compares a share of the files with their digests. Damaged checkpoints
     are skipped, and the main rank prints their names.

@@ -115,7 +115,7 @@ class CheckpointStore:
         self._host.barrier()
 
     def load(self, state: EngineState, folder: CheckpointFolder) -> int:
-        """Loads weights, moments and buffers from a checkpoint of any layout. All ranks call it.
+        """Loads weights, moments and buffers from a checkpoint of any layout. All ranks must call this function.
 
         Returns:
             Number of updates done before the checkpoint was saved, which is the number of the next step.

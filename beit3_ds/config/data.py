@@ -170,10 +170,10 @@ class DataConfig:
     start of a run scans shards, parses annotations and tokenizes texts in memory, which suits a small corpus."""
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
     """How an epoch is shuffled. `shuffled` shuffles it as a whole, so reads jump between shards. `shard_sequential`
-    puts blocks of `block_samples` neighbouring samples into a random order, and shuffles the samples of every
-    `window_blocks` blocks in this order together. Then only a few shards are read at a time. This suits storage that
-    reads ahead, and corpora with more shards than a process may keep open. The order is less random, so do not use it
-    if neighbouring samples are alike, as in shards sorted by class."""
+    cuts it into blocks of `block_samples` neighbouring samples and shuffles the blocks. Then it takes `window_blocks`
+    consecutive blocks at a time and shuffles all their samples. So only a few shards are read at a time. This suits
+    storage that reads ahead, and corpora with more shards than a process may keep open. The order is less random, so do
+    not use it if neighbouring samples are alike, as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
     """Number of neighbouring samples per block with `order` "shard_sequential"; choose at most the size of a shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64

@@ -13,7 +13,7 @@ _SUGGESTIONS = 3
 
 
 def check_layout(config: RunConfig, world_size: int) -> int:
-    """Checks that the ranks, the model, the micro-batches and the samples of a run fit each other.
+    """Checks that the ranks, the model, the micro-batches and the samples of a run fit together.
 
     Args:
         config: the run's configuration.
@@ -23,8 +23,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         The number of data-parallel ranks.
 
     Raises:
-        ConfigError: if they do not; the message names the broken rule and similar layouts of `world_size` ranks that
-            fit.
+        ConfigError: if they do not fit together; the message names the broken rule, and similar layouts of
+            `world_size` ranks that fit.
     """
     try:
         data_parallel_size = _check(config, world_size)

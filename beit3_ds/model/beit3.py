@@ -27,7 +27,7 @@ class BEiT3(nn.Module):
 
     Layer 0 holds the embeddings, layers 1 to L are the blocks, and layer L + 1 holds the final norm. A task adds its
     head to layer L + 1. `ModelConfig.num_pipeline_layers` is the number of these layers. Layers exchange only the
-    residual stream x_TD, so a pipeline can cut the list between any two layers. Modules store nothing about a batch,
+    residual stream x_TD, so a pipeline can cut the model between any two layers. Modules store nothing about a batch,
     and the forward pass draws no random numbers. Parameter names do not depend on which layers this rank holds.
     `initialize_parameters` sets the parameters; before, they are uninitialised.
     """

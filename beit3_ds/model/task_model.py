@@ -30,13 +30,13 @@ class Head(nn.Module, ABC):
         """Computes the sums of the task's loss terms, or its predictions.
 
         Args:
-            h_MD: rows after the final norm that the head reads, the same on all tensor-parallel ranks.
+            h_MD: the rows that the head reads, after the final norm; the same on all tensor-parallel ranks.
             batch: the packed micro-batch, with the task's targets if `with_loss` is True.
             with_loss: True for the loss, False for predictions.
 
         Returns:
-            Without loss, the task's predictions. With loss, the differentiable sum of each term, float32; for a task
-            whose terms compare samples, `StepFeatures`.
+            Without loss, the task's predictions. With loss, one differentiable float32 sum per loss term. A task whose
+            loss compares samples with each other, such as a contrastive loss, returns `StepFeatures` instead.
         """
 
 

@@ -188,9 +188,9 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
 
 
 def _attention_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns the bytes that attention keeps besides `_branch`.
+    """Returns the bytes of the tensors that attention keeps between its projections.
 
-    They are those of queries, keys, values, the output projection's input, and the scores' log-sum-exp.
+    These are queries, keys, values, the output projection's input, and the log-sum-exp of the scores.
     """
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size

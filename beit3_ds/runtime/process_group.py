@@ -117,9 +117,9 @@ def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.St
 
     Args:
         parallel: the layout and the time-out.
-        launch: this rank.
-        backend: backend of the device groups. "fake" returns the tensors of a single process unchanged, and listens
-            nowhere; gloo would open a port per group even for one process.
+        launch: rank and world size of this process, and the address of rank 0.
+        backend: backend of the device groups. Use "fake" for a single process: its collectives return their input
+            unchanged and open no port. Gloo would open a port per group even for one process.
         store: store through which the ranks find each other.
     """
     if backend != "gloo":

@@ -65,7 +65,7 @@ class Scene:
 
 
 class Question(NamedTuple):
-    """Holds a question about a scene with its only answer."""
+    """Holds a question about a scene, and its one right answer."""
 
     question: str
     answer: str

@@ -105,7 +105,7 @@ class RankTask:
     """Samples of each source that this rank reads, by the source's name in the configuration; all ranks compare them to
     detect different data."""
     files: Mapping[str, str | None] = field(default_factory=dict)
-    """Paths of other files that must be equal on all ranks, by configuration key; the keys are equal on all ranks."""
+    """Paths of further files, by configuration key. Their contents must be the same on all ranks; so must the keys."""
 
     @classmethod
     def open(

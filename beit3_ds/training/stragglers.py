@@ -52,7 +52,7 @@ class Stragglers:
         self._mesh, self._stopwatches = mesh, (work, data)
 
     def report(self, steps: int, step_seconds: float) -> tuple[dict[str, Any], list[str]]:
-        """Compares the times since the last report. All ranks call it; sends 2 numbers per rank.
+        """Compares the times since the last report. All ranks must call this function; sends 2 numbers per rank.
 
         Args:
             steps: number of steps since the last report.

@@ -1,9 +1,9 @@
 """Manages host memory for the tensors that each training step on a CPU allocates and frees.
 
 Every step allocates the same gigabytes of rows and gradients. glibc fragments this memory: it pads each request for
-alignment, so a freed block does not fit the next request of the same size. Small tensors that stay also split the gaps
-between large ones. So these tensors get their own address range. Rows are allocated from its lower end. They are freed
-in the order of their allocation, or in reverse. Gradients of weights stay until the optimizer's update. They are
+alignment, so a freed block does not fit the next request of the same size. Small lasting tensors also split the gaps
+between large ones. So rows and gradients get an address range of their own. Rows are allocated from its lower end and
+freed in the order of their allocation, or in reverse. Gradients of weights stay until the optimizer's update. They are
 allocated from the upper end, so at the end of the backward pass they reuse the memory of rows (BENCHMARKS.md). On a
 GPU, PyTorch's caching allocator does all this.
 """

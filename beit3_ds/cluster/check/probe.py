@@ -148,7 +148,7 @@ class Probe:
         """Listens on a port at some addresses of this node, sends `token` to every client, and returns the port.
 
         Port 0 means any free port. If the port is taken at the first address, a free port is used, and the result
-        names the process that holds the wanted port. Other addresses that this node does not have are ignored.
+        names the process that holds the wanted port. The later addresses are ignored if this node does not have them.
         """
         first, *others = addresses
         owner = None

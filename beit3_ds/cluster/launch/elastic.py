@@ -17,9 +17,9 @@ def largest_fit(
         min_ranks: minimum number of ranks.
 
     Returns:
-        The chosen hosts in order, each with the number of slots to use; None if no number of ranks fits. All hosts but
-        the last use all their slots. With `equal_slots`, all hosts get equal numbers of ranks, on as few hosts as
-        possible.
+        The chosen hosts in order, each with the number of slots to use; None if no number of ranks fits.
+        Without `equal_slots`, every chosen host but the last uses all its slots. With it, all chosen hosts use the same
+        number of slots, and as few hosts as possible are chosen.
     """
     for world_size in range(sum(host.slots for host in hosts), min_ranks - 1, -1):
         if fits(world_size) and (chosen := _choose(hosts, world_size, equal_slots)):

@@ -189,7 +189,7 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
 def _cut_into_sequences(
     folder: Path, text: str, tokenizer: TextTokenizer, data: DataConfig, cutter: ParagraphCutter
 ) -> bool:
-    """Cuts a tokenized file into sequences; returns False if some pieces of the file are not tokenized yet."""
+    """Cuts a text file into sequences if all its pieces are tokenized; otherwise does nothing and returns False."""
     try:
         pieces = find_token_pieces(folder, text, tokenizer, data.document_separator)
     except ConfigError:

@@ -66,7 +66,7 @@ class ContrastiveHead(Head):
         self.temperature = Temperature()
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the features of a micro-batch, with or without `with_loss`.
+        """Returns the features of a micro-batch, for training and for evaluation.
 
         Args:
             h_MD: CLS rows of images, then BOS rows of texts, (images + texts, hidden size).

@@ -77,7 +77,7 @@ class TokenizerRankTask(RankTask):
         _tokenizer(evaluator).is_quantized = done > self.continuous_steps
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
-        """Moves the codes once, with the vectors of all micro-batches of all ranks; a skipped step moves no codes."""
+        """Updates the codebook from the vectors of the whole step on all ranks; a skipped step leaves it unchanged."""
         model = _tokenizer(evaluator)
         quantizer = model.quantize
         if is_skipped or not model.is_quantized:
