@@ -151,6 +151,7 @@ def test_a_cut_line_costs_only_itself(make: Make, run: Callable[..., int], tmp_p
         file.write('{"section": "first", "item": "cut", "ms"')
     assert run([make("first"), make("last")]) == 0
     assert report(tmp_path)["by_name"]["last"]["items"] == {"one": {"ms": 1.5}}
+    assert [line["call"] for line in report(tmp_path)["calls"]] == [1, 2]
 
 
 def test_mistakes(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
