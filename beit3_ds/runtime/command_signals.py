@@ -34,8 +34,9 @@ class StoppedBySignal(KeyboardInterrupt):
 def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
     """Raises `StoppedBySignal` in the block when a stop signal arrives; does nothing outside the main thread.
 
-    Python raises the exception after the current call into a library, and a library may suppress it. The process ends
-    after `STOP_SECONDS` in any case. Signals after the first one have no effect.
+    Python raises the exception after the current call into a library. A library may turn it into an error of its own,
+    for which `StoppedBySignal` is raised here, or may suppress it. The process ends after `STOP_SECONDS` in any case.
+    Signals after the first one have no effect.
 
     Args:
         end: ends this process, even if its main thread is blocked in a call.
@@ -46,7 +47,7 @@ def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
     received: list[int] = []
     timer = threading.Timer(STOP_SECONDS, lambda: _end_now(received[0], end))
     timer.daemon = True
-    has_raised = False
+    raised: int | None = None
 
     def note(number: int) -> None:  # in the thread that reads signals
         if number in STOP_SIGNALS and not received:
@@ -54,15 +55,19 @@ def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
             timer.start()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal has_raised
-        if not has_raised:
-            has_raised = True
+        nonlocal raised
+        if raised is None:
+            raised = number
             raise StoppedBySignal(number)
 
     with reading_signals(note):
         before = {number: signal.signal(number, handle) for number in handled_signals()}
         try:
             yield
+        except Exception as error:
+            if raised is not None:
+                raise StoppedBySignal(raised) from error
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -31,6 +31,20 @@ def test_a_signal_unwinds_the_command(number: signal.Signals) -> None:
     assert f"stopped by {number.name}" in str(stopped.value)
 
 
+def test_a_library_that_turns_the_signal_into_its_own_error_is_stopped_too() -> None:
+    """SentencePiece raises a RuntimeError if the function that yields its texts is interrupted."""
+
+    def command() -> None:
+        with ending_on_signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise RuntimeError("the library's own words") from None
+
+    with pytest.raises(StoppedBySignal, match="stopped by SIGTERM"):
+        command()
+
+
 def test_a_command_in_a_library_ends_by_force(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
