@@ -6,8 +6,6 @@ import fcntl
 import json
 import math
 import os
-import shlex
-import socket
 import stat
 import struct
 import sys
@@ -17,12 +15,10 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from beit3_ds.config import ConfigError
-from beit3_ds.printing import printable
+from beit3_ds.lock_holder import Holder, describe_holder, parse_holder, this_process
 from beit3_ds.storage_error import StorageError
-from beit3_ds.untrusted_json import check_count, check_object, check_text, parse_untrusted_json
 
 WAIT_SECONDS = 120.0
 """Longest wait for a holder that stops or gives no sign of life; an NFS server keeps a crashed host's lock for 90 s."""
@@ -33,7 +29,6 @@ _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 0.6  # until the first message of a wait, so that a new holder has written its name
 _MOST_BYTES = 4096
-_LONGEST_COMMAND = 200
 _HOLDER, _WAITING = 0, 1  # bytes of the file that the holder and the waiting processes lock
 _FLOCK = "@hhqqi4x"  # struct flock of fcntl.h
 _HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
@@ -42,25 +37,6 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 class WaitStoppedError(Exception):
     """Reports that a process received a stop signal while it waited for another one to release a lock."""
-
-
-class Holder(NamedTuple):
-    """Describes the process that holds a lock, as written in the lock's file."""
-
-    host: str
-    pid: int
-    since: str
-    """Local time at which the process took the lock."""
-    command: str
-    boot: str
-    """Identifier of the boot of the holder's host. Two processes of the same boot always see each other's locks."""
-    is_stopping: bool
-    """Whether the process has received a stop signal and will end soon."""
-
-    def describe(self) -> str:
-        """Returns the holder in words, printable and of bounded length."""
-        command = printable(self.command, _LONGEST_COMMAND)
-        return f"process {self.pid} on host {printable(self.host, 100)} ({command}), since {printable(self.since, 40)}"
 
 
 def _never() -> bool:
@@ -107,14 +83,7 @@ class WriterLock:
         """
         self.path, self._target, self._way_out, self._is_stopping = path, target, way_out, is_stopping
         self._end = end
-        self._own = Holder(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            since=time.strftime("%Y-%m-%d %H:%M:%S"),
-            command=printable(_command_line() if command is None else command, _LONGEST_COMMAND),
-            boot=_read_boot_id(),
-            is_stopping=False,
-        )
+        self._own = this_process(command)
         self._file, self._uses_records = -1, False
         self._written: Holder | None = None
         self._contended_at = -math.inf
@@ -190,16 +159,18 @@ class WriterLock:
                 break
             if now - began >= WAIT_SECONDS:
                 raise StorageError(
-                    f"{self._target} is in use by {_describe(holder)}: the lock {self.path} was not released within "
-                    f"{WAIT_SECONDS:.0f} s. If that process hangs, end it; then start the same command again."
+                    f"{self._target} is in use by {describe_holder(holder)}: the lock {self.path} was not released "
+                    f"within {WAIT_SECONDS:.0f} s. If that process hangs, end it; then start the same command again."
                 )
             if not is_noticed and now - began >= _NOTICE_SECONDS:
                 is_noticed = True
                 print(
-                    f"waiting for {self._target}, which is in use by {_describe(holder)}", file=sys.stderr, flush=True
+                    f"waiting for {self._target}, which is in use by {describe_holder(holder)}",
+                    file=sys.stderr,
+                    flush=True,
                 )
             if self._is_stopping():
-                raise WaitStoppedError(f"stopped while waiting for {self._target}, in use by {_describe(holder)}")
+                raise WaitStoppedError(f"stopped while waiting for {self._target}, in use by {describe_holder(holder)}")
             time.sleep(_POLL_SECONDS)
         self._write_name(shares_no_locks=is_locked is None)
 
@@ -273,7 +244,7 @@ class WriterLock:
         Reads through the open file, because closing a second open file would release this process's record locks.
         """
         text = os.pread(self._file, _MOST_BYTES, 0)
-        return _parse_holder(text), os.fstat(self._file).st_mtime_ns, not text
+        return parse_holder(text), os.fstat(self._file).st_mtime_ns, not text
 
     def _write(self, holder: Holder) -> None:
         text = json.dumps(holder._asdict()).encode()
@@ -307,7 +278,7 @@ class WriterLock:
         is_locked, (holder, _, _) = self._try_to_hold(), self._look()
         if is_locked is False or self._is_named_for_another(holder):
             print(
-                f"error: {self._target} is now in use by {_describe(holder)}, because this process (host "
+                f"error: {self._target} is now in use by {describe_holder(holder)}, because this process (host "
                 f"{self._own.host}) was cut off from it; this process ends without a further write",
                 file=sys.stderr,
                 flush=True,
@@ -333,7 +304,7 @@ class WriterLock:
 
     def _refusal(self, holder: Holder | None) -> ConfigError:
         return ConfigError(
-            f"{self._target} is in use by {_describe(holder)}. Wait for its end, end it, or {self._way_out}."
+            f"{self._target} is in use by {describe_holder(holder)}. Wait for its end, end it, or {self._way_out}."
         )
 
 
@@ -354,29 +325,6 @@ def _check_regular(status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, "it is not a regular file")
 
 
-def _command_line() -> str:
-    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-
-
-def _describe(holder: Holder | None) -> str:
-    return "another process, which has not written its name" if holder is None else holder.describe()
-
-
-def _parse_holder(text: bytes) -> Holder | None:
-    try:
-        fields = check_object(parse_untrusted_json(text))
-        return Holder(
-            host=check_text(fields["host"]),
-            pid=check_count(fields["pid"]),
-            since=check_text(fields["since"]),
-            command=check_text(fields["command"]),
-            boot=check_text(fields["boot"]),
-            is_stopping=fields["is_stopping"] is True,
-        )
-    except (ValueError, KeyError):
-        return None
-
-
 def _try_record(file: int, byte: int, kind: int) -> bool | None:
     """Takes a record lock on a byte of a file without waiting.
 
@@ -395,10 +343,3 @@ def _try_record(file: int, byte: int, kind: int) -> bool | None:
             return None
         raise
     return True
-
-
-def _read_boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

@@ -26,7 +26,8 @@ ARROWS: dict[str, set[str]] = {
     "regular_file": set(),
     "untrusted_json": set(),
     "safetensors_header": {"regular_file", "untrusted_json"},
-    "writer_lock": {"config", "printing", "storage_error", "untrusted_json"},
+    "lock_holder": {"printing", "untrusted_json"},
+    "writer_lock": {"config", "lock_holder", "storage_error"},
     "untrusted_file": {"config", "regular_file", "safetensors_header"},
     "parallel": {"config", "kernels", "rank_names", "storage_error"},
     "tokenizers": {

@@ -1,4 +1,4 @@
-"""Sends signals at random moments: everything ends in time, goes on when started again, and comes to the same end."""
+"""Tests that programs end in time on a signal at any moment, resume when started again, and reach the same result."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def stop_repeatedly(
     is_finished: Callable[[], bool],
     forget: Callable[[], None],
 ) -> list[Stop]:
-    """Sends `count` signals; a finished program begins anew."""
+    """Starts a program `count` times and sends it a signal each time; a finished program is reset before."""
     stops = []
     for _ in range(count):
         if is_finished():

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from beit3_ds import writer_lock
 from beit3_ds.config import ConfigError
+from beit3_ds.lock_holder import Holder, parse_holder
 from beit3_ds.storage_error import StorageError
-from beit3_ds.writer_lock import Holder, WaitStoppedError, WriterLock, _parse_holder
+from beit3_ds.writer_lock import WaitStoppedError, WriterLock
 
 ROOT = Path(__file__).parents[1]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -255,7 +256,7 @@ def test_names_are_printable(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 )
 @settings(max_examples=60)
 def test_any_content_is_read(content: bytes) -> None:
-    assert _parse_holder(content) is None
+    assert parse_holder(content) is None
 
 
 def test_a_full_disk_costs_the_name_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

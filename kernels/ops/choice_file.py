@@ -54,9 +54,9 @@ class ChoiceFile:
         Args:
             case: the measured case.
             fastest: name of the fastest implementation.
-            milliseconds: time of every implementation, by name; infinity if it could not be timed.
+            milliseconds: time of every implementation, by name.
         """
-        measured = {name: round(ms, 4) for name, ms in milliseconds.items() if ms < float("inf")}
+        measured = {name: round(ms, 4) for name, ms in milliseconds.items()}
         self._cases[case] = {"fastest": fastest, "milliseconds": measured}
         if self.path is None:
             return

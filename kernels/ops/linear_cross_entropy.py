@@ -315,17 +315,6 @@ def _gradient_cpu(
     return d_MN.sum(0)
 
 
-@torch.library.impl(_LIBRARY, "logits_partials", "CUDA")
-def _partials_cuda(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    _PARTIALS(logits_MN, bias_N, target_M, first, partials_3M)
-
-
-@torch.library.impl(_LIBRARY, "logits_gradient", "CUDA")
-def _gradient_cuda(*arguments: Any) -> Tensor:
-    db_N: Tensor = _GRADIENT(*arguments)
-    return db_N
-
-
 def _partials_triton(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
     from beit3_ds.kernels.triton.linear_cross_entropy_launch import choose_tiling, partials  # needed on a GPU only
 
@@ -343,9 +332,11 @@ def _gradient_triton(
 _PARTIALS = MeasuredOp(
     "logits_partials", {"triton": _partials_triton, "library": _partials_cpu}, mutates=(4,), ignores=(3,)
 )
+_LIBRARY.impl("logits_partials", _PARTIALS, "CUDA")
 _GRADIENT = MeasuredOp(
     "logits_gradient", {"triton": _gradient_triton, "library": _gradient_cpu}, mutates=(0,), ignores=(3,)
 )
+_LIBRARY.impl("logits_gradient", _GRADIENT, "CUDA")
 
 
 @torch.library.register_fake("beit3_ds::logits_partials", lib=_LIBRARY)

@@ -5,6 +5,7 @@ one for comparisons, and for runs that must not depend on timings.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,7 +78,8 @@ class Choices:
                 return name
         milliseconds = {name: self._measure(case, name, calls[name]) for name in available}
         fastest = min(available, key=lambda name: milliseconds[name])
-        file.add(case, fastest, milliseconds)
+        if all(map(math.isfinite, milliseconds.values())):  # memory may have been short only this time
+            file.add(case, fastest, milliseconds)
         return fastest
 
     def _measure(self, case: str, name: Name, call: Callable[[], Any]) -> float:

@@ -270,18 +270,6 @@ def _backward_cpu(
     return dx_TD, torch.stack(d_parameters).unflatten(0, (2, -1))
 
 
-@torch.library.impl(_LIBRARY, "multiway_layer_norm", "CUDA")
-def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor] = _FORWARD(*arguments)
-    return outputs
-
-
-@torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CUDA")
-def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor] = _BACKWARD(*arguments)
-    return gradients
-
-
 def _forward_triton(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
@@ -305,7 +293,9 @@ def _backward_triton(
 
 # Both implementations save the same statistics, so forward and backward are chosen separately.
 _FORWARD = MeasuredOp("multiway_layer_norm", {"triton": _forward_triton, "library": _forward_cpu})
+_LIBRARY.impl("multiway_layer_norm", _FORWARD, "CUDA")
 _BACKWARD = MeasuredOp("multiway_layer_norm_backward", {"triton": _backward_triton, "library": _backward_cpu})
+_LIBRARY.impl("multiway_layer_norm_backward", _BACKWARD, "CUDA")
 
 
 @torch.library.register_fake("beit3_ds::multiway_layer_norm", lib=_LIBRARY)

@@ -133,31 +133,6 @@ def _weight_gradient(
     return [*d_weights, *d_biases]
 
 
-@torch.library.impl(_LIBRARY, "multiway_linear", "CUDA")
-def _linear_cuda(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    run = _LINEAR if KERNELS.accept(x_TD) else _linear
-    y_TF: Tensor = run(x_TD, ends, weights, biases)
-    return y_TF
-
-
-@torch.library.impl(_LIBRARY, "multiway_input_gradient", "CUDA")
-def _input_gradient_cuda(
-    dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]
-) -> Tensor:
-    run = _INPUT_GRADIENT if KERNELS.accept(dy_TF) else _input_gradient
-    dx_TD: Tensor = run(dy_TF, factor_T, ends, weights)
-    return dx_TD
-
-
-@torch.library.impl(_LIBRARY, "multiway_weight_gradient", "CUDA")
-def _weight_gradient_cuda(
-    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
-) -> list[Tensor]:
-    run = _WEIGHT_GRADIENT if KERNELS.accept(dy_TF) else _weight_gradient
-    gradients: list[Tensor] = run(dy_TF, factor_T, x_TD, ends, with_bias)
-    return gradients
-
-
 def _linear_triton(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
 
@@ -181,12 +156,27 @@ def _weight_gradient_triton(
     return [*d_weights, *d_biases]
 
 
+def _takes_triton(x: Tensor, *rest: Any) -> bool:
+    return KERNELS.accept(x)
+
+
 # The library's implementations are the CPU's: one product of cuBLAS per expert.
-_LINEAR = MeasuredOp("multiway_linear", {"triton": _linear_triton, "library": _linear})
-_INPUT_GRADIENT = MeasuredOp("multiway_input_gradient", {"triton": _input_gradient_triton, "library": _input_gradient})
-_WEIGHT_GRADIENT = MeasuredOp(
-    "multiway_weight_gradient", {"triton": _weight_gradient_triton, "library": _weight_gradient}
+_LINEAR = MeasuredOp(
+    "multiway_linear", {"triton": _linear_triton, "library": _linear}, accepts={"triton": _takes_triton}
 )
+_LIBRARY.impl("multiway_linear", _LINEAR, "CUDA")
+_INPUT_GRADIENT = MeasuredOp(
+    "multiway_input_gradient",
+    {"triton": _input_gradient_triton, "library": _input_gradient},
+    accepts={"triton": _takes_triton},
+)
+_LIBRARY.impl("multiway_input_gradient", _INPUT_GRADIENT, "CUDA")
+_WEIGHT_GRADIENT = MeasuredOp(
+    "multiway_weight_gradient",
+    {"triton": _weight_gradient_triton, "library": _weight_gradient},
+    accepts={"triton": _takes_triton},
+)
+_LIBRARY.impl("multiway_weight_gradient", _WEIGHT_GRADIENT, "CUDA")
 
 
 @torch.library.register_fake("beit3_ds::multiway_linear", lib=_LIBRARY)

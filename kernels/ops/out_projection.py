@@ -324,13 +324,6 @@ def _out_projection(
     return _join(torch.ops.beit3_ds.multiway_linear(a_TF, ends, weights, biases), residual_TD, factor_T)
 
 
-@torch.library.impl(_LIBRARY, "out_projection", "CUDA")
-def _out_projection_cuda(a_TF: Tensor, *rest: Any) -> Tensor:
-    run = _OUT_PROJECTION if KERNELS.accept(a_TF) else _out_projection
-    y_TD: Tensor = run(a_TF, *rest)
-    return y_TD
-
-
 def _out_projection_triton(
     a_TF: Tensor,
     mean_T: Tensor | None,
@@ -338,18 +331,22 @@ def _out_projection_triton(
     scales: Sequence[Tensor],
     shifts: Sequence[Tensor],
     ends: Sequence[int],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual_TD: Tensor | None,
-    factor_T: Tensor | None,
+    *rest: Any,
 ) -> Tensor:
     from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
 
     norm = None if mean_T is None or rstd_T is None else (mean_T, rstd_T, scales, shifts)
-    return multiway_ffn_launch.out_projection(a_TF, norm, slices_of(ends), weights, biases, residual_TD, factor_T)
+    return multiway_ffn_launch.out_projection(a_TF, norm, slices_of(ends), *rest)
 
 
-_OUT_PROJECTION = MeasuredOp("out_projection", {"triton": _out_projection_triton, "library": _out_projection})
+def _takes_triton(x: Tensor, *rest: Any) -> bool:
+    return KERNELS.accept(x)
+
+
+_OUT_PROJECTION = MeasuredOp(
+    "out_projection", {"triton": _out_projection_triton, "library": _out_projection}, accepts={"triton": _takes_triton}
+)
+_LIBRARY.impl("out_projection", _OUT_PROJECTION, "CUDA")
 # The library's implementation runs the norm, one product of cuBLAS per expert, and the sum with the stream.
 
 
@@ -362,10 +359,6 @@ def _out_projection_fake(a_TF: Tensor, *rest: Any) -> Tensor:
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """Compares the kernel with plain PyTorch on two experts, with a stream of the same dtype and of float32.
-
-    Args:
-        device: device of the kernel.
-        dtype: dtype of the parameters.
 
     Raises:
         WrongResultError: if a result is wrong.

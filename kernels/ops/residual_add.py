@@ -165,18 +165,6 @@ def _backward_plain(
     return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED
 
 
-@torch.library.impl(_LIBRARY, "residual_add", "CUDA")
-def _forward_cuda(*arguments: Any) -> Tensor:
-    y_TD: Tensor = _FORWARD(*arguments)
-    return y_TD
-
-
-@torch.library.impl(_LIBRARY, "residual_add_backward", "CUDA")
-def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor] = _BACKWARD(*arguments)
-    return gradients
-
-
 def _forward_triton(
     residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
@@ -194,7 +182,9 @@ def _backward_triton(
 
 
 _FORWARD = MeasuredOp("residual_add", {"triton": _forward_triton, "library": _forward_plain})
+_LIBRARY.impl("residual_add", _FORWARD, "CUDA")
 _BACKWARD = MeasuredOp("residual_add_backward", {"triton": _backward_triton, "library": _backward_plain})
+_LIBRARY.impl("residual_add_backward", _BACKWARD, "CUDA")
 
 
 @torch.library.register_fake("beit3_ds::residual_add", lib=_LIBRARY)

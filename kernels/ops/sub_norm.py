@@ -141,34 +141,6 @@ def _sub_norm_gradient(
     return torch.ops.aten.gelu_backward(da_TF, x_TF) if gelu else da_TF
 
 
-@torch.library.impl(_LIBRARY, "row_statistics", "CUDA")
-def _row_statistics_cuda(x_TF: Tensor) -> tuple[Tensor, Tensor]:
-    run = _ROW_STATISTICS if KERNELS.accept(x_TF) else _row_statistics
-    statistics: tuple[Tensor, Tensor] = run(x_TF)
-    return statistics
-
-
-@torch.library.impl(_LIBRARY, "sub_norm", "CUDA")
-def _sub_norm_cuda(x_TF: Tensor, *rest: Any) -> Tensor:
-    run = _SUB_NORM if KERNELS.accept(x_TF) else _sub_norm
-    n_TF: Tensor = run(x_TF, *rest)
-    return n_TF
-
-
-@torch.library.impl(_LIBRARY, "sub_norm_sums", "CUDA")
-def _sub_norm_sums_cuda(dn_TF: Tensor, *rest: Any) -> list[Tensor]:
-    run = _SUB_NORM_SUMS if KERNELS.accept(dn_TF) else _sub_norm_sums
-    sums: list[Tensor] = run(dn_TF, *rest)
-    return sums
-
-
-@torch.library.impl(_LIBRARY, "sub_norm_gradient", "CUDA")
-def _sub_norm_gradient_cuda(dn_TF: Tensor, *rest: Any) -> Tensor:
-    run = _SUB_NORM_GRADIENT if KERNELS.accept(dn_TF) else _sub_norm_gradient
-    dx_TF: Tensor = run(dn_TF, *rest)
-    return dx_TF
-
-
 def _row_statistics_triton(x_TF: Tensor) -> tuple[Tensor, Tensor]:
     from beit3_ds.kernels.triton import sub_norm_launch  # Triton is needed on a GPU only
 
@@ -222,12 +194,29 @@ def _sub_norm_gradient_triton(
     return sub_norm_launch.norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
 
 
-_ROW_STATISTICS = MeasuredOp("row_statistics", {"triton": _row_statistics_triton, "library": _row_statistics})
-_SUB_NORM = MeasuredOp("sub_norm", {"triton": _sub_norm_triton, "library": _sub_norm})
-_SUB_NORM_SUMS = MeasuredOp("sub_norm_sums", {"triton": _sub_norm_sums_triton, "library": _sub_norm_sums})
-_SUB_NORM_GRADIENT = MeasuredOp(
-    "sub_norm_gradient", {"triton": _sub_norm_gradient_triton, "library": _sub_norm_gradient}, mutates=(0,)
+def _takes_triton(x: Tensor, *rest: Any) -> bool:
+    return KERNELS.accept(x)
+
+
+_ROW_STATISTICS = MeasuredOp(
+    "row_statistics", {"triton": _row_statistics_triton, "library": _row_statistics}, accepts={"triton": _takes_triton}
 )
+_LIBRARY.impl("row_statistics", _ROW_STATISTICS, "CUDA")
+_SUB_NORM = MeasuredOp(
+    "sub_norm", {"triton": _sub_norm_triton, "library": _sub_norm}, accepts={"triton": _takes_triton}
+)
+_LIBRARY.impl("sub_norm", _SUB_NORM, "CUDA")
+_SUB_NORM_SUMS = MeasuredOp(
+    "sub_norm_sums", {"triton": _sub_norm_sums_triton, "library": _sub_norm_sums}, accepts={"triton": _takes_triton}
+)
+_LIBRARY.impl("sub_norm_sums", _SUB_NORM_SUMS, "CUDA")
+_SUB_NORM_GRADIENT = MeasuredOp(
+    "sub_norm_gradient",
+    {"triton": _sub_norm_gradient_triton, "library": _sub_norm_gradient},
+    mutates=(0,),
+    accepts={"triton": _takes_triton},
+)
+_LIBRARY.impl("sub_norm_gradient", _SUB_NORM_GRADIENT, "CUDA")
 
 
 @torch.library.register_fake("beit3_ds::row_statistics", lib=_LIBRARY)

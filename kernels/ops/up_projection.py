@@ -122,15 +122,6 @@ def _statistics(a_TF: Tensor, with_statistics: bool) -> tuple[Tensor, ...]:
     return tuple(a_TF.new_empty(0, dtype=wide_dtype(a_TF)) for _ in range(2))
 
 
-@torch.library.impl(_LIBRARY, "up_projection", "CUDA")
-def _up_projection_cuda(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
-) -> tuple[Tensor, ...]:
-    run = _UP_PROJECTION if KERNELS.accept(h_TD) else _up_projection
-    outputs: tuple[Tensor, ...] = run(h_TD, ends, weights, biases, with_statistics)
-    return outputs
-
-
 def _up_projection_triton(
     h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
 ) -> tuple[Tensor, ...]:
@@ -150,11 +141,16 @@ def _takes_cuda_cpp(h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
     return is_built() and runs_grouped_gemm(h_TD, weights)
 
 
+def _takes_triton(x: Tensor, *rest: Any) -> bool:
+    return KERNELS.accept(x)
+
+
 _UP_PROJECTION = MeasuredOp(
     "up_projection",
     {"triton": _up_projection_triton, "cuda": _up_projection_cuda_cpp, "library": _up_projection},
-    accepts={"cuda": _takes_cuda_cpp},
+    accepts={"triton": _takes_triton, "cuda": _takes_cuda_cpp},
 )
+_LIBRARY.impl("up_projection", _UP_PROJECTION, "CUDA")
 
 
 @torch.library.register_fake("beit3_ds::up_projection", lib=_LIBRARY)

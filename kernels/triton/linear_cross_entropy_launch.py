@@ -24,7 +24,7 @@ class LogitsTiling(NamedTuple):
     gradient_rows: int
     """Number of rows that one loop step of `gradient_kernel` computes."""
     gradient_programs: int
-    """Approximate number of programs of `gradient_kernel`: as many as an H100 runs at once."""
+    """Approximate number of programs of `gradient_kernel`. An H100 runs this many at once."""
     num_stages: int
     """Number of loop steps whose loads from memory overlap (software pipelining)."""
 

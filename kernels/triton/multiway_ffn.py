@@ -146,10 +146,7 @@ def projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of y = residual + factor * (LN(x) @ w.T + b).
-
-    The flags RESIDUAL, FACTOR, NORM and BIAS say which of these terms are present.
-    """
+    """Computes one tile of y = residual + factor * (LN(x) @ w.T + b), without the terms whose flags are false."""
     expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)

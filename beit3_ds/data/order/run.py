@@ -155,8 +155,8 @@ def _parse(name: str, content: Any) -> StreamPosition:
 def _damaged(name: str, error: Exception) -> ConfigError:
     reason = f"it has no {error}" if isinstance(error, KeyError) else error
     return ConfigError(
-        f"data.{name}: the checkpoint's position in the data is damaged: {reason}. Remove this checkpoint, and the "
-        "same command resumes from the one before; or begin anew in another training.output_dir."
+        f"data.{name}: the checkpoint's position in the data is damaged: {reason}. Delete this checkpoint, so that "
+        "the same command resumes from an earlier one, or start a new run in another training.output_dir."
     )
 
 

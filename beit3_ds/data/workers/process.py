@@ -130,7 +130,7 @@ class WorkerProcess:
 
     @property
     def inline_bytes(self) -> int:
-        """Returns the bytes of the last reply's tensors that came through the socket because shared memory was full."""
+        """Returns how many tensor bytes of the last reply were sent through the socket, as shared memory was full."""
         return self._receiver.inline_bytes
 
     def fileno(self) -> int:

@@ -83,7 +83,7 @@ class ItemReceiver:
         self._arrived = bytearray()
         self._descriptors: list[int] = []
         self.inline_bytes = 0
-        """Number of bytes of the last object's tensors that came through the socket because shared memory was full."""
+        """Number of tensor bytes of the last object that were sent through the socket, as shared memory was full."""
 
     def receive(self) -> tuple[Any] | None:
         """Reads the available bytes from the socket.

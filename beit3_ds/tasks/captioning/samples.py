@@ -25,7 +25,7 @@ CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CaptionSample:
-    """Holds an image with a caption, some of whose tokens are masked."""
+    """Holds an image, and its caption with some tokens masked."""
 
     name: str
     """File and name of the sample, for messages."""

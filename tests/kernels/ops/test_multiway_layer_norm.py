@@ -196,8 +196,8 @@ def test_launches_of_a_device(backend: Backend) -> None:
     stops = [stop for _, stop in case.slices]
     weights, biases = case.weights_and_biases(case.parameters)
     with interpreted(), CHOICES.fixed(backend):
-        h, statistics = module._forward_cuda(case.x, stops, weights, biases, EPSILON)
-        dx, d_parameters = module._backward_cuda(case.dh, case.d_stream, case.x, statistics, stops, weights)
+        h, statistics = module._FORWARD(case.x, stops, weights, biases, EPSILON)
+        dx, d_parameters = module._BACKWARD(case.dh, case.d_stream, case.x, statistics, stops, weights)
     case.check((torch.stack((case.x, h)), dx, *d_parameters.flatten(0, 1)), with_stream=True)
 
 

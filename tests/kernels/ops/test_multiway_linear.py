@@ -44,9 +44,9 @@ def test_gradcheck() -> None:
 
 
 DEVICE_FUNCTIONS = {
-    "multiway_linear": "_linear_cuda",
-    "multiway_input_gradient": "_input_gradient_cuda",
-    "multiway_weight_gradient": "_weight_gradient_cuda",
+    "multiway_linear": "_LINEAR",
+    "multiway_input_gradient": "_INPUT_GRADIENT",
+    "multiway_weight_gradient": "_WEIGHT_GRADIENT",
 }
 """Operators, and the functions that CUDA tensors reach."""
 

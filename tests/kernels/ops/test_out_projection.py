@@ -107,7 +107,7 @@ def test_the_input_alone_is_saved() -> None:
     assert len(wide) == 1 and wide[0].data_ptr() == problem.x.data_ptr()
 
 
-DEVICE_FUNCTIONS = {"out_projection": "_out_projection_cuda"}
+DEVICE_FUNCTIONS = {"out_projection": "_OUT_PROJECTION"}
 """Operators, and the functions that CUDA tensors reach."""
 
 

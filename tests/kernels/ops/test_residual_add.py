@@ -135,8 +135,8 @@ def test_launches_of_a_device(backend: Backend) -> None:
     """Catches arguments that the operators' CUDA implementations swap."""
     case = Case((2, 0, 3), 24, torch.float32, with_factor=True)
     with interpreted(), CHOICES.fixed(backend):
-        y = module._forward_cuda(case.residual, case.partial, case.stops, case.biases, case.factor)
-        d_partial, d_biases = module._backward_cuda(case.dy, case.stops, case.factor, case.partial.dtype)
+        y = module._FORWARD(case.residual, case.partial, case.stops, case.biases, case.factor)
+        d_partial, d_biases = module._BACKWARD(case.dy, case.stops, case.factor, case.partial.dtype)
     case.check((y, case.dy, d_partial, *d_biases))
 
 

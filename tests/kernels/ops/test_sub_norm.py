@@ -9,10 +9,10 @@ from tests.kernels.ffn_operators import CPU, check_device_implementation, check_
 from tests.kernels.interpreter import interpreted
 
 DEVICE_FUNCTIONS = {
-    "row_statistics": "_row_statistics_cuda",
-    "sub_norm": "_sub_norm_cuda",
-    "sub_norm_sums": "_sub_norm_sums_cuda",
-    "sub_norm_gradient": "_sub_norm_gradient_cuda",
+    "row_statistics": "_ROW_STATISTICS",
+    "sub_norm": "_SUB_NORM",
+    "sub_norm_sums": "_SUB_NORM_SUMS",
+    "sub_norm_gradient": "_SUB_NORM_GRADIENT",
 }
 """Operators, and the functions that CUDA tensors reach."""
 

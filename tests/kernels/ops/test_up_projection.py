@@ -69,7 +69,7 @@ def test_up_projection() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-DEVICE_FUNCTIONS = {"up_projection": "_up_projection_cuda"}
+DEVICE_FUNCTIONS = {"up_projection": "_UP_PROJECTION"}
 """Operators, and the functions that CUDA tensors reach."""
 
 

@@ -1,0 +1,81 @@
+"""Describes the process that holds a lock on a folder or a file, as the lock's file names it."""
+
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from beit3_ds.printing import printable
+from beit3_ds.untrusted_json import check_count, check_object, check_text, parse_untrusted_json
+
+_LONGEST_COMMAND = 200
+
+
+class Holder(NamedTuple):
+    """Describes the process that holds a lock, as written in the lock's file."""
+
+    host: str
+    pid: int
+    since: str
+    """Local time at which the process took the lock."""
+    command: str
+    boot: str
+    """Identifier of the boot of the holder's host. Two processes of the same boot always see each other's locks."""
+    is_stopping: bool
+    """Whether the process has received a stop signal and will end soon."""
+
+    def describe(self) -> str:
+        """Returns the holder in words, printable and of bounded length."""
+        command = printable(self.command, _LONGEST_COMMAND)
+        return f"process {self.pid} on host {printable(self.host, 100)} ({command}), since {printable(self.since, 40)}"
+
+
+def this_process(command: str | None) -> Holder:
+    """Returns the description of this process, which has received no stop signal yet.
+
+    Args:
+        command: what the process does; None takes its command line.
+    """
+    return Holder(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        command=printable(_command_line() if command is None else command, _LONGEST_COMMAND),
+        boot=_read_boot_id(),
+        is_stopping=False,
+    )
+
+
+def describe_holder(holder: Holder | None) -> str:
+    """Returns a holder in words, also one that the file does not name."""
+    return "another process, which has not written its name" if holder is None else holder.describe()
+
+
+def parse_holder(text: bytes) -> Holder | None:
+    """Reads a holder from the content of a lock's file; returns None if the content is not valid."""
+    try:
+        fields = check_object(parse_untrusted_json(text))
+        return Holder(
+            host=check_text(fields["host"]),
+            pid=check_count(fields["pid"]),
+            since=check_text(fields["since"]),
+            command=check_text(fields["command"]),
+            boot=check_text(fields["boot"]),
+            is_stopping=fields["is_stopping"] is True,
+        )
+    except (ValueError, KeyError):
+        return None
+
+
+def _command_line() -> str:
+    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+
+
+def _read_boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
