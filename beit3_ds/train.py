@@ -26,7 +26,6 @@ from beit3_ds.config.arguments import add_force_argument
 from beit3_ds.config.data import Split
 from beit3_ds.data import ValidationBatches, WaitLimits, build_train_loader
 from beit3_ds.data.skipped_report import describe_skipped
-from beit3_ds.kernels.ops.measured_op import use_backend
 from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.planner import check_node, host_requirements
@@ -195,7 +194,6 @@ def build_run(
     _check_agreement(config, rank_task, mesh)
     device = compute_device()
     rank_task.to(device)
-    use_backend(config.training.kernel_backend)
     schedule = build_schedule(task, mesh)
     state = EngineState(schedule.engine, mesh, config.training.ema_decay)
     output_dir = Path(config.training.output_dir)

@@ -97,13 +97,14 @@ def test_a_result_file_that_is_missing_is_a_failure(
     assert capsys.readouterr().out.endswith(f"results: {tmp_path}/out\n")
 
 
-def count_optimizer_tensors(path: str, weights: str) -> int:
-    """Returns the number of tensors in the state of AdamW after an evaluation has built its model."""
+def inspect_evaluation(path: str, weights: str) -> tuple[int, str]:
+    """Builds the model of an evaluation; returns the number of tensors in AdamW's state, and the kernel backend."""
     import argparse
 
     from beit3_ds.checkpoint.flat_tensors import adamw_of
     from beit3_ds.config import load_run_config
     from beit3_ds.evaluate import add_options, build_evaluator, open_inputs
+    from beit3_ds.kernels.ops.measured_op import CHOICES
     from beit3_ds.runtime.process_group import joined_ranks
     from beit3_ds.runtime.stop_signals import StopSignals
 
@@ -113,12 +114,15 @@ def count_optimizer_tensors(path: str, weights: str) -> int:
     inputs = open_inputs(config, parser.parse_args(["--weights", weights]))
     with joined_ranks(config.parallel, str(inputs.folder)) as mesh:
         evaluator = build_evaluator(config, inputs, mesh, StopSignals(), "validation")
-        return sum(map(len, adamw_of(evaluator.schedule.engine.optimizer).state.values()))
+        return sum(map(len, adamw_of(evaluator.schedule.engine.optimizer).state.values())), CHOICES.backend
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
-def test_it_allocates_no_moments(zero_stage: int, run_mapping: dict[str, Any], tmp_path: Path) -> None:
+def test_it_allocates_no_moments_and_takes_the_configured_kernels(
+    zero_stage: int, run_mapping: dict[str, Any], tmp_path: Path
+) -> None:
     run_mapping["zero_optimization"] = {"stage": zero_stage}
+    run_mapping["beit3_ds"]["training"]["kernel_backend"] = "library"
     weights = write_weights(run_mapping, tmp_path / "w.safetensors", {"name": "pretraining"})
     path = str(write_json(tmp_path, run_mapping))
-    assert run_ranks(count_optimizer_tensors, 1, path, weights) == [0]
+    assert run_ranks(inspect_evaluation, 1, path, weights) == [(0, "library")]

@@ -10,6 +10,7 @@ from torch import nn
 
 from beit3_ds.config import RunConfig
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.ops.measured_op import use_backend
 from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, is_split
 from beit3_ds.pipeline import deepspeed_compat
@@ -56,8 +57,9 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
     """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters.
 
     With `trains`, the moments of torch's AdamW are allocated here; under ZeRO, and with apex, they are allocated in the
-    first update. An engine that does not train has no moments.
+    first update. An engine that does not train has no moments. Sets `training.kernel_backend` for the whole process.
     """
+    use_backend(config.training.kernel_backend)
     gradient_bytes = _gradient_bytes(config, model) if trains else 0
     optimizer = build_optimizer(model, config, lambda number: max(mesh.pipeline.host.gather(number)))
     with deepspeed_compat.zero1_adds_up_in_float32():
