@@ -24,6 +24,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.lock_holder import Holder, parse_holder
 from beit3_ds.storage_error import StorageError
 from beit3_ds.writer_lock import WaitStoppedError, WriterLock
+from tests.file_state import file_state
 
 ROOT = Path(__file__).parents[1]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -226,13 +227,13 @@ def test_only_a_regular_file_is_locked(path: Path, kind: str) -> None:
     else:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))
-    before = path.lstat()
+    before = file_state(path)
     with (
         pytest.raises(ConfigError, match=r"the lock .*run\.lock cannot be taken: it is not a regular file"),
         lock(path),
     ):
         pass
-    assert path.lstat() == before and target.read_text() == "foreign"
+    assert file_state(path) == before and target.read_text() == "foreign"
 
 
 def test_a_foreign_file_gets_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from beit3_ds.cli.main import main
 from beit3_ds.model import PretrainedWeights
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import decoupled
+from tests.file_state import file_state
 from tests.weights.models import exported, random_model
 
 
@@ -36,12 +37,6 @@ def test_weights_go_out_and_come_back(weights: Path, tmp_path: Path, capsys: pyt
     assert "exported weights" in output and "blocks.2.ffn.fc2.bias_vision" in output
 
 
-def identity(path: Path) -> tuple[int, ...]:
-    """Returns the inode of a file and the time of its last change; its time of access changes when it is read."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def test_what_is_there_is_replaced_by_force_only(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,10 +48,10 @@ def test_what_is_there_is_replaced_by_force_only(
             assert "exists already" in capsys.readouterr().err and out.read_text() == "old"
         out.unlink()
         assert main(command) == 0
-        before = identity(out)
-        assert main(command) == 2 and identity(out) == before
+        before = file_state(out)
+        assert main(command) == 2 and file_state(out) == before
         assert "exists already. Name another place, or replace it with --force" in capsys.readouterr().err
-        assert main([*command, "--force"]) == 0 and identity(out) != before
+        assert main([*command, "--force"]) == 0 and file_state(out) != before
 
 
 @pytest.mark.parametrize(

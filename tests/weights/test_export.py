@@ -25,6 +25,7 @@ from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.weights import export as export_module
 from beit3_ds.weights.export import ExportFormat, export_weights, format_bytes, parse_byte_count
 from tests.batches import small_model_config
+from tests.file_state import file_state
 from tests.ranks import run_ranks
 from tests.weights.models import ModelReader, random_model
 
@@ -304,10 +305,10 @@ def test_force_replaces_nothing_that_no_export_wrote(kind: str, tmp_path: Path) 
             out = Path("/dev/null")
         case "pipe":
             os.mkfifo(out)
-    before = os.lstat(out)
+    before = file_state(out)
     with pytest.raises(ConfigError, match="no export or import of this program wrote it"):
         export_weights(READER, out, overwrite=True)
-    assert os.lstat(out) == before
+    assert file_state(out) == before
 
 
 def test_nothing_is_written_into_a_checkpoint(tmp_path: Path) -> None:
