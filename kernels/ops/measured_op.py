@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.kernels.ops.choice_file import ChoiceFile, choice_file_of
+from beit3_ds.kernels.ops.current_device import make_current
 
 Backend = Literal["auto", "triton", "library", "cuda"]
 """Implementation of operators on a GPU. `triton` stands for our Triton kernels, `library` for PyTorch's operations and
@@ -143,13 +144,18 @@ class MeasuredOp:
         self._chosen: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        """Runs the selected implementation; the first call with new dtypes, sizes or flags may measure."""
+        """Runs the selected implementation on the device of the first argument.
+
+        The first call with new dtypes, sizes or flags may measure.
+        """
+        device = arguments[0].device
         described = [_describe(x) for index, x in enumerate(arguments) if index not in self._ignores]
-        case = self._choices.backend, arguments[0].device, *described
-        run = self._chosen.get(case)
-        if run is None:
-            run = self._chosen[case] = self._choose(case, arguments)
-        return run(*arguments)
+        case = self._choices.backend, device, *described
+        with make_current(device):
+            run = self._chosen.get(case)
+            if run is None:
+                run = self._chosen[case] = self._choose(case, arguments)
+            return run(*arguments)
 
     def _choose(self, case: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[..., Any]:
         takes = {

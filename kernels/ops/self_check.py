@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from beit3_ds.kernels.ops.current_device import make_current
 from beit3_ds.kernels.ops.measured_op import CHOICES
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,7 +62,7 @@ def passes_check(kernels: str, device: torch.device, check: Callable[[], None]) 
         check: runs the kernels on a small case, and raises if they fail or a result is wrong.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with make_current(device), torch.inference_mode(False), torch.enable_grad():
             check()
     except Exception as error:  # raised by a compiler, by a driver, or because of a wrong result
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -169,3 +169,32 @@ def test_the_process_has_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CHOICES, "backend", "auto")
     use_backend("library")
     assert CHOICES.backend == "library"
+
+
+class OnSecondGpu:
+    """Stands for a tensor on the second GPU."""
+
+    device = torch.device("cuda:1")
+
+
+def test_everything_runs_with_the_operands_device_as_the_current_one(two_gpus: list[int]) -> None:
+    """Catches a launch, a check or a measurement on the first GPU, where the operands of the second are unknown."""
+    current = list[int]()
+    note: Callable[..., Any] = lambda *arguments: current.append(two_gpus[-1]) or True  # noqa: E731
+    clock = Clock()
+    implementations: Any = {name: clock.implementation(name, note) for name in clock.milliseconds}
+    op = MeasuredOp("op", implementations, accepts={"triton": note}, choices=clock.choices)
+    x = OnSecondGpu()
+    op(x)
+    assert current == [1] * 4 and two_gpus == [0]  # acceptance, two measurements and the call
+    op(x)
+    assert current == [1] * 5 and two_gpus == [0]
+
+
+def test_a_call_on_the_current_device_switches_nothing(two_gpus: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switching takes host time, of which each launch has little."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.fail("the device was switched"))
+    op = Clock().op()
+    op(torch.ones(5, 3))
+    two_gpus.append(1)
+    op(OnSecondGpu())

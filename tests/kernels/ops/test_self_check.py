@@ -56,3 +56,12 @@ def test_checks_run_the_kernels_themselves() -> None:
     backends = []
     kernels = TrustedKernels("op", lambda *_: backends.append(CHOICES.backend))
     assert kernels.accept(on_device(torch.float32)) and backends == ["triton"] and CHOICES.backend == "auto"
+
+
+def test_checks_run_with_their_device_as_the_current_one(two_gpus: list[int]) -> None:
+    """Catches a check on the first GPU of kernels for the second, where it would fail."""
+    current = list[int]()
+    assert TrustedKernels("op", lambda *_: current.append(two_gpus[-1])).are_trusted(
+        torch.device("cuda:1"), torch.float32
+    )
+    assert current == [1] and two_gpus == [0]
