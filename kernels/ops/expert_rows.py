@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.kernels.ops.self_check import SUPPORTED_DTYPES
+from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
 
 if TYPE_CHECKING:
     from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
@@ -33,12 +34,11 @@ def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
         dtype: dtype of the parameters.
     """
     supported = dtype in SUPPORTED_DTYPES and x_TD.dtype in (dtype, torch.float32)
-    return x_TD.is_cuda and x_TD.shape[1] <= WIDEST and supported
+    return is_on_gpu(x_TD) and x_TD.shape[1] <= WIDEST and supported
 
 
 def row_tiling(x_TD: Tensor) -> "RowTiling":
     """Returns how the row-streaming kernels are compiled for the width and the GPU of `x_TD`."""
-    from beit3_ds.kernels.triton.architecture import architecture_of
     from beit3_ds.kernels.triton.expert_rows_launch import choose_row_tiling  # Triton is needed on a GPU only
 
     return choose_row_tiling(architecture_of(x_TD.device), x_TD.shape[1])

@@ -20,6 +20,7 @@ from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.ops.varlen_attention import varlen_attention
+from beit3_ds.kernels.triton.architecture import architecture_of
 
 if TYPE_CHECKING:
     from beit3_ds.kernels.triton.packed_attention_launch import AttentionTiling
@@ -197,8 +198,7 @@ _ATTENTION = MeasuredOp(
 
 
 def _tiling(q_THK: Tensor) -> "AttentionTiling":
-    from beit3_ds.kernels.triton.architecture import architecture_of  # Triton is needed on a GPU only
-    from beit3_ds.kernels.triton.packed_attention_launch import choose_tiling
+    from beit3_ds.kernels.triton.packed_attention_launch import choose_tiling  # Triton is needed on a GPU only
 
     return choose_tiling(architecture_of(q_THK.device), q_THK.shape[-1], q_THK.dtype)
 

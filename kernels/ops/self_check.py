@@ -9,6 +9,7 @@ from torch import Tensor
 
 from beit3_ds.kernels.ops.current_device import make_current
 from beit3_ds.kernels.ops.measured_op import CHOICES
+from beit3_ds.kernels.triton.architecture import is_on_gpu
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that the GPU kernels support; float64 tensors use PyTorch's operations."""
@@ -34,7 +35,7 @@ class TrustedKernels:
 
     def accept(self, x: Tensor, **properties: Hashable) -> bool:
         """Returns whether to use the kernels: `x` is a GPU tensor of a supported dtype, and they pass their check."""
-        return x.is_cuda and x.dtype in SUPPORTED_DTYPES and self.are_trusted(x.device, x.dtype, **properties)
+        return is_on_gpu(x) and x.dtype in SUPPORTED_DTYPES and self.are_trusted(x.device, x.dtype, **properties)
 
     def are_trusted(self, device: torch.device, dtype: torch.dtype, **properties: Hashable) -> bool:
         """Returns whether the kernels pass their check, which runs at the first call with these arguments.

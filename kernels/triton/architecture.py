@@ -1,13 +1,46 @@
-"""Selects the GPU architecture whose kernel settings a device uses."""
+"""Says which tensors are on a GPU, and selects the GPU architecture whose kernel settings a device uses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Number of multiprocessors of an A100 (architecture 80), an H100 (90) and a B200 (100)."""
 
 
+class EmulatedGPU:
+    """Makes the CPU count as a GPU, so that operators launch their kernels for CPU tensors (`fake_driver`)."""
+
+    def __init__(self) -> None:
+        """Emulates nothing yet."""
+        self.architecture: int | None = None
+        """Architecture of the emulated GPU, 80, 90 or 100; None if the CPU is a CPU."""
+
+    @contextmanager
+    def set(self, architecture: int) -> Iterator[None]:
+        """Emulates a GPU of this architecture inside a `with` block."""
+        before, self.architecture = self.architecture, architecture
+        try:
+            yield
+        finally:
+            self.architecture = before
+
+
+EMULATED = EmulatedGPU()
+"""Emulated GPU of this process."""
+
+
+def is_on_gpu(x: Tensor) -> bool:
+    """Returns whether kernels may compute this tensor: it is on a GPU, or on a CPU that emulates one."""
+    return x.is_cuda or EMULATED.architecture is not None
+
+
 def architecture_of(device: torch.device) -> int:
     """Returns the architecture whose kernel settings a device uses: 90 or 100, or 80 for all other GPUs and the CPU."""
+    if EMULATED.architecture is not None:
+        return EMULATED.architecture
     if device.type != "cuda":
         return 80
     major, _ = torch.cuda.get_device_capability(device)

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from beit3_ds.kernels.triton.architecture import architecture_of
+from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
@@ -303,7 +303,7 @@ def _launch(
     device, dtype = tensors[0].device, tensors[0].dtype
     choices = tuple(choose_tiles(kernel, architecture_of(device), dtype))
     stops = build_stops(slices)
-    if _is_tuned(device):
+    if _is_tuned(tensors[0]):
         _tuned(kernel, choices)[grid](*tensors, *stops, **constants, GROUP=GROUP)
     else:
         config = _build_config(choices[0])
@@ -311,9 +311,9 @@ def _launch(
         kernel[grid](*tensors, *stops, **constants, GROUP=GROUP, **config.kwargs, **options)
 
 
-def _is_tuned(device: torch.device) -> bool:
-    """Returns whether kernels are tuned on this device: True on a GPU, False on a CPU, where they are interpreted."""
-    return device.type == "cuda"
+def _is_tuned(x: Tensor) -> bool:
+    """Returns whether kernels are tuned for this tensor: True on a GPU, False on a CPU, where they are interpreted."""
+    return is_on_gpu(x)
 
 
 @lru_cache

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from beit3_ds.kernels.triton.architecture import is_on_gpu
 from beit3_ds.kernels.triton.packed_attention import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
@@ -195,7 +196,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, config: KernelC
 
 def _is_tuned(q_THK: Tensor) -> bool:
     """Returns whether kernels are tuned on this device: True on a GPU, False on a CPU, where they are interpreted."""
-    return q_THK.is_cuda
+    return is_on_gpu(q_THK)
 
 
 @lru_cache
