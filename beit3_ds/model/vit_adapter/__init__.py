@@ -1,0 +1,7 @@
+"""Adapts a plain Vision Transformer to dense prediction: ViT-Adapter (Chen et al., 2022, arXiv:2205.08534)."""
+
+from beit3_ds.model.vit_adapter.adapter import ViTAdapter
+from beit3_ds.model.vit_adapter.config import AdapterConfig
+from beit3_ds.model.vit_adapter.initialization import adapter_initial_value
+
+__all__ = ["AdapterConfig", "ViTAdapter", "adapter_initial_value"]

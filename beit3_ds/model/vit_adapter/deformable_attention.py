@@ -1,0 +1,111 @@
+"""Implements multi-scale deformable attention with plain PyTorch operators (Zhu et al., 2021, arXiv:2010.04159)."""
+
+# B images, Q queries, S rows of all value maps, G value maps (levels), P points, D hidden, V value width of all heads,
+# H heads, K value width of one head.
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GridSize = tuple[int, int]
+"""Rows and columns of a map."""
+
+
+class DeformableAttention(nn.Module):
+    """Lets each query read a few points of several maps, around its own place in the image.
+
+    Each query predicts, per head, level and point, an offset in cells of that level's map and a weight; the weights of
+    a head add up to 1. Values are read by bilinear interpolation, and are zero outside the map. A batch may have no
+    images. Sends nothing.
+    """
+
+    def __init__(self, hidden_size: int, value_size: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        """Builds the four linear layers.
+
+        Args:
+            hidden_size: width D of queries, of the rows that are read, and of the output.
+            value_size: width V of the values of all heads; the heads must divide it.
+            num_heads: number of heads.
+            num_levels: number of maps that are read.
+            num_points: number of points per query, head and level.
+        """
+        super().__init__()
+        assert value_size % num_heads == 0, f"{num_heads} heads do not divide {value_size} features"
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampling_offsets = nn.Linear(hidden_size, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(hidden_size, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(hidden_size, value_size)
+        self.output_proj = nn.Linear(value_size, hidden_size)
+
+    def forward(self, query_BQD: Tensor, places_Q2: Tensor, rows_BSD: Tensor, sizes: Sequence[GridSize]) -> Tensor:
+        """Returns the output of each query, (B, Q, D).
+
+        Args:
+            query_BQD: queries.
+            places_Q2: column and row of each query in the image, as shares of its width and height, (Q, 2).
+            rows_BSD: the maps that are read, each in row order, one after the other.
+            sizes: rows and columns of each map.
+        """
+        shape = (self.num_heads, self.num_levels, self.num_points)
+        values_BSHK = self.value_proj(rows_BSD).unflatten(2, (self.num_heads, -1))
+        offsets_BQHGP2 = self.sampling_offsets(query_BQD).unflatten(2, (*shape, 2))
+        weights_BQHX = self.attention_weights(query_BQD).unflatten(2, (self.num_heads, -1)).softmax(3)
+        cells_G2 = torch.tensor([[columns, rows] for rows, columns in sizes], device=query_BQD.device)
+        points_BQHGP2 = places_Q2[:, None, None, None] + offsets_BQHGP2 / cells_G2[:, None]
+        sampled = sample_maps(values_BSHK, sizes, points_BQHGP2, weights_BQHX.unflatten(3, shape[1:]))
+        return self.output_proj(sampled)
+
+
+def sample_maps(values_BSHK: Tensor, sizes: Sequence[GridSize], points_BQHGP2: Tensor, weights_BQHGP: Tensor) -> Tensor:
+    """Returns the weighted sum of values at points of several maps, (B, Q, H * K).
+
+    Args:
+        values_BSHK: values of all maps, each in row order, one after the other.
+        sizes: rows and columns of each map.
+        points_BQHGP2: column and row of each point, as shares of the map's width and height; values outside are 0.
+        weights_BQHGP: weight of each point.
+    """
+    lengths = [rows * columns for rows, columns in sizes]
+    grids = (2 * points_BQHGP2 - 1).transpose(1, 2).flatten(0, 1)  # (B * H, Q, G, P, 2), in [-1, 1]
+    weights = weights_BQHGP.transpose(1, 2).flatten(0, 1)[:, None]  # (B * H, 1, Q, G, P)
+    total = None
+    for level, (size, values) in enumerate(zip(sizes, values_BSHK.split(lengths, dim=1), strict=True)):
+        maps = values.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, size)  # (B * H, K, rows, columns)
+        sampled = F.grid_sample(maps, grids[:, :, level].to(maps.dtype), padding_mode="zeros", align_corners=False)
+        part = (sampled * weights[:, :, :, level]).sum(-1)  # (B * H, K, Q)
+        total = part if total is None else total + part
+    assert total is not None, "at least one map"
+    return total.unflatten(0, (len(values_BSHK), values_BSHK.shape[2])).flatten(1, 2).transpose(1, 2)
+
+
+def grid_places(sizes: Sequence[GridSize], device: torch.device) -> Tensor:
+    """Returns the centre of each cell of several grids over one image, column first, as shares of width and height.
+
+    Args:
+        sizes: rows and columns of each grid.
+        device: device of the result.
+
+    Returns:
+        The centres in row order, one grid after the other, (cells, 2) float32.
+    """
+    places = []
+    for rows, columns in sizes:
+        row = (torch.arange(rows, device=device) + 0.5) / rows
+        column = (torch.arange(columns, device=device) + 0.5) / columns
+        places.append(torch.stack(torch.meshgrid(row, column, indexing="ij")[::-1], -1).flatten(0, 1))
+    return torch.cat(places)
+
+
+def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
+    """Returns the initial bias of `sampling_offsets`: head h looks in direction h, point p at p + 1 cells.
+
+    The offsets of a head touch the sides of a square around the query.
+    """
+    angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
+    directions = torch.stack([angles.cos(), angles.sin()], -1)
+    directions /= directions.abs().amax(-1, keepdim=True)
+    steps = torch.arange(1, num_points + 1)[None, None, :, None]
+    return (directions[:, None, None] * steps).expand(-1, num_levels, -1, -1).flatten()

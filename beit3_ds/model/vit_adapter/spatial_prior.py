@@ -1,0 +1,90 @@
+"""Implements the spatial prior of a ViT-Adapter: convolutions over the image (section 3.3)."""
+
+# B images, D hidden, L rows of the three coarser maps.
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from beit3_ds.model.vit_adapter.deformable_attention import GridSize
+
+BuildNorm = Callable[[int], nn.Module]
+"""Function that builds a norm over the channels of a map."""
+
+_MOST_GROUPS = 32
+
+
+def group_norm(channels: int) -> nn.Module:
+    """Builds a GroupNorm with at most 32 groups, each with equally many channels and at least two.
+
+    The original uses a batch norm over all ranks. Its results depend on how ranks and micro-batches cut a step, and
+    its running statistics would be state outside the optimizer.
+    """
+    most = max(1, min(_MOST_GROUPS, channels // 2))  # a group of one value, in a map of one cell, has no variance
+    groups = max(number for number in range(1, most + 1) if channels % number == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+class SpatialPrior(nn.Module):
+    """Turns images into four maps with 1/4, 1/8, 1/16 and 1/32 of their height and width.
+
+    The three coarser maps get a learned vector per level, and become the rows that injectors and extractors work on.
+    """
+
+    def __init__(self, hidden_size: int, channels: int, build_norm: BuildNorm = group_norm) -> None:
+        """Builds the convolutions.
+
+        Args:
+            hidden_size: width D of the maps.
+            channels: channels of the first convolutions.
+            build_norm: builds the norms that follow the convolutions.
+        """
+        super().__init__()
+        self.stem = nn.Sequential(
+            *_convolution(3, channels, 2, build_norm),
+            *_convolution(channels, channels, 1, build_norm),
+            *_convolution(channels, channels, 1, build_norm),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        self.conv2 = nn.Sequential(*_convolution(channels, 2 * channels, 2, build_norm))
+        self.conv3 = nn.Sequential(*_convolution(2 * channels, 4 * channels, 2, build_norm))
+        self.conv4 = nn.Sequential(*_convolution(4 * channels, 4 * channels, 2, build_norm))
+        self.fc1 = nn.Conv2d(channels, hidden_size, 1)
+        self.fc2 = nn.Conv2d(2 * channels, hidden_size, 1)
+        self.fc3 = nn.Conv2d(4 * channels, hidden_size, 1)
+        self.fc4 = nn.Conv2d(4 * channels, hidden_size, 1)
+        self.level_embed = nn.Parameter(torch.empty(3, hidden_size))
+
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor, list[GridSize]]:
+        """Computes the maps of images of one size.
+
+        Args:
+            pixels_B3HW: images in [-1, 1].
+
+        Returns:
+            The finest map, (B, D, height / 4, width / 4); the rows of the other maps in row order, the finest first,
+            (B, L, D); and the rows and columns of these maps.
+        """
+        x1 = self.stem(pixels_B3HW)
+        x2 = self.conv2(x1)
+        x3 = self.conv3(x2)
+        x4 = self.conv4(x3)
+        maps = [self.fc2(x2), self.fc3(x3), self.fc4(x4)]
+        rows = [as_rows(of) + level for of, level in zip(maps, self.level_embed, strict=True)]
+        return self.fc1(x1), torch.cat(rows, 1), [(of.shape[2], of.shape[3]) for of in maps]
+
+
+def _convolution(inputs: int, outputs: int, stride: int, build_norm: BuildNorm) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return convolution, build_norm(outputs), nn.ReLU()
+
+
+def as_rows(maps_BDHW: Tensor) -> Tensor:
+    """Returns the cells of maps as rows in row order, (B, rows * columns, D)."""
+    return maps_BDHW.flatten(2).transpose(1, 2)
+
+
+def as_map(rows_BND: Tensor, size: GridSize) -> Tensor:
+    """Returns rows in row order as maps, (B, D, rows, columns)."""
+    return rows_BND.transpose(1, 2).unflatten(2, size)
