@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.layout import KeptSequences, PickedRows, RowLayout, SequenceLayout
+from beit3_ds.patch_grids import Grids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,15 @@ class PackedBatch(RowLayout):
     """Number of tokens of each text without an image, BOS and EOS included."""
     pixels: Tensor | None
     """Preprocessed images, (images, 3, image_size, image_size) float32 in [-1, 1]: images without texts, then the
-    images of pairs. None on pipeline stages that do not embed."""
+    images of pairs. Images of different sizes (`image_grids`) are padded at the right and at the bottom. None on
+    pipeline stages that do not embed."""
     patch_mask: Tensor
     """True for patches that the mask token replaces, (images, patches) bool."""
     token_ids: Tensor
     """Token ids of all captions, then of all texts, in one int64 vector."""
+    image_grids: Grids = ()
+    """Patches per column and per row of each image, for a model with `model.dense`, whose images have any size and no
+    CLS row; the batch then has no pairs and no texts. Empty if all images have the model's image size."""
     causal_captions: bool = False
     """Whether attention in pairs is masked for captioning. Then image rows see their image, and caption rows see their
     image and the caption up to themselves."""
@@ -74,6 +79,8 @@ class PackedBatch(RowLayout):
         assert self.pixels is None or self.pixels.shape[0] == num_pixels, "one view of the model per image"
         assert self.patch_mask.shape[0] == num_pixels, "one mask per image"
         assert self.token_ids.shape == (num_tokens,), "text lengths must add up to the tokens"
+        assert len(self.image_grids) in (0, num_pixels), "one grid per image"
+        assert not self.image_grids or not (num_tokens or self.num_pairs), "images of any size have no texts"
         assert self.head_rows is None or len(self.head_rows) == sum(self.head_row_counts), "every head row is counted"
         assert not self.sample_names or len(self.sample_names) == self.num_sequences, "one name per sequence"
 
@@ -89,14 +96,19 @@ class PackedBatch(RowLayout):
 
     @property
     def image_length(self) -> int:
-        """Returns the number of rows per image: one for CLS, and one per patch."""
+        """Returns the number of rows per image: one for CLS, and one per patch; invalid with `image_grids`."""
         return 1 + self.patch_mask.shape[1]
 
     @cached_property
     def layout(self) -> SequenceLayout:
         """Returns the layout of the stream, from which the rows of every sequence and every expert follow."""
         return SequenceLayout(
-            self.num_images, self.caption_lengths, self.text_lengths, self.image_length, self.causal_captions
+            self.num_images,
+            self.caption_lengths,
+            self.text_lengths,
+            self.image_length,
+            self.causal_captions,
+            self.image_grids,
         )
 
     @property
@@ -145,9 +157,22 @@ class PackedBatch(RowLayout):
         sequences = torch.arange(self.num_sequences)
         num_pixels = self.num_images + self.num_pairs
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
-        image_rows = sequences[:num_pixels].repeat_interleave(self.image_length)
+        image_rows = sequences[:num_pixels].repeat_interleave(self._image_lengths)
         text_rows = sequences[self.num_images :].repeat_interleave(lengths)
         return torch.cat([image_rows, text_rows]).to(self.token_ids.device)
+
+    @property
+    def num_patches(self) -> int:
+        """Returns the number of patches of all images, masked ones included."""
+        if self.image_grids:
+            return self.num_rows
+        return self.patch_mask.numel()
+
+    @property
+    def _image_lengths(self) -> "Tensor | int":
+        if not self.image_grids:
+            return self.image_length
+        return torch.tensor([height * width for height, width in self.image_grids])
 
     @cached_property
     def text_positions(self) -> Tensor:
@@ -167,7 +192,9 @@ class PackedBatch(RowLayout):
         targets, but not the pixels.
         """
         digest = hashlib.sha256(
-            repr((self.num_images, self.caption_lengths, self.text_lengths, self.causal_captions)).encode()
+            repr(
+                (self.num_images, self.caption_lengths, self.text_lengths, self.image_grids, self.causal_captions)
+            ).encode()
         )
         digest.update("\n".join(self.sample_names).encode())
         targets = [self.targets[name] for name in sorted(self.targets) if not self.targets[name].is_floating_point()]

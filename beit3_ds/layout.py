@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from beit3_ds.patch_grids import Grids, window_ranges
+
 
 class Part(NamedTuple):
     """Describes one of the four consecutive row ranges of a packed stream, e.g. the images of pairs."""
@@ -117,10 +119,15 @@ class SequenceLayout(RowLayout):
     causal_captions: bool = False
     """Whether attention in pairs is masked for captioning. Then image rows see their image, and caption rows see their
     image and the caption up to themselves. Texts without images are never masked."""
+    image_grids: Grids = ()
+    """Patches per column and per row of each image, for images of any size without CLS rows (`patch_grids`). If it is
+    not empty, there are no pairs and texts, and `image_length` has no effect."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:
         """Returns the number of rows in each of the four row ranges in `PARTS`."""
+        if self.image_grids:
+            return (sum(height * width for height, width in self.image_grids), 0, 0, 0)
         return (
             self.num_images * self.image_length,
             len(self.caption_lengths) * self.image_length,
@@ -128,9 +135,19 @@ class SequenceLayout(RowLayout):
             sum(self.text_lengths),
         )
 
+    def attention_ranges(self, window_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Returns the row ranges in which a layer attends: those of the sequences, or of the windows of each image.
+
+        Args:
+            window_size: patches on a side of the layer's windows; 0 returns `sequence_ranges`.
+        """
+        return window_ranges(self.image_grids, window_size) if window_size else self.sequence_ranges
+
     @cached_property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Returns the row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
+        if self.image_grids:
+            return window_ranges(self.image_grids, 0)
         a, b, _, _ = self.boundaries
         length = self.image_length
         ranges: list[tuple[tuple[int, int], ...]] = [((i * length, (i + 1) * length),) for i in range(self.num_images)]
@@ -171,6 +188,7 @@ class SequenceLayout(RowLayout):
             tuple(length for length, keep in zip(self.text_lengths, kept[pairs:], strict=True) if keep),
             self.image_length,
             self.causal_captions,
+            tuple(grid for grid, keep in zip(self.image_grids, kept, strict=False) if keep),
         )
         ranges = [sequence for sequence, keep in zip(self.sequence_ranges, kept, strict=True) if keep]
         # Row order: images, images of pairs, captions, texts.

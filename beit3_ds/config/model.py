@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from beit3_ds.config.dense import DenseConfig
 from beit3_ds.config.numbers import Decay, Epsilon, Layers, Range, Size, StandardDeviation, Vocabulary
 from beit3_ds.config.strict import ConfigError, check_known_keys, load_section, show
 
@@ -96,6 +97,9 @@ class ModelConfig:
     """Kinds of input that the model takes, in any order. Only the experts, embeddings and norms for these kinds are
     built, because AdamW would decay experts that never get rows. `["images"]` builds a vision encoder, `["texts"]` a
     language encoder, `["pairs"]` a fusion encoder, and `["images", "texts"]` a dual encoder (paper, figure 3)."""
+    dense: DenseConfig | None = None
+    """Settings of a backbone for detection and segmentation, which takes images of any size (docs/dense.md); null
+    builds the model of pretraining. Requires `inputs` = ["images"]."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
     """Maximum number of text positions whose MLM logits are in memory at a time; each has text_vocab_size logits."""
 
@@ -118,6 +122,10 @@ class ModelConfig:
     def num_patches(self) -> int:
         """Returns the number of patches per image."""
         return self.grid_size**2
+
+    def block_window(self, layer: int) -> int:
+        """Returns the window size of block `layer` (0-based) in patches; 0 if it attends to whole sequences."""
+        return 0 if self.dense is None else self.dense.block_window(layer)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -161,6 +169,13 @@ class ModelConfig:
                 f"model: patch_size={self.patch_size} does not divide image_size={self.image_size}. "
                 f"{_nearest_divisors(self.image_size, self.patch_size, 'pixels per patch')}"
             )
+        if self.dense is not None:
+            self.dense.check(self.num_layers)
+            if self.inputs != ("images",):
+                raise ConfigError(
+                    f"model: dense takes images alone, but inputs={show(list(self.inputs))}. Set model.inputs to "
+                    '["images"]; weights of a model with more inputs load into it.'
+                )
         if not 0 <= self.num_vision_language_layers <= self.num_layers:
             raise ConfigError(
                 f"model: num_vision_language_layers={self.num_vision_language_layers} must be between 0 and "

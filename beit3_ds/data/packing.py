@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
+from beit3_ds.patch_grids import canvas_grid
 
 Pack = Callable[[Sequence[Any], Tensor | None, Mapping[str, int]], PackedBatch]
 """Builds a micro-batch from a task's prepared samples and the values of `PackedBatch.drop_path` and
@@ -53,6 +54,49 @@ def pack_inputs(
         pixels=pixels,
         patch_mask=patch_mask,
         token_ids=concatenate([*captions, *texts]),
+        drop_path=drop_path,
+        sample_names=tuple(sample_names),
+        sources=dict(sources or {}),
+    )
+
+
+def pack_grids(
+    images: Sequence[Tensor],
+    patch_size: int,
+    *,
+    keeps_pixels: bool = True,
+    drop_path: Tensor | None = None,
+    sample_names: Sequence[str] = (),
+    sources: Mapping[str, int] | None = None,
+) -> PackedBatch:
+    """Packs images of any size, for a model with `model.dense`; there may be none.
+
+    Each image is padded with zeros at the right and at the bottom to a multiple of the patch size, which gives its grid
+    of patches. The tensor of pixels is as large as the largest grid, but only patches in an image's own grid become
+    rows.
+
+    Args:
+        images: pixels of each image, (3, height, width) float32 in [-1, 1].
+        patch_size: pixels on a side of a patch.
+        keeps_pixels: False leaves out the pixels, which a pipeline stage without embeddings does not need.
+        drop_path: value of `PackedBatch.drop_path`, one row per image.
+        sample_names: value of `PackedBatch.sample_names`.
+        sources: value of `PackedBatch.sources`.
+    """
+    grids = tuple((-(-image.shape[1] // patch_size), -(-image.shape[2] // patch_size)) for image in images)
+    height, width = canvas_grid(grids)
+    pixels = torch.zeros(len(images), 3, height * patch_size, width * patch_size) if keeps_pixels else None
+    for number, image in enumerate(images if pixels is not None else ()):
+        pixels[number, :, : image.shape[1], : image.shape[2]] = image  # type: ignore[index]
+    return PackedBatch(
+        num_images=len(images),
+        num_pairs=0,
+        caption_lengths=(),
+        text_lengths=(),
+        pixels=pixels,
+        image_grids=grids,
+        patch_mask=torch.zeros(len(images), 0, dtype=torch.bool),
+        token_ids=torch.empty(0, dtype=torch.int64),
         drop_path=drop_path,
         sample_names=tuple(sample_names),
         sources=dict(sources or {}),

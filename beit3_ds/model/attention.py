@@ -11,6 +11,7 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.kernels.ops.packed_attention import packed_attention
 from beit3_ds.kernels.ops.up_projection import Activation
 from beit3_ds.layout import SequenceLayout
+from beit3_ds.model.dense.relative_positions import RelativePositions
 from beit3_ds.model.multiway import (
     ColumnParallelMultiwayLinear,
     MultiwayLayerNorm,
@@ -38,14 +39,23 @@ class MultiwayAttention(nn.Module):
     (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
     """
 
-    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
         super().__init__()
+        self.window_size, self.order = (
+            config.block_window(layer),
+            0 if config.dense is None else config.dense.window_size,
+        )
         hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
         self.experts, self.head_size, self.tensor = experts, config.head_size, tensor
         self.norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor)
         self.q_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.k_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.v_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
+        self.relative_position = (
+            RelativePositions(self.window_size or config.grid_size, config.head_size, tensor)
+            if config.dense is not None and config.dense.relative_positions
+            else None
+        )
         self.sub_norm = MultiwaySubLayerNorm(hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.out_proj = RowParallelMultiwayLinear(hidden, hidden, experts, tensor)
 
@@ -73,9 +83,18 @@ class MultiwayAttention(nn.Module):
         return self.out_proj(Activation(y_THK.flatten(1)), normed.stream_TD, factor_T, layout, norm=norm)
 
     def within(self, layout: SequenceLayout) -> Attend:
-        """Returns a function that computes attention within each sequence of `layout`."""
-        return partial(
+        """Returns a function that computes attention within each sequence of `layout`, or within windows of images."""
+        attend = partial(
             packed_attention,
-            ranges=layout.sequence_ranges,
+            ranges=layout.attention_ranges(self.window_size),
             causal_captions=layout.causal_captions,
         )
+        relative_position = self.relative_position
+        if relative_position is None:
+            return attend
+
+        def attend_relatively(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
+            wider = relative_position(q_THK, k_THK, v_THK, layout.image_grids, self.order, self.window_size)
+            return attend(*wider)[..., : self.head_size]
+
+        return attend_relatively

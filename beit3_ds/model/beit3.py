@@ -15,6 +15,7 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ActivationCheckpointing, InputKind, ModelConfig
 from beit3_ds.model.adaptation import AdaptedWeights, StoredWeights, fill_parameters
 from beit3_ds.model.block import Block
+from beit3_ds.model.dense.embeddings import DenseEmbeddings
 from beit3_ds.model.embeddings import Embeddings, stream_dtype
 from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
 from beit3_ds.model.multiway import MultiwayLayerNorm
@@ -57,8 +58,11 @@ class BEiT3(nn.Module):
         self.all_layers = range(config.num_pipeline_layers)
         held = {layer for chunk in layers or [self.all_layers] for layer in chunk}
         self.fp32_residual_connection = fp32_residual_connection
+        build_embeddings: Any = Embeddings if config.dense is None else DenseEmbeddings
         self.embeddings = (
-            Embeddings(config, self.tensor, fp32_residual_connection=fp32_residual_connection) if 0 in held else None
+            build_embeddings(config, self.tensor, fp32_residual_connection=fp32_residual_connection)
+            if 0 in held
+            else None
         )
         self.blocks = nn.ModuleDict(
             {str(i): Block(config, i, self.tensor) for i in range(config.num_layers) if i + 1 in held}

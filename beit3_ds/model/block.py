@@ -31,7 +31,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
         super().__init__()
         self.layer, self.tensor = layer, tensor
-        self.attention = MultiwayAttention(config, tensor)
+        self.attention = MultiwayAttention(config, layer, tensor)
         self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool = False) -> Tensor:

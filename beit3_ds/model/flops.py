@@ -26,7 +26,7 @@ def work_of(batch: PackedBatch, head: float) -> Work:
     if batch.causal_captions:  # an image does not see its caption, and a word none of the later words
         image = batch.image_length
         attended -= sum(image * length + length * (length - 1) // 2 for length in batch.caption_lengths)
-    return Work(batch.num_rows, attended, batch.patch_mask.numel(), head)
+    return Work(batch.num_rows, attended, batch.num_patches, head)
 
 
 def layer_flops(config: ModelConfig, work: Work) -> list[float]:

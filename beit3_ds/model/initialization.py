@@ -33,7 +33,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     standard deviation is 0.02, or `config.initial_embedding_std` for embeddings. In the l-th block, from 1, the
     attention output matrix and the second FFN matrix are divided by sqrt(2 l). With `sub_layernorm` the matrices of
     blocks follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with gain sqrt(log(2 L)) for the value
-    projection, the attention output and the FFN, where L is the number of blocks. Biases are 0 and norm weights are 1.
+    projection, the attention output and the FFN, where L is the number of blocks. Biases and relative positions are 0,
+    and norm weights are 1.
 
     Args:
         name: logical name, e.g. `blocks.3.ffn.fc2.weight_vision`.
@@ -42,7 +43,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         seed: seed of the run.
     """
     leaf = name.rsplit(".", 1)[-1]
-    if leaf.startswith("bias"):
+    if leaf.startswith("bias") or ".relative_position." in name:
         return torch.zeros(shape)
     if re.search(r"norm\.weight", name):
         return torch.ones(shape)

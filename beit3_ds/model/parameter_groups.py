@@ -9,7 +9,9 @@ from beit3_ds.config import ConfigError, RunConfig
 
 T = TypeVar("T")
 
-_NO_DECAY = re.compile(r"(^|[._])(bias|cls_token|mask_token|image_position|text_position|pos_embed|norm\d?)([._]|$)")
+_NO_DECAY = re.compile(
+    r"(^|[._])(bias|cls_token|mask_token|image_position|text_position|relative_position|pos_embed|norm\d?)([._]|$)"
+)
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _HEAD = "heads."
 

@@ -1,6 +1,7 @@
 """Provides the mesh of ranks, its collectives and tensor-parallel layers, independent of BEiT-3."""
 
 from beit3_ds.parallel.broadcast_batches import BroadcastBatches
+from beit3_ds.parallel.divided_samples import DividedSamples, sum_gradients
 from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.mesh import Mesh, ModelParallelUnit, build_mesh
 from beit3_ds.parallel.pipeline import Message, PipelineParallel
@@ -17,6 +18,7 @@ from beit3_ds.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHe
 
 __all__ = [
     "BroadcastBatches",
+    "DividedSamples",
     "HostGroup",
     "Mesh",
     "Message",
@@ -33,4 +35,5 @@ __all__ = [
     "logical_shape",
     "own_part",
     "split_parameter",
+    "sum_gradients",
 ]

@@ -66,8 +66,8 @@ def with_value(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
     section: Any = mapping["beit3_ds"]
     for step, following in itertools.pairwise(path):
         if isinstance(section, dict):
-            pair = [0.9, 0.98] if path[-2:] == ("adam_betas", 0) else None
-            section.setdefault(step, pair or ([] if following == 0 else {}))
+            known = {"adam_betas": [0.9, 0.98], "global_blocks": [0]}.get(str(step))
+            section.setdefault(step, known or ([] if following == 0 else {}))
         if isinstance(section[step], list) and following == 0 and path[-1] != 0:
             section[step] = [{"path": "a.tar"}]
         section = section[step]

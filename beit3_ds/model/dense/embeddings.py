@@ -1,0 +1,101 @@
+"""Embeds the patches of images of any size, window by window."""
+
+# T patches of all images, B images, H and W pixels of the padded images, P values per patch, D hidden,
+# S patches per side of a grid of positions.
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.kernels.ops.embedding import embedding
+from beit3_ds.model.embeddings import stream_dtype
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.patch_grids import Grids, PatchPlaces, patch_places
+
+
+class PatchRowProjection(nn.Conv2d):
+    """Projects patches that are already cut and ordered; it has the parameters of `PatchProjection`."""
+
+    def forward(self, patches_TP: Tensor) -> Tensor:
+        """Returns the embedding of each patch, (T, D)."""
+        return F.linear(patches_TP.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class DenseEmbeddings(nn.Module):
+    """Embeds images of any size whose sides the patch size divides, without a CLS row.
+
+    The patches follow each other window by window (`patch_grids`), so blocks with windows permute nothing. The table of
+    positions has S x S rows, S = `ModelConfig.grid_size`. An image of at most S patches per side takes the positions in
+    the top left corner of that grid, as if it were padded to the model's image size. For a larger image, the table is
+    resampled bicubically to the image's longer side. Each tensor-parallel rank embeds all rows and keeps its own.
+    """
+
+    def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:
+        super().__init__()
+        assert config.dense is not None, "the model takes images of one size"
+        self.fp32_residual_connection = fp32_residual_connection
+        self.config, self.tensor, self.window_size = config, tensor, config.dense.window_size
+        self.patch = PatchRowProjection(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.image_position = nn.Parameter(torch.empty(config.num_patches, config.hidden_size))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Embeds a batch and returns this rank's rows of the residual stream.
+
+        Raises:
+            ConfigError: if the batch has texts, or images of one size instead of `PackedBatch.image_grids`.
+        """
+        if batch.num_sequences != len(batch.image_grids):
+            raise ConfigError(
+                f"the batch has {batch.num_sequences} inputs and {len(batch.image_grids)} grids of patches, but a "
+                "model with model.dense takes images with a grid each. Pack them with data.packing.pack_grids."
+            )
+        assert batch.pixels is not None, "the batch has no pixels: another stage of the pipeline reads them"
+        places = patch_places(batch.image_grids, self.window_size, batch.pixels.device)
+        x_TD = self.patch(_cut_patches(batch.pixels, self.config.patch_size, places))
+        x_TD = self.tensor.scatter_rows(x_TD + self._positions(batch.image_grids, places))
+        return x_TD.to(stream_dtype(x_TD.dtype)) if self.fp32_residual_connection else x_TD
+
+    def _positions(self, grids: Grids, places: PatchPlaces) -> Tensor:
+        """Returns the position embedding of each patch, (T, D)."""
+        own = self.config.grid_size
+        sides = [max(own, *grid) for grid in grids]
+        larger = sorted({side for side in sides if side > own})
+        starts: dict[int, int] = {own: 0}
+        tables: list[Tensor] = [self.image_position]
+        for side in larger:
+            starts[side] = sum(len(table) for table in tables)
+            tables.append(resample_table(self.image_position, side))
+        table = tables[0] if len(tables) == 1 else torch.cat(tables)
+        device = places.row_T.device
+        start_B = torch.tensor([starts[side] for side in sides] or [0]).to(device, non_blocking=True)
+        side_B = torch.tensor(sides or [own]).to(device, non_blocking=True)
+        ids_T = start_B[places.image_T] + places.row_T * side_B[places.image_T] + places.column_T
+        return embedding(ids_T, table)
+
+
+def resample_table(table_SD: Tensor, side: int) -> Tensor:
+    """Resamples a square table of positions bicubically, from (S * S, D) to (side * side, D).
+
+    It multiplies by matrices of weights, so its gradient needs no atomic additions.
+    """
+    old = round(len(table_SD) ** 0.5)
+    weights = _resampling_weights(old, side).to(table_SD)
+    grid = table_SD.unflatten(0, (old, old))
+    return torch.einsum("ai,bj,ijd->abd", weights, weights, grid).flatten(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _resampling_weights(old: int, new: int) -> Tensor:
+    """Returns the matrix (new, old) that resamples one side bicubically, float32."""
+    columns = F.interpolate(torch.eye(old)[None, :, :, None], (new, 1), mode="bicubic", align_corners=False)
+    return columns[0, :, :, 0].T.contiguous()
+
+
+def _cut_patches(pixels_BCHW: Tensor, size: int, places: PatchPlaces) -> Tensor:
+    """Returns the values of each patch in the order of the stream, (T, P)."""
+    patches = pixels_BCHW.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return patches.permute(0, 2, 4, 1, 3, 5)[tuple(places)].flatten(1)

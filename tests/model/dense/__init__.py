@@ -1,0 +1,1 @@
+"""Tests the backbone for detection and segmentation."""

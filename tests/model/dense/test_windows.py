@@ -1,0 +1,65 @@
+"""Compares the packed model with one that pads, partitions and masks windows: outputs and gradients."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from beit3_ds.data.packing import pack_grids
+from beit3_ds.model.dense.canvas import from_canvas, to_canvas
+from beit3_ds.patch_grids import Grids
+from tests.model.dense.dense_models import build_dense, dense_config, random_images
+from tests.model.dense.plain_windows import plain_maps
+
+GRIDS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3).map(tuple)
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 4), st.booleans(), st.booleans())
+@example(((6, 6),), 3, True, False)  # divides
+@example(((5, 7), (1, 1), (4, 3)), 3, True, True)  # larger than the tables of positions, and tiny
+def test_equals_padded_and_masked_windows(
+    grids: Grids, window_size: int, relative_positions: bool, is_decoupled: bool
+) -> None:
+    """Catches patches in a wrong window or place, attended padding, and wrong positions."""
+    layout = {"layout": "decoupled", "sub_layernorm": True, "num_vision_language_layers": 0} if is_decoupled else {}
+    config = dense_config(window_size, (1,) if window_size else (), relative_positions, **layout)
+    model, images = build_dense(config), random_images(grids)
+    batch = pack_grids(images, config.patch_size)
+    maps = to_canvas(model(batch), batch.image_grids, window_size)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    expected = [plain_maps(parameters, config, image) for image in images]
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2)) for x in expected]
+    loss = torch.zeros(())
+    for number, (x, weight) in enumerate(zip(expected, weights, strict=True)):
+        ours = maps[number, :, : x.shape[0], : x.shape[1]].permute(1, 2, 0)
+        torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+        assert maps[number].count_nonzero() == ours.count_nonzero(), "places outside of an image are zero"
+        loss = loss + (ours * weight).sum()
+    loss.backward()
+    torch.stack([(x * weight).sum() for x, weight in zip(expected, weights, strict=True)]).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if "k_proj.bias" in name and not relative_positions:
+            continue  # the exact gradient is zero: the bias adds the same to all scores of a query
+        scale = parameters[name].grad.abs().max().clamp(min=1)
+        torch.testing.assert_close(parameter.grad / scale, parameters[name].grad / scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window_size", [0, 3])
+def test_rows_and_maps_are_inverse(window_size: int) -> None:
+    grids = ((5, 7), (3, 2))
+    rows = torch.randn(41, 6)
+    maps = to_canvas(rows, grids, window_size)
+    assert maps.shape == (2, 6, 5, 7)
+    assert torch.equal(from_canvas(maps, grids, window_size), rows)
+
+
+def test_batch_without_images_reaches_all_parameters() -> None:
+    """Catches a parameter without gradient, which ZeRO-3 would update with an old gradient."""
+    config = dense_config()
+    model = build_dense(config)
+    y_TD = model(pack_grids([], config.patch_size))
+    assert y_TD.shape == (0, config.hidden_size)
+    y_TD.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
