@@ -19,7 +19,7 @@ def to_canvas(x_TD: Tensor, grids: Grids, window_size: int) -> Tensor:
     places = patch_places(grids, window_size, x_TD.device)
     index_T = (places.image_T * height + places.row_T) * width + places.column_T
     canvas = x_TD.new_zeros(len(grids) * height * width, x_TD.shape[1]).index_copy(0, index_T, x_TD)
-    return canvas.view(len(grids), height, width, -1).permute(0, 3, 1, 2)
+    return canvas.view(len(grids), height, width, x_TD.shape[1]).permute(0, 3, 1, 2)
 
 
 def from_canvas(maps_BDHW: Tensor, grids: Grids, window_size: int) -> Tensor:

@@ -6,8 +6,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from beit3_ds.patch_grids import Grids
+
+_PATCH = 16  # pixels on a side of the patches for which strides are named
 
 
 class MapLayerNorm(nn.LayerNorm):
@@ -60,15 +65,47 @@ class SimpleFeaturePyramid(nn.Module):
             }
         )
 
-    def forward(self, x_BDHW: Tensor) -> "OrderedDict[str, Tensor]":
+    def forward(self, x_BDHW: Tensor, grids: Grids = ()) -> "OrderedDict[str, Tensor]":
         """Returns the maps by name, from fine to coarse, in the form that torchvision's detection heads take.
 
         Args:
             x_BDHW: map of the backbone's last layer (`dense.canvas.to_canvas`), or a map without images.
+            grids: grid of each image, if they differ. The maps are then zero outside of their images, and inside they
+                do not depend on the size of the largest grid. Empty if all images fill the map.
         """
-        maps = OrderedDict((name, layers(x_BDHW)) for name, layers in self.maps.items())
+        maps = OrderedDict()
+        for name, layers in self.maps.items():
+            inside = _inside(grids, self.strides[name], x_BDHW)
+            is_pooled = isinstance(layers.resampling, nn.MaxPool2d)
+            x = layers.resampling(_fill_outside(x_BDHW, grids, -torch.inf) if is_pooled else x_BDHW)
+            x = _keep(x, inside)
+            x = _keep(layers.lateral_norm(layers.lateral(x)), inside)
+            maps[name] = _keep(layers.output_norm(layers.output(x)), inside)
         maps["pool"] = F.max_pool2d(maps["32"], 1, stride=2)
         return maps
+
+
+def _inside(grids: Grids, stride: int, x_BDHW: Tensor) -> Tensor | None:
+    """Returns True for the places of a map with a given stride inside each image, (B, 1, h, w).
+
+    Returns None if all images fill the map.
+    """
+    height, width = x_BDHW.shape[2:]
+    if all(grid == (height, width) for grid in grids):
+        return None
+    sides = [[-(-side * _PATCH // stride) for side in grid] for grid in (*grids, (height, width))]
+    rows, columns = (torch.arange(side, device=x_BDHW.device) for side in sides[-1])
+    own_B2 = torch.tensor(sides[:-1]).to(x_BDHW.device, non_blocking=True)
+    return ((rows[:, None] < own_B2[:, :1, None]) & (columns < own_B2[:, 1:, None]))[:, None]
+
+
+def _keep(x: Tensor, inside: Tensor | None) -> Tensor:
+    return x if inside is None else torch.where(inside, x, 0.0)
+
+
+def _fill_outside(x_BDHW: Tensor, grids: Grids, value: float) -> Tensor:
+    inside = _inside(grids, _PATCH, x_BDHW)
+    return x_BDHW if inside is None else torch.where(inside, x_BDHW, value)
 
 
 def _output_layers(channels: int, out_channels: int, epsilon: float) -> dict[str, nn.Module]:
