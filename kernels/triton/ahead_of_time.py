@@ -1,21 +1,20 @@
 """Compiles every Triton kernel for every architecture without a GPU and compares its machine code with `budgets.json`.
 
     python -m beit3_ds.kernels.triton.ahead_of_time            # compare
-    python -m beit3_ds.kernels.triton.ahead_of_time --write    # store the results as new budgets
+    python -m beit3_ds.kernels.triton.ahead_of_time --write    # store the results as new budgets of this Triton
 
 A budget states facts about machine code: registers, spills, shared memory, tensor-core instructions, access widths. It
 shows that a kernel compiles as intended, not how fast it is.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,6 +29,7 @@ from beit3_ds.kernels.triton import (
     residual_add_launch,
     sub_norm_launch,
 )
+from beit3_ds.kernels.triton.budgets import Report, read_budgets, write_budgets
 from beit3_ds.kernels.triton.variant import KernelVariant
 
 SOURCES = (
@@ -45,35 +45,12 @@ SOURCES = (
 function of a new file here, and the budgets of its kernels to budgets.json."""
 
 ARCHITECTURES = (80, 90, 100)
-BUDGETS = Path(__file__).with_name("budgets.json")
 
 _SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
 _ASYNC_COPY = r"LDGSTS|UTMALDG|UBLKCP"
 _SPILL = r"LDL|STL"
 _GLOBAL_ACCESS = r"\b(?:LDG|STG|LDGSTS)\.[\w.]+"
-
-
-class Report(NamedTuple):
-    """Lists properties of the machine code that one kernel variant compiles to."""
-
-    registers: int
-    """Registers per thread, at most 255."""
-    stack: int
-    """Bytes of stack per thread, used only for spilled registers."""
-    spills: int
-    """Number of instructions that load or store local memory."""
-    shared_memory: int
-    """Bytes of shared memory per program."""
-    tensor_core: int
-    """Number of tensor-core instructions: HMMA, HGMMA or UTCxMMA."""
-    async_copies: int
-    """Number of asynchronous copies from global to shared memory."""
-    wide_accesses: int
-    """Number of instructions that load, store or copy 128 bits of global memory per thread."""
-    narrow_accesses: int
-    """Number of instructions that access less than 128 bits of global memory: row statistics, and accesses that the
-    compiler could not vectorise."""
 
 
 def all_variants(architecture: int) -> list[KernelVariant]:
@@ -140,31 +117,6 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
     return problems
 
 
-def read_budgets() -> dict[tuple[str, int], Report]:
-    """Returns the budgets of budgets.json by variant name and architecture; empty if there is no file."""
-    if not BUDGETS.exists():
-        return {}
-    stored = json.loads(BUDGETS.read_text(encoding="utf-8"))["budgets"]
-    return {
-        (name, int(architecture.removeprefix("sm_"))): Report(**values)
-        for name, by_architecture in stored.items()
-        for architecture, values in by_architecture.items()
-    }
-
-
-def write_budgets(reports: dict[tuple[str, int], Report]) -> None:
-    """Writes reports to budgets.json as the new budgets, sorted by variant name, with the version of Triton."""
-    nested: dict[str, dict[str, dict[str, int]]] = {}
-    for (name, architecture), report in sorted(reports.items()):
-        nested.setdefault(name, {})[f"sm_{architecture}"] = report._asdict()
-    lines = []
-    for name, by_architecture in nested.items():
-        rows = [f"      {json.dumps(key)}: {json.dumps(values)}" for key, values in by_architecture.items()]
-        lines.append(f"    {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n    }")
-    head = f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "budgets": {{\n'
-    BUDGETS.write_text(head + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Compiles the selected variants, prints their properties, and compares these with the budgets or stores them.
 
@@ -176,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--name", default="", help="only variants whose name contains this")
     options = parser.parse_args(arguments)
-    budgets = read_budgets()
+    budgets = read_budgets(triton.__version__)
     reports: dict[tuple[str, int], Report] = {}
     excess = []
     print("| variant | sm | " + " | ".join(Report._fields) + " |", "|---" * (2 + len(Report._fields)) + "|", sep="\n")
@@ -187,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         excess += [f"{key}: {problem}" for problem in find_excess(reports[key], budgets.get(key), architecture)]
     if options.write:
         known = {(variant.name, architecture) for variant, architecture in _selected(ARCHITECTURES, "")}
-        write_budgets({key: report for key, report in (budgets | reports).items() if key in known})
+        write_budgets(triton.__version__, {key: report for key, report in (budgets | reports).items() if key in known})
         return 0
     print("\n".join(excess), file=sys.stderr)
     return 1 if excess else 0

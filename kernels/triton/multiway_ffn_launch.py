@@ -2,6 +2,7 @@
 
 # T packed rows, D hidden, F ffn hidden (or any other two widths).
 
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import triton
 from torch import Tensor
 
 from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
+from beit3_ds.kernels.triton.budgets import spilling_variants
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
@@ -42,21 +44,35 @@ class MatmulTiles(NamedTuple):
     num_stages: int
     """Number of loop steps whose loads from memory overlap (software pipelining)."""
 
+    def describe(self) -> str:
+        """Returns the sizes as the names of variants have them, e.g. "128x64x64 x4"."""
+        return f"{self.rows}x{self.columns}x{self.depth} x{self.num_stages}"
+
 
 GROUP = 8
 """Number of row tiles whose programs run together, so that they share columns of the weights in the L2 cache."""
 
 
+@lru_cache
 def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
     """Returns the tile sizes that a kernel may use. On a GPU, tuning selects the fastest; elsewhere the first is used.
 
-    All compiled variants have no register spills; budgets.json records this.
+    They are the candidates that spill no registers under the installed version of Triton, as budgets.json records.
 
     Args:
         kernel: a kernel of multiway_ffn.py.
         architecture: GPU architecture, 80, 90 or 100 (`architecture_of`).
         dtype: dtype of the operands. float32 is multiplied exactly, not on tensor cores.
     """
+    operators = ("linear", "out_projection") if kernel is projection_kernel else (kernel.__name__[: -len("_kernel")],)
+    names = rf"multiway_ffn ({'|'.join(operators)})\b[\w ]* {_ELEMENTS[dtype]}( fp32 stream)? \d+->\d+ tile "
+    spilling = [name for name in spilling_variants(triton.__version__, architecture) if re.match(names, name)]
+    candidates = candidate_tiles(kernel, architecture, dtype)
+    return [tiles for tiles in candidates if not any(name.endswith(f" {tiles.describe()}") for name in spilling)]
+
+
+def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
+    """Returns the tile sizes that are compiled ahead of time; the arguments are those of `choose_tiles`."""
     if dtype == torch.float32:
         return [MatmulTiles(64, 64, 32, 4, 2)]
     if kernel is up_projection_kernel:  # its statistics have one slot per column tile, so all tiles are 128 wide
@@ -217,7 +233,7 @@ def variants(architecture: int) -> list[KernelVariant]:
     ):
         is_giant = hidden == 1408
         for name, kernel, constants in _build_cases(hidden, ffn_hidden):
-            choices = choose_tiles(kernel, architecture, _DTYPES[element])
+            choices = candidate_tiles(kernel, architecture, _DTYPES[element])
             is_common = is_giant and (kernel is up_projection_kernel or (architecture == 90 and name in _COMMON))
             for tiles in choices if is_giant and name != "linear" else choices[:1]:
                 common = is_common and tiles == choices[0]
@@ -229,6 +245,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ELEMENTS = {dtype: element for element, dtype in _DTYPES.items()}
 _COMMON = ("out_projection", "weight_gradient")
 _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
 """Arguments of `projection_kernel` that are float32 if the residual stream is float32."""
@@ -267,9 +284,8 @@ def _build_variant(
     types |= {argument: "*fp32" for argument in types if argument in (*_STATISTICS, *float32)}
     types |= dict.fromkeys(("stop_0", "stop_1", "stop_2"), "i32")
     out_width, in_width = (value for key, value in constants.items() if key in ("N", "K", "OUT", "IN"))
-    size = f"{tiles.rows}x{tiles.columns}x{tiles.depth} x{tiles.num_stages}"
     return build_variant(
-        f"multiway_ffn {name} {in_width}->{out_width} tile {size}",
+        f"multiway_ffn {name} {in_width}->{out_width} tile {tiles.describe()}",
         kernel,
         types,
         values,

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from beit3_ds.kernels.triton.architecture import is_on_gpu
+from beit3_ds.kernels.triton.budgets import spilling_variants
 from beit3_ds.kernels.triton.packed_attention import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
@@ -35,10 +36,11 @@ class AttentionTiling(NamedTuple):
     key_value_gradient: KernelConfig
 
 
+@lru_cache
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Returns the tile sizes and compile settings of the three attention kernels.
 
-    All compiled variants have no register spills; budgets.json records this.
+    They are the first candidate that spills no registers under the installed version of Triton (budgets.json).
 
     Args:
         architecture: GPU architecture, 80, 90 or 100. 80 also serves others with at least 99 KB of shared memory per
@@ -46,14 +48,32 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Atte
         head_size: columns of a head, K; at most 128.
         dtype: dtype of q, k and v. float32 is multiplied exactly, not on tensor cores.
     """
+    candidates = candidate_tilings(architecture, head_size, dtype)
+    spilling = spilling_variants(triton.__version__, architecture)
+    for tiling in candidates:
+        names = {
+            variant.name
+            for case in _CASES
+            if case[0] == dtype and column_blocks(case[1]) == column_blocks(head_size)
+            for variant in _case_variants(architecture, *case, tiling)
+        }
+        if not names & spilling:
+            return tiling
+    return candidates[-1]
+
+
+def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> list[AttentionTiling]:
+    """Returns the tilings that are compiled ahead of time, the preferred one first; arguments as in `choose_tiling`."""
     if dtype == torch.float32:
-        return AttentionTiling(32, KernelConfig(32, 8, 2), KernelConfig(16, 8, 2), KernelConfig(32, 8, 2))
-    if architecture == 80 and head_size <= 88:
-        return AttentionTiling(128, KernelConfig(64, 8, 3), KernelConfig(32, 8, 3), KernelConfig(32, 8, 2))
+        return [AttentionTiling(32, KernelConfig(32, 8, 2), KernelConfig(16, 8, 2), KernelConfig(32, 8, 2))]
     if architecture == 80:
-        return AttentionTiling(64, KernelConfig(64, 8, 2), KernelConfig(32, 8, 2), KernelConfig(32, 8, 2))
+        narrow = AttentionTiling(64, KernelConfig(64, 8, 2), KernelConfig(32, 8, 2), KernelConfig(32, 8, 2))
+        wide = AttentionTiling(128, KernelConfig(64, 8, 3), KernelConfig(32, 8, 3), KernelConfig(32, 8, 2))
+        return [wide, narrow] if head_size <= 88 else [narrow]
     forward = KernelConfig(128, 8, 2) if architecture == 100 and head_size <= 64 else KernelConfig(64, 8, 3)
-    return AttentionTiling(128, forward, KernelConfig(64, 8, 2), KernelConfig(64 if head_size <= 96 else 32, 8, 2))
+    return [
+        AttentionTiling(128, forward, KernelConfig(64, 8, 2), KernelConfig(64 if head_size <= 96 else 32, 8, 2)),
+    ]
 
 
 def column_blocks(head_size: int) -> tuple[int, int]:
@@ -142,17 +162,39 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants of the attention kernels for ahead-of-time compilation.
 
-    Their head widths are 88 (giant), 64 (all other model sizes), 96 and 128.
+    Their head widths are 88 (giant), 64 (all other model sizes), 128, and those of heads that position terms widen: 96
+    and 120.
     """
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    cases = [(bf16, 88, False), (bf16, 88, True), (bf16, 64, False), (bf16, 96, False), (bf16, 128, True)]
-    cases += [(fp16, 88, False), (fp32, 88, True), (fp32, 128, False)]
-    return [variant for case in cases for variant in _case_variants(architecture, *case)]
+    return [
+        variant
+        for dtype, head_size, causal_captions in _CASES
+        for tiling in candidate_tilings(architecture, head_size, dtype)
+        for variant in _case_variants(architecture, dtype, head_size, causal_captions, tiling)
+    ]
 
 
-def _case_variants(architecture: int, dtype: torch.dtype, head_size: int, causal_captions: bool) -> list[KernelVariant]:
-    tiling = choose_tiling(architecture, head_size, dtype)
+_CASES = (
+    (torch.bfloat16, 64, False),
+    (torch.bfloat16, 88, False),
+    (torch.bfloat16, 88, True),
+    (torch.bfloat16, 96, False),
+    (torch.bfloat16, 120, False),
+    (torch.bfloat16, 128, True),
+    (torch.float16, 88, False),
+    (torch.float16, 96, False),
+    (torch.float32, 88, True),
+    (torch.float32, 96, False),
+    (torch.float32, 128, False),
+)
+"""Dtype, columns of a head, and whether captions have a causal mask, of the variants for ahead-of-time compilation."""
+
+
+def _case_variants(
+    architecture: int, dtype: torch.dtype, head_size: int, causal_captions: bool, tiling: AttentionTiling
+) -> list[KernelVariant]:
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    is_preferred = tiling == candidate_tilings(architecture, head_size, dtype)[0]
+    note = (" captions" if causal_captions else "") + ("" if is_preferred else f" tile {tiling.tile}")
     result = []
     for kernel, config in (
         (forward_kernel, tiling.forward),
@@ -163,16 +205,15 @@ def _case_variants(architecture: int, dtype: torch.dtype, head_size: int, causal
         types = dict.fromkeys((name for name in kernel.arg_names if name not in values), f"*{element}")
         types |= {"sequences_ptr": "*i32", "tiles_ptr": "*i32", "lse_ptr": "*fp32", "num_rows": "i32"}
         types |= {"delta_ptr": "*fp32"} if "delta_ptr" in types else {}
-        name = f"packed_attention {kernel.__name__.removesuffix('_kernel')} {element} K={head_size}"
         result.append(
             build_variant(
-                name + (" captions" if causal_captions else ""),
+                f"packed_attention {kernel.__name__.removesuffix('_kernel')} {element} K={head_size}{note}",
                 kernel,
                 types,
                 values,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
-                is_common=(dtype, head_size, causal_captions) == (torch.bfloat16, 88, False),
+                is_common=(dtype, head_size, note) == (torch.bfloat16, 88, ""),
             )
         )
     return result

@@ -1,18 +1,24 @@
 """Tests that kernels, compiled for GPUs that need not be present, keep their stored budgets."""
 
+from pathlib import Path
+
 import pytest
+import torch
 import triton
 
-from beit3_ds.kernels.triton.ahead_of_time import (
-    ARCHITECTURES,
-    BUDGETS,
+from beit3_ds.kernels.triton import budgets as stored_budgets
+from beit3_ds.kernels.triton.ahead_of_time import ARCHITECTURES, all_variants, compile_variant, find_excess
+from beit3_ds.kernels.triton.budgets import (
     Report,
-    all_variants,
-    compile_variant,
-    find_excess,
     read_budgets,
+    spilling_variants,
+    stored_versions,
+    version_key,
     write_budgets,
 )
+from beit3_ds.kernels.triton.multiway_ffn import up_projection_kernel
+from beit3_ds.kernels.triton.multiway_ffn_launch import candidate_tiles, choose_tiles
+from beit3_ds.kernels.triton.packed_attention_launch import choose_tiling
 
 LEAN = Report(
     registers=100,
@@ -24,6 +30,7 @@ LEAN = Report(
     wide_accesses=6,
     narrow_accesses=2,
 )
+ELEMENTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEMORY_BOUND = {
     variant.name for architecture in ARCHITECTURES for variant in all_variants(architecture) if variant.is_memory_bound
 }
@@ -40,7 +47,7 @@ def cases(is_common: bool) -> list:
 
 @pytest.mark.parametrize(("variant", "architecture"), cases(is_common=True))
 def test_common_variants_keep_their_budgets(variant, architecture) -> None:  # type: ignore[no-untyped-def]
-    budget = read_budgets().get((variant.name, architecture))
+    budget = read_budgets(triton.__version__).get((variant.name, architecture))
     assert find_excess(compile_variant(variant, architecture), budget, architecture) == []
 
 
@@ -51,33 +58,69 @@ def test_other_variants_keep_their_budgets(variant, architecture) -> None:  # ty
 
 
 def test_budgets_belong_to_the_variants() -> None:
-    """Catches budgets of variants that no longer exist, and of another version of Triton."""
+    """Catches budgets of variants that no longer exist, and a version of Triton without budgets."""
     variants = {
         (variant.name, architecture) for architecture in ARCHITECTURES for variant in all_variants(architecture)
     }
-    assert set(read_budgets()) == variants
-    assert f'"triton": "{triton.__version__}"' in BUDGETS.read_text(encoding="utf-8"), "run ahead_of_time --write"
+    assert version_key(triton.__version__) in stored_versions(), "run ahead_of_time --write"
+    for version in stored_versions():
+        assert set(read_budgets(version)) == variants, version
 
 
-@pytest.mark.parametrize("key", sorted(read_budgets()), ids=str)
-def test_budgets_are_lean(key: tuple[str, int]) -> None:
-    """Catches budgets that `--write` must not store: spills, synchronous loads, half precision without tensor cores.
+@pytest.mark.parametrize("version", stored_versions())
+def test_budgets_are_lean(version: str) -> None:
+    """Catches budgets that `--write` must not store: synchronous loads, half precision without tensor cores.
 
     Row-streaming kernels access rows 128 bits at a time, and narrower only a few numbers per row. A tensor of rows that
     is not vectorised would need 16 narrow accesses or more.
     """
-    budget = read_budgets()[key]
-    assert (budget.stack, budget.spills) == (0, 0)
-    if key[0] in MEMORY_BOUND:
-        assert budget.tensor_core == 0
-        if "combine_statistics" in key[0]:  # it reads a few numbers a row, and no rows
-            return
-        assert budget.wide_accesses > 0
-        assert budget.narrow_accesses <= 11
-        return
-    assert budget.async_copies > 0
-    products_in_fp32 = "fp32" in key[0].replace("fp32 stream", "")  # a wider residual stream leaves products in bf16
-    assert (budget.tensor_core > 0) == (not products_in_fp32)
+    for key, budget in read_budgets(version).items():
+        name, _ = key
+        if name in MEMORY_BOUND:
+            assert budget.tensor_core == 0, key
+            if "combine_statistics" not in name:  # it reads a few numbers a row, and no rows
+                assert budget.wide_accesses > 0, key
+                assert budget.narrow_accesses <= 11, key
+            continue
+        assert budget.async_copies > 0, key
+        products_in_fp32 = "fp32" in name.replace("fp32 stream", "")  # a wider stream leaves products in bf16
+        assert (budget.tensor_core > 0) == (not products_in_fp32), key
+
+
+@pytest.mark.parametrize("version", stored_versions())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_that_spills_is_chosen(version: str, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches tiles that spill under a version of Triton and are used there, and a kernel without any others."""
+    monkeypatch.setattr(triton, "__version__", version)
+    for variant in all_variants(architecture):
+        report = read_budgets(version)[variant.name, architecture]
+        dtype = ELEMENTS[variant.signature[variant.kernel.arg_names[0]].removeprefix("*")]
+        if "TILE" in variant.constants:
+            chosen = choose_tiling.__wrapped__(architecture, variant.constants["K"], dtype)
+            is_chosen = variant.constants["TILE"] == chosen.tile
+        elif variant.name.startswith("multiway_ffn"):
+            tiles = choose_tiles.__wrapped__(variant.kernel, architecture, dtype)
+            assert tiles, variant.name
+            is_chosen = any(variant.name.endswith(f" tile {choice.describe()}") for choice in tiles)
+        else:
+            is_chosen = True
+        assert not is_chosen or (report.stack, report.spills) == (0, 0), variant.name
+
+
+def test_tiles_that_spill_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a choice that does not follow the budgets of the installed version."""
+    monkeypatch.setattr(stored_budgets, "BUDGETS", tmp_path / "budgets.json")
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    candidates = candidate_tiles(up_projection_kernel, 90, torch.bfloat16)
+    spilling = f"multiway_ffn up_projection bf16 1408->6144 tile {candidates[0].describe()}"
+    for version, spills, left_out in (("3.5", 2, 1), ("3.6", 0, 0), ("3.7", 9, 1), ("3.8", 0, 1)):
+        write_budgets(version, {(spilling, 90): LEAN._replace(spills=spills), (spilling, 80): LEAN})
+        spilling_variants.cache_clear()
+        choose = choose_tiles.__wrapped__
+        assert choose(up_projection_kernel, 90, torch.bfloat16) == candidates[left_out:], version
+        assert choose(up_projection_kernel, 80, torch.bfloat16) == candidates
+        assert choose(up_projection_kernel, 90, torch.float16) == candidates
+    spilling_variants.cache_clear()
 
 
 def test_excess() -> None:
@@ -101,8 +144,10 @@ def test_excess() -> None:
 
 
 def test_budgets_survive_storing(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("beit3_ds.kernels.triton.ahead_of_time.BUDGETS", tmp_path / "budgets.json")
-    assert read_budgets() == {}
+    monkeypatch.setattr(stored_budgets, "BUDGETS", tmp_path / "budgets.json")
+    assert read_budgets("3.10.0") == {}
     reports = {("one", 80): LEAN, ("one", 90): LEAN._replace(stack=4), ("two", 80): LEAN}
-    write_budgets(reports)
-    assert read_budgets() == reports
+    write_budgets("3.10.0", reports)
+    write_budgets("3.9.1+git", {("one", 80): LEAN})
+    assert read_budgets("3.10.2") == reports and read_budgets("3.9.0") == {("one", 80): LEAN}
+    assert stored_versions() == ["3.9", "3.10"]

@@ -1,0 +1,95 @@
+"""Reads and writes `budgets.json`: properties of the machine code of every kernel variant, by version of Triton.
+
+Triton's versions allocate registers differently, so a variant may spill under one and not under another. The choice of
+tile sizes leaves out what spills under the installed version (`spilling_variants`).
+"""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+
+
+class Report(NamedTuple):
+    """Lists properties of the machine code that one kernel variant compiles to."""
+
+    registers: int
+    """Registers per thread, at most 255."""
+    stack: int
+    """Bytes of stack per thread, used only for spilled registers."""
+    spills: int
+    """Number of instructions that load or store local memory."""
+    shared_memory: int
+    """Bytes of shared memory per program."""
+    tensor_core: int
+    """Number of tensor-core instructions: HMMA, HGMMA or UTCxMMA."""
+    async_copies: int
+    """Number of asynchronous copies from global to shared memory."""
+    wide_accesses: int
+    """Number of instructions that load, store or copy 128 bits of global memory per thread."""
+    narrow_accesses: int
+    """Number of instructions that access less than 128 bits of global memory: row statistics, and accesses that the
+    compiler could not vectorise."""
+
+
+Budgets = Mapping[tuple[str, int], Report]
+"""Properties by name of the variant and architecture."""
+
+
+def version_key(version: str) -> str:
+    """Returns major and minor number of a version of Triton, under which `budgets.json` stores its budgets."""
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def stored_versions() -> list[str]:
+    """Returns the versions of Triton that have budgets, e.g. ["3.6", "3.8"], the oldest first."""
+    return sorted(_stored(), key=_number)
+
+
+def read_budgets(version: str) -> dict[tuple[str, int], Report]:
+    """Returns the budgets for a version of Triton by variant name and architecture; empty if there are none."""
+    return {
+        (name, int(architecture.removeprefix("sm_"))): Report(*values)
+        for name, by_architecture in _stored().get(version_key(version), {}).items()
+        for architecture, values in by_architecture.items()
+    }
+
+
+def write_budgets(version: str, reports: Budgets) -> None:
+    """Writes reports as the new budgets for a version of Triton, sorted by name; keeps those for other versions."""
+    nested: dict[str, dict[str, Report]] = {}
+    for (name, architecture), report in sorted(reports.items()):
+        nested.setdefault(name, {})[f"sm_{architecture}"] = report
+    stored = _stored() | {version_key(version): nested}
+    blocks = []
+    for key in sorted(stored, key=_number):
+        lines = [f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in stored[key].items()]
+        blocks.append(f"  {json.dumps(key)}: {{\n" + ",\n".join(lines) + "\n  }")
+    head = f'{{\n  "columns": {json.dumps(Report._fields)},\n'
+    BUDGETS.write_text(head + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+
+
+@lru_cache
+def spilling_variants(version: str, architecture: int) -> frozenset[str]:
+    """Returns the names of the variants that spill registers on an architecture under a version of Triton.
+
+    A version without budgets counts as the newest older one that has them.
+    """
+    older = [known for known in stored_versions() if _number(known) <= _number(version_key(version))]
+    budgets = read_budgets(older[-1]) if older else {}
+    return frozenset(name for (name, sm), report in budgets.items() if sm == architecture and report.spills)
+
+
+def _stored() -> dict[str, dict[str, dict[str, list[int]]]]:
+    if not BUDGETS.exists():
+        return {}
+    content = json.loads(BUDGETS.read_text(encoding="utf-8"))
+    assert content.pop("columns") == list(Report._fields), f"{BUDGETS} has other columns: write it again"
+    return dict(content)
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
