@@ -1,6 +1,9 @@
 # Set-up and the two main commands. A stamp file remembers what is installed, so a second run installs nothing.
 
-PYTHON ?= python3.11
+# The first of these that runs and is Python 3.11 to 3.13.
+PYTHONS := python3.11 python3.12 python3.13 python3
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '$(IS_SUPPORTED)' 2> /dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # Exact versions; CONSTRAINTS= installs the newest ones that pyproject.toml allows.
@@ -21,6 +24,7 @@ help:
 	@echo "make clean-runs   delete runs/, so that the next quickstart starts anew"
 
 $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS)
+	$(if $(PYTHON),,$(error no Python 3.11, 3.12 or 3.13 was found; name one: make PYTHON=/path/to/python))
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch, DeepSpeed and the rest into $(VENV) (a few minutes the first time)"
 	$(PIP) --editable .

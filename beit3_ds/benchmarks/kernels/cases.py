@@ -100,10 +100,12 @@ def _mlm_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, 
     def fused(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.linear_cross_entropy(h, w, target, linear_bias=b, reduction="none").float()
 
+    has_fused = hasattr(F, "linear_cross_entropy")  # torch 2.14 has it, torch 2.11 does not
+    why_absent = "" if has_fused else f"torch {torch.__version__} does not have it"
     entries = [
         Implementation("beit3_ds", partial(build, lambda h, w, b: linear_cross_entropy(h, w, b, target, 128))),
         Implementation("torch cross_entropy", partial(build, plain)),
-        Implementation("torch linear_cross_entropy", partial(build, fused)),
+        Implementation("torch linear_cross_entropy", partial(build, fused) if has_fused else None, why_absent),
         _liger_cross_entropy(build, target, device),
     ]
     products, element = 2.0 * rows * width * vocabulary, dtype.itemsize

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from torch.nn.functional import avg_pool2d
 
+from beit3_ds.data.images import augmentation
 from beit3_ds.data.images.augmentation import Augmentation, CenterViews, random_crop_box
 
 
@@ -67,6 +68,17 @@ def test_views_equal_those_of_jitter_before_resize(low: int, high: int, largest:
     assert max(difference.max() for difference in differences) <= largest
     # The second is the worst for cutting off: noise over all levels.
     assert np.mean([difference.mean() for difference in differences]) <= mean
+
+
+def test_pillow_computes_lanczos_where_torch_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches another filter, exchanged sides, and levels that are not bytes."""
+    pixels = augmentation.image_pixels(_position_image())
+    views = []
+    for torch_can in (False, augmentation._torch_has_lanczos()):
+        monkeypatch.setattr(augmentation, "_torch_has_lanczos", lambda can=torch_can: can)
+        views.append(augmentation.resize_pixels(pixels, 64, "lanczos"))
+    assert views[0].dtype == torch.uint8 and views[0].shape == (3, 64, 64)
+    assert (views[0].int() - views[1].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (300, 1), (2, 500)])
