@@ -91,7 +91,9 @@ def resample_table(table_SD: Tensor, side: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _resampling_weights(old: int, new: int) -> Tensor:
     """Returns the matrix (new, old) that resamples one side bicubically, float64."""
-    columns = F.interpolate(torch.eye(old, dtype=torch.float64)[None, :, :, None], (new, 1), mode="bicubic", align_corners=False)
+    columns = F.interpolate(
+        torch.eye(old, dtype=torch.float64)[None, :, :, None], (new, 1), mode="bicubic", align_corners=False
+    )
     return columns[0, :, :, 0].T.contiguous()
 
 

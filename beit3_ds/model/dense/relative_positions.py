@@ -117,4 +117,6 @@ def _axis_places(grids: Grids, order: int, window_size: int, side: int, axis: in
 @lru_cache(maxsize=32)
 def _resampling_weights(old: int, new: int) -> Tensor:
     """Returns the matrix (new, old) that resamples a table linearly, float64."""
-    return F.interpolate(torch.eye(old, dtype=torch.float64)[None], new, mode="linear", align_corners=False)[0].T.contiguous()
+    return F.interpolate(torch.eye(old, dtype=torch.float64)[None], new, mode="linear", align_corners=False)[
+        0
+    ].T.contiguous()
