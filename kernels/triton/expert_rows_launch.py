@@ -15,6 +15,7 @@ from torch import Tensor
 
 from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS
 from beit3_ds.kernels.triton.expert_rows import sum_kernel
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 NUM_EXPERTS = 3
@@ -111,9 +112,13 @@ def sum_partials(partial_SPD: Tensor, programs: RowPrograms, num_experts: int, d
     num_kinds, _, width = partial_SPD.shape
     sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
     grid = (triton.cdiv(width, _SUM_COLUMNS), num_experts, num_kinds)
-    constants = {"D": width, "E": num_experts, "BLOCK": _SUM_COLUMNS, "PROGRAMS": _SUM_PROGRAMS}
-    sum_kernel[grid](partial_SPD, sum_SED, programs.rows, *programs.stops, **constants, num_warps=_SUM_WARPS)
+    constants = (width, num_experts, _SUM_COLUMNS, _SUM_PROGRAMS)
+    numbers = (programs.rows, *programs.stops)
+    _SUM.launch(grid, (partial_SPD, sum_SED), numbers, constants, num_warps=_SUM_WARPS)
     return sum_SED
+
+
+_SUM = KernelLauncher(sum_kernel)
 
 
 def build_row_variant(

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from beit3_ds.kernels.ops.vocabulary_tiles import ALIGNMENT
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.linear_cross_entropy import gradient_kernel, partials_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
@@ -58,16 +59,11 @@ def partials(
     if len(logits_MN) == 0:
         return
     assert partials_3M.is_contiguous() and target_M.is_contiguous(), "linear_cross_entropy: rows are next to each other"
-    partials_kernel[(len(logits_MN),)](
-        logits_MN,
-        _padded(bias_N, stride),
-        target_M,
-        partials_3M,
-        *logits_MN.shape,
-        stride // ALIGNMENT,
-        first,
-        BLOCK=tiling.partials_block,
-        STAGES=tiling.num_stages,
+    _PARTIALS.launch(
+        (len(logits_MN),),
+        (logits_MN, _padded(bias_N, stride), target_M, partials_3M),
+        (*logits_MN.shape, stride // ALIGNMENT, first),
+        (tiling.partials_block, tiling.num_stages),
         num_warps=PARTIALS_WARPS,
     )
 
@@ -99,24 +95,18 @@ def gradient(
     groups = triton.cdiv(num_rows, rows)
     sum_GS = lse_M.new_empty(groups, stride)
     if groups:
-        gradient_kernel[(num_blocks, groups)](
-            logits_MN,
-            _padded(bias_N, stride),
-            target_M,
-            lse_M,
-            d_loss_M,
-            sum_GS,
-            num_rows,
-            rows,
-            width,
-            stride // ALIGNMENT,
-            first,
-            BLOCK=tiling.gradient_block,
-            ROWS=tiling.gradient_rows,
-            STAGES=tiling.num_stages,
+        _GRADIENT.launch(
+            (num_blocks, groups),
+            (logits_MN, _padded(bias_N, stride), target_M, lse_M, d_loss_M, sum_GS),
+            (num_rows, rows, width, stride // ALIGNMENT, first),
+            (tiling.gradient_block, tiling.gradient_rows, tiling.num_stages),
             num_warps=GRADIENT_WARPS,
         )
     return sum_GS[:, :width].sum(0)
+
+
+_PARTIALS = KernelLauncher(partials_kernel)
+_GRADIENT = KernelLauncher(gradient_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:

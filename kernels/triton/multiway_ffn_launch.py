@@ -14,6 +14,7 @@ from torch import Tensor
 from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
 from beit3_ds.kernels.triton.budgets import spilling_variants
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Tuner, row_class
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
     projection_kernel,
@@ -133,9 +134,9 @@ def out_projection(
         a_TF if factor_T is None else factor_T,
         y_TD,
     )
-    flags = {"BIAS": bool(biases), "NORM": norm is not None}
-    flags |= {"RESIDUAL": residual_TD is not None, "FACTOR": factor_T is not None}
-    _launch_rows(projection_kernel, tensors, slices, y_TD.shape[1], a_TF.shape[1], flags)
+    (out_width, in_width), flags = weights[0].shape, (bool(biases), norm is not None)
+    constants = (out_width, in_width, *flags, residual_TD is not None, factor_T is not None)
+    _launch_rows(_PROJECTION, tensors, slices, out_width, constants)
     return y_TD
 
 
@@ -162,8 +163,8 @@ def up_projection(
     column_tiles = triton.cdiv(out_width, tiles[0].columns) if with_statistics else 0
     means, squares = h_TD.new_empty(2, column_tiles, num_rows, dtype=torch.float32)
     tensors = (h_TD, *for_experts(weights), *for_experts(biases or (h_TD,)), u_TF, a_TF, means, squares)
-    flags = {"BIAS": bool(biases), "STATISTICS": with_statistics}
-    _launch_rows(up_projection_kernel, tensors, slices, out_width, width, flags)
+    constants = (out_width, width, bool(biases), with_statistics)
+    _launch_rows(_UP_PROJECTION, tensors, slices, out_width, constants)
     if not with_statistics:
         return u_TF, a_TF, means.view(-1), squares.view(-1)
     return u_TF, a_TF, *combine_statistics(means, squares, out_width, tiles[0].columns)
@@ -180,8 +181,8 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
     """
     dx_TF = dy_TD.new_empty(dy_TD.shape[0], weights[0].shape[1])
     tensors = (dy_TD, dy_TD if factor_T is None else factor_T, *for_experts(weights), dx_TF)
-    flags = {"FACTOR": factor_T is not None}
-    _launch_rows(input_gradient_kernel, tensors, slices, dx_TF.shape[1], dy_TD.shape[1], flags)
+    out_width, in_width = weights[0].shape
+    _launch_rows(_INPUT_GRADIENT, tensors, slices, in_width, (in_width, out_width, factor_T is not None))
     return dx_TF
 
 
@@ -208,11 +209,11 @@ def weight_gradient(
     parameters = (*for_experts(d_weights), *for_experts(d_biases or (dy_TD,)))
     tensors = (dy_TD, dy_TD if factor_T is None else factor_T, x_TF, *parameters)
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (len(slices) * triton.cdiv(out_width, meta["ROWS"]) * triton.cdiv(in_width, meta["COLUMNS"]),)
+    def count_programs(tiles: MatmulTiles) -> int:
+        return len(slices) * triton.cdiv(out_width, tiles.rows) * triton.cdiv(in_width, tiles.columns)
 
-    flags = {"BIAS": with_bias, "FACTOR": factor_T is not None}
-    _launch(weight_gradient_kernel, grid, tensors, slices, {"OUT": out_width, "IN": in_width, **flags})
+    constants = (out_width, in_width, with_bias, factor_T is not None)
+    _launch(_WEIGHT_GRADIENT, count_programs, tensors, slices, constants)
     return d_weights, d_biases
 
 
@@ -278,8 +279,7 @@ def _build_variant(
     is_common: bool,
     float32: Sequence[str] = (),
 ) -> KernelVariant:
-    config = _build_config(tiles)
-    values = {**constants, **config.kwargs, "GROUP": GROUP}
+    values = {**constants, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "GROUP": GROUP}
     types = {argument: f"*{element}" for argument in kernel.arg_names if argument.endswith("_ptr")}
     types |= {argument: "*fp32" for argument in types if argument in (*_STATISTICS, *float32)}
     types |= dict.fromkeys(("stop_0", "stop_1", "stop_2"), "i32")
@@ -295,50 +295,48 @@ def _build_variant(
     )
 
 
+_PROJECTION = KernelLauncher(projection_kernel)
+_UP_PROJECTION = KernelLauncher(up_projection_kernel)
+_INPUT_GRADIENT = KernelLauncher(input_gradient_kernel)
+_WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
+_TUNER = Tuner()
+
+
 def _launch_rows(
-    kernel: Any, tensors: tuple[Tensor, ...], slices: Slices, out_width: int, in_width: int, flags: dict[str, bool]
+    launcher: KernelLauncher, tensors: tuple[Tensor, ...], slices: Slices, out_width: int, constants: tuple[int, ...]
 ) -> None:
     """Launches a kernel over tiles of the packed rows; the result has `out_width` columns."""
     if not slices or slices[-1][1] == 0:
         return
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (count_row_tiles(slices, meta["ROWS"]) * triton.cdiv(out_width, meta["COLUMNS"]),)
+    def count_programs(tiles: MatmulTiles) -> int:
+        return count_row_tiles(slices, tiles.rows) * triton.cdiv(out_width, tiles.columns)
 
-    _launch(kernel, grid, tensors, slices, {"N": out_width, "K": in_width, **flags})
+    _launch(launcher, count_programs, tensors, slices, constants)
 
 
 def _launch(
-    kernel: Any,
-    grid: Callable[[dict[str, Any]], tuple[int]],
+    launcher: KernelLauncher,
+    count_programs: Callable[[MatmulTiles], int],
     tensors: tuple[Tensor, ...],
     slices: Slices,
-    constants: dict[str, int],
+    constants: tuple[int, ...],
 ) -> None:
-    assert all(x.is_contiguous() for x in tensors), "multiway FFN: the kernels' strides are those of contiguous rows"
-    device, dtype = tensors[0].device, tensors[0].dtype
-    choices = tuple(choose_tiles(kernel, architecture_of(device), dtype))
-    stops = build_stops(slices)
-    if _is_tuned(tensors[0]):
-        _tuned(kernel, choices)[grid](*tensors, *stops, **constants, GROUP=GROUP)
+    """Launches a kernel with its fastest tile sizes; `constants` are its constexpr arguments before the tile sizes."""
+    assert all(map(Tensor.is_contiguous, tensors)), "multiway FFN: the kernels' strides are those of contiguous rows"
+    x, stops = tensors[0], build_stops(slices)
+
+    def launch(tiles: MatmulTiles) -> None:
+        rows, columns, depth, num_warps, num_stages = tiles
+        values = (*constants, rows, columns, depth, GROUP)
+        grid = (count_programs(tiles),)
+        launcher.launch(grid, tensors, stops, values, num_warps=num_warps, num_stages=num_stages)
+
+    def settings() -> list[MatmulTiles]:
+        return choose_tiles(launcher.kernel, architecture_of(x.device), x.dtype)
+
+    if is_on_gpu(x):
+        case = launcher.name, row_class(stops[-1]), x.dtype, *constants
+        launch(_TUNER.choose(case, settings, launch))
     else:
-        config = _build_config(choices[0])
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        kernel[grid](*tensors, *stops, **constants, GROUP=GROUP, **config.kwargs, **options)
-
-
-def _is_tuned(x: Tensor) -> bool:
-    """Returns whether kernels are tuned for this tensor: True on a GPU, False on a CPU, where they are interpreted."""
-    return is_on_gpu(x)
-
-
-@lru_cache
-def _tuned(kernel: Any, choices: tuple[MatmulTiles, ...]) -> Any:
-    """Returns a kernel that tunes itself: its first launch for given widths selects the fastest tile sizes."""
-    key = [name for name in ("N", "K", "OUT", "IN", "BIAS", "NORM", "FACTOR") if name in kernel.arg_names]
-    return triton.autotune([_build_config(tiles) for tiles in choices], key=key)(kernel)
-
-
-def _build_config(tiles: MatmulTiles) -> Any:
-    sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth}
-    return triton.Config(sizes, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        launch(settings()[0])

@@ -16,6 +16,7 @@ from beit3_ds.kernels.triton.expert_rows_launch import (
     row_constants,
     sum_partials,
 )
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.multiway_layer_norm import backward_kernel, forward_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant
 
@@ -46,16 +47,11 @@ def forward(
     programs = deal_rows(stops, tiling.forward_programs)
     if programs.num_programs:
         check_rows(x_TD)
-        forward_kernel[(programs.num_programs,)](
-            x_TD,
-            *for_experts(weights),
-            *for_experts(biases),
-            h_TD,
-            statistics_2T,
-            programs.rows,
-            *programs.stops,
-            **row_constants(x_TD.shape[1], tiling),
-            EPSILON=epsilon,
+        _FORWARD.launch(
+            (programs.num_programs,),
+            (x_TD, *for_experts(weights), *for_experts(biases), h_TD, statistics_2T),
+            (programs.rows, *programs.stops),
+            (*row_constants(x_TD.shape[1], tiling).values(), epsilon),
             num_warps=tiling.num_warps,
         )
     return h_TD, statistics_2T
@@ -86,22 +82,19 @@ def backward(
     partial_2PD = x_TD.new_empty(2, programs.num_programs, x_TD.shape[1], dtype=torch.float32)
     if programs.num_programs:
         check_rows(dh_TD, x_TD if d_residual_TD is None else d_residual_TD, x_TD)
-        backward_kernel[(programs.num_programs,)](
-            dh_TD,
-            d_residual_TD if d_residual_TD is not None else dh_TD,
-            x_TD,
-            statistics_2T,
-            *for_experts(weights),
-            dx_TD,
-            partial_2PD,
-            programs.rows,
-            programs.num_programs,
-            *programs.stops,
-            **row_constants(x_TD.shape[1], tiling),
-            RESIDUAL=d_residual_TD is not None,
+        d_stream_TD = d_residual_TD if d_residual_TD is not None else dh_TD  # not read if None
+        _BACKWARD.launch(
+            (programs.num_programs,),
+            (dh_TD, d_stream_TD, x_TD, statistics_2T, *for_experts(weights), dx_TD, partial_2PD),
+            (programs.rows, programs.num_programs, *programs.stops),
+            (*row_constants(x_TD.shape[1], tiling).values(), d_residual_TD is not None),
             num_warps=tiling.num_warps,
         )
     return dx_TD, sum_partials(partial_2PD, programs, len(stops), weights[0].dtype)
+
+
+_FORWARD = KernelLauncher(forward_kernel)
+_BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from beit3_ds.kernels.triton.architecture import is_on_gpu
 from beit3_ds.kernels.triton.budgets import spilling_variants
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Tuner, row_class
 from beit3_ds.kernels.triton.packed_attention import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
@@ -112,7 +113,7 @@ def forward(
     y_THK = torch.empty_like(q_THK)
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=torch.float32)
     tensors = (q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
-    _launch(forward_kernel, tensors, tiling.tile, tiling.forward, causal_captions)
+    _launch(_FORWARD, tensors, tiling.tile, tiling.forward, causal_captions)
     return y_THK, lse_HT
 
 
@@ -138,9 +139,9 @@ def backward(
     dq_THK, dk_THK, dv_THK = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     delta_HT = torch.empty_like(lse_HT)
     tensors = (q_THK, k_THK, v_THK, y_THK, dy_THK, lse_HT, delta_HT, dq_THK, sequences_Q4, tiles_N2)
-    _launch(query_gradient_kernel, tensors, tiling.tile, tiling.query_gradient, causal_captions)
+    _launch(_QUERY_GRADIENT, tensors, tiling.tile, tiling.query_gradient, causal_captions)
     tensors = (q_THK, k_THK, v_THK, dy_THK, lse_HT, delta_HT, dk_THK, dv_THK, sequences_Q4, tiles_N2)
-    _launch(key_value_gradient_kernel, tensors, tiling.tile, tiling.key_value_gradient, causal_captions)
+    _launch(_KEY_VALUE_GRADIENT, tensors, tiling.tile, tiling.key_value_gradient, causal_captions)
     return dq_THK, dk_THK, dv_THK
 
 
@@ -219,33 +220,39 @@ def _case_variants(
     return result
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool) -> None:
+_FORWARD = KernelLauncher(forward_kernel)
+_QUERY_GRADIENT = KernelLauncher(query_gradient_kernel)
+_KEY_VALUE_GRADIENT = KernelLauncher(key_value_gradient_kernel)
+_TUNER = Tuner()
+
+
+def _launch(
+    launcher: KernelLauncher, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool
+) -> None:
     q_THK, tiles_N2 = tensors[0], tensors[-1]
     num_rows, num_heads, head_size = q_THK.shape
-    if len(tiles_N2) == 0 or num_heads == 0:
+    num_tiles = len(tiles_N2)
+    if num_tiles == 0 or num_heads == 0:
         return
     assert q_THK.numel() < 2**31, f"packed_attention: {tuple(q_THK.shape)} has offsets beyond 32 bits"
-    assert all(x.is_contiguous() for x in tensors), "packed_attention: the kernels' strides are those of (T, H, K)"
-    values = constants(num_heads, head_size, tile, config.block, causal_captions)
-    grid = (len(tiles_N2), num_heads)
-    if _is_tuned(q_THK):
-        del values["BLOCK"]
-        _tuned(kernel, config)[grid](*tensors, num_rows, **values)
-    else:
-        kernel[grid](*tensors, num_rows, **values)
+    assert all(map(Tensor.is_contiguous, tensors)), "packed_attention: the kernels' strides are those of (T, H, K)"
+    values = _constant_values(num_heads, head_size, tile, config.block, causal_captions)
+
+    def launch(config: KernelConfig) -> None:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        launcher.launch((num_tiles, num_heads), tensors, (num_rows,), values, **options)
+
+    if is_on_gpu(q_THK):
+        case = launcher.name, row_class(num_rows), q_THK.dtype, config, *values
+        config = _TUNER.choose(case, lambda: _settings(config), launch)
+    launch(config)
 
 
-def _is_tuned(q_THK: Tensor) -> bool:
-    """Returns whether kernels are tuned on this device: True on a GPU, False on a CPU, where they are interpreted."""
-    return is_on_gpu(q_THK)
+def _settings(config: KernelConfig) -> list[KernelConfig]:
+    """Returns settings with other numbers of stages. The block size is the same, so results are the same."""
+    return [config._replace(num_stages=config.num_stages + change) for change in (-1, 0, 1)]
 
 
 @lru_cache
-def _tuned(kernel: Any, config: KernelConfig) -> Any:
-    """Returns a kernel that tunes its number of stages at the first launch.
-
-    The block size is fixed, so tuning does not change results.
-    """
-    block, warps, stages = config
-    configs = [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=n) for n in (stages - 1, stages, stages + 1)]
-    return triton.autotune(configs, key=["H", "K", "CAPTIONS", "TILE"])(kernel)
+def _constant_values(num_heads: int, head_size: int, tile: int, block: int, causal_captions: bool) -> tuple[Any, ...]:
+    return tuple(constants(num_heads, head_size, tile, block, causal_captions).values())

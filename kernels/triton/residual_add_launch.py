@@ -16,6 +16,7 @@ from beit3_ds.kernels.triton.expert_rows_launch import (
     row_constants,
     sum_partials,
 )
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.residual_add import backward_kernel, forward_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant
 
@@ -42,16 +43,12 @@ def forward(
     programs = deal_rows(stops, tiling.forward_programs)
     check_rows(residual_TD, partial_TD, *([] if factor_T is None else [factor_T]))
     if programs.num_programs:
-        forward_kernel[(programs.num_programs,)](
-            residual_TD,
-            partial_TD,
-            *for_experts(biases),
-            residual_TD if factor_T is None else factor_T,  # not read
-            y_TD,
-            programs.rows,
-            *programs.stops,
-            **row_constants(residual_TD.shape[1], tiling),
-            FACTOR=factor_T is not None,
+        factors = residual_TD if factor_T is None else factor_T  # not read if None
+        _FORWARD.launch(
+            (programs.num_programs,),
+            (residual_TD, partial_TD, *for_experts(biases), factors, y_TD),
+            (programs.rows, *programs.stops),
+            (*row_constants(residual_TD.shape[1], tiling).values(), factor_T is not None),
             num_warps=tiling.num_warps,
         )
     return y_TD
@@ -77,18 +74,19 @@ def backward(
     sum_1PD = dy_TD.new_empty(1, programs.num_programs, dy_TD.shape[1], dtype=torch.float32)
     check_rows(dy_TD, *([] if factor_T is None else [factor_T]))
     if programs.num_programs:
-        backward_kernel[(programs.num_programs,)](
-            dy_TD,
-            dy_TD if factor_T is None else factor_T,  # not read
-            d_partial_TD,
-            sum_1PD,
-            programs.rows,
-            *programs.stops,
-            **row_constants(dy_TD.shape[1], tiling),
-            FACTOR=factor_T is not None,
+        factors = dy_TD if factor_T is None else factor_T  # not read if None
+        _BACKWARD.launch(
+            (programs.num_programs,),
+            (dy_TD, factors, d_partial_TD, sum_1PD),
+            (programs.rows, *programs.stops),
+            (*row_constants(dy_TD.shape[1], tiling).values(), factor_T is not None),
             num_warps=tiling.num_warps,
         )
     return d_partial_TD, sum_partials(sum_1PD, programs, len(stops), dtype)[0]
+
+
+_FORWARD = KernelLauncher(forward_kernel)
+_BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:

@@ -2,15 +2,15 @@
 
 # T packed rows, F columns of this rank (tensor-parallel ranks may divide a row).
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.sub_norm import (
     combine_statistics_kernel,
     norm_gradient_kernel,
@@ -59,7 +59,7 @@ def row_statistics(y_TF: Tensor) -> tuple[Tensor, Tensor]:
     mean_T, squares_T = y_TF.new_empty(2, num_rows, dtype=torch.float32)
     if num_rows:
         block = triton.next_power_of_2(width)
-        row_statistics_kernel[(num_rows,)](y_TF, mean_T, squares_T, N=width, BLOCK=block, num_warps=NUM_WARPS)
+        _ROW_STATISTICS.launch((num_rows,), (y_TF, mean_T, squares_T), (), (width, block), num_warps=NUM_WARPS)
     return mean_T, squares_T
 
 
@@ -75,9 +75,8 @@ def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int)
     num_rows = means.shape[1]
     mean_T, squares_T = means.new_empty(2, num_rows)
     if num_rows:
-        constants: dict[str, Any] = {"N": width, "COLUMNS": columns, "ROWS": 128, "num_warps": NUM_WARPS}
-        grid = (triton.cdiv(num_rows, 128),)
-        combine_statistics_kernel[grid](means, squares, mean_T, squares_T, num_rows, **constants)
+        tensors, grid = (means, squares, mean_T, squares_T), (triton.cdiv(num_rows, 128),)
+        _COMBINE_STATISTICS.launch(grid, tensors, (num_rows,), (width, columns, 128), num_warps=NUM_WARPS)
     return mean_T, squares_T
 
 
@@ -93,8 +92,7 @@ def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Te
     n_TF = torch.empty_like(x_TF)
     mean_T, rstd_T, scales, shifts = norm or (x_TF, x_TF, (x_TF,), (x_TF,))
     tensors = (x_TF, mean_T, rstd_T, *for_experts(scales), *for_experts(shifts), n_TF)
-    flags = {"GELU": gelu, "NORM": norm is not None}
-    _launch(normalize_kernel, tensors, slices, x_TF.shape[1], flags, BLOCK["ROWS"])
+    _launch(_NORMALIZE, tensors, slices, x_TF.shape[1], (gelu, norm is not None), BLOCK["ROWS"])
     return n_TF
 
 
@@ -121,7 +119,7 @@ def norm_gradient_sums(
     row_sums = mean_T.new_empty(column_tiles, 2, num_rows)
     column_sums = mean_T.new_empty(row_tiles[-1], 2, width)
     tensors = (dn_TF, x_TF, mean_T, rstd_T, *for_experts(scales), row_sums, column_sums)
-    _launch(norm_gradient_sums_kernel, tensors, slices, width, {"GELU": gelu, "SPAN": SPAN}, SPAN)
+    _launch(_NORM_GRADIENT_SUMS, tensors, slices, width, (gelu, SPAN), SPAN)
     gradients = [column_sums[first:stop].sum(0).to(x_TF.dtype).unbind() for first, stop in pairwise(row_tiles)]
     return row_sums.sum(0), [d_scale for d_scale, _ in gradients], [d_shift for _, d_shift in gradients]
 
@@ -153,8 +151,8 @@ def norm_gradient(
     mean_T, rstd_T, scales, _ = norm or (x_TF, x_TF, (x_TF,), ())
     sums_2T = x_TF if sums_2T is None else sums_2T
     tensors = (dn_TF, x_TF, mean_T, rstd_T, *for_experts(scales), sums_2T, dn_TF)
-    flags = {"WIDTH": total_width, "GELU": gelu, "NORM": norm is not None}
-    _launch(norm_gradient_kernel, tensors, slices, dn_TF.shape[1], flags, BLOCK["ROWS"])
+    constants = (total_width, gelu, norm is not None)
+    _launch(_NORM_GRADIENT, tensors, slices, dn_TF.shape[1], constants, BLOCK["ROWS"])
     return dn_TF
 
 
@@ -193,16 +191,24 @@ _ELEMENTS = ("y_ptr", "x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
 other pointers are float32."""
 
 
+_ROW_STATISTICS = KernelLauncher(row_statistics_kernel)
+_COMBINE_STATISTICS = KernelLauncher(combine_statistics_kernel)
+_NORMALIZE = KernelLauncher(normalize_kernel)
+_NORM_GRADIENT_SUMS = KernelLauncher(norm_gradient_sums_kernel)
+_NORM_GRADIENT = KernelLauncher(norm_gradient_kernel)
+
+
 def _launch(
-    kernel: Any,
+    launcher: KernelLauncher,
     tensors: tuple[Tensor, ...],
     slices: Slices,
     width: int,
-    constants: Mapping[str, int],
+    constants: tuple[int, ...],
     rows: int,
 ) -> None:
     """Launches a kernel whose programs take tiles of `rows` rows and BLOCK["COLUMNS"] columns."""
-    assert all(x.is_contiguous() for x in tensors), "sub-LN: the kernels' strides are those of contiguous rows"
+    assert all(map(Tensor.is_contiguous, tensors)), "sub-LN: the kernels' strides are those of contiguous rows"
     grid = (count_row_tiles(slices, rows), triton.cdiv(width, BLOCK["COLUMNS"]))
     if grid[0]:
-        kernel[grid](*tensors, *build_stops(slices), N=width, **constants, **BLOCK, num_warps=NUM_WARPS)
+        values = (width, *constants, *BLOCK.values())
+        launcher.launch(grid, tensors, build_stops(slices), values, num_warps=NUM_WARPS)

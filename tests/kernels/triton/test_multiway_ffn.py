@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -223,17 +222,6 @@ def test_shipped_tiles() -> None:
 def test_statistics_have_a_place(architecture: int, dtype: torch.dtype) -> None:
     """Catches tiles of different widths: statistics are allocated for the columns of the first."""
     assert len({tiles.columns for tiles in choose_tiles(up_projection_kernel, architecture, dtype)}) == 1
-
-
-def test_launches_of_a_device() -> None:
-    """Catches arguments that are swapped on the way to the tuner, which may choose any tiles."""
-    with (
-        interpreted(),
-        mock.patch.object(launch, "_is_tuned", return_value=True),
-        mock.patch.object(triton.runtime.Autotuner, "_bench", lambda self, *args, config, **meta: -config.num_stages),
-    ):
-        check_ffn(RAGGED[0], torch.float32)
-    launch._tuned.cache_clear()
 
 
 def test_interpreter_leaves_the_compiler_alone() -> None:

@@ -1,0 +1,147 @@
+"""Launches kernels with little time in Python, and chooses the fastest of several settings at a kernel's first launch.
+
+At every launch Triton binds all arguments, and derives from types, values and alignment which compiled variant to run.
+That takes longer than many kernels do on a GPU. `KernelLauncher` leaves it to Triton at a variant's first launch only.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import reduce
+from operator import attrgetter, or_
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+from triton.errors import TritonError
+from triton.runtime import driver as drivers
+
+from beit3_ds.kernels.triton.architecture import is_on_gpu
+
+_Settings = TypeVar("_Settings")
+
+_ALIGNMENT = 16
+"""Divisor of an address, in bytes, for which Triton compiles another variant than for other addresses."""
+
+_LEAST_ROW_CLASS = 11
+"""Row numbers up to 2 ** 11 are in one class: such launches are short with any settings."""
+
+_dtype_of = attrgetter("dtype")
+
+
+class _Variant(NamedTuple):
+    """Holds a compiled variant of a kernel, ready to be launched."""
+
+    run: Callable[..., Any]
+    function: Any
+    packed_metadata: Any
+
+
+class KernelLauncher:
+    """Launches one kernel whose arguments are tensors, then numbers that Triton does not specialise, then constants."""
+
+    def __init__(self, kernel: Any) -> None:
+        """Stores the kernel; nothing is compiled yet.
+
+        Args:
+            kernel: the function decorated with `triton.jit`.
+        """
+        self.kernel = kernel
+        self.name: str = kernel.__name__
+        """Name of the kernel."""
+        self._variants: dict[Hashable, _Variant] = {}
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        tensors: Sequence[Tensor],
+        numbers: Sequence[int],
+        constants: Sequence[Any],
+        *,
+        num_warps: int,
+        num_stages: int = 3,
+    ) -> None:
+        """Launches the kernel on the current device; on a CPU that is no GPU's emulation, Triton's interpreter runs it.
+
+        Args:
+            grid: number of programs along each of one to three axes.
+            tensors: the kernel's first arguments, contiguous.
+            numbers: the integers that follow; each fits into 32 bits and is named in `do_not_specialize`.
+            constants: values of the constexpr arguments that follow.
+            num_warps: warps per program.
+            num_stages: number of loop steps whose loads from memory overlap.
+        """
+        arguments = (*tensors, *numbers, *constants)
+        if not is_on_gpu(tensors[0]):
+            self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+            return
+        driver = drivers.active
+        device = driver.get_current_device()
+        key = device, num_warps, num_stages, *constants, *map(_dtype_of, tensors), _find_unaligned(tensors)
+        variant = self._variants.get(key)
+        if variant is None:
+            compiled = self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+            self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        run, function, metadata = variant
+        programs = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        # The three arguments after the metadata are for hooks of Triton's own profiler.
+        run(*programs, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
+
+
+def _find_unaligned(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Returns the indices of tensors whose address is not a multiple of 16."""
+    addresses = [*map(Tensor.data_ptr, tensors)]
+    if reduce(or_, addresses) % _ALIGNMENT == 0:
+        return ()
+    return tuple(index for index, address in enumerate(addresses) if address % _ALIGNMENT)
+
+
+class Tuner:
+    """Chooses the fastest settings of a kernel for every case, by measurements at the first launch of the case."""
+
+    def __init__(self) -> None:
+        """Measures nothing yet."""
+        self._chosen: dict[Hashable, Any] = {}
+
+    def choose(
+        self,
+        case: tuple[Hashable, ...],
+        settings: Callable[[], Sequence[_Settings]],
+        launch: Callable[[_Settings], None],
+    ) -> _Settings:
+        """Returns the settings for which `launch` is fastest on the current device.
+
+        Args:
+            case: all that the speed depends on: kernel, dtypes, constants, class of rows (`row_class`).
+            settings: function that returns the settings to choose from.
+            launch: function that launches the kernel with given settings; it may be called many times.
+
+        Raises:
+            TritonError: if no settings fit the device.
+        """
+        key = drivers.active.get_current_device(), *case
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._chosen[key] = _fastest(settings(), launch)
+        found: _Settings = chosen
+        return found
+
+
+def row_class(num_rows: int) -> int:
+    """Returns the class of a number of rows, for `Tuner`: all numbers up to 2048, up to 4096, up to 8192, and so on."""
+    return max(_LEAST_ROW_CLASS, (num_rows - 1).bit_length())
+
+
+def _fastest(settings: Sequence[_Settings], launch: Callable[[_Settings], None]) -> _Settings:
+    if len(settings) == 1:
+        return settings[0]
+    benchmark = drivers.active.get_benchmarker()
+    milliseconds: list[tuple[float, int]] = []
+    errors: list[TritonError] = []
+    for index, one in enumerate(settings):
+        try:
+            time = benchmark(lambda one=one: launch(one), warmup=5, rep=20, return_mode="median")  # type: ignore[misc]
+            milliseconds.append((time, index))
+        except TritonError as error:  # of the compiler, or too little shared memory
+            errors.append(error)
+    if not milliseconds:
+        raise errors[0]
+    return settings[min(milliseconds)[1]]
