@@ -21,6 +21,9 @@ from beit3_ds.config.strict import ConfigError, PathString
 ActivationCheckpointing = Literal["none", "full"]
 """Whether the backward pass recomputes whole blocks (`TrainingConfig.activation_checkpointing`)."""
 
+LearningRateDecay = Literal["cosine", "poly"]
+"""Curve of the learning rate after the warmup (`TrainingConfig.learning_rate_decay`)."""
+
 KernelBackend = Literal["auto", "triton", "library", "cuda"]
 """How operators are implemented on a GPU (`TrainingConfig.kernel_backend`)."""
 
@@ -32,7 +35,7 @@ class TrainingConfig:
     output_dir: PathString
     """Folder for checkpoints, logs, the plot and the predictions."""
     total_steps: Steps
-    """Number of optimizer steps of the run (paper: 1M); the cosine schedule ends at the last step. E epochs of a stream
+    """Number of optimizer steps of the run (paper: 1M); the schedule ends at the last step. E epochs of a stream
     are E x samples / `samples_per_step` steps. A run prints at its start how many epochs `total_steps` gives."""
     warmup_steps: Count
     """Number of steps of linear warmup (paper: 10k)."""
@@ -40,6 +43,9 @@ class TrainingConfig:
     """Peak learning rate (paper: 1e-3)."""
     min_learning_rate: FinalLearningRate = 0.0
     """Learning rate of the last step; the paper does not give the end of its cosine schedule."""
+    learning_rate_decay: LearningRateDecay = "cosine"
+    """Curve from the peak to `min_learning_rate` after the warmup: half a cosine (paper), or `poly`, a straight line:
+    the polynomial of power 1 with which ViT-Adapter and BEiT train segmentation."""
     layer_decay: LayerDecay = 1.0
     """Factor by which the learning rate is multiplied per layer below the last one, for fine-tuning (the reference:
     0.65 to 0.85). The embeddings are layer 0, and block i is layer i + 1. The last layer, final norm and head, has the

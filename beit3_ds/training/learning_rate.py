@@ -1,23 +1,33 @@
-"""Computes the learning rate of a run: linear warmup, then cosine."""
+"""Computes the learning rate of a run: linear warmup, then a cosine or a straight line."""
 
 import math
 
 from beit3_ds.config import TrainingConfig
+from beit3_ds.config.training import LearningRateDecay
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """Returns the learning rate of a run in `step`, counted from 0 (paper section 2.3)."""
-    return warmup_then_cosine(
+    return warmup_then_decay(
         step,
         peak=config.learning_rate,
         minimum=config.min_learning_rate,
         warmup_steps=config.warmup_steps,
         total_steps=config.total_steps,
+        decay=config.learning_rate_decay,
     )
 
 
-def warmup_then_cosine(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:
-    """Returns the learning rate of one step of a schedule: linear warmup, then half a cosine.
+def warmup_then_decay(
+    step: int,
+    *,
+    peak: float,
+    minimum: float,
+    warmup_steps: int,
+    total_steps: int,
+    decay: LearningRateDecay = "cosine",
+) -> float:
+    """Returns the learning rate of one step of a schedule: linear warmup, then half a cosine or a straight line.
 
     The first step has rate peak / warmup_steps, the last warmup step has the peak, and the last step of the schedule
     has the minimum. So no step has rate 0. The schedule of BEiT v2 is one step later: its first step has rate 0, and
@@ -27,11 +37,12 @@ def warmup_then_cosine(step: int, *, peak: float, minimum: float, warmup_steps: 
         step: number of the step, from 0.
         peak: largest rate.
         minimum: rate of step total_steps - 1 and of every later step.
-        warmup_steps: steps of the linear rise; with 0, the schedule starts with the cosine.
+        warmup_steps: steps of the linear rise; with 0, the schedule starts with the decay.
         total_steps: steps of the schedule.
+        decay: curve after the warmup.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return minimum + (peak - minimum) * cosine
+    progress = min(1.0, (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps))
+    remaining = 1 - progress if decay == "poly" else 0.5 * (1 + math.cos(math.pi * progress))
+    return minimum + (peak - minimum) * remaining

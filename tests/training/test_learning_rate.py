@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.model.parameter_groups import parameter_group
 from beit3_ds.tasks import build_task
-from beit3_ds.training.learning_rate import learning_rate, warmup_then_cosine
+from beit3_ds.training.learning_rate import learning_rate, warmup_then_decay
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 
@@ -160,7 +160,7 @@ def test_schedule_rises_to_its_peak_and_falls_to_its_minimum(
 ) -> None:
     minimum, total = share * peak, warmup_steps + cosine_steps
     schedule = {"peak": peak, "minimum": minimum, "warmup_steps": warmup_steps, "total_steps": total}
-    rates = [warmup_then_cosine(step, **schedule) for step in range(total + 2)]
+    rates = [warmup_then_decay(step, **schedule) for step in range(total + 2)]
     rise, fall = rates[:warmup_steps], rates[warmup_steps:]
     assert rise == pytest.approx([peak * (step + 1) / warmup_steps for step in range(warmup_steps)])
     # Catches a cosine that is one step early or late: it ends at the last step, and not before.
@@ -173,3 +173,9 @@ def test_schedule_rises_to_its_peak_and_falls_to_its_minimum(
 def test_a_minimum_above_the_peak_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"min_learning_rate=0.01 exceeds learning_rate=0.003"):
         load_run_config(FOLDER / "quickstart_cpu.json", ["training.min_learning_rate=0.01"])
+
+
+def test_poly_falls_in_a_straight_line() -> None:
+    schedule = {"peak": 2.0, "minimum": 1.0, "warmup_steps": 2, "total_steps": 6}
+    rates = [warmup_then_decay(step, **schedule, decay="poly") for step in range(8)]
+    assert rates == pytest.approx([1.0, 2.0, 1.75, 1.5, 1.25, 1.0, 1.0, 1.0])
