@@ -63,6 +63,10 @@ class ImageFolder:
         """Returns the path of an image, for messages."""
         return printable(os.path.join(self.path, self._names[index]))
 
+    def relative_path(self, index: int) -> str:
+        """Returns the path of an image in the folder."""
+        return self._names[index]
+
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """Decodes an image, upright and in RGB; `min_side` is explained in `decoding.decode_image`.
 

@@ -74,7 +74,8 @@ def sample_maps(values_BSHK: Tensor, sizes: Sequence[GridSize], points_BQHGP2: T
     total = None
     for level, (size, values) in enumerate(zip(sizes, values_BSHK.split(lengths, dim=1), strict=True)):
         maps = values.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, size)  # (B * H, K, rows, columns)
-        sampled = F.grid_sample(maps, grids[:, :, level].to(maps.dtype), padding_mode="zeros", align_corners=False)
+        # In the dtype of the places, because bf16 holds only 8 bits of them.
+        sampled = F.grid_sample(maps.to(grids.dtype), grids[:, :, level], padding_mode="zeros", align_corners=False)
         part = (sampled * weights[:, :, :, level]).sum(-1)  # (B * H, K, Q)
         total = part if total is None else total + part
     assert total is not None, "at least one map"

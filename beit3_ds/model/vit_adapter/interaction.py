@@ -48,7 +48,7 @@ class Injector(nn.Module):
     def forward(self, x_BND: Tensor, c_BLD: Tensor, geometry: Geometry) -> Tensor:
         """Returns the patches, (B, N, D) in row order, after they have read the pyramid's rows c."""
         read_BND = self.attn(self.query_norm(x_BND), geometry.patch_places, self.feat_norm(c_BLD), geometry.pyramid)
-        return x_BND + self.gamma * read_BND
+        return x_BND + (self.gamma * read_BND).to(x_BND.dtype)
 
 
 class Extractor(nn.Module):

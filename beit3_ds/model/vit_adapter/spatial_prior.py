@@ -2,6 +2,7 @@
 
 # B images, D hidden, L rows of the three coarser maps.
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -41,15 +42,13 @@ class SpatialPrior(nn.Module):
             build_norm: builds the norms that follow the convolutions.
         """
         super().__init__()
-        self.stem = nn.Sequential(
-            *_convolution(3, channels, 2, build_norm),
-            *_convolution(channels, channels, 1, build_norm),
-            *_convolution(channels, channels, 1, build_norm),
-            nn.MaxPool2d(3, stride=2, padding=1),
-        )
-        self.conv2 = nn.Sequential(*_convolution(channels, 2 * channels, 2, build_norm))
-        self.conv3 = nn.Sequential(*_convolution(2 * channels, 4 * channels, 2, build_norm))
-        self.conv4 = nn.Sequential(*_convolution(4 * channels, 4 * channels, 2, build_norm))
+        self.stem1 = _convolution(3, channels, 2, build_norm)
+        self.stem2 = _convolution(channels, channels, 1, build_norm)
+        self.stem3 = _convolution(channels, channels, 1, build_norm)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.conv2 = _convolution(channels, 2 * channels, 2, build_norm)
+        self.conv3 = _convolution(2 * channels, 4 * channels, 2, build_norm)
+        self.conv4 = _convolution(4 * channels, 4 * channels, 2, build_norm)
         self.fc1 = nn.Conv2d(channels, hidden_size, 1)
         self.fc2 = nn.Conv2d(2 * channels, hidden_size, 1)
         self.fc3 = nn.Conv2d(4 * channels, hidden_size, 1)
@@ -66,7 +65,7 @@ class SpatialPrior(nn.Module):
             The finest map, (B, D, height / 4, width / 4); the rows of the other maps in row order, the finest first,
             (B, L, D); and the rows and columns of these maps.
         """
-        x1 = self.stem(pixels_B3HW)
+        x1 = self.pool(self.stem3(self.stem2(self.stem1(pixels_B3HW))))
         x2 = self.conv2(x1)
         x3 = self.conv3(x2)
         x4 = self.conv4(x3)
@@ -75,9 +74,10 @@ class SpatialPrior(nn.Module):
         return self.fc1(x1), torch.cat(rows, 1), [(of.shape[2], of.shape[3]) for of in maps]
 
 
-def _convolution(inputs: int, outputs: int, stride: int, build_norm: BuildNorm) -> tuple[nn.Module, ...]:
+def _convolution(inputs: int, outputs: int, stride: int, build_norm: BuildNorm) -> nn.Sequential:
+    """Builds a 3 x 3 convolution, a norm and a ReLU; weight decay recognises the norm by its name."""
     convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-    return convolution, build_norm(outputs), nn.ReLU()
+    return nn.Sequential(OrderedDict(conv=convolution, norm=build_norm(outputs), relu=nn.ReLU()))
 
 
 def as_rows(maps_BDHW: Tensor) -> Tensor:

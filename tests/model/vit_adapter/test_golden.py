@@ -17,6 +17,11 @@ SIZE, PATCHES = (64, 96), (4, 6)
 
 
 def _own_name(name: str) -> str:
+    """Maps the original's name of a parameter to ours."""
+    if stem := re.fullmatch(r"spm\.stem\.(\d)\.(\w+)", name):  # convolution, norm, ReLU, three times
+        number, is_norm = divmod(int(stem[1]), 3)
+        return f"prior.stem{number + 1}.{'norm' if is_norm else 'conv'}.{stem[2]}"
+    name = re.sub(r"^spm\.(conv\d)\.(\d)", lambda found: f"prior.{found[1]}.{('conv', 'norm')[int(found[2])]}", name)
     name = re.sub(r"^spm\.", "prior.", name).replace("dwconv.dwconv", "dwconv")
     name = re.sub(r"^level_embed", "prior.level_embed", name)
     return re.sub(r"^(up|norm\d)\.", r"output.\1.", name)
