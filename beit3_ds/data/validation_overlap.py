@@ -49,13 +49,15 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
             for sources in (streams[name].validation, streams[name].test)
             for identity, path in _identified(sources, name == "texts", must_exist)
         }
-        folders = [path for path in validation.values() if os.path.isdir(path)]
+        folders = [(path, split) for (_, _, split), path in validation.items() if os.path.isdir(path)]
         trained = [(name, streams[name].train) for name in names if streams[name].samples_per_step]
         for name, sources in trained if validation else ():
             for identity, path in _identified(sources, name == "texts", must_exist):
                 if identity in validation:
                     raise _overlap(path, validation[identity], "are the same")
-                for folder in folders if os.path.isdir(path) else ():
+                for folder, split in folders if os.path.isdir(path) else ():
+                    if folder == path and split and identity[2] and split != identity[2]:
+                        continue  # two splits of one dataset, which the task tells apart
                     if is_inside(folder, path) or is_inside(path, folder):
                         raise _overlap(path, folder, "contain one another")
                     if shared := _shared_folder(path, folder):

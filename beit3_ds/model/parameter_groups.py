@@ -10,7 +10,8 @@ from beit3_ds.config import ConfigError, RunConfig
 T = TypeVar("T")
 
 _NO_DECAY = re.compile(
-    r"(^|[._])(bias|cls_token|mask_token|image_position|text_position|relative_position|pos_embed|norm\d?)([._]|$)"
+    r"(^|[._])(bias|cls_token|mask_token|image_position|text_position|relative_position|pos_embed|norm\d?|layernorm"
+    r"|level_embed|queries_embedder|queries_features|gamma)([._]|$)"
 )
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _HEAD = "heads."
@@ -31,7 +32,7 @@ class ParameterGroup(NamedTuple):
 
 
 def decays(name: str) -> bool:
-    """Returns whether weight decay applies to a parameter: all except biases, norms, positions, CLS and mask tokens.
+    """Returns whether weight decay applies to a parameter: all except biases, norms, positions, tokens and queries.
 
     The rule uses names instead of shapes, because ZeRO-3 changes the shapes of the parameters that it partitions.
     """

@@ -5,6 +5,7 @@
     statements-{train,validation}.jsonl      left, right, sentence, label, group: each sentence once true, once false
     captions.json                            images, five captions each, in the form of Karpathy's splits
     classes/{train,validation}/ID/NUMBER.png one object per image, with its names in classes.txt
+    segmentation/                            landscapes with shapes and their label maps, in ADE20K's folders
     text.txt                                 all training texts, for a text tokenizer
 
 The same arguments and the same Pillow give the same bytes.
@@ -18,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from beit3_ds.sample_data.label_scenes import write_label_scenes
 from beit3_ds.sample_data.scenes import (
     COLORS,
     SHAPES,
@@ -61,6 +63,7 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
         statements = list(_write_statements(folder, split, count, rng, size))
         _write_lines(folder / f"statements-{split}.jsonl", statements)
         write_classes(folder / "classes" / split, count, rng, size)
+        write_label_scenes(folder / "segmentation", split, count, random.Random(f"{seed} labels {split}"), size)
         if split == "train":
             texts += [question["question"] for question in questions] + [line["sentence"] for line in statements]
             texts += [sentence["raw"] for image in captions for sentence in image["sentences"]]
@@ -139,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the command line and writes all files."""
     parser = argparse.ArgumentParser(
         prog="python -m beit3_ds.sample_data.write_scenes",
-        description="Draw scenes of coloured shapes, with questions, statements, captions and classes.",
+        description="Draw scenes of coloured shapes, with questions, statements, captions, classes and label maps.",
     )
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--train", type=int, default=2000, help="scenes for training (default: 2000)")

@@ -1,0 +1,89 @@
+"""Draws landscapes with shapes and their label maps, in ADE20K's folders.
+
+images/{training,validation}/NUMBER.png
+annotations/{training,validation}/NUMBER.png      0: unlabelled outline; 1 to 9: class
+objectInfo150.txt                                 names of the classes, in ADE20K's form
+"""
+
+# H and W rows and columns of an image.
+
+import random
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from beit3_ds.sample_data.scenes import COLORS, SHAPES, draw_shape
+
+GROUNDS = {"sky": (150, 190, 235), "grass": (90, 150, 70), "sand": (214, 190, 140)}
+"""RGB value of each kind of ground, before its texture."""
+LABEL_NAMES = (*GROUNDS, *SHAPES)
+"""Names of the classes, in the order of their labels from 1."""
+
+_OVERSAMPLING = 4
+_MOST_SHAPES = 3
+_FOLDERS = {"train": "training", "validation": "validation"}
+_NAMES_FILE = "objectInfo150.txt"
+
+
+def write_label_scenes(folder: Path, split: str, count: int, rng: random.Random, size: int) -> None:
+    """Writes the images and label maps of a split, and the names of the classes.
+
+    Args:
+        folder: folder of the dataset.
+        split: "train" or "validation".
+        count: number of images.
+        rng: source of all draws.
+        size: pixels on the shorter side; the longer one has up to a half more.
+    """
+    for kind in ("images", "annotations"):
+        (folder / kind / _FOLDERS[split]).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        width, height = size, round(size * rng.uniform(1, 1.5))
+        if rng.random() < 0.7:
+            width, height = height, width
+        image, labels = draw_label_scene(width, height, rng)
+        image.save(folder / "images" / _FOLDERS[split] / f"{number:06}.png")
+        Image.fromarray(labels).save(folder / "annotations" / _FOLDERS[split] / f"{number:06}.png")
+    lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]
+    lines += [f"{index}\t0\t0\t0\t{int(name in GROUNDS)}\t{name}" for index, name in enumerate(LABEL_NAMES, start=1)]
+    (folder / _NAMES_FILE).write_text("\n".join(lines) + "\n")
+
+
+def draw_label_scene(width: int, height: int, rng: random.Random) -> tuple[Image.Image, NDArray[np.uint8]]:
+    """Draws two kinds of ground, one above the other, and up to three shapes of any colour over them.
+
+    Returns:
+        The image, and the label of each pixel, (H, W): 0 where a pixel shows several things, else class + 1.
+    """
+    wide, high = width * _OVERSAMPLING, height * _OVERSAMPLING
+    labels = _draw_grounds(wide, high, rng)
+    colors = np.array([(0, 0, 0), *GROUNDS.values()], dtype=np.float32)[labels]
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 14, (height, width, 1)).astype(np.float32)
+    shade = rng.uniform(0.85, 1.1)
+    for _ in range(rng.randint(1, _MOST_SHAPES)):
+        shape = rng.choice(SHAPES)
+        color = [min(255, rng.uniform(0.85, 1.1) * value) for value in COLORS[rng.choice(list(COLORS))]]
+        radius = rng.uniform(0.14, 0.28) * min(wide, high)
+        mask = Image.new("L", (wide, high), 0)
+        place = rng.uniform(radius, wide - radius), rng.uniform(radius, high - radius)
+        draw_shape(ImageDraw.Draw(mask), shape, *place, radius, (255,))
+        inside = np.asarray(mask) > 0
+        labels[inside], colors[inside] = 1 + LABEL_NAMES.index(shape), color
+    cells = labels.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING)
+    first = cells[:, :1, :, :1]
+    is_pure = (cells == first).all((1, 3))
+    pixels = colors.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 3).mean((1, 3)) * shade + noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), np.where(is_pure, first[:, 0, :, 0], 0).astype(
+        np.uint8
+    )
+
+
+def _draw_grounds(wide: int, high: int, rng: random.Random) -> NDArray[np.uint8]:
+    """Returns the label of two kinds of ground at each pixel, with a wavy border between them."""
+    above, below = rng.sample(range(1, len(GROUNDS) + 1), 2)
+    column = np.arange(wide) / wide
+    wave = rng.uniform(0.02, 0.1) * np.sin(2 * np.pi * (rng.uniform(0.5, 2) * column + rng.random()))
+    border = (rng.uniform(0.3, 0.7) + wave) * high
+    return np.where(np.arange(high)[:, None] < border, above, below).astype(np.uint8)

@@ -1,0 +1,113 @@
+"""Augments images with their label maps: scale jitter, crop, flip and photometric distortion."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.data.images.augmentation import image_pixels, normalize
+from beit3_ds.tasks.segmentation.config import IGNORED
+from beit3_ds.tasks.segmentation.distortion import distort
+
+_CROP_ATTEMPTS = 10
+_MULTIPLE = 32  # pixels; the coarsest map has 1/32 of the sides
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropAugmentation:
+    """Draws a square crop of an image at a random scale, with its labels.
+
+    At factor 1, the shorter side of the image has the pixels of the crop. Where the scaled image is smaller than the
+    crop, the rest is grey without labels, at the right and at the bottom. Only the crop is resized, not the image.
+    """
+
+    size: int
+    """Pixels on a side of the crop."""
+    min_scale: float
+    """Smallest factor."""
+    max_scale: float
+    """Largest factor."""
+    max_class_share: float
+    """Largest share of labelled pixels that one class may have; else another crop is drawn, up to ten."""
+    flip_probability: float
+    """Probability of a horizontal flip."""
+    distorts: bool
+    """Whether colours vary."""
+
+    def __call__(
+        self, image: Image.Image, labels: NDArray[np.uint8], rng: np.random.Generator
+    ) -> tuple[Tensor, NDArray[np.uint8]]:
+        """Returns the crop, (3, size, size) float32 in [-1, 1], and its labels, (size, size).
+
+        Args:
+            image: RGB image.
+            labels: class of each pixel, (height, width).
+            rng: generator of all draws.
+        """
+        factor = rng.uniform(self.min_scale, self.max_scale) * self.size / min(image.size)
+        box, own = self._draw_box(image.size, labels, factor, rng)
+        target = own.shape[1], own.shape[0]
+        pixels = image_pixels(image.resize(target, Image.Resampling.BILINEAR, box=box)).float()
+        if rng.random() < self.flip_probability:
+            pixels, own = pixels.flip(-1), own[:, ::-1]
+        if self.distorts:
+            pixels = distort(pixels, rng)
+        view = torch.zeros(3, self.size, self.size)
+        view[:, : target[1], : target[0]] = normalize(pixels)
+        padded = np.full((self.size, self.size), IGNORED, dtype=np.uint8)
+        padded[: target[1], : target[0]] = own
+        return view, padded
+
+    def _draw_box(
+        self, size: tuple[int, int], labels: NDArray[np.uint8], factor: float, rng: np.random.Generator
+    ) -> tuple[tuple[float, float, float, float], NDArray[np.uint8]]:
+        """Draws the crop's box in the image, and returns it with the labels of its scaled pixels."""
+        target = [min(self.size, max(1, round(side * factor))) for side in size]
+        spans = [min(side, pixels / factor) for side, pixels in zip(size, target, strict=True)]
+        box, own = (0.0, 0.0, 0.0, 0.0), labels
+        for _ in range(_CROP_ATTEMPTS):
+            left, top = (float(rng.uniform(0, side - span)) for side, span in zip(size, spans, strict=True))
+            box = left, top, left + spans[0], top + spans[1]
+            own = labels[np.ix_(_nearest(top, spans[1], target[1]), _nearest(left, spans[0], target[0]))]
+            counts = np.bincount(own[own != IGNORED], minlength=1)
+            if counts.max() <= self.max_class_share * counts.sum():
+                break
+        return box, own
+
+
+def _nearest(start: float, span: float, count: int) -> NDArray[np.int64]:
+    """Returns the pixels nearest to the centres of `count` equal parts of [start, start + span)."""
+    return np.floor(start + (np.arange(count) + 0.5) * (span / count)).astype(np.int64)
+
+
+def scaled_size(size: tuple[int, int], short_side: float) -> tuple[int, int]:
+    """Returns the height and width at which a whole image is evaluated, multiples of 32 pixels.
+
+    Args:
+        size: height and width of the image.
+        short_side: pixels on the shorter side; the aspect ratio is kept, up to rounding.
+    """
+    factor = short_side / min(size)
+    height, width = (max(1, round(side * factor / _MULTIPLE)) * _MULTIPLE for side in size)
+    return height, width
+
+
+def resize_whole(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Resizes a whole RGB image to a height and width, (3, height, width) float32 in [-1, 1]."""
+    return normalize(image_pixels(image.resize(size[::-1], Image.Resampling.BILINEAR)).float())
+
+
+def window_starts(side: int, window: int, stride: int) -> list[int]:
+    """Returns the first pixels of windows that cover a side; the last window ends at its end.
+
+    Args:
+        side: pixels of the side.
+        window: pixels of a window, at most `side`.
+        stride: pixels between two windows, except before the last one.
+    """
+    count = 1 + math.ceil(max(0, side - window) / stride)
+    return [min(number * stride, side - window) for number in range(count)]

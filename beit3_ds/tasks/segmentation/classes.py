@@ -1,0 +1,54 @@
+"""Reads the names of classes."""
+
+import os
+
+from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.data.files.names import iterate_names
+from beit3_ds.tasks.segmentation.files import NAMES_FILE
+
+_NAME_COLUMN = "Name"
+
+
+def read_class_names(config: RunConfig, path: str, num_classes: int) -> tuple[str, ...]:
+    """Returns the name of each class in the order of their indices.
+
+    Args:
+        config: the run's configuration.
+        path: file of names, one per line or in the form of ADE20K's objectInfo150.txt. Empty uses the objectInfo150.txt
+            of the first source of format `ade20k` that has one, else numbers.
+        num_classes: number of classes.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has another number of names.
+    """
+    path = path or _find_names(config)
+    if not path:
+        return tuple(f"class {index}" for index in range(num_classes))
+    try:
+        lines = [line.rstrip("\n") for line in iterate_names(path)]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"segmentation: {path} cannot be read as a list of classes: {error}.") from error
+    names = _parse(lines)
+    if len(names) != num_classes or not all(names):
+        raise ConfigError(
+            f"task.num_classes={num_classes}, but {path} has {len(names)} names. Correct one of the two, and give each "
+            "class a name."
+        )
+    return tuple(names)
+
+
+def _find_names(config: RunConfig) -> str:
+    for source in config.data.images.sources:
+        path = os.path.join(source.path, NAMES_FILE)
+        if source.format == "ade20k" and os.path.isfile(path):
+            return path
+    return ""
+
+
+def _parse(lines: list[str]) -> list[str]:
+    """Returns the names in lines; a table with the column "Name" is separated by tabs."""
+    filled = [line for line in lines if line.strip()]
+    columns = filled[0].split("\t") if filled else []
+    if len(columns) > 1 and columns[-1].strip() == _NAME_COLUMN:
+        return [line.split("\t")[-1].strip() for line in filled[1:]]
+    return [line.strip() for line in filled]

@@ -1,0 +1,128 @@
+"""Segments all images of a split, and counts pixels exactly over all ranks."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.data import EvaluationBatches
+from beit3_ds.data.samples import Split
+from beit3_ds.tasks.rank_task import Evaluator
+from beit3_ds.tasks.result_page import choose_shown
+from beit3_ds.tasks.segmentation.config import SegmentationConfig
+from beit3_ds.tasks.segmentation.confusion import Confusion
+from beit3_ds.tasks.segmentation.packing import pack_windows, unpack_whole
+from beit3_ds.tasks.segmentation.pictures import encode_label_map
+from beit3_ds.tasks.segmentation.samples import WholeImage
+from beit3_ds.tasks.segmentation.sliding import SlidingWindows
+
+
+class ShownImage(NamedTuple):
+    """Holds an image of a result page with its true and its predicted classes."""
+
+    number: int
+    """Index of the image in its stream."""
+    pixels: Tensor
+    """Pixels, (3, height, width) uint8."""
+    truth: Tensor
+    """Class of each pixel, 255 where unknown, (height, width) uint8."""
+    predicted: Tensor
+    """Predicted class of each pixel, (height, width) uint8."""
+
+
+@dataclass
+class SegmentedImages:
+    """Collects what was found in the images of a rank, or of all ranks."""
+
+    confusion: Confusion
+    """Pixels of all images."""
+    num_images: int = 0
+    """Number of images."""
+    shown: list[ShownImage] = field(default_factory=list)
+    """Images for the result page."""
+    label_maps: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Index in its stream of each image, and the PNG of its predicted labels as uint8; empty without result files."""
+
+    def add(self, image: WholeImage, predicted: Tensor) -> None:
+        """Counts the pixels of an image."""
+        self.num_images += 1
+        self.confusion += Confusion.of(image.labels, predicted, len(self.confusion.counts_CC))
+
+
+def segment_split(
+    evaluator: Evaluator,
+    split: Split,
+    windows: SlidingWindows,
+    patch_size: int,
+    evaluation: Mapping[Split, EvaluationBatches],
+    *,
+    with_files: bool,
+) -> SegmentedImages | None:
+    """Segments all images of a split; all ranks must call it.
+
+    Each data-parallel rank segments its own images. Counts of pixels are integers, so their sum over ranks is exact.
+
+    Args:
+        evaluator: the model and its ranks.
+        split: the split.
+        windows: cuts images and merges scores.
+        patch_size: pixels on a side of a patch.
+        evaluation: images of each split, on ranks that read them.
+        with_files: whether to keep label maps and images for result files.
+
+    Returns:
+        The result over all images on the main rank; None elsewhere.
+    """
+    settings, mesh = windows.settings, evaluator.mesh
+    own = SegmentedImages(Confusion.empty(settings.num_classes))
+    shown = _shown_numbers(evaluation.get(split), settings) if with_files else set()
+    for batch in evaluator.batches(split):
+        images = unpack_whole(batch)
+        for image, predicted in zip(images, _predict(evaluator, images, windows, patch_size), strict=True):
+            if mesh.tensor.rank:  # the first rank counts the same predictions
+                continue
+            own.add(image, predicted)
+            if image.number in shown:
+                own.shown.append(ShownImage(image.number, image.pixels, image.labels, predicted))
+            if with_files and settings.writes_predictions:
+                own.label_maps.append((image.number, encode_label_map(predicted)))
+    shown_images = [tuple(image) for image in own.shown]
+    collected = mesh.host.collect([own.confusion.counts_CC, own.num_images, shown_images, own.label_maps])
+    return None if collected is None else _join(collected)
+
+
+def _shown_numbers(batches: EvaluationBatches | None, settings: SegmentationConfig) -> set[int]:
+    count = 0 if batches is None else batches.num_samples["images"]
+    return set(choose_shown([None] * count, min(count, settings.page_samples)))
+
+
+def _predict(
+    evaluator: Evaluator, images: Sequence[WholeImage], windows: SlidingWindows, patch_size: int
+) -> list[Tensor]:
+    """Returns the class of each pixel of each image; all ranks compute equally many batches of windows."""
+    own = len(windows.plan([(image.labels.shape[0], image.labels.shape[1]) for image in images]))
+    most = max(evaluator.mesh.data_host.gather(own))
+
+    def score(batches: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
+        for _, scores in evaluator.predict(pack_windows(views, patch_size) for views in batches):
+            yield scores
+
+    return windows.predict([picture(image.pixels) for image in images], score, most)
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """Returns pixels, (3, height, width) uint8, as an RGB image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _join(collected: Sequence[Any]) -> SegmentedImages:
+    counts, numbers, shown, label_maps = zip(*collected, strict=True)
+    return SegmentedImages(
+        Confusion(torch.stack(counts).sum(0)),
+        sum(numbers),
+        sorted((ShownImage(*image) for of_rank in shown for image in of_rank), key=lambda image: image.number),
+        [label_map for of_rank in label_maps for label_map in of_rank],
+    )

@@ -1,0 +1,262 @@
+"""Reads images with label maps.
+
+| format | images | label maps | values in label maps |
+|---|---|---|---|
+| `ade20k` | `PATH/images/SPLIT/*.jpg` | `PATH/annotations/SPLIT/*.png` | 0: no class; 1 to C: class + 1 |
+| `label_maps` | `PATH` | `annotations`, a folder with the same names | 0 to C - 1: class; 255: no class |
+
+`ade20k` is ADEChallengeData2016 as it is distributed; SPLIT is "training" or "validation".
+"""
+
+import io
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from beit3_ds.config import ConfigError, SourceConfig
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.reading import read_with_retries
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, MAX_PIXELS
+from beit3_ds.data.images.folder import ImageFolder, open_folder
+from beit3_ds.data.sources import spread
+from beit3_ds.printing import printable
+from beit3_ds.tasks.segmentation.config import IGNORED
+
+FORMATS = ("ade20k", "label_maps")
+"""Names of the source formats of images with label maps."""
+NAMES_FILE = "objectInfo150.txt"
+"""File with the names of ADE20K's classes, in the folder of a source of format `ade20k`."""
+MIN_SIDE, MAX_SIDE = 8, 16384
+"""Fewest and most pixels on a side of an image."""
+
+_EXAMINED = 1000  # headers that a start reads; others are checked when their sample is read
+_MODES = ("L", "P")  # one byte per pixel: a value, or an index into a palette
+
+
+class LabelMaps:
+    """Holds the images of a source with the label map of each; a sample takes 12 bytes beside its paths."""
+
+    def __init__(
+        self, images: ImageFolder, folder: str, num_classes: int, *, zero_is_ignored: bool, is_complete: bool = True
+    ) -> None:
+        """Finds the label map of each image, which has the image's name with the extension .png.
+
+        Args:
+            images: the images.
+            folder: folder of the label maps.
+            num_classes: number of classes.
+            zero_is_ignored: whether 0 means "no class" and classes start at 1, as in ADE20K.
+            is_complete: whether each image must have a label map; otherwise images without one have unknown labels.
+
+        Raises:
+            ConfigError: if label maps are missing, or one of up to 1000 examined pairs has a wrong size.
+        """
+        self.images, self._num_classes, self._zero_is_ignored = images, num_classes, zero_is_ignored
+        self._labels = open_folder(folder)
+        self._has_labels = self._find_labels()
+        if is_complete and not all(self._has_labels):
+            raise ConfigError(
+                f"segmentation: {self._has_labels.count(0):,} of {len(images):,} images have no label map in "
+                f"{printable(folder)}, the first {self.name(self._has_labels.index(0))}. Add "
+                f"{printable(self._label_name(self._has_labels.index(0)))}, or remove the image."
+            )
+        for index in spread(len(images), _EXAMINED):
+            self._check_header(index)
+
+    def __len__(self) -> int:
+        """Returns the number of images, broken ones included."""
+        return len(self.images)
+
+    @property
+    def skipped(self) -> dict[str, Skipped]:
+        """Returns the number of skipped files, with an example, by reason."""
+        return self.images.skipped
+
+    def files(self) -> Iterator[SourceFile]:
+        """Yields the name, the size in bytes if it was looked up, and the number of samples of each image."""
+        return self.images.files()
+
+    def name(self, index: int) -> str:
+        """Returns the path of an image, for messages."""
+        return self.images.name(index)
+
+    def stem(self, index: int) -> str:
+        """Returns the path of an image in its folder without its extension, by which result files name it."""
+        return os.path.splitext(self.images.relative_path(index))[0]
+
+    def image_files(self) -> Iterable[str]:
+        """Returns the paths of all images, so that shared images of two splits are found."""
+        return (self.images.name(index) for index in range(len(self)))
+
+    def has_labels(self, index: int) -> bool:
+        """Returns whether an image has a label map."""
+        return bool(self._has_labels[index])
+
+    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """Decodes an image and its label map.
+
+        Returns:
+            The image in RGB, and the class of each pixel, `IGNORED` where unknown, (height, width).
+
+        Raises:
+            BrokenRecordError: if one of them cannot be read, their sizes differ, a value is beyond the classes, or the
+                image is too small or too large.
+            StorageError: if the file system fails.
+        """
+        image = self.images.image(index)
+        try:
+            check_sides(image.size)
+        except ValueError as error:
+            raise BrokenRecordError(f"{self.name(index)}: {error}") from error
+        if not self.has_labels(index):
+            return image, np.full(image.size[::-1], IGNORED, dtype=np.uint8)
+        where = self._label_path(index)
+        try:
+            values = decode_labels(self._labels.read(self._label_name(index), MAX_IMAGE_BYTES))
+            if values.shape != image.size[::-1]:
+                raise ValueError(_sizes_differ(values.shape[::-1], image.size))
+            return image, self._classes(values)
+        except ValueError as error:
+            raise BrokenRecordError(f"{where}: broken label map: {error}") from error
+
+    def _classes(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        first = int(self._zero_is_ignored)
+        # In ADE20K's form 0 wraps around to 255, which is `IGNORED`.
+        classes = values - np.uint8(first) if first else values
+        beyond = (classes >= self._num_classes) & (classes != IGNORED)
+        if first:
+            beyond |= values == IGNORED
+        if beyond.any():
+            row, column = (int(place[0]) for place in np.nonzero(beyond))
+            allowed = "0 and 1" if first else "255 and 0"
+            raise ValueError(
+                f"value {values[row, column]} at row {row}, column {column} is beyond the {self._num_classes} classes "
+                f"of the task, whose label maps hold {allowed} to {self._num_classes - 1 + first}"
+            )
+        return classes
+
+    def _check_header(self, index: int) -> None:
+        """Checks the sizes of an image and its label map without decoding them; unreadable files are found later.
+
+        Raises:
+            ConfigError: if the image is too small or too large, or the label map has another size.
+        """
+        image_size = _header_size(os.path.join(self.images.path, self.images.relative_path(index)))
+        label_size = _header_size(self._label_path(index)) if self.has_labels(index) else None
+        if image_size is None:
+            return
+        try:
+            check_sides(image_size)
+            if label_size is not None and label_size not in (image_size, image_size[::-1]):
+                raise ValueError(f"{printable(self._label_path(index))}: {_sizes_differ(label_size, image_size)}")
+        except ValueError as error:
+            raise ConfigError(
+                f"segmentation: {self.name(index)}: {error}. Repair the file, or remove the image and its label map."
+            ) from error
+
+    def _find_labels(self) -> "array[int]":
+        """Returns whether each image has a label map; lists each folder once."""
+        listed: dict[str, set[str]] = {}
+        found = array("b")
+        for index in range(len(self)):
+            folder, name = os.path.split(self._label_name(index))
+            if folder not in listed:
+                listed[folder] = _list_names(os.path.join(self._labels.path, folder))
+            found.append(name in listed[folder])
+        return found
+
+    def _label_name(self, index: int) -> str:
+        return f"{self.stem(index)}.png"
+
+    def _label_path(self, index: int) -> str:
+        return os.path.join(self._labels.path, self._label_name(index))
+
+
+def check_sides(size: tuple[int, int]) -> None:
+    """Checks the width and height of an image to segment.
+
+    Raises:
+        ValueError: if a side is shorter than `MIN_SIDE` or longer than `MAX_SIDE`, or there are too many pixels.
+    """
+    width, height = size
+    if min(size) < MIN_SIDE or max(size) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{width} x {height} pixels; images must have {MIN_SIDE} to {MAX_SIDE} pixels on a side, and at most "
+            f"{MAX_PIXELS} in all"
+        )
+
+
+def decode_labels(data: bytes) -> NDArray[np.uint8]:
+    """Decodes a label map, (height, width).
+
+    Raises:
+        ValueError: if the bytes are no PNG with one byte per pixel.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.mode not in _MODES:
+                raise ValueError(
+                    f"mode {image.mode}, but a label map has one byte per pixel (modes {', '.join(_MODES)})"
+                )
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS}")
+            return np.array(image, dtype=np.uint8)
+    except ValueError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on corrupt bytes
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def open_label_maps(source: SourceConfig, num_classes: int, *, is_complete: bool) -> LabelMaps:
+    """Opens a source of images with label maps.
+
+    Args:
+        source: the source.
+        num_classes: number of classes.
+        is_complete: whether each image must have a label map.
+
+    Raises:
+        ConfigError: if the source lacks a key of its format, a folder cannot be read, or `LabelMaps` raises it.
+    """
+    if source.format == "ade20k":
+        if not source.split or source.annotations or source.images:
+            raise ConfigError(
+                f"data.images: source '{source.path}' of format ade20k needs 'split', the name of a folder in "
+                'PATH/images and PATH/annotations ("training" or "validation"), and neither \'annotations\' nor '
+                "'images'."
+            )
+        images, labels = (os.path.join(source.path, kind, source.split) for kind in ("images", "annotations"))
+        return LabelMaps(ImageFolder(images), labels, num_classes, zero_is_ignored=True, is_complete=is_complete)
+    if not source.annotations or source.split or source.images:
+        raise ConfigError(
+            f"data.images: source '{source.path}' of format label_maps needs 'annotations', the folder of its label "
+            "maps, and neither 'split' nor 'images'."
+        )
+    return LabelMaps(
+        ImageFolder(source.path), source.annotations, num_classes, zero_is_ignored=False, is_complete=is_complete
+    )
+
+
+def _sizes_differ(labels: tuple[int, ...], image: tuple[int, ...]) -> str:
+    return f"the label map has {labels[0]} x {labels[1]} pixels, but its image {image[0]} x {image[1]}"
+
+
+def _list_names(folder: str) -> set[str]:
+    try:
+        return set(read_with_retries(lambda: os.listdir(folder), folder))
+    except OSError:  # the folder is missing, and so are its label maps
+        return set()
+
+
+def _header_size(path: str) -> tuple[int, int] | None:
+    """Returns the width and height in a file's header; None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # reported as a broken record when the sample is read
+        return None

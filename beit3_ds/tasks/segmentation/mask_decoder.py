@@ -1,0 +1,162 @@
+"""Wraps Mask2Former's pixel decoder and query decoder from transformers, without its backbone."""
+
+# B images, D hidden of the maps, Q queries, C classes, H and W rows and columns of the finest map.
+
+import importlib
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from beit3_ds.config import ConfigError
+from beit3_ds.model.vit_adapter.deformable_attention import ring_offsets
+from beit3_ds.tasks.segmentation.config import DecoderConfig, SegmentationConfig
+
+_MAPS = 4
+_LEVELS, _POINTS = 3, 4  # of the pixel decoder's deformable attention, fixed in transformers
+
+
+class QueryPredictions(NamedTuple):
+    """Holds what the queries predict after one layer."""
+
+    masks_BQHW: Tensor
+    """Logit of each query's mask at each cell of the finest map."""
+    classes_BQX: Tensor
+    """Logits of the classes of each query, (B, Q, C + 1); the last is "no object"."""
+
+
+def mask2former_config(settings: SegmentationConfig) -> Any:
+    """Returns transformers' configuration of the decoders and of the loss.
+
+    Raises:
+        ConfigError: if transformers is not installed.
+    """
+    decoder = settings.decoder
+    return _transformers("transformers").Mask2FormerConfig(
+        num_labels=settings.num_classes,
+        feature_size=decoder.hidden_size,
+        mask_feature_size=decoder.hidden_size,
+        hidden_dim=decoder.hidden_size,
+        encoder_feedforward_dim=decoder.pixel_ffn_hidden_size,
+        dim_feedforward=decoder.ffn_hidden_size,
+        encoder_layers=decoder.num_pixel_layers,
+        decoder_layers=decoder.num_query_layers + 1,  # transformers counts the predictions before the first layer
+        num_attention_heads=decoder.num_heads,
+        num_queries=decoder.num_queries,
+        dropout=0.0,
+        class_weight=settings.class_weight,
+        mask_weight=settings.mask_weight,
+        dice_weight=settings.dice_weight,
+        train_num_points=settings.num_points,
+    )
+
+
+def mask2former_parts() -> Any:
+    """Returns transformers' module with the parts of Mask2Former.
+
+    Raises:
+        ConfigError: if transformers or scipy is not installed.
+    """
+    _transformers("scipy.optimize")
+    return _transformers("transformers.models.mask2former.modeling_mask2former")
+
+
+def _transformers(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"segmentation: Mask2Former needs transformers and scipy, and importing {name} failed ({error}). Install "
+            "them with `pip install .[segmentation]`."
+        ) from None
+
+
+class MaskDecoder(nn.Module):
+    """Predicts masks and classes with a fixed number of queries from four maps (Mask2Former).
+
+    The pixel decoder mixes the three coarser maps by deformable attention and adds the finest one. The queries attend
+    to these maps, each within the mask that it predicted before. Nothing is dropped, so forward draws nothing. It runs
+    in autocast if its parameters are bf16 or fp16, because bf16 cannot hold the places at which deformable attention
+    samples.
+    """
+
+    def __init__(self, settings: SegmentationConfig, channels: int) -> None:
+        """Builds the decoders with uninitialised parameters.
+
+        Args:
+            settings: the task's settings.
+            channels: channels of each of the four maps.
+        """
+        super().__init__()
+        parts, config = mask2former_parts(), mask2former_config(settings)
+        self.pixels = parts.Mask2FormerPixelDecoder(config, feature_channels=[channels] * _MAPS)
+        _name_norms(self.pixels)
+        self.queries = parts.Mask2FormerTransformerModule(in_features=config.feature_size, config=config)
+        self.classes = nn.Linear(config.hidden_dim, settings.num_classes + 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[QueryPredictions]:
+        """Returns the predictions before the first and after each layer, float32.
+
+        Args:
+            maps: maps with 1/4, 1/8, 1/16 and 1/32 of the image's sides, (B, D, rows, columns) each; B may be 0.
+        """
+        count, device = len(maps[0]), maps[0].device
+        if not count:
+            # transformers' modules cannot compute zero images, but every parameter must take part (ZeRO-3).
+            maps = [of.new_zeros(1, *of.shape[1:]) + of.sum() for of in maps]
+        dtype = self.classes.weight.dtype
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            decoded = self.pixels(list(maps))
+            output = self.queries(
+                multi_scale_features=decoded.multi_scale_features, mask_features=decoded.mask_features
+            )
+            classes = [self.classes(hidden.transpose(0, 1)) for hidden in output.intermediate_hidden_states]
+        return [
+            QueryPredictions(masks_BQHW[:count].float(), classes_BQX[:count].float())
+            for masks_BQHW, classes_BQX in zip(output.masks_queries_logits, classes, strict=True)
+        ]
+
+
+def _name_norms(pixels: nn.Module) -> None:
+    """Names the convolution and the norm in each pair of them, so that weight decay finds the norms."""
+    for module in pixels.modules():
+        if isinstance(module, nn.Sequential) and isinstance(module[1], nn.GroupNorm):
+            named = zip(("conv", "norm", "relu"), list(module), strict=False)
+            module._modules = OrderedDict(named)
+
+
+def decoder_initial_value(
+    name: str, shape: torch.Size, config: DecoderConfig, generator: torch.Generator
+) -> Tensor | None:
+    """Returns the initial value of a parameter of a `MaskDecoder`; None for norms, whose weight is 1 and bias 0.
+
+    Follows the initialisation of Mask2Former's own code: Xavier's uniform distribution in the layers of the query
+    decoder and for values of deformable attention, standard normal queries and level vectors, and a normal distribution
+    with standard deviation .02 elsewhere.
+
+    Args:
+        name: name of the parameter within the decoder, such as `queries.decoder.layers.0.fc1.weight`.
+        shape: its shape.
+        config: sizes of the decoder.
+        generator: generator of random values.
+    """
+    value = torch.empty(shape)
+    if name.endswith("sampling_offsets.bias"):
+        return ring_offsets(config.num_heads, _LEVELS, _POINTS)
+    if ".sampling_offsets." in name or ".attention_weights." in name:
+        return value.zero_()
+    if ".mask_embedder." in name:  # as torch initialises linear layers: uniform up to 1 / sqrt(inputs)
+        bound = 1 / math.sqrt(config.hidden_size)
+        return value.uniform_(-bound, bound, generator=generator)
+    if "norm" in name:
+        return None
+    if name.endswith("bias"):
+        return value.zero_()
+    if any(part in name for part in ("level_embed", "queries_embedder", "queries_features")):
+        return value.normal_(generator=generator)
+    if ".decoder.layers." in name or "_proj." in name:
+        return nn.init.xavier_uniform_(value, generator=generator)
+    return value.normal_(std=0.02, generator=generator)

@@ -1,0 +1,105 @@
+"""Runs the trunk with a ViT-Adapter between its blocks, and the segmentation head."""
+
+# B images, N patches of an image, T patches of all images, D hidden.
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.model import LossOutput, TaskModel
+from beit3_ds.model.dense.canvas import from_canvas, to_canvas
+from beit3_ds.model.vit_adapter import ViTAdapter
+from beit3_ds.parallel import DividedSamples, logical_part, logical_shape, own_part, sum_gradients
+from beit3_ds.patch_grids import Grid
+from beit3_ds.tasks.segmentation.head import SegmentationHead, common_grid, divide_samples
+from beit3_ds.tasks.segmentation.packing import DROP_PATH
+
+_HEAD = "heads."
+
+
+class SegmentationModel(TaskModel):
+    """Extends BEiT-3's trunk with the segmentation head; all images of a micro-batch have one size.
+
+    With an adapter, the trunk runs in groups of blocks. Each tensor-parallel rank runs the adapter on its own images;
+    before and after each group the rows of all images are exchanged (`DividedSamples`).
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        batch: PackedBatch,
+        loss_factors: Tensor | None,
+        x_TD: Tensor | None = None,
+        layers: range | None = None,
+    ) -> Any:
+        """Runs one micro-batch; a pipeline cannot cut the model.
+
+        Arguments and results are described in `StageModel.forward`, predictions in `SegmentationHead.segment`.
+        """
+        head = self.heads
+        assert isinstance(head, SegmentationHead), "the last layer is here, because there is no pipeline"
+        if head.adapter is None:
+            return super().forward(batch, loss_factors, x_TD, layers)
+        sum_gradients(head, self.tensor)
+        with_loss = loss_factors is not None
+        output = head.segment(self._adapted_maps(batch, head.adapter, with_loss), batch, with_loss)
+        return output if loss_factors is None else LossOutput((output * loss_factors).sum(), output.detach())
+
+    def initialize(self, seed: int) -> None:
+        """Fills every parameter with its initial value, which depends only on the seed and the parameter's name."""
+        super().initialize(seed)
+        head = self.heads
+        assert isinstance(head, SegmentationHead), "the last layer is here, because there is no pipeline"
+        with torch.no_grad():
+            for name, parameter in head.named_parameters():
+                digest = hashlib.sha256(f"{seed}:{_HEAD}{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                value = head.initial_value(name, logical_shape(parameter), seed, generator)
+                logical_part(parameter).copy_(own_part(parameter, value))
+
+    def _adapted_maps(self, batch: PackedBatch, adapter: ViTAdapter, with_loss: bool) -> tuple[Tensor, ...]:
+        """Runs the embeddings, the blocks and the adapter; returns the four maps of this rank's images."""
+        assert self.embeddings is not None and batch.pixels is not None, "there is no pipeline"
+        divided = divide_samples(batch, self.tensor, with_loss=with_loss)
+        grid = common_grid(batch, self.config.patch_size)
+        factors = batch.targets.get(DROP_PATH)
+        dtype = next(adapter.parameters()).dtype
+        x_TD = self.embeddings(batch)
+        with torch.autocast(x_TD.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            return adapter(
+                batch.pixels[divided.own],
+                self._own_patches(x_TD, batch, divided, grid),
+                grid,
+                lambda x_BND, blocks: self._run_blocks(x_BND, blocks, batch, divided, grid),
+                None if factors is None else factors[divided.own],
+            )
+
+    def _run_blocks(
+        self, x_BND: Tensor, blocks: range, batch: PackedBatch, divided: DividedSamples, grid: Grid
+    ) -> Tensor:
+        """Runs some blocks over this rank's patches in row order, together with those of the other ranks."""
+        with torch.autocast(x_BND.device.type, enabled=False):
+            x_TD = self.tensor.scatter_rows(divided.merge(self._as_stream(x_BND, grid)))
+            x_TD = self.run_layers(batch, x_TD, range(blocks.start + 1, blocks.stop + 1))
+            return self._own_patches(x_TD, batch, divided, grid)
+
+    def _own_patches(self, x_TD: Tensor, batch: PackedBatch, divided: DividedSamples, grid: Grid) -> Tensor:
+        """Returns the patches of this rank's images in row order, (B, N, D), from its rows of the stream."""
+        rows_TD = divided.take(self.tensor.gather_rows(x_TD, batch.num_rows))
+        own_grids = batch.image_grids[divided.own]
+        if self._window_size and own_grids:
+            return to_canvas(rows_TD, own_grids, self._window_size).flatten(2).transpose(1, 2)
+        return rows_TD.view(len(own_grids), grid[0] * grid[1], rows_TD.shape[1])
+
+    def _as_stream(self, x_BND: Tensor, grid: Grid) -> Tensor:
+        """Returns patches in row order as rows in the order of the stream, (B * N, D)."""
+        if not self._window_size:
+            return x_BND.flatten(0, 1)
+        return from_canvas(x_BND.transpose(1, 2).unflatten(2, grid), (grid,) * len(x_BND), self._window_size)
+
+    @property
+    def _window_size(self) -> int:
+        assert self.config.dense is not None, "the task checks model.dense"
+        return self.config.dense.window_size

@@ -1,0 +1,187 @@
+"""Implements semantic segmentation as a task (paper section 3.2, table 8)."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.data.samples import Split
+from beit3_ds.model import Head, StageModel
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.retrying.folder import ResultFolder
+from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
+from beit3_ds.tasks.segmentation.classes import read_class_names
+from beit3_ds.tasks.segmentation.config import SegmentationConfig
+from beit3_ds.tasks.segmentation.evaluation import segment_split
+from beit3_ds.tasks.segmentation.files import FORMATS
+from beit3_ds.tasks.segmentation.head import SegmentationHead
+from beit3_ds.tasks.segmentation.mask_decoder import mask2former_parts
+from beit3_ds.tasks.segmentation.model import SegmentationModel
+from beit3_ds.tasks.segmentation.packing import pack
+from beit3_ds.tasks.segmentation.results import write_results
+from beit3_ds.tasks.segmentation.samples import build_streams
+from beit3_ds.tasks.segmentation.sliding import SlidingWindows
+from beit3_ds.tasks.task import Headline, Task, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationRankTask(RankTask):
+    """Implements semantic segmentation on one rank, with its opened images."""
+
+    windows: SlidingWindows
+    """Cuts images into windows, and merges the scores of the windows."""
+    patch_size: int
+    """Pixels on a side of a patch."""
+    names: Sequence[str]
+    """Name of each class."""
+
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
+        """Segments all images of a split by sliding windows.
+
+        With `folder`, also writes a table of the classes, a picture of the confusion, a page, and label maps.
+
+        Returns:
+            `mIoU`, `mean_accuracy`, `pixel_accuracy` and `images` on the main rank; empty elsewhere, and for a split
+            without labels.
+        """
+        result = segment_split(
+            evaluator, split, self.windows, self.patch_size, self.evaluation, with_files=folder is not None
+        )
+        if result is None or not result.num_images:
+            return {}
+        metrics = result.confusion.metrics()
+        if metrics:
+            metrics["images"] = float(result.num_images)
+        if folder is not None:
+            write_results(result, metrics, self.evaluation[split].streams["images"], self.names, folder)
+        return metrics
+
+
+class Segmentation(Task):
+    """Trains semantic segmentation with a ViT-Adapter and Mask2Former (ADE20K; paper section 3.2).
+
+    Each loss term is summed over the predictions before the first and after each layer of the query decoder. The mean
+    of the class term is over the weights of all queries of a step, those of the others over its target masks.
+    """
+
+    Settings = SegmentationConfig
+    settings: SegmentationConfig
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": FORMATS}
+    headline: ClassVar[Headline] = Headline("mIoU")
+
+    def __init__(self, config: RunConfig) -> None:
+        """Loads the settings, and checks the model and the layout.
+
+        Raises:
+            ConfigError: if there are pipeline stages, the model does not take images of any size, its final norm has no
+                use or is missing, the adapter does not fit it, or transformers or scipy is not installed.
+        """
+        super().__init__(config)
+        _check_layout(config)
+        _check_model(config.model, self.settings)
+        mask2former_parts()
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Returns the three loss terms of Mask2Former."""
+        settings = self.settings
+        return (
+            Term("classes", "images", "queries: class", settings.class_weight, "cross entropy, all layers (nats)"),
+            Term("masks", "images", "masks: pixels", settings.mask_weight, "binary cross entropy, all layers (nats)"),
+            Term("dice", "images", "masks: overlap", settings.dice_weight, "dice loss, all layers"),
+        )
+
+    def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
+        """Builds the adapter or pyramid and the decoders, with uninitialised parameters."""
+        return SegmentationHead(model, tensor, self.settings, self.config.training.activation_checkpointing)
+
+    def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
+        """Builds the whole model, with uninitialised parameters; `layers` must be all layers."""
+        training = self.config.training
+        return SegmentationModel(
+            self.build_head,
+            self.config.model,
+            tensor,
+            layers,
+            training.activation_checkpointing,
+            fp32_residual_connection=training.fp32_residual_connection,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task's name and settings and the names of the classes, to store them in checkpoints."""
+        return {**super().describe(), "names": list(self.names)}
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Returns the names of the classes, which the first call reads from their file.
+
+        Raises:
+            ConfigError: if the file cannot be read, or does not have `task.num_classes` names.
+        """
+        return read_class_names(self.config, self.settings.class_names, self.settings.num_classes)
+
+    def open(self, share: RankShare) -> SegmentationRankTask:
+        """Opens the images that a rank reads.
+
+        Raises:
+            ConfigError: if a folder cannot be read, label maps are missing, sizes differ, or the weights were trained
+                for other classes.
+        """
+        config, settings = self.config, self.settings
+        self._check_weights()
+        adapter = settings.adapter
+        num_extractors = 0 if adapter is None else adapter.num_interactions + adapter.num_extra_extractors
+        return SegmentationRankTask.open(
+            config,
+            share,
+            functools.partial(build_streams, config, settings, num_extractors),
+            functools.partial(pack, model=config.model, num_queries=settings.decoder.num_queries),
+            "model",
+            validation_loss=False,
+            windows=SlidingWindows(settings, config.model.image_size),
+            patch_size=config.model.patch_size,
+            names=self.names,
+        )
+
+    def _check_weights(self) -> None:
+        stored = (self.weights_description or {}).get("names")
+        if stored is not None and list(stored) != list(self.names):
+            raise ConfigError(
+                f"segmentation: {self.weights_name} were trained for {len(stored)} classes with other names or in "
+                f"another order than this run's {len(self.names)}. Name their file in task.class_names, or start from "
+                "weights without this head (`beit3 export WEIGHTS OUT.safetensors --no-heads`)."
+            )
+
+
+TASK = Segmentation
+
+
+def _check_layout(config: RunConfig) -> None:
+    if config.parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.pipeline_parallel_size={config.parallel.pipeline_parallel_size}: the task {config.task.name} "
+            "supports no pipeline, because the adapter reads and changes the rows between the blocks and keeps maps of "
+            "the image from the first block to the last, which stages would have to exchange. Set it to 1; tensor "
+            "parallelism and every ZeRO stage work."
+        )
+
+
+def _check_model(model: ModelConfig, settings: SegmentationConfig) -> None:
+    if model.dense is None:
+        raise ConfigError(
+            'segmentation: the model needs a section "dense", because its images have any size. Add "dense": {} for '
+            "global attention in all blocks (docs/dense.md)."
+        )
+    if settings.adapter is not None:
+        settings.adapter.check(model.hidden_size, model.num_layers)
+        if model.final_norm:
+            raise ConfigError(
+                "model.final_norm=true, but the adapter takes the rows before it, so it would get no gradient. Set "
+                "model.final_norm to false; weights with this norm still fit."
+            )
+    if model.image_size % 32:
+        raise ConfigError(
+            f"model.image_size={model.image_size} is the side of crops, whose coarsest map has 1/32 of it. Use a "
+            "multiple of 32."
+        )
