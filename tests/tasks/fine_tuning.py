@@ -211,7 +211,8 @@ def check_metrics_do_not_depend_on_ranks(
         out = folder / str(num_ranks) / "out"
         arguments = [str(config), "--weights", weights, "--split", split, "--out", str(out)]
         assert run_ranks(evaluate, num_ranks, arguments) == [0] * num_ranks
-        written.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
+        files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+        written.append({str(path.relative_to(out)): path.read_bytes() for path in files})
     assert written[0] == written[1] == written[2]
     metrics: dict[str, float] = json.loads(written[0]["metrics.json"])["metrics"]
     return metrics

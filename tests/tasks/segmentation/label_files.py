@@ -1,0 +1,55 @@
+"""Writes small datasets and configurations for tests of segmentation."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.sample_data.label_scenes import LABEL_NAMES, write_label_scenes
+from tests.tasks.fine_tuning import ONE_PROCESS, Layout, run_mapping, write_json
+
+ADAPTER = {"conv_channels": 4, "num_interactions": 2, "num_heads": 2, "num_extra_extractors": 1, "initial_scale": 0.1}
+DECODER = {
+    "hidden_size": 32,
+    "ffn_hidden_size": 32,
+    "pixel_ffn_hidden_size": 32,
+    "num_heads": 2,
+    "num_pixel_layers": 1,
+    "num_query_layers": 3,
+    "num_queries": 12,
+}
+SETTINGS = {
+    "name": "segmentation",
+    "num_classes": len(LABEL_NAMES),
+    "adapter": ADAPTER,
+    "decoder": DECODER,
+    "num_points": 64,
+    "window_stride": 24,
+    "scales": [1.0, 1.5],
+    "flips": True,
+}
+
+
+def write_dataset(folder: Path, num_train: int = 12, num_validation: int = 7) -> None:
+    """Writes drawn scenes in ADE20K's folders, of 40 pixels on the shorter side."""
+    for split, count in (("train", num_train), ("validation", num_validation)):
+        write_label_scenes(folder, split, count, random.Random(split), 40)
+
+
+def segmentation_mapping(
+    folder: Path, data: Path, layout: Layout = ONE_PROCESS, *, task: dict[str, Any] | None = None, **training: Any
+) -> dict[str, Any]:
+    """A run of four steps on crops of 64 pixels."""
+    mapping = run_mapping(folder, layout, SETTINGS | (task or {}), **training)
+    own = mapping["beit3_ds"]
+    own["model"] |= {"inputs": ["images"], "image_size": 64, "patch_size": 16, "dense": {}}
+    own["model"]["final_norm"] = own["task"]["adapter"] is None
+    sources = {split: [{"path": str(data), "format": "ade20k", "split": split}] for split in ("training", "validation")}
+    own["data"]["images"] = {"train": sources["training"], "validation": sources["validation"], "samples_per_step": 8}
+    return mapping
+
+
+def write_config(
+    folder: Path, data: Path, layout: Layout = ONE_PROCESS, *, task: dict[str, Any] | None = None, **training: Any
+) -> Path:
+    """Writes the configuration of `segmentation_mapping`, and returns its path."""
+    return write_json(folder, segmentation_mapping(folder, data, layout, task=task, **training))
