@@ -20,7 +20,8 @@ class DecoderConfig:
     """Configures Mask2Former's pixel decoder and query decoder (Cheng et al., 2022, arXiv:2112.01527)."""
 
     hidden_size: Size = 256
-    """Width of both decoders; must be a multiple of 32 and of `num_heads` (ViT-Adapter: 1024)."""
+    """Width of both decoders; must be at least 64 and a multiple of 32 and of `num_heads` (ViT-Adapter:
+    1024)."""
     ffn_hidden_size: Size = 2048
     """Hidden width of the FFNs of the query decoder (ViT-Adapter: 4096)."""
     pixel_ffn_hidden_size: Size = 1024
@@ -35,10 +36,11 @@ class DecoderConfig:
     """Number of queries; each predicts a mask and a class. There must be at least as many as classes in an image."""
 
     def __post_init__(self) -> None:
-        if self.hidden_size % _GROUPS or self.hidden_size % self.num_heads:
+        # A group of one feature has no variance in a map of one cell.
+        if self.hidden_size < 2 * _GROUPS or self.hidden_size % _GROUPS or self.hidden_size % self.num_heads:
             raise ConfigError(
-                f"task.decoder: hidden_size={self.hidden_size} must be a multiple of {_GROUPS}, the groups of its "
-                f"norms, and of num_heads={self.num_heads}."
+                f"task.decoder: hidden_size={self.hidden_size} must be at least {2 * _GROUPS} and a multiple of "
+                f"{_GROUPS}, the groups of its norms, and of num_heads={self.num_heads}."
             )
 
 

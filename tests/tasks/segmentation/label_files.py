@@ -9,7 +9,7 @@ from tests.tasks.fine_tuning import ONE_PROCESS, Layout, run_mapping, write_json
 
 ADAPTER = {"conv_channels": 4, "num_interactions": 2, "num_heads": 2, "num_extra_extractors": 1, "initial_scale": 0.1}
 DECODER = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "ffn_hidden_size": 32,
     "pixel_ffn_hidden_size": 32,
     "num_heads": 2,

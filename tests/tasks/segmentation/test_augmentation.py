@@ -104,6 +104,6 @@ def test_distortion_keeps_grey_grey_and_the_range() -> None:
     for _ in range(20):
         assert torch.allclose(*(channel for channel in distort(grey, rng)[:2]), atol=1e-2)
         noisy = distort(torch.rand(3, 8, 8) * 255, rng)
-        assert 0 <= noisy.min() and noisy.max() <= 255
+        assert noisy.min() >= 0 and noisy.max() <= 255
     torch.testing.assert_close(turn_hue(1.0), torch.eye(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(turn_hue(0.3) @ turn_hue(0.7), torch.eye(3), atol=1e-4, rtol=0)
