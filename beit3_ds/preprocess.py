@@ -35,18 +35,31 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop
     """
     if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
         raise ValueError(f"image_size={image_size!r} is not a number of pixels. Pass model.config.image_size.")
-    view = center_view if crop else whole_view
+    return (center_view if crop else whole_view)(open_image(image), image_size)
+
+
+def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
+    """Decodes an image upright and in RGB: transparent parts become white, and 16 bits are scaled to 8.
+
+    Args:
+        image: path of an image file, its bytes, or an image that Pillow has opened.
+
+    Raises:
+        OSError: if the file cannot be read, is a pipe or a device, or has more than 256 MiB.
+        TypeError: if `image` has another type.
+        ValueError: if the image is not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image, or has no pixels.
+    """
     if isinstance(image, Image.Image):
         if not all(image.size):
             raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
-        return view(upright_rgb(image), image_size)
+        return upright_rgb(image)
     if isinstance(image, bytes):
-        return view(decode_image(image), image_size)
+        return decode_image(image)
     if not isinstance(image, str | Path):
         raise TypeError(
             f"image is a {type(image).__name__}. Pass the path of an image file, its bytes, or a PIL.Image.Image."
         )
     try:
-        return view(decode_image(read_regular(image, MAX_IMAGE_BYTES)), image_size)
+        return decode_image(read_regular(image, MAX_IMAGE_BYTES))
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error

@@ -20,6 +20,7 @@ def add_predict_command(subparsers: Subparsers) -> None:
     _add_match(uses)
     _add_judge(uses)
     _add_classify(uses)
+    _add_segment(uses)
 
 
 def _add_caption(subparsers: Subparsers) -> None:
@@ -80,12 +81,35 @@ def _add_classify(subparsers: Subparsers) -> None:
     _add_results(command)
 
 
+def _add_segment(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "segment", _segment, "assign a class to each pixel of images")
+    _add_model(command)
+    _add_images(command)
+    command.add_argument(
+        "--pictures", metavar="FOLDER", required=True, help="write a picture with coloured classes and legend there"
+    )
+    command.add_argument("--label-maps", metavar="FOLDER", help="write a PNG with class + 1 per pixel there")
+    command.add_argument(
+        "--scale",
+        type=real(Range(0.05, 20)),
+        action="append",
+        metavar="S",
+        help="scale at which images are segmented; several are averaged (default: those of the training run)",
+    )
+    command.add_argument("--flip", action="store_true", help="average with the flipped image")
+    _add_results(command)
+
+
 def _add_weights(command: argparse.ArgumentParser, *, needs_tokenizer: bool = True) -> None:
-    command.add_argument("weights", help="exported, imported or released weights, a checkpoint, or a run's folder")
+    _add_model(command)
     optional = "" if needs_tokenizer else "; not needed for a linear layer"
     command.add_argument(
         "--tokenizer", metavar="FILE", required=needs_tokenizer, help=f"SentencePiece file of the weights{optional}"
     )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("weights", help="exported, imported or released weights, a checkpoint, or a run's folder")
     command.add_argument("--device", default="cpu", help="device, such as cuda (default: cpu)")
     command.add_argument("--image-size", type=integer(Range(1, 2**14)), help="pixels on a side (default: the weights')")
 
@@ -162,6 +186,20 @@ def _classify(options: argparse.Namespace) -> int:
     images, names = find_images(options.images), read_names(options.names)
     classifier = ImageClassifier.from_pretrained(options.weights, names, options.tokenizer, **_loading(options))
     return _write(options, classify_images(classifier, images, options.top), "Classes")
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from beit3_ds.inference import Segmenter
+    from beit3_ds.inference.predictions import segment_images
+    from beit3_ds.inference.requests import find_images
+
+    images = find_images(options.images)
+    changes = {"scales": options.scale, "flips": options.flip or None}
+    segmenter = Segmenter.from_pretrained(options.weights, **changes, **_loading(options))
+    label_maps = Path(options.label_maps) if options.label_maps else None
+    return _write(options, segment_images(segmenter, images, Path(options.pictures), label_maps), "Segmentation")
 
 
 def _loading(options: argparse.Namespace) -> Any:

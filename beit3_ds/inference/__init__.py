@@ -6,6 +6,7 @@ from beit3_ds.inference.classifier import ImageClassifier
 from beit3_ds.inference.dual_encoder import DualEncoder
 from beit3_ds.inference.encoders import FusionEncoder, LanguageEncoder, PairFeatures, VisionEncoder
 from beit3_ds.inference.judge import StatementJudge
+from beit3_ds.inference.segmenter import Segmenter
 
 __all__ = [
     "Answer",
@@ -16,6 +17,7 @@ __all__ = [
     "LanguageEncoder",
     "PairFeatures",
     "QuestionAnswerer",
+    "Segmenter",
     "StatementJudge",
     "VisionEncoder",
 ]

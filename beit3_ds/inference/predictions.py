@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from beit3_ds.atomic_file import atomic_write
@@ -18,8 +20,10 @@ from beit3_ds.inference.classifier import ImageClassifier
 from beit3_ds.inference.dual_encoder import DualEncoder
 from beit3_ds.inference.judge import StatementJudge
 from beit3_ds.inference.requests import Question
+from beit3_ds.inference.segmenter import Segmenter
 from beit3_ds.model.generation import BeamSearch
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
+from beit3_ds.tasks.segmentation.pictures import encode_label_map
 
 _DIGITS = 6
 """Significant digits of scores in JSON."""
@@ -125,6 +129,53 @@ def match_texts(dual: DualEncoder, images: Sequence[Path], texts: Sequence[str],
                     "text": text,
                     "images": [{"image": str(image), "cosine": _rounded(value)} for image, value in found],
                 },
+            )
+        )
+    return predictions
+
+
+def segment_images(
+    segmenter: Segmenter, images: Sequence[Path], pictures: Path, label_maps: Path | None
+) -> list[Prediction]:
+    """Segments images, and writes a picture with the classes in colours and their legend for each.
+
+    Args:
+        segmenter: the model.
+        images: files of the images; their names without extensions must differ.
+        pictures: folder of the pictures, which is created.
+        label_maps: folder of label maps in ADE20K's format (class + 1), which is created; None writes none.
+
+    Returns:
+        A prediction per image: the share of its pixels of each class, the largest first.
+
+    Raises:
+        ConfigError: if an image is broken, or two images have the same name.
+    """
+    names = [image.stem for image in images]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"two images have the name {min(repeated)}, by which their pictures are named. Segment them one by one."
+        )
+    for folder in filter(None, (pictures, label_maps)):
+        folder.mkdir(parents=True, exist_ok=True)
+    predictions = []
+    for image in images:
+        with _broken_images():
+            (labels,) = segmenter([image])
+        drawn = pictures / f"{image.stem}.png"
+        segmenter.draw(image, labels).save(drawn)
+        record: dict[str, Any] = {"image": str(image), "picture": str(drawn)}
+        if label_maps is not None:
+            record["label_map"] = str(label_maps / f"{image.stem}.png")
+            (label_maps / f"{image.stem}.png").write_bytes(encode_label_map(torch.from_numpy(labels)).numpy().tobytes())
+        counts = np.bincount(labels.ravel(), minlength=len(segmenter.names)) / labels.size
+        shares = [(segmenter.names[label], float(counts[label])) for label in np.argsort(-counts) if counts[label]]
+        predictions.append(
+            Prediction(
+                images=[image, drawn],
+                title=image.name,
+                lines={"classes": ", ".join(f"{name} {share:.0%}" for name, share in shares)},
+                record=record | {"classes": [{"class": name, "share": _rounded(share)} for name, share in shares]},
             )
         )
     return predictions

@@ -18,8 +18,8 @@ from beit3_ds.sample_data.scenes import COLORS, SHAPES, draw_shape
 
 GROUNDS = {"sky": (150, 190, 235), "grass": (90, 150, 70), "sand": (214, 190, 140)}
 """RGB value of each kind of ground, before its texture."""
-LABEL_NAMES = (*GROUNDS, *SHAPES)
-"""Names of the classes, in the order of their labels from 1."""
+LABEL_NAMES = (*GROUNDS, *COLORS)
+"""Names of the classes, in the order of their labels from 1: grounds, and shapes by their colour."""
 
 _OVERSAMPLING = 4
 _MOST_SHAPES = 3
@@ -52,7 +52,7 @@ def write_label_scenes(folder: Path, split: str, count: int, rng: random.Random,
 
 
 def draw_label_scene(width: int, height: int, rng: random.Random) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """Draws two kinds of ground, one above the other, and up to three shapes of any colour over them.
+    """Draws two kinds of ground, one above the other, and up to three shapes over them.
 
     Returns:
         The image, and the label of each pixel, (H, W): 0 where a pixel shows several things, else class + 1.
@@ -63,14 +63,14 @@ def draw_label_scene(width: int, height: int, rng: random.Random) -> tuple[Image
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 14, (height, width, 1)).astype(np.float32)
     shade = rng.uniform(0.85, 1.1)
     for _ in range(rng.randint(1, _MOST_SHAPES)):
-        shape = rng.choice(SHAPES)
-        color = [min(255, rng.uniform(0.85, 1.1) * value) for value in COLORS[rng.choice(list(COLORS))]]
+        shape, name = rng.choice(SHAPES), rng.choice(list(COLORS))
+        color = [min(255, rng.uniform(0.85, 1.1) * value) for value in COLORS[name]]
         radius = rng.uniform(0.14, 0.28) * min(wide, high)
         mask = Image.new("L", (wide, high), 0)
         place = rng.uniform(radius, wide - radius), rng.uniform(radius, high - radius)
         draw_shape(ImageDraw.Draw(mask), shape, *place, radius, (255,))
         inside = np.asarray(mask) > 0
-        labels[inside], colors[inside] = 1 + LABEL_NAMES.index(shape), color
+        labels[inside], colors[inside] = 1 + LABEL_NAMES.index(name), color
     cells = labels.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING)
     first = cells[:, :1, :, :1]
     is_pure = (cells == first).all((1, 3))

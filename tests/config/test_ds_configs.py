@@ -46,6 +46,10 @@ WORLD_SIZES = {
     "nlvr2_large": 8,
     "nlvr2_giant": 32,
     "nlvr2_small_cpu": 2,
+    "segmentation_base": 8,
+    "segmentation_large": 16,
+    "segmentation_giant": 64,
+    "segmentation_small_cpu": 2,
 }
 
 

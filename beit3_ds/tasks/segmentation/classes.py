@@ -21,7 +21,7 @@ def read_class_names(config: RunConfig, path: str, num_classes: int) -> tuple[st
     Raises:
         ConfigError: if the file cannot be read, or has another number of names.
     """
-    path = path or _find_names(config)
+    path = find_names_file(config, path)
     if not path:
         return tuple(f"class {index}" for index in range(num_classes))
     try:
@@ -37,7 +37,10 @@ def read_class_names(config: RunConfig, path: str, num_classes: int) -> tuple[st
     return tuple(names)
 
 
-def _find_names(config: RunConfig) -> str:
+def find_names_file(config: RunConfig, path: str) -> str:
+    """Returns the file with the names of the classes; empty if there is none (`read_class_names`)."""
+    if path:
+        return path
     for source in config.data.images.sources:
         path = os.path.join(source.path, NAMES_FILE)
         if source.format == "ade20k" and os.path.isfile(path):

@@ -11,7 +11,7 @@ from beit3_ds.model import Head, StageModel
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
-from beit3_ds.tasks.segmentation.classes import read_class_names
+from beit3_ds.tasks.segmentation.classes import find_names_file, read_class_names
 from beit3_ds.tasks.segmentation.config import SegmentationConfig
 from beit3_ds.tasks.segmentation.evaluation import segment_split
 from beit3_ds.tasks.segmentation.files import FORMATS
@@ -139,6 +139,7 @@ class Segmentation(Task):
             functools.partial(pack, model=config.model, num_queries=settings.decoder.num_queries),
             "model",
             validation_loss=False,
+            files={"task.class_names": find_names_file(config, settings.class_names) or None},
             windows=SlidingWindows(settings, config.model.image_size),
             patch_size=config.model.patch_size,
             names=self.names,

@@ -36,7 +36,7 @@ def write_dataset(folder: Path, num_train: int = 12, num_validation: int = 7) ->
 
 
 def segmentation_mapping(
-    folder: Path, data: Path, layout: Layout = ONE_PROCESS, *, task: dict[str, Any] | None = None, **training: Any
+    folder: Path, layout: Layout = ONE_PROCESS, *, data: Path, task: dict[str, Any] | None = None, **training: Any
 ) -> dict[str, Any]:
     """A run of four steps on crops of 64 pixels."""
     mapping = run_mapping(folder, layout, SETTINGS | (task or {}), **training)
@@ -49,7 +49,7 @@ def segmentation_mapping(
 
 
 def write_config(
-    folder: Path, data: Path, layout: Layout = ONE_PROCESS, *, task: dict[str, Any] | None = None, **training: Any
+    folder: Path, layout: Layout = ONE_PROCESS, *, data: Path, task: dict[str, Any] | None = None, **training: Any
 ) -> Path:
     """Writes the configuration of `segmentation_mapping`, and returns its path."""
-    return write_json(folder, segmentation_mapping(folder, data, layout, task=task, **training))
+    return write_json(folder, segmentation_mapping(folder, layout, data=data, task=task, **training))

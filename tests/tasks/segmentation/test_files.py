@@ -106,8 +106,8 @@ def test_a_source_without_its_keys_is_refused(keys: dict[str, str], message: str
 
 def test_names_come_from_the_dataset_or_from_a_file(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", 1, 1)
-    config = write_config(tmp_path, tmp_path / "data")
-    assert build_task(load_run_config(config)).describe()["names"][:4] == ["sky", "grass", "sand", "circle"]
+    config = write_config(tmp_path, data=tmp_path / "data")
+    assert build_task(load_run_config(config)).describe()["names"][:4] == ["sky", "grass", "sand", "red"]
     names = tmp_path / "names.txt"
     names.write_text("".join(f"thing {number}\n" for number in range(8)))
     changed = load_run_config(config, [f"task.class_names={names}"])

@@ -51,7 +51,7 @@ def test_all_layouts_train_the_same(name: str, one_process: Path, data: Path, tm
 
 def test_a_trunk_without_adapter_trains_the_same(data: Path, tmp_path: Path) -> None:
     def write(folder: Path, layout: Layout = (1, 0, 1, {}), **training: object) -> Path:
-        return write_config(folder, data, layout, task=WITHOUT_ADAPTER, **training)
+        return write_config(folder, layout, data=data, task=WITHOUT_ADAPTER, **training)
 
     expected = train_layout(write, tmp_path / "one")
     check_layout_trains_the_same(write, expected, tmp_path / "two", (2, 3, 2, {}))
@@ -75,7 +75,7 @@ def test_result_files_do_not_depend_on_ranks(one_process: Path, data: Path, tmp_
 
 
 def _load(data: Path, folder: Path, *changes: str) -> RunConfig:
-    return load_run_config(write_config(folder, data), list(changes))
+    return load_run_config(write_config(folder, data=data), list(changes))
 
 
 @pytest.mark.parametrize(
