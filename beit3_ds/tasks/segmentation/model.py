@@ -11,7 +11,6 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 from beit3_ds.model import LossOutput, TaskModel
 from beit3_ds.model.dense.canvas import from_canvas, to_canvas
-from beit3_ds.model.vit_adapter import ViTAdapter
 from beit3_ds.parallel import DividedSamples, logical_part, logical_shape, own_part, sum_gradients
 from beit3_ds.patch_grids import Grid
 from beit3_ds.tasks.segmentation.head import SegmentationHead, common_grid, divide_samples
@@ -44,7 +43,7 @@ class SegmentationModel(TaskModel):
             return super().forward(batch, loss_factors, x_TD, layers)
         sum_gradients(head, self.tensor)
         with_loss = loss_factors is not None
-        output = head.segment(self._adapted_maps(batch, head.adapter, with_loss), batch, with_loss)
+        output = head.segment(self.adapted_maps(batch, with_loss=with_loss), batch, with_loss)
         return output if loss_factors is None else LossOutput((output * loss_factors).sum(), output.detach())
 
     def initialize(self, seed: int) -> None:
@@ -59,9 +58,20 @@ class SegmentationModel(TaskModel):
                 value = head.initial_value(name, logical_shape(parameter), seed, generator)
                 logical_part(parameter).copy_(own_part(parameter, value))
 
-    def _adapted_maps(self, batch: PackedBatch, adapter: ViTAdapter, with_loss: bool) -> tuple[Tensor, ...]:
-        """Runs the embeddings, the blocks and the adapter; returns the four maps of this rank's images."""
+    def adapted_maps(self, batch: PackedBatch, *, with_loss: bool = False) -> tuple[Tensor, ...]:
+        """Runs the embeddings, the blocks and the adapter.
+
+        Args:
+            batch: the packed micro-batch.
+            with_loss: whether tensor-parallel ranks divide the images, as for the loss.
+
+        Returns:
+            The four maps of this rank's images, with 1/4 to 1/32 of their height and width, (B, D, rows, columns).
+        """
+        head = self.heads
+        assert isinstance(head, SegmentationHead) and head.adapter is not None, "the model has no adapter"
         assert self.embeddings is not None and batch.pixels is not None, "there is no pipeline"
+        adapter = head.adapter
         divided = divide_samples(batch, self.tensor, with_loss=with_loss)
         grid = common_grid(batch, self.config.patch_size)
         factors = batch.targets.get(DROP_PATH)

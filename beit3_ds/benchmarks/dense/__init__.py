@@ -1,0 +1,1 @@
+"""Compares detection and segmentation with libraries around the same trunk."""
