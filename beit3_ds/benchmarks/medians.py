@@ -8,8 +8,8 @@ from collections.abc import Sequence
 def median_with_interval(values: Sequence[float]) -> dict[str, float]:
     """Returns the median of the values ("median") and its 95% interval ("low", "high").
 
-    The interval is between two of the sorted values. It is the narrowest one, symmetric in rank, that contains the true
-    median with at least 95% confidence. With fewer than six values it is the whole range.
+    The interval is the narrowest between two of the sorted values, symmetric in rank, that contains the true median
+    with at least 95% confidence. With fewer than six values it is the whole range.
     """
     ordered, n = sorted(values), len(values)
     # The k-th smallest exceeds the true median with the chance of fewer than k heads in n fair tosses.

@@ -1,7 +1,7 @@
 """Measures the error of bf16 gradients with bf16 or float32 residual streams and gradient sums.
 
 Each row of the table is one way to compute the gradients of a step. Its error is the 2-norm error of all gradients
-together, relative to float64 gradients of the same weights, which are rounded to bf16 beforehand.
+together, relative to float64 gradients of the same weights.
 """
 
 import dataclasses

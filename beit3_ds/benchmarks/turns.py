@@ -1,7 +1,7 @@
 """Runs the implementations of a comparison (the sides) as processes that compute one at a time, in turn.
 
-A process reads the number of a batch from each line of its standard input and answers with a line of JSON. It answers
-on a separate pipe, because libraries also print to standard output. Between its turns it waits for input.
+A process reads the number of a batch from each line of its standard input, and answers with a line of JSON on a pipe of
+its own, because libraries print to standard output.
 """
 
 import json
@@ -89,8 +89,8 @@ def serve_turns(prepare: Callable[[int], Turn], orders: Iterable[str], answers: 
     """Computes one turn for every batch number that it reads, and answers with the turn's figures.
 
     `seconds` is wall time, and `cpu_seconds` is the CPU time of all threads. `page_faults` counts page faults that read
-    nothing from a disk. `peak_bytes` is the peak memory since the start, of the process or, on a GPU, of torch's
-    allocator.
+    nothing from a disk. `peak_bytes` is the peak memory since the start, of the process or of torch's allocator on a
+    GPU.
 
     Args:
         prepare: builds a batch, outside the measured time, and returns its turn.

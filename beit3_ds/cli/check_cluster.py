@@ -117,10 +117,7 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the ranks' environment variables that select their code (PYTHON*) and network (GLOO_*, NCCL_*).
-
-    `deepspeed` reads .deepspeed_env in the home folder, then in the working directory.
-    """
+    """Returns the ranks' environment variables that select their code (PYTHON*) and network (GLOO_*, NCCL_*)."""
     values = dict(environment)
     for folder in (Path.home(), Path.cwd()):
         with contextlib.suppress(OSError):

@@ -1,7 +1,6 @@
 """Runs the `beit3` command: builds the parser of all subcommands and runs one of them.
 
-Every command has a module of its own, which imports torch and DeepSpeed inside its function: they take seconds to
-import, and a mistake on the command line should be answered at once.
+Commands import torch and DeepSpeed inside their functions, so that mistakes on the command line are answered at once.
 """
 
 import argparse
@@ -47,10 +46,10 @@ parallel).
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status.
 
-    The status is 0 for success; 1 if a check fails or a file system fails; 2 after one line about a mistake that the
-    user can fix; 128 + n after one line about stop signal n, for commands that do not handle the signal themselves.
-    A command fails if its output cannot be printed, unless its results are files (`add_command`). A command does not
-    fail if the reader of its output ends early, such as `head -1`.
+    The status is 0 for success, 1 if a check or a file system fails, and 2 after one line about a mistake that the user
+    can fix. It is 128 + n after stop signal n, for commands that do not handle the signal themselves. Output that
+    cannot be printed is a failure, unless the results are files (`add_command`) or the reader has ended early, such as
+    `head -1`.
     """
     streams = keep_standard_streams()
     try:

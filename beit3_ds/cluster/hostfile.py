@@ -1,8 +1,7 @@
-"""Reads hostfiles more strictly than DeepSpeed; a hostfile names the machines of a run and their numbers of ranks.
+"""Reads hostfiles, which name the machines of a run and their numbers of ranks, more strictly than DeepSpeed.
 
-DeepSpeed's parser (`deepspeed.launcher.runner`) reads `slots=2x` as 2, and accepts 0 slots, 99999 slots and invalid
-host names. The run then hangs, or fails later. This module reports such lines as errors, with their line numbers.
-DeepSpeed reads each file that this module accepts with the same result.
+DeepSpeed's parser reads `slots=2x` as 2, and accepts 0 slots and invalid host names, so the run fails later. This
+module reports such lines by number.
 """
 
 import io
@@ -100,8 +99,8 @@ def read_hostfile(path: str | Path) -> Hostfile:
     """Reads a hostfile and looks up the addresses of its host names, for at most two seconds.
 
     Raises:
-        ConfigError: if the file cannot be read, if a line is not `NAME slots=RANKS`, or if two lines have equal names
-            or equal addresses. Hosts whose address was not found in time are compared by name only.
+        ConfigError: if the file cannot be read, if a line is not `NAME slots=RANKS`, or if two lines name the same
+            host.
     """
     path = Path(path)
     try:
@@ -209,7 +208,7 @@ def _parse_line(line: str, where: str) -> HostSlots:
 
 
 def _check_name(name: str, where: str) -> None:
-    """Checks a host name. The error explains how to correct a list, a port, a user name or a range in the name."""
+    """Checks a host name; the error explains how to correct a list, a port, a user name or a range."""
     if len(name) <= _MAX_NAME and _NAME.fullmatch(name):
         return
     if "," in name or ";" in name:
@@ -231,10 +230,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _resolve(names: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Looks up the IP addresses of host names and returns them by name.
-
-    All loopback addresses become "loopback". Names that are not found within two seconds are missing in the result.
-    """
+    """Looks up the IP addresses of host names for two seconds and returns them by name."""
     found: dict[str, frozenset[str]] = {}
 
     def look_up(name: str) -> None:

@@ -30,12 +30,12 @@ class SourceConfig:
     path: PathString
     """File, folder or glob pattern, relative to the working directory; `~` is the home folder."""
     format: str | None = None
-    """Format of images and pairs. `tar` is WebDataset shards, and `folder` is image files with captions in files beside
-    them. `coco`, `visual_genome` (path of region_descriptions.json, with image_data.json in the same folder), `sbu`,
+    """Format of images and pairs. `tar` is WebDataset shards, and `folder` is image files with captions beside them.
+    `coco`, `visual_genome` (path of region_descriptions.json, with image_data.json beside it), `sbu`,
     `conceptual_captions` and `conceptual_12m` are the annotation files of these corpora
     (beit3_ds/data/images/annotations.py). Some tasks have formats of their own (docs/tasks.md). None selects `folder`
-    if the path is a folder, else `tar`. Texts must have None: their format follows from the names of the files
-    (beit3_ds/data/text/formats.py), JSON objects with `text` or plain UTF-8, compressed or not."""
+    for a folder, else `tar`. Texts must have None: the names of their files tell their format
+    (beit3_ds/data/text/formats.py)."""
     images: PathString = ""
     """Folder of the images that an annotation file names, or a pattern of tars that contain them (`coco/*.tar`). Only
     for formats with an annotation file."""
@@ -83,8 +83,8 @@ class StreamConfig:
     """Configures one of the three streams of samples: its sources, and its samples per step."""
 
     train: tuple[SourceConfig, ...] = ()
-    """Training sources; may be empty if `samples_per_step` is 0. Without weights, all samples form one set, which is
-    shuffled as a whole. With weights, each source has its own epochs, and the weights decide how often it is used."""
+    """Training sources; may be empty if `samples_per_step` is 0. Without weights, all samples are shuffled as one set.
+    With weights, each source has its own epochs, and its weight decides how often it is used."""
     validation: tuple[SourceConfig, ...] = ()
     """Validation sources, which must have no weights: evaluated samples are chosen in proportion to the sources' sizes.
     If empty, the stream is not evaluated."""
@@ -156,8 +156,8 @@ class DataConfig:
     flip_probability: Share = 0.5
     """Probability of a horizontal flip of images without texts."""
     pair_flip_probability: Share = 0.5
-    """Probability of a horizontal flip of images with captions. The paper flips these images. With 0, the words "left"
-    and "right" in captions stay correct."""
+    """Probability of a horizontal flip of images with captions, as in the paper. With 0, "left" and "right" in captions
+    stay correct."""
     rand_augment_operations: Annotated[int, Range(0, 100)] = 0
     """Number of random operations per training image (RandAugment; the reference's fine-tuning: 2). Pretraining ignores
     it."""
@@ -170,10 +170,9 @@ class DataConfig:
     start of a run scans shards, parses annotations and tokenizes texts in memory, which suits a small corpus."""
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
     """How an epoch is shuffled. `shuffled` shuffles it as a whole, so reads jump between shards. `shard_sequential`
-    cuts it into blocks of `block_samples` neighbouring samples and shuffles the blocks. Then it takes `window_blocks`
-    consecutive blocks at a time and shuffles all their samples. So only a few shards are read at a time. This suits
-    storage that reads ahead, and corpora with more shards than a process may keep open. The order is less random, so do
-    not use it if neighbouring samples are alike, as in shards sorted by class."""
+    reads only a few shards at a time: it shuffles blocks of `block_samples` neighbouring samples, then all samples of
+    `window_blocks` consecutive blocks. Use it for storage that reads ahead, and for corpora with more shards than a
+    process may keep open. Do not use it if neighbouring samples are alike, as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
     """Number of neighbouring samples per block with `order` "shard_sequential"; choose at most the size of a shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
@@ -185,17 +184,15 @@ class DataConfig:
     """Maximum number of steps that each worker prepares ahead; `prefetch_gib` may allow fewer."""
     prefetch_gib: Annotated[float, Range(0.001, 2**20)] = 8.0
     """Maximum shared memory for the prefetched steps of one rank, in GiB. If num_workers x prefetch_steps steps need
-    more, fewer steps are prepared ahead, by fewer workers if necessary. With the default, 8 ranks of a node take at
-    most 64 GiB. /dev/shm usually has half of a node's memory, so this fits a node with 128 GiB."""
+    more, fewer steps are prepared ahead. With the default, 8 ranks of a node take at most 64 GiB, which is the usual
+    size of /dev/shm on a node with 128 GiB."""
     max_open_files: Annotated[int, Range(1, 2**20)] = 4096
-    """Maximum number of shards that each process keeps open, so that records can be read without opening a file. Worker
-    processes raise their limit of open files (`ulimit -n`) to twice this number, or to the hard limit if that is lower.
-    A process keeps at most half of its limit open."""
+    """Maximum number of shards that each process keeps open. Worker processes raise their limit of open files (`ulimit
+    -n`) to twice this number if they may. A process keeps at most half of its limit open."""
     timeout_seconds: Seconds = 600
     """Longest wait of a rank for the data of one step or one validation batch, in seconds. After that, the run saves a
-    checkpoint, prints the name of the missing data, and ends. Ten minutes are about a hundred times the time to read a
-    step. The value should be below parallel.timeout_seconds, after which other ranks stop waiting for this one. Workers
-    that die, or are stopped for 10 seconds, are replaced earlier."""
+    checkpoint, prints the name of the missing data, and ends. Choose less than parallel.timeout_seconds. Workers that
+    die, or are stopped for 10 seconds, are replaced earlier."""
     max_broken_records: Count = 100
     """Maximum number of broken records that a run skips; with more, the run lists them and ends. A record counts once
     per run, even if several ranks read it, one rank reads it again, or the run restarts."""

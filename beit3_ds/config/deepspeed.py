@@ -33,9 +33,8 @@ def engine_config(
 ) -> dict[str, Any]:
     """Builds the configuration for `deepspeed.initialize` from the user's keys and the run's settings.
 
-    `gradient_accumulation_steps` is always 1 for the engine, because this project's schedule runs the micro-batches.
-    DeepSpeed requires its batch sizes to be products of each other, which is false for uneven shares. The engine
-    therefore gets only the largest share, and uses it only in its log. Monitors write into the run's output folder.
+    This project's schedule runs the micro-batches, so the engine's `gradient_accumulation_steps` is always 1. Its batch
+    size is the largest share of a rank, and appears only in its log. Monitors write into the run's output folder.
     """
     config = {
         **{key: value for key, value in mapping.items() if key != "train_batch_size"},

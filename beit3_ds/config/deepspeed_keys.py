@@ -1,8 +1,8 @@
 """Lists every key of DeepSpeed 0.19.8's configuration with its accepted values, or the reason why it is refused.
 
-For every accepted key that may change the training state, tests train, save, export, load and resume with the `samples`
-listed here (tests/checkpoint/test_deepspeed_keys.py). Keys without effect in this project are refused too, because a
-user would expect an effect. `deepspeed_rules` contains the rules between keys.
+Tests train, save, export, load and resume with the `samples` of every accepted key that may change the training state
+(tests/checkpoint/test_deepspeed_keys.py). Keys without effect in this project are refused too. `deepspeed_rules`
+contains the rules between keys.
 """
 
 from collections.abc import Iterator, Mapping

@@ -82,11 +82,7 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
 
 
 def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[float, int]:
-    """Returns the distance of two layouts: the number of doublings between their sizes, then a number to break ties.
-
-    The number of micro-batches has a low weight. Uneven shares of the samples count as one doubling, because ranks then
-    wait for the largest share. Of equal distances, `other` with fewer model-parallel ranks is nearer.
-    """
+    """Returns the distance of two layouts: the number of doublings between their sizes, then a number to break ties."""
 
     def doublings(a: int, b: int) -> float:
         return abs(math.log2(a / b))

@@ -65,18 +65,17 @@ class ModelConfig:
     image_size: Size = 224
     """Pixels on a side of the model's input images."""
     layout: Literal["shared", "decoupled"] = "shared"
-    """Which attention weights the modalities share. In `shared`, the paper's layout, all modalities share all attention
-    weights. In `decoupled`, the released models' layout, vision and language have their own projections and norms, and
-    attend to each other in one softmax."""
+    """Which attention weights the modalities share. In `shared`, the paper's layout, they share all attention weights.
+    In `decoupled`, the released models' layout, vision and language have their own projections and norms, and one
+    softmax."""
     num_vision_language_layers: Annotated[int, Range(0, 1000)] = 3
     """Number of last blocks that have a vision-language expert for pairs (paper: 3); must be 0 in `decoupled`."""
     sub_layernorm: bool = False
-    """Whether to add Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423). The
-    released models have both. The paper mentions neither, so the default is off."""
+    """Whether to add Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423), as in the
+    released models. The paper does not mention them, so the default is off."""
     initial_embedding_std: StandardDeviation = 0.02
-    """Standard deviation of the normal distribution, truncated at one standard deviation, from which all embeddings are
-    initialised. BEiT uses 0.02. With `sub_layernorm`, a small model trained from scratch learns much faster with about
-    0.4, because the embeddings are then about as large as the outputs that the blocks add to them."""
+    """Standard deviation of the normal distribution of initial embeddings, truncated at one standard deviation; BEiT
+    uses 0.02. With `sub_layernorm`, a small model trained from scratch learns much faster with about 0.4."""
     layer_norm_epsilon: Epsilon = 1e-5
     """Constant added to the variance in every LayerNorm."""
     drop_path_rate: Decay = 0.0
@@ -94,9 +93,9 @@ class ModelConfig:
     final_norm: bool = True
     """Whether a LayerNorm follows the last block; turn it off only for fine-tuned models without this norm."""
     inputs: tuple[InputKind, ...] = INPUT_KINDS
-    """Kinds of input that the model takes, in any order. Only the experts, embeddings and norms for these kinds are
-    built, because AdamW would decay experts that never get rows. `["images"]` builds a vision encoder, `["texts"]` a
-    language encoder, `["pairs"]` a fusion encoder, and `["images", "texts"]` a dual encoder (paper, figure 3)."""
+    """Kinds of input that the model takes, in any order. Only their experts, embeddings and norms are built.
+    `["images"]` is a vision encoder, `["texts"]` a language encoder, `["pairs"]` a fusion encoder, and `["images",
+    "texts"]` a dual encoder (paper, figure 3)."""
     dense: DenseConfig | None = None
     """Settings of a backbone for detection and segmentation, which takes images of any size (docs/dense.md); null
     builds the model of pretraining. Requires `inputs` = ["images"]."""

@@ -25,26 +25,26 @@ class ParallelConfig:
 
     tensor_parallel_size: Ranks = 1
     """Number of ranks that divide the attention heads, the FFN hidden size and the vocabulary of every layer
-    (Megatron-LM: Shoeybi et al., 2019, arXiv:1909.08053). These ranks should share a node, because they exchange
-    activations in every layer."""
+    (Megatron-LM: Shoeybi et al., 2019, arXiv:1909.08053). They communicate in every layer, so they should share a
+    node."""
     sequence_parallel: bool = False
-    """Whether tensor-parallel ranks divide the rows outside attention and FFN, where all of them would otherwise
-    compute the same (Korthikanti et al., 2022, arXiv:2205.05198). This saves activation memory and sends the same
-    number of bytes. Off by default, because sums are rounded differently."""
+    """Whether tensor-parallel ranks divide the rows outside attention and FFN (Korthikanti et al., 2022,
+    arXiv:2205.05198). This saves activation memory and sends the same number of bytes. Off by default, because sums are
+    rounded differently."""
     pipeline_parallel_size: Ranks = 1
     """Number of pipeline stages that divide the list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). There
     must be at least this number of micro-batches (`gradient_accumulation_steps`)."""
     virtual_pipeline_parallel_size: Ranks = 1
-    """Number of model chunks per stage, interleaved with the chunks of the other stages. A value v divides the
-    pipeline bubble (the time in which stages idle) by v, and multiplies the number of messages by v. With v > 1, the
-    number of stages must divide the number of micro-batches."""
+    """Number of model chunks per stage, interleaved with those of other stages. A value v divides the time in which
+    stages idle by v, and multiplies the number of messages by v. With v > 1, the number of stages must divide the
+    number of micro-batches."""
     timeout_seconds: Seconds = 1800
     """Longest time, in seconds, that a rank waits for another rank before the run ends. It must exceed the time of the
     slowest checkpoint and the slowest evaluation."""
     heartbeat_timeout_seconds: Seconds = 60
-    """Longest time, in seconds, without a heartbeat of a rank before the run ends. A rank sends none if its process was
-    stopped or killed, its host failed, or the link is down. A separate thread sends six heartbeats in this time, so a
-    rank with a slow main thread is not affected. Choose a longer time than a busy host may delay this thread."""
+    """Longest time, in seconds, without a heartbeat of a rank before the run ends. Heartbeats end if the rank's
+    process, its host or the link is down. A separate thread sends six heartbeats in this time. Choose a longer time
+    than a busy host may delay this thread."""
 
     def __post_init__(self) -> None:
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
@@ -81,8 +81,8 @@ class ParallelConfig:
     def rank_coords(self, rank: int, world_size: int) -> RankCoords:
         """Returns a rank's coordinates on the mesh.
 
-        Consecutive ranks form a tensor-parallel group, because tensor-parallel ranks communicate most and should share
-        a node. Pipeline stages communicate least, so their ranks are farthest apart.
+        Consecutive ranks form a tensor-parallel group, because these communicate most. Ranks of different stages are
+        farthest apart.
         """
         pipeline, rest = divmod(rank, world_size // self.pipeline_parallel_size)
         return RankCoords(pipeline, *divmod(rest, self.tensor_parallel_size))

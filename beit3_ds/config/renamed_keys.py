@@ -31,8 +31,7 @@ TOKENIZER_KEYS = {
     "save_interval": "training.save_interval",
     "bf16": "bf16.enabled",
 }
-"""Maps each key that was once in the section "tokenizers.visual" to its new name in the file of the run that trains
-the tokenizer."""
+"""Maps each key that was once in "tokenizers.visual" to its new name in the file of the tokenizer's run."""
 
 
 def with_new_keys(config: Any) -> Any:

@@ -107,8 +107,8 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     Args:
         path: path of the file.
         changes: strings `KEY=VALUE`, which are applied in order before the checks. KEY is a dotted path from the top of
-            the file or inside "beit3_ds", such as `gradient_accumulation_steps=4` or `training.total_steps=100`. VALUE
-            is JSON, or a string without quotes.
+            the file or inside "beit3_ds", such as `training.total_steps=100`. VALUE is JSON, or a string without
+            quotes.
 
     Raises:
         ConfigError: if the file cannot be read or is invalid JSON, a key at any level is unknown, a value is invalid,

@@ -12,8 +12,7 @@ _EXTENSIONS = re.compile(r"(\.(tar|txt|json|jsonl|ndjson|jsonlines|tsv|csv|gz|zs
 def short_source_names(paths: Sequence[str]) -> list[str]:
     """Returns a unique short name for each path: its last part, preceded by folders if another path ends with that too.
 
-    Names consist of letters, digits, dots and underscores, so they can be parts of file names and tags. If two
-    paths would still have the same name, the second one gets a number.
+    Names consist of letters, digits, dots and underscores. If two names would be equal, the second one gets a number.
 
     Args:
         paths: paths of files or folders, or patterns.

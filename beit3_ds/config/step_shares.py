@@ -23,9 +23,8 @@ class StepShares:
     """Describes how the samples of one step are divided over ranks and micro-batches, as evenly as possible.
 
     The samples of one stream after the other are dealt to the ranks in turn, like cards to players. Each rank deals its
-    samples to its micro-batches in the same way. Two ranks therefore differ by at most one sample per stream and by at
-    most one sample over all streams, and so do two micro-batches of a rank. Rank 0 and micro-batch 0 have the most
-    samples. Uneven shares do not change the loss, because every term is divided by its count over the whole step.
+    samples to its micro-batches in the same way. So two ranks, or two micro-batches of a rank, differ by at most one
+    sample. Uneven shares do not change the loss, because every term is divided by its count over the whole step.
     """
 
     samples: MicroBatchSize
@@ -74,9 +73,9 @@ class StepShares:
     def slots(self, rank: int) -> list[dict[str, range]]:
         """Returns the slots of each stream in each micro-batch of one rank.
 
-        The slots of a stream are the numbers of its samples within a step. The first numbers belong to micro-batch 0 of
-        rank 0, the next ones to micro-batch 0 of rank 1, and so on; micro-batch 1 of all ranks follows. With even
-        shares of k samples, micro-batch m of rank r of R begins at slot (m*R + r)*k.
+        The slots of a stream number its samples within a step. The first numbers belong to micro-batch 0 of rank 0, the
+        next ones to micro-batch 0 of rank 1, and so on; micro-batch 1 of all ranks follows. With even shares of k
+        samples, micro-batch m of rank r of R begins at slot (m*R + r)*k.
         """
         sizes = [self.divide_rank(self.rank_samples(other)) for other in range(self.num_ranks)]
         found: list[dict[str, range]] = []
@@ -135,9 +134,6 @@ class StepShares:
 
 def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
     """Returns the number of samples of each stream that one of `num_hands` receivers gets if all are dealt in turn.
-
-    The samples of one stream after the other are dealt like cards, one at a time to receivers 0, 1, 2, ...; the next
-    stream continues with the receiver after the last one.
 
     Args:
         samples: number of samples of each stream to deal.

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
     """Reports an invalid configuration or input; the message names the values, the rule and a way out.
 
     The first argument is the message; further arguments are lines of a list below it. Unprintable characters are
-    escaped, because messages contain texts from files and names of files.
+    escaped.
     """
 
     def __str__(self) -> str:
@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 class FilePath:
-    """Marks a string field as a path or pattern, which must not be empty and may begin with `~` for the home folder."""
+    """Marks a string field as a path or pattern; it must not be empty, and may begin with `~` for the home folder."""
 
 
 PathString = Annotated[str, FilePath()]
@@ -73,8 +73,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
     """Builds the dataclass `cls` from a JSON object, recursing into nested dataclasses.
 
-    A number must be in the `Range` of its field's annotation. For a nested dataclass with a class variable SHORTHAND, a
-    string may replace the object; the string is the value of the field that SHORTHAND names.
+    A number must be in the `Range` of its field's annotation. If a nested dataclass has a class variable SHORTHAND, a
+    string stands for an object with this one field.
 
     Raises:
         ConfigError: if a key is unknown or missing, or a value has the wrong type or is out of range.

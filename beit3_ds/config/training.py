@@ -36,7 +36,7 @@ class TrainingConfig:
     """Folder for checkpoints, logs, the plot and the predictions."""
     total_steps: Steps
     """Number of optimizer steps of the run (paper: 1M); the schedule ends at the last step. E epochs of a stream
-    are E x samples / `samples_per_step` steps. A run prints at its start how many epochs `total_steps` gives."""
+    are E x samples / `samples_per_step` steps. A run prints its epochs at its start."""
     warmup_steps: Count
     """Number of steps of linear warmup (paper: 10k)."""
     learning_rate: LearningRate
@@ -47,52 +47,47 @@ class TrainingConfig:
     """Curve from the peak to `min_learning_rate` after the warmup: half a cosine (paper), or `poly`, a straight line:
     the polynomial of power 1 with which ViT-Adapter and BEiT train segmentation."""
     layer_decay: LayerDecay = 1.0
-    """Factor by which the learning rate is multiplied per layer below the last one, for fine-tuning (the reference:
-    0.65 to 0.85). The embeddings are layer 0, and block i is layer i + 1. The last layer, final norm and head, has the
-    full learning rate."""
+    """Factor of the learning rate per layer below the last one, for fine-tuning (the reference: 0.65 to 0.85). The
+    embeddings are layer 0, and block i is layer i + 1. The last layer, final norm and head, has the full learning
+    rate."""
     head_learning_rate_scale: LearningRateScale = 1.0
     """Factor by which the learning rate of a task's head is multiplied, because its parameters are new in fine-tuning
     (the reference: 20 for VQAv2)."""
     frozen: tuple[str, ...] = ()
-    """Patterns of names of parameters that training does not change, such as `embeddings.*` or `blocks.[0-3].*`; `*`
-    matches any characters. Frozen parameters do not count in the gradient norm. Their optimizer state is kept, so
-    freezing saves no memory."""
+    """Patterns of names of parameters that training does not change, such as `embeddings.*` or `blocks.[0-3].*`. Frozen
+    parameters do not count in the gradient norm. Their optimizer state is kept, so freezing saves no memory.
+    """
     weight_decay: WeightDecay = 0.05
     """Decoupled weight decay of matrices (paper: 0.05); biases, norms, positions, CLS and mask token have none."""
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
-    """Implementation of AdamW: `adamw` is torch's fused AdamW, and `apex_fused_adam` is FusedAdam of NVIDIA's apex in
-    its AdamW mode, for GPUs. Their checkpoints are interchangeable. Build apex from its source, because PyPI's `apex`
-    is an unrelated package."""
+    """Implementation of AdamW: `adamw` is torch's fused AdamW, and `apex_fused_adam` is FusedAdam of NVIDIA's apex, for
+    GPUs. Their checkpoints are interchangeable. Build apex from its source, because PyPI's `apex` is an unrelated
+    package."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Betas of AdamW (the paper's values)."""
     adam_epsilon: Epsilon = 1e-6
     """Epsilon of AdamW (the paper's value)."""
     init_from: PathString | None = None
-    """File of exported or imported weights (`beit3 export`, `beit3 import`) with which a new run starts, in any layout
-    of ranks. The model may differ from the file in image size, text length, vision-language experts and a decoupled
-    layout (docs/checkpoints.md). A run that has a checkpoint resumes from the checkpoint instead. None draws initial
-    values from the seed."""
+    """File of exported or imported weights (`beit3 export`, `beit3 import`) with which a new run starts. The model may
+    differ in image size, text length, vision-language experts and a decoupled layout (docs/checkpoints.md). A run that
+    has a checkpoint resumes from it instead. None draws initial values from the seed."""
     ema_decay: Decay | None = None
     """Decay of an exponential moving average of the weights, such as 0.9999. It averages over about 1 / (1 - decay)
-    updates, which should be far below `total_steps`. Evaluations and the final report use the average instead of the
-    weights, and `beit3 export --ema` writes it. The average takes 4 bytes per parameter element. None keeps no
-    average."""
+    updates, which should be far below `total_steps`. Evaluations use the average, and `beit3 export --ema` writes it.
+    It takes 4 bytes per element. None keeps no average."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Which activations the backward pass recomputes. With `none`, it recomputes only GELUs, sub-LayerNorms and
-    attention scores, which are cheap and are never stored (selective recomputation; Korthikanti et al., 2022,
-    arXiv:2205.05198). With `full`, it recomputes every block, which takes a third more compute."""
+    """Which activations the backward pass recomputes. `none` recomputes only GELUs, sub-LayerNorms and attention
+    scores, which are cheap (selective recomputation; Korthikanti et al., 2022, arXiv:2205.05198). `full` recomputes
+    every block, which takes a third more compute."""
     fp32_residual_connection: bool = True
-    """Whether a bf16 run keeps the residual stream in float32 (as Megatron's option of the same name); no effect in an
-    fp32 run. Matrix products and their inputs stay bf16. On 40 narrow layers (BENCHMARKS.md), the gradients' error
-    against float64 was about a third of the error with a bf16 stream. A float32 stream takes twice the memory and
-    bandwidth of a bf16 stream; `beit3 check` prints both. The reference's autocast also keeps it in float32.
-    Checkpoints do not depend on this setting."""
+    """Whether a bf16 run keeps the residual stream in float32, as Megatron's option of the same name; no effect in
+    fp32. Matrix products stay bf16. On 40 narrow layers (BENCHMARKS.md) the gradients had about a third of the error.
+    The stream takes twice the memory and bandwidth; `beit3 check` prints both. Checkpoints do not depend on this
+    setting."""
     kernel_backend: KernelBackend = "auto"
-    """How operators are implemented on a GPU. `auto` times all implementations at the first use of each size and uses
-    the fastest; the choices are kept in a file, so that later runs do not measure. `triton` uses our Triton kernels,
-    `library` uses PyTorch's operations with cuBLAS and cuDNN, and `cuda` uses our CUDA C++ kernels where they exist
-    (docs/kernels_cuda.md) and Triton elsewhere. docs/kernels.md lists which kernels ran on which device. No effect on a
-    CPU."""
+    """How operators are implemented on a GPU. `auto` times all implementations at the first use of each size and keeps
+    the fastest in a file. `triton` uses our Triton kernels, `library` PyTorch's operations with cuBLAS and cuDNN, and
+    `cuda` our CUDA C++ kernels where they exist (docs/kernels_cuda.md) and Triton elsewhere. No effect on a CPU."""
     seed: Seed = 1
     """Seed of initial values, data order, masks, augmentation and stochastic depth."""
     validation_seed: Seed = 1
@@ -114,16 +109,15 @@ class TrainingConfig:
     """Number of complete checkpoints to keep; older ones are deleted when a newer one is complete."""
 
     best_metric: str | None = None
-    """Metric by which the best checkpoint is chosen: the task's headline, such as `accuracy`, or a term of its loss. If
-    an evaluation is better than all earlier ones, the run saves a checkpoint, which `keep_checkpoints` neither counts
-    nor deletes. None keeps only the newest checkpoints."""
+    """Metric by which the best checkpoint is chosen: the task's headline, such as `accuracy`, or a term of its loss.
+    After a better evaluation than all before, the run saves a checkpoint that `keep_checkpoints` neither counts nor
+    deletes. None keeps only the newest checkpoints."""
     early_stop_evaluations: Positive | None = None
     """Number of consecutive evaluations without a better `best_metric` after which the run ends and writes its report.
     None trains all `total_steps`."""
     max_skipped_steps: Positive = 5
     """Number of consecutive steps with a NaN or infinite loss or gradient after which the run saves a checkpoint and
-    stops. Such a step is skipped. A single one can come from a sample or a device; several in a row mean that training
-    has diverged."""
+    stops. Such steps are skipped. Several in a row mean that training has diverged."""
 
     @property
     def loss_samples(self) -> int:

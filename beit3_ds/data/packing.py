@@ -13,9 +13,8 @@ from beit3_ds.patch_grids import canvas_grid
 
 Pack = Callable[[Sequence[Any], Tensor | None, Mapping[str, int]], PackedBatch]
 """Builds a micro-batch from a task's prepared samples and the values of `PackedBatch.drop_path` and
-`PackedBatch.sources`. Samples are in the order of the streams. The rows of `drop_path` are in the same order, with
-`Stream.sequences_per_sample` consecutive rows per sample; a task that packs sequences in another order reorders the
-rows."""
+`PackedBatch.sources`. Samples are in the order of the streams, with `Stream.sequences_per_sample` rows of `drop_path`
+each. A task that packs sequences in another order reorders the rows."""
 
 
 def pack_inputs(

@@ -9,9 +9,8 @@ import numpy as np
 def sample_rng(seed: SupportsIndex, purpose: str, *ids: SupportsIndex | str) -> np.random.Generator:
     """Returns the random generator of (seed, purpose, ids), which is the same on every rank, worker and machine.
 
-    Different arguments give independent generators. For example, masks do not change if augmentation draws one number
-    more. The generator's bits come from Philox and never change, but another NumPy release may compute other numbers
-    from these bits.
+    Different arguments give independent generators. The bits come from Philox and never change, but another NumPy
+    release may compute other numbers from them.
 
     Args:
         seed: the run's seed.

@@ -23,9 +23,9 @@ def _say_nothing(name: str) -> None:
 class StepDataset(Dataset[StepBatch]):
     """Implements a map-style dataset whose item `step` is one data-parallel rank's share of that optimizer step.
 
-    The samples of a step depend only on the seed, the step and the data (`RunOrder`). The samples of a stream fill the
-    step's slots 0, 1, 2, ... in order. Ranks and micro-batches divide the slots (`StepShares.slots`). A broken record
-    leaves its slot empty; all other samples keep their slots.
+    A step's samples depend only on the seed, the step and the data (`RunOrder`). Those of a stream fill the step's
+    slots 0, 1, 2, ..., which ranks and micro-batches divide (`StepShares.slots`). A broken record leaves its slot
+    empty.
 
     Attributes:
         order: order of the run's samples. A resumed run must call its `resume` before it reads a step.

@@ -104,11 +104,9 @@ def build_validation_batches(
 ) -> ValidationBatches:
     """Builds this rank's batches from at most `TrainingConfig.loss_samples` validation samples per stream.
 
-    The samples (`choose_samples`), their center crops and their masks depend only on `training.validation_seed`, so
-    they are the same in every layout. Only the division into batches depends on the ranks. A batch has samples of one
-    source per stream, at most as many as the largest micro-batch. Every rank has the same number of batches, so that
-    all ranks call the same collectives; some batches may be smaller or empty. Streams without validation files are
-    left out.
+    Samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, so they are the same
+    in every layout. A batch has samples of one source per stream, at most as many as the largest micro-batch. Every
+    rank has the same number of batches; some may be smaller or empty. Streams without validation files are left out.
 
     Args:
         config: the run's configuration.
@@ -142,8 +140,7 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
     """Chooses the samples of a stream to evaluate, spread over all sources.
 
     Every source gets a share of `limit` in proportion to its size, and at least one sample if `limit` allows it.
-    Samples are drawn at random within a source, so the order of its files does not matter. A higher limit keeps the
-    samples of a lower limit and adds others, except where shares are rounded differently.
+    Samples are drawn at random within a source. A higher limit adds samples to those of a lower limit, up to rounding.
 
     Args:
         sizes: number of samples in each source; the stream numbers all samples consecutively.
@@ -168,9 +165,8 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
 def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
     """Returns each source's share of at most `limit` samples, in proportion to the sources' sizes.
 
-    Shares are rounded down. The remaining samples go to the sources with the largest remainders; of equal remainders,
-    the first source is preferred. Each source that still has no sample then takes one from the largest share, if that
-    share has at least two samples.
+    Shares are rounded down, and the largest remainders get the remaining samples. Each source that still has none takes
+    one from the largest share, if that share has at least two.
     """
     total = sum(sizes)
     limit = min(limit, total)

@@ -27,18 +27,17 @@ _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     """Checks that no validation or test file is also a training file, even under another path or link.
 
-    Files are compared by device and inode, and by the part of the file that a source reads (`SourceConfig.split`).
-    Files of the stream "images" are also compared with files of "pairs", because a model trained on an image without
-    its caption already knows the image of the pair. A validation folder may not be inside a training folder, nor the
-    reverse. Copies of files are not detected.
+    Files are compared by device and inode, and by the part that a source reads (`SourceConfig.split`). Files of
+    "images" are also compared with those of "pairs", because a model then already knows the image of the pair. A
+    validation folder may not be inside a training folder, nor the reverse. Copies of files are not detected.
 
     Args:
         data: data section of the run's config.
         must_exist: whether a pattern that matches no file is an error.
 
     Raises:
-        ConfigError: if a training file is also a validation or test file (the message gives both names), if a pattern
-            matches no file, or if two sources of a stream share a file.
+        ConfigError: if a training file is also a validation or test file (the message gives both names). Also if a
+            pattern matches no file, or two sources of a stream share a file.
         StorageError: if the file system fails.
     """
     streams = data.streams()
@@ -70,8 +69,7 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 def describe_shared_images(splits: Mapping[Split, Iterable[object]]) -> list[str]:
     """Returns a warning for each pair of splits that share image files, with the number of shared files.
 
-    Shared images are no error, because the questions or captions may differ. But scores on images that were trained on
-    are too good.
+    Shared images are no error, because the texts may differ, but they make scores too good.
 
     Args:
         splits: samples of each split; only samples that implement `NamesImages` are compared.

@@ -65,12 +65,12 @@ class QuestionAnswerer:
             path: weights of VQAv2: exported, imported or released ones, a checkpoint, or a run's output folder.
             tokenizer: the tokenizer of the weights, or its SentencePiece file.
             answers: file with the list of answers, such as a run's `answers.jsonl` or the reference's
-                `answer2label.txt`; None takes the list that is stored with the weights. Released weights have no list.
+                `answer2label.txt`. None takes the list that is stored with the weights; released weights have none.
             options: options of loading (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that answers questions, or there is no list
-                of answers that fits them.
+            ConfigError: if a file cannot be read, the weights have no head that answers questions, or no list of
+                answers fits.
         """
         weights = open_with_head(path, "heads.answers.bias", "answers questions")
         (count,) = weights.shape("heads.answers.bias")

@@ -54,9 +54,8 @@ class ImageClassifier:
     ) -> Self:
         """Loads a classifier.
 
-        Weights of the tasks retrieval, or imagenet with the head `names`, compare images with the names of the classes.
-        The names are encoded once and need not have occurred in training. For weights with a linear layer, no tokenizer
-        is needed and no experts of texts are read.
+        Weights of the task retrieval, or of imagenet with the head `names`, compare images with the names of the
+        classes. Weights with a linear layer need no tokenizer and no experts of texts.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
@@ -65,8 +64,8 @@ class ImageClassifier:
             options: options of loading (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that classifies, there are no names, a
-                linear layer has another number of classes, or the tokenizer is missing.
+            ConfigError: if a file cannot be read, the weights have no head that classifies, or the tokenizer is
+                missing. Also if there are no names, or a linear layer has another number of classes.
         """
         if isinstance(names, str) or not names:
             raise ConfigError(f"names of classes: {names!r}. Give a list with the name of each class.")

@@ -40,8 +40,8 @@ class Activity:
     def waits_for_ranks(self) -> bool:
         """Returns whether this rank waits for other ranks: a thread is in a collective, or a collective has failed.
 
-        Inspects Python's stacks instead of the GPU, because NCCL's collectives are kernels that keep a waiting GPU
-        busy. Also inspects torch's threads for backward passes on a GPU, which `threading` does not list.
+        It inspects Python's stacks, because NCCL's kernels keep a waiting GPU busy. It includes torch's threads of
+        backward passes, which `threading` does not list.
         """
         if self.lost_contact:
             return True

@@ -34,11 +34,9 @@ ItemT = TypeVar("ItemT", bound=Shareable)
 class BroadcastBatches(Generic[ItemT]):
     """Yields items on all ranks of a copy of the model, although only some ranks read data (`Mesh.is_reader`).
 
-    Tensor-parallel rank 0 of the first and of the last pipeline stage read items with pixels, and compare digests to
-    ensure that both read the same samples. The first stage sends its items without pixels to the stages in between.
-    Tensor-parallel rank 0 of each stage then sends the items to its tensor-parallel peers. Items are sent between host
-    memories, one per call of `next`; all ranks must call `next` equally often. An error in the data on a reading rank
-    is raised on all ranks.
+    Tensor-parallel rank 0 of the first and of the last stage read items, and compare digests of the samples. The first
+    stage sends its items without pixels to the stages in between. Tensor-parallel rank 0 of each stage sends its items
+    to its peers. All ranks must call `next` equally often. An error in the data of one rank is raised on all ranks.
     """
 
     def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:

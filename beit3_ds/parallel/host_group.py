@@ -12,7 +12,7 @@ from torch import Tensor
 from beit3_ds.parallel.host_value import as_bytes, pack, unpack, unpack_tensors
 
 _FIRST_BYTES = 1024
-"""Bytes of the first message that carries a value. A short value fits into this message and needs no second one."""
+"""Bytes of the first message that carries a value; a short value needs no second message."""
 _LENGTH_BYTES = 8
 
 
@@ -20,19 +20,16 @@ _LENGTH_BYTES = 8
 class HostGroup:
     """Exchanges values in host memory between ranks over gloo; a group of one rank sends nothing.
 
-    Process groups for device tensors cannot carry host values, because NCCL rejects CPU tensors. A process has one
-    `HostGroup` over all ranks, `Mesh.host`. The axes of the mesh use its subgroups (`among`), which share its process
-    group. Every other thread that communicates needs its own group (`build_host_group`), because the messages of one
-    group arrive in the order in which they are sent.
+    NCCL's groups reject CPU tensors, so host values need a group of their own. A process has one `HostGroup` over all
+    ranks, `Mesh.host`; the axes of the mesh use its subgroups (`among`). Every other thread that communicates needs its
+    own group (`build_host_group`).
 
-    Each operation is a series of messages between two ranks, along binomial trees. A sum over P ranks needs 2 log2(P)
-    consecutive messages, 18 with 512 ranks, and a rank connects to at most log2(P) other ranks. For comparison, gloo's
-    all-reduce is a ring of 2 P messages, and gloo by default connects all pairs of ranks. Sums are bitwise equal on all
-    ranks.
+    Messages run along binomial trees. A sum over P ranks needs 2 log2(P) consecutive messages, 18 with 512 ranks, and a
+    rank connects to at most log2(P) others. Gloo's own all-reduce is a ring of 2 P messages, and connects all pairs.
+    Sums are bitwise equal on all ranks.
 
-    All ranks of a group must call its methods in the same order. Values are numbers, strings, tensors, and lists,
-    tuples and dicts of these types (`host_value.pack`); nothing is pickled. An operation fails with gloo's RuntimeError
-    after the group's time-out.
+    All ranks of a group must call its methods in the same order. Values are those of `host_value.pack`; nothing is
+    pickled. After the group's time-out an operation fails with gloo's RuntimeError.
     """
 
     group: dist.ProcessGroup | None = None

@@ -19,8 +19,8 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
     """Splits a value into JSON and a list of its CPU tensors, made contiguous.
 
     Args:
-        value: None, a bool, an int, a float, a string, a tensor, or a list, tuple, `torch.Size` or dict (whose keys are
-            strings) of such values. NaN, infinities and strings of invalid Unicode are preserved.
+        value: None, a bool, an int, a float, a string or a tensor. Also a list, tuple, `torch.Size` or dict of such
+            values, with strings as keys. NaN, infinities and strings of invalid Unicode are preserved.
 
     Raises:
         TypeError: for a value of any other type, or a tensor that is not on the CPU.

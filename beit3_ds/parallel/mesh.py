@@ -25,11 +25,11 @@ _LISTED = 8  # a message names at most this many hosts
 class Mesh:
     """Arranges ranks on the axes pipeline x data x tensor, with groups along each axis; a single rank by default.
 
-    Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank, so that
+    Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank. So
     tensor-parallel peers, which communicate most, are neighbours on one node.
 
     Process groups and the methods `sum_*` accept only tensors on this rank's device, because NCCL rejects CPU tensors.
-    Send host values, such as counts and names, through `host`, `data_host`, `tensor.host` or `pipeline.host`.
+    Host values go through `host`, `data_host`, `tensor.host` or `pipeline.host`.
     """
 
     host: HostGroup = field(default_factory=HostGroup)
@@ -184,11 +184,9 @@ class Mesh:
 class ModelParallelUnit:
     """Describes the mesh to DeepSpeed through its `mpu` interface, whose method names come from Megatron-LM.
 
-    DeepSpeed sums gradient norms and overflow flags over the "model parallel" group. It counts parameters marked
-    `tensor_model_parallel` on all ranks of this group, and all other parameters only on model-parallel rank 0.
-    Therefore the model-parallel group contains all ranks of one copy of the model, including all pipeline stages, and
-    the model-parallel rank is the tensor-parallel rank. The model-parallel size is the tensor-parallel size; DeepSpeed
-    reads this size only for its own checkpoints, which this program does not use.
+    DeepSpeed sums gradient norms over the "model parallel" group: parameters marked `tensor_model_parallel` from all
+    ranks, and all others from model-parallel rank 0. So the group has all ranks of one copy of the model, pipeline
+    stages included, and the rank is the tensor-parallel rank. The size is the tensor-parallel size.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -277,11 +275,7 @@ def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
 
 
 def _group_of_one() -> dist.ProcessGroup:
-    """Returns a group of this rank alone, which DeepSpeed needs for sums over one rank.
-
-    It sends nothing and needs no other rank. With real groups every rank would take part in creating as many groups as
-    there are ranks, each of which NCCL splits from all ranks.
-    """
+    """Returns a group of this rank alone; unlike real groups, it is made without the other ranks, and sends nothing."""
     group = dist.new_group([dist.get_rank()], backend="fake", use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group

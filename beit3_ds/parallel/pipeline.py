@@ -16,11 +16,11 @@ stage with a higher number."""
 
 @dataclass(frozen=True)
 class PipelineParallel:
-    """Describes this rank's pipeline stage and its process groups. A pipeline of one stage is valid and sends nothing.
+    """Describes this rank's pipeline stage and its process groups; a pipeline of one stage sends nothing.
 
-    The stages form a ring. Activations go to the next stage and, with interleaved model chunks, from the last stage to
+    The stages form a ring. Activations go to the next stage, and with several model chunks also from the last stage to
     the first. Gradients go in the opposite direction. Each kind and direction of messages has its own process group, so
-    that two neighbours that send to each other at the same time do not block each other.
+    that two neighbours can send to each other at the same time.
     """
 
     ranks: tuple[int, ...] = (0,)

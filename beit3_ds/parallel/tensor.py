@@ -4,8 +4,8 @@ Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3, and for sequence para
 arXiv:2205.05198, section 4.2.
 
 The residual stream is (T, D): packed tokens by hidden size. Between the tensor-parallel layers every rank holds all T
-rows. With sequence parallelism, rank r of P tensor-parallel ranks holds only rows [r * n, (r + 1) * n). The stream is
-padded with zeros at the end to P * n rows.
+rows. With sequence parallelism, rank r of P ranks holds rows [r * n, (r + 1) * n), and zeros pad the stream to P * n
+rows.
 """
 
 # T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.
@@ -104,41 +104,38 @@ class TensorParallel:
     def scatter_rows(self, x: Tensor) -> Tensor:
         """Splits the rows of a replicated tensor over the ranks and returns this rank's rows.
 
-        With sequence parallelism forward sends nothing, and backward all-gathers all rows, padding included. Without
-        sequence parallelism this is the identity.
+        With sequence parallelism backward all-gathers all rows, padding included. Otherwise this is the identity.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
     def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
         """Gathers the rows of all ranks for a computation that every rank repeats on all rows.
 
-        With sequence parallelism forward all-gathers all rows, padding included, and backward sends nothing. Without
-        sequence parallelism this is the identity.
+        With sequence parallelism forward all-gathers all rows, padding included. Otherwise this is the identity.
         """
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 
     def gather_from(self, x: Tensor, num_rows: int) -> Tensor:
         """Gathers all rows of the stream as input of tensor-parallel layers; backward sums the gradients.
 
-        With sequence parallelism forward all-gathers and backward reduce-scatters all rows, padding included. Without
-        sequence parallelism this is `copy_to`.
+        With sequence parallelism forward all-gathers and backward reduce-scatters all rows, padding included. Otherwise
+        this is `copy_to`.
         """
         return _GatherFrom.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
     def reduce_scatter_to(self, x: Tensor) -> Tensor:
         """Sums the partial results of all ranks and returns this rank's rows of the sum.
 
-        With sequence parallelism forward reduce-scatters and backward all-gathers all rows, padding included. Without
-        sequence parallelism this is `reduce_from`.
+        With sequence parallelism forward reduce-scatters and backward all-gathers all rows, padding included. Otherwise
+        this is `reduce_from`.
         """
         return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Returns replicated parameters unchanged; backward sums their gradients over the ranks.
 
-        With sequence parallelism, each rank applies the parameters only to its own rows, and backward all-reduces all
-        gradients in one message. Without sequence parallelism, nothing is sent. Under ZeRO-3, the parameters stay
-        gathered until backward, so use this only for small parameters such as norms and biases.
+        With sequence parallelism backward all-reduces all gradients in one message; otherwise nothing is sent. Under
+        ZeRO-3 the parameters stay gathered until backward, so use this for small ones only.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
@@ -152,9 +149,8 @@ class TensorParallel:
         """Splits the rows of a vocabulary over the ranks and returns this rank's part.
 
         Each of P ranks holds ceil(size / P) rows, rounded up to a multiple of 64 if size is at least 64 P. Rows beyond
-        the vocabulary are padding; the last ranks may hold only padding. All ranks hold equally many rows, so that ZeRO
-        cuts the flat buffers of all ranks at the same places, which keeps replicated parameters bitwise equal. With
-        one rank there is no padding.
+        the vocabulary are padding. All ranks hold equally many rows, so that ZeRO keeps replicated parameters bitwise
+        equal.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
         alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1
@@ -193,8 +189,8 @@ class TensorParallel:
 def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn.Parameter:
     """Builds a parameter for this rank's part of a tensor; sets only the padding and leaves the rest uninitialised.
 
-    The parameter's attribute `parallel_split` is `split`. Its attribute `tensor_model_parallel` tells DeepSpeed that
-    the ranks hold different parts; otherwise the gradient norm would count only one rank's part.
+    The parameter gets the attribute `parallel_split`. Its attribute `tensor_model_parallel` makes DeepSpeed count all
+    ranks' parts in the gradient norm.
 
     Args:
         split: this rank's part.

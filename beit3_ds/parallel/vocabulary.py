@@ -17,17 +17,16 @@ from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 PADDING_BIAS = -1e4
 """Bias of a head's padding rows, whose weights are 0.
 
-The value fits into half precision, but is so far below real logits that exp(difference) is exactly 0. So padding rows
-add nothing to the cross entropy, and their gradients are exactly 0. AdamW never changes this bias, because biases have
-no weight decay."""
+It fits into half precision, and exp(padding logit - real logit) is exactly 0. So padding rows add nothing to the cross
+entropy and have no gradient.
+"""
 
 
 class VocabParallelEmbedding(nn.Module):
     """Looks up embeddings in a table whose rows are split over the tensor-parallel group.
 
-    The parameter `weight` is uninitialised except for its padding, which is 0.
-
-    Forward all-reduces the embeddings of all tokens; backward sends nothing.
+    Forward all-reduces the embeddings of all tokens; backward sends nothing. Only the padding of `weight` is
+    initialised.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tensor: TensorParallel) -> None:
@@ -57,8 +56,7 @@ class RowLosses(NamedTuple):
 class VocabParallelHead(nn.Module):
     """Computes logits or cross entropies over a vocabulary that is split over the tensor-parallel group.
 
-    The logits come from a linear layer with bias. Its parameters are uninitialised, except for the padding rows: their
-    weights are 0 and their bias is `PADDING_BIAS`.
+    Only the padding rows of the linear layer are initialised: their weights are 0, and their bias is `PADDING_BIAS`.
     """
 
     def __init__(
@@ -98,8 +96,8 @@ class VocabParallelHead(nn.Module):
     def forward(self, h_MD: Tensor, target_M: Tensor) -> RowLosses:
         """Returns the loss of each row, and whether its prediction is correct; equal on all ranks.
 
-        Forward all-reduces three floats per row (largest logit; sum of exponentials and target logit), and one more
-        with label smoothing. Backward all-reduces the gradient of the rows.
+        Forward all-reduces three floats per row, or four with label smoothing. Backward all-reduces the gradient of the
+        rows.
 
         Args:
             h_MD: input rows, the same on all ranks.
@@ -121,7 +119,7 @@ class VocabParallelHead(nn.Module):
     def logits(self, h_MD: Tensor) -> Tensor:
         """Returns the logits of each row over the whole vocabulary, (rows, vocabulary), on all ranks.
 
-        Use this only for predictions, because gradients are not reduced over the ranks. Forward all-reduces all logits.
+        Forward all-reduces all logits. Gradients are not reduced, so use this for predictions only.
         """
         local_MV = F.linear(h_MD, self.weight, self.bias)
         if self.tensor.size == 1:

@@ -1,9 +1,8 @@
 """Differentiates terms that compare all samples of a step, such as a contrastive loss, one micro-batch at a time.
 
-Follows GradCache (Gao et al., 2021, arXiv:2101.06983). A first pass computes the features of every micro-batch without
-gradients. The loss of the whole step is differentiated with respect to them. A second pass computes the features of
-each micro-batch again and backpropagates the inner product <features, gradient>. So a step needs the memory of one
-micro-batch plus the features. A packed batch contains all random draws, so both passes compute the same features.
+Follows GradCache (Gao et al., 2021, arXiv:2101.06983). A first pass computes the features of every micro-batch, without
+gradients. The loss of the whole step is differentiated by these features. A second pass backpropagates the product
+<features, gradient> of each micro-batch. So a step needs the memory of one micro-batch plus the features.
 """
 
 # n rows of this rank, N rows of all data-parallel ranks, K terms.
@@ -89,8 +88,7 @@ class CoupledStep:
 def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: Mesh) -> Tensor:
     """Returns each term's sum over the samples of all data-parallel ranks, (terms,); zeros except on the first rank.
 
-    All data-parallel ranks of the last stage must call this function. Each sends the number of rows and the rows of
-    every feature tensor to all others.
+    All data-parallel ranks of the last stage call it, and gather all feature tensors.
 
     Args:
         step_loss: sums of the terms over a whole step.
@@ -104,7 +102,7 @@ def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: 
 def gather_features(micro_batches: Sequence[StepFeatures], mesh: Mesh) -> tuple[StepFeatures, dict[str, slice]]:
     """Gathers detached features of all data-parallel ranks, and returns them with this rank's slice of each tensor.
 
-    Rows are in rank order; ranks may have different numbers of rows. All data-parallel ranks must call this function.
+    Rows are in rank order, and ranks may have different numbers of rows. All data-parallel ranks call it.
     """
     first = micro_batches[0]
     joined = {name: torch.cat([features.rows[name].detach() for features in micro_batches]) for name in first.rows}

@@ -1,6 +1,6 @@
 """Contains the workarounds that rely on internals of DeepSpeed; each has a test that fails without it.
 
-Importing this module checks the version of DeepSpeed. DeepSpeed also needs the following, which other modules ensure:
+Importing this module checks the version of DeepSpeed. Other modules ensure what DeepSpeed needs besides:
 
     gradient accumulation   always 1 in the engine (`RunConfig.engine_config`)
     norms                   `ModelParallelUnit` names the ranks over which DeepSpeed sums them
@@ -55,9 +55,7 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 def zero1_adds_up_in_float32() -> Iterator[None]:
     """Makes an engine built in this context use ZeRO's own optimizer for stage 1 in bf16 with float32 sums.
 
-    DeepSpeed would choose its BF16_Optimizer, which also accumulates in float32. But that optimizer reduces gradients
-    only after the last backward pass, in buckets of 500M elements, so `overlap_comm` and `reduce_bucket_size` would
-    have no effect.
+    DeepSpeed would choose its BF16_Optimizer, which ignores `overlap_comm` and `reduce_bucket_size`.
     """
     chosen = DeepSpeedEngine._do_optimizer_sanity_check
 
@@ -73,10 +71,7 @@ def zero1_adds_up_in_float32() -> Iterator[None]:
 
 
 def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
-    """Keeps the float32 sums of gradients between the micro-batches of a step; the update clears them.
-
-    ZeRO-1 would clear them before the next forward pass, together with its flags of a finished backward pass.
-    """
+    """Keeps the float32 sums of gradients between the micro-batches of a step; ZeRO-1 would clear them too early."""
     clear_marks = optimizer.clear_backward_seen_flag
 
     def clear_marks_alone() -> None:
@@ -89,8 +84,8 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
 def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
     """Clears ZeRO-3's gradient buffer before a step in which this stage runs several model chunks.
 
-    The first backward pass of a step overwrites its part of the buffer; later passes add to it. The first pass covers
-    only one model chunk. So gradients of the other chunks would be added to the gradients of the previous step.
+    The first backward pass of a step overwrites only its own chunk's part of the buffer. The gradients of other chunks
+    would be added to those of the previous step.
 
     Args:
         engine: the engine of this stage.
@@ -103,9 +98,8 @@ def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
 def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
     """Runs one backward pass of a step, in any order of forward and backward passes.
 
-    ZeRO clears its flags of a finished backward pass only when a forward pass begins, but in 1F1B backward passes may
-    follow each other directly. So this function clears the flags. Otherwise gradients would be wrong, or the step would
-    fail with an unknown parameter type.
+    ZeRO clears its flags of a backward pass only when a forward pass begins. In 1F1B backward passes may follow each
+    other, so this function clears the flags.
 
     Args:
         engine: an engine with gradient accumulation 1.
@@ -133,8 +127,7 @@ def clip_gradients(engine: DeepSpeedEngine, norm: float) -> None:
 def begin_update(engine: DeepSpeedEngine) -> None:
     """Marks the gradients of split parameters as `tensor_model_parallel`, like the parameters.
 
-    In bf16 without ZeRO, DeepSpeed's optimizer looks for the mark on the gradients when it computes their norm. Without
-    the mark only the parts of tensor-parallel rank 0 would count.
+    In bf16 without ZeRO, DeepSpeed looks for this mark when it computes the gradient norm.
     """
     for parameter in engine.module.parameters():
         if parameter.grad is not None and is_split(parameter):
@@ -152,11 +145,7 @@ def skip_update(engine: DeepSpeedEngine) -> None:
 
 
 def _judge_gradients_by_norm(optimizer: Any) -> None:
-    """Makes only the gradient norm decide whether an update is skipped; all ranks have the same norm.
-
-    DeepSpeed would also search bf16 gradients for non-finite values, with a second pass over them and a message between
-    ranks. With `bf16.check_grad_overflow` false it would check nothing and update with NaN.
-    """
+    """Makes only the gradient norm decide whether an update is skipped, so that gradients are read once."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.check_grad_overflow = True
         optimizer.check_overflow = lambda partition_gradients=True: None
@@ -167,8 +156,7 @@ def _judge_gradients_by_norm(optimizer: Any) -> None:
 def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> Tensor:
     """Returns the 2-norm of all gradients over all ranks; sends one element.
 
-    DeepSpeed would sum each of its sub-groups over the model-parallel ranks, but stages may have different numbers of
-    sub-groups.
+    DeepSpeed would send one element per sub-group, and stages may have different numbers of sub-groups.
     """
     counted = [
         gradient.float().norm() if isinstance(gradient, Tensor) else torch.tensor(gradient)
@@ -194,10 +182,8 @@ def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[t
 
 
 def _compare_traces_among_data_parallel_ranks(mesh: Mesh) -> None:
-    """Makes ZeRO-3 compare its order of modules only among data-parallel ranks.
-
-    DeepSpeed would compare it over all ranks, which hangs if stages hold different modules.
-    """
+    """Makes ZeRO-3 compare its order of modules only among data-parallel ranks, because stages hold different
+    modules."""
 
     def check(values: Sequence[int]) -> None:
         if mesh.data_parallel_size == 1:

@@ -9,9 +9,8 @@ from torch import Tensor
 class GradientProbe:
     """Sums every gradient when it is computed, before it is accumulated or reduced over ranks.
 
-    A NaN or an infinity in a gradient makes the sum non-finite. So the probe can name the rank and the micro-batch. The
-    norm of the gradients cannot, because it covers all ranks and micro-batches. The sums stay on the device until
-    `find_non_finite`, which is called after a skipped step. The probe reads each gradient once and sends nothing.
+    A NaN in a gradient makes its sum NaN, so the probe can name the rank and the micro-batch. The sums stay on the
+    device until `find_non_finite`. The probe reads each gradient once and sends nothing.
     """
 
     def __init__(self) -> None:

@@ -31,9 +31,8 @@ Prepare = Callable[[PackedBatch], PackedBatch]
 class Schedule:
     """Runs the micro-batches of a step through this stage's layers, in 1F1B order.
 
-    Neighbouring stages exchange the stream of each micro-batch, (rows, hidden size), and its gradient. The number of
-    rows may differ per micro-batch, and every stage knows it in advance. With sequence parallelism each tensor-parallel
-    rank sends its own rows. Sends do not block a stage, and a stage receives its next tensor while it computes.
+    Neighbouring stages exchange the stream of each micro-batch, (rows, hidden size), and its gradient. With sequence
+    parallelism each tensor-parallel rank sends its own rows. A stage computes while it sends and receives.
     """
 
     def __init__(
@@ -69,12 +68,11 @@ class Schedule:
     ) -> Tensor:
         """Runs forward and backward of every micro-batch of one optimizer step; the caller does the update.
 
-        Gradients are reduced over the data-parallel ranks after every micro-batch (ZeRO-2 and 3) or after the last one
-        (ZeRO-0 and 1). Every rank must have the same number of micro-batches, and every stage of a pipeline the same
-        ones.
+        Data-parallel ranks reduce gradients after every micro-batch (ZeRO-2 and 3) or after the last one (ZeRO-0 and
+        1). Every rank must have the same number of micro-batches.
 
         Args:
-            micro_batches: at least one.
+            micro_batches: at least one; the same on all stages of a pipeline.
             loss_factors: factor of the sum of each term, (K,) float32. The factors contain the counts of the whole
                 step, so the gradients of micro-batches add up however the step is cut.
             prepare: function applied to each micro-batch before its first use.
@@ -102,10 +100,9 @@ class Schedule:
     def _couple(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
     ) -> CoupledStep | None:
-        """Runs the first pass of a step whose terms compare all its samples; returns None if there are no such terms.
+        """Runs the first pass of a step with terms that compare all its samples; returns None without such terms.
 
-        One micro-batch needs no first pass. It would also change the order in which ZeRO-3 runs modules at every step,
-        so that ZeRO-3 could never prefetch.
+        A single micro-batch needs no first pass, which would keep ZeRO-3 from prefetching.
         """
         if self.step_loss is None:
             return None
@@ -260,10 +257,7 @@ class _Pending:
 
 
 class _TakeGradient(torch.autograd.Function):
-    """Returns a scalar loss whose backward pass uses the gradient that the next stage has sent.
-
-    DeepSpeed starts backward passes from scalar losses; ZeRO-0 accepts nothing else. The stream itself is not saved.
-    """
+    """Returns a scalar loss whose backward pass uses the gradient that the next stage has sent."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, gradient: list[Tensor]) -> Tensor:

@@ -15,9 +15,8 @@ class Action(NamedTuple):
 def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_chunks: int = 1) -> list[Action]:
     """Returns the order of a stage's passes: one forward, one backward (1F1B), interleaved for several model chunks.
 
-    After a warm-up of forward passes, forward and backward passes alternate. So a stage keeps the activations of the
-    fewest possible micro-batches. A pipeline of one stage has no warm-up. See Narayanan et al., 2021, arXiv:2104.04473,
-    section 2.2.
+    Forward and backward passes alternate after a warm-up of forward passes, so few activations are kept. See Narayanan
+    et al., 2021, arXiv:2104.04473, section 2.2.
 
     Args:
         num_micro_batches: micro-batches of one step; a multiple of `num_stages` if `num_chunks` exceeds 1.

@@ -10,9 +10,8 @@ from beit3_ds.model.flops import Work, layer_flops
 def cut_layers(config: RunConfig, head_flops: float) -> list[range]:
     """Cuts the layers (embeddings, blocks, head) into `parallel.num_chunks` model chunks of nearly equal work.
 
-    Stage s of S holds the chunks s, S + s, 2 S + s, ... (`stage_layers`); a model without a pipeline is one chunk. The
-    costs are those of the expected tokens of a step. So a large vocabulary or a frozen network on the last stage makes
-    the last chunk shorter.
+    Stage s of S holds the chunks s, S + s, 2 S + s, ... (`stage_layers`). Costs are those of the expected tokens of a
+    step.
 
     Args:
         config: the run's configuration.
@@ -45,12 +44,11 @@ def _expected_work(config: RunConfig) -> Work:
 def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
     """Cuts a list of costs into consecutive chunks so that the largest sum of a chunk is as small as possible.
 
-    Each chunk has at least one item. Among equally good cuts it chooses the most even one, with the smallest sum of
-    squared sums.
+    Among equally good cuts it chooses the one with the smallest sum of squared sums.
 
     Args:
         costs: cost of each item, at least 0.
-        num_chunks: number of chunks, from 1 to the number of items.
+        num_chunks: number of chunks, from 1 to the number of items; each gets at least one item.
     """
     assert 1 <= num_chunks <= len(costs), f"cannot cut {len(costs)} layers into {num_chunks} chunks"
     prefix = [0.0]

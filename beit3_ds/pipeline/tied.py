@@ -11,11 +11,10 @@ from beit3_ds.parallel import Mesh, Message
 class TiedWordEmbedding:
     """Keeps the last stage's copy of the word table equal to the first stage's parameter.
 
-    The first stage owns the table: it is trained, partitioned by ZeRO, clipped and saved there. The head of the last
-    stage has a copy that DeepSpeed does not know. The last stage sums the gradient of the copy in float32 over the
-    micro-batches of the step. It sends the sum before the last backward pass of the first stage, which adds it to its
-    own gradient. So every ZeRO stage reduces the sum. Each step and evaluation begins by sending this rank's part of
-    the table. Without a pipeline the head holds the parameter itself, and nothing is sent.
+    The first stage owns the table: it trains and saves it. The head of the last stage has a copy that DeepSpeed does
+    not know, and sums its gradient in float32 over the micro-batches. The last stage sends the sum before the first
+    stage's last backward pass, which adds it to its own gradient. Each step and evaluation begins by sending this
+    rank's part of the table. Without a pipeline nothing is sent.
     """
 
     def __init__(self, model: StageModel, mesh: Mesh) -> None:

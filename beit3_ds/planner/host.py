@@ -177,11 +177,7 @@ def _node_requirements(
 
 
 def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan) -> int:
-    """Returns the modelled bytes of one rank's data workers.
-
-    Each worker holds its libraries and one step. While it packs a micro-batch, it also holds a copy of this
-    micro-batch with both views of its images.
-    """
+    """Returns the modelled bytes of one rank's data workers: each holds libraries, a step and a micro-batch."""
     both = step_bytes(config, data_parallel_size, "both")
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 

@@ -188,10 +188,7 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
 
 
 def _attention_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns the bytes of the tensors that attention keeps between its projections.
-
-    These are queries, keys, values, the output projection's input, and the log-sum-exp of the scores.
-    """
+    """Returns the bytes of queries, keys, values, attention's output and the log-sum-exp of the scores."""
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size
     heads = model.num_attention_heads // rank_model.tensor.size

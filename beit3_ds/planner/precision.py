@@ -14,11 +14,11 @@ BANDWIDTH = 3.35e12
 """Memory bandwidth of modelled times in bytes per second, from the data sheet of an H100 SXM."""
 
 _FORWARD_PASSES = 3
-"""Number of times that a branch reads or writes all rows of the residual stream in its forward pass. Its norm reads the
-stream, and its last operation reads and writes the stream."""
+"""Number of times that a branch's forward pass reads or writes all rows of the residual stream: its norm reads it, and
+its last operation reads and writes it."""
 _BACKWARD_PASSES = 4
-"""Number of times that a branch reads or writes all rows of the stream or of its gradient in its backward pass. Its
-norm reads both and writes the gradient, and its last operation reads the gradient."""
+"""Number of times that a branch's backward pass reads or writes all rows of the stream or of its gradient: its norm
+reads both and writes one, and its last operation reads one."""
 
 
 class PrecisionCost(NamedTuple):

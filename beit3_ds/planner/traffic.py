@@ -24,9 +24,8 @@ class Volume(NamedTuple):
 class Traffic:
     """Counts one rank's communication calls and their bytes, by axis of the mesh and by operation.
 
-    The axes are `data`, `tensor`, `pipeline`, `model` (the ranks of one copy of the model) and `world` (all ranks). The
-    operations are "all-reduce", "all-gather", "reduce-scatter", "send" and "receive". Calls over a single rank send
-    nothing and are left out.
+    Axes are `data`, `tensor`, `pipeline`, `model` (the ranks of one copy of the model) and `world`. Operations are
+    "all-reduce", "all-gather", "reduce-scatter", "send" and "receive". Calls over a single rank are left out.
     """
 
     def __init__(self, rank_model: RankModel) -> None:
@@ -45,8 +44,8 @@ class Traffic:
     def sent_bytes(self, axis: str, kind: str | None = None) -> float:
         """Returns the bytes that this rank sends along one axis, if collectives use rings.
 
-        With P ranks, an all-gather or a reduce-scatter sends (P - 1) / P of the whole tensor, an all-reduce twice as
-        much, and a send the whole tensor.
+        Over P ranks an all-gather or a reduce-scatter sends (P - 1) / P of the tensor, and an all-reduce sends twice as
+        much.
 
         Args:
             axis: axis of the mesh.
@@ -99,10 +98,7 @@ def _add_tensor_traffic(traffic: Traffic, rank_model: RankModel, chunk: range, w
 
 
 def _branch_bytes(rank_model: RankModel, rows: int) -> int:
-    """Returns the bytes of a branch's input or output with `rows` rows.
-
-    With sequence parallelism, the rows are rounded up to a multiple of the tensor-parallel size.
-    """
+    """Returns the bytes of `rows` rows of a branch's input, with the padding of sequence parallelism."""
     rows = padded(rows, rank_model.tensor.size) if rank_model.tensor.divides_rows else rows
     return rows * rank_model.config.model.hidden_size * rank_model.element_size
 
@@ -135,11 +131,8 @@ def _add_block(traffic: Traffic, rank_model: RankModel, chunk: range, layer: int
 def _residual_add(
     traffic: Traffic, rank_model: RankModel, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
-    """Adds the tensor-parallel traffic of one attention or FFN over `rows` rows.
-
-    Its input is sent to the ranks `enters` times, and its output is reduced `leaves` times. The backward pass adds one
-    of each.
-    """
+    """Adds the tensor-parallel traffic of a branch whose input is sent `enters` times and whose output is summed
+    `leaves` times."""
     model, stream = rank_model.config.model, _branch_bytes(rank_model, rows)
     if rank_model.tensor.divides_rows:
         if rows:
@@ -207,10 +200,7 @@ def _reduce(
     element_size: int,
     is_full: Callable[[int, int], bool],
 ) -> None:
-    """Adds the reductions of gradient buckets, which the parameters fill in order.
-
-    `is_full(held, next)` returns whether a bucket of `held` elements is reduced before `next` more elements are added.
-    """
+    """Adds the reductions of gradient buckets; `is_full(held, next)` says whether a bucket is reduced now."""
     ranks = traffic.sizes["data"] if kind == "reduce-scatter" else 1
     calls, held, elements = 0, 0, 0
     for parameter in parameters:

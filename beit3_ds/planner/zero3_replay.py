@@ -26,11 +26,11 @@ def padded(numel: int, ranks: int) -> int:
 class Zero3Replay:
     """Simulates which parameters one rank gathers in each step.
 
-    Replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8). A module's own
-    parameters are gathered before its forward pass and before its backward pass, and are released after each. The
-    coordinator records the order of modules in one forward and backward pass. From then on it also gathers up to
-    `stage3_prefetch_bucket_size` elements ahead, and keeps parameters whose next use is at most
-    `stage3_max_reuse_distance` elements away. If a pass leaves the recorded order, as in a pipeline, it records again.
+    It replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8). A module's
+    own parameters are gathered before its forward and backward passes, and released after each. Once the coordinator
+    knows the order of modules, it gathers up to `stage3_prefetch_bucket_size` elements ahead. It then also keeps
+    parameters whose next use is at most `stage3_max_reuse_distance` elements away. If a pass leaves the order, as in a
+    pipeline, it records again.
     """
 
     def __init__(self, rank_model: RankModel) -> None:
@@ -121,11 +121,7 @@ class Zero3Replay:
         self._release_backward(module)
 
     def _backward_recomputed(self, block: nn.Module) -> None:
-        """Replays the backward pass of a block that is recomputed.
-
-        Recomputation begins when the first tensor that the block did not save is needed, inside its last linear layer.
-        It stops once nothing is missing. So the hooks after the modules that it has entered by then never run.
-        """
+        """Replays the backward pass of a recomputed block, in which the hooks of the last modules do not run."""
         attention, ffn = block.attention, block.ffn
         assert isinstance(attention, nn.Module) and isinstance(ffn, nn.Module)
         self._fetch_backward(ffn)
@@ -300,8 +296,7 @@ class Zero3Replay:
                 self._whole -= self._padded(parameter)
 
     def _kept_for_reuse(self, module: nn.Module) -> set[int]:
-        """Returns the ids of parameters that stay gathered after a module, as DeepSpeed's `__params_to_release`
-        decides. DeepSpeed caches the decision by module and position, across recordings."""
+        """Returns the ids of parameters that stay gathered after a module, as DeepSpeed's cached decision says."""
         key = module, self._step_id
         if key not in self._kept:
             kept = {id(p) for p in self._own(module) if id(p) in self._persistent}

@@ -13,8 +13,8 @@ _MAX_BYTES = 1 << 32
 class RetryingFile:
     """Appends to a file; keeps in memory what cannot be written, and writes it with the next bytes.
 
-    No method that writes raises an `OSError`. The first error is reported, and so is the moment when the file is
-    complete again. The file is opened for every write, so that it may be deleted, moved or mounted again meanwhile.
+    Writing raises no `OSError`; the first error and the recovery are reported. The file is opened for every write, so
+    it may be deleted, moved or mounted again.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None], *, has_lines: bool = True) -> None:

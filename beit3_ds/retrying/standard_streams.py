@@ -33,12 +33,10 @@ class StandardStreams(NamedTuple):
 def keep_standard_streams(*, reports_closed_pipe: bool = False) -> StandardStreams:
     """Replaces `sys.stdout` and `sys.stderr` for the rest of the process, also for loggers that write to them.
 
-    A full disk below a stream is reported once on the other one. The streams stay replaced, because Python flushes both
-    after the program and would end with status 120. A second call replaces nothing.
+    A full disk below one stream is reported once on the other stream. A second call replaces nothing.
 
     Args:
-        reports_closed_pipe: whether a pipe whose reader has ended is reported, too. Commands like `head` end early on
-            purpose, so that is news only for a program that goes on for long.
+        reports_closed_pipe: whether to report a pipe whose reader has ended. Readers like `head` end early on purpose.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         file = getattr(sys, name)

@@ -17,9 +17,8 @@ _NOT_OPEN = -1
 class RetryingStream(io.RawIOBase):
     """Writes bytes in order; keeps what the system refuses, and writes it before the next bytes.
 
-    A full disk, a read-only mount or a terminal that is gone raises no error. The bytes continue exactly where the last
-    successful write ended, so that the file is complete once there is room. A pipe without a reader discards all later
-    bytes, because nobody can read them any more.
+    A full disk, a read-only mount or a closed terminal raises no error. A pipe without a reader discards all later
+    bytes.
 
     Attributes:
         reports_closed_pipe: whether a pipe without a reader is reported like another error; it is not by default.

@@ -26,9 +26,9 @@ def is_loopback(address: str) -> bool:
 def find_meeting_address(launch: Launch) -> str:
     """Returns the address at which rank 0 listens, as this host reaches it.
 
-    Normally this is the address of MASTER_ADDR. On rank 0's host the name may be unusable: it may resolve to an address
-    that the host does not have, or to a loopback address although other hosts have ranks (Debian writes 127.0.1.1 into
-    /etc/hosts). Then the result is the only address of that host that others can reach.
+    Normally this is the address of MASTER_ADDR. On rank 0's host the name may resolve to a loopback address (Debian
+    writes 127.0.1.1 into /etc/hosts), or to one that the host does not have. Then the result is the host's only other
+    address.
 
     Raises:
         OSError: if the name cannot be resolved.

@@ -34,9 +34,8 @@ class StoppedBySignal(KeyboardInterrupt):
 def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
     """Raises `StoppedBySignal` in the block when a stop signal arrives; does nothing outside the main thread.
 
-    Python raises the exception after the current call into a library. A library may turn it into an error of its own,
-    for which `StoppedBySignal` is raised here, or may suppress it. The process ends after `STOP_SECONDS` in any case.
-    Signals after the first one have no effect.
+    Python raises the exception after the current call into a library. The process ends after `STOP_SECONDS` in any
+    case. Signals after the first one have no effect.
 
     Args:
         end: ends this process, even if its main thread is blocked in a call.

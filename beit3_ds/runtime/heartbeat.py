@@ -37,8 +37,8 @@ class Heartbeat(NamedTuple):
 def find_sleep(seconds: float, interval: float) -> float:
     """Returns the seconds by which a wait of `interval` seconds was late; 0 if it took at most twice as long.
 
-    During these seconds this process was stopped or had no CPU core. Other ranks may have been stopped too, for example
-    because a cluster suspended the job, so these seconds do not count as their silence.
+    During these seconds this process was stopped, and other ranks may have been too. So the seconds do not count as
+    their silence.
 
     Args:
         seconds: measured duration of the wait.
@@ -64,11 +64,10 @@ class RankStatus:
 
 
 class RankStatuses:
-    """Tracks the status of all watched ranks: which are lost, and which are behind.
+    """Tracks which of the watched ranks are lost, and which are behind.
 
-    A rank is *lost* if its heartbeats stop: its process was stopped or killed, or its host or the link is down. A rank
-    with heartbeats is *behind* if its main thread neither makes progress nor waits for others, while others wait. All
-    times are taken by this process when it notices a change, so clocks of different hosts are never compared.
+    A rank is *lost* if its heartbeats stop. A rank is *behind* if its main thread makes no progress while others wait
+    for it. All times are from this process's clock.
     """
 
     def __init__(self, beats: Sequence[Heartbeat], interval: float) -> None:

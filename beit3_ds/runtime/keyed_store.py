@@ -1,6 +1,6 @@
 """Signs the values that ranks exchange through torch's store, which accepts requests from anyone.
 
-`cluster.check` sends the source of this file to nodes that may lack it. So it imports nothing else of the project.
+The cluster check sends this file to nodes that may lack the project, so it imports nothing else of the project.
 """
 
 import hmac
@@ -19,10 +19,8 @@ class ForgedValueError(RuntimeError):
 class KeyedStore(dist.Store):
     """Writes each value with a digest under a secret key, and verifies the digest before it returns a value.
 
-    The digest covers the value and its name, so a value is not valid under another name. Torch's process groups also
-    use this store, so the addresses at which gloo's ranks connect to each other are signed too. The existence of keys,
-    deletions and counters are not protected; torch uses counters (`add`) only to make ranks wait. An attacker may
-    replay a value of this run under its own name.
+    The digest covers the value and its name. Torch's process groups use this store too, so gloo's addresses are signed.
+    Deletions and counters are not protected, and an attacker may replay an older value under its own name.
     """
 
     def __init__(self, store: dist.Store, key: bytes) -> None:

@@ -52,12 +52,10 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Reads this rank's launch from the variables of torch (`deepspeed`, `torchrun`), MPI or Slurm.
+    """Reads this rank's launch from the variables of torch (`deepspeed`, `torchrun`), MPI or Slurm, in this order.
 
-    Torch's variables have priority, because they are set on purpose. MPI's variables precede Slurm's, because mpirun
-    starts its daemons with srun. PMI's variables count only together with Hydra's, because srun sets them too. Slurm's
-    variables count only inside a step of srun, because a batch script or a shell is not a rank. MASTER_ADDR and
-    MASTER_PORT override the address and port of every source.
+    MPI precedes Slurm, because mpirun starts its daemons with srun. PMI's variables count only with Hydra's, and
+    Slurm's only inside a step of srun. MASTER_ADDR and MASTER_PORT override every source.
 
     Raises:
         ConfigError: if variables are missing, are not numbers, or contradict each other.
@@ -79,9 +77,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 def discover_through_mpi(launch: Launch) -> Launch:
     """Finds the address of rank 0 through MPI, and returns the launch with this address.
 
-    The address is the first that `hostname -I` prints on rank 0's host.
-
-    Communicates through MPI: a broadcast and a gather of host names.
+    The address is the first that `hostname -I` prints there. MPI broadcasts it and gathers all host names.
 
     Raises:
         ConfigError: if mpi4py is missing.

@@ -26,11 +26,8 @@ from beit3_ds.runtime.watchdog import STORE_SECONDS, Watchdog
 def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) -> Mesh:
     """Joins the process group that the launcher describes in the environment, or creates one of a single process.
 
-    Several ranks prove to each other that they share a secret: the file that BEIT3_SECRET_FILE names, or one in
-    `output_dir` (`read_secret`). A single process opens no port.
-
-    Sets torch's variables (RANK, MASTER_ADDR and so on) in the environment under every launcher. Divides the CPU cores
-    of a host among its ranks, unless OMP_NUM_THREADS is set.
+    Several ranks prove to each other that they share a secret (`read_secret`); a single process opens no port. The call
+    sets torch's variables (RANK, MASTER_ADDR and so on), and OMP_NUM_THREADS if it is not set.
 
     Raises:
         ConfigError: if the environment is contradictory, or if ranks cannot reach each other or do not connect in time.
@@ -41,11 +38,7 @@ def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) 
 def _join_launched(
     parallel: ParallelConfig, output_dir: str | None, contended_at: Callable[[], float]
 ) -> tuple[Mesh, Callable[[float], dist.Store]]:
-    """Joins the process group as `init_process_group` does, and returns the mesh and a function.
-
-    The function opens another connection to the store where ranks meet; it takes the longest time of a request in
-    seconds.
-    """
+    """Joins the process group, and returns the mesh and a function that opens another connection to the store."""
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -81,9 +74,8 @@ def joined_ranks(
 ) -> Iterator[Mesh]:
     """Joins the process group during the `with` block, and ends the program on all ranks if it fails on one of them.
 
-    An error of the program is raised again after it is reported to the other ranks, which print a line that names this
-    rank and end. If a collective failed because of another rank, this rank prints a line that names the other rank and
-    ends. All ranks also end if a rank is lost or stalled. A stop signal of one rank is passed on to all (`Watchdog`).
+    Every rank prints one line that names the failed rank. All ranks also end if a rank is lost or stalled, and a stop
+    signal of one rank reaches all (`Watchdog`).
 
     Args:
         parallel: layout and time limits.

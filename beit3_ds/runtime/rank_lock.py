@@ -16,8 +16,8 @@ from beit3_ds.writer_lock import WaitStoppedError, WriterLock
 def locked_by_rank_0(path: Path, target: str, way_out: str, signals: StopSignals) -> Iterator[Callable[[], float]]:
     """Holds a `WriterLock` on rank 0 during the block; the launcher ends the other ranks if rank 0 does not get it.
 
-    Yields a function that returns, on rank 0, the monotonic time at which another process last asked for the lock; -inf
-    if none did.
+    Yields a function: on rank 0 it returns the monotonic time at which another process last asked for the lock, or
+    -inf.
 
     Args:
         path: the lock's file.

@@ -46,8 +46,8 @@ _WAYS_OUT = (
 class Rendezvous:
     """Connects a starting rank with all others, and prints which ranks are missing.
 
-    Ranks meet in the store of rank 0, where each writes its address and the versions of its software. A thread prints
-    what this rank waits for, and ends the process if a call into torch blocks for too long.
+    Ranks meet in rank 0's store, where each writes its address and versions. A thread prints what this rank waits for,
+    and ends the process if a call into torch blocks for too long.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Rendezvous:
         """Waits until all ranks have connected, and chooses gloo's network interface; sends a few bytes per rank.
 
         Raises:
-            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS` or cannot listen, if a rank does not
-                connect within the given seconds, or if a rank runs other versions or other code than rank 0.
+            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS` or cannot listen. Also if a rank does
+                not connect within the given seconds, or runs other versions or other code than rank 0.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._address = self._find_address()
@@ -178,10 +178,7 @@ class Rendezvous:
         return KeyedStore(dist.PrefixStore("watchdog", self._connect(seconds)), self._key)
 
     def _serve(self) -> dist.Store:
-        """Opens rank 0's store; it listens only at rank 0's address, while torch by default listens at all addresses.
-
-        Torch owns the listening socket and closes it with the store.
-        """
+        """Opens rank 0's store, which listens only at rank 0's address; torch by default listens at all addresses."""
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -218,14 +215,10 @@ class Rendezvous:
         return hmac.digest(self._secret, " ".join(words).encode(), "sha256")
 
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs on rank 0: waits for all ranks, then sends them an answer and returns it.
+        """Waits on rank 0 for all ranks, then sends them all descriptions, or an error, and returns that answer.
 
-        The answer holds the addresses, numbers of threads and nonces of all ranks. If a rank is missing or has other
-        software, the answer is an error.
-
-        If another command asked for the output folder meanwhile, some of the ranks found may belong to that command,
-        which is being refused. This rank then gives the launcher of that command `_CONTENDER_SECONDS` to end its ranks,
-        and finds its own ranks anew.
+        If another command asked for the output folder, some of these ranks may be its own. Rank 0 then waits until that
+        command has ended them, and searches anew.
         """
         while True:
             began = time.monotonic()
@@ -246,10 +239,8 @@ class Rendezvous:
     def _find_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> tuple[str, KeyedStore, list[dict[str, Any]]]:
         """Waits for all ranks; returns a new challenge, a store signed with the challenge, and each rank's description.
 
-        A description holds the address, host, software, cores and parent process of a rank. Ranks sign it with the
-        secret and with the challenge, a random text that rank 0 draws, so that a description from an earlier run is not
-        valid. A description with a wrong digest counts as missing, and the challenge is written repeatedly. So a
-        stranger who overwrites either of them has no effect.
+        Ranks sign their descriptions with the secret and the challenge, a random text of rank 0. So descriptions of an
+        earlier run are not valid.
         """
         challenge, size = secrets.token_hex(16), self._launch.world_size
         invitation = KeyedStore(base, self._secret)
@@ -277,10 +268,7 @@ class Rendezvous:
         return challenge, store, [found[rank] for rank in range(size)]
 
     def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
-        """Returns whether a rank on rank 0's host has another parent than rank 0, as ranks of another command do.
-
-        After `_LAUNCHER_SECONDS` this is false for all ranks, because people may start each rank by hand.
-        """
+        """Returns whether a rank on this host has another parent than rank 0; false after `_LAUNCHER_SECONDS`."""
         is_late = time.monotonic() - self._start >= min(_LAUNCHER_SECONDS, self._seconds / 2)
         return description["host"] == self._host and description["parent"] != self._parent and not is_late
 

@@ -19,7 +19,7 @@ _IDLE_SHARE = 0.01
 class StartupWatchdog:
     """Runs a thread that ends the process if the main thread makes no progress while it opens files.
 
-    Without it, a file system that hangs would block the main thread for ever. Later waits have their own time limits.
+    Otherwise a file system that hangs would block the main thread forever.
     """
 
     def __init__(self, rank: int, seconds: float, end: Callable[[int], None] = os._exit) -> None:

@@ -23,11 +23,9 @@ _POLL_SECONDS = 0.25
 class StopDeadline:
     """Runs a thread that ends this process if it does not end by itself after a stop signal.
 
-    There are two limits. Before the first step and after the last one nothing can be lost, so the process has
-    `STOP_SECONDS`. During training a rank finishes its step and saves, however long that takes; but if it only waits
-    for other ranks, a wait may last `STOP_SECONDS`, or twice as long as the longest forward pass, backward pass, update
-    or batch of an evaluation so far. A rank that is stopped or stalled thus keeps no other rank from ending. A second
-    SIGINT ends the process at once.
+    Before the first step and after the last one the process has `STOP_SECONDS`. In between, a rank may finish its step
+    and its save. A wait for other ranks may last `STOP_SECONDS`, or twice the longest phase so far. A second SIGINT
+    ends the process at once.
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:

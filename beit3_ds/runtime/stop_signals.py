@@ -41,9 +41,8 @@ def describe_signal(number: int) -> str:
 class StopSignals:
     """Records the stop signals that this process has received.
 
-    Python runs signal handlers in the main thread between two instructions, so a handler waits while the main thread is
-    in a call such as gloo's. A thread therefore reads the signals from a pipe, into which the interpreter writes them
-    at once.
+    A thread reads the signals from a pipe, because Python's handlers wait while the main thread is in a call such as
+    gloo's.
     """
 
     def __init__(self) -> None:
@@ -65,9 +64,8 @@ class StopSignals:
     def handling(self) -> Iterator["StopSignals"]:
         """Records stop signals during the block, so that they do not end the process; only the main thread may enter.
 
-        Also unblocks the signals, because a launcher may start ranks with the signals blocked. A second SIGINT raises
-        KeyboardInterrupt, as Python does by default. If the ranks have agreed to stop, the signals are ignored after
-        the block: a late signal must not kill a rank whose work is done, because the launcher would report a failure.
+        The block also unblocks the signals. A second SIGINT raises KeyboardInterrupt. If the ranks have agreed to stop,
+        the signals are ignored after the block, because a late signal would look like a failure to the launcher.
         """
         numbers = handled_signals()
         with reading_signals(self._note):

@@ -1,7 +1,6 @@
 """Reads the versions of this machine's software and computes digests of the project's code.
 
-`cluster.check` sends the source of this file to nodes that may have another version of it or none. So it imports only
-the standard library and uses no syntax newer than Python 3.8.
+The cluster check sends this file to nodes with other versions, so it needs only the standard library and Python 3.8.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def compute_code_digests() -> dict[str, str] | None:
 def describe_versions() -> dict[str, str]:
     """Returns the versions of Python and of `PACKAGES`, and one digest of the project's code, as key "code".
 
-    Python's version is major.minor, because bytecode and wheels depend only on these numbers. No package is imported,
-    but all of the project's code is read.
+    Python's version is major.minor. No package is imported, but all of the project's code is read.
     """
     versions = {name: str(version) for name, version in find_package_versions().items()}
     code = hashlib.sha256(repr(sorted((compute_code_digests() or {}).items())).encode()).hexdigest()[:12]

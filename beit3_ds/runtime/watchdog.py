@@ -33,27 +33,21 @@ _STORE_ERRORS = (RuntimeError, dist.DistError)
 class Watchdog:
     """Watches all ranks with two threads per rank: one exchanges heartbeats, the other checks that the store answers.
 
-    Every rank writes the phase of its main thread as a `Heartbeat` to the store, under its own key. Rank 0 reads all
-    heartbeats and runs the `FailureDetector`. The others read its result and the heartbeat of rank 0, so that they
-    notice if rank 0 is lost. There are four kinds of failures, each named with rank, coordinates and host:
+    Every rank writes the phase of its main thread as a `Heartbeat` to the store. Rank 0 reads all heartbeats and runs
+    the `FailureDetector`; the others read its result. There are four kinds of failures:
 
     * a rank failed: it reported its error in the store before it ended;
     * a rank does not answer: it sent no heartbeat for `heartbeat_timeout_seconds`, or for five seconds after a
       collective failed;
-    * a rank stalled: it sends heartbeats, but for `timeout_seconds` its main thread neither made progress nor waited,
-      while others waited. All ranks then write the stacks of their threads to stderr. Before that the rank is *slow*,
-      which is only reported;
-    * the store does not answer: rank 0, its host or the link to it is down. The second thread detects that, because the
-      first thread may block for ever.
+    * a rank stalled: for `timeout_seconds` its main thread neither made progress nor waited, while others waited;
+    * the store does not answer: rank 0, its host or the link to it is down.
 
-    Then every rank prints one line and ends with status 1.
+    Then every rank prints one line with rank, coordinates and host, and ends with status 1. The first thread also
+    passes stop signals on: about two seconds later all ranks know a signal that one has received.
 
-    The first thread also passes stop signals on: a signal that one rank receives is recorded on all ranks about two
-    seconds later, so that no rank keeps waiting for data.
-
-    Messages: each rank asks the store once per second for four short values, and writes one of about 80 bytes every
-    sixth of `heartbeat_timeout_seconds`; rank 0 also reads all heartbeats once per second, in one request. With 512
-    ranks and 60 s that is 565 requests and less than 200 kB per second; a store answers 24,000 per second on one core.
+    Messages: each rank asks the store once per second for four short values, and writes about 80 bytes every sixth of
+    `heartbeat_timeout_seconds`. With 512 ranks and 60 s that is 565 requests and less than 200 kB per second. A store
+    answers 24,000 requests per second on one core.
     """
 
     def __init__(

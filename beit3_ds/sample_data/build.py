@@ -1,7 +1,6 @@
 """Rebuilds the sample data from public packages: `python -m beit3_ds.sample_data.build --help`.
 
-The same packages and the same Pillow give the same bytes. WebP encoders differ between releases of libwebp, so another
-Pillow may give other bytes for the same pictures.
+The same packages and the same Pillow give the same bytes; encoders of WebP differ between releases.
 """
 
 import argparse
@@ -151,11 +150,7 @@ def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
 
 
 def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into training and validation.
-
-    Validation gets groups of at most four samples, up to the given fraction of each category. Larger groups stay in
-    training, so that one series cannot dominate the validation.
-    """
+    """Splits samples into training and validation, which gets groups of at most four samples from every category."""
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):
         sizes[sample.candidate.category] = sizes.get(sample.candidate.category, 0) + 1

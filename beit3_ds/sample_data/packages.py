@@ -101,10 +101,7 @@ def _emoji_series(name: str) -> str:
 
 
 def _caption(name: str, keywords: list[str]) -> str:
-    """Returns the name and up to six of its keywords, e.g. `roller coaster: amusement, park, theme`.
-
-    The name seeds the choice of keywords, so captions vary in length, and a rebuild gives the same captions.
-    """
+    """Returns the name and up to six of its keywords, e.g. `roller coaster: amusement, park, theme`."""
     draw = random.Random(f"caption {name}")
     said = set(re.findall(r"\w+", name.lower()))
     fit = [

@@ -1,8 +1,7 @@
 """Draws scenes of coloured shapes, with true captions, questions with answers, and statements with labels.
 
-A scene has up to three objects in the quarters of a square image. No two objects share a colour or a shape, so each of
-"the red one" and "the circle" names exactly one object. All random draws come from the generator that the caller
-passes.
+A scene has up to three objects in the quarters of a square image. No two objects share a colour or a shape, so "the red
+one" names one object. All draws come from the caller's generator.
 """
 
 import random

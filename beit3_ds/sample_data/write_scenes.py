@@ -107,10 +107,7 @@ def _karpathy_entry(number: int, split: str, place: int, scene: Scene) -> dict[s
 
 
 def _write_statements(folder: Path, split: str, count: int, rng: random.Random, size: int) -> Iterable[dict[str, Any]]:
-    """Writes two pairs of images per sentence, and yields one line of the statements file per pair.
-
-    The sentence is true of one pair and false of the other, so the text alone does not reveal the label.
-    """
+    """Writes two pairs of images per sentence, true and false, and yields one line of the statements file per pair."""
     for group in range(count):
         statement = draw_statement(rng)
         labels = [True, False]

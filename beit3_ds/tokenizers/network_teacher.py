@@ -33,8 +33,8 @@ class _Network:
 class NetworkTeacher:
     """Computes a frozen network's features for each image patch that the visual tokenizer encodes.
 
-    Images are resized so that the network has as many patches as the tokenizer; features are never resampled. For
-    example, a network with patches of 16 px gets images of 224 px for a tokenizer with a 14x14 grid.
+    Images are resized so that the network has as many patches as the tokenizer: for a 14 x 14 grid, a network with
+    patches of 16 px gets images of 224 px.
 
     Attributes:
         width: number of features per patch.
@@ -75,13 +75,12 @@ class NetworkTeacher:
 def load_network_teacher(config: TeacherConfig, grid_size: int, device: torch.device | str = "cpu") -> NetworkTeacher:
     """Loads the network that `config.teacher` names, for images of grid_size x grid_size patches.
 
-    * `timm:NAME`: features are the feature map `teacher_stage`. For a transformer, this is the patch tokens after block
-      `teacher_stage`; for a convolutional network, the output of that stage. `teacher_weights` may be a local file
-      (.safetensors, or .pth with plain tensors).
+    * `timm:NAME`: features are the patch tokens after block `teacher_stage` of a transformer, or the output of that
+      stage of a convolutional network.
     * `open_clip:NAME/TAG`: features are the image encoder's patch tokens, projected into the space of image and text
-      embeddings, as BEiT v2 does with CLIP. `teacher_weights` may be a local file that replaces TAG.
-    * `transformers:NAME`: features are the patch tokens of the last layer; for CLIP they are projected into the space
-      of image and text embeddings. NAME may be a local folder.
+      embeddings, as BEiT v2 does with CLIP. A local file in `teacher_weights` replaces TAG.
+    * `transformers:NAME`: features are the patch tokens of the last layer; those of CLIP are projected. NAME may be a
+      local folder.
 
     Raises:
         ConfigError: if the library is not installed, the network or its weights cannot be loaded, or the network has no

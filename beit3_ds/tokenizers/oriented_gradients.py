@@ -19,15 +19,14 @@ _FAINT = 0.1  # norm below which gradients are noise of the image's compression 
 class OrientedGradients:
     """Describes each patch by the gradients and colours of the patch and of its neighbourhood.
 
-    This teacher is a hand-made descriptor instead of a pretrained network such as BEiT v2's CLIP or DINO, so it needs
-    no download. It captures strokes, textures, colours and the position of a patch within a figure, but no objects. Use
-    a pretrained teacher for codes of high quality.
+    This teacher needs no download. It captures strokes, textures, colours and positions, but no objects; use a
+    pretrained network such as CLIP or DINO for codes of high quality.
 
     Gradients are described by histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients
-    for Human Detection"). MaskFeat (Wei et al., 2022, arXiv:2112.09133) found HOG as good a target of masked prediction
-    as a pretrained network's features. HOG cannot distinguish two flat colours, so mean colours are added. Histograms
-    and colours are computed at two scales: for the patch (one histogram, 2 x 2 colours), and for the 3 x 3 patches with
-    the patch in their centre. Every histogram is normalised, so that faint strokes count nearly as much as bold ones.
+    for Human Detection"), which MaskFeat (Wei et al., 2022, arXiv:2112.09133) found as good a target as a network's
+    features. Mean colours distinguish flat patches. Both are computed for the patch (one histogram, 2 x 2 colours) and
+    for the 3 x 3 patches around it. Every histogram is normalised, so that faint strokes count nearly as much as bold
+    ones.
 
     Args:
         patch_size: pixels on a side of a patch; even.
@@ -71,11 +70,7 @@ class OrientedGradients:
 
 
 def _orientation_votes(pixels: Tensor) -> Tensor:
-    """Divides each pixel's gradient magnitude between the two nearest of 9 orientations: (images, 9, size, size).
-
-    Gradients are central differences, taken from the colour channel with the strongest gradient. The sign of the
-    direction is dropped, so a contour and its negative give equal votes.
-    """
+    """Divides each pixel's gradient magnitude between the two nearest of 9 orientations: (images, 9, size, size)."""
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     horizontal = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
     vertical = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2

@@ -31,10 +31,9 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Replaces each vector by the nearest of `codebook_size` codes, which are vectors of length 1.
 
-    The codebook is a buffer, so the optimizer does not change it. `start` initialises the codebook with k-means. In
-    training mode, each call adds the input vectors to `totals`. Once per optimizer step, `move_codes` moves every code
-    towards the mean of the vectors for which it was the nearest code. The result does not depend on how the step's
-    batch is divided into calls and ranks. Codebook and totals stay in float32 if the module is cast.
+    `start` initialises the codebook, a buffer, with k-means. In training, each call adds its vectors to `totals`. Once
+    per step, `move_codes` moves every code towards the mean of its vectors, however the step is divided into calls and
+    ranks. Codebook and totals stay in float32 if the module is cast.
 
     Args:
         codebook_size: number of codes.
@@ -126,10 +125,7 @@ def _totals(vectors_MC: Tensor, codes_M: Tensor, num_codes: int) -> Tensor:
 
 
 def _mean_directions(totals: Tensor, fallback_VC: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each code's normalised mean vector, (codes, width), and number of vectors, (codes,).
-
-    The mean of a code without vectors is its row of `fallback_VC`.
-    """
+    """Returns each code's normalised mean vector, (codes, width), and number of vectors, (codes,)."""
     sums_VC, counts_V = totals[:, :-1], totals[:, -1]
     return torch.where(counts_V[:, None] > 0, F.normalize(sums_VC, dim=-1), fallback_VC), counts_V
 
@@ -137,8 +133,7 @@ def _mean_directions(totals: Tensor, fallback_VC: Tensor) -> tuple[Tensor, Tenso
 def _draw_centers(vectors_MC: Tensor, num_centers: int) -> Tensor:
     """Draws the initial centres of k-means from the vectors by k-means++ (Arthur and Vassilvitskii, 2007).
 
-    The probability that a vector becomes the next centre is proportional to its distance from the nearest centre so
-    far. Uniform draws would choose mostly patches of white background, whose vectors are all equal.
+    Uniform draws would choose mostly patches of white background, whose vectors are all equal.
     """
     generator = torch.Generator().manual_seed(0)  # every rank draws the same centres from the same vectors
     picks = torch.rand(num_centers, generator=generator, dtype=torch.float64).to(vectors_MC.device)

@@ -1,7 +1,6 @@
 """Records the training settings (recipe) of a tokenizer, so that no tokenizer is overwritten by accident.
 
-Checkpoints of a run depend on the run's tokenizer. Retraining the tokenizer may change its ids, even with equal
-settings.
+Checkpoints depend on the tokenizer, and a retrained tokenizer may have other ids even with equal settings.
 """
 
 import dataclasses
@@ -167,10 +166,7 @@ def _read_recipe(path: str | Path) -> Recipe | None:
 
 
 def _merge_sources(images: list[Any], pairs: list[Any]) -> list[Any]:
-    """Joins the image sources and pair sources of a version 0.1 recipe, without weights and without duplicates.
-
-    Version 0.1 trained on each distinct source once and ignored the weights.
-    """
+    """Joins the image and pair sources of a version 0.1 recipe without weights and duplicates, which 0.1 ignored."""
     merged: list[Any] = []
     for source in (*images, *pairs):
         unweighted = {key: value for key, value in source.items() if key != "weight"}

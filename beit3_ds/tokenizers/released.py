@@ -1,7 +1,6 @@
 """Imports BEiT v2's released visual tokenizers, such as `vqkd_encoder_base_decoder_3x768x12_clip`.
 
-The conversion follows the published description of the released networks. It was tested only with tensors of equal
-names and shapes, and never with the released files.
+It follows the published description of the networks, and was never tested with the released files.
 """
 
 import re
@@ -53,9 +52,8 @@ def convert_released_state(
 ) -> tuple[VisualTokenizerConfig, dict[str, Tensor]]:
     """Renames the tensors of a released state dict, and derives the architecture from the tensors' shapes.
 
-    The released networks differ from this project's network in three points. Queries and values have separate biases,
-    and keys have no bias. The last norm is named `fc_norm` and is applied after the patch tokens are selected. The
-    codebook has moving averages of another update rule, which are dropped.
+    In the released networks, queries and values have separate biases, keys have none, and the last norm is named
+    `fc_norm`. The codebook's moving averages belong to another update rule and are dropped.
 
     Returns:
         The tokenizer's config and state dict.

@@ -1,7 +1,6 @@
 """Trains and reads the text tokenizer: a SentencePiece model with the id numbering of the released BEiT-3.
 
-This module calls SentencePiece directly. In transformers >= 5, XLMRobertaTokenizer reads a SentencePiece file without
-an error, but then encodes every piece as <unk>.
+In transformers >= 5, XLMRobertaTokenizer reads such a file but encodes every piece as <unk>, so it is not used.
 """
 
 import hashlib
@@ -40,7 +39,7 @@ class WordBorders(NamedTuple):
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Returns for each id of a consecutive sequence whether the id starts a word, (ids,).
 
-        An id also starts a word if the previous id ends a word. The first id has no previous id.
+        An id after the end of a word starts a word too.
         """
         begins = self.starts[ids]
         begins[1:] |= self.ends[ids[:-1]]
@@ -51,8 +50,8 @@ class TextTokenizer:
     """Converts texts to ids and back, with the ids of the released BEiT-3.
 
     The ids are: `<s>` 0 (BOS, also the text's CLS token), `<pad>` 1, `</s>` 2 (EOS) and `<unk>` 3. All other pieces
-    have their SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. Instances can be
-    pickled; a pickled copy does not need the file.
+    have their SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. A pickled copy does
+    not need the file.
 
     Attributes:
         bos_id: id of `<s>`.
@@ -73,8 +72,8 @@ class TextTokenizer:
         """Reads a SentencePiece model from a file.
 
         Raises:
-            ConfigError: if the file is missing or not a SentencePiece model, or if the model's ids of `<unk>`, `<s>`
-                and `</s>` are not 0, 1 and 2.
+            ConfigError: if the file is missing or not a SentencePiece model, or its ids of `<unk>`, `<s>` and `</s>`
+                are not 0, 1 and 2.
         """
         self._sentencepiece = _load_sentencepiece(Path(path))
         self.mask_id: int = self._sentencepiece.vocab_size() + 1
@@ -120,8 +119,8 @@ class TextTokenizer:
     def word_borders(self) -> WordBorders:
         """Determines which ids start or end a word.
 
-        Pieces of most models have white space before a word (`\u2581dog`). Pieces of models that were trained with
-        `treat_whitespace_as_suffix` have white space after a word (`dog\u2581`).
+        Most models have white space before a word (`▁dog`), and those trained with `treat_whitespace_as_suffix` after
+        it (`dog▁`).
         """
         pieces = [self.piece(id_) for id_ in range(self.vocab_size)]
         starts = np.array([piece.startswith(_SPACE) for piece in pieces])

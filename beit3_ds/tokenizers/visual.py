@@ -30,8 +30,8 @@ _METADATA_KEY = "beit3_ds.visual_tokenizer"
 class VisualTokenizer(nn.Module):
     """Encodes each patch of an image as one of `codebook_size` codes.
 
-    The network consists of a ViT encoder, a codebook, and a ViT decoder. The decoder reconstructs a teacher's features
-    from the codes, and is only used to train the tokenizer. Pretraining of BEiT-3 uses only `encode`.
+    It consists of a ViT encoder, a codebook, and a ViT decoder. The decoder reconstructs a teacher's features from the
+    codes, and is used only to train the tokenizer.
 
     Args:
         config: architecture of the tokenizer.
@@ -100,8 +100,7 @@ class VisualTokenizer(nn.Module):
 def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
     """Writes a tokenizer to a safetensors file, with the config and the teacher's description as JSON metadata.
 
-    The write is atomic: after a crash, the path has either the old file or the complete new file. File permissions
-    follow the umask.
+    After a crash the path has either the old file or the complete new file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """Defines the plain Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of the visual tokenizer.
 
-The tokenizer's encoder and decoder are both instances of this network. Parameters are named as in timm and in the
-released VQ-KD files.
+Encoder and decoder are both instances of it. Parameters are named as in timm and in the released VQ-KD files.
 """
 
 # B images, S pixels on a side, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head
@@ -149,8 +148,7 @@ class VisionTransformer(nn.Module):
 def initialize_linear_layers(module: nn.Module) -> None:
     """Initialises all linear layers and convolutions in `module` with Xavier's uniform values and zero biases.
 
-    BEiT uses a fixed standard deviation of 0.02, which suits a width of 768. In a small tokenizer that value would make
-    the initial outputs of all branches almost zero.
+    BEiT's fixed standard deviation of 0.02 suits a width of 768, and would be too small for a small tokenizer.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv2d):

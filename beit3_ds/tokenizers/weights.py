@@ -11,8 +11,7 @@ from beit3_ds.untrusted_file import read_tensors
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a file of tensors into a model, matching tensors by name or by order.
 
-    Tensors are matched by order if no name agrees and all shapes agree in order, because ports of a network often
-    differ only in the names of layers.
+    Order counts if no name agrees and all shapes agree in order, as in ports of a network.
 
     Args:
         model: the network, for example timm's `tf_efficientnet_lite0`.

@@ -291,7 +291,7 @@ def _write_shards(folder: Path, planned: Sequence[PlannedTensor], max_bytes: int
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:
-    """Renames the finished file or folder to `out`. An old folder at `out` is first renamed, then deleted."""
+    """Renames the finished file or folder to `out`, and deletes an old folder that was there."""
     old = temporary.with_name(f"{temporary.name}.old")
     if out.is_dir() or (out.exists() and temporary.is_dir()):
         rename(out, old)

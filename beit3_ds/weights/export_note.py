@@ -1,8 +1,6 @@
 """Defines the note that this program adds to files it exports in other projects' formats.
 
-The note holds the model's configuration. These formats store none, and the shapes of tensors do not show the number of
-attention heads or which tensors the modalities share. This program needs the note to import its own exported files;
-other programs ignore it.
+The note holds the model's configuration, which these formats lack. This program needs the note to import its own files.
 """
 
 import dataclasses

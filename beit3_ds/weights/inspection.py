@@ -29,8 +29,7 @@ _TOKENIZER_PARTS = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_l
 def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
     """Describes a checkpoint, exported weights or a released file as text: configuration, parameters per part, sizes.
 
-    For a checkpoint, all files are compared with their digests, and the text includes the run's settings, layout of
-    ranks and library versions.
+    The files of a checkpoint are compared with their digests, and its text includes the run's settings.
 
     Args:
         path: a path that `open_weights` opens.

@@ -40,8 +40,8 @@ class WeightReader(Protocol):
     def names(self) -> list[str]:
         """Returns logical names such as `blocks.3.ffn.fc1.weight_vision`.
 
-        A tied matrix appears once, as `embeddings.word.weight`. Tensors with the prefix `EXTRA_PREFIX` are not part of
-        the model.
+        A tied matrix appears once, as `embeddings.word.weight`. Names with the prefix `EXTRA_PREFIX` are not of the
+        model.
         """
         ...
 
@@ -93,7 +93,7 @@ def open_weights(path: str | Path, *, averages: bool = False, best: bool = False
         best: whether to open the best checkpoint of a run (`training.best_metric`) instead of the newest.
 
     Raises:
-        ConfigError: if the path holds no weights, if the checkpoint is incomplete or changed, or if the requested
+        ConfigError: if the path holds no weights, or the checkpoint is incomplete or changed. Also if the requested
             averages or best checkpoint do not exist.
     """
     path = Path(path)

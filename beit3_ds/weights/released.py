@@ -1,7 +1,6 @@
 """Reads released BEiT-3 weights as the logical tensors of a decoupled model.
 
-Names and shapes follow the reference's code, and tests use generated files with these names and shapes. The official
-files were never tested.
+Names and shapes follow the reference's code. The official files were never tested.
 """
 
 import dataclasses
@@ -41,12 +40,9 @@ from beit3_ds.weights.unilm_names import (
 class ReleasedFile:
     """Reads a pretrained, in-domain, contrastive or fine-tuned file of the reference, tensor by tensor on demand.
 
-    The head of VQAv2, NLVR2, captioning, retrieval and ImageNet files is read as the head of that task. Tensors that
-    this project does not use, such as unused rows of position tables, get the name `EXTRA_PREFIX` plus their key. An
-    export in the reference's format restores these tensors.
-
-    Files that this program exported contain a note with the model's configuration. The reader uses that configuration
-    without vision-language experts, because the reference's format has none (`exported_model`).
+    A head of VQAv2, NLVR2, captioning, retrieval or ImageNet becomes the head of that task. Tensors that this project
+    does not use get the name `EXTRA_PREFIX` plus their key. A file that this program exported has a note with its
+    configuration (`exported_model`).
 
     Attributes:
         path: the file.
@@ -85,14 +81,14 @@ class ReleasedFile:
         check_tensors(str(path), found, _parameter_shapes(stored, head_builder(recognised)))
 
     def name_answers(self, path: Path) -> None:
-        """Adds the list of VQAv2 answers to `task`, from a separate file, because the reference's weights lack it.
+        """Adds the list of VQAv2 answers to `task`, because the reference's weights lack it.
 
         Args:
             path: the reference's `answer2label.txt`, or the `answers.jsonl` of a run.
 
         Raises:
-            ConfigError: if the weights have no VQAv2 head, if the list cannot be read, or if it does not have one
-                answer per class of the head.
+            ConfigError: if the weights have no VQAv2 head, or the list cannot be read. Also if the list does not have
+                one answer per class of the head.
         """
         if self.task["name"] != "vqa":
             raise ConfigError(
@@ -133,7 +129,7 @@ class ReleasedFile:
 def exported_model(note: ExportNote) -> ModelConfig:
     """Returns the configuration of the model that a file in the reference's format holds.
 
-    The configuration has no vision-language experts. Its inputs are those whose experts the file holds in every block.
+    It has no vision-language experts. Its inputs are those whose experts the file holds in every block.
     """
     letters = reference_letters(note.model, fusion=note.format == "unilm-fusion")
     needs = {"images": {"A"}, "texts": {"B"}, "pairs": {"A", "B"}}

@@ -16,9 +16,8 @@ _ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 def write_state_dict_file(path: Path, planned: Sequence[PlannedTensor], notes: Mapping[str, str]) -> None:
     """Writes {"model": state dict, **notes} as a new file that `torch.load(weights_only=True)` reads, and syncs it.
 
-    torch.save needs all tensors at once. So the tensors are first written to an unnamed temporary file next to `path`,
-    and torch.save reads them from there through a memory mapping. Memory holds one tensor at a time; the disk briefly
-    holds all tensors twice.
+    torch.save needs all tensors at once, so it reads them from a memory-mapped temporary file next to `path`. Memory
+    then holds one tensor at a time, and the disk briefly holds all tensors twice.
 
     Raises:
         FileExistsError: if the file exists.

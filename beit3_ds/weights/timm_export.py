@@ -29,11 +29,11 @@ _BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
 def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
     """Plans every tensor of timm's model without a classifier.
 
-    timm's `forward_features` ends before the final norm, which timm calls `fc_norm` and applies to the patches' mean.
+    timm calls the final norm `fc_norm` and applies it to the mean of the patches, after `forward_features`.
 
     Raises:
-        ConfigError: if the model has no vision tower, if it has no final norm (like some fine-tuned releases), or if
-            the epsilon of its norms differs from timm's.
+        ConfigError: if the model has no vision tower or no final norm, or if the epsilon of its norms differs from
+            timm's.
     """
     config = reader.model
     if "A" not in reference_letters(config):

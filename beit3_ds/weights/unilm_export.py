@@ -21,11 +21,9 @@ from beit3_ds.weights.unilm_names import (
 def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTensor]:
     """Plans every tensor of the reference's state dict, including the task heads that the weights have.
 
-    The reference has no vision-language expert, so a model with such experts needs two exports. The format "dual" (A =
-    vision, B = language) is exact for single images and texts. The format "fusion" (A = B = vision-language in the top
-    blocks) is exact for image-text pairs.
-
-    Tensors that an import stored with the prefix `EXTRA_PREFIX` are written under their original keys.
+    The reference has no vision-language expert, so a model with such experts needs two exports. "dual" (A = vision, B =
+    language) is exact for single images and texts. "fusion" (A = B = vision-language in the top blocks) is exact for
+    image-text pairs. Tensors with the prefix `EXTRA_PREFIX` get their original keys back.
 
     Raises:
         ConfigError: if `fusion` is true for a model without vision-language experts, or false for a model that has them
@@ -74,10 +72,7 @@ def _plan_log_scale(reader: WeightReader, held: set[str]) -> PlannedTensor:
 
 
 def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
-    """Plans a position table in the reference's form, which begins with rows that no position uses.
-
-    A text table that was not imported also gets zero rows at its end, up to the reference's number of positions.
-    """
+    """Plans a position table in the reference's form, with rows at its ends that no position uses."""
     (rows, width), dtype, unused = reader.shape(name), reader.dtype(name), EXTRA_PREFIX + key
     imported = unused in held
     filler = 0 if imported or name != "embeddings.text_position" else TEXT_POSITION_ROWS - UNUSED_POSITIONS - rows

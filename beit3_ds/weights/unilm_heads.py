@@ -56,9 +56,9 @@ _LAST_BIAS = {"vqa": ("heads.answers.bias", "num_answers"), "imagenet": ("heads.
 
 
 def head_keys(held: Collection[str]) -> dict[str, str]:
-    """Maps the reference's names of a task head's tensors to logical names, for the head that the weights have.
+    """Maps the reference's names of a task head's tensors to logical names; empty if the weights have no complete head.
 
-    Returns an empty dictionary if the weights have no complete head. The MIM and MLM heads are not included.
+    The MIM and MLM heads are not included.
 
     Args:
         held: names of all tensors of the weights, either the reference's or logical names.
@@ -70,8 +70,8 @@ def head_keys(held: Collection[str]) -> dict[str, str]:
 def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     """Infers the task of weights from the names and shapes of their tensors, and returns the task's name and settings.
 
-    If there is no complete head of VQAv2, NLVR2, ImageNet or retrieval, weights with an MLM head but no MIM head belong
-    to captioning, like the reference's captioning files. All other weights belong to pretraining.
+    A complete head of VQAv2, NLVR2, ImageNet or retrieval decides. Otherwise weights with an MLM head but no MIM head
+    are of captioning, and all others of pretraining.
 
     Args:
         shapes: shape of every tensor, by logical name.

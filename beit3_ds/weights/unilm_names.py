@@ -1,7 +1,7 @@
 """Maps the tensor names of the reference's BEiT-3 (unilm/beit3, torchscale 0.3.0) to logical names.
 
-The reference has two copies of every tensor of a block: A for vision and B for language. A tensor that the modalities
-share in this project corresponds to both copies.
+The reference has two copies of every tensor of a block: A for vision and B for language. A shared tensor of this
+project corresponds to both copies.
 """
 
 import re
@@ -129,8 +129,8 @@ def reference_arguments(config: ModelConfig) -> dict[str, object]:
 def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
     """Derives the configuration of a decoupled model from the shapes of a file in the reference's format.
 
-    Two values cannot be derived from shapes. The head size is taken as 64, except in the paper's giant model. Without a
-    `mim_head`, the number of visual codes is the default.
+    The head size is not in the shapes: it is 64, except in the paper's giant model. Without a `mim_head`, the number of
+    visual codes is the default.
 
     Raises:
         ConfigError: if a tensor that gives a size is missing, or the sizes do not fit each other.

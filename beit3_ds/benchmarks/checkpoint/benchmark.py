@@ -32,11 +32,10 @@ def benchmark_checkpoint(
 ) -> str:
     """Measures saving, loading and exporting with this project and with DeepSpeed in turn, and returns a report.
 
-    The ranks hold the state under ZeRO-3 in bfloat16; no step is trained. Every operation starts with all earlier
-    writes on the disk and all freed memory returned to the system. Files to load are not in the page cache; files to
-    export are. Peak memory is the kernel's count for whole processes (VmHWM), torch included: the sum over the ranks,
-    or the peak of the single process that exports. "states" in the summary are the bfloat16 parameters and the float32
-    weights and moments of all ranks.
+    The ranks hold the state under ZeRO-3 in bfloat16; no step is trained. Every operation starts with earlier writes on
+    the disk and freed memory returned to the system. Files to load are not in the page cache; files to export are. Peak
+    memory is the sum of the ranks' VmHWM, torch included. "states" in the summary are the bfloat16 parameters and the
+    float32 weights and moments of all ranks.
 
     Args:
         size: size of the model; None is the largest of `SIZES` that fits memory and disk (`choose_size`).
@@ -169,10 +168,7 @@ def _check_equal(ours: Path, theirs: Path) -> None:
 
 
 def _summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the ratios that a report gives, from medians over rounds.
-
-    A memory ratio is DeepSpeed's memory over this project's, and a time ratio is this project's time over DeepSpeed's.
-    """
+    """Returns ratios of medians: DeepSpeed's memory over this project's, and this project's time over DeepSpeed's."""
     saves = [row for row in rows if row["operation"] == "save" and row["by"] == OURS]
     blocking = statistics.median(row["seconds"] for row in saves)
     later = [row["held_up_seconds"] for row in saves if not row["is_first"]] or [saves[0]["held_up_seconds"]]
@@ -238,10 +234,8 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
 
 
 def _peak(rows: Sequence[Row]) -> float:
-    """Returns the median peak memory of an operation in bytes.
-
-    For DeepSpeed's saves it is the first peak, because later ones include this project's copy of the state.
-    """
+    """Returns the median peak bytes of an operation; DeepSpeed's later saves include this project's copy and do not
+    count."""
     if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
         return float(rows[0]["peak_bytes"])
     return statistics.median(row["peak_bytes"] for row in rows)

@@ -1,7 +1,6 @@
 """Counts file opens and read calls per sample for every format and order, and times the opening of many shards.
 
-The counts are of real calls (`file_calls`): Python's audit hook counts opens, and the kernel counts this process's
-reads and bytes. Files are in the page cache, which does not change the counts.
+Calls are counted by Python's audit hook and by the kernel (`file_calls`). Files are in the page cache.
 """
 
 import io

@@ -26,8 +26,8 @@ class FileCalls:
 def count_file_calls() -> Iterator[FileCalls]:
     """Counts file calls inside a `with` block; the yielded counts are complete after the block.
 
-    Inside the block, only `opens` is up to date. The kernel's counts cover the whole process and come from
-    /proc/self/io (Linux). The calls that read this file are subtracted.
+    Inside the block, only `opens` is up to date. The other counts are those of the whole process in /proc/self/io
+    (Linux).
     """
     calls = FileCalls()
     counting = True

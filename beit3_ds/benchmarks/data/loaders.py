@@ -1,9 +1,8 @@
 """Compares this project's loader with WebDataset and torchvision's ImageFolder on the same JPEGs.
 
-Speed is in images per CPU second. All three loaders decode with Pillow, and make a block mask and two views of one
-jittered, flipped crop. The two baselines are written as BEiT's users write them: torchvision's transforms jitter the
-whole image, then crop and flip, resize twice and normalise twice. Each loader has one process and one thread. CPU time
-is measured, because other processes on the machine have little influence on it.
+Speed is in images per CPU second, with one process and one thread each. All loaders decode with Pillow, and make a
+block mask and two views of one jittered, flipped crop. The baselines do so with torchvision's transforms, as BEiT's
+users write them.
 """
 
 import io

@@ -31,10 +31,9 @@ _SAMPLE_SECONDS = 0.2
 def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: str | None = None) -> str:
     """Measures the preparation of a text corpus and returns a report.
 
-    The corpus consists of the sample data's sentences in random order. The speed is measured in CPU time of one core.
-    `beit3 prepare texts`, which reads, decodes, tokenizes and writes a file, takes turns with SentencePiece's batch
-    encoding of the same paragraphs, which are in memory. Both use the same model. The cores of a preparation share only
-    the disk, because each works on its own byte range.
+    The corpus consists of the sample data's sentences in random order. `beit3 prepare texts` reads, decodes, tokenizes
+    and writes a file, in turn with SentencePiece's batch encoding of the same paragraphs in memory. Speed is in CPU
+    time of one core.
 
     Args:
         num_bytes: size of a second corpus in bytes. The memory during its first 5% is compared with the peak. 0 skips

@@ -37,10 +37,9 @@ def benchmark_finetune(
 ) -> str:
     """Measures this project and the reference on every task in turn, one batch per round, and returns a report.
 
-    Each side has a process, and one process computes at a time. The order of the sides is reversed every round, and a
-    first round warms up. Ratios are medians over rounds of the ratio within a round, with their 95% interval (the
-    extremes, if there are fewer than six rounds). The reference is torchscale's BEiT-3 with heads and beam search as
-    its users write them. On a CPU all sides compute in float32. Peaks are those of whole processes.
+    Each side has a process, and one process computes at a time. The sides swap their order every round, and a first
+    round warms up. Ratios are medians over rounds, with their 95% interval. The reference is torchscale's BEiT-3 with
+    heads and beam search as its users write them. On a CPU all sides compute in float32.
 
     Args:
         size: size of the model.
@@ -49,9 +48,9 @@ def benchmark_finetune(
         image_size: pixels on a side of an image; None takes the size in the reference's recipe of each task.
         tasks: tasks to measure, of `CASES` and `DECODING`.
         json_path: file for `rows` by task and `summary` as JSON. `summary.ratio_TASK` is this project's speed divided
-            by the reference's. `memory_ratio_TASK` is this project's peak memory divided by the reference's, and
-            `memory_ratio` is the largest of these ratios in training. `ratio_blip` is this project's speed of
-            generation divided by BLIP base's; None if transformers is not installed.
+            by the reference's, and `memory_ratio_TASK` its peak memory divided by the reference's. `memory_ratio` is
+            the largest of these in training. `ratio_blip` is this project's speed of generation divided by BLIP base's;
+            None if transformers is not installed.
 
     Raises:
         ConfigError: if torchscale is not installed, there is no such size, or the JSON file cannot be written.

@@ -1,7 +1,7 @@
 """Generates captions with torchscale's BEiT-3 as its users do, and with BLIP of transformers.
 
-The reference follows microsoft/unilm's `beit3`: each image is encoded once per beam, keys and values are cached per
-beam, and the whole batch is computed until all of its captions are complete.
+As in microsoft/unilm's `beit3`, each image is encoded once per beam, and the whole batch is computed until all captions
+are complete.
 """
 
 # I images, B beams, R = I * B captions, V vocabulary.
@@ -88,10 +88,8 @@ def reference_captions(
 def _next_logits(
     model: ReferenceModel, captions: list[list[int]], images: Tensor | None, state: dict[int, dict[str, Tensor]]
 ) -> Tensor:
-    """Returns the logits of the next word of every caption, (captions, vocabulary).
-
-    Adds the newest word and the mask token of every caption to the cache `state`.
-    """
+    """Adds the newest word and the mask token of every caption to `state`; returns the next logits, (captions,
+    vocabulary)."""
     device = next(model.parameters()).device
     tokens = torch.tensor([[caption[-1], model.mask_id] for caption in captions], device=device)
     length, image_rows = len(captions[0]) + 1, model.beit3.vision_embed.num_position_embeddings()

@@ -24,8 +24,8 @@ _ALLOWANCES = {
 def benchmark_attention() -> str:
     """Measures attention of the base size with every way to batch sequences, and returns a table.
 
-    The table has one row per mix of samples and one column per way. Times are medians of forward plus backward. Compare
-    times within a row only, because only these were measured in turn.
+    The table has one row per mix of samples and one column per way. Times are medians of forward plus backward, and
+    only those of one row were measured in turn.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["one call per sequence", *_ALLOWANCES]

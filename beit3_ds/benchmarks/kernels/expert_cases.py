@@ -144,10 +144,7 @@ def _foreign(
     sliced: Callable[..., Callable[..., Tensor]],
     device: torch.device,
 ) -> Implementation:
-    """Returns another library's LayerNorm as a baseline, or the reason why it cannot run.
-
-    PyPI's package `apex` is not NVIDIA's library of that name.
-    """
+    """Returns another library's LayerNorm as a baseline, or the reason why it cannot run."""
     try:
         found = importlib.import_module(module)
     except ImportError as error:

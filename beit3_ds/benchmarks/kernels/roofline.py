@@ -18,10 +18,8 @@ class GPU(NamedTuple):
     """Memory bandwidth, bytes per second."""
 
     def floor_seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
-        """Returns an op's minimum time in seconds: that of its products at the peak rate, or that of its bytes.
-
-        It is the longer of the two times. Bytes move at full bandwidth.
-        """
+        """Returns an op's minimum time in seconds: the time of its products or that of its bytes, whichever is
+        longer."""
         peak = self.float32_flops if dtype == torch.float32 else self.half_flops
         return max(flops / peak, num_bytes / self.bandwidth)
 

@@ -19,9 +19,9 @@ CAPTION_TOKENS = (16, 0.45)
 """Log-normal distribution of the number of tokens per caption, BOS and EOS included: median, and standard deviation of
 the logarithm. Captions of COCO have about 11 words, those of Conceptual Captions 10 to 20; few are long."""
 TEXT_TOKENS = (105, 0.6)
-"""Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm. A text
-consists of complete paragraphs, with at most 128 tokens in total. About a third of the texts reach this limit; in the
-others the next paragraph did not fit."""
+"""Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm. A text has
+complete paragraphs with at most 128 tokens in total, and about a third of the texts reach this limit.
+"""
 _MIN_TOKENS = 6
 
 

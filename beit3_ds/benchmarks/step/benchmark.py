@@ -29,14 +29,10 @@ def benchmark_train(
 ) -> str:
     """Measures both training steps and the products in turn, on one batch per round, and returns a report.
 
-    It starts three processes: this project's training step, the reference's training step, and only the model's matrix
-    products, the upper bound of speed. One process computes at a time. All three get the batch of the round. The two
-    steps swap their order every round, and a first round warms up. Ratios are medians over rounds of the ratio within a
-    round, with their 95% interval (the extremes, if there are fewer than six rounds). Peaks are the kernel's count for
-    whole processes (VmHWM).
-
-    On a GPU both training steps run in bfloat16, the reference under autocast, and peaks are those of torch's
-    allocator.
+    Three processes take turns on the same batch: this project's step, the reference's step, and only the model's matrix
+    products, the upper bound of speed. A first round warms up. Ratios are medians over rounds, with their 95% interval.
+    Peaks are VmHWM of whole processes. On a GPU both steps run in bfloat16, the reference under autocast, and peaks are
+    those of torch's allocator.
 
     Args:
         size: size of the model.
@@ -45,10 +41,9 @@ def benchmark_train(
         pads_to_longest: whether to pad the reference's texts to the longest of the batch. Its users' code pads them to
             the data's limit.
         json_path: file for `rows` and `summary` as JSON. `summary.ratio` is this project's samples per second divided
-            by the reference's. `gemm_share` is the products' time divided by the time of this project's step.
-            `memory_ratio` is this project's peak memory divided by the reference's. The products are those of the model
-            as defined, as in model FLOPs utilisation. `needed_gemm_share` omits dropped branches and rows that no head
-            reads (`products.needed_flops`).
+            by the reference's. `gemm_share` is the time of the model's products, as defined, divided by the time of
+            this project's step. `needed_gemm_share` omits dropped branches and rows that no head reads
+            (`products.needed_flops`). `memory_ratio` is this project's peak memory divided by the reference's.
 
     Raises:
         ConfigError: if torchscale is not installed, there is no such size, or the JSON file cannot be written.

@@ -55,9 +55,8 @@ divided weights."""
 def benchmark_parallel(json_path: str | None = None) -> str:
     """Measures all variants of one step in turn, in several rounds, and returns a report.
 
-    The step is 16 images, 16 pairs and 16 texts through 6 blocks of width 384 with the vocabulary of 64k, forward,
-    backward and update, in float32. A round's ratio is the time of one process with two threads, divided by the time of
-    two ranks with one thread each. A ratio of 1 would mean that dividing costs nothing.
+    The step is 16 images, 16 pairs and 16 texts through 6 blocks of width 384 with the vocabulary of 64k, in float32. A
+    round's ratio is the time of one process with two threads, divided by the time of two ranks with one thread each.
 
     Args:
         json_path: file for `rows` and `summary` as JSON; `summary.efficiency` is the median ratio under ZeRO-3.
@@ -98,10 +97,8 @@ def _describe(rows: list[dict[str, dict[str, float]]], ratios: dict[str, list[fl
 
 
 def _measure(variant: StepVariant, folder: str) -> dict[str, float]:
-    """Runs a variant's processes; returns the median seconds of a step, its passes and its update.
-
-    With several processes, they are those of the slowest process.
-    """
+    """Runs a variant's processes; returns the median seconds of a step, its passes and its update in the slowest
+    one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -41,13 +41,11 @@ class Layer(NamedTuple):
 class Products:
     """Lists the matrix products of one training step of the model as defined, whose sum is its model FLOPs.
 
-    They include products that a step can omit (`needed_flops` does): those of branches that stochastic depth drops,
-    and those of rows that no head reads after the last attention.
+    They include dropped branches and rows that no head reads, which a step can omit (`needed_flops`).
 
     Each expert multiplies its own rows. Queries, keys and values are one product. Attention's products are computed
-    sequence by sequence with contiguous heads. The heads get masked rows only. The backward pass has products for the
-    gradients of inputs and weights, but not of pixels, and recomputes nothing. Blocks with the same experts share their
-    operands, because those of one block of `base` already exceed a cache.
+    sequence by sequence. The heads get masked rows only. The backward pass has products for the gradients of inputs and
+    weights, but not of pixels, and recomputes nothing. Blocks with the same experts share their operands.
     """
 
     def __init__(self, config: ModelConfig, batch: PackedBatch, dtype: torch.dtype, device: torch.device) -> None:
@@ -86,8 +84,7 @@ class Products:
 def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
     """Returns the minimum number of operations in the matrix products of a training step.
 
-    Leaves out products that change neither the loss nor a gradient: those of branches that stochastic depth drops, and
-    those of rows of the last FFN that no head reads.
+    It leaves out dropped branches, and rows of the last FFN that no head reads.
 
     Args:
         config: configuration of the model.
@@ -112,11 +109,7 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
 
 
 class _Operands:
-    """Allocates the operands of the layers' products.
-
-    Their values are random, because products of zeros may differ in speed. Results are written once in advance, so that
-    no product causes page faults.
-    """
+    """Allocates random operands of the layers' products, and touches the memory of their results."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device

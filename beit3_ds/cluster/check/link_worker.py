@@ -1,6 +1,6 @@
 """Measures network speed with torch.distributed, in one process per node: between pairs, then between all nodes.
 
-The source of this file is sent over ssh, like the source of `probe`. The process ends when its standard input closes.
+Its source is sent over ssh. The process ends when its standard input closes.
 """
 
 import json
@@ -26,7 +26,7 @@ _TRIES = 2  # the fastest counts, because other traffic and busy cores only make
 def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
     """Divides all pairs of nodes into rounds, with each node in at most one pair per round (round-robin tournament).
 
-    Returns `size - 1` rounds for an even `size`. For an odd `size` there are `size` rounds, each with one idle node.
+    An even `size` gives `size - 1` rounds. An odd `size` gives `size` rounds, each with one idle node.
     """
     players = list(range(size + size % 2))
     rounds = []
@@ -115,10 +115,7 @@ class Worker:
         return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
 
     def _send_to(self, other: int) -> float:
-        """Sends transfers of growing size until one is long enough to measure; returns the speed in bits per second.
-
-        The receiver confirms each transfer.
-        """
+        """Sends transfers of growing size until one is long enough to measure; returns the speed in bits per second."""
         best = 0.0
         size = _MIN_BYTES
         tries = 0

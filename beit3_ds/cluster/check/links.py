@@ -53,8 +53,8 @@ class Links:
 def measure_links(inspection: Inspection, expected_bits: float | None) -> Links | list[Fault]:
     """Measures the links between all pairs of nodes, in rounds of disjoint pairs, then an all-reduce over all nodes.
 
-    Links that look slow are measured again and the fastest result counts, because other traffic and busy cores only
-    slow a link down. The measurement takes about a second per node, after the import of torch.
+    Slow links are measured again, and the fastest result counts. This takes about a second per node after the import of
+    torch.
 
     Args:
         inspection: answers of all nodes; every node must have answered, without any fault in the check "network".

@@ -1,8 +1,7 @@
 """Runs on each node during a cluster check and answers questions about the node, with one line of JSON per answer.
 
-The source of this file is sent over ssh to `python -c`. It imports only the standard library and uses no syntax newer
-than Python 3.8, so that a node with an old Python can still report its version. The program reads requests from
-standard input and ends when standard input closes, so no process remains if the checking machine fails.
+Its source is sent over ssh to `python -c`, so it needs only the standard library and Python 3.8. The program reads
+requests from standard input, and ends when standard input closes.
 """
 
 from __future__ import annotations
@@ -147,8 +146,8 @@ class Probe:
     def listen(self, port: int, token: str, addresses: list[str]) -> dict:
         """Listens on a port at some addresses of this node, sends `token` to every client, and returns the port.
 
-        Port 0 means any free port. If the port is taken at the first address, a free port is used, and the result
-        names the process that holds the wanted port. The later addresses are ignored if this node does not have them.
+        Port 0 means any free port. If the port is taken at the first address, a free port is used, and the result names
+        the process with the wanted port. Later addresses are optional.
         """
         first, *others = addresses
         owner = None

@@ -36,8 +36,7 @@ class Requirements:
 def find_required_files(config: RunConfig) -> dict[str, bool]:
     """Maps glob patterns of a run's input files to whether the files must exist before the run starts.
 
-    Files of tokenizers need not exist yet, because other commands may write them before the run starts. A run that
-    trains the visual tokenizer reads no visual tokenizer.
+    Files of tokenizers need not exist yet, because other commands may write them before the run starts.
     """
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.validation)]

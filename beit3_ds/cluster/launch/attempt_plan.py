@@ -15,8 +15,8 @@ class AttemptPlan:
     hosts: Sequence[HostSlots]
     """Hosts and slots, in the order of their ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Function that takes the command-line arguments of the guards, and returns the commands that start a guard (the
-    parent of the training process) for every rank."""
+    """Function that takes the guards' command-line arguments, and returns the commands that start one guard per
+    rank."""
     launcher_environment: Mapping[str, str]
     """All environment variables with which the commands from `build_commands` run."""
     trainer: Sequence[str]

@@ -1,7 +1,7 @@
 """Lists the environment variables that `beit3 launch` forwards from its own machine to all ranks.
 
-The list has exact names, because prefixes would also match tokens and passwords, such as HF_TOKEN. Other variables are
-forwarded only if `--env` or DeepSpeed's file `.deepspeed_env` names them.
+The names are exact, because prefixes would match secrets such as HF_TOKEN. `--env` and DeepSpeed's `.deepspeed_env` add
+others.
 """
 
 _NAMES = """

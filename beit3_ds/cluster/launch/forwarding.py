@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict[str, str]:
     """Returns the variables to forward: `FORWARDED_NAMES`, those in DeepSpeed's `.deepspeed_env`, and `wanted`.
 
-    Error messages name variables but never show their values, which may be secrets.
+    Error messages never show values.
 
     Args:
         environment: environment of this process.

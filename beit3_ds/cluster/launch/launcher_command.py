@@ -1,7 +1,6 @@
 """Builds the commands with which DeepSpeed's launcher starts a guard (the parent of a trainer) for every rank.
 
-Several launchers pass their command to shells on the hosts. So the command contains only words that no shell changes
-(`plain_words`).
+Launchers pass their command to shells on the hosts, so it has only words that no shell changes (`plain_words`).
 """
 
 import base64
@@ -92,10 +91,10 @@ def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: flo
 
 
 def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of the launcher's commands: only the variables of this process that they need.
+    """Returns the variables of this process that the launcher's commands need.
 
-    Some launchers pass their whole environment to the hosts, so secrets are excluded. PATH omits folders whose names
-    have special characters. Variables for the ranks are sent separately (`forwarding`).
+    Some launchers pass their environment to the hosts, so secrets are excluded. PATH omits folders with special
+    characters in their names.
     """
     kept = {
         name: value
@@ -127,8 +126,8 @@ def check_launcher(
         find: returns the path of a program, or None, as `shutil.which` does.
 
     Raises:
-        ConfigError: if the backend's program is not installed or cannot start different numbers of ranks, or if a path
-            or variable in the hosts' command lines has a character that shells change.
+        ConfigError: if the backend's program is not installed or cannot start different numbers of ranks. Also if a
+            path or variable in the hosts' command lines has a character that shells change.
     """
     if hostfile.is_local:
         return

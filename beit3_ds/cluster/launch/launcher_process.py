@@ -19,9 +19,8 @@ _WATCH_SECONDS = 5.0
 class LauncherProcess:
     """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt them.
 
-    Their output goes to a file in memory, and is copied from there to the log. If DeepSpeed's launcher wrote to the log
-    itself, a full disk would end it. If it wrote to a pipe, it would end with `beit3 launch`, while the ranks still
-    save.
+    Their output goes to a file in memory and from there to the log. So neither a full disk nor the end of `beit3
+    launch` ends them.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, log: Path):

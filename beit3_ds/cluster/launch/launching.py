@@ -306,10 +306,8 @@ class _Launch:
         return (self._saved_step() or 0) >= self._config.training.total_steps
 
     def _saved_step(self) -> int | None:
-        """Returns the step of the checkpoint named in the file `latest`, without checking the checkpoint's files.
-
-        Returns None for the checkpoints of the finished run that the ranks have yet to move aside (`--force`).
-        """
+        """Returns the step of the checkpoint that `latest` names; None without one, or before `--force` moves it
+        aside."""
         if self._outdated is not None and self._outdated == self._checkpoints_inode():
             return None
         try:

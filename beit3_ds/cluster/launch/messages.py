@@ -1,8 +1,7 @@
 """Defines the messages between `beit3 launch` (the supervisor) and the guards of the ranks: lines of JSON over TCP.
 
-First, both sides prove that they know the attempt's token, which is in a file of mode 0600 in the shared log folder.
-This is needed because a guard starts any command that its supervisor sends. Later messages are neither encrypted nor
-signed.
+A guard starts any command that its supervisor sends. So both sides first prove that they know the attempt's token, a
+file of mode 0600 in the log folder. Later messages are neither encrypted nor signed.
 """
 
 import asyncio

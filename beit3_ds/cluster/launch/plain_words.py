@@ -1,8 +1,7 @@
 """Checks that the words of a command line have no special characters, because shells on the hosts read the line.
 
-DeepSpeed's launcher writes the path of Python, some variables and the guards' arguments into such lines. It quotes only
-words with blanks, in quotes that still expand `$( )`. Guards receive all other values through their connection to the
-supervisor, `beit3 launch` (`messages.Start`).
+DeepSpeed's launcher quotes only words with blanks, and its quotes still expand `$( )`. Other values reach the guards
+through the supervisor (`messages.Start`).
 """
 
 import re

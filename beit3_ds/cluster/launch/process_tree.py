@@ -1,7 +1,6 @@
 """Tracks the processes that DeepSpeed's launcher starts on this machine, and kills those that do not end in time.
 
-SIGTERM and SIGINT are never sent to the launcher, because its handlers run `pkill -f` on every host, which may also
-kill processes of other runs.
+The launcher never gets SIGTERM or SIGINT, because its handlers run `pkill -f` on every host.
 """
 
 import contextlib

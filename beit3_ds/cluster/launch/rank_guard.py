@@ -1,8 +1,7 @@
 """Guards one rank: DeepSpeed's launcher starts a guard instead of the trainer, on every host.
 
-A guard connects to the supervisor (`beit3 launch`), receives environment and command, runs the trainer as its child and
-reports how the trainer ends. It kills the trainer if the supervisor asks for that or is lost. A guard imports neither
-torch nor DeepSpeed, so that it starts at once, even if these are broken.
+A guard connects to `beit3 launch`, runs the trainer as its child, and reports how it ends. It kills the trainer on
+request, or if the connection is lost. A guard imports neither torch nor DeepSpeed, so that it starts at once.
 """
 
 import argparse

@@ -12,8 +12,7 @@ from beit3_ds.runtime.stop_signals import describe_signal, exit_status, handled_
 class LauncherStopSignals:
     """Records the first stop signal, which is forwarded to all ranks; a second SIGINT kills the ranks.
 
-    SIGHUP, which a closing terminal sends, counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because ranks end if their
-    supervisor, this process, is stopped.
+    SIGHUP counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because ranks end if their supervisor is stopped.
     """
 
     def __init__(self, terminal: Terminal) -> None:

@@ -16,7 +16,7 @@ _PREFIX = "beit3 launch: "
 class Terminal:
     """Prints the lines of `beit3 launch` to stderr and to a file, and the output of rank 0 to stdout.
 
-    A closed terminal or a full disk does not end a run. Lines that the file misses are written with a later line.
+    A closed terminal or a full disk does not end a run; a later call writes the missing lines to the file.
     """
 
     def __init__(self, log: Path) -> None:

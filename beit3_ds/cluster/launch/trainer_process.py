@@ -26,8 +26,8 @@ _libc = ctypes.CDLL(None)
 class TrainerProcess:
     """Runs a trainer (a rank's training process) in a separate session, and copies its output from a pipe to a log.
 
-    On a full disk training continues, and missing lines are written to the log once there is room. The kernel kills the
-    trainer if the guard ends for any reason.
+    On a full disk training continues, and missing lines are written later. The kernel kills the trainer if the guard
+    ends.
     """
 
     def __init__(

@@ -12,10 +12,8 @@ _FIRST_REFUSALS = 4  # each gets a line; later ones get a line whenever their nu
 class WaitingPeers:
     """Holds a limited number of channels whose peers have yet to prove that they know the token.
 
-    If one more peer connects, the oldest connection of the address with the most waiting connections is closed. So a
-    stranger only replaces its own connections, and a guard at another address has all the time that the handshake
-    allows. A guard that shares its address with a stranger needs less than a millisecond for the handshake, and
-    connects again if it was closed before.
+    If there are too many, the address with the most connections loses its oldest one. So a stranger replaces only its
+    own connections. A guard at a stranger's address connects again.
     """
 
     def __init__(self, most: int) -> None:

@@ -1,7 +1,6 @@
 """Keeps files open between reads: a bounded cache of file descriptors and memory maps.
 
-Opening a file is the slowest operation of a shared file system. If a shard is already open, one system call reads a
-record.
+Opening a file is the slowest operation of a shared file system; an open shard needs one system call per record.
 """
 
 import errno
@@ -32,12 +31,11 @@ class FileChangedError(OSError):
 class OpenFiles:
     """Reads byte ranges of files and maps files into memory; keeps the most recently used files open.
 
-    At most `limit` file descriptors stay open. The cache uses at most half of the process's limit of open files,
-    because sockets, workers and tensors in shared memory need descriptors too. If opening a file exceeds the system's
-    limit, half of the cached descriptors are closed. A file whose descriptor a network file system has invalidated
-    (ESTALE) is reopened once. Memory maps keep no descriptor.
+    At most `limit` descriptors stay open, and at most half of the process's limit of open files. If the system has no
+    more, half of the cached ones are closed. A file that a network file system has invalidated (ESTALE) is reopened
+    once.
 
-    Instances can be shared by threads, inherited through fork, and pickled. A pickled copy starts with no open file.
+    Threads can share an instance. A pickled copy starts with no open file.
     """
 
     def __init__(self, limit: int = DEFAULT_MAX_OPEN_FILES) -> None:

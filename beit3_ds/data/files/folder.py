@@ -10,12 +10,11 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 class Folder:
     """Reads whole files of one folder, and never reads files outside the folder.
 
-    Names of files are relative paths. A name may pass through a link to another folder, because the owner of the
-    folder made that link (ImageNet's class folders are often links). A name with `..` or an absolute path may not lead
-    out of the folder, because names come from annotation files. A link to a single file outside is not read.
+    Names are relative paths from annotation files, so `..`, absolute paths and links to single files must not lead out
+    of the folder. Links to folders are followed, because the folder's owner made them.
 
-    A missing file is an error in the data if the folder itself still exists. If the folder is missing or has been
-    replaced by another folder, the file system was unmounted, which is a storage error.
+    A missing file is an error in the data. A missing or replaced folder is a storage error, because its file system was
+    unmounted.
 
     Attributes:
         path: absolute path of the folder, with all links resolved.

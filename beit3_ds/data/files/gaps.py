@@ -12,7 +12,7 @@ _MOST_GAPS = 1000
 def check_has_no_gap(path: str) -> None:
     """Checks that at most 64 MiB of a file were never written, because reading a gap of terabytes takes hours.
 
-    Asks the file system instead of reading the file. A file system that does not report gaps passes the check.
+    A file system that does not report gaps passes the check.
 
     Raises:
         ValueError: if more than 64 MiB were never written.

@@ -176,10 +176,7 @@ class _Reader:
                 raise ValueError("truncated")
 
     def _read_more(self) -> bool:
-        """Appends text from the file to the window; returns False at the end of the file.
-
-        The window is doubled each time, so that long values take linear time.
-        """
+        """Doubles the window with text from the file; returns False at the end of the file."""
         more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
         self._buffer, self._position = self._buffer[self._position :] + more, 0
         return bool(more)

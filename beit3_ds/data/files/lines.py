@@ -10,8 +10,7 @@ _CHUNK = 1 << 20
 def iterate_lines(file: IO[AnyStr], limit: int) -> Iterator[AnyStr]:
     """Yields the lines of a file with their ends; cuts a line of more than `limit` bytes or characters.
 
-    A cut line has `limit` + 1 bytes or characters, so that its length shows that it was cut. A line ends with a
-    newline, not with a carriage return alone.
+    A cut line has `limit` + 1 bytes or characters. A line ends with a newline, not with a carriage return alone.
     """
     while line := file.readline(limit + 1):
         if len(line) > limit:

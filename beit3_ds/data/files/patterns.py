@@ -19,14 +19,12 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
     """Lists the files that match patterns, in the order of the patterns and sorted by name within each pattern.
 
     Patterns have the syntax of a shell: `*`, `?`, `[abc]`, `**` for folders of any depth, `~`, and braces as in
-    `shard-{0000..0127}.tar` or `{train,extra}-*.tar`. Every alternative of the braces must match a file. The result is
-    sorted because it determines the data order, which must not depend on the file system.
-
-    `**` follows links to folders. Each folder is listed once, so loops of links end.
+    `shard-{0000..0127}.tar`. Every alternative of the braces must match a file. `**` follows links to folders, and
+    lists each folder once.
 
     Raises:
-        ConfigError: if a pattern, or an alternative in braces, has no match; if a match is a folder, pipe, socket or
-            device; or if a file is matched twice, because samples would then count twice.
+        ConfigError: if a pattern, or an alternative in braces, has no match. Also if a match is no regular file, or if
+            a file is matched twice, because samples would count twice.
         StorageError: if the file system fails.
     """
     files: list[str] = []
@@ -170,9 +168,7 @@ def _matches(path: str, pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
-    """Returns the paths that match a glob pattern.
-
-    Implements `**` itself, because Python's `**` follows loops of links and ignores unreadable folders.
+    """Returns the paths that match a glob pattern; unlike Python's `**`, it ends loops of links.
 
     Raises:
         ConfigError: if a folder below `**` cannot be read.

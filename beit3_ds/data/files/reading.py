@@ -1,9 +1,8 @@
 """Reads files with retries, so that a short failure of the file system does not end a run.
 
-Errors are of two kinds. A missing, forbidden or irregular file is an error in the data, and the caller handles it. Any
-other error (EIO, ESTALE, ETIMEDOUT, ENOTCONN, EMFILE, ...) is a failure of the file system, the mount or the machine:
-the read is retried a few times, and a lasting failure ends the run with a message that names the file. Without this
-distinction, a failed file system would make all records count as broken, and no message would name the cause.
+A missing, forbidden or irregular file is an error in the data, which the caller handles. Any other error (EIO, ESTALE,
+ETIMEDOUT, EMFILE, ...) is a failure of the file system or the machine. It is retried, and if it lasts, the run ends and
+names the file.
 """
 
 import errno

@@ -1,10 +1,9 @@
 """Stores annotations in tables. `beit3 prepare index` writes the tables so that runs parse no annotation files.
 
-A table starts with one line of JSON: size and modification time of the annotation files, skipped rows and files, the
-numbers of samples and images, and the bytes of all paths and of all captions. Numbers follow (int64, little-endian):
-the image number of each sample, the end offset of each image path, and the end offset of each caption. The paths and
-the captions follow as UTF-8 text. Everything after the first line is memory-mapped, so all processes of a machine share
-the page cache.
+A table starts with one line of JSON: size and time of the annotation files, skipped rows and files, and the numbers of
+samples, images and bytes. Int64 numbers follow (little-endian): the image of each sample, the end of each image path,
+and the end of each caption. The paths and the captions follow in UTF-8. All processes map the file, and share the page
+cache.
 """
 
 import hashlib

@@ -9,9 +9,9 @@ The readers follow the published descriptions of the formats; docs/data.md lists
 | SBU Captions | `*_captions.txt`, one caption per line, or JSON with `captions` | file named by the row number |
 | Conceptual Captions | TSV: caption, URL; Conceptual 12M: URL, caption | file named by the row number |
 
-Rows are numbered from 0; `7.jpg`, `00007.png` and `00000/000000007.jpg` are images of row 7. Downloads of SBU Captions
-and Conceptual Captions are never complete, so their rows without an image are counted in `skipped`. In COCO Captions
-and Visual Genome a missing image is a broken record.
+Rows are numbered from 0; `7.jpg`, `00007.png` and `00000/000000007.jpg` are images of row 7. A missing image is a
+broken record of COCO Captions and Visual Genome. SBU Captions and Conceptual Captions count it in `skipped`, because
+their downloads are never complete.
 """
 
 from collections.abc import Iterable, Iterator

@@ -40,14 +40,11 @@ class ViewTransform(Protocol):
 class Augmentation:
     """Applies the paper's training augmentation: a random crop, a random flip and random color jitter.
 
-    BEiT jitters the whole image before the crop and the resize. Here the jitter comes last, because the views have the
-    fewest pixels. Jitter and resize are both linear in the pixels. The order therefore matters only for values that are
-    clamped to 0 or 255, and for contrast, which uses the mean of the crop instead of the image. Both views are jittered
-    with the same factors and the same mean.
+    BEiT jitters the whole image first. Here the jitter comes last, when the views have the fewest pixels, and both
+    views get the same factors. Only clamped values and the mean for contrast depend on the order.
 
-    The result was compared with Pillow's 8-bit jitter of the crop before the resize. Without clamping, pixels differ by
-    at most 6 of 255 levels and by 1.5 on average, because of 8-bit rounding. Noise over all levels is the worst case:
-    pixels then differ by at most 81 levels and by 2.6 on average.
+    Compared with Pillow's 8-bit jitter before the resize, unclamped pixels differ by at most 6 of 255 levels, and by
+    1.5 on average. In the worst case, noise over all levels, they differ by at most 81 levels, and by 2.6 on average.
     """
 
     image_size: int
@@ -131,8 +128,8 @@ def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic")
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
     """Draws a crop with random area and aspect ratio (Szegedy et al., 2014, arXiv:1409.4842, section 6).
 
-    The crop's fraction of the image area is uniform in [min_scale, 1]. The aspect ratio is log-uniform in [3/4, 4/3].
-    If ten draws do not fit into the image, the result is the largest centered crop with an aspect ratio in this range.
+    The crop's share of the area is uniform in [min_scale, 1], and its aspect ratio is log-uniform in [3/4, 4/3]. If ten
+    draws do not fit, the result is the largest centered crop in this range.
 
     Args:
         size: width and height of the image in pixels.
@@ -194,8 +191,8 @@ def image_pixels(image: Image.Image) -> Tensor:
 def resize_pixels(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
     """Resizes an image, (3, height, width) uint8, to (3, size, size) with antialiasing.
 
-    Values differ from Pillow's result by at most one level. PyTorch needs at most half of Pillow's time. Pillow resizes
-    if torch has no Lanczos filter: torch 2.14 has it, torch 2.11 does not.
+    Values differ from Pillow's by at most one level, in at most half of its time. Torch 2.11 has no Lanczos filter, so
+    Pillow resizes there.
     """
     if mode == "lanczos" and not _torch_has_lanczos():
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -215,9 +212,8 @@ def _torch_has_lanczos() -> bool:
 def jitter(views: Sequence[Tensor], strength: float, rng: np.random.Generator) -> None:
     """Changes brightness, contrast and saturation of views in place, in random order.
 
-    As in Pillow's ImageEnhance, brightness blends a view with black, contrast with a mean grey, and saturation with the
-    greyscale view; results are clamped to [0, 255]. Contrast uses the first view's mean for all views, so that the
-    views have the same colors.
+    As in Pillow's ImageEnhance, a view is blended with black, with a mean grey, and with its greyscale, and clamped to
+    [0, 255]. All views use the first view's mean grey.
 
     Args:
         views: views of one crop, each (3, size, size) float32 in [0, 255].

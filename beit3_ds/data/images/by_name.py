@@ -16,9 +16,8 @@ from beit3_ds.data.images.shards import TarShards
 class ImagesByName:
     """Reads images by name from a folder or from tars; never reads a file outside the folder.
 
-    In a folder, a name is a path relative to the folder, such as `val2014/COCO_val2014_000000000042.jpg`. In tars, a
-    name is the path of a member, with or without the folders in that path; the extension is ignored. Instances can be
-    pickled.
+    In a folder, a name is a relative path such as `val2014/COCO_val2014_000000000042.jpg`. In tars, a name is the path
+    of a member, with or without its folders; the extension is ignored.
     """
 
     def __init__(self, path: str, cache_dir: str | None = None, files: OpenFiles | None = None) -> None:
@@ -101,10 +100,7 @@ def _files_in(folder: Folder, inside: str) -> set[str]:
 
 
 def _number_keys(shards: TarShards) -> dict[str, int]:
-    """Maps keys (paths of images in the tars, without extension) to sample numbers.
-
-    Also maps the last component of a key, without the folders, if only one key ends with it.
-    """
+    """Maps keys (paths in the tars, without extension), and their last components where unique, to sample numbers."""
     keys = [shards.key(number) for number in range(len(shards))]
     numbers: dict[str, int] = {}
     repeated: set[str] = set()

@@ -89,8 +89,8 @@ def read_coco_images(path: str, folder: str) -> CaptionedImages:
         folder: folder that contains the images.
 
     Raises:
-        ConfigError: if the file cannot be read or does not have this form, an image occurs twice, a caption is empty,
-            or a caption's image is not listed in the file; the message names the entry.
+        ConfigError: if the file cannot be read or has another form, an image occurs twice, a caption is empty, or the
+            image of a caption is not listed. The message names the entry.
     """
     samples = CaptionedImages(path, folder)
     with reading_as(path, _COCO):

@@ -11,7 +11,7 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 
 
 class CaptionedImages(CollectedAnnotations):
-    """Holds images with several captions each. Each caption is one sample; an image's samples are consecutive.
+    """Holds images with several captions each; each caption is one sample, next to the others of its image.
 
     `each_image` returns these images with one sample per image.
     """

@@ -38,9 +38,9 @@ class StoredStrings:
 
 
 class CompactStrings(StoredStrings):
-    """Stores strings with an overhead of 8 bytes each; a list of `str` has an overhead of at least 57 bytes each.
+    """Stores strings with an overhead of 8 bytes each, where a list of `str` has at least 57.
 
-    Stores any Python string unchanged, even a file name that is not UTF-8. Strings can only be appended.
+    It keeps any Python string, even a file name that is not UTF-8. Strings can only be appended.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:

@@ -40,8 +40,8 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
             number is decoded at a half, a quarter or an eighth of its size. None decodes all pixels.
 
     Raises:
-        ValueError: if the bytes are not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image, if there are too many bytes
-            or pixels, or if the pixel format does not define the value of white (Pillow's modes I and F).
+        ValueError: if the bytes are not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image, or are too many. Also if
+            the image has too many pixels, or a format without a value of white (Pillow's modes I and F).
     """
     if not data:
         raise ValueError("empty file")
@@ -105,10 +105,7 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB, in strips if the conversion makes several copies of the pixels.
-
-    An RGB image without transparency is returned unchanged.
-    """
+    """Converts an image to RGB, in strips if the conversion makes several copies of the pixels."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode in ("I", "F"):

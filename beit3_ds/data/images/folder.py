@@ -30,10 +30,9 @@ class ImageFolder:
     The caption of `NAME.jpg` is the text in `NAME.txt`, or else the value of `caption` in `NAME.json`. Captions may be
     missing.
 
-    Links to folders are followed, even to folders outside, because ImageNet's class folders are often links. A folder
-    that several paths lead to is listed only once, so loops of links end. Hidden files and links to single files
-    outside the folder are not read. `skipped` counts all skipped files and folders. Each path takes 8 bytes of memory
-    in addition to its text.
+    Links to folders are followed, because ImageNet's class folders are often links; each folder is listed once. Hidden
+    files and links to single files outside are not read. `skipped` counts all skipped files and folders. A path takes 8
+    bytes beside its text.
     """
 
     def __init__(self, path: str) -> None:
@@ -168,10 +167,7 @@ def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
 
 
 class _Listing:
-    """Lists the files below a folder.
-
-    A folder that several paths lead to is listed once: under its own path, or else under the first link to it.
-    """
+    """Lists the files below a folder; lists a folder with several paths once."""
 
     def __init__(self, folder: Folder) -> None:
         self.names: list[str] = []

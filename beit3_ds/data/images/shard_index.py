@@ -1,8 +1,8 @@
 """Stores the index of one tar shard, in memory or in a file: offset and size of each sample's members.
 
-An index file starts with one line of JSON: the size and modification time of the tar, the number, width and checksum of
-the records, and the skipped members by reason. One record of fixed width per sample follows. The records are
-memory-mapped: reading a record makes no system call, and all processes of a machine share the page cache.
+An index file starts with one line of JSON: size and time of the tar, number, width and checksum of the records, and the
+skipped members. One record of fixed width per sample follows. Records are memory-mapped, so all processes share the
+page cache.
 """
 
 import hashlib

@@ -31,9 +31,8 @@ class TarShards:
 
     The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. If
     `KEY.txt` is missing, the caption is the value of `caption` in `KEY.json`. A key may contain dots: `v.one.jpg` and
-    `v.two.jpg` are two samples. In WebDataset a key ends at the first dot, so `KEY.seg.png` is a further part of the
-    sample `KEY`. Here such a part is skipped if the sample `KEY` has an image or a caption. Skipped members are counted
-    in `skipped`.
+    `v.two.jpg` are two samples. A further part as in WebDataset, such as `KEY.seg.png`, is skipped if the sample `KEY`
+    has an image or a caption. `skipped` counts skipped members.
 
     Real corpora contain many irregular files, which are handled by these rules:
 
@@ -52,10 +51,9 @@ class TarShards:
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecordError` |
 
-    The constructor reads the headers of the index files in `cache_dir`. A tar without an index file is scanned instead,
-    and its index takes about 50 bytes per sample in each process. Index files are memory-mapped and tars stay open
-    (`OpenFiles`). One read then suffices for an image, for a caption, or for a pair whose members are neighbours in the
-    tar. Instances can be pickled.
+    A tar without an index file in `cache_dir` is scanned, and its index takes about 50 bytes per sample in each
+    process. Index files are memory-mapped and tars stay open (`OpenFiles`), so one read suffices for an image, for a
+    caption, or for a pair of neighbours.
     """
 
     def __init__(self, patterns: Iterable[str], cache_dir: str | None = None, files: OpenFiles | None = None) -> None:

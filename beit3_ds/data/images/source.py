@@ -12,8 +12,8 @@ from beit3_ds.data.files.records import Skipped
 class ImageSource(Protocol):
     """Declares the interface of numbered images, with captions if the corpus has them.
 
-    The data order depends on the sample numbers. Broken samples have numbers too, so that the numbers depend only on
-    the files. Instances can be pickled and used in several processes.
+    Broken samples have numbers too, so the numbers, and with them the data order, depend only on the files. Instances
+    can be pickled.
     """
 
     @property

@@ -1,8 +1,7 @@
 """Reads the members of an uncompressed tar file, header by header.
 
-The standard library's `tarfile` treats a damaged header as the end of the archive, ignores a second archive after the
-first, seeks backwards at negative sizes, and reads extended headers of any claimed size. It may therefore lose samples,
-read wrong data, or hang. This module reads the headers itself (ustar, GNU and pax) and reports damage.
+The standard library's `tarfile` takes damaged headers for the end of the archive, ignores appended archives, and reads
+headers of any claimed size. This module reads the headers itself (ustar, GNU and pax) and reports damage.
 """
 
 import os
@@ -48,11 +47,11 @@ class _Extended(NamedTuple):
 def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
     """Yields all members of an open tar file except folders, in order; reads headers only.
 
-    Links are never followed. The file's size bounds memory and time, even if headers claim larger sizes.
+    Links are never followed. The file's size bounds memory and time.
 
     Raises:
-        TarError: if a header is damaged, the file is truncated, the end-of-archive block is missing, or data such as a
-            second tar follow the end-of-archive block.
+        TarError: if a header is damaged, the file is truncated, or the end-of-archive block is missing or followed by
+            data.
     """
     file_size = os.fstat(descriptor).st_size
     position, extended = 0, _Extended()

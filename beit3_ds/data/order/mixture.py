@@ -14,10 +14,8 @@ def assign_sources(
     """Assigns each position of a stream to one of its sources, in proportion to the weights and evenly spread.
 
     Of the first n positions, source 0 gets floor(n * its share), source 1 gets its share of the rest, rounded down, and
-    so on. Position p belongs to the source whose number of positions grows between n = p and n = p + 1. Every source
-    therefore counts its own positions 0, 1, 2, ... without a gap. Its number of positions differs from its exact share
-    by less than the number of sources. Shares are rounded to a millionth, so int64 products are exact up to 9e12
-    positions.
+    so on. So each source's number of positions differs from its exact share by less than the number of sources. Shares
+    are rounded to a millionth, so int64 products are exact up to 9e12 positions.
 
     Args:
         weights: weight of each source, above 0.

@@ -14,8 +14,8 @@ _BLOCKS = "blocks "
 class KeyedPermutation:
     """Computes a random permutation of range(size) in constant memory.
 
-    A Feistel network permutes the smallest set of 2^(2b) numbers that contains range(size). While a result is outside
-    range(size), it is permuted again (cycle walking), fewer than four times on average.
+    A Feistel network permutes the smallest set of 2^(2b) numbers that contains range(size). A result outside
+    range(size) is permuted again (cycle walking), fewer than four times on average.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
@@ -42,9 +42,9 @@ class KeyedPermutation:
 class BlockPermutation:
     """Computes a permutation of range(size) in constant memory that visits neighbouring samples at about the same time.
 
-    The samples are divided into blocks of consecutive samples, and the blocks are put into a random order. Each window
-    of consecutive blocks in this order is then shuffled sample by sample. Block 0 starts at a random sample, and sample
-    0 follows the last sample. The samples after the last whole block belong to the last window.
+    Blocks of consecutive samples are put into a random order. Each window of consecutive blocks in this order is
+    shuffled sample by sample. Block 0 starts at a random sample, and the samples after the last whole block join the
+    last window.
     """
 
     def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:

@@ -23,10 +23,9 @@ class IdentifiedSamples(HasFiles, Protocol):
 def prefix_digest(samples: IdentifiedSamples, count: int) -> str:
     """Returns a digest of the first `count` samples, which changes if samples among them are inserted or removed.
 
-    The digest covers the names of the files that contain these samples, and 256 evenly spread samples. The last of the
-    256 is sample `count` - 1, or sample `count` - 2 if appending may change the last sample (`is_last_open`). If a
-    source had `count` samples before and the digest of its first `count` samples is the same now, the source has only
-    grown at its end. The digest does not detect replaced or swapped samples that lie between two of the 256.
+    The digest covers the names of the files with these samples, and 256 evenly spread samples. The last one is left out
+    if appending may change it (`is_last_open`). An unchanged digest of its earlier samples shows that a source has only
+    grown at its end. Samples replaced or swapped between two of the 256 are not detected.
     """
     last = count - 1 - samples.is_last_open
     digest, start = hashlib.sha256(), 0

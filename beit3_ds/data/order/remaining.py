@@ -1,8 +1,7 @@
 """Computes the samples that remain in an epoch from the epoch's permutations, without listing them.
 
-While the data do not change, an epoch is one permutation of all samples. If the data change during an epoch, the rest
-of the permutation is joined with the new samples and permuted again. The remaining samples are therefore described by
-the earlier permutations: the description does not grow with the number of samples, and checkpoints store it as JSON.
+An epoch is one permutation of all samples. If the data change during an epoch, its rest is joined with the new samples
+and permuted again. So a few permutations describe the remaining samples, and checkpoints store them as JSON.
 """
 
 from collections.abc import Callable, Sequence
@@ -117,8 +116,7 @@ class Rest:
 class SourceSubset:
     """Describes the samples of a set that belong to some of its sources, in the order of the set.
 
-    The constructor computes the whole set once, to count the kept samples per block. This takes 20 seconds for 100
-    million samples.
+    The constructor computes the whole set once: 20 seconds for 100 million samples.
     """
 
     whole: RemainingSamples

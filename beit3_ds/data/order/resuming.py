@@ -1,8 +1,7 @@
 """Resumes a stream from a stored position, even if its sources, weights, seed or batch have changed since.
 
-The rest of the current epoch is joined with new samples and continues, so no sample is used twice in an epoch. If
-samples were inserted, removed or reordered within a source, it is unknown which of them were used, so the source begins
-its next epoch.
+The rest of the current epoch is joined with new samples, so no sample is used twice in an epoch. A source in which
+samples were inserted, removed or reordered begins its next epoch.
 """
 
 import dataclasses
@@ -52,8 +51,8 @@ def continue_stream(
 ) -> Continued:
     """Adapts the stored position of a stream to the settings of the run and the sources that the run found.
 
-    If sources, weights and seed are the same, the stream continues as if it had never stopped; `samples_per_step` may
-    differ. Changed `blocks` apply from the next epoch on, and the current epoch keeps its order.
+    With the same sources, weights and seed, the stream continues as if it had never stopped. Changed `blocks` apply
+    from the next epoch on.
     """
     matched = match_sources(stored, sources)
     changes = describe_changes(stored, seed, samples_per_step, weights, matched)
@@ -158,10 +157,7 @@ class _Continuation:
         return self._shuffle(0, max(epochs, default=0), parts)
 
     def _shuffle(self, number: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
-        """Returns the position of a set whose epoch continues with the samples `parts` in a new random order.
-
-        If `parts` have no samples, the position is the beginning of the next epoch.
-        """
+        """Returns the position of a set whose epoch continues with the samples `parts` in a new random order."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return self._now.start_epoch(number, epoch + 1)

@@ -24,8 +24,7 @@ POSITIONS = "positions"
 class RunOrder:
     """Determines the samples of every step, as a pure function of the start position and the step.
 
-    With K samples per step, each step uses the next K samples of the stream's order. Ranks and workers divide these
-    samples and do not change them.
+    With K samples per step, each step uses the next K samples of the stream's order, on any number of ranks.
     """
 
     def __init__(self, config: DataConfig, seed: int, streams: Mapping[str, Iterable[IdentifiedSamples]]) -> None:
@@ -130,10 +129,7 @@ class RunOrder:
         )
 
     def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
-        """Computes the position after `step` steps for a checkpoint without positions; None if a source is missing.
-
-        Assumes that the data have not changed since the checkpoint was written.
-        """
+        """Computes the position after `step` steps for a checkpoint without positions; None if a source is missing."""
         stream = before["data"][name]
         found = {source.path: source for source in self._found[name]}
         paths = [source["path"] for source in stream["train"]]

@@ -41,7 +41,7 @@ class SourceMatch(NamedTuple):
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
     """Matches each found source with a stored source: one with the same path, else one moved to this path.
 
-    A stored source was moved if its path is no longer in the config, and its size and digest equal those of the found
+    A stored source was moved if the config no longer has its path, and its size and digest equal those of a found
     source.
     """
     by_path = {source.path: source for source in stored.sources}

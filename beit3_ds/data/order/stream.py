@@ -1,8 +1,7 @@
 """Computes the order of a stream's samples; every epoch is shuffled, and the order is not stored.
 
-Without weights, all samples of a stream are one set, and (seed, stream, epoch) determines its order. With weights,
-(seed, stream, source, epoch) determines the order of each source. The sources then take turns by a fixed rule, without
-randomness (`mixture.assign_sources`).
+Without weights, all samples of a stream are one set, whose order follows from (seed, stream, epoch). With weights, each
+source has an order of its own, and the sources take turns by a fixed rule (`mixture.assign_sources`).
 """
 
 from collections.abc import Sequence
@@ -37,8 +36,8 @@ class StreamOrder:
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the epoch and the sample number at each offset `since` from the position; all (n,) int64.
 
-        The epoch is the number of earlier passes over the sample's source, or, without weights, over the whole stream.
-        A stream numbers its samples consecutively: those of source 0, then those of source 1, and so on.
+        The epoch counts passes over the sample's source, or over the whole stream without weights. A stream numbers the
+        samples of source 0 first, then those of source 1, and so on.
         """
         weights = self.position.weights
         if weights is None or self._places is None:
@@ -84,8 +83,7 @@ def samples_at(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Returns the epoch and the sample at each position in the endless order of one set.
 
-    Position p is in epoch first_epoch + p // size. Every epoch contains each sample once, in a new order. An epoch may
-    end within a step.
+    Position p is in epoch first_epoch + p // size. Every epoch contains each sample once, in a new order.
 
     Args:
         seed: the run's seed.

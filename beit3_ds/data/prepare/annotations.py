@@ -14,7 +14,7 @@ from beit3_ds.data.sources import annotation_files, check_images_are_there, read
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
     """Parses all annotation files of a run, and writes one table per annotation file into `cache_dir`.
 
-    Existing tables are rewritten, because an image folder may have new images while its annotation file is unchanged.
+    Existing tables are rewritten, because an image folder may have new images.
 
     Args:
         config: data section of the run's config; `cache_dir` must be set.

@@ -17,7 +17,7 @@ _FONT_SIZE, _LINE_HEIGHT, _LINE_LENGTH, _NUM_LINES = 12, 15, 30, 4
 def draw_contact_sheet(sources: Mapping[str, ImageSource], samples_per_source: int = 24) -> Image.Image:
     """Draws evenly spread samples of each source with their captions, as an RGB image that is 1136 pixels wide.
 
-    A sample without a caption is shown with its name. A broken image is replaced by its error message.
+    The name stands for a missing caption, and the error message for a broken image.
     """
     rows = [-(-min(len(source), samples_per_source) // _COLUMNS) for source in sources.values()]
     cell_height = _SIDE + _NUM_LINES * _LINE_HEIGHT + _MARGIN

@@ -89,8 +89,7 @@ def prepare_indices(
 ) -> list[IndexedShard]:
     """Writes an index file for every tar whose index is missing or out of date.
 
-    The work can be interrupted and resumed, because up-to-date indices are kept. After a failed tar the work continues
-    with the remaining tars.
+    A failed tar does not stop the others, and a later call keeps up-to-date indices.
 
     Args:
         tars: paths of the tars.

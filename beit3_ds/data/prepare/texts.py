@@ -83,9 +83,8 @@ def prepare_texts(
 ) -> TextPreparation:
     """Tokenizes the training, validation and test texts of a run into `data.cache_dir`.
 
-    Files are cut into pieces, which are divided over shares and processes. No share waits for another share. Token
-    files that are up to date are kept, so an interrupted preparation can be resumed. Once all pieces of a file are
-    tokenized, the file is also cut into sequences of `data.text_length` tokens.
+    Shares and processes divide the pieces of the files, and no share waits for another. A later call keeps token files
+    that are up to date. Once all pieces of a file are tokenized, it is cut into sequences of `data.text_length` tokens.
 
     Args:
         data: data section of the run's config.

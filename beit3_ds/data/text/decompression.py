@@ -22,8 +22,8 @@ _FREE_BYTES = 1 << 26
 def open_decompressed(path: str, compression: Compression) -> io.BufferedReader:
     """Opens a file for reading its decompressed content, with retries of failed reads.
 
-    Reading a truncated compressed file raises EOFError. Reading more than 64 MiB of content raises OSError if the
-    content is more than 100 times as large as the file.
+    A truncated file raises EOFError. Content of more than 64 MiB raises OSError if it exceeds 100 times the file's
+    size.
     """
     match compression:
         case "gzip":

@@ -7,8 +7,8 @@
 | tables, markup, documents, archives, images and others in `_OTHERS` | unsupported |
 | any other name | plain text |
 
-Files of each format may be compressed; their names then end with `.gz`, `.gzip`, `.zst` or `.zstd`. JSON lines have one
-object per line. JSON values are objects that may span several lines, either consecutive or in lists.
+Compressed files of each format end with `.gz`, `.gzip`, `.zst` or `.zstd`. JSON lines have one object per line. JSON
+values are objects that may span several lines, one after the other or in lists.
 """
 
 import json

@@ -1,9 +1,8 @@
 """Reads the paragraphs of text files: plain text or JSON, compressed or not.
 
-The module `formats` finds the format of a file. In plain text each line is a paragraph, and blank lines separate
-documents. In JSON each object is a document, and the lines of its `text` are the paragraphs. Memory is bounded: only
-one line or JSON value is in memory at a time, and lines of more than 16 MiB are skipped. Lines end with a newline, a
-carriage return, or both.
+In plain text each line is a paragraph, and blank lines separate documents. In JSON each object is a document, and the
+lines of its `text` are the paragraphs. Only one line or JSON value is in memory at a time, and lines of more than 16
+MiB are skipped. Lines end with a newline, a carriage return, or both.
 """
 
 import io
@@ -116,8 +115,8 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
 
     Args:
         piece: the piece to read.
-        broken: collects lines and JSON values that are not valid text (`check_is_text`), not UTF-8, not a JSON object
-            with a string under `text`, or too long.
+        broken: collects lines and JSON values that are too long, not UTF-8 or not valid text (`check_is_text`). It also
+            collects JSON without a string under `text`.
 
     Raises:
         ConfigError: if the file cannot be read, decompressed or parsed as JSON values, or if too many lines are broken.
@@ -225,9 +224,7 @@ def _find_first_line(file: io.BufferedReader, piece: TextPiece) -> int:
 
 
 def _read_parts(file: io.BufferedReader, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
-    """Yields the lines of a file from `position` on, each cut into parts at its carriage returns.
-
-    May leave out blank lines or parts that follow a blank one, because they have no further effect.
+    """Yields the lines of a file from `position` on, each cut into parts at its carriage returns; may omit blank parts.
 
     Yields:
         For each part: the line number (counted from 1 by newlines), whether the line starts before `stop`, and the

@@ -1,12 +1,11 @@
 """Finds the sentences in paragraphs of ids, and cuts paragraphs that are longer than a sequence.
 
 A sentence ends with `.`, `!`, `?` or `…` before white space or an East Asian character, or with `。` or a full-width
-`!` or `?` before anything. Closing quotes and brackets that follow directly belong to the sentence. So "3.5" and "?q="
-contain no end, and "Mr. Smith" contains one, because the rule knows no abbreviations.
+`!` or `?`. Closing quotes and brackets belong to the sentence. So "3.5" and "?q=" contain no end, and "Mr. Smith"
+contains one.
 
-The rule is applied to the pieces of the tokenizer's vocabulary instead of the text, with one look-up per token of a
-long paragraph. Cutting therefore changes no ids, and token files need no marks for sentences. The end of a sentence is
-missed if it is inside a piece, or if the vocabulary lacks the character that ends the sentence.
+The rule is applied to the pieces of the tokenizer's vocabulary, with one look-up per token of a long paragraph. The end
+of a sentence is missed if it is inside a piece, or if the vocabulary lacks its character.
 """
 
 from bisect import bisect_right
@@ -72,7 +71,7 @@ class ParagraphCutter:
         """Cuts paragraphs longer than `limit` into sequences of at most `limit` ids, not counting separators.
 
         A sequence ends with the last sentence that fits. A sentence longer than a sequence is cut between two words,
-        and a word longer than a sequence is cut where the sequence is full.
+        and a longer word is cut where the sequence is full.
 
         Args:
             ids: all ids of the paragraphs, (ids,).

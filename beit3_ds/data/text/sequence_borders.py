@@ -61,8 +61,8 @@ def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length:
 class PreparedText:
     """Reads the token sequences of one text file from its token files.
 
-    Ids and borders are memory-mapped at their first use, so all processes of a machine share the page cache. Memory
-    maps keep no file open. A pickled copy maps the files again.
+    Ids and borders are memory-mapped at their first use, so all processes of a machine share the page cache. A pickled
+    copy maps the files again.
     """
 
     def __init__(

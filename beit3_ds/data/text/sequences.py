@@ -21,15 +21,13 @@ from beit3_ds.tokenizers.text import TextTokenizer
 class TextSequences:
     """Cuts the texts of files into sequences of at most `length` tokens.
 
-    Each sequence is filled with consecutive paragraphs of one file as long as the next paragraph fits whole. The
-    paragraphs may belong to several documents, which are separated by EOS unless `document_separator` is false. A
-    paragraph longer than a sequence is cut between sentences, and the rest of it shares a sequence with the next
-    paragraph. A sentence longer than a sequence is cut between words if possible. The module `paragraphs` defines
-    paragraphs, documents and readable files; the module `sentences` defines the end of a sentence.
+    Each sequence is filled with consecutive paragraphs of one file as long as the next one fits whole. EOS separates
+    documents, unless `document_separator` is false. A paragraph longer than a sequence is cut between sentences, and
+    its rest shares a sequence with the next paragraph. A sentence longer than a sequence is cut between words if
+    possible.
 
-    Without `cache_dir`, all text is tokenized in the constructor and kept in the memory of each process. Each token
-    takes two bytes with a vocabulary of at most 65536 ids, which suits a few gigabytes of text. With `cache_dir`, the
-    token files of `beit3 prepare texts` are memory-mapped, and the constructor reads one footer per 64 MiB of text. The
+    Without `cache_dir`, the constructor tokenizes all text and keeps it in memory: two bytes per token with a
+    vocabulary of at most 65536 ids. With `cache_dir`, the token files of `beit3 prepare texts` are memory-mapped. The
     sequences are equal in both cases.
 
     Attributes:
@@ -58,8 +56,8 @@ class TextSequences:
             document_separator: whether every document ends with EOS (`data.document_separator`).
 
         Raises:
-            ConfigError: if a pattern has no match, a file is unreadable, no file has text, too many lines are broken,
-                or a token file is missing, damaged or out of date.
+            ConfigError: if a pattern has no match, a file is unreadable, no file has text, or too many lines are
+                broken. Also if a token file is missing, damaged or out of date.
             StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)

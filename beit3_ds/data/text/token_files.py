@@ -1,16 +1,15 @@
 """Defines token files, which `beit3 prepare texts` writes and training reads as memory maps.
 
-Each piece of a text file has one token file, named by the text file's name and a digest of the text file's path:
+Each piece of a text file has one token file, named by the text file's name and a digest of its path:
 
     text.txt-5f0c9a3e11d2.000000000000.tokens     tokens of the piece that starts at byte 0
     text.txt-5f0c9a3e11d2.000067108864.tokens     tokens of the next piece
     text.txt-5f0c9a3e11d2.length-128.borders      starts of the sequences of 128 tokens, over all pieces
 
-A `.tokens` file consists of all token ids (uint16, or uint32 if the vocabulary exceeds 65536 ids), the number of tokens
-per paragraph (uint32), and a footer. A `.borders` file consists of the start of each sequence, counted in tokens of the
-text file, the total number of tokens (all int64), and a footer. A footer is JSON, the length of the JSON (8 bytes) and
-`BEIT3TOK`. Numbers are little-endian. Files are written under a temporary name and renamed, so a file is complete or
-absent.
+A `.tokens` file has all token ids (uint16, or uint32 if the vocabulary exceeds 65536 ids), the number of tokens per
+paragraph (uint32), and a footer. A `.borders` file has the start of each sequence in tokens of the text file, the total
+number of tokens (all int64), and a footer. A footer is JSON, the length of the JSON (8 bytes) and `BEIT3TOK`. Numbers
+are little-endian. Files are written under a temporary name and renamed.
 """
 
 import hashlib

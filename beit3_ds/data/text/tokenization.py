@@ -1,8 +1,7 @@
 """Encodes paragraphs to token ids, and packs the paragraphs into sequences.
 
 EOS separates documents, as in RoBERTa's sequences that cross documents (Liu et al., 2019, arXiv:1907.11692, section
-4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. If a sequence ends with a separator,
-that EOS is also the EOS of the sequence, so the sequence needs no second EOS.
+4.2, FULL-SENTENCES). It is the last id of a document's last paragraph, and also the EOS of a sequence that ends there.
 """
 
 from collections.abc import Iterable, Iterator
@@ -55,7 +54,7 @@ def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: P
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
     A paragraph that fits into a sequence stays whole. A longer paragraph starts a sequence and is cut between
-    sentences. The rest of a cut paragraph shares a sequence with the next paragraph.
+    sentences, and its rest shares a sequence with the next paragraph.
 
     Args:
         chunks: paragraphs from `encode_paragraphs`; empty paragraphs have no effect.

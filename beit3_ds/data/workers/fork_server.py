@@ -19,10 +19,8 @@ _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 def start_fork_server(preload: str) -> None:
     """Starts the server process that forks the worker processes; does nothing if the server already runs.
 
-    Workers are not forked from this process, because a fork copies locked locks and makes CUDA unusable.
-
-    The server and its workers block the signals that stop a run. Clusters and terminals send these signals to all
-    processes of a run, so that the ranks finish their step and save. The ranks still need the workers for that step.
+    A fork of this process would copy locked locks and make CUDA unusable. The server and its workers block the signals
+    that stop a run, because the ranks still need them to finish their step.
 
     Args:
         preload: module that the server imports once for all workers.

@@ -20,8 +20,7 @@ RequestT = TypeVar("RequestT")
 ItemT = TypeVar("ItemT")
 
 _MAX_REPLACEMENTS = 3
-"""Maximum number of workers that may die or stop while they prepare one item. A single death may be an accident, such
-as the kernel's out-of-memory killer; several in a row point to a bad record or a bad machine."""
+"""Maximum number of workers that may die or stop over one item; several in a row point to a bad record or machine."""
 _STOPPED_SECONDS = 10.0
 """Seconds after which a suspended worker is replaced if its item is needed; short debugger stops are tolerated."""
 
@@ -35,8 +34,8 @@ class Preparation(Generic[RequestT, ItemT]):
     """Describes the work of a pool's workers, and the time limits for their replies."""
 
     work: Callable[[RequestT, Callable[[str], None]], ItemT]
-    """Function that prepares the item of a request. It returns the same item in every call with this request, and
-    calls its second argument with the name of each record that it reads. It is pickled once per worker."""
+    """Function that prepares the item of a request, the same in every call with this request. It calls its second
+    argument with the name of each record that it reads. It is pickled once per worker."""
     describe: Callable[[RequestT], str]
     """Function that returns a name of the requested item for messages, for example "step 17"."""
     limits: WaitLimits
@@ -95,8 +94,7 @@ def prepare_in_any_order(
 ) -> Iterator[ItemT]:
     """Prepares items in worker processes, and yields each item as soon as the item is finished.
 
-    A computing worker may take any time. The time limit `limits.seconds` applies only while a worker uses no processor
-    time.
+    The time limit `limits.seconds` counts only while a worker uses no processor time.
 
     Args:
         preparation: work and time limits of the workers.

@@ -47,9 +47,8 @@ class Reply(NamedTuple):
 class WorkerProcess:
     """Controls one worker process and the socket to it.
 
-    The worker is forked from a server process without threads. It blocks the signals that ask a run to stop, and exits
-    when this process exits. The death of the worker closes the socket, and so is detected at once. Only `start`,
-    `receive` and `kill` wait for the worker, each with a time limit.
+    The worker blocks the signals that ask a run to stop, and exits when this process exits. Its death closes the
+    socket. Only `start`, `receive` and `kill` wait for the worker, each with a time limit.
     """
 
     def __init__(self, work: Work, set_up: Callable[[], object] | None = None, preload: str = "torch") -> None:

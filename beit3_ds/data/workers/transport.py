@@ -1,8 +1,7 @@
 """Sends objects with large tensors from one process to another; received objects survive the sender's death.
 
-Tensors are written to an unnamed file in /dev/shm. The file's descriptor is sent with the message, so a killed process
-leaves no file behind. If /dev/shm is full, tensors are sent through the socket, which is slower. If one process dies,
-the other process finds the socket closed.
+Tensors are written to an unnamed file in /dev/shm, whose descriptor is sent with the message. If /dev/shm is full, they
+are sent through the socket, which is slower.
 """
 
 import mmap
@@ -141,10 +140,7 @@ class ItemReceiver:
 
 
 def _write_shared(views: Sequence[memoryview]) -> int | None:
-    """Writes buffers to a file in shared memory; returns the file's descriptor, or None if shared memory is full.
-
-    Uses writes instead of a memory map: on a full file system a write raises an error, but a map causes SIGBUS.
-    """
+    """Writes buffers to a file in shared memory and returns its descriptor; None if shared memory is full."""
     descriptor = -1
     try:
         descriptor = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
