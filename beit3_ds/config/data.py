@@ -37,16 +37,15 @@ class SourceConfig:
     for a folder, else `tar`. Texts must have None: the names of their files tell their format
     (beit3_ds/data/text/formats.py)."""
     images: PathString = ""
-    """Folder of the images that an annotation file names, or a pattern of tars that contain them (`coco/*.tar`). Only
-    for formats with an annotation file."""
+    """Folder of the images that an annotation file names, or a pattern of tars with these images (`coco/*.tar`)."""
     annotations: PathString = ""
     """Second annotation file, such as the answers to the questions in `path`. Only for a task's own formats."""
     split: str = ""
     """Part of the file to read, such as "val" of a Karpathy split; empty reads the whole file. Only for a task's own
     formats."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
-    """Weight of this source, whose share of the stream's samples is its weight divided by the sum of all weights. If no
-    source has a weight, every sample of the stream is used once per epoch."""
+    """Weight of this source: its share of the stream's samples is its weight divided by the sum of all weights. Without
+    weights, every sample of the stream is used once per epoch."""
 
     def __post_init__(self) -> None:
         if self.is_of_task:
@@ -86,8 +85,7 @@ class StreamConfig:
     """Training sources; may be empty if `samples_per_step` is 0. Without weights, all samples are shuffled as one set.
     With weights, each source has its own epochs, and its weight decides how often it is used."""
     validation: tuple[SourceConfig, ...] = ()
-    """Validation sources, which must have no weights: evaluated samples are chosen in proportion to the sources' sizes.
-    If empty, the stream is not evaluated."""
+    """Validation sources, without weights. If empty, the stream is not evaluated."""
     test: tuple[SourceConfig, ...] = ()
     """Test sources, which only `beit3 evaluate --split test` reads; they must have no weights."""
     samples_per_step: Annotated[int, Range(0, 2**24)]
@@ -142,8 +140,8 @@ class DataConfig:
     texts: StreamConfig = field(default_factory=_no_stream)
     """Texts without images, for MLM."""
     text_length: TextLength = 128
-    """Maximum number of tokens per text sample, BOS and EOS included. The paper does not give it; 128 is near the
-    number of rows of an image."""
+    """Maximum number of tokens per text sample, BOS and EOS included. The paper does not give it; 128 is near the rows
+    of an image."""
     document_separator: bool = True
     """Whether EOS separates documents that share a sequence of the stream "texts", as in RoBERTa; False concatenates
     them without a separator. A document is a JSON object, or in plain text the lines between two blank lines."""
@@ -167,7 +165,7 @@ class DataConfig:
     """Probability that a rectangle of a training image is replaced by noise. Pretraining ignores it."""
     cache_dir: PathString | None = None
     """Folder to which `beit3 prepare` writes shard indices, tables of annotations and token files. With None, every
-    start of a run scans shards, parses annotations and tokenizes texts in memory, which suits a small corpus."""
+    start of a run scans shards and keeps annotations and tokens in memory, which suits a small corpus."""
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
     """How an epoch is shuffled. `shuffled` shuffles it as a whole, so reads jump between shards. `shard_sequential`
     reads only a few shards at a time: it shuffles blocks of `block_samples` neighbouring samples, then all samples of
@@ -176,8 +174,7 @@ class DataConfig:
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
     """Number of neighbouring samples per block with `order` "shard_sequential"; choose at most the size of a shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
-    """Number of blocks that are shuffled together with `order` "shard_sequential"; choose it so that a window
-    holds the samples of many steps."""
+    """Number of blocks that are shuffled together with `order` "shard_sequential". A window should hold many steps."""
     num_workers: Annotated[int, Range(0, 1024)] = 2
     """Number of processes per rank that prepare steps; with 0 the training process prepares them."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2
@@ -195,7 +192,7 @@ class DataConfig:
     die, or are stopped for 10 seconds, are replaced earlier."""
     max_broken_records: Count = 100
     """Maximum number of broken records that a run skips; with more, the run lists them and ends. A record counts once
-    per run, even if several ranks read it, one rank reads it again, or the run restarts."""
+    per run."""
 
     def __post_init__(self) -> None:
         for source in self.texts.sources:
@@ -242,8 +239,7 @@ class TextTokenizerConfig:
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
     """Share of the characters in the corpus that get a piece of their own; the rarest characters get none."""
     max_sentences: Annotated[int, Range(101, 2**40)] = 10_000_000
-    """Maximum number of lines to train on, which are drawn at random from the whole corpus and kept in memory.
-    SentencePiece needs more than 100."""
+    """Maximum number of lines to train on, drawn at random from the whole corpus. SentencePiece needs more than 100."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ class Fixed(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Number(Spec):
-    """Describes a key whose value is a number in a range; an integer may be written as 5e8, as DeepSpeed allows."""
+    """Describes a key whose value is a number in a range; an integer may be written as 5e8, as in DeepSpeed."""
 
     range: Range
     whole: bool = True
@@ -100,7 +100,7 @@ class Number(Spec):
     multiple_of: int = 1
 
     def read(self, value: Any, where: str) -> int | float:
-        """Checks the value, and returns it as an int if it must be whole, otherwise as a float."""
+        """Checks the value and returns it, as an int if it must be whole, otherwise as a float."""
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in self.range:
             raise self._refuse(value, where)
         if not self.whole:

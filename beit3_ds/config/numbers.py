@@ -75,7 +75,7 @@ FinalLearningRate = Annotated[float, Range(0, 1)]
 LearningRateScale = Annotated[float, Range(0, 1e4, above=True)]
 """A factor by which the learning rate of some parameters is multiplied."""
 LayerDecay = Annotated[float, Range(0, 1, above=True)]
-"""A factor by which the learning rate is multiplied per layer below the head; 1 gives all layers the same rate."""
+"""A factor of the learning rate per layer below the head; 1 gives all layers the same rate."""
 WeightDecay = Annotated[float, Range(0, 10)]
 """A weight decay: each step subtracts learning rate x weight decay x weight from each weight."""
 Decay = Annotated[float, Range(0, 1, below=True)]

@@ -9,8 +9,7 @@ RENAMED_KEYS = {
     "initial_weights": "init_from",
     "kernels": "kernel_backend",
 }
-"""Maps old names of keys to new names. An old name in a run's file is an error whose message gives the new name
-(docs/configuration.md)."""
+"""Maps old names of keys to new names; the error about an old name gives the new name (docs/configuration.md)."""
 
 MOVED_KEYS = {
     "image_mask_ratio": "data",
@@ -19,8 +18,7 @@ MOVED_KEYS = {
     "text_masking": "data",
     "loss_weights": "training",
 }
-"""Maps each key that is now in the section "task" to its old section. Such a key in its old section is an error whose
-message gives the new section."""
+"""Maps each key that moved to the section "task" to its old section; the error about an old place gives the new one."""
 
 TOKENIZER_KEYS = {
     **{key: f"task.{key}" for key in ("commitment_weight", "teacher", "teacher_weights", "teacher_stage")},

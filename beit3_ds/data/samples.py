@@ -33,13 +33,13 @@ class SampleKey:
     stream: str
     """Name of the stream."""
     epoch: int
-    """Number of earlier complete passes over the sample's source, or, in a stream without weights, over the whole
-    stream; `VALIDATION_EPOCH` for validation and test samples."""
+    """Number of earlier passes over the sample's source, or over the whole stream without weights; `VALIDATION_EPOCH`
+    for validation and test samples."""
     index: int
     """Index of the sample in its stream, from 0."""
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Returns the sample's random generator for one purpose, independent of its generators for other purposes."""
+        """Returns the sample's random generator for one purpose; generators for different purposes are independent."""
         return sample_rng(self.seed, purpose, self.stream, self.epoch, self.index)
 
 
@@ -127,7 +127,7 @@ class CaptionedSamples(ImagesOfSource):
         return self.source.image_files() if isinstance(self.source, AnnotatedImages) else ()
 
     def identifier(self, index: int) -> int | str:
-        """Returns the image's identifier for result files: that of the annotation file, or else the image's name."""
+        """Returns the image's identifier for result files, from the annotation file or else the image's name."""
         return self.source.identifier(index) if isinstance(self.source, EachImage) else self.source.name(index)
 
     def captions(self, index: int) -> list[str]:

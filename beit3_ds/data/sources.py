@@ -57,7 +57,7 @@ class ConcatSources(Generic[SourceT]):
 
 
 def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:
-    """Checks that no two sources of one stream share a file or a folder, because shared samples would be used twice.
+    """Checks that no two sources of one stream share a file or a folder; shared samples would be used twice.
 
     Args:
         sources: sources of one stream.

@@ -21,9 +21,10 @@ class LoadOptions(TypedDict, total=False):
     dtype: torch.dtype
     """Dtype of the parameters and of the computation; default: float32."""
     image_size: int
-    """Side of the images in pixels, for which positions are interpolated; default: that of the weights."""
+    """Side of the images in pixels; positions are interpolated. By default the size in the weights."""
     max_text_length: int
-    """Tokens of the longest text, BOS and EOS included; longer texts are cut off. Default: that of the weights."""
+    """Maximum tokens of a text, BOS and EOS included; longer texts are cut off. By default the length in the
+    weights."""
 
 
 def load_backbone(path: str | Path, inputs: Sequence[InputKind], **options: Unpack[LoadOptions]) -> BEiT3:

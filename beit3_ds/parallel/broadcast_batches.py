@@ -9,7 +9,7 @@ from beit3_ds.storage_error import StorageError
 
 
 class Shareable(Protocol):
-    """Defines the interface of an item, such as a batch, that ranks can send to each other with or without pixels."""
+    """Defines the interface of an item, such as a batch, that ranks send to each other with or without pixels."""
 
     def without_pixels(self) -> Self:
         """Returns the item without pixels, for stages that hold neither the embeddings nor the head."""
@@ -26,7 +26,7 @@ class Shareable(Protocol):
 
 
 DataError = ConfigError | StorageError
-"""Types of errors in the data; an error on a reading rank is raised on all ranks of this copy of the model."""
+"""Types of errors in the data; all ranks of a copy of the model raise the error of a reading rank."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 

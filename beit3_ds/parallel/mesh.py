@@ -54,8 +54,7 @@ class Mesh:
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
     """Name of each global rank's host."""
     store: dist.Store | None = None
-    """Store of the process group. The mesh keeps a reference, because torch's groups use the store but would not keep a
-    Python object alive."""
+    """Store of the process group; this reference keeps the Python object alive, which torch's groups do not."""
     activity: Activity = field(default_factory=Activity)
     """Step and phase of this rank; `runtime.Watchdog` reports them to the other ranks."""
 

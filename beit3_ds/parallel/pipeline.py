@@ -10,8 +10,8 @@ from torch import Tensor
 from beit3_ds.parallel.host_group import HostGroup
 
 ChannelKey = tuple[bool, bool]
-"""Kind and direction of a message, as two flags: whether it is an activation (not a gradient), and whether it goes to a
-stage with a higher number."""
+"""Two flags that describe a message: whether it is an activation (not a gradient), and whether it goes to a stage with
+a higher number."""
 
 
 @dataclass(frozen=True)

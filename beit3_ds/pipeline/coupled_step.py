@@ -35,8 +35,8 @@ class CoupledStep:
         self._loss_factors, self._num_micro_batches = loss_factors, num_micro_batches
         self._gradients: list[StepFeatures] = []
         self.sums = torch.zeros_like(loss_factors)
-        """This rank's sum of each term: those of the whole step on the first data-parallel rank, zeros on the others,
-        so that they add up over the ranks."""
+        """This rank's sum of each term: the sum of the whole step on the first data-parallel rank, zeros on the
+        others."""
 
     def differentiate(self, micro_batches: Sequence[StepFeatures]) -> None:
         """Computes the terms and their gradients, given this rank's features; all data-parallel ranks call it.

@@ -8,7 +8,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of several pieces of work: time on the host, or for a GPU the time between events on the GPU.
+    """Adds up the time of several pieces of work on the host, or on a GPU between events.
 
     The device is synchronized only in `take`.
     """

@@ -27,8 +27,7 @@ class HostRequirements(NamedTuple):
     ranks: int
     """Bytes of the ranks' processes and their libraries, without the memory that CUDA adds."""
     workers: int
-    """Bytes of the data workers: their libraries, and the step that each worker prepares. A micro-batch counts twice
-    while it is packed."""
+    """Bytes of the data workers: libraries, one step per worker, and a micro-batch while it is packed."""
     validation: int
     """Bytes of the validation batches that the ranks keep in memory."""
     checkpoint: int
@@ -140,7 +139,7 @@ def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_n
 
 
 class _Kind(NamedTuple):
-    """Identifies the ranks with equal memory: those of one pipeline stage that read the same views of images."""
+    """Identifies the ranks with equal memory: they share a pipeline stage and read the same views of images."""
 
     stage: int
     views: str

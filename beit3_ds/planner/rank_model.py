@@ -104,7 +104,7 @@ class RankModel:
         return split.local_size * model.hidden_size
 
     def blocks_of(self, chunk: range) -> range:
-        """Returns the numbers of one model chunk's blocks in the list of all layers, where blocks are layers 1 to L."""
+        """Returns the numbers of one model chunk's blocks in the list of all layers; blocks are layers 1 to L."""
         return range(max(chunk.start, 1), min(chunk.stop, self.config.model.num_layers + 1))
 
     def block_rows(self, chunk: range, layer: int, workload: Workload) -> BlockRows:

@@ -131,8 +131,7 @@ def _add_block(traffic: Traffic, rank_model: RankModel, chunk: range, layer: int
 def _residual_add(
     traffic: Traffic, rank_model: RankModel, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
-    """Adds the tensor-parallel traffic of a branch whose input is sent `enters` times and whose output is summed
-    `leaves` times."""
+    """Adds a branch's tensor-parallel traffic: `enters` sends of its input, and `leaves` sums of its output."""
     model, stream = rank_model.config.model, _branch_bytes(rank_model, rows)
     if rank_model.tensor.divides_rows:
         if rows:

@@ -33,7 +33,7 @@ class Workload(NamedTuple):
     tokens: int
     """Number of tokens of all captions and texts, S."""
     images: int
-    """Number of images, those of pairs included, B."""
+    """Number of images, B, images of pairs included."""
     masked_patches: int
     """Number of masked patches, which are the rows of the MIM head."""
     masked_tokens: int

@@ -316,7 +316,7 @@ class Zero3Replay:
         return used
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        """Returns the parameters that are gathered for a module: its own, without those of its children."""
+        """Returns the parameters that are gathered for a module: its own, without its children's."""
         # Modules are asked for them millions of times, and torch builds the list from dictionaries.
         if module not in self._owned:
             self._owned[module] = list(module.parameters(recurse=False))

@@ -28,7 +28,7 @@ class RetryingFile:
         self.path, self._report, self._has_lines = path, report, has_lines
         self._missing = b""
         self._start: int | None = None
-        """Size of the file before a failed attempt to append `_missing`, of which it may have written a part."""
+        """Size of the file before a failed attempt to append `_missing`, which may have written a part."""
         self._replaces = False
         """Whether `_missing` replaces the whole file."""
         self.has_failed = False

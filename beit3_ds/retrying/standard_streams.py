@@ -11,7 +11,7 @@ from beit3_ds.retrying.stream import RetryingStream
 
 
 class StandardStreams(NamedTuple):
-    """Holds the streams below `sys.stdout` and `sys.stderr`; None for one that is no file, as in notebooks."""
+    """Holds the streams below `sys.stdout` and `sys.stderr`; a stream that is no file, as in notebooks, is None."""
 
     stdout: RetryingStream | None
     stderr: RetryingStream | None

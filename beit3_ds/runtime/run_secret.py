@@ -52,7 +52,7 @@ def read_secret(named: str | None, output_dir: str | None) -> bytes:
 
 
 def _create(path: Path) -> None:
-    """Writes a new secret to `path` unless the file exists; of several ranks at the same moment, the first one wins."""
+    """Writes a new secret to `path` unless the file exists; if several ranks write at once, the first one wins."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,9 @@ from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_sta
 
 STOP_SECONDS = 5.0
 """Seconds that a process without unsaved updates has to end after a stop signal; also the shortest limit of a wait for
-other ranks. A cluster kills a job half a minute after the signal or later."""
+other ranks."""
 _PEER_FACTOR = 2.0
-"""A rank waits for others at most this many times as long as the longest phase of a step so far."""
+"""Longest wait for other ranks, as a multiple of the longest phase of a step so far."""
 _SECOND_INTERRUPT_SECONDS = 1.0
 _POLL_SECONDS = 0.25
 

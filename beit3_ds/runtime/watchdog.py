@@ -23,7 +23,7 @@ _POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0
 """Longest time in seconds of one request to the store."""
 _GRACE_SECONDS = 5.0
-"""Seconds that ranks have to answer a request for heartbeats, or to end by themselves after a failure of the run."""
+"""Seconds that ranks have to answer a request for heartbeats, or to end by themselves after a failure."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
 """Value of a key that no rank has set yet."""
@@ -162,7 +162,7 @@ class Watchdog:
             self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
 
     def _share_stop_signal(self, shared: str) -> None:
-        """Passes a stop signal of this rank on to all ranks, or records on this rank a stop signal of another one."""
+        """Passes this rank's stop signal on to all ranks, or records another rank's stop signal."""
         if shared != _NONE:
             self._signals.record(int(shared))
         elif self._signals.is_any_received():
@@ -201,7 +201,7 @@ class Watchdog:
         self._set_once("failure", json.dumps(failure))
 
     def _set_once(self, key: str, value: str) -> None:
-        """Writes a value if the key has none; if two ranks write at the same moment, one of their values remains."""
+        """Writes a value if the key has none; if two ranks write at once, one of their values remains."""
         if self._store.get(key).decode() == _NONE:
             self._store.set(key, value)
 

@@ -30,11 +30,11 @@ class WordBorders(NamedTuple):
     """Marks the token ids that start or end a word, according to the white space in the tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
-    """For each id, whether the id starts a word, (vocab_size,). True for BOS, padding, EOS, and all pieces with leading
-    white space in models that write white space before words."""
+    """For each id, whether it starts a word, (vocab_size,). True for BOS, padding, EOS, and pieces with leading white
+    space, in models with white space before words."""
     ends: NDArray[np.bool_]
-    """For each id, whether the next id starts a word, (vocab_size,). True for BOS, padding, EOS, and all pieces with
-    trailing white space in models that write white space after words."""
+    """For each id, whether the next id starts a word, (vocab_size,). True for BOS, padding, EOS, and pieces with
+    trailing white space, in models with white space after words."""
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Returns for each id of a consecutive sequence whether the id starts a word, (ids,).

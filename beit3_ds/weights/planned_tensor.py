@@ -11,7 +11,7 @@ from beit3_ds.weights.reader import WeightReader
 
 
 class PlannedTensor(NamedTuple):
-    """Describes a tensor to write. It is built only when it is written, so that memory holds one tensor at a time."""
+    """Describes a tensor to write; it is built only when it is written, so that memory holds one at a time."""
 
     name: str
     """Name of the tensor in the file."""

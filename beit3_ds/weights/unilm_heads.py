@@ -17,8 +17,8 @@ from beit3_ds.tasks.retrieval.head import INITIAL_LOG_SCALE, ContrastiveHead
 from beit3_ds.tasks.vqa.head import AnswerHead
 
 LOG_SCALE_KEY = "logit_scale"
-"""Key of the reference's scalar parameter: the logarithm of the factor by which it multiplies similarities. This
-project's parameter is that logarithm minus its initial value."""
+"""Key of the reference's scalar parameter: the logarithm of the factor of similarities. This project's parameter is
+that logarithm minus its initial value."""
 LOG_SCALE = "heads.temperature.bias"
 """Logical name of this project's temperature parameter."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})

@@ -17,8 +17,8 @@ POSITION_TABLES = {
     "beit3.encoder.embed_positions.A.weight": "embeddings.image_position",
     "beit3.encoder.embed_positions.B.weight": TEXT_POSITION,
 }
-"""Maps the reference's names of position tables to logical names. The reference, like fairseq, never uses the first
-`UNUSED_POSITIONS` rows of its tables."""
+"""Maps the reference's names of position tables to logical names. The reference never uses the first `UNUSED_POSITIONS`
+rows of its tables."""
 UNUSED_POSITIONS = 2
 TEXT_POSITION_ROWS = 1024
 """Rows of the reference's text position table, including unused rows."""

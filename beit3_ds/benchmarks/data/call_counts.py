@@ -36,7 +36,7 @@ _SENTENCES = ("a red bird sits left of two green boats.", "old trees stand in th
 
 @dataclass(frozen=True, kw_only=True)
 class CallCounts:
-    """Holds the numbers of file calls per sample, for one data format that is read in one order."""
+    """Holds the numbers of file calls per sample for one data format and one order."""
 
     source: str
     """Data format, and what is read of each sample, e.g. "tar, images"."""

@@ -16,8 +16,8 @@ from beit3_ds.config import RunConfig
 NUM_BEAMS, LENGTH_PENALTY, MAX_LENGTH = 3, 0.6, 15
 """Settings of the beam search in the reference's recipe, with at most 12 words per caption."""
 IMAGES_AT_ONCE = 4
-"""Number of images whose captions are generated at once. The reference's attention needs about half a GB per beam of an
-image of 480 px."""
+"""Number of images whose captions are generated at once; the reference's attention takes about 0.5 GB per beam and
+image."""
 
 
 class TrainingSide:

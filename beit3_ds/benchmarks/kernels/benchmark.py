@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """Holds the highest rates of this device for a large matrix product and a large copy, as measured in this run."""
+    """Holds the measured rates of this device for a large matrix product and a large copy."""
 
     flops: float
     """FLOP/s of a large matrix product."""

@@ -19,7 +19,7 @@ from beit3_ds.kernels.ops.packed_attention import packed_attention
 
 
 def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
-    """Yields functions that each build one case of a model size, so only one case is in memory at a time.
+    """Yields functions that build one case each, so that only one case is in memory at a time.
 
     Args:
         size: a name in MODEL_SIZES.

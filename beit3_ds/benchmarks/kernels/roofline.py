@@ -18,8 +18,7 @@ class GPU(NamedTuple):
     """Memory bandwidth, bytes per second."""
 
     def floor_seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
-        """Returns an op's minimum time in seconds: the time of its products or that of its bytes, whichever is
-        longer."""
+        """Returns an op's minimum time in seconds: the longer of its products' time and its bytes' time."""
         peak = self.float32_flops if dtype == torch.float32 else self.half_flops
         return max(flops / peak, num_bytes / self.bandwidth)
 

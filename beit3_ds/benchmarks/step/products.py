@@ -32,7 +32,7 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Lists the matrix products of a layer: those of its forward pass and those of its backward pass, in order."""
+    """Lists the matrix products of a layer's forward pass and backward pass, in order."""
 
     forward: tuple[Product, ...]
     backward: tuple[Product, ...]

@@ -29,7 +29,7 @@ class Fault:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Joins host names for a sentence; of more than four names, the first three and the number of others are shown."""
+    """Joins host names for a sentence; shortens more than four names to three and a number."""
     if len(names) > 4:
         return f"{', '.join(names[:3])} and {len(names) - 3} others"
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else "none"

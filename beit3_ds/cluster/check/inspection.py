@@ -66,7 +66,7 @@ class Answers:
     token_error: str | None = None
     """Error message if the node could not write into the shared folder; None if the node succeeded."""
     tokens_missing: tuple[str, ...] | None = None
-    """Names of hosts whose files in the shared folder this node does not see; None if the node was not asked."""
+    """Names of hosts whose files in the shared folder are not visible on this node; None if the node was not asked."""
     listener: dict[str, Any] | None = None
     """Port on which the node listens for test connections (`Probe.listen`): on the first host the master port."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -12,8 +12,7 @@ from beit3_ds.cluster.check.requirements import Requirements
 T = TypeVar("T", bound=Hashable)
 
 CLOCK_SECONDS = 1.0
-"""Largest allowed difference between the clocks of two nodes, in seconds. NTP keeps clocks within milliseconds; larger
-differences make the times of logs and files misleading."""
+"""Largest allowed difference between the clocks of two nodes, in seconds; NTP keeps clocks within milliseconds."""
 _FREE_BYTES = 2**30  # least free space in /tmp and the output folder, for compiled kernels and logs
 _BUSY_GPU_BYTES = 2**30  # a program holds more than this, the driver less
 _GPU_SHARE = 0.9  # largest modelled share of memory: CUDA's context, NCCL's buffers and fragmentation are not modelled

@@ -247,7 +247,7 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """Returns the address that gloo would announce: the first of the own host name to which a socket can be bound."""
+    """Returns the address that gloo would announce: the first one of this host's name that a socket can use."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:

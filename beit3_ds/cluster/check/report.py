@@ -90,7 +90,7 @@ def _network(node: Answers) -> str:
 
 
 def _port(node: Answers) -> str:
-    """Returns "free" or "taken" for the master port on the first host, where rank 0 will listen; "-" on other hosts."""
+    """Returns "free" or "taken" for the master port on the first host, and "-" for other hosts."""
     if node.listener is None or not node.listener["wanted"]:
         return "-"
     return "taken" if node.listener["owner"] else "free"

@@ -12,7 +12,7 @@ class Requirements:
     """Lists the GPU memory and disk space that a run needs, and whether the run fits the hostfile's ranks."""
 
     layout_fault: str | None
-    """Reason why the run does not fit the number of ranks; then all other fields are empty. None if the run fits."""
+    """Reason why the run does not fit the number of ranks, or None. With a reason, all other fields are empty."""
     rank_bytes: tuple[int, ...] = ()
     """Estimated bytes of device memory per rank (`planner.rank_memory`). For visual tokenizers the estimate excludes
     activations (`planner.model_state`)."""

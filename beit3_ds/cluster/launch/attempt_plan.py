@@ -32,8 +32,7 @@ class AttemptPlan:
     port: int
     """Port on which `beit3 launch` waits for the guards of the ranks; 0 for any free port."""
     keepalive_seconds: float
-    """Seconds without a message after which `beit3 launch` counts a host as lost. Guards wait equally long for messages
-    of `beit3 launch`."""
+    """Seconds without a message after which `beit3 launch` and a host count each other as lost."""
     start_seconds: float
     """Longest time in seconds until the guards of all ranks have connected to `beit3 launch`."""
 

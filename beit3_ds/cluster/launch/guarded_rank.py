@@ -87,7 +87,7 @@ class GuardedRank:
         return describe_status(self.ended.status) + (" by the launcher" if is_ours else "")
 
     def failure(self, text: str) -> AttemptFailure:
-        """Builds a failure of this rank with the last lines of output, reported by its guard or read from its log."""
+        """Builds a failure of this rank with the last lines of its output, from the guard's report or the log."""
         lines = self.ended.lines if self.ended is not None else last_lines(self.log)
         return AttemptFailure(
             text=f"{self.name} {text}",

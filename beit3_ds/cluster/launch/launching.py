@@ -57,8 +57,7 @@ class LaunchOptions:
     environment: Sequence[str]
     """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds without a message after which `beit3 launch` counts a host as lost. Guards wait equally long for messages
-    of `beit3 launch`."""
+    """Seconds without a message after which `beit3 launch` and a host count each other as lost."""
     start_seconds: float
     """Longest time in seconds until the guards of all ranks have connected to `beit3 launch`."""
     port: int
@@ -306,8 +305,7 @@ class _Launch:
         return (self._saved_step() or 0) >= self._config.training.total_steps
 
     def _saved_step(self) -> int | None:
-        """Returns the step of the checkpoint that `latest` names; None without one, or before `--force` moves it
-        aside."""
+        """Returns the step of the checkpoint that `latest` names, or None; does not check the checkpoint."""
         if self._outdated is not None and self._outdated == self._checkpoints_inode():
             return None
         try:

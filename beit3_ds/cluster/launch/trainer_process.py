@@ -1,4 +1,4 @@
-"""Runs one rank's training process as a child of its guard, copies its output, and ends all processes that it left."""
+"""Runs one rank's training process as a child of its guard, copies its output, and ends what it leaves behind."""
 
 import codecs
 import contextlib

@@ -43,7 +43,7 @@ class WaitingPeers:
         self._waiting.pop(channel, None)
 
     def describe_refusal(self, channel: Channel, reason: str) -> str | None:
-        """Counts a refused peer; returns the line that reports it, or None, so that a flood does not fill the log."""
+        """Counts a refused peer and returns a line about it; returns None in a flood, which would fill the log."""
         self._refused += 1
         if self._refused > _FIRST_REFUSALS and self._refused & (self._refused - 1):
             return None

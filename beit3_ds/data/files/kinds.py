@@ -58,7 +58,7 @@ def kind_of_bytes(head: bytes) -> str:
 
 
 def check_is_text(path: str) -> None:
-    """Checks that a file is not a compressed file, an archive, a table, an image or UTF-16, by its first bytes.
+    """Checks the first bytes of a file: it must not be compressed, an archive, a table, an image or UTF-16.
 
     Raises:
         ValueError: if the file has such a type or a gap (`files.gaps`); the message names the type and advises a

@@ -50,7 +50,7 @@ class ImagesByName:
         return self._number(name) is not None if self._folder is None else self._folder.holds(name)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Returns those of `names` that have no image, in the same order; lists each folder once and opens no image.
+        """Returns the names without an image, in the given order; lists each folder once and opens no image.
 
         Raises:
             StorageError: if the file system fails.

@@ -115,7 +115,7 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 
 @dataclass(frozen=True, kw_only=True)
 class PairView:
-    """Chooses an image's transform by its texts: no flip if a text has a word that begins with "left" or "right"."""
+    """Chooses an image's transform by its texts: no flip if a text has a word like "left" or "right"."""
 
     usual: ImageTransform
     """Transform that may flip the image."""

@@ -151,7 +151,7 @@ def read_first_line(path: str, version: int) -> tuple[int, dict[str, Any]]:
 
 
 def parse_skipped(value: Any) -> dict[str, Skipped]:
-    """Parses the numbers and examples of skipped files or members, by reason, in the first line of an index or table.
+    """Parses the numbers and examples of skipped files or members in the first line of an index or table, by reason.
 
     Raises:
         ValueError: if the value has another form.

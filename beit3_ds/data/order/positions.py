@@ -35,8 +35,8 @@ class SetPosition:
     key: tuple[str | int, ...]
     """Key that, with the run's seed, selects the permutation of the samples in `remaining`."""
     remaining: tuple[Any, ...] | None = None
-    """Samples that were left in the epoch when the data last changed (`remaining.to_nodes`). None if the data have not
-    changed in this epoch; then the permutation is of all samples of the set."""
+    """Samples that were left in the epoch when the data last changed (`remaining.to_nodes`); None if the data have not
+    changed in this epoch."""
     num_remaining: int | None = None
     """Number of samples in `remaining`; None if `remaining` is None."""
 

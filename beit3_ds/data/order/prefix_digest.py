@@ -1,4 +1,4 @@
-"""Computes a digest of the first samples of a source, which shows whether a source has only grown at its end."""
+"""Computes a digest of the first samples of a source, to detect whether a source has only grown at its end."""
 
 import hashlib
 from typing import ClassVar, Protocol

@@ -20,11 +20,11 @@ _GONE = 1 << 40
 """Smallest sample number that a removed source can have, and count of the numbers reserved per removed source."""
 
 Bounds = Callable[[int], tuple[int, int]]
-"""Maps the id of a source to the range of its sample numbers: the first number, and one past the last."""
+"""Maps the id of a source to its first sample number and to one past its last sample number."""
 
 
 class RemainingSamples(Protocol):
-    """Declares the interface of an ordered set of a stream's samples; a place is an index in this order, from 0."""
+    """Declares the interface of an ordered set of a stream's samples; a place is an index in this order."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the set."""
@@ -33,7 +33,7 @@ class RemainingSamples(Protocol):
         """Returns the stream's sample numbers at `places`, indices into the set; both (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of this set's parts, then the node of this set; returns the index of the last node."""
+        """Appends the JSON nodes of this set's parts and of this set; returns the index of the last node."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class SourceSubset:
 
 
 def to_nodes(remaining: RemainingSamples) -> list[Any]:
-    """Returns a flat list of JSON nodes that describes a set; the last node is the set, the others are its parts."""
+    """Returns a flat list of JSON nodes that describes a set; the last node is the set itself."""
     nodes: list[Any] = []
     remaining.add_to(nodes)
     return nodes

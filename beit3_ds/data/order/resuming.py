@@ -13,8 +13,7 @@ from beit3_ds.data.order.remaining import Joined, Range, RemainingSamples, Rest,
 from beit3_ds.data.order.source_matching import FoundSource, SourceMatch, describe_changes, match_sources, same_weights
 
 _MAX_CHANGES = 100
-"""Maximum number of data changes within one epoch; after more changes the epoch ends, because each change costs time
-per sample and space in checkpoints."""
+"""Maximum number of data changes within one epoch, because each costs time per sample; after more, the epoch ends."""
 
 
 class Continued(NamedTuple):

@@ -29,7 +29,7 @@ class SourceMatch(NamedTuple):
 
     found: FoundSource
     id: int
-    """Id of the source in the stream: the stored id if the source is the same or has only grown, else a new id."""
+    """Id of the source in the stream: the stored id if the source is unchanged or has only grown, else a new id."""
     kind: str
     """Comparison with the stored source: `same`, `grown` (at its end), `renumbered` or `new`."""
     before: SourcePosition | None

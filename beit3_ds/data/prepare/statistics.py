@@ -43,8 +43,7 @@ class SourceStatistics:
     texts: list[str] = field(default_factory=list)
     """All readable texts of the examined samples, in order."""
     broken: dict[str, list[str]] = field(default_factory=dict)
-    """Messages about broken samples, grouped by reason (the message without numbers and names). A sample has two
-    messages if both its image and its caption are broken."""
+    """Messages about broken samples, grouped by reason. Image and caption of a sample can give one message each."""
     num_broken: int = 0
     """Number of broken samples; a sample counts once even if both its image and its caption are broken."""
 

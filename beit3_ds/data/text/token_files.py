@@ -82,7 +82,7 @@ class TokenPiece(NamedTuple):
 
 
 def token_path(folder: Path, piece: TextPiece) -> Path:
-    """Returns the path of the token file of a piece of a text file; the name has a digest of the text file's path."""
+    """Returns the path of a piece's token file; its name contains a digest of the text file's path."""
     return _piece_path(folder, piece.path, piece.start)
 
 

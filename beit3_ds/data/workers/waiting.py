@@ -1,4 +1,4 @@
-"""Waits for data with a time limit; every wait can name the awaited item, and ends early on a stop signal."""
+"""Waits for data with a time limit, names the awaited item, and ends early on a stop signal."""
 
 import queue
 import sys
