@@ -6,6 +6,7 @@
     captions.json                            images, five captions each, in the form of Karpathy's splits
     classes/{train,validation}/ID/NUMBER.png one object per image, with its names in classes.txt
     segmentation/                            landscapes with shapes and their label maps, in ADE20K's folders
+    objects-{train,validation}.json          images with boxes and masks of shapes, in the form of COCO's files
     text.txt                                 all training texts, for a text tokenizer
 
 The same arguments and the same Pillow give the same bytes.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.sample_data.label_scenes import write_label_scenes
+from beit3_ds.sample_data.object_scenes import write_object_scenes
 from beit3_ds.sample_data.scenes import (
     COLORS,
     SHAPES,
@@ -44,7 +46,7 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
         num_train: number of scenes, of statements with two pairs each, and of class images, for training.
         num_validation: number of each of these for validation.
         seed: seed of everything that is drawn.
-        size: pixels on a side.
+        size: pixels on a side; images with boxes are twice as large.
     """
     texts: list[str] = []
     captions: list[dict[str, Any]] = []
@@ -64,6 +66,7 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
         _write_lines(folder / f"statements-{split}.jsonl", statements)
         write_classes(folder / "classes" / split, count, rng, size)
         write_label_scenes(folder / "segmentation", split, count, random.Random(f"{seed} labels {split}"), size)
+        write_object_scenes(folder, split, count, random.Random(f"{seed} objects {split}"), 2 * size)
         if split == "train":
             texts += [question["question"] for question in questions] + [line["sentence"] for line in statements]
             texts += [sentence["raw"] for image in captions for sentence in image["sentences"]]
@@ -139,13 +142,13 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the command line and writes all files."""
     parser = argparse.ArgumentParser(
         prog="python -m beit3_ds.sample_data.write_scenes",
-        description="Draw scenes of coloured shapes, with questions, statements, captions, classes and label maps.",
+        description="Draw scenes of coloured shapes with the files of all tasks, from captions to boxes and label maps.",
     )
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--train", type=int, default=2000, help="scenes for training (default: 2000)")
     parser.add_argument("--validation", type=int, default=200, help="scenes for validation (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default: 0)")
-    parser.add_argument("--size", type=int, default=64, help="pixels on a side (default: 64)")
+    parser.add_argument("--size", type=int, default=64, help="pixels on a side; twice as many with boxes (default: 64)")
     arguments = parser.parse_args(argv)
     if min(arguments.train, arguments.validation) < 1 or arguments.size < 16:
         parser.error("--train and --validation must be at least 1, and --size at least 16")

@@ -33,16 +33,25 @@ def iterate_json_list(path: str, *keys: str) -> Iterator[Any]:
         KeyError: if the object lacks one of the keys; raised after the last element.
         StorageError: if the file system fails.
     """
+    if keys:
+        yield from (element for _, element in iterate_json_lists(path, *keys))
+        return
+    with open_json_text(path) as file:
+        yield from _Reader(file).elements()
+
+
+def iterate_json_lists(path: str, *keys: str) -> Iterator[tuple[str, Any]]:
+    """Yields each element of some lists of a JSON object, with the key of its list, in the order of the file.
+
+    Arguments and exceptions are those of `iterate_json_list`.
+    """
     with open_json_text(path) as file:
         reader = _Reader(file)
-        if not keys:
-            yield from reader.elements()
-            return
         missing = list(keys)
         for key in reader.member_keys():
             if key in missing:
                 missing.remove(key)
-                yield from reader.elements()
+                yield from ((key, element) for element in reader.elements())
             else:
                 reader.skip_value()
         if missing:

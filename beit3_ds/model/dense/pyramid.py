@@ -76,11 +76,11 @@ class SimpleFeaturePyramid(nn.Module):
         maps = OrderedDict()
         for name, layers in self.maps.items():
             inside = _inside(grids, self.strides[name], x_BDHW)
-            is_pooled = isinstance(layers.resampling, nn.MaxPool2d)
-            x = layers.resampling(_fill_outside(x_BDHW, grids, -torch.inf) if is_pooled else x_BDHW)
-            x = _keep(x, inside)
-            x = _keep(layers.lateral_norm(layers.lateral(x)), inside)
-            maps[name] = _keep(layers.output_norm(layers.output(x)), inside)
+            part = layers.get_submodule
+            is_pooled = isinstance(part("resampling"), nn.MaxPool2d)
+            x = part("resampling")(_fill_outside(x_BDHW, grids, -torch.inf) if is_pooled else x_BDHW)
+            x = part("lateral_norm")(part("lateral")(_keep(x, inside)))
+            maps[name] = _keep(part("output_norm")(part("output")(_keep(x, inside))), inside)
         maps["pool"] = F.max_pool2d(maps["32"], 1, stride=2)
         return maps
 

@@ -14,6 +14,8 @@ def _maps(pyramid: SimpleFeaturePyramid, x_TD: torch.Tensor, grids: Grids) -> di
 def test_a_map_does_not_depend_on_larger_images_of_the_batch() -> None:
     torch.manual_seed(0)
     pyramid = SimpleFeaturePyramid(16, 8).double()
+    for parameter in pyramid.parameters():
+        torch.nn.init.normal_(parameter)  # biases too
     grids = ((5, 3), (8, 8), (1, 7))
     rows = [torch.randn(height * width, 16, dtype=torch.float64) - 2 for height, width in grids]
     together = _maps(pyramid, torch.cat(rows), grids)

@@ -1,0 +1,45 @@
+"""Stores the mask of an object inside its box, and shows it inside other boxes."""
+
+# N objects, H and W sides of a mask, M side of a stored mask, S side of a result.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK_SIDE = 112
+"""Cells along each side of a stored mask. The loss compares 28 x 28 cells of a proposal, which are larger."""
+
+
+@torch.no_grad()
+def masks_in_boxes(masks_NHW: Tensor, frames_N4: Tensor, boxes_N4: Tensor, side: int) -> Tensor:
+    """Returns masks as seen in boxes, (N, side, side) bool.
+
+    A cell is true if the mask, interpolated at the cell's centre, is at least one half; it is false outside of the
+    mask's frame.
+
+    Args:
+        masks_NHW: masks of 0 and 1.
+        frames_N4: left, top, right and bottom of each mask.
+        boxes_N4: the boxes in which to show the masks.
+        side: cells along each side of the result.
+    """
+    centres_S = (torch.arange(side, device=boxes_N4.device) + 0.5) / side
+    extents_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
+    points_NS2 = boxes_N4[:, None, :2] + centres_S[None, :, None] * extents_N2[:, None]
+    sides_N2 = (frames_N4[:, 2:] - frames_N4[:, :2]).clamp(min=1e-6)
+    grid_NS2 = 2 * (points_NS2 - frames_N4[:, None, :2]) / sides_N2[:, None] - 1
+    x_NSS = grid_NS2[:, None, :, 0].expand(-1, side, -1)
+    y_NSS = grid_NS2[:, :, None, 1].expand(-1, -1, side)
+    seen_N1SS = F.grid_sample(
+        masks_NHW[:, None].to(boxes_N4.dtype), torch.stack([x_NSS, y_NSS], 3), padding_mode="zeros", align_corners=False
+    )
+    return seen_N1SS[:, 0] >= 0.5
+
+
+def tight_box(mask_MM: Tensor, box_4: Tensor) -> Tensor:
+    """Returns the smallest box around a mask that is stored inside `box_4`; the mask must not be empty."""
+    rows, columns = mask_MM.any(1).nonzero()[:, 0], mask_MM.any(0).nonzero()[:, 0]
+    cell_2 = (box_4[2:] - box_4[:2]) / torch.tensor(mask_MM.shape[::-1])
+    first = torch.stack([columns[0], rows[0]])
+    last = torch.stack([columns[-1], rows[-1]]) + 1
+    return torch.cat([box_4[:2] + first * cell_2, box_4[:2] + last * cell_2])

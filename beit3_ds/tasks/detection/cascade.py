@@ -1,0 +1,197 @@
+"""Classifies and refines boxes in three stages (Cascade R-CNN, Cai and Vasconcelos, 2018, arXiv:1712.00726)."""
+
+# R boxes of all images, N boxes of one image, C channels, S side of pooled features, K classes.
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+
+from beit3_ds.tasks.detection.boxes import (
+    Pyramid,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    has_area,
+    match_boxes,
+    pool_boxes,
+    scale_gradient,
+)
+from beit3_ds.tasks.detection.conv_norm import ConvNorm
+from beit3_ds.tasks.detection.objects import ImageObjects
+from beit3_ds.tasks.detection.proposals import Proposals
+from beit3_ds.tasks.detection.sampling import random_ranks, sample_balanced
+from beit3_ds.tasks.detection.views import Size
+
+IOUS = (0.5, 0.6, 0.7)
+"""IoU with an object from which a box is positive, per stage."""
+_POSITIVE_SHARE = 0.25
+_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+_CODERS = tuple(BoxCoder(weights) for weights in _WEIGHTS)
+_POOLED_SIDE = 7
+_NUM_CONVS = 4
+_PURPOSE = 2
+
+
+class SampledBoxes(NamedTuple):
+    """Holds boxes of one image with what they should become."""
+
+    boxes: Tensor
+    """Boxes, (N, 4) float32."""
+    matches: Tensor
+    """Index of the object that each box matches, negative for background, (N,) int64."""
+
+
+class StageOutput(NamedTuple):
+    """Holds what one stage says of the boxes of all images."""
+
+    logits: Tensor
+    """Logits of the classes and, last, of background, (R, K + 1) float32."""
+    deltas: Tensor
+    """Regression outputs, the same for all classes, (R, 4) float32."""
+
+
+class BoxStage(nn.Module):
+    """Classifies and refines boxes: four convolutions, a linear layer and two outputs, as in ViTDet."""
+
+    def __init__(self, channels: int, width: int, num_classes: int) -> None:
+        """Builds the layers with uninitialised parameters.
+
+        Args:
+            channels: channels of the pyramid, C.
+            width: outputs of the linear layer.
+            num_classes: number of classes, K.
+        """
+        super().__init__()
+        self.convs = nn.ModuleList(ConvNorm(channels) for _ in range(_NUM_CONVS))
+        self.linear = nn.Linear(channels * _POOLED_SIDE**2, width)
+        self.classes = nn.Linear(width, num_classes + 1)
+        self.deltas = nn.Linear(width, 4)
+
+    def forward(self, x_RCSS: Tensor) -> StageOutput:
+        """Returns the logits and regression outputs of boxes, given their pooled features; there may be none."""
+        for conv in self.convs:
+            x_RCSS = conv(x_RCSS)
+        h_RD = F.relu(self.linear(x_RCSS.flatten(1)))
+        return StageOutput(self.classes(h_RD).float(), self.deltas(h_RD).float())
+
+
+class Cascade(nn.Module):
+    """Runs the three stages, each on the boxes that the stage before has refined.
+
+    The features of a box are scaled by 1/3 in backward, so that three stages move the trunk as one would.
+    """
+
+    def __init__(self, channels: int, width: int, num_classes: int) -> None:
+        """Builds the stages with uninitialised parameters; the arguments are those of `BoxStage`."""
+        super().__init__()
+        self.stages = nn.ModuleList(BoxStage(channels, width, num_classes) for _ in IOUS)
+
+    def losses(
+        self,
+        pyramid: Pyramid,
+        sampled: Sequence[SampledBoxes],
+        objects: Sequence[ImageObjects],
+        sizes: Sequence[Size],
+        count: int,
+    ) -> Tensor:
+        """Returns the sums over images of the class and box losses, both over all stages, (2,) float32.
+
+        Every image's sums are divided by `count`, however many boxes it has, so that they do not depend on the other
+        images of a batch.
+
+        Args:
+            pyramid: features by stride.
+            sampled: drawn proposals of each image (`sample_proposals`).
+            objects: the objects of each image.
+            sizes: height and width of each image.
+            count: number of proposals that are drawn per image.
+        """
+        sums = []
+        for number, stage in enumerate(self.stages):
+            boxes = [of_image.boxes for of_image in sampled]
+            output = stage(self._pool(pyramid, boxes))
+            sums.append(_stage_losses(output, sampled, objects, number))
+            if number + 1 < len(IOUS):
+                refined = _refine(output, boxes, sizes, number)
+                kept = [of_image[has_area(of_image)] for of_image in refined]
+                pairs = zip(kept, objects, strict=True)
+                sampled = [SampledBoxes(found, _match(found, of, number + 1)) for found, of in pairs]
+        return torch.stack(sums).sum(0) / count
+
+    def predict(
+        self, pyramid: Pyramid, proposals: Sequence[Tensor], sizes: Sequence[Size]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Returns the refined boxes of each image, (N, 4), and their mean class probabilities, (N, K), float32.
+
+        Args:
+            pyramid: features by stride.
+            proposals: proposals of each image.
+            sizes: height and width of each image.
+        """
+        boxes, probabilities = list(proposals), []
+        for number, stage in enumerate(self.stages):
+            output = stage(self._pool(pyramid, boxes))
+            probabilities.append(output.logits.softmax(1)[:, :-1])
+            boxes = _refine(output, boxes, sizes, number)
+        scores = torch.stack(probabilities).mean(0).split([len(of_image) for of_image in boxes])
+        return list(zip(boxes, scores, strict=True))
+
+    def _pool(self, pyramid: Pyramid, boxes: Sequence[Tensor]) -> Tensor:
+        return scale_gradient(pool_boxes(pyramid, boxes, _POOLED_SIDE), 1 / len(IOUS))
+
+
+@torch.no_grad()
+def sample_proposals(
+    proposals: Proposals, num_anchors: int, objects: ImageObjects, seed: Tensor, count: int
+) -> SampledBoxes:
+    """Draws proposals of an image, at most a quarter of them with an object; positive ones come first.
+
+    The objects themselves are added to the proposals, so that the first steps have positive ones. A proposal's draw
+    belongs to its anchor, so proposals whose scores differ by rounding may change places without another draw.
+
+    Args:
+        proposals: proposals of the image.
+        num_anchors: number of anchors of the image.
+        objects: the objects of the image; there may be none.
+        seed: seed of the image, int64 scalar.
+        count: number of proposals to draw.
+    """
+    boxes_N4 = torch.cat([proposals.boxes, objects.boxes])
+    matches_N = _match(boxes_N4, objects, 0)
+    ranks = random_ranks(seed, num_anchors + len(objects.boxes), _PURPOSE)
+    ranks_N = torch.cat([ranks[proposals.anchors], ranks[num_anchors:]])
+    drawn = sample_balanced(matches_N >= 0, matches_N < 0, count, _POSITIVE_SHARE, ranks_N)
+    indices = torch.cat(drawn)
+    return SampledBoxes(boxes_N4[indices], matches_N[indices])
+
+
+def _match(boxes_N4: Tensor, objects: ImageObjects, stage: int) -> Tensor:
+    return match_boxes(boxes_N4, objects.boxes, IOUS[stage], IOUS[stage])
+
+
+def _refine(output: StageOutput, boxes: Sequence[Tensor], sizes: Sequence[Size], stage: int) -> list[Tensor]:
+    decoded_R4 = decode_boxes(_CODERS[stage], output.deltas.detach(), torch.cat(list(boxes) or [output.deltas]))
+    of_images = decoded_R4.split([len(of_image) for of_image in boxes])
+    return [clip_boxes(of_image, size) for of_image, size in zip(of_images, sizes, strict=True)]
+
+
+def _stage_losses(
+    output: StageOutput, sampled: Sequence[SampledBoxes], objects: Sequence[ImageObjects], stage: int
+) -> Tensor:
+    """Returns a stage's sums of the class loss of all boxes and the regression loss of positive boxes, (2,)."""
+    background = output.logits.shape[1] - 1
+    labels, wanted = [output.deltas.new_empty(0).long()], [output.deltas.new_empty(0, 4)]
+    for (boxes_N4, matches_N), of_image in zip(sampled, objects, strict=True):
+        positive = matches_N >= 0
+        label_N = torch.full_like(matches_N, background)
+        label_N[positive] = of_image.labels[matches_N[positive]]
+        labels.append(label_N)
+        wanted.append(encode_boxes(_CODERS[stage], of_image.boxes[matches_N[positive]], boxes_N4[positive]))
+    labels_R = torch.cat(labels)
+    classes = F.cross_entropy(output.logits, labels_R, reduction="sum")
+    regression = F.l1_loss(output.deltas[labels_R != background], torch.cat(wanted), reduction="sum")
+    return torch.stack([classes, regression])

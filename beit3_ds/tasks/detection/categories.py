@@ -1,0 +1,124 @@
+"""Defines the categories of objects, whose order gives the labels of a head's outputs."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from beit3_ds.config import ConfigError
+
+
+class Category(NamedTuple):
+    """Holds a category of an annotation file."""
+
+    identifier: int
+    """Number of the category in files; the numbers of COCO's 80 categories go up to 90."""
+    name: str
+    """Name of the category."""
+
+
+class Categories:
+    """Holds the categories of a run; the label of a category is its place in the order of the identifiers."""
+
+    def __init__(self, categories: Iterable[Category], where: str) -> None:
+        """Sorts the categories by identifier.
+
+        Args:
+            categories: the categories, in any order.
+            where: name of the file or weights that list them, for messages.
+
+        Raises:
+            ConfigError: if there are no categories, or two have the same identifier.
+        """
+        self.where = where
+        self._sorted = tuple(sorted(categories))
+        if not self._sorted:
+            raise ConfigError(f"detection: {where} lists no categories. Name another file.")
+        for first, second in zip(self._sorted, self._sorted[1:], strict=False):
+            if first.identifier == second.identifier:
+                raise ConfigError(
+                    f"detection: {where} lists category {first.identifier} twice, as {first.name!r} and "
+                    f"{second.name!r}. Remove one of them."
+                )
+
+    def __len__(self) -> int:
+        """Returns the number of categories."""
+        return len(self._sorted)
+
+    def __iter__(self) -> Iterator[Category]:
+        """Yields the categories in the order of their labels."""
+        return iter(self._sorted)
+
+    def __eq__(self, other: object) -> bool:
+        """Returns whether identifiers and names are the same."""
+        return isinstance(other, Categories) and self._sorted == other._sorted
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @cached_property
+    def labels(self) -> Mapping[int, int]:
+        """Returns the label of each identifier."""
+        return {category.identifier: label for label, category in enumerate(self._sorted)}
+
+    @property
+    def names(self) -> list[str]:
+        """Returns the names in the order of the labels."""
+        return [category.name for category in self._sorted]
+
+    def describe(self) -> list[tuple[int, str]]:
+        """Returns the identifiers and names in the form that checkpoints store."""
+        return [tuple(category) for category in self._sorted]  # type: ignore[misc]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Returns the categories in the form of COCO's files."""
+        return [{"id": category.identifier, "name": category.name} for category in self._sorted]
+
+
+def read_categories(entries: Iterable[Any], where: str) -> Categories:
+    """Reads the list 'categories' of an annotation file.
+
+    Raises:
+        ConfigError: if there are none, or an identifier occurs twice.
+        ValueError: if an entry has no number 'id' or no text 'name'.
+    """
+    found = []
+    for entry in entries:
+        identifier, name = entry["id"], entry["name"]
+        if not isinstance(identifier, int) or not isinstance(name, str):
+            raise ValueError(f"a category has no number 'id' or no text 'name': {str(entry)[:80]}")
+        found.append(Category(identifier, name))
+    return Categories(found, where)
+
+
+def stored_categories(described: Mapping[str, Any] | None, where: str) -> Categories | None:
+    """Returns the categories in a task description stored with weights; None if it has none."""
+    entries: Sequence[Any] = (described or {}).get("categories") or ()
+    return (
+        Categories((Category(int(identifier), str(name)) for identifier, name in entries), where) if entries else None
+    )
+
+
+def check_same(own: Categories, other: Categories) -> None:
+    """Checks that two lists of categories are the same.
+
+    Raises:
+        ConfigError: if they differ; the message names the first difference.
+    """
+    if own == other:
+        return
+    raise ConfigError(
+        f"detection: the categories of {other.where} are not those of {own.where}: {_first_difference(own, other)}. "
+        "Outputs of the head would mean other categories. Use files with the same categories, or start from weights "
+        "without this head (`beit3 export WEIGHTS OUT.safetensors --no-heads`)."
+    )
+
+
+def _first_difference(own: Categories, other: Categories) -> str:
+    theirs = {category.identifier: category.name for category in other}
+    for category in own:
+        if category.identifier not in theirs:
+            return f"{category.identifier} ({category.name!r}) is missing there"
+        if theirs[category.identifier] != category.name:
+            return f"{category.identifier} is {theirs[category.identifier]!r} there and {category.name!r} here"
+    known = own.labels
+    extra = next(category for category in other if category.identifier not in known)
+    return f"{extra.identifier} ({extra.name!r}) is unknown here"

@@ -1,0 +1,226 @@
+"""Detects the objects of all images of a split, scores them, and writes result files and a page."""
+
+import csv
+import functools
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.atomic_file import atomic_write
+from beit3_ds.config.data import Split
+from beit3_ds.data import EvaluationBatches
+from beit3_ds.retrying.folder import ResultFolder
+from beit3_ds.tasks.detection.categories import Categories
+from beit3_ds.tasks.detection.config import DetectionConfig
+from beit3_ds.tasks.detection.detections import Detections
+from beit3_ds.tasks.detection.files import AnnotatedObjects
+from beit3_ds.tasks.detection.pictures import DrawnObject, draw_objects
+from beit3_ds.tasks.detection.records import DetectionRecord, decode_mask, make_record
+from beit3_ds.tasks.detection.samples import ObjectSamples
+from beit3_ds.tasks.detection.score import AveragePrecision, average_precision
+from beit3_ds.tasks.detection.segmentations import whole_segmentation
+from beit3_ds.tasks.detection.views import NUMBERS, ORIGINAL_SIZES, SAMPLES
+from beit3_ds.tasks.rank_task import Evaluator
+from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
+from beit3_ds.tasks.results import GatheredResults, SampleResults
+
+FILES = {"bbox": "boxes.json", "segm": "masks.json"}
+"""Names of the result files in COCO's form, by the kind of result."""
+CLASSES, PAGE = "classes.csv", "detections.html"
+"""Names of the table of metrics per category, and of the page."""
+
+_PREFIXES = {"bbox": "box", "segm": "mask"}
+_SHOWN_SCORE = 0.3  # least score of a detection on the page
+
+
+def detect_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
+    """Detects the objects of every image of a split; all ranks must call it.
+
+    Returns:
+        On the main rank the `DetectionRecord` of every image as JSON (`detections`); None on other ranks.
+    """
+    results = SampleResults()
+    for batch, found in evaluator.predict(evaluator.batches(split)):
+        if found is None or evaluator.mesh.tensor.rank:
+            continue
+        sizes = dict(zip(batch.targets[SAMPLES].tolist(), batch.targets[ORIGINAL_SIZES].tolist(), strict=True))
+        records = [_record(detections, sizes[sample]) for sample, detections in enumerate(found)]
+        results.add(batch.targets[NUMBERS], detections=[record.to_json() for record in records])
+    return results.gather(evaluator.mesh)
+
+
+def _record(detections: Detections, size: Sequence[int]) -> DetectionRecord:
+    return make_record(detections, (size[0], size[1]))
+
+
+class DetectedSplit:
+    """Joins the images of a split with the detections in them, on the main rank.
+
+    Methods name an image by its `place`: its index among the evaluated images, from 0.
+    """
+
+    def __init__(self, batches: EvaluationBatches, results: GatheredResults, settings: DetectionConfig) -> None:
+        """Stores the images' sources and the results.
+
+        Args:
+            batches: the split's samples.
+            results: result of `detect_split`.
+            settings: the task's settings.
+        """
+        self._sources = batches.streams["images"].sources
+        self._numbers, self._settings = results.numbers.tolist(), settings
+        self.records = list(map(DetectionRecord.from_json, results.strings("detections")))
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self._numbers)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Returns the kinds of results: "bbox", and "segm" if masks are predicted."""
+        return ("bbox", "segm") if self._settings.masks else ("bbox",)
+
+    @property
+    def opened(self) -> list[AnnotatedObjects]:
+        """Returns the sources of the split."""
+        return [samples.source for samples in self._sources if isinstance(samples, ObjectSamples)]
+
+    @property
+    def categories(self) -> Categories:
+        """Returns the categories."""
+        return self.opened[0].categories
+
+    def locate(self, place: int) -> tuple[AnnotatedObjects, int]:
+        """Returns the source of image number `place`, and the image's index in this source."""
+        samples, index = self._sources.locate(self._numbers[place])
+        assert isinstance(samples, ObjectSamples)
+        return samples.source, index
+
+    def identifier(self, place: int) -> int:
+        """Returns the id of image number `place` in its annotation file."""
+        source, index = self.locate(place)
+        return int(source.identifiers[index])
+
+    def entries(self, kind: str) -> list[dict[str, Any]]:
+        """Returns the detections of all images in the form of a COCO result file of a kind."""
+        category_ids = [category.identifier for category in self.categories]
+        return [
+            entry
+            for place, record in enumerate(self.records)
+            for entry in record.entries(self.identifier(place), category_ids, kind)
+        ]
+
+    def scores(self) -> dict[str, AveragePrecision]:
+        """Returns the metrics of each kind; empty if a source lacks annotations."""
+        if not len(self) or not all(source.has_annotations for source in self.opened):
+            return {}
+        images, annotations = self._truth()
+        limit = max(100, self._settings.max_detections)
+        return {
+            kind: average_precision(images, annotations, self.categories, self.entries(kind), kind, limit)
+            for kind in self.kinds
+        }
+
+    def _truth(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Returns the evaluated images and their annotations as their files have them, with new annotation ids."""
+        wanted = {self.identifier(place) for place in range(len(self))}
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for source in self.opened:
+            of_images, of_objects = source.ground_truth()
+            images += [image for image in of_images if image["id"] in wanted]
+            annotations += [annotation for annotation in of_objects if annotation["image_id"] in wanted]
+        # COCO's code takes an object with id 0 for one that is not matched.
+        return images, [_complete(annotation) | {"id": i} for i, annotation in enumerate(annotations, 1)]
+
+
+def _complete(annotation: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an annotation with the members that COCO's evaluation needs; some files leave them out."""
+    return {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation}
+
+
+def collect_metrics(scores: Mapping[str, AveragePrecision]) -> dict[str, float]:
+    """Returns all metrics by names such as `box_AP50`."""
+    return {
+        f"{_PREFIXES[kind]}_{name}": value for kind, found in scores.items() for name, value in found.values.items()
+    }
+
+
+def write_files(split: DetectedSplit, scores: Mapping[str, AveragePrecision], folder: ResultFolder) -> None:
+    """Writes the result files in COCO's form and, for a split with annotations, the table of metrics per category."""
+    for kind in split.kinds:
+        folder.write(FILES[kind], functools.partial(_write_entries, split=split, kind=kind))
+    if scores:
+        folder.write(CLASSES, lambda path: _write_classes(path, scores))
+
+
+def write_page(path: Path, split: DetectedSplit, scores: Mapping[str, AveragePrecision], page_samples: int) -> None:
+    """Writes a page of images, with the objects of the file beside the detections."""
+    places = choose_shown([None] * len(split), page_samples)
+    metrics = collect_metrics(scores)
+    metrics |= {
+        f"{_PREFIXES[kind]}_AP of {found.name}": found.values["AP"]
+        for kind, of_kind in scores.items()
+        for found in of_kind.classes
+        if found.values["AP"] is not None
+    }
+    note = f"{len(places)} of {len(split)} images: annotations at the left, detections above {_SHOWN_SCORE:g} right."
+    write_result_page(path, "Detected objects", metrics, (_show(split, place) for place in places), note)
+
+
+def _show(split: DetectedSplit, place: int) -> ShownSample:
+    source, index = split.locate(place)
+    image, record = source.image(index), split.records[place]
+    truth = [
+        DrawnObject(
+            [*found.box[:2].tolist(), *(found.box[2:] - found.box[:2]).tolist()],
+            found.label,
+            split.categories.names[found.label],
+            None if found.segmentation is None else whole_segmentation(found.segmentation, source.size(index)),
+        )
+        for found in source.objects(index)
+    ]
+    drawn = drawn_detections(record, split.categories.names, _SHOWN_SCORE)
+    pictures = [draw_objects(image, drawn)]
+    if source.has_annotations:
+        pictures.insert(0, draw_objects(image, truth))
+    return ShownSample(
+        images=pictures,
+        title=source.name(index),
+        lines={"annotated": str(len(truth)), "detected": str(len(drawn))},
+    )
+
+
+def drawn_detections(record: DetectionRecord, names: Sequence[str], least_score: float) -> list[DrawnObject]:
+    """Returns the detections of an image with at least a score, as objects to draw."""
+    masks: list[Any] = [None] * len(record)
+    if record.counts is not None:
+        masks = [decode_mask(counts, record.size) for counts in record.counts]
+    return [
+        DrawnObject(box, label, f"{names[label]} {score:.0%}", mask)
+        for box, label, score, mask in zip(record.boxes, record.labels, record.scores, masks, strict=True)
+        if score >= least_score
+    ]
+
+
+def _write_entries(path: Path, split: DetectedSplit, kind: str) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(split.entries(kind)).encode())
+
+
+def _write_classes(path: Path, scores: Mapping[str, AveragePrecision]) -> None:
+    """Writes one line per category with its number of objects and all metrics; a metric without objects is empty."""
+    kinds = list(scores)
+    names = list(scores[kinds[0]].classes[0].values)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["category", "objects", *(f"{_PREFIXES[kind]}_{name}" for kind in kinds for name in names)])
+    for of_category in zip(*(scores[kind].classes for kind in kinds), strict=True):
+        values = [found.values[name] for found in of_category for name in names]
+        writer.writerow(
+            [of_category[0].name, of_category[0].objects, *("" if v is None else f"{v:.6f}" for v in values)]
+        )
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())

@@ -1,0 +1,145 @@
+"""Defines the head that detects objects: a pyramid, proposals, three box stages and masks (paper, section 3.2)."""
+
+# T rows of the patches of all images, D hidden, I images or views.
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.model import Head
+from beit3_ds.model.dense.canvas import to_canvas
+from beit3_ds.model.dense.pyramid import SimpleFeaturePyramid
+from beit3_ds.parallel import DividedSamples, TensorParallel, sum_gradients
+from beit3_ds.patch_grids import Grids
+from beit3_ds.tasks.detection.boxes import Pyramid, repeat_edges
+from beit3_ds.tasks.detection.cascade import Cascade, sample_proposals
+from beit3_ds.tasks.detection.config import DetectionConfig
+from beit3_ds.tasks.detection.detections import Detections, choose_detections
+from beit3_ds.tasks.detection.mask_head import MaskHead
+from beit3_ds.tasks.detection.objects import SEEDS, SIZES, ImageObjects, unpack_objects
+from beit3_ds.tasks.detection.proposals import ProposalNetwork, anchor_losses, propose
+from beit3_ds.tasks.detection.views import Size, View, read_views
+
+
+class DetectionHead(Head):
+    """Detects objects by a cascade of box stages and a mask head over ViTDet's simple feature pyramid.
+
+    In training, each tensor-parallel rank computes its own images of a micro-batch (`DividedSamples`), because the
+    gradient of RoIAlign would otherwise make the ranks' copies of the head drift apart. Each image's losses depend on
+    no other image, and the draws of anchors and proposals on the image's seed alone, so the sums are the same however
+    ranks and micro-batches cut a step. Every module runs once per micro-batch, on zero boxes if need be.
+    """
+
+    def __init__(
+        self, config: ModelConfig, settings: DetectionConfig, num_classes: int, tensor: TensorParallel | None = None
+    ) -> None:
+        """Builds the head with uninitialised parameters.
+
+        Args:
+            config: the model's sizes, with `dense`.
+            settings: the task's settings.
+            num_classes: number of classes.
+            tensor: the tensor-parallel group, whose ranks hold the whole head each and divide the images.
+        """
+        super().__init__()
+        assert config.dense is not None, "detection needs a backbone for images of any size"
+        self.settings, self.tensor = settings, tensor or TensorParallel()
+        self._window_size, self._patch_size = config.dense.window_size, config.patch_size
+        channels = settings.pyramid_channels
+        self.pyramid = SimpleFeaturePyramid(config.hidden_size, channels)
+        # The strides are those of patches of 16 pixels; other patches scale them.
+        self._strides = {name: stride * config.patch_size // 16 for name, stride in self.pyramid.strides.items()}
+        self.proposals = ProposalNetwork(channels, list(self._strides.values()), settings.anchor_scale)
+        self.boxes = Cascade(channels, settings.box_width, num_classes)
+        self.masks = MaskHead(channels, num_classes) if settings.masks else None
+
+    def forward(self, h_TD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
+        """Returns the sums of the loss terms, float32, or the detections of every sample.
+
+        The terms are objectness, anchors, classes, boxes and, if masks are trained, masks. Each is a sum over images.
+
+        Args:
+            h_TD: rows of the patches of all images, in window order.
+            batch: the packed micro-batch. With loss its targets are the objects, sizes and seeds of the images, without
+                loss the views of the samples.
+            with_loss: True for the loss, False for detections.
+        """
+        if with_loss:
+            return self._losses(h_TD, batch)
+        return self._detect(h_TD, batch.image_grids, read_views(batch.targets, _sizes(batch.targets)))
+
+    def _losses(self, h_TD: Tensor, batch: PackedBatch) -> Tensor:
+        sum_gradients(self, self.tensor)
+        divided = DividedSamples(self.tensor, tuple(rows * columns for rows, columns in batch.image_grids))
+        own = divided.own
+        sizes, objects = _sizes(batch.targets)[own], unpack_objects(batch.targets)[own]
+        sums = self._own_losses(divided.take(h_TD), batch.image_grids[own], sizes, objects, batch.targets[SEEDS][own])
+        return divided.sum_terms(sums)
+
+    def _own_losses(
+        self, h_TD: Tensor, grids: Grids, sizes: Sequence[Size], objects: Sequence[ImageObjects], seeds: Tensor
+    ) -> Tensor:
+        settings, pyramid = self.settings, self._maps(h_TD, grids)
+        anchors, nothing = self.proposals(pyramid, sizes)
+        per_image = zip(anchors, objects, seeds, strict=True)
+        proposed = [
+            anchor_losses(of_image, found, seed, settings.sampled_anchors) for of_image, found, seed in per_image
+        ]
+        sampled = []
+        for of_image, size, found, seed in zip(anchors, sizes, objects, seeds, strict=True):
+            proposals = propose(of_image, size, settings.proposals_per_level, settings.proposals)
+            sampled.append(sample_proposals(proposals, len(of_image.boxes), found, seed, settings.sampled_boxes))
+        pooled = self._pooled(pyramid, grids)
+        sums = [
+            torch.stack([nothing.new_zeros(2), *proposed]).sum(0) + nothing,
+            self.boxes.losses(pooled, sampled, objects, sizes, settings.sampled_boxes),
+        ]
+        if self.masks is not None:
+            sums.append(self.masks.losses(pooled, sampled, objects)[None])
+        return torch.cat(sums)
+
+    def _detect(self, h_TD: Tensor, grids: Grids, views: Sequence[View]) -> list[Detections]:
+        settings, sizes, pyramid = self.settings, [view.size for view in views], self._maps(h_TD, grids)
+        anchors, _ = self.proposals(pyramid, sizes)
+        proposals = [
+            propose(of_view, size, settings.proposals, settings.proposals).boxes
+            for of_view, size in zip(anchors, sizes, strict=True)
+        ]
+        pooled = self._pooled(pyramid, grids)
+        found = choose_detections(views, self.boxes.predict(pooled, proposals, sizes), settings.build_suppression())
+        if self.masks is None:
+            return found
+        boxes = [view.from_image(found[view.sample].boxes) for view in views]
+        labels = [found[view.sample].labels for view in views]
+        return _with_masks(found, views, self.masks.predict(pooled, boxes, labels))
+
+    def _maps(self, h_TD: Tensor, grids: Grids) -> Pyramid:
+        maps: Mapping[str, Tensor] = self.pyramid(to_canvas(h_TD, grids, self._window_size), grids)
+        return {self._strides[name]: features for name, features in maps.items()}
+
+    def _pooled(self, pyramid: Pyramid, grids: Grids) -> Pyramid:
+        """Returns the levels from which boxes are pooled: all but the coarsest, which only proposes."""
+        pooled = {}
+        for stride in sorted(pyramid)[:-1]:
+            cells = [[-(-side * self._patch_size // stride) for side in grid] for grid in grids]
+            pooled[stride] = repeat_edges(pyramid[stride], [(rows, columns) for rows, columns in cells])
+        return pooled
+
+
+def _sizes(targets: Mapping[str, Tensor]) -> list[Size]:
+    return [(height, width) for height, width in targets[SIZES].tolist()]
+
+
+def _with_masks(found: Sequence[Detections], views: Sequence[View], masks: Sequence[Tensor]) -> list[Detections]:
+    """Returns detections with the mean of their masks over the views of each sample."""
+    of_samples: list[list[Tensor]] = [[] for _ in found]
+    for view, masks_NSS in zip(views, masks, strict=True):
+        of_samples[view.sample].append(view.mask_to_image(masks_NSS))
+    return [
+        detections._replace(masks=torch.stack(of_sample).mean(0))
+        for detections, of_sample in zip(found, of_samples, strict=True)
+    ]

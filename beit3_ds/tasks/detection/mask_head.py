@@ -1,0 +1,85 @@
+"""Predicts the mask of an object inside its box (Mask R-CNN, He et al., 2017, arXiv:1703.06870)."""
+
+# R boxes of all images, N boxes of one image, K classes, S side of a predicted mask.
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3_ds.tasks.detection.box_masks import masks_in_boxes
+from beit3_ds.tasks.detection.boxes import Pyramid, pool_boxes
+from beit3_ds.tasks.detection.cascade import SampledBoxes
+from beit3_ds.tasks.detection.conv_norm import ConvNorm
+from beit3_ds.tasks.detection.objects import ImageObjects
+
+PREDICTED_SIDE = 28
+"""Cells along each side of a predicted mask."""
+
+_POOLED_SIDE = 14
+_NUM_CONVS = 4
+
+
+class MaskHead(nn.Module):
+    """Predicts a mask per class for each box: four convolutions, a deconvolution and the output, as in ViTDet."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        """Builds the layers with uninitialised parameters.
+
+        Args:
+            channels: channels of the pyramid.
+            num_classes: number of classes, K.
+        """
+        super().__init__()
+        self.convs = nn.ModuleList(ConvNorm(channels) for _ in range(_NUM_CONVS))
+        self.enlarge = nn.ConvTranspose2d(channels, channels, 2, 2)
+        self.masks = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, pyramid: Pyramid, boxes: Sequence[Tensor]) -> Tensor:
+        """Returns logits of the masks of all classes inside boxes, (R, K, 28, 28) float32; there may be no boxes."""
+        x_RCSS = pool_boxes(pyramid, boxes, _POOLED_SIDE)
+        for conv in self.convs:
+            x_RCSS = conv(x_RCSS)
+        logits: Tensor = self.masks(F.relu(self.enlarge(x_RCSS))).float()
+        return logits
+
+    def losses(self, pyramid: Pyramid, sampled: Sequence[SampledBoxes], objects: Sequence[ImageObjects]) -> Tensor:
+        """Returns the sum over images of the mean loss of the positive boxes of an image, float32 scalar.
+
+        An image without positive boxes adds 0. Only the mask of the object's class counts.
+
+        Args:
+            pyramid: features by stride.
+            sampled: drawn proposals of each image.
+            objects: the objects of each image, with masks.
+        """
+        positive = [SampledBoxes(boxes[matches >= 0], matches[matches >= 0]) for boxes, matches in sampled]
+        logits = self(pyramid, [of_image.boxes for of_image in positive])
+        sums = [logits.sum() * 0]
+        parts = logits.split([len(of_image.matches) for of_image in positive])
+        for logits_NKSS, (boxes_N4, matches_N), of_image in zip(parts, positive, objects, strict=True):
+            if not len(matches_N):
+                continue
+            own = torch.arange(len(matches_N), device=logits.device)
+            logits_NSS = logits_NKSS[own, of_image.labels[matches_N]]
+            truth_NSS = masks_in_boxes(
+                of_image.masks[matches_N], of_image.boxes[matches_N], boxes_N4, PREDICTED_SIDE
+            ).float()
+            sums.append(F.binary_cross_entropy_with_logits(logits_NSS, truth_NSS))
+        return torch.stack(sums).sum()
+
+    def predict(self, pyramid: Pyramid, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the probability that a cell of a box belongs to its object, (N, 28, 28) float32 per image.
+
+        Args:
+            pyramid: features by stride.
+            boxes: boxes of each image.
+            labels: label of each box.
+        """
+        logits = self(pyramid, boxes)
+        parts = logits.split([len(of_image) for of_image in boxes])
+        return [
+            part[torch.arange(len(part), device=part.device), label_N].sigmoid()
+            for part, label_N in zip(parts, labels, strict=True)
+        ]

@@ -1,0 +1,67 @@
+"""Packs images with objects, or views of images, into one micro-batch."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.data.packing import pack_grids
+from beit3_ds.tasks.detection.objects import SEEDS, SIZES, empty_objects, pack_objects
+from beit3_ds.tasks.detection.samples import DetectionSample
+from beit3_ds.tasks.detection.views import FLIPS, NUMBERS, ORIGINAL_SIZES, SAMPLES
+
+
+def pack(
+    samples: Sequence[DetectionSample],
+    drop_path: Tensor | None,
+    sources: Mapping[str, int],
+    *,
+    model: ModelConfig,
+    num_terms: int,
+    embeds: bool,
+    predicts: bool,
+) -> PackedBatch:
+    """Packs the views of all samples, in the order of the samples; there may be none.
+
+    Args:
+        samples: prepared samples of training or of an evaluation.
+        drop_path: value of `PackedBatch.drop_path`.
+        sources: value of `PackedBatch.sources`.
+        model: sizes of the model.
+        num_terms: number of the task's terms, each of which is a sum over the images.
+        embeds: whether the batch keeps the pixels.
+        predicts: whether the batch keeps the targets.
+    """
+    pixels = [view for sample in samples for view in sample.pixels]
+    batch = pack_grids(
+        pixels,
+        model.patch_size,
+        keeps_pixels=embeds,
+        drop_path=drop_path,
+        sample_names=[sample.name for sample in samples for _ in sample.pixels],
+        sources=sources,
+    )
+    targets = {}
+    if predicts:
+        targets = _view_targets(samples) | pack_objects([sample.objects or empty_objects() for sample in samples])
+        targets[SIZES] = _integers([view.shape[1:] for view in pixels], 2)
+        targets[SEEDS] = _integers([sample.seed for sample in samples])
+    return dataclasses.replace(batch, term_counts=(len(samples),) * num_terms, targets=targets)
+
+
+def _view_targets(samples: Sequence[DetectionSample]) -> dict[str, Tensor]:
+    views = [view._replace(sample=place) for place, sample in enumerate(samples) for view in sample.views]
+    return {
+        NUMBERS: _integers([sample.number for sample in samples]),
+        SAMPLES: _integers([view.sample for view in views]),
+        ORIGINAL_SIZES: _integers([view.original for view in views], 2),
+        FLIPS: torch.tensor([view.is_flipped for view in views], dtype=torch.bool),
+    }
+
+
+def _integers(values: Sequence[object], width: int = 0) -> Tensor:
+    shape = (len(values), width) if width else (len(values),)
+    return torch.tensor(values, dtype=torch.int64).reshape(shape)

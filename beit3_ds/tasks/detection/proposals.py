@@ -1,0 +1,177 @@
+"""Proposes boxes that may contain objects: the region proposal network (Ren et al., 2015, arXiv:1506.01497)."""
+
+# B images, C channels, A anchors per cell, N anchors of one image, L levels.
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import batched_nms
+
+from beit3_ds.tasks.detection.boxes import (
+    BACKGROUND,
+    Pyramid,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    has_area,
+    match_boxes,
+)
+from beit3_ds.tasks.detection.objects import ImageObjects
+from beit3_ds.tasks.detection.sampling import random_ranks, sample_balanced
+from beit3_ds.tasks.detection.views import Size
+
+_ASPECTS = (0.5, 1.0, 2.0)
+_OBJECT_IOU, _BACKGROUND_IOU = 0.7, 0.3
+_POSITIVE_SHARE = 0.5
+_NMS_IOU = 0.7
+_CODER = BoxCoder((1.0, 1.0, 1.0, 1.0))
+_PURPOSE = 1
+
+
+class ImageAnchors(NamedTuple):
+    """Holds the anchors of one image and what the network says of them, level after level."""
+
+    boxes: Tensor
+    """Anchors, (N, 4) float32."""
+    logits: Tensor
+    """Logit that an anchor contains an object, (N,) float32."""
+    deltas: Tensor
+    """Regression outputs, (N, 4) float32."""
+    level_counts: tuple[int, ...]
+    """Number of anchors of each level."""
+
+
+class ProposalNetwork(nn.Module):
+    """Scores anchors on every level of a pyramid, and turns the best ones into proposals.
+
+    Every image uses only the cells that it covers, and features outside of an image are zero for every convolution, so
+    the result does not depend on the other images of a batch.
+    """
+
+    def __init__(self, channels: int, strides: Sequence[int], anchor_scale: float) -> None:
+        """Builds two convolutions and the two outputs, with uninitialised parameters.
+
+        Args:
+            channels: channels of the pyramid, C.
+            strides: stride of each level in pixels, ascending.
+            anchor_scale: side of a level's anchors, in strides.
+        """
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.objectness = nn.Conv2d(channels, len(_ASPECTS), 1)
+        self.deltas = nn.Conv2d(channels, 4 * len(_ASPECTS), 1)
+        self._strides = tuple(strides)
+        sides = tuple((round(anchor_scale * stride),) for stride in strides)
+        self._anchors = AnchorGenerator(sides, (_ASPECTS,) * len(strides))
+
+    def forward(self, pyramid: Pyramid, sizes: Sequence[Size]) -> tuple[list[ImageAnchors], Tensor]:
+        """Returns the anchors of each image with their outputs, and a 0 that depends on every parameter.
+
+        The loss adds the 0, so that all parameters get a gradient even in a batch without images.
+
+        Args:
+            pyramid: features by stride, zero outside of the images.
+            sizes: height and width of each image.
+        """
+        levels: list[tuple[Tensor, Tensor]] = []
+        for stride in self._strides:
+            x_BCHW = pyramid[stride]
+            inside = _inside(sizes, stride, x_BCHW)
+            for conv in self.convs:
+                x_BCHW = F.relu(conv(x_BCHW))
+                x_BCHW = x_BCHW if inside is None else x_BCHW * inside
+            levels.append((self.objectness(x_BCHW).float(), self.deltas(x_BCHW).float()))
+        nothing = 0 * torch.stack([output.sum() for of_level in levels for output in of_level]).sum()
+        return [self._of_image(levels, image, size) for image, size in enumerate(sizes)], nothing
+
+    def _of_image(self, levels: Sequence[tuple[Tensor, Tensor]], image: int, size: Size) -> ImageAnchors:
+        device = levels[0][0].device
+        grids = [_grid(size, stride) for stride in self._strides]
+        self._anchors.set_cell_anchors(torch.float32, device)
+        boxes = self._anchors.grid_anchors(grids, [(stride, stride) for stride in self._strides])
+        logits, deltas = [], []
+        for (logits_BAHW, deltas_BNHW), (rows, columns) in zip(levels, grids, strict=True):
+            logits.append(logits_BAHW[image, :, :rows, :columns].permute(1, 2, 0).flatten())
+            deltas.append(deltas_BNHW[image, :, :rows, :columns].permute(1, 2, 0).reshape(-1, 4))
+        return ImageAnchors(torch.cat(boxes), torch.cat(logits), torch.cat(deltas), tuple(map(len, boxes)))
+
+
+def anchor_losses(anchors: ImageAnchors, objects: ImageObjects, seed: Tensor, count: int) -> Tensor:
+    """Returns an image's objectness and regression losses over drawn anchors, divided by `count`, (2,) float32.
+
+    At most half of the drawn anchors match an object. Dividing by a constant instead of the number of drawn anchors
+    makes the loss independent of the other images of a batch.
+
+    Args:
+        anchors: the anchors of the image.
+        objects: the objects of the image; there may be none.
+        seed: seed of the image, int64 scalar.
+        count: number of anchors to draw.
+    """
+    matches_N = match_boxes(anchors.boxes, objects.boxes, _OBJECT_IOU, _BACKGROUND_IOU, keep_best=True)
+    ranks_N = random_ranks(seed, len(matches_N), _PURPOSE)
+    positive, negative = sample_balanced(matches_N >= 0, matches_N == BACKGROUND, count, _POSITIVE_SHARE, ranks_N)
+    logits = torch.cat([anchors.logits[positive], anchors.logits[negative]])
+    truth = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)]).float()
+    objectness = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+    wanted = encode_boxes(_CODER, objects.boxes[matches_N[positive]], anchors.boxes[positive])
+    regression = F.l1_loss(anchors.deltas[positive], wanted, reduction="sum")
+    return torch.stack([objectness, regression]) / count
+
+
+class Proposals(NamedTuple):
+    """Holds the proposals of one image, best first."""
+
+    boxes: Tensor
+    """Boxes, (N, 4) float32."""
+    anchors: Tensor
+    """Index of the anchor from which each box comes, (N,) int64."""
+
+
+@torch.no_grad()
+def propose(anchors: ImageAnchors, size: Size, per_level: int, count: int) -> Proposals:
+    """Returns the best proposals of an image.
+
+    Args:
+        anchors: the anchors of the image.
+        size: height and width of the image, to which proposals are clipped.
+        per_level: number of the best anchors of each level that are considered.
+        count: number of proposals after non-maximum suppression within each level.
+    """
+    boxes, logits, levels, numbers, start = [], [], [], [], 0
+    parts = zip(*(x.split(anchors.level_counts) for x in anchors[:3]), strict=True)
+    for level, (boxes_N4, logits_N, deltas_N4) in enumerate(parts):
+        best = logits_N.topk(min(per_level, len(logits_N)))
+        found = clip_boxes(decode_boxes(_CODER, deltas_N4[best.indices], boxes_N4[best.indices]), size)
+        kept = has_area(found) & best.values.isfinite()
+        boxes.append(found[kept])
+        logits.append(best.values[kept])
+        levels.append(torch.full_like(best.indices[kept], level))
+        numbers.append(start + best.indices[kept])
+        start += len(logits_N)
+    found, scores = torch.cat(boxes), torch.cat(logits)
+    chosen = batched_nms(found, scores, torch.cat(levels), _NMS_IOU)[:count]
+    return Proposals(found[chosen], torch.cat(numbers)[chosen])
+
+
+def _grid(size: Size, stride: int) -> Size:
+    """Returns the rows and columns of cells that an image covers, the last of them perhaps in part."""
+    height, width = size
+    return math.ceil(height / stride), math.ceil(width / stride)
+
+
+def _inside(sizes: Sequence[Size], stride: int, x_BCHW: Tensor) -> Tensor | None:
+    """Returns 1 for cells of the images and 0 for others, (B, 1, H, W); None if there are no other cells."""
+    grids = [_grid(size, stride) for size in sizes]
+    if all(grid == tuple(x_BCHW.shape[-2:]) for grid in grids):
+        return None
+    inside = x_BCHW.new_zeros(len(x_BCHW), 1, *x_BCHW.shape[-2:])
+    for image, (rows, columns) in enumerate(grids):
+        inside[image, :, :rows, :columns] = 1
+    return inside

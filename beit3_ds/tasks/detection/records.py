@@ -1,0 +1,129 @@
+"""Converts detections to entries of COCO's result files, and masks inside boxes to masks of whole images."""
+
+# N detections, S side of a predicted mask.
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_ds.tasks.detection.detections import Detections
+from beit3_ds.tasks.detection.segmentations import import_masks
+from beit3_ds.tasks.detection.views import Size
+
+_HALF = 0.5
+
+
+class DetectionRecord(NamedTuple):
+    """Holds the detections of one image as plain values, best first."""
+
+    size: Size
+    """Height and width of the image in pixels."""
+    boxes: list[list[float]]
+    """Left, top, width and height of each detection in pixels, as in COCO's files."""
+    scores: list[float]
+    """Score of each detection."""
+    labels: list[int]
+    """Label of each detection."""
+    counts: list[str] | None
+    """Compressed run lengths of each detection's mask; None without masks."""
+
+    def to_json(self) -> str:
+        """Returns the record as one JSON list."""
+        return json.dumps(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "DetectionRecord":
+        """Rebuilds the record that `to_json` wrote."""
+        size, *rest = json.loads(text)
+        return cls((size[0], size[1]), *rest)
+
+    def __len__(self) -> int:
+        """Returns the number of detections."""
+        return len(self.scores)
+
+    def entries(self, image_id: int, category_ids: Sequence[int], kind: str) -> list[dict[str, Any]]:
+        """Returns the entries of a COCO result file.
+
+        An entry has either a box or a mask: COCO's evaluation would take the size of an object from the box, not from
+        the mask.
+
+        Args:
+            image_id: id of the image.
+            category_ids: id of the category of each label.
+            kind: "bbox" or "segm".
+        """
+        heads = [
+            {"image_id": image_id, "category_id": category_ids[label], "score": score}
+            for label, score in zip(self.labels, self.scores, strict=True)
+        ]
+        if kind == "bbox":
+            return [head | {"bbox": box} for head, box in zip(heads, self.boxes, strict=True)]
+        assert self.counts is not None, "the task predicts no masks"
+        masks = [{"size": list(self.size), "counts": counts} for counts in self.counts]
+        return [head | {"segmentation": mask} for head, mask in zip(heads, masks, strict=True)]
+
+
+def make_record(detections: Detections, size: Size) -> DetectionRecord:
+    """Returns the detections of one image as plain values.
+
+    Args:
+        detections: the detections.
+        size: height and width of the image.
+    """
+    boxes_N4 = detections.boxes.cpu()
+    corners, extents = boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]
+    counts = None
+    if detections.masks is not None:
+        masks = detections.masks.float().cpu()
+        counts = [_encode(whole_mask(mask, box, size)) for mask, box in zip(masks, boxes_N4, strict=True)]
+    return DetectionRecord(
+        size=size,
+        boxes=torch.cat([corners, extents], 1).double().tolist(),
+        scores=detections.scores.double().tolist(),
+        labels=detections.labels.tolist(),
+        counts=counts,
+    )
+
+
+def whole_mask(mask_SS: Tensor, box_4: Tensor, size: Size) -> Tensor:
+    """Returns the mask of a detection in its image, (height, width) bool.
+
+    A pixel belongs to the object if the probability, interpolated at its centre, is at least one half.
+
+    Args:
+        mask_SS: probability that each cell of the box belongs to the object.
+        box_4: left, top, right and bottom of the box, inside the image.
+        size: height and width of the image.
+    """
+    height, width = size
+    left, top, right, bottom = box_4.tolist()
+    columns = torch.arange(max(0, math.floor(left)), min(width, math.ceil(right)))
+    rows = torch.arange(max(0, math.floor(top)), min(height, math.ceil(bottom)))
+    whole = torch.zeros(height, width, dtype=torch.bool)
+    if not len(columns) or not len(rows) or right <= left or bottom <= top:
+        return whole
+    x = 2 * (columns + 0.5 - left) / (right - left) - 1
+    y = 2 * (rows + 0.5 - top) / (bottom - top) - 1
+    grid = torch.stack([x[None].expand(len(y), -1), y[:, None].expand(-1, len(x))], 2)
+    seen = F.grid_sample(mask_SS[None, None], grid[None], padding_mode="border", align_corners=False)[0, 0]
+    whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = seen >= _HALF
+    return whole
+
+
+def decode_mask(counts: str, size: Size) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Returns a mask from compressed run lengths, (height, width) bool."""
+    mask: Mapping[str, Any] = {"size": list(size), "counts": counts.encode("ascii")}
+    decoded = import_masks().decode(mask).astype(bool)
+    return np.ascontiguousarray(decoded)
+
+
+def _encode(whole: Tensor) -> str:
+    encoded = import_masks().encode(np.asfortranarray(whole.numpy().astype(np.uint8)))
+    counts: bytes = encoded["counts"]
+    return counts.decode("ascii")

@@ -1,0 +1,189 @@
+"""Opens images with annotated objects, and prepares them for training and evaluation."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.config import ConfigError, RunConfig, SourceConfig
+from beit3_ds.config.data import Split
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.images.augmentation import normalize
+from beit3_ds.data.samples import SampleKey, Stream
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice
+from beit3_ds.tasks.detection.augmentation import LargeScaleJitter, fitted_window
+from beit3_ds.tasks.detection.config import DetectionConfig
+from beit3_ds.tasks.detection.files import AnnotatedObjects, read_objects
+from beit3_ds.tasks.detection.objects import ImageObjects
+from beit3_ds.tasks.detection.sampling import draw_seed
+from beit3_ds.tasks.detection.views import View
+
+OBJECTS_FORMAT = "coco_objects"
+"""Name of the source format for COCO's and Objects365's annotation files of objects."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DetectionSample:
+    """Holds one image for training, or the views of one image for an evaluation."""
+
+    name: str
+    """Annotation file, id and path of the image, for messages."""
+    number: int
+    """Index of the image in its stream, from 0."""
+    pixels: Sequence[Tensor]
+    """Each view, (3, height, width) float32 in [-1, 1]; training has one."""
+    seed: int = 0
+    """Seed of the draws in the head; training only."""
+    objects: ImageObjects | None = None
+    """Objects that the view shows; training only."""
+    views: Sequence[View] = ()
+    """Size and flip of each view; evaluation only. `View.sample` is set when samples are packed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectSamples:
+    """Prepares the images of one source."""
+
+    is_last_open: ClassVar[bool] = False
+
+    source: AnnotatedObjects
+    """Images and objects of the source."""
+    jitter: LargeScaleJitter | None
+    """Augmentation of training images; None makes the views of an evaluation."""
+    settings: DetectionConfig
+    """The task's settings."""
+    image_size: int
+    """Side of the square into which views of an evaluation fit, unless `settings.test_sizes` names others."""
+
+    def __len__(self) -> int:
+        """Returns the number of images, broken ones included."""
+        return len(self.source)
+
+    def files(self) -> Iterable[SourceFile]:
+        """Returns the name, size in bytes and number of images of the annotation file."""
+        return self.source.files()
+
+    def identity(self, index: int) -> bytes:
+        """Returns the id of an image as bytes; a resumed run recognises the image by it."""
+        return str(int(self.source.identifiers[index])).encode()
+
+    def name(self, index: int) -> str:
+        """Returns the annotation file and the id and path of an image, for messages."""
+        return self.source.name(index)
+
+    def skipped(self) -> dict[str, Skipped]:
+        """Returns the number of annotations that training leaves out, and an example, by reason."""
+        return self.source.skipped
+
+    def prepare(self, index: int, key: SampleKey) -> DetectionSample:
+        """Reads image `index`, and augments it with its objects or makes its views; `key` seeds all draws.
+
+        Raises:
+            BrokenRecordError: if the image or a mask is broken, or the image has another size than its file says.
+        """
+        image = self.source.image(index)
+        if self.jitter is None:
+            return evaluation_sample(image, self.settings, self.image_size, self.name(index), key.index)
+        try:
+            pixels, objects = self.jitter(image, self.source.objects(index), key.rng("view"))
+        except ValueError as error:
+            raise BrokenRecordError(f"{self.name(index)}: broken mask: {error}") from error
+        return DetectionSample(
+            name=self.name(index), number=key.index, pixels=[pixels], seed=draw_seed(key), objects=objects
+        )
+
+
+def evaluation_sample(
+    image: Image.Image, settings: DetectionConfig, image_size: int, name: str, number: int
+) -> DetectionSample:
+    """Makes the views of an RGB image for an evaluation or a prediction.
+
+    Args:
+        image: the image.
+        settings: the task's settings, which name the sides and the flip.
+        image_size: side of the square into which the view fits if the settings name none.
+        name: name of the image, for messages.
+        number: number of the image in the results.
+    """
+    size = image.size[::-1]
+    flips = (False, True) if settings.test_flip else (False,)
+    windows = [
+        fitted_window(size, side, is_flipped=flip) for side in settings.test_sizes or (image_size,) for flip in flips
+    ]
+    views = [View(0, window.size, size, window.is_flipped) for window in windows]
+    pixels = [normalize(window.cut(image)) for window in windows]
+    return DetectionSample(name=name, number=number, pixels=pixels, views=views)
+
+
+def open_objects(source: SourceConfig, settings: DetectionConfig) -> AnnotatedObjects:
+    """Opens a source of images with objects, and checks its entries before training starts.
+
+    Raises:
+        ConfigError: if a file cannot be read, an image is missing, or an annotation does not fit; the message names the
+            file and the id.
+    """
+    if not source.images:
+        raise ConfigError(
+            f"data.images: source '{source.path}' of format {OBJECTS_FORMAT} needs 'images': the folder of its images, "
+            "or a pattern of tars."
+        )
+    if source.annotations or source.split:
+        raise ConfigError(
+            f"data.images: source '{source.path}' of format {OBJECTS_FORMAT} has all annotations in one file; remove "
+            "'annotations' and 'split'."
+        )
+    opened = read_objects(source.path, source.images, with_masks=settings.masks)
+    opened.check_images()
+    return opened
+
+
+def open_split(config: RunConfig, settings: DetectionConfig, split: Split) -> list[AnnotatedObjects]:
+    """Opens all sources of a split.
+
+    Raises:
+        ConfigError: if `open_objects` raises it, a training or validation file has no annotations, or two sources of a
+            validation or test split have an image with the same id.
+    """
+    sources = getattr(config.data.images, split)
+    check_no_file_twice(sources)
+    opened = [open_objects(source, settings) for source in sources]
+    for source in opened if split != "test" else ():
+        if not source.has_annotations:
+            raise ConfigError(
+                f"detection: {source.path} has no 'annotations', as files of a test split. It can neither be trained "
+                "on nor scored: name it under 'test'."
+            )
+    seen: dict[int, str] = {}
+    for source in opened if split != "train" and len(opened) > 1 else ():
+        for identifier in source.identifiers.tolist():
+            if identifier in seen:
+                raise ConfigError(
+                    f"detection: {source.path} has image id {identifier}, as has {seen[identifier]}. Ids must differ "
+                    f"over all sources of a {split} split, because results name images by them."
+                )
+            seen[identifier] = source.path
+    return opened
+
+
+def build_stream(
+    config: RunConfig, settings: DetectionConfig, opened: Sequence[AnnotatedObjects], split: Split
+) -> Stream:
+    """Builds the stream of a split from its opened sources."""
+    jitter = None
+    if split == "train":
+        jitter = LargeScaleJitter(
+            image_size=config.model.image_size,
+            min_scale=settings.min_scale,
+            max_scale=settings.max_scale,
+            flip_probability=config.data.flip_probability,
+            color_jitter=config.data.color_jitter,
+            with_masks=settings.masks,
+        )
+    samples = [
+        ObjectSamples(source=source, jitter=jitter, settings=settings, image_size=config.model.image_size)
+        for source in opened
+    ]
+    return Stream(ConcatSources(samples), sequences_per_sample=1 if split == "train" else settings.num_views)

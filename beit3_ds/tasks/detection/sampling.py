@@ -1,0 +1,67 @@
+"""Draws the anchors and proposals from which a detector learns, per image, from a seed that travels in the batch."""
+
+# N candidates of one image.
+
+import torch
+from torch import Tensor
+
+from beit3_ds.data.samples import SampleKey
+
+SEED_BITS = 62
+"""Number of random bits in an image's seed."""
+
+_GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # SplitMix64's, as signed
+
+
+def draw_seed(key: SampleKey) -> int:
+    """Returns the seed of a sample's draws in the head, a function of the run's seed, the epoch and the sample."""
+    return int(key.rng("samplers").integers(1 << SEED_BITS))
+
+
+def random_ranks(seed: Tensor, count: int, purpose: int) -> Tensor:
+    """Returns one pseudo-random number per candidate, (count,) int64; the same on every device.
+
+    Candidates are drawn by taking those with the smallest numbers, so the draw needs no generator on the device. The
+    numbers are those of SplitMix64 (Steele et al., 2014), which wraps around in 64 bits.
+
+    Args:
+        seed: seed of the image, int64 scalar on the device.
+        count: number of candidates, N.
+        purpose: number below 128 that separates the draws of one image.
+    """
+    start = seed ^ (purpose << SEED_BITS - 8)
+    x_N = torch.arange(1, count + 1, device=seed.device) * _GOLDEN + start * _MIX_2
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        x_N = (x_N ^ _shift_right(x_N, shift)) * factor
+    return x_N ^ _shift_right(x_N, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sample_balanced(
+    is_positive_N: Tensor, is_negative_N: Tensor, size: int, positive_share: float, ranks_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draws at most `size` candidates: positive ones up to their share, and negative ones for the rest.
+
+    Args:
+        is_positive_N: whether each candidate matches an object.
+        is_negative_N: whether each candidate is background; a candidate may be neither.
+        size: number of candidates to draw.
+        positive_share: largest share of positive candidates.
+        ranks_N: result of `random_ranks`.
+
+    Returns:
+        Indices of the drawn positive and negative candidates, both ascending.
+    """
+    positive = _smallest(is_positive_N, int(size * positive_share), ranks_N)
+    return positive, _smallest(is_negative_N, size - len(positive), ranks_N)
+
+
+def _smallest(is_wanted_N: Tensor, count: int, ranks_N: Tensor) -> Tensor:
+    wanted = is_wanted_N.nonzero()[:, 0]
+    if len(wanted) <= count:
+        return wanted
+    order = ranks_N[wanted].argsort()
+    return wanted[order[:count]].sort().values

@@ -1,0 +1,200 @@
+"""Checks and draws the segmentations of COCO's files: polygons and run-length encoded masks."""
+
+# M side of a stored mask.
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.tasks.detection.box_masks import MASK_SIDE, masks_in_boxes
+
+_MIN_COORDINATES = 6  # of a polygon: three corners
+_LARGEST = 2.0**24  # pixels; coordinates beyond it are no coordinates
+
+
+class Segmentation(NamedTuple):
+    """Holds the mask of an object, as polygons or as run lengths over its whole image."""
+
+    rings: Sequence[NDArray[np.float32]] = ()
+    """Corners of each polygon, (corners, 2) x and y in pixels; the object is their union."""
+    counts: bytes = b""
+    """Compressed run lengths of the image's mask; empty for polygons."""
+
+    def encode(self) -> bytes:
+        """Returns the segmentation as bytes, which `decode` reads."""
+        if self.counts:
+            return b"R" + self.counts
+        lengths = np.array([len(self.rings), *map(len, self.rings)], dtype="<i4")
+        corners = [np.asarray(ring, dtype="<f4").tobytes() for ring in self.rings]
+        return b"P" + lengths.tobytes() + b"".join(corners)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Segmentation":
+        """Rebuilds the segmentation from the bytes that `encode` returned."""
+        if data[:1] == b"R":
+            return cls(counts=data[1:])
+        (num_rings,) = np.frombuffer(data, "<i4", 1, 1)
+        lengths = np.frombuffer(data, "<i4", num_rings, 5)
+        corners = np.frombuffer(data, "<f4", offset=5 + 4 * num_rings).reshape(-1, 2)
+        return cls(rings=np.split(corners, np.cumsum(lengths)[:-1]))
+
+
+def import_masks() -> Any:
+    """Returns the mask functions of faster-coco-eval.
+
+    Raises:
+        ConfigError: if the package is not installed; the message says how to install it.
+    """
+    try:
+        from faster_coco_eval import mask
+    except ImportError as error:
+        raise ConfigError(
+            f"detection needs faster-coco-eval, which decodes COCO's masks and computes AP ({error}). Install it with "
+            "`pip install '.[detection]'`."
+        ) from None
+    return mask
+
+
+def parse_segmentation(value: object, size: tuple[int, int]) -> Segmentation | None:
+    """Checks the member 'segmentation' of an annotation.
+
+    Polygons with fewer than three corners are left out, as COCO has some.
+
+    Args:
+        value: list of polygons, each a flat list of coordinates, or an object with 'size' and 'counts'.
+        size: height and width of the annotation's image.
+
+    Returns:
+        The segmentation; None if nothing is left.
+
+    Raises:
+        ValueError: if the value has another form, or run lengths do not fit the image.
+    """
+    if isinstance(value, dict):
+        return Segmentation(counts=_parse_run_lengths(value, size))
+    if not isinstance(value, list):
+        raise ValueError(f"'segmentation' is neither a list of polygons nor run lengths: {str(value)[:60]}")
+    rings = [ring for polygon in value if (ring := _parse_polygon(polygon)) is not None]
+    return Segmentation(rings=rings) if rings else None
+
+
+def _parse_polygon(polygon: object) -> NDArray[np.float32] | None:
+    if not isinstance(polygon, list) or len(polygon) % 2:
+        raise ValueError(f"a polygon is no list of x and y: {str(polygon)[:60]}")
+    corners = np.asarray(polygon, dtype=np.float32)
+    if corners.ndim != 1 or not (np.abs(corners) < _LARGEST).all():
+        raise ValueError(f"a polygon has coordinates that are no pixels: {str(polygon)[:60]}")
+    return corners.reshape(-1, 2) if len(corners) >= _MIN_COORDINATES else None
+
+
+def _parse_run_lengths(value: dict[str, Any], size: tuple[int, int]) -> bytes:
+    stated, counts = value.get("size"), value.get("counts")
+    if stated != list(size):
+        raise ValueError(f"the mask has size {stated} (height, width), its image {list(size)}")
+    if isinstance(counts, str):
+        encoded = {"counts": counts.encode("ascii", "replace")}
+        if (total := _count_pixels(encoded["counts"])) != size[0] * size[1]:
+            raise ValueError(f"run lengths add up to {total}, but the image has {size[0]} x {size[1]} pixels")
+    elif isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts):
+        if sum(counts) != size[0] * size[1]:
+            raise ValueError(f"run lengths add up to {sum(counts)}, but the image has {size[0]} x {size[1]} pixels")
+        encoded = import_masks().frPyObjects({"size": list(size), "counts": counts}, *size)
+    else:
+        raise ValueError(f"'counts' are no run lengths: {str(counts)[:60]}")
+    return bytes(encoded["counts"])
+
+
+def _count_pixels(counts: bytes) -> int:
+    """Returns the sum of compressed run lengths.
+
+    A length is a number of groups of five bits, the lowest first, each in a character from "0"; bit 5 says that another
+    group follows. From the fourth length on, the number is the difference from the length before the last.
+
+    Raises:
+        ValueError: if a character is none of these, the last number is cut off, or a length is negative.
+    """
+    lengths, value, shift = [0, 0], 0, 0
+    for character in counts:
+        group = character - 48
+        if not 0 <= group < 64:
+            raise ValueError(f"'counts' are no run lengths: they have the character {chr(character)!r}")
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 4 else 0))
+        if lengths[-1] < 0:
+            raise ValueError("'counts' have a negative run length")
+        value, shift = 0, 0
+    if shift:
+        raise ValueError("'counts' are cut off")
+    return sum(lengths)
+
+
+def draw_in_box(segmentation: Segmentation, size: tuple[int, int], box_4: Tensor) -> Tensor:
+    """Returns the mask of an object inside a box, (MASK_SIDE, MASK_SIDE) bool.
+
+    Polygons are drawn directly in the box's cells, so no mask of the whole image is made.
+
+    Args:
+        segmentation: the object's mask.
+        size: height and width of its image.
+        box_4: left, top, right and bottom of the box in pixels of the image, with a positive area.
+
+    Raises:
+        ValueError: if run lengths are damaged.
+    """
+    masks = import_masks()
+    if segmentation.counts:
+        mask = masks.decode({"size": list(size), "counts": segmentation.counts})
+        whole = torch.from_numpy(np.ascontiguousarray(mask))[None]
+        frame = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+        return masks_in_boxes(whole, frame, box_4[None].float(), MASK_SIDE)[0]
+    left, top, right, bottom = box_4.tolist()
+    scale = np.array([MASK_SIDE / (right - left), MASK_SIDE / (bottom - top)])
+    scaled = ((ring.astype(np.float64) - (left, top)) * scale for ring in segmentation.rings)
+    rings = [
+        clipped.ravel().tolist() for ring in scaled if len(clipped := _clip_to_cells(ring)) >= _MIN_COORDINATES // 2
+    ]
+    if not rings:
+        return torch.zeros(MASK_SIDE, MASK_SIDE, dtype=torch.bool)
+    drawn = masks.merge(masks.frPyObjects(rings, MASK_SIDE, MASK_SIDE))
+    return torch.from_numpy(np.ascontiguousarray(masks.decode(drawn))).bool()
+
+
+def _clip_to_cells(ring: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cuts off what a polygon has outside of the cells (Sutherland and Hodgman, 1974).
+
+    Drawing takes time in proportion to the length of the outline, which may be far larger than the box.
+    """
+    for axis in range(2):
+        for sign, bound in ((1, 0.0), (-1, MASK_SIDE)):
+            if len(ring):
+                ring = _clip_to_half(ring, sign * (ring[:, axis] - bound))
+    return ring
+
+
+def _clip_to_half(ring: NDArray[np.float64], depths: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cuts off the corners of negative depth, and adds corners where the outline crosses depth 0."""
+    following, next_depths = np.roll(ring, -1, axis=0), np.roll(depths, -1)
+    crosses = (depths >= 0) != (next_depths >= 0)
+    shares = np.divide(depths, depths - next_depths, out=np.zeros_like(depths), where=crosses)
+    crossings = ring + shares[:, None] * (following - ring)
+    return np.stack([crossings, following], 1)[np.stack([crosses, next_depths >= 0], 1)]
+
+
+def whole_segmentation(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Returns the mask of an object in its image, (height, width) bool, as COCO's evaluation draws it."""
+    masks = import_masks()
+    if segmentation.counts:
+        encoded = {"size": list(size), "counts": segmentation.counts}
+    else:
+        encoded = masks.merge(masks.frPyObjects([ring.ravel().tolist() for ring in segmentation.rings], *size))
+    return np.ascontiguousarray(masks.decode(encoded)).astype(bool)

@@ -1,0 +1,149 @@
+"""Implements the detection of objects and their masks as a task (paper, section 3.2)."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.config.data import Split
+from beit3_ds.data.samples import Stream
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.retrying.folder import ResultFolder
+from beit3_ds.tasks.detection.categories import Categories, check_same, stored_categories
+from beit3_ds.tasks.detection.config import DetectionConfig
+from beit3_ds.tasks.detection.evaluation import (
+    PAGE,
+    DetectedSplit,
+    collect_metrics,
+    detect_split,
+    write_files,
+    write_page,
+)
+from beit3_ds.tasks.detection.files import AnnotatedObjects
+from beit3_ds.tasks.detection.head import DetectionHead
+from beit3_ds.tasks.detection.packing import pack
+from beit3_ds.tasks.detection.samples import OBJECTS_FORMAT, build_stream, open_split
+from beit3_ds.tasks.detection.segmentations import import_masks
+from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
+from beit3_ds.tasks.task import Headline, Task, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRankTask(RankTask):
+    """Implements detection on one rank, with its opened images."""
+
+    settings: DetectionConfig
+    """The task's settings."""
+
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
+        """Detects the objects of all images of a split; returns COCO's metrics if they are annotated.
+
+        With `folder`, also writes result files in COCO's form, a table per category and a page.
+        """
+        results = detect_split(evaluator, split)
+        if results is None or not len(results):
+            return {}
+        detected = DetectedSplit(self.evaluation[split], results, self.settings)
+        scores = detected.scores()
+        if folder is not None:
+            write_files(detected, scores, folder)
+            folder.write(PAGE, lambda path: write_page(path, detected, scores, self.settings.page_samples))
+        return collect_metrics(scores)
+
+
+class Detection(Task):
+    """Trains a detector of objects and their masks (COCO and Objects365; paper, section 3.2)."""
+
+    Settings = DetectionConfig
+    settings: DetectionConfig
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": (OBJECTS_FORMAT,)}
+    headline: ClassVar[Headline] = Headline("box_AP")
+
+    def __init__(self, config: RunConfig) -> None:
+        """Loads the settings, and checks that the model takes images of any size.
+
+        Raises:
+            ConfigError: if `model.dense` is missing, or faster-coco-eval is not installed.
+        """
+        super().__init__(config)
+        import_masks()
+        if config.model.dense is None:
+            raise ConfigError(
+                "model.dense is not set, but detection needs a backbone for images of any size. Add it, such as "
+                '"dense": {"window_size": 14, "global_blocks": [2, 5, 8, 11]} (docs/dense.md).'
+            )
+        self._categories: Categories | None = None
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Returns the losses of the proposals, of the three box stages and of the masks; each is a mean over images."""
+        terms = (
+            Term("objectness", "images", "anchors: object or not", unit="cross entropy per drawn anchor (nats)"),
+            Term("anchors", "images", "anchors: boxes", unit="L1 per drawn anchor"),
+            Term("classes", "images", "boxes: classes", unit="cross entropy per drawn box, of three stages (nats)"),
+            Term("boxes", "images", "boxes: corners", unit="L1 per drawn box, of three stages"),
+        )
+        masks = Term("masks", "images", "masks", unit="binary cross entropy (nats)")
+        return (*terms, masks) if self.settings.masks else terms
+
+    def build_head(self, model: ModelConfig, tensor: TensorParallel) -> DetectionHead:
+        """Builds the pyramid, the proposal network, the box stages and the mask head, with uninitialised parameters."""
+        return DetectionHead(model, self.settings, self.settings.num_classes, tensor)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task's name and settings, and after `open` also the categories."""
+        categories = {} if self._categories is None else {"categories": self._categories.describe()}
+        return super().describe() | categories
+
+    def open(self, share: RankShare) -> DetectionRankTask:
+        """Opens the images and objects that a rank reads.
+
+        Raises:
+            ConfigError: if a file cannot be read, an image is missing, or the categories of the files differ from each
+                other, from those of the weights, or in number from `task.num_classes`.
+        """
+        config, settings = self.config, self.settings
+        if not share.reads:
+            return DetectionRankTask(settings=settings)
+        opened = {split: open_split(config, settings, split) for split in share.splits}
+        self._categories = self._check_categories([source for split in opened.values() for source in split])
+
+        def build_streams(split: Split) -> dict[str, Stream]:
+            sources = opened[split]
+            return {"images": build_stream(config, settings, sources, split)} if sources else {}
+
+        return DetectionRankTask.open(
+            config,
+            share,
+            build_streams,
+            functools.partial(
+                pack,
+                model=config.model,
+                num_terms=len(self.terms),
+                embeds=share.embeds,
+                predicts=share.predicts,
+            ),
+            validation_loss=False,
+            settings=settings,
+        )
+
+    def _check_categories(self, opened: Sequence[AnnotatedObjects]) -> Categories | None:
+        """Checks that all files and the weights have the same categories; returns them."""
+        if not opened:
+            return None
+        first = opened[0].categories
+        for source in opened[1:]:
+            check_same(first, source.categories)
+        if len(first) != self.settings.num_classes:
+            raise ConfigError(
+                f"task.num_classes={self.settings.num_classes}, but {first.where} lists {len(first)} categories. Set "
+                f"it to {len(first)}, or use the files that the model was made for."
+            )
+        stored = stored_categories(self.weights_description, self.weights_name)
+        if stored is not None:
+            check_same(first, stored)
+        return first
+
+
+TASK = Detection

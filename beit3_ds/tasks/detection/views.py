@@ -1,0 +1,66 @@
+"""Maps boxes between the views of an image, which are scaled or flipped, and the image itself."""
+
+# V views, N boxes, S side of a mask.
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+"""Height and width of an image in pixels, without padding."""
+
+SAMPLES = "samples"
+"""Key in `PackedBatch.targets` of the place of each view's sample in the batch, ascending, (views,) int64."""
+NUMBERS = "numbers"
+"""Key of the index of each sample in its stream, (samples,) int64."""
+ORIGINAL_SIZES = "original sizes"
+"""Key of the height and width of each view's image before it was scaled, (views, 2) int64."""
+FLIPS = "flips"
+"""Key of whether each view is flipped from left to right, (views,) bool."""
+
+
+class View(NamedTuple):
+    """Describes one view of an image."""
+
+    sample: int
+    """Place of the image in the batch."""
+    size: Size
+    """Height and width of the view in pixels, without padding."""
+    original: Size
+    """Height and width of the image in pixels."""
+    is_flipped: bool
+    """Whether the view is flipped from left to right."""
+
+    def to_image(self, boxes_N4: Tensor) -> Tensor:
+        """Returns boxes of the view in pixels of the image."""
+        return self._flip(boxes_N4, self.size[1]) * self._scale(boxes_N4, self.original, self.size)
+
+    def from_image(self, boxes_N4: Tensor) -> Tensor:
+        """Returns boxes of the image in pixels of the view."""
+        return self._flip(boxes_N4 * self._scale(boxes_N4, self.size, self.original), self.size[1])
+
+    def mask_to_image(self, masks_NSS: Tensor) -> Tensor:
+        """Returns masks inside boxes of the view as masks inside boxes of the image."""
+        return masks_NSS.flip(-1) if self.is_flipped else masks_NSS
+
+    def _flip(self, boxes_N4: Tensor, width: int) -> Tensor:
+        if not self.is_flipped:
+            return boxes_N4
+        left, top, right, bottom = boxes_N4.unbind(1)
+        return torch.stack([width - right, top, width - left, bottom], 1)
+
+    @staticmethod
+    def _scale(boxes_N4: Tensor, to: Size, of: Size) -> Tensor:
+        y, x = to[0] / of[0], to[1] / of[1]
+        return boxes_N4.new_tensor((x, y, x, y))
+
+
+def read_views(targets: Mapping[str, Tensor], sizes: list[Size]) -> list[View]:
+    """Returns the views of a batch, whose sizes are given."""
+    samples, originals, flips = (targets[name].tolist() for name in (SAMPLES, ORIGINAL_SIZES, FLIPS))
+    return [
+        View(sample, size, (original[0], original[1]), is_flipped)
+        for sample, size, original, is_flipped in zip(samples, sizes, originals, flips, strict=True)
+    ]

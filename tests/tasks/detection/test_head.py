@@ -1,0 +1,147 @@
+"""The head's losses and gradients do not depend on how a step is cut, and every parameter always takes part."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ModelConfig
+from beit3_ds.config.dense import DenseConfig
+from beit3_ds.model import TaskModel
+from beit3_ds.tasks.detection.box_masks import MASK_SIDE
+from beit3_ds.tasks.detection.config import DetectionConfig
+from beit3_ds.tasks.detection.head import DetectionHead
+from beit3_ds.tasks.detection.objects import ImageObjects
+from beit3_ds.tasks.detection.packing import pack
+from beit3_ds.tasks.detection.samples import DetectionSample
+from beit3_ds.tasks.detection.views import View
+
+MODEL = ModelConfig(
+    num_layers=1,
+    hidden_size=16,
+    ffn_hidden_size=16,
+    num_attention_heads=2,
+    patch_size=16,
+    image_size=96,
+    num_vision_language_layers=0,
+    inputs=("images",),
+    dense=DenseConfig(window_size=3),
+)
+SETTINGS = DetectionConfig(
+    num_classes=4, pyramid_channels=8, box_width=16, anchor_scale=4.0, proposals_per_level=60, proposals=40
+)
+NUM_TERMS = 5
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def _model(seed: int = 1, settings: DetectionConfig = SETTINGS) -> TaskModel:
+    model = TaskModel(lambda config, tensor: DetectionHead(config, settings, 4, tensor), MODEL)
+    model.initialize(seed)
+    return model.to(torch.get_default_dtype())
+
+
+def _sample(number: int, size: tuple[int, int], num_objects: int) -> DetectionSample:
+    draws = torch.Generator().manual_seed(number)
+    height, width = size
+    limits = torch.tensor([width, height])
+    corners = torch.rand(num_objects, 2, generator=draws) * limits * 0.5
+    boxes = torch.cat([corners, torch.minimum(corners + 8 + 0.4 * limits, limits)], 1).float()
+    disk = torch.linspace(-1, 1, MASK_SIDE) ** 2
+    masks = (disk[:, None] + disk < 0.9).to(torch.uint8).expand(num_objects, -1, -1)
+    labels = torch.randint(0, 4, (num_objects,), generator=draws)
+    pixels = torch.randn(3, height, width, generator=draws)
+    return DetectionSample(
+        name=f"image {number}",
+        number=number,
+        pixels=[pixels],
+        seed=99 + number,
+        objects=ImageObjects(boxes, labels, masks),
+    )
+
+
+SAMPLES = [_sample(0, (96, 96), 3), _sample(1, (80, 50), 2), _sample(2, (33, 96), 0), _sample(3, (16, 20), 1)]
+
+
+def _run(model: TaskModel, parts: Sequence[Sequence[DetectionSample]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sums the terms and the gradients over micro-batches."""
+    model.zero_grad()
+    sums = torch.zeros(NUM_TERMS)
+    factors = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0])
+    for part in parts:
+        batch = pack(part, None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True, predicts=True)
+        output = model(batch, factors)
+        output.total.backward()
+        sums += output.sums
+    return sums, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+CUTS = {
+    "two and two": [SAMPLES[:2], SAMPLES[2:]],
+    "one by one": [[sample] for sample in SAMPLES],
+    "another order": [SAMPLES[::-1]],
+    "with an empty micro-batch": [SAMPLES, []],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_step_is_the_same_however_it_is_cut(cut: str, double_precision: None) -> None:
+    model = _model()
+    sums, gradients = _run(model, [SAMPLES])
+    found, other = _run(model, CUTS[cut])
+    # Catches draws that depend on the place in a batch, losses divided by the boxes of a batch, anchors and features
+    # beyond the edge of an image. Only float32 inside RoIAlign and of the losses remains.
+    torch.testing.assert_close(found, sums, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert (other[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def test_every_parameter_takes_part_in_every_micro_batch() -> None:
+    model = _model()
+    for part in ([], [SAMPLES[2]]):
+        sums, gradients = _run(model, [part])  # no image; an image without objects
+        assert sums.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients.values())
+        assert len(gradients) == len(list(model.parameters()))
+    assert sums[1] == 0 and sums[3] == 0 and sums[4] == 0 and sums[0] > 0
+
+
+def test_it_fits_one_image() -> None:
+    """A few updates on one image lower every term; the sum of the objects' terms falls by more than half."""
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    first, _ = _run(model, [[SAMPLES[0]]])
+    for _ in range(25):
+        last, _ = _run(model, [[SAMPLES[0]]])
+        optimizer.step()
+    assert (last[[0, 2, 4]] < first[[0, 2, 4]]).all() and last[[0, 2, 4]].sum() < 0.5 * first[[0, 2, 4]].sum()
+
+
+def test_detections_are_in_pixels_of_the_image_and_views_are_merged() -> None:
+    model = _model().eval()
+    image = torch.randn(3, 96, 64)
+    single = DetectionSample(name="a", number=4, pixels=[image], views=[View(0, (96, 64), (192, 128), False)])
+    views = [View(0, (96, 64), (192, 128), False), View(0, (96, 64), (192, 128), True)]
+    flipped = DetectionSample(name="b", number=5, pixels=[image, image.flip(-1)], views=views)
+    batch = pack([single, flipped], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True, predicts=True)
+    with torch.no_grad():
+        one, two = model(batch, None)
+    for found in (one, two):
+        assert len(found.boxes) == SETTINGS.max_detections and found.masks is not None
+        assert found.masks.shape == (len(found.boxes), 28, 28)
+        assert (found.boxes >= 0).all() and (found.boxes <= torch.tensor([128, 192, 128, 192])).all()
+        assert (found.scores.diff() <= 0).all()
+    with torch.no_grad():
+        assert model(pack([], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True, predicts=True), None) == []
+
+
+def test_views_map_boxes_there_and_back() -> None:
+    boxes = torch.tensor([[10.0, 20.0, 50.0, 90.0]])
+    view = View(0, (48, 32), (192, 128), True)
+    assert view.to_image(torch.tensor([[2.0, 4.0, 10.0, 12.0]])).tolist() == [[88.0, 16.0, 120.0, 48.0]]
+    torch.testing.assert_close(view.to_image(view.from_image(boxes)), boxes)
