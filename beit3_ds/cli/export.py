@@ -35,6 +35,14 @@ def add_export_command(subparsers: Subparsers) -> None:
         "--no-heads", action="store_true", help="leave out the head of the task, for a run of another task"
     )
     command.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out tensors of the head by name, such as 'heads.boxes.stages.*.classes.*' for a run of the same "
+        "task with other classes; may be given several times",
+    )
+    command.add_argument(
         "--best",
         action="store_true",
         help="export the best checkpoint of a run with training.best_metric instead of its newest",
@@ -48,12 +56,14 @@ def _export(options: argparse.Namespace) -> int:
     import torch
 
     from beit3_ds.weights.export import export_weights, loading_hint, parse_byte_count
-    from beit3_ds.weights.reader import Backbone, open_weights
+    from beit3_ds.weights.reader import Backbone, WeightReader, WithoutTensors, open_weights
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     limit = parse_byte_count(options.max_shard_size) if options.max_shard_size else None
     opened, out = open_weights(options.checkpoint, averages=options.ema, best=options.best), Path(options.out)
-    reader = Backbone(opened) if options.no_heads else opened
+    reader: WeightReader = Backbone(opened) if options.no_heads else opened
+    if options.leave_out:
+        reader = WithoutTensors(reader, options.leave_out)
     done = export_weights(
         reader,
         out,

@@ -21,6 +21,7 @@ from beit3_ds.cli.launch import add_launch_command
 from beit3_ds.cli.predict import add_predict_command
 from beit3_ds.cli.prepare import add_prepare_command
 from beit3_ds.cli.show_codes import add_show_codes_command
+from beit3_ds.cli.show_samples import add_show_samples_command
 from beit3_ds.cli.train import add_train_command
 from beit3_ds.cli.train_text_tokenizer import add_train_text_tokenizer_command
 from beit3_ds.config import ConfigError
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_prepare_command(subparsers)
     add_train_text_tokenizer_command(subparsers)
     add_show_codes_command(subparsers)
+    add_show_samples_command(subparsers)
     add_train_command(subparsers)
     add_evaluate_command(subparsers)
     add_predict_command(subparsers)

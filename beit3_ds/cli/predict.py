@@ -21,6 +21,7 @@ def add_predict_command(subparsers: Subparsers) -> None:
     _add_judge(uses)
     _add_classify(uses)
     _add_segment(uses)
+    _add_detect(uses)
 
 
 def _add_caption(subparsers: Subparsers) -> None:
@@ -97,6 +98,32 @@ def _add_segment(subparsers: Subparsers) -> None:
         help="scale at which images are segmented; several are averaged (default: those of the training run)",
     )
     command.add_argument("--flip", action="store_true", help="average with the flipped image")
+    _add_results(command)
+
+
+def _add_detect(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "detect", _detect, "find objects in images, with boxes, masks and classes")
+    _add_model(command)
+    _add_images(command)
+    command.add_argument(
+        "--pictures", metavar="FOLDER", required=True, help="write pictures with boxes, masks and classes there"
+    )
+    command.add_argument("--coco", metavar="FILE.json", help="write all detections there as a COCO annotation file")
+    command.add_argument(
+        "--least-score",
+        type=real(Range(0, 1)),
+        default=0.3,
+        metavar="P",
+        help="score from which detections are drawn and printed (default: 0.3)",
+    )
+    command.add_argument(
+        "--size",
+        type=integer(Range(1, 2**14)),
+        action="append",
+        metavar="PIXELS",
+        help="side to which images are fitted; several give several views (default: that of the training run)",
+    )
+    command.add_argument("--flip", action="store_true", help="also detect in flipped images")
     _add_results(command)
 
 
@@ -200,6 +227,19 @@ def _segment(options: argparse.Namespace) -> int:
     segmenter = Segmenter.from_pretrained(options.weights, **changes, **_loading(options))
     label_maps = Path(options.label_maps) if options.label_maps else None
     return _write(options, segment_images(segmenter, images, Path(options.pictures), label_maps), "Segmentation")
+def _detect(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from beit3_ds.inference import Detector
+    from beit3_ds.inference.detections import detect_objects
+    from beit3_ds.inference.requests import find_images
+
+    images = find_images(options.images)
+    changes = {"test_sizes": options.size, "test_flip": options.flip or None}
+    detector = Detector.from_pretrained(options.weights, **changes, **_loading(options))
+    coco = Path(options.coco) if options.coco else None
+    found = detect_objects(detector, images, Path(options.pictures), coco, options.least_score)
+    return _write(options, found, "Detected objects")
 
 
 def _loading(options: argparse.Namespace) -> Any:
@@ -212,7 +252,7 @@ def _loading(options: argparse.Namespace) -> Any:
 
     import torch
 
-    for option, path in (("--out", options.out), ("--page", options.page)):
+    for option, path in (("--out", options.out), ("--page", options.page), ("--coco", getattr(options, "coco", None))):
         if path and not Path(path).parent.is_dir():
             raise ConfigError(f"{option} {path}: there is no folder {Path(path).parent}. Create it, or name another.")
     try:

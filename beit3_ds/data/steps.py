@@ -1,6 +1,7 @@
 """Builds the micro-batches of one rank for an optimizer step, as a pure function of the step."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -90,6 +91,14 @@ class StepDataset(Dataset[StepBatch]):
         numbers = range(self._config.gradient_accumulation_steps)
         micro_batches = [self._micro_batch(step, number, broken, note) for number in numbers]
         return StepBatch(step=step, micro_batches=tuple(micro_batches), broken_records=broken)
+
+    def iterate_samples(self, step: int) -> Iterator[Any]:
+        """Yields this rank's prepared samples of a step one by one, without packing them; leaves out broken records."""
+        for number in range(self._config.gradient_accumulation_steps):
+            for stream in self._streams:
+                for _, key in self._keys(stream, step, number):
+                    with contextlib.suppress(BrokenRecordError):
+                        yield self._streams[stream].prepare(key)
 
     def _micro_batch(
         self, step: int, micro_batch: int, broken: dict[str, str], note: Callable[[str], None]

@@ -3,6 +3,7 @@
 from beit3_ds.inference.answerer import Answer, QuestionAnswerer
 from beit3_ds.inference.captioner import Captioner
 from beit3_ds.inference.classifier import ImageClassifier
+from beit3_ds.inference.detector import Detector
 from beit3_ds.inference.dual_encoder import DualEncoder
 from beit3_ds.inference.encoders import FusionEncoder, LanguageEncoder, PairFeatures, VisionEncoder
 from beit3_ds.inference.judge import StatementJudge
@@ -11,6 +12,7 @@ from beit3_ds.inference.segmenter import Segmenter
 __all__ = [
     "Answer",
     "Captioner",
+    "Detector",
     "DualEncoder",
     "FusionEncoder",
     "ImageClassifier",

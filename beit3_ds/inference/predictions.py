@@ -45,7 +45,7 @@ class Prediction:
 
 def caption_images(captioner: Captioner, images: Sequence[Path], search: BeamSearch) -> list[Prediction]:
     """Returns a prediction per image: its caption."""
-    with _broken_images():
+    with broken_images():
         captions = captioner(images, search)
     return [
         Prediction(
@@ -60,12 +60,12 @@ def caption_images(captioner: Captioner, images: Sequence[Path], search: BeamSea
 
 def answer_questions(answerer: QuestionAnswerer, questions: Sequence[Question], top: int) -> list[Prediction]:
     """Returns a prediction per question: its `top` best answers."""
-    with _broken_images():
+    with broken_images():
         found = answerer([asked.image for asked in questions], [asked.question for asked in questions], top=top)
     predictions = []
     for asked, answers in zip(questions, found, strict=True):
         identifier = {} if asked.identifier is None else {"id": asked.identifier}
-        best = [{"answer": answer.text, "score": _rounded(answer.score)} for answer in answers]
+        best = [{"answer": answer.text, "score": rounded(answer.score)} for answer in answers]
         record = {**identifier, "image": str(asked.image), "question": asked.question}
         predictions.append(
             Prediction(
@@ -80,7 +80,7 @@ def answer_questions(answerer: QuestionAnswerer, questions: Sequence[Question], 
 
 def judge_statement(judge: StatementJudge, left: Path, right: Path, statement: str) -> list[Prediction]:
     """Returns a list with one prediction: the probability that a statement about two images is true."""
-    with _broken_images():
+    with broken_images():
         probability = float(judge(left, right, statement)[0])
     record = {"left": str(left), "right": str(right), "statement": statement}
     return [
@@ -88,14 +88,14 @@ def judge_statement(judge: StatementJudge, left: Path, right: Path, statement: s
             images=[left, right],
             title=statement,
             lines={"true": f"{probability:.0%}"},
-            record=record | {"is_true": probability > 0.5, "probability": _rounded(probability)},
+            record=record | {"is_true": probability > 0.5, "probability": rounded(probability)},
         )
     ]
 
 
 def classify_images(classifier: ImageClassifier, images: Sequence[Path], top: int) -> list[Prediction]:
     """Returns a prediction per image: its `top` most likely classes."""
-    with _broken_images():
+    with broken_images():
         found = classifier(images, top=top)
     return [
         Prediction(
@@ -104,7 +104,7 @@ def classify_images(classifier: ImageClassifier, images: Sequence[Path], top: in
             lines={"classes": ", ".join(f"{name} ({probability:.0%})" for name, probability in classes)},
             record={
                 "image": str(image),
-                "classes": [{"class": name, "probability": _rounded(value)} for name, value in classes],
+                "classes": [{"class": name, "probability": rounded(value)} for name, value in classes],
             },
         )
         for image, classes in zip(images, found, strict=True)
@@ -113,7 +113,7 @@ def classify_images(classifier: ImageClassifier, images: Sequence[Path], top: in
 
 def match_texts(dual: DualEncoder, images: Sequence[Path], texts: Sequence[str], top: int) -> list[Prediction]:
     """Returns a prediction per text: the `top` images whose features have the largest cosine with the text's."""
-    with _broken_images():
+    with broken_images():
         image_features = dual.encode_images(images)
     cosines = dual.encode_texts(texts) @ image_features.T
     best = cosines.topk(min(top, len(images)), dim=1)
@@ -127,7 +127,7 @@ def match_texts(dual: DualEncoder, images: Sequence[Path], texts: Sequence[str],
                 lines={"images": ", ".join(f"{image.name} ({value:.3f})" for image, value in found)},
                 record={
                     "text": text,
-                    "images": [{"image": str(image), "cosine": _rounded(value)} for image, value in found],
+                    "images": [{"image": str(image), "cosine": rounded(value)} for image, value in found],
                 },
             )
         )
@@ -213,7 +213,7 @@ def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_sh
 
 
 @contextmanager
-def _broken_images() -> Iterator[None]:
+def broken_images() -> Iterator[None]:
     """Converts the error of a broken image to a `ConfigError`."""
     try:
         yield
@@ -223,5 +223,6 @@ def _broken_images() -> Iterator[None]:
         raise ConfigError(f"{error}. Repair the image, or leave it out.") from error
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Returns a figure for JSON, with six significant digits."""
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else value

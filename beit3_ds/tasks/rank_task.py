@@ -17,6 +17,7 @@ from beit3_ds.data.validation_overlap import check_validation_apart, describe_sh
 from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh
 from beit3_ds.retrying.folder import ResultFolder
+from beit3_ds.tasks.result_page import ShownSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +227,14 @@ class RankTask:
             the name of a term is used as that term's validation mean.
         """
         return {}
+
+    def draw_sample(self, sample: Any) -> ShownSample | None:
+        """Draws a prepared training sample as the model gets it; None in a task that draws none.
+
+        Args:
+            sample: what `prepare` of the task's samples returned.
+        """
+        return None
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
         """Returns the value of each term for a predictor that ignores its input, by name; all ranks must call it."""

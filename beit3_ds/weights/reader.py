@@ -1,6 +1,7 @@
 """Opens a model's weights on disk: a training checkpoint, exported weights, or a released file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +79,43 @@ class Backbone:
         self.model, self.step = reader.model, reader.step
         self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read
         self._names = [name for name in reader.names() if not name.startswith("heads.") and name not in HEAD_EXTRAS]
+
+    def names(self) -> list[str]:
+        """Returns the logical names of the tensors."""
+        return list(self._names)
+
+
+class WithoutTensors:
+    """Reads weights without some tensors of the task's head, to which a run of the same task gives initial values.
+
+    Attributes:
+        model: configuration of the model.
+        step: number of training updates before the weights were saved.
+        task: description of the task.
+    """
+
+    def __init__(self, reader: WeightReader, patterns: Sequence[str]) -> None:
+        """Selects all tensors of a reader except those of the head that match a pattern.
+
+        Args:
+            reader: the weights.
+            patterns: patterns of logical names, such as `heads.boxes.stages.*.classes.*`; `*` matches any characters.
+
+        Raises:
+            ConfigError: if a pattern matches no tensor, or one outside of the head.
+        """
+        self.model, self.step, self.task = reader.model, reader.step, reader.task
+        self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read
+        names = reader.names()
+        for pattern in patterns:
+            found = [name for name in names if fnmatchcase(name, pattern)]
+            if not found or not all(name.startswith("heads.") for name in found):
+                which = f"matches {found[0]}, outside of the head" if found else "matches no tensor"
+                raise ConfigError(
+                    f"--leave-out {pattern!r} {which}. Patterns match whole names of the head's tensors, such as "
+                    "'heads.boxes.stages.*.classes.*'; `beit3 inspect` lists the names."
+                )
+        self._names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     def names(self) -> list[str]:
         """Returns the logical names of the tensors."""

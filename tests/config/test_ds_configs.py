@@ -50,6 +50,13 @@ WORLD_SIZES = {
     "segmentation_large": 16,
     "segmentation_giant": 64,
     "segmentation_small_cpu": 2,
+    "detection_base": 8,
+    "detection_large": 16,
+    "detection_giant": 64,
+    "detection_intermediate_base": 16,
+    "detection_intermediate_large": 32,
+    "detection_intermediate_giant": 64,
+    "detection_small_cpu": 2,
 }
 
 

@@ -108,7 +108,8 @@ def check_same(own: Categories, other: Categories) -> None:
     raise ConfigError(
         f"detection: the categories of {other.where} are not those of {own.where}: {_first_difference(own, other)}. "
         "Outputs of the head would mean other categories. Use files with the same categories, or start from weights "
-        "without this head (`beit3 export WEIGHTS OUT.safetensors --no-heads`)."
+        "without these layers (`beit3 export WEIGHTS OUT.safetensors --leave-out 'heads.boxes.stages.*.classes.*' "
+        "--leave-out 'heads.masks.masks.*'`)."
     )
 
 

@@ -55,6 +55,8 @@ class DetectionConfig:
     whose boxes compete and whose masks are averaged. Empty uses `model.image_size`."""
     test_flip: bool = False
     """Whether an evaluation also uses every view flipped from left to right."""
+    shown_score: Share = 0.3
+    """Score from which the page shows detections."""
     page_samples: Annotated[int, Range(0, 10_000)] = 40
     """Number of images on the page that an evaluation writes."""
 

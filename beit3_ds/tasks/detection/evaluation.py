@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config.data import Split
 from beit3_ds.data import EvaluationBatches
@@ -17,8 +20,8 @@ from beit3_ds.tasks.detection.config import DetectionConfig
 from beit3_ds.tasks.detection.detections import Detections
 from beit3_ds.tasks.detection.files import AnnotatedObjects
 from beit3_ds.tasks.detection.pictures import DrawnObject, draw_objects
-from beit3_ds.tasks.detection.records import DetectionRecord, decode_mask, make_record
-from beit3_ds.tasks.detection.samples import ObjectSamples
+from beit3_ds.tasks.detection.records import DetectionRecord, decode_mask, make_record, whole_mask
+from beit3_ds.tasks.detection.samples import DetectionSample, ObjectSamples
 from beit3_ds.tasks.detection.score import AveragePrecision, average_precision
 from beit3_ds.tasks.detection.segmentations import whole_segmentation
 from beit3_ds.tasks.detection.views import NUMBERS, ORIGINAL_SIZES, SAMPLES
@@ -32,7 +35,6 @@ CLASSES, PAGE = "classes.csv", "detections.html"
 """Names of the table of metrics per category, and of the page."""
 
 _PREFIXES = {"bbox": "box", "segm": "mask"}
-_SHOWN_SCORE = 0.3  # least score of a detection on the page
 
 
 def detect_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
@@ -81,6 +83,11 @@ class DetectedSplit:
     def kinds(self) -> tuple[str, ...]:
         """Returns the kinds of results: "bbox", and "segm" if masks are predicted."""
         return ("bbox", "segm") if self._settings.masks else ("bbox",)
+
+    @property
+    def shown_score(self) -> float:
+        """Returns the score from which a page shows detections."""
+        return self._settings.shown_score
 
     @property
     def opened(self) -> list[AnnotatedObjects]:
@@ -159,14 +166,14 @@ def write_files(split: DetectedSplit, scores: Mapping[str, AveragePrecision], fo
 def write_page(path: Path, split: DetectedSplit, scores: Mapping[str, AveragePrecision], page_samples: int) -> None:
     """Writes a page of images, with the objects of the file beside the detections."""
     places = choose_shown([None] * len(split), page_samples)
-    metrics = collect_metrics(scores)
+    metrics, least = collect_metrics(scores), split.shown_score
     metrics |= {
         f"{_PREFIXES[kind]}_AP of {found.name}": found.values["AP"]
         for kind, of_kind in scores.items()
         for found in of_kind.classes
         if found.values["AP"] is not None
     }
-    note = f"{len(places)} of {len(split)} images: annotations at the left, detections above {_SHOWN_SCORE:g} right."
+    note = f"{len(places)} of {len(split)} images: annotations at the left, detections above {least:g} right."
     write_result_page(path, "Detected objects", metrics, (_show(split, place) for place in places), note)
 
 
@@ -182,7 +189,7 @@ def _show(split: DetectedSplit, place: int) -> ShownSample:
         )
         for found in source.objects(index)
     ]
-    drawn = drawn_detections(record, split.categories.names, _SHOWN_SCORE)
+    drawn = drawn_detections(record, split.categories.names, split.shown_score)
     pictures = [draw_objects(image, drawn)]
     if source.has_annotations:
         pictures.insert(0, draw_objects(image, truth))
@@ -190,6 +197,35 @@ def _show(split: DetectedSplit, place: int) -> ShownSample:
         images=pictures,
         title=source.name(index),
         lines={"annotated": str(len(truth)), "detected": str(len(drawn))},
+    )
+
+
+def draw_training_sample(sample: DetectionSample, names: Sequence[str]) -> ShownSample:
+    """Draws a view of a training image with the boxes and masks that the loss compares.
+
+    Args:
+        sample: a sample with objects.
+        names: names of the categories by label.
+    """
+    assert sample.objects is not None, "the sample is one of an evaluation"
+    pixels, objects = sample.pixels[0], sample.objects
+    height, width = pixels.shape[1:]
+    values = ((pixels + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    masks: Sequence[Any] = [None] * len(objects.labels)
+    if len(objects.masks):
+        masks = [
+            whole_mask(mask.float(), box, (height, width)).numpy()
+            for mask, box in zip(objects.masks, objects.boxes, strict=True)
+        ]
+    drawn = [
+        DrawnObject([*box[:2].tolist(), *(box[2:] - box[:2]).tolist()], label, names[label], mask)
+        for box, label, mask in zip(objects.boxes, objects.labels.tolist(), masks, strict=True)
+    ]
+    image = Image.fromarray(values.permute(1, 2, 0).numpy())
+    return ShownSample(
+        images=[draw_objects(image, drawn)],
+        title=sample.name,
+        lines={"pixels": f"{width} x {height}", "objects": str(len(drawn))},
     )
 
 

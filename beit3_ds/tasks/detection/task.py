@@ -17,15 +17,17 @@ from beit3_ds.tasks.detection.evaluation import (
     DetectedSplit,
     collect_metrics,
     detect_split,
+    draw_training_sample,
     write_files,
     write_page,
 )
 from beit3_ds.tasks.detection.files import AnnotatedObjects
 from beit3_ds.tasks.detection.head import DetectionHead
 from beit3_ds.tasks.detection.packing import pack
-from beit3_ds.tasks.detection.samples import OBJECTS_FORMAT, build_stream, open_split
+from beit3_ds.tasks.detection.samples import OBJECTS_FORMAT, DetectionSample, build_stream, open_split
 from beit3_ds.tasks.detection.segmentations import import_masks
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
+from beit3_ds.tasks.result_page import ShownSample
 from beit3_ds.tasks.task import Headline, Task, Term
 
 
@@ -35,6 +37,12 @@ class DetectionRankTask(RankTask):
 
     settings: DetectionConfig
     """The task's settings."""
+    names: Sequence[str] = ()
+    """Names of the categories by label; empty on ranks that read no images."""
+
+    def draw_sample(self, sample: DetectionSample) -> ShownSample:
+        """Draws a view of a training image with the boxes and masks that the loss compares."""
+        return draw_training_sample(sample, self.names)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Detects the objects of all images of a split; returns COCO's metrics if they are annotated.
@@ -126,6 +134,7 @@ class Detection(Task):
             ),
             validation_loss=False,
             settings=settings,
+            names=() if self._categories is None else self._categories.names,
         )
 
     def _check_categories(self, opened: Sequence[AnnotatedObjects]) -> Categories | None:
