@@ -227,6 +227,8 @@ def _segment(options: argparse.Namespace) -> int:
     segmenter = Segmenter.from_pretrained(options.weights, **changes, **_loading(options))
     label_maps = Path(options.label_maps) if options.label_maps else None
     return _write(options, segment_images(segmenter, images, Path(options.pictures), label_maps), "Segmentation")
+
+
 def _detect(options: argparse.Namespace) -> int:
     from pathlib import Path
 

@@ -160,7 +160,7 @@ def segment_images(
         folder.mkdir(parents=True, exist_ok=True)
     predictions = []
     for image in images:
-        with _broken_images():
+        with broken_images():
             (labels,) = segmenter([image])
         drawn = pictures / f"{image.stem}.png"
         segmenter.draw(image, labels).save(drawn)
@@ -175,7 +175,7 @@ def segment_images(
                 images=[image, drawn],
                 title=image.name,
                 lines={"classes": ", ".join(f"{name} {share:.0%}" for name, share in shares)},
-                record=record | {"classes": [{"class": name, "share": _rounded(share)} for name, share in shares]},
+                record=record | {"classes": [{"class": name, "share": rounded(share)} for name, share in shares]},
             )
         )
     return predictions
