@@ -35,13 +35,21 @@ class Geometry(NamedTuple):
         return cls(patches, pyramid, grid_places([patches], device), grid_places(pyramid, device))
 
 
+class RowNorm(nn.LayerNorm):
+    """Normalises rows in the dtype of its parameters, because autocast on a CPU takes no other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised rows, of the same shape."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Injector(nn.Module):
     """Adds to each patch what it reads from the spatial pyramid, times a learned factor per feature."""
 
     def __init__(self, hidden_size: int, config: AdapterConfig) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(hidden_size, _EPSILON)
-        self.feat_norm = nn.LayerNorm(hidden_size, _EPSILON)
+        self.query_norm = RowNorm(hidden_size, _EPSILON)
+        self.feat_norm = RowNorm(hidden_size, _EPSILON)
         self.attn = _attention(hidden_size, config, _PYRAMID_LEVELS)
         self.gamma = nn.Parameter(torch.empty(hidden_size))
 
@@ -56,10 +64,10 @@ class Extractor(nn.Module):
 
     def __init__(self, hidden_size: int, config: AdapterConfig) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(hidden_size, _EPSILON)
-        self.feat_norm = nn.LayerNorm(hidden_size, _EPSILON)
+        self.query_norm = RowNorm(hidden_size, _EPSILON)
+        self.feat_norm = RowNorm(hidden_size, _EPSILON)
         self.attn = _attention(hidden_size, config, 1)
-        self.ffn_norm = nn.LayerNorm(hidden_size, _EPSILON)
+        self.ffn_norm = RowNorm(hidden_size, _EPSILON)
         self.ffn = ConvFFN(hidden_size, max(1, int(hidden_size * config.ffn_ratio)))
 
     def forward(self, c_BLD: Tensor, x_BND: Tensor, geometry: Geometry, factor_B: Tensor | None) -> Tensor:

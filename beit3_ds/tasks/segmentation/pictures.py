@@ -14,7 +14,7 @@ from beit3_ds.tasks.segmentation.config import IGNORED
 
 _GOLDEN = 0.618034  # hues of following classes are far apart
 _UNKNOWN = (0, 0, 0)
-_SHARE = 0.7  # of the class's colour over the image
+_SHARE = 0.8  # of the class's colour over the image
 _ROW, _SWATCH, _MARGIN = 20, 14, 6  # pixels of the legend
 
 
@@ -49,7 +49,9 @@ def draw_labels(image: Image.Image, labels: NDArray[np.uint8], names: Sequence[s
     colored = color_labels(image, labels)
     present = [label for label in np.unique(labels).tolist() if label != IGNORED]
     share = np.bincount(labels.ravel(), minlength=IGNORED + 1) / max(1, labels.size)
-    entries = [(label, f"{names[label]} {share[label]:.0%}") for label in sorted(present, key=lambda x: -share[x])]
+    entries = [
+        (label, f"{names[label]} {_percent(share[label])}") for label in sorted(present, key=lambda x: -share[x])
+    ]
     font = ImageFont.load_default(_SWATCH)
     width = max((int(font.getlength(text)) for _, text in entries), default=0) + _SWATCH + 3 * _MARGIN
     height = max(image.height, len(entries) * _ROW + 2 * _MARGIN)
@@ -61,6 +63,10 @@ def draw_labels(image: Image.Image, labels: NDArray[np.uint8], names: Sequence[s
         draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), fill=class_color(label))
         draw.text((left + _SWATCH + _MARGIN, top - 1), text, fill="black", font=font)
     return page
+
+
+def _percent(share: float) -> str:
+    return "<1%" if share < 0.005 else f"{share:.0%}"
 
 
 def color_labels(image: Image.Image, labels: NDArray[np.uint8]) -> Image.Image:
