@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit3_ds.device_copy import copy_to_device
 from beit3_ds.layout import KeptSequences, PickedRows, RowLayout, SequenceLayout
 from beit3_ds.patch_grids import Grids
 
@@ -127,7 +128,7 @@ class PackedBatch(RowLayout):
         return self.layout.sequence_ranges
 
     def kept_sequences(self, layer: int, branch: int) -> KeptSequences:
-        """Returns the sequences for which stochastic depth keeps a branch; the first call waits for the device.
+        """Returns the sequences for which stochastic depth keeps a branch.
 
         Args:
             layer: number of the layer, from 0.
@@ -137,10 +138,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def dropped_rows(self) -> list[list[int]]:
-        """Returns, for each layer, how many rows stochastic depth drops in attention and in the FFN.
-
-        The first call waits for the device.
-        """
+        """Returns, for each layer, how many rows stochastic depth drops in attention and in the FFN."""
         lengths = [sum(stop - start for start, stop in ranges) for ranges in self.sequence_ranges]
         lengths_Q = torch.tensor(lengths, dtype=torch.int64)
         rows: list[list[int]] = torch.where(self._keeps, 0, lengths_Q[:, None, None]).sum(0).tolist()
@@ -148,6 +146,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def _keeps(self) -> Tensor:
+        """Returns whether each branch of each sequence is kept, in host memory; `to` keeps the value."""
         assert self.drop_path is not None, "nothing is dropped"
         return self.drop_path.cpu() != 0
 
@@ -159,7 +158,7 @@ class PackedBatch(RowLayout):
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
         image_rows = sequences[:num_pixels].repeat_interleave(self._image_lengths)
         text_rows = sequences[self.num_images :].repeat_interleave(lengths)
-        return torch.cat([image_rows, text_rows]).to(self.token_ids.device)
+        return copy_to_device(torch.cat([image_rows, text_rows]), self.token_ids.device)
 
     @property
     def num_patches(self) -> int:
@@ -179,7 +178,11 @@ class PackedBatch(RowLayout):
         """Returns the position of each token in its caption or text, counted from 0, (tokens,) int64."""
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        return (torch.arange(len(starts)) - starts).to(self.token_ids.device)
+        return copy_to_device(torch.arange(len(starts)) - starts, self.token_ids.device)
+
+    def with_targets(self, targets: Mapping[str, Tensor]) -> "PackedBatch":
+        """Returns the batch with other targets; it keeps the derived values that `to` carries to a device."""
+        return self._with_derived_values(dataclasses.replace(self, targets=targets))
 
     def without_pixels(self) -> "PackedBatch":
         """Returns the batch without pixels and targets, for stages of a pipeline that neither embed nor predict."""
@@ -213,14 +216,30 @@ class PackedBatch(RowLayout):
         return cls(**value)
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Returns the batch with all its tensors on `device`."""
+        """Returns the batch with all its tensors on `device`, without waiting for the device (`copy_to_device`).
+
+        The values that later code derives from the batch, such as the sequences that stochastic depth keeps, are
+        derived here, in host memory. So a step never reads them back from the device.
+        """
         moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: copy_to_device(value, device)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        targets = {name: value.to(device, non_blocking=True) for name, value in self.targets.items()}
-        return dataclasses.replace(self, targets=targets, **moved)
+        targets = {name: copy_to_device(value, device) for name, value in self.targets.items()}
+        return self._with_derived_values(dataclasses.replace(self, targets=targets, **moved))
+
+    def _with_derived_values(self, copy: "PackedBatch") -> "PackedBatch":
+        """Gives a copy of this batch with the same sequences the derived values of this one, on its own device."""
+        device = copy.token_ids.device
+        vars(copy).update(layout=self.layout)
+        vars(copy).update({name: copy_to_device(getattr(self, name), device) for name in _DERIVED_TENSORS})
+        if self.drop_path is not None:
+            vars(copy).update(_keeps=self._keeps, dropped_rows=self.dropped_rows)
+        return copy
+
+
+_DERIVED_TENSORS = ("row_sequence", "text_positions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ host memory.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,18 @@ def is_device(tensor: Tensor) -> bool:
     return getattr(tensor.untyped_storage(), "is_device", False)
 
 
+def is_pinned(tensor: Tensor) -> bool:
+    """Returns whether a tensor lies in pinned host memory, which only `Tensor.pin_memory` allocates here."""
+    return getattr(tensor.untyped_storage(), "lies_in_pinned_memory", False)
+
+
 class TwoDevices:
     """Follows tensors and routes collectives; `seen` holds where they were called from."""
 
     def __init__(self) -> None:
         self.seen: dict[str, set[Site]] = {"device": set(), "host": set()}
+        self.function_modes: list[TorchFunctionMode] = [_Devices()]
+        """Modes of backward passes, the outermost last; torch turns a mode off while it handles a call."""
         self._twins: dict[str, dist.ProcessGroup] = {}
         self._new_group, self._init = dist.new_group, dist.init_process_group
 
@@ -148,16 +155,17 @@ def two_devices() -> Iterator[TwoDevices]:
     ):
         make = getattr(torch, name)
         setattr(kind, name, property(lambda self, make=make: lambda *values: make(*values).to(DEVICE)))
-    devices, run_backward = _Devices(), torch.autograd._engine_run_backward
+    run_backward = torch.autograd._engine_run_backward
 
     def run_backward_on_two_devices(*arguments: Any, **options: Any) -> Any:
-        # Torch turns the mode off while it handles a call, and so for all hooks of a backward pass: there ZeRO-3 would
-        # find its parameters on `cpu`.
-        with devices:
+        # Without the modes ZeRO-3 would find its parameters on `cpu` in the hooks of a backward pass.
+        with ExitStack() as stack:
+            for mode in machine.function_modes:
+                stack.enter_context(mode)
             return run_backward(*arguments, **options)
 
     torch.autograd._engine_run_backward = run_backward_on_two_devices
-    with devices, _Dispatch(machine):
+    with machine.function_modes[0], _Dispatch(machine):
         yield machine
 
 
@@ -173,9 +181,11 @@ class _Devices(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("numpy", "__array__") and is_device(args[0]):
             raise TypeError("can't convert a tensor of the device to numpy: copy it to the host first")
+        if name == "pin_memory":
+            return _pin(args[0])
         if name == "cpu":
             return _move(func(*args, **kwargs), args[0], HOST)
-        target = _named_device(args[1:] if name in ("to", "to_dense") else (), kwargs)
+        target = named_device(args[1:] if name in ("to", "to_dense") else (), kwargs)
         if name == "to" and target is not None:
             # To torch all are on the CPU: this only changes the type, if it is asked to.
             arguments = (HOST if isinstance(a, torch.device) or _is_device_name(a) else a for a in args)
@@ -226,7 +236,17 @@ def _move(result: Tensor, source: Tensor, target: torch.device) -> Tensor:
     return result
 
 
-def _named_device(arguments: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
+def _pin(tensor: Tensor) -> Tensor:
+    """Copies a host tensor to pinned memory; CUDA refuses a tensor of a device."""
+    if is_device(tensor):
+        raise RuntimeError("cannot pin a tensor of the device: only dense CPU tensors can be pinned")
+    pinned = tensor.clone()
+    pinned.untyped_storage().lies_in_pinned_memory = True  # type: ignore[attr-defined]
+    return pinned
+
+
+def named_device(arguments: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
+    """Returns the device that a caller names among the arguments of a function; None if it names none."""
     for value in (*arguments, kwargs.get("device")):
         if isinstance(value, torch.device) or _is_device_name(value):
             return torch.device(value)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
+from beit3_ds.device_copy import copy_to_device
 from beit3_ds.kernels.ops.row_subset import put_rows, take_rows
 from beit3_ds.layout import KeptSequences
 from beit3_ds.model.attention import MultiwayAttention
@@ -57,7 +58,7 @@ class Block(nn.Module):
         kept = None if self.tensor.divides_rows else computed_sequences(batch, self.layer, branch)
         if kept is None:
             return module(x_TD, self._factors(x_TD, batch.row_sequence, batch, branch), batch.layout)
-        rows_K = kept.rows.to(x_TD.device, non_blocking=True)
+        rows_K = copy_to_device(kept.rows, x_TD.device)
         x_TD, x_KD = take_rows(x_TD, rows_K)
         y_KD = module(x_KD, self._factors(x_KD, batch.row_sequence[rows_K], batch, branch), kept.layout)
         return put_rows(x_TD, y_KD, rows_K)

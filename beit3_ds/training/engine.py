@@ -14,6 +14,7 @@ from beit3_ds.kernels.ops.measured_op import use_backend
 from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, is_split
 from beit3_ds.pipeline import deepspeed_compat
+from beit3_ds.pipeline.host_norm import keep_norm_on_host
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.runtime.process_group import compute_device
@@ -71,6 +72,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
             dist_init_required=False,
         )
     deepspeed_compat.adapt_engine(engine, mesh)
+    keep_norm_on_host(engine)
     engine.monitor = RunMonitor(engine.monitor, functools.partial(print, flush=True))
     adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if trains and not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):

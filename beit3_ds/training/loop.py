@@ -14,6 +14,7 @@ from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError
 from beit3_ds.data.order.run import POSITIONS
 from beit3_ds.data.workers.waiting import StopRequestedError
+from beit3_ds.device_copy import copy_to_device
 from beit3_ds.parallel import Mesh
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.stop_signals import StopSignals
@@ -291,7 +292,7 @@ def _report_saves(run: Run) -> list[SaveOutcome]:
 def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Update:
     set_learning_rate(run.engine.optimizer, rate)
     mesh = run.mesh
-    factors = build_loss_factors(counts, run.terms, mesh.data_parallel_size).to(run.device)
+    factors = copy_to_device(build_loss_factors(counts, run.terms, mesh.data_parallel_size), run.device)
     sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)
     loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # its peers have equal sums
     mesh.activity.begin("update")

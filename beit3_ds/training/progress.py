@@ -54,7 +54,7 @@ class Interval:
     tokens: int = 0
     flops: float = 0.0
     sums: float | Tensor = 0.0
-    """Sum of each term, (terms,) float64; 0.0 before the first update."""
+    """Sum of each term, (terms,) float64, on the device of the updates; 0.0 before the first update."""
     counts: float | Tensor = 0.0
     """Count of the samples or positions in each sum, (terms,) float64; 0.0 before the first update."""
 
@@ -109,7 +109,7 @@ class Progress:
             interval.flops += self.flops_of(batch)
         if not update.is_skipped:
             interval.updates.append((step_batch.step + 1, update))
-            interval.sums = interval.sums + update.sums.double().cpu()
+            interval.sums = interval.sums + update.sums.double()  # `report` waits for the device
             for batch in step_batch.micro_batches:
                 interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 

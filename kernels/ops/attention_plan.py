@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from beit3_ds.device_copy import copy_to_device
+
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
 """Row ranges [start, stop) of each sequence. For example, (((0, 197),), ((197, 394), (591, 612))) is a sequence of one
 range and a sequence of two."""
@@ -71,7 +73,7 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
     tiles = [(index, first) for index in order for first in range(0, _length(ranges[index]), tile_size)]
     sequences_Q4 = torch.tensor(sequences, dtype=torch.int32).view(-1, 4)
     tiles_N2 = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
-    return TilePlan(sequences_Q4.to(device, non_blocking=True), tiles_N2.to(device, non_blocking=True))
+    return TilePlan(copy_to_device(sequences_Q4, device), copy_to_device(tiles_N2, device))
 
 
 @lru_cache(maxsize=16)
@@ -151,14 +153,15 @@ def build_plan(
         if causal_captions and any(len(ranges[index]) == 2 for index in group):
             visible = [visible_rows(longest, image_rows(ranges[index]), real.device) for index in group]
             seen = seen & torch.stack(visible)[:, None]
-        mask = None if bool(seen.all()) else seen.to(device)
-        kept = None if bool(real.all()) else real.flatten().nonzero().squeeze(1).to(device)
-        buckets.append(Bucket(flat.to(device), len(group), int(flat[0]) if consecutive else None, kept, mask))
+        mask = None if bool(seen.all()) else copy_to_device(seen, device)
+        kept = None if bool(real.all()) else copy_to_device(real.flatten().nonzero().squeeze(1), device)
+        first_row = int(flat[0]) if consecutive else None
+        buckets.append(Bucket(copy_to_device(flat, device), len(group), first_row, kept, mask))
     row, position = torch.cat(order, dim=1) if order else torch.empty(2, 0, dtype=torch.int64)
     output_rows = torch.empty_like(position)
     output_rows[row] = position
     in_order = bool((output_rows == torch.arange(len(output_rows))).all())
-    return AttentionPlan(tuple(buckets), None if in_order else output_rows.to(device))
+    return AttentionPlan(tuple(buckets), None if in_order else copy_to_device(output_rows, device))
 
 
 def _length(sequence: tuple[tuple[int, int], ...]) -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit3_ds.device_copy import copy_to_device
 from beit3_ds.kernels.ops.multiway_linear import Slices, multiway_linear_reference
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
@@ -76,7 +77,7 @@ def plan_row_tiles(slices: Slices, tile_rows: int, device: torch.device) -> Tens
         for expert, (start, stop) in enumerate(slices)
         for first in range(start, stop, tile_rows)
     ]
-    return torch.tensor(tiles, dtype=torch.int32).view(-1, 3).to(device, non_blocking=True)
+    return copy_to_device(torch.tensor(tiles, dtype=torch.int32).view(-1, 3), device)
 
 
 def takes_attention(q_THK: Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from beit3_ds.device_copy import copy_to_device
 from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
@@ -32,10 +33,11 @@ def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
     """Orders the stream's rows sequence by sequence; only pairs of an image and a caption need another order."""
     lengths = [sum(stop - start for start, stop in sequence) for sequence in ranges]
     rows = torch.cat([torch.arange(start, stop) for sequence in ranges for start, stop in sequence])
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    bounds = copy_to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
     if bool((rows == torch.arange(len(rows))).all()):
         return VarlenPlan(None, None, bounds, max(lengths))
-    return VarlenPlan(rows.to(device), rows.argsort().to(device), bounds, max(lengths))
+    positions = rows.argsort()
+    return VarlenPlan(copy_to_device(rows, device), copy_to_device(positions, device), bounds, max(lengths))
 
 
 def varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges) -> Tensor:

@@ -1,6 +1,6 @@
 """Computes the loss and the accuracy of a step in which images are compared with class names."""
 
-# I images and X texts of the whole step, C different classes of the texts, D features.
+# I images and X texts of the whole step, C = X places for the different classes of the texts, D features.
 
 import torch
 from torch import Tensor
@@ -23,21 +23,37 @@ def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
         features: features and labels of all images and texts of the step, and the scale of scores.
         label_smoothing: share of the target that is spread evenly over the classes.
     """
-    rows = features.rows
-    classes_C, place_X = rows[TEXT_CLASSES].unique(return_inverse=True)
-    text_XD = rows[TEXT_FEATURES]
-    counts_C = torch.zeros(len(classes_C), device=text_XD.device).index_add(0, place_X, torch.ones_like(text_XD[:, 0]))
-    text_CD = text_XD.new_zeros(len(classes_C), text_XD.shape[1]).index_add(0, place_X, text_XD) / counts_C[:, None]
+    rows, text_XD = features.rows, features.rows[TEXT_FEATURES]
+    classes_C, place_X = _distinct(rows[TEXT_CLASSES])
+    counts_C = text_XD.new_zeros(len(text_XD)).index_add(0, place_X, torch.ones_like(text_XD[:, 0]))
+    text_CD = torch.zeros_like(text_XD).index_add(0, place_X, text_XD) / counts_C.clamp(min=1)[:, None]
     logits_IC = features.shared[SCALE] * rows[IMAGE_FEATURES] @ text_CD.T
+    is_empty_C = counts_C == 0
+    logits_IC = logits_IC.masked_fill(is_empty_C, -torch.inf)
     log_probabilities_IC = logits_IC.log_softmax(1)
     own_I = torch.searchsorted(classes_C, rows[CLASSES])
     other_I = torch.searchsorted(classes_C, rows[OTHER_CLASSES])
     share_I = rows[SHARES] / WHOLE
     target_I = share_I * _pick(log_probabilities_IC, own_I) + (1 - share_I) * _pick(log_probabilities_IC, other_I)
-    smooth_I = log_probabilities_IC.sum(1) / max(1, len(classes_C))
+    smooth_I = log_probabilities_IC.masked_fill(is_empty_C, 0).sum(1) / (~is_empty_C).sum().clamp(min=1)
     loss = -((1 - label_smoothing) * target_I + label_smoothing * smooth_I).sum()
     right = (logits_IC.detach().argmax(1) == own_I).sum() if len(classes_C) else torch.zeros_like(loss)
     return torch.stack([loss, right.float()])
+
+
+def _distinct(labels_X: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the distinct labels, ascending, and the place of each label among them, as `unique` does.
+
+    As many places as labels are returned, so that no shape depends on values and the host does not wait for the device.
+    The places after the distinct labels hold the largest integer.
+    """
+    sorted_X, order_X = labels_X.sort()
+    is_new_X = torch.ones_like(sorted_X)
+    is_new_X[1:] = sorted_X[1:] != sorted_X[:-1]
+    sorted_place_X = is_new_X.cumsum(0) - 1
+    place_X = torch.empty_like(order_X).scatter(0, order_X, sorted_place_X)
+    distinct_X = torch.full_like(labels_X, torch.iinfo(labels_X.dtype).max).scatter(0, sorted_place_X, sorted_X)
+    return distinct_X, place_X
 
 
 def _pick(x_IC: Tensor, place_I: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ TARGET_IDS = "target_ids"
 TOKENIZER_PIXELS = "tokenizer_pixels"
 """Key in `PackedBatch.targets` of the images for the visual tokenizer, (images, 3, size, size) float32 in [-1, 1];
 absent on pipeline stages without heads."""
+MASKED_PATCHES = "masked_patches"
+"""Key in `PackedBatch.targets` of the masked positions in `PackedBatch.patch_mask`, counted over all images, ascending,
+(masked patches,) int64."""
 VISUAL_CODES = "visual_codes"
 """Key in `PackedBatch.targets` of the codes of the masked patches, int64, in the order of the batch's rows; computed on
 the device (`prepare_batch`)."""
@@ -44,6 +47,7 @@ def with_masks(
         visual_codes: codes of the masked patches; None if they are not computed yet.
     """
     assert masked_tokens.shape == target_ids.shape, "one target per masked token"
+    masked_patches = batch.patch_mask.flatten().nonzero().squeeze(1)
     image, patch = batch.patch_mask.nonzero(as_tuple=True)
     rows = torch.cat([image * batch.image_length + 1 + patch, masked_tokens + batch.boundaries[1]])
     image_mim = int(batch.patch_mask[: batch.num_images].sum())
@@ -53,6 +57,7 @@ def with_masks(
     targets = {
         MASKED_TOKENS: masked_tokens,
         TARGET_IDS: target_ids,
+        MASKED_PATCHES: masked_patches,
         TOKENIZER_PIXELS: tokenizer_pixels,
         VISUAL_CODES: visual_codes,
     }
@@ -68,7 +73,8 @@ def with_masks(
 def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
     """Returns the batch with the codes of its masked patches, selected from all codes, (images, patches) int64."""
     assert codes_BN.shape == batch.patch_mask.shape, f"codes {tuple(codes_BN.shape)} for {batch.patch_mask.shape}"
-    return dataclasses.replace(batch, targets={**batch.targets, VISUAL_CODES: codes_BN[batch.patch_mask]})
+    codes_M = codes_BN.flatten().index_select(0, batch.targets[MASKED_PATCHES])
+    return batch.with_targets({**batch.targets, VISUAL_CODES: codes_M})
 
 
 def prepare_batch(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None, device: torch.device) -> PackedBatch:

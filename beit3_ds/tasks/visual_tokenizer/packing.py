@@ -44,4 +44,4 @@ def pack(
 
 def with_teacher_features(batch: PackedBatch, features_BNE: Tensor) -> PackedBatch:
     """Returns the batch with the teacher's features of its images, (images, patches, features)."""
-    return replace(batch, targets={**batch.targets, TEACHER_FEATURES: features_BNE})
+    return batch.with_targets({**batch.targets, TEACHER_FEATURES: features_BNE})

@@ -1,0 +1,61 @@
+"""Makes DeepSpeed's gradient norm a value of the host as soon as it is computed, so that a step waits only once.
+
+DeepSpeed's optimizers would wait for the device several times: for constants that they copy to it, for their checks of
+the norm, and, without ZeRO, once per parameter. The last wait would come after the update was queued, so it would last
+until the end of the update.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed import comm as dist
+from deepspeed.runtime.fp16 import unfused_optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def keep_norm_on_host(engine: DeepSpeedEngine) -> None:
+    """Replaces functions of the engine's optimizer, so that it reads the norm from the device once and keeps it.
+
+    Call it after `deepspeed_compat.adapt_engine`, which replaces ZeRO-3's norm. An optimizer in float32 without ZeRO
+    computes no norm (`training.engine.apply_update` does). The replaced functions of DeepSpeed's modules have an effect
+    on the whole process.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        norms_of_groups = optimizer._get_norm_groups
+        optimizer._get_norm_groups = lambda: [norm.cpu() for norm in norms_of_groups()]
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        global_norm = optimizer.scaled_global_norm
+        stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mark_non_finite
+        optimizer.scaled_global_norm = lambda: global_norm().cpu()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        unfused_optimizer.get_weight_norm = _sum_of_squares
+        unfused_optimizer.get_global_norm = _read_norm
+
+
+def _mark_non_finite(norm: Tensor, device: Any = None) -> None:
+    """Replaces a norm that is not finite by -1, DeepSpeed's sign of an invalid norm, without a constant to copy."""
+    norm.masked_fill_(~norm.isfinite(), -1.0)
+
+
+def _sum_of_squares(gradients: Sequence[Tensor], mpu: Any) -> Tensor:
+    """Returns the sum of squares of a group's gradients over all model-parallel ranks, a float32 scalar."""
+    counted = [g for g in gradients if mpu.get_model_parallel_rank() == 0 or is_model_parallel_parameter(g)]
+    norms = [gradient.float().norm().double() for gradient in counted]
+    zero = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    total = torch.stack([zero, *norms]).square().sum().float()
+    dist.all_reduce(total, group=mpu.get_model_parallel_group())
+    return total
+
+
+def _read_norm(norm_list: Sequence[Tensor | float]) -> float:
+    """Returns the norm of all groups, given `_sum_of_squares` of each; 0.0 stands for a group without gradients."""
+    groups = [total.double() for total in norm_list if isinstance(total, Tensor)]
+    return float(torch.stack(groups).sum().sqrt())
