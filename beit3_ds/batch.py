@@ -41,9 +41,9 @@ class PackedBatch(RowLayout):
     text_lengths: tuple[int, ...]
     """Number of tokens of each text without an image, BOS and EOS included."""
     pixels: Tensor | None
-    """Preprocessed images, (images, 3, image_size, image_size) float32 in [-1, 1]: images without texts, then the
-    images of pairs. Images of different sizes (`image_grids`) are padded at the right and at the bottom. None on
-    pipeline stages that do not embed."""
+    """Preprocessed images, (images, 3, image_size, image_size): images without texts, then the images of pairs. They
+    are uint8, or float32 in [-1, 1]; `pixels.to_floats` gives the values that networks read. Images of different sizes
+    (`image_grids`) are padded at the right and at the bottom. None on pipeline stages that do not embed."""
     patch_mask: Tensor
     """True for patches that the mask token replaces, (images, patches) bool."""
     token_ids: Tensor
@@ -51,6 +51,9 @@ class PackedBatch(RowLayout):
     image_grids: Grids = ()
     """Patches per column and per row of each image, for a model with `model.dense`, whose images have any size and no
     CLS row; the batch then has no pairs and no texts. Empty if all images have the model's image size."""
+    colors: Tensor | None = None
+    """Changes of the colours of each image of 8 bits (`pixels.change_colors`), (images, 3, 3) float32; None changes
+    nothing."""
     causal_captions: bool = False
     """Whether attention in pairs is masked for captioning. Then image rows see their image, and caption rows see their
     image and the caption up to themselves."""
@@ -66,7 +69,8 @@ class PackedBatch(RowLayout):
     micro-batch, in the order of `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that the task's head needs in addition to its rows, by the task's names for them; empty on stages without
-    the head. Tensors of integers and booleans are compared between the stages of a pipeline that read them."""
+    the head. Tensors of integers and booleans, but not 8-bit images, are compared between the stages of a pipeline that
+    read them."""
     sample_names: tuple[str, ...] = ()
     """Name of each sequence's sample, for logs and messages; empty if the samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)
@@ -79,6 +83,7 @@ class PackedBatch(RowLayout):
         assert len(self.caption_lengths) == self.num_pairs, "one caption length per pair"
         assert self.pixels is None or self.pixels.shape[0] == num_pixels, "one view of the model per image"
         assert self.patch_mask.shape[0] == num_pixels, "one mask per image"
+        assert self.colors is None or len(self.colors) == num_pixels, "three changes of colours per image"
         assert self.token_ids.shape == (num_tokens,), "text lengths must add up to the tokens"
         assert len(self.image_grids) in (0, num_pixels), "one grid per image"
         assert not self.image_grids or not (num_tokens or self.num_pairs), "images of any size have no texts"
@@ -200,7 +205,8 @@ class PackedBatch(RowLayout):
             ).encode()
         )
         digest.update("\n".join(self.sample_names).encode())
-        targets = [self.targets[name] for name in sorted(self.targets) if not self.targets[name].is_floating_point()]
+        targets = [self.targets[name] for name in sorted(self.targets)]
+        targets = [target for target in targets if not target.is_floating_point() and target.dtype != torch.uint8]
         for tensor in (self.patch_mask, self.token_ids, self.head_rows, self.drop_path, *targets):
             if tensor is not None:
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -221,6 +227,8 @@ class PackedBatch(RowLayout):
         The values that later code derives from the batch, such as the sequences that stochastic depth keeps, are
         derived here, in host memory. So a step never reads them back from the device.
         """
+        if self.token_ids.device == device:
+            return self
         moved: dict[str, Any] = {
             field.name: copy_to_device(value, device)
             for field in dataclasses.fields(self)
@@ -228,6 +236,11 @@ class PackedBatch(RowLayout):
         }
         targets = {name: copy_to_device(value, device) for name, value in self.targets.items()}
         return self._with_derived_values(dataclasses.replace(self, targets=targets, **moved))
+
+    def tensors(self) -> list[Tensor]:
+        """Returns all tensors of the batch, those derived by `to` included."""
+        values = [*vars(self).values(), *self.targets.values()]
+        return [value for value in values if isinstance(value, Tensor)]
 
     def _with_derived_values(self, copy: "PackedBatch") -> "PackedBatch":
         """Gives a copy of this batch with the same sequences the derived values of this one, on its own device."""

@@ -167,7 +167,7 @@ def build_evaluator(
     check_same_files(mesh, rank_task.files)
     check_same_sources(mesh, rank_task.sources)
     device = compute_device()
-    rank_task.to(device)
+    rank_task.start(mesh, device)
     schedule = build_schedule(task, mesh, trains=False)
     names = {name for name, _ in schedule.engine.module.named_parameters()}
     EngineState(schedule.engine, mesh).load_weights(

@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from beit3_ds.data.images.augmentation import center_view
+from beit3_ds.data.images.augmentation import center_pixels, normalize
 from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, decode_image, upright_rgb
 from beit3_ds.data.images.one_view import whole_view
 from beit3_ds.regular_file import read_regular
@@ -35,7 +35,7 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop
     """
     if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
         raise ValueError(f"image_size={image_size!r} is not a number of pixels. Pass model.config.image_size.")
-    return (center_view if crop else whole_view)(open_image(image), image_size)
+    return (_center_view if crop else whole_view)(open_image(image), image_size)
 
 
 def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
@@ -63,3 +63,7 @@ def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
         return decode_image(read_regular(image, MAX_IMAGE_BYTES))
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error
+
+
+def _center_view(image: Image.Image, image_size: int) -> Tensor:
+    return normalize(center_pixels(image, image_size).float())

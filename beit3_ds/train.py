@@ -43,6 +43,7 @@ from beit3_ds.tasks import RankShare, RankTask, Task, build_task
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.best_checkpoint import BestCheckpoint, direction_of
 from beit3_ds.training.broken_records import BrokenRecords, records_from
+from beit3_ds.training.device_moves import build_device_moves
 from beit3_ds.training.engine import build_schedule
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.init_from import InitialWeights, open_initial_weights
@@ -193,7 +194,7 @@ def build_run(
     assert mesh.is_reader == (rank_task.dataset is not None), f"{mesh.coords} reads what it should not, or does not"
     _check_agreement(config, rank_task, mesh)
     device = compute_device()
-    rank_task.to(device)
+    rank_task.start(mesh, device)
     schedule = build_schedule(task, mesh)
     state = EngineState(schedule.engine, mesh, config.training.ema_decay)
     output_dir = Path(config.training.output_dir)
@@ -224,6 +225,7 @@ def build_run(
         state=state,
         mesh=mesh,
         device=device,
+        moves=build_device_moves(device),
         terms=task.terms,
         rank_task=rank_task,
         validation=StoppableBatches(

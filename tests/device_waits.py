@@ -107,9 +107,8 @@ class _Operations(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _check(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> None:
-        if name in _READS or name in _DEPENDS_ON_VALUES:
-            self._waits.note(name)
-        elif name == "repeat_interleave" and kwargs.get("output_size") is None:
+        repeats = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in _READS or name in _DEPENDS_ON_VALUES or repeats:
             self._waits.note(name)
         elif name in _TAKES_INDICES:
             for index in tree_leaves(args[1]):

@@ -153,9 +153,8 @@ def test_a_step_waits_for_the_norm_alone(task: str, scenes: Path, tmp_path: Path
 
 
 ENGINES: dict[str, dict[str, Any]] = {
-    "bf16 without ZeRO": {"bf16": {"enabled": True}},
     "ZeRO-1": {"zero_optimization": {"stage": 1}},
-    "ZeRO-2 in bf16": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "ZeRO-2": {"zero_optimization": {"stage": 2}},
     "ZeRO-3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from beit3_ds.config import build_run_config
 from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey
+from beit3_ds.pixels import to_floats
 from beit3_ds.preprocess import preprocess
 from beit3_ds.tasks.pretraining.samples import build_evaluation_streams
 from tests.run_config import small_run_mapping
@@ -35,7 +36,8 @@ def validation_pixels(image: Path, image_size: int, tokenizer_image_size: int = 
             own["data"][stream] |= {"validation": []}
         config = build_run_config(mapping)
         streams = build_evaluation_streams(config, tokenizer=_NO_TEXT)  # type: ignore[arg-type]
-        return streams["images"].prepare(SampleKey(1, "images", VALIDATION_EPOCH, 0)).model_view[None]
+        sample = streams["images"].prepare(SampleKey(1, "images", VALIDATION_EPOCH, 0))
+        return to_floats(sample.views.model[None])
 
 
 class _NoText:

@@ -6,7 +6,10 @@ from beit3_ds.config.run import RunConfig
 from beit3_ds.config.strict import ConfigError
 
 _GIB = 1 << 30
-_CHANNELS, _PIXEL_BYTES, _ID_BYTES = 3, 4, 8  # pixels are sent as float32, ids as int64
+_CHANNELS, _ID_BYTES = 3, 8  # ids are sent as int64
+_TASKS_OF_BYTES = ("pretraining", "visual_tokenizer")
+"""Tasks whose workers send pixels of 8 bits; others send float32 (`data.images.one_view`)."""
+_PATCH_BYTES = 1 + 2 * _ID_BYTES  # of the mask, and of the positions of a masked patch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +68,14 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
     tokens = 3 * (pairs * data.pair_text_length + texts * data.text_length)
     draws = (images + pairs + texts) * model.num_layers * 2 * 4 if model is not None and model.drop_path_rate else 0
     num_patches = config.tokenizers.visual.grid_size**2 if model is None else model.num_patches
-    return int((images + pairs) * (image_bytes(config, views) + num_patches) + tokens * _ID_BYTES + draws) + 1
+    per_image = image_bytes(config, views) + num_patches * _PATCH_BYTES
+    return int((images + pairs) * per_image + tokens * _ID_BYTES + draws) + 1
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
     """Returns the bytes of an image's resized copies: the one for "model", the one for "tokenizer", or "both"."""
+    pixel_bytes = 1 if config.task.name in _TASKS_OF_BYTES else 4
     sizes = {"tokenizer": config.tokenizers.visual.image_size}
     if config.backbone is not None:
         sizes["model"] = config.backbone.image_size
-    return sum(_CHANNELS * _PIXEL_BYTES * size**2 for view, size in sizes.items() if views in ("both", view))
+    return sum(_CHANNELS * pixel_bytes * size**2 for view, size in sizes.items() if views in ("both", view))

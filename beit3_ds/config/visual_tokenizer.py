@@ -1,7 +1,7 @@
 """Defines the configuration of the visual tokenizer (its file and its architecture) and of its teacher."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from beit3_ds.config.numbers import Decay, Layers, Range, Size, Vocabulary
 from beit3_ds.config.strict import ConfigError, PathString
@@ -40,6 +40,10 @@ class VisualTokenizerConfig:
     """Number of elements of a code's vector."""
     ema_decay: Decay = 0.99
     """Decay of the codebook's moving averages."""
+    encoding_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products with which pretraining encodes its images. `bfloat16` is about nine times as fast on
+    a GPU (modelled), and rounding gives a few patches another code (BENCHMARKS.md). The last two layers and the search
+    for the nearest code always compute in float32. The tokenizer's own training follows DeepSpeed's `bf16` instead."""
 
     @property
     def grid_size(self) -> int:

@@ -20,9 +20,9 @@ def build_train_loader(
     stopped is replaced. A broken record is reported in its step. Without `data.cache_dir`, each worker keeps its own
     shard index and tokens.
 
-    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`), 12 bytes
-    per pixel of a view: 1.2 MB per image with two views of 224 px. If shared memory is full, each worker keeps one step
-    in its own memory.
+    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`), 3 bytes per
+    pixel of a view in pretraining and 12 in fine-tuning: 0.3 or 1.2 MB per image with two views of 224 px. If shared
+    memory is full, each worker keeps one step in its own memory.
 
     Workers import the main module of the program again, so the program must start under `if __name__ == "__main__"`.
 

@@ -21,6 +21,7 @@ def pack_inputs(
     *,
     num_images: int,
     pixels: Tensor | None,
+    colors: Tensor | None = None,
     num_patches: int,
     captions: Sequence[NDArray[np.int64]] = (),
     texts: Sequence[NDArray[np.int64]] = (),
@@ -35,6 +36,7 @@ def pack_inputs(
         num_images: number of images without captions.
         pixels: all images, (images, 3, image_size, image_size), first those without captions (`stack_views`); None if
             this pipeline stage needs no pixels.
+        colors: value of `PackedBatch.colors` (`stack_colors`).
         num_patches: number of patches per image.
         captions: token ids of the caption of each pair, BOS and EOS included.
         texts: token ids of each text, BOS and EOS included.
@@ -51,6 +53,7 @@ def pack_inputs(
         caption_lengths=tuple(map(len, captions)),
         text_lengths=tuple(map(len, texts)),
         pixels=pixels,
+        colors=colors,
         patch_mask=patch_mask,
         token_ids=concatenate([*captions, *texts]),
         drop_path=drop_path,
@@ -103,8 +106,15 @@ def pack_grids(
 
 
 def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
-    """Stacks images into one tensor, (images, 3, size, size) float32; `views` may be empty."""
+    """Stacks images into one tensor, (images, 3, size, size) of their dtype; `views` may be empty."""
     return torch.stack(list(views)) if views else torch.empty(0, 3, size, size)
+
+
+def stack_colors(colors: Sequence[Tensor | None]) -> Tensor | None:
+    """Stacks changes of colours, (3, 3) per image, into one tensor; returns None if no image has any."""
+    found = [change for change in colors if change is not None]
+    assert len(found) in (0, len(colors)), "either all images of a batch have changes of colours, or none has"
+    return torch.stack(found) if found else None
 
 
 def concatenate(parts: Sequence[NDArray[np.int64]]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.parallel import TensorParallel, VocabParallelEmbedding
+from beit3_ds.pixels import to_floats
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,7 +65,7 @@ class Embeddings(nn.Module):
 
     def _embed_images(self, batch: PackedBatch) -> Tensor:
         assert batch.pixels is not None, "the batch has no model's view: another stage of the pipeline reads it"
-        x_BND = self.patch(batch.pixels)
+        x_BND = self.patch(to_floats(batch.pixels, batch.colors))
         x_BND = torch.where(batch.patch_mask.unsqueeze(2), self.mask_token, x_BND)
         cls_B1D = self.cls_token.expand(len(x_BND), 1, -1)
         return (torch.cat([cls_B1D, x_BND], dim=1) + self.image_position).flatten(0, 1)

@@ -159,8 +159,13 @@ class RankTask:
             print(line, flush=True)
         return cls(dataset=dataset, validation=validation, evaluation=evaluation, sources=sources, **fields)
 
-    def to(self, device: torch.device) -> None:
-        """Moves the task's own tensors, such as those of a frozen network, to the device."""
+    def start(self, mesh: Mesh, device: torch.device) -> None:
+        """Moves the task's own tensors, such as those of a frozen network, to the device.
+
+        Args:
+            mesh: the ranks, over which the task may divide its own work.
+            device: device of this rank.
+        """
 
     def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
         """Returns a micro-batch on the device, with all targets that the head needs."""

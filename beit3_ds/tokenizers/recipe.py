@@ -19,7 +19,7 @@ from beit3_ds.untrusted_json import MAX_JSON_BYTES, check_list, check_object, pa
 Recipe = dict[str, Any]
 """Settings with which a tokenizer was trained, as JSON values keyed by their names in the config."""
 
-FREE_TO_CHANGE = ("path",)
+FREE_TO_CHANGE = ("path", "encoding_dtype")
 """Keys of a tokenizer's config section that do not influence the trained tokenizer."""
 
 

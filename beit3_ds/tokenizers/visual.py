@@ -53,11 +53,13 @@ class VisualTokenizer(nn.Module):
         initialize_linear_layers(self.decode_task_layer)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Encodes images to codes, in row-major order of the patches; never changes the codebook's state.
 
         Args:
             pixels: (images, 3, image_size, image_size) float in [-1, 1].
+            dtype: type of the matrix products of the encoder's blocks. With bfloat16, rounding changes a few codes
+                (`encoding_dtype`).
 
         Returns:
             (images, patches) int64 in [0, codebook_size).
@@ -72,7 +74,8 @@ class VisualTokenizer(nn.Module):
                 f"pixels: {' '.join(map(str, found))}, but the visual tokenizer takes floats in [-1, 1] of shape "
                 f"(number, 3, {size}, {size}). beit3_ds.preprocess makes them."
             )
-        return self.quantize.nearest(self.project(pixels))
+        with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
+            return self.quantize.nearest(self.project(pixels))
 
     def project(self, pixels: Tensor) -> Tensor:
         """Maps images to one unit vector per patch, which the codebook then quantizes.
@@ -110,7 +113,8 @@ def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
 
 def serialize_visual_tokenizer(tokenizer: VisualTokenizer) -> bytes:
     """Returns the content of a tokenizer's file (`save_visual_tokenizer`)."""
-    description = {"config": dataclasses.asdict(tokenizer.config), "teacher_width": tokenizer.teacher_width}
+    config = {key: value for key, value in dataclasses.asdict(tokenizer.config).items() if key != "encoding_dtype"}
+    description: dict[str, Any] = {"config": config, "teacher_width": tokenizer.teacher_width}
     description["teacher"] = tokenizer.teacher_description
     tensors = {name: value.contiguous() for name, value in tokenizer.state_dict().items()}
     # Written as bytes, because only the owner can read a file that safetensors creates.

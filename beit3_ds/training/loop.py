@@ -1,7 +1,7 @@
 """Runs the training loop of any task: resume, update, evaluate, report and save."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
 
 from deepspeed import DeepSpeedEngine
@@ -144,8 +144,8 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
             if has_unsaved_update:
                 run.store.save(run.state, done, _data_state(run, done))
             break
-        update = _train_step(run, step_batch, step_counts)
-        seconds = data_seconds + time.perf_counter() - start
+        update = _train_step(run, step_batch, step_counts, feed)
+        seconds = data_seconds + time.perf_counter() - start - feed.upcoming_seconds
         done = step_batch.step + 1
         run.progress.add(step_batch, update, data_seconds, seconds)
         if update.is_skipped:
@@ -156,8 +156,6 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
             skipped.note_update()
         del step_batch
         is_last = done == config.total_steps
-        if not is_last:
-            feed.fetch()  # before synchronize, so that no rank starts a step that another has no data for
         stop.synchronize(feed.error)
         if (done % config.log_interval == 0 or is_last or stop.must_stop) and run.progress.has_updates:
             _report(run, done, skipped, spikes)
@@ -203,11 +201,12 @@ def _prepare_step(run: Run, stop: DistributedStopSignals, step: int) -> bool:
     return True
 
 
-def _train_step(run: Run, step_batch: StepBatch, step_counts: StepCounts) -> Update:
+def _train_step(run: Run, step_batch: StepBatch, step_counts: StepCounts, feed: StepFeed) -> Update:
     counts, new_records = step_counts.agree(step_batch)
     for line in format_new_records(new_records, run.broken_records.total, run.config.data.max_broken_records):
         _say(run, line)
-    update = _update(run, step_batch, counts, learning_rate(run.config.training, step_batch.step))
+    rate = learning_rate(run.config.training, step_batch.step)
+    update = _update(run, step_batch, counts, rate, lambda: _fetch_next(run, feed, step_batch.step + 1))
     run.rank_task.after_step(run, is_skipped=update.is_skipped)
     return update
 
@@ -289,13 +288,26 @@ def _report_saves(run: Run) -> list[SaveOutcome]:
     return outcomes
 
 
-def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Update:
+def _fetch_next(run: Run, feed: StepFeed, done: int) -> None:
+    """Fetches the data of the step after `done` steps, if there is one, and starts to move them to the device."""
+    if done < run.config.training.total_steps:
+        feed.fetch()
+        run.moves.announce(feed.upcoming)
+
+
+def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float, fetch_next: Callable[[], None]) -> Update:
+    """Computes a step and updates the weights; before the update, fetches the data of the next step.
+
+    A GPU still computes the gradients then. So it hides the wait for the data, and their way to other ranks and to the
+    GPU. All ranks have the next step, or know that one has not, before any rank starts it.
+    """
     set_learning_rate(run.engine.optimizer, rate)
     mesh = run.mesh
     factors = copy_to_device(build_loss_factors(counts, run.terms, mesh.data_parallel_size), run.device)
     sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)
     loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # its peers have equal sums
-    mesh.activity.begin("update")
+    fetch_next()
+    mesh.activity.begin("update", step_batch.step + 1)
     return Update(sums, apply_update(run.engine, mesh), rate, loss)
 
 

@@ -22,6 +22,7 @@ from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks import RankTask, Term
 from beit3_ds.training.best_checkpoint import BestCheckpoint
 from beit3_ds.training.broken_records import BrokenRecords
+from beit3_ds.training.device_moves import DeviceMoves
 from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.split_batches import iterate_together
@@ -37,6 +38,8 @@ class Run:
     state: EngineState
     mesh: Mesh
     device: torch.device
+    moves: DeviceMoves
+    """Moves micro-batches to the device."""
     terms: tuple[Term, ...]
     """Loss terms of the task."""
     rank_task: RankTask
@@ -78,7 +81,7 @@ class Run:
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
         """Moves a micro-batch to the device and adds the targets that the head needs."""
-        return self.rank_task.prepare(batch, self.device)
+        return self.rank_task.prepare(self.moves.take(batch), self.device)
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
         """Returns this rank's share of all samples of a split."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from beit3_ds.batch import StepBatch
+from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel.activity import Activity
 from beit3_ds.storage_error import StorageError
@@ -33,6 +33,16 @@ class StepFeed:
     def has_step(self) -> bool:
         """Returns whether a step is ready; False after an error or a stop signal."""
         return self._fetched is not None
+
+    @property
+    def upcoming(self) -> tuple[PackedBatch, ...]:
+        """Returns the micro-batches of the fetched step; empty after an error or a stop signal."""
+        return () if self._fetched is None else self._fetched[0].micro_batches
+
+    @property
+    def upcoming_seconds(self) -> float:
+        """Returns the seconds that the last `fetch` waited, if its step was not taken yet; otherwise 0."""
+        return 0.0 if self._fetched is None else self._fetched[1]
 
     def fetch(self) -> None:
         """Waits for the data of the next step and keeps them for `take`, or keeps the error in `error`."""

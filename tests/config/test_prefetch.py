@@ -45,8 +45,8 @@ def test_without_workers_nothing_is_shared() -> None:
 
 def test_bytes_are_those_of_the_pixels_that_are_kept() -> None:
     config = build_run_config(quickstart_mapping())
-    assert image_bytes(config, "model") == image_bytes(config, "tokenizer") == 12 * 64**2
+    assert image_bytes(config, "model") == image_bytes(config, "tokenizer") == 3 * 64**2
     images = 24 + 16
-    assert 1 < step_bytes(config, 1) / (images * image_bytes(config)) < 1.1  # pixels are nearly all of a step
+    assert 1 < step_bytes(config, 1) / (images * image_bytes(config)) < 1.3  # pixels are most of a step
     assert step_bytes(config, 2) < 0.52 * step_bytes(config, 1)  # catches the step of all ranks
-    assert step_bytes(config, 1, "model") < 0.55 * step_bytes(config, 1)
+    assert step_bytes(config, 1, "model") < 0.6 * step_bytes(config, 1)

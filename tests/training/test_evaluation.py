@@ -30,7 +30,7 @@ TERMS = [Term(name, stream, name) for name, stream in TERM_STREAMS.items()]
 class NumberedCodes:
     """Fakes a visual tokenizer: the position of a patch and the first pixel of its image give its code."""
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, colors: Tensor | None = None) -> Tensor:
         return (pixels[:, 0, 0, 0].long()[:, None] + torch.arange(CONFIG.num_patches)) % CONFIG.visual_vocab_size
 
 
@@ -57,8 +57,7 @@ class CountingEngine:
 
 
 def prepare(batch: PackedBatch) -> PackedBatch:
-    tokenizer: Any = NumberedCodes()
-    return prepare_batch(batch, tokenizer, CPU)
+    return prepare_batch(batch, NumberedCodes().encode, CPU)
 
 
 def batches() -> list[PackedBatch]:
@@ -84,7 +83,7 @@ class PerBatchEngine(CountingEngine):
 
 def test_losses_and_entropies_of_each_source() -> None:
     engine: Any = PerBatchEngine()
-    tokenizer: Any = NumberedCodes()
+    encode = NumberedCodes().encode
     schedule = Schedule(engine, [range(CONFIG.num_pipeline_layers)], Mesh())
     own = [dataclasses.replace(batch, sources={"texts": number % 2}) for number, batch in enumerate(batches() * 2)]
     names = {"images": ["photos"], "pairs": ["coco"], "texts": ["books", "wiki", "absent"]}
@@ -97,10 +96,10 @@ def test_losses_and_entropies_of_each_source() -> None:
     assert means["text_mlm"] == pytest.approx(sum(c * (n + 1) for n, c in enumerate(counts)) / sum(counts))
     assert set(means) == {"image_mim", "pair_mim", "pair_mlm", "text_mlm", "text_mlm/books", "text_mlm/wiki"}
 
-    entropies = unigram_entropies(own, tokenizer, CONFIG, Mesh(), CPU, names)
+    entropies = unigram_entropies(own, encode, CONFIG, Mesh(), CPU, names)
     assert set(entropies) == set(means)
     books: Any = [batch for batch in own if batch.sources["texts"] == 0]
-    alone = unigram_entropies(books, tokenizer, CONFIG, Mesh(), CPU, {})
+    alone = unigram_entropies(books, encode, CONFIG, Mesh(), CPU, {})
     assert entropies["text_mlm/books"] == pytest.approx(alone["text_mlm"])
 
     line = format_evaluation({"step": 3, "kind": "validation", **means}, TERMS)
@@ -112,8 +111,7 @@ def test_targets_are_the_codes_of_the_masked_patches() -> None:
     numbers = torch.arange(3.0).view(3, 1, 1, 1)  # no two images alike
     views = numbers.expand_as(batch.targets["tokenizer_pixels"])
     batch = dataclasses.replace(batch, targets={**batch.targets, "tokenizer_pixels": views})
-    fitted: Any = tokenizer
-    targets = prepare_batch(batch, fitted, CPU).targets["visual_codes"]
+    targets = prepare_batch(batch, tokenizer.encode, CPU).targets["visual_codes"]
     codes = tokenizer.encode(batch.targets["tokenizer_pixels"])
     expected = [int(codes[image, patch]) for image, patch in batch.patch_mask.nonzero().tolist()]
     assert targets.tolist() == expected  # catches the codes of another image
@@ -121,8 +119,8 @@ def test_targets_are_the_codes_of_the_masked_patches() -> None:
 
 def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
     batch = batches()[0]
-    tokenizer: Any = NumberedCodes()
-    entropies = unigram_entropies([batch], tokenizer, CONFIG, Mesh(), CPU, {})
+    encode = NumberedCodes().encode
+    entropies = unigram_entropies([batch], encode, CONFIG, Mesh(), CPU, {})
     original = batch.token_ids.clone()
     original[batch.targets["masked_tokens"]] = batch.targets["target_ids"]  # catches the frequencies of mask tokens
     texts = original.split([*batch.caption_lengths, *batch.text_lengths])
@@ -146,5 +144,5 @@ def test_an_update_gets_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -
         mesh=Mesh(),
         device=CPU,
     )
-    loop._update(run, StepBatch(step=0, micro_batches=()), torch.ones(4, dtype=torch.int64), 0.25)
+    loop._update(run, StepBatch(step=0, micro_batches=()), torch.ones(4, dtype=torch.int64), 0.25, lambda: None)
     assert used == [0.25]

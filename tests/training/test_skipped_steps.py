@@ -32,7 +32,7 @@ def train_with_faults(config: str, faulty_steps: list[int]) -> tuple[int, str, l
             *others, last = step_batch.micro_batches
             assert last.pixels is not None
             names.append(last.sample_names)
-            last = dataclasses.replace(last, pixels=torch.full_like(last.pixels, math.nan))
+            last = dataclasses.replace(last, pixels=torch.full(last.pixels.shape, math.nan))
             step_batch = dataclasses.replace(step_batch, micro_batches=(*others, last))
         return update(run, step_batch, *arguments)
 

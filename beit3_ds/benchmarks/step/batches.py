@@ -9,6 +9,7 @@ import torch
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig, build_run_config
 from beit3_ds.data.drop_path import Slot, draw_drop_path
+from beit3_ds.data.images.augmentation import Views
 from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.masking import block_mask
 from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
@@ -100,7 +101,7 @@ def _image(config: RunConfig, rng: np.random.Generator) -> ImageSample:
     size, grid, num_patches = config.model.image_size, config.model.grid_size, config.model.num_patches
     view = torch.from_numpy(rng.uniform(-1, 1, (3, size, size)).astype(np.float32))
     mask = block_mask(grid, round(num_patches * pretraining_config(config).image_mask_ratio), rng)
-    return ImageSample(name="", model_view=view, tokenizer_view=view, patch_mask=mask)
+    return ImageSample(name="", views=Views(view, view), patch_mask=mask)
 
 
 def _text(

@@ -17,6 +17,7 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig, build_run_config
+from beit3_ds.data.images.augmentation import Views
 from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
 from beit3_ds.tasks.pretraining.targets import with_visual_codes
@@ -203,7 +204,7 @@ def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
     def image(rng: np.random.Generator) -> ImageSample:
         hidden = np.arange(model.num_patches) < round(model.num_patches * ratios.image_mask_ratio)
         view = torch.from_numpy(rng.uniform(-1, 1, (3, model.image_size, model.image_size))).float()
-        return ImageSample(name="", model_view=view, tokenizer_view=view, patch_mask=rng.permutation(hidden))
+        return ImageSample(name="", views=Views(view, view), patch_mask=rng.permutation(hidden))
 
     def text(rng: np.random.Generator, longest: int, ratio: float) -> TextSample:
         ids = rng.integers(0, model.text_vocab_size, rng.integers(longest // 2, longest + 1))

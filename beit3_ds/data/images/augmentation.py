@@ -1,10 +1,9 @@
 """Augments images: turns one crop into a view for the model and one for the visual tokenizer (paper section 2.3)."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from beit3_ds.config import RunConfig
+from beit3_ds.pixels import change_colors, grey
 
 _CROP_ATTEMPTS = 10
 _CROP_ASPECTS = (3 / 4, 4 / 3)
-_BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
+_BRIGHTNESS, _CONTRAST, _SATURATION = _COLOR_CHANGES = (0, 1, 2)
 
 ResizeFilter = Literal["bicubic", "lanczos"]
 """Filter for resizing an image; both filters use antialiasing."""
@@ -25,15 +25,26 @@ Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a crop, in pixels."""
 
 
+class Views(NamedTuple):
+    """Holds two views of one crop; `pixels.to_floats` gives the values that networks read."""
+
+    model: Tensor
+    """View for the model, (3, size, size) uint8 (or float32 in [-1, 1], like all that follow)."""
+    tokenizer: Tensor
+    """View for the visual tokenizer, (3, size, size) uint8."""
+    colors: Tensor | None = None
+    """Changes of the colours of both views (`pixels.change_colors`), (3, 3) float32; None changes nothing."""
+
+
 class ViewTransform(Protocol):
-    """Makes two views of one crop, for the model and the tokenizer, each (3, size, size) float32 in [-1, 1]."""
+    """Makes two views of one crop, for the model and for the visual tokenizer."""
 
     @property
     def min_side(self) -> int | None:
         """Returns the pixels that a decoded image's shorter side needs; None means the full size."""
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Returns the model's view and the tokenizer's view of an RGB image; draws all random numbers from `rng`."""
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
+        """Returns the views of an RGB image; draws all random numbers from `rng`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +74,15 @@ class Augmentation:
         """Returns the pixels that a decoded image's shorter side needs for every crop; None means the full size."""
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Draws one random crop of an RGB image; returns the model's view and the tokenizer's view of the crop."""
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
+        """Draws one random crop of an RGB image, a flip and changes of the colours, which the device applies."""
         box = random_crop_box(image.size, self.min_crop_scale, rng)
         flipped = rng.random() < self.flip_probability
-        views = _two_views(image.crop(box), self.image_size, self.tokenizer_image_size)
+        model, tokenizer = _two_views(image.crop(box), self.image_size, self.tokenizer_image_size)
         if flipped:
-            views = views[0].flip(-1), views[1].flip(-1)
-        floats = views[0].float(), views[1].float()
-        jitter(floats, self.color_jitter, rng)
-        return normalize(floats[0]), normalize(floats[1])
+            model, tokenizer = model.flip(-1), tokenizer.flip(-1)
+        colors = draw_colors(model, self.color_jitter, rng) if self.color_jitter else None
+        return Views(model, tokenizer, colors)
 
 
 def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentation:
@@ -107,13 +117,13 @@ class CenterViews:
     def min_side(self) -> None:
         """Returns None: images are decoded in full size, so that views do not depend on the file format."""
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
         """Returns both views of an RGB image, without random draws."""
-        return center_view(image, self.image_size), center_view(image, self.tokenizer_image_size, "lanczos")
+        return Views(center_pixels(image, self.image_size), center_pixels(image, self.tokenizer_image_size, "lanczos"))
 
 
-def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic") -> Tensor:
-    """Resizes the largest square in the middle of an RGB image to (3, size, size) float32 in [-1, 1].
+def center_pixels(image: Image.Image, size: int, filter: ResizeFilter = "bicubic") -> Tensor:
+    """Resizes the largest square in the middle of an RGB image to (3, size, size) uint8.
 
     Args:
         image: upright RGB image in full size.
@@ -122,7 +132,7 @@ def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic")
     """
     side = min(image.size)
     crop = image.crop(_center_box(image.size, side, side))
-    return normalize(resize_pixels(image_pixels(crop), size, filter).float())
+    return resize_pixels(image_pixels(crop), size, filter)
 
 
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
@@ -209,28 +219,31 @@ def _torch_has_lanczos() -> bool:
     return True
 
 
-def jitter(views: Sequence[Tensor], strength: float, rng: np.random.Generator) -> None:
-    """Changes brightness, contrast and saturation of views in place, in random order.
+def draw_colors(view: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Draws changes of brightness, contrast and saturation in random order, for `pixels.change_colors`.
 
-    As in Pillow's ImageEnhance, a view is blended with black, with a mean grey, and with its greyscale, and clamped to
-    [0, 255]. All views use the first view's mean grey.
+    As in Pillow's ImageEnhance, an image is blended with black, with a mean grey, and with its greyscale. The mean grey is
+    that of `view`; all views of a crop get the changes drawn for one view.
 
     Args:
-        views: views of one crop, each (3, size, size) float32 in [0, 255].
+        view: the view, (3, size, size) uint8.
         strength: factors are uniform in [1 - strength, 1 + strength].
         rng: random number generator.
+
+    Returns:
+        Factor, weight of the grey and offset of each change, (3, 3) float32.
     """
-    for kind in rng.permutation((_BRIGHTNESS, _CONTRAST, _SATURATION)):
+    colors = torch.zeros(len(_COLOR_CHANGES), 3)
+    for place, kind in enumerate(rng.permutation(_COLOR_CHANGES)):
         factor = rng.uniform(1 - strength, 1 + strength)
-        mean = float(_grey(views[0]).mean()) if kind == _CONTRAST else 0.0
-        for view in views:
-            other = _grey(view) if kind == _SATURATION else mean
-            view.mul_(factor).add_(other * (1 - factor)).clamp_(0, 255)
-
-
-def _grey(view: Tensor) -> Tensor:
-    """Converts an RGB view, (3, size, size), to greyscale, (size, size), with ITU-R 601 luma weights, like Pillow."""
-    return (view[0] * 0.299).add_(view[1], alpha=0.587).add_(view[2], alpha=0.114)
+        weight = offset = 0.0
+        if kind == _SATURATION:
+            weight = 1 - factor
+        elif kind == _CONTRAST:
+            changed = change_colors(view[None].float(), colors[None, :place])
+            offset = float(grey(changed).mean()) * (1 - factor)
+        colors[place] = torch.tensor([factor, weight, offset], dtype=torch.float64)
+    return colors
 
 
 def normalize(view: Tensor) -> Tensor:

@@ -14,14 +14,15 @@ from torch import Tensor
 from beit3_ds.config import RunConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.images.augmentation import (
+    draw_colors,
     image_pixels,
-    jitter,
     normalize,
     random_crop_box,
     resize_pixels,
     smallest_side,
 )
 from beit3_ds.data.images.rand_augment import RandAugment
+from beit3_ds.pixels import to_floats
 
 _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 _ERASED_SHARE = (0.02, 1 / 3)
@@ -29,7 +30,11 @@ _ERASED_ASPECTS = (0.3, 10 / 3)
 
 
 class ImageTransform(Protocol):
-    """Declares the interface of a transform from an image to the model's input, (3, size, size) float32 in [-1, 1]."""
+    """Declares the interface of a transform from an image to the model's input, (3, size, size) float32 in [-1, 1].
+
+    Views of pretraining are 8-bit (`augmentation.Views`), but these are floats: random erasing draws normalised noise,
+    and mixup interpolates between images.
+    """
 
     @property
     def min_side(self) -> int | None:
@@ -91,10 +96,8 @@ class AugmentedView:
         if self.distortion.num_operations:
             picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             pixels = image_pixels(self.distortion(picture, rng))
-        view = pixels.float()
-        if self.color_jitter:
-            jitter((view,), self.color_jitter, rng)
-        view = normalize(view)
+        colors = draw_colors(pixels, self.color_jitter, rng)[None] if self.color_jitter else None
+        view = to_floats(pixels[None], colors)[0]
         if rng.random() < self.erasing_probability:
             _erase(view, rng)
         return view

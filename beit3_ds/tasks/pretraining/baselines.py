@@ -8,8 +8,7 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import Mesh
-from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, encode_images
-from beit3_ds.tokenizers.visual import VisualTokenizer
+from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, Encode, encode_images
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
 """Maps each loss term of pretraining to its stream, in the order of the terms."""
@@ -18,7 +17,7 @@ TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs",
 @torch.no_grad()
 def unigram_entropies(
     batches: Iterable[PackedBatch],
-    visual_tokenizer: VisualTokenizer | None,
+    encode: Encode | None,
     model: ModelConfig,
     mesh: Mesh,
     device: torch.device,
@@ -31,10 +30,10 @@ def unigram_entropies(
 
     Args:
         batches: this rank's validation batches.
-        visual_tokenizer: encodes images; None on pipeline stages without heads.
+        encode: encodes images; None on pipeline stages without heads.
         model: sizes of the vocabularies.
         mesh: mesh of all ranks.
-        device: device of the tokenizer.
+        device: device of the encoder.
         source_names: short names of the validation sources of each stream.
 
     Returns:
@@ -48,7 +47,7 @@ def unigram_entropies(
     for batch in batches:
         if TOKENIZER_PIXELS not in batch.targets:
             continue  # this stage has no heads
-        codes = encode_images(batch.to(device), visual_tokenizer).cpu()
+        codes = encode_images(batch.to(device), encode).cpu()
         original = batch.token_ids.index_copy(0, batch.targets[MASKED_TOKENS], batch.targets[TARGET_IDS])
         caption_rows = torch.arange(len(original)) < sum(batch.caption_lengths)
         asked = batch.text_positions > 0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig
-from beit3_ds.data.packing import concatenate, pack_inputs, stack_views
+from beit3_ds.data.images.augmentation import Views
+from beit3_ds.data.packing import concatenate, pack_inputs, stack_colors, stack_views
 from beit3_ds.tasks.pretraining.targets import with_masks
 
 ImageViews = Literal["both", "model", "tokenizer"]
@@ -24,10 +25,8 @@ class ImageSample:
 
     name: str
     """File and name of the sample, for messages."""
-    model_view: Tensor
-    """Crop for the model, (3, image_size, image_size) float32 in [-1, 1]."""
-    tokenizer_view: Tensor
-    """Same crop for the visual tokenizer, (3, size, size) float32 in [-1, 1]."""
+    views: Views
+    """Crop for the model and for the visual tokenizer."""
     patch_mask: NDArray[np.bool_]
     """True for masked patches, (patches,)."""
 
@@ -97,10 +96,11 @@ def pack(
     starts = np.cumsum([0, *(len(text.ids) for text in writings)])
     masked = [start + text.masked_positions for start, text in zip(starts, writings, strict=False)]
     patch_mask = np.array([image.patch_mask for image in pictures], dtype=bool).reshape(-1, shape.num_patches)
-    model_views, tokenizer_views = ([p.model_view for p in pictures], [p.tokenizer_view for p in pictures])
+    model_views, tokenizer_views = ([p.views.model for p in pictures], [p.views.tokenizer for p in pictures])
     inputs = pack_inputs(
         num_images=len(images),
         pixels=None if views == "tokenizer" else stack_views(model_views, shape.image_size),
+        colors=stack_colors([picture.views.colors for picture in pictures]),
         num_patches=shape.num_patches,
         captions=[pair.caption.ids for pair in pairs],
         texts=[text.ids for text in texts],

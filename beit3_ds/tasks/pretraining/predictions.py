@@ -11,10 +11,10 @@ from torch import Tensor
 
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.batch import PackedBatch
+from beit3_ds.pixels import to_floats
 from beit3_ds.tasks.pretraining.heads import Logits
-from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, encode_images
+from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, Encode, encode_images
 from beit3_ds.tokenizers.text import TextTokenizer
-from beit3_ds.tokenizers.visual import VisualTokenizer
 
 _SHOWN = 12
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
@@ -27,7 +27,7 @@ def write_predictions(
     batch: PackedBatch,
     logits: Logits,
     text_tokenizer: TextTokenizer | None,
-    visual_tokenizer: VisualTokenizer | None,
+    encode: Encode | None,
     path: Path,
 ) -> None:
     """Writes the model's predictions for one validation batch as a self-contained HTML page.
@@ -39,10 +39,10 @@ def write_predictions(
         batch: a validation micro-batch.
         logits: logits of the model at the masked positions of the batch.
         text_tokenizer: converts ids to words; None without texts.
-        visual_tokenizer: encodes the original images; None without images.
+        encode: encodes the original images on this rank alone; None without images.
         path: .html file to write.
     """
-    mosaics = _Mosaics(batch, logits, visual_tokenizer)
+    mosaics = _Mosaics(batch, logits, encode)
     words = _Words(batch, logits, text_tokenizer)
     pairs = [
         f'<div class="sample">{mosaics.figures(batch.num_images + i)}<p>{words.sentence(i)}</p></div>'
@@ -94,10 +94,10 @@ class _Words:
 
 
 class _Mosaics:
-    def __init__(self, batch: PackedBatch, logits: Logits, tokenizer: VisualTokenizer | None) -> None:
+    def __init__(self, batch: PackedBatch, logits: Logits, encode: Encode | None) -> None:
         self.batch = batch
-        self.patches = _cut(batch.targets[TOKENIZER_PIXELS].cpu(), batch.patch_mask.shape[1])
-        self.codes = encode_images(batch, tokenizer).cpu()
+        self.patches = _cut(to_floats(batch.targets[TOKENIZER_PIXELS], batch.colors).cpu(), batch.patch_mask.shape[1])
+        self.codes = encode_images(batch, encode).cpu()
         self.guessed = self.codes.clone()
         self.guessed[batch.patch_mask.cpu()] = logits.visual.argmax(1).cpu()
         self.palette = self._mean_patches(int(logits.visual.shape[1]))

@@ -42,11 +42,9 @@ class ImageSamples(ImageSourceSamples):
 
     def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
         """Augments and masks `image`, the decoded image of sample `index`; `key` seeds augmentation and mask."""
-        model_view, tokenizer_view = self.views(image, key.rng("augmentation"))
         return ImageSample(
             name=self.source.name(index),
-            model_view=model_view,
-            tokenizer_view=tokenizer_view,
+            views=self.views(image, key.rng("augmentation")),
             patch_mask=block_mask(self.grid_size, self.num_masked, key.rng("patch mask")),
         )
 

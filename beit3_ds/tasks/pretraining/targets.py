@@ -3,20 +3,23 @@
 # B images with pixels, N patches per image.
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.tokenizers.visual import VisualTokenizer
 
+Encode = Callable[[Tensor, Tensor | None], Tensor]
+"""Type of a function that returns the codes of images, (images, patches) int64, given `TOKENIZER_PIXELS` and
+`PackedBatch.colors` (`CodeEncoder.encode`)."""
 MASKED_TOKENS = "masked_tokens"
 """Key in `PackedBatch.targets` of the masked positions in `PackedBatch.token_ids`, ascending, (positions,) int64."""
 TARGET_IDS = "target_ids"
 """Key in `PackedBatch.targets` of the original ids of the masked tokens, (masked tokens,) int64."""
 TOKENIZER_PIXELS = "tokenizer_pixels"
-"""Key in `PackedBatch.targets` of the images for the visual tokenizer, (images, 3, size, size) float32 in [-1, 1];
-absent on pipeline stages without heads."""
+"""Key in `PackedBatch.targets` of the images for the visual tokenizer, (images, 3, size, size), uint8 or floats like
+`PackedBatch.pixels`; absent on pipeline stages without heads."""
 MASKED_PATCHES = "masked_patches"
 """Key in `PackedBatch.targets` of the masked positions in `PackedBatch.patch_mask`, counted over all images, ascending,
 (masked patches,) int64."""
@@ -77,30 +80,29 @@ def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
     return batch.with_targets({**batch.targets, VISUAL_CODES: codes_M})
 
 
-def prepare_batch(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None, device: torch.device) -> PackedBatch:
+def prepare_batch(batch: PackedBatch, encode: Encode | None, device: torch.device) -> PackedBatch:
     """Moves a micro-batch to `device` and adds the codes of its masked patches.
 
     Args:
         batch: the batch in host memory.
-        visual_tokenizer: encodes images; None in a run without images, and on pipeline stages without heads, which need
-            no codes.
+        encode: encodes images; None in a run without images, and on pipeline stages without heads, which need no codes.
         device: device of the model.
     """
     batch = batch.to(device)
     if TOKENIZER_PIXELS not in batch.targets:
         return batch  # this stage has no heads
-    return with_visual_codes(batch, encode_images(batch, visual_tokenizer))
+    return with_visual_codes(batch, encode_images(batch, encode))
 
 
-def encode_images(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None) -> Tensor:
+def encode_images(batch: PackedBatch, encode: Encode | None) -> Tensor:
     """Returns the codes of a batch's images, (images, patches) int64, on the device of its pixels.
 
     Args:
         batch: a batch with `TOKENIZER_PIXELS`.
-        visual_tokenizer: encodes images; None in a run without images.
+        encode: encodes images; None in a run without images.
     """
     pixels = batch.targets[TOKENIZER_PIXELS]
-    if visual_tokenizer is None:
+    if encode is None:
         assert not len(pixels), "images need a visual tokenizer"
         return torch.empty(batch.patch_mask.shape, dtype=torch.int64, device=pixels.device)
-    return visual_tokenizer.encode(pixels)
+    return encode(pixels, batch.colors)

@@ -10,10 +10,11 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig, RunConfig
-from beit3_ds.parallel import TensorParallel
+from beit3_ds.parallel import Mesh, TensorParallel
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS, unigram_entropies
 from beit3_ds.tasks.pretraining.config import PretrainingConfig
+from beit3_ds.tasks.pretraining.encoding import CodeEncoder
 from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads, head_flops
 from beit3_ds.tasks.pretraining.packing import ImageViews, image_shape, pack
 from beit3_ds.tasks.pretraining.predictions import write_predictions
@@ -21,7 +22,7 @@ from beit3_ds.tasks.pretraining.samples import build_streams
 from beit3_ds.tasks.pretraining.targets import prepare_batch
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.task import Task, Term
-from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
+from beit3_ds.tokenizers import TextTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 
 
@@ -35,23 +36,23 @@ class PretrainingRankTask(RankTask):
     """Short names of the validation sources of each stream."""
     text_tokenizer: TextTokenizer | None
     """Tokenizer of texts; None in a run without texts and pairs."""
-    visual_tokenizer: VisualTokenizer | None
-    """Tokenizer of images; None on pipeline stages without heads, and in a run without images and pairs."""
+    encoder: CodeEncoder | None
+    """Encodes images; None on pipeline stages without heads, and in a run without images and pairs."""
 
-    def to(self, device: torch.device) -> None:
-        """Moves the visual tokenizer to the device."""
-        if self.visual_tokenizer is not None:
-            self.visual_tokenizer.to(device)
+    def start(self, mesh: Mesh, device: torch.device) -> None:
+        """Moves the visual tokenizer to the device, and divides its work over the tensor-parallel ranks."""
+        if self.encoder is not None:
+            self.encoder.start(mesh.tensor, device)
 
     def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
         """Moves a micro-batch to the device; on stages with heads, also adds the codes of its masked patches."""
-        return prepare_batch(batch, self.visual_tokenizer, device)
+        return prepare_batch(batch, self.encoder.encode if self.encoder else None, device)
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
         """Returns, per term, the loss of the best predictor that ignores its input (`unigram_entropies`)."""
         return unigram_entropies(
             evaluator.validation,
-            self.visual_tokenizer,
+            self.encoder.encode if self.encoder else None,
             self.model,
             evaluator.mesh,
             evaluator.device,
@@ -61,12 +62,14 @@ class PretrainingRankTask(RankTask):
     def write_pages(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
         """Writes `predictions.html`, which shows masked words and patches of one batch with the model's guesses."""
         pages = {}
-        if self.visual_tokenizer:
-            pages["visual_tokenizer_teacher"] = self.visual_tokenizer.teacher_description
+        encode = None
+        if self.encoder:
+            pages["visual_tokenizer_teacher"] = self.encoder.tokenizer.teacher_description
+            encode = self.encoder.encode_alone
         for batch, logits in evaluator.predict(itertools.islice(evaluator.validation, 1)):
             if logits is None or evaluator.mesh.data_parallel_rank or evaluator.mesh.tensor.rank:
                 continue
-            page = functools.partial(write_predictions, batch, logits, self.text_tokenizer, self.visual_tokenizer)
+            page = functools.partial(write_predictions, batch, logits, self.text_tokenizer, encode)
             if folder.write("predictions.html", page):
                 pages["predictions"] = str(folder.path / "predictions.html")
         return pages
@@ -113,7 +116,11 @@ class Pretraining(Task):
         return head_flops(self.config.model, term_counts)
 
     def expected_head_flops(self) -> float:
-        """Returns the floating-point operations per step of the heads, forward and backward, and of the tokenizer."""
+        """Returns the floating-point operations per step of the heads, forward and backward, and of the tokenizer.
+
+        Operations of the tokenizer in float32 count several times if the model computes in bf16, because they take as
+        much longer on a GPU.
+        """
         data, num_patches = self.config.data, self.config.model.num_patches
         images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
         ratios = self.settings
@@ -130,10 +137,11 @@ class Pretraining(Task):
         """
         config = self.config
         text_tokenizer = load_text_tokenizer(config)
-        visual_tokenizer: VisualTokenizer | None = None
+        encoder: CodeEncoder | None = None
         if share.predicts and config.data.has_images:
             visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
             check_visual_tokenizer_fits(visual_tokenizer, config)
+            encoder = CodeEncoder(visual_tokenizer, getattr(torch, config.tokenizers.visual.encoding_dtype))
         return PretrainingRankTask.open(
             config,
             share,
@@ -147,18 +155,22 @@ class Pretraining(Task):
             model=config.model,
             validation_sources=config.data.source_names(),
             text_tokenizer=text_tokenizer,
-            visual_tokenizer=visual_tokenizer,
+            encoder=encoder,
         )
 
     def _tokenizer_flops(self) -> float:
         visual, data = self.config.tokenizers.visual, self.config.data
         rows = (data.images.samples_per_step + data.pairs.samples_per_step) * (1 + visual.grid_size**2)
         width = visual.hidden_size
-        return visual.num_layers * rows * (2 * 12 * width**2 + 4 * (1 + visual.grid_size**2) * width)
+        flops = visual.num_layers * rows * (2 * 12 * width**2 + 4 * (1 + visual.grid_size**2) * width)
+        is_slower = visual.encoding_dtype == "float32" and self.config.options.is_bf16
+        return (_FLOAT32_COST if is_slower else 1) * flops
 
 
 TASK = Pretraining
 
+_FLOAT32_COST = 9
+"""Time of the tokenizer's encoder in float32 relative to bf16, modelled for an H100 (BENCHMARKS.md)."""
 _TITLES = {
     "image_mim": "images: masked patches",
     "text_mlm": "texts: masked tokens",

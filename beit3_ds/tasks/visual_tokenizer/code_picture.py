@@ -19,6 +19,7 @@ from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.augmentation import build_augmentation
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.samples import SampleKey
+from beit3_ds.pixels import to_floats
 from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.masking import block_mask
 from beit3_ds.tasks.visual_tokenizer.samples import open_views
@@ -63,9 +64,10 @@ def _draw_views(config: RunConfig) -> Tensor:
     seed, views = config.training.seed, []
     for index in sample_rng(seed, "picture images").permutation(len(stream)).tolist():
         try:
-            views.append(stream.prepare(SampleKey(seed, "picture", 0, index)).pixels)
+            view = stream.prepare(SampleKey(seed, "picture", 0, index))
         except BrokenRecordError:
             continue
+        views.append(to_floats(view.pixels[None], None if view.colors is None else view.colors[None])[0])
         if len(views) == _NUM_IMAGES:
             break
     if not views:

@@ -11,6 +11,7 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.parallel import Mesh
+from beit3_ds.pixels import to_floats
 
 _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 
@@ -37,8 +38,9 @@ def mean_features(
     """
     totals: Tensor | None = None
     for batch in _batches(steps):
-        assert batch.pixels is not None, "every rank reads pixels"
-        features = teacher(batch.pixels.to(device)).flatten(0, 1).double()
+        moved = batch.to(device)
+        assert moved.pixels is not None, "every rank reads pixels"
+        features = teacher(to_floats(moved.pixels, moved.colors)).flatten(0, 1).double()
         own = torch.cat([features.sum(0), features.new_full((1,), len(features))])
         totals = own if totals is None else totals + own
     assert totals is not None, "a step has a micro-batch"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import VisualTokenizerConfig
-from beit3_ds.data.packing import pack_inputs, stack_views
+from beit3_ds.data.packing import pack_inputs, stack_colors, stack_views
 from beit3_ds.tasks.visual_tokenizer.samples import TokenizerView
 
 TEACHER_FEATURES = "teacher_features"
@@ -34,6 +34,7 @@ def pack(
     batch = pack_inputs(
         num_images=len(samples),
         pixels=stack_views([sample.pixels for sample in samples], visual.image_size),
+        colors=stack_colors([sample.colors for sample in samples]),
         num_patches=num_patches,
         drop_path=drop_path,
         sample_names=[sample.name for sample in samples],

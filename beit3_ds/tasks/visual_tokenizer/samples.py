@@ -19,7 +19,9 @@ class TokenizerView(NamedTuple):
     name: str
     """File and name of the sample, for messages."""
     pixels: Tensor
-    """Cropped image, (3, image_size, image_size) float32 in [-1, 1]."""
+    """Cropped image, (3, image_size, image_size) uint8."""
+    colors: Tensor | None
+    """Changes of its colours (`pixels.change_colors`), (3, 3) float32; None changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class TokenizerViews(ImageSourceSamples):
         Raises:
             BrokenRecordError: if the image cannot be read.
         """
-        return TokenizerView(self.name(index), self.views(self.read(index), key.rng("augmentation"))[1])
+        views = self.views(self.read(index), key.rng("augmentation"))
+        return TokenizerView(self.name(index), views.tokenizer, views.colors)
 
 
 def build_streams(config: RunConfig, split: Split) -> dict[str, Stream]:

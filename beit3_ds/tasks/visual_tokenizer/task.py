@@ -13,6 +13,8 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.model import Head, StageModel
+from beit3_ds.parallel import Mesh
+from beit3_ds.pixels import to_floats
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import Evaluator, Figures, RankShare, RankTask
 from beit3_ds.tasks.task import Task, Term
@@ -46,16 +48,17 @@ class TokenizerRankTask(RankTask):
     counter: CodeCounter
     """Counts the codes of all ranks since the last report."""
 
-    def to(self, device: torch.device) -> None:
+    def start(self, mesh: Mesh, device: torch.device) -> None:
         """Moves the teacher and the counts to the device."""
         self.teacher.to(device)
         self.counter.to(device)
 
     def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
-        """Returns a micro-batch on the device, with the teacher's features."""
+        """Returns a micro-batch on the device, with float pixels and the teacher's features."""
         batch = batch.to(device)
         assert batch.pixels is not None, "every rank reads pixels"
-        return with_teacher_features(batch, self._features(batch.pixels))
+        pixels = to_floats(batch.pixels, batch.colors)
+        return with_teacher_features(dataclasses.replace(batch, pixels=pixels, colors=None), self._features(pixels))
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
         """Computes the mean of the teacher's features before step 0, and initialises the codebook.

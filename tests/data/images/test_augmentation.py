@@ -9,7 +9,8 @@ from PIL import Image, ImageEnhance
 from torch.nn.functional import avg_pool2d
 
 from beit3_ds.data.images import augmentation
-from beit3_ds.data.images.augmentation import Augmentation, CenterViews, random_crop_box
+from beit3_ds.data.images.augmentation import Augmentation, CenterViews, ViewTransform, random_crop_box
+from beit3_ds.pixels import to_floats
 
 
 def _position_image(width: int = 240, height: int = 160) -> Image.Image:
@@ -23,11 +24,19 @@ def _augmentation(**changes: float) -> Augmentation:
     return Augmentation(image_size=32, tokenizer_image_size=64, **values)
 
 
+def _floats(transform: ViewTransform, image: Image.Image, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """Returns both views as the values that the networks read."""
+    views = transform(image, rng)
+    assert views.model.dtype == views.tokenizer.dtype == torch.uint8
+    colors = None if views.colors is None else views.colors[None]
+    return to_floats(views.model[None], colors)[0], to_floats(views.tokenizer[None], colors)[0]
+
+
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
 def test_both_views_show_the_same_crop_in_the_same_colors(jitter: float) -> None:
     augmentation = _augmentation(color_jitter=jitter)
     for seed in range(30):
-        model_view, tokenizer_view = augmentation(_position_image(), np.random.default_rng(seed))
+        model_view, tokenizer_view = _floats(augmentation, _position_image(), np.random.default_rng(seed))
         assert model_view.shape == (3, 32, 32)
         assert tokenizer_view.shape == (3, 64, 64)
         # catches a second crop, flip or jitter for the tokenizer; what remains is rounding and the two filters
@@ -35,7 +44,9 @@ def test_both_views_show_the_same_crop_in_the_same_colors(jitter: float) -> None
 
 
 def test_draws_come_from_the_generator_alone() -> None:
-    first, second, other = (_augmentation()(_position_image(), np.random.default_rng(seed))[0] for seed in (1, 1, 2))
+    first, second, other = (
+        _floats(_augmentation(), _position_image(), np.random.default_rng(seed))[0] for seed in (1, 1, 2)
+    )
     assert torch.equal(first, second)  # catches draws from a global generator
     assert not torch.equal(first, other)
 
@@ -59,7 +70,7 @@ def test_views_equal_those_of_jitter_before_resize(low: int, high: int, largest:
     for seed in range(25):
         rng = np.random.default_rng(seed)
         reference = _jitter_by_pillow(image, random_crop_box(image.size, 0.2, rng), rng)
-        views = _augmentation()(image, np.random.default_rng(seed))
+        views = _floats(_augmentation(), image, np.random.default_rng(seed))
         filters = (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
         for view, resample in zip(views, filters, strict=True):
             expected = np.asarray(reference.resize(view.shape[1:], resample)).transpose(2, 0, 1)
@@ -84,7 +95,7 @@ def test_pillow_computes_lanczos_where_torch_cannot(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("size", [(1, 1), (300, 1), (2, 500)])
 def test_thin_images_give_whole_views(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (10, 20, 30))
-    for view in _augmentation(color_jitter=0)(image, np.random.default_rng(0)):
+    for view in _floats(_augmentation(color_jitter=0), image, np.random.default_rng(0)):
         expected = torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1).expand_as(view) / 127.5 - 1
         torch.testing.assert_close(view, expected)
 
@@ -111,14 +122,15 @@ def test_very_wide_image_gets_the_middle() -> None:
 
 @pytest.mark.parametrize(("probability", "rises"), [(0.0, True), (1.0, False)])
 def test_flip(probability: float, rises: bool) -> None:
-    view, _ = _augmentation(flip_probability=probability, color_jitter=0)(_position_image(), np.random.default_rng(0))
+    augmentation = _augmentation(flip_probability=probability, color_jitter=0)
+    view, _ = _floats(augmentation, _position_image(), np.random.default_rng(0))
     assert bool(view[0, :, -1].mean() > view[0, :, 0].mean()) is rises
     assert view[1, -1].mean() > view[1, 0].mean()  # catches a flip of top and bottom
 
 
 def test_jitter_changes_brightness_within_its_bounds() -> None:
     grey = Image.new("RGB", (50, 50), (100, 100, 100))
-    means = [float(_augmentation()(grey, np.random.default_rng(seed))[0].mean()) for seed in range(300)]
+    means = [float(_floats(_augmentation(), grey, np.random.default_rng(seed))[0].mean()) for seed in range(300)]
     levels = (np.array(means) + 1) * 127.5
     # on plain grey, contrast and saturation change nothing, so this is the brightness factor alone
     assert levels.min() == pytest.approx(60, abs=2)
@@ -128,15 +140,14 @@ def test_jitter_changes_brightness_within_its_bounds() -> None:
 def test_pixels_lie_between_minus_one_and_one() -> None:
     views = CenterViews(image_size=32, tokenizer_image_size=64)
     for level, expected in ((0, -1.0), (255, 1.0)):
-        model_view, _ = views(Image.new("RGB", (40, 40), (level,) * 3), np.random.default_rng(0))
+        model_view, _ = _floats(views, Image.new("RGB", (40, 40), (level,) * 3), np.random.default_rng(0))
         assert model_view.dtype == torch.float32
         assert torch.equal(model_view, torch.full((3, 32, 32), expected))  # catches [0, 1] and ImageNet statistics
 
 
 def test_center_views_show_the_middle_square() -> None:
-    model_view, tokenizer_view = CenterViews(image_size=32, tokenizer_image_size=64)(
-        _position_image(), np.random.default_rng(0)
-    )
+    views = CenterViews(image_size=32, tokenizer_image_size=64)
+    model_view, tokenizer_view = _floats(views, _position_image(), np.random.default_rng(0))
     torch.testing.assert_close(avg_pool2d(tokenizer_view, 2), model_view, atol=0.05, rtol=0)
     red = (model_view[0, 0] + 1) * 127.5
     # columns 40 to 200 of 240; catches a squeezed image (40 to 200 levels) and a crop at the left

@@ -22,7 +22,7 @@ from beit3_ds.tasks import Headline, RankShare, RankTask, Task, Term
 
 class TurnedImages(ImageSourceSamples):
     def prepare(self, index: int, key: SampleKey) -> tuple[str, Tensor, int]:
-        view, _ = self.views(self.read(index), key.rng("view"))
+        view = self.views(self.read(index), key.rng("view")).model
         turn = int(key.rng("turn").integers(4))
         return self.name(index), torch.rot90(view, turn, (1, 2)), turn
 
