@@ -29,9 +29,11 @@ from beit3_ds.data.images.decoding import decode_image
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.order.stream import order_from_start
 from beit3_ds.data.samples import SampleKey
+from beit3_ds.pixels import to_floats
 from beit3_ds.tasks.pretraining.masking import block_mask
 from beit3_ds.tasks.pretraining.packing import ImageShape, pack
 from beit3_ds.tasks.pretraining.samples import ImageSamples
+from beit3_ds.tasks.pretraining.targets import TOKENIZER_PIXELS
 
 _WIDTH, _HEIGHT, _QUALITY, _NUM_IMAGES = 500, 400, 90, 64
 _BATCH, _IMAGE_SIZE, _GRID, _NUM_MASKED, _MIN_SCALE, _JITTER = 32, 224, 14, 78, 0.2, 0.4
@@ -113,7 +115,10 @@ def _ours(folder: str) -> Batches:
     while True:
         epochs, indices = order(np.arange(step * _BATCH, (step + 1) * _BATCH))
         keys = [SampleKey(0, "images", e, i) for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
-        yield pack([samples.prepare(key.index, key) for key in keys], None, {}, shape)
+        batch = pack([samples.prepare(key.index, key) for key in keys], None, {}, shape)
+        assert batch.pixels is not None, "both views are kept"
+        # A training run changes colours and normalises on the device; here this counts as work of the loader.
+        yield batch, [to_floats(view, batch.colors) for view in (batch.pixels, batch.targets[TOKENIZER_PIXELS])]
         step += 1
 
 
