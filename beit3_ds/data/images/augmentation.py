@@ -222,7 +222,7 @@ def _torch_has_lanczos() -> bool:
 def draw_colors(view: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Draws changes of brightness, contrast and saturation in random order, for `pixels.change_colors`.
 
-    As in Pillow's ImageEnhance, an image is blended with black, with a mean grey, and with its greyscale. The mean grey is
+    As in Pillow's ImageEnhance, an image is blended with black, with a mean grey, and with its greyscale. The mean is
     that of `view`; all views of a crop get the changes drawn for one view.
 
     Args:
