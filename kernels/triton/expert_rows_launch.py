@@ -21,7 +21,7 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 NUM_EXPERTS = 3
 """Number of experts for which the kernels have arguments. A call for fewer experts adds experts without rows."""
 
-_SUM_COLUMNS, _SUM_PROGRAMS, _SUM_WARPS = 128, 32, 4
+_SUM_COLUMNS, _SUM_PROGRAMS, _SUM_WARPS = 128, 16, 4
 
 
 class RowTiling(NamedTuple):

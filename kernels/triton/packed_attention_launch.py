@@ -41,7 +41,7 @@ class AttentionTiling(NamedTuple):
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Returns the tile sizes and compile settings of the three attention kernels.
 
-    They are the first candidate that spills no registers under the installed version of Triton (budgets.json).
+    They are the first candidates that spill no registers under the installed version of Triton (budgets.json).
 
     Args:
         architecture: GPU architecture, 80, 90 or 100. 80 also serves others with at least 99 KB of shared memory per
@@ -51,29 +51,35 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Atte
     """
     candidates = candidate_tilings(architecture, head_size, dtype)
     spilling = spilling_variants(triton.__version__, architecture)
-    for tiling in candidates:
-        names = {
-            variant.name
-            for case in _CASES
-            if case[0] == dtype and column_blocks(case[1]) == column_blocks(head_size)
-            for variant in _case_variants(architecture, *case, tiling)
-        }
-        if not names & spilling:
-            return tiling
+
+    def spills(tiling: AttentionTiling, kernel: int) -> bool:
+        cases = [case for case in _CASES if case[0] == dtype and column_blocks(case[1]) == column_blocks(head_size)]
+        return any(_case_variants(architecture, *case, tiling)[kernel].name in spilling for case in cases)
+
+    for tile in dict.fromkeys(tiling.tile for tiling in candidates):
+        same = [tiling for tiling in candidates if tiling.tile == tile]
+        fitting = [[tiling[1 + kernel] for tiling in same if not spills(tiling, kernel)] for kernel in range(3)]
+        if all(fitting):
+            return AttentionTiling(tile, *(configs[0] for configs in fitting))
     return candidates[-1]
 
 
 def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> list[AttentionTiling]:
     """Returns the tilings that are compiled ahead of time, the preferred one first; arguments as in `choose_tiling`."""
     if dtype == torch.float32:
-        return [AttentionTiling(32, KernelConfig(32, 8, 2), KernelConfig(16, 8, 2), KernelConfig(32, 8, 2))]
+        return [
+            AttentionTiling(32, KernelConfig(32, 8, stages), KernelConfig(16, 8, stages), KernelConfig(32, 8, stages))
+            for stages in (2, 3)
+        ]
+    narrow = AttentionTiling(64, KernelConfig(64, 8, 2), KernelConfig(32, 8, 2), KernelConfig(32, 8, 2))
+    if architecture == 80 and head_size > 88:
+        return [narrow]
     if architecture == 80:
-        narrow = AttentionTiling(64, KernelConfig(64, 8, 2), KernelConfig(32, 8, 2), KernelConfig(32, 8, 2))
-        wide = AttentionTiling(128, KernelConfig(64, 8, 3), KernelConfig(32, 8, 3), KernelConfig(32, 8, 2))
-        return [wide, narrow] if head_size <= 88 else [narrow]
+        return [AttentionTiling(128, KernelConfig(64, 8, 3), KernelConfig(32, 8, 3), KernelConfig(32, 8, 2)), narrow]
     forward = KernelConfig(128, 8, 2) if architecture == 100 and head_size <= 64 else KernelConfig(64, 8, 3)
     return [
         AttentionTiling(128, forward, KernelConfig(64, 8, 2), KernelConfig(64 if head_size <= 96 else 32, 8, 2)),
+        narrow,
     ]
 
 
@@ -195,7 +201,7 @@ def _case_variants(
 ) -> list[KernelVariant]:
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     is_preferred = tiling == candidate_tilings(architecture, head_size, dtype)[0]
-    note = (" captions" if causal_captions else "") + ("" if is_preferred else f" tile {tiling.tile}")
+    note = (" captions" if causal_captions else "") + ("" if is_preferred else " alternative")
     result = []
     for kernel, config in (
         (forward_kernel, tiling.forward),

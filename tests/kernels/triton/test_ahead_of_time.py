@@ -80,7 +80,9 @@ def test_budgets_are_lean(version: str) -> None:
             assert budget.tensor_core == 0, key
             if "combine_statistics" not in name:  # it reads a few numbers a row, and no rows
                 assert budget.wide_accesses > 0, key
-                assert budget.narrow_accesses <= 11, key
+                # Triton 3.6 loads the numbers of each row of a block by instructions of their own.
+                reads_per_row = version == "3.6" and name.startswith("linear_cross_entropy gradient")
+                assert budget.narrow_accesses <= (20 if reads_per_row else 11), key
             continue
         assert budget.async_copies > 0, key
         products_in_fp32 = "fp32" in name.replace("fp32 stream", "")  # a wider stream leaves products in bf16
@@ -97,7 +99,9 @@ def test_nothing_that_spills_is_chosen(version: str, architecture: int, monkeypa
         dtype = ELEMENTS[variant.signature[variant.kernel.arg_names[0]].removeprefix("*")]
         if "TILE" in variant.constants:
             chosen = choose_tiling.__wrapped__(architecture, variant.constants["K"], dtype)
-            is_chosen = variant.constants["TILE"] == chosen.tile
+            config = getattr(chosen, variant.kernel.__name__.removesuffix("_kernel"))
+            own = (variant.constants["TILE"], variant.constants["BLOCK"], variant.num_warps, variant.num_stages)
+            is_chosen = own == (chosen.tile, *config)
         elif variant.name.startswith("multiway_ffn"):
             tiles = choose_tiles.__wrapped__(variant.kernel, architecture, dtype)
             assert tiles, variant.name
