@@ -161,7 +161,8 @@ def up_projection(
     a_TF = torch.empty_like(u_TF)
     tiles = choose_tiles(up_projection_kernel, architecture_of(h_TD.device), h_TD.dtype)
     column_tiles = triton.cdiv(out_width, tiles[0].columns) if with_statistics else 0
-    means, squares = h_TD.new_empty(2, column_tiles, num_rows, dtype=torch.float32)
+    # Two tensors, because Triton would compile another variant for the address of a second half.
+    means, squares = (h_TD.new_empty(column_tiles, num_rows, dtype=torch.float32) for _ in range(2))
     tensors = (h_TD, *for_experts(weights), *for_experts(biases or (h_TD,)), u_TF, a_TF, means, squares)
     constants = (out_width, width, bool(biases), with_statistics)
     _launch_rows(_UP_PROJECTION, tensors, slices, out_width, constants)

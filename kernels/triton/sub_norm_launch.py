@@ -56,7 +56,7 @@ def row_statistics(y_TF: Tensor) -> tuple[Tensor, Tensor]:
         y_TF: contiguous, like all tensors of this file.
     """
     num_rows, width = y_TF.shape
-    mean_T, squares_T = y_TF.new_empty(2, num_rows, dtype=torch.float32)
+    mean_T, squares_T = (y_TF.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     if num_rows:
         block = triton.next_power_of_2(width)
         _ROW_STATISTICS.launch((num_rows,), (y_TF, mean_T, squares_T), (), (width, block), num_warps=NUM_WARPS)
@@ -73,7 +73,7 @@ def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int)
         columns: columns of a tile; the last tile may be narrower.
     """
     num_rows = means.shape[1]
-    mean_T, squares_T = means.new_empty(2, num_rows)
+    mean_T, squares_T = (means.new_empty(num_rows) for _ in range(2))
     if num_rows:
         tensors, grid = (means, squares, mean_T, squares_T), (triton.cdiv(num_rows, 128),)
         _COMBINE_STATISTICS.launch(grid, tensors, (num_rows,), (width, columns, 128), num_warps=NUM_WARPS)
