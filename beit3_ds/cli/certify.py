@@ -3,6 +3,7 @@
 import argparse
 
 from beit3_ds.cli.command import Subparsers, add_command
+from beit3_ds.cli.compile_kernels import ARCHITECTURES
 from beit3_ds.config.arguments import real
 from beit3_ds.config.numbers import Range
 
@@ -24,6 +25,13 @@ def add_certify_command(subparsers: Subparsers) -> None:
         help="time of this call; a second call continues (default: no limit)",
     )
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run only these sections")
+    command.add_argument(
+        "--dry-run",
+        choices=ARCHITECTURES,
+        metavar="SM",
+        help="emulate a GPU: sm_80 (A100), sm_90 (H100, H200) or sm_100 (B200); kernels are compiled into Triton's "
+        "cache and do not run, so results are undefined",
+    )
     command.add_argument("--list", action="store_true", help="print the sections in order, and run nothing")
 
 
@@ -35,4 +43,5 @@ def _certify(options: argparse.Namespace) -> int:
     if options.list:
         print(describe_plan())
         return 0
-    return certify(Path(options.out), minutes=options.minutes, only=options.only)
+    architecture = ARCHITECTURES.get(options.dry_run)
+    return certify(Path(options.out), minutes=options.minutes, only=options.only, architecture=architecture)

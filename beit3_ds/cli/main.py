@@ -13,6 +13,7 @@ from beit3_ds.cli.certify import add_certify_command
 from beit3_ds.cli.check import add_check_command
 from beit3_ds.cli.check_cluster import add_check_cluster_command
 from beit3_ds.cli.compare_runs import add_compare_runs_command
+from beit3_ds.cli.compile_kernels import add_compile_kernels_command
 from beit3_ds.cli.evaluate import add_evaluate_command
 from beit3_ds.cli.export import add_export_command
 from beit3_ds.cli.import_weights import add_import_command
@@ -95,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare_runs_command(subparsers)
     add_check_cluster_command(subparsers)
     add_launch_command(subparsers)
+    add_compile_kernels_command(subparsers)
     add_export_command(subparsers)
     add_import_command(subparsers)
     add_inspect_command(subparsers)

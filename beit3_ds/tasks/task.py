@@ -94,6 +94,8 @@ class Task(ABC):
     parallelism."""
     pairs_per_sample: ClassVar[int] = 1
     """Number of image-text pairs per sample of the stream "pairs"; used to estimate memory and traffic."""
+    causal_captions: ClassVar[bool] = False
+    """Whether words of a caption see only the words before them (`PackedBatch.causal_captions`)."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
     """Source formats that each stream accepts; a stream without an entry accepts no sources. A source may leave out its
     format in a stream that accepts one of `IMAGE_FORMATS`, and in the stream "texts" if the tuple of "texts" is

@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from beit3_ds.kernels.ops.measured_op import CHOICES
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.triton.architecture import EMULATED
+from beit3_ds.kernels.triton.launchers import store_launcher
 
 _SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Maximum bytes of shared memory per program, by architecture."""
@@ -48,6 +49,8 @@ class FakeGPU:
         """Number of launches, by name of the kernel."""
         self.kernels: set[str] = set()
         """Keys in Triton's cache of all kernels that were launched; empty if launches do not compile."""
+        self.num_launchers = 0
+        """Number of launchers that were built into Triton's cache (`launchers`)."""
         self.utils = self
         """Triton asks this attribute of a driver to load machine code."""
         self._device = object()  # Triton keeps kernels per device, so these kernels are used by this object alone
@@ -86,8 +89,9 @@ class FakeGPU:
         return None, None, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Returns a function that counts a launch of a compiled kernel."""
+        """Returns a function that counts a launch of a compiled kernel; stores the launcher that a GPU would need."""
         self.kernels.add(metadata.hash)
+        self.num_launchers += store_launcher(source, metadata)
         return _Launcher(self.launches, metadata.name)
 
 
@@ -126,15 +130,18 @@ def fake_gpu(architecture: int, *, compiles: bool) -> Iterator[FakeGPU]:
         The counts of launches and compilations.
     """
     gpu = FakeGPU(architecture)
-    checked: set[Hashable] = set()
+    verdicts: dict[Hashable, bool] = {}
 
     def are_trusted(self: Any, device: torch.device, dtype: torch.dtype, **properties: Hashable) -> bool:
         key = self, device, dtype, *sorted(properties.items())
-        if compiles and key not in checked:
-            checked.add(key)  # first, because a check runs operators that ask again
+        if compiles and key not in verdicts:
+            verdicts[key] = True  # first, because a check runs operators that ask again
             with CHOICES.fixed("triton"), torch.inference_mode(False), torch.enable_grad():
-                self._check(device, dtype, **properties)
-        return True
+                try:
+                    self._check(device, dtype, **properties)
+                except NotImplementedError:  # an operator of a library that has no form for CPU tensors
+                    verdicts[key] = False
+        return verdicts.get(key, True)
 
     def keep_empty_kernel(self: Any, key: Hashable, signature: Any, device: Hashable, *rest: Any) -> _EmptyKernel:
         kernel = self.device_caches[device][0][key] = _EmptyKernel(gpu.launches, self.__name__)

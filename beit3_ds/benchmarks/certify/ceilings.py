@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from beit3_ds.benchmarks.certify.clock import Clock
+from beit3_ds.benchmarks.certify.device_kind import kind_of
 from beit3_ds.benchmarks.certify.recorder import Recorder
 from beit3_ds.benchmarks.certify.results import ResultsFile
 from beit3_ds.benchmarks.kernels.roofline import GPU, GPUS
@@ -13,8 +14,8 @@ from beit3_ds.benchmarks.turns import device_of_turns
 
 HALF_PRODUCT = "product in bfloat16"
 """Item whose rate is the ceiling of training steps."""
-_COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
-_WIDTHS = {"cuda": 8192, "cpu": 512}
+_COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26, "dry": 1 << 16}
+_WIDTHS = {"cuda": 8192, "cpu": 512, "dry": 64}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,14 +37,14 @@ def measured_flops(recorder: Recorder) -> float | None:
 
 def published(device: torch.device) -> GPU | None:
     """Returns the data sheet's rates of a device; None if `roofline` does not have them."""
-    if device.type != "cuda":
+    if kind_of(device) == "cpu":
         return None
     name = torch.cuda.get_device_name(device).lower()
     return next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in name), None)
 
 
 def _product(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
-    width = _WIDTHS[clock.device.type]
+    width = _WIDTHS[clock.kind]
     a, b, out = (torch.randn(width, width, device=clock.device).to(dtype) for _ in range(3))
     timing = clock.time(lambda _: torch.mm(a, b, out=out), 10)
     rate = 2 * width**3 / min(timing.milliseconds) / 1e9
@@ -53,7 +54,7 @@ def _product(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _copy(clock: Clock) -> dict[str, Any]:
-    num_bytes = _COPY_BYTES[clock.device.type]
+    num_bytes = _COPY_BYTES[clock.kind]
     source, target = (torch.zeros(num_bytes, dtype=torch.int8, device=clock.device) for _ in range(2))
     timing = clock.time(lambda _: target.copy_(source), 10)
     gpu = published(clock.device)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-_WIDTH = 8192
+from beit3_ds.benchmarks.certify.device_kind import kind_of
+
+_WIDTHS = {"cuda": 8192, "dry": 64}
 _MOST_PRODUCTS = 40
 
 
@@ -40,9 +42,10 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         """Allocates the product's operands and times it."""
-        self.device = device
-        if device.type == "cuda":
-            self._operands = [torch.randn(_WIDTH, _WIDTH, device=device, dtype=torch.bfloat16) for _ in range(3)]
+        self.device, self.kind = device, kind_of(device)
+        if self.kind != "cpu":
+            width = _WIDTHS[self.kind]
+            self._operands = [torch.randn(width, width, device=device, dtype=torch.bfloat16) for _ in range(3)]
             self._queue(100)  # the clock rate rises
             self._product_ms = self._events(lambda: self._queue(10)) / 10
 
@@ -55,7 +58,7 @@ class Clock:
             prepare: function that returns the argument of each call.
         """
         host = [self._host_ms(call, prepare()) for _ in range(3)][1:]
-        if self.device.type != "cuda":
+        if self.kind == "cpu":
             return Timing(times := [self._host_ms(call, prepare()) for _ in range(rounds)], statistics.median(times))
         torch.cuda.synchronize()
         products = min(_MOST_PRODUCTS, 1 + math.ceil(2 * min(host) / self._product_ms))

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from beit3_ds.benchmarks.certify.device_kind import kind_of
 from beit3_ds.benchmarks.certify.recorder import Recorder
 from beit3_ds.benchmarks.certify.steps import Model, models, timed_batch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
 from beit3_ds.benchmarks.step.worker import train_ours
 from beit3_ds.benchmarks.turns import device_of_turns
 
-_STEPS = {"cuda": 10, "cpu": 1}
+_STEPS = {"cuda": 10, "cpu": 1, "dry": 1}
 
 
 def measure(recorder: Recorder) -> None:
@@ -28,17 +29,17 @@ def measure(recorder: Recorder) -> None:
 
 def _measure(model: Model, device: torch.device) -> dict[str, Any]:
     config = model._replace(has_small_vocabularies=False).config()  # the tokenizers set the vocabularies
-    if device.type == "cuda":
+    if kind_of(device) != "cpu":
         config = replace(config, deepspeed={**config.deepspeed, "bf16": {"enabled": True}})
     batch = timed_batch(config, torch.device("cpu"))
     step, _ = train_ours(config)(batch)
     first = step()
     times = []
-    for _ in range(_STEPS[device.type]):
+    for _ in range(_STEPS[kind_of(device)]):
         start = time.perf_counter()
         loss = step()  # it waits for the loss
         times.append((time.perf_counter() - start) * 1e3)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
+    peak = torch.cuda.max_memory_allocated() if kind_of(device) != "cpu" else peak_bytes()
     ms = statistics.median(times)
     figures = {"rows": batch.num_rows, "ms": ms, "tokens_per_s": batch.num_rows / ms * 1e3, "peak_gib": peak / 2**30}
     return {**figures, "first_loss": first, "last_loss": loss, "passed": loss == loss}

@@ -29,7 +29,11 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     versions = {name: _version(name) for name in PACKAGES}
+    from beit3_ds.kernels.triton.architecture import EMULATED
+
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if EMULATED.architecture is not None:
+        devices = [torch.cuda.get_device_name()]
     return {
         "devices": devices or [f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"],
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],

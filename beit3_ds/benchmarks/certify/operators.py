@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.benchmarks.certify.clock import Clock
+from beit3_ds.benchmarks.certify.device_kind import kind_of
 from beit3_ds.benchmarks.certify.recorder import Recorder
 from beit3_ds.benchmarks.kernels.case import Case, Implementation, Problem
 from beit3_ds.benchmarks.kernels.cases import build_cases
@@ -21,17 +22,17 @@ from beit3_ds.kernels.ops.measured_op import CHOICES, Backend
 
 _OURS = "beit3_ds"
 _LATE = ("compile", "Flex")  # they take long to compile
-_ROUNDS = {"cuda": 20, "cpu": 2}
-_SAMPLES = {"cuda": 32, "cpu": 1}
-_SIZES = {"cuda": ("base", "giant"), "cpu": ("tiny",)}
-_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+_ROUNDS = {"cuda": 20, "cpu": 2, "dry": 1}
+_SAMPLES = {"cuda": 32, "cpu": 1, "dry": 1}
+_SIZES = {"cuda": ("base", "giant"), "cpu": ("tiny",), "dry": ("base", "giant")}
+_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32, "dry": torch.bfloat16}
 _NAMES = ("packed_attention", "multiway FFN", "multiway layer norm", "linear_cross_entropy")  # in order of build_cases
 
 
 def measure(recorder: Recorder) -> None:
     """Records one item per size, op and implementation, those that compile for long last."""
     device = device_of_turns()
-    kind = device.type
+    kind = kind_of(device)
     clock = Clock(device)
     late = []
     for size in _SIZES[kind]:
@@ -71,7 +72,7 @@ def _candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Impleme
     for entry in case.implementations:
         if entry.name != _OURS:
             yield entry.name, entry, None
-        elif device.type != "cuda":
+        elif kind_of(device) == "cpu":
             yield f"{_OURS}, CPU form", entry, None
         else:
             for backend in backends:
@@ -80,6 +81,8 @@ def _candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Impleme
 
 
 def _rebuild(clock: Clock, build: Callable[[], Case], name: str) -> dict[str, Any]:
+    if clock.kind == "dry":
+        return {"not_run": "a dry run does not compile other libraries"}
     case = build()
     return _measure(clock, case, next(entry for entry in case.implementations if entry.name == name), None)
 
@@ -88,7 +91,7 @@ def _measure(clock: Clock, case: Case, entry: Implementation, backend: Backend |
     """Compares an implementation with the first one, and times its forward and its backward pass."""
     if entry.build is None:
         return {"not_run": entry.why_absent}
-    rounds = _ROUNDS[clock.device.type]
+    rounds = _ROUNDS[clock.kind]
     with using(backend):
         problem = entry.build()
         error = _error(case, problem)
@@ -129,7 +132,7 @@ def _error(case: Case, problem: Problem) -> float:
 
 def _peak(problem: Problem, device: torch.device) -> float | None:
     """Returns the peak memory of forward and backward in MB, without the tensors that existed before; None on a CPU."""
-    if device.type != "cuda":
+    if kind_of(device) == "cpu":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

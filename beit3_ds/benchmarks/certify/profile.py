@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from beit3_ds.benchmarks.certify.device_kind import kind_of
 from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError, Recorder
 from beit3_ds.benchmarks.certify.steps import Model, models, our_step, timed_batch
 from beit3_ds.benchmarks.turns import device_of_turns
@@ -18,7 +19,7 @@ _KERNELS = 25
 def measure(recorder: Recorder) -> None:
     """Records the share of idle time of each model, and one item per kernel that takes much time."""
     device = device_of_turns()
-    if device.type != "cuda":
+    if kind_of(device) == "cpu":
         raise NeedsDeviceError
     for model in models(device):
         recorder.measure(model.name, partial(_profile, recorder, model, device))
@@ -50,6 +51,8 @@ def _profile(recorder: Recorder, model: Model, device: torch.device) -> dict[str
             step()
         torch.cuda.synchronize()
     kernels = [event for event in profiler.events() or () if event.device_type == torch.autograd.DeviceType.CUDA]
+    if not kernels:
+        return {"not_run": "the profiler saw no kernels"}
     intervals = [(event.time_range.start, event.time_range.end) for event in kernels]
     times, numbers = Counter[str](), Counter[str]()
     for event, (start, end) in zip(kernels, intervals, strict=True):

@@ -16,7 +16,7 @@ class NeedsDeviceError(RuntimeError):
 class Recorder:
     """Measures the items of one section."""
 
-    def __init__(self, section: str, path: Path, call: int) -> None:
+    def __init__(self, section: str, path: Path, call: int, is_dry_run: bool = False) -> None:
         """Reads which items are recorded.
 
         Items that succeeded in any call are known, and so are those that began in this call: one of them may have
@@ -26,7 +26,9 @@ class Recorder:
             section: name of the section.
             path: file of the results.
             call: number of this call of `beit3 certify`.
+            is_dry_run: whether results are undefined (`dry_run`), so that no check counts.
         """
+        self._is_dry_run = is_dry_run
         self._section, self._file, self._call = section, ResultsFile(path), call
         self.folder = path.parent
         """Folder of the report, for files that belong to it."""
@@ -73,6 +75,8 @@ class Recorder:
             if "CUDA error" in str(error):
                 raise
         else:
+            if self._is_dry_run:
+                figures.pop("passed", None)
             self.add(item, **figures)
             shown = ", ".join(
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from beit3_ds.config import ConfigError
 
 _ATTEMPTS = 5
 _TAIL_BYTES = 2000
+_DRY_RUN_LIMIT = 24 * 3600
 _SAME = ("devices", "cuda", "python", "versions")
 
 
@@ -27,6 +29,7 @@ def certify(
     only: Sequence[str] = (),
     plan: Sequence[Section] = PLAN,
     machine: Section = MACHINE,
+    architecture: int | None = None,
 ) -> int:
     """Runs all sections that the folder does not have yet, and rewrites the report after each.
 
@@ -39,6 +42,7 @@ def certify(
         only: names of sections to run; empty for all.
         plan: sections, the most valuable first.
         machine: section that describes the machine and runs first in every call.
+        architecture: architecture of a GPU to emulate (`dry_run`), 80, 90 or 100; None measures this machine.
 
     Returns:
         0 if every section of the plan completed (or needs a package or a device that is absent), no item failed, and
@@ -52,10 +56,12 @@ def certify(
         names = ", ".join(repr(section.name) for section in plan)
         raise ConfigError(f"certify: no section is called {' or '.join(map(repr, unknown))}; there are {names}.")
     end = None if minutes is None else time.monotonic() + 60 * minutes
+    if architecture is not None and minutes is None:  # compilers take longer than a GPU
+        plan = [replace(section, limit=_DRY_RUN_LIMIT) for section in plan]
     results = _open(folder)
     call = results.call + 1
     results.append({"call": call, "minutes": minutes, "date": time.strftime("%Y-%m-%d %H:%M:%S")})
-    _run(machine, results, call, _seconds_left(end, machine.limit))
+    _run(machine, results, call, _seconds_left(end, machine.limit), architecture)
     _check_machine(results, folder)
     wanted = [section for section in plan if not only or section.name in only]
     for number, section in enumerate(pending := _pending(wanted, results), start=1):
@@ -63,7 +69,7 @@ def certify(
         if seconds <= 0:
             break
         print(f"[{number}/{len(pending)}] {section.name}: {section.title}", flush=True)
-        status = _run(section, results, call, seconds)
+        status = _run(section, results, call, seconds, architecture)
         print(f"      {status}", flush=True)
         write_report(results, folder, plan)
     ok = write_report(results, folder, plan)
@@ -116,13 +122,13 @@ def _check_machine(results: ResultsFile, folder: Path) -> None:
                 )
 
 
-def _run(section: Section, results: ResultsFile, call: int, seconds: float) -> str:
+def _run(section: Section, results: ResultsFile, call: int, seconds: float, architecture: int | None) -> str:
     """Runs a section, again after a crash if it had recorded an item, and appends and returns its status."""
     start, attempt = time.monotonic(), 0
     while True:
         attempt += 1
         size = results.path.stat().st_size
-        status = _run_once(section, results, call, seconds - (time.monotonic() - start))
+        status = _run_once(section, results, call, seconds - (time.monotonic() - start), architecture)
         progressed = results.path.stat().st_size > size
         if not status.startswith("crashed") or not progressed or attempt == _ATTEMPTS:
             break
@@ -134,10 +140,11 @@ def _run(section: Section, results: ResultsFile, call: int, seconds: float) -> s
     return status
 
 
-def _run_once(section: Section, results: ResultsFile, call: int, seconds: float) -> str:
+def _run_once(section: Section, results: ResultsFile, call: int, seconds: float, architecture: int | None) -> str:
     """Runs a section's process and returns its status; kills the process and its children at the limit."""
     command = [sys.executable, "-m", "beit3_ds.benchmarks.certify.section", section.name, section.module]
     command += ["--out", str(results.path), "--call", str(call)]
+    command += [] if architecture is None else ["--dry-run", str(architecture)]
     with open(results.path.parent / f"{section.name}.log", "a", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:

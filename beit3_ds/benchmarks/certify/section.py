@@ -3,27 +3,36 @@
 import argparse
 import importlib
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.benchmarks.certify.compilations import Compilations
 from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError, Recorder, is_own, top_level
 from beit3_ds.benchmarks.certify.results import ABSENT, NEEDS_DEVICE, ResultsFile
+from beit3_ds.kernels.triton.compilations import Compilations
 
 
-def run_section(name: str, module: str, path: Path, call: int) -> None:
+def run_section(name: str, module: str, path: Path, call: int, architecture: int | None = None) -> None:
     """Measures all items of a section, and records warnings and compilations of Triton kernels too.
 
     The module has a function `measure(recorder)`. If a package that it needs is absent, or if it needs a device and
     there is none, this becomes the status of the section.
+
+    Args:
+        name: name of the section.
+        module: module that measures it.
+        path: file of the results.
+        call: number of this call of `beit3 certify`.
+        architecture: architecture of the GPU that a dry run emulates; None measures this machine.
     """
-    recorder = Recorder(name, path, call)
+    recorder = Recorder(name, path, call, is_dry_run=architecture is not None)
     _record_warnings(recorder)
     compilations = Compilations()
     try:
         found = importlib.import_module(module)
         compilations.start()
-        found.measure(recorder)
+        with _emulated(architecture):
+            found.measure(recorder)
     except ModuleNotFoundError as error:
         if is_own(error):
             raise
@@ -32,6 +41,14 @@ def run_section(name: str, module: str, path: Path, call: int) -> None:
         ResultsFile(path).append({"section": name, "status": NEEDS_DEVICE, "call": call})
     if compilations.num_hits or compilations.num_misses:
         recorder.add("Triton cache", **compilations.describe())
+
+
+def _emulated(architecture: int | None) -> AbstractContextManager[None]:
+    if architecture is None:
+        return nullcontext()
+    from beit3_ds.benchmarks.certify.dry_run import dry_run  # imports torch, which a section without tensors need not
+
+    return dry_run(architecture)
 
 
 def _record_warnings(recorder: Recorder) -> None:
@@ -54,8 +71,9 @@ def main() -> None:
     parser.add_argument("module")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--call", type=int, required=True)
+    parser.add_argument("--dry-run", type=int)
     options = parser.parse_args()
-    run_section(options.name, options.module, options.out, options.call)
+    run_section(options.name, options.module, options.out, options.call, options.dry_run)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.benchmarks.certify.ceilings import measured_flops, published
+from beit3_ds.benchmarks.certify.device_kind import kind_of
 from beit3_ds.benchmarks.certify.operators import keep_choices, using
 from beit3_ds.benchmarks.certify.plain_model import PlainModel
 from beit3_ds.benchmarks.certify.recorder import Recorder
@@ -33,8 +34,8 @@ from beit3_ds.tasks.pretraining.model import PretrainingModel
 Step = Callable[[], Tensor]
 """Type of a function that trains one step and returns its loss on the device."""
 
-_STEPS = {"cuda": 10, "cpu": 1}
-_REPEATS = {"cuda": 3, "cpu": 1}
+_STEPS = {"cuda": 10, "cpu": 1, "dry": 1}
+_REPEATS = {"cuda": 3, "cpu": 1, "dry": 1}
 _MAX_NORM = 3.0
 
 
@@ -62,6 +63,9 @@ class Model(NamedTuple):
 
 def models(device: torch.device) -> tuple[Model, ...]:
     """Returns base and 8 of giant's 40 layers in batches for GPUs; on a CPU, 2 layers of tiny."""
+    if kind_of(device) == "dry":
+        base = Model("base", "base", 2, 1, has_small_vocabularies=True)
+        return base, base._replace(name="giant, 8 layers", size="giant")
     if device.type != "cuda":
         return (Model("tiny, 2 layers", "tiny", 2, 1, has_small_vocabularies=True),)
     return Model("base", "base", 12, 32), Model("giant, 8 layers", "giant", 8, 32)
@@ -73,7 +77,7 @@ def measure(recorder: Recorder) -> None:
     peak = published(device)
     ceiling = peak.half_flops if peak else None
     run = partial(_measure, device=device, measured=measured_flops(recorder), data_sheet=ceiling)
-    backends: tuple[Backend | None, ...] = ("auto", "triton", "library") if device.type == "cuda" else (None,)
+    backends: tuple[Backend | None, ...] = (None,) if kind_of(device) == "cpu" else ("auto", "triton", "library")
     for model in models(device):
         for backend in backends:
             item = f"{model.name}: beit3_ds{', ' + backend if backend else ''}"
@@ -92,7 +96,7 @@ def our_step(config: RunConfig, batch: PackedBatch, backend: Backend | None = No
     with device:
         model = PretrainingModel(config.model)
     _initialize(model)
-    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.to(torch.float32 if kind_of(device) == "cpu" else torch.bfloat16)
     counts = torch.tensor(batch.term_counts, device=device)
     factors = 1 / counts.clamp(min=1)
     weights: list[Tensor] = list(model.parameters())
@@ -140,7 +144,7 @@ def _padded_step(model: nn.Module, config: RunConfig, batch: PackedBatch) -> Ste
     optimizer = _optimizer(list(model.parameters()))
 
     def step() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=kind_of(device) != "cpu"):
             loss = torch.stack([term for stream in streams for term in model(stream)]).sum()
         loss.backward()
         _update(list(model.parameters()), optimizer)
@@ -179,24 +183,25 @@ def _measure(
     """Trains steps until all is compiled and warm, and times further ones without waiting between them."""
     config = model.config()
     batch = timed_batch(config, device)
-    if device.type == "cuda":
+    kind = kind_of(device)
+    if kind != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     step = build(config, batch)
     first = float(step())
     seconds_to_first = time.perf_counter() - begin
-    for _ in range(3 if device.type == "cuda" else 0):
+    for _ in range(0 if kind == "cpu" else 3):
         step()
-    times = [_time(step, _STEPS[device.type], device) for _ in range(_REPEATS[device.type])]
+    times = [_time(step, _STEPS[kind], device) for _ in range(_REPEATS[kind])]
     ms = statistics.median(total for total, _ in times)
     defined, needed = _flops(config, batch), needed_flops(config.model, build_batch(config, 0))
     shares: dict[str, float] = {}
     for name, ceiling in (("of_data_sheet", data_sheet), ("of_measured", measured)):
-        if ceiling and device.type == "cuda":
+        if ceiling and kind != "cpu":
             shares |= {f"mfu_defined_{name}": defined / ms / ceiling * 1e3}
             shares |= {f"mfu_needed_{name}": needed / ms / ceiling * 1e3}
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
+    peak = peak_bytes() if kind == "cpu" else torch.cuda.max_memory_allocated()
     return {
         "rows": batch.num_rows,
         "ms": ms,
@@ -216,13 +221,13 @@ def _measure(
 
 def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
     """Returns the milliseconds per step, and those that Python needs to launch a step."""
-    if device.type == "cuda":
+    if kind_of(device) != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(number):
         step()
     host = time.perf_counter() - start
-    if device.type == "cuda":
+    if kind_of(device) != "cpu":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / number * 1e3, host / number * 1e3
 

@@ -96,6 +96,7 @@ class Captioning(Task):
     Settings = CaptioningConfig
     settings: CaptioningConfig
     predicts_words: ClassVar[bool] = True
+    causal_captions: ClassVar[bool] = True
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": (*IMAGE_FORMATS, *CAPTION_FORMATS)}
     headline: ClassVar[Headline] = Headline("word_accuracy")
     terms = (

@@ -174,3 +174,16 @@ def test_plan() -> None:
         assert "\ndef measure(recorder: Recorder) -> None:" in source
         assert section.seconds <= section.limit
     assert all(name in describe_plan() for name in names)
+
+
+def test_a_dry_run_emulates_a_gpu(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
+    """Catches a section that measures this machine's CPU, a check that counts, and results mixed with a GPU's."""
+    code = """
+        import torch
+        from beit3_ds.benchmarks.certify.device_kind import kind_of
+        kind = kind_of(torch.device("cpu"))
+        recorder.measure("kind", lambda: {"kind": kind, "name": torch.cuda.get_device_name(), "passed": False})
+    """
+    assert run([make("first", code)], architecture=90) == 0
+    items = report(tmp_path)["by_name"]["first"]["items"]
+    assert items == {"kind": {"kind": "dry", "name": "dry run of NVIDIA H100"}}

@@ -3,14 +3,20 @@
 import importlib.util
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 
 class Compilations:
     """Counts the kernels that Triton loads in this process."""
 
-    def __init__(self) -> None:
-        """Sets all counts to 0."""
+    def __init__(self, report: Callable[[str, float], None] = lambda name, seconds: None) -> None:
+        """Sets all counts to 0.
+
+        Args:
+            report: called after each compilation with the kernel's name and the seconds that it took.
+        """
+        self._report = report
         self.num_hits = 0
         """Number of kernels that were in the cache."""
         self.missed: Counter[str] = Counter()
@@ -39,5 +45,7 @@ class Compilations:
         if cache_hit:
             self.num_hits += 1
             return
-        self.missed[getattr(src, "name", "unknown")] += 1
-        self.seconds += times.total / 1e6
+        name, seconds = getattr(src, "name", "unknown"), times.total / 1e6
+        self.missed[name] += 1
+        self.seconds += seconds
+        self._report(name, seconds)

@@ -1,0 +1,72 @@
+"""Runs a section as on a GPU, on a machine without one: launches compile and run nothing, and results are undefined.
+
+A dry run shows mistakes of the sections before they cost time on a GPU, and fills Triton's cache with the kernels that
+they launch. Sizes are those of a GPU, but with few samples and layers.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from beit3_ds.config import ConfigError
+from beit3_ds.kernels.ops.choice_file import ChoiceFile
+from beit3_ds.kernels.ops.measured_op import CHOICES
+
+_NAMES = {80: "A100", 90: "H100", 100: "B200"}
+
+
+class _Event:
+    """Takes the place of an event of CUDA; every measured time is 1 ms."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        """Does nothing."""
+
+    def record(self) -> None:
+        """Does nothing."""
+
+    def synchronize(self) -> None:
+        """Does nothing."""
+
+    def elapsed_time(self, end: "_Event") -> float:
+        """Returns 1 ms."""
+        return 1.0
+
+
+def _call_once(call: Callable[[], Any]) -> float:
+    call()
+    return 1.0
+
+
+@contextmanager
+def dry_run(architecture: int) -> Iterator[None]:
+    """Emulates a GPU inside a `with` block, with functions of `torch.cuda` that sections call.
+
+    Args:
+        architecture: architecture of the GPU, 80, 90 or 100.
+
+    Raises:
+        ConfigError: if Triton is not installed.
+    """
+    try:
+        from beit3_ds.kernels.triton.fake_driver import fake_gpu
+    except ModuleNotFoundError:
+        raise ConfigError("certify: --dry-run needs Triton, which comes with torch's builds for GPUs.") from None
+
+    replaced = {
+        **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats"), lambda *_: None),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated"), lambda *_: 0),
+        "get_device_name": lambda *_: f"dry run of NVIDIA {_NAMES[architecture]}",
+        "Event": _Event,
+    }
+    with ExitStack() as stack:
+        for name, replacement in replaced.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
+        stack.enter_context(mock.patch.object(CHOICES, "_time", _call_once))
+        stack.enter_context(mock.patch.object(CHOICES, "_open_file", return_value=ChoiceFile("", None)))
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        stack.enter_context(fake_gpu(architecture, compiles=True))
+        yield
