@@ -1,0 +1,144 @@
+"""Packs a folder with which a GPU machine without network tests and measures this project.
+
+    python -m beit3_ds.benchmarks.bundle OUT                         # for this Python, torch and Triton
+    python -m beit3_ds.benchmarks.bundle OUT --architecture sm_80
+
+The folder has the committed tree, wheels of the packages that such a machine may lack, and a Triton cache with the
+kernels that `beit3 certify` launches. There, `OUT/certify --minutes 10` runs without network. Pack with the Python,
+torch and Triton of that machine: the keys of the cache name the version of Triton, and wheels fit one Python.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from beit3_ds.benchmarks.certify.commands import ROOT
+from beit3_ds.config import ConfigError
+
+PACKAGES = (
+    *("deepspeed", "hjson", "ninja", "py-cpuinfo", "einops", "msgpack", "pydantic", "pydantic-core"),
+    *("annotated-types", "typing-inspection", "zstandard", "webdataset", "braceexpand"),
+)
+"""Packages that a machine with PyTorch may lack: DeepSpeed, what it imports besides PyTorch's packages, and formats."""
+
+MAX_BYTES = 60 * 2**20
+"""Maximum size of a bundle."""
+
+_ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+_SCRIPT = """#!/usr/bin/env bash
+# Runs `beit3 certify` from this folder, without network, with the same arguments. Without --out the report goes to
+# certificate/ beside this script. PYTHON names another Python than python3.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python3}
+export PYTHONPATH="$here/tree:$here/packages${PYTHONPATH:+:$PYTHONPATH}" TRITON_CACHE_DIR="$here/triton_cache"
+if [ ! -d "$here/packages" ]; then
+    for wheel in "$here"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$here/packages"; done
+fi
+cd "$here/tree"
+exec "$python" -m beit3_ds.cli.main certify --out "$here/certificate" "$@"
+"""
+
+Fetch = Callable[[Sequence[str], Path], None]
+"""Type of a function that stores wheels of requirements in a folder."""
+FillCache = Callable[[Path, Path, int], None]
+"""Type of a function that fills a Triton cache, given the tree, the cache, and an architecture."""
+
+
+def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillCache) -> int:
+    """Packs the bundle and returns its size in bytes.
+
+    Args:
+        folder: new folder of the bundle.
+        architecture: architecture of the GPU, 80, 90 or 100.
+        fetch: stores the wheels.
+        fill_cache: fills the Triton cache.
+
+    Raises:
+        ConfigError: if the folder exists, this is not a clone, or the bundle would exceed `MAX_BYTES`.
+    """
+    if folder.exists():
+        raise ConfigError(f"bundle: {folder} exists. Name a new folder.")
+    if not (ROOT / ".git").exists():
+        raise ConfigError(f"bundle: {ROOT} is not a clone, and the bundle has the committed tree. Pack from a clone.")
+    for part in ("tree", "wheels", "triton_cache"):
+        (folder / part).mkdir(parents=True)
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(folder / "tree")], input=archive, check=True)
+    fetch(pinned(ROOT / "constraints.txt"), folder / "wheels")
+    fill_cache(folder / "tree", folder / "triton_cache", architecture)
+    script = folder / "certify"
+    script.write_text(_SCRIPT, encoding="utf-8")
+    script.chmod(0o755)
+    sizes = {part.name: _size(part) for part in folder.iterdir()}
+    if sum(sizes.values()) > MAX_BYTES:
+        shown = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items())
+        raise ConfigError(f"bundle: {shown} MiB are more than {MAX_BYTES / 2**20:.0f} MiB. Remove packages or files.")
+    return sum(sizes.values())
+
+
+def pinned(constraints: Path) -> list[str]:
+    """Returns the requirements of `PACKAGES` with the tested versions, e.g. ["deepspeed==0.19.8", ...]."""
+    lines = constraints.read_text(encoding="utf-8").splitlines()
+    versions = {re.split("==", line)[0].lower().replace("_", "-"): line for line in lines if "==" in line}
+    return [versions[name] for name in PACKAGES]
+
+
+def download(requirements: Sequence[str], folder: Path) -> None:
+    """Downloads wheels for this Python with pip; builds a wheel where there is only a source archive.
+
+    Raises:
+        ConfigError: if pip fails.
+    """
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *requirements]
+    if subprocess.run(command, check=False).returncode:
+        raise ConfigError(f"bundle: pip could not fetch all of {', '.join(requirements)}; its message is above.")
+
+
+def compile_certificate(tree: Path, cache: Path, architecture: int) -> None:
+    """Fills a cache by a dry run of the tree's `beit3 certify`, and stores of each kernel only what a GPU needs.
+
+    Raises:
+        ConfigError: if the dry run fails.
+    """
+    report = cache.with_name("dry_run").resolve()
+    stored = {
+        "TRITON_CACHE_DIR": str(cache.resolve()),
+        "TRITON_STORE_BINARY_ONLY": "1",
+        "PYTHONPATH": str(tree.resolve()),
+    }
+    command = [sys.executable, "-m", "beit3_ds.cli.main", "certify", "--out", str(report), "--dry-run"]
+    if subprocess.run([*command, f"sm_{architecture}"], cwd=tree, env=os.environ | stored, check=False).returncode:
+        raise ConfigError(f"bundle: the dry run failed; {report / 'certificate.md'} says where.")
+    shutil.rmtree(report)
+    for compiled in tree.rglob("__pycache__"):
+        shutil.rmtree(compiled)
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.lstat().st_size for file in files if not file.is_dir() or file.is_symlink())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Packs a bundle; returns 2 after a line about a mistake that the user can fix."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument("--architecture", choices=_ARCHITECTURES, default="sm_90", help="default: sm_90 (H100, H200)")
+    options = parser.parse_args(arguments)
+    try:
+        size = pack_bundle(options.out, _ARCHITECTURES[options.architecture], download, compile_certificate)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {size / 2**20:.1f} MiB; there, {options.out.name}/certify --minutes 10")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
