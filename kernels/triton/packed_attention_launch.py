@@ -58,10 +58,15 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Atte
 
     for tile in dict.fromkeys(tiling.tile for tiling in candidates):
         same = [tiling for tiling in candidates if tiling.tile == tile]
-        fitting = [[tiling[1 + kernel] for tiling in same if not spills(tiling, kernel)] for kernel in range(3)]
+        fitting = [[_configs(tiling)[kernel] for tiling in same if not spills(tiling, kernel)] for kernel in range(3)]
         if all(fitting):
-            return AttentionTiling(tile, *(configs[0] for configs in fitting))
+            forward, query_gradient, key_value_gradient = (configs[0] for configs in fitting)
+            return AttentionTiling(tile, forward, query_gradient, key_value_gradient)
     return candidates[-1]
+
+
+def _configs(tiling: AttentionTiling) -> tuple[KernelConfig, KernelConfig, KernelConfig]:
+    return tiling.forward, tiling.query_gradient, tiling.key_value_gradient
 
 
 def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> list[AttentionTiling]:
