@@ -1,6 +1,7 @@
 """Defines a run's configuration as frozen dataclasses, and loads one JSON file per run strictly."""
 
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
+from beit3_ds.config.dense import DenseConfig
 from beit3_ds.config.layouts import check_layout, fits_layout
 from beit3_ds.config.model import FIELDS_WITHOUT_TENSORS, INPUT_KINDS, MODEL_SIZES, InputKind, ModelConfig
 from beit3_ds.config.parallel import ParallelConfig, RankCoords
@@ -19,6 +20,7 @@ __all__ = [
     "ActivationCheckpointing",
     "ConfigError",
     "DataConfig",
+    "DenseConfig",
     "InputKind",
     "KernelBackend",
     "MicroBatchSize",

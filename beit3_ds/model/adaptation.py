@@ -1,6 +1,9 @@
 """Adapts the weights of one model to another model that differs in a few settings.
 
     image_size                   patch positions are interpolated
+    patch_size                   the kernel of the patch projection is resampled, and patch positions are interpolated
+    dense                        not null: CLS and mask token are dropped, and relative positions that the weights lack
+                                 are zero; other windows: relative positions are interpolated
     max_text_length              shorter: the first positions are kept; longer: added positions get initial values
     layout                       shared -> decoupled: vision and language each get a copy
     num_vision_language_layers   more: each new expert is a copy of its block's vision expert, which processes most
@@ -27,6 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from beit3_ds.config import FIELDS_WITHOUT_TENSORS, INPUT_KINDS, ConfigError, ModelConfig
+from beit3_ds.model.dense.relative_positions import covered_extent
+from beit3_ds.model.dense.resampling import (
+    PATCH_WEIGHT,
+    resample_patch_weight,
+    resample_positions,
+    resample_relative_positions,
+)
 from beit3_ds.model.initialization import initial_value
 from beit3_ds.model.pretrained import (
     EXTRA_PREFIX,
@@ -35,7 +45,6 @@ from beit3_ds.model.pretrained import (
     check_tensors,
     matrix_part,
 )
-from beit3_ds.positions import interpolate_positions
 
 TEXT_POSITION = "embeddings.text_position"
 """Name of the table of text positions, the only tensor whose shape depends on `max_text_length`."""
@@ -43,10 +52,14 @@ TEXT_POSITION = "embeddings.text_position"
 _MAPPED_BYTES = 2**26
 """Number of bytes that are read between two releases of the file's pages."""
 _ADAPTABLE = frozenset(
-    {"image_size", "max_text_length", "layout", "num_vision_language_layers", "final_norm", "inputs"}
+    {"image_size", "patch_size", "dense", "max_text_length", "layout", "num_vision_language_layers", "final_norm"}
+    | {"inputs"}
 )
 _DECOUPLED = re.compile(r"(.*\.attention\..*|norm\..*)_(vision|language)")
 _EXPERT = re.compile(r"blocks\.(\d+)\.ffn\..*?_(vision_language|vision|language)")
+_RELATIVE_POSITION = re.compile(r"blocks\.(\d+)\.attention\.relative_position\.(rows|columns)")
+_TOKENS = frozenset({"embeddings.cls_token", "embeddings.mask_token"})
+"""Names of the embedding tensors that a model with `dense` lacks."""
 _TABLES = {
     "vision": frozenset(
         f"embeddings.{name}" for name in ("patch.weight", "patch.bias", "cls_token", "mask_token", "image_position")
@@ -120,6 +133,7 @@ class AdaptedWeights:
             ConfigError: if the weights lack tensors that an input of the model needs, or if `check_tensors` finds a
                 missing tensor, an unknown tensor or a wrong shape.
         """
+        wanted = {name: shape for name, shape in wanted.items() if not self._starts_at_zero(name)}
         self._check_inputs(wanted)
         given = [name for name in wanted if self._source(name) in self._held]
         used = {self._source(name) for name in given}
@@ -129,16 +143,33 @@ class AdaptedWeights:
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
         """Returns an adapted tensor, or only the rows and columns that `part` selects (`matrix_part`)."""
-        if name not in (IMAGE_POSITION, TEXT_POSITION):
+        relative = _RELATIVE_POSITION.fullmatch(name)
+        if name not in (IMAGE_POSITION, PATCH_WEIGHT, TEXT_POSITION) and not relative:
             return self._weights.read(self._source(name), part)
-        tensor = self._weights.read(name)
-        if name == IMAGE_POSITION and self.model.grid_size != self._weights.model.grid_size:
-            tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
-        elif name == TEXT_POSITION and self.model.max_text_length != self._weights.model.max_text_length:
-            rows, shape = len(tensor), torch.Size((self.model.max_text_length, tensor.shape[1]))
-            further = initial_value(name, shape, self.model, self._seed)[rows:].to(tensor.dtype)
-            tensor = torch.cat([tensor[: self.model.max_text_length], further])
+        if self._starts_at_zero(name):
+            assert relative is not None
+            tensor = torch.zeros(2 * covered_extent(self.model, int(relative[1])) - 1, self.model.head_size)
+        else:
+            tensor = self._resample(name, self._weights.read(name))
         return tensor if part is None else matrix_part(tensor, part)
+
+    def _resample(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns a tensor whose shape depends on the size of images, patches, windows or texts in its new shape."""
+        if name == IMAGE_POSITION:
+            return resample_positions(tensor, self._weights.model, self.model)
+        if name == PATCH_WEIGHT:
+            return resample_patch_weight(tensor, self.model.patch_size)
+        if relative := _RELATIVE_POSITION.fullmatch(name):
+            return resample_relative_positions(tensor, self.model, int(relative[1]))
+        rows, shape = len(tensor), torch.Size((self.model.max_text_length, tensor.shape[1]))
+        if rows == self.model.max_text_length:
+            return tensor
+        further = initial_value(name, shape, self.model, self._seed)[rows:].to(tensor.dtype)
+        return torch.cat([tensor[: self.model.max_text_length], further])
+
+    def _starts_at_zero(self, name: str) -> bool:
+        """Returns whether a tensor holds relative positions that the weights lack."""
+        return bool(_RELATIVE_POSITION.fullmatch(name)) and name not in self._held
 
     def release_pages(self) -> None:
         """Frees the memory of all file pages that were read so far (`PretrainedWeights.release_pages`)."""
@@ -158,6 +189,8 @@ class AdaptedWeights:
         """Returns whether a stored tensor is left out because the model lacks its part, such as an expert."""
         if name.startswith("norm.") and not self.model.final_norm:
             return True
+        if name in _TOKENS or _RELATIVE_POSITION.fullmatch(name):
+            return self.model.dense is not None or "vision" not in self.model.modalities
         if match := _EXPERT.fullmatch(name):
             return match[2] not in self.model.experts(int(match[1]))
         if match := _DECOUPLED.fullmatch(name):
@@ -215,17 +248,29 @@ def _check_adaptable(stored: ModelConfig, model: ModelConfig, where: str) -> Non
     fixed = [name for name in ours if name not in free and theirs[name] != ours[name]]
     if stored.layout != model.layout and model.layout != "decoupled":
         fixed.append("layout")
+    if stored.dense is not None and model.dense is None:
+        fixed.append("dense")
     if fixed:
         differences = "; ".join(f"{name} {theirs[name]!r} there, {ours[name]!r} here" for name in fixed)
         raise ConfigError(
             f"{where} holds another model: {differences}. Set the model section to that of the weights (`beit3 "
-            "inspect` prints it), or name other weights. Only image_size, max_text_length, num_vision_language_layers, "
-            'inputs, final_norm, layout (to "decoupled") and tie_word_embeddings (to false) may differ.'
+            "inspect` prints it), or name other weights. Only image_size, patch_size, max_text_length, "
+            'num_vision_language_layers, inputs, final_norm, layout (to "decoupled"), dense (not to null) and '
+            "tie_word_embeddings (to false) may differ."
         )
 
 
 def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
     changes = []
+    if stored.patch_size != model.patch_size:
+        changes.append(f"kernel of patches of {stored.patch_size} px resampled to {model.patch_size} px")
+    if stored.dense is None and model.dense is not None:
+        changes.append("CLS and mask token left out")
+    new, old = (m.dense is not None and m.dense.relative_positions for m in (model, stored))
+    if new and not old:
+        changes.append("relative positions start at zero")
+    elif old and not new:
+        changes.append("relative positions left out, which changes features")
     if stored.grid_size != model.grid_size:
         changes.append(f"positions of {stored.image_size} px interpolated to {model.image_size} px")
     if model.max_text_length < stored.max_text_length:
@@ -240,12 +285,12 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
     if stored.layout != model.layout:
         changes.append("shared attention and norms copied for vision and language")
     takes_pairs = "pairs" in model.inputs and "pairs" in stored.inputs
-    new, old = (
+    fused, old_fused = (
         {layer for layer in range(m.num_layers) if takes_pairs and _has_fused_expert(m, layer)} for m in (model, stored)
     )
-    if added := sorted(new - old):
+    if added := sorted(fused - old_fused):
         changes.append(f"vision-language experts of {_blocks(added)} copied from their vision experts")
-    if dropped := sorted(old - new):
+    if dropped := sorted(old_fused - fused):
         changes.append(
             f"vision-language experts of {_blocks(dropped)} left out, which changes features of pairs, "
             "but not of images or texts alone"

@@ -11,7 +11,7 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.kernels.ops.packed_attention import packed_attention
 from beit3_ds.kernels.ops.up_projection import Activation
 from beit3_ds.layout import SequenceLayout
-from beit3_ds.model.dense.relative_positions import RelativePositions
+from beit3_ds.model.dense.relative_positions import RelativePositions, covered_extent
 from beit3_ds.model.multiway import (
     ColumnParallelMultiwayLinear,
     MultiwayLayerNorm,
@@ -52,7 +52,7 @@ class MultiwayAttention(nn.Module):
         self.k_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.v_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.relative_position = (
-            RelativePositions(self.window_size or config.grid_size, config.head_size, tensor)
+            RelativePositions(covered_extent(config, layer), config.head_size, tensor)
             if config.dense is not None and config.dense.relative_positions
             else None
         )

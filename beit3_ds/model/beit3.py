@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ActivationCheckpointing, InputKind, ModelConfig
+from beit3_ds.config import ActivationCheckpointing, DenseConfig, InputKind, ModelConfig
 from beit3_ds.model.adaptation import AdaptedWeights, StoredWeights, fill_parameters
 from beit3_ds.model.block import Block
 from beit3_ds.model.dense.embeddings import DenseEmbeddings
@@ -82,6 +82,8 @@ class BEiT3(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         image_size: int | None = None,
+        patch_size: int | None = None,
+        dense: DenseConfig | None = None,
         max_text_length: int | None = None,
         layout: Literal["shared", "decoupled"] | None = None,
         num_vision_language_layers: int | None = None,
@@ -99,6 +101,8 @@ class BEiT3(nn.Module):
             device: device of the parameters.
             image_size: side of the input images in pixels; positions are interpolated. For this and all following
                 arguments, None keeps the stored value (`model.adaptation`).
+            patch_size: pixels on a side of a patch; the kernel of the patch projection is resampled.
+            dense: settings of a backbone for images of any size; `inputs` must be ("images",) then.
             max_text_length: tokens of the longest input text; added positions get initial values.
             layout: "decoupled" gives vision and language each a copy of the shared attention and norms.
             num_vision_language_layers: number of top blocks with a vision-language expert; a new expert is a copy of
@@ -112,6 +116,8 @@ class BEiT3(nn.Module):
         """
         settings: dict[str, Any] = {
             "image_size": image_size,
+            "patch_size": patch_size,
+            "dense": dense,
             "max_text_length": max_text_length,
             "layout": layout,
             "num_vision_language_layers": num_vision_language_layers,

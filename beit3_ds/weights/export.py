@@ -254,6 +254,11 @@ def _metadata(reader: WeightReader, format: ExportFormat) -> dict[str, str]:
 def _plan(reader: WeightReader, format: ExportFormat) -> list[PlannedTensor]:
     if format == "beit3":
         return [plan_copy(reader, name) for name in reader.names()]
+    if reader.model.dense is not None:
+        raise ConfigError(
+            f"{format}: the weights have model.dense, so they have no CLS token, which this format needs. Export them "
+            'with the format "beit3".'
+        )
     return plan_timm_export(reader) if format == "timm" else plan_unilm_export(reader, fusion=format == "unilm-fusion")
 
 

@@ -170,7 +170,6 @@ def test_an_input_that_the_model_does_not_take_is_refused() -> None:
     [
         ({"num_layers": 4}, "num_layers 3 there, 4 here"),
         ({"hidden_size": 48}, "hidden_size 24 there, 48 here"),
-        ({"patch_size": 8}, "patch_size 4 there, 8 here"),
         ({"sub_layernorm": False}, "sub_layernorm True there, False here"),
         (
             {"text_vocab_size": 60, "tie_word_embeddings": True},

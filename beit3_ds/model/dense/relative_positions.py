@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.patch_grids import Grids, patch_places
 
@@ -74,6 +75,11 @@ class RelativePositions(nn.Module):
         tables = [table, *(resample_distances(table, side) for side in places.larger)]
         products_THL = q_THK @ (torch.cat(tables) if places.larger else table).T
         return products_THL.gather(2, places.entries_TA[:, None].expand(-1, q_THK.shape[1], -1))
+
+
+def covered_extent(config: ModelConfig, layer: int) -> int:
+    """Returns the patches on a side of the window or image that the tables of block `layer` (0-based) cover."""
+    return config.block_window(layer) or config.grid_size
 
 
 def resample_distances(table_LK: Tensor, side: int) -> Tensor:

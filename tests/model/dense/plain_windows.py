@@ -4,6 +4,7 @@ It shares no code with the packed model, only its parameters by name.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from beit3_ds.config import ModelConfig
 
-Parameters = dict[str, Tensor]
+Parameters = Mapping[str, Tensor]
 
 
 def plain_maps(p: Parameters, config: ModelConfig, image: Tensor) -> Tensor:
