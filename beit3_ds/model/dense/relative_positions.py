@@ -5,11 +5,12 @@
 
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import TensorParallel
@@ -56,25 +57,51 @@ class RelativePositions(nn.Module):
             window_size: window size of this layer; 0 if it attends to whole images.
         """
         rows, columns = (_axis_places(grids, order, window_size, self.side, axis, q_THK.device) for axis in range(2))
-        products_THJ = torch.cat(
-            [self._products(q_THK, self.rows, rows), self._products(q_THK, self.columns, columns)], 2
-        )
+        products_THJ = self._products(q_THK, (rows, columns))
         one_hot_TJ = torch.cat([rows.one_hot_TA, columns.one_hot_TA], 1).to(q_THK.dtype)
         head_size, num_heads = q_THK.shape[2], q_THK.shape[1]
-        unaligned = head_size + one_hot_TJ.shape[1]
-        width = -(-unaligned // _ALIGNMENT) * _ALIGNMENT
+        extents = rows.one_hot_TA.shape[1], columns.one_hot_TA.shape[1]
+        width = wide_head_size(head_size, extents)
         # packed_attention divides all products by sqrt(W).
         wide_q = torch.cat([q_THK * (width / head_size) ** 0.5, products_THJ * width**0.5], 2)
         wide_k = torch.cat([k_THK, one_hot_TJ[:, None].expand(-1, num_heads, -1)], 2)
-        padding = (0, width - unaligned)
+        padding = (0, width - head_size - sum(extents))
         return F.pad(wide_q, padding), F.pad(wide_k, padding), F.pad(v_THK, (0, width - head_size))
 
-    def _products(self, q_THK: Tensor, table: Tensor, places: "_AxisPlaces") -> Tensor:
-        """Returns the product of each query with its relative positions along one axis, (T, H, A)."""
-        table = self.tensor.copy_to(table)
-        tables = [table, *(resample_distances(table, side) for side in places.larger)]
-        products_THL = q_THK @ (torch.cat(tables) if places.larger else table).T
-        return products_THL.gather(2, places.entries_TA[:, None].expand(-1, q_THK.shape[1], -1))
+    def _products(self, q_THK: Tensor, axes: tuple["_AxisPlaces", "_AxisPlaces"]) -> Tensor:
+        """Returns the products of each query with its relative positions along both axes, (T, H, J)."""
+        tables: list[Tensor] = []
+        entries: list[Tensor] = []
+        for table, places in zip((self.rows, self.columns), axes, strict=True):
+            entries.append(places.entries_TA + sum(map(len, tables)))
+            own = self.tensor.copy_to(table)
+            tables += [own, *(resample_distances(own, side) for side in places.larger)]
+        products_RL = q_THK.flatten(0, 1) @ torch.cat(tables).T  # R = T * H
+        products_THL = products_RL.unflatten(0, q_THK.shape[:2])
+        picked: Tensor = _Pick.apply(products_THL, torch.cat(entries, 1))
+        return picked
+
+
+class _Pick(torch.autograd.Function):
+    """Picks some columns of each row; unlike `gather`, it saves no input."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THL: Tensor, columns_TJ: Tensor) -> Tensor:
+        ctx.shape = x_THL.shape
+        ctx.save_for_backward(columns_TJ)
+        return x_THL.gather(2, columns_TJ[:, None].expand(-1, x_THL.shape[1], -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THJ: Tensor) -> tuple[Tensor, None]:
+        (columns_TJ,) = ctx.saved_tensors
+        columns_THJ = columns_TJ[:, None].expand_as(dy_THJ)
+        return dy_THJ.new_zeros(ctx.shape).scatter_add_(2, columns_THJ, dy_THJ), None
+
+
+def wide_head_size(head_size: int, extents: tuple[int, int]) -> int:
+    """Returns the width W of the wider queries and keys, for windows or images of the given rows and columns."""
+    return -(-(head_size + sum(extents)) // _ALIGNMENT) * _ALIGNMENT
 
 
 def covered_extent(config: ModelConfig, layer: int) -> int:
