@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
         *("atomic_file", "batch", "config", "data", "layout", "model", "parallel", "patch_grids", "picture"),
         *("pixels", "printing", "retrying", "storage_error", "tokenizers"),
     },
-    "pipeline": {"batch", "config", "model", "parallel"},
+    "pipeline": {"batch", "config", "model", "parallel", "patch_grids"},
     "checkpoint": {
         *("batch", "config", "cores", "model", "parallel", "printing", "regular_file", "safetensors_header"),
         *("storage_error", "untrusted_json"),

@@ -122,6 +122,16 @@ class ModelConfig:
         """Returns the number of patches per image."""
         return self.grid_size**2
 
+    @property
+    def image_rows(self) -> int:
+        """Returns the rows of an image of the model's image size: its patches, and CLS unless `dense` is set."""
+        return self.num_patches + (self.dense is None)
+
+    @property
+    def window_size(self) -> int:
+        """Returns the window size by which patches are ordered (`dense.window_size`); 0 without windows."""
+        return 0 if self.dense is None else self.dense.window_size
+
     def block_window(self, layer: int) -> int:
         """Returns the window size of block `layer` (0-based) in patches; 0 if it attends to whole sequences."""
         return 0 if self.dense is None else self.dense.block_window(layer)

@@ -41,10 +41,7 @@ class MultiwayAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
         super().__init__()
-        self.window_size, self.order = (
-            config.block_window(layer),
-            0 if config.dense is None else config.dense.window_size,
-        )
+        self.window_size, self.order = config.block_window(layer), config.window_size
         hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
         self.experts, self.head_size, self.tensor = experts, config.head_size, tensor
         self.norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor)

@@ -5,6 +5,7 @@ from functools import cache
 
 from beit3_ds.config import RunConfig
 from beit3_ds.model.flops import Work, layer_flops
+from beit3_ds.patch_grids import window_ranges
 
 
 def cut_layers(config: RunConfig, head_flops: float) -> list[range]:
@@ -35,10 +36,14 @@ def _expected_work(config: RunConfig) -> Work:
     """Returns the rows, (query, key) pairs and patches of one step, if all texts have full length."""
     data, num_patches = config.data, config.model.num_patches
     images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
-    image_length, caption_length, text_length = 1 + num_patches, data.pair_text_length, data.text_length
+    image_length, caption_length, text_length = config.model.image_rows, data.pair_text_length, data.text_length
     rows = (images + pairs) * image_length + pairs * caption_length + texts * text_length
     squares = images * image_length**2 + pairs * (image_length + caption_length) ** 2 + texts * text_length**2
-    return Work(rows, squares, (images + pairs) * num_patches, 0.0)
+    windows = window_ranges(((config.model.grid_size,) * 2,), config.model.window_size)
+    windowed = (
+        images * sum((stop - start) ** 2 for ((start, stop),) in windows) if config.model.window_size else squares
+    )
+    return Work(rows, squares, windowed, (images + pairs) * num_patches, 0.0)
 
 
 def cut(costs: Sequence[float], num_chunks: int) -> list[range]:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from beit3_ds.kernels.ops.vocabulary_tiles import divide_for_cpu
+from beit3_ds.model.dense.relative_positions import covered_extent, wide_head_size
 from beit3_ds.pipeline.schedule_1f1b import schedule_1f1b
 from beit3_ds.planner.rank_model import RankModel
 from beit3_ds.planner.workload import BlockRows, Workload
 from beit3_ds.planner.zero3_replay import Zero3Replay, padded, persistent_parameters
+from beit3_ds.tasks.build import build_task
 
 _STATISTIC = 4  # bytes of a number that is kept in float32 whatever the type of the stream
 _INDEX = 8  # bytes of a row number
@@ -169,7 +171,7 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
     rows = rank_model.block_rows(chunk, layer, workload)
     attention = _branch(rank_model, model.attention_experts, model.hidden_size, rows.attention, workload.drops)
     ffn = _branch(rank_model, model.experts(layer - 1), model.ffn_hidden_size, rows.ffn, workload.drops)
-    return attention + _attention_core(rank_model, rows) + ffn + _ffn_core(rank_model, rows)
+    return attention + _attention_core(rank_model, rows, layer - 1) + ffn + _ffn_core(rank_model, rows)
 
 
 def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
@@ -187,12 +189,19 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
     return kept
 
 
-def _attention_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns the bytes of queries, keys, values, attention's output and the log-sum-exp of the scores."""
+def _attention_core(rank_model: RankModel, rows: BlockRows, layer: int) -> int:
+    """Returns the bytes of queries, keys, values, attention's output and the log-sum-exp of the scores.
+
+    With relative positions all four are wider, and the narrower queries and outputs are kept too.
+    """
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size
     heads = model.num_attention_heads // rank_model.tensor.size
-    return 4 * rows.attention * width * rank_model.element_size + rows.attended * heads * _STATISTIC
+    kept = 4 * width
+    if model.dense is not None and model.dense.relative_positions:
+        extent = covered_extent(model, layer)
+        kept = 2 * width + 4 * heads * wide_head_size(model.head_size, (extent, extent))
+    return rows.attention * kept * rank_model.element_size + rows.attended * heads * _STATISTIC
 
 
 def _ffn_core(rank_model: RankModel, rows: BlockRows) -> int:
@@ -209,6 +218,9 @@ def _embedding_activations(rank_model: RankModel, workload: Workload) -> int:
 
 def _head_activations(rank_model: RankModel, workload: Workload) -> int:
     model, size = rank_model.config.model, rank_model.element_size
+    own = build_task(rank_model.config).head_memory(workload.images, size)
+    if own is not None:
+        return own
     # Both heads keep rows before and after the norm, its statistics, targets, row numbers and log-sums.
     rows = model.hidden_size * (rank_model.stream_size + size)
     kept = workload.masked * (rows + 3 * _STATISTIC + 2 * _INDEX)

@@ -115,9 +115,12 @@ class RankModel:
         return rows._replace(ffn=workload.masked) if self.cuts_rows(chunk, layer) else rows
 
     def cuts_rows(self, chunk: range, layer: int) -> bool:
-        """Returns whether a block's FFN computes only masked rows; true for the last block if the heads follow it."""
+        """Returns whether a block's FFN computes only masked rows; true for the last block if the heads follow it.
+
+        The heads of a model with `dense` read all rows.
+        """
         model = self.config.model
-        return layer == model.num_layers and chunk.stop == model.num_pipeline_layers
+        return model.dense is None and layer == model.num_layers and chunk.stop == model.num_pipeline_layers
 
     def parameters_of(self, chunk: range) -> list[nn.Parameter]:
         """Returns the parameters that a pass through one model chunk uses, in the model's order, each once."""

@@ -100,14 +100,16 @@ def _expected_workload(config: RunConfig, size: MicroBatchSize) -> Workload:
     ratios = pretraining_config(config)
     masked_tokens = pairs * data.pair_text_length * ratios.pair_text_mask_ratio
     masked_tokens += texts * data.text_length * ratios.text_mask_ratio
-    patch_mask = torch.zeros(images + pairs, model.num_patches, dtype=torch.bool)
-    patch_mask[:, : round(model.num_patches * ratios.image_mask_ratio)] = True
+    num_patches = 0 if model.dense is not None else model.num_patches
+    patch_mask = torch.zeros(images + pairs, num_patches, dtype=torch.bool)
+    patch_mask[:, : round(num_patches * ratios.image_mask_ratio)] = True
     inputs = PackedBatch(
         num_images=images,
         num_pairs=pairs,
         caption_lengths=(data.pair_text_length,) * pairs,
         text_lengths=(data.text_length,) * texts,
         pixels=None,
+        image_grids=((model.grid_size, model.grid_size),) * (images if model.dense is not None else 0),
         patch_mask=patch_mask,
         token_ids=torch.zeros(tokens, dtype=torch.int64),
     )

@@ -217,7 +217,8 @@ class Task(ABC):
         A multiply-add counts as 2. Only matrix products of the trained model count: no recomputation, padding,
         optimizer or frozen network.
         """
-        return 3 * sum(layer_flops(self.config.model, work_of(batch, self.head_flops(batch.term_counts))))
+        model = self.config.model
+        return 3 * sum(layer_flops(model, work_of(batch, self.head_flops(batch.term_counts), model.window_size)))
 
     @property
     def step_loss(self) -> StepLoss | None:
@@ -245,6 +246,17 @@ class Task(ABC):
         Only targets that are computed on the device count. The default of 0 suits a task with a small head.
         """
         return 0.0
+
+    def head_memory(self, num_images: int, element_size: int) -> int | None:
+        """Returns the bytes that autograd keeps of the head's forward pass over a micro-batch; used by `beit3 check`.
+
+        None, the default, uses the memory of pretraining's heads, as a bound for small heads.
+
+        Args:
+            num_images: number of images, of the model's image size.
+            element_size: bytes per element of an activation.
+        """
+        return None
 
     @abstractmethod
     def open(self, share: RankShare) -> RankTask:
