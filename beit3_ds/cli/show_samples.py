@@ -38,7 +38,9 @@ def _show_samples(options: argparse.Namespace) -> int:
     samples = (sample for step in range(len(opened.dataset)) for sample in opened.dataset.iterate_samples(step))
     shown = [drawn for sample in islice(samples, options.count) if (drawn := opened.draw_sample(sample)) is not None]
     if not shown:
-        raise ConfigError(f"show-samples: the task {config.task.name} draws no samples. Tasks that do: detection.")
+        raise ConfigError(
+            f"show-samples: the task {config.task.name} draws no samples. Tasks that do: detection, segmentation."
+        )
     write_result_page(Path(options.out), f"Training samples of {Path(options.config).name}", {}, shown)
     print(f"wrote {options.out}: {len(shown)} samples of the run's first steps")
     return 0

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the command line and writes all files."""
     parser = argparse.ArgumentParser(
         prog="python -m beit3_ds.sample_data.write_scenes",
-        description="Draw scenes of coloured shapes, with the files of all tasks: captions, boxes, label maps and more.",
+        description="Draw scenes of coloured shapes, with the files of all tasks, such as captions and label maps.",
     )
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--train", type=int, default=2000, help="scenes for training (default: 2000)")

@@ -24,7 +24,15 @@ def group_norm(channels: int) -> nn.Module:
     """
     most = max(1, min(_MOST_GROUPS, channels // 2))  # a group of one value, in a map of one cell, has no variance
     groups = max(number for number in range(1, most + 1) if channels % number == 0)
-    return nn.GroupNorm(groups, channels)
+    return MapNorm(groups, channels)
+
+
+class MapNorm(nn.GroupNorm):
+    """Normalises maps in the dtype of its parameters, because autocast on a CPU takes no other."""
+
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        """Returns the normalised maps, of the same shape."""
+        return super().forward(x_BDHW.to(self.weight.dtype))
 
 
 class SpatialPrior(nn.Module):

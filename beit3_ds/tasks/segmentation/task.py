@@ -5,22 +5,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from beit3_ds.config import ConfigError, ModelConfig, RunConfig
 from beit3_ds.data.samples import Split
 from beit3_ds.model import Head, StageModel
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
+from beit3_ds.tasks.result_page import ShownSample
 from beit3_ds.tasks.segmentation.classes import find_names_file, read_class_names
 from beit3_ds.tasks.segmentation.config import SegmentationConfig
-from beit3_ds.tasks.segmentation.evaluation import segment_split
+from beit3_ds.tasks.segmentation.evaluation import picture, segment_split
 from beit3_ds.tasks.segmentation.files import FORMATS
 from beit3_ds.tasks.segmentation.head import SegmentationHead
 from beit3_ds.tasks.segmentation.mask_decoder import mask2former_parts
 from beit3_ds.tasks.segmentation.model import SegmentationModel
 from beit3_ds.tasks.segmentation.packing import pack
+from beit3_ds.tasks.segmentation.pictures import draw_labels
 from beit3_ds.tasks.segmentation.results import write_results
-from beit3_ds.tasks.segmentation.samples import build_streams
+from beit3_ds.tasks.segmentation.samples import LabelledCrop, build_streams
 from beit3_ds.tasks.segmentation.sliding import SlidingWindows
 from beit3_ds.tasks.task import Headline, Task, Term
 
@@ -56,6 +60,17 @@ class SegmentationRankTask(RankTask):
         if folder is not None:
             write_results(result, metrics, self.evaluation[split].streams["images"], self.names, folder)
         return metrics
+
+    def draw_sample(self, sample: Any) -> ShownSample | None:
+        """Draws a training crop, and its labels in colours with their legend; a pixel without label is black."""
+        if not isinstance(sample, LabelledCrop):
+            return None
+        whole = picture(((sample.view + 1) * 127.5).round().to(torch.uint8))
+        return ShownSample(
+            images=[whole, draw_labels(whole, sample.labels, self.names)],
+            title=sample.name,
+            lines={"pictures": "crop, and its labels with their legend"},
+        )
 
 
 class Segmentation(Task):
