@@ -22,6 +22,7 @@ def add_bench_command(subparsers: Subparsers) -> None:
     _add_train(benches)
     _add_finetune(benches)
     _add_checkpoint(benches)
+    _add_model_step(benches)
 
 
 def _add_data(benches: Subparsers) -> None:
@@ -144,6 +145,15 @@ def _add_checkpoint(benches: Subparsers) -> None:
     _add_json_argument(checkpoint)
 
 
+def _add_model_step(benches: Subparsers) -> None:
+    summary = "print modelled GPU times of ops and steps, before and after the work on the kernels"
+    details = "Nothing runs: the times follow from rates that the report states."
+    model_step = add_command(benches, "model-step", _run_model_step, summary, details=details)
+    model_step.add_argument(
+        "--config-dir", default="ds_configs", metavar="DIR", help="folder of the configurations (default: ds_configs)"
+    )
+
+
 def _add_json_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
 
@@ -227,4 +237,13 @@ def _run_checkpoint(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.checkpoint.benchmark import benchmark_checkpoint
 
     print(benchmark_checkpoint(options.size, options.ranks, options.folder, options.json))
+    return 0
+
+
+def _run_model_step(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from beit3_ds.benchmarks.modelled.report import describe_modelled
+
+    print(describe_modelled(Path(options.config_dir)))
     return 0

@@ -1,0 +1,155 @@
+"""Models the GPU time of each op of a block, forward and backward: as it was before, and as it is now.
+
+Before: one Triton kernel per op, without a choice; three products for queries, keys and values; weight gradients that
+do not divide rows into shares; norms inside the out projection. Now: the faster of our kernel and cuBLAS for every op.
+"""
+
+# T packed rows, D hidden, F ffn hidden.
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from beit3_ds.benchmarks.modelled.rates import Rates
+from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS
+
+_TILE = 128
+_SIZE = 2
+"""Bytes per element of rows and gradients in half precision."""
+
+
+class BlockShape(NamedTuple):
+    """Holds the sizes of one block and of the rows that it computes."""
+
+    rows: float
+    """Number of packed rows, T."""
+    attended: float
+    """Number of (query, key) pairs."""
+    hidden: int
+    """Hidden size, D."""
+    ffn_hidden: int
+    """Width of the FFN, F."""
+    sub_layernorm: bool
+    """Whether norms precede the output projections."""
+    stream_size: int = 2
+    """Bytes per element of the residual stream."""
+    attention_lengths: tuple[float, ...] = (1.0,)
+    """Share of the rows that each expert of attention owns."""
+    ffn_lengths: tuple[float, ...] = (0.8, 0.2)
+    """Share of the rows that each expert of the FFN owns."""
+
+
+class OpTime(NamedTuple):
+    """Holds the modelled times of one op in seconds."""
+
+    name: str
+    """Name of the op."""
+    before: float
+    """Time of the code before."""
+    now: float
+    """Time of the code now."""
+
+
+def block_times(rates: Rates, shape: BlockShape) -> list[OpTime]:
+    """Returns the times of all ops of one block, forward, then backward."""
+    return [*_forward(rates, shape), *_backward(rates, shape)]
+
+
+def _forward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
+    rows, hidden, wide = shape.rows, shape.hidden, shape.ffn_hidden
+    stream, narrow = rows * hidden * shape.stream_size, rows * hidden * _SIZE
+    norms = 2 * rates.pass_seconds(stream + narrow)
+    yield OpTime("norms", norms, norms)
+    square = 2 * rows * hidden**2
+    yield OpTime("queries, keys, values", *_products(rates, 3 * square))
+    attention = rates.product_seconds(4 * shape.attended * hidden, rates.attention_forward)
+    yield OpTime("attention", attention, attention)
+    yield _out_projection("attention's output", rates, shape, hidden, gelu=False)
+    up = 2 * rows * hidden * wide
+    fused = rates.product_seconds(up, rates.with_gelu)
+    _, fastest = _products(rates, up)
+    gelu = rates.pass_seconds(2 * rows * wide * _SIZE)
+    yield OpTime("FFN up", fused, fastest if shape.sub_layernorm else min(fused, fastest + gelu))
+    yield _out_projection("FFN down", rates, shape, wide, gelu=True)
+
+
+def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, gelu: bool) -> OpTime:
+    """Models an output projection; its sum with the stream is inside our kernel, and a pass after cuBLAS's product."""
+    flops, stream = 2 * shape.rows * width * shape.hidden, shape.rows * shape.hidden * shape.stream_size
+    joined = rates.pass_seconds(2 * stream + shape.rows * shape.hidden * _SIZE)
+    triton = rates.product_seconds(flops, rates.triton)
+    now = min(triton, rates.product_seconds(flops, rates.library) + joined)
+    if not shape.sub_layernorm:
+        return OpTime(name, triton, now)
+    rows = shape.rows * width * _SIZE
+    statistics = 0 if gelu else rates.pass_seconds(rows)  # those after a GELU came from the up projection
+    return OpTime(name, statistics + rates.product_seconds(flops, rates.with_norm), now + rates.pass_seconds(2 * rows))
+
+
+def _backward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
+    rows, hidden, wide = shape.rows, shape.hidden, shape.ffn_hidden
+    stream, narrow = rows * hidden * shape.stream_size, rows * hidden * _SIZE
+    norms = 2 * rates.pass_seconds(3 * stream + narrow)
+    yield OpTime("norms, backward", norms, norms)
+    square = 2 * rows * hidden**2
+    triton, library = (rates.product_seconds(3 * square, share) for share in (rates.triton, rates.library))
+    sums = rates.pass_seconds(2 * 3 * narrow)
+    now = min(triton, library + rates.pass_seconds(2 * 2 * narrow))
+    yield OpTime("queries, keys, values: input", triton + sums, now)
+    experts = shape.attention_lengths
+    yield _weight_gradient("queries, keys, values: weights", rates, shape.rows, hidden, hidden, 3, experts)
+    attended = 10 * shape.attended * hidden
+    own, library = (
+        rates.product_seconds(attended, share) for share in (rates.own_attention_backward, rates.attention_backward)
+    )
+    yield OpTime("attention, backward", own, min(own, library))
+    for name, width, gelu, experts in (
+        ("attention's output", hidden, False, shape.attention_lengths),
+        ("FFN down", wide, True, shape.ffn_lengths),
+    ):
+        yield OpTime(f"{name}: input", *_products(rates, 2 * rows * width * hidden))
+        yield _weight_gradient(f"{name}: weights", rates, rows, hidden, width, 1, experts)
+        passes = (7, 5) if shape.sub_layernorm else ((5, 5) if gelu else (0, 0))  # GELU again, and its gradient
+        before, now = (rates.pass_seconds(number * rows * width * _SIZE) for number in passes)
+        yield OpTime(f"{name}: activation and norm", before, now)
+    yield OpTime("FFN up: input", *_products(rates, 2 * rows * hidden * wide))
+    up = _weight_gradient("FFN up: weights", rates, rows, wide, hidden, 1, shape.ffn_lengths)
+    zeros = rates.pass_seconds(rows * wide * _SIZE)  # autograd wrote a gradient of zeros for the activation
+    yield up._replace(before=up.before + zeros)
+
+
+def _products(rates: Rates, flops: float) -> tuple[float, float]:
+    """Returns the seconds of our product, and of the faster of ours and cuBLAS's."""
+    triton, library = (rates.product_seconds(flops, share) for share in (rates.triton, rates.library))
+    return triton, min(triton, library)
+
+
+def _weight_gradient(
+    name: str,
+    rates: Rates,
+    rows: float,
+    out_width: int,
+    in_width: int,
+    num_layers: int,
+    experts: tuple[float, ...],
+) -> OpTime:
+    """Models a weight gradient by the waves of its programs; cuBLAS divides the rows as well as it needs to."""
+    from beit3_ds.kernels.triton.weight_gradient_launch import choose_share_rows, splits_rows
+
+    multiprocessors, lengths = NUM_MULTIPROCESSORS[rates.architecture], [round(rows * share) for share in experts]
+    tiles = -(-out_width // _TILE) * -(-in_width // _TILE)
+    row_seconds = rates.product_seconds(2 * _TILE**2, rates.triton) * multiprocessors
+
+    def whole(tiles: int) -> float:
+        """Returns the seconds of programs that each sum over all rows of an expert."""
+        waves = -(-tiles // multiprocessors)
+        longest, average = max(lengths) * waves, rows / len(lengths) * -(-tiles * len(lengths) // multiprocessors)
+        return max(longest, average) * row_seconds
+
+    now = whole(num_layers * tiles)
+    if splits_rows(num_layers * tiles, rates.architecture):
+        share = choose_share_rows(lengths, num_layers * tiles, multiprocessors)
+        programs = num_layers * tiles * sum(-(-length // share) for length in lengths)
+        partial_sums = rates.pass_seconds(2 * programs * _TILE**2 * 4)
+        now = -(-programs // multiprocessors) * share * row_seconds + partial_sums
+    library = rates.product_seconds(2 * rows * out_width * in_width * num_layers, 0.95 * rates.library)
+    return OpTime(name, num_layers * whole(tiles), min(now, library))

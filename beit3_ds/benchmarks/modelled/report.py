@@ -1,0 +1,92 @@
+"""Prints modelled times of ops and steps before and now, with the assumed rates and what the model does not know."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from beit3_ds.benchmarks.modelled.block import BlockShape, OpTime, block_times
+from beit3_ds.benchmarks.modelled.rates import RATES, SOURCES
+from beit3_ds.benchmarks.modelled.step import HostTimes, step_time
+from beit3_ds.config import load_run_config
+from beit3_ds.config.model import MODEL_SIZES
+
+_ROWS, _SEQUENCE = 16384, 197
+_STEPS = (("base_8gpu.json", 8), ("giant_zero3_64gpu.json", 64))
+_STEP_GPU = "h100-sxm"
+
+HOST = {
+    768: HostTimes((4.0e-3, 1.6e-3), (11e-3, 1e-3), (2.3, 1.35)),
+    1408: HostTimes((1.9e-3, 0.8e-3), (11e-3, 1e-3), (2.3, 1.35)),
+}
+"""Times of Python by hidden size: base decoupled with sub-LN, and giant. Measured on a CPU with empty launches."""
+
+UNKNOWN = (
+    "communication: gradients, ZeRO-3's gathers and tensor parallelism are taken to overlap completely",
+    "data: pixels and tokens are taken to be ready",
+    "what a choice by measurement really finds: rates of small or odd products, of attention at these lengths, clocks "
+    "under load and power limits",
+    "rows that the last FFN and dropped branches leave out, and texts that are shorter than the limit: both make steps "
+    "shorter",
+    "time between kernels on the GPU, and memory allocation",
+)
+
+
+def describe_modelled(config_dir: Path) -> str:
+    """Returns the tables of ops and steps as Markdown.
+
+    Args:
+        config_dir: folder of the configurations.
+    """
+    lines = ["All times are *modelled*; nothing was measured on a GPU.", "", "Assumed rates:", ""]
+    lines += [f"* {source}" for source in SOURCES]
+    for size in ("base", "large", "giant"):
+        lines += ["", *_describe_ops(size)]
+    for name, world_size in _STEPS:
+        lines += ["", *_describe_step(config_dir / name, world_size)]
+    lines += ["", "The model does not know:", ""]
+    return "\n".join([*lines, *(f"* {item}" for item in UNKNOWN)])
+
+
+def _describe_ops(size: str) -> list[str]:
+    """Returns the table of one block with sub-LN, over `_ROWS` rows of sequences as long as an image at 224 px."""
+    model = MODEL_SIZES[size]
+    experts = (1.0,) if size == "giant" else (0.8, 0.2)
+    shape = BlockShape(
+        _ROWS, _ROWS * _SEQUENCE, model["hidden_size"], model["ffn_hidden_size"], True, attention_lengths=experts
+    )
+    columns = [block_times(rates, shape) for rates in RATES.values()]
+    head = " | ".join(f"{name}: before | now" for name in RATES)
+    title = f"One block of {size} with sub-LN, {_ROWS} rows, bf16, us:"
+    rows = [_join(ops[0].name, [time for op in ops for time in op[1:]]) for ops in zip(*columns, strict=True)]
+    totals = [OpTime("block", *(sum(op[i] for op in ops) for i in (1, 2))) for ops in columns]  # type: ignore[misc]
+    ratios = " | ".join(f"{total.before / total.now:.2f} x |" for total in totals)
+    return [
+        title,
+        "",
+        f"| op | {head} |",
+        "|---" * (1 + 2 * len(RATES)) + "|",
+        *rows,
+        _join("block", [time for total in totals for time in total[1:]]),
+        f"| before / now | {ratios}",
+    ]
+
+
+def _join(name: str, seconds: Sequence[float]) -> str:
+    return f"| {name} | " + " | ".join(f"{value * 1e6:.0f}" for value in seconds) + " |"
+
+
+def _describe_step(path: Path, world_size: int) -> list[str]:
+    config = load_run_config(path)
+    rates = RATES[_STEP_GPU]
+    step = step_time(config, world_size, rates, HOST[config.model.hidden_size])
+    total = step.total()
+    mfu = [step.flops / time / rates.gpu.half_flops for time in total[1:]]
+    rows = [f"| {part.name} | {part.before * 1e3:.1f} | {part.now * 1e3:.1f} |" for part in (*step.parts, total)]
+    return [
+        f"A step of `{path.name}` on {world_size} GPUs of the kind {_STEP_GPU}, ms per rank:",
+        "",
+        "| part | before | now |",
+        "|---|---|---|",
+        *rows,
+        f"| MFU | {mfu[0]:.0%} | {mfu[1]:.0%} |",
+        f"| before / now | {total.before / total.now:.2f} x | |",
+    ]
