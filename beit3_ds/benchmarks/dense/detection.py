@@ -15,7 +15,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -56,7 +56,11 @@ def measure_detection(rounds: int = 3, pixels: int = 256, num_images: int = 2) -
     """
     torch.manual_seed(0)
     config = ModelConfig(
-        **{"num_layers": 4, "hidden_size": 192, "ffn_hidden_size": 768, "num_attention_heads": 3, "patch_size": 16},
+        num_layers=4,
+        hidden_size=192,
+        ffn_hidden_size=768,
+        num_attention_heads=3,
+        patch_size=16,
         image_size=pixels,
         num_vision_language_layers=0,
         inputs=("images",),
@@ -103,7 +107,9 @@ class _Ours:
 
     def __init__(self, config: ModelConfig, samples: list[DetectionSample]) -> None:
         settings = DetectionConfig(
-            **{"num_classes": _NUM_CLASSES, "pyramid_channels": _CHANNELS, "sampled_boxes": _SAMPLED_BOXES},
+            num_classes=_NUM_CLASSES,
+            pyramid_channels=_CHANNELS,
+            sampled_boxes=_SAMPLED_BOXES,
             proposals_per_level=2 * _PROPOSALS,
             proposals=_PROPOSALS,
         )
@@ -160,6 +166,7 @@ class _Torchvision:
             **{"box_roi_pool": _pooling(7), "mask_roi_pool": _pooling(14)},
             box_head=FastRCNNConvFCHead((_CHANNELS, 7, 7), [_CHANNELS] * 4, [1024], LayerNorm2d),
             mask_head=MaskRCNNHeads(_CHANNELS, [_CHANNELS] * 4, 1, LayerNorm2d),
+            mask_predictor=MaskRCNNPredictor(_CHANNELS, _CHANNELS, _NUM_CLASSES + 1),
         )
         self.images = [sample.pixels[0] for sample in samples]
         self.targets = [_targets(sample, pixels) for sample in samples]
