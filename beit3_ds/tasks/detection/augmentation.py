@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3_ds.data.images.augmentation import image_pixels, jitter, normalize
+from beit3_ds.data.images.augmentation import draw_colors, image_pixels
+from beit3_ds.pixels import to_floats
 from beit3_ds.tasks.detection.box_masks import tight_box
 from beit3_ds.tasks.detection.files import StoredObject
 from beit3_ds.tasks.detection.objects import ImageObjects, empty_objects
@@ -38,9 +39,9 @@ class Window(NamedTuple):
     """Whether the view is flipped from left to right."""
 
     def cut(self, image: Image.Image) -> Tensor:
-        """Returns the view, (3, height, width) float32 in [0, 255]; the resize is bilinear with antialiasing."""
+        """Returns the view, (3, height, width) uint8; the resize is bilinear with antialiasing."""
         height, width = self.size
-        pixels = image_pixels(image.resize((width, height), Image.Resampling.BILINEAR, box=self[:4])).float()
+        pixels = image_pixels(image.resize((width, height), Image.Resampling.BILINEAR, box=self[:4]))
         return pixels.flip(-1) if self.is_flipped else pixels
 
     def clip(self, boxes_N4: Tensor) -> Tensor:
@@ -103,9 +104,10 @@ class LargeScaleJitter:
         """
         window = self.draw(image.size[::-1], rng)
         pixels = window.cut(image)
-        if self.color_jitter:
-            jitter((pixels,), self.color_jitter, rng)
-        return normalize(pixels), visible_objects(objects, image.size[::-1], window, with_masks=self.with_masks)
+        colors = draw_colors(pixels, self.color_jitter, rng)[None] if self.color_jitter else None
+        return to_floats(pixels[None], colors)[0], visible_objects(
+            objects, image.size[::-1], window, with_masks=self.with_masks
+        )
 
 
 def visible_objects(objects: Sequence[StoredObject], size: Size, window: Window, *, with_masks: bool) -> ImageObjects:

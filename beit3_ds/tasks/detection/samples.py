@@ -11,9 +11,9 @@ from beit3_ds.config import ConfigError, RunConfig, SourceConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
-from beit3_ds.data.images.augmentation import normalize
 from beit3_ds.data.samples import SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice
+from beit3_ds.pixels import to_floats
 from beit3_ds.tasks.detection.augmentation import LargeScaleJitter, fitted_window
 from beit3_ds.tasks.detection.config import DetectionConfig
 from beit3_ds.tasks.detection.files import AnnotatedObjects, read_objects
@@ -114,7 +114,7 @@ def evaluation_sample(
         fitted_window(size, side, is_flipped=flip) for side in settings.test_sizes or (image_size,) for flip in flips
     ]
     views = [View(0, window.size, size, window.is_flipped) for window in windows]
-    pixels = [normalize(window.cut(image)) for window in windows]
+    pixels = [to_floats(window.cut(image)[None])[0] for window in windows]
     return DetectionSample(name=name, number=number, pixels=pixels, views=views)
 
 
