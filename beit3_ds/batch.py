@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_ds.device_copy import copy_to_device
@@ -177,6 +178,30 @@ class PackedBatch(RowLayout):
         if not self.image_grids:
             return self.image_length
         return torch.tensor([height * width for height, width in self.image_grids])
+
+    def row_factors(self, layer: int, branch: int, dtype: torch.dtype) -> Tensor | None:
+        """Returns stochastic depth's factor of each row, (rows,); None if nothing is dropped.
+
+        The first call computes the factors of all layers at once.
+
+        Args:
+            layer: number of the layer, from 0.
+            branch: 0 for attention, 1 for the FFN.
+            dtype: dtype of the factors.
+        """
+        if self.drop_path is None:
+            return None
+        if dtype not in self._row_factors:
+            num_rows = self.num_rows
+            # The rows of the table are padded, so that addresses in it are multiples of 16 bytes, as kernels expect.
+            padded = F.pad(self.row_sequence, (0, -num_rows % 8))
+            factors_LBT = self.drop_path.permute(1, 2, 0).to(dtype).index_select(2, padded)
+            self._row_factors[dtype] = [factor_T[:num_rows] for factor_T in factors_LBT.flatten(0, 1).unbind()]
+        return self._row_factors[dtype][2 * layer + branch]
+
+    @cached_property
+    def _row_factors(self) -> dict[torch.dtype, list[Tensor]]:
+        return {}
 
     @cached_property
     def text_positions(self) -> Tensor:

@@ -74,6 +74,15 @@ class RowLayout(ABC):
             experts: names of the layer's experts in the order of their rows. Examples are ("shared",), which takes all
                 rows, ("vision", "language"), and ("vision", "vision_language", "language").
         """
+        if experts not in self._known_slices:  # every layer asks several times
+            self._known_slices[experts] = self._find_slices(experts)
+        return self._known_slices[experts]
+
+    @cached_property
+    def _known_slices(self) -> dict[tuple[str, ...], list[tuple[int, int]]]:
+        return {}
+
+    def _find_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
         if experts == ("shared",):
             return [(0, self.num_rows)]
         owners = [part.fused_expert if part.fused_expert in experts else part.modality for part in PARTS]

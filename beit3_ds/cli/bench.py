@@ -17,6 +17,7 @@ def add_bench_command(subparsers: Subparsers) -> None:
     _add_data(benches)
     _add_text(benches)
     _add_kernels(benches)
+    _add_host(benches)
     _add_precision(benches)
     _add_parallel(benches)
     _add_train(benches)
@@ -66,6 +67,14 @@ def _add_kernels(benches: Subparsers) -> None:
         "--roofline", metavar="GPU", help="add the least times that this GPU's peak rates allow; they are modelled"
     )
     kernels.add_argument("--csv", metavar="FILE", help="also write all figures, with device and versions, to FILE")
+
+
+def _add_host(benches: Subparsers) -> None:
+    summary = "measure the time that Python needs to launch a layer's kernels, and the cost of ZeRO-3's hooks"
+    details = "No GPU is needed: launches do nothing (docs/kernels.md)."
+    host = add_command(benches, "host", _run_host, summary, details=details)
+    host.add_argument("--rounds", type=integer(Range(1)), default=15, metavar="N", help="measured rounds (default: 15)")
+    _add_json_argument(host)
 
 
 def _add_precision(benches: Subparsers) -> None:
@@ -198,6 +207,13 @@ def _run_kernels(options: argparse.Namespace) -> int:
     dtype = dtypes[options.dtype or ("bf16" if has_gpu else "fp32")]
     sizes = options.size or (["base", "giant"] if has_gpu else ["base"])
     print(benchmark_kernels(sizes, samples, dtype, options.roofline, options.csv))
+    return 0
+
+
+def _run_host(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.host.benchmark import benchmark_host
+
+    print(benchmark_host(options.rounds, options.json))
     return 0
 
 

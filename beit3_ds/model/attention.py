@@ -74,10 +74,14 @@ class MultiwayAttention(nn.Module):
         recompute = self.norm.recompute(normed, own_slices)
         h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_THK, k_THK, v_THK = (proj(h_TD, layout, recompute).unflatten(1, (-1, self.head_size)) for proj in projections)
+        q_THK, k_THK, v_THK = (self._heads(proj(h_TD, layout, recompute)) for proj in projections)
         y_THK = (attend or self.within(layout))(q_THK, k_THK, v_THK)
         norm = None if self.sub_norm is None else self.sub_norm()
         return self.out_proj(Activation(y_THK.flatten(1)), normed.stream_TD, factor_T, layout, norm=norm)
+
+    def _heads(self, x_TD: Tensor) -> Tensor:
+        num_rows, width = x_TD.shape
+        return x_TD.view(num_rows, width // self.head_size, self.head_size)
 
     def within(self, layout: SequenceLayout) -> Attend:
         """Returns a function that computes attention within each sequence of `layout`, or within windows of images."""

@@ -51,24 +51,24 @@ class Block(nn.Module):
         picked = batch.picked_rows
         assert picked is not None, "the head reads all rows"
         x_MD = self.tensor.scatter_rows(self.tensor.gather_rows(x_TD, batch.num_rows).index_select(0, picked.rows))
-        return self.ffn(x_MD, self._factors(x_MD, batch.row_sequence[picked.rows], batch, branch=1), picked)
+        return self.ffn(x_MD, self._factors(x_MD, batch, branch=1, rows=picked.rows), picked)
 
     def _residual_add(self, branch: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         module = (self.attention, self.ffn)[branch]
         kept = None if self.tensor.divides_rows else computed_sequences(batch, self.layer, branch)
         if kept is None:
-            return module(x_TD, self._factors(x_TD, batch.row_sequence, batch, branch), batch.layout)
+            return module(x_TD, self._factors(x_TD, batch, branch), batch.layout)
         rows_K = copy_to_device(kept.rows, x_TD.device)
         x_TD, x_KD = take_rows(x_TD, rows_K)
-        y_KD = module(x_KD, self._factors(x_KD, batch.row_sequence[rows_K], batch, branch), kept.layout)
+        y_KD = module(x_KD, self._factors(x_KD, batch, branch, rows_K), kept.layout)
         return put_rows(x_TD, y_KD, rows_K)
 
-    def _factors(self, x_TD: Tensor, sequence_T: Tensor, batch: PackedBatch, branch: int) -> Tensor | None:
-        """Returns the stochastic-depth factor of each row of this rank; `sequence_T` is the sequence of every row."""
-        if batch.drop_path is None:
+    def _factors(self, x_TD: Tensor, batch: PackedBatch, branch: int, rows: Tensor | None = None) -> Tensor | None:
+        """Returns the stochastic-depth factor of each row of this rank; `rows` selects rows of the stream before."""
+        factor_T = batch.row_factors(self.layer, branch, x_TD.dtype)
+        if factor_T is None:
             return None
-        factor_Q = batch.drop_path[:, self.layer, branch].to(x_TD.dtype)
-        return factor_Q[self.tensor.own_rows(sequence_T)]
+        return self.tensor.own_rows(factor_T if rows is None else factor_T.index_select(0, rows))
 
 
 def computed_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:

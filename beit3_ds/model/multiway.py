@@ -3,6 +3,7 @@
 # T packed rows, D input width, F output width.
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -120,10 +121,9 @@ class RowParallelMultiwayLinear(nn.Module):
 
 
 class NormOutput(NamedTuple):
-    """Holds the stream, its normalised rows, and copies of the parameters from which these rows can be recomputed.
+    """Holds the stream, its normalised rows, and the parameters from which these rows can be recomputed.
 
-    Another module saves the copies for backward. It cannot use the parameters, because ZeRO-3 partitions them again
-    after the forward pass of the norm.
+    Another module of the same block saves the parameters for backward.
     """
 
     stream_TD: Tensor
@@ -131,9 +131,9 @@ class NormOutput(NamedTuple):
     h_TD: Tensor
     """Normalised rows."""
     scales: tuple[Tensor, ...]
-    """Copy of each expert's weight, without a gradient."""
+    """Weight of each expert."""
     shifts: tuple[Tensor, ...]
-    """Copy of each expert's bias, without a gradient."""
+    """Bias of each expert."""
 
 
 class MultiwayLayerNorm(nn.Module):
@@ -165,8 +165,7 @@ class MultiwayLayerNorm(nn.Module):
         """
         parameters = self.tensor.share(*_weights(self), *_biases(self))
         weights, biases = parameters[: len(slices)], parameters[len(slices) :]
-        scales, shifts = (tuple(p.detach().clone() for p in group) for group in (weights, biases))
-        return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), scales, shifts)
+        return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), weights, biases)
 
     def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
         """Returns an object that recomputes the normalised rows for later layers; None with sequence parallelism.
@@ -205,14 +204,11 @@ class MultiwaySubLayerNorm(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, width))
 
     def forward(self) -> SubNorm:
-        """Returns the norm with copies of its parameters, which RowParallelMultiwayLinear applies.
-
-        That module cannot use the parameters themselves, because ZeRO-3 partitions them again after this call.
-        """
+        """Returns the norm, which RowParallelMultiwayLinear applies."""
         is_divided = self.tensor.size > 1
         return SubNorm(
-            [parameter.clone() for parameter in _weights(self)],
-            [parameter.clone() for parameter in _biases(self)],
+            _weights(self),
+            _biases(self),
             self.epsilon,
             self.width,
             self.tensor.all_gather if is_divided else None,
@@ -220,9 +216,19 @@ class MultiwaySubLayerNorm(nn.Module):
         )
 
 
-def _weights(module: Any) -> list[Tensor]:
-    return [getattr(module, f"weight_{expert}") for expert in module.experts]
+def _weights(module: Any) -> tuple[Tensor, ...]:
+    return tuple([getattr(module, name) for name in _weight_names(module.experts)])
 
 
-def _biases(module: Any) -> list[Tensor]:
-    return [getattr(module, f"bias_{expert}") for expert in module.experts]
+def _biases(module: Any) -> tuple[Tensor, ...]:
+    return tuple([getattr(module, name) for name in _bias_names(module.experts)])
+
+
+@lru_cache
+def _weight_names(experts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"weight_{expert}" for expert in experts)
+
+
+@lru_cache
+def _bias_names(experts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"bias_{expert}" for expert in experts)

@@ -86,6 +86,8 @@ class TensorParallel:
             slices: row ranges [start, stop) of the whole stream, which cover [0, num_rows) in order.
             num_rows: number of rows of the whole stream, T.
         """
+        if not self.divides_rows:
+            return list(slices)
         first, end = self.own_row_range(num_rows)
         borders = [*(start for start, _ in slices), max(num_rows, end)]
         own = [min(max(border, first), end) - first for border in borders]

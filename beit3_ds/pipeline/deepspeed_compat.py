@@ -8,6 +8,7 @@ Importing this module checks the version of DeepSpeed. Other modules ensure what
     micro-batches           use every parameter of a model chunk
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +21,10 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
+from beit3_ds.model.block import Block
 from beit3_ds.parallel import Mesh, is_split
 
 TESTED_DEEPSPEED = "0.19.8"
@@ -31,6 +34,17 @@ if deepspeed.__version__ != TESTED_DEEPSPEED:
         f"DeepSpeed {deepspeed.__version__} is installed, but beit3_ds was tested with {TESTED_DEEPSPEED} and relies "
         f"on its internals. Run: pip install deepspeed=={TESTED_DEEPSPEED}"
     )
+
+
+def gather_blocks_whole(model: nn.Module) -> None:
+    """Makes ZeRO-3 gather all parameters of a block together, before its forward and before its backward pass.
+
+    So modules of a block may save each other's parameters for the backward pass. DeepSpeed would gather the parameters
+    of every linear layer and norm separately, with hooks that take longer than the kernels of small models.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            set_z3_leaf_module(module, True)
 
 
 def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
@@ -158,14 +172,13 @@ def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -
 
     DeepSpeed would send one element per sub-group, and stages may have different numbers of sub-groups.
     """
-    counted = [
-        gradient.float().norm() if isinstance(gradient, Tensor) else torch.tensor(gradient)
-        for parameter, gradient in _gradient_partitions(optimizer)
-        if is_split(parameter) or mesh.tensor.rank == 0
-    ]
-    squares = torch.zeros((), device=optimizer.device)
-    for norm in counted:
-        squares += norm.to(squares.device).square()
+    counted = [g for p, g in _gradient_partitions(optimizer) if is_split(p) or mesh.tensor.rank == 0]
+    gradients = [gradient for gradient in counted if isinstance(gradient, Tensor)]
+    norms = [*torch._foreach_norm(gradients, dtype=torch.float32)] if gradients else []
+    norms += [torch.tensor(norm, device=optimizer.device) for norm in counted if not isinstance(norm, Tensor)]
+    # The order of the sum is part of the result, which golden losses compare bit for bit.
+    start = torch.zeros((), device=optimizer.device)
+    squares = functools.reduce(torch.add, torch._foreach_mul(norms, norms) if norms else (), start)
     # DeepSpeed keeps the norms of offloaded gradients on the host.
     total = mesh.host.sum(squares) if optimizer.offload_optimizer else mesh.sum_over_all(squares)
     return total.sqrt()

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from beit3_ds.model.multiway import MultiwayLayerNorm, MultiwaySubLayerNorm
 from beit3_ds.pipeline.schedule_1f1b import schedule_1f1b
 from beit3_ds.planner.rank_model import RankModel
 
@@ -26,11 +25,11 @@ def padded(numel: int, ranks: int) -> int:
 class Zero3Replay:
     """Simulates which parameters one rank gathers in each step.
 
-    It replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8). A module's
-    own parameters are gathered before its forward and backward passes, and released after each. Once the coordinator
-    knows the order of modules, it gathers up to `stage3_prefetch_bucket_size` elements ahead. It then also keeps
-    parameters whose next use is at most `stage3_max_reuse_distance` elements away. If a pass leaves the order, as in a
-    pipeline, it records again.
+    It replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8). All
+    parameters of a block (`deepspeed_compat.gather_blocks_whole`), and the own parameters of every other module, are
+    gathered before its forward and backward passes, and released after each. Once the coordinator knows the order of
+    modules, it gathers up to `stage3_prefetch_bucket_size` elements ahead. It then also keeps parameters whose next use
+    is at most `stage3_max_reuse_distance` elements away. A pass that leaves the order, as in a pipeline, is recorded.
     """
 
     def __init__(self, rank_model: RankModel) -> None:
@@ -90,7 +89,7 @@ class Zero3Replay:
 
     def _forward_module(self, module: nn.Module) -> None:
         self._enter(module)
-        for child in module.children():
+        for child in () if module in self._blocks else module.children():
             self._forward_module(child)
         self._release(module)
 
@@ -111,33 +110,14 @@ class Zero3Replay:
         self._active_backward.clear()
 
     def _backward_module(self, module: nn.Module) -> None:
-        for _ in range(self._num_outputs(module)):
-            self._fetch_backward(module)
-        if self.rank_model.model.recompute_blocks and module in self._blocks:
-            self._backward_recomputed(module)
-        else:
+        self._fetch_backward(module)
+        if module not in self._blocks:
             for child in reversed(list(module.children())):
                 self._backward_module(child)
+        elif self.rank_model.model.recompute_blocks:
+            # Recomputation stops once no saved tensor is missing, so the hook after the block never runs.
+            self._enter(module)
         self._release_backward(module)
-
-    def _backward_recomputed(self, block: nn.Module) -> None:
-        """Replays the backward pass of a recomputed block, in which the hooks of the last modules do not run."""
-        attention, ffn = block.attention, block.ffn
-        assert isinstance(attention, nn.Module) and isinstance(ffn, nn.Module)
-        self._fetch_backward(ffn)
-        self._fetch_backward(ffn.fc2)  # type: ignore[arg-type]
-        self._enter(block)
-        self._forward_module(attention)
-        self._enter(ffn)
-        *before, last = ffn.children()
-        for child in before:
-            self._forward_module(child)
-        self._enter(last)
-        self._release_backward(last)
-        for child in reversed(before):
-            self._backward_module(child)
-        self._release_backward(ffn)
-        self._backward_module(attention)
 
     def _step(self) -> None:
         """Replays the optimizer's step: updates partitions, then gathers persistent parameters, one in each call."""
@@ -168,15 +148,7 @@ class Zero3Replay:
     def _is_input(self, module: nn.Module) -> bool:
         """Returns whether no input of a module needs a gradient, so that DeepSpeed's hook after backward never runs."""
         embeddings = self.rank_model.model.embeddings
-        if isinstance(module, MultiwaySubLayerNorm):
-            return True
         return embeddings is not None and module in (embeddings, *embeddings.children())
-
-    def _num_outputs(self, module: nn.Module) -> int:
-        """Returns how often a module is fetched before its backward pass: once per output that has a gradient."""
-        if isinstance(module, MultiwaySubLayerNorm):
-            return 2 * len(module.experts)
-        return 2 if isinstance(module, MultiwayLayerNorm) and module is not self.rank_model.model.norm else 1
 
     # DeepSpeed's coordinator; names follow it.
 
@@ -316,10 +288,10 @@ class Zero3Replay:
         return used
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        """Returns the parameters that are gathered for a module: its own, without its children's."""
+        """Returns the parameters that are gathered for a module: all of a block, otherwise without the children's."""
         # Modules are asked for them millions of times, and torch builds the list from dictionaries.
         if module not in self._owned:
-            self._owned[module] = list(module.parameters(recurse=False))
+            self._owned[module] = list(module.parameters(recurse=module in self._blocks))
         return self._owned[module]
 
     def _own_sizes(self, module: nn.Module) -> tuple[frozenset[int], int]:

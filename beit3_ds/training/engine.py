@@ -63,6 +63,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
     use_backend(config.training.kernel_backend)
     gradient_bytes = _gradient_bytes(config, model) if trains else 0
     optimizer = build_optimizer(model, config, lambda number: max(mesh.pipeline.host.gather(number)))
+    deepspeed_compat.gather_blocks_whole(model)
     with deepspeed_compat.zero1_adds_up_in_float32():
         engine, *_ = deepspeed.initialize(
             model=model,

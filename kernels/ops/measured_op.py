@@ -149,8 +149,10 @@ class MeasuredOp:
         The first call with new dtypes, sizes or flags may measure.
         """
         device = arguments[0].device
-        described = [_describe(x) for index, x in enumerate(arguments) if index not in self._ignores]
-        case = self._choices.backend, device, *described
+        compared = arguments
+        if self._ignores:
+            compared = tuple([x for index, x in enumerate(arguments) if index not in self._ignores])
+        case = self._choices.backend, device, *map(_describe, compared)
         with make_current(device):
             run = self._chosen.get(case)
             if run is None:

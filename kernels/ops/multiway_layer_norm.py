@@ -69,10 +69,10 @@ def recomputable_rows(
 ) -> Recomputable:
     """Returns an object that recomputes h_TD of `multiway_layer_norm`, bit for bit, from the same arguments.
 
-    The parameters are saved without a copy, so pass copies of parameters that ZeRO-3 partitions.
+    The parameters themselves are saved, not copies: ZeRO-3 must gather them before the backward pass.
     """
     compute = partial(_recompute_rows, tuple(stop for _, stop in slices), epsilon)
-    return Recomputable(RecomputeFunction(compute), tuple(tensor.detach() for tensor in (x_TD, *weights, *biases)))
+    return Recomputable(RecomputeFunction(compute), (x_TD.detach(), *weights, *biases))
 
 
 def _recompute_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *parameters: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def out_projection(
         weights: one matrix per expert, (D, F) for output width D and input width F, of x's dtype.
         biases: one vector (D,) per expert, or none.
         gelu: whether to apply the exact (erf) GELU first.
-        norm: the sub-LN, or None. Its parameters are saved, so pass copies of parameters that ZeRO-3 partitions.
+        norm: the sub-LN, or None. Its parameters themselves are saved, like weights.
         residual_TD: the stream to which the branch is added, or None.
         factor_T: factor of stochastic depth for every row of the branch, without a gradient; None for ones.
 

@@ -10,12 +10,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS
 from beit3_ds.kernels.triton.expert_rows import sum_kernel
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
+from beit3_ds.kernels.triton.launch_sizes import ceil_div, next_power_of_2
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 NUM_EXPERTS = 3
@@ -47,7 +47,7 @@ def choose_row_tiling(architecture: int, width: int) -> RowTiling:
         architecture: GPU architecture, 80, 90 or 100.
         width: columns of a row, D; at most 8192, so that a thread holds at most 16 columns.
     """
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     num_warps = max(4, block // 512)
     resident = NUM_MULTIPROCESSORS[architecture] * 16 // num_warps  # programs with 128 registers per thread
     return RowTiling(num_warps, 2 if block > 4096 else 3, 4 * resident, resident)
@@ -55,7 +55,7 @@ def choose_row_tiling(architecture: int, width: int) -> RowTiling:
 
 def row_constants(width: int, tiling: RowTiling) -> dict[str, int]:
     """Returns the constexpr arguments that all row-streaming kernels take, by name."""
-    return {"D": width, "BLOCK": triton.next_power_of_2(width), "STAGES": tiling.num_stages}
+    return {"D": width, "BLOCK": next_power_of_2(width), "STAGES": tiling.num_stages}
 
 
 def check_rows(*tensors: Tensor) -> None:
@@ -85,9 +85,9 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
     """
     assert len(stops) <= NUM_EXPERTS < most_programs, f"{len(stops)} experts, {most_programs} programs"
     all_stops = (*stops, *[stops[-1]] * (NUM_EXPERTS - len(stops)))
-    rows = max(1, triton.cdiv(all_stops[-1], most_programs - NUM_EXPERTS))
+    rows = max(1, ceil_div(all_stops[-1], most_programs - NUM_EXPERTS))
     starts = (0, *all_stops[:-1])
-    num_programs = sum(triton.cdiv(stop - start, rows) for start, stop in zip(starts, all_stops, strict=True))
+    num_programs = sum(ceil_div(stop - start, rows) for start, stop in zip(starts, all_stops, strict=True))
     return RowPrograms(rows, all_stops, num_programs)
 
 
@@ -111,7 +111,7 @@ def sum_partials(partial_SPD: Tensor, programs: RowPrograms, num_experts: int, d
     """
     num_kinds, _, width = partial_SPD.shape
     sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
-    grid = (triton.cdiv(width, _SUM_COLUMNS), num_experts, num_kinds)
+    grid = (ceil_div(width, _SUM_COLUMNS), num_experts, num_kinds)
     constants = (width, num_experts, _SUM_COLUMNS, _SUM_PROGRAMS)
     numbers = (programs.rows, *programs.stops)
     _SUM.launch(grid, (partial_SPD, sum_SED), numbers, constants, num_warps=_SUM_WARPS)

@@ -5,7 +5,7 @@ That takes longer than many kernels do on a GPU. `KernelLauncher` leaves it to T
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import attrgetter, or_
 from typing import Any, NamedTuple, TypeVar
 
@@ -138,7 +138,7 @@ def _fastest(settings: Sequence[_Settings], launch: Callable[[_Settings], None])
     errors: list[TritonError] = []
     for index, one in enumerate(settings):
         try:
-            time = benchmark(lambda one=one: launch(one), warmup=5, rep=20, return_mode="median")  # type: ignore[misc]
+            time = benchmark(partial(launch, one), warmup=5, rep=20, return_mode="median")
             milliseconds.append((time, index))
         except TritonError as error:  # of the compiler, or too little shared memory
             errors.append(error)

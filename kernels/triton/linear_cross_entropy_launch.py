@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from beit3_ds.kernels.ops.vocabulary_tiles import ALIGNMENT
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
+from beit3_ds.kernels.triton.launch_sizes import ceil_div
 from beit3_ds.kernels.triton.linear_cross_entropy import gradient_kernel, partials_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
@@ -89,10 +89,10 @@ def gradient(
     """
     (num_rows, width), stride = logits_MN.shape, _stride(logits_MN)
     assert all(x.is_contiguous() for x in (target_M, lse_M, d_loss_M)), "linear_cross_entropy: rows are not contiguous"
-    num_blocks = triton.cdiv(stride, tiling.gradient_block)
-    rows = triton.cdiv(num_rows, max(1, tiling.gradient_programs // num_blocks))
-    rows = triton.cdiv(max(1, rows), tiling.gradient_rows) * tiling.gradient_rows
-    groups = triton.cdiv(num_rows, rows)
+    num_blocks = ceil_div(stride, tiling.gradient_block)
+    rows = ceil_div(num_rows, max(1, tiling.gradient_programs // num_blocks))
+    rows = ceil_div(max(1, rows), tiling.gradient_rows) * tiling.gradient_rows
+    groups = ceil_div(num_rows, rows)
     sum_GS = lse_M.new_empty(groups, stride)
     if groups:
         _GRADIENT.launch(

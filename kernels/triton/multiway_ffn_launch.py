@@ -15,6 +15,7 @@ from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
 from beit3_ds.kernels.triton.budgets import spilling_variants
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Tuner, row_class
+from beit3_ds.kernels.triton.launch_sizes import ceil_div
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
     projection_kernel,
@@ -160,7 +161,7 @@ def up_projection(
     u_TF = h_TD.new_empty(num_rows, out_width)
     a_TF = torch.empty_like(u_TF)
     tiles = choose_tiles(up_projection_kernel, architecture_of(h_TD.device), h_TD.dtype)
-    column_tiles = triton.cdiv(out_width, tiles[0].columns) if with_statistics else 0
+    column_tiles = ceil_div(out_width, tiles[0].columns) if with_statistics else 0
     # Two tensors, because Triton would compile another variant for the address of a second half.
     means, squares = (h_TD.new_empty(column_tiles, num_rows, dtype=torch.float32) for _ in range(2))
     tensors = (h_TD, *for_experts(weights), *for_experts(biases or (h_TD,)), u_TF, a_TF, means, squares)
@@ -211,7 +212,7 @@ def weight_gradient(
     tensors = (dy_TD, dy_TD if factor_T is None else factor_T, x_TF, *parameters)
 
     def count_programs(tiles: MatmulTiles) -> int:
-        return len(slices) * triton.cdiv(out_width, tiles.rows) * triton.cdiv(in_width, tiles.columns)
+        return len(slices) * ceil_div(out_width, tiles.rows) * ceil_div(in_width, tiles.columns)
 
     constants = (out_width, in_width, with_bias, factor_T is not None)
     _launch(_WEIGHT_GRADIENT, count_programs, tensors, slices, constants)
@@ -311,7 +312,7 @@ def _launch_rows(
         return
 
     def count_programs(tiles: MatmulTiles) -> int:
-        return count_row_tiles(slices, tiles.rows) * triton.cdiv(out_width, tiles.columns)
+        return count_row_tiles(slices, tiles.rows) * ceil_div(out_width, tiles.columns)
 
     _launch(launcher, count_programs, tensors, slices, constants)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from beit3_ds.kernels.triton.architecture import is_on_gpu
 from beit3_ds.kernels.triton.budgets import spilling_variants
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Tuner, row_class
+from beit3_ds.kernels.triton.launch_sizes import next_power_of_2
 from beit3_ds.kernels.triton.packed_attention import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
@@ -93,9 +94,9 @@ def column_blocks(head_size: int) -> tuple[int, int]:
 
     Each width is a power of two and at least 16. B is 0 if two blocks have no fewer columns than one.
     """
-    whole = max(16, triton.next_power_of_2(head_size))
+    whole = max(16, next_power_of_2(head_size))
     block_a = whole // 2
-    block_b = max(16, triton.next_power_of_2(head_size - block_a))
+    block_b = max(16, next_power_of_2(head_size - block_a))
     return (block_a, block_b) if block_a >= 16 and block_a + block_b < whole else (whole, 0)
 
 

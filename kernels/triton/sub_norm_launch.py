@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import triton
 from torch import Tensor
 
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
+from beit3_ds.kernels.triton.launch_sizes import ceil_div, next_power_of_2
 from beit3_ds.kernels.triton.sub_norm import (
     combine_statistics_kernel,
     norm_gradient_kernel,
@@ -46,7 +46,7 @@ def build_stops(slices: Slices) -> tuple[int, int, int]:
 
 def count_row_tiles(slices: Slices, rows: int) -> int:
     """Returns the number of tiles of at most `rows` rows; no tile spans two experts."""
-    return sum(triton.cdiv(stop - start, rows) for start, stop in slices)
+    return sum(ceil_div(stop - start, rows) for start, stop in slices)
 
 
 def row_statistics(y_TF: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def row_statistics(y_TF: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, width = y_TF.shape
     mean_T, squares_T = (y_TF.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     if num_rows:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _ROW_STATISTICS.launch((num_rows,), (y_TF, mean_T, squares_T), (), (width, block), num_warps=NUM_WARPS)
     return mean_T, squares_T
 
@@ -75,7 +75,7 @@ def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int)
     num_rows = means.shape[1]
     mean_T, squares_T = (means.new_empty(num_rows) for _ in range(2))
     if num_rows:
-        tensors, grid = (means, squares, mean_T, squares_T), (triton.cdiv(num_rows, 128),)
+        tensors, grid = (means, squares, mean_T, squares_T), (ceil_div(num_rows, 128),)
         _COMBINE_STATISTICS.launch(grid, tensors, (num_rows,), (width, columns, 128), num_warps=NUM_WARPS)
     return mean_T, squares_T
 
@@ -115,7 +115,7 @@ def norm_gradient_sums(
     """
     (num_rows, width), (mean_T, rstd_T, scales, _) = x_TF.shape, norm
     row_tiles = [count_row_tiles(slices[:index], SPAN) for index in range(len(slices) + 1)]
-    column_tiles = triton.cdiv(width, BLOCK["COLUMNS"])
+    column_tiles = ceil_div(width, BLOCK["COLUMNS"])
     row_sums = mean_T.new_empty(column_tiles, 2, num_rows)
     column_sums = mean_T.new_empty(row_tiles[-1], 2, width)
     tensors = (dn_TF, x_TF, mean_T, rstd_T, *for_experts(scales), row_sums, column_sums)
@@ -162,7 +162,7 @@ def variants(architecture: int) -> list[KernelVariant]:
     for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}
         for kernel, constants in (
-            (row_statistics_kernel, {"BLOCK": triton.next_power_of_2(width)}),
+            (row_statistics_kernel, {"BLOCK": next_power_of_2(width)}),
             (combine_statistics_kernel, {"COLUMNS": 128, "ROWS": 128}),
             (normalize_kernel, {**flags, **BLOCK}),
             (norm_gradient_sums_kernel, {"GELU": True, "SPAN": SPAN, **BLOCK}),
@@ -208,7 +208,7 @@ def _launch(
 ) -> None:
     """Launches a kernel whose programs take tiles of `rows` rows and BLOCK["COLUMNS"] columns."""
     assert all(map(Tensor.is_contiguous, tensors)), "sub-LN: the kernels' strides are those of contiguous rows"
-    grid = (count_row_tiles(slices, rows), triton.cdiv(width, BLOCK["COLUMNS"]))
+    grid = (count_row_tiles(slices, rows), ceil_div(width, BLOCK["COLUMNS"]))
     if grid[0]:
         values = (width, *constants, *BLOCK.values())
         launcher.launch(grid, tensors, build_stops(slices), values, num_warps=NUM_WARPS)

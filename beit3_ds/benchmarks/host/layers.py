@@ -1,0 +1,99 @@
+"""Times the work of Python and PyTorch that launches a layer's kernels, on an emulated GPU that runs nothing."""
+
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.kernels.triton.fake_driver import FakeGPU, fake_gpu
+from beit3_ds.model.beit3 import BEiT3
+from beit3_ds.model.block import Block
+
+_NUM_LAYERS = 4
+_WARM_UPS = 3
+_ARCHITECTURE = 90
+_NARROW: dict[str, Any] = {"num_layers": _NUM_LAYERS, "patch_size": 4, "image_size": 8, "text_vocab_size": 64}
+"""Sizes of the timed models. They are small, because a CPU needs time for large allocations, and a GPU does not."""
+
+
+class LayerTimes(NamedTuple):
+    """Holds the median CPU times of one layer."""
+
+    forward_ms: float
+    """Forward pass, ms."""
+    backward_ms: float
+    """Backward pass, ms."""
+    total_ms: float
+    """Both together, ms."""
+    forward_launches: float
+    """Number of kernel launches in the forward pass."""
+    backward_launches: float
+    """Number of kernel launches in the backward pass."""
+
+
+def layer_models() -> dict[str, ModelConfig]:
+    """Returns narrow models with the layers of base (decoupled, with sub-LN) and giant (shared, without sub-LN)."""
+    base = ModelConfig(
+        **_NARROW,
+        hidden_size=192,
+        ffn_hidden_size=768,
+        num_attention_heads=12,
+        layout="decoupled",
+        num_vision_language_layers=0,
+        sub_layernorm=True,
+    )
+    giant = ModelConfig(
+        **_NARROW, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=16, num_vision_language_layers=0
+    )
+    return {"base": base, "giant": giant}
+
+
+def time_layer(config: ModelConfig, rounds: int) -> LayerTimes:
+    """Returns the time of this thread for one layer in bf16, with stochastic depth's factors and nothing dropped.
+
+    Args:
+        config: model whose blocks all have the same experts.
+        rounds: number of forward and backward passes; the result is their median.
+    """
+    with fake_gpu(_ARCHITECTURE, compiles=False) as gpu:
+        model = BEiT3(config).to(torch.bfloat16)
+        batch = _build_batch(config)
+        x_TD = torch.zeros(batch.num_rows, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        times = []
+        for _ in range(_WARM_UPS + rounds):
+            times.append(_time_step([model.blocks[str(i)] for i in range(_NUM_LAYERS)], x_TD, batch, gpu))
+            model.zero_grad()
+        columns = list(zip(*times[_WARM_UPS:], strict=True))
+        return LayerTimes(*(statistics.median(column) / _NUM_LAYERS for column in columns))
+
+
+def _time_step(blocks: list[Any], x_TD: Tensor, batch: PackedBatch, gpu: FakeGPU) -> LayerTimes:
+    gpu.launches.clear()
+    start, y_TD = time.thread_time(), x_TD
+    for block in blocks:
+        assert isinstance(block, Block)
+        y_TD = block(y_TD, batch)
+    middle, forward_launches = time.thread_time(), gpu.launches.total()
+    y_TD.backward(x_TD.detach())  # type: ignore[no-untyped-call]
+    end, launches = time.thread_time(), gpu.launches.total()
+    milliseconds = (1e3 * (middle - start), 1e3 * (end - middle), 1e3 * (end - start))
+    return LayerTimes(*milliseconds, forward_launches, launches - forward_launches)
+
+
+def _build_batch(config: ModelConfig) -> PackedBatch:
+    """Returns one image, one pair and one text, all of few rows."""
+    caption, text = 4, 6
+    return PackedBatch(
+        num_images=1,
+        num_pairs=1,
+        caption_lengths=(caption,),
+        text_lengths=(text,),
+        pixels=None,
+        patch_mask=torch.zeros(2, config.num_patches, dtype=torch.bool),
+        token_ids=torch.zeros(caption + text, dtype=torch.int64),
+        drop_path=torch.full((3, config.num_layers, 2), 1 / 0.9),
+    )
