@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
@@ -156,7 +156,6 @@ class _Torchvision:
         strides = backbone.pyramid.strides.values()
         self.model = MaskRCNN(
             backbone,
-            _NUM_CLASSES + 1,
             **{"min_size": pixels, "max_size": pixels, "image_mean": [0.0] * 3, "image_std": [1.0] * 3},
             rpn_anchor_generator=AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1, 2),) * 5),
             rpn_head=RPNHead(_CHANNELS, 3, conv_depth=2),
@@ -165,6 +164,7 @@ class _Torchvision:
             box_batch_size_per_image=_SAMPLED_BOXES,
             **{"box_roi_pool": _pooling(7), "mask_roi_pool": _pooling(14)},
             box_head=FastRCNNConvFCHead((_CHANNELS, 7, 7), [_CHANNELS] * 4, [1024], LayerNorm2d),
+            box_predictor=FastRCNNPredictor(1024, _NUM_CLASSES + 1),
             mask_head=MaskRCNNHeads(_CHANNELS, [_CHANNELS] * 4, 1, LayerNorm2d),
             mask_predictor=MaskRCNNPredictor(_CHANNELS, _CHANNELS, _NUM_CLASSES + 1),
         )

@@ -22,6 +22,7 @@ from beit3_ds.tasks.detection.evaluation import (
     write_page,
 )
 from beit3_ds.tasks.detection.files import AnnotatedObjects
+from beit3_ds.tasks.detection.flops import image_flops
 from beit3_ds.tasks.detection.head import DetectionHead
 from beit3_ds.tasks.detection.packing import pack
 from beit3_ds.tasks.detection.samples import OBJECTS_FORMAT, DetectionSample, build_stream, open_split
@@ -98,6 +99,14 @@ class Detection(Task):
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> DetectionHead:
         """Builds the pyramid, the proposal network, the box stages and the mask head, with uninitialised parameters."""
         return DetectionHead(model, self.settings, self.settings.num_classes, tensor)
+
+    def head_flops(self, term_counts: Sequence[float]) -> float:
+        """Returns the floating-point operations of the head's forward pass for `term_counts[0]` images of full size."""
+        return term_counts[0] * image_flops(self.config.model, self.settings)
+
+    def expected_head_flops(self) -> float:
+        """Returns the floating-point operations of the head per step, forward and backward."""
+        return 3 * self.head_flops((self.config.data.images.samples_per_step,))
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's name and settings, and after `open` also the categories."""

@@ -1,16 +1,19 @@
 """The head's losses and gradients do not depend on how a step is cut, and every parameter always takes part."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from beit3_ds.config import ModelConfig
 from beit3_ds.config.dense import DenseConfig
 from beit3_ds.model import TaskModel
 from beit3_ds.tasks.detection.box_masks import MASK_SIDE
 from beit3_ds.tasks.detection.config import DetectionConfig
+from beit3_ds.tasks.detection.flops import image_flops
 from beit3_ds.tasks.detection.head import DetectionHead
 from beit3_ds.tasks.detection.objects import ImageObjects
 from beit3_ds.tasks.detection.packing import pack
@@ -145,3 +148,18 @@ def test_views_map_boxes_there_and_back() -> None:
     view = View(0, (48, 32), (192, 128), True)
     assert view.to_image(torch.tensor([[2.0, 4.0, 10.0, 12.0]])).tolist() == [[88.0, 16.0, 120.0, 48.0]]
     torch.testing.assert_close(view.to_image(view.from_image(boxes)), boxes)
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    """The stage cut of a pipeline counts the head, whose share is large beside a small trunk."""
+    settings = dataclasses.replace(
+        SETTINGS, pyramid_channels=16, sampled_boxes=8, proposals=200, proposals_per_level=200
+    )
+    head = DetectionHead(MODEL, settings, 4)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.05)
+    batch = pack([SAMPLES[0]], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=False, predicts=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head(torch.randn(36, MODEL.hidden_size), batch, True)
+    # Fewer boxes may be positive than a quarter, and refined boxes without area are left out.
+    assert image_flops(MODEL, settings) == pytest.approx(counter.get_total_flops(), rel=0.15)
