@@ -1,6 +1,5 @@
 """Copies the training state to host memory and writes the copy to disk in a thread, while training continues."""
 
-import json
 import socket
 import sys
 import threading
@@ -8,15 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from beit3_ds.checkpoint.collection import CheckpointCollection
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.index import Index, Piece, StoredBuffer
+from beit3_ds.checkpoint.index import Index
+from beit3_ds.checkpoint.pieces import PieceTable
+from beit3_ds.checkpoint.rank_report import RankReport
 from beit3_ds.checkpoint.run_description import RunDescription
-from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.checkpoint.snapshot import Snapshot
 from beit3_ds.checkpoint.tensor_file import WrittenFile
 from beit3_ds.parallel import HostGroup, Mesh
@@ -42,11 +40,10 @@ class SaveOutcome:
 
 
 class BackgroundSave:
-    """Copies the training state to host memory in `start`, and writes the copy to disk in a thread.
+    """Copies the training state to host memory, and writes the copy to disk in a thread.
 
-    The threads of all ranks communicate through a separate process group. If a save is due while the previous save is
-    still running, training waits. A crash therefore loses at most the steps of one interval between saves plus the
-    duration of one save. A failed save is reported, and leaves all earlier checkpoints unchanged.
+    The threads of all ranks communicate through their own group. A save that fails is reported and leaves earlier
+    checkpoints unchanged.
     """
 
     def __init__(
@@ -159,14 +156,12 @@ class BackgroundSave:
         written: dict[str, WrittenFile] = {}
         error = self._attempt(lambda: written.update(self._write_files(snapshot, collection.temporary_path(step))))
         rank = self._host.rank
-        report = _RankReport(error, written, snapshot.shapes(), snapshot.pieces(rank), snapshot.buffers(rank))
-        collected = self._host.collect(report.to_json())
+        report = RankReport(error, written, snapshot.shapes(), snapshot.pieces(rank), snapshot.buffers(rank))
+        collected = self._host.collect(report.to_plain())
         if collected is not None:
-            reports = [_RankReport.from_json(text) for text in collected]
+            reports = [RankReport.from_plain(*plain) for plain in collected]
             error = next((other.error for other in reports if other.error), None)
-            error = error or self._attempt(
-                lambda: collection.publish(self._build_index(reports, step, snapshot.optimizer_step, data))
-            )
+            error = error or self._attempt(lambda: self._publish(reports, step, snapshot.optimizer_step, data))
             if error:
                 collection.discard_temporary(step)
         error = self._from_main(error)
@@ -190,47 +185,21 @@ class BackgroundSave:
         temporary.mkdir(exist_ok=True)  # a network file system may show it late
         return snapshot.write(temporary, self._host.rank)
 
-    def _build_index(
-        self, reports: Sequence["_RankReport"], step: int, optimizer_step: int, data: Mapping[str, Any]
-    ) -> Index:
-        pieces: dict[str, list[Piece]] = {}
-        for report in reports:
-            for name, piece in report.pieces:
-                pieces.setdefault(name, []).append(piece)
-        return Index(
+    def _publish(
+        self, reports: Sequence["RankReport"], step: int, optimizer_step: int, data: Mapping[str, Any]
+    ) -> None:
+        pieces = PieceTable.join([report.pieces for report in reports])
+        index = Index(
             step=step,
             optimizer_step=optimizer_step,
             run=self._run,
             shapes={name: shape for report in reports for name, shape in report.shapes.items()},
-            pieces=pieces,
+            num_pieces=pieces.counts,
             files={name: file for report in reports for name, file in report.files.items()},
             buffers={name: buffer for report in reports for name, buffer in report.buffers.items()},
             data=data,
         )
-
-
-class _RankReport(NamedTuple):
-    """Holds the error, files, pieces and buffers of one rank in a save; each rank sends its report to the main rank."""
-
-    error: str | None
-    files: dict[str, WrittenFile]
-    shapes: dict[str, torch.Size]
-    pieces: list[tuple[str, Piece]]
-    buffers: dict[str, StoredBuffer]
-
-    def to_json(self) -> str:
-        return json.dumps(self, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> "_RankReport":
-        error, files, shapes, pieces, buffers = json.loads(text)
-        return cls(
-            error,
-            {name: WrittenFile(*file) for name, file in files.items()},
-            {name: torch.Size(shape) for name, shape in shapes.items()},
-            [(name, Piece(rank, TensorSlice(*part))) for name, (rank, part) in pieces],
-            {name: StoredBuffer(rank, dtype, tuple(shape)) for name, (rank, dtype, shape) in buffers.items()},
-        )
+        self._collection.publish(index, pieces)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Finds, publishes and deletes the checkpoints in one run's folder, without communication between ranks."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
@@ -9,14 +10,14 @@ from pathlib import Path
 
 from beit3_ds.checkpoint.disk import NewFile, rename, sync_folder, write_whole
 from beit3_ds.checkpoint.folder import (
-    CheckpointFolder,
     check_files,
     checkpoint_name,
     checkpoint_paths,
     is_own_checkpoint,
     left_over_paths,
 )
-from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, check_cover
+from beit3_ds.checkpoint.index import INDEX_NAME, PIECES_FILE, BrokenIndexError, Index, read_index
+from beit3_ds.checkpoint.pieces import PieceTable, check_cover, write_pieces
 
 _LATEST = "latest"
 
@@ -24,8 +25,7 @@ _LATEST = "latest"
 class CheckpointCollection:
     """Manages the folder `OUTPUT_DIR/checkpoints`: a subfolder `step-XXXXXXXX` per checkpoint, and a file `latest`.
 
-    A checkpoint is written under a temporary name, synced to disk and renamed, so that it is complete or absent. Then
-    its name is written into the file `latest`, and the oldest checkpoints are deleted.
+    A checkpoint is written under a temporary name, synced to disk and renamed, so that it is complete or absent.
 
     Attributes:
         root: the folder, on storage that all ranks share.
@@ -69,9 +69,9 @@ class CheckpointCollection:
             return None
 
     def mark_damaged(self, path: Path) -> None:
-        """Records that a checkpoint is damaged, so that `newest_path` skips it and it does not count as one to keep.
+        """Records that a checkpoint is damaged, so that `newest_path` skips it and pruning does not count it.
 
-        `newest_path` itself compares only file sizes, and a damaged file can have the right size.
+        `newest_path` itself compares only file sizes.
         """
         self._damaged.add(path)
 
@@ -112,15 +112,20 @@ class CheckpointCollection:
         """Returns the path of the temporary folder of a step's checkpoint."""
         return self.root / f".writing-{checkpoint_name(step)}"
 
-    def publish(self, index: Index) -> None:
-        """Writes the index into the temporary folder, gives the folder its final name, and deletes old checkpoints.
+    def publish(self, index: Index, pieces: PieceTable) -> None:
+        """Writes pieces and index into the temporary folder, renames the folder, and deletes old checkpoints.
+
+        Args:
+            index: index of the checkpoint; the file of the pieces is added to it.
+            pieces: the pieces that all ranks wrote.
 
         Raises:
             OSError: if a file that the index lists is missing, or if writing fails.
-            BrokenIndexError: if the pieces in the index do not cover every element of every tensor exactly once.
+            BrokenIndexError: if the pieces do not cover every element of every tensor exactly once.
         """
         temporary, target = self.temporary_path(index.step), self.path(index.step)
-        check_cover(index.shapes, index.pieces)
+        check_cover(index.shapes, pieces)
+        index = dataclasses.replace(index, files={**index.files, PIECES_FILE: write_pieces(temporary, pieces)})
         with NewFile(temporary / INDEX_NAME) as file:
             file.write(index.to_json())
         sync_folder(temporary)
@@ -163,7 +168,7 @@ class CheckpointCollection:
         write_whole(latest, f"{name}\n".encode())
 
     def _prune(self, best_step: int | None) -> None:
-        """Deletes old checkpoints of this program, but keeps the newest complete ones and that of step `best_step`."""
+        """Deletes old checkpoints of this program except the newest complete ones and the one of step `best_step`."""
         paths = self.paths()
         best = None if best_step is None else self.path(best_step)
         whole = [path for path in self._whole_paths() if is_own_checkpoint(path) and path != best]
@@ -176,7 +181,9 @@ class CheckpointCollection:
 def _has_all_files(path: Path) -> bool:
     """Returns whether a folder holds all files of a checkpoint in the right sizes and is named after its step."""
     try:
-        return path.name == checkpoint_name(CheckpointFolder(path).step)
+        index = read_index(path)
+        check_files(path, index)
+        return path.name == checkpoint_name(index.step)
     except BrokenIndexError:
         return False
 

@@ -15,8 +15,8 @@ _SYNC_BYTES = 1 << 26
 class NewFile:
     """Writes a new file sequentially in a `with` block, and syncs it to disk at the end of the block.
 
-    Computes a SHA-256 digest while writing, if requested. A thread syncs the data to disk during the writing. Otherwise
-    the operating system would sync only after much of the memory is full, and would then block the writer.
+    A thread also syncs during the writing, because the operating system would otherwise block the writer later. The
+    digest is SHA-256.
 
     Raises:
         FileExistsError: if the file exists.

@@ -1,10 +1,9 @@
 """Reads and writes a rank's training state inside DeepSpeed's engine, as ranges of logical tensors.
 
 A logical tensor is a whole tensor of the model, without any parallelism. Its state is the float32 weight, AdamW's two
-moments, and, if configured, a moving average of the weight. bf16 and fp16 parameters are not saved, because they are
-rounded copies of the float32 weights. The ZeRO stage decides which elements of its model part a rank owns: all
-elements (stage 0), a share of the flattened parameters (stages 1 and 2), or a share of every parameter (stage 3). Only
-this file and `flat_tensors` access DeepSpeed's optimizers.
+moments and, if configured, a moving average of the weight. The ZeRO stage decides which elements a rank owns: all
+(stage 0), a share of the flattened parameters (stages 1 and 2), or a share of every parameter (stage 3). Only this file
+and `flat_tensors` access DeepSpeed's optimizers.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,8 +29,8 @@ from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
-"""Function that reads a slice of a logical tensor and returns it as a matrix. Its arguments are the values to read
-(`EngineState.kinds`, such as "exp_avg"), the tensor's logical name, and the slice."""
+"""Function that reads a slice of a logical tensor as a matrix. Its arguments are the kind of values
+(`EngineState.kinds`, such as "exp_avg"), the tensor's name, and the slice."""
 
 _GATHERED_PARAMETERS = 4
 """Number of parameters that ZeRO-3's ranks gather at each save to compare them with the saved weights."""
@@ -119,8 +118,8 @@ class EngineState:
     def averaged_weights(self) -> Iterator[None]:
         """Replaces the model's weights by their moving averages in a `with` block; does nothing without `ema_decay`.
 
-        The block must contain no update and no save, because weights and averages are swapped there. All ranks enter
-        and leave the block together: under ZeRO-1 to 3 the data-parallel ranks gather parameters as after an update.
+        The block must contain no update and no save. All ranks enter and leave the block together, because under ZeRO-1
+        to 3 the data-parallel ranks gather parameters there.
         """
         if self._average is None:
             yield
@@ -136,8 +135,8 @@ class EngineState:
     def fragments_to_save(self) -> list[Fragment]:
         """Returns the fragments that this rank saves; all ranks together save every element of every tensor once.
 
-        Without ZeRO, the data-parallel ranks hold equal elements, and each rank saves an equal share of them. Tensors
-        that are equal on all tensor-parallel ranks, such as norms and positions, are saved by tensor-parallel rank 0.
+        Without ZeRO, each data-parallel rank saves an equal share. Tensor-parallel rank 0 saves the tensors that are
+        equal on all tensor-parallel ranks.
         """
         self._start_moments()
         return list(self._shares())
@@ -164,15 +163,13 @@ class EngineState:
 
     @torch.no_grad()
     def find_mismatch(self, step: int) -> str | None:
-        """Compares the weights to save with the parameters that the forward pass uses. All ranks call it.
+        """Compares samples of the weights to save with the parameters of the forward pass; all ranks call it.
 
-        The weights to save are read from DeepSpeed's flat buffers. If a DeepSpeed option changed the order of elements
-        in these buffers, training would stay correct, but checkpoints would be wrong. To detect this, each rank
-        compares samples of its elements of every parameter. Under ZeRO-3 the data-parallel ranks also gather a few
-        parameters, chosen anew at each step.
+        A DeepSpeed option that reorders the flat buffers would leave training correct but make checkpoints wrong. This
+        check finds such an option. Under ZeRO-3 the data-parallel ranks also gather a few parameters.
 
         Args:
-            step: number of updates done; chooses the samples, which are the same on all ranks.
+            step: number of updates done; selects the samples, equally on all ranks.
 
         Returns:
             A short description of the first tensor that differs; None if all samples are equal.
@@ -200,13 +197,12 @@ class EngineState:
 
     @torch.no_grad()
     def load(self, read: ReadSlice, optimizer_step: int) -> None:
-        """Overwrites this rank's weights and moments with values from `read`. All ranks must call this function.
+        """Overwrites this rank's weights and moments with values from `read`. All ranks call it.
 
-        Calls `read` only for elements that this rank owns. Under ZeRO-3 the data-parallel ranks then gather the
-        parameters that DeepSpeed keeps unpartitioned.
+        Under ZeRO-3 the data-parallel ranks gather the parameters that DeepSpeed keeps unpartitioned.
 
         Args:
-            read: returns a float32 slice of any tensor in `local_tensors`.
+            read: returns a float32 slice of any tensor in `local_tensors`; it is called only for elements of this rank.
             optimizer_step: number of updates that produced the moments.
         """
         self._load_weights(read, set(self._parameters))
@@ -230,7 +226,7 @@ class EngineState:
 
     @torch.no_grad()
     def load_weights(self, read: ReadSlice, names: set[str]) -> None:
-        """Overwrites the weights of the parameters in `names`. All ranks call it, before the first update.
+        """Overwrites the weights of the parameters in `names` before the first update; all ranks call it.
 
         A moving average restarts from the new weights.
         """
@@ -341,7 +337,7 @@ def _local_tensor(parameter: nn.Parameter) -> LocalTensor:
 
 
 def _gather(parameter: Any) -> Tensor:
-    """All-gathers a parameter that ZeRO-3 partitions, and returns it flattened. All data-parallel ranks call it."""
+    """All-gathers a parameter that ZeRO-3 partitions and returns it flattened; all data-parallel ranks call it."""
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # ZeRO-3 keeps it whole between steps
         return parameter.data.flatten()
     with deepspeed.zero.GatheredParameters([parameter]):

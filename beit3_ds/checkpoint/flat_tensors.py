@@ -25,10 +25,7 @@ class ParameterRange(NamedTuple):
 
 
 def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns the AdamW optimizer inside DeepSpeed's optimizer: torch's AdamW, or apex's FusedAdam.
-
-    Both store moments under the names `exp_avg` and `exp_avg_sq`. FusedAdam counts updates per parameter group.
-    """
+    """Returns the AdamW optimizer inside DeepSpeed's optimizer: torch's AdamW, or apex's FusedAdam."""
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     assert isinstance(inner, torch.optim.Optimizer)
     known = isinstance(inner, torch.optim.AdamW) or type(inner).__name__ == "FusedAdam"
@@ -73,8 +70,7 @@ def _zero3_ranges(parameters: list[Any]) -> list[ParameterRange]:
 def _zero12_ranges(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[ParameterRange]:
     """Lists the parameter ranges in this rank's share of a flattened parameter group under ZeRO-1 and 2.
 
-    The ranges follow the order of the flat buffer, which `round_robin_gradients` and `parameter_alignment` change.
-    DeepSpeed's own mapping of parameters (`_hp_mapping`) is not used, because it ignores `round_robin_gradients`.
+    DeepSpeed's own mapping (`_hp_mapping`) ignores `round_robin_gradients`, so the ranges come from the flat buffer.
     """
     size = optimizer.partition_size[group]
     first = size * dist.get_rank(optimizer.real_dp_process_group[group])

@@ -20,6 +20,7 @@ from beit3_ds.checkpoint.index import (
     BUFFERS,
     FILE_KINDS,
     INDEX_NAME,
+    PIECES,
     WEIGHT,
     BrokenIndexError,
     Index,
@@ -27,6 +28,7 @@ from beit3_ds.checkpoint.index import (
     read_index,
     tensor_key,
 )
+from beit3_ds.checkpoint.pieces import read_pieces
 from beit3_ds.checkpoint.slices import BLOCK_ELEMENTS, TensorSlice, whole_slice
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
@@ -37,7 +39,7 @@ from beit3_ds.printing import printable
 _SHOWN = 80
 _NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,})")
 _LEFT_OVER = re.compile(rf"\.(writing|deleted)-{_NAME.pattern}")
-_FILE_NAME = re.compile(rf"{re.escape(INDEX_NAME)}|({'|'.join((*FILE_KINDS, BUFFERS))})-\d{{5,}}\.safetensors")
+_FILE_NAME = re.compile(rf"{re.escape(INDEX_NAME)}|({'|'.join((*FILE_KINDS, BUFFERS, PIECES))})-\d{{5,}}\.safetensors")
 _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in kinds}
 
 
@@ -48,7 +50,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: Path, weights: str = WEIGHT) -> None:
-        """Reads the index.
+        """Reads the index and the table of pieces.
 
         Args:
             path: folder of the checkpoint.
@@ -60,6 +62,7 @@ class CheckpointFolder:
         """
         self.path, self.index, self._weights = path, read_index(path), weights
         check_files(path, self.index)
+        self.pieces = read_pieces(path, self.index)
         self._opened: dict[str, TensorFile] = {}
 
     @property
@@ -164,7 +167,7 @@ class CheckpointFolder:
         if kind == AVERAGE and not self.has_averages:
             kind = WEIGHT
         values = torch.empty(part.shape)
-        for rank, piece in self.index.pieces[name]:
+        for rank, piece in self.pieces.overlapping(name, part):
             if common := part.intersection(piece):
                 file = self._open(file_name(_FILE_OF_KIND[kind], rank))
                 rows, columns = common.inside(piece)
@@ -238,8 +241,7 @@ def checkpoint_name(step: int) -> str:
 def checkpoint_paths(folder: Path) -> list[Path]:
     """Returns the subfolders of `folder` that are named like checkpoints, newest first; some may be incomplete.
 
-    Omits files, links and folders with other names, such as the copy `step-00000002.bak`, because this program did not
-    create them.
+    Files, links and other names, such as the copy `step-00000002.bak`, are left out.
 
     Raises:
         OSError: if the folder exists but cannot be read.
@@ -259,8 +261,7 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 def is_own_checkpoint(path: Path) -> bool:
     """Returns whether a folder contains only a checkpoint of this program, so that deleting the folder is safe.
 
-    This is true if the index is readable, has the step in the folder's name, and lists every file in the folder. Listed
-    files may be damaged or missing.
+    The index must be readable, have the step in the folder's name, and list every file in the folder.
     """
     try:
         index = read_index(path)
@@ -350,10 +351,7 @@ def best_checkpoint_path(path: Path) -> Path:
 
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
-    """Compares files with their digests like `find_damage`, but with one thread per core and a progress bar.
-
-    Suits commands that run as a single process on the machine.
-    """
+    """Compares files with their digests like `find_damage`, but with one thread per core and a progress bar."""
     with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)
         text = f"checking {folder.path.name}"

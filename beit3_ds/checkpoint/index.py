@@ -1,21 +1,19 @@
-"""Reads and writes the index of a checkpoint: its tensors, the file of every piece, and the digests of the files.
+"""Reads and writes the index of a checkpoint: its tensors, and the sizes and digests of its files.
 
     step-00001000/
       index.json                     this file
+      pieces-00000.safetensors       the pieces of all tensors, and the rank that wrote each
       weights-00000.safetensors      float32 weights of the pieces that rank 0 wrote
       moments-00000.safetensors      AdamW's moments of the same pieces
       averages-00000.safetensors     moving averages of the same weights, in a run with `training.ema_decay`
       buffers-00000.safetensors      persistent buffers of the stage that rank 0 belongs to, if it has any
       weights-00001.safetensors      ...
 
-A logical tensor is a whole tensor of the model, without any parallelism; a piece is a slice of it. The pieces of a
-tensor cover each of its elements once. Names and shapes describe the whole model, so only the cuts between pieces
-depend on the layout that wrote a checkpoint. A buffer is equal on all ranks that have it; one of them writes all of it,
-in its own dtype.
+A logical tensor is a whole tensor of the model, without any parallelism. A piece is a slice of a logical tensor. The
+layout of the ranks decides only where the pieces begin and end.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -28,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from beit3_ds.checkpoint.run_description import RunDescription
-from beit3_ds.checkpoint.slices import TensorSlice, whole_slice
+from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.checkpoint.tensor_file import WrittenFile
 from beit3_ds.config.renamed_keys import with_new_keys
 from beit3_ds.model.renamed_tensors import stored_names
@@ -44,7 +42,9 @@ from beit3_ds.untrusted_json import (
 
 INDEX_NAME = "index.json"
 FORMAT = "beit3_ds checkpoint"
-VERSION = 1
+VERSION = 2
+_OLD_VERSION = 1
+"""Format of version 0.1, whose index also holds the pieces."""
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
@@ -52,22 +52,20 @@ KINDS = (WEIGHT, *MOMENTS)
 AVERAGE = "average"
 """Moving average of the weight, saved only in a run with `training.ema_decay`."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
-"""For each kind of file that a rank writes, the first part of its name and the values that it holds."""
+"""Maps each kind of file that a rank writes, the first part of its name, to the values in it."""
 BEST = "best"
 """Key in `Index.data` under which the best evaluation is stored; the checkpoint of its `step` is never deleted."""
 BUFFERS = "buffers"
 """First part of the name of a file with persistent buffers, and key of the buffers in the index."""
 
-_FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS))})-[0-9]{{5,9}}\.safetensors")
+PIECES = "pieces"
+"""First part of the name of the file with the pieces, and name of the tensor in it."""
+PIECES_FILE = "pieces-00000.safetensors"
+"""Name of the file with the pieces of all tensors, which the main rank writes."""
+
+_FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS, PIECES))})-[0-9]{{5,9}}\.safetensors")
 _BYTES_PER_FILE = 1 << 16  # by which each file in the folder raises the limit of the index's size
 _SHOWN = 80  # most characters of a name in a message
-
-
-class Piece(NamedTuple):
-    """Describes a piece of a tensor: its slice, and the rank that wrote it."""
-
-    rank: int
-    part: TensorSlice
 
 
 class StoredBuffer(NamedTuple):
@@ -92,17 +90,19 @@ class Index:
     run: RunDescription
     shapes: Mapping[str, torch.Size]
     """Shape of every whole tensor, by the tensor's name."""
-    pieces: Mapping[str, Sequence[Piece]]
-    """Pieces of every tensor, by the tensor's name; together they cover each of its elements once."""
+    num_pieces: Mapping[str, int]
+    """Number of pieces of every tensor, by the tensor's name, in the order of the pieces' table (`PieceTable`)."""
     files: Mapping[str, WrittenFile]
     """Size and digest of every file except the index."""
     buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)
     """Persistent buffers by name, such as the codebook of a visual tokenizer; empty for a model without any."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Position in the data, broken records, best evaluation and similar state as plain JSON, which does not depend on
-    the layout. Empty in a checkpoint of an older version."""
+    """Position in the data, broken records, best evaluation and similar state as plain JSON; empty in old
+    checkpoints."""
     old_names: Mapping[str, str] = field(default_factory=dict)
     """Maps the current name of each renamed tensor to its old name in the checkpoint's files."""
+    old_pieces: Mapping[str, Sequence[Any]] | None = None
+    """Pieces of every tensor in an index of format 1, unchecked; None if they have a file of their own."""
 
     @property
     def best_step(self) -> int | None:
@@ -125,11 +125,8 @@ class Index:
             "data": self.data,
             "files": {name: list(file) for name, file in sorted(self.files.items())},
             "tensors": {
-                self.stored_name(name): {
-                    "shape": list(self.shapes[name]),
-                    "pieces": [[rank, *part] for rank, part in self.pieces[name]],
-                }
-                for name in sorted(self.shapes, key=self.stored_name)
+                self.stored_name(name): {"shape": list(self.shapes[name]), "pieces": count}
+                for name, count in self.num_pieces.items()
             },
             BUFFERS: {name: list(buffer) for name, buffer in sorted(self.buffers.items())},
         }
@@ -140,6 +137,11 @@ class BrokenIndexError(ValueError):
     """Reports an index that is truncated, was changed, belongs to another program, or has gaps in its tensors."""
 
 
+def index_limit(folder: Path) -> int:
+    """Returns the largest size in bytes that the index in a folder may have; it grows with the number of files."""
+    return MAX_JSON_BYTES + _BYTES_PER_FILE * len(os.listdir(folder))
+
+
 def read_index(folder: Path) -> Index:
     """Reads and checks the index of a checkpoint's folder without opening the other files.
 
@@ -147,7 +149,7 @@ def read_index(folder: Path) -> Index:
         BrokenIndexError: if the index is missing, unreadable or invalid; the message describes the fault briefly.
     """
     try:
-        limit = MAX_JSON_BYTES + _BYTES_PER_FILE * len(os.listdir(folder))
+        limit = index_limit(folder)
         content = parse_untrusted_json(
             read_regular(folder / INDEX_NAME, limit, follow_links=False), limit, has_constants=True
         )
@@ -168,7 +170,7 @@ def _parse(content: dict[str, Any]) -> Index:
     digest = content.pop("sha256")
     if content["format"] == FORMAT and isinstance(content["version"], int) and content["version"] > VERSION:
         raise BrokenIndexError(_describe_newer(content))
-    if (content["format"], content["version"]) != (FORMAT, VERSION):
+    if content["format"] != FORMAT or content["version"] not in (_OLD_VERSION, VERSION):
         shown = str(content["format"])[:_SHOWN], str(content["version"])[:_SHOWN]
         raise BrokenIndexError(f"{INDEX_NAME} is of format {shown[0]!r}, version {shown[1]}")
     if hashlib.sha256(_serialize(content)).hexdigest() != digest:
@@ -176,21 +178,20 @@ def _parse(content: dict[str, Any]) -> Index:
     content["config"] = with_new_keys(check_object(content["config"]))
     names = stored_names(check_object(content["tensors"]))
     tensors = {name: check_object(content["tensors"][stored]) for name, stored in names.items()}
-    index = Index(
+    pieces = {name: tensor["pieces"] for name, tensor in tensors.items()}
+    is_old = content["version"] == _OLD_VERSION
+    return Index(
         step=check_count(content["step"]),
         optimizer_step=check_count(content["optimizer_step"]),
         run=_parse_run(content),
         shapes={name: _parse_shape(tensor["shape"]) for name, tensor in tensors.items()},
-        pieces={
-            name: [_parse_piece(piece) for piece in check_list(tensor["pieces"])] for name, tensor in tensors.items()
-        },
+        num_pieces={name: len(check_list(value)) if is_old else check_count(value) for name, value in pieces.items()},
         files={_parse_file_name(name): _parse_file(file) for name, file in check_object(content["files"]).items()},
         buffers={name: _parse_buffer(buffer) for name, buffer in check_object(content.get(BUFFERS, {})).items()},
         data=_parse_data(content.get("data", {})),
         old_names={name: stored for name, stored in names.items() if name != stored},
+        old_pieces=pieces if is_old else None,
     )
-    check_cover(index.shapes, index.pieces)
-    return index
 
 
 def _parse_run(content: Mapping[str, Any]) -> RunDescription:
@@ -219,13 +220,6 @@ def _parse_shape(shape: Any) -> torch.Size:
     return torch.Size(check_count(value) for value in check_list(shape))
 
 
-def _parse_piece(piece: Any) -> Piece:
-    rank, *part = check_list(piece, 5)
-    check_count(rank)
-    top, bottom, left, right = map(check_count, part)
-    return Piece(rank, TensorSlice(top, bottom, left, right))
-
-
 def _parse_file_name(name: str) -> str:
     if not _FILE_NAME.fullmatch(name):
         raise ValueError(f"it names {name[:_SHOWN]!r}, which is no file of a checkpoint")
@@ -243,7 +237,7 @@ def _parse_buffer(buffer: Any) -> StoredBuffer:
 
 
 def _describe_newer(content: dict[str, Any]) -> str:
-    """Returns an error message for an index of a newer format; it names the version of this program that reads it."""
+    """Returns an error message for an index of a newer format, with the version of this program that reads it."""
     versions = content.get("versions")
     writer = versions.get("beit3_ds") if isinstance(versions, dict) else None
     needed = f"beit3_ds {writer[:_SHOWN]!a}" if isinstance(writer, str) else "a newer beit3_ds"
@@ -251,34 +245,6 @@ def _describe_newer(content: dict[str, Any]) -> str:
         f"{INDEX_NAME} has format version {str(content['version'])[:_SHOWN]}, which needs {needed}; this is beit3_ds "
         f"{version('beit3_ds')}, which reads up to version {VERSION}"
     )
-
-
-def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[Piece]]) -> None:
-    """Checks that the pieces of each tensor cover each of its elements exactly once and nothing else.
-
-    Raises:
-        BrokenIndexError: if the pieces overlap, leave gaps or exceed the tensor; the message names the tensor.
-    """
-    for name, shape in shapes.items():
-        bounds, parts = whole_slice(shape), [piece.part for piece in pieces[name]]
-        num_elements = sum(part.num_elements for part in parts)
-        inside = all(part.intersection(bounds) == part for part in parts)
-        if not inside or num_elements != bounds.num_elements or not _cover_oddly(bounds, parts):
-            raise BrokenIndexError(f"the pieces of {name[:_SHOWN]} do not cover it once")
-
-
-def _cover_oddly(bounds: TensorSlice, parts: Sequence[TensorSlice]) -> bool:
-    """Returns whether slices cover each element of `bounds` an odd number of times, and no other element.
-
-    This holds if every point is a corner of an even number of rectangles, where `bounds` counts as a rectangle too. If
-    the slices also have as many elements in total as `bounds`, they cover each element exactly once. The time is linear
-    in the number of slices.
-    """
-    odd: set[tuple[int, int]] = set()
-    for part in (bounds, *parts):
-        for corner in itertools.product((part.top, part.bottom), (part.left, part.right)):
-            odd ^= {corner}
-    return not odd
 
 
 def file_name(kind: str, rank: int) -> str:

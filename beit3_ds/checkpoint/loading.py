@@ -20,10 +20,9 @@ _WAYS_OUT = (
 
 
 def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGroup) -> CheckpointFolder | None:
-    """Returns the newest undamaged checkpoint, or None if there are no checkpoints. All ranks must call this function.
+    """Returns the newest undamaged checkpoint, or None without checkpoints; all ranks call it and get the same one.
 
-    All ranks get the same checkpoint. Each rank compares a share of the files with their digests. Damaged checkpoints
-    are skipped, and the main rank prints their names.
+    Each rank compares a share of the files with their digests. The main rank prints the names of damaged checkpoints.
 
     Args:
         collection: the run's checkpoints.
@@ -31,7 +30,7 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
         host: group of all ranks, for host values.
 
     Raises:
-        ConfigError: on all ranks, if checkpoints exist but all are unusable. So a run never restarts at step 0 unasked.
+        ConfigError: on all ranks, if checkpoints exist but all are unusable.
     """
     names, error = host.broadcast(_list_names(collection) if mesh.is_main else None)
     if error:

@@ -1,8 +1,8 @@
 """Describes slices of logical tensors, each seen as a matrix.
 
-The first dimension of a tensor becomes the rows, and all other dimensions together become the columns; a vector becomes
-one column. Tensor parallelism gives a rank a block of rows or columns. ZeRO then gives the rank a contiguous range of
-the block's elements, which consists of at most three slices of the matrix.
+The first dimension of a tensor becomes the rows, and the other dimensions become the columns; a vector becomes one
+column. Tensor parallelism gives a rank a block of rows or columns. ZeRO gives the rank a range of the block's elements,
+which has at most three slices.
 """
 
 from collections.abc import Iterator
@@ -35,9 +35,9 @@ class TensorSlice(NamedTuple):
         return (self.bottom - self.top) * (self.right - self.left)
 
     def blocks(self, max_elements: int) -> Iterator["TensorSlice"]:
-        """Cuts this slice into slices of at most `max_elements` elements, in the order of its elements row by row.
+        """Cuts this slice into slices of at most `max_elements` elements, in row order.
 
-        A block consists of whole rows of this slice, or of a part of one row if a row has more than `max_elements`.
+        A block consists of whole rows, or of a part of one row if a row has more than `max_elements`.
         """
         width = self.right - self.left
         rows, columns = max(1, max_elements // max(1, width)), max(1, min(width, max_elements))

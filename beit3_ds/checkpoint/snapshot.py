@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.index import BUFFERS, FILE_KINDS, Piece, StoredBuffer, file_name, tensor_key
+from beit3_ds.checkpoint.index import BUFFERS, FILE_KINDS, StoredBuffer, file_name, tensor_key
+from beit3_ds.checkpoint.pieces import Piece, PieceTable
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
 
@@ -14,8 +15,8 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tens
 class Snapshot:
     """Keeps a copy of this rank's share of the weights, moments and averages, and reuses its memory for every save.
 
-    The copy needs 12 bytes per element that the rank saves, or 16 with averages. Its memory is page-locked if the
-    engine computes on a GPU. Memory for buffers, which are small, is allocated anew at every save.
+    The copy needs 12 bytes per element that the rank saves, or 16 with averages. Next to a GPU its memory is
+    page-locked.
     """
 
     def __init__(self, state: EngineState) -> None:
@@ -27,7 +28,7 @@ class Snapshot:
         """Number of updates that AdamW had counted when the state was copied."""
 
     def reserve_memory(self) -> None:
-        """Allocates the memory of the copy and writes zeros to it, so that the first copy need not wait for memory."""
+        """Allocates the memory of the copy and fills it with zeros, so that the first copy is fast."""
         if not self._memory:
             pin = self._state.is_on_gpu
             self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in self._state.kinds}
@@ -48,12 +49,12 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Returns the shape of each whole tensor of which this rank saves a piece, by the tensor's name."""
+        """Returns the shape of each whole tensor, by name, of which this rank saves a piece."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
-    def pieces(self, rank: int) -> list[tuple[str, Piece]]:
-        """Returns the pieces that this rank saves, each with its tensor's name; `rank` is its global rank."""
-        return [(name, Piece(rank, part)) for name, part, _ in self._pieces]
+    def pieces(self, rank: int) -> PieceTable:
+        """Returns the table of the pieces that this rank saves; `rank` is its global rank."""
+        return PieceTable.build((name, Piece(rank, part)) for name, part, _ in self._pieces)
 
     def buffers(self, rank: int) -> dict[str, StoredBuffer]:
         """Returns descriptions of the buffers that this rank saves, by name; `rank` is its global rank."""

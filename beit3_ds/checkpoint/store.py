@@ -21,18 +21,16 @@ from beit3_ds.parallel import Mesh, build_host_group
 class CheckpointStore:
     """Saves and loads the checkpoints of one run for the training loop.
 
-    `save`, `agree_on_newest`, `move_finished_aside` and `load` communicate, so all ranks call them together. Of the
-    other methods only `finish` waits: for the current save, in which all ranks take part.
-
-    No state of a random generator is saved, because batches, masks and stochastic depth depend only on the seed and the
-    step.
+    All ranks call `save`, `agree_on_newest`, `move_finished_aside` and `load` together. Of the other methods only
+    `finish` waits for other ranks. No state of a random generator is saved, because every draw depends on the seed and
+    the step only.
 
     Attributes:
         root: the folder of checkpoints.
     """
 
     def __init__(self, root: Path, keep: int, mesh: Mesh, run: RunDescription, timeout_seconds: float) -> None:
-        """Prepares to save and load; the first save creates the folder. All ranks call it, to build a group of ranks.
+        """Prepares to save and load; all ranks call it together. The first save creates the folder.
 
         Args:
             root: the folder of checkpoints; all ranks must see the same one.
@@ -51,10 +49,9 @@ class CheckpointStore:
         self._background.reserve_memory(state)
 
     def save(self, state: EngineState, step: int, data: Mapping[str, Any] | None = None) -> None:
-        """Starts to save the state after `step` updates. All ranks call it between two steps.
+        """Starts to save the state after `step` updates; all ranks call it between two steps.
 
-        Waits for the end of the previous save and for a copy of the state to host memory. A thread then writes the
-        copy.
+        It waits for the previous save, and until the state is copied to host memory. A thread then writes the copy.
 
         Args:
             state: weights and moments.
@@ -63,7 +60,6 @@ class CheckpointStore:
 
         Raises:
             ConfigError: on all ranks, if the optimizer's weights differ from the model's (`EngineState.find_mismatch`).
-                Later saves would be wrong too, so the run must end; earlier checkpoints stay.
             StorageError: if the previous save does not end in time.
         """
         begun = time.monotonic()
@@ -89,10 +85,7 @@ class CheckpointStore:
         return self._collection.newest_path()
 
     def agree_on_newest(self) -> CheckpointFolder | None:
-        """Returns the newest undamaged checkpoint, or None if there are no checkpoints. All ranks call it.
-
-        All ranks get the same checkpoint. Each rank compares a share of the files with their digests. Damaged
-        checkpoints are skipped, and the main rank prints their names.
+        """Returns the newest undamaged checkpoint, or None; all ranks call it and get the same one.
 
         Raises:
             ConfigError: on all ranks, if checkpoints exist but all are unusable.
@@ -100,7 +93,7 @@ class CheckpointStore:
         return agree_on_newest(self._collection, self._mesh, self._host)
 
     def move_finished_aside(self, total_steps: int) -> None:
-        """Renames the folder of checkpoints if the newest checkpoint has reached `total_steps`. All ranks call it.
+        """Renames the folder of checkpoints if the newest checkpoint has reached `total_steps`; all ranks call it.
 
         The main rank prints the new name, such as `checkpoints-1`.
         """

@@ -1,8 +1,7 @@
 """Writes and reads safetensors files tensor by tensor, so that no file has to fit in memory.
 
-This module replaces the safetensors library for two reasons. The library's writer takes all tensors at once and
-computes no digest. Its reader maps files into memory: pages that were read count as memory of the process, and a file
-that is truncated or lost meanwhile kills the process instead of raising an error.
+The safetensors library takes all tensors of a new file at once, and computes no digest. Its reader maps files into
+memory, so a truncated file kills the process.
 """
 
 import json

@@ -24,6 +24,7 @@ def add_bench_command(subparsers: Subparsers) -> None:
     _add_finetune(benches)
     _add_checkpoint(benches)
     _add_model_step(benches)
+    _add_checkpoint_index(benches)
 
 
 def _add_data(benches: Subparsers) -> None:
@@ -161,6 +162,17 @@ def _add_model_step(benches: Subparsers) -> None:
     model_step.add_argument(
         "--config-dir", default="ds_configs", metavar="DIR", help="folder of the configurations (default: ds_configs)"
     )
+    return 0
+
+
+def _add_checkpoint_index(benches: Subparsers) -> None:
+    summary = "measure the main rank's work on the index of a checkpoint that many ranks wrote"
+    index = add_command(benches, "checkpoint-index", _run_checkpoint_index, summary)
+    index.add_argument("--size", default="giant", metavar="SIZE", help="size of the model (default: giant)")
+    index.add_argument(
+        "--ranks", type=integer(Range(1, 99_999)), default=512, metavar="N", help="synthetic ranks (default: 512)"
+    )
+    _add_json_argument(index)
 
 
 def _add_json_argument(command: argparse.ArgumentParser) -> None:
@@ -262,4 +274,11 @@ def _run_model_step(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.modelled.report import describe_modelled
 
     print(describe_modelled(Path(options.config_dir)))
+    return 0
+
+
+def _run_checkpoint_index(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.checkpoint.index import benchmark_index
+
+    print(benchmark_index(options.ranks, options.size, options.json))
     return 0

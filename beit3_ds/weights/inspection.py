@@ -96,7 +96,7 @@ def _held(reader: WeightReader) -> list[str]:
 def _describe_run(folder: CheckpointFolder) -> list[str]:
     """Returns lines about the checkpoint's files, tensors, layout, library versions, tokenizers and run settings."""
     run, files = folder.index.run, folder.index.files
-    num_pieces = sum(len(pieces) for pieces in folder.index.pieces.values())
+    num_pieces = sum(folder.index.num_pieces.values())
     num_bytes = sum(file.num_bytes for file in files.values())
     return [
         f"  {len(files)} files of {format_bytes(num_bytes)} are as their digests say: {num_pieces} pieces of "

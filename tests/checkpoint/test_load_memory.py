@@ -21,12 +21,13 @@ from beit3_ds.checkpoint.index import (
     INDEX_NAME,
     KINDS,
     MOMENTS,
+    PIECES_FILE,
     WEIGHT,
     Index,
-    Piece,
     file_name,
     tensor_key,
 )
+from beit3_ds.checkpoint.pieces import Piece, PieceTable, write_pieces
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
 from beit3_ds.parallel import Mesh, Split
@@ -96,12 +97,14 @@ def write_checkpoint(folder: Path, shape: tuple[int, int], written: Parts) -> No
             entries = [TensorEntry(key, torch.float32, part.shape) for key in of_rank]
             name = file_name(file_kind, rank)
             files[name] = write_tensor_file(folder / name, entries, of_rank.__getitem__, {}, with_digest=False)
+    table = PieceTable.build((NAME, piece) for piece in pieces)
+    files[PIECES_FILE] = write_pieces(folder, table)
     index = Index(
         step=1,
         optimizer_step=1,
         run=describe(),
         shapes={NAME: torch.Size(shape)},
-        pieces={NAME: pieces},
+        num_pieces=table.counts,
         files=files,
     )
     (folder / INDEX_NAME).write_bytes(index.to_json())

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from beit3_ds.checkpoint.index import FORMAT, INDEX_NAME, VERSION, tensor_key
+from beit3_ds.checkpoint.index import FORMAT, INDEX_NAME, PIECES, PIECES_FILE, VERSION, tensor_key
+from beit3_ds.checkpoint.pieces import Piece, PieceTable, write_pieces
 from beit3_ds.checkpoint.slices import whole_slice
 from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
 from beit3_ds.model.pretrained import INDEX_NAME as SHARD_INDEX_NAME
@@ -48,6 +50,7 @@ class Originals:
             lambda key: reader.read(key.split()[0]).view(next(entry.shape for entry in entries if entry.name == key)),
             {},
         )
+        pieces = PieceTable.build((name, Piece(0, whole_slice(shape))) for name, shape in shapes.items())
         self.index: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -59,12 +62,17 @@ class Originals:
             "layout": "1 data-parallel x 1 tensor-parallel ranks",
             "versions": {"torch": "2"},
             "data": {},
-            "files": {"weights-00000.safetensors": list(written)},
-            "tensors": {
-                name: {"shape": list(shape), "pieces": [[0, *whole_slice(shape)]]} for name, shape in shapes.items()
+            "files": {
+                "weights-00000.safetensors": list(written),
+                PIECES_FILE: list(write_pieces(self.checkpoint, pieces)),
             },
+            "tensors": {name: {"shape": list(shapes[name]), "pieces": 1} for name in sorted(shapes)},
             "buffers": {},
         }
+        self.old_index = copy.deepcopy(self.index) | {"version": 1}
+        """The same index in format 1, which holds the pieces."""
+        for name, tensor in self.old_index["tensors"].items():
+            tensor["pieces"] = [[0, *whole_slice(shapes[name])]]
         write_index(self.checkpoint, self.index)
 
 
@@ -86,7 +94,8 @@ def write_hostile(originals: Originals, folder: Path, number: int) -> Path:
 
 
 def _changed_index(originals: Originals, folder: Path, draw: random.Random) -> Path:
-    path, content = _copy_checkpoint(originals, folder), copy.deepcopy(originals.index)
+    path = _copy_checkpoint(originals, folder)
+    content = copy.deepcopy(draw.choice([originals.index, originals.old_index]))
     change_json(content, draw)
     write_index(path, content)
     return path
@@ -100,21 +109,48 @@ def _strange_index(originals: Originals, folder: Path, draw: random.Random) -> P
 
 def _strange_piece_file(originals: Originals, folder: Path, draw: random.Random) -> Path:
     path, content = _copy_checkpoint(originals, folder), copy.deepcopy(originals.index)
-    file = path / "weights-00000.safetensors"
+    file = path / draw.choice(["weights-00000.safetensors", PIECES_FILE])
     names = ["/dev/zero", "../../etc/passwd", "weights-00001.safetensors", ".", "", ESCAPES, "/dev/stdin"]
-    match draw.randrange(4):
+    match draw.randrange(5):
         case 0:
             content["files"][draw.choice(names)] = [0, "0" * 64]
         case 1:
+            content = copy.deepcopy(originals.old_index)
             tensor = next(tensor for tensor in content["tensors"].values() if len(tensor["shape"]) == 2)
             tensor["pieces"] = [[0, 0, 1, 0, 1]] * 30_000
         case 2:
             replace_file(file, draw)
-        case _:
+        case 3:
             change_header(file, draw)
-            content["files"][file.name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+            _forge(file, content)
+        case _:
+            _change_table(path / PIECES_FILE, content, draw)
     write_index(path, content)
     return path
+
+
+def _change_table(file: Path, content: dict[str, Any], draw: random.Random) -> None:
+    """Replaces the table of pieces by one that is not valid, with a digest that fits."""
+    rows = load_file(file)[PIECES]
+    match draw.randrange(4):
+        case 0:
+            row, column = draw.randrange(len(rows)), draw.randrange(1, 5)
+            rows[row, column] = draw.choice([-1, -(2**63), 2**63 - 1, 2**62, 10**6, int(rows[row, column]) + 1])
+        case 1:
+            rows = draw.choice([rows.float(), rows.int(), rows[1:], rows.T, rows.view(-1), torch.zeros(0, 5).long()])
+        case 2:
+            rows[:, 0] = draw.choice([-1, 10**6, 2**63 - 1])
+        case _:
+            tensor = draw.choice(list(content["tensors"].values()))
+            tensor["pieces"] = draw.choice([0, 2, 2**62, 30_000])
+            rows = rows[:1].repeat(draw.choice([1, len(rows), len(rows) + 30_000]), 1)
+    save_file({draw.choice([PIECES, PIECES, PIECES, "rows"]): rows.contiguous()}, file)
+    _forge(file, content)
+
+
+def _forge(file: Path, content: dict[str, Any]) -> None:
+    """Lets the size and digest in the index fit a changed file."""
+    content["files"][file.name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
 
 
 def _changed_header(originals: Originals, folder: Path, draw: random.Random) -> Path:

@@ -1,0 +1,178 @@
+"""Holds the pieces of a checkpoint's tensors in one table of integers; writes, reads and checks the table.
+
+A checkpoint of 512 ranks has hundreds of thousands of pieces. As JSON their table would take seconds to read, so it has
+a file of its own.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from beit3_ds.checkpoint.disk import file_sha256
+from beit3_ds.checkpoint.index import PIECES, PIECES_FILE, BrokenIndexError, Index, index_limit
+from beit3_ds.checkpoint.slices import TensorSlice, matrix_shape
+from beit3_ds.checkpoint.tensor_file import (
+    BrokenTensorFileError,
+    TensorEntry,
+    TensorFile,
+    WrittenFile,
+    write_tensor_file,
+)
+
+_COLUMNS = 5
+_MOST_CORNERS = 2**63 - 1  # numbers of corners are int64
+_SHOWN = 80  # most characters of a name in a message
+_TABLE_FACTOR = 8  # largest size of the table, as a multiple of the largest size of the index
+
+Rows = npt.NDArray[np.int64]
+
+
+class Piece(NamedTuple):
+    """Describes a piece of a tensor: its slice, and the rank that wrote it."""
+
+    rank: int
+    part: TensorSlice
+
+
+class PieceTable:
+    """Lists the pieces of all tensors, tensor by tensor."""
+
+    def __init__(self, counts: Mapping[str, int], rows: Rows) -> None:
+        """Stores the table.
+
+        Args:
+            counts: number of pieces of each tensor, by the tensor's name, in the order of the rows.
+            rows: one row per piece, (pieces, 5): rank, top, bottom, left, right (`TensorSlice`).
+        """
+        self.counts, self.rows = counts, rows
+
+    @cached_property
+    def _ranges(self) -> dict[str, slice]:
+        stops = list(accumulate(self.counts.values()))
+        return dict(zip(self.counts, map(slice, [0, *stops], stops), strict=True))
+
+    @classmethod
+    def build(cls, pieces: Iterable[tuple[str, Piece]]) -> "PieceTable":
+        """Builds the table of pieces in any order, each given with its tensor's name; tensors are sorted by name."""
+        lists: dict[str, list[tuple[int, ...]]] = {}
+        for name, (rank, part) in pieces:
+            lists.setdefault(name, []).append((rank, *part))
+        names = sorted(lists)
+        rows = np.array([row for name in names for row in lists[name]], dtype=np.int64)
+        return cls({name: len(lists[name]) for name in names}, rows.reshape(-1, _COLUMNS))
+
+    @classmethod
+    def join(cls, tables: Sequence["PieceTable"]) -> "PieceTable":
+        """Joins the tables of all ranks; tensors are sorted by name, and the pieces of a tensor keep their order."""
+        names = sorted({name for table in tables for name in table.counts})
+        number_of = {name: number for number, name in enumerate(names)}
+        numbers = [number_of[name] for table in tables for name in table.counts]
+        of_rows = np.repeat(numbers, [count for table in tables for count in table.counts.values()])
+        rows = np.concatenate([table.rows for table in tables])[np.argsort(of_rows, kind="stable")]
+        counts = np.bincount(of_rows, minlength=len(names)).tolist()
+        return cls(dict(zip(names, counts, strict=True)), rows)
+
+    def rows_of(self, name: str) -> Rows:
+        """Returns the rows of a tensor's pieces."""
+        return self.rows[self._ranges[name]]
+
+    def overlapping(self, name: str, part: TensorSlice) -> Iterator[Piece]:
+        """Yields the pieces of a tensor that have elements in `part`."""
+        rows = self.rows_of(name)
+        _, top, bottom, left, right = rows.T
+        found = (top < part.bottom) & (bottom > part.top) & (left < part.right) & (right > part.left)
+        for rank, *bounds in rows[found].tolist():
+            yield Piece(rank, TensorSlice(*bounds))
+
+
+def check_cover(shapes: Mapping[str, torch.Size], pieces: PieceTable) -> None:
+    """Checks that the pieces of each tensor cover each of its elements exactly once and nothing else.
+
+    Raises:
+        BrokenIndexError: if the pieces overlap, leave gaps or exceed the tensor; the message names the tensor.
+    """
+    for name, shape in shapes.items():
+        if not _cover_once(pieces.rows_of(name), *matrix_shape(shape)):
+            raise BrokenIndexError(f"the pieces of {name[:_SHOWN]} do not cover it once")
+
+
+def _cover_once(rows: Rows, height: int, width: int) -> bool:
+    """Returns whether slices cover each element of a matrix once, and no other element.
+
+    Slices inside the matrix cover each element an odd number of times if every point is a corner of an even number of
+    rectangles, where the matrix counts as a rectangle too. If the slices also have as many elements in total as the
+    matrix, they cover each element once. The time is that of sorting the corners.
+    """
+    if (height + 1) * (width + 1) > _MOST_CORNERS:
+        return False
+    _, top, bottom, left, right = rows.T
+    inside = (rows >= 0).all() and (bottom <= height).all() and (right <= width).all()
+    if not inside or (top >= bottom).any() or (left >= right).any():
+        return False
+    if sum(((bottom - top) * (right - left)).tolist()) != height * width:  # as Python integers, which never overflow
+        return False
+    corners = [y * (width + 1) + x for y in (top, bottom) for x in (left, right)]
+    corners.append(np.array([y * (width + 1) + x for y in (0, height) for x in (0, width)]))
+    _, counts = np.unique(np.concatenate(corners), return_counts=True)
+    return not (counts % 2).any()
+
+
+def write_pieces(folder: Path, pieces: PieceTable) -> WrittenFile:
+    """Writes the table into a checkpoint's folder and syncs it.
+
+    Raises:
+        OSError: if the disk is full or cannot be written.
+    """
+    entry = TensorEntry(PIECES, torch.int64, pieces.rows.shape)
+    return write_tensor_file(folder / PIECES_FILE, [entry], lambda name: torch.from_numpy(pieces.rows), {})
+
+
+def read_pieces(folder: Path, index: Index) -> PieceTable:
+    """Reads the table of a checkpoint, and compares it with its digest and with the shapes of the tensors.
+
+    Raises:
+        BrokenIndexError: if the file is missing, unreadable, changed or invalid, or the pieces do not cover a tensor
+            once. The message describes the fault in a few words.
+    """
+    rows = _read_rows(folder, index) if index.old_pieces is None else _parse_rows(index.old_pieces)
+    table = PieceTable(index.num_pieces, rows)
+    check_cover(index.shapes, table)
+    return table
+
+
+def _read_rows(folder: Path, index: Index) -> Rows:
+    if PIECES_FILE not in index.files:
+        raise BrokenIndexError(f"the index does not list {PIECES_FILE}")
+    num_bytes, digest = index.files[PIECES_FILE]
+    if num_bytes > _TABLE_FACTOR * index_limit(folder):
+        raise BrokenIndexError(f"{PIECES_FILE} has {num_bytes} bytes, more than pieces take")
+    path = folder / PIECES_FILE
+    try:
+        if file_sha256(path) != digest:
+            raise BrokenIndexError(f"{PIECES_FILE} was changed: its digest is another")
+        file = TensorFile(path)
+        try:
+            entry = TensorEntry(PIECES, torch.int64, (sum(index.num_pieces.values()), _COLUMNS))
+            if list(file.entries.values()) != [entry]:
+                raise BrokenIndexError(f"{PIECES_FILE} does not hold {entry.shape[0]} pieces")
+            return file.read(PIECES).numpy()
+        finally:
+            file.close()
+    except (OSError, BrokenTensorFileError) as error:
+        raise BrokenIndexError(f"{PIECES_FILE} cannot be read: {error}") from None
+
+
+def _parse_rows(pieces: Mapping[str, Sequence[Any]]) -> Rows:
+    """Converts the pieces in an index of format 1: lists of rank, top, bottom, left and right."""
+    rows = list(chain.from_iterable(pieces.values()))
+    if {type(row) for row in rows} - {list} or {len(row) for row in rows} - {_COLUMNS}:
+        raise BrokenIndexError(f"a piece is no list of {_COLUMNS} values")
+    if {type(value) for value in chain.from_iterable(rows)} - {int}:
+        raise BrokenIndexError("a piece has values that are no integers")
+    return np.array(rows, dtype=np.int64).reshape(-1, _COLUMNS)

@@ -1,0 +1,55 @@
+"""Describes one rank's part of a save; each rank sends its report to the main rank, which writes the index."""
+
+import json
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_ds.checkpoint.index import StoredBuffer
+from beit3_ds.checkpoint.pieces import PieceTable
+from beit3_ds.checkpoint.tensor_file import WrittenFile
+
+
+class RankReport(NamedTuple):
+    """Holds what one rank reports about its part of a save."""
+
+    error: str | None
+    """Error as one line; None if the rank wrote all its files."""
+    files: dict[str, WrittenFile]
+    """Size and digest of each file that the rank wrote, by name."""
+    shapes: dict[str, torch.Size]
+    """Shape of each whole tensor of which the rank wrote a piece, by the tensor's name."""
+    pieces: PieceTable
+    """Pieces that the rank wrote."""
+    buffers: dict[str, StoredBuffer]
+    """Buffers that the rank wrote, by name."""
+
+    def to_plain(self) -> tuple[str, Tensor, str]:
+        """Returns the report as values to send: JSON of the shapes, the rows of the table, and JSON of the rest."""
+        rest = [self.error, self.files, list(self.pieces.counts.values()), self.buffers]
+        shapes = {name: self.shapes[name] for name in self.pieces.counts}
+        return _to_json(shapes), torch.from_numpy(self.pieces.rows), _to_json(rest)
+
+    @classmethod
+    def from_plain(cls, shapes: str, rows: Tensor, rest: str) -> "RankReport":
+        """Rebuilds a report from the result of `to_plain`."""
+        error, files, counts, buffers = json.loads(rest)
+        parsed = _parse_shapes(shapes)
+        return cls(
+            error,
+            {name: WrittenFile(*file) for name, file in files.items()},
+            parsed,
+            PieceTable(dict(zip(parsed, counts, strict=True)), rows.numpy()),
+            {name: StoredBuffer(rank, dtype, tuple(shape)) for name, (rank, dtype, shape) in buffers.items()},
+        )
+
+
+@lru_cache(maxsize=64)  # under ZeRO-3 the ranks of a pipeline stage send the same text
+def _parse_shapes(text: str) -> dict[str, torch.Size]:
+    return {name: torch.Size(shape) for name, shape in json.loads(text).items()}
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
