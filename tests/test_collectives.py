@@ -10,203 +10,32 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.collective_calls import Call, find_calls, find_calls_in
+from tests.collective_calls import find_calls, find_calls_in
+from tests.collective_table import BY_READING, DEVICES, HOST, read_table
 from tests.ranks import run_ranks
 from tests.two_devices import DEVICE, Site, two_devices
 
-HOST, DEVICES, BOTH = ("host",), ("device",), ("host", "device")
-"""Kinds of content: host values over gloo, or device tensors; some wrappers carry both."""
-BY_READING = "by reading"
+TABLE = read_table()
 
 
-class Row(NamedTuple):
-    """Names the kind of content that a call sends, and the run that shows it."""
-
-    kinds: tuple[str, ...]
-    run: str
-
-
-def rows(file: str, kinds: tuple[str, ...], run: str, **functions: str) -> dict[Call, Row]:
-    """Builds the rows of one file from the called expressions of each function."""
-    return {
-        Call(file, function, expression): Row(kinds, run)
-        for function, expressions in functions.items()
-        for expression in expressions.split()
-    }
-
-
-TABLE: dict[Call, Row] = {
-    # The groups and what goes through them.
-    **rows("beit3_ds/parallel/host_group.py", HOST, "data", _send="dist.send", _receive="dist.recv"),
-    **rows("beit3_ds/parallel/host_group.py", HOST, BY_READING, build_host_group="dist.new_group"),
-    **rows(
-        "beit3_ds/parallel/mesh.py", DEVICES, BY_READING, own_group="dist.new_group", _group_of_one="dist.new_group"
-    ),
-    **rows("beit3_ds/parallel/mesh.py", DEVICES, "data", sum_over_all="dist.all_reduce"),
-    **rows("beit3_ds/parallel/mesh.py", DEVICES, "replicated", sum_over_model="dist.all_reduce"),
-    **rows("beit3_ds/parallel/mesh.py", DEVICES, BY_READING, sum_over_data="dist.all_reduce"),
-    **rows("beit3_ds/parallel/mesh.py", DEVICES, "retrieval", gather_rows_over_data="dist.all_gather_into_tensor"),
-    **rows(
-        "beit3_ds/parallel/mesh.py",
-        HOST,
-        "data",
-        check_agreement="self.host.gather",
-        barrier="self.host.barrier",
-        build_mesh="host.gather",
-    ),
-    **rows("beit3_ds/parallel/pipeline.py", DEVICES, "pipeline", send="dist.isend", receive="dist.irecv"),
-    **rows("beit3_ds/runtime/watchdog.py", HOST, "data", __init__="mesh.host.barrier"),
-    **rows("beit3_ds/parallel/broadcast_batches.py", HOST, "tensor", _broadcast="mesh.tensor.host.broadcast"),
-    **rows(
-        "beit3_ds/parallel/broadcast_batches.py",
-        HOST,
-        "pipeline",
-        _broadcast_to_stages="pipeline.host.gather pipeline.host.broadcast",
-    ),
-    **rows(
-        "beit3_ds/parallel/tensor.py",
-        DEVICES,
-        "tensor",
-        all_reduce="dist.all_reduce",
-        all_gather="dist.all_gather",
-        _all_gather_rows="dist.all_gather_into_tensor",
-        _reduce_scatter_rows="dist.reduce_scatter_tensor",
-        backward="dist.all_reduce ctx.tensor.all_reduce",
-        forward="dist.all_reduce",
-    ),
-    **rows(
-        "beit3_ds/parallel/vocabulary.py",
-        DEVICES,
-        "tensor",
-        logits="self.tensor.all_reduce",
-        _reduce="self.tensor.all_reduce",
-    ),
-    # The model: tensors of a forward or backward pass.
-    **rows("beit3_ds/model/multiway.py", DEVICES, BY_READING, forward="self.tensor.all_gather self.tensor.all_reduce"),
-    **rows("kernels/ops/sub_norm.py", DEVICES, "tensor", join_statistics="self.all_gather"),
-    **rows("kernels/ops/out_projection.py", DEVICES, "tensor", _backward_by_operators="form.norm.all_reduce"),
-    **rows(
-        "kernels/ops/out_projection.py", (), BY_READING, has_whole_rows="self.norm.all_gather"
-    ),  # whether there is one
-    # The engine and the pipeline.
-    **rows("beit3_ds/training/engine.py", DEVICES, "data", build_engine="deepspeed.initialize"),
-    **rows("beit3_ds/training/engine.py", HOST, "pipeline", build_engine="mesh.pipeline.host.gather"),
-    **rows(
-        "beit3_ds/runtime/process_group.py",
-        DEVICES,
-        BY_READING,
-        _join="dist.init_process_group deepspeed.init_distributed",
-    ),
-    **rows("beit3_ds/training/engine.py", DEVICES, "data", apply_update="engine.step"),
-    **rows("beit3_ds/training/engine.py", DEVICES, "replicated", _gradient_norm="mesh.sum_over_model"),
-    **rows("beit3_ds/pipeline/deepspeed_compat.py", DEVICES, "data", backward="engine.backward"),
-    **rows("beit3_ds/pipeline/deepspeed_compat.py", DEVICES, "data", _zero3_gradient_norm="mesh.sum_over_all"),
-    **rows("beit3_ds/pipeline/deepspeed_compat.py", HOST, "offload", _zero3_gradient_norm="mesh.host.sum"),
-    **rows("beit3_ds/pipeline/deepspeed_compat.py", HOST, "data", check="mesh.data_host.gather"),
-    **rows(
-        "beit3_ds/pipeline/schedule.py",
-        DEVICES,
-        "pipeline",
-        receive="self.mesh.pipeline.receive",
-        send="self.mesh.pipeline.send",
-    ),
-    **rows(
-        "beit3_ds/pipeline/tied.py",
-        DEVICES,
-        "pipeline",
-        synchronize="self._pipeline.send self._pipeline.receive",
-        before_backward="self._pipeline.receive",
-        after_backward="self._pipeline.send",
-    ),
-    **rows("beit3_ds/pipeline/coupled_step.py", HOST, "retrieval", gather_features="mesh.data_host.gather"),
-    **rows("beit3_ds/pipeline/coupled_step.py", DEVICES, "retrieval", gather_features="mesh.gather_rows_over_data"),
-    **rows("beit3_ds/pipeline/tied.py", DEVICES, "tied", synchronize="deepspeed.zero.GatheredParameters"),
-    # Training.
-    **rows(
-        "beit3_ds/training/agreement.py",
-        HOST,
-        "differing",
-        check_same_sources="mesh.host.gather mesh.host.broadcast",
-    ),
-    **rows("beit3_ds/training/broken_records.py", HOST, "data", agree="self._mesh.data_host.sum"),
-    **rows("beit3_ds/training/broken_records.py", HOST, "differing", add="self._host.gather"),
-    **rows("beit3_ds/runtime/distributed_stop_signals.py", HOST, "data", synchronize="self._mesh.host.sum"),
-    **rows("beit3_ds/training/stragglers.py", HOST, "data", report="self._mesh.host.sum"),
-    **rows("beit3_ds/training/skipped_steps.py", HOST, "differing", add="self._mesh.host.gather"),
-    **rows("beit3_ds/training/startup_summary.py", HOST, "data", describe_startup="mesh.host.gather"),
-    **rows(
-        "beit3_ds/training/progress.py", HOST, "data", losses="self.mesh.host.sum", report="self.mesh.data_host.sum"
-    ),
-    **rows("beit3_ds/training/evaluation.py", HOST, "data", _sum_over_ranks="mesh.data_host.sum"),
-    **rows("beit3_ds/tasks/imagenet/scores.py", HOST, BY_READING, _interleave="mesh.data_host.gather"),
-    **rows("beit3_ds/tasks/imagenet/scores.py", DEVICES, BY_READING, _interleave="mesh.gather_rows_over_data"),
-    **rows("beit3_ds/tasks/pretraining/baselines.py", HOST, "data", unigram_entropies="mesh.data_host.sum"),
-    **rows("beit3_ds/training/evaluation.py", HOST, "pipeline", _sum_over_ranks="mesh.pipeline.host.broadcast"),
-    **rows("beit3_ds/tasks/pretraining/baselines.py", HOST, "pipeline", unigram_entropies="mesh.pipeline.host.sum"),
-    **rows("beit3_ds/training/evaluation.py", HOST, "retrieval", evaluate_split="evaluator.mesh.host.broadcast"),
-    **rows("beit3_ds/training/split_batches.py", HOST, "retrieval", iterate_together="mesh.host.sum"),
-    **rows("beit3_ds/training/split_batches.py", HOST, BY_READING, iterate_together="mesh.host.gather"),
-    **rows("beit3_ds/tasks/results.py", HOST, "retrieval", gather="mesh.host.collect"),
-    **rows("beit3_ds/training/report.py", HOST, "pipeline", write_report="run.mesh.pipeline.host.broadcast"),
-    # Checkpoints.
-    **rows(
-        "beit3_ds/checkpoint/engine_state.py",
-        DEVICES,
-        "data",
-        _gather_persistent="optimizer.persistent_parameters[0].all_gather",
-        _gather="deepspeed.zero.GatheredParameters",
-    ),
-    **rows("beit3_ds/checkpoint/store.py", HOST, "data", _check_state="self._host.gather"),
-    **rows(
-        "beit3_ds/checkpoint/store.py",
-        HOST,
-        BY_READING,
-        move_finished_aside="self._host.broadcast self._host.barrier",
-    ),
-    **rows("beit3_ds/checkpoint/loading.py", HOST, "data", agree_on_newest="host.broadcast host.gather"),
-    **rows(
-        "beit3_ds/checkpoint/background_save.py",
-        HOST,
-        "data",
-        _write_together="self._host.collect",
-        _from_main="self._host.broadcast",
-    ),
-    # The visual tokenizer.
-    **rows("beit3_ds/tasks/visual_tokenizer/task.py", DEVICES, BY_READING, after_step="evaluator.mesh.sum_over_data"),
-    **rows(
-        "beit3_ds/tasks/visual_tokenizer/codebook.py",
-        HOST,
-        BY_READING,
-        mean_features="mesh.data_host.sum",
-        gather_vectors="mesh.data_host.gather",
-    ),
-    **rows("beit3_ds/tasks/visual_tokenizer/code_usage.py", HOST, BY_READING, usage="mesh.data_host.sum"),
-    # Processes of their own, whose tensors are on the device of the backend that they choose.
-    **rows(
-        "beit3_ds/cluster/check/link_worker.py",
-        BOTH,
-        BY_READING,
-        __init__="dist.init_process_group",
-        measure="self._dist.barrier",
-        all_reduce="self._dist.barrier self._dist.all_reduce",
-        _send_to="self._dist.send",
-        _receive_from="self._dist.recv",
-        _pass_number="self._dist.send",
-        _receive_number="self._dist.recv",
-    ),
-    **rows("beit3_ds/cluster/check/links.py", (), BY_READING, describe_links="links.all_reduce"),  # a figure
-    **rows("beit3_ds/benchmarks/step/parallel.py", HOST, BY_READING, run_steps="mesh.data_host.sum mesh.barrier"),
-    **rows(
-        "beit3_ds/benchmarks/checkpoint/ranks.py", HOST, BY_READING, row="self.mesh.barrier", save="rank.mesh.barrier"
-    ),
-}
-
-
-def test_every_call_is_classified() -> None:
-    """Catches a new call that is missing in the table, and a row whose call is gone."""
+def test_every_call_is_listed() -> None:
+    """Catches a new call that is missing in the documentation, and a row whose call is gone."""
     found = set(find_calls())
-    assert found - TABLE.keys() == set(), "say in TABLE what these send, and in which run that is seen"
+    assert found - TABLE.keys() == set(), "list these in docs/traffic_and_memory.md: what they send, to whom and when"
     assert TABLE.keys() - found == set(), "these are no longer in the source"
+
+
+def test_the_table_is_complete() -> None:
+    """Catches a group of devices for host values, and rows without a dtype, a group, a moment or a known run."""
+    for call, row in TABLE.items():
+        assert row.group and row.moment and row.run in {*RUNS, "differing", BY_READING}, call
+        sends_tensors = row.kinds and not any(word in call.expression for word in ("new_group", "init_", "barrier"))
+        assert row.dtypes or not sends_tensors, call
+        groups = set(row.group.split(", "))
+        if row.kinds == DEVICES:
+            assert groups <= {"world", "data", "model", "tensor", "channels", "this rank"}, call
+        elif row.kinds == HOST:
+            assert not groups & {"world", "data", "model", "tensor", "channels"}, call
 
 
 def test_names_tell_hosts_from_devices() -> None:
@@ -238,7 +67,7 @@ class Outcome(NamedTuple):
     """Holds the result of one rank of a run."""
 
     status: int
-    seen: dict[str, set[Site]]
+    seen: dict[str, dict[Site, set[str]]]
 
 
 def train(config: str, *, stops: bool = False) -> Outcome:
@@ -307,12 +136,15 @@ def write_config(run: str, mapping: dict[str, Any], folder: Path) -> str:
 
 
 def check_seen(run: str, outcomes: list[Outcome]) -> None:
-    """Checks that all ranks succeeded and that the run made all calls that the table lists for it."""
+    """Checks that all ranks succeeded, and made all calls that the table lists for the run, with no other dtypes."""
     assert [outcome.status for outcome in outcomes] == [0] * len(outcomes)
     for call, row in TABLE.items():
         if row.run == run:
             for kind in row.kinds:
-                assert any((call.file, call.function) in outcome.seen[kind] for outcome in outcomes), (call, kind)
+                site = call.file, call.function
+                found = [outcome.seen[kind][site] for outcome in outcomes if site in outcome.seen[kind]]
+                assert found, (call, kind)
+                assert kind == "host" or set().union(*found) <= row.dtypes, (call, found)
 
 
 @pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run != "data")) for run in RUNS])
@@ -358,7 +190,7 @@ def check_backward_hooks_see_the_device() -> None:
     assert [tensor.device for tensor in freed] == [DEVICE] * 3
 
 
-def differ() -> tuple[dict[str, set[Site]], dict[str, str]]:
+def differ() -> tuple[dict[str, dict[Site, set[str]]], dict[str, str]]:
     """Makes the calls of ranks that differ or fail, and every mistake that the emulated machine must refuse."""
     from types import SimpleNamespace
 

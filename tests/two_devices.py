@@ -12,7 +12,7 @@ host memory.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -49,10 +49,10 @@ def is_pinned(tensor: Tensor) -> bool:
 
 
 class TwoDevices:
-    """Follows tensors and routes collectives; `seen` holds where they were called from."""
+    """Follows tensors and routes collectives; `seen` holds where they were called from, and with which dtypes."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, set[Site]] = {"device": set(), "host": set()}
+        self.seen: dict[str, dict[Site, set[str]]] = {"device": {}, "host": {}}
         self.function_modes: list[TorchFunctionMode] = [_Devices()]
         """Modes of backward passes, the outermost last; torch turns a mode off while it handles a call."""
         self._twins: dict[str, dist.ProcessGroup] = {}
@@ -80,7 +80,7 @@ class TwoDevices:
         group = group or dist.group.WORLD
         assert group is not None
         twin = self._twins.get(group.group_name)
-        self._note("host" if twin is None else "device")
+        self._note("host" if twin is None else "device", [])
         return (group if twin is None else twin).barrier().wait()
 
     def noting(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +88,7 @@ class TwoDevices:
 
         def noted(*arguments: Any, **options: Any) -> Any:
             if options["group"].group_name not in self._twins:
-                self._note("host")
+                self._note("host", [])
             return call(*arguments, **options)
 
         return noted
@@ -97,23 +97,25 @@ class TwoDevices:
         """Sends tensors on the right device, and lets torch refuse the others."""
         (boxed,) = (a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
         group = dist.ProcessGroup.unbox(boxed)
-        on_device = [is_device(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        on_device = [is_device(tensor) for tensor in tensors]
         twin = self._twins.get(group.group_name)
         if twin is None:
             if any(on_device):
                 raise RuntimeError(f"{func}: a tensor of the device in a group of hosts")
-            self._note("host")
+            self._note("host", tensors)
         elif all(on_device):
-            self._note("device")
+            self._note("device", tensors)
             args = tuple(twin.boxed() if a is boxed else a for a in args)
         return func(*args, **kwargs)  # a tensor of the host in a group of devices: torch refuses it
 
-    def _note(self, kind: str) -> None:
+    def _note(self, kind: str, tensors: Sequence[Tensor]) -> None:
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
         frame: Any = sys._getframe(1)
         while frame is not None:
             path = frame.f_code.co_filename
             if path.startswith(f"{ROOT}/") and "/site-packages/" not in path and "/tests/" not in path:
-                self.seen[kind].add((_source_file(path), frame.f_code.co_name))
+                self.seen[kind].setdefault((_source_file(path), frame.f_code.co_name), set()).update(dtypes)
             frame = frame.f_back
 
 
