@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,21 @@ from beit3_ds.tasks.segmentation.model import SegmentationModel
 from beit3_ds.tasks.segmentation.packing import LABELS, SEEDS, pack_windows
 
 _SEED = 0
+
+
+class SegmentationFigures(NamedTuple):
+    """Holds medians over rounds; a ratio is transformers' time divided by ours in the same round."""
+
+    training_images_per_second: float
+    """Images per second of a training step: forward, loss and backward."""
+    inference_images_per_second: float
+    """Images per second of predicting the class of each pixel."""
+    training_ratio: float
+    """Time of a training step of transformers, divided by ours."""
+    inference_ratio: float
+    """Time of an inference of transformers, divided by ours."""
+    trunk_share: float
+    """Share of our training step that the trunk alone takes."""
 
 
 def bench_config() -> tuple[ModelConfig, SegmentationConfig]:
@@ -89,17 +104,13 @@ class _Encoder(nn.Module):
         return SimpleNamespace(feature_maps=list(self.ours.adapted_maps(_pack(pixels, self.ours))))
 
 
-def measure_segmentation(rounds: int = 3, images: int = 2, device: torch.device | None = None) -> dict[str, Any]:
-    """Times training steps (forward, loss and backward) and inference of both models in turn.
+def measure(rounds: int, images: int = 2, device: torch.device | None = None) -> SegmentationFigures:
+    """Times training steps and inferences of both models in turn, after one turn without a clock.
 
     Args:
-        rounds: measurements of each side, after one that does not count; medians are reported.
-        images: number of images in a batch.
-        device: device to measure on; None uses the CPU, where times are CPU seconds.
-
-    Returns:
-        Images per second by side and use, transformers' times divided by ours in the same round, the trunk's share of
-        our training step, and `images_per_second_segmentation`, that of our training step.
+        rounds: number of rounds.
+        images: number of images in a step.
+        device: device to measure on; None uses the CPU.
     """
     device = device or torch.device("cpu")
     config, settings = bench_config()
@@ -124,17 +135,13 @@ def measure_segmentation(rounds: int = 3, images: int = 2, device: torch.device 
             ours.zero_grad()
             if number:
                 seconds[name].append(taken)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {
-        "images_per_second_training": images / medians["ours"],
-        "images_per_second_inference": images / medians["our inference"],
-        "images_per_second_transformers_training": images / medians["theirs"],
-        "images_per_second_transformers_inference": images / medians["their inference"],
-        "ratio_training": _ratio(seconds["theirs"], seconds["ours"]),
-        "ratio_inference": _ratio(seconds["their inference"], seconds["our inference"]),
-        "trunk_share_training": _ratio(seconds["trunk"], seconds["ours"]),
-        "images_per_second_segmentation": images / medians["ours"],
-    }
+    return SegmentationFigures(
+        training_images_per_second=images / statistics.median(seconds["ours"]),
+        inference_images_per_second=images / statistics.median(seconds["our inference"]),
+        training_ratio=_ratio(seconds["theirs"], seconds["ours"]),
+        inference_ratio=_ratio(seconds["their inference"], seconds["our inference"]),
+        trunk_share=_ratio(seconds["trunk"], seconds["ours"]),
+    )
 
 
 def _pack(pixels: Tensor, model: SegmentationModel) -> PackedBatch:

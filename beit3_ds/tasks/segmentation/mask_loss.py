@@ -73,7 +73,7 @@ class MaskLoss:
         sums = []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            for of in layers:
+            for of in (layers[-1], *layers[:-1]):  # transformers' order, so that the draws are the same
                 found = self._loss(of.masks_BQHW, of.classes_BQX, [masks_NHW], [classes_N])
                 # Its cross entropy is a mean over the weights of the image's queries.
                 sums.append(torch.stack([found["loss_cross_entropy"] * weight, found["loss_mask"], found["loss_dice"]]))
