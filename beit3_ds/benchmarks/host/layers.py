@@ -78,7 +78,7 @@ def _time_step(blocks: list[Any], x_TD: Tensor, batch: PackedBatch, gpu: FakeGPU
         assert isinstance(block, Block)
         y_TD = block(y_TD, batch)
     middle, forward_launches = time.thread_time(), gpu.launches.total()
-    y_TD.backward(x_TD.detach())  # type: ignore[no-untyped-call]
+    y_TD.backward(x_TD.detach())
     end, launches = time.thread_time(), gpu.launches.total()
     milliseconds = (1e3 * (middle - start), 1e3 * (end - middle), 1e3 * (end - start))
     return LayerTimes(*milliseconds, forward_launches, launches - forward_launches)
