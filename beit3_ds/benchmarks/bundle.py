@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 export PYTHONPATH="$here/tree:$here/packages${PYTHONPATH:+:$PYTHONPATH}" TRITON_CACHE_DIR="$here/triton_cache"
+if [ ! -d "$TRITON_CACHE_DIR" ]; then "$python" -m tarfile -e "$here/triton_cache.tar.xz" "$here"; fi
 if [ ! -d "$here/packages" ]; then
     for wheel in "$here"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$here/packages"; done
 fi
@@ -72,6 +74,9 @@ def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillC
     subprocess.run(["tar", "-x", "-C", str(folder / "tree")], input=archive, check=True)
     fetch(pinned(ROOT / "constraints.txt"), folder / "wheels")
     fill_cache(folder / "tree", folder / "triton_cache", architecture)
+    with tarfile.open(folder / "triton_cache.tar.xz", "w:xz") as archived:
+        archived.add(folder / "triton_cache", "triton_cache")
+    shutil.rmtree(folder / "triton_cache")
     script = folder / "certify"
     script.write_text(_SCRIPT, encoding="utf-8")
     script.chmod(0o755)

@@ -38,7 +38,7 @@ def test_the_script_runs_the_tree_with_cache_and_packages(tmp_path: Path) -> Non
     python = tmp_path / "python"
     python.write_text(
         f"""#!/bin/sh
-if [ "$2" = zipfile ]; then exec {sys.executable} "$@"; fi
+if [ "$2" = zipfile ] || [ "$2" = tarfile ]; then exec {sys.executable} "$@"; fi
 echo "$@" > {tmp_path}/arguments
 pwd >> {tmp_path}/arguments
 echo "$TRITON_CACHE_DIR" >> {tmp_path}/arguments
@@ -54,6 +54,7 @@ exec {sys.executable} -c "import deepspeed_of_the_bundle, beit3_ds; print(beit3_
         assert done.stdout.strip() == str(folder / "tree" / "beit3_ds" / "__init__.py")
         arguments, where, cache = (tmp_path / "arguments").read_text().splitlines()
         assert arguments == f"-m beit3_ds.cli.main certify --out {folder}/certificate --minutes 10"
+        assert (folder / "triton_cache" / "kernel_90").stat().st_size == 100
         assert where == str(folder / "tree") and cache == str(folder / "triton_cache")
 
 
