@@ -84,8 +84,8 @@ ARROWS: dict[str, set[str]] = {
         *("tokenizers", "untrusted_json"),
     },
     "benchmarks": {
-        *("batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline", "pixels"),
-        *("runtime", "tasks", "tokenizers", "training", "weights"),
+        *("batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "patch_grids", "pipeline"),
+        *("pixels", "runtime", "tasks", "tokenizers", "training", "weights"),
     },
     "cluster": {"config", "planner", "printing", "rank_names", "retrying", "runtime", "writer_lock"},
 }

@@ -23,6 +23,7 @@ def add_bench_command(subparsers: Subparsers) -> None:
     _add_train(benches)
     _add_finetune(benches)
     _add_checkpoint(benches)
+    _add_dense(benches)
     _add_model_step(benches)
     _add_checkpoint_index(benches)
 
@@ -162,7 +163,6 @@ def _add_model_step(benches: Subparsers) -> None:
     model_step.add_argument(
         "--config-dir", default="ds_configs", metavar="DIR", help="folder of the configurations (default: ds_configs)"
     )
-    return 0
 
 
 def _add_checkpoint_index(benches: Subparsers) -> None:
@@ -173,6 +173,17 @@ def _add_checkpoint_index(benches: Subparsers) -> None:
         "--ranks", type=integer(Range(1, 99_999)), default=512, metavar="N", help="synthetic ranks (default: 512)"
     )
     _add_json_argument(index)
+
+
+def _add_dense(benches: Subparsers) -> None:
+    summary = "compare detection, segmentation, COCO's evaluation and window attention with other implementations"
+    dense = add_command(benches, "dense", _run_dense, summary)
+    parts = ("windows", "coco_eval", "detection", "segmentation")
+    dense.add_argument(
+        "--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=f"only some of {', '.join(parts)}"
+    )
+    dense.add_argument("--rounds", type=integer(Range(1)), default=5, metavar="N", help="measured rounds (default: 5)")
+    _add_json_argument(dense)
 
 
 def _add_json_argument(command: argparse.ArgumentParser) -> None:
@@ -281,4 +292,11 @@ def _run_checkpoint_index(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.checkpoint.index import benchmark_index
 
     print(benchmark_index(options.ranks, options.size, options.json))
+    return 0
+
+
+def _run_dense(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.dense.benchmark import benchmark_dense
+
+    print(benchmark_dense(options.parts, options.rounds, options.json))
     return 0

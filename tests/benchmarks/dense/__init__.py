@@ -1,0 +1,1 @@
+"""Tests the benchmarks of detection and segmentation."""
