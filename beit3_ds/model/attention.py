@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from beit3_ds.config import ModelConfig
+from beit3_ds.kernels.ops.multiway_qkv import multiway_qkv
 from beit3_ds.kernels.ops.packed_attention import packed_attention
 from beit3_ds.kernels.ops.up_projection import Activation
 from beit3_ds.layout import SequenceLayout
@@ -74,7 +75,11 @@ class MultiwayAttention(nn.Module):
         recompute = self.norm.recompute(normed, own_slices)
         h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_THK, k_THK, v_THK = (self._heads(proj(h_TD, layout, recompute)) for proj in projections)
+        weights, biases = (
+            [w for proj in projections for w in proj.weights()],
+            [b for proj in projections for b in proj.biases()],
+        )
+        q_THK, k_THK, v_THK = map(self._heads, multiway_qkv(h_TD, slices, weights, biases, recompute))
         y_THK = (attend or self.within(layout))(q_THK, k_THK, v_THK)
         norm = None if self.sub_norm is None else self.sub_norm()
         return self.out_proj(Activation(y_THK.flatten(1)), normed.stream_TD, factor_T, layout, norm=norm)

@@ -48,6 +48,6 @@ class MultiwayFFN(nn.Module):
         normed = self.norm(x_TD, own_slices)
         recompute = self.norm.recompute(normed, own_slices)
         h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
-        activation = self.fc1(h_TD, layout, recompute, with_statistics=self.sub_norm is not None)
+        activation = self.fc1(h_TD, layout, recompute, has_norm=self.sub_norm is not None)
         norm = None if self.sub_norm is None else self.sub_norm()
         return self.fc2(activation, normed.stream_TD, factor_T, layout, gelu=True, norm=norm)

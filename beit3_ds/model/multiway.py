@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from beit3_ds.kernels.ops.multiway_layer_norm import multiway_layer_norm, recomputable_rows
-from beit3_ds.kernels.ops.multiway_linear import multiway_linear
 from beit3_ds.kernels.ops.out_projection import out_projection
 from beit3_ds.kernels.ops.recompute import Recomputable
 from beit3_ds.kernels.ops.residual_add import residual_add
@@ -21,12 +20,13 @@ from beit3_ds.parallel import TensorParallel, split_parameter
 
 
 class ColumnParallelMultiwayLinear(nn.Module):
-    """Applies one linear layer per expert (paper section 2.1); output features are split over tensor-parallel ranks.
+    """Holds one linear layer per expert (paper section 2.1); output features are split over tensor-parallel ranks.
 
-    Follow it with RowParallelMultiwayLinear. Pass the input through `TensorParallel.gather_from` once for all layers
-    that share this input. The layer itself sends nothing. Its parameters are `weight_EXPERT` and `bias_EXPERT`. The
-    module registers them itself, without child modules, so that one ZeRO-3 hook gathers all of them before forward.
-    `initialization.initialize_parameters` sets them; before, they are uninitialised.
+    A subclass or the parent module applies it, and a RowParallelMultiwayLinear follows. Pass the input through
+    `TensorParallel.gather_from` once for all layers that share this input. The layer itself sends nothing. Its
+    parameters are `weight_EXPERT` and `bias_EXPERT`. The module registers them itself, without child modules, so that
+    one ZeRO-3 hook gathers all of them. `initialization.initialize_parameters` sets them; before, they are
+    uninitialised.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:
@@ -37,22 +37,20 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"weight_{expert}", split_parameter(split, out_features, in_features))
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
-    def forward(self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None) -> Tensor:
-        """Applies each expert to its rows, and returns this rank's output features of all rows.
+    def weights(self) -> list[Tensor]:
+        """Returns the matrices (F, D) of all experts."""
+        return _weights(self)
 
-        Args:
-            x_TD: all rows.
-            layout: row range of each expert; a single expert processes all rows.
-            recompute: recomputes x in the backward pass; None saves x instead.
-        """
-        return multiway_linear(x_TD, layout.expert_slices(self.experts), _weights(self), _biases(self), recompute)
+    def biases(self) -> list[Tensor]:
+        """Returns the vectors (F,) of all experts."""
+        return _biases(self)
 
 
 class UpProjection(ColumnParallelMultiwayLinear):
     """Implements the first linear layer of the FFN; its GPU kernel also applies GELU."""
 
-    def forward(  # type: ignore[override]
-        self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None, *, with_statistics: bool
+    def forward(
+        self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None, *, has_norm: bool
     ) -> Activation:
         """Returns this rank's output features of all rows, as the input of a RowParallelMultiwayLinear with `gelu`.
 
@@ -60,14 +58,14 @@ class UpProjection(ColumnParallelMultiwayLinear):
             x_TD: all rows.
             layout: row range of each expert.
             recompute: recomputes x in the backward pass; None saves x instead.
-            with_statistics: whether to compute the statistics for a sub-LN that follows.
+            has_norm: whether a sub-LN follows.
         """
         return up_projection(
             x_TD,
             layout.expert_slices(self.experts),
             _weights(self),
             _biases(self),
-            with_statistics=with_statistics,
+            has_norm=has_norm,
             recompute=recompute,
         )
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_ds.device_copy import copy_to_device
-from beit3_ds.kernels.ops.multiway_linear import Slices, multiway_linear_reference
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
@@ -44,7 +43,7 @@ def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def grouped_gemm(
-    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool
+    x_TD: Tensor, slices: Sequence[tuple[int, int]], weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool
 ) -> tuple[Tensor, Tensor]:
     """Applies each expert's linear layer to its own rows, all in one launch; forward only.
 
@@ -66,7 +65,7 @@ def grouped_gemm(
 
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
-def plan_row_tiles(slices: Slices, tile_rows: int, device: torch.device) -> Tensor:
+def plan_row_tiles(slices: Sequence[tuple[int, int]], tile_rows: int, device: torch.device) -> Tensor:
     """Divides each expert's rows into tiles of at most `tile_rows` rows.
 
     Returns:
@@ -126,7 +125,8 @@ def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
     inputs = tuple(tensor.to(device, dtype) for tensor in (x_TD, weights, biases))
 
     def reference(x_TD: Tensor, weights: Tensor, biases: Tensor) -> tuple[Tensor, ...]:
-        u_TF = multiway_linear_reference(x_TD, slices, weights.unbind(), biases.unbind())
+        parts = [F.linear(x_TD[start:stop], weights[i], biases[i]) for i, (start, stop) in enumerate(slices)]
+        u_TF = torch.cat(parts)
         return u_TF, F.gelu(u_TF)
 
     results = grouped_gemm(inputs[0], slices, inputs[1].unbind(), inputs[2].unbind(), gelu=True)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.matmul import matmul
+from beit3_ds.kernels.ops.cuda_kernels import grouped_gemm, is_built, runs_grouped_gemm
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
@@ -150,9 +151,9 @@ def _input_gradient_triton(
 def _weight_gradient_triton(
     dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
 ) -> list[Tensor]:
-    from beit3_ds.kernels.triton import multiway_ffn_launch
+    from beit3_ds.kernels.triton import weight_gradient_launch
 
-    d_weights, d_biases = multiway_ffn_launch.weight_gradient(dy_TF, factor_T, x_TD, slices_of(ends), with_bias)
+    d_weights, d_biases = weight_gradient_launch.weight_gradient([dy_TF], factor_T, x_TD, slices_of(ends), with_bias)
     return [*d_weights, *d_biases]
 
 
@@ -160,9 +161,19 @@ def _takes_triton(x: Tensor, *rest: Any) -> bool:
     return KERNELS.accept(x)
 
 
+def _linear_cuda_cpp(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return grouped_gemm(x_TD, slices_of(ends), weights, biases, gelu=False)[0]
+
+
+def _takes_cuda_cpp(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    return len(biases) > 0 and is_built() and runs_grouped_gemm(x_TD, weights)
+
+
 # The library's implementations are the CPU's: one product of cuBLAS per expert.
 _LINEAR = MeasuredOp(
-    "multiway_linear", {"triton": _linear_triton, "library": _linear}, accepts={"triton": _takes_triton}
+    "multiway_linear",
+    {"triton": _linear_triton, "cuda": _linear_cuda_cpp, "library": _linear},
+    accepts={"triton": _takes_triton, "cuda": _takes_cuda_cpp},
 )
 _LIBRARY.impl("multiway_linear", _LINEAR, "CUDA")
 _INPUT_GRADIENT = MeasuredOp(
@@ -207,6 +218,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
         WrongResultError: if a result is wrong.
     """
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
+    from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
 
     slices, ends = [(0, 130), (130, 130), (130, 137)], [130, 130, 137]
     generator = torch.Generator().manual_seed(0)
@@ -220,7 +232,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     check_against_reference(
         ("dx",), (dx,), lambda dy, f, *w: (_input_gradient(dy, f, ends, w),), (dy, factor, *weights)
     )
-    d_weights, d_biases = launch.weight_gradient(dy, factor, x, slices, True)
+    d_weights, d_biases = weight_gradient([dy], factor, x, slices, True)
     names = [*(f"dw {i}" for i in range(3)), *(f"db {i}" for i in range(3))]
     gradients = lambda dy, f, x: tuple(_weight_gradient(dy, f, x, ends, True))  # noqa: E731
     check_against_reference(names, (*d_weights, *d_biases), gradients, (dy, factor, x))

@@ -2,8 +2,8 @@
 
 The FFN uses the op with GELU, attention without. Of its activations, the op saves only its input and recomputes the
 others in the backward pass. On a CPU an expert's rows are normalised in chunks that fit into the cache and multiplied
-in larger row blocks. On a GPU the kernels of `triton/multiway_ffn.py` normalise before the product, and add bias and
-residual after the product.
+in larger row blocks. On a GPU one pass computes GELU and norm (`activation_norm`), and the kernels of
+`triton/multiway_ffn.py` add bias and residual while the product is in registers.
 """
 
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.
@@ -119,8 +119,8 @@ class _Form(NamedTuple):
         return _Parameters(*(tuple(islice(remaining, len(self.ends) if present else 0)) for present in is_present))
 
 
-_SavedNorm = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Mean and reciprocal deviation of every row, and the scales and shifts of all experts."""
+_SavedNorm = tuple[list[Tensor], tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Statistics that `_normalize` returns, and the scales and shifts of all experts."""
 
 
 class _OutProjection(torch.autograd.Function):
@@ -135,36 +135,36 @@ class _OutProjection(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         weights, biases, scales, shifts = form.split(parameters)
-        mean_T = rstd_T = None
-        if form.has_whole_rows and not KERNELS.accept(x_TF):
-            y_TD = _forward_cpu(x_TF, form, weights, biases, residual_TD, factor_T)
-        else:
-            a_TF = activation.a_TF if activation.a_TF is not None else _activate(x_TF, form.gelu)
+        statistics: list[Tensor] = []
+        by_operators = KERNELS.accept(x_TF) or not form.has_whole_rows
+        if by_operators:
+            n_TF = activation.a_TF if activation.a_TF is not None else _activate(x_TF, form.gelu)
             if form.norm is not None:
-                statistics = activation.statistics or torch.ops.beit3_ds.row_statistics(a_TF)
-                mean_T, rstd_T = form.norm.join_statistics(statistics[0], statistics[1], x_TF.shape[1])
-            arguments = (scales, shifts, form.ends, weights, biases, residual_TD, factor_T)
-            y_TD = torch.ops.beit3_ds.out_projection(a_TF, mean_T, rstd_T, *arguments)
+                n_TF, *statistics = _normalize(x_TF, form, scales, shifts)
+            y_TD = torch.ops.beit3_ds.out_projection(n_TF, form.ends, weights, biases, residual_TD, factor_T)
+        else:
+            y_TD = _forward_cpu(x_TF, form, weights, biases, residual_TD, factor_T)
         # The matrices themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
-        ctx.save_for_backward(x_TF, factor_T, mean_T, rstd_T, *weights, *scales, *shifts)
-        ctx.form = form
+        ctx.save_for_backward(x_TF, factor_T, *statistics, *weights, *scales, *shifts)
+        ctx.form, ctx.by_operators, ctx.num_statistics = form, by_operators, len(statistics)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         form: _Form = ctx.form
-        x_TF, factor_T, mean_T, rstd_T, *parameters = ctx.saved_tensors
+        x_TF, factor_T, *rest = ctx.saved_tensors
+        statistics, parameters = rest[: ctx.num_statistics], rest[ctx.num_statistics :]
         weights, _, scales, shifts = form._replace(has_biases=False).split(parameters)
         dy_TD = dy_TD.contiguous()
-        if mean_T is None and not KERNELS.accept(x_TF):
-            saved_norm = None if form.norm is None else form.norm._replace(scales=scales, shifts=shifts)
-            gradients = _backward_cpu(dy_TD, factor_T, x_TF, form._replace(norm=saved_norm), weights)
-        else:
-            norm = None if form.norm is None else (mean_T, rstd_T, scales, shifts)
+        if ctx.by_operators:
             # Products take one dtype: the gradient of a float32 stream is rounded once, before them.
             of_branch = dy_TD.to(x_TF.dtype), None if factor_T is None else factor_T.to(x_TF.dtype)
+            norm = None if form.norm is None else (statistics, scales, shifts)
             gradients = _backward_by_operators(*of_branch, x_TF, form, weights, norm)
+        else:
+            saved_norm = None if form.norm is None else form.norm._replace(scales=scales, shifts=shifts)
+            gradients = _backward_cpu(dy_TD, factor_T, x_TF, form._replace(norm=saved_norm), weights)
         return (None, None, dy_TD if form.has_residual else None, None, *gradients)
 
 
@@ -197,9 +197,8 @@ def _backward_cpu(
         of_weights[i].addmm_(d_RD.t(), n_RF, beta=0 if start == slices_of(form.ends)[i][0] else 1)
         if form.has_biases:
             of_biases[i] = accumulate(of_biases[i], [d_RD.sum(0)])
-        dn_RF = matmul(
-            d_RD, weights[i].t(), None, dx_RF if form.norm is None else n_RF
-        )  # overwrites n, which is no longer needed
+        # overwrites n, which is no longer needed
+        dn_RF = matmul(d_RD, weights[i].t(), None, dx_RF if form.norm is None else n_RF)
         length = chunk_rows(x_RF)
         for number, (dn, a, x, dx) in enumerate(
             zip(*(rows.split(length) for rows in (dn_RF, a_RF, x_RF, dx_RF)), strict=True)
@@ -253,6 +252,31 @@ def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
             yield i, first, min(first + _MATMUL_ROWS, stop)
 
 
+def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Computes LN(GELU(x)) by operators, and mean and reciprocal deviation of every row.
+
+    The statistics are one tensor (2, T) for whole rows. If ranks divide the width of a row, it gathers two numbers per
+    row, and returns two tensors (T,).
+    """
+    norm, ops = form.norm, torch.ops.beit3_ds
+    assert norm is not None
+    if form.has_whole_rows:
+        n_TF, statistics_2T = ops.activation_norm(x_TF, form.gelu, scales, shifts, norm.epsilon, form.ends)
+        return n_TF, statistics_2T
+    mean_T, squares_T = ops.row_statistics(x_TF, form.gelu)
+    mean_T, rstd_T = norm.join_statistics(mean_T, squares_T, x_TF.shape[1])
+    return ops.sub_norm(x_TF, form.gelu, mean_T, rstd_T, scales, shifts, form.ends), mean_T, rstd_T
+
+
+def _renormalize(x_TF: Tensor, form: _Form, norm: _SavedNorm) -> Tensor:
+    """Returns LN(GELU(x)) again, without communication."""
+    statistics, scales, shifts = norm
+    if form.has_whole_rows:
+        return _normalize(x_TF, form, scales, shifts)[0]
+    n_TF: Tensor = torch.ops.beit3_ds.sub_norm(x_TF, form.gelu, *statistics, scales, shifts, form.ends)
+    return n_TF
+
+
 def _backward_by_operators(
     dy_TD: Tensor,
     factor_T: Tensor | None,
@@ -261,25 +285,25 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Returns the same gradients as `_backward_cpu`, computed by operators.
-
-    If ranks divide the width of a row, it all-reduces two sums per row.
-    """
-    ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []
-    n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends) if norm else _activate(x_TF, form.gelu)
+    """Returns the gradients of `_backward_cpu`; all-reduces two sums per row if ranks divide the width of a row."""
+    ops, ends = torch.ops.beit3_ds, form.ends
+    if norm is None or form.norm is None:
+        of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, _activate(x_TF, form.gelu), ends, form.has_biases)
+        dn_TF = ops.multiway_input_gradient(dy_TD, factor_T, ends, weights)
+        return [torch.ops.aten.gelu_backward(dn_TF, x_TF) if form.gelu else dn_TF, *of_linear]
+    statistics, scales, _ = norm
+    n_TF = _renormalize(x_TF, form, norm)
     of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)
-    dx_TF = ops.multiway_input_gradient(dy_TD, factor_T, ends, weights)
-    if norm is not None:
-        assert form.norm is not None
-        mean_T, rstd_T, scales, _ = norm
-        sums_2T, *of_norm = ops.sub_norm_sums(dx_TF, x_TF, form.gelu, mean_T, rstd_T, scales, ends)
-        if form.norm.all_reduce is not None:
-            sums_2T = form.norm.all_reduce(sums_2T)
-        arguments = (mean_T, rstd_T, scales, sums_2T, form.norm.width, ends)
-        dx_TF = ops.sub_norm_gradient(dx_TF, x_TF, form.gelu, *arguments)
-    elif form.gelu:
-        dx_TF = torch.ops.aten.gelu_backward(dx_TF, x_TF)
-    return [dx_TF, *of_linear, *of_norm]
+    del n_TF  # frees memory for the gradient
+    dn_TF = ops.multiway_input_gradient(dy_TD, factor_T, ends, weights)
+    if form.has_whole_rows:
+        dx_TF, of_norm_2EF = ops.activation_norm_backward(dn_TF, x_TF, form.gelu, *statistics, scales, ends)
+        return [dx_TF, *of_linear, *of_norm_2EF.flatten(0, 1).unbind()]
+    sums_2T, *of_norm = ops.sub_norm_sums(dn_TF, x_TF, form.gelu, *statistics, scales, ends)
+    if form.norm.all_reduce is not None:
+        sums_2T = form.norm.all_reduce(sums_2T)
+    arguments = (*statistics, scales, sums_2T, form.norm.width, ends)
+    return [ops.sub_norm_gradient(dn_TF, x_TF, form.gelu, *arguments), *of_linear, *of_norm]
 
 
 def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
@@ -299,44 +323,33 @@ def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> 
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Returns residual + factor * (LN(a) @ w.T + b), with the given statistics of the norm.
+# Returns residual + factor * (n @ w.T + b).
 _LIBRARY.define(
-    "out_projection(Tensor a, Tensor? mean, Tensor? rstd, Tensor[] scales, Tensor[] shifts, int[] ends, "
-    "Tensor[] weights, Tensor[] biases, Tensor? residual, Tensor? factor) -> Tensor"
+    "out_projection(Tensor n, int[] ends, Tensor[] weights, Tensor[] biases, Tensor? residual, Tensor? factor) -> "
+    "Tensor"
 )
 
 
 @torch.library.impl(_LIBRARY, "out_projection", "CPU")
 def _out_projection(
-    a_TF: Tensor,
-    mean_T: Tensor | None,
-    rstd_T: Tensor | None,
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
+    n_TF: Tensor,
     ends: Sequence[int],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    if mean_T is not None:
-        a_TF = torch.ops.beit3_ds.sub_norm(a_TF, False, mean_T, rstd_T, scales, shifts, ends)
-    return _join(torch.ops.beit3_ds.multiway_linear(a_TF, ends, weights, biases), residual_TD, factor_T)
+    """Computes the product, on a GPU one of cuBLAS per expert, and adds the stream in one pass."""
+    y_TD = torch.ops.beit3_ds.multiway_linear(n_TF, ends, weights, biases)
+    if residual_TD is None or factor_T is None:
+        return _join(y_TD, residual_TD, factor_T)
+    return torch.addcmul(residual_TD, y_TD.to(residual_TD.dtype), factor_T.unsqueeze(1))
 
 
-def _out_projection_triton(
-    a_TF: Tensor,
-    mean_T: Tensor | None,
-    rstd_T: Tensor | None,
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    ends: Sequence[int],
-    *rest: Any,
-) -> Tensor:
+def _out_projection_triton(n_TF: Tensor, ends: Sequence[int], *rest: Any) -> Tensor:
     from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
 
-    norm = None if mean_T is None or rstd_T is None else (mean_T, rstd_T, scales, shifts)
-    return multiway_ffn_launch.out_projection(a_TF, norm, slices_of(ends), *rest)
+    return multiway_ffn_launch.out_projection(n_TF, slices_of(ends), *rest)
 
 
 def _takes_triton(x: Tensor, *rest: Any) -> bool:
@@ -344,17 +357,18 @@ def _takes_triton(x: Tensor, *rest: Any) -> bool:
 
 
 _OUT_PROJECTION = MeasuredOp(
-    "out_projection", {"triton": _out_projection_triton, "library": _out_projection}, accepts={"triton": _takes_triton}
+    "out_projection",
+    {"triton": _out_projection_triton, "library": _out_projection},
+    accepts={"triton": _takes_triton},
 )
 _LIBRARY.impl("out_projection", _OUT_PROJECTION, "CUDA")
-# The library's implementation runs the norm, one product of cuBLAS per expert, and the sum with the stream.
 
 
 @torch.library.register_fake("beit3_ds::out_projection", lib=_LIBRARY)
-def _out_projection_fake(a_TF: Tensor, *rest: Any) -> Tensor:
-    weights, residual_TD = rest[5], rest[7]
-    like = a_TF if residual_TD is None else residual_TD
-    return like.new_empty(len(a_TF), len(weights[0]))
+def _out_projection_fake(
+    n_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], *stream: Tensor | None
+) -> Tensor:
+    return (n_TF if stream[0] is None else stream[0]).new_empty(len(n_TF), len(weights[0]))
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
@@ -372,7 +386,7 @@ KERNELS = TrustedKernels("out_projection", check_kernels)
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch: once with norm, bias, factor and residual, once as a product alone."""
+    """Compares the kernel with plain PyTorch: once with bias, factor and residual, once as a product alone."""
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
 
     slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)
@@ -380,21 +394,15 @@ def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
-    a, residual, factor = draw(137, 96), draw(137, 64).to(stream), draw(137).to(stream)
+    n, residual, factor = draw(137, 96), draw(137, 64).to(stream), draw(137).to(stream)
     weights, biases = [draw(64, 96, scale=0.1) for _ in slices], [draw(64) for _ in slices]
-    scales, shifts = ([draw(96) for _ in slices] for _ in range(2))
-    variance, mean = torch.var_mean(a.float(), 1, correction=0)
-    norm = (mean, (variance + 1e-5).rsqrt(), scales, shifts)
 
-    def whole(a: Tensor, residual: Tensor, factor: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
-        sub_norm = SubNorm(p[4:6], p[6:8], 1e-5, 96)
-        y = out_projection_reference(
-            a, slices, p[:2], p[2:4], gelu=False, norm=sub_norm, residual_TD=residual, factor_T=factor
-        )
-        return (y,)
+    def whole(n: Tensor, residual: Tensor, factor: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
+        stream = {"residual_TD": residual, "factor_T": factor}
+        return (out_projection_reference(n, slices, p[:2], p[2:4], gelu=False, norm=None, **stream),)
 
-    y = launch.out_projection(a, norm, slices, weights, biases, residual, factor)
-    check_against_reference(("y",), (y,), whole, (a, residual, factor, *weights, *biases, *scales, *shifts))
-    partial = launch.out_projection(a, None, slices, weights, [], None, None)
-    plain = lambda a, *w: (torch.cat([F.linear(a[i:j], w[k]) for k, (i, j) in enumerate(slices)]),)  # noqa: E731
-    check_against_reference(("partial",), (partial,), plain, (a, *weights))
+    y = launch.out_projection(n, slices, weights, biases, residual, factor)
+    check_against_reference(("y",), (y,), whole, (n, residual, factor, *weights, *biases))
+    partial = launch.out_projection(n, slices, weights, [], None, None)
+    plain = lambda n, *w: (torch.cat([F.linear(n[i:j], w[k]) for k, (i, j) in enumerate(slices)]),)  # noqa: E731
+    check_against_reference(("partial",), (partial,), plain, (n, *weights))

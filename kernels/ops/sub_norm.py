@@ -2,8 +2,8 @@
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
 activations or attention's merged heads. Its statistics cover all columns of a row, so ranks exchange two numbers per
-row in forward and in backward. Only these numbers are saved for the backward pass. A rank that holds all columns needs
-`out_projection` alone.
+row in forward and in backward. Only these numbers are saved for the backward pass. A rank that holds all columns uses
+`activation_norm`.
 """
 
 # T packed rows, F local width, P ranks that divide the width.
@@ -57,8 +57,9 @@ class SubNorm(NamedTuple):
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Returns the mean of every row and the sum of squared deviations from it, (T,) float32 (float64 for float64).
-_LIBRARY.define("row_statistics(Tensor x) -> (Tensor, Tensor)")
+# Returns the mean of every row of GELU(x), or of x, and the sum of squared deviations from it, (T,) in the dtype of
+# statistics.
+_LIBRARY.define("row_statistics(Tensor x, bool gelu) -> (Tensor, Tensor)")
 # Returns LN(GELU(x)), or LN(x), with the given statistics.
 _LIBRARY.define(
     "sub_norm(Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, Tensor[] shifts, int[] ends) -> Tensor"
@@ -76,8 +77,8 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "row_statistics", "CPU")
-def _row_statistics(x_TF: Tensor) -> tuple[Tensor, Tensor]:
-    wide_TF = _widen(x_TF)
+def _row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    wide_TF = _widen(F.gelu(x_TF) if gelu else x_TF)
     mean_T = wide_TF.mean(1)
     return mean_T, (wide_TF - mean_T.unsqueeze(1)).square_().sum(1)
 
@@ -141,10 +142,10 @@ def _sub_norm_gradient(
     return torch.ops.aten.gelu_backward(da_TF, x_TF) if gelu else da_TF
 
 
-def _row_statistics_triton(x_TF: Tensor) -> tuple[Tensor, Tensor]:
+def _row_statistics_triton(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     from beit3_ds.kernels.triton import sub_norm_launch  # Triton is needed on a GPU only
 
-    return sub_norm_launch.row_statistics(x_TF)
+    return sub_norm_launch.row_statistics(x_TF, gelu)
 
 
 def _sub_norm_triton(
@@ -220,7 +221,7 @@ _LIBRARY.impl("sub_norm_gradient", _SUB_NORM_GRADIENT, "CUDA")
 
 
 @torch.library.register_fake("beit3_ds::row_statistics", lib=_LIBRARY)
-def _row_statistics_fake(x_TF: Tensor) -> tuple[Tensor, Tensor]:
+def _row_statistics_fake(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     mean_T = x_TF.new_empty(len(x_TF), dtype=wide_dtype(x_TF))
     return mean_T, torch.empty_like(mean_T)
 
@@ -275,9 +276,10 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, dn = (torch.randn(137, 96, generator=generator).to(device, dtype) for _ in range(2))
     scales, shifts = ([torch.randn(96, generator=generator).to(device, dtype) for _ in slices] for _ in range(2))
-    check_against_reference(("mean", "squares"), launch.row_statistics(x), _row_statistics, (x,))
     for gelu in (False, True):
-        mean, squares = _row_statistics(F.gelu(x) if gelu else x)
+        statistics = launch.row_statistics(x, gelu)
+        check_against_reference(("mean", "squares"), statistics, partial(_row_statistics, gelu=gelu), (x,))
+        mean, squares = _row_statistics(x, gelu)
         rstd = (squares / 96 + 1e-5).rsqrt()
         sums = _sub_norm_sums(dn, x, gelu, mean, rstd, scales, ends)[0]
         norm = (mean, rstd, scales, shifts)

@@ -1,7 +1,8 @@
-"""Computes the FFN's first linear layer; on a GPU it also computes the GELU and the sub-LN's statistics.
+"""Computes the FFN's first linear layer; on a GPU it also computes the GELU, unless a sub-LN follows.
 
-On a GPU the GELU and the statistics are computed while the product is in registers (`triton/multiway_ffn.py`). On a CPU
-`out_projection` computes both later, in buffers that fit into the cache.
+On a GPU the GELU is computed while the product is in registers (`triton/multiway_ffn.py`), or in a pass of its own if
+this is faster (`measured_op`). If a sub-LN follows, `out_projection` computes both in one pass. On a CPU it does so in
+buffers that fit into the cache.
 """
 
 # T packed rows, D input width, F output width (of this rank).
@@ -20,7 +21,6 @@ from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, multiway_linea
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import TrustedKernels
-from beit3_ds.kernels.ops.sub_norm import wide_dtype
 
 
 class Activation(NamedTuple):
@@ -30,8 +30,6 @@ class Activation(NamedTuple):
     """The FFN's up projection before the GELU, or attention's merged heads."""
     a_TF: Tensor | None = None
     """GELU(x_TF); None if it is not computed yet."""
-    statistics: tuple[Tensor, Tensor] | None = None
-    """Mean of each row of a_TF, and sum of its squared deviations, float32; None if they are not computed yet."""
 
 
 def up_projection(
@@ -40,24 +38,22 @@ def up_projection(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     *,
-    with_statistics: bool,
+    has_norm: bool,
     recompute: Recomputable | None = None,
 ) -> Activation:
-    """Computes x = h @ w.T + b with each row's expert; on a GPU also GELU(x) and, on request, its rows' statistics.
+    """Computes x = h @ w.T + b with each row's expert; on a GPU also GELU(x), unless a sub-LN follows.
 
     Args:
         h_TD: packed rows.
         slices: row range [start, stop) of each expert; together they cover all rows in order.
         weights: one matrix per expert, (F, D) for output width F and input width D, of h's dtype.
         biases: one vector (F,) per expert.
-        with_statistics: whether a sub-LN follows, which needs the statistics.
+        has_norm: whether a sub-LN follows.
         recompute: recomputes h in the backward pass, instead of saving it; None saves it.
     """
-    if not KERNELS.accept(h_TD):
+    if has_norm or not KERNELS.accept(h_TD):
         return Activation(multiway_linear(h_TD, slices, weights, biases, recompute))
-    form = (recompute, ends_of(slices), with_statistics)
-    x_TF, a_TF, *statistics = _UpProjection.apply(h_TD.contiguous(), *form, *weights, *biases)
-    return Activation(x_TF, a_TF, tuple(statistics) if with_statistics else None)
+    return Activation(*_UpProjection.apply(h_TD.contiguous(), recompute, ends_of(slices), *weights, *biases))
 
 
 class _UpProjection(torch.autograd.Function):
@@ -67,21 +63,20 @@ class _UpProjection(torch.autograd.Function):
         h_TD: Tensor,
         recompute: Recomputable | None,
         ends: list[int],
-        with_statistics: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         ctx.recompute, kept = rows_to_save(h_TD, recompute)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
-        outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases, with_statistics)
-        ctx.mark_non_differentiable(*outputs[1:])
+        outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases)
+        ctx.mark_non_differentiable(outputs[1])
         ctx.set_materialize_grads(False)  # otherwise GELU(x), which has no gradient, would get one of zeros
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx_TF: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx_TF: Tensor | None, unused: Tensor | None) -> tuple[Tensor | None, ...]:
         assert dx_TF is not None, "gradients flow through x, which every caller uses"
         saved = ctx.saved_tensors  # read once: under checkpointing they are unpacked for a single read
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
@@ -89,52 +84,36 @@ class _UpProjection(torch.autograd.Function):
         dh_TD = torch.ops.beit3_ds.multiway_input_gradient(dx_TF, None, ctx.ends, weights)
         h_TD = restore_rows(ctx.recompute, kept)
         gradients = torch.ops.beit3_ds.multiway_weight_gradient(dx_TF, None, h_TD, ctx.ends, True)
-        return (dh_TD, None, None, None, *gradients)
+        return (dh_TD, None, None, *gradients)
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Returns x, GELU(x), and the mean and the sum of squared deviations of each row of GELU(x) (empty without statistics).
-_LIBRARY.define(
-    "up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases, bool with_statistics) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
-)
+# Returns x and GELU(x).
+_LIBRARY.define("up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(_LIBRARY, "up_projection", "CPU")
 def _up_projection(
-    h_TD: Tensor,
-    ends: Sequence[int],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    with_statistics: bool,
-) -> tuple[Tensor, ...]:
-    """Computes the product, the GELU and the statistics one after the other."""
+    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Computes the product and the GELU one after the other."""
     x_TF = torch.ops.beit3_ds.multiway_linear(h_TD, ends, weights, biases)
-    a_TF = F.gelu(x_TF)
-    return x_TF, a_TF, *_statistics(a_TF, with_statistics)
-
-
-def _statistics(a_TF: Tensor, with_statistics: bool) -> tuple[Tensor, ...]:
-    """Returns mean and sum of squared deviations of every row, (T,) each; two empty tensors without statistics."""
-    if with_statistics:
-        mean_T, squares_T = torch.ops.beit3_ds.row_statistics(a_TF)
-        return mean_T, squares_T
-    return tuple(a_TF.new_empty(0, dtype=wide_dtype(a_TF)) for _ in range(2))
+    return x_TF, F.gelu(x_TF)
 
 
 def _up_projection_triton(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
-) -> tuple[Tensor, ...]:
+    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
 
-    return multiway_ffn_launch.up_projection(h_TD, slices_of(ends), weights, biases, with_statistics)
+    return multiway_ffn_launch.up_projection(h_TD, slices_of(ends), weights, biases)
 
 
 def _up_projection_cuda_cpp(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
-) -> tuple[Tensor, ...]:
+    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     x_TF, a_TF = grouped_gemm(h_TD, slices_of(ends), weights, biases, gelu=True)
-    return x_TF, a_TF, *_statistics(a_TF, with_statistics)
+    return x_TF, a_TF
 
 
 def _takes_cuda_cpp(h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], *rest: Any) -> bool:
@@ -155,16 +134,10 @@ _LIBRARY.impl("up_projection", _UP_PROJECTION, "CUDA")
 
 @torch.library.register_fake("beit3_ds::up_projection", lib=_LIBRARY)
 def _up_projection_fake(
-    h_TD: Tensor,
-    ends: Sequence[int],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    with_statistics: bool,
-) -> tuple[Tensor, ...]:
-    rows = len(h_TD)
-    x_TF = h_TD.new_empty(rows, len(weights[0]))
-    statistics = (h_TD.new_empty(rows if with_statistics else 0, dtype=wide_dtype(h_TD)) for _ in range(2))
-    return x_TF, torch.empty_like(x_TF), *statistics
+    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    x_TF = h_TD.new_empty(len(h_TD), len(weights[0]))
+    return x_TF, torch.empty_like(x_TF)
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
@@ -184,12 +157,10 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
         x = torch.cat(
             [F.linear(h[start:stop], parameters[i], parameters[3 + i]) for i, (start, stop) in enumerate(slices)]
         )
-        a = F.gelu(x)
-        variance, mean = torch.var_mean(a, 1, correction=0)
-        return x, a, mean, variance * a.shape[1]
+        return x, F.gelu(x)
 
-    results = launch.up_projection(h, slices, weights, biases, True)
-    check_against_reference(("x", "gelu", "mean", "squares"), results, plain, (h, *weights, *biases))
+    results = launch.up_projection(h, slices, weights, biases)
+    check_against_reference(("x", "gelu"), results, plain, (h, *weights, *biases))
 
 
 KERNELS = TrustedKernels("up_projection", check_kernels)

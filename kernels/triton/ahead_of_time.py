@@ -25,9 +25,11 @@ from beit3_ds.kernels.triton import (
     linear_cross_entropy_launch,
     multiway_ffn_launch,
     multiway_layer_norm_launch,
+    multiway_qkv_launch,
     packed_attention_launch,
     residual_add_launch,
     sub_norm_launch,
+    weight_gradient_launch,
 )
 from beit3_ds.kernels.triton.budgets import Report, read_budgets, write_budgets
 from beit3_ds.kernels.triton.variant import KernelVariant
@@ -35,6 +37,8 @@ from beit3_ds.kernels.triton.variant import KernelVariant
 SOURCES = (
     packed_attention_launch.variants,
     multiway_ffn_launch.variants,
+    multiway_qkv_launch.variants,
+    weight_gradient_launch.variants,
     sub_norm_launch.variants,
     expert_rows_launch.variants,
     multiway_layer_norm_launch.variants,

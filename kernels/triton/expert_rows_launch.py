@@ -21,7 +21,20 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 NUM_EXPERTS = 3
 """Number of experts for which the kernels have arguments. A call for fewer experts adds experts without rows."""
 
-_SUM_COLUMNS, _SUM_PROGRAMS, _SUM_WARPS = 128, 16, 4
+_SUM_WARPS = 4
+
+
+class SumBlock(NamedTuple):
+    """Sets the block of partial sums that one loop step of the sum kernel adds."""
+
+    columns: int
+    """Columns of a block, for which one program computes the sums."""
+    programs: int
+    """Number of programs whose partial sums are in a block."""
+
+
+_ROW_SUM_BLOCK = SumBlock(128, 16)
+"""Block of the sums of row-streaming kernels, which have many programs and rows of a few thousand columns."""
 
 
 class RowTiling(NamedTuple):
@@ -97,7 +110,13 @@ def for_experts(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [*parameters, *[parameters[-1]] * (NUM_EXPERTS - len(parameters))]
 
 
-def sum_partials(partial_SPD: Tensor, programs: RowPrograms, num_experts: int, dtype: torch.dtype) -> Tensor:
+def sum_partials(
+    partial_SPD: Tensor,
+    programs: RowPrograms,
+    num_experts: int,
+    dtype: torch.dtype,
+    block: SumBlock = _ROW_SUM_BLOCK,
+) -> Tensor:
     """Adds the partial sums of each expert's programs; an expert without rows gets zeros.
 
     Args:
@@ -105,14 +124,15 @@ def sum_partials(partial_SPD: Tensor, programs: RowPrograms, num_experts: int, d
         programs: the division of rows among these programs.
         num_experts: number of experts, E.
         dtype: dtype of the result.
+        block: how to compile the kernel.
 
     Returns:
         The sums, (S, E, D).
     """
     num_kinds, _, width = partial_SPD.shape
     sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
-    grid = (ceil_div(width, _SUM_COLUMNS), num_experts, num_kinds)
-    constants = (width, num_experts, _SUM_COLUMNS, _SUM_PROGRAMS)
+    grid = (ceil_div(width, block.columns), num_experts, num_kinds)
+    constants = (width, num_experts, block.columns, block.programs)
     numbers = (programs.rows, *programs.stops)
     _SUM.launch(grid, (partial_SPD, sum_SED), numbers, constants, num_warps=_SUM_WARPS)
     return sum_SED
@@ -163,18 +183,26 @@ def build_row_variant(
 
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants of the sum kernel for ahead-of-time compilation."""
-    types = {"partial_sum_ptr": "*fp32", "rows": "i32", **{f"stop_{expert}": "i32" for expert in range(NUM_EXPERTS)}}
-    constants = {"E": NUM_EXPERTS, "BLOCK": _SUM_COLUMNS, "PROGRAMS": _SUM_PROGRAMS}
     return [
-        build_variant(
-            f"expert_rows sum {element} D={width}",
-            sum_kernel,
-            {**types, "sum_ptr": f"*{element}"},
-            {**constants, "D": width},
-            num_warps=_SUM_WARPS,
-            num_stages=1,
-            is_common=(element, width) == ("bf16", 1408),
-            is_memory_bound=True,
-        )
+        build_sum_variant(element, width, _ROW_SUM_BLOCK)
         for element, width in (("bf16", 1408), ("fp16", 1408), ("bf16", 6144), ("fp32", 768))
     ]
+
+
+def build_sum_variant(element: str, width: int, block: SumBlock) -> KernelVariant:
+    """Builds a variant of the sum kernel, given its output's element type and width."""
+    return build_variant(
+        f"expert_rows sum {element} D={width}",
+        sum_kernel,
+        {
+            "partial_sum_ptr": "*fp32",
+            "sum_ptr": f"*{element}",
+            "rows": "i32",
+            **{f"stop_{expert}": "i32" for expert in range(NUM_EXPERTS)},
+        },
+        {"D": width, "E": NUM_EXPERTS, "BLOCK": block.columns, "PROGRAMS": block.programs},
+        num_warps=_SUM_WARPS,
+        num_stages=1,
+        is_common=(element, width) == ("bf16", 1408),
+        is_memory_bound=True,
+    )

@@ -44,7 +44,7 @@ def gelu(x):
 
 
 @triton.jit
-def _order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
+def order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
     """Returns a program's row tile and column tile.
 
     Programs of GROUP row tiles run together, so they share the weights of each column tile in the L2 cache.
@@ -56,16 +56,16 @@ def _order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def place(stop_0, stop_1, stop_2, num_column_tiles, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """Returns a program's expert, first row, number of rows and column tile."""
     num_row_tiles = tl.cdiv(stop_0, ROWS) + tl.cdiv(stop_1 - stop_0, ROWS) + tl.cdiv(stop_2 - stop_1, ROWS)
-    row_tile, column_tile = _order(tl.program_id(0), num_row_tiles, tl.cdiv(N, COLUMNS), GROUP)
+    row_tile, column_tile = order(tl.program_id(0), num_row_tiles, num_column_tiles, GROUP)
     expert, first, stop = find_row_tile(row_tile, stop_0, stop_1, stop_2, ROWS)
     return expert, first.to(tl.int64), stop - first, column_tile
 
 
 @triton.jit
-def _load(pointers, present, WHOLE: tl.constexpr):
+def load_block(pointers, present, WHOLE: tl.constexpr):
     """Loads a block of values, with 0 where `present` is false.
 
     If WHOLE, the caller knows that all values are present, and the load has no mask.
@@ -76,40 +76,28 @@ def _load(pointers, present, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def product(
     x_ptr,
     w_ptr,
-    mean,
-    rstd,
-    scale_ptr,
-    shift_ptr,
     rows,
     columns,
     N: tl.constexpr,
     K: tl.constexpr,
-    NORM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Returns one tile of x[rows] @ w[columns].T in float32.
-
-    With NORM, x is first layer-normalised and rounded to its own dtype.
-    """
+    """Returns one tile of x[rows] @ w[columns].T in float32."""
     whole: tl.constexpr = K % DEPTH == 0
     x_pointers = x_ptr + rows[:, None] * K
     w_pointers = w_ptr + tl.minimum(columns, N - 1)[None, :] * K
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in tl.range(0, K, DEPTH):
         depth = begin + tl.arange(0, DEPTH)
-        x = _load(x_pointers + depth[None, :], depth[None, :] < K, whole)
-        w = _load(w_pointers + depth[:, None], depth[:, None] < K, whole)
-        if NORM:
-            scale = _load(scale_ptr + depth, depth < K, whole).to(tl.float32)
-            shift = _load(shift_ptr + depth, depth < K, whole).to(tl.float32)
-            x = ((x - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]).to(x.dtype)
-        product = tl.dot(x, w, product, input_precision="ieee")
-    return product
+        x = load_block(x_pointers + depth[None, :], depth[None, :] < K, whole)
+        w = load_block(w_pointers + depth[:, None], depth[:, None] < K, whole)
+        total = tl.dot(x, w, total, input_precision="ieee")
+    return total
 
 
 @triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
@@ -121,14 +109,6 @@ def projection_kernel(
     b_0_ptr,
     b_1_ptr,
     b_2_ptr,
-    mean_ptr,
-    rstd_ptr,
-    scale_0_ptr,
-    scale_1_ptr,
-    scale_2_ptr,
-    shift_0_ptr,
-    shift_1_ptr,
-    shift_2_ptr,
     residual_ptr,
     factor_ptr,
     y_ptr,
@@ -138,7 +118,6 @@ def projection_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     BIAS: tl.constexpr,
-    NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FACTOR: tl.constexpr,
     ROWS: tl.constexpr,
@@ -146,35 +125,16 @@ def projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of y = residual + factor * (LN(x) @ w.T + b), without the terms whose flags are false."""
-    expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
+    """Computes one tile of y = residual + factor * (x @ w.T + b), without the terms whose flags are false."""
+    expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     real_columns = columns < N
-    mean = rows
-    rstd = rows
-    if NORM:
-        mean = tl.load(mean_ptr + first + rows)
-        rstd = tl.load(rstd_ptr + first + rows)
-    y = _product(
-        x_ptr + first * K,
-        select_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr),
-        mean,
-        rstd,
-        select_expert(expert, scale_0_ptr, scale_1_ptr, scale_2_ptr),
-        select_expert(expert, shift_0_ptr, shift_1_ptr, shift_2_ptr),
-        rows,
-        columns,
-        N,
-        K,
-        NORM,
-        ROWS,
-        COLUMNS,
-        DEPTH,
-    )
+    w_ptr = select_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr)
+    y = product(x_ptr + first * K, w_ptr, rows, columns, N, K, ROWS, COLUMNS, DEPTH)
     if BIAS:
-        bias = _load(select_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr) + columns, real_columns, N % COLUMNS == 0)
+        bias = load_block(select_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr) + columns, real_columns, N % COLUMNS == 0)
         y += bias[None, :].to(tl.float32)
     if FACTOR:
         y *= tl.load(factor_ptr + first + rows)[:, None].to(tl.float32)
@@ -196,34 +156,27 @@ def up_projection_kernel(
     b_2_ptr,
     u_ptr,
     a_ptr,
-    means_ptr,
-    squares_ptr,
     stop_0,
     stop_1,
     stop_2,
     N: tl.constexpr,
     K: tl.constexpr,
     BIAS: tl.constexpr,
-    STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of u = x @ w.T + b and of a = gelu(u), and the statistics of a's rows in this column tile.
-
-    The statistics are the mean and the sum of squared deviations of each of T rows, (column tiles, T). The GELU is
-    computed from u as stored, and the statistics from a as stored.
-    """
-    expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
+    """Computes one tile of u = x @ w.T + b and of a = gelu(u); the GELU is computed from u as stored."""
+    expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     real_rows, real_columns = within < num_rows, columns < N
     w_ptr = select_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr)
-    u = _product(x_ptr + first * K, w_ptr, 0, 0, 0, 0, rows, columns, N, K, False, ROWS, COLUMNS, DEPTH)
+    u = product(x_ptr + first * K, w_ptr, rows, columns, N, K, ROWS, COLUMNS, DEPTH)
     if BIAS:
-        bias = _load(select_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr) + columns, real_columns, N % COLUMNS == 0)
+        bias = load_block(select_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr) + columns, real_columns, N % COLUMNS == 0)
         u += bias[None, :].to(tl.float32)
     offsets = within[:, None] * N + columns[None, :]
     present = real_rows[:, None] & real_columns[None, :]
@@ -232,17 +185,6 @@ def up_projection_kernel(
     # a is stored before u: otherwise the compiler computes erf in two layouts, and spills.
     tl.store(a_ptr + first * N + offsets, a, mask=present)
     tl.store(u_ptr + first * N + offsets, u, mask=present)
-    if STATISTICS:
-        a = a.to(tl.float32)
-        if N % COLUMNS != 0:
-            a = tl.where(real_columns[None, :], a, 0.0)
-        mean = tl.sum(a, 1) / tl.minimum(N - column_tile * COLUMNS, COLUMNS)
-        deviations = a - mean[:, None]
-        if N % COLUMNS != 0:
-            deviations = tl.where(real_columns[None, :], deviations, 0.0)
-        statistics = column_tile.to(tl.int64) * stop_2 + first + within
-        tl.store(means_ptr + statistics, mean, mask=real_rows)
-        tl.store(squares_ptr + statistics, tl.sum(deviations * deviations, 1), mask=real_rows)
 
 
 @triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
@@ -265,7 +207,7 @@ def input_gradient_kernel(
     GROUP: tl.constexpr,
 ):
     """Computes one tile of dx = factor * dy @ w, where dy has K columns, dx has N columns and w is (K, N)."""
-    expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
+    expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -275,110 +217,11 @@ def input_gradient_kernel(
     dx = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in tl.range(0, K, DEPTH):
         depth = begin + tl.arange(0, DEPTH)
-        dy = _load(dy_pointers + depth[None, :], depth[None, :] < K, K % DEPTH == 0)
+        dy = load_block(dy_pointers + depth[None, :], depth[None, :] < K, K % DEPTH == 0)
         present = (depth < K)[:, None] & real_columns[None, :]
-        w = _load(w_pointers + depth[:, None] * N, present, (K % DEPTH == 0) & (N % COLUMNS == 0))
+        w = load_block(w_pointers + depth[:, None] * N, present, (K % DEPTH == 0) & (N % COLUMNS == 0))
         dx = tl.dot(dy, w, dx, input_precision="ieee")
     if FACTOR:
         dx *= tl.load(factor_ptr + first + rows)[:, None].to(tl.float32)
     present = (within < num_rows)[:, None] & real_columns[None, :]
     tl.store(dx_ptr + first * N + within[:, None] * N + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=present)
-
-
-@triton.jit
-def _transposed_product(
-    dy_ptr,
-    factor_ptr,
-    x_ptr,
-    start,
-    stop,
-    out_columns,
-    in_columns,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    FACTOR: tl.constexpr,
-    SUMS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Computes one tile of (factor * dy)[start:stop].T @ x[start:stop] and, with SUMS, the column sums of factor * dy.
-
-    The sums are computed as a product with a matrix of ones, so that dy does not pass through registers. Its 16 result
-    columns are equal.
-    """
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    sums = tl.zeros([ROWS, 16], tl.float32)
-    for begin in tl.range(start, stop, DEPTH):
-        within = tl.arange(0, DEPTH)
-        real = within < stop - begin
-        first = tl.cast(begin, tl.int64)
-        # Loaded transposed: a tile that is transposed after its load would not be copied asynchronously.
-        dy_pointers = dy_ptr + first * OUT + within[None, :] * OUT + out_columns[:, None]
-        x_pointers = x_ptr + first * IN + within[:, None] * IN + in_columns[None, :]
-        if OUT % ROWS == 0:
-            dy = tl.load(dy_pointers, mask=real[None, :], other=0.0)
-        else:
-            dy = tl.load(dy_pointers, mask=real[None, :] & (out_columns < OUT)[:, None], other=0.0)
-        if IN % COLUMNS == 0:
-            x = tl.load(x_pointers, mask=real[:, None], other=0.0)
-        else:
-            x = tl.load(x_pointers, mask=real[:, None] & (in_columns < IN)[None, :], other=0.0)
-        if FACTOR:
-            factor = tl.load(factor_ptr + first + within, mask=real, other=0.0).to(tl.float32)
-            dy = (dy * factor[None, :]).to(dy.dtype)
-        product = tl.dot(dy, x, product, input_precision="ieee")
-        if SUMS:
-            ones = tl.full([DEPTH, 16], 1.0, tl.float32).to(x.dtype)
-            sums = tl.dot(dy, ones, sums, input_precision="ieee")
-    return product, sums
-
-
-@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
-def weight_gradient_kernel(
-    dy_ptr,
-    factor_ptr,
-    x_ptr,
-    dw_0_ptr,
-    dw_1_ptr,
-    dw_2_ptr,
-    db_0_ptr,
-    db_1_ptr,
-    db_2_ptr,
-    stop_0,
-    stop_1,
-    stop_2,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    BIAS: tl.constexpr,
-    FACTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Computes one tile of dw = (factor * dy).T @ x, (OUT, IN), and with BIAS also db, the column sums of factor * dy.
-
-    One program sums over all rows of an expert, so the result is deterministic. An expert without rows gets zeros.
-    """
-    row_tiles: tl.constexpr = (OUT + ROWS - 1) // ROWS
-    column_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS
-    expert = tl.program_id(0) // (row_tiles * column_tiles)
-    row_tile, column_tile = _order(tl.program_id(0) % (row_tiles * column_tiles), row_tiles, column_tiles, GROUP)
-    start, stop = select_expert(expert, 0, stop_0, stop_1), select_expert(expert, stop_0, stop_1, stop_2)
-    rows = row_tile * ROWS + tl.arange(0, ROWS)
-    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    if BIAS and column_tile == 0:
-        dw, sums = _transposed_product(
-            dy_ptr, factor_ptr, x_ptr, start, stop, rows, columns, OUT, IN, FACTOR, True, ROWS, COLUMNS, DEPTH
-        )
-        db_ptr = select_expert(expert, db_0_ptr, db_1_ptr, db_2_ptr)
-        db = tl.sum(sums, 1) * (1 / 16)  # exact: all 16 are equal
-        tl.store(db_ptr + rows, db.to(db_ptr.dtype.element_ty), mask=rows < OUT)
-    else:
-        dw, sums = _transposed_product(
-            dy_ptr, factor_ptr, x_ptr, start, stop, rows, columns, OUT, IN, FACTOR, False, ROWS, COLUMNS, DEPTH
-        )
-    dw_ptr = select_expert(expert, dw_0_ptr, dw_1_ptr, dw_2_ptr)
-    present = (rows < OUT)[:, None] & (columns < IN)[None, :]
-    tl.store(dw_ptr + rows[:, None] * IN + columns[None, :], dw.to(dw_ptr.dtype.element_ty), mask=present)

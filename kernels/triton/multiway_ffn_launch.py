@@ -20,16 +20,10 @@ from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
     projection_kernel,
     up_projection_kernel,
-    weight_gradient_kernel,
 )
-from beit3_ds.kernels.triton.sub_norm_launch import (
-    Norm,
-    Slices,
-    build_stops,
-    combine_statistics,
-    count_row_tiles,
-)
+from beit3_ds.kernels.triton.sub_norm_launch import Slices, build_stops, count_row_tiles
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
+from beit3_ds.kernels.triton.weight_gradient import weight_gradient_kernel
 
 
 class MatmulTiles(NamedTuple):
@@ -76,8 +70,9 @@ def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Mat
 def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
     """Returns the tile sizes that are compiled ahead of time; the arguments are those of `choose_tiles`."""
     if dtype == torch.float32:
-        return [MatmulTiles(64, 64, 32, 4, 2)]
-    if kernel is up_projection_kernel:  # its statistics have one slot per column tile, so all tiles are 128 wide
+        num_warps = 8 if kernel is weight_gradient_kernel and architecture == 80 else 4  # 4 would spill
+        return [MatmulTiles(64, 64, 32, num_warps, 2)]
+    if kernel is up_projection_kernel:
         return [MatmulTiles(128, 128, 64, 8, 3), MatmulTiles(128, 128, 64, 8, 2), MatmulTiles(64, 128, 64, 8, 3)]
     if kernel is weight_gradient_kernel and architecture == 80:
         return [MatmulTiles(128, 128, 32, 8, 4), MatmulTiles(128, 64, 32, 4, 4), MatmulTiles(64, 64, 64, 4, 3)]
@@ -98,23 +93,21 @@ def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequ
         weights: one matrix per expert, (F, D) for output width F and input width D.
         biases: one vector (F,) per expert; empty for none.
     """
-    return out_projection(x_TD, None, slices, weights, biases, None, None)
+    return out_projection(x_TD, slices, weights, biases, None, None)
 
 
 def out_projection(
     a_TF: Tensor,
-    norm: Norm | None,
     slices: Slices,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    """Computes y_TD = residual + factor * (LN(a) @ w_DF.T + b), with the norm inside the product's kernel.
+    """Computes y_TD = residual + factor * (a @ w_DF.T + b).
 
     Args:
         a_TF: rows.
-        norm: the sub-LN, or None.
         slices: row range of each expert.
         weights: one matrix per expert, (D, F) for output width D and input width F.
         biases: one vector (D,) per expert; empty for none.
@@ -122,54 +115,36 @@ def out_projection(
         factor_T: drop-path factor of each row, of any floating dtype, or None.
     """
     y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
-    mean_T, rstd_T, scales, shifts = norm or (a_TF, a_TF, (a_TF,), (a_TF,))
     tensors = (
         a_TF,
         *for_experts(weights),
         *for_experts(biases or (a_TF,)),
-        mean_T,
-        rstd_T,
-        *for_experts(scales),
-        *for_experts(shifts),
         a_TF if residual_TD is None else residual_TD,
         a_TF if factor_T is None else factor_T,
         y_TD,
     )
-    (out_width, in_width), flags = weights[0].shape, (bool(biases), norm is not None)
-    constants = (out_width, in_width, *flags, residual_TD is not None, factor_T is not None)
-    _launch_rows(_PROJECTION, tensors, slices, out_width, constants)
+    (out_width, in_width), flags = weights[0].shape, (bool(biases), residual_TD is not None, factor_T is not None)
+    _launch_rows(_PROJECTION, tensors, slices, out_width, (out_width, in_width, *flags))
     return y_TD
 
 
 def up_projection(
-    h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes each expert's first linear layer, the exact GELU and the statistics of the sub-LN that follows.
+    h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Computes each expert's first linear layer and the exact GELU: u_TF = h @ w.T + b and a_TF = gelu(u_TF).
 
     Args:
         h_TD: rows.
         slices: row range of each expert.
         weights: one matrix per expert, (F, D) for output width F and input width D.
         biases: one vector (F,) per expert; empty for none.
-        with_statistics: whether a sub-LN follows.
-
-    Returns:
-        u_TF = h @ w.T + b, a_TF = gelu(u_TF), and mean_T and squares_T of a's rows, float32; squares_T is the sum of
-        squared deviations from the mean. The last two are empty without statistics.
     """
     (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
     u_TF = h_TD.new_empty(num_rows, out_width)
     a_TF = torch.empty_like(u_TF)
-    tiles = choose_tiles(up_projection_kernel, architecture_of(h_TD.device), h_TD.dtype)
-    column_tiles = ceil_div(out_width, tiles[0].columns) if with_statistics else 0
-    # Two tensors, because Triton would compile another variant for the address of a second half.
-    means, squares = (h_TD.new_empty(column_tiles, num_rows, dtype=torch.float32) for _ in range(2))
-    tensors = (h_TD, *for_experts(weights), *for_experts(biases or (h_TD,)), u_TF, a_TF, means, squares)
-    constants = (out_width, width, bool(biases), with_statistics)
-    _launch_rows(_UP_PROJECTION, tensors, slices, out_width, constants)
-    if not with_statistics:
-        return u_TF, a_TF, means.view(-1), squares.view(-1)
-    return u_TF, a_TF, *combine_statistics(means, squares, out_width, tiles[0].columns)
+    tensors = (h_TD, *for_experts(weights), *for_experts(biases or (h_TD,)), u_TF, a_TF)
+    _launch_rows(_UP_PROJECTION, tensors, slices, out_width, (out_width, width, bool(biases)))
+    return u_TF, a_TF
 
 
 def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weights: Sequence[Tensor]) -> Tensor:
@@ -188,91 +163,61 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
     return dx_TF
 
 
-def weight_gradient(
-    dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, slices: Slices, with_bias: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Computes each expert's dw_DF = (factor * dy)[rows].T @ x[rows] and db_D, the sum of (factor * dy)[rows].
-
-    The results are deterministic.
-
-    Args:
-        dy_TD: gradient of a linear layer's output.
-        factor_T: factor of each row, or None.
-        x_TF: the layer's input.
-        slices: row range of each expert; one without rows gets zeros.
-        with_bias: whether to return db.
-
-    Returns:
-        dw and db of each expert; without `with_bias` db is an empty list.
-    """
-    out_width, in_width = dy_TD.shape[1], x_TF.shape[1]
-    d_weights = [dy_TD.new_empty(out_width, in_width) for _ in slices]
-    d_biases = [dy_TD.new_empty(out_width) for _ in slices] if with_bias else []
-    parameters = (*for_experts(d_weights), *for_experts(d_biases or (dy_TD,)))
-    tensors = (dy_TD, dy_TD if factor_T is None else factor_T, x_TF, *parameters)
-
-    def count_programs(tiles: MatmulTiles) -> int:
-        return len(slices) * ceil_div(out_width, tiles.rows) * ceil_div(in_width, tiles.columns)
-
-    constants = (out_width, in_width, with_bias, factor_T is not None)
-    _launch(_WEIGHT_GRADIENT, count_programs, tensors, slices, constants)
-    return d_weights, d_biases
-
-
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants for ahead-of-time compilation, for the shapes of the models base, large and giant.
 
     Giant's FFN kernels are compiled with all tile sizes, all others with the first tile sizes only. The default tests
-    compile only some variants of giant, with the first tile sizes: the up projection for all architectures, the output
-    projection and the weight gradient for sm_90.
+    compile only some variants of giant, with the first tile sizes: the up projection for all architectures, and the
+    output projection for sm_90.
     """
     result = []
-    for element, hidden, ffn_hidden in (
-        ("bf16", 768, 3072),
-        ("bf16", 1024, 4096),
-        ("bf16", 1408, 6144),
-        ("fp16", 1024, 4096),
-        ("fp32", 768, 3072),
-    ):
+    for element, hidden, ffn_hidden in SIZES:
         is_giant = hidden == 1408
         for name, kernel, constants in _build_cases(hidden, ffn_hidden):
-            choices = candidate_tiles(kernel, architecture, _DTYPES[element])
-            is_common = is_giant and (kernel is up_projection_kernel or (architecture == 90 and name in _COMMON))
+            choices = candidate_tiles(kernel, architecture, DTYPES[element])
+            is_common = is_giant and (architecture == 90 or kernel is up_projection_kernel) and name in _COMMON
             for tiles in choices if is_giant and name != "linear" else choices[:1]:
                 common = is_common and tiles == choices[0]
-                result.append(_build_variant(f"{name} {element}", kernel, element, constants, tiles, common))
+                result.append(build_tile_variant(f"{name} {element}", kernel, element, constants, tiles, common))
                 if name == "out_projection" and element == "bf16" and tiles == choices[0]:
                     label = f"{name} {element} fp32 stream"
-                    result.append(_build_variant(label, kernel, element, constants, tiles, False, _FLOAT32_STREAM))
+                    result.append(build_tile_variant(label, kernel, element, constants, tiles, False, _FLOAT32_STREAM))
     return result
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_ELEMENTS = {dtype: element for element, dtype in _DTYPES.items()}
-_COMMON = ("out_projection", "weight_gradient")
+SIZES = (
+    ("bf16", 768, 3072),
+    ("bf16", 1024, 4096),
+    ("bf16", 1408, 6144),
+    ("fp16", 1024, 4096),
+    ("fp32", 768, 3072),
+)
+"""Element type, hidden size and FFN width of the variants for ahead-of-time compilation: base, large and giant."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Dtype by element type."""
+_ELEMENTS = {dtype: element for element, dtype in DTYPES.items()}
+_COMMON = ("up_projection", "out_projection")
 _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
 """Arguments of `projection_kernel` that are float32 if the residual stream is float32."""
-_STATISTICS = ("mean_ptr", "rstd_ptr", "means_ptr", "squares_ptr")
 
 
 def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
     """Returns (name, kernel, constexpr arguments) of one block's kernels.
 
-    They are attention's projection, the FFN's two projections, and the gradients of their inputs and weights.
+    They are attention's projection, the FFN's two projections, and the gradient of their inputs.
     """
-    plain = {"NORM": False, "RESIDUAL": False, "FACTOR": False}
-    whole = dict.fromkeys(("BIAS", "NORM", "RESIDUAL", "FACTOR"), True)
+    plain = {"RESIDUAL": False, "FACTOR": False}
+    whole = dict.fromkeys(("BIAS", "RESIDUAL", "FACTOR"), True)
     return [
         ("linear", projection_kernel, {"N": hidden, "K": hidden, "BIAS": True, **plain}),
-        ("up_projection", up_projection_kernel, {"N": ffn_hidden, "K": hidden, "BIAS": True, "STATISTICS": True}),
+        ("up_projection", up_projection_kernel, {"N": ffn_hidden, "K": hidden, "BIAS": True}),
         ("out_projection", projection_kernel, {"N": hidden, "K": ffn_hidden, **whole}),
         ("input_gradient", input_gradient_kernel, {"N": ffn_hidden, "K": hidden, "FACTOR": True}),
-        ("weight_gradient", weight_gradient_kernel, {"OUT": ffn_hidden, "IN": hidden, "BIAS": True, "FACTOR": False}),
-        ("weight_gradient", weight_gradient_kernel, {"OUT": hidden, "IN": ffn_hidden, "BIAS": True, "FACTOR": True}),
     ]
 
 
-def _build_variant(
+def build_tile_variant(
     name: str,
     kernel: Any,
     element: str,
@@ -281,10 +226,21 @@ def _build_variant(
     is_common: bool,
     float32: Sequence[str] = (),
 ) -> KernelVariant:
+    """Builds the variant of a kernel with a matrix product, for one dtype, widths and tile sizes.
+
+    Args:
+        name: name of the product and the dtype, with which the variant's name begins.
+        kernel: the function decorated with `triton.jit`.
+        element: element type of all other pointers: "bf16", "fp16" or "fp32".
+        constants: constexpr arguments besides the tile sizes.
+        tiles: the tile sizes.
+        is_common: see `KernelVariant`.
+        float32: names of further pointers to float32.
+    """
     values = {**constants, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "GROUP": GROUP}
     types = {argument: f"*{element}" for argument in kernel.arg_names if argument.endswith("_ptr")}
-    types |= {argument: "*fp32" for argument in types if argument in (*_STATISTICS, *float32)}
-    types |= dict.fromkeys(("stop_0", "stop_1", "stop_2"), "i32")
+    types |= {argument: "*fp32" for argument in types if argument in float32}
+    types |= {argument: "i32" for argument in kernel.arg_names if argument in ("stop_0", "stop_1", "stop_2", "rows")}
     out_width, in_width = (value for key, value in constants.items() if key in ("N", "K", "OUT", "IN"))
     return build_variant(
         f"multiway_ffn {name} {in_width}->{out_width} tile {tiles.describe()}",
@@ -300,7 +256,6 @@ def _build_variant(
 _PROJECTION = KernelLauncher(projection_kernel)
 _UP_PROJECTION = KernelLauncher(up_projection_kernel)
 _INPUT_GRADIENT = KernelLauncher(input_gradient_kernel)
-_WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
 _TUNER = Tuner()
 
 
@@ -311,28 +266,38 @@ def _launch_rows(
     if not slices or slices[-1][1] == 0:
         return
 
-    def count_programs(tiles: MatmulTiles) -> int:
-        return count_row_tiles(slices, tiles.rows) * ceil_div(out_width, tiles.columns)
+    def grid(tiles: MatmulTiles) -> tuple[int]:
+        return (count_row_tiles(slices, tiles.rows) * ceil_div(out_width, tiles.columns),)
 
-    _launch(launcher, count_programs, tensors, slices, constants)
+    launch_tiles(launcher, grid, tensors, slices, constants)
 
 
-def _launch(
+def launch_tiles(
     launcher: KernelLauncher,
-    count_programs: Callable[[MatmulTiles], int],
+    grid: Callable[[MatmulTiles], tuple[int, ...]],
     tensors: tuple[Tensor, ...],
     slices: Slices,
     constants: tuple[int, ...],
+    numbers: tuple[int, ...] = (),
 ) -> None:
-    """Launches a kernel with its fastest tile sizes; `constants` are its constexpr arguments before the tile sizes."""
+    """Launches a kernel with a matrix product, with the fastest of its tile sizes.
+
+    Args:
+        launcher: the kernel.
+        grid: returns the numbers of programs, given the tile sizes.
+        tensors: the kernel's first arguments; the dtype of the first one selects the tile sizes.
+        slices: row range of each expert; their stops are the arguments after the tensors.
+        constants: constexpr arguments before the tile sizes.
+        numbers: arguments between the stops and the constants.
+    """
     assert all(map(Tensor.is_contiguous, tensors)), "multiway FFN: the kernels' strides are those of contiguous rows"
     x, stops = tensors[0], build_stops(slices)
 
     def launch(tiles: MatmulTiles) -> None:
         rows, columns, depth, num_warps, num_stages = tiles
         values = (*constants, rows, columns, depth, GROUP)
-        grid = (count_programs(tiles),)
-        launcher.launch(grid, tensors, stops, values, num_warps=num_warps, num_stages=num_stages)
+        integers = (*stops, *numbers)
+        launcher.launch(grid(tiles), tensors, integers, values, num_warps=num_warps, num_stages=num_stages)
 
     def settings() -> list[MatmulTiles]:
         return choose_tiles(launcher.kernel, architecture_of(x.device), x.dtype)

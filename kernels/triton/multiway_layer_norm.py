@@ -1,16 +1,19 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernels of the multiway LayerNorm, forward and backward."""
+"""Defines the Triton kernels of the multiway LayerNorm, forward and backward, with or without a GELU before it."""
 
 # T packed rows, D width, P programs.
 #
 # A program works on consecutive rows of one expert (expert_rows.py), one row at a time. The row and the expert's
 # parameters are in registers, and the next rows are loaded meanwhile. D is a compile-time constant: so the compiler
 # knows the alignment of rows and accesses 128 bits at a time.
+#
+# With GELU the rows are GELU(x), rounded to x's dtype: as if it had been stored.
 
 import triton
 import triton.language as tl
 
 from beit3_ds.kernels.triton.expert_rows import load_of_expert, rows_of
+from beit3_ds.kernels.triton.sub_norm import activate, gelu_derivative
 
 
 @triton.jit(do_not_specialize=["rows", "stop_0", "stop_1", "stop_2"])
@@ -32,6 +35,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     EPSILON: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     """Computes the normalised rows h of one program, and their statistics, (2, T) float32.
 
@@ -44,7 +48,7 @@ def forward_kernel(
     real = columns < D
     num_rows = stop_2
     for row in tl.range(start, stop, num_stages=STAGES):
-        x = tl.load(x_ptr + row * D + columns, mask=real, other=0.0).to(tl.float32)
+        x = activate(tl.load(x_ptr + row * D + columns, mask=real, other=0.0), GELU)
         mean = tl.sum(x, 0) / D
         centred = tl.where(real, x - mean, 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + EPSILON)
@@ -74,10 +78,12 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     """Computes dx of one program's rows, and sums over these rows for the gradients of scale and shift.
 
-    The sums of P programs are (2, P, D) float32. With RESIDUAL, the gradient of the residual stream is added to dx.
+    The sums of P programs are (2, P, D) float32. With RESIDUAL, the gradient of the residual stream is added to dx. dx
+    may be stored over dh, because a row is read before it is written.
     """
     program = tl.program_id(0)
     expert, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)
@@ -89,16 +95,18 @@ def backward_kernel(
     db = tl.zeros([BLOCK], tl.float32)
     for row in tl.range(start, stop, num_stages=STAGES):
         offsets = row * D + columns
-        x = tl.load(x_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets, mask=real, other=0.0)
         dh = tl.load(dh_ptr + offsets, mask=real, other=0.0).to(tl.float32)
         rstd = tl.load(statistics_ptr + num_rows + row)
-        normed = (x - tl.load(statistics_ptr + row)) * rstd
+        normed = (activate(x, GELU) - tl.load(statistics_ptr + row)) * rstd
         dw += dh * normed
         db += dh
         scaled = dh * w
         d_mean = tl.sum(scaled, 0) / D
         d_scale = tl.sum(scaled * normed, 0) / D  # beyond D, scaled is 0
         dx = rstd * (scaled - d_mean - normed * d_scale)
+        if GELU:
+            dx *= gelu_derivative(x)
         if RESIDUAL:
             dx += tl.load(d_residual_ptr + offsets, mask=real, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=real)

@@ -3,6 +3,7 @@
 # T packed rows, D width, E experts, P programs.
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def forward(
     biases: Sequence[Tensor],
     epsilon: float,
     tiling: RowTiling,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Applies each expert's LayerNorm to its rows.
 
@@ -38,6 +40,7 @@ def forward(
         biases: one shift (D,) per expert.
         epsilon: added to the variance.
         tiling: how to compile the kernel.
+        gelu: whether to normalise GELU(x).
 
     Returns:
         h_TD; the mean of every row and 1 / its deviation, (2, T) float32.
@@ -51,7 +54,7 @@ def forward(
             (programs.num_programs,),
             (x_TD, *for_experts(weights), *for_experts(biases), h_TD, statistics_2T),
             (programs.rows, *programs.stops),
-            (*row_constants(x_TD.shape[1], tiling).values(), epsilon),
+            (*row_constants(x_TD.shape[1], tiling).values(), epsilon, gelu),
             num_warps=tiling.num_warps,
         )
     return h_TD, statistics_2T
@@ -65,19 +68,23 @@ def backward(
     stops: Sequence[int],
     weights: Sequence[Tensor],
     tiling: RowTiling,
+    gelu: bool = False,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Computes the gradients of rows, scales and shifts, without atomics, so the result is deterministic.
 
     Args:
         dh_TD: gradient of h, contiguous.
         d_residual_TD: gradient of the residual stream, contiguous, which is added to dx; or None.
-        x_TD: argument of `forward`, like stops, weights and tiling.
+        x_TD: argument of `forward`, like stops, weights, tiling and gelu.
         statistics_2T: statistics returned by `forward`.
+        in_place: whether to write dx over dh.
 
     Returns:
         dx_TD; the gradients of the scales and of the shifts, (2, E, D) of the scales' dtype.
     """
-    dx_TD = torch.empty_like(x_TD)
+    dx_TD = dh_TD if in_place else torch.empty_like(x_TD)
     programs = deal_rows(stops, tiling.backward_programs)
     partial_2PD = x_TD.new_empty(2, programs.num_programs, x_TD.shape[1], dtype=torch.float32)
     if programs.num_programs:
@@ -87,7 +94,7 @@ def backward(
             (programs.num_programs,),
             (dh_TD, d_stream_TD, x_TD, statistics_2T, *for_experts(weights), dx_TD, partial_2PD),
             (programs.rows, programs.num_programs, *programs.stops),
-            (*row_constants(x_TD.shape[1], tiling).values(), d_residual_TD is not None),
+            (*row_constants(x_TD.shape[1], tiling).values(), d_residual_TD is not None, gelu),
             num_warps=tiling.num_warps,
         )
     return dx_TD, sum_partials(partial_2PD, programs, len(stops), weights[0].dtype)
@@ -99,21 +106,27 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants of both kernels for ahead-of-time compilation, for widths of the stream and of the FFN."""
-    cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
-    cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
+    cases = [("bf16", width) for width in (768, 1024, 1408)]
+    cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp32", 768)]
     # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.
     stream = dict.fromkeys(("x_ptr", "d_residual_ptr", "dx_ptr"), "fp32")
+    plain = {"GELU": False}
+    forms = (
+        (forward_kernel, {"EPSILON": 1e-5, **plain}, ""),
+        (backward_kernel, {"RESIDUAL": True, **plain}, ""),
+        (backward_kernel, {"RESIDUAL": False, **plain}, " alone"),
+    )
+    activated = (
+        (forward_kernel, {"EPSILON": 1e-5, "GELU": True}, " gelu"),
+        (backward_kernel, {"RESIDUAL": False, "GELU": True}, " gelu"),
+    )
+    wide = [("bf16", 3072), ("bf16", 4096), ("bf16", 6144), ("fp16", 6144), ("fp32", 3072), ("fp32", 6144)]
+    build = partial(build_row_variant, architecture, "multiway_layer_norm")
     mixed = [
-        build_row_variant(architecture, "multiway_layer_norm", kernel, "bf16", width, constants, " fp32 stream", stream)
+        build(kernel, "bf16", width, constants, " fp32 stream", stream)
         for width in (768, 1024, 1408)
-        for kernel, constants in ((forward_kernel, {"EPSILON": 1e-5}), (backward_kernel, {"RESIDUAL": True}))
+        for kernel, constants, _ in forms[:2]
     ]
-    return mixed + [
-        build_row_variant(architecture, "multiway_layer_norm", kernel, *case, constants, note)
-        for case in cases
-        for kernel, constants, note in (
-            (forward_kernel, {"EPSILON": 1e-5}, ""),
-            (backward_kernel, {"RESIDUAL": True}, ""),
-            (backward_kernel, {"RESIDUAL": False}, " alone"),
-        )
-    ]
+    narrow = [build(kernel, *case, constants, note) for case in cases for kernel, constants, note in forms]
+    with_gelu = [build(kernel, *case, constants, note) for case in wide for kernel, constants, note in activated]
+    return [*mixed, *narrow, *with_gelu]

@@ -16,11 +16,19 @@ INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
-def _activate(x, GELU: tl.constexpr):
+def activate(x, GELU: tl.constexpr):
     """Returns x in float32; with GELU, returns gelu(x), which is rounded to x's dtype first."""
     if GELU:
         return gelu(x.to(tl.float32)).to(x.dtype).to(tl.float32)
     return x.to(tl.float32)
+
+
+@triton.jit
+def gelu_derivative(x):
+    """Returns the derivative of the exact (erf) GELU at x, in float32."""
+    x = x.to(tl.float32)
+    density = INVERSE_SQRT_2_PI * tl.exp(-0.5 * x * x)
+    return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * density
 
 
 @triton.jit
@@ -42,48 +50,15 @@ def _column_values(expert, of_0_ptr, of_1_ptr, of_2_ptr, columns, real_columns):
 
 
 @triton.jit
-def row_statistics_kernel(y_ptr, mean_ptr, squares_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Computes the mean of one row and the sum of its squared deviations; reads the row once, into registers."""
+def row_statistics_kernel(x_ptr, mean_ptr, squares_ptr, N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    """Computes the mean of one row of x, or of gelu(x), and the sum of its squared deviations; reads the row once."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    y = tl.load(y_ptr + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
-    mean = tl.sum(y) / N
-    deviations = tl.where(columns < N, y - mean, 0.0)
+    a = activate(tl.load(x_ptr + row * N + columns, mask=columns < N, other=0.0), GELU)
+    mean = tl.sum(a) / N
+    deviations = tl.where(columns < N, a - mean, 0.0)
     tl.store(mean_ptr + row, mean)
     tl.store(squares_ptr + row, tl.sum(deviations * deviations))
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def combine_statistics_kernel(
-    means_ptr,
-    squares_ptr,
-    mean_ptr,
-    square_ptr,
-    num_rows,
-    N: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Combines each row's means and sums of squared deviations in all column tiles into those of the row.
-
-    A row's squared deviations are the squared deviations within its tiles plus the tile means' squared deviations from
-    the row's mean (Chan et al., 1979): no large numbers are subtracted.
-    """
-    tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = rows < num_rows
-    mean = tl.zeros([ROWS], tl.float32)
-    for tile in range(tiles):
-        width = tl.minimum(N - tile * COLUMNS, COLUMNS)
-        mean += tl.load(means_ptr + tile * tl.cast(num_rows, tl.int64) + rows, mask=real, other=0.0) * (width / N)
-    square = tl.zeros([ROWS], tl.float32)
-    for tile in range(tiles):
-        width = tl.minimum(N - tile * COLUMNS, COLUMNS)
-        deviation = tl.load(means_ptr + tile * tl.cast(num_rows, tl.int64) + rows, mask=real, other=0.0) - mean
-        square += tl.load(squares_ptr + tile * tl.cast(num_rows, tl.int64) + rows, mask=real, other=0.0)
-        square += deviation * deviation * width
-    tl.store(mean_ptr + rows, mean, mask=real)
-    tl.store(square_ptr + rows, square, mask=real)
 
 
 @triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
@@ -114,7 +89,7 @@ def normalize_kernel(
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]
     present = real_rows[:, None] & real_columns[None, :]
-    n = _activate(tl.load(x_ptr + first * N + offsets, mask=present, other=0.0), GELU)
+    n = activate(tl.load(x_ptr + first * N + offsets, mask=present, other=0.0), GELU)
     if NORM:
         mean = tl.load(mean_ptr + first + rows, mask=real_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + first + rows, mask=real_rows, other=0.0)[:, None]
@@ -164,7 +139,7 @@ def norm_gradient_sums_kernel(
         offsets = rows[:, None] * N + columns[None, :]
         present = real_rows[:, None] & real_columns[None, :]
         dn = tl.load(dn_ptr + offsets, mask=present, other=0.0).to(tl.float32)
-        xhat = (_activate(tl.load(x_ptr + offsets, mask=present, other=0.0), GELU) - mean) * rstd
+        xhat = (activate(tl.load(x_ptr + offsets, mask=present, other=0.0), GELU) - mean) * rstd
         d_scale += dn * xhat
         d_shift += dn
         dn *= scale
@@ -213,10 +188,8 @@ def norm_gradient_kernel(
         sum_0 = tl.load(sums_ptr + first + rows, mask=real_rows, other=0.0)[:, None]
         sum_1 = tl.load(sums_ptr + stop_2 + first + rows, mask=real_rows, other=0.0)[:, None]
         scale = _column_values(expert, scale_0_ptr, scale_1_ptr, scale_2_ptr, columns, real_columns)
-        xhat = (_activate(x, GELU) - mean) * rstd
+        xhat = (activate(x, GELU) - mean) * rstd
         dx = rstd * (dx * scale - (sum_0 + xhat * sum_1) / WIDTH)
     if GELU:
-        x = x.to(tl.float32)
-        density = INVERSE_SQRT_2_PI * tl.exp(-0.5 * x * x)
-        dx *= 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * density
+        dx *= gelu_derivative(x)
     tl.store(dx_ptr + first * N + offsets, dx.to(dx_ptr.dtype.element_ty), mask=present)

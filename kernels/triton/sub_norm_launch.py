@@ -12,7 +12,6 @@ from beit3_ds.kernels.triton.expert_rows_launch import for_experts
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.launch_sizes import ceil_div, next_power_of_2
 from beit3_ds.kernels.triton.sub_norm import (
-    combine_statistics_kernel,
     norm_gradient_kernel,
     norm_gradient_sums_kernel,
     normalize_kernel,
@@ -49,34 +48,18 @@ def count_row_tiles(slices: Slices, rows: int) -> int:
     return sum(ceil_div(stop - start, rows) for start, stop in slices)
 
 
-def row_statistics(y_TF: Tensor) -> tuple[Tensor, Tensor]:
+def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """Computes each row's mean_T and squares_T, the sum of squared deviations from the mean, in float32.
 
     Args:
-        y_TF: contiguous, like all tensors of this file.
+        x_TF: rows; contiguous, like all tensors of this file.
+        gelu: whether to compute the statistics of gelu(x).
     """
-    num_rows, width = y_TF.shape
-    mean_T, squares_T = (y_TF.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    num_rows, width = x_TF.shape
+    mean_T, squares_T = (x_TF.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     if num_rows:
-        block = next_power_of_2(width)
-        _ROW_STATISTICS.launch((num_rows,), (y_TF, mean_T, squares_T), (), (width, block), num_warps=NUM_WARPS)
-    return mean_T, squares_T
-
-
-def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Combines the statistics of column tiles into mean_T and squares_T of whole rows, float32.
-
-    Args:
-        means: mean of each row in each tile, (tiles, rows) float32.
-        squares: sums of squared deviations from these means, (tiles, rows) float32.
-        width: columns of a row.
-        columns: columns of a tile; the last tile may be narrower.
-    """
-    num_rows = means.shape[1]
-    mean_T, squares_T = (means.new_empty(num_rows) for _ in range(2))
-    if num_rows:
-        tensors, grid = (means, squares, mean_T, squares_T), (ceil_div(num_rows, 128),)
-        _COMBINE_STATISTICS.launch(grid, tensors, (num_rows,), (width, columns, 128), num_warps=NUM_WARPS)
+        constants = (width, next_power_of_2(width), gelu)
+        _ROW_STATISTICS.launch((num_rows,), (x_TF, mean_T, squares_T), (), constants, num_warps=NUM_WARPS)
     return mean_T, squares_T
 
 
@@ -162,15 +145,14 @@ def variants(architecture: int) -> list[KernelVariant]:
     for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}
         for kernel, constants in (
-            (row_statistics_kernel, {"BLOCK": next_power_of_2(width)}),
-            (combine_statistics_kernel, {"COLUMNS": 128, "ROWS": 128}),
+            (row_statistics_kernel, {"BLOCK": next_power_of_2(width), "GELU": True}),
             (normalize_kernel, {**flags, **BLOCK}),
             (norm_gradient_sums_kernel, {"GELU": True, "SPAN": SPAN, **BLOCK}),
             (norm_gradient_kernel, {"WIDTH": width, **flags, **BLOCK}),
         ):
             types = dict.fromkeys((x for x in kernel.arg_names if x in _ELEMENTS or x[:5] in _ELEMENTS), f"*{element}")
             types |= {x: "*fp32" for x in kernel.arg_names if x.endswith("_ptr") and x not in types}
-            types |= {x: "i32" for x in kernel.arg_names if x in ("stop_0", "stop_1", "stop_2", "num_rows")}
+            types |= {x: "i32" for x in kernel.arg_names if x in ("stop_0", "stop_1", "stop_2")}
             result.append(
                 build_variant(
                     f"sub_norm {kernel.__name__.removesuffix('_kernel')} {element} {width}",
@@ -186,13 +168,12 @@ def variants(architecture: int) -> list[KernelVariant]:
     return result
 
 
-_ELEMENTS = ("y_ptr", "x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
+_ELEMENTS = ("x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
 """Arguments whose elements have the dtype of the rows, given by name or by the first five letters. The elements of all
 other pointers are float32."""
 
 
 _ROW_STATISTICS = KernelLauncher(row_statistics_kernel)
-_COMBINE_STATISTICS = KernelLauncher(combine_statistics_kernel)
 _NORMALIZE = KernelLauncher(normalize_kernel)
 _NORM_GRADIENT_SUMS = KernelLauncher(norm_gradient_sums_kernel)
 _NORM_GRADIENT = KernelLauncher(norm_gradient_kernel)

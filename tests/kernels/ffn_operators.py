@@ -1,4 +1,4 @@
-"""Builds arguments for the operators of the FFN's ops, and has tests that these ops share."""
+"""Builds arguments for the operators of the multiway ops, and has tests that these ops share."""
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -54,23 +54,29 @@ class Problem:
 
 
 def operator_calls(dtype: torch.dtype = torch.float64) -> dict[str, tuple[object, ...]]:
-    """Returns arguments for every operator of the FFN."""
+    """Returns arguments for every operator of linear layers and the FFN."""
     problem = Problem([3, 0, 2], dtype)
     x, dy = problem.x.detach(), problem.residual.detach()
     weights, biases, scales, shifts = ([p.detach() for p in group] for group in problem.parameters.values())
     ends, factor, h = [3, 3, 5], problem.factor, torch.randn(5, WIDTH, dtype=x.dtype)
     mean, rstd = x.mean(1), torch.rand(5, dtype=x.dtype)
     sums = torch.randn(2, 5, dtype=x.dtype)
+    dn, statistics = torch.randn(5, WIDTH, dtype=x.dtype), torch.stack((mean, rstd))
     return {
         "multiway_linear": (x, ends, weights, biases),
         "multiway_input_gradient": (dy, factor, ends, weights),
         "multiway_weight_gradient": (dy, factor, x, ends, True),
-        "row_statistics": (x,),
+        "multiway_qkv": (x, ends, [w * (1 + i) for i, w in enumerate(weights * 3)], biases * 3),
+        "multiway_qkv_input_gradient": (dy, dy + 1, dy + 2, ends, [w * (1 + i) for i, w in enumerate(weights * 3)]),
+        "multiway_qkv_weight_gradient": (dy, dy + 1, dy + 2, x, ends),
+        "row_statistics": (x, True),
+        "activation_norm": (x, True, scales, shifts, EPSILON, ends),
+        "activation_norm_backward": (dn, x, True, statistics, scales, ends),
         "sub_norm": (x, True, mean, rstd, scales, shifts, ends),
         "sub_norm_sums": (x, x, True, mean, rstd, scales, ends),
         "sub_norm_gradient": (x, x, True, mean, rstd, scales, sums, WIDTH, ends),
-        "up_projection": (h, ends, weights, biases, True),
-        "out_projection": (x, mean, rstd, scales, shifts, ends, weights, biases, dy, factor),
+        "up_projection": (h, ends, weights, biases),
+        "out_projection": (x, ends, weights, biases, dy, factor),
     }
 
 
@@ -80,8 +86,8 @@ def check_wrong_launch_is_found(
     """Changes a launch's first result by half a percent; the op's check must name that result."""
     right = getattr(launches, launch)
 
-    def wrong(*arguments: Any) -> Any:
-        results = right(*arguments)
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        results = right(*arguments, **options)
         next(flatten(results)).mul_(1.005)
         return results
 

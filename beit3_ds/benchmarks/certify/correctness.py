@@ -13,10 +13,12 @@ from beit3_ds.benchmarks.certify.device_kind import kind_of
 from beit3_ds.benchmarks.certify.recorder import Recorder
 from beit3_ds.benchmarks.turns import device_of_turns
 from beit3_ds.kernels.ops import (
+    activation_norm,
     cuda_kernels,
     linear_cross_entropy,
     multiway_layer_norm,
     multiway_linear,
+    multiway_qkv,
     out_projection,
     packed_attention,
     residual_add,
@@ -32,6 +34,10 @@ _HALF = (torch.bfloat16, torch.float16)
 _HEADS, _WIDTHS = (64, 88), (768, 1408)
 _SLICES = ((0, 90), (90, 90), (90, 133))
 _EXPERTS = len(_SLICES)
+_CHECKED = (
+    *(multiway_linear, multiway_qkv, up_projection, activation_norm, out_projection, sub_norm),
+    linear_cross_entropy,
+)
 
 
 class Op(NamedTuple):
@@ -69,7 +75,7 @@ def measure(recorder: Recorder) -> None:
 def _kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields the ops' self-checks, which run our kernels and never another implementation."""
     for dtype in _DTYPES:
-        for module in (multiway_linear, up_projection, out_projection, sub_norm, linear_cross_entropy):
+        for module in _CHECKED:
             name = module.__name__.rpartition(".")[2]
             yield f"check of {name}, {_name(dtype)}", partial(module.check_kernels, device, dtype)
         for row_op in (multiway_layer_norm, residual_add):
@@ -135,6 +141,7 @@ def _ops(small: bool) -> Iterator[Op]:
             yield _attention(rows, heads, head, causal=True)
     for width in (96,) if small else _WIDTHS:
         yield _linear(rows, width)
+        yield _qkv(rows, width)
         for with_norm in (False, True):
             yield _ffn(rows, width, with_norm)
         yield _norm(rows, width)
@@ -162,6 +169,17 @@ def _linear(rows: int, width: int) -> Op:
     return Op(f"multiway_linear, width {width}", partial(run, ours), partial(run, reference), shapes)
 
 
+def _qkv(rows: int, width: int) -> Op:
+    number = multiway_qkv.NUM_LAYERS * _EXPERTS
+
+    def run(function: Callable[..., Sequence[Tensor]], x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.cat(list(function(x, _SLICES, parameters[:number], parameters[number:])), 1)
+
+    ours, reference = multiway_qkv.multiway_qkv, multiway_qkv.multiway_qkv_reference
+    shapes = ((rows, width), *[(width, width)] * number, *[(width,)] * number)
+    return Op(f"multiway_qkv, width {width}", partial(run, ours), partial(run, reference), shapes)
+
+
 def _ffn(rows: int, width: int, with_norm: bool) -> Op:
     inner = 4 * width
     kinds = ((inner, width), (inner,), (inner,), (inner,), (width, inner), (width,))
@@ -180,7 +198,7 @@ def _ffn(rows: int, width: int, with_norm: bool) -> Op:
 
     def ours(h: Tensor, residual: Tensor, *parameters: Tensor) -> Tensor:
         w1, b1, scales, shifts, w2, b2 = split(parameters)
-        activation = up_projection.up_projection(h, _SLICES, w1, b1, with_statistics=with_norm)
+        activation = up_projection.up_projection(h, _SLICES, w1, b1, has_norm=with_norm)
         joined = {"residual_TD": residual, "factor_T": factor(h)}
         norm = norm_of(scales, shifts)
         y = out_projection.out_projection(activation, _SLICES, w2, b2, gelu=True, norm=norm, **joined)

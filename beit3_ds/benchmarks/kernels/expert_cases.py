@@ -45,7 +45,7 @@ def ffn_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, d
     ]
 
     def ours(h: Tensor, residual: Tensor, p: _FFN) -> Tensor:
-        activation = up_projection(h, slices, p.w1, p.b1, with_statistics=True)
+        activation = up_projection(h, slices, p.w1, p.b1, has_norm=True)
         norm = SubNorm(p.scale, p.shift, _EPSILON, inner)
         joined = {"residual_TD": residual, "factor_T": factor}
         return out_projection(activation, slices, p.w2, p.b2, gelu=True, norm=norm, **joined)

@@ -17,8 +17,9 @@ from beit3_ds.benchmarks.step.products import Products, needed_flops
 from beit3_ds.benchmarks.step.reference import ReferenceTrainer, unpack_streams
 from beit3_ds.cli import main as cli
 from beit3_ds.config import RunConfig
+from beit3_ds.model.attention import MultiwayAttention
 from beit3_ds.model.flops import layer_flops, work_of
-from beit3_ds.model.multiway import ColumnParallelMultiwayLinear, RowParallelMultiwayLinear
+from beit3_ds.model.multiway import RowParallelMultiwayLinear, UpProjection
 from beit3_ds.tasks import Term
 from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS
 from beit3_ds.tasks.pretraining.heads import head_flops
@@ -106,11 +107,13 @@ def test_needed_products_are_those_that_a_step_multiplies(config: RunConfig, dro
         batch = replace(batch, drop_path=drop_path)
     model, seen = random_model(config.model), []
     for module in model.modules():
-        if isinstance(module, ColumnParallelMultiwayLinear | RowParallelMultiwayLinear):
+        if isinstance(module, MultiwayAttention | UpProjection | RowParallelMultiwayLinear):
             module.register_forward_pre_hook(
                 lambda module, args: seen.append(getattr(args[0], "x_TF", args[0]).shape[0] * module.weight_numel)
             )
-            module.weight_numel = getattr(module, f"weight_{module.experts[0]}").numel()
+            is_attention = isinstance(module, MultiwayAttention)
+            layers = [module.q_proj, module.k_proj, module.v_proj] if is_attention else [module]
+            module.weight_numel = sum(getattr(layer, f"weight_{layer.experts[0]}").numel() for layer in layers)
     model(batch, torch.ones(4))
     embeddings, *_, heads = layer_flops(config.model, work_of(batch, head_flops(config.model, batch.term_counts)))
     attended = 0.0

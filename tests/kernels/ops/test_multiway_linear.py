@@ -1,5 +1,7 @@
 """The multiway linear op equals its reference, also with experts that have no rows."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from beit3_ds.kernels.ops import multiway_linear as module
 from beit3_ds.kernels.ops.multiway_linear import multiway_linear, multiway_linear_reference
-from beit3_ds.kernels.triton import multiway_ffn_launch
+from beit3_ds.kernels.triton import multiway_ffn_launch, weight_gradient_launch
 from tests.kernels.ffn_operators import CPU, check_device_implementation, check_operator, check_wrong_launch_is_found
 from tests.kernels.interpreter import interpreted
 
@@ -68,6 +70,15 @@ def test_self_check_passes_right_kernels(dtype: torch.dtype) -> None:
         module.check_kernels(CPU, dtype)
 
 
-@pytest.mark.parametrize(("launch", "result"), [("linear", "y"), ("input_gradient", "dx"), ("weight_gradient", "dw 0")])
-def test_self_check_finds_wrong_kernels(launch: str, result: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_wrong_launch_is_found(module, multiway_ffn_launch, launch, result, monkeypatch)
+@pytest.mark.parametrize(
+    ("launches", "launch", "result"),
+    [
+        (multiway_ffn_launch, "linear", "y"),
+        (multiway_ffn_launch, "input_gradient", "dx"),
+        (weight_gradient_launch, "weight_gradient", "dw 0"),
+    ],
+)
+def test_self_check_finds_wrong_kernels(
+    launches: ModuleType, launch: str, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_wrong_launch_is_found(module, launches, launch, result, monkeypatch)

@@ -32,7 +32,7 @@ def run(x: Tensor, *parameters: Tensor, recomputes: bool) -> Tensor:
     y = stream
     for w, b in zip(weights[:2], biases[:2], strict=True):
         y = y + multiway_linear(h, SLICES, w, b, recompute).sin()
-    up = up_projection(h, SLICES, weights[2], biases[2], with_statistics=False, recompute=recompute)
+    up = up_projection(h, SLICES, weights[2], biases[2], has_norm=False, recompute=recompute)
     return y + up.x_TF.cos()
 
 
@@ -70,7 +70,7 @@ def test_rows_are_not_saved() -> None:
         h = multiway_layer_norm(leaves[0], SLICES, leaves[1:4], leaves[4:7], EPSILON)[1]
         recompute = recomputable_rows(leaves[0], SLICES, leaves[1:4], leaves[4:7], EPSILON)
         multiway_linear(h, SLICES, leaves[7::2][:3], leaves[8::2][:3], recompute)
-        up_projection(h, SLICES, leaves[7::2][:3], leaves[8::2][:3], with_statistics=False, recompute=recompute)
+        up_projection(h, SLICES, leaves[7::2][:3], leaves[8::2][:3], has_norm=False, recompute=recompute)
     assert {tensor.data_ptr() for tensor in saved if tensor.shape == h.shape} == {leaves[0].data_ptr()}
 
 

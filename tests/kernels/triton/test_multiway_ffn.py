@@ -14,9 +14,9 @@ from torch import Tensor
 
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.triton import multiway_ffn_launch as launch
-from beit3_ds.kernels.triton.multiway_ffn import up_projection_kernel
 from beit3_ds.kernels.triton.multiway_ffn_launch import MatmulTiles, choose_tiles
-from beit3_ds.kernels.triton.sub_norm_launch import norm_gradient, norm_gradient_sums, normalize
+from beit3_ds.kernels.triton.sub_norm_launch import norm_gradient, norm_gradient_sums, normalize, row_statistics
+from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
 from tests.kernels.experts import (
     DTYPES,
     EPSILON,
@@ -25,7 +25,6 @@ from tests.kernels.experts import (
     Slices,
     any_case,
     build_slices,
-    check_statistics,
     lengths_of_experts,
     split,
 )
@@ -52,7 +51,7 @@ def check_linear(case: Case, with_bias: bool = True) -> None:
     biases = case.biases if with_bias else []
     y = launch.linear(case.x, case.slices, case.weights, biases)
     dx = launch.input_gradient(case.dy, None, case.slices, case.weights)
-    d_weights, d_biases = launch.weight_gradient(case.dy, None, case.x, case.slices, with_bias)
+    d_weights, d_biases = weight_gradient([case.dy], None, case.x, case.slices, with_bias)
     assert len(d_biases) == len(biases)
     results = (y, dx, *d_weights, *d_biases)
     names = ("y", "dx", *(f"dw_{i}" for i in range(len(d_weights))), *(f"db_{i}" for i in range(len(d_biases))))
@@ -77,7 +76,7 @@ def test_gradients_with_a_factor(dtype: torch.dtype, slices: Slices) -> None:
     factor = case.factor.float() if slices is RAGGED[0] else case.factor
     with small_tiles():
         dx = launch.input_gradient(case.dy, factor, slices, case.weights)
-        d_weights, d_biases = launch.weight_gradient(case.dy, factor, case.x, slices, True)
+        d_weights, d_biases = weight_gradient([case.dy], factor, case.x, slices, True)
     names = ["dx", *["dw"] * len(slices), *["db"] * len(slices)]
     inputs = (case.x, *case.weights, *case.biases, case.dy)
     check_against_reference(names, (dx, *d_weights, *d_biases), lambda *x: with_gradients(reference)(*x)[1:], inputs)
@@ -92,52 +91,29 @@ def test_up_projection(dtype: torch.dtype, slices: Slices) -> None:
         return u, F.gelu(u)
 
     with small_tiles():
-        u, a, mean, squares = launch.up_projection(case.x, slices, case.weights, case.biases, True)
-        *plain, no_mean, no_squares = launch.up_projection(case.x, slices, case.weights, case.biases, False)
+        u, a = launch.up_projection(case.x, slices, case.weights, case.biases)
     check_against_reference(("u", "a"), (u, a), reference, (case.x, *case.weights, *case.biases))
-    assert torch.equal(plain[0], u) and torch.equal(plain[1], a)
-    assert no_mean.numel() == no_squares.numel() == 0
     # The backward pass makes a of the u that was kept: it must find the same, to the bit that float32 leaves open.
     torch.testing.assert_close(a.float(), F.gelu(u.float()).to(dtype).float(), rtol=1e-6, atol=1e-6)
-    check_statistics(a, mean, squares)
-
-
-def test_statistics_are_stable() -> None:
-    """Catches E[x^2] - E[x]^2, which has no correct digit in float32 if the mean is 10,000 times the deviation."""
-    case = Case(RAGGED[0], torch.float32, D, F_)
-    with small_tiles():
-        biases = [b * 0 + 1e4 for b in case.biases]
-        _, a, mean, squares = launch.up_projection(case.x, case.slices, case.weights, biases, True)
-        variance, expected = torch.var_mean(a.double(), 1, correction=0)
-        torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0)
-        torch.testing.assert_close(squares.double(), variance * a.shape[1], rtol=1e-2, atol=0)
 
 
 @any_case
-@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-def test_out_projection(with_norm: bool, dtype: torch.dtype, slices: Slices) -> None:
+def test_out_projection(dtype: torch.dtype, slices: Slices) -> None:
     """Checks the op with all parts, and the partial product that tensor-parallel ranks sum before bias and residual."""
     case = Case(slices, dtype, D, F_)
     residual, factor = case.residual, case.factor
 
-    def product(a: Tensor, *parameters: Tensor) -> Tensor:
-        weights, biases, scales, shifts = split(parameters, 4)
-        return case.linear(case.layer_norm(a, scales, shifts) if with_norm else a, weights, biases)
+    def whole(residual: Tensor, factor: Tensor, n: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return (residual + factor[:, None] * case.linear(n, *split(parameters, 2)),)
 
-    def whole(residual: Tensor, factor: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        return (residual + factor[:, None] * product(*rest),)
+    def partial_product(n: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return (case.linear(n, weights, ()),)
 
-    def partial_product(*rest: Tensor) -> tuple[Tensor, ...]:
-        return (product(*rest),)
-
-    norm = case.norm(case.x) if with_norm else None
     with small_tiles():
-        y = launch.out_projection(case.x, norm, slices, case.weights, case.biases, residual, factor)
-        part = launch.out_projection(case.x, norm, slices, case.weights, [], None, None)
-    rest = (case.x, *case.weights, *case.biases, *case.scales, *case.shifts)
-    check_against_reference(("y",), (y,), whole, (residual, factor, *rest))
-    rest = (case.x, *case.weights, *(b * 0 for b in case.biases), *case.scales, *case.shifts)
-    check_against_reference(("part",), (part,), partial_product, rest)
+        y = launch.out_projection(case.x, slices, case.weights, case.biases, residual, factor)
+        part = launch.out_projection(case.x, slices, case.weights, [], None, None)
+    check_against_reference(("y",), (y,), whole, (residual, factor, case.x, *case.weights, *case.biases))
+    check_against_reference(("part",), (part,), partial_product, (case.x, *case.weights))
 
 
 def test_other_experts_do_not_matter() -> None:
@@ -147,14 +123,14 @@ def test_other_experts_do_not_matter() -> None:
     outputs = []
     for value in (0.0, torch.nan):
         case.x[6:] = case.dy[6:] = case.factor[6:] = value
-        for parameter in (*case.weights[1:], *case.biases[1:], *case.scales[1:], *case.shifts[1:]):
+        for parameter in (*case.weights[1:], *case.biases[1:]):
             parameter.fill_(value)
         with small_tiles():
-            u, _, mean, _ = launch.up_projection(case.x, slices, case.weights, case.biases, True)
-            y = launch.out_projection(case.x, case.norm(case.x), slices, case.weights, case.biases, u, case.factor)
+            u, a = launch.up_projection(case.x, slices, case.weights, case.biases)
+            y = launch.out_projection(case.x, slices, case.weights, case.biases, u, case.factor)
             dx = launch.input_gradient(case.dy, case.factor, slices, case.weights)
-            d_weights, d_biases = launch.weight_gradient(case.dy, case.factor, case.x, slices, True)
-        outputs.append((u[:6], mean[:6], y[:6], dx[:6], d_weights[0], d_biases[0]))
+            d_weights, d_biases = weight_gradient([case.dy], case.factor, case.x, slices, True)
+        outputs.append((u[:6], a[:6], y[:6], dx[:6], d_weights[0], d_biases[0]))
     assert all(torch.equal(clean, other) for clean, other in zip(*outputs, strict=True))
 
 
@@ -171,17 +147,18 @@ def run_ffn(case: Case, epsilon: float, x: Tensor, *rest: Tensor) -> tuple[Tenso
     """Computes the same with the kernels as the operators call them: output, and gradients of x and all parameters."""
     slices, factor, dy = case.slices, case.factor, rest[-1]
     w_1, b_1, scales, shifts, w_2, b_2 = split(rest[:-1], 6)
-    u, a, mean, squares = launch.up_projection(x, slices, w_1, b_1, True)
-    width = a.shape[1]
+    u, _ = launch.up_projection(x, slices, w_1, b_1)
+    width = u.shape[1]
+    mean, squares = row_statistics(u, True)
     norm = mean, (squares / width + epsilon).rsqrt(), scales, shifts
-    y = launch.out_projection(a, norm, slices, w_2, b_2, x, factor)
+    y = launch.out_projection(normalize(u, True, norm, slices), slices, w_2, b_2, x, factor)
 
     dn = launch.input_gradient(dy, factor, slices, w_2)
-    d_w_2, d_b_2 = launch.weight_gradient(dy, factor, normalize(u, True, norm, slices), slices, True)
+    d_w_2, d_b_2 = weight_gradient([dy], factor, normalize(u, True, norm, slices), slices, True)
     sums, d_scales, d_shifts = norm_gradient_sums(dn, u, True, norm, slices)
     du = norm_gradient(dn, u, True, norm, sums, width, slices)
     dx = dy + launch.input_gradient(du, None, slices, w_1)
-    d_w_1, d_b_1 = launch.weight_gradient(du, None, x, slices, True)
+    d_w_1, d_b_1 = weight_gradient([du], None, x, slices, True)
     return y, dx, *d_w_1, *d_b_1, *d_scales, *d_shifts, *d_w_2, *d_b_2
 
 
@@ -217,13 +194,6 @@ def test_shipped_tiles() -> None:
         check_ffn([(0, 130), (130, 131)], torch.bfloat16, hidden=136, ffn_hidden=144)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_statistics_have_a_place(architecture: int, dtype: torch.dtype) -> None:
-    """Catches tiles of different widths: statistics are allocated for the columns of the first."""
-    assert len({tiles.columns for tiles in choose_tiles(up_projection_kernel, architecture, dtype)}) == 1
-
-
 def test_interpreter_leaves_the_compiler_alone() -> None:
     """Catches functions of `triton.language` that stay interpreted, and so tests that depend on their order."""
     owners = (tl, tl.core, tl.math, tl.tensor, tl.dtype)
@@ -236,11 +206,11 @@ def test_interpreter_leaves_the_compiler_alone() -> None:
 def test_no_rows() -> None:
     case = Case([(0, 0), (0, 0)], torch.float32, D, F_)
     with small_tiles():
-        u, a, mean, squares = launch.up_projection(case.x, case.slices, case.weights, case.biases, True)
-        assert (u.shape, a.shape, mean.shape, squares.shape) == ((0, F_), (0, F_), (0,), (0,))
+        u, a = launch.up_projection(case.x, case.slices, case.weights, case.biases)
+        assert (u.shape, a.shape) == ((0, F_), (0, F_))
         assert launch.linear(case.x, case.slices, case.weights, []).shape == (0, F_)
         assert launch.input_gradient(case.dy, None, case.slices, case.weights).shape == (0, D)
-        d_weights, d_biases = launch.weight_gradient(case.dy, None, case.x, case.slices, True)
+        d_weights, d_biases = weight_gradient([case.dy], None, case.x, case.slices, True)
     assert all(not gradient.any() for gradient in (*d_weights, *d_biases))  # zeros, not memory as it was found
 
 

@@ -1,0 +1,147 @@
+"""Computes GELU and sub-LN of whole rows in one pass, and their gradients in another.
+
+The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection. If ranks divide
+the rows, `sub_norm` computes it in several passes, with collectives between them. On a CPU `out_projection` computes
+both on row chunks; there only checks call these operators.
+"""
+
+# T packed rows, F width, E experts.
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_ds.kernels.ops.expert_rows import WIDEST, row_tiling
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
+from beit3_ds.kernels.ops.multiway_linear import slices_of
+from beit3_ds.kernels.ops.numerics import check_against_reference
+from beit3_ds.kernels.ops.self_check import TrustedKernels
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+# Returns LN(GELU(x)), or LN(x), in x's dtype; and the mean and 1 / deviation of every row, (2, T), float32 (float64 for
+# float64).
+_LIBRARY.define(
+    "activation_norm(Tensor x, bool gelu, Tensor[] scales, Tensor[] shifts, float epsilon, int[] ends) -> "
+    "(Tensor, Tensor)"
+)
+# Returns the gradient of x, and the gradients of scales and shifts, (2, E, F). Overwrites dn.
+_LIBRARY.define(
+    "activation_norm_backward(Tensor dn, Tensor x, bool gelu, Tensor statistics, Tensor[] scales, int[] ends) -> "
+    "(Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "activation_norm", "CPU")
+def _forward(
+    x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    a_TF, n_TF = F.gelu(x_TF) if gelu else x_TF, torch.empty_like(x_TF)
+    statistics_2T = x_TF.new_empty(2, len(x_TF), dtype=_wide(x_TF))
+    for (start, stop), scale, shift in zip(slices_of(ends), scales, shifts, strict=True):
+        n, *of_rows = torch.native_layer_norm(a_TF[start:stop], scale.shape, scale, shift, epsilon)
+        n_TF[start:stop] = n
+        statistics_2T[:, start:stop] = torch.stack(of_rows).squeeze(2)
+    return n_TF, statistics_2T
+
+
+@torch.library.impl(_LIBRARY, "activation_norm_backward", "CPU")
+def _backward(
+    dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    a_TF, da_TF = F.gelu(x_TF) if gelu else x_TF, torch.empty_like(x_TF)
+    d_parameters_2EF = x_TF.new_empty(2, len(ends), x_TF.shape[1])
+    # PyTorch's statistics have the dtype of the rows on a CPU, and are float32 for half precision on a GPU.
+    of_rows_2T = statistics_2T if x_TF.is_cuda else statistics_2T.to(x_TF.dtype)
+    for expert, ((start, stop), scale) in enumerate(zip(slices_of(ends), scales, strict=True)):
+        mean_T1, rstd_T1 = of_rows_2T[:, start:stop].unsqueeze(2).unbind()
+        # Only the presence of a shift matters, not its values, so the scale is passed in its place.
+        da, *of_parameters = torch.ops.aten.native_layer_norm_backward(
+            dn_TF[start:stop], a_TF[start:stop], scale.shape, mean_T1, rstd_T1, scale, scale, [True, True, True]
+        )
+        da_TF[start:stop] = da
+        d_parameters_2EF[:, expert] = torch.stack(of_parameters)
+    return torch.ops.aten.gelu_backward(da_TF, x_TF) if gelu else da_TF, d_parameters_2EF
+
+
+def _forward_triton(
+    x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.triton import multiway_layer_norm_launch as launch  # Triton is needed on a GPU only
+
+    return launch.forward(x_TF, ends, scales, shifts, epsilon, row_tiling(x_TF), gelu)
+
+
+def _backward_triton(
+    dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.triton import multiway_layer_norm_launch as launch
+
+    return launch.backward(dn_TF, None, x_TF, statistics_2T, ends, scales, row_tiling(x_TF), gelu, in_place=True)
+
+
+def _takes_triton(x: Tensor, *rest: Any) -> bool:
+    return x.shape[1] <= WIDEST and KERNELS.accept(x)
+
+
+def _backward_takes_triton(dn: Tensor, x: Tensor, *rest: Any) -> bool:
+    return _takes_triton(x)
+
+
+_FORWARD = MeasuredOp(
+    "activation_norm", {"triton": _forward_triton, "library": _forward}, accepts={"triton": _takes_triton}
+)
+_LIBRARY.impl("activation_norm", _FORWARD, "CUDA")
+_BACKWARD = MeasuredOp(
+    "activation_norm_backward",
+    {"triton": _backward_triton, "library": _backward},
+    mutates=(0,),
+    accepts={"triton": _backward_takes_triton},
+)
+_LIBRARY.impl("activation_norm_backward", _BACKWARD, "CUDA")
+
+
+@torch.library.register_fake("beit3_ds::activation_norm", lib=_LIBRARY)
+def _forward_fake(x_TF: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TF), x_TF.new_empty(2, len(x_TF), dtype=_wide(x_TF))
+
+
+@torch.library.register_fake("beit3_ds::activation_norm_backward", lib=_LIBRARY)
+def _backward_fake(
+    dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TF), x_TF.new_empty(2, len(ends), x_TF.shape[1])
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Compares the kernels with PyTorch's operations on three experts, one of them without rows.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    from beit3_ds.kernels.triton import multiway_layer_norm_launch as launch
+
+    ends, generator = [37, 37, 61], torch.Generator().manual_seed(0)
+    x, dn = (torch.randn(61, 200, generator=generator).to(device, dtype) for _ in range(2))
+    scales, shifts = ([torch.randn(200, generator=generator).to(device, dtype) for _ in ends] for _ in range(2))
+    for gelu in (False, True):
+        n, statistics = launch.forward(x, ends, scales, shifts, 1e-5, row_tiling(x), gelu)
+        forward = lambda x, *p, gelu=gelu: (_forward(x, gelu, p[:3], p[3:], 1e-5, ends)[0],)  # noqa: E731
+        check_against_reference(("n",), (n,), forward, (x, *scales, *shifts))
+
+        def backward(dn: Tensor, x: Tensor, *scales: Tensor, gelu: bool = gelu) -> tuple[Tensor, ...]:
+            exact = _forward(x, gelu, scales, scales, 1e-5, ends)[1]
+            return _backward(dn, x, gelu, exact, scales, ends)
+
+        results = launch.backward(dn.clone(), None, x, statistics, ends, scales, row_tiling(x), gelu, in_place=True)
+        check_against_reference(("dx", "d_parameters"), results, backward, (dn, x, *scales))
+
+
+KERNELS = TrustedKernels("activation_norm", check_kernels)
+"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""

@@ -1,0 +1,240 @@
+"""Computes queries, keys and values of several experts, each from its own slice of one packed stream.
+
+The three layers keep their own parameters. On a GPU one launch of a kernel in `triton/multiway_qkv.py` computes all
+layers and experts, or cuBLAS computes one product per layer and expert if this is faster (`measured_op`). The backward
+pass has one launch for the input's gradient, which is a sum over the layers, and one for the gradients of all weights.
+"""
+
+# T packed rows, D input width, F output width of each layer; an expert owns rows [start, stop).
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from beit3_ds.kernels.ops.measured_op import MeasuredOp
+from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, multiway_linear_reference, slices_of
+from beit3_ds.kernels.ops.numerics import check_against_reference
+from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
+from beit3_ds.kernels.ops.self_check import TrustedKernels
+
+NUM_LAYERS = 3
+"""Number of layers: queries, keys and values, in this order."""
+
+
+def multiway_qkv_reference(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Computes `multiway_qkv` in plain PyTorch."""
+    layers = zip(_by_layer(weights), _by_layer(biases), strict=True)
+    return tuple(multiway_linear_reference(x_TD, slices, *parameters) for parameters in layers)
+
+
+def multiway_qkv(
+    x_TD: Tensor,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    recompute: Recomputable | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Applies each expert's layers for queries, keys and values to its own rows.
+
+    Computes y[start:stop] = x[start:stop] @ w.T + b for every layer and expert. An expert without rows gets zero
+    gradients, so every parameter takes part in every call.
+
+    Args:
+        x_TD: packed rows.
+        slices: row range [start, stop) of each expert; together they cover all rows in order.
+        weights: matrices (F, D) of x's dtype: those of all experts for queries, then for keys, then for values. Saved
+            for the backward pass without a copy.
+        biases: vectors (F,) in the same order.
+        recompute: recomputes x in the backward pass, instead of saving it; None saves it.
+
+    Returns:
+        q_TF, k_TF and v_TF, of x's dtype.
+    """
+    return _MultiwayQKV.apply(x_TD, recompute, ends_of(slices), *weights, *biases)
+
+
+class _MultiwayQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, recompute: Recomputable | None, ends: list[int], *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.ends, num_weights = ends, NUM_LAYERS * len(ends)
+        weights, biases = parameters[:num_weights], parameters[num_weights:]
+        x_TD = x_TD.contiguous()
+        ctx.recompute, kept = rows_to_save(x_TD, recompute)
+        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        ctx.save_for_backward(*weights, *kept)
+        return torch.ops.beit3_ds.multiway_qkv(x_TD, ends, weights, biases)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        saved, num_weights = ctx.saved_tensors, NUM_LAYERS * len(ctx.ends)
+        weights, kept = saved[:num_weights], saved[num_weights:]
+        dq_TF, dk_TF, dv_TF = (gradient.contiguous() for gradient in gradients)
+        dx_TD = torch.ops.beit3_ds.multiway_qkv_input_gradient(dq_TF, dk_TF, dv_TF, ctx.ends, weights)
+        x_TD = restore_rows(ctx.recompute, kept)
+        of_parameters = torch.ops.beit3_ds.multiway_qkv_weight_gradient(dq_TF, dk_TF, dv_TF, x_TD, ctx.ends)
+        return (dx_TD, None, None, *of_parameters)
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+_LIBRARY.define("multiway_qkv(Tensor x, int[] ends, Tensor[] weights, Tensor[] biases) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define("multiway_qkv_input_gradient(Tensor dq, Tensor dk, Tensor dv, int[] ends, Tensor[] weights) -> Tensor")
+# Returns the gradients of all weights, then of all biases.
+_LIBRARY.define("multiway_qkv_weight_gradient(Tensor dq, Tensor dk, Tensor dv, Tensor x, int[] ends) -> Tensor[]")
+
+
+@torch.library.impl(_LIBRARY, "multiway_qkv", "CPU")
+def _qkv(
+    x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    layers = zip(_by_layer(weights), _by_layer(biases), strict=True)
+    q_TF, k_TF, v_TF = (torch.ops.beit3_ds.multiway_linear(x_TD, ends, *parameters) for parameters in layers)
+    return q_TF, k_TF, v_TF
+
+
+@torch.library.impl(_LIBRARY, "multiway_qkv_input_gradient", "CPU")
+def _input_gradient(
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
+) -> Tensor:
+    """Adds up in the order in which autograd does for three layers: (values + keys) + queries."""
+    (q, k, v), differentiate = _by_layer(weights), torch.ops.beit3_ds.multiway_input_gradient
+    dx_TD: Tensor = differentiate(dv_TF, None, ends, v)
+    for dy_TF, layer in ((dk_TF, k), (dq_TF, q)):
+        dx_TD.add_(differentiate(dy_TF, None, ends, layer))
+    return dx_TD
+
+
+@torch.library.impl(_LIBRARY, "multiway_qkv_weight_gradient", "CPU")
+def _weight_gradient(dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: Sequence[int]) -> list[Tensor]:
+    differentiate = torch.ops.beit3_ds.multiway_weight_gradient
+    layers = [differentiate(dy_TF, None, x_TD, ends, True) for dy_TF in (dq_TF, dk_TF, dv_TF)]
+    of_weights, of_biases = ([x for layer in layers for x in layer[part]] for part in _halves(len(ends)))
+    return [*of_weights, *of_biases]
+
+
+def _input_gradient_in_place(
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
+) -> Tensor:
+    """Adds the products of keys and queries to that of values inside of cuBLAS, without a pass for the sum."""
+    layers, dx_TD = _by_layer(weights), dq_TF.new_empty(len(dq_TF), weights[0].shape[1])
+    for expert, (start, stop) in enumerate(slices_of(ends)):
+        rows_RD = dx_TD[start:stop]
+        torch.mm(dv_TF[start:stop], layers[2][expert], out=rows_RD)
+        rows_RD.addmm_(dk_TF[start:stop], layers[1][expert])
+        rows_RD.addmm_(dq_TF[start:stop], layers[0][expert])
+    return dx_TD
+
+
+def _qkv_triton(
+    x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    from beit3_ds.kernels.triton import multiway_qkv_launch  # Triton is needed on a GPU only
+
+    return multiway_qkv_launch.qkv(x_TD, slices_of(ends), weights, biases)
+
+
+def _input_gradient_triton(
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
+) -> Tensor:
+    from beit3_ds.kernels.triton import multiway_qkv_launch
+
+    return multiway_qkv_launch.qkv_input_gradient((dq_TF, dk_TF, dv_TF), slices_of(ends), weights)
+
+
+def _weight_gradient_triton(
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: Sequence[int]
+) -> list[Tensor]:
+    from beit3_ds.kernels.triton import weight_gradient_launch
+
+    of_weights, of_biases = weight_gradient_launch.weight_gradient(
+        (dq_TF, dk_TF, dv_TF), None, x_TD, slices_of(ends), True
+    )
+    return [*of_weights, *of_biases]
+
+
+def _takes_triton(x: Tensor, *rest: Any) -> bool:
+    return KERNELS.accept(x)
+
+
+# The library's implementations run one product of cuBLAS per layer and expert.
+_QKV = MeasuredOp("multiway_qkv", {"triton": _qkv_triton, "library": _qkv}, accepts={"triton": _takes_triton})
+_LIBRARY.impl("multiway_qkv", _QKV, "CUDA")
+_INPUT_GRADIENT = MeasuredOp(
+    "multiway_qkv_input_gradient",
+    {"triton": _input_gradient_triton, "library": _input_gradient_in_place},
+    accepts={"triton": _takes_triton},
+)
+_LIBRARY.impl("multiway_qkv_input_gradient", _INPUT_GRADIENT, "CUDA")
+_WEIGHT_GRADIENT = MeasuredOp(
+    "multiway_qkv_weight_gradient",
+    {"triton": _weight_gradient_triton, "library": _weight_gradient},
+    accepts={"triton": _takes_triton},
+)
+_LIBRARY.impl("multiway_qkv_weight_gradient", _WEIGHT_GRADIENT, "CUDA")
+
+
+@torch.library.register_fake("beit3_ds::multiway_qkv", lib=_LIBRARY)
+def _qkv_fake(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(x_TD.new_empty(len(x_TD), len(weights[0])) for _ in range(NUM_LAYERS))
+
+
+@torch.library.register_fake("beit3_ds::multiway_qkv_input_gradient", lib=_LIBRARY)
+def _input_gradient_fake(
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
+) -> Tensor:
+    return dq_TF.new_empty(len(dq_TF), weights[0].shape[1])
+
+
+@torch.library.register_fake("beit3_ds::multiway_qkv_weight_gradient", lib=_LIBRARY)
+def _weight_gradient_fake(
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: Sequence[int]
+) -> list[Tensor]:
+    width, number = dq_TF.shape[1], NUM_LAYERS * len(ends)
+    of_weights = [dq_TF.new_empty(width, x_TD.shape[1]) for _ in range(number)]
+    return [*of_weights, *(dq_TF.new_empty(width) for _ in range(number))]
+
+
+def _by_layer(parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Splits the parameters of all layers into those of queries, of keys and of values."""
+    num_experts = len(parameters) // NUM_LAYERS
+    return [parameters[layer * num_experts : (layer + 1) * num_experts] for layer in range(NUM_LAYERS)]
+
+
+def _halves(size: int) -> tuple[slice, slice]:
+    return slice(None, size), slice(size, None)
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Compares the kernels with the operators' CPU implementations on three experts, one of them without rows.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    from beit3_ds.kernels.triton import multiway_qkv_launch as launch
+    from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
+
+    slices, ends = [(0, 130), (130, 130), (130, 137)], [130, 130, 137]
+    generator = torch.Generator().manual_seed(0)
+    x, *dys = (torch.randn(137, width, generator=generator).to(device, dtype) for width in (96, 64, 64, 64))
+    weights = [(torch.randn(64, 96, generator=generator) / 10).to(device, dtype) for _ in range(9)]
+    biases = [torch.randn(64, generator=generator).to(device, dtype) for _ in range(9)]
+    forward = lambda x, *p: multiway_qkv_reference(x, slices, p[:9], p[9:])  # noqa: E731
+    check_against_reference(("q", "k", "v"), launch.qkv(x, slices, weights, biases), forward, (x, *weights, *biases))
+    dx = launch.qkv_input_gradient(dys, slices, weights)
+    input_gradient = lambda q, k, v, *w: (_input_gradient(q, k, v, ends, w),)  # noqa: E731
+    check_against_reference(("dx",), (dx,), input_gradient, (*dys, *weights))
+    of_weights, of_biases = weight_gradient(dys, None, x, slices, True)
+    names = [f"{kind} {layer} {expert}" for kind in ("dw", "db") for layer in "qkv" for expert in range(3)]
+    gradients = lambda q, k, v, x: tuple(_weight_gradient(q, k, v, x, ends))  # noqa: E731
+    check_against_reference(names, (*of_weights, *of_biases), gradients, (*dys, x))
+
+
+KERNELS = TrustedKernels("multiway_qkv", check_kernels)
+"""Decides whether the three operators may use their GPU kernels, by a check at the first use on a device."""

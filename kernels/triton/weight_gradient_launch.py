@@ -1,0 +1,138 @@
+"""Launches the kernel of weight gradients, divides rows into shares, and lists variants for compilation."""
+
+# T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.kernels.triton import multiway_ffn_launch as products
+from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS, architecture_of
+from beit3_ds.kernels.triton.expert_rows_launch import RowPrograms, SumBlock, build_sum_variant, sum_partials
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
+from beit3_ds.kernels.triton.launch_sizes import ceil_div
+from beit3_ds.kernels.triton.sub_norm_launch import Slices, build_stops
+from beit3_ds.kernels.triton.variant import KernelVariant
+from beit3_ds.kernels.triton.weight_gradient import weight_gradient_kernel
+
+NUM_LAYERS = 3
+"""Number of layers for which the kernel has arguments."""
+
+SUM_BLOCK = SumBlock(512, 4)
+"""Block of the sums over shares: there are few shares, and as many columns as a weight has elements."""
+
+_MOST_SHARES = 16
+_ROUNDING = 64
+_PROGRAM_ROWS = 5
+"""Time to write and add up the partial sums of one program, in rows that all programs multiply meanwhile (modelled: two
+passes over 64 KB at 3.35 TB/s, and 128 rows per microsecond)."""
+
+
+def weight_gradient(
+    gradients: Sequence[Tensor], factor_T: Tensor | None, x_TI: Tensor, slices: Slices, with_bias: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Computes each expert's dW = (factor * dy)[rows].T @ x[rows] and db, the sum of (factor * dy)[rows].
+
+    The results are deterministic, but the order of sums depends on the numbers of rows.
+
+    Args:
+        gradients: gradient of each layer's output, (T, OUT) each; the layers share their input. At most NUM_LAYERS.
+        factor_T: factor of each row, or None.
+        x_TI: input of the layers.
+        slices: row range of each expert; one without rows gets zeros.
+        with_bias: whether to return db.
+
+    Returns:
+        dW (OUT, IN) of all experts of the first layer, of the second, ...; then db (OUT,) in the same order, or nothing
+        without `with_bias`. All are parts of one tensor.
+    """
+    dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
+    out_width, stops = dy_TO.shape[1], build_stops(slices)
+    architecture = architecture_of(dy_TO.device)
+    first = products.choose_tiles(weight_gradient_kernel, architecture, dy_TO.dtype)[0]
+    tiles = num_layers * ceil_div(out_width, first.rows) * ceil_div(in_width, first.columns)
+    is_split, lengths = splits_rows(tiles, architecture), [stop - start for start, stop in slices]
+    rows = choose_share_rows(lengths, tiles, NUM_MULTIPROCESSORS[architecture]) if is_split else 1
+    shares = sum(ceil_div(length, rows) for length in lengths) if is_split else num_experts
+    numel = out_width * (in_width + with_bias)
+    sums = dy_TO.new_empty(num_layers, shares, numel, dtype=torch.float32 if is_split else dy_TO.dtype)
+
+    def grid(tiles: products.MatmulTiles) -> tuple[int, int, int]:
+        row_tiles, column_tiles = ceil_div(out_width, tiles.rows), ceil_div(in_width, tiles.columns)
+        return row_tiles * column_tiles, num_layers, shares
+
+    if shares:
+        padded = [*gradients, *[dy_TO] * (NUM_LAYERS - num_layers)]
+        tensors = (*padded, dy_TO if factor_T is None else factor_T, x_TI, sums)
+        constants = (out_width, in_width, num_layers, is_split, with_bias, factor_T is not None)
+        products.launch_tiles(_WEIGHT_GRADIENT, grid, tensors, slices, constants, (rows,))
+    if is_split:
+        assert sums.numel() < 2**31, f"weight gradient: {tuple(sums.shape)} has offsets beyond 32 bits"
+        sums = sum_partials(sums, RowPrograms(rows, stops, shares), num_experts, dy_TO.dtype, SUM_BLOCK)
+    parts = sums.flatten(0, 1).unbind()
+    d_weights = [part[: out_width * in_width].view(out_width, in_width) for part in parts]
+    return d_weights, [part[out_width * in_width :] for part in parts] if with_bias else []
+
+
+_WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
+
+
+def splits_rows(tiles: int, architecture: int) -> bool:
+    """Returns whether rows are divided into shares: if programs for all rows would be too few for a GPU.
+
+    It does not depend on the number of rows, so that batches of different sizes use the same compiled kernel.
+
+    Args:
+        tiles: number of tiles of all layers' weights.
+        architecture: GPU architecture, 80, 90 or 100.
+    """
+    return tiles < 4 * NUM_MULTIPROCESSORS[architecture]
+
+
+def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) -> int:
+    """Returns the maximum number of rows of a share, which makes a launch's modelled time shortest.
+
+    Programs run in waves of one per multiprocessor, and each takes as long as its rows, plus the time of adding up.
+
+    Args:
+        lengths: number of rows of each expert.
+        tiles: number of tiles of all layers' weights.
+        multiprocessors: multiprocessors of the GPU.
+    """
+    total = sum(lengths)
+
+    def modelled(rows: int) -> int:
+        programs = tiles * sum(-(-length // rows) for length in lengths)
+        return -(-programs // multiprocessors) * rows + _PROGRAM_ROWS * programs
+
+    candidates = {-(-total // shares) for shares in range(1, _MOST_SHARES + 1)}
+    return min((max(1, -(-rows // _ROUNDING)) * _ROUNDING for rows in candidates), key=modelled)
+
+
+def variants(architecture: int) -> list[KernelVariant]:
+    """Returns the variants for ahead-of-time compilation, for the layers of base, large and giant.
+
+    Giant's FFN is compiled with all tile sizes, all others with the first only. The default tests compile giant's FFN
+    with the first tile sizes for sm_90.
+    """
+    result = []
+    for element, hidden, ffn_hidden in products.SIZES:
+        is_giant = hidden == 1408
+        for out_width, in_width, num_layers, with_factor in (
+            (ffn_hidden, hidden, 1, False),
+            (hidden, ffn_hidden, 1, True),
+            (hidden, hidden, 3, False),
+        ):
+            choices = products.candidate_tiles(weight_gradient_kernel, architecture, products.DTYPES[element])
+            for tiles in choices if is_giant and num_layers == 1 else choices[:1]:
+                column_tiles = ceil_div(in_width, choices[0].columns)
+                is_split = splits_rows(num_layers * ceil_div(out_width, choices[0].rows) * column_tiles, architecture)
+                flags = {"LAYERS": num_layers, "SPLIT": is_split, "BIAS": True, "FACTOR": with_factor}
+                constants = {"OUT": out_width, "IN": in_width, **flags}
+                is_common = is_giant and architecture == 90 and num_layers == 1 and tiles == choices[0]
+                name = f"weight_gradient{' of 3 layers' if num_layers == 3 else ''} {element}"
+                float32 = ("sum_ptr",) if is_split else ()
+                kernel = weight_gradient_kernel
+                result.append(products.build_tile_variant(name, kernel, element, constants, tiles, is_common, float32))
+    return [*result, build_sum_variant("bf16", 1408 * 1409, SUM_BLOCK)]
