@@ -13,6 +13,6 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     A tensor in host memory is first copied to pinned memory, which torch's allocator keeps until the device has read
     it. From other memory, the copy would begin only after all queued work of the device.
     """
-    if tensor.device != HOST or device == HOST:
+    if tensor.device != HOST or device == HOST or device.type == "meta":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from beit3_ds.device_copy import copy_to_device
+
 Grid = tuple[int, int]
 """Number of patches of an image per column and per row: the height and the width of its grid."""
 Grids = tuple[Grid, ...]
@@ -83,7 +85,7 @@ def patch_places(grids: Grids, window_size: int, device: torch.device) -> PatchP
         _window_places(image, window) for image, grid in enumerate(grids) for window in image_windows(grid, window_size)
     ]
     places = torch.cat(parts, dim=1) if parts else torch.empty(3, 0, dtype=torch.int64)
-    return PatchPlaces(*places.to(device, non_blocking=True).unbind())
+    return PatchPlaces(*copy_to_device(places, device).unbind())
 
 
 def canvas_grid(grids: Iterable[Grid]) -> Grid:

@@ -17,7 +17,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels": {"device_copy"},
     "printing": set(),
     "config": {"printing"},
-    "patch_grids": set(),
+    "patch_grids": {"device_copy"},
     "layout": {"patch_grids"},
     "batch": {"device_copy", "layout", "patch_grids"},
     "positions": set(),

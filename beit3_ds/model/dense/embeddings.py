@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.device_copy import copy_to_device
 from beit3_ds.kernels.ops.embedding import embedding
 from beit3_ds.model.embeddings import stream_dtype
 from beit3_ds.parallel import TensorParallel
@@ -71,8 +72,8 @@ class DenseEmbeddings(nn.Module):
             tables.append(resample_table(self.image_position, side))
         table = tables[0] if len(tables) == 1 else torch.cat(tables)
         device = places.row_T.device
-        start_B = torch.tensor([starts[side] for side in sides] or [0]).to(device, non_blocking=True)
-        side_B = torch.tensor(sides or [own]).to(device, non_blocking=True)
+        start_B = copy_to_device(torch.tensor([starts[side] for side in sides] or [0]), device)
+        side_B = copy_to_device(torch.tensor(sides or [own]), device)
         ids_T = start_B[places.image_T] + places.row_T * side_B[places.image_T] + places.column_T
         return embedding(ids_T, table)
 

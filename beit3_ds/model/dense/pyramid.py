@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit3_ds.device_copy import copy_to_device
 from beit3_ds.patch_grids import Grids
 
 _PATCH = 16  # pixels on a side of the patches for which strides are named
@@ -95,7 +96,7 @@ def _inside(grids: Grids, stride: int, x_BDHW: Tensor) -> Tensor | None:
         return None
     sides = [[-(-side * _PATCH // stride) for side in grid] for grid in (*grids, (height, width))]
     rows, columns = (torch.arange(side, device=x_BDHW.device) for side in sides[-1])
-    own_B2 = torch.tensor(sides[:-1]).to(x_BDHW.device, non_blocking=True)
+    own_B2 = copy_to_device(torch.tensor(sides[:-1]), x_BDHW.device)
     return ((rows[:, None] < own_B2[:, :1, None]) & (columns < own_B2[:, 1:, None]))[:, None]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from beit3_ds.config import ModelConfig
+from beit3_ds.device_copy import copy_to_device
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.patch_grids import Grids, patch_places
 
@@ -144,7 +145,7 @@ def _axis_places(grids: Grids, order: int, window_size: int, side: int, axis: in
     distances_TA = (place_T[:, None] - numbers_A).clamp(-middle_T1, middle_T1)
     entries_TA = start_B[places.image_T, None] + middle_T1 + distances_TA
     one_hot_TA = place_T[:, None] == numbers_A
-    return _AxisPlaces(entries_TA.to(device, non_blocking=True), one_hot_TA.to(device, non_blocking=True), larger)
+    return _AxisPlaces(copy_to_device(entries_TA, device), copy_to_device(one_hot_TA, device), larger)
 
 
 @lru_cache(maxsize=32)
