@@ -90,6 +90,6 @@ class Detector:
     def _detect(self, image: Image.Image) -> DetectionRecord:
         config = self._model.config
         sample = evaluation_sample(image, self._settings, config.image_size, "image", 0)
-        batch = pack([sample], None, {}, model=config, num_terms=0, embeds=True, predicts=True)
+        batch = pack([sample], None, {}, model=config, num_terms=0, embeds=True)
         (found,) = self._model(batch.to(next(self._model.parameters()).device), None)
         return make_record(found, image.size[::-1])

@@ -117,7 +117,7 @@ class _Ours:
         self.model.initialize(1)
         size = (config.image_size, config.image_size)
         views = [dataclasses.replace(sample, views=[View(0, size, size, False)]) for sample in samples]
-        packed = {"model": config, "num_terms": 5, "embeds": True, "predicts": True}
+        packed = {"model": config, "num_terms": 5, "embeds": True}
         self.training, self.inference = (pack(own, None, {}, **packed) for own in (samples, views))  # type: ignore[arg-type]
 
     def train(self) -> None:

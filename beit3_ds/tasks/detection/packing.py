@@ -22,9 +22,10 @@ def pack(
     model: ModelConfig,
     num_terms: int,
     embeds: bool,
-    predicts: bool,
 ) -> PackedBatch:
     """Packs the views of all samples, in the order of the samples; there may be none.
+
+    Every stage of a pipeline that reads samples keeps the targets, by which the stages compare what they have read.
 
     Args:
         samples: prepared samples of training or of an evaluation.
@@ -33,7 +34,6 @@ def pack(
         model: sizes of the model.
         num_terms: number of the task's terms, each of which is a sum over the images.
         embeds: whether the batch keeps the pixels.
-        predicts: whether the batch keeps the targets.
     """
     pixels = [view for sample in samples for view in sample.pixels]
     batch = pack_grids(
@@ -44,11 +44,9 @@ def pack(
         sample_names=[sample.name for sample in samples for _ in sample.pixels],
         sources=sources,
     )
-    targets = {}
-    if predicts:
-        targets = _view_targets(samples) | pack_objects([sample.objects or empty_objects() for sample in samples])
-        targets[SIZES] = _integers([view.shape[1:] for view in pixels], 2)
-        targets[SEEDS] = _integers([sample.seed for sample in samples])
+    targets = _view_targets(samples) | pack_objects([sample.objects or empty_objects() for sample in samples])
+    targets[SIZES] = _integers([view.shape[1:] for view in pixels], 2)
+    targets[SEEDS] = _integers([sample.seed for sample in samples])
     return dataclasses.replace(batch, term_counts=(len(samples),) * num_terms, targets=targets)
 
 

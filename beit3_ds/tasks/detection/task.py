@@ -139,7 +139,6 @@ class Detection(Task):
                 model=config.model,
                 num_terms=len(self.terms),
                 embeds=share.embeds,
-                predicts=share.predicts,
             ),
             validation_loss=False,
             settings=settings,

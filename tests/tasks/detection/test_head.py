@@ -78,7 +78,7 @@ def _run(model: TaskModel, parts: Sequence[Sequence[DetectionSample]]) -> tuple[
     sums = torch.zeros(NUM_TERMS)
     factors = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0])
     for part in parts:
-        batch = pack(part, None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True, predicts=True)
+        batch = pack(part, None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True)
         output = model(batch, factors)
         output.total.backward()
         sums += output.sums
@@ -131,7 +131,7 @@ def test_detections_are_in_pixels_of_the_image_and_views_are_merged() -> None:
     single = DetectionSample(name="a", number=4, pixels=[image], views=[View(0, (96, 64), (192, 128), False)])
     views = [View(0, (96, 64), (192, 128), False), View(0, (96, 64), (192, 128), True)]
     flipped = DetectionSample(name="b", number=5, pixels=[image, image.flip(-1)], views=views)
-    batch = pack([single, flipped], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True, predicts=True)
+    batch = pack([single, flipped], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True)
     with torch.no_grad():
         one, two = model(batch, None)
     for found in (one, two):
@@ -140,7 +140,7 @@ def test_detections_are_in_pixels_of_the_image_and_views_are_merged() -> None:
         assert (found.boxes >= 0).all() and (found.boxes <= torch.tensor([128, 192, 128, 192])).all()
         assert (found.scores.diff() <= 0).all()
     with torch.no_grad():
-        assert model(pack([], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True, predicts=True), None) == []
+        assert model(pack([], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True), None) == []
 
 
 def test_views_map_boxes_there_and_back() -> None:
@@ -158,7 +158,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     head = DetectionHead(MODEL, settings, 4)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, 0, 0.05)
-    batch = pack([SAMPLES[0]], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=False, predicts=True)
+    batch = pack([SAMPLES[0]], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         head(torch.randn(36, MODEL.hidden_size), batch, True)
     # Fewer boxes may be positive than a quarter, and refined boxes without area are left out.

@@ -26,7 +26,7 @@ from tests.tasks.fine_tuning import (
 
 TASK = {"name": "detection", "num_classes": 6, "pyramid_channels": 16, "box_width": 32, "anchor_scale": 4.0}
 TASK |= {"proposals_per_level": 60, "proposals": 40, "sampled_anchors": 32, "sampled_boxes": 24, "min_scale": 0.6}
-TOLERANCE = 1e-3
+TOLERANCE = 5e-3
 """Largest difference of a gradient between layouts, as a share of it.
 
 Rounding moves activations next to 0 across the kinks of ReLU, of which the heads have 20 layers; in float64 the
