@@ -11,7 +11,7 @@ from beit3_ds.sample_data.object_scenes import write_object_scenes
 from tests.run_config import small_run_mapping
 from tests.tasks.learning import SEEDS, evaluate_weights, train_mapping
 
-IMAGES, STEPS = 8, 400
+IMAGES, STEPS = 8, 250
 
 
 def _write(folder: Path, seed: int) -> None:
