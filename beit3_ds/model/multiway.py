@@ -37,11 +37,11 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"weight_{expert}", split_parameter(split, out_features, in_features))
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
-    def weights(self) -> list[Tensor]:
+    def weights(self) -> tuple[Tensor, ...]:
         """Returns the matrices (F, D) of all experts."""
         return _weights(self)
 
-    def biases(self) -> list[Tensor]:
+    def biases(self) -> tuple[Tensor, ...]:
         """Returns the vectors (F,) of all experts."""
         return _biases(self)
 

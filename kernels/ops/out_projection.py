@@ -222,11 +222,9 @@ def _backward_cpu(
 def _normalize_cpu(
     x_RF: Tensor, form: _Form, i: int, keeps_activated: bool = False
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Computes GELU and sub-LN, the steps between an expert's input and its product.
+    """Returns GELU(x), LN(GELU(x)), and the mean and 1 / deviation of every row, by chunk.
 
-    Returns:
-        GELU(x), if it is to be kept; the product's input, LN(GELU(x)); and for every chunk of rows the mean and
-        1 / deviation of the rows. Without GELU or norm, the tensor before that operation takes its place.
+    GELU(x) is overwritten unless `keeps_activated`. A step that `form` lacks returns its input.
     """
     norm = form.norm
     n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF
@@ -311,10 +309,7 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, and overwrites y unless the residual has another dtype.
-
-    A residual or factor of None is left out.
-    """
+    """Returns residual + factor * y without those that are None; overwrites y unless dtypes differ."""
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:
@@ -352,14 +347,10 @@ def _out_projection_triton(n_TF: Tensor, ends: Sequence[int], *rest: Any) -> Ten
     return multiway_ffn_launch.out_projection(n_TF, slices_of(ends), *rest)
 
 
-def _takes_triton(x: Tensor, *rest: Any) -> bool:
-    return KERNELS.accept(x)
-
-
 _OUT_PROJECTION = MeasuredOp(
     "out_projection",
     {"triton": _out_projection_triton, "library": _out_projection},
-    accepts={"triton": _takes_triton},
+    accepts={"triton": lambda n_TF, *_: KERNELS.accept(n_TF)},
 )
 _LIBRARY.impl("out_projection", _OUT_PROJECTION, "CUDA")
 
@@ -381,7 +372,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
         _check_kernels(device, dtype, stream)
 
 
-KERNELS = TrustedKernels("out_projection", check_kernels)
+KERNELS: TrustedKernels = TrustedKernels("out_projection", check_kernels)
 """Decides whether the operator may use its GPU kernel, by a check at the first use on a device."""
 
 

@@ -73,7 +73,7 @@ def benchmark_index(ranks: int = 512, size: str = "giant", json_path: str | None
             assert newest == collection.path(step)
             with clock.measure("open and check it"):
                 folder = CheckpointFolder(newest)
-        num_bytes = sum(path.stat().st_size for path in newest.iterdir())
+        num_bytes = sum(path.stat().st_size for path in collection.path(step).iterdir())
     seconds = {name: statistics.median(values[_KEPT:]) for name, values in clock.seconds.items()}
     if json_path:
         summary = {"ranks": ranks, "size": size, "pieces": len(folder.pieces.rows), "bytes": num_bytes}

@@ -114,7 +114,7 @@ class _PaddedBlock(nn.Module):
         with torch.no_grad():
             for module, names in sources.items():
                 for kind in ("weight", "bias"):
-                    parts = [weights[f"{name}.{source.format(kind)}"] for source in names]
+                    parts: list[Tensor] = [weights[f"{name}.{source.format(kind)}"] for source in names]
                     getattr(getattr(self, module), kind).copy_(torch.cat(parts))
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
