@@ -77,10 +77,19 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
 
 
 @lru_cache(maxsize=16)
-def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool = False) -> AttentionPlan:
-    """Groups sequences of similar length into buckets; adjacent sequences of equal length get no padding."""
+def plan_attention(
+    ranges: Ranges, device: torch.device, causal_captions: bool = False, allowance: float = PADDING_ALLOWANCE
+) -> AttentionPlan:
+    """Groups sequences of similar length into buckets; adjacent sequences of equal length get no padding.
+
+    Args:
+        ranges: row ranges of every sequence.
+        device: device of the plan's tensors.
+        causal_captions: whether to mask pairs for captioning.
+        allowance: maximum ratio of the longest to the shortest sequence of a bucket; 1 pads nothing.
+    """
     most_rows = CPU_ROWS if device.type == "cpu" else None
-    return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE, most_rows), device, causal_captions)
+    return build_plan(ranges, bucket_by_length(ranges, allowance, most_rows), device, causal_captions)
 
 
 def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:

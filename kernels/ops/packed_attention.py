@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from beit3_ds.kernels.ops import cuda_kernels
-from beit3_ds.kernels.ops.attention_plan import Ranges, image_rows, plan_attention, plan_tiles, visible_rows
+from beit3_ds.kernels.ops.attention_plan import (
+    PADDING_ALLOWANCE,
+    Ranges,
+    image_rows,
+    plan_attention,
+    plan_tiles,
+    visible_rows,
+)
 from beit3_ds.kernels.ops.bucket_attention import attend
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
@@ -24,6 +31,9 @@ from beit3_ds.kernels.triton.architecture import architecture_of
 
 if TYPE_CHECKING:
     from beit3_ds.kernels.triton.packed_attention_launch import AttentionTiling
+
+
+_WIDEST_HEAD = 128  # columns of a head that our kernels take
 
 
 def packed_attention_reference(
@@ -75,13 +85,15 @@ def runs_kernels(q_THK: Tensor) -> bool:
     first use on the device (`self_check`).
     """
     head_size = q_THK.shape[-1]
-    return head_size <= 128 and KERNELS.accept(q_THK, head_size=head_size)
+    return head_size <= _WIDEST_HEAD and KERNELS.accept(q_THK, head_size=head_size)
 
 
 def _attend_in_buckets(
     q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool, *rest: Any
 ) -> Tensor:
-    return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions))
+    # PyTorch's flash attention takes no mask. Only it is fast for heads that are too wide for our kernels.
+    allowance = 1.0 if q_THK.shape[2] > _WIDEST_HEAD and q_THK.is_cuda else PADDING_ALLOWANCE
+    return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions, allowance))
 
 
 def _attend_by_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, *rest: Any) -> Tensor:

@@ -26,3 +26,11 @@ def test_rows_of_a_group_are_limited() -> None:
     ranges = (*(((start, start + 100),) for start in range(0, 500, 100)), ((500, 900),))
     assert bucket_by_length(ranges, 1.5, 256) == [[0, 1], [2, 3], [4], [5]]
     assert bucket_by_length(ranges, 1.5, None) == [[0, 1, 2, 3, 4], [5]]
+
+
+def test_no_sequence_is_padded_without_an_allowance() -> None:
+    """PyTorch's flash attention takes no mask."""
+    ranges = (((0, 12),), ((12, 24),), ((24, 39),), ((39, 51),))
+    assert bucket_by_length(ranges, 1.0, None) == [[0, 1], [3], [2]]
+    plan = plan_attention(ranges, torch.device("cpu"), allowance=1.0)
+    assert all(bucket.key_mask is None and bucket.real is None for bucket in plan.buckets)
