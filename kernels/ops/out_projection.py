@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
 from beit3_ds.kernels.cpu.matmul import matmul
+from beit3_ds.kernels.ops import activation_norm  # noqa: F401  it defines the operators that `_normalize` calls
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, scale_rows, slices_of
 from beit3_ds.kernels.ops.numerics import check_against_reference
