@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import beit3_ds.kernels.ops.activation_norm  # noqa: F401 - registers the operators that this module calls
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
 from beit3_ds.kernels.cpu.matmul import matmul
-from beit3_ds.kernels.ops import activation_norm  # noqa: F401  it defines the operators that `_normalize` calls
+from beit3_ds.kernels.ops import activation_norm  # noqa: F401  registers the operators called here
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, scale_rows, slices_of
 from beit3_ds.kernels.ops.numerics import check_against_reference
