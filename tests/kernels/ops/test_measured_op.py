@@ -198,3 +198,17 @@ def test_a_call_on_the_current_device_switches_nothing(two_gpus: list[int], monk
     op(torch.ones(5, 3))
     two_gpus.append(1)
     op(OnSecondGpu())
+
+
+def test_copies_for_measurements_keep_the_padding_of_rows() -> None:
+    """Catches a copy without padding, which kernels for padded rows refuse or write beyond."""
+    seen: list[torch.Tensor] = []
+    op, x = (
+        Clock().op(mutates=(0,), rehearse=lambda run: lambda x: (seen.append(x), run(x))[1]),
+        torch.ones(3, 64)[:, :50],
+    )
+    op(x)
+    assert len(seen) == 2
+    for copy in seen:
+        assert copy.stride() == x.stride() and torch.equal(copy, x) and copy.data_ptr() != x.data_ptr()
+        assert copy.untyped_storage().nbytes() == 3 * 64 * 4
