@@ -108,7 +108,7 @@ class Inputs:
     task: Task
     """The task of the run."""
     rank_task: RankTask
-    """Opened samples and files of the task that this rank reads."""
+    """The task on this rank, with its files open."""
     initial_weights: InitialWeights | None
     """Weights that a run without a checkpoint starts from; None draws initial values from the seed."""
 

@@ -26,12 +26,12 @@ class TurnProcess:
     """Controls a process that computes one turn per request, with the same number of threads as this process."""
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:
-        """Starts the process, and passes it the descriptor of the pipe for its answers as its last argument.
+        """Starts the process, which writes its answers into a pipe.
 
         Args:
             side: name of the side, for messages.
             module: module to run, which calls `serve_turns`.
-            arguments: first arguments of the module.
+            arguments: first arguments of the module; the pipe's file descriptor follows them.
         """
         self.side = side
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`

@@ -73,7 +73,7 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """Returns the smallest sum of squared costs from `start` on (infinite if impossible) and the chunk ends."""
+        """Cuts the layers from `start` on into chunks; returns the least sum of squared costs and each chunk's end."""
         ends = [len(costs)] if chunks == 1 else range(start + 1, len(costs) - chunks + 2)
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())
         for end in ends:

@@ -8,9 +8,9 @@ two classes:
     RankTask    opened by each rank (`rank_task.py`): samples, preparation of micro-batches, evaluation, result files
 
 A task may update state of its own, such as a codebook, before and after each step (`RankTask.before_step` and
-`after_step`) and report figures about this state (`RankTask.figures`). Checkpoints contain the buffers of its model. A
-task whose result is a file writes the file at the end of the run (`RankTask.write_results`), and finds the file when
-the run is started again (`Task.find_result`).
+`after_step`) and report figures about this state (`RankTask.figures`). The state must be in buffers of the task's
+model, because checkpoints contain those. A task whose result is a file writes the file at the end of the run
+(`RankTask.write_results`), and finds the file when the run is started again (`Task.find_result`).
 
 For further needs, a task uses the following:
 

@@ -26,7 +26,7 @@ class ModelEvaluator:
     device: torch.device
     terms: tuple[Term, ...]
     rank_task: RankTask
-    """Opened samples and files of the task that this rank reads for the split."""
+    """The task on this rank, with the files of the split open."""
     weights: AdaptedWeights
     """Reader of the weights on disk, from which the model was loaded."""
     validation: Iterable[PackedBatch]

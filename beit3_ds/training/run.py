@@ -43,7 +43,7 @@ class Run:
     terms: tuple[Term, ...]
     """Loss terms of the task."""
     rank_task: RankTask
-    """Opened samples and files of the task that this rank reads."""
+    """The task on this rank, with its files open."""
     validation: Iterable[PackedBatch]
     read_validation: Callable[[], None]
     """Reads this rank's own validation batches; returns early if the rank is asked to stop."""

@@ -21,7 +21,7 @@ class Rates(NamedTuple):
     with_norm: float
     """Share of the peak that our out projection reached that normalised its input inside the product."""
     attention_forward: float
-    """Share of the peak that attention reaches, counting the products of whole sequences."""
+    """Share of the peak FLOP/s that the forward pass of attention reaches."""
     attention_backward: float
     """The same for the backward pass of FlashAttention-2, which has five products."""
     own_attention_backward: float

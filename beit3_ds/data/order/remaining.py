@@ -30,7 +30,7 @@ class RemainingSamples(Protocol):
         """Returns the number of samples in the set."""
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers at `places`, indices into the set; both (n,) int64."""
+        """Returns the numbers, in the stream, of the samples at `places`, indices into the set, (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
         """Appends the JSON nodes of this set's parts and of this set; returns the index of the last node."""
@@ -52,7 +52,7 @@ class Range:
         return self.last - self.first
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers at `places`, indices into the range; both (n,) int64."""
+        """Returns the numbers, in the stream, of the samples at `places`, indices into the range, (n,) int64."""
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
@@ -74,7 +74,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers at `places`, indices into the concatenation; both (n,) int64."""
+        """Returns the numbers of the samples at `places`, indices into the concatenated parts, (n,) int64."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
@@ -103,7 +103,7 @@ class Rest:
         return len(self.whole) - self.taken
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers at `places`, indices into the remaining samples; both (n,) int64."""
+        """Returns the numbers of the samples at `places`, indices into the remaining samples, (n,) int64."""
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
@@ -139,7 +139,7 @@ class SourceSubset:
         return int(self._counts[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the stream's sample numbers at `places`, indices into the kept samples; both (n,) int64."""
+        """Returns the numbers of the samples at `places`, indices into the kept samples, (n,) int64."""
         blocks = np.searchsorted(self._counts, places, side="right") - 1
         wanted, owners = np.unique(blocks, return_inverse=True)
         inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # all indices of these blocks in the whole set

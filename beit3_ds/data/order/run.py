@@ -33,8 +33,7 @@ class RunOrder:
         Args:
             config: gives the samples per step and the weights.
             seed: the run's seed.
-            streams: the samples of each source in the order of the config, by stream. Only streams with samples in a
-                step are included.
+            streams: for each stream with samples in a step, its sources in the order of the config.
         """
         self._config, self._seed, self._first_step = config, seed, 0
         self._found = {name: _find_sources(config, name, sources) for name, sources in streams.items()}

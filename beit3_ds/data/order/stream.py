@@ -34,10 +34,11 @@ class StreamOrder:
         )
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number at each offset `since` from the position; all (n,) int64.
+        """Returns the epoch and the sample number of the samples `since` places after the stream's position.
 
-        The epoch counts passes over the sample's source, or over the whole stream without weights. A stream numbers the
-        samples of source 0 first, then those of source 1, and so on.
+        Argument and results are (n,) int64. Without weights, the epoch counts passes over the whole stream; with
+        weights, over the sample's source. A stream numbers the samples of source 0 first, then those of source 1, and
+        so on.
         """
         weights = self.position.weights
         if weights is None or self._places is None:
@@ -50,7 +51,7 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number at each offset `since`; offsets count only set `number`'s samples."""
+        """Returns the epoch and the sample number of the samples `since` places ahead in set `number`."""
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
         left = last - first if remaining is None else len(remaining)

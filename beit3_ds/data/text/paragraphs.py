@@ -38,7 +38,8 @@ class TextPiece(NamedTuple):
     start: int
     """Offset in the file of the first byte of the range."""
     stop: int
-    """Offset one past the range's last byte. A compressed file or a file of JSON values is always a single piece."""
+    """Offset one past the range's last byte. A compressed file or a file of JSON values is
+    never divided: its one range is the whole file."""
 
 
 class Paragraph(NamedTuple):

@@ -17,7 +17,7 @@ _MOST_GROUPS = 32
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Builds a GroupNorm with at most 32 groups, each with equally many channels and at least two.
+    """Builds a GroupNorm with at most 32 groups of equal size and at least two channels per group.
 
     The original uses a batch norm over all ranks. Its results depend on how ranks and micro-batches cut a step, and
     its running statistics would be state outside the optimizer.

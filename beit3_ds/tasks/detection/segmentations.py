@@ -112,8 +112,9 @@ def _parse_run_lengths(value: dict[str, Any], size: tuple[int, int]) -> bytes:
 def _count_pixels(counts: bytes) -> int:
     """Returns the sum of compressed run lengths.
 
-    A length is a number of groups of five bits, the lowest first, each in a character from "0"; bit 5 says that another
-    group follows. From the fourth length on, the number is the difference from the length before the last.
+    Each length is written as groups of five bits, the lowest group first. A character holds one group: its code minus
+    that of "0" has the five bits, and bit 5 if another group follows. From the fourth length on, the number written is
+    the difference from the length before the last.
 
     Raises:
         ValueError: if a character is none of these, the last number is cut off, or a length is negative.

@@ -89,7 +89,7 @@ class SegmentationModel(TaskModel):
     def _run_blocks(
         self, x_BND: Tensor, blocks: range, batch: PackedBatch, divided: DividedSamples, grid: Grid
     ) -> Tensor:
-        """Runs some blocks over this rank's patches in row order, together with those of the other ranks."""
+        """Runs some blocks over the patches of all tensor-parallel ranks; returns this rank's patches in row order."""
         with torch.autocast(x_BND.device.type, enabled=False):
             x_TD = self.tensor.scatter_rows(divided.merge(self._as_stream(x_BND, grid)))
             x_TD = self.run_layers(batch, x_TD, range(blocks.start + 1, blocks.stop + 1))

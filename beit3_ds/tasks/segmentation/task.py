@@ -89,8 +89,8 @@ class Segmentation(Task):
         """Loads the settings, and checks the model and the layout.
 
         Raises:
-            ConfigError: if there are pipeline stages, the model does not take images of any size, its final norm has no
-                use or is missing, the adapter does not fit it, or transformers or scipy is not installed.
+            ConfigError: if there are pipeline stages, `model.dense` is missing, the model's final norm does not fit the
+                adapter setting, the adapter does not fit the model, or transformers or scipy is not installed.
         """
         super().__init__(config)
         _check_layout(config)
