@@ -21,8 +21,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_all_loaders_make_two_views_and_a_mask(tmp_path: Path) -> None:
     bench._write_images(tmp_path)
-    ours = next(bench._ours(str(tmp_path)))
-    batches = [(ours.pixels, ours.targets["tokenizer_pixels"], ours.patch_mask)]
+    batch, views = next(bench._ours(str(tmp_path)))
+    batches = [(*views, batch.patch_mask)]
     batches += [next(bench._webdataset(str(tmp_path))), next(bench._image_folder(str(tmp_path)))[0]]
     for first, second, mask in batches:
         # catches a baseline that does less, or other pixels than [-1, 1]

@@ -42,7 +42,7 @@ def test_operations_are_those_of_the_model() -> None:
     attended = images * (197**2 + 261**2 + 128**2)
     masked_patches, masked_tokens = 2 * images * 196 * 0.4, images * (64 * 0.5 + 128 * 0.15)
     head = 2 * 768 * (masked_patches * 8192 + masked_tokens * 64010)
-    embeddings, *rest = layer_flops(config.model, Work(rows, attended, 2 * images * 196, head))
+    embeddings, *rest = layer_flops(config.model, Work(rows, attended, attended, 2 * images * 196, head))
     assert step.flops == pytest.approx(2 * embeddings + 3 * sum(rest))
 
 
