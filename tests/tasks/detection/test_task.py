@@ -27,16 +27,20 @@ from tests.tasks.fine_tuning import (
 TASK = {"name": "detection", "num_classes": 6, "pyramid_channels": 16, "box_width": 32, "anchor_scale": 4.0}
 TASK |= {"proposals_per_level": 60, "proposals": 40, "sampled_anchors": 32, "sampled_boxes": 24, "min_scale": 0.6}
 TASK |= {"max_scale": 1.3, "score_threshold": 0.0, "max_detections": 20}
+FIRST_TOLERANCE = 1e-3
+"""Largest difference of a gradient of the first step, as a share of it, before updates make it larger."""
 
 
 def tolerance(layout: str) -> float:
-    """Returns the largest difference of a gradient to one process, as a share of it.
+    """Returns the largest difference of a gradient to one process, as a share of it, for the four steps of a run.
 
-    Rounding moves activations next to 0 across the kinks of ReLU, of which the heads have 20 layers; in float64 the
-    gradients agree (test_head.py). Tensor-parallel ranks also add the trunk's products in another order: 1e-4 in the
-    first step, which grows with every update, to 9e-3 in the fourth. A wrong factor or a missing sum is far larger.
+    Rounding moves activations next to 0 across the kinks of ReLU, of which the heads have 20 layers, and few positive
+    boxes make up a gradient. Tensor-parallel ranks also add the trunk's products in another order: 1.2e-4 in the first
+    step, up to 9e-3 in the fourth. Changing every weight of one process by 6e-8 of itself has the same effect, up to
+    1e-3 in the fourth step. In float64 two tensor-parallel ranks agree with one process to 4e-15 in all four steps of
+    this run; `test_head.py` repeats such a comparison.
     """
-    return 2e-2 if "tensor" in layout else 1e-3
+    return 2e-2 if "tensor" in layout else FIRST_TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +90,17 @@ def test_it_writes_its_results(one_process: Path) -> None:
 
 @pytest.mark.parametrize("layout", COVERING)
 def test_layouts_train_the_same(layout: str, write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
-    check_layout_trains_the_same(write_config, one_process, tmp_path / "run", COVERING[layout], tolerance(layout))
+    allowed = tolerance(layout)
+    check_layout_trains_the_same(
+        write_config, one_process, tmp_path / "run", COVERING[layout], allowed, FIRST_TOLERANCE
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ALL)
 def test_all_layouts_train_the_same(layout: str, write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
-    check_layout_trains_the_same(write_config, one_process, tmp_path / "run", ALL[layout], tolerance(layout))
+    allowed = tolerance(layout)
+    check_layout_trains_the_same(write_config, one_process, tmp_path / "run", ALL[layout], allowed, FIRST_TOLERANCE)
 
 
 def test_it_resumes_bit_for_bit(write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
