@@ -24,6 +24,7 @@ from beit3_ds.tasks.detection.evaluation import (
 from beit3_ds.tasks.detection.files import AnnotatedObjects
 from beit3_ds.tasks.detection.flops import image_flops
 from beit3_ds.tasks.detection.head import DetectionHead
+from beit3_ds.tasks.detection.memory import image_memory
 from beit3_ds.tasks.detection.packing import pack
 from beit3_ds.tasks.detection.samples import OBJECTS_FORMAT, DetectionSample, build_stream, open_split
 from beit3_ds.tasks.detection.segmentations import import_masks
@@ -107,6 +108,14 @@ class Detection(Task):
     def expected_head_flops(self) -> float:
         """Returns the floating-point operations of the head per step, forward and backward."""
         return 3 * self.head_flops((self.config.data.images.samples_per_step,))
+
+    def head_memory(self, num_images: int, element_size: int) -> int:
+        """Returns the bytes that autograd keeps of the head's forward pass over a micro-batch (`memory.image_memory`).
+
+        Images have full size; tensor-parallel ranks divide them.
+        """
+        own = -(-num_images // self.config.parallel.tensor_parallel_size)
+        return own * image_memory(self.config.model, self.settings, element_size)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's name and settings, and after `open` also the categories."""
