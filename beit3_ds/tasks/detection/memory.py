@@ -1,9 +1,11 @@
 """Estimates the memory that autograd keeps of the detection head, for `beit3 check`."""
 
 from beit3_ds.config import ModelConfig
+from beit3_ds.model.dense.pyramid_memory import pyramid_memory
 from beit3_ds.tasks.detection.config import DetectionConfig
 
 _BOX_SIDE, _MASK_SIDE, _CONVS, _STAGES = 7, 14, 4, 3
+_CELLS_PER_PATCH = (16, 4, 1, 1 / 4, 1 / 16)
 _POSITIVE_SHARE = 0.25
 _FLOAT, _INDEX = 4, 8  # bytes
 
@@ -29,18 +31,13 @@ def image_memory(model: ModelConfig, settings: DetectionConfig, element_size: in
 
 def _pyramid(model: ModelConfig, settings: DetectionConfig, element_size: int) -> int:
     """Returns the bytes of the pyramid and the proposal network."""
-    width, channels, patches = model.hidden_size, settings.pyramid_channels, model.num_patches
-    # Each map's cells per patch, and the elements per patch that enter its first convolution to `channels` channels.
-    entering = {16: 4 * width, 4: 2 * width, 1: width, 1 / 4: width / 4}
-    # Between the transposed convolutions of the finest map: the inputs of the norm, the GELU and the second one.
-    elements = 3 * 4 * width / 2 + sum(entering.values())
-    # Per map: the inputs of a norm, a convolution and a norm, the map itself, and the proposal network's two layers.
-    elements += sum(cells * 6 * channels for cells in entering) + 3 * channels / 16  # the coarsest map has no layers
+    channels = settings.pyramid_channels
+    per_patch = pyramid_memory(model.hidden_size, channels, element_size) + channels / 16 * _INDEX
+    # The proposal network's two layers on each map, and the coarsest map, which is a max pooling.
+    per_patch += channels * (2 * sum(_CELLS_PER_PATCH) + 1 / 16) * element_size
     if model.final_norm:
-        elements += width
-    statistics = 2 * (4 + 2 * sum(entering))  # one norm between the transposed convolutions, two per map
-    indices = width / 4 + channels / 16  # of both max poolings
-    return int(patches * (elements * element_size + statistics * _FLOAT + indices * _INDEX))
+        per_patch += model.hidden_size * element_size
+    return int(model.num_patches * per_patch)
 
 
 def _box(settings: DetectionConfig, element_size: int) -> int:

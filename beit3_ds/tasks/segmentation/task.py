@@ -20,6 +20,7 @@ from beit3_ds.tasks.segmentation.evaluation import picture, segment_split
 from beit3_ds.tasks.segmentation.files import FORMATS
 from beit3_ds.tasks.segmentation.head import SegmentationHead
 from beit3_ds.tasks.segmentation.mask_decoder import mask2former_parts
+from beit3_ds.tasks.segmentation.memory import crop_memory
 from beit3_ds.tasks.segmentation.model import SegmentationModel
 from beit3_ds.tasks.segmentation.packing import pack
 from beit3_ds.tasks.segmentation.pictures import draw_labels
@@ -122,6 +123,15 @@ class Segmentation(Task):
             training.activation_checkpointing,
             fp32_residual_connection=training.fp32_residual_connection,
         )
+
+    def head_memory(self, num_images: int, element_size: int) -> int:
+        """Returns the bytes that autograd keeps of the head's forward pass over a micro-batch (`memory.crop_memory`).
+
+        Tensor-parallel ranks divide the images.
+        """
+        own = -(-num_images // self.config.parallel.tensor_parallel_size)
+        recomputes = self.config.training.activation_checkpointing == "full"
+        return own * crop_memory(self.config.model, self.settings, element_size, recomputes=recomputes)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's name and settings and the names of the classes, to store them in checkpoints."""

@@ -1,0 +1,24 @@
+"""Estimates the memory that autograd keeps of a simple feature pyramid, for `beit3 check`."""
+
+_STATISTIC, _INDEX = 4, 8  # bytes
+
+
+def pyramid_memory(hidden_size: int, channels: int, element_size: int) -> float:
+    """Returns the bytes per patch that autograd keeps of `SimpleFeaturePyramid`, its four maps with layers included.
+
+    Counts the inputs of convolutions, activations and norms, the statistics of norms and the indices of max pooling,
+    for images that fill the maps.
+
+    Args:
+        hidden_size: width of the backbone.
+        channels: channels of each map.
+        element_size: bytes per element of an activation.
+    """
+    # Each map's cells per patch, and the elements per patch that enter its first convolution to `channels` channels.
+    entering = {16: 4 * hidden_size, 4: 2 * hidden_size, 1: hidden_size, 1 / 4: hidden_size / 4}
+    # Between the transposed convolutions of the finest map: the inputs of the norm, the GELU and the second one.
+    elements = 3 * 4 * hidden_size / 2 + sum(entering.values())
+    # Per map: the inputs of a norm, of a convolution and of a second norm, and the map itself.
+    elements += 4 * channels * sum(entering)
+    statistics = 2 * (4 + 2 * sum(entering))  # one norm between the transposed convolutions, two per map
+    return elements * element_size + statistics * _STATISTIC + hidden_size / 4 * _INDEX

@@ -1,0 +1,107 @@
+"""Estimates the memory that autograd keeps of the segmentation head, for `beit3 check`."""
+
+# D hidden size, d decoder's hidden size, L cells of the three coarser maps, N patches.
+
+from beit3_ds.config import ModelConfig
+from beit3_ds.model.dense.pyramid_memory import pyramid_memory
+from beit3_ds.model.vit_adapter import AdapterConfig
+from beit3_ds.tasks.segmentation.config import DecoderConfig, SegmentationConfig
+
+_STRIDES = (8, 16, 32)  # of the three coarser maps
+_PIXEL_POINTS = 12  # four points in each of three maps, fixed in transformers
+_FLOAT, _INDEX = 4, 8  # bytes
+
+
+def crop_memory(model: ModelConfig, settings: SegmentationConfig, element_size: int, *, recomputes: bool) -> int:
+    """Returns the bytes that autograd keeps of the head's forward pass for one crop of `image_size`.
+
+    Counts the inputs of convolutions, linear layers, activations and norms, and what deformable attention samples, in
+    float32: the adapter or the pyramid, the pixel decoder and the query decoder. Does not count the matched masks of
+    the loss, whose number depends on the image (two float32 maps of stride 4 or less per mask and layer), statistics of
+    norms, the recomputation of one injector or extractor, and the temporary memory of an operation.
+
+    Args:
+        model: the model's sizes.
+        settings: the task's settings.
+        element_size: bytes per element of an activation.
+        recomputes: whether the backward pass recomputes injectors and extractors.
+    """
+    if settings.adapter is None:
+        maps = model.num_patches * pyramid_memory(model.hidden_size, settings.decoder.hidden_size, element_size)
+        maps += model.num_patches * model.hidden_size * element_size if model.final_norm else 0
+    else:
+        maps = _prior(model, settings.adapter, element_size)
+        maps += _interactions(model, settings.adapter, element_size, recomputes=recomputes)
+    decoder = settings.decoder
+    return int(maps + _pixel_decoder(model, decoder, element_size) + _query_decoder(model, decoder, element_size))
+
+
+def _cells(model: ModelConfig, stride: int) -> int:
+    return (model.image_size // stride) ** 2
+
+
+def _coarser(model: ModelConfig) -> int:
+    """Returns L."""
+    return sum(_cells(model, stride) for stride in _STRIDES)
+
+
+def _prior(model: ModelConfig, adapter: AdapterConfig, element_size: int) -> int:
+    """Returns the bytes of the spatial prior, the inputs of the four output norms, and their outputs."""
+    # Per convolution the input of its norm and the output of its ReLU; one max pooling keeps indices.
+    channels = {2: 6, 4: 1, 8: 4, 16: 8, 32: 8}
+    elements = adapter.conv_channels * sum(count * _cells(model, stride) for stride, count in channels.items())
+    elements += 2 * model.hidden_size * (_cells(model, 4) + _coarser(model))
+    return elements * element_size + adapter.conv_channels * _cells(model, 4) * _INDEX
+
+
+def _interactions(model: ModelConfig, adapter: AdapterConfig, element_size: int, *, recomputes: bool) -> int:
+    """Returns the bytes of all injectors and extractors; only of their inputs if they are recomputed."""
+    hidden, patches, coarser = model.hidden_size, model.num_patches, _coarser(model)
+    width, number = adapter.value_size(hidden), adapter.num_interactions
+    if recomputes:
+        return (number + 1) * hidden * (patches + coarser) * element_size
+    injectors = number * (3 * patches + coarser) * hidden * element_size
+    injectors += number * _deformable(patches, coarser, width, adapter.num_heads, 3 * adapter.num_points, element_size)
+    # Inputs and outputs of two norms, the FFN's output for stochastic depth, and three inputs within the FFN.
+    per_cell = (4 + (model.drop_path_rate > 0)) * hidden + 3 * int(hidden * adapter.ffn_ratio)
+    extractor = (coarser * per_cell + patches * hidden) * element_size
+    extractor += _deformable(coarser, patches, width, adapter.num_heads, adapter.num_points, element_size)
+    last = hidden * (patches + coarser) * element_size
+    return injectors + (number + adapter.num_extra_extractors) * extractor + last
+
+
+def _deformable(queries: int, rows: int, width: int, num_heads: int, num_points: int, element_size: int) -> int:
+    """Returns the bytes of deformable attention: values, places, weights, what each point reads, and the output.
+
+    Args:
+        queries: number of queries.
+        rows: number of rows that are read.
+        width: width of the values of all heads.
+        num_heads: number of heads.
+        num_points: points per query and head, of all maps.
+        element_size: bytes per element of an activation.
+    """
+    per_query = width * (num_points * _FLOAT + element_size) + num_heads * num_points * (2 * _FLOAT + element_size)
+    return queries * per_query + rows * width * _FLOAT
+
+
+def _pixel_decoder(model: ModelConfig, decoder: DecoderConfig, element_size: int) -> int:
+    """Returns the bytes of the pixel decoder, without its input maps."""
+    width, coarser = decoder.hidden_size, _coarser(model)
+    # Per layer and cell: the inputs of three linear layers and two norms, and the FFN's ReLU.
+    layer = coarser * (5 * width + decoder.pixel_ffn_hidden_size) * element_size
+    layer += _deformable(coarser, coarser, width, decoder.num_heads, _PIXEL_POINTS, element_size)
+    # The inputs of the projections' norms, the last rows, and five maps of stride 4.
+    around = width * (2 * coarser + 5 * _cells(model, 4)) * element_size
+    return decoder.num_pixel_layers * layer + around
+
+
+def _query_decoder(model: ModelConfig, decoder: DecoderConfig, element_size: int) -> int:
+    """Returns the bytes of the query decoder, whose layers attend to the three coarser maps in turn."""
+    width, queries, elements = decoder.hidden_size, decoder.num_queries, 0
+    for number in range(decoder.num_query_layers):
+        cells = _cells(model, _STRIDES[::-1][number % 3])
+        # Keys and values before and after their projections, the attention's weights, and the queries' own layers.
+        elements += 4 * width * cells + decoder.num_heads * queries * (cells + 2 * queries)
+        elements += queries * (15 * width + decoder.ffn_hidden_size)
+    return elements * element_size
