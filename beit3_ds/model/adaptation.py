@@ -154,15 +154,22 @@ class AdaptedWeights:
         return tensor if part is None else matrix_part(tensor, part)
 
     def _resample(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns a tensor whose shape depends on the size of images, patches, windows or texts in its new shape."""
+        """Returns a tensor in its new shape, which depends on the size of images, patches, windows or texts.
+
+        A tensor whose size does not change keeps its shape, so that a wrong one is found.
+        """
+        stored = self._weights.model
         if name == IMAGE_POSITION:
-            return resample_positions(tensor, self._weights.model, self.model)
+            return resample_positions(tensor, stored, self.model)
         if name == PATCH_WEIGHT:
-            return resample_patch_weight(tensor, self.model.patch_size)
+            is_same = stored.patch_size == self.model.patch_size
+            return tensor if is_same else resample_patch_weight(tensor, self.model.patch_size)
         if relative := _RELATIVE_POSITION.fullmatch(name):
-            return resample_relative_positions(tensor, self.model, int(relative[1]))
+            layer = int(relative[1])
+            is_same = covered_extent(stored, layer) == covered_extent(self.model, layer)
+            return tensor if is_same else resample_relative_positions(tensor, self.model, layer)
         rows, shape = len(tensor), torch.Size((self.model.max_text_length, tensor.shape[1]))
-        if rows == self.model.max_text_length:
+        if self.model.max_text_length == stored.max_text_length:
             return tensor
         further = initial_value(name, shape, self.model, self._seed)[rows:].to(tensor.dtype)
         return torch.cat([tensor[: self.model.max_text_length], further])

@@ -169,7 +169,7 @@ def test_all_is_synced_before_it_is_found(tmp_path: Path, inject: Callable[[Faul
     aside, root = tmp_path / "root" / ".writing-step-00000002", tmp_path / "root"
     renamed = fault.seen.index(("replace", aside))
     files = [path for name, path in fault.seen if name == "open" and path.parent == aside]
-    assert len(files) == 4
+    assert len(files) == 5
     for file in files:
         last = max(number for number, seen in enumerate(fault.seen) if seen == ("write", file))
         assert last < fault.seen.index(("fsync", file)) < fault.seen.index(("fsync", aside)) < renamed

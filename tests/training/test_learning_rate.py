@@ -54,6 +54,15 @@ NLVR2 = Curve(6_760, 1_690, 0, 0, 0, 1e-6)
 CAPTIONING = Curve(22_140, 2_214, 0, 0, 0, 1e-6)
 """10 epochs of 566,747 captions at batch 256, as the reference; its warmup (1 epoch) and end are chosen here."""
 
+DETECTION = Curve(184_375, 250, 0, 0, 0, 0.0)
+"""100 epochs of 118,000 images at batch 64, as ViTDet for base and large."""
+
+OBJECTS365 = Curve(380_000, 1_000, 0, 0, 0, 0.0)
+"""The intermediate stage of detection; its steps are chosen here."""
+
+SEGMENTATION = Curve(160_000, 1_500, 0, 0, 0, 0.0)
+"""160,000 steps with a warmup of 1,500 and a straight fall; giant takes 40,000, as EVA-01."""
+
 IMAGENET = Curve(62_557, 6_256, 0, 0, 0, 1e-6)
 """50 epochs of 1,281,167 images at batch 1024, as the reference; its warmup (5 epochs) and end are chosen here."""
 
@@ -87,6 +96,17 @@ FINE_TUNING = {
     "captioning_large": (CAPTIONING, 8e-6),
     "captioning_giant": (CAPTIONING, 8e-6),
     "captioning_small_cpu": (Curve(700, 50, 0, 0, 0, 0.0), 1.5e-3),
+    "detection_base": (DETECTION, 1e-4),
+    "detection_large": (DETECTION, 1e-4),
+    "detection_giant": (DETECTION._replace(total_steps=45_000), 2.5e-5),
+    "detection_intermediate_base": (OBJECTS365, 1e-4),
+    "detection_intermediate_large": (OBJECTS365, 1e-4),
+    "detection_intermediate_giant": (OBJECTS365, 6e-5),
+    "detection_small_cpu": (Curve(350, 20, 0, 0, 0, 0.0), 2e-3),
+    "segmentation_base": (SEGMENTATION, 6e-5),
+    "segmentation_large": (SEGMENTATION._replace(total_steps=80_000), 2e-5),
+    "segmentation_giant": (SEGMENTATION._replace(total_steps=40_000), 1e-5),
+    "segmentation_small_cpu": (Curve(200, 20, 0, 0, 0, 0.0), 1e-3),
     "nlvr2_base": (NLVR2, 7e-4),
     "nlvr2_large": (NLVR2, 3e-4),
     "nlvr2_giant": (NLVR2, 1e-4),

@@ -23,10 +23,11 @@ def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -
         stored: configuration of the model to which the table belongs.
         model: configuration of the model that needs another table.
     """
+    is_same_grid = stored.grid_size == model.grid_size
     if model.dense is None:
-        return interpolate_positions(table[None], model.grid_size)[0]
+        return table if is_same_grid else interpolate_positions(table[None], model.grid_size)[0]
     patches = table if stored.dense is not None else table[1:]
-    if stored.grid_size == model.grid_size:
+    if is_same_grid:
         return patches
     return resample_table(patches.float(), model.grid_size).to(table.dtype)
 

@@ -19,12 +19,13 @@ from beit3_ds.model import Head
 from beit3_ds.model.dense.canvas import from_canvas, to_canvas
 from beit3_ds.parallel import DividedSamples, TensorParallel, sum_gradients
 from beit3_ds.patch_grids import Grids
+from beit3_ds.pixels import to_floats
 from beit3_ds.tasks import RankShare, RankTask, Task, Term
 
 
 class CroppedImages(ImageSourceSamples):
     def prepare(self, index: int, key: SampleKey) -> tuple[str, Tensor]:
-        view, _ = self.views(self.read(index), key.rng("view"))
+        view = to_floats(self.views(self.read(index), key.rng("view")).model[None])[0]
         height, width = (int(side) for side in key.rng("size").integers(5, 41, 2))
         return self.name(index), view[:, :height, :width].contiguous()
 

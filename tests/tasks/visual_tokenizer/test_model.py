@@ -34,7 +34,7 @@ def draw_pixels(count: int, seed: int = 0) -> Tensor:
 
 
 def build_batch(count: int, seed: int = 0) -> PackedBatch:
-    samples = [TokenizerView(str(number), pixels) for number, pixels in enumerate(draw_pixels(count, seed))]
+    samples = [TokenizerView(str(number), pixels, None) for number, pixels in enumerate(draw_pixels(count, seed))]
     batch = pack(samples, None, {}, VisualTokenizerConfig(**SIZES))
     features = torch.randn(count, PATCHES, WIDTH, generator=torch.Generator().manual_seed(seed))
     return with_teacher_features(batch, features)
