@@ -17,8 +17,10 @@ HOST = {
     768: HostTimes((4.0e-3, 2.8e-3), (11e-3, 1e-3), (2.3, 1.52)),
     1408: HostTimes((1.9e-3, 2.8e-3), (11e-3, 1e-3), (2.3, 1.52)),
 }
-"""Times of Python by hidden size: base decoupled with sub-LN, and giant. Measured on a CPU with empty launches: before on
-an idle machine, now by `beit3 bench host` on a busy one. The norm's time now is assumed."""
+"""Times of Python by hidden size: base decoupled with sub-LN, and giant.
+
+They were measured on a CPU with empty launches, before on an idle machine, now by `beit3 bench host` on a busy one. The
+norm's time now is assumed."""
 
 UNKNOWN = (
     "communication: gradients, ZeRO-3's gathers and tensor parallelism are taken to overlap completely",
