@@ -148,7 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=2000, help="scenes for training (default: 2000)")
     parser.add_argument("--validation", type=int, default=200, help="scenes for validation (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default: 0)")
-    parser.add_argument("--size", type=int, default=64, help="pixels on a side; twice as many with boxes (default: 64)")
+    parser.add_argument(
+        "--size", type=int, default=64, help="pixels on a side; scenes with boxes double it (default: 64)"
+    )
     arguments = parser.parse_args(argv)
     if min(arguments.train, arguments.validation) < 1 or arguments.size < 16:
         parser.error("--train and --validation must be at least 1, and --size at least 16")

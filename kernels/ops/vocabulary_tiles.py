@@ -35,7 +35,7 @@ class VocabularyTiles(NamedTuple):
 
 
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into narrow tiles, and keeps the logits of as many tiles as the chunk size allows.
+    """Divides a vocabulary into narrow tiles, and keeps the logits of tiles until the chunk size is reached.
 
     Leaves room for one more tile, in which the backward pass works. Rows are not divided, because each group of rows
     would have to read the matrix, and to read and write its gradient.

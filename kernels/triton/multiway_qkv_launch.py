@@ -71,7 +71,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 def _for_layers(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Extends the parameters of each layer to those of as many experts as the kernels take."""
+    """Repeats parameters of each layer until it has the number of experts that the kernels take."""
     num_experts = len(parameters) // NUM_LAYERS
     layers = [parameters[start : start + num_experts] for start in range(0, len(parameters), num_experts)]
     return [parameter for layer in layers for parameter in for_experts(layer)]

@@ -23,9 +23,9 @@ class Rates(NamedTuple):
     attention_forward: float
     """Share of the peak FLOP/s that the forward pass of attention reaches."""
     attention_backward: float
-    """The same for the backward pass of FlashAttention-2, which has five products."""
+    """Share of the peak FLOP/s that FlashAttention-2's backward pass, with five products, reaches."""
     own_attention_backward: float
-    """The same for our backward pass, which has seven; only five count."""
+    """Share of the peak FLOP/s that our backward pass reaches. It has seven products, of which five count as work."""
     float32: float
     """Share of the peak that products in float32 without tensor cores reach."""
     bandwidth: float

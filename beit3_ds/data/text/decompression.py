@@ -13,7 +13,7 @@ Compression = Literal["", "gzip", "zstandard"]
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error)
 """Exceptions raised by reads of a missing file or a damaged compressed file."""
 
-_COMPRESSED_BYTES = 512  # per call of zstandard, which may return 32768 times as many bytes
+_COMPRESSED_BYTES = 512  # read per call of zstandard; one byte may expand to 32768 bytes
 _CHUNK_BYTES = 1 << 20
 _MOST_EXPANSION = 100  # texts expand about tenfold
 _FREE_BYTES = 1 << 26

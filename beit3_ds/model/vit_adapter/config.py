@@ -13,7 +13,7 @@ class AdapterConfig:
     """Configures a ViT-Adapter (Chen et al., 2022, arXiv:2205.08534, section 3 and table 2)."""
 
     conv_channels: Size = 64
-    """Channels of the spatial prior's first convolutions; later ones have twice and four times as many."""
+    """Channels C of the spatial prior's first convolutions. Its later convolutions have 2 C, then 4 C channels."""
     num_interactions: Positive = 4
     """Number of interactions with the trunk; each is before and after an equal share of the blocks."""
     num_extra_extractors: Annotated[int, Range(0, 16)] = 2

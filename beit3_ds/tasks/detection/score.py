@@ -36,7 +36,7 @@ class AveragePrecision(NamedTuple):
     """`AP` (mean over the overlaps .50 to .95), `AP50`, `AP75`, `AP_small`, `AP_medium`, `AP_large` and `AR` (mean
     recall with the largest number of detections). A metric without objects is left out."""
     classes: list[ClassScore]
-    """The same of every category."""
+    """Score of each category."""
 
 
 def average_precision(

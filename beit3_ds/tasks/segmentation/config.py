@@ -33,7 +33,7 @@ class DecoderConfig:
     num_query_layers: Positive = 9
     """Number of layers of the query decoder; the loss also counts the predictions before and between them."""
     num_queries: Positive = 100
-    """Number of queries; each predicts a mask and a class. There must be at least as many as classes in an image."""
+    """Number of queries; each predicts a mask and a class. An image must not have more classes than queries."""
 
     def __post_init__(self) -> None:
         # A group of one feature has no variance in a map of one cell.

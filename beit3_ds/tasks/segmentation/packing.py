@@ -23,8 +23,10 @@ SEEDS = "seeds"
 DROP_PATH = "extractor factors"
 """Key in `PackedBatch.targets` of the stochastic-depth factors of the adapter's extractors, (B, E) float32."""
 NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
-"""Keys in `PackedBatch.targets` of whole images: index in the stream, (B,) int64; height and width, (B, 2) int64; all
-pixels, one image after the other, uint8; and all classes, likewise."""
+"""Keys in `PackedBatch.targets` for whole images.
+
+They are the index in the stream, (B,) int64; height and width, (B, 2) int64; the pixels of all images in one vector, uint8;
+and the classes of all images in one vector, uint8."""
 
 
 def pack(
