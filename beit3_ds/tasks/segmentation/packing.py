@@ -25,8 +25,8 @@ DROP_PATH = "extractor factors"
 NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
 """Keys in `PackedBatch.targets` for whole images.
 
-They are the index in the stream, (B,) int64; height and width, (B, 2) int64; the pixels of all images in one vector, uint8;
-and the classes of all images in one vector, uint8."""
+They are the index in the stream, (B,) int64; height and width, (B, 2) int64; the pixels of all images in one vector,
+uint8; and the classes of all images in one vector, uint8."""
 
 
 def pack(
