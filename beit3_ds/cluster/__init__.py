@@ -1,6 +1,7 @@
-"""Reads hostfiles, checks the machines that they name, and launches runs on them.
+"""Reads hostfiles, checks the machines listed in them, and launches training runs on these machines.
 
-Importing this package loads neither torch nor DeepSpeed, so commands start fast, even if these libraries are broken.
+Importing this package loads neither torch nor DeepSpeed. So commands start fast, even with a broken torch or DeepSpeed
+installation.
 """
 
 from beit3_ds.cluster.hostfile import Hostfile, HostSlots, parse_hostfile, read_hostfile, write_hostfile

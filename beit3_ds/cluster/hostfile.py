@@ -1,7 +1,7 @@
-"""Reads hostfiles, which name the machines of a run and their numbers of ranks, more strictly than DeepSpeed.
+"""Reads hostfiles, which list the machines of a run and the number of ranks per machine.
 
-DeepSpeed's parser reads `slots=2x` as 2, and accepts 0 slots and invalid host names, so the run fails later. This
-module reports such lines by number.
+The rules are stricter than DeepSpeed's. DeepSpeed's parser reads `slots=2x` as 2, and accepts 0 slots and invalid host
+names, so a run fails only later. This module reports the number of each invalid line.
 """
 
 import io
@@ -17,7 +17,7 @@ from pathlib import Path
 from beit3_ds.config.strict import ConfigError
 
 MAX_SLOTS = 1024
-"""Largest number of slots. No machine has more GPUs or cores, so a larger number is a typing error."""
+"""Largest number of slots per host. No machine has more GPUs or cores, so a larger number is a typing error."""
 
 _MAX_NAME = 253  # characters of a DNS name
 _SHOWN = 100  # most characters of an invalid line in a message
@@ -31,7 +31,7 @@ _FORM = "Write one machine per line: NAME slots=RANKS, for example 'node0 slots=
 
 @dataclass(frozen=True)
 class HostSlots:
-    """Describes a host and its number of ranks: one line of a hostfile."""
+    """Describes one line of a hostfile: a host and its number of ranks."""
 
     name: str
     """Host name or IPv4 address that ssh connects to."""
@@ -44,9 +44,9 @@ class Hostfile:
     """Lists the machines of a run, in the order of their ranks."""
 
     path: Path
-    """Path of the file, for messages."""
+    """Path of the hostfile, for error messages."""
     hosts: tuple[HostSlots, ...]
-    """Hosts with distinct names; at least one."""
+    """Hosts with distinct names, in the order of their ranks; at least one host."""
 
     @property
     def world_size(self) -> int:
@@ -55,12 +55,12 @@ class Hostfile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Returns the names of the hosts, in order."""
+        """Returns the host names in the order of the hostfile."""
         return tuple(host.name for host in self.hosts)
 
     @property
     def is_local(self) -> bool:
-        """Returns whether this machine is the only one in the file, so that no ssh is needed."""
+        """Returns whether the hostfile lists only this machine, under a loopback name; such a run needs no ssh."""
         return len(self.hosts) == 1 and is_loopback(self.hosts[0].name)
 
     def ranks(self, name: str) -> range:
@@ -80,7 +80,7 @@ class Hostfile:
         """Returns the host that runs a global rank.
 
         Raises:
-            IndexError: if there is no such rank.
+            IndexError: if the hostfile has no such rank.
         """
         first = 0
         for host in self.hosts:
@@ -91,16 +91,15 @@ class Hostfile:
 
 
 def is_loopback(name: str) -> bool:
-    """Returns whether a host name refers to the local machine on every machine: localhost or 127.x.x.x."""
+    """Returns whether a host name is a loopback name (localhost or 127.x.x.x), with which every machine means itself."""
     return name.lower() in ("localhost", "localhost.localdomain") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", name))
 
 
 def read_hostfile(path: str | Path) -> Hostfile:
-    """Reads a hostfile and looks up the addresses of its host names, for at most two seconds.
+    """Reads a hostfile and looks up the addresses of its hosts for at most two seconds.
 
     Raises:
-        ConfigError: if the file cannot be read, if a line is not `NAME slots=RANKS`, or if two lines name the same
-            host.
+        ConfigError: if the file cannot be read, a line is not `NAME slots=RANKS`, or two lines name the same host.
     """
     path = Path(path)
     try:
@@ -116,14 +115,14 @@ def read_hostfile(path: str | Path) -> Hostfile:
 
 
 def parse_hostfile(text: str, path: str | Path) -> Hostfile:
-    """Reads the text of a hostfile without looking up names.
+    """Parses the text of a hostfile without looking up the addresses of its hosts.
 
     Args:
-        text: content of the file.
-        path: path of the file, for messages.
+        text: content of the hostfile.
+        path: path of the hostfile, for error messages.
 
     Raises:
-        ConfigError: if a line is not `NAME slots=RANKS`, if two lines have equal names, or if no line names a host.
+        ConfigError: if a line is not `NAME slots=RANKS`, two lines have equal names, or no line names a host.
     """
     path = Path(path)
     hosts: list[HostSlots] = []
@@ -153,7 +152,7 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
 
 
 def write_hostfile(path: str | Path, hosts: Sequence[HostSlots]) -> Hostfile:
-    """Writes a hostfile; `read_hostfile` and DeepSpeed later read the given hosts from the file.
+    """Writes a hostfile that lists the given hosts, and returns the hostfile.
 
     Raises:
         ConfigError: if a host has an invalid name or number of slots, or if the file cannot be written.
@@ -208,7 +207,7 @@ def _parse_line(line: str, where: str) -> HostSlots:
 
 
 def _check_name(name: str, where: str) -> None:
-    """Checks a host name; the error explains how to correct a list, a port, a user name or a range."""
+    """Checks a host name; the error message explains how to correct a list, a port, a user name or a range."""
     if len(name) <= _MAX_NAME and _NAME.fullmatch(name):
         return
     if "," in name or ";" in name:
@@ -230,7 +229,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _resolve(names: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Looks up the IP addresses of host names for two seconds and returns them by name."""
+    """Looks up the IP addresses of host names for at most two seconds; returns the addresses by host name."""
     found: dict[str, frozenset[str]] = {}
 
     def look_up(name: str) -> None:

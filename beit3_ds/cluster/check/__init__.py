@@ -1,1 +1,1 @@
-"""Finds faults of the nodes of a run, for `beit3 check-cluster`."""
+"""Finds faults of a run's nodes, for `beit3 check-cluster`."""

@@ -1,4 +1,4 @@
-"""Describes one fault of a cluster, and formats names and sizes for its message."""
+"""Describes faults of a cluster, and formats host names and sizes for messages about faults."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,35 +8,35 @@ CHECKS = (
     *("GPUs", "disk", "limits", "clock"),
     *("network", "port", "shared", "files"),
 )
-"""Names of the checks, in the order of the columns in the table of `beit3 check-cluster`."""
+"""Names of the checks of `beit3 check-cluster`, in the order of the table's columns."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Describes one fault of a node or of the cluster, or a note if runs also work without a fix."""
+    """Describes one fault of a node or of the whole cluster."""
 
     host: str
-    """Host with the fault; empty if it concerns the whole cluster."""
+    """Name of the faulty host; empty if the fault concerns the whole cluster."""
     check: str
-    """One of `CHECKS`, or "layout" for a fault that concerns no single host."""
+    """Name of the check that found the fault, from `CHECKS`; "layout" if the run does not fit the number of ranks."""
     text: str
-    """Message with the faulty value, the rule and a way out, without the host's name."""
+    """Message without the host's name: the faulty value, the rule, and how to fix the fault."""
     is_note: bool = False
-    """Whether the fault is only a note: it is printed, but runs work without a fix."""
+    """Whether the fault is only a note: the fault is printed, but does not prevent a run."""
 
     def __str__(self) -> str:
         return f"{self.host}: {self.text}" if self.host else self.text
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Joins host names for a sentence; shortens more than four names to three and a number."""
+    """Joins host names for a sentence; more than four names are shortened to the first three and a count."""
     if len(names) > 4:
         return f"{', '.join(names[:3])} and {len(names) - 3} others"
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else "none"
 
 
 def show_bytes(num_bytes: float) -> str:
-    """Formats a number of bytes for people, such as 79.6 GiB."""
+    """Formats a number of bytes with a unit, such as 79.6 GiB."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Asks all nodes in parallel about their hardware and software, and about their connections with each other."""
+"""Asks all nodes in parallel about their hardware, their software and their connections to each other."""
 
 import asyncio
 import secrets
@@ -18,85 +18,87 @@ _TOKEN_SECONDS = 3.0  # time for a network file system to show what another node
 
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
-    """Holds the inputs of a cluster check: the folders, files, port and variables to check on every node."""
+    """Holds the inputs of a cluster check: the folders, files, port and environment variables to check on every node."""
 
     folder: Path
-    """Absolute path of the folder in which ranks would start."""
+    """Absolute path of the folder where the ranks would start."""
     output_dir: Path | None
-    """Output folder, which all nodes must share; None without a config."""
+    """Output folder of the run, which all nodes must share; None if the check has no run config."""
     files: Mapping[str, bool]
-    """Maps glob patterns of input files to whether matching files must exist (`requirements.find_required_files`)."""
+    """Glob patterns of the run's input files; the value tells whether a file must match
+    (`requirements.find_required_files`)."""
     master_port: int
-    """Port on which rank 0 will listen."""
+    """TCP port on which rank 0 will listen."""
     environment: Mapping[str, str]
     """Environment variables that the launcher would set on the nodes."""
 
     @property
     def disks(self) -> dict[str, str]:
-        """Returns the folders whose free space is checked, as a mapping from purpose to path."""
+        """Returns the folders whose free disk space is checked: the path by purpose of the folder."""
         return {"/tmp": "/tmp", "output folder": str(self.output_dir or self.folder)}
 
 
 @dataclass(kw_only=True)
 class Answers:
-    """Holds the answers of one node; fields are None or empty for questions that the node did not answer."""
+    """Holds the answers of one node. A field is None or empty if the node did not answer that question."""
 
     name: str
     """Name of the host."""
     slots: int
-    """Number of ranks that the hostfile gives the node."""
+    """Number of the node's ranks in the hostfile."""
     silence: str | None = None
-    """Reason why the node stopped answering; None if it answers."""
+    """Reason why the node stopped answering; None if the node answers."""
     seconds: float = 0.0
-    """Seconds from the connection to the first answer."""
+    """Seconds between the start of ssh and the node's first answer."""
     machine: dict[str, Any] | None = None
     """Facts about the machine by name, such as "hostname" (`Probe.machine`)."""
     software: dict[str, Any] | None = None
-    """Versions of packages, and digests of the project's files (`Probe.software`)."""
+    """Versions of the installed packages, and digests of the project's source files (`Probe.software`)."""
     gpus: dict[str, Any] | None = None
-    """GPUs that nvidia-smi lists, and its error message or None (`Probe.gpus`)."""
+    """GPUs that nvidia-smi lists, and the error message of nvidia-smi or None (`Probe.gpus`)."""
     disks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Total and free bytes of each checked folder's disk (`Probe.disk`), by the purpose of the folder."""
+    """Total and free bytes of the disk under each checked folder (`Probe.disk`), by purpose of the folder."""
     files: dict[str, tuple[int, str]] | None = None
-    """Number and digest of the files that match each pattern (`Probe.files`), by pattern."""
+    """Number and digest of the files that match each glob pattern (`Probe.files`), by pattern."""
     clock: float | None = None
-    """Seconds by which the node's clock is ahead of this machine's."""
+    """Difference in seconds between the node's clock and this machine's clock; positive if the node's clock is ahead.
+    """
     clock_error: float = 0.0
-    """Largest error of `clock` in seconds: half of the round-trip time of the fastest clock request."""
+    """Maximum error of `clock` in seconds: half the round-trip time of the fastest clock request."""
     token_error: str | None = None
-    """Error message if the node could not write into the shared folder; None if the node succeeded."""
+    """Error message if the node could not write its test file into the shared folder; None after success."""
     tokens_missing: tuple[str, ...] | None = None
-    """Names of hosts whose files in the shared folder are not visible on this node; None if the node was not asked."""
+    """Hosts whose test files in the shared folder are not visible on this node; None if the node was not asked."""
     listener: dict[str, Any] | None = None
-    """Port on which the node listens for test connections (`Probe.listen`): on the first host the master port."""
+    """Port on which the node listens for test connections (`Probe.listen`). The first host uses the master port."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Addresses used, or the error, of this node's connection to each node (`Probe.connect`), by the other host."""
+    """Results of this node's test connections (`Probe.connect`), by target host: the addresses used, or an error."""
     own_address: str | None = None
-    """This node's own address in its connections to other nodes."""
+    """Address that this node uses for connections to other nodes."""
     interface: str | None = None
-    """Network interface of this node with the address `own_address`."""
+    """Network interface that has the address `own_address`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Holds the answers of all nodes to the questions of a cluster check."""
+    """Holds the inputs of a cluster check and the answers of all nodes."""
 
     inquiry: Inquiry
-    """Inputs of the check."""
+    """Inputs of the cluster check."""
     answers: tuple[Answers, ...]
-    """Answers per host, in the order of the hostfile."""
+    """Answers of each host, in the order of the hostfile."""
     master_address: str | None
-    """MASTER_ADDR that DeepSpeed would choose: the first address of the first host."""
+    """Address that DeepSpeed would choose as MASTER_ADDR: the first address of the first host."""
     named_master: Mapping[str, dict[str, Any]]
-    """Addresses used, or the error, of each node's connection to the first host's name, by the connecting host."""
+    """Results of test connections to the first host's name, by connecting host: the addresses used, or an error."""
     shared_folder: str | None
-    """Folder into which nodes wrote test files: the output folder, or its nearest parent that exists."""
+    """Folder where the nodes wrote test files: the output folder, or its nearest existing parent."""
 
 
 def inspect_cluster(hostfile: Hostfile, inquiry: Inquiry) -> Inspection:
-    """Starts a probe on every node in parallel and collects the answers; every wait has a time limit.
+    """Starts a probe on every node in parallel and collects the probes' answers. Every wait has a time limit.
 
-    Every node writes a small file into the shared folder, and deletes the file at the end.
+    Every node writes a small test file into the shared folder, and deletes this file at the end.
     """
     return asyncio.run(_Inspector(hostfile, inquiry).run())
 
@@ -199,11 +201,11 @@ class _Inspector:
         await self._ask_all(read)
 
     async def _resolve_master(self, index: int) -> None:
-        """Records the addresses to which a node connects when it uses the first node's host name."""
+        """Records the addresses that the first node's host name has on one node."""
         self._master_addresses += await self._connections[index].ask("resolve", name=self._answers[0].name)
 
     async def _listen(self, index: int) -> None:
-        """Lets one node listen at the addresses to which others connect, and at no other of its addresses."""
+        """Makes one node listen, but only at the addresses that other nodes connect to."""
         first = _first_address(self._answers[index])
         addresses = [*([first] if first else []), *(self._master_addresses if index == 0 else [])]
         if not addresses:
@@ -216,7 +218,7 @@ class _Inspector:
         )
 
     async def _connect(self, index: int) -> None:
-        """Lets one node connect to the first address of every node, and also to the first node's host name."""
+        """Makes one node connect to the first address of every node, and to the first node's host name."""
         others = [
             (i, address, answers.listener["port"])
             for i, answers in enumerate(self._answers)

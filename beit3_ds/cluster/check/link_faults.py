@@ -35,7 +35,9 @@ def _one_machine(inspection: Inspection) -> Iterator[Fault]:
 
 
 def _own_names(inspection: Inspection) -> Iterator[Fault]:
-    """Yields faults of the network address that gloo derives from a node's own host name and announces to peers."""
+    """Yields a fault for each node that has an unreachable address under its own host name; gloo would announce that
+    address to the other nodes.
+    """
     if len(inspection.answers) == 1:
         return
     for node in inspection.answers:

@@ -1,6 +1,7 @@
-"""Measures network speed with torch.distributed, in one process per node: between pairs, then between all nodes.
+"""Measures network speed with torch.distributed: first between pairs of nodes, then between all nodes.
 
-Its source is sent over ssh. The process ends when its standard input closes.
+One process runs on each node. The source text of this module is sent to the node over ssh, so the module must not
+import beit3_ds. The process ends when its standard input closes.
 """
 
 import json
@@ -14,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 MARK = "beit3-probe "
-"""Beginning of every answer (`probe.MARK`)."""
+"""Prefix of every line that is an answer; equal to `probe.MARK`."""
 _TIMEOUT = timedelta(seconds=60)
 _MIN_BYTES, _BUFFER_BYTES, _MAX_BYTES = 1 << 16, 1 << 25, 1 << 28
 _GROWTH = 8
@@ -24,7 +25,7 @@ _TRIES = 2  # the fastest counts, because other traffic and busy cores only make
 
 
 def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
-    """Divides all pairs of nodes into rounds, with each node in at most one pair per round (round-robin tournament).
+    """Returns rounds of disjoint pairs of nodes (a round-robin tournament); each pair of nodes occurs in one round.
 
     An even `size` gives `size - 1` rounds. An odd `size` gives `size` rounds, each with one idle node.
     """
@@ -44,7 +45,7 @@ class Worker:
     def __init__(
         self, rank: int, world_size: int, address: str, port: int, backend: str, store_text: str, secret: str
     ) -> None:
-        """Joins the process group of all nodes; rank 0 listens at `address` only.
+        """Joins the process group of all nodes. Rank 0 listens at `address` only.
 
         Args:
             rank: rank of this node.
@@ -52,8 +53,8 @@ class Worker:
             address: address of node 0.
             port: port on node 0.
             backend: "nccl", which sends from the first GPU, or "gloo".
-            store_text: source text of `runtime/keyed_store.py`, because this node may lack the file.
-            secret: secret of this measurement, with which the ranks sign the addresses that they exchange.
+            store_text: source text of `runtime/keyed_store.py`; this node may lack the file.
+            secret: shared secret in hexadecimal. Ranks sign the addresses that they exchange with this secret.
         """
         import torch
         import torch.distributed as dist
@@ -79,10 +80,13 @@ class Worker:
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
 
     def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
-        """Measures the speed between the ranks of each pair in both directions; all ranks must get equal rounds.
+        """Measures the speed between the two ranks of each pair, in both directions.
+
+        Args:
+            rounds: rounds of disjoint pairs of ranks (`pair_rounds`), equal on all ranks.
 
         Returns:
-            Bits per second from this rank to each other rank, by rank number as a string.
+            Bits per second from this rank to each other rank; the keys are rank numbers as strings.
         """
         rates: dict[str, float] = {}
         for pairs in rounds:
@@ -97,12 +101,12 @@ class Worker:
         return rates
 
     def all_reduce(self, slowest: float) -> float:
-        """Measures an all-reduce and returns its bus bandwidth in bits per second.
+        """Measures an all-reduce over all nodes and returns the bus bandwidth in bits per second.
 
-        Bus bandwidth counts the data on each link of a ring of n ranks: 2 (n - 1) / n times the tensor.
+        Bus bandwidth counts the data on each link of a ring of n ranks: 2 (n - 1) / n times the size of the tensor.
 
         Args:
-            slowest: bits per second of the slowest link; determines the size of the tensor.
+            slowest: bits per second of the slowest link, from which the size of the tensor is computed.
         """
         numel = int(min(max(slowest / 8 * _ALL_REDUCE_SECONDS, _MIN_BYTES), _BUFFER_BYTES)) // 4
         tensor = self._torch.zeros(numel, dtype=self._torch.float32, device=self._device)
@@ -115,7 +119,7 @@ class Worker:
         return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
 
     def _send_to(self, other: int) -> float:
-        """Sends transfers of growing size until one is long enough to measure; returns the speed in bits per second."""
+        """Sends ever larger transfers until one takes long enough to measure; returns the speed in bits per second."""
         best = 0.0
         size = _MIN_BYTES
         tries = 0
@@ -158,7 +162,7 @@ class Worker:
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    """Returns a socket that listens at one address; torch's own listens at all addresses."""
+    """Returns a socket that is bound to one address only; torch's own socket accepts connections at all addresses."""
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))
@@ -182,7 +186,7 @@ def _answer_all(requests: "queue.Queue[bytes]") -> None:
 
 
 def main() -> None:
-    """Answers requests from standard input; ends when standard input closes, even during a measurement."""
+    """Answers requests from standard input. The process ends when standard input closes, even during a measurement."""
     requests: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_answer_all, args=(requests,), daemon=True).start()
     for line in sys.stdin.buffer:

@@ -1,4 +1,4 @@
-"""Measures the speed of every link between the nodes, and finds slow links."""
+"""Measures the speed of every network link between the nodes, and finds slow links."""
 
 import asyncio
 import secrets
@@ -16,7 +16,7 @@ from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 from beit3_ds.runtime import versions
 
 FLOOR_BITS = 0.5e9
-"""Minimum bits per second of a link if no expected speed is given: half of 1 GbE, the slowest cluster network."""
+"""Minimum bits per second of a link without an expected speed: half of 1 Gbit/s, the slowest cluster network."""
 _SLOW = 0.5  # share of the usual or expected speed below which a link is slow
 _START_SECONDS = 90.0  # for imports of torch from a shared file system, and the rendezvous
 _ROUND_SECONDS = 10.0
@@ -26,42 +26,44 @@ _MATRIX_HOSTS = 8  # most hosts for which all links are printed
 
 @dataclass(frozen=True)
 class Links:
-    """Holds measured speeds of links, in bits per second."""
+    """Holds the measured speeds of all links in bits per second."""
 
     backend: str
-    """Backend of torch.distributed that sent the data, "gloo" or "nccl"."""
+    """Backend of torch.distributed that sent the data: "gloo" or "nccl"."""
     rates: Mapping[tuple[str, str], float]
-    """Bits per second of each link, by the names of its sender and receiver."""
+    """Bits per second of each link; a key is (sending host, receiving host)."""
     all_reduce: float
-    """Bus bandwidth of an all-reduce over all nodes, as the slowest rank measured it."""
+    """Bus bandwidth of an all-reduce over all nodes in bits per second, as measured on the slowest rank."""
 
     @property
     def names(self) -> list[str]:
-        """Returns the names of the hosts, in order."""
+        """Returns the host names in the order of the hostfile."""
         return list(dict.fromkeys(sender for sender, _ in self.rates))
 
     @property
     def usual(self) -> float:
-        """Returns the usual speed of a link: the median over nodes of each node's fastest link.
+        """Returns the usual speed of a link in bits per second: each node's fastest link, then the median over nodes.
 
-        A plain median over links would fail with three nodes: one slow node makes two of three links slow.
+        The median over all links would be wrong with three nodes, because one slow node makes two of the three pairs
+        slow.
         """
         fastest = [max(rate for pair, rate in self.rates.items() if name in pair) for name in self.names]
         return statistics.median(fastest)
 
 
 def measure_links(inspection: Inspection, expected_bits: float | None) -> Links | list[Fault]:
-    """Measures the links between all pairs of nodes, in rounds of disjoint pairs, then an all-reduce over all nodes.
+    """Measures the links between all pairs of nodes in rounds of disjoint pairs, then an all-reduce over all nodes.
 
-    Slow links are measured again, and the fastest result counts. This takes about a second per node after the import of
-    torch.
+    Slow links are measured up to three times, and the fastest result counts. After the import of torch, the measurement
+    takes about one second per node.
 
     Args:
-        inspection: answers of all nodes; every node must have answered, without any fault in the check "network".
-        expected_bits: bits per second that every link should reach; None if unknown (see `find_slow_links`).
+        inspection: answers of all nodes. Every node must have answered, and no node may have a fault in the check
+            "network".
+        expected_bits: expected bits per second of every link; None if unknown (see `find_slow_links`).
 
     Returns:
-        The speeds, or the faults that prevented the measurement.
+        The measured speeds, or the faults that prevented the measurement.
     """
     return asyncio.run(_Measurement(inspection, expected_bits).run())
 
@@ -122,10 +124,10 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Sends a request to all nodes in parallel, because they wait for each other, and returns their answers.
+        """Sends a request to all nodes in parallel and returns their answers; the nodes wait for each other.
 
         Raises:
-            NoAnswer: if a node fails; a fault is recorded for each node that fails.
+            NoAnswer: if a node fails. Each failed node's fault is recorded.
         """
 
         async def ask(rank: int) -> Any:
@@ -142,7 +144,7 @@ class _Measurement:
 
 
 def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[str, str], float], str]:
-    """Returns the speed of each link that is too slow, and a description of the limit."""
+    """Returns the speed in bits per second of each link below the speed limit, and a description of this limit."""
     least, reason = _SLOW * links.usual, f"half of the {_gbit(links.usual)} that links reach here"
     if expected_bits is not None:
         least, reason = _SLOW * expected_bits, f"half of the {_gbit(expected_bits)} that were expected"
@@ -152,13 +154,13 @@ def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[s
 
 
 def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault]:
-    """Yields a fault for each link that is slower than half of the expected speed.
+    """Yields a fault for each link that is slower than half the expected speed.
 
-    Without an expected speed, the limit is half of the usual speed, but at least `FLOOR_BITS`.
+    If the expected speed is unknown, the limit is half the usual speed (`Links.usual`), but at least `FLOOR_BITS`.
 
     Args:
-        links: measured links.
-        expected_bits: bits per second that every link should reach; None if unknown.
+        links: measured speeds of the links.
+        expected_bits: expected bits per second of every link; None if unknown.
     """
     slow, reason = _slow_pairs(links, expected_bits)
     way_out = "Check its cable, port and negotiated speed (ethtool), other traffic, and the routes."
@@ -177,7 +179,7 @@ def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault
 
 
 def describe_links(links: Links) -> str:
-    """Formats the speeds of all links as a matrix; with many nodes, lists only the slowest and the fastest links."""
+    """Formats the speeds of all links as a matrix. With many nodes, lists only the slowest and the fastest links."""
     names = links.names
     ordered = sorted(links.rates.items(), key=lambda item: item[1])
     lines = [

@@ -1,4 +1,4 @@
-"""Connects to one node over ssh, sends it the probe and asks the probe questions."""
+"""Connects to one node over ssh, starts the probe program there and sends questions to the probe."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from beit3_ds.cluster.hostfile import is_loopback
 CONNECT_SECONDS = 5
 """Seconds that ssh waits for a node to accept a connection."""
 ANSWER_SECONDS = 30.0
-"""Default time limit for an answer, in seconds; longer than the probe's own limit for nvidia-smi."""
+"""Default time limit for an answer in seconds; longer than the probe's time limit for nvidia-smi."""
 _END_SECONDS = 2.0
 _SHOWN = 1000  # characters; a longer argument is source, not a path
 _LINE_BYTES = 1 << 24  # limit of an answer; the longest has digests of all files
@@ -24,15 +24,18 @@ _START = "import sys; n = int(sys.stdin.buffer.readline()); exec(compile(sys.std
 
 
 class NoAnswer(Exception):
-    """Reports that a node did not answer; the message has the reason and the last line that ssh or the node printed."""
+    """Reports that a node did not answer. The message contains the reason and the last line that ssh or the node
+    printed.
+    """
 
 
 def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -> list[str]:
-    """Returns the local command that runs `argv` on a host: through ssh without prompts, or directly on localhost.
+    """Returns a local command that runs a program on a host: over ssh without prompts, or directly if the host is
+    localhost.
 
     Args:
         name: name of the host.
-        argv: program and arguments; they are quoted for the remote shell.
+        argv: program and its arguments, which are quoted for the remote shell.
         environment: environment variables to set for the program.
     """
     command = ["env", *(f"{key}={value}" for key, value in environment.items()), *argv]
@@ -43,15 +46,17 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 
 
 class NodeConnection:
-    """Sends questions to the probe on one node, or to a program with the same protocol, one at a time."""
+    """Sends questions to a program on one node, one question at a time; the program is the probe or has the probe's
+    protocol.
+    """
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
-        """Prepares the connection; `start` opens it.
+        """Prepares a connection to a node; `start` opens the connection.
 
         Args:
             name: name of the host.
             environment: environment variables to set for the program on the node.
-            program: source file that reads requests and writes answers like `probe.main`; it must not import beit3_ds.
+            program: source file of the program. It must have the protocol of `probe.main` and must not import beit3_ds.
         """
         self.name = name
         self._environment, self._program = environment, program
@@ -60,10 +65,10 @@ class NodeConnection:
         self._stderr_reader: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Opens the connection and sends the program; connection errors are raised by the first `ask`.
+        """Opens the connection and sends the program to the node. The first `ask` reports connection errors.
 
         Raises:
-            NoAnswer: if this machine has no ssh.
+            NoAnswer: if ssh is not installed on this machine.
         """
         command = remote_command(self.name, [sys.executable, "-u", "-c", _START], self._environment)
         pipe = asyncio.subprocess.PIPE
@@ -78,15 +83,15 @@ class NodeConnection:
         self._send(f"{len(source)}\n".encode() + source)
 
     async def ask(self, question: str, seconds: float = ANSWER_SECONDS, **arguments: Any) -> Any:
-        """Asks the probe one question and returns its answer.
+        """Asks the program on the node one question and returns the answer.
 
         Args:
             question: name of a method of `Probe`, or another request that the program accepts.
-            seconds: longest wait for the answer.
+            seconds: time limit for the answer in seconds.
             **arguments: arguments of the method.
 
         Raises:
-            NoAnswer: if no answer comes in time, the connection is lost, or the probe failed.
+            NoAnswer: if no answer arrives in time, the connection is lost, or the program reports an error.
         """
         assert self._process is not None and self._process.stdout is not None, "the connection was not started"
         self._send(json.dumps({"ask": question, **arguments}).encode() + b"\n")
@@ -106,7 +111,9 @@ class NodeConnection:
         return answer["answer"]
 
     async def close(self) -> None:
-        """Closes the connection. The probe then deletes its files and ends; a local process that hangs is killed."""
+        """Closes the connection, whereupon the probe deletes its test file and exits; a local process that hangs is
+        killed.
+        """
         if self._process is None:
             return
         assert self._process.stdin is not None and self._stderr_reader is not None

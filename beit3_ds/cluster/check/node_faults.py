@@ -1,4 +1,4 @@
-"""Finds faults of single nodes, by fixed limits or by comparison with the majority of nodes."""
+"""Finds faults of single nodes: compares each node with fixed limits and with the majority of the nodes."""
 
 import sys
 from collections import Counter
@@ -12,7 +12,7 @@ from beit3_ds.cluster.check.requirements import Requirements
 T = TypeVar("T", bound=Hashable)
 
 CLOCK_SECONDS = 1.0
-"""Largest allowed difference between the clocks of two nodes, in seconds; NTP keeps clocks within milliseconds."""
+"""Maximum difference between the clocks of two nodes in seconds; NTP keeps clocks within milliseconds."""
 _FREE_BYTES = 2**30  # least free space in /tmp and the output folder, for compiled kernels and logs
 _BUSY_GPU_BYTES = 2**30  # a program holds more than this, the driver less
 _GPU_SHARE = 0.9  # largest modelled share of memory: CUDA's context, NCCL's buffers and fragmentation are not modelled
@@ -21,11 +21,11 @@ _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Doc
 
 
 def find_node_faults(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
-    """Yields the faults of single nodes, check by check. A node is checked only with the answers that it gave.
+    """Yields the faults of single nodes, one check after the other. Missing answers of a node are not checked.
 
     Args:
         inspection: answers of all nodes.
-        requirements: requirements of the run; None without a config.
+        requirements: memory and disk space that the run needs; None without a run config.
     """
     yield from _silence(inspection)
     yield from _folder(inspection)
@@ -38,7 +38,7 @@ def find_node_faults(inspection: Inspection, requirements: Requirements | None) 
 
 
 def majority(values: Mapping[str, T]) -> tuple[T, list[str]]:
-    """Returns the most common value and the hosts that have it; on a tie, the value of the first host wins."""
+    """Returns the most common value and the hosts with this value. On a tie, the value that comes first wins."""
     counts = Counter(values.values())  # keeps the order, and max returns the first of equals
     most = max(counts, key=lambda value: counts[value])
     return most, [name for name, value in values.items() if value == most]
@@ -161,7 +161,7 @@ def _gpus(inspection: Inspection, requirements: Requirements | None) -> Iterator
 
 
 def _gpu_memory(node: Answers, gpus: list[dict], ranks: range, rank_bytes: tuple[int, ...]) -> Iterator[Fault]:
-    """Yields a fault if a rank of the node needs too much GPU memory; names the rank with the largest share."""
+    """Yields a fault if a rank of the node needs too much GPU memory; reports the rank with the largest share."""
     pairs = [
         (rank_bytes[rank] / gpu["total"], rank, gpu) for rank, gpu in zip(ranks, gpus, strict=False) if gpu["total"]
     ]

@@ -1,7 +1,7 @@
 """Runs on each node during a cluster check and answers questions about the node, with one line of JSON per answer.
 
-Its source is sent over ssh to `python -c`, so it needs only the standard library and Python 3.8. The program reads
-requests from standard input, and ends when standard input closes.
+The source text of this module is sent over ssh to `python -c`. So the module needs only Python 3.8 and the standard
+library. The program reads requests from standard input, and ends when standard input closes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import threading
 import time
 
 MARK = "beit3-probe "
-"""Beginning of every answer, because a login shell may print other lines."""
+"""Prefix of every line that is an answer; a login shell may print other lines."""
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
 _GPU_SECONDS = 25  # without its daemon the driver takes seconds per GPU to start
 _CONNECT_SECONDS = 3.0
@@ -29,15 +29,15 @@ _SIZED_FILES = 1000  # files per pattern whose size is read, because a network f
 
 
 class Probe:
-    """Answers questions about this node, one question per public method; arguments and results have JSON types."""
+    """Answers questions about this node: each public method is one question. Arguments and results have JSON types."""
 
     def __init__(self) -> None:
-        """Prepares a probe that has opened no port and written no file."""
+        """Creates a probe; no port is open and no file is written yet."""
         self._written: list[str] = []
         self._listeners: list[socket.socket] = []
 
     def machine(self, folder: str) -> dict:
-        """Changes to `folder`, the working directory of the ranks, and returns facts about this machine by name."""
+        """Changes to the ranks' working directory `folder`, and returns facts about this machine by name."""
         folder_error = _enter(folder)
         return {
             "hostname": socket.gethostname(),
@@ -55,17 +55,20 @@ class Probe:
         }
 
     def software(self, module_text: str) -> dict:
-        """Returns the versions of packages and a digest per file of the project's code.
+        """Returns the versions of the installed packages, and a digest of each source file of the project.
 
         Args:
-            module_text: source text of `runtime/versions.py`, because this node may lack the file or have an old one.
+            module_text: source text of `runtime/versions.py`; this node may lack the file or have an old one.
         """
         module: dict = {}
         exec(compile(module_text, "versions", "exec"), module)
         return {"versions": module["find_package_versions"](), "code": module["compute_code_digests"]()}
 
     def gpus(self) -> dict:
-        """Returns the GPUs that nvidia-smi lists, and its error message or None; no GPUs without nvidia-smi."""
+        """Returns the GPUs that nvidia-smi lists, and the error message of nvidia-smi or None.
+
+        Without nvidia-smi the list is empty and the error is None.
+        """
         try:
             done = subprocess.run(
                 _GPU_QUERY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_GPU_SECONDS, check=False
@@ -82,16 +85,16 @@ class Probe:
         return {"gpus": parse_gpus(text), "error": None}
 
     def disk(self, folder: str) -> dict:
-        """Returns the total bytes of the file system of `folder`, and the free bytes for unprivileged users.
+        """Returns the total bytes of the file system of `folder`, and the bytes that are free for ordinary users.
 
-        If the folder does not exist, its nearest existing parent is examined.
+        If the folder does not exist, the nearest existing parent folder counts.
         """
         return _free_bytes(existing_parent(folder))
 
     def files(self, patterns: list[str]) -> list[list]:
-        """Returns the number of matching files per glob pattern, and a digest of their names and sizes.
+        """Returns for each glob pattern the number of matching files, and a digest of their names and sizes.
 
-        The digest covers all names, but the sizes of the first 1000 files only.
+        The digest covers the names of all files, but only the sizes of the first 1000 files.
         """
         found = []
         for pattern in patterns:
@@ -101,15 +104,15 @@ class Probe:
         return found
 
     def clock(self) -> float:
-        """Returns this machine's time in seconds since 1970."""
+        """Returns the time of this machine's clock in seconds since 1970."""
         return time.time()
 
     def parent(self, folder: str) -> str:
-        """Returns `folder` if it exists, else its nearest existing parent."""
+        """Returns `folder` if it exists, else the nearest existing parent folder."""
         return existing_parent(folder)
 
     def write_token(self, path: str, token: str) -> str | None:
-        """Writes `token` into a new file, which other nodes then read; returns an error message or None.
+        """Writes `token` into a new file for other nodes to read; returns an error message, or None after success.
 
         `close` deletes the file.
         """
@@ -124,7 +127,9 @@ class Probe:
         return None
 
     def read_tokens(self, paths: list[str], patience: float) -> list[str | None]:
-        """Returns the contents of files; None for each that has not appeared within `patience` seconds."""
+        """Returns the contents of files. The result is None for each file that does not appear within `patience`
+        seconds.
+        """
         deadline = time.monotonic() + patience
         found: list[str | None] = [None] * len(paths)
         while True:
@@ -136,7 +141,7 @@ class Probe:
             time.sleep(0.1)
 
     def resolve(self, name: str) -> list[str]:
-        """Returns the addresses that a host name has on this node; an empty list if the name is unknown."""
+        """Returns the addresses that this node finds for a host name; an empty list if the name is unknown."""
         try:
             found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
         except OSError:
@@ -144,10 +149,16 @@ class Probe:
         return [str(entry[4][0]) for entry in found]
 
     def listen(self, port: int, token: str, addresses: list[str]) -> dict:
-        """Listens on a port at some addresses of this node, sends `token` to every client, and returns the port.
+        """Listens at some addresses of this node, and sends `token` to every client.
 
-        Port 0 means any free port. If the port is taken at the first address, a free port is used, and the result names
-        the process with the wanted port. Later addresses are optional.
+        Args:
+            port: port to listen on; 0 means any free port.
+            token: text to send to every client.
+            addresses: addresses to listen at. All addresses after the first are optional.
+
+        Returns:
+            The wanted port, the port in use, and the process that already uses the wanted port, or None. If the wanted
+            port is taken at the first address, a free port is used instead.
         """
         first, *others = addresses
         owner = None
@@ -166,10 +177,11 @@ class Probe:
         return {"wanted": port, "port": found, "owner": owner}
 
     def connect(self, targets: list[list]) -> list[dict]:
-        """Connects to all targets `[address, port]` in parallel.
+        """Connects to all targets in parallel; a target is `[address, port]`.
 
         Returns:
-            Per target: the received token, both addresses and the network interface used, or an error.
+            For each target: the received token, the two addresses of the connection and the network interface, or an
+                error.
         """
         results: list[dict] = [{} for _ in targets]
         threads = [
@@ -190,7 +202,7 @@ class Probe:
 
 
 def parse_gpus(text: str) -> list[dict]:
-    """Parses the output of nvidia-smi: name, total and used bytes per GPU; None where nvidia-smi shows no number."""
+    """Parses the output of nvidia-smi into name, total bytes and used bytes of each GPU; an unknown size is None."""
     gpus = []
     for line in filter(str.strip, text.splitlines()):
         name, total, used = (part.strip() for part in line.rsplit(",", 2))
@@ -200,7 +212,7 @@ def parse_gpus(text: str) -> list[dict]:
 
 
 def existing_parent(folder: str) -> str:
-    """Returns `folder` if it exists, else its nearest existing parent."""
+    """Returns `folder` if it exists, else the nearest existing parent folder."""
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     return folder
@@ -238,7 +250,7 @@ def _link(path: str) -> str | None:
 
 
 def _own_addresses() -> list[str]:
-    """Returns the addresses that `hostname -I` lists; DeepSpeed takes the first one of node 0 as MASTER_ADDR."""
+    """Returns the addresses that `hostname -I` prints. DeepSpeed uses the first address of node 0 as MASTER_ADDR."""
     try:
         done = subprocess.run(["hostname", "-I"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
@@ -247,7 +259,9 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """Returns the address that gloo would announce: the first one of this host's name that a socket can use."""
+    """Returns the address that gloo would announce to other nodes: the first usable address of this machine's host
+    name.
+    """
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:
@@ -305,7 +319,9 @@ def _interface_of(address: str) -> str | None:
 
 
 def _owner_of(port: int) -> str | None:
-    """Returns the id and command of the process that listens on a port; None if this user may not see the process."""
+    """Returns the id and command of the process that listens on a port; None if the process is not visible to this
+    user.
+    """
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in (_read(table) or "").splitlines()[1:]:
@@ -322,7 +338,7 @@ def _owner_of(port: int) -> str | None:
 
 
 def main() -> None:
-    """Answers requests from standard input until it closes, then deletes the files that the probe has written."""
+    """Answers requests from standard input until it closes, then deletes the probe's test files."""
     probe = Probe()
     try:
         for line in sys.stdin.buffer:

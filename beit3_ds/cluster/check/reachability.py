@@ -10,10 +10,10 @@ _AT_A_TIME = 64
 
 
 async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
-    """Runs the command `true` on all hosts over ssh in parallel; each host has 15 seconds to answer.
+    """Runs the command `true` on all hosts over ssh in parallel. Each host has 15 seconds to answer.
 
     Returns:
-        Error text of ssh by host name, for each host where the command failed.
+        Error text of ssh for each host where the command failed, by host name.
     """
     limit = asyncio.Semaphore(_AT_A_TIME)
     names = list(hosts)

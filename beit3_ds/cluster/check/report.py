@@ -1,4 +1,4 @@
-"""Formats the result of a cluster check: a table of all hosts and a line per fault."""
+"""Formats the result of a cluster check: a table of all hosts and one line per fault."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ _WRONG, _NOTED = "!", "~"  # marks before a value
 
 
 def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
-    """Formats a table with a row per host and a column per check; `!` marks a fault and `~` marks a note."""
+    """Formats a table with one row per host and one column per check. `!` marks a fault, and `~` marks a note."""
     marks = {(fault.host, fault.check): _NOTED for fault in faults if fault.is_note}
     marks |= {(fault.host, fault.check): _WRONG for fault in faults if not fault.is_note}
     rows = [["host", "slots", *CHECKS]]
@@ -26,7 +26,7 @@ def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
 
 
 def describe_faults(hostfile: Hostfile, faults: Sequence[Fault]) -> str:
-    """Formats notes, then the number of faults and a line per fault with its way out."""
+    """Formats the notes, then the number of faults, then one line per fault that tells how to fix the fault."""
     ranks = f"{_count(len(hostfile.hosts), 'host')}, {_count(hostfile.world_size, 'rank')}"
     notes = [f"note: {fault}" for fault in faults if fault.is_note]
     lines = [f"* {fault}" for fault in faults if not fault.is_note]
@@ -52,7 +52,7 @@ def _version(package: str) -> Callable[[Answers], str]:
 
 
 def _code(node: Answers) -> str:
-    """Returns a short digest of all code files, which is equal on nodes with equal code."""
+    """Returns a short digest of all source files; nodes with equal code have equal digests."""
     if node.software is None:
         return "-"
     files = node.software["code"]
@@ -70,7 +70,7 @@ def _gpus(node: Answers) -> str:
 
 
 def _disk(node: Answers) -> str:
-    """Returns the smallest free space of the node's checked disks."""
+    """Returns the smallest free space among the node's checked disks."""
     free = [disk["free"] for disk in node.disks.values() if "free" in disk]
     return show_bytes(min(free)) if free else "-"
 

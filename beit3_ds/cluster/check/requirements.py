@@ -1,4 +1,4 @@
-"""Computes what a run requires of its nodes from its config."""
+"""Computes from a run's config the memory, disk space and files that the run needs on its nodes."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,16 @@ from beit3_ds.config import ConfigError, RunConfig, check_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """Lists the GPU memory and disk space that a run needs, and whether the run fits the hostfile's ranks."""
+    """Holds the GPU memory and disk space that a run needs, and whether the run fits the number of ranks."""
 
     layout_fault: str | None
-    """Reason why the run does not fit the number of ranks, or None. With a reason, all other fields are empty."""
+    """Reason why the run does not fit the number of ranks; None if it fits. With a reason, all other fields are empty.
+    """
     rank_bytes: tuple[int, ...] = ()
-    """Estimated bytes of device memory per rank (`planner.rank_memory`). For visual tokenizers the estimate excludes
-    activations (`planner.model_state`)."""
+    """Estimated bytes of device memory of each rank (`planner.rank_memory`). For visual tokenizers the estimate
+    excludes activations (`planner.model_state`)."""
     checkpoint_bytes: int = 0
-    """Bytes of one checkpoint: weights, two moments and, if configured, an average of the weights, in float32."""
+    """Bytes of one checkpoint in float32: weights, two moments and, if configured, an average of the weights."""
 
     def describe(self) -> str:
         """Formats the memory per rank and the size of a checkpoint as one line of text."""
@@ -34,9 +35,9 @@ class Requirements:
 
 
 def find_required_files(config: RunConfig) -> dict[str, bool]:
-    """Maps glob patterns of a run's input files to whether the files must exist before the run starts.
+    """Returns the glob patterns of a run's input files; the value tells whether files must exist before the run starts.
 
-    Files of tokenizers need not exist yet, because other commands may write them before the run starts.
+    Tokenizer files need not exist yet, because other commands may write them before the run starts.
     """
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.validation)]
@@ -48,9 +49,9 @@ def find_required_files(config: RunConfig) -> dict[str, bool]:
 
 
 def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:
-    """Computes the memory and disk space that a run needs on all slots of a hostfile.
+    """Computes the memory and disk space that a run needs if it uses all slots of a hostfile.
 
-    If the layout fits the number of slots, this imports torch, which takes seconds.
+    If the layout fits the number of slots, the function imports torch, which takes seconds.
 
     Args:
         config: configuration of the run.

@@ -1,1 +1,1 @@
-"""Starts the ranks of a run on all hosts for `beit3 launch`, supervises them, and restarts the run after a failure."""
+"""Starts the ranks of a run on all hosts, supervises the ranks, and restarts the run after a failure."""

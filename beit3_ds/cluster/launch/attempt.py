@@ -36,7 +36,7 @@ from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, exit_status
 
 USER_ERROR = 2
-"""Exit status of a trainer that failed because of a user's mistake."""
+"""Exit status of a training process that failed because of a user's mistake."""
 
 _STRANGERS = 64  # connections without the token that may wait, beside one per rank
 _SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its cause may be reported after it
@@ -48,7 +48,7 @@ _NOTICE_SECONDS = 15.0  # interval of lines that name the ranks that this proces
 
 
 class Attempt:
-    """Supervises one attempt at a run: starts the ranks on all hosts, watches them and ends them."""
+    """Supervises one attempt at a run: starts the ranks on all hosts, watches the ranks and ends them."""
 
     def __init__(self, plan: AttemptPlan, stop_signals: LauncherStopSignals, terminal: Terminal) -> None:
         self._plan, self._stop_signals, self._terminal = plan, stop_signals, terminal
@@ -63,10 +63,10 @@ class Attempt:
         stop_signals.on_change = self._forward_stop_signal
 
     async def run(self) -> Outcome:
-        """Runs the attempt to its end and returns its outcome.
+        """Runs the attempt until all ranks have ended, and returns the outcome.
 
         Raises:
-            OSError: if the log folder cannot be written, the port is taken, or the launcher is not installed.
+            OSError: if the log folder cannot be written, the port is taken, or DeepSpeed's launcher is not installed.
         """
         plan = self._plan
         token_path = plan.log_dir / "token"
@@ -236,7 +236,9 @@ class Attempt:
                 )
 
     async def _end_ranks(self) -> None:
-        """Waits some seconds for the ranks to end by themselves, then kills the remaining ranks and waits again."""
+        """Waits some seconds for the ranks to end, then kills the remaining ranks and waits until these ranks have
+        ended.
+        """
         if not self._has_started:
             return
         await self._wait(lambda: self._stop_signals.is_kill or not self._alive(), _GRACE_SECONDS)
@@ -293,7 +295,9 @@ class Attempt:
         self._changed.set()
 
     def _print_failure(self) -> None:
-        """Prints the first failure that no other rank seems to have caused, with the rank's last lines of output."""
+        """Prints the first failure that is not a consequence of another failure, with the last output of the failed
+        rank.
+        """
         failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
         silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
         hint = f"; silent for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
@@ -302,7 +306,7 @@ class Attempt:
         self._terminal.report(f"FAILED after {seconds:.0f} s: {failure.text}{hint}{where}", failure.lines)
 
     def _forward_stop_signal(self) -> None:
-        """Forwards the first stop signal that this process received to all running ranks, once."""
+        """Forwards the first stop signal of this process to all running ranks, once."""
         self._changed.set()
         if self._has_started and self._stop_signals.first is not None and not self._is_stop_forwarded:
             self._is_stop_forwarded = True
@@ -310,7 +314,7 @@ class Attempt:
                 rank.channel.send(SendSignal(signal_number=self._stop_signals.first))
 
     async def _wait(self, happened: Callable[[], bool], seconds: float) -> bool:
-        """Waits until `happened` returns true, at most `seconds`; returns whether it did."""
+        """Waits at most `seconds` until `happened` returns true; returns whether it returned true."""
         deadline = time.monotonic() + seconds
         while not happened():
             left = deadline - time.monotonic()
@@ -327,7 +331,9 @@ class Attempt:
     # The end of an attempt.
 
     def _print_ends(self) -> None:
-        """Prints how the ranks ended, one line for all that ended alike; omits the rank whose failure was printed."""
+        """Prints how the ranks ended, with one line for ranks that ended alike. Omits the rank whose failure was
+        printed.
+        """
         if self._failure is None:
             return
         ends: dict[str, list[GuardedRank]] = {}
@@ -355,7 +361,7 @@ class Attempt:
         )
 
     def _host_name(self, rank: GuardedRank) -> str:
-        """Returns the hostfile's name for the host on which a rank runs, even if Slurm has reordered the hosts."""
+        """Returns the hostfile's name of a rank's host, even if Slurm has reordered the hosts."""
         own = rank.registered.host.partition(".")[0]
         found = (host.name for host in self._plan.hosts if host.name.partition(".")[0] == own)
         return next(found, self._plan.host_of(rank.rank))

@@ -1,4 +1,4 @@
-"""Chooses the largest number of ranks that fits a run on the available hosts."""
+"""Chooses the largest number of ranks that a run can use on the available hosts."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,13 +13,13 @@ def largest_fit(
     Args:
         hosts: available hosts, in the order of their ranks.
         fits: returns whether the run can use a given number of ranks.
-        equal_slots: whether all hosts must have the same number of ranks.
+        equal_slots: whether all chosen hosts must have the same number of ranks.
         min_ranks: minimum number of ranks.
 
     Returns:
-        The chosen hosts in order, each with the number of slots to use; None if no number of ranks fits.
-        Without `equal_slots`, every chosen host but the last uses all its slots. With it, all chosen hosts use the same
-        number of slots, and as few hosts as possible are chosen.
+        The chosen hosts in order, each with the number of slots to use; None if no number of ranks fits. With
+        `equal_slots`, as few hosts as possible are chosen. Without `equal_slots`, every chosen host except the last
+        uses all of its slots.
     """
     for world_size in range(sum(host.slots for host in hosts), min_ranks - 1, -1):
         if fits(world_size) and (chosen := _choose(hosts, world_size, equal_slots)):

@@ -1,7 +1,7 @@
-"""Lists the environment variables that `beit3 launch` forwards from its own machine to all ranks.
+"""Lists the environment variables that `beit3 launch` forwards from this machine to all ranks.
 
-The names are exact, because prefixes would match secrets such as HF_TOKEN. `--env` and DeepSpeed's `.deepspeed_env` add
-others.
+The list contains whole names, because prefixes would also match secrets such as HF_TOKEN. Users add names with `--env`
+or in DeepSpeed's file `.deepspeed_env`.
 """
 
 _NAMES = """
@@ -70,4 +70,5 @@ HF_HOME HF_HUB_CACHE HF_DATASETS_CACHE HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSF
 PATH LD_LIBRARY_PATH LD_PRELOAD LIBRARY_PATH CPATH VIRTUAL_ENV TZ LANG LC_ALL
 """
 FORWARDED_NAMES = frozenset(_NAMES.split())
-"""Names of variables that configure NCCL, networks, PyTorch, CUDA, Triton, threads, Python, DeepSpeed and caches."""
+"""Names of environment variables that configure NCCL, networks, PyTorch, CUDA, Triton, threads, Python, DeepSpeed and
+caches."""

@@ -12,13 +12,13 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict[str, str]:
-    """Returns the variables to forward: `FORWARDED_NAMES`, those in DeepSpeed's `.deepspeed_env`, and `wanted`.
+    """Returns the variables to forward: `FORWARDED_NAMES`, the variables in DeepSpeed's `.deepspeed_env`, and `wanted`.
 
-    Error messages never show values.
+    Error messages never contain the value of a variable.
 
     Args:
         environment: environment of this process.
-        wanted: additional variables, each as NAME or NAME=VALUE (the options `--env`).
+        wanted: additional variables from the option `--env`, each as NAME or NAME=VALUE.
 
     Raises:
         ConfigError: if a name in `wanted` is invalid, if NAME has no value in `environment`, or if a line of
@@ -37,7 +37,9 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
 
 
 def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
-    """Returns a line per forwarded variable. Values are shown only for `FORWARDED_NAMES`; others may be secrets."""
+    """Returns one line per forwarded variable. Only values of `FORWARDED_NAMES` are shown, because others may be
+    secrets.
+    """
     return [
         f"{name}={printable(value)}" if name in FORWARDED_NAMES else f"{name} (value not shown)"
         for name, value in sorted(forwarded.items())
@@ -45,10 +47,10 @@ def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
 
 
 def _variables_of_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
-    """Reads the variables in the files `.deepspeed_env` of the home folder and of the working directory.
+    """Reads the variables in the files `.deepspeed_env` of the home folder and the working directory.
 
     Raises:
-        ConfigError: if a line is not NAME=VALUE; the message has the line's number.
+        ConfigError: if a line is not NAME=VALUE; the message contains the line number.
     """
     found: dict[str, str] = {}
     for folder in (Path.home(), Path()):

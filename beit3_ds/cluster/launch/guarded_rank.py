@@ -17,33 +17,33 @@ class AttemptFailure:
     """Describes the failure that ended an attempt."""
 
     text: str
-    """Message with rank, host and kind of failure, without a full stop."""
+    """Message with the rank, the host and the kind of failure; it has no full stop."""
     lines: tuple[str, ...] = ()
     """Last lines that the rank printed."""
     log: Path | None = None
-    """File with the rank's whole output."""
+    """Log file with the rank's whole output."""
     rank: int | None = None
     """Rank that failed; None if the failure concerns no single rank."""
     is_consequence: bool = False
-    """Whether another rank's failure may have caused this one: the rank ended with status 1."""
+    """Whether another rank's failure may have caused this failure; true if the rank ended with status 1."""
 
 
 @dataclass(kw_only=True)
 class GuardedRank:
-    """Holds the state of a rank whose guard (the parent of its training process) has connected."""
+    """Holds the state of one rank, from the time when the rank's guard (the parent of the training process) connects."""
 
     registered: Register
     channel: Channel
     log: Path
-    """File with the output of the training process."""
+    """Log file with the output of the training process."""
     ended: Ended | None = None
-    """The guard's report of the end of the training process; None while that process runs."""
+    """Message of the guard about the end of the training process; None while the training process runs."""
     is_lost: bool = False
-    """Whether the rank's guard is gone or has been silent for too long."""
+    """Whether the rank's guard has disconnected or has been silent for too long."""
     is_killed: bool = False
     """Whether `beit3 launch` has told the guard to kill the training process."""
     state: str = ""
-    """Letter of the training process's state in /proc, such as T for stopped; empty if unknown."""
+    """State of the training process as a letter from /proc, such as T for stopped; empty if unknown."""
     state_since: float = field(default_factory=time.monotonic)
 
     @property
@@ -53,21 +53,21 @@ class GuardedRank:
 
     @property
     def name(self) -> str:
-        """Returns rank and host, for messages."""
+        """Returns the rank and its host as text for messages."""
         return f"rank {self.registered.rank} on host {self.registered.host}"
 
     @property
     def is_gone(self) -> bool:
-        """Returns whether the training process has ended or is lost."""
+        """Returns whether the training process has ended or the rank's guard is lost."""
         return self.ended is not None or self.is_lost
 
     @property
     def silence(self) -> float:
-        """Returns the seconds since the last message of the rank's guard."""
+        """Returns the seconds since the last message from the rank's guard."""
         return time.monotonic() - self.channel.last_heard
 
     def record_state(self, state: str) -> None:
-        """Records the state of the training process from a keepalive message."""
+        """Records the state letter of the training process that came with a keepalive message."""
         if state != self.state:
             self.state, self.state_since = state, time.monotonic()
 
@@ -76,7 +76,7 @@ class GuardedRank:
         return self.state == "T" and not self.is_gone and time.monotonic() - self.state_since > STOPPED_SECONDS
 
     def describe_end(self) -> str:
-        """Describes how the training process ended, in a phrase such as "ended with status 1"."""
+        """Describes how the training process ended, for example "ended with status 1"."""
         if self.ended is None:
             return "was lost" if self.is_lost else "still runs"
         if self.ended.error:
@@ -87,7 +87,7 @@ class GuardedRank:
         return describe_status(self.ended.status) + (" by the launcher" if is_ours else "")
 
     def failure(self, text: str) -> AttemptFailure:
-        """Builds a failure of this rank with the last lines of its output, from the guard's report or the log."""
+        """Builds a failure of this rank that contains the rank's last lines of output."""
         lines = self.ended.lines if self.ended is not None else last_lines(self.log)
         return AttemptFailure(
             text=f"{self.name} {text}",
@@ -99,7 +99,7 @@ class GuardedRank:
 
 
 def describe_status(status: int) -> str:
-    """Describes an exit status, or minus a signal's number, in a phrase such as "was killed by SIGKILL"."""
+    """Describes an exit status, for example "was killed by SIGKILL"; a negative status is minus the number of a signal."""
     if status >= 0:
         return f"ended with status {status}"
     try:

@@ -1,6 +1,7 @@
-"""Builds the commands with which DeepSpeed's launcher starts a guard (the parent of a trainer) for every rank.
+"""Builds the commands that run DeepSpeed's launcher, which starts a guard (the parent of a trainer) for every rank.
 
-Launchers pass their command to shells on the hosts, so it has only words that no shell changes (`plain_words`).
+Launchers pass the guard's command to shells on the hosts. So the command contains only words that no shell changes
+(`plain_words`).
 """
 
 import base64
@@ -19,9 +20,10 @@ from beit3_ds.config import ConfigError
 Launcher = Literal["pdsh", "ssh", "openmpi", "mpich", "slurm"]
 LAUNCHERS: tuple[Launcher, ...] = ("pdsh", "ssh", "openmpi", "mpich", "slurm")
 EQUAL_SLOTS: tuple[Launcher, ...] = ("mpich", "slurm")
-"""Backends that start the same number of ranks on every host."""
+"""Launchers that start the same number of ranks on every host."""
 LAUNCHER_FOLDER = Path("/")
-"""Working directory of the launcher's commands; fixed, because DeepSpeed writes it into the hosts' command lines."""
+"""Working directory of the launcher's commands. DeepSpeed writes this path into the hosts' command lines, so it is
+plain."""
 
 _GUARD = "beit3_ds.cluster.launch.rank_guard"
 _GUARD_FILE = Path(__file__).with_name("rank_guard.py")
@@ -32,7 +34,7 @@ _SSH_OPTIONS = (
     *("-o", "ServerAliveCountMax=3"),
 )
 _ON_LINES = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "LD_LIBRARY_PATH")
-"""Variables that guards may need to start; DeepSpeed writes them into the hosts' command lines."""
+"""Environment variables that guards may need to start. DeepSpeed writes them into the hosts' command lines."""
 _NAMES = frozenset(
     {
         *("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "TZ", "TMPDIR", "PATH", "VIRTUAL_ENV"),
@@ -49,11 +51,11 @@ _PDSH_SSH_OPTIONS = ("PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND")
 
 
 def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str]) -> list[list[str]]:
-    """Returns the commands that start DeepSpeed's launcher: one command per host with "ssh", else one in total.
+    """Returns the commands that start DeepSpeed's launcher: one command per host with "ssh", else a single command.
 
     Args:
-        launcher: the launcher's backend; not used if this machine is the only host.
-        hostfile: hostfile whose path has only plain characters (`plain_words`).
+        launcher: backend of DeepSpeed's launcher; ignored if this machine is the only host.
+        hostfile: hostfile whose path contains only plain characters (`plain_words`).
         guard: command-line arguments of the guards (`guard_arguments`).
     """
     first = hostfile.hosts[0].name
@@ -84,17 +86,17 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
 
 
 def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: float) -> list[str]:
-    """Returns the command-line arguments of the guards (`rank_guard.main`); encodes the token's path in hexadecimal."""
+    """Returns the command-line arguments of the guards (`rank_guard.main`); the path of the token is in hexadecimal."""
     # The token's path may have any characters, and shells on the hosts read these arguments.
     values = {"address": address, "port": port, "token": os.fsencode(token).hex(), "keepalive": keepalive_seconds}
     return [f"--{name}={value}" for name, value in values.items()]
 
 
 def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables of this process that the launcher's commands need.
+    """Returns the environment variables that the launcher's commands need.
 
-    Some launchers pass their environment to the hosts, so secrets are excluded. PATH omits folders with special
-    characters in their names.
+    Secrets are excluded, because some launchers pass their environment to the hosts. Folders with special characters in
+    their names are removed from PATH.
     """
     kept = {
         name: value
@@ -117,17 +119,17 @@ def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> 
 def check_launcher(
     launcher: Launcher, hostfile: Hostfile, environment: Mapping[str, str], find: Callable[[str], str | None]
 ) -> None:
-    """Checks that DeepSpeed's launcher can run a hostfile, and that shells will not change words of its commands.
+    """Checks that DeepSpeed's launcher can use a hostfile, and that shells do not change the words of its commands.
 
     Args:
-        launcher: the launcher's backend.
+        launcher: backend of DeepSpeed's launcher.
         hostfile: hostfile of the run.
         environment: environment of the launcher's commands (`launcher_environment`).
-        find: returns the path of a program, or None, as `shutil.which` does.
+        find: returns the path of a program or None, like `shutil.which`.
 
     Raises:
-        ConfigError: if the backend's program is not installed or cannot start different numbers of ranks. Also if a
-            path or variable in the hosts' command lines has a character that shells change.
+        ConfigError: if the backend's program is not installed, if the backend needs equal numbers of ranks per host, or
+            if a path or variable in the hosts' command lines contains a character that shells change.
     """
     if hostfile.is_local:
         return
@@ -169,7 +171,9 @@ def _runner() -> list[str]:
 
 
 def _host_command(hostfile: Hostfile, index: int, per_host: Sequence[str]) -> list[str]:
-    """Returns the command that runs DeepSpeed's launcher on one host, to start the guards of the host's ranks."""
+    """Returns the command that runs DeepSpeed's launcher on one host; the launcher starts the guards of that host's
+    ranks.
+    """
     slots = {host.name: list(range(host.slots)) for host in hostfile.hosts}
     variables = [f"{name}={value}" for name in _ON_LINES if (value := os.environ.get(name))]
     return [

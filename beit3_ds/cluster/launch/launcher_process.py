@@ -17,20 +17,20 @@ _WATCH_SECONDS = 5.0
 
 
 class LauncherProcess:
-    """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt them.
+    """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt the commands.
 
-    Their output goes to a file in memory and from there to the log. So neither a full disk nor the end of `beit3
-    launch` ends them.
+    Output goes first to a file in memory and then to the log. So a full disk or the end of `beit3 launch` does not stop
+    the commands.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, log: Path):
-        """Starts the commands.
+        """Starts the launcher's commands.
 
         Args:
             commands: commands that together start the guards of all ranks.
             environment: complete environment of the commands.
             folder: working directory of the commands.
-            log: file to which the output of the commands is appended, at each call of a method.
+            log: file to which each method call appends the commands' new output.
 
         Raises:
             OSError: if a command does not exist.
@@ -55,14 +55,14 @@ class LauncherProcess:
         self._watched_at = time.monotonic()
 
     def watch(self) -> None:
-        """Records, every few seconds, the processes that the commands have started on this machine."""
+        """Records the processes that the commands have started on this machine, at most once per five seconds."""
         self._copy_output()
         if time.monotonic() - self._watched_at > _WATCH_SECONDS:
             self._tree.watch()
             self._watched_at = time.monotonic()
 
     def statuses(self) -> list[int] | None:
-        """Returns the exit status of each launch command; None until all commands have ended."""
+        """Returns the exit status of each command, or None while a command still runs."""
         statuses = [process.poll() for process in self._processes]
         self._copy_output()
         return None if None in statuses else [status for status in statuses if status is not None]
@@ -71,7 +71,7 @@ class LauncherProcess:
         """Waits at most `seconds` for all commands to end, then kills their remaining processes on this machine.
 
         Returns:
-            Process ids of the killed processes.
+            Ids of the killed processes.
         """
         deadline = asyncio.get_running_loop().time() + seconds
         while self.statuses() is None and asyncio.get_running_loop().time() < deadline:

@@ -1,4 +1,4 @@
-"""Runs `beit3 launch`: checks, attempts, and restarts from the newest checkpoint."""
+"""Runs `beit3 launch`: checks the hosts, runs attempts, and restarts from the newest checkpoint after a failure."""
 
 import asyncio
 import os
@@ -41,45 +41,45 @@ _RESTART_SECONDS = 2.0  # pause before a restart, in case every attempt fails at
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """Holds the options of `beit3 launch`."""
+    """Holds the command-line options of `beit3 launch`."""
 
     hostfile: str
     config: str
     changes: Sequence[str]
-    """Changes of the config, each as KEY=VALUE (`--set`)."""
+    """Changes to the config from the option `--set`, each as KEY=VALUE."""
     launcher: Launcher
     restarts: int
-    """Largest number of restarts after failures."""
+    """Maximum number of restarts after failures."""
     min_ranks: int
-    """Minimum number of ranks of a restarted run."""
+    """Minimum number of ranks after a restart."""
     log_dir: str | None
     """Log folder; None means `logs` in the run's output folder."""
     environment: Sequence[str]
-    """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
+    """Environment variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds without a message after which `beit3 launch` and a host count each other as lost."""
+    """Seconds of silence after which `beit3 launch` counts a host as lost, and the host counts `beit3 launch` as lost.
+    """
     start_seconds: float
-    """Longest time in seconds until the guards of all ranks have connected to `beit3 launch`."""
+    """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
     port: int
-    """Port on which `beit3 launch` waits for the guards of the ranks; 0 for any free port."""
+    """Port on which `beit3 launch` waits for the guards of the ranks; 0 means any free port."""
     force: bool = False
-    """Whether the ranks move the checkpoints of a finished run aside and train again (`beit3 train --force`)."""
+    """Whether to move the checkpoints of a finished run aside and train again (`beit3 train --force`)."""
     dry_run: bool = False
-    """Whether to print only the command, hosts and variables of the ranks, without starting a process."""
+    """Whether to print the command, hosts and variables of the ranks without starting any process."""
     module: str = "beit3_ds.train"
-    """Module that every rank runs, with the config and the changes as its arguments."""
+    """Python module that every rank runs. Its arguments are the config and the changes to the config."""
 
 
 def launch(options: LaunchOptions) -> int:
-    """Runs a training on the machines of a hostfile to its end.
+    """Trains on the machines of a hostfile until the training ends.
 
     Returns:
-        0 if the training has finished, or after a dry run; 128 + n if signal n stopped the training and its state was
-        saved; 2 if a rank failed because of a user's mistake; 1 after any other failure.
+        Exit status. 0: the training has finished, or this was a dry run. 128 + n: signal n stopped the training, whose
+        state was saved. 2: a rank failed because of a user's mistake. 1: any other failure.
 
     Raises:
-        ConfigError: if the run cannot work, or another launch writes into the log folder; it is raised before any
-            process starts.
+        ConfigError: before any process starts, if the run cannot work or another launch writes into the log folder.
     """
     hostfile = read_hostfile(options.hostfile)
     config = load_run_config(options.config, options.changes)
@@ -123,7 +123,7 @@ class _Launch:
         self._terminal = Terminal(log_dir / "launch.log")
         self._stop_signals = LauncherStopSignals(self._terminal)
         self._attempt_hostfile = log_dir / "hostfile"
-        """Path of the hostfile that the last attempt wrote; the time of this file shows when the attempt started."""
+        """Hostfile of the latest attempt. The file's modification time shows when that attempt started."""
         self._outdated: int | None = None  # inode of the finished run's folder of checkpoints
         if options.force and self._is_trained():
             self._outdated = self._checkpoints_inode()
@@ -207,7 +207,7 @@ class _Launch:
         return folder
 
     def _status(self, outcome: Outcome) -> int:
-        """Converts the outcome of an attempt to an exit status (see `launch`); prints a line unless the status is 1."""
+        """Returns the exit status for the outcome of an attempt (see `launch`); prints a line unless the status is 1."""
         if outcome.is_user_error:
             self._terminal.report("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR
@@ -228,7 +228,9 @@ class _Launch:
         return 128 + number
 
     def _is_report_written(self) -> bool:
-        """Returns whether the run's report is newer than its last checkpoint and the start of the last attempt."""
+        """Returns whether the run's report is newer than the last checkpoint and newer than the start of the latest
+        attempt.
+        """
         output_dir = Path(self._config.training.output_dir)
         try:
             before = [output_dir / "checkpoints" / "latest", self._attempt_hostfile]
@@ -238,10 +240,10 @@ class _Launch:
             return False
 
     async def _prepare_restart(self, outcome: Outcome, number: int) -> bool:
-        """Waits until lost ranks have ended, then chooses hosts for a restart from the hosts that can be reached.
+        """Waits until the ranks on lost hosts have ended, then chooses reachable hosts for a restart.
 
         Returns:
-            Whether to restart: false after a stop signal, or if the remaining hosts are too few for the run.
+            Whether to restart; false after a stop signal, or if the reachable hosts are too few for the run.
         """
         await self._pause(max(_RESTART_SECONDS, outcome.clear_at - time.monotonic() + _RESTART_SECONDS))
         unreachable = await self._find_unreachable([host.name for host in self._hosts])
@@ -305,7 +307,7 @@ class _Launch:
         return (self._saved_step() or 0) >= self._config.training.total_steps
 
     def _saved_step(self) -> int | None:
-        """Returns the step of the checkpoint that `latest` names, or None; does not check the checkpoint."""
+        """Returns the step of the checkpoint named in the file `latest`, or None; does not check that checkpoint."""
         if self._outdated is not None and self._outdated == self._checkpoints_inode():
             return None
         try:
@@ -316,7 +318,7 @@ class _Launch:
         return int(match[1]) if match else None
 
     def _checkpoints_inode(self) -> int | None:
-        """Returns the inode of the folder of checkpoints, which renaming does not change; None without a folder."""
+        """Returns the inode of the checkpoint folder, or None without such a folder; renaming a folder keeps its inode."""
         try:
             return (Path(self._config.training.output_dir) / "checkpoints").stat().st_ino
         except OSError:
@@ -340,7 +342,7 @@ def _describe_launch(
     of_launcher: Mapping[str, str],
     log_dir: Path,
 ) -> str:
-    """Returns the text of a dry run: hosts, command, folders and variables, without values that may be secrets."""
+    """Returns the text of a dry run: hosts, command, folders and variables. Values that may be secrets are not shown."""
     how = "on this machine" if hostfile.is_local else f"through {options.launcher}"
     return "\n".join(
         [
@@ -357,7 +359,7 @@ def _describe_launch(
 
 
 def _own_address(hosts: Sequence[HostSlots], hostfile: Path) -> str:
-    """Returns this machine's address on the network over which it reaches the hosts."""
+    """Returns the address of this machine in the hosts' network."""
     names = [host.name for host in hosts]
     if len(names) == 1 and is_loopback(names[0]):
         return "127.0.0.1"

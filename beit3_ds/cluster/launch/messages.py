@@ -1,7 +1,7 @@
 """Defines the messages between `beit3 launch` (the supervisor) and the guards of the ranks: lines of JSON over TCP.
 
-A guard starts any command that its supervisor sends. So both sides first prove that they know the attempt's token, a
-file of mode 0600 in the log folder. Later messages are neither encrypted nor signed.
+A guard starts any command that the supervisor sends. So each side first proves that it knows the secret token of the
+attempt. The token is in a file with mode 0600 in the log folder. Later messages are neither encrypted nor signed.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 KEEPALIVE_INTERVAL = 1.0
-"""Seconds between two keepalive messages, in both directions."""
+"""Seconds between two keepalive messages in each direction."""
 
 _LONGEST_LINE = 16 << 20  # bytes; environments can be long
 _HANDSHAKE_BYTES = 1 << 10  # most that a peer without the token may send in a line
@@ -28,54 +28,55 @@ _ACCEPTED_AT_ONCE = 32  # connections accepted before the first of them is looke
 
 @dataclass(frozen=True, kw_only=True)
 class Register:
-    """Tells the supervisor (`beit3 launch`) that a rank's guard is ready, and describes the guard."""
+    """Tells the supervisor (`beit3 launch`) that a rank's guard is ready."""
 
     rank: int
     local_rank: int | None
-    """Rank within the host; None if the launcher does not set it."""
+    """Index of the rank within its host; None if the launcher does not set it."""
     host: str
-    """Host's own name."""
+    """Host name that the guard's machine reports."""
     pid: int
-    """Process number of the guard."""
+    """Process id of the guard."""
     address: str
-    """Address of this host on the network over which it reached `beit3 launch`."""
+    """Address of the guard's host in the network through which the guard reached `beit3 launch`."""
     free_port: int
-    """Port of this host that was free when the guard registered."""
+    """Port of the guard's host that was free when the guard registered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Tells a guard to start its trainer, the training process of its rank."""
+    """Tells a guard to start the training process of its rank."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Additional environment variables for the training process; they override those that the launcher has set."""
+    """Environment variables to add for the training process; they override the launcher's variables."""
     folder: str
     """Working directory of the training process."""
     log: str
-    """File for the output of the training process."""
+    """Log file for the output of the training process."""
     send_output: bool
     """Whether the guard also sends the output of the training process to `beit3 launch`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepAlive:
-    """Tells the other side that the sender is alive."""
+    """Tells the receiver that the sender is alive."""
 
     state: str = ""
-    """Letter of the training process's state in /proc, such as T for stopped; empty without such a process."""
+    """State of the training process as a letter from /proc, such as T for stopped; empty if no training process runs.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Carries text that a training process printed, from its guard to `beit3 launch`."""
+    """Sends text that a training process printed from the guard to `beit3 launch`."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogError:
-    """Tells `beit3 launch` that the log file of a training process cannot be written; training continues."""
+    """Tells `beit3 launch` that a training process's log file cannot be written; training continues."""
 
     error: str
 
@@ -92,28 +93,29 @@ class Ended:
     """Tells `beit3 launch` that a training process and all its child processes have ended."""
 
     status: int | None
-    """Exit status of the training process, or minus the number of the signal that ended it; None if never started."""
+    """Exit status of the training process, or minus the number of the signal that killed it; None if it never started.
+    """
     lines: Sequence[str]
-    """Last lines of the training process's output."""
+    """Last lines that the training process printed."""
     error: str = ""
-    """Reason why the training process could not be started; empty if it was started."""
+    """Reason why the training process could not start; empty if it started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SendSignal:
-    """Tells a guard to send a signal to its rank's training process."""
+    """Tells a guard to send a signal to the training process of its rank."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """Tells a guard to kill its rank's training process and all child processes of it."""
+    """Tells a guard to kill the training process of its rank and all child processes of the training process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leave:
-    """Tells a guard that the attempt is over, so that the guard exits."""
+    """Tells a guard to exit, because the attempt is over."""
 
 
 Message = Register | Start | KeepAlive | Output | LogError | StopSignalReceived | Ended | SendSignal | Kill | Leave
@@ -136,12 +138,12 @@ class HandshakeClosedError(ProtocolError):
 
 
 def encode(message: Message) -> bytes:
-    """Returns a message as one line of JSON; newlines and other control characters are escaped."""
+    """Encodes a message as one line of JSON; newlines and other control characters are escaped."""
     return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
-    """Parses one line and returns its message.
+    """Parses one line of JSON and returns the message.
 
     Raises:
         ProtocolError: if the line is not a valid message.
@@ -157,20 +159,20 @@ def decode(line: bytes) -> Message:
 
 
 class Channel:
-    """Sends and receives messages at one end of a connection between a rank's guard and `beit3 launch`."""
+    """Sends and receives messages at one end of a connection between a guard and `beit3 launch`."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self.last_heard = time.monotonic()
-        """Time of the peer's last message, on this process's monotonic clock."""
+        """Monotonic time of the peer's last message in seconds."""
 
     def send(self, message: Message) -> None:
-        """Sends a message without waiting; ignores errors, because `last_heard` shows a lost peer."""
+        """Sends a message without waiting. Errors are ignored, because `last_heard` reveals a lost peer."""
         if not self._writer.is_closing():
             self._writer.write(encode(message))
 
     async def receive(self) -> Message | None:
-        """Returns the next message; None once the connection is closed.
+        """Returns the next message, or None if the connection is closed.
 
         Raises:
             ProtocolError: if the peer sends an invalid message.
@@ -187,7 +189,7 @@ class Channel:
         return decode(line)
 
     async def flush(self) -> None:
-        """Waits until the send buffer has drained, for at most `KEEPALIVE_INTERVAL`; ignores a lost connection."""
+        """Waits at most `KEEPALIVE_INTERVAL` seconds until the send buffer is empty; ignores a lost connection."""
         try:
             await asyncio.wait_for(self._writer.drain(), KEEPALIVE_INTERVAL)
         except (OSError, TimeoutError):
@@ -198,29 +200,29 @@ class Channel:
         self._writer.close()
 
     def abort(self) -> None:
-        """Closes the connection without sending what is still in the buffer."""
+        """Closes the connection without sending the rest of the buffer."""
         self._writer.transport.abort()
 
     async def wait_closed(self) -> None:
-        """Waits until the closed connection is gone; without a wait, asyncio would print the connection's errors."""
+        """Waits until the connection is closed; without this wait, asyncio prints connection errors."""
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
     @property
     def peer_address(self) -> str:
-        """Returns the address of the peer; "an unknown address" if the connection was closed before it was accepted."""
+        """Returns the address of the peer, or "an unknown address" if the peer closed the connection too early."""
         return str((self._writer.get_extra_info("peername") or ["an unknown address"])[0])
 
     @property
     def local_address(self) -> str:
-        """Returns the local address of the connection."""
+        """Returns the address of this end of the connection."""
         return str(self._writer.get_extra_info("sockname")[0])
 
     async def authenticate_guard(self, token: bytes) -> None:
-        """Proves to a guard that this supervisor knows the token, and checks that the guard knows the token too.
+        """Checks that a guard knows the token, and proves to the guard that this supervisor knows the token.
 
         Raises:
-            ProtocolError: if the guard does not have the token.
+            ProtocolError: if the guard does not know the token.
         """
         ours = secrets.token_hex(16)
         self._writer.write(f"{ours}\n".encode())
@@ -231,12 +233,12 @@ class Channel:
         self._reader._limit = _LONGEST_LINE  # type: ignore[attr-defined] # asyncio has no public way to raise it
 
     async def authenticate_supervisor(self, token: bytes) -> None:
-        """Proves to a supervisor that this guard knows the token, and checks that the supervisor knows the token too.
+        """Proves to a supervisor that this guard knows the token, and checks that the supervisor knows the token.
 
         Raises:
             HandshakeClosedError: if the supervisor closed the connection, because this guard's token is wrong or
                 because too many peers wait.
-            ProtocolError: if the peer does not have the token.
+            ProtocolError: if the supervisor does not know the token.
         """
         ours, theirs = secrets.token_hex(16), await self._word()
         self._writer.write(f"{ours}\n{_proof(token, 'guard', theirs, ours)}\n".encode())
@@ -261,18 +263,18 @@ async def connect(address: str, port: int) -> Channel:
     """Connects a guard to `beit3 launch` and returns the channel.
 
     Raises:
-        OSError: if the connection cannot be established.
+        OSError: if the connection fails.
     """
     return Channel(*await asyncio.open_connection(address, port, limit=_LONGEST_LINE))
 
 
 async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
-    """Listens for guards and returns the server.
+    """Listens for connections of guards and returns the server.
 
     Args:
         address: address of this machine.
-        port: port to listen on; 0 for any free port.
-        accept: builds a `Channel` from the reader and the writer of a new connection.
+        port: port to listen on; 0 means any free port.
+        accept: coroutine function that is called for each new connection with its stream reader and writer.
 
     Raises:
         OSError: if this machine does not have the address, or the port is taken.
@@ -285,7 +287,7 @@ async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
 
 
 def write_token(path: Path) -> bytes:
-    """Writes a new token to a file that only this user can read, and returns it."""
+    """Creates a random token, writes it to a new file that only this user can read, and returns the token."""
     token = secrets.token_hex(32).encode()
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(token)

@@ -1,7 +1,7 @@
-"""Checks that the words of a command line have no special characters, because shells on the hosts read the line.
+"""Checks that the words of a command line contain no special characters, because shells on the hosts read that line.
 
-DeepSpeed's launcher quotes only words with blanks, and its quotes still expand `$( )`. Other values reach the guards
-through the supervisor (`messages.Start`).
+DeepSpeed's launcher quotes only words with blanks, and the shell still expands `$( )` inside these quotes. Values with
+special characters reach the guards in a message from the supervisor instead (`messages.Start`).
 """
 
 import re
@@ -12,7 +12,7 @@ _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_@+=:,./-]")  # without %, which pdsh repla
 
 
 def is_plain_word(word: str) -> bool:
-    """Returns whether shells and pdsh leave a word unchanged."""
+    """Returns whether shells and pdsh keep a word unchanged."""
     return word != "" and _NOT_PLAIN.search(word) is None
 
 
@@ -21,11 +21,11 @@ def check_plain_word(word: str, what: str, way_out: str) -> None:
 
     Args:
         word: word of a command line.
-        what: description of the word for the message, such as "the path of this Python".
-        way_out: sentence for the message that tells users how to fix the fault.
+        what: description of the word for the error message, such as "the path of this Python".
+        way_out: sentence for the error message that tells how to fix the error.
 
     Raises:
-        ConfigError: if the word is empty or contains such a character; the message shows the character.
+        ConfigError: if the word is empty or contains a special character, which the message shows.
     """
     if not word:
         raise ConfigError(f"launcher: {what} is empty, but the launcher writes it on a line for the hosts. {way_out}")

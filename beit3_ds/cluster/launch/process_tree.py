@@ -1,6 +1,6 @@
-"""Tracks the processes that DeepSpeed's launcher starts on this machine, and kills those that do not end in time.
+"""Tracks the processes that DeepSpeed's launcher starts on this machine, and kills processes that do not end in time.
 
-The launcher never gets SIGTERM or SIGINT, because its handlers run `pkill -f` on every host.
+The launcher never gets SIGTERM or SIGINT: its signal handlers would run `pkill -f` on every host.
 """
 
 import contextlib
@@ -11,27 +11,28 @@ from typing import NamedTuple
 
 
 class ProcessId(NamedTuple):
-    """Identifies a process even if its process id is reused later."""
+    """Identifies a process even if the system later reuses the process id."""
 
     pid: int
     start_time: int
-    """Clock ticks between the machine's start and the start of the process."""
+    """Start time of the process, in clock ticks since the machine booted."""
 
 
 class ProcessTree:
-    """Tracks root processes, and all descendants that `watch` has found."""
+    """Tracks some root processes and the descendants that `watch` has found."""
 
     def __init__(self, roots: list[int]) -> None:
         """Records the root processes that still run.
 
         Args:
-            roots: ids of child processes of this process. Nobody may have waited for them, so that no id is reused.
+            roots: ids of child processes of this process. No caller may have waited for them, because their ids could
+                be reused.
         """
         table = _read_table()
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root
 
     def watch(self) -> None:
-        """Finds and records new descendants of the recorded processes, unless their parent has already ended."""
+        """Finds and records new descendants of the recorded processes. A process whose parent has ended is not found."""
         table = _read_table()
         children: dict[int, list[int]] = {}
         for pid, (parent, _) in table.items():
@@ -46,7 +47,7 @@ class ProcessTree:
                     left.append((child, depth + 1))
 
     def kill(self) -> list[int]:
-        """Kills all recorded processes that still run, children first; returns their process ids."""
+        """Kills all recorded processes that still run, children first; returns the ids of the killed processes."""
         self.watch()
         return [
             found.pid for found in sorted(self._found, key=lambda found: -self._found[found]) if kill_process(found)
@@ -71,7 +72,7 @@ def kill_process(process: ProcessId) -> bool:
 
 
 def _read_table() -> dict[int, tuple[int, int]]:
-    """Returns parent id and start time of every process on this machine, by process id."""
+    """Returns the parent id and start time of every process on this machine, by process id."""
     table = {}
     for path in Path("/proc").iterdir():
         if path.name.isdecimal() and (fields := _fields(int(path.name))):
@@ -85,7 +86,7 @@ def _stat(pid: int) -> ProcessId | None:
 
 
 def _fields(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat, first the state; an empty list if the process is gone or a zombie."""
+    """Returns the fields of /proc/PID/stat, starting with the state; an empty list if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,7 +1,8 @@
-"""Guards one rank: DeepSpeed's launcher starts a guard instead of the trainer, on every host.
+"""Guards one rank: on every host, DeepSpeed's launcher starts a guard instead of the training process.
 
-A guard connects to `beit3 launch`, runs the trainer as its child, and reports how it ends. It kills the trainer on
-request, or if the connection is lost. A guard imports neither torch nor DeepSpeed, so that it starts at once.
+A guard connects to `beit3 launch`, runs the training process as its child, and reports how that process ends. The guard
+kills the training process on request, or if the connection is lost. A guard starts fast, because it imports neither
+torch nor DeepSpeed.
 """
 
 import argparse
@@ -50,14 +51,14 @@ _ATTEMPTS = 4
 
 
 class RankGuard:
-    """Starts, signals and kills one rank's training process as `beit3 launch` requests, and reports its end."""
+    """Starts, signals and kills one rank's training process at the request of `beit3 launch`, and reports how it ended."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
-        """Prepares a guard that has already registered over `channel`.
+        """Creates a guard that has already registered over `channel`.
 
         Args:
             channel: connection to `beit3 launch`.
-            keepalive_seconds: seconds without a message after which `beit3 launch` counts as lost.
+            keepalive_seconds: seconds of silence after which `beit3 launch` counts as lost.
         """
         self._channel, self._keepalive = channel, keepalive_seconds
         self._trainer: TrainerProcess | None = None
@@ -66,7 +67,8 @@ class RankGuard:
         self._over = asyncio.Event()
 
     async def run(self) -> int:
-        """Runs until `beit3 launch` ends the attempt, or until it is lost and the training process has ended.
+        """Runs until `beit3 launch` ends the attempt. If `beit3 launch` is lost, runs until the training process has
+        ended.
 
         Returns:
             Exit status: 0 if `beit3 launch` ended the attempt, 1 if `beit3 launch` was lost.
@@ -225,7 +227,9 @@ async def _read(path: Path) -> bytes:
 
 
 async def _connect(address: str, port: int, token: bytes) -> Channel:
-    """Connects to `beit3 launch`; tries again if that process closes the connection, because strangers flood it."""
+    """Connects to `beit3 launch`. Tries again after a failure, because too many other connections may have displaced
+    this one.
+    """
     for _ in range(_ATTEMPTS - 1):
         with contextlib.suppress(OSError, HandshakeClosedError):
             return await _connect_once(address, port, token)

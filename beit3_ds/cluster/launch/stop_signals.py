@@ -1,4 +1,4 @@
-"""Handles stop signals of `beit3 launch`: the first lets all ranks save and stop, Ctrl-C after that kills the ranks."""
+"""Handles stop signals of `beit3 launch`: after the first, all ranks save and stop; a later Ctrl-C kills the ranks."""
 
 import asyncio
 import signal
@@ -10,24 +10,24 @@ from beit3_ds.runtime.stop_signals import describe_signal, exit_status, handled_
 
 
 class LauncherStopSignals:
-    """Records the first stop signal, which is forwarded to all ranks; a second SIGINT kills the ranks.
+    """Records the first stop signal, which is forwarded to all ranks; a later SIGINT kills the ranks.
 
-    SIGHUP counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because ranks end if their supervisor is stopped.
+    SIGHUP counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because ranks end if `beit3 launch` is suspended.
     """
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
         self.first: signal.Signals | None = None
-        """First stop signal received; None before the first."""
+        """First stop signal that was received; None before any stop signal."""
         self.since = 0.0
-        """Time of the first stop signal, on the monotonic clock."""
+        """Monotonic time of the first stop signal in seconds."""
         self.is_kill = False
-        """Whether the ranks are to be killed without saving."""
+        """Whether to kill the ranks without saving."""
         self.on_change: Callable[[], None] = lambda: None
         """Function that is called after every stop signal."""
 
     def handle(self) -> None:
-        """Installs signal handlers in the running event loop."""
+        """Installs the signal handlers in the running event loop."""
         loop = asyncio.get_running_loop()
         for number in handled_signals():
             loop.add_signal_handler(number, self.receive, number)
@@ -41,8 +41,8 @@ class LauncherStopSignals:
         """Records a stop signal.
 
         Args:
-            number: stop signal to forward to the ranks, as SIGTERM if it is SIGHUP.
-            origin: source of the signal, for the message; empty if this process received `number` itself.
+            number: stop signal. Ranks receive SIGTERM instead of SIGHUP.
+            origin: source of the signal, for the printed message; empty if this process itself received the signal.
         """
         if self.first is None:
             self.first, self.since = signal.Signals(exit_status(number) - 128), time.monotonic()

@@ -1,4 +1,4 @@
-"""Prints the lines of `beit3 launch` to the terminal and to a file next to the ranks' logs."""
+"""Prints the messages of `beit3 launch` to the terminal, and writes them to a file beside the ranks' logs."""
 
 import contextlib
 import os
@@ -14,25 +14,26 @@ _PREFIX = "beit3 launch: "
 
 
 class Terminal:
-    """Prints the lines of `beit3 launch` to stderr and to a file, and the output of rank 0 to stdout.
+    """Prints the messages of `beit3 launch` to stderr and to a log file, and the output of rank 0 to stdout.
 
-    A closed terminal or a full disk does not end a run; a later call writes the missing lines to the file.
+    A closed terminal or a full disk does not end a run. Lines that could not be written to the log file are written
+    later.
     """
 
     def __init__(self, log: Path) -> None:
-        """Prepares to print to stderr, and to append the lines of `beit3 launch` to the file `log`."""
+        """Creates a terminal that appends the messages of `beit3 launch` to the file `log`."""
         self._path = log
         self._log = RetryingStream(lambda: open_log(log), self._report_error)
 
     def report(self, text: str, lines: Iterable[str] = ()) -> None:
-        """Prints a message of `beit3 launch`, followed by quoted lines, such as a rank's last output."""
+        """Prints a message of `beit3 launch`, followed by quoted lines, such as the last output of a rank."""
         text, quoted = printable(text), "".join(f"    | {printable(line)}\n" for line in lines)
         with contextlib.suppress(OSError, ValueError):
             print(f"{_PREFIX}{text}\n{quoted}", end="", file=sys.stderr, flush=True)
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n{quoted}".encode())
 
     def print_output(self, text: str) -> None:
-        """Prints output of rank 0."""
+        """Prints output of rank 0 to stdout."""
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -43,10 +44,10 @@ class Terminal:
 
 
 def open_log(path: Path) -> int:
-    """Opens a log file to append to it, and returns the file descriptor.
+    """Opens a log file for appending and returns the file descriptor.
 
     Raises:
-        OSError: if it cannot be opened.
+        OSError: if the file cannot be opened.
     """
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 

@@ -1,4 +1,6 @@
-"""Runs one rank's training process as a child of its guard, copies its output, and ends what it leaves behind."""
+"""Runs one rank's training process as a child of the rank's guard, copies its output, and kills leftover child
+processes.
+"""
 
 import codecs
 import contextlib
@@ -24,24 +26,25 @@ _libc = ctypes.CDLL(None)
 
 
 class TrainerProcess:
-    """Runs a trainer (a rank's training process) in a separate session, and copies its output from a pipe to a log.
+    """Runs a trainer (a rank's training process) in a separate session, and copies the trainer's output to a log file.
 
-    On a full disk training continues, and missing lines are written later. The kernel kills the trainer if the guard
-    ends.
+    If the disk is full, training continues and the missing lines are written later. If the guard ends, the kernel kills
+    the trainer.
     """
 
     def __init__(
         self, start: Start, on_output: Callable[[str], None] | None, on_log_error: Callable[[str], None]
     ) -> None:
-        """Starts the trainer. The kernel kills the trainer when the calling thread ends, so call from the main thread.
+        """Starts the trainer. Call this from the main thread: the kernel kills the trainer when the calling thread
+        ends.
 
         Args:
             start: command and environment of the trainer.
-            on_output: receives the trainer's output, in another thread; None discards it.
+            on_output: receives the trainer's output, in another thread; None if nobody needs the output.
             on_log_error: receives the first error of writing the log, in another thread.
 
         Raises:
-            OSError: if the trainer cannot be started.
+            OSError: if the trainer cannot start.
         """
         guard = os.getpid()
 
@@ -71,7 +74,7 @@ class TrainerProcess:
         self._copier.start()
 
     def state(self) -> str:
-        """Returns the letter of the trainer's state in /proc; empty if it is gone."""
+        """Returns the trainer's state as a letter from /proc; empty if the trainer has ended."""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
@@ -83,15 +86,17 @@ class TrainerProcess:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def kill(self) -> None:
-        """Kills all processes of the trainer's process group, even stopped ones; must not be called after `finish`."""
+        """Kills all processes of the trainer's process group, including stopped ones. Do not call `kill` after
+        `finish`.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def finish(self) -> int:
-        """Kills processes that the ended trainer left behind.
+        """Kills processes that an ended trainer left behind.
 
         Returns:
-            The trainer's exit status, or minus the number of the signal that ended the trainer.
+            The trainer's exit status, or minus the number of the signal that killed the trainer.
         """
         self.kill()  # before its number can be given to another process
         status = self._process.wait()
@@ -100,7 +105,7 @@ class TrainerProcess:
         return status
 
     def last_lines(self) -> list[str]:
-        """Returns the last lines that the trainer printed, at most twenty."""
+        """Returns the last lines that the trainer printed, at most 20."""
         return [*self._lines, *([self._unfinished] if self._unfinished else [])][-_LAST_LINES:]
 
     def _copy_output(self, log: Path) -> None:

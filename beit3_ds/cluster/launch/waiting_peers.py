@@ -1,4 +1,7 @@
-"""Limits the connections whose peers have yet to prove that they know the token, and the lines about refused peers."""
+"""Limits the number of connections from peers that have not yet proved to know the token.
+
+Also limits the number of log lines about refused peers.
+"""
 
 import ipaddress
 from collections import Counter
@@ -10,17 +13,17 @@ _FIRST_REFUSALS = 4  # each gets a line; later ones get a line whenever their nu
 
 
 class WaitingPeers:
-    """Holds a limited number of channels whose peers have yet to prove that they know the token.
+    """Holds a limited number of channels whose peers have not yet proved to know the token.
 
-    If there are too many, the address with the most connections loses its oldest one. So a stranger replaces only its
-    own connections. A guard at a stranger's address connects again.
+    If there are too many channels, the network address with the most channels loses its oldest one. So a stranger
+    displaces only connections from the stranger's own address. A guard at such an address connects again.
     """
 
     def __init__(self, most: int) -> None:
-        """Makes an empty collection.
+        """Creates an empty collection.
 
         Args:
-            most: largest number of channels that may wait.
+            most: maximum number of waiting channels.
         """
         self._most = most
         self._waiting: dict[Channel, str] = {}
@@ -30,7 +33,7 @@ class WaitingPeers:
         return len(self._waiting)
 
     def add(self, channel: Channel) -> None:
-        """Adds a new channel, and closes another one if too many wait."""
+        """Adds a new channel; if too many channels wait, closes one of them."""
         self._waiting[channel] = _network(channel.peer_address)
         if len(self._waiting) > self._most:
             largest = Counter(self._waiting.values()).most_common(1)[0][0]
@@ -39,11 +42,13 @@ class WaitingPeers:
             oldest.abort()
 
     def remove(self, channel: Channel) -> None:
-        """Removes a channel whose peer has shown the token, or was refused."""
+        """Removes a channel after its peer has proved to know the token or was refused."""
         self._waiting.pop(channel, None)
 
     def describe_refusal(self, channel: Channel, reason: str) -> str | None:
-        """Counts a refused peer and returns a line about it; returns None in a flood, which would fill the log."""
+        """Counts a refused peer and returns a log line; returns None for most peers in a flood, so that the log stays
+        short.
+        """
         self._refused += 1
         if self._refused > _FIRST_REFUSALS and self._refused & (self._refused - 1):
             return None
@@ -55,7 +60,7 @@ class WaitingPeers:
 
 
 def _network(address: str) -> str:
-    """Returns an IPv4 address itself, and the network of an IPv6 address."""
+    """Returns an IPv4 address unchanged, and the /64 network of an IPv6 address."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
