@@ -1,4 +1,4 @@
-"""Contains the tasks of the trainer, one per folder; `task.py` defines what a task is."""
+"""Contains one folder per task of the trainer, such as pretraining; `task.py` defines the interface of a task."""
 
 from beit3_ds.tasks.build import build_task
 from beit3_ds.tasks.rank_task import Evaluator, Figures, RankShare, RankTask

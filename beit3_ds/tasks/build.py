@@ -1,4 +1,4 @@
-"""Imports and builds the task that a configuration names."""
+"""Imports and builds the task named by a run's configuration."""
 
 import importlib
 import importlib.util
@@ -10,10 +10,10 @@ from beit3_ds.tasks.task import Task
 
 
 def build_task(config: RunConfig) -> Task:
-    """Builds the task of a run.
+    """Imports and builds the task named by `task.name`.
 
     Raises:
-        ConfigError: if there is no module with a task of this name, or the settings of the task are invalid.
+        ConfigError: if no module with this name defines a task, or if the task's settings are invalid.
     """
     name = config.task.name
     module = name if "." in name else f"beit3_ds.tasks.{name}"

@@ -1,4 +1,4 @@
-"""Defines what a task does on one rank: opens samples, updates its state at each step, evaluates, writes results."""
+"""Defines the work of a task on one rank: opening samples, updating state at each step, evaluating, writing results."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,24 +22,24 @@ from beit3_ds.tasks.result_page import ShownSample
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """Describes which samples a rank reads, and what its pipeline stage needs of them."""
+    """Describes which samples a rank reads, and whether it needs model inputs or targets."""
 
     data_parallel_rank: int
-    """Rank in the data-parallel group, whose ranks read different samples."""
+    """Rank in the data-parallel group; ranks of this group read different samples."""
     data_parallel_size: int
     """Number of ranks of the data-parallel group."""
     embeds: bool
-    """Whether the rank needs the model's inputs; true on the first stage of a pipeline."""
+    """Whether the rank needs the model's inputs; true on the first pipeline stage."""
     predicts: bool
-    """Whether the rank needs targets; true on the last stage of a pipeline."""
+    """Whether the rank needs targets; true on the last pipeline stage."""
     reads: bool
-    """Whether the rank reads samples itself; other ranks receive them from a rank that does (`Mesh.is_reader`)."""
+    """Whether the rank reads samples from files (`Mesh.is_reader`); other ranks receive samples from such a rank."""
     splits: tuple[Split, ...] = ("train", "validation")
-    """Splits to open: the default for training, or the single split that `beit3 evaluate` scores."""
+    """Splits to open: "train" and "validation" for training, or the single split that `beit3 evaluate` scores."""
 
     @property
     def is_main(self) -> bool:
-        """Returns whether the rank is the main one (`Mesh.is_main`), which writes the files of a run."""
+        """Returns whether the rank is the main rank (`Mesh.is_main`), which writes the run's files."""
         return self.reads and self.embeds and self.data_parallel_rank == 0
 
 
@@ -56,57 +56,58 @@ class Evaluator(Protocol):
 
     @property
     def validation(self) -> Iterable[PackedBatch]:
-        """Returns this rank's batches for the validation loss, not yet prepared by `RankTask.prepare`."""
+        """Returns this rank's batches for the validation loss; `RankTask.prepare` has not prepared them yet."""
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
-        """Returns this rank's share of all samples of a split as batches, not yet prepared by `RankTask.prepare`.
+        """Returns this rank's batches of a split; all ranks' batches together contain every sample once.
 
-        Each iteration reads the samples again with worker processes. All ranks have the same number of batches, some of
-        them empty. The data-parallel ranks together have each sample once. A sample's number in its stream
-        (`SampleKey.index`) identifies it in `SampleResults`.
+        Batches are not yet prepared by `RankTask.prepare`. All ranks get the same number of batches, so some may be
+        empty. Each iteration starts worker processes and reads the samples again. `SampleResults` identifies a sample
+        by its index in the stream (`SampleKey.index`).
         """
 
     @property
     def model(self) -> StageModel:
-        """Returns the layers of this stage; ZeRO-3 may have partitioned their parameters."""
+        """Returns the layers of this rank's pipeline stage; ZeRO-3 may have partitioned the parameters."""
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch, with the head's predictions on the last stage and None elsewhere.
+        """Yields each batch after preparation, with the head's predictions; predictions are None except on the last
+        stage.
 
-        All ranks must call it with the same number of batches.
+        All ranks must call this method with the same number of batches.
         """
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the name and the value of each weight (in float32) and each buffer of the whole model, on the CPU.
+        """Yields the name and value of each weight and buffer of the whole model, on the CPU; weights are float32.
 
-        Reads the newest checkpoint without communication, so a single rank may call it.
+        Reads the newest checkpoint without communication, so a single rank may call this method.
         """
 
 
 class Figures(NamedTuple):
-    """Holds the figures that a task adds to a progress report."""
+    """Holds figures that a task adds to a progress report."""
 
     values: Mapping[str, int | float] = {}
-    """Values to add to the record in `metrics.jsonl`, by name; equal on all ranks."""
+    """Values by name for the record in `metrics.jsonl`; equal on all ranks."""
     lines: Sequence[str] = ()
     """Lines to print below the progress line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankTask:
-    """Holds the opened samples and files of a task on one rank."""
+    """Base class for the part of a task that runs on one rank; holds the opened samples and files."""
 
     dataset: StepDataset | None = None
-    """Dataset of training steps; None on ranks that receive their samples from another rank."""
+    """Dataset of training steps; None on ranks that receive samples from another rank."""
     validation: ValidationBatches | None = None
-    """Batches of the validation loss; None on ranks that receive them, and in a task without validation loss."""
+    """Batches for the validation loss; None on ranks that receive them, and in tasks without validation loss."""
     evaluation: Mapping[Split, EvaluationBatches] = field(default_factory=dict)
-    """All samples of each split that the task evaluates; empty on ranks that receive them from another rank."""
+    """All samples of each evaluated split; empty on ranks that receive samples from another rank."""
     sources: Mapping[str, SourceSamples] = field(default_factory=dict)
-    """Samples of each source that this rank reads, by the source's name in the configuration; all ranks compare them to
-    detect different data."""
+    """Samples of each source that this rank reads, by source name. All ranks compare these samples to detect that ranks
+    read different data."""
     files: Mapping[str, str | None] = field(default_factory=dict)
-    """Paths of further files, by configuration key. Their contents must be the same on all ranks; so must the keys."""
+    """Paths of further files, by configuration key. All ranks must have equal keys and files with equal contents."""
 
     @classmethod
     def open(
@@ -119,23 +120,23 @@ class RankTask:
         validation_loss: bool = True,
         **fields: Any,
     ) -> Self:
-        """Opens the samples of the splits in `share`; a rank that does not read samples opens none.
+        """Opens the samples of the splits in `share`; opens none on a rank that does not read samples.
 
-        The main rank prints a warning for each pair of splits that share images.
+        The main rank prints a warning for each pair of splits with common images.
 
         Args:
             config: the run's configuration.
-            share: the samples that the rank reads.
+            share: describes the samples that the rank reads.
             build_streams: opens the streams of a split, in the order of their rows in a batch.
             pack: packs prepared samples into a micro-batch.
-            views: views of each image that a batch keeps: "model", "tokenizer" or "both".
-            validation_loss: whether an evaluation is the mean of the terms over at most `TrainingConfig.loss_samples`
-                samples per stream, which stay in memory. False lets `evaluate` read all samples of a split.
-            fields: values of the other fields of the class.
+            views: views of each image in a batch: "model", "tokenizer" or "both".
+            validation_loss: True computes the mean of each term over at most `TrainingConfig.loss_samples` samples per
+                stream, which stay in memory. False lets `evaluate` read all samples of a split.
+            fields: values of further fields of the class.
 
         Raises:
-            ConfigError: if a file cannot be read, there are fewer samples than ranks, or a step exceeds
-                `data.prefetch_gib`.
+            ConfigError: if a file cannot be read, there are fewer samples than ranks, or the samples of a step need
+                more memory than `data.prefetch_gib`.
         """
         if not share.reads:
             return cls(**fields)
@@ -160,95 +161,102 @@ class RankTask:
         return cls(dataset=dataset, validation=validation, evaluation=evaluation, sources=sources, **fields)
 
     def start(self, mesh: Mesh, device: torch.device) -> None:
-        """Moves the task's own tensors, such as those of a frozen network, to the device.
+        """Moves the task's own tensors, such as a frozen network, to the device.
 
         Args:
-            mesh: the ranks, over which the task may divide its own work.
+            mesh: mesh of all ranks; the task may divide work over them.
             device: device of this rank.
         """
 
     def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
-        """Returns a micro-batch on the device, with all targets that the head needs."""
+        """Returns a micro-batch on the device, with all targets for the head."""
         return batch.to(device)
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Prepares a training step, counted from 0; all ranks call it before each step.
+        """Prepares a training step; all ranks call it before each step.
 
-        The call before step 0 precedes the evaluation at step 0. The preparation must depend only on the step and the
-        state of the model, so that a resumed run repeats it exactly.
+        The call for step 0 comes before the evaluation at step 0. The preparation must depend only on the step number
+        and the model's state. A resumed run then repeats it exactly.
+
+        Args:
+            evaluator: gives access to the model and the mesh.
+            step: number of the step, from 0.
         """
 
     def resume(self, evaluator: Evaluator, done: int) -> None:
-        """Restores the task's state that depends on the number of steps done; all ranks call it after loading.
+        """Restores task state that depends on the number of finished steps; all ranks call it after loading a
+        checkpoint.
 
-        The result must be the state after `after_step` of step `done` - 1 and before `before_step` of step `done`. If a
-        stop signal cancelled the evaluation between these two calls, it is repeated in this state.
+        The restored state must equal the state between `after_step` of step `done` - 1 and `before_step` of step
+        `done`. An evaluation between these two calls that a stop signal cancelled is repeated with this state.
 
         Args:
-            evaluator: gives access to the model and its ranks.
-            done: number of steps done.
+            evaluator: gives access to the model and the mesh.
+            done: number of finished steps.
         """
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
-        """Updates the task's own state after the optimizer's update of a training step; all ranks call it.
+        """Updates the task's own state after the optimizer step; all ranks call it.
 
         Args:
-            evaluator: gives access to the model and its ranks.
-            is_skipped: whether the update was skipped, because a loss or gradient was not finite.
+            evaluator: gives access to the model and the mesh.
+            is_skipped: whether the optimizer skipped the update because a loss or gradient was not finite.
         """
 
     def figures(self) -> Figures:
-        """Returns the task's figures for a progress report, counted since the last report; all ranks call it."""
+        """Returns the task's figures since the last progress report; all ranks call it."""
         return Figures()
 
     def write_results(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
-        """Writes the task's result files, which other runs may read; all ranks call it after the last checkpoint.
+        """Writes result files that other runs may read; all ranks call it after the last checkpoint.
 
         Args:
-            evaluator: gives access to the model and its ranks.
-            folder: the run's output folder, for pages and pictures; a run does not fail if these cannot be written.
+            evaluator: gives access to the model and the mesh.
+            folder: the run's output folder, for pages and pictures. If one of these cannot be written, the run
+                continues.
 
         Returns:
             Entries for the run's summary, by name; only the main rank's entries are shown.
 
         Raises:
-            StorageError: if a file cannot be written. Starting the same command again writes it from the checkpoint.
+            StorageError: if a result file cannot be written. After a restart, the same command writes the file from the
+                checkpoint.
         """
         return {}
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Evaluates all samples of a split; all ranks must call it, even if the split has no samples.
 
-        A task runs the model over `evaluator.batches(split)`, adds a row per sample to `SampleResults`, and computes
-        its metrics on the main rank from the gathered rows.
+        A task runs the model over `evaluator.batches(split)` and adds one row per sample to `SampleResults`. The main
+        rank computes the metrics from the gathered rows.
 
         Args:
-            evaluator: the model and its ranks.
+            evaluator: gives access to the model and the mesh.
             split: "validation" or "test".
             folder: folder for result files and pages, which only the main rank writes; None writes no files.
 
         Returns:
-            Metrics by name on the main rank. Empty on other ranks, and for a split without annotations. A metric with
-            the name of a term is used as that term's validation mean.
+            Metrics by name on the main rank; empty on other ranks, and for a split without annotations. A metric named
+            like a term replaces the validation mean of this term.
         """
         return {}
 
     def draw_sample(self, sample: Any) -> ShownSample | None:
-        """Draws a prepared training sample as the model gets it; None in a task that draws none.
+        """Draws a prepared training sample as the model sees it; returns None if the task draws no samples.
 
         Args:
-            sample: what `prepare` of the task's samples returned.
+            sample: result of the `prepare` method of the task's samples.
         """
         return None
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
-        """Returns the value of each term for a predictor that ignores its input, by name; all ranks must call it."""
+        """Returns the value of each term, by name, for a predictor that ignores the input; all ranks must call it."""
         return {}
 
     def write_pages(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
-        """Writes pages that show example results; all ranks must call it.
+        """Writes pages with example results; all ranks must call it.
 
         Returns:
-            Entries for the run's summary, by name, on one rank of the last pipeline stage; empty on other ranks.
+            Entries for the run's summary, by name, from one rank of the last pipeline stage; empty on other ranks.
         """
         return {}

@@ -1,4 +1,4 @@
-"""Writes HTML pages of a model's answers, with the wrong answers before the others."""
+"""Writes HTML pages with a model's answers; samples with wrong answers come first."""
 
 import base64
 import html
@@ -29,21 +29,21 @@ class ShownSample:
     title: str
     """Question, statement or name of the sample."""
     lines: Mapping[str, str]
-    """Texts to show, such as answers, by a label such as `model` or `people`."""
+    """Texts to show, such as the answers of the model and of people, by label."""
     is_right: bool | None = None
-    """Whether the model's answer is right; None if that is unknown."""
+    """Whether the model's answer is right; None if unknown."""
 
 
 def write_result_page(
     path: Path, title: str, metrics: Mapping[str, float], samples: Iterable[ShownSample], note: str = ""
 ) -> None:
-    """Writes one self-contained HTML page, which shows the samples with wrong answers first.
+    """Writes one self-contained HTML page of samples; samples with wrong answers come first.
 
     Args:
         path: .html file to write.
         title: heading of the page.
-        metrics: figures of the whole split, by name.
-        samples: samples to show; their images are embedded with at most 256 pixels per side.
+        metrics: metrics of the whole split, by name.
+        samples: samples to show. Embedded images are scaled down to at most 256 pixels per side.
         note: sentence under the heading.
     """
     ordered = sorted(samples, key=lambda sample: sample.is_right is not False)
@@ -70,14 +70,13 @@ def _embed(image: Image.Image) -> str:
 
 
 def choose_shown(is_right: Sequence[bool | None], count: int) -> list[int]:
-    """Returns the indices of `count` samples to show, evenly spread over the split.
+    """Returns the indices of `count` samples to show, evenly spread over the split, in ascending order.
 
-    Half of the samples have wrong answers if there are enough of these. If there are too few samples with wrong answers
-    or too few others, more samples of the other group are chosen.
+    Half of the chosen samples have wrong answers. If either half has too few samples, the other half is larger.
 
     Args:
         is_right: whether the answer to each sample is right; None if unknown.
-        count: number of samples to choose; all samples if there are fewer.
+        count: number of samples to choose; all samples are chosen if there are fewer.
     """
     wrong = [place for place, right in enumerate(is_right) if right is False]
     other = [place for place, right in enumerate(is_right) if right is not False]

@@ -1,4 +1,4 @@
-"""Gathers the results of an evaluation, one row per sample, from all ranks."""
+"""Gathers evaluation results, one row per sample, from all ranks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,14 +9,14 @@ from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
 
 Rows = Tensor | Sequence[str]
-"""Values with one row per sample: a tensor whose first dimension is the samples, or a sequence of strings."""
+"""Values with one row per sample: a tensor (samples, ...), or a sequence of strings."""
 
 
 class SampleResults:
-    """Collects one row of results per sample, identified by the sample's index in its stream.
+    """Collects one row of results per sample; a sample is identified by its index in the stream.
 
-    Every rank adds the rows of its own batches. The main rank gets the rows of all ranks, sorted by number, so metrics
-    computed from the rows are bitwise equal on any number of ranks.
+    Every rank adds the rows of its own batches. `gather` returns all rows on the main rank, sorted by index. Metrics
+    computed from sorted rows are bitwise equal on any number of ranks.
     """
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class SampleResults:
         """Adds the rows of a batch.
 
         Args:
-            numbers: indices of the samples in their stream (`SampleKey.index`), (samples,) int64.
-            rows: values of these samples, by name; every call must pass the same names.
+            numbers: index of each sample in the stream (`SampleKey.index`), (samples,) int64.
+            rows: values with one row per sample, by name; every call must pass equal names.
         """
         assert all(len(values) == len(numbers) for values in rows.values()), "one row per sample"
         self._numbers.append(numbers.cpu())
@@ -39,8 +39,8 @@ class SampleResults:
     def gather(self, mesh: Mesh) -> "GatheredResults | None":
         """Returns the rows of all ranks on the main rank, and None on other ranks; all ranks must call it.
 
-        Each sample must have been added by one rank only, so of several tensor-parallel ranks only one adds rows. Sends
-        each row once to the main rank, over the host group.
+        Exactly one rank must have added each sample; in a tensor-parallel group, only one rank adds rows. Every rank
+        sends its rows once to the main rank, over the host group.
         """
         parts = mesh.host.collect([torch.cat(self._numbers) if self._numbers else None, self._packed()])
         if parts is None:
@@ -57,18 +57,18 @@ class SampleResults:
 
 
 class GatheredResults:
-    """Holds the results of all samples, sorted by the samples' indices in their stream.
+    """Holds the results of all samples, sorted by the samples' index in the stream.
 
     Attributes:
-        numbers: indices of the samples in their stream, ascending, (samples,) int64.
+        numbers: index of each sample in the stream, ascending, (samples,) int64.
     """
 
     def __init__(self, numbers: Tensor, rows: Mapping[str, Rows]) -> None:
-        """Stores the rows, and checks that no sample has two rows.
+        """Stores the rows after checking that no sample has two rows.
 
         Args:
-            numbers: indices of the samples, ascending, (samples,) int64.
-            rows: values by name, in the order of `numbers`.
+            numbers: index of each sample in the stream, ascending, (samples,) int64.
+            rows: values with one row per sample, by name, in the order of `numbers`.
 
         Raises:
             ConfigError: if a sample was evaluated twice.
@@ -86,13 +86,13 @@ class GatheredResults:
         return len(self.numbers)
 
     def tensor(self, name: str) -> Tensor:
-        """Returns the tensor that was added under a name, (samples, ...); (0,) if there are no samples."""
+        """Returns the tensor added under `name`, (samples, ...); an empty tensor (0,) if there are no samples."""
         found = self._rows.get(name, torch.empty(0))
         assert isinstance(found, Tensor), f"{name} holds strings"
         return found
 
     def strings(self, name: str) -> list[str]:
-        """Returns the strings that were added under a name, one per sample."""
+        """Returns the strings added under `name`, one per sample."""
         found = self._rows.get(name, ())
         assert not isinstance(found, Tensor), f"{name} is a tensor"
         return list(found)

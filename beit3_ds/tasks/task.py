@@ -1,16 +1,16 @@
-"""Defines what the trainer needs from a task, such as pretraining.
+"""Defines the interface between the trainer and a task, such as pretraining.
 
-A task is one folder of `beit3_ds/tasks`. `"task": {"name": ...}` in the configuration file names the folder, or, if the
-name has dots, any importable module. The module defines `TASK`, a subclass of `Task`. The trainer uses a task through
-two classes:
+A task is one folder of `beit3_ds/tasks`. `"task": {"name": ...}` in the configuration file names the folder. A name
+with dots names any importable module instead. The module defines `TASK`, a subclass of `Task`. The trainer uses a task
+through two classes:
 
     Task        built from the configuration alone, also by `beit3 check`: loss terms, model, costs
     RankTask    opened by each rank (`rank_task.py`): samples, preparation of micro-batches, evaluation, result files
 
-A task may update state of its own, such as a codebook, before and after each step (`RankTask.before_step` and
-`after_step`) and report figures about this state (`RankTask.figures`). The state must be in buffers of the task's
-model, because checkpoints contain those. A task whose result is a file writes the file at the end of the run
-(`RankTask.write_results`), and finds the file when the run is started again (`Task.find_result`).
+A task may keep state of its own, such as a codebook. It updates the state in `RankTask.before_step` and `after_step`,
+and reports figures about the state in `RankTask.figures`. The state must be in buffers of the task's model, because
+checkpoints contain those. A task may produce a result file at the end of a run (`RankTask.write_results`). When the run
+is started again, `Task.find_result` finds the file.
 
 For further needs, a task uses the following:
 
@@ -44,12 +44,12 @@ from beit3_ds.tasks.rank_task import RankShare, RankTask
 
 
 class Term(NamedTuple):
-    """Describes a loss term or a metric that is a mean over the samples or positions of a step."""
+    """Describes a loss term or a metric; a term is a mean over the samples or positions of a training step."""
 
     name: str
     """Name of the term in logs, metrics and messages."""
     stream: str
-    """Name of the stream from whose samples the term is computed."""
+    """Name of the stream ("images", "pairs" or "texts") whose samples the term is computed from."""
     title: str
     """Readable name, used as the title of plots."""
     weight: float = 1.0
@@ -59,57 +59,57 @@ class Term(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """Names the metric by which a task compares checkpoints."""
+    """Names the metric for comparing checkpoints of a task."""
 
     name: str
-    """Key of the metric in the result of `RankTask.evaluate` and in the run's validation records."""
+    """Key of the metric in the result of `RankTask.evaluate` and in the validation records of the run."""
     is_higher_better: bool = True
-    """Whether a larger value is better."""
+    """True if a larger value is better, False if a smaller value is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoSettings:
-    """Holds no settings, for a task whose only key in the "task" section is `name`."""
+    """Defines an empty settings class for tasks without keys of their own in the "task" section."""
 
 
 class Task(ABC):
-    """Defines the terms, the model and the costs of a task; built from the configuration alone.
+    """Base class of tasks: defines the loss terms, the model and the costs from the configuration alone.
 
     Attributes:
         config: configuration of the run.
         settings: the task's own keys in the "task" section, an instance of `Settings`.
-        weights_description: description of the task that trained the run's initial or evaluated weights
-            (`adopt_weights`); None if unknown.
-        weights_name: name of these weights, for messages.
+        weights_description: settings of the task that trained the loaded weights (`adopt_weights`); None if unknown.
+        weights_name: name of the loaded weights, for messages.
     """
 
     Settings: ClassVar[type] = NoSettings
     """Dataclass of the task's own keys in the "task" section."""
     has_backbone: ClassVar[bool] = True
-    """Whether the task trains BEiT-3, which the section "model" describes."""
+    """Whether the task trains the BEiT-3 model of the "model" section."""
     predicts_words: ClassVar[bool] = False
-    """Whether the task's head predicts words, so that `model.tie_word_embeddings` can share its output matrix."""
+    """Whether the head predicts words. Only such a head can share the word embedding matrix
+    (`model.tie_word_embeddings`)."""
     layout_fault: ClassVar[str] = ""
-    """Reason why the task supports data parallelism alone; empty if it also supports tensor and pipeline
-    parallelism."""
+    """Reason why the task supports data parallelism only; empty if tensor and pipeline parallelism are supported too.
+    """
     pairs_per_sample: ClassVar[int] = 1
-    """Number of image-text pairs per sample of the stream "pairs"; used to estimate memory and traffic."""
+    """Number of image-text pairs per sample of the stream "pairs", for estimates of memory and traffic."""
     causal_captions: ClassVar[bool] = False
-    """Whether words of a caption see only the words before them (`PackedBatch.causal_captions`)."""
+    """Whether each word of a caption attends only to the words before it (`PackedBatch.causal_captions`)."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
-    """Source formats that each stream accepts; a stream without an entry accepts no sources. A source may leave out its
-    format in a stream that accepts one of `IMAGE_FORMATS`, and in the stream "texts" if the tuple of "texts" is
-    empty."""
+    """Source formats that each stream accepts, by stream name; a stream without an entry accepts no sources. A source
+    of images or pairs may omit its format if the stream accepts one of `IMAGE_FORMATS`. A source of texts may omit its
+    format if the tuple of "texts" is empty."""
     headline: ClassVar[Headline | None] = None
-    """Metric of `RankTask.evaluate` by which checkpoints are compared; None if `evaluate` returns no metrics."""
+    """Metric of `RankTask.evaluate` for comparing checkpoints; None if `evaluate` returns no metrics."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Loads the settings, and makes all checks that need no files.
+        """Loads the settings and checks everything that needs no files.
 
         Raises:
-            ConfigError: if the settings are invalid, the task does not support the layout or the format of a source,
-                `model.inputs` lacks one of the task's `inputs`, or the word table is tied but the head predicts no
-                words.
+            ConfigError: if the settings are invalid, the task does not support the layout of ranks or a source's
+                format, `model.inputs` lacks one of the task's `inputs`, or word embeddings are tied but the head
+                predicts no words.
         """
         _check_formats(config, self.formats)
         self.config = config
@@ -137,27 +137,27 @@ class Task(ABC):
 
     @property
     def inputs(self) -> tuple[InputKind, ...]:
-        """Returns which of "images", "pairs" and "texts" the task's batches contain; by default, the run's streams.
+        """Returns the kinds of input ("images", "pairs", "texts") in the task's batches; by default, the run's streams.
 
-        `Task.__init__` reads this property before the constructor of a subclass continues, so an override may use only
-        `config` and `settings`.
+        `Task.__init__` reads this property before a subclass's constructor continues. An override may therefore use
+        only `config` and `settings`.
         """
         streams = self.config.data.streams()
         return tuple(kind for kind in INPUT_KINDS if streams[kind].is_used)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the task's name and settings, including defaults, to store them in checkpoints."""
+        """Returns the task's name and settings, including defaults, for storing in checkpoints."""
         return {"name": self.config.task.name, **dataclasses.asdict(self.settings)}
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the model settings that a resumed run compares with those in its checkpoint.
+        """Returns the model settings that a resumed run compares with the settings in the checkpoint.
 
         All settings must be equal, except the fields in `config.FIELDS_WITHOUT_TENSORS`.
         """
         return dataclasses.asdict(self.config.model)
 
     def describe_architecture(self) -> str:
-        """Returns one line with the model's sizes: layers, hidden size, image patches and text length."""
+        """Returns one line with the model's number of layers, hidden size, image patches and text length."""
         model = self.config.model
         return (
             f"{model.num_layers} x {model.hidden_size} ({model.layout}), "
@@ -165,23 +165,23 @@ class Task(ABC):
         )
 
     def adopt_weights(self, described: Mapping[str, Any] | None, where: str) -> None:
-        """Stores the task description of the weights that the run starts from or evaluates; called before `open`.
+        """Stores the task description that was saved with the loaded weights; called before `open`.
 
-        The description holds what a head needs in addition to tensors, such as a list of answers.
+        The description contains what a head needs besides tensors, such as a list of answers.
 
         Args:
-            described: what `describe` returned in the run that trained the weights; None if unknown.
+            described: result of `describe` in the run that trained the weights; None if unknown.
             where: name of the weights, for messages.
         """
         self.weights_description, self.weights_name = described, where
 
     def find_result(self) -> str | None:
-        """Returns one line about the result file if an earlier run with the same settings has written it, else None.
+        """Returns one line about the result file of an earlier run with equal settings; None if there is no such file.
 
-        If the result is a line, the run need not be repeated. A task that writes no result file always returns None.
+        With a result file, the run need not be repeated. A task without result files always returns None.
 
         Raises:
-            ConfigError: if the result file exists but belongs to other settings; the run would overwrite it.
+            ConfigError: if the result file was written with other settings, because the run would overwrite the file.
         """
         return None
 
@@ -192,14 +192,16 @@ class Task(ABC):
 
     @abstractmethod
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
-        """Builds the head with uninitialised parameters, which may be split over the tensor-parallel group."""
+        """Builds the head with uninitialised parameters; a head may split its parameters over the tensor-parallel
+        group.
+        """
 
     def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
-        """Builds the layers of one stage, with uninitialised parameters.
+        """Builds the layers of one pipeline stage, with uninitialised parameters.
 
         Args:
             tensor: the tensor-parallel group; None for a group of this process alone.
-            layers: layers of each model chunk of the stage, as ranges of layer numbers; None for all layers.
+            layers: one range of layer numbers per model chunk of the stage; None for all layers.
         """
         training = self.config.training
         return TaskModel(
@@ -212,48 +214,50 @@ class Task(ABC):
         )
 
     def training_flops(self, batch: PackedBatch) -> float:
-        """Returns the floating-point operations of forward and backward (3 x forward) of one micro-batch.
+        """Returns the floating-point operations of one micro-batch, forward and backward; backward counts as 2 x
+        forward.
 
-        A multiply-add counts as 2. Only matrix products of the trained model count: no recomputation, padding,
-        optimizer or frozen network.
+        A multiply-add counts as 2. Only matrix products of the trained model count. Recomputation, padding, the
+        optimizer and frozen networks do not count.
         """
         model = self.config.model
         return 3 * sum(layer_flops(model, work_of(batch, self.head_flops(batch.term_counts), model.window_size)))
 
     @property
     def step_loss(self) -> StepLoss | None:
-        """Returns a function that computes the terms from the features of all samples of a step.
+        """Returns a function that computes the loss terms from the features of all samples of a training step.
 
-        Returns None if the head computes the terms of each micro-batch alone. Otherwise the head returns
+        Returns None if the head computes the terms of each micro-batch separately. With a function, the head returns
         `StepFeatures`, and a step of several micro-batches runs forward twice (`pipeline.coupled_step`). The function
-        must return the same values on all ranks and must not read parameters.
+        must return equal values on all ranks and must not read parameters.
         """
         return None
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
-        The default of 0 suits a task with a small head.
+        The default is 0, for tasks with a small head.
 
         Args:
-            term_counts: number of samples or positions per term.
+            term_counts: number of samples or positions of each term, in the order of `terms`.
         """
         return 0.0
 
     def expected_head_flops(self) -> float:
-        """Returns the floating-point operations per step of the head, forward and backward, and of its targets.
+        """Returns the floating-point operations per step of the head (forward and backward) and of computing the
+        targets.
 
-        Only targets that are computed on the device count. The default of 0 suits a task with a small head.
+        Only targets computed on the device count. The default is 0, for tasks with a small head.
         """
         return 0.0
 
     def head_memory(self, num_images: int, element_size: int) -> int | None:
-        """Returns the bytes that autograd keeps of the head's forward pass over a micro-batch; used by `beit3 check`.
+        """Returns the bytes of head activations that autograd keeps per micro-batch; `beit3 check` uses the number.
 
-        None, the default, uses the memory of pretraining's heads, as a bound for small heads.
+        With None, the default, `beit3 check` uses the memory of pretraining's heads as an upper bound.
 
         Args:
-            num_images: number of images, of the model's image size.
+            num_images: number of images in the micro-batch; the images have the model's image size.
             element_size: bytes per element of an activation.
         """
         return None
@@ -268,7 +272,7 @@ class Task(ABC):
 
 
 def _check_formats(config: RunConfig, formats: Mapping[str, Sequence[str]]) -> None:
-    """Checks that each stream accepts its sources' formats.
+    """Checks that each stream accepts the formats of its sources.
 
     Raises:
         ConfigError: if a stream does not accept a source; the message lists the accepted formats.

@@ -1,4 +1,4 @@
-"""Implements pretraining by masked modeling of images, texts and image-text pairs (paper section 2.2)."""
+"""Implements pretraining by masked data modeling of images, texts and image-text pairs (paper section 2.2)."""
 
 from beit3_ds.tasks.pretraining.task import TASK
 

@@ -1,4 +1,4 @@
-"""Computes the loss of the best predictor that ignores its input, for each loss term of pretraining."""
+"""Computes the loss of a predictor that knows only how frequent each id is, per loss term of pretraining."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,7 +11,7 @@ from beit3_ds.parallel import Mesh
 from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, Encode, encode_images
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
-"""Maps each loss term of pretraining to its stream, in the order of the terms."""
+"""Stream of each loss term of pretraining, by term name; the order is that of the terms."""
 
 
 @torch.no_grad()
@@ -23,22 +23,23 @@ def unigram_entropies(
     device: torch.device,
     source_names: Mapping[str, Sequence[str]],
 ) -> dict[str, float]:
-    """Returns the cross entropy of the best predictor that ignores its input, in nats, for each loss term.
+    """Returns, per loss term, the cross entropy in nats of the best predictor that ignores the input.
 
-    This is the entropy of the ids' frequencies, counted over all patches or tokens of all ranks' validation samples.
-    BOS is left out, because it is never predicted. The ranks sum one count per source and entry of the vocabulary.
+    The best such predictor gives each id its frequency. The cross entropy then is the entropy of these frequencies,
+    counted over all patches or tokens of the validation samples of all ranks. BOS does not count, because it is never
+    predicted. The ranks sum their counts, one integer per source and vocabulary entry.
 
     Args:
         batches: this rank's validation batches.
         encode: encodes images; None on pipeline stages without heads.
-        model: sizes of the vocabularies.
+        model: model configuration with the vocabulary sizes.
         mesh: mesh of all ranks.
         device: device of the encoder.
         source_names: short names of the validation sources of each stream.
 
     Returns:
-        Entropy of each term that has at least one id, by name. If the stream of a term has several sources, also the
-        entropy of the ids of each source, by "TERM/SOURCE".
+        Entropy by term name, for each term with at least one id. If the stream of a term has several sources, also the
+        entropy per source, under the name "TERM/SOURCE".
     """
     sizes = {"image_mim": model.visual_vocab_size, "text_mlm": model.text_vocab_size}
     sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}
@@ -70,6 +71,6 @@ def unigram_entropies(
 
 
 def entropy(counts: Tensor) -> float:
-    """Returns the entropy in nats of ids that occur `counts` times; its exp is their perplexity."""
+    """Returns the entropy in nats of ids that occur `counts` times."""
     shares = counts[counts > 0].double() / counts.sum()
     return float(-(shares * shares.log()).sum())

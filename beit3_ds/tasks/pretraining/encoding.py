@@ -1,4 +1,4 @@
-"""Encodes the images of pretraining as visual tokens, divided over the tensor-parallel ranks."""
+"""Encodes the images of pretraining as visual tokens; the tensor-parallel ranks share the work."""
 
 # B images, N patches per image.
 
@@ -15,28 +15,29 @@ from beit3_ds.tokenizers import VisualTokenizer
 
 @dataclass
 class CodeEncoder:
-    """Encodes images with a frozen visual tokenizer; each tensor-parallel rank encodes its part of the images."""
+    """Encodes images with a frozen visual tokenizer; each tensor-parallel rank encodes an equal part of the images."""
 
     tokenizer: VisualTokenizer
     """The trained tokenizer, in float32."""
     dtype: torch.dtype = torch.float32
-    """Type of the encoder's matrix products (`tokenizers.visual.encoding_dtype`)."""
+    """Dtype of the encoder's matrix products (`tokenizers.visual.encoding_dtype`)."""
     tensor: TensorParallel = field(default_factory=TensorParallel)
-    """The tensor-parallel group; `start` sets it."""
+    """Tensor-parallel group, set by `start`; by default, this process alone."""
 
     def start(self, tensor: TensorParallel, device: torch.device) -> None:
-        """Moves the tokenizer to the device, and sets the group over whose ranks `encode` divides the images."""
+        """Moves the tokenizer to the device and sets the tensor-parallel group for `encode`."""
         self.tokenizer.to(device)
         self.tensor = tensor
 
     def encode(self, pixels: Tensor, colors: Tensor | None = None) -> Tensor:
-        """Returns the codes of images, (images, patches) int64, the same on all tensor-parallel ranks.
+        """Returns the visual codes of images, (images, patches) int64, equal on all tensor-parallel ranks.
 
-        All ranks of the group must call it with the same images. Each sends the codes of its part of them.
+        All tensor-parallel ranks must call this method with the same images. Each rank encodes a part of the images;
+        the ranks all-gather the codes.
 
         Args:
             pixels: images as in `PackedBatch.pixels`, (images, 3, size, size).
-            colors: changes of the colours of 8-bit images (`PackedBatch.colors`).
+            colors: colour changes of 8-bit images, as in `PackedBatch.colors`; None without changes.
         """
         part = -(-len(pixels) // self.tensor.size)
         own = slice(self.tensor.rank * part, (self.tensor.rank + 1) * part)
@@ -45,7 +46,13 @@ class CodeEncoder:
         return self.tensor.all_gather(padded).flatten(0, 1)[: len(pixels)]
 
     def encode_alone(self, pixels: Tensor, colors: Tensor | None = None) -> Tensor:
-        """Returns the codes of images like `encode`, but encodes all of them on this rank and sends nothing."""
+        """Returns the visual codes of images, (images, patches) int64; this rank encodes all images, without
+        communication.
+
+        Args:
+            pixels: images as in `PackedBatch.pixels`, (images, 3, size, size).
+            colors: colour changes of 8-bit images, as in `PackedBatch.colors`; None without changes.
+        """
         if not len(pixels):
             num_patches = self.tokenizer.config.grid_size**2
             return torch.empty(0, num_patches, dtype=torch.int64, device=pixels.device)

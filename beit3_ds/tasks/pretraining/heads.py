@@ -1,4 +1,4 @@
-"""Implements the two heads of masked modeling (paper section 2.2)."""
+"""Implements the MIM head and the MLM head of masked data modeling (paper section 2.2)."""
 
 # D hidden, M rows at masked positions.
 
@@ -25,9 +25,9 @@ class Logits(NamedTuple):
 
 
 class MaskedModelingHeads(Head):
-    """Applies the MIM head and the MLM head, whose vocabularies are split over the tensor-parallel group.
+    """Contains the MIM head and the MLM head, whose vocabularies are split over the tensor-parallel group.
 
-    A model without images has no MIM head, and a model without texts has no MLM head (`ModelConfig.inputs`).
+    A model without images has no MIM head. A model without texts has no MLM head (`ModelConfig.inputs`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
@@ -41,17 +41,17 @@ class MaskedModelingHeads(Head):
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Returns the MLM head, whose matrix may be shared with the word embedding; None in a model without texts."""
+        """Returns the MLM head, which may share the word embedding matrix; None in a model without texts."""
         return self.mlm if "language" in self.config.modalities else None
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the sums of cross entropies of the four terms, (4,) float32, or the logits.
+        """Returns the summed cross entropy of each of the four terms, (4,) float32, or the logits.
 
         Args:
-            h_MD: normalised rows at masked positions, (rows, hidden size), in the order: patches of images, patches of
-                pairs, tokens of captions, tokens of texts.
-            batch: the packed micro-batch, with visual codes if `with_loss`.
-            with_loss: True returns the sums, False the logits.
+            h_MD: normalised hidden states at masked positions, (rows, hidden size), in the order: patches of images,
+                patches of pairs, tokens of captions, tokens of texts.
+            batch: the packed micro-batch; it needs `VISUAL_CODES` if `with_loss`.
+            with_loss: True returns the sums, False returns `Logits`.
         """
         image_mim, pair_mim, pair_mlm, text_mlm = batch.head_row_counts
         h_patches, h_tokens = h_MD.split([image_mim + pair_mim, pair_mlm + text_mlm])
@@ -72,7 +72,12 @@ class MaskedModelingHeads(Head):
 
 
 def head_flops(model: ModelConfig, term_counts: Sequence[float]) -> float:
-    """Returns the floating-point operations of a forward pass of both heads over `term_counts` masked positions."""
+    """Returns the floating-point operations of a forward pass of the MIM and MLM heads; a multiply-add counts as 2.
+
+    Args:
+        model: model configuration with the hidden size and the vocabulary sizes.
+        term_counts: number of masked positions of each of the four terms, in the order of the terms.
+    """
     image_mim, text_mlm, pair_mim, pair_mlm = term_counts
     logits = (image_mim + pair_mim) * model.visual_vocab_size + (text_mlm + pair_mlm) * model.text_vocab_size
     return 2 * model.hidden_size * logits

@@ -1,4 +1,4 @@
-"""Chooses the patches and tokens that are masked and predicted (masked data modeling, paper section 2.2)."""
+"""Chooses which patches and tokens to mask and predict (masked data modeling, paper section 2.2)."""
 
 import math
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from numpy.typing import NDArray
 from beit3_ds.tokenizers.text import WordBorders
 
 FIRST_PIECE_ID = 4
-"""Smallest id of a SentencePiece piece; BOS, padding, EOS and unknown have smaller ids."""
+"""Smallest id of a SentencePiece piece; smaller ids are BOS, padding, EOS and unknown."""
 
 _ATTEMPTS = 10
 _MIN_ASPECT = 0.3
 
 
 def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_block: int = 16) -> NDArray[np.bool_]:
-    """Masks exactly `num_masked` patches of an image, in blocks.
+    """Masks exactly `num_masked` patches of an image, in rectangular blocks.
 
-    Follows BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1). Each block is drawn with an area between `min_block`
-    and the number of patches left to mask, and an aspect ratio log-uniform in [0.3, 1/0.3]. A drawn block is kept if it
-    masks at least one new patch and not too many. After ten draws in a row without such a block, single random patches
-    complete the number, as in BEiT v2.
+    Follows BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1). The area of a block is drawn between `min_block` and
+    the number of patches left to mask. The aspect ratio is log-uniform in [0.3, 1/0.3]. A block is rejected if it masks
+    no new patch or too many new patches. After ten rejected blocks in a row, single random patches complete the mask,
+    as in BEiT v2.
 
     Args:
-        grid_size: patches on a side.
+        grid_size: patches per side of the image.
         num_masked: patches to mask, from 0 to grid_size^2.
-        rng: generator of all draws.
-        min_block: smallest area of a block in patches; at most `num_masked` is used, so that small grids get blocks.
+        rng: random generator.
+        min_block: smallest area of a block, in patches; `num_masked` if that is smaller.
 
     Returns:
-        True for masked patches, (grid_size^2,) bool, row by row.
+        True for masked patches, (grid_size^2,) bool, in row-major order.
     """
     assert 0 <= num_masked <= grid_size**2, f"cannot mask {num_masked} of {grid_size**2} patches"
     mask = np.zeros((grid_size, grid_size), dtype=bool)
@@ -46,7 +46,7 @@ def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_bl
 def _find_block(
     mask: NDArray[np.bool_], remaining: int, min_block: int, rng: np.random.Generator
 ) -> tuple[slice, slice] | None:
-    """Draws a block that masks between 1 and `remaining` new patches; returns None after ten failed attempts."""
+    """Draws a block with 1 to `remaining` unmasked patches; returns None after ten failed attempts."""
     grid_size = len(mask)
     for _ in range(_ATTEMPTS):
         # With fewer than min_block remaining, the area is between the two, so the block must overlap masked patches.
@@ -67,16 +67,16 @@ def mask_tokens(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, token by token.
 
-    Of n tokens, BOS and EOS included, round(n * ratio) are predicted, but at least 1 and at most n - 1. BOS is never
-    predicted. EOS may be predicted, also between documents. A predicted token is replaced by the mask token with
-    probability 0.8, replaced by a random piece with probability 0.1, and kept with probability 0.1 (Devlin et al.,
-    2018, arXiv:1810.04805, section 3.1).
+    A text of n tokens, with BOS and EOS, has round(n * ratio) predicted tokens: at least 1, at most n - 1. BOS is never
+    predicted. Any EOS may be predicted, including an EOS between documents. A predicted token becomes the mask token
+    with probability 0.8 and a random piece with probability 0.1. With probability 0.1 it stays unchanged (Devlin et
+    al., 2018, arXiv:1810.04805, section 3.1).
 
     Args:
-        ids: BOS, pieces, EOS, (n,) int64, n at least 2.
-        ratio: share of the tokens that are predicted.
-        mask_id: id of the mask token; random pieces are in [4, mask_id).
-        rng: generator of all draws.
+        ids: BOS, pieces and EOS, (n,) int64, with n at least 2.
+        ratio: share of the tokens to predict.
+        mask_id: id of the mask token; random pieces have ids in [4, mask_id).
+        rng: random generator.
 
     Returns:
         The corrupted ids, (n,) int64, and the predicted positions, ascending, (predictions,) int64.
@@ -91,18 +91,19 @@ def mask_words(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, word by word.
 
-    A word is a piece that starts a word, together with the pieces up to the next start. Every EOS is a word. If a text
-    begins within a word, the rest of this word counts as a word. At least one word is chosen. If there are several
-    words, at least one is not chosen. The chosen words together have as nearly as possible the number of tokens that
-    `mask_tokens` predicts; of two equally near numbers, the smaller one is used. Each token of the chosen words is then
-    replaced or kept as in `mask_tokens`.
+    A word is a piece that starts a word and all pieces before the next start. Every EOS is a word. If a text begins
+    within a word, the rest of this word counts as a word.
+
+    Words are chosen at random. Their number of tokens is the possible number nearest to the number of tokens predicted
+    by `mask_tokens`; of two equally near numbers, the smaller one. At least one word is chosen. If there are several
+    words, at least one is not chosen. Each token of a chosen word is replaced or kept as in `mask_tokens`.
 
     Args:
-        ids: BOS, pieces, EOS, (n,) int64, n at least 2.
-        ratio: share of the tokens that are predicted.
-        mask_id: id of the mask token; random pieces are in [4, mask_id).
+        ids: BOS, pieces and EOS, (n,) int64, with n at least 2.
+        ratio: share of the tokens to predict.
+        mask_id: id of the mask token; random pieces have ids in [4, mask_id).
         words: tells which token ids start a word.
-        rng: generator of all draws.
+        rng: random generator.
 
     Returns:
         The corrupted ids, (n,) int64, and the predicted positions, ascending, (predictions,) int64.
@@ -123,10 +124,10 @@ def _num_masked_tokens(length: int, ratio: float) -> int:
 
 
 def _choose_sizes(sizes: list[int], target: int) -> list[int]:
-    """Returns the indices of sizes whose sum is as near to `target` as possible; prefers the first sizes.
+    """Returns the indices of sizes whose sum is as near to `target` as possible; prefers earlier sizes.
 
-    Chooses at least one size, and not all of them if there are several. Bit s of a Python integer says whether some
-    sizes add up to s.
+    Chooses at least one size. If there are several sizes, at least one is not chosen. The sums are found by dynamic
+    programming: bit s of a Python integer is set if some sizes add up to s.
     """
     reachable = [1]  # sums reachable with the last 0, 1, 2, ... sizes
     for size in reversed(sizes):
@@ -145,7 +146,7 @@ def _choose_sizes(sizes: list[int], target: int) -> list[int]:
 def _corrupt(
     ids: NDArray[np.int64], positions: NDArray[np.int64], mask_id: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Returns the ids, with on average 80% of those at `positions` replaced by mask ids and 10% by random pieces."""
+    """Returns the ids with most ids at `positions` replaced: 80% by the mask id, 10% by random pieces, on average."""
     fate = rng.random(len(positions))
     pieces = rng.integers(FIRST_PIECE_ID, mask_id, len(positions))
     corrupted = ids.copy()
@@ -155,17 +156,22 @@ def _corrupt(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextMasking:
-    """Masks the texts of a stream."""
+    """Masks the tokens of texts, as single tokens or as whole words."""
 
     ratio: float
-    """Share of a text's tokens that are predicted."""
+    """Share of a text's tokens to predict."""
     mask_id: int
     """Id of the mask token."""
     words: WordBorders | None
-    """Tells which token ids start a word, to mask whole words; None masks single tokens."""
+    """Tells which token ids start a word, for masking whole words; None masks single tokens."""
 
     def __call__(self, ids: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the corrupted ids and the predicted positions, as `mask_tokens` and `mask_words` do."""
+        """Returns the corrupted ids, (n,) int64, and the predicted positions, ascending, (predictions,) int64.
+
+        Args:
+            ids: BOS, pieces and EOS, (n,) int64, with n at least 2.
+            rng: random generator.
+        """
         if self.words is None:
             return mask_tokens(ids, self.ratio, self.mask_id, rng)
         return mask_words(ids, self.ratio, self.mask_id, self.words, rng)

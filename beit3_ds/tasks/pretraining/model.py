@@ -1,4 +1,4 @@
-"""Adds the heads of masked modeling to BEiT-3; pretraining trains this model and `beit3 export` writes it."""
+"""Combines BEiT-3 with the heads of masked data modeling: the model that pretraining trains and `beit3 export` writes."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads
 
 
 class PretrainingModel(TaskModel):
-    """Extends BEiT-3 with the MIM head and the MLM head, which read the output of the last layer."""
+    """BEiT-3 with a MIM head and an MLM head on the output of the last layer."""
 
     heads: MaskedModelingHeads | None
 
@@ -22,7 +22,7 @@ class PretrainingModel(TaskModel):
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
-        """Builds the layers as `BEiT3` does, and the heads if the last layer is among them."""
+        """Builds the given layers like `BEiT3`, and also the heads if the last layer is among them."""
         super().__init__(
             MaskedModelingHeads,
             config,

@@ -1,4 +1,4 @@
-"""Packs masked samples into one packed micro-batch."""
+"""Packs masked images, pairs and texts into one micro-batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from beit3_ds.data.packing import concatenate, pack_inputs, stack_colors, stack_
 from beit3_ds.tasks.pretraining.targets import with_masks
 
 ImageViews = Literal["both", "model", "tokenizer"]
-"""Views of an image that a rank needs: "model" on the first pipeline stage, "tokenizer" on the last one, or "both"."""
+"""Views of an image that a rank needs: "model" on the first pipeline stage, "tokenizer" on the last stage, "both" if
+the rank is on both stages."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,9 +25,9 @@ class ImageSample:
     """Holds a cropped and masked image."""
 
     name: str
-    """File and name of the sample, for messages."""
+    """File of the sample and the sample's name in the file, for messages."""
     views: Views
-    """Crop for the model and for the visual tokenizer."""
+    """Crop of the image for the model, and crop for the visual tokenizer."""
     patch_mask: NDArray[np.bool_]
     """True for masked patches, (patches,)."""
 
@@ -36,9 +37,9 @@ class TextSample:
     """Holds a tokenized and masked text."""
 
     name: str
-    """File and name of the sample, for messages."""
+    """File of the sample and the sample's name in the file, for messages."""
     ids: NDArray[np.int64]
-    """Token ids after masking, BOS and EOS included, (tokens,)."""
+    """Token ids after masking, with BOS and EOS, (tokens,)."""
     masked_positions: NDArray[np.int64]
     """Positions of the tokens to predict, ascending, (masked tokens,)."""
     target_ids: NDArray[np.int64]
@@ -47,18 +48,18 @@ class TextSample:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairSample:
-    """Holds an image and its caption."""
+    """Holds a masked image and its masked caption."""
 
     image: ImageSample
     caption: TextSample
 
 
 Sample = ImageSample | PairSample | TextSample
-"""Sample of any of the three streams."""
+"""A sample of any of the three streams."""
 
 
 class ImageShape(NamedTuple):
-    """Holds the sizes of images, which give empty tensors their shapes in a batch without images."""
+    """Holds image sizes in pixels and patches, for the shapes of empty tensors in a batch without images."""
 
     image_size: int
     tokenizer_image_size: int
@@ -66,7 +67,7 @@ class ImageShape(NamedTuple):
 
 
 def image_shape(config: RunConfig) -> ImageShape:
-    """Returns the sizes of a run's images."""
+    """Returns the sizes of a run's images, in pixels and patches."""
     return ImageShape(config.model.image_size, config.tokenizers.visual.image_size, config.model.num_patches)
 
 
@@ -77,14 +78,15 @@ def pack(
     shape: ImageShape,
     views: ImageViews = "both",
 ) -> PackedBatch:
-    """Packs samples into a batch; samples of any stream, or of all streams, may be absent.
+    """Packs samples into one micro-batch; there may be no samples of a kind, or no samples at all.
 
     Args:
-        samples: images, then pairs, then texts.
-        drop_path: factors of stochastic depth in the order of `samples`, (samples, layers, 2) float32, or None.
+        samples: all images, then all pairs, then all texts.
+        drop_path: factors of stochastic depth, (samples, layers, 2) float32, in the order of `samples`; None without
+            stochastic depth.
         sources: value of `PackedBatch.sources`.
-        shape: sizes of the images.
-        views: views of each image that the batch keeps.
+        shape: image sizes.
+        views: views of each image to keep in the batch.
     """
     images = [sample for sample in samples if isinstance(sample, ImageSample)]
     pairs = [sample for sample in samples if isinstance(sample, PairSample)]

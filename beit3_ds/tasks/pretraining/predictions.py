@@ -32,14 +32,15 @@ def write_predictions(
 ) -> None:
     """Writes the model's predictions for one validation batch as a self-contained HTML page.
 
-    For each masked word, the page shows the model's guess, in green if it is right, and the original word. For masked
-    patches, it shows mosaics that draw each code as the mean of the batch's patches with this code.
+    For each masked token, the page shows the model's guess and the original token. A right guess is green. For each
+    masked image, the page shows mosaics of the predicted and the true visual codes. A mosaic draws each code as the
+    mean of the batch's patches with this code.
 
     Args:
         batch: a validation micro-batch.
-        logits: logits of the model at the masked positions of the batch.
-        text_tokenizer: converts ids to words; None without texts.
-        encode: encodes the original images on this rank alone; None without images.
+        logits: the model's logits at the masked positions of the batch.
+        text_tokenizer: converts token ids to words; None without texts.
+        encode: encodes images on this rank alone; None without images.
         path: .html file to write.
     """
     mosaics = _Mosaics(batch, logits, encode)
@@ -76,7 +77,7 @@ class _Words:
         self.masked = dict(zip(batch.targets[MASKED_TOKENS].tolist(), zip(guesses, truths, strict=True), strict=True))
 
     def sentence(self, text: int) -> str:
-        """Returns caption or text number `text` of the batch as HTML."""
+        """Returns the caption or text with index `text` in the batch, as HTML."""
         start = sum(self.lengths[:text])
         return "".join(self._token(position) for position in range(start, start + self.lengths[text]))
 
@@ -103,7 +104,7 @@ class _Mosaics:
         self.palette = self._mean_patches(int(logits.visual.shape[1]))
 
     def figures(self, image: int) -> str:
-        """Returns the original, the masked input, the predicted and the true codes of an image as HTML."""
+        """Returns four pictures of an image as HTML: original, masked, predicted codes and true codes."""
         patches, mask = self.patches[image], self.batch.patch_mask[image].cpu()
         gray = torch.zeros_like(patches)
         hidden = mask.view(-1, 1, 1, 1)
@@ -126,14 +127,14 @@ class _Mosaics:
 
 
 def _cut(pixels: Tensor, num_patches: int) -> Tensor:
-    """Cuts B images of s x s pixels into N patches of p x p pixels, (B, 3, s, s) -> (B, N, 3, p, p)."""
+    """Cuts images into patches, (images, 3, size, size) -> (images, patches, 3, patch size, patch size)."""
     grid = int(num_patches**0.5)
     rows = pixels.unflatten(3, (grid, -1)).unflatten(2, (grid, -1))  # B 3 g p g p
     return rows.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 def _join(patches: Tensor) -> Tensor:
-    """Joins N patches of p x p pixels into an image of s x s pixels, (N, 3, p, p) -> (3, s, s)."""
+    """Joins the patches of one image, (patches, 3, patch size, patch size) -> (3, size, size)."""
     grid = int(len(patches) ** 0.5)
     return patches.unflatten(0, (grid, grid)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 

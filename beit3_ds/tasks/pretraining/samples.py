@@ -1,4 +1,4 @@
-"""Opens the three streams of pretraining, which read, crop, tokenize and mask samples by index."""
+"""Opens the three streams of pretraining; a stream reads, crops, tokenizes and masks samples by index."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class ImageSamples(ImageSourceSamples):
     grid_size: int
     """Number of patches along one side of an image."""
     num_masked: int
-    """Number of patches to mask in every image."""
+    """Number of patches to mask per image."""
 
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
-        """Reads sample `index` of the source; `key` seeds its augmentation and its mask.
+        """Reads, augments and masks sample `index` of the source; `key` seeds the augmentation and the mask.
 
         Raises:
             BrokenRecordError: if the image cannot be read.
@@ -41,7 +41,7 @@ class ImageSamples(ImageSourceSamples):
         return self.augment(self.read(index), index, key)
 
     def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
-        """Augments and masks `image`, the decoded image of sample `index`; `key` seeds augmentation and mask."""
+        """Augments and masks the decoded image of sample `index`; `key` seeds the augmentation and the mask."""
         return ImageSample(
             name=self.source.name(index),
             views=self.views(image, key.rng("augmentation")),
@@ -56,16 +56,16 @@ class PairSamples:
     is_last_open: ClassVar[bool] = False
 
     images: ImageSamples
-    """Images of the source; `images.source` also has the captions."""
+    """Images of the source; the field `source` of these images also reads the captions."""
     tokenizer: TextTokenizer
     """Converts captions to token ids."""
     length: int
-    """Largest number of tokens of a caption, BOS and EOS included; further tokens are cut off."""
+    """Maximum number of tokens per caption, with BOS and EOS; longer captions are cut off."""
     masking: TextMasking
-    """Masks tokens of the caption."""
+    """Masks tokens of captions."""
 
     def __len__(self) -> int:
-        """Returns the number of samples of the source, broken ones included."""
+        """Returns the number of samples of the source, including broken samples."""
         return len(self.images)
 
     def files(self) -> Iterable[SourceFile]:
@@ -73,19 +73,19 @@ class PairSamples:
         return self.images.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample, without folders, as bytes; a resumed run recognises the sample by this name."""
+        """Returns the sample's name without folders, as bytes; a resumed run recognises samples by these bytes."""
         return self.images.identity(index)
 
     def name(self, index: int) -> str:
-        """Returns the file that contains a sample, and the sample's name in the file, for messages."""
+        """Returns the sample's file and the sample's name in the file, for messages."""
         return self.images.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
+        """Returns the skipped files, members and rows of the source by reason: the number and an example."""
         return self.images.skipped()
 
     def prepare(self, index: int, key: SampleKey) -> PairSample:
-        """Reads sample `index` of the source; `key` seeds its augmentation and the masks of image and caption.
+        """Reads, augments and masks sample `index` of the source; `key` seeds the augmentation and the masks.
 
         Raises:
             BrokenRecordError: if the image or the caption cannot be read, or the caption has no tokens.
@@ -110,7 +110,7 @@ class TextSamples:
     sequences: TextSequences
     """Tokenized texts."""
     masking: TextMasking
-    """Masks tokens of the text."""
+    """Masks tokens of texts."""
 
     def __len__(self) -> int:
         """Returns the number of samples of the source."""
@@ -121,15 +121,15 @@ class TextSamples:
         return self.sequences.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the token ids of a sample as bytes; a resumed run recognises the sample by these ids."""
+        """Returns the sample's token ids as bytes; a resumed run recognises samples by these bytes."""
         return self.sequences[index].tobytes()
 
     def name(self, index: int) -> str:
-        """Returns the file that contains a sample, and the sample's number in the file, for messages."""
+        """Returns the sample's file and the sample's number in the file, for messages."""
         return self.sequences.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped lines and of files without text, with an example, by reason."""
+        """Returns the skipped lines and files of the source by reason: the number and an example."""
         found = {"line that is no text": self.sequences.broken, "file without text": self.sequences.empty}
         return {reason: Skipped(len(names), names[0]) for reason, names in found.items() if names}
 
@@ -139,10 +139,10 @@ class TextSamples:
 
 
 def build_streams(config: RunConfig, tokenizer: TextTokenizer | None, split: Split) -> dict[str, Stream]:
-    """Opens the streams of a split: with augmentation for training, with center crops for other splits.
+    """Opens the streams of a split; training images are augmented, other images are cropped at the center.
 
     Raises:
-        ConfigError: if files are missing or cannot be read.
+        ConfigError: if a file is missing or cannot be read.
     """
     if split == "train":
         return build_train_streams(config, tokenizer)
@@ -150,10 +150,10 @@ def build_streams(config: RunConfig, tokenizer: TextTokenizer | None, split: Spl
 
 
 def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
-    """Opens the training files of every stream with samples in a step; images are augmented.
+    """Opens the training files of every stream that has samples in a step; images are augmented.
 
     Raises:
-        ConfigError: if files are missing or cannot be read.
+        ConfigError: if a file is missing or cannot be read.
     """
     data = config.data
     files = OpenFiles(data.max_open_files)
@@ -168,10 +168,10 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> d
 def build_evaluation_streams(
     config: RunConfig, tokenizer: TextTokenizer | None, split: Split = "validation"
 ) -> dict[str, Stream]:
-    """Opens the validation or test files of every stream that has such files; images are cropped at their center.
+    """Opens the validation or test files of every stream that has such files; images are cropped at the center.
 
     Raises:
-        ConfigError: if files are missing or cannot be read.
+        ConfigError: if a file is missing or cannot be read.
     """
     views = CenterViews(image_size=config.model.image_size, tokenizer_image_size=config.tokenizers.visual.image_size)
     files = OpenFiles(config.data.max_open_files)

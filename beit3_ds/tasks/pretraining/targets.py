@@ -1,4 +1,4 @@
-"""Adds the targets of masked modeling to a batch: ids of masked tokens, codes of masked patches (paper section 2.2)."""
+"""Adds the targets of masked data modeling to a batch: masked token ids and visual codes (paper section 2.2)."""
 
 # B images with pixels, N patches per image.
 
@@ -11,21 +11,22 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 
 Encode = Callable[[Tensor, Tensor | None], Tensor]
-"""Type of a function that returns the codes of images, (images, patches) int64, given `TOKENIZER_PIXELS` and
-`PackedBatch.colors` (`CodeEncoder.encode`)."""
+"""Type of a function that encodes images as visual codes, (images, patches) int64. The arguments are `TOKENIZER_PIXELS`
+and `PackedBatch.colors`. `CodeEncoder.encode` is such a function."""
 MASKED_TOKENS = "masked_tokens"
-"""Key in `PackedBatch.targets` of the masked positions in `PackedBatch.token_ids`, ascending, (positions,) int64."""
+"""Key in `PackedBatch.targets`: positions of masked tokens in `PackedBatch.token_ids`, ascending, (masked tokens,)
+int64."""
 TARGET_IDS = "target_ids"
-"""Key in `PackedBatch.targets` of the original ids of the masked tokens, (masked tokens,) int64."""
+"""Key in `PackedBatch.targets`: original ids of the masked tokens, (masked tokens,) int64."""
 TOKENIZER_PIXELS = "tokenizer_pixels"
-"""Key in `PackedBatch.targets` of the images for the visual tokenizer, (images, 3, size, size), uint8 or floats like
+"""Key in `PackedBatch.targets`: images for the visual tokenizer, (images, 3, size, size), uint8 or floats like
 `PackedBatch.pixels`; absent on pipeline stages without heads."""
 MASKED_PATCHES = "masked_patches"
-"""Key in `PackedBatch.targets` of the masked positions in `PackedBatch.patch_mask`, counted over all images, ascending,
-(masked patches,) int64."""
+"""Key in `PackedBatch.targets`: indices of masked patches in the flattened `PackedBatch.patch_mask`, ascending, (masked
+patches,) int64."""
 VISUAL_CODES = "visual_codes"
-"""Key in `PackedBatch.targets` of the codes of the masked patches, int64, in the order of the batch's rows; computed on
-the device (`prepare_batch`)."""
+"""Key in `PackedBatch.targets`: codes of the masked patches, (masked patches,) int64, in the order of `MASKED_PATCHES`;
+`prepare_batch` computes them on the device."""
 
 
 def with_masks(
@@ -36,18 +37,18 @@ def with_masks(
     tokenizer_pixels: Tensor | None = None,
     visual_codes: Tensor | None = None,
 ) -> PackedBatch:
-    """Returns a batch with the targets of its masked patches (`PackedBatch.patch_mask`) and tokens.
+    """Returns a batch with targets for its masked patches (`PackedBatch.patch_mask`) and masked tokens.
 
     The heads read only masked positions, in the order: patches of images, patches of pairs, tokens of captions, tokens
     of texts.
 
     Args:
-        batch: the inputs, in host memory.
+        batch: batch without targets, in host memory.
         masked_tokens: positions of masked tokens, ascending, (masked tokens,) int64.
         target_ids: original ids of the masked tokens, (masked tokens,) int64.
         tokenizer_pixels: images for the visual tokenizer, (images, 3, size, size); None on pipeline stages without
             heads.
-        visual_codes: codes of the masked patches; None if they are not computed yet.
+        visual_codes: codes of the masked patches, (masked patches,) int64; None if not computed yet.
     """
     assert masked_tokens.shape == target_ids.shape, "one target per masked token"
     masked_patches = batch.patch_mask.flatten().nonzero().squeeze(1)
@@ -74,18 +75,23 @@ def with_masks(
 
 
 def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
-    """Returns the batch with the codes of its masked patches, selected from all codes, (images, patches) int64."""
+    """Returns the batch with the codes of its masked patches as targets.
+
+    Args:
+        batch: batch with `MASKED_PATCHES`.
+        codes_BN: codes of all patches of the batch's images, (images, patches) int64.
+    """
     assert codes_BN.shape == batch.patch_mask.shape, f"codes {tuple(codes_BN.shape)} for {batch.patch_mask.shape}"
     codes_M = codes_BN.flatten().index_select(0, batch.targets[MASKED_PATCHES])
     return batch.with_targets({**batch.targets, VISUAL_CODES: codes_M})
 
 
 def prepare_batch(batch: PackedBatch, encode: Encode | None, device: torch.device) -> PackedBatch:
-    """Moves a micro-batch to `device` and adds the codes of its masked patches.
+    """Moves a micro-batch to `device` and adds the codes of the masked patches.
 
     Args:
         batch: the batch in host memory.
-        encode: encodes images; None in a run without images, and on pipeline stages without heads, which need no codes.
+        encode: encodes images; None in a run without images and on pipeline stages without heads.
         device: device of the model.
     """
     batch = batch.to(device)
@@ -95,7 +101,7 @@ def prepare_batch(batch: PackedBatch, encode: Encode | None, device: torch.devic
 
 
 def encode_images(batch: PackedBatch, encode: Encode | None) -> Tensor:
-    """Returns the codes of a batch's images, (images, patches) int64, on the device of its pixels.
+    """Returns the visual codes of a batch's images, (images, patches) int64, on the device of the images.
 
     Args:
         batch: a batch with `TOKENIZER_PIXELS`.

@@ -1,4 +1,4 @@
-"""Implements the pretraining task: masked modeling with four loss terms (paper section 2.2)."""
+"""Implements the pretraining task: masked data modeling with four loss terms (paper section 2.2)."""
 
 import functools
 import itertools
@@ -28,28 +28,28 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingRankTask(RankTask):
-    """Implements pretraining on one rank, with its tokenizers and its opened samples."""
+    """Pretraining on one rank, with tokenizers and opened samples."""
 
     model: ModelConfig
-    """Configuration of the model, which gives the sizes of the vocabularies."""
+    """Model configuration with the vocabulary sizes."""
     validation_sources: Mapping[str, Sequence[str]]
     """Short names of the validation sources of each stream."""
     text_tokenizer: TextTokenizer | None
-    """Tokenizer of texts; None in a run without texts and pairs."""
+    """Text tokenizer; None in a run without texts and pairs."""
     encoder: CodeEncoder | None
-    """Encodes images; None on pipeline stages without heads, and in a run without images and pairs."""
+    """Encodes images as visual codes; None on pipeline stages without heads, and in a run without images and pairs."""
 
     def start(self, mesh: Mesh, device: torch.device) -> None:
-        """Moves the visual tokenizer to the device, and divides its work over the tensor-parallel ranks."""
+        """Moves the visual tokenizer to the device; the tensor-parallel ranks will share the encoding of images."""
         if self.encoder is not None:
             self.encoder.start(mesh.tensor, device)
 
     def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
-        """Moves a micro-batch to the device; on stages with heads, also adds the codes of its masked patches."""
+        """Moves a micro-batch to the device; pipeline stages with heads also add the codes of the masked patches."""
         return prepare_batch(batch, self.encoder.encode if self.encoder else None, device)
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
-        """Returns, per term, the loss of the best predictor that ignores its input (`unigram_entropies`)."""
+        """Returns the loss of the best predictor that ignores the input, by term name (`unigram_entropies`)."""
         return unigram_entropies(
             evaluator.validation,
             self.encoder.encode if self.encoder else None,
@@ -60,7 +60,9 @@ class PretrainingRankTask(RankTask):
         )
 
     def write_pages(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
-        """Writes `predictions.html`, which shows masked words and patches of one batch with the model's guesses."""
+        """Writes `predictions.html`, which shows the model's guesses for masked words and patches of one validation
+        batch.
+        """
         pages = {}
         encode = None
         if self.encoder:
@@ -76,18 +78,18 @@ class PretrainingRankTask(RankTask):
 
 
 class Pretraining(Task):
-    """Trains by masked modeling of images, texts and image-text pairs."""
+    """Pretraining by masked data modeling of images, texts and image-text pairs (paper section 2.2)."""
 
     Settings = PretrainingConfig
     settings: PretrainingConfig
     predicts_words: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks the visual tokenizer's settings and the weights of the terms.
+        """Checks the settings of the visual tokenizer and the weights of the loss terms.
 
         Raises:
-            ConfigError: if the tokenizer's grid or codebook size differs from the model's, or if all terms with samples
-                have weight 0, so that nothing would be trained.
+            ConfigError: if the tokenizer and the model differ in grid size or codebook size, or if every term with
+                samples has weight 0.
         """
         super().__init__(config)
         if config.data.has_images:
@@ -104,7 +106,7 @@ class Pretraining(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the terms: masked patches of images, tokens of texts, patches of pairs and tokens of captions."""
+        """Returns the four loss terms: masked patches of images, tokens of texts, patches of pairs, tokens of captions."""
         return self._terms
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> MaskedModelingHeads:
@@ -112,14 +114,19 @@ class Pretraining(Task):
         return MaskedModelingHeads(model, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of a forward pass of both heads over `term_counts` masked positions."""
+        """Returns the floating-point operations of a forward pass of both heads; a multiply-add counts as 2.
+
+        Args:
+            term_counts: number of masked positions of each term, in the order of `terms`.
+        """
         return head_flops(self.config.model, term_counts)
 
     def expected_head_flops(self) -> float:
-        """Returns the floating-point operations per step of the heads, forward and backward, and of the tokenizer.
+        """Returns the floating-point operations per step of the heads (forward and backward) and of the visual
+        tokenizer.
 
-        Operations of the tokenizer in float32 count several times if the model computes in bf16, because they take as
-        much longer on a GPU.
+        If the tokenizer computes in float32 and the model in bf16, one operation of the tokenizer counts as 9. On an
+        H100, it takes about 9 times the time of a bf16 operation (modelled).
         """
         data, num_patches = self.config.data, self.config.model.num_patches
         images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
@@ -170,7 +177,7 @@ class Pretraining(Task):
 TASK = Pretraining
 
 _FLOAT32_COST = 9
-"""Time of the tokenizer's encoder in float32 relative to bf16, modelled for an H100 (BENCHMARKS.md)."""
+"""Modelled time of the tokenizer's encoder in float32 on an H100, relative to bf16 (BENCHMARKS.md)."""
 _TITLES = {
     "image_mim": "images: masked patches",
     "text_mlm": "texts: masked tokens",
@@ -200,7 +207,7 @@ def _check_visual_tokenizer(config: RunConfig) -> None:
 
 
 def views_of(share: RankShare) -> ImageViews:
-    """Returns the views of an image that a rank needs: for the model, for the visual tokenizer, or both."""
+    """Returns which views of an image a rank needs: "model", "tokenizer" or "both"."""
     if not share.predicts:
         return "model"
     return "both" if share.embeds else "tokenizer"
