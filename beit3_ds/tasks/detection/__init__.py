@@ -1,4 +1,4 @@
-"""Detects objects and their masks (COCO, Objects365; paper section 3.2)."""
+"""Implements object detection and instance segmentation (COCO, Objects365; paper section 3.2)."""
 
 from beit3_ds.tasks.detection.task import TASK
 

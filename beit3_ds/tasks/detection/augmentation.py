@@ -1,4 +1,4 @@
-"""Augments an image with its objects by large-scale jitter and flips (Ghiasi et al., 2021, arXiv:2012.07177)."""
+"""Augments images and their objects by large-scale jitter and flips (Ghiasi et al., 2021, arXiv:2012.07177)."""
 
 # N objects, M side of a stored mask.
 
@@ -23,34 +23,34 @@ _CUT_TOLERANCE = 1e-3  # pixels by which a crop must cut a box before its mask d
 
 
 class Window(NamedTuple):
-    """Describes the part of an image that becomes a view, and the view's size."""
+    """A rectangle of an image, and the size of the view that the rectangle is resized to."""
 
     left: float
-    """First column, in pixels of the image."""
+    """Left edge of the rectangle, in pixels of the image."""
     top: float
-    """First row."""
+    """Top edge of the rectangle, in pixels of the image."""
     right: float
-    """Column after the last one."""
+    """Right edge of the rectangle, in pixels of the image."""
     bottom: float
-    """Row after the last one."""
+    """Bottom edge of the rectangle, in pixels of the image."""
     size: Size
     """Height and width of the view in pixels."""
     is_flipped: bool = False
-    """Whether the view is flipped from left to right."""
+    """Whether the view is flipped horizontally."""
 
     def cut(self, image: Image.Image) -> Tensor:
-        """Returns the view, (3, height, width) uint8; the resize is bilinear with antialiasing."""
+        """Returns the view of an image, (3, height, width) uint8, resized bilinearly with antialiasing."""
         height, width = self.size
         pixels = image_pixels(image.resize((width, height), Image.Resampling.BILINEAR, box=self[:4]))
         return pixels.flip(-1) if self.is_flipped else pixels
 
     def clip(self, boxes_N4: Tensor) -> Tensor:
-        """Returns the parts of boxes inside the window, in pixels of the image."""
+        """Clips boxes to the window; input and output are in pixels of the image, (N, 4)."""
         low, high = boxes_N4.new_tensor(self[:2] * 2), boxes_N4.new_tensor(self[2:4] * 2)
         return boxes_N4.clamp(low, high)
 
     def to_view(self, boxes_N4: Tensor) -> Tensor:
-        """Returns boxes of the image in pixels of the view."""
+        """Converts boxes from pixels of the image to pixels of the view, (N, 4)."""
         height, width = self.size
         x, y = width / (self.right - self.left), height / (self.bottom - self.top)
         moved = (boxes_N4 - boxes_N4.new_tensor(self[:2] * 2)) * boxes_N4.new_tensor((x, y, x, y))
@@ -62,27 +62,32 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LargeScaleJitter:
-    """Resizes an image by a random factor, takes a crop of at most a fixed size, flips it and jitters its colors.
+    """Resizes an image by a random factor, crops it to at most `image_size`, flips it and jitters its colors.
 
-    The image is resized to fit into a square of `image_size` times the factor. Detectron2 pads small results to the
-    square; here they stay small, and a batch holds images of different sizes.
+    The resized image fits into a square with `image_size` times the factor as side. Unlike Detectron2, this class does
+    not pad small images. A batch therefore contains images of different sizes.
     """
 
     image_size: int
-    """Largest side of a view in pixels."""
+    """Maximum side of a view in pixels."""
     min_scale: float
-    """Smallest factor."""
+    """Smallest resize factor."""
     max_scale: float
-    """Largest factor."""
+    """Largest resize factor."""
     flip_probability: float
-    """Probability of a flip from left to right."""
+    """Probability of a horizontal flip."""
     color_jitter: float
     """Strength of brightness, contrast and saturation jitter."""
     with_masks: bool
     """Whether objects have masks."""
 
     def draw(self, size: Size, rng: np.random.Generator) -> Window:
-        """Draws the window of an image of a given height and width."""
+        """Draws a random window of an image.
+
+        Args:
+            size: height and width of the image in pixels.
+            rng: random generator.
+        """
         factor = self.image_size * rng.uniform(self.min_scale, self.max_scale) / max(size)
         sides = []
         for side in size:
@@ -97,7 +102,7 @@ class LargeScaleJitter:
     def __call__(
         self, image: Image.Image, objects: Sequence[StoredObject], rng: np.random.Generator
     ) -> tuple[Tensor, ImageObjects]:
-        """Returns a view of an RGB image, (3, height, width) float32 in [-1, 1], with the objects that it shows.
+        """Returns a random view of an RGB image, (3, height, width) float32 in [-1, 1], and the objects in the view.
 
         Raises:
             ValueError: if the mask of an object is damaged.
@@ -111,11 +116,13 @@ class LargeScaleJitter:
 
 
 def visible_objects(objects: Sequence[StoredObject], size: Size, window: Window, *, with_masks: bool) -> ImageObjects:
-    """Returns the objects that a window shows; an object that it cuts gets the box of the visible part of its mask.
+    """Returns the objects inside a window; an object cut by the window gets the box of its visible part.
+
+    The box of the visible part follows the mask if there are masks, otherwise the clipped box is used.
 
     Args:
-        objects: objects of the image.
-        size: height and width of the image.
+        objects: all objects of the image.
+        size: height and width of the image in pixels.
         window: the window.
         with_masks: whether objects have masks.
 
@@ -145,12 +152,12 @@ def visible_objects(objects: Sequence[StoredObject], size: Size, window: Window,
 
 
 def fitted_window(size: Size, side: int, *, is_flipped: bool) -> Window:
-    """Returns the window of a whole image that is resized to fit into a square, for evaluation.
+    """Returns the window of a whole image for evaluation; the view fits into a square.
 
     Args:
-        size: height and width of the image.
-        side: pixels on a side of the square.
-        is_flipped: whether to flip the view from left to right.
+        size: height and width of the image in pixels.
+        side: side of the square in pixels.
+        is_flipped: whether to flip the view horizontally.
     """
     height, width = size
     factor = side / max(size)

@@ -1,4 +1,4 @@
-"""Stores the mask of an object inside its box, and shows it inside other boxes."""
+"""Resamples the masks of objects from one box to another."""
 
 # N objects, H and W sides of a mask, M side of a stored mask, S side of a result.
 
@@ -7,21 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASK_SIDE = 112
-"""Cells along each side of a stored mask. The loss compares 28 x 28 cells of a proposal, which are larger."""
+"""Cells per side of a stored mask. The loss compares masks at the coarser resolution of 28 x 28 cells."""
 
 
 @torch.no_grad()
 def masks_in_boxes(masks_NHW: Tensor, frames_N4: Tensor, boxes_N4: Tensor, side: int) -> Tensor:
-    """Returns masks as seen in boxes, (N, side, side) bool.
+    """Resamples masks to a grid of cells inside boxes, (N, side, side) bool.
 
-    A cell is true if the mask, interpolated at the cell's centre, is at least one half; it is false outside of the
-    mask's frame.
+    The mask is interpolated bilinearly at the centre of each cell. A cell is true if the value is at least 0.5. Cells
+    outside the mask's frame are false.
 
     Args:
-        masks_NHW: masks of 0 and 1.
-        frames_N4: left, top, right and bottom of each mask.
-        boxes_N4: the boxes in which to show the masks.
-        side: cells along each side of the result.
+        masks_NHW: masks of 0 and 1, (N, H, W).
+        frames_N4: left, top, right and bottom of the area that each mask covers, (N, 4).
+        boxes_N4: left, top, right and bottom of each box, (N, 4).
+        side: cells per side of the result.
     """
     centres_S = (torch.arange(side, device=boxes_N4.device) + 0.5) / side
     extents_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
@@ -37,7 +37,12 @@ def masks_in_boxes(masks_NHW: Tensor, frames_N4: Tensor, boxes_N4: Tensor, side:
 
 
 def tight_box(mask_MM: Tensor, box_4: Tensor) -> Tensor:
-    """Returns the smallest box around a mask that is stored inside `box_4`; the mask must not be empty."""
+    """Returns the smallest box around the true cells of a mask, (4,).
+
+    Args:
+        mask_MM: a mask with at least one true cell, (M, M) bool.
+        box_4: left, top, right and bottom of the area that the mask covers.
+    """
     rows, columns = mask_MM.any(1).nonzero()[:, 0], mask_MM.any(0).nonzero()[:, 0]
     cell_2 = (box_4[2:] - box_4[:2]) / torch.tensor(mask_MM.shape[::-1])
     first = torch.stack([columns[0], rows[0]])

@@ -1,4 +1,4 @@
-"""Converts between boxes and regression targets, matches boxes with objects, and pools features of boxes."""
+"""Encodes boxes as regression targets, matches boxes with objects, and pools the features of boxes."""
 
 # B images, R boxes of all images, N boxes of one image, G objects of one image, C channels, S output side.
 # A box is left, top, right, bottom in pixels of the model's input, float32.
@@ -13,32 +13,44 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou, roi_align
 
 Pyramid = Mapping[int, Tensor]
-"""Maps the stride of each level, in pixels, to the features of all images, (images, channels, rows, columns)."""
+"""Feature maps of all images, (images, channels, rows, columns), by the stride of the level in pixels."""
 
 BACKGROUND = -1
-"""Object index of a box that matches no object."""
+"""Object index of a box without a matching object."""
 IGNORED = -2
-"""Object index of a box that is neither an object nor background."""
+"""Object index of a box that overlaps an object too little to match and too much to be background."""
 
 _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4  # a box of 224 pixels uses the level of stride 16 (arXiv:1612.03144, eq. 1)
 _SAMPLES_PER_BIN = 2
 
 
 def encode_boxes(coder: BoxCoder, objects_N4: Tensor, boxes_N4: Tensor) -> Tensor:
-    """Returns the regression targets that turn boxes into objects, (N, 4) float32; N may be 0."""
+    """Returns the regression targets from each box to its object, (N, 4) float32; N may be 0.
+
+    Args:
+        coder: converts between boxes and regression targets.
+        objects_N4: box of the object that each box matches, (N, 4).
+        boxes_N4: anchors or proposals, (N, 4).
+    """
     return coder.encode_single(objects_N4, boxes_N4)
 
 
 def decode_boxes(coder: BoxCoder, deltas_N4: Tensor, boxes_N4: Tensor) -> Tensor:
-    """Returns the boxes that regression outputs describe, (N, 4) float32; N may be 0."""
+    """Applies regression outputs to boxes; returns the refined boxes, (N, 4) float32; N may be 0.
+
+    Args:
+        coder: converts between boxes and regression targets.
+        deltas_N4: regression outputs, (N, 4).
+        boxes_N4: anchors or proposals, (N, 4).
+    """
     return coder.decode_single(deltas_N4.float(), boxes_N4).reshape(-1, 4)
 
 
 def clip_boxes(boxes_N4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Clips boxes to an image.
+    """Clips boxes to an image, (N, 4).
 
     Args:
-        boxes_N4: boxes of the image.
+        boxes_N4: boxes in pixels of the image, (N, 4).
         size: height and width of the image in pixels.
     """
     height, width = size
@@ -51,14 +63,14 @@ def has_area(boxes_N4: Tensor) -> Tensor:
 
 
 def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *, keep_best: bool = False) -> Tensor:
-    """Returns the index of the object that each box matches, `BACKGROUND` or `IGNORED`, (N,) int64.
+    """Returns the index of the object that each box matches, (N,) int64; may be `BACKGROUND` or `IGNORED`.
 
     Args:
-        boxes_N4: anchors or proposals.
-        objects_G4: the objects of the image; there may be none.
-        high: a box with at least this IoU matches its best object.
-        low: a box with a smaller IoU is background; boxes in between are ignored.
-        keep_best: whether an object also matches the boxes that overlap it most, however little.
+        boxes_N4: anchors or proposals, (N, 4).
+        objects_G4: boxes of the image's objects, (G, 4); G may be 0.
+        high: minimum IoU for a match; the box matches the object with the largest IoU.
+        low: boxes with a smaller IoU are `BACKGROUND`; boxes between `low` and `high` are `IGNORED`.
+        keep_best: whether each object also matches the boxes with the largest IoU, even if that IoU is below `high`.
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)
@@ -67,13 +79,13 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
 
 
 def repeat_edges(x_BCHW: Tensor, extents: Sequence[tuple[int, int]]) -> Tensor:
-    """Returns a map in which the last row and column of each image are repeated outside of it.
+    """Repeats the last row and column of each image into the padding of a feature map, (B, C, H, W).
 
-    RoIAlign repeats the edge of a map. In a map that other images have made larger it would read zeros instead, and a
-    box at the edge of an image would depend on these images.
+    RoIAlign repeats the edge of a map for boxes at the edge of an image. In a padded map, it would read zeros instead.
+    The features of such a box would then depend on the sizes of the other images.
 
     Args:
-        x_BCHW: features of all images.
+        x_BCHW: features of all images, (B, C, H, W).
         extents: rows and columns of each image in the map.
     """
     rows, columns = x_BCHW.shape[2:]
@@ -89,12 +101,12 @@ def repeat_edges(x_BCHW: Tensor, extents: Sequence[tuple[int, int]]) -> Tensor:
 def pool_boxes(pyramid: Pyramid, boxes: Sequence[Tensor], size: int) -> Tensor:
     """Pools the features of each box by RoIAlign (He et al., 2017, arXiv:1703.06870), (R, C, size, size).
 
-    A box reads the level that fits its area (Lin et al., 2017, arXiv:1612.03144, equation 1). The result has the dtype
-    of the features; the pooling itself is in float32.
+    The area of a box selects its pyramid level (Lin et al., 2017, arXiv:1612.03144, equation 1). Pooling computes in
+    float32; the result has the dtype of the features.
 
     Args:
-        pyramid: features by stride.
-        boxes: boxes of each image.
+        pyramid: feature maps by stride.
+        boxes: boxes of each image, (N, 4) each.
         size: rows and columns of the result.
     """
     strides = sorted(pyramid)
@@ -135,6 +147,6 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Returns `x` unchanged; backward multiplies its gradient by `scale`."""
+    """Returns `x` unchanged; the backward pass multiplies the gradient by `scale`."""
     scaled: Tensor = _ScaleGradient.apply(x, scale)
     return scaled

@@ -27,7 +27,7 @@ from beit3_ds.tasks.detection.sampling import random_ranks, sample_balanced
 from beit3_ds.tasks.detection.views import Size
 
 IOUS = (0.5, 0.6, 0.7)
-"""IoU with an object from which a box is positive, per stage."""
+"""Minimum IoU with an object for a box to be positive, per stage."""
 _POSITIVE_SHARE = 0.25
 _WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 _CODERS = tuple(BoxCoder(weights) for weights in _WEIGHTS)
@@ -37,33 +37,33 @@ _PURPOSE = 2
 
 
 class SampledBoxes(NamedTuple):
-    """Holds boxes of one image with what they should become."""
+    """Holds sampled boxes of one image and the objects that they match."""
 
     boxes: Tensor
     """Boxes, (N, 4) float32."""
     matches: Tensor
-    """Index of the object that each box matches, negative for background, (N,) int64."""
+    """Index of the object that each box matches, (N,) int64; negative for background."""
 
 
 class StageOutput(NamedTuple):
-    """Holds what one stage says of the boxes of all images."""
+    """Holds the outputs of one stage for the boxes of all images."""
 
     logits: Tensor
-    """Logits of the classes and, last, of background, (R, K + 1) float32."""
+    """Class logits, (R, K + 1) float32; the last class is background."""
     deltas: Tensor
-    """Regression outputs, the same for all classes, (R, 4) float32."""
+    """Box regression outputs, (R, 4) float32; shared by all classes."""
 
 
 class BoxStage(nn.Module):
-    """Classifies and refines boxes: four convolutions, a linear layer and two outputs, as in ViTDet."""
+    """Classifies and refines boxes with four convolutions, a linear layer and two output layers, as in ViTDet."""
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
         """Builds the layers with uninitialised parameters.
 
         Args:
-            channels: channels of the pyramid, C.
-            width: outputs of the linear layer.
-            num_classes: number of classes, K.
+            channels: number of channels of the pyramid.
+            width: output features of the linear layer.
+            num_classes: number of classes, without background.
         """
         super().__init__()
         self.convs = nn.ModuleList(ConvNorm(channels) for _ in range(_NUM_CONVS))
@@ -72,7 +72,7 @@ class BoxStage(nn.Module):
         self.deltas = nn.Linear(width, 4)
 
     def forward(self, x_RCSS: Tensor) -> StageOutput:
-        """Returns the logits and regression outputs of boxes, given their pooled features; there may be none."""
+        """Returns the outputs for boxes from their pooled features, (R, C, S, S); R may be 0."""
         for conv in self.convs:
             x_RCSS = conv(x_RCSS)
         h_RD = F.relu(self.linear(x_RCSS.flatten(1)))
@@ -80,13 +80,13 @@ class BoxStage(nn.Module):
 
 
 class Cascade(nn.Module):
-    """Runs the three stages, each on the boxes that the stage before has refined.
+    """Runs three box stages; each stage refines the boxes of the previous stage.
 
-    The features of a box are scaled by 1/3 in backward, so that three stages move the trunk as one would.
+    The backward pass scales the gradient of the pooled features by 1/3, the inverse number of stages.
     """
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
-        """Builds the stages with uninitialised parameters; the arguments are those of `BoxStage`."""
+        """Builds the three stages with uninitialised parameters; the arguments are those of `BoxStage`."""
         super().__init__()
         self.stages = nn.ModuleList(BoxStage(channels, width, num_classes) for _ in IOUS)
 
@@ -98,17 +98,17 @@ class Cascade(nn.Module):
         sizes: Sequence[Size],
         count: int,
     ) -> Tensor:
-        """Returns the sums over images of the class and box losses, both over all stages, (2,) float32.
+        """Returns the class loss and the box loss, each summed over images and stages and divided by `count`, (2,)
+        float32.
 
-        Every image's sums are divided by `count`, however many boxes it has, so that they do not depend on the other
-        images of a batch.
+        The divisor is constant, so the loss of an image does not depend on the other images of a batch.
 
         Args:
-            pyramid: features by stride.
-            sampled: drawn proposals of each image (`sample_proposals`).
-            objects: the objects of each image.
-            sizes: height and width of each image.
-            count: number of proposals that are drawn per image.
+            pyramid: feature maps by stride.
+            sampled: sampled proposals of each image (`sample_proposals`).
+            objects: objects of each image.
+            sizes: height and width of each image in pixels.
+            count: number of proposals sampled per image.
         """
         sums = []
         for number, stage in enumerate(self.stages):
@@ -125,12 +125,13 @@ class Cascade(nn.Module):
     def predict(
         self, pyramid: Pyramid, proposals: Sequence[Tensor], sizes: Sequence[Size]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Returns the refined boxes of each image, (N, 4), and their mean class probabilities, (N, K), float32.
+        """Returns, per image, the refined boxes, (N, 4), and the class probabilities averaged over stages, (N, K),
+        float32.
 
         Args:
-            pyramid: features by stride.
-            proposals: proposals of each image.
-            sizes: height and width of each image.
+            pyramid: feature maps by stride.
+            proposals: proposals of each image, (N, 4) each.
+            sizes: height and width of each image in pixels.
         """
         boxes, probabilities = list(proposals), []
         for number, stage in enumerate(self.stages):
@@ -148,17 +149,18 @@ class Cascade(nn.Module):
 def sample_proposals(
     proposals: Proposals, num_anchors: int, objects: ImageObjects, seed: Tensor, count: int
 ) -> SampledBoxes:
-    """Draws proposals of an image, at most a quarter of them with an object; positive ones come first.
+    """Samples proposals of an image for training, at most a quarter of them positive; positive ones come first.
 
-    The objects themselves are added to the proposals, so that the first steps have positive ones. A proposal's draw
-    belongs to its anchor, so proposals whose scores differ by rounding may change places without another draw.
+    The objects' own boxes are added to the proposals, so there are positive proposals from the first step on. Random
+    numbers belong to the anchors of the proposals. A change in the order of proposals by rounding therefore does not
+    change the sample.
 
     Args:
         proposals: proposals of the image.
         num_anchors: number of anchors of the image.
-        objects: the objects of the image; there may be none.
+        objects: objects of the image; there may be none.
         seed: seed of the image, int64 scalar.
-        count: number of proposals to draw.
+        count: number of proposals to sample.
     """
     boxes_N4 = torch.cat([proposals.boxes, objects.boxes])
     matches_N = _match(boxes_N4, objects, 0)
@@ -182,7 +184,7 @@ def _refine(output: StageOutput, boxes: Sequence[Tensor], sizes: Sequence[Size],
 def _stage_losses(
     output: StageOutput, sampled: Sequence[SampledBoxes], objects: Sequence[ImageObjects], stage: int
 ) -> Tensor:
-    """Returns a stage's sums of the class loss of all boxes and the regression loss of positive boxes, (2,)."""
+    """Returns the losses of one stage, (2,): class loss summed over all boxes, regression loss over positive boxes."""
     background = output.logits.shape[1] - 1
     labels, wanted = [output.deltas.new_empty(0).long()], [output.deltas.new_empty(0, 4)]
     for (boxes_N4, matches_N), of_image in zip(sampled, objects, strict=True):

@@ -1,4 +1,4 @@
-"""Defines the categories of objects, whose order gives the labels of a head's outputs."""
+"""Defines the list of object categories; the order gives the labels, which are the class indices of the head."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -8,26 +8,26 @@ from beit3_ds.config import ConfigError
 
 
 class Category(NamedTuple):
-    """Holds a category of an annotation file."""
+    """Category of objects, as listed in an annotation file."""
 
     identifier: int
-    """Number of the category in files; the numbers of COCO's 80 categories go up to 90."""
+    """Id of the category in annotation files. Ids may have gaps: COCO's 80 categories have ids up to 90."""
     name: str
     """Name of the category."""
 
 
 class Categories:
-    """Holds the categories of a run; the label of a category is its place in the order of the identifiers."""
+    """Categories of a run, sorted by id; the label of a category is its index in this order."""
 
     def __init__(self, categories: Iterable[Category], where: str) -> None:
-        """Sorts the categories by identifier.
+        """Sorts the categories by id.
 
         Args:
             categories: the categories, in any order.
-            where: name of the file or weights that list them, for messages.
+            where: name of the file or weights with these categories, for messages.
 
         Raises:
-            ConfigError: if there are no categories, or two have the same identifier.
+            ConfigError: if there are no categories, or two categories have equal ids.
         """
         self.where = where
         self._sorted = tuple(sorted(categories))
@@ -49,36 +49,40 @@ class Categories:
         return iter(self._sorted)
 
     def __eq__(self, other: object) -> bool:
-        """Returns whether identifiers and names are the same."""
+        """Returns whether `other` has equal ids and names."""
         return isinstance(other, Categories) and self._sorted == other._sorted
 
     __hash__ = None  # type: ignore[assignment]
 
     @cached_property
     def labels(self) -> Mapping[int, int]:
-        """Returns the label of each identifier."""
+        """Returns the label of each category by category id."""
         return {category.identifier: label for label, category in enumerate(self._sorted)}
 
     @property
     def names(self) -> list[str]:
-        """Returns the names in the order of the labels."""
+        """Returns the category names in the order of the labels."""
         return [category.name for category in self._sorted]
 
     def describe(self) -> list[tuple[int, str]]:
-        """Returns the identifiers and names in the form that checkpoints store."""
+        """Returns the ids and names of the categories, for storing in checkpoints."""
         return [tuple(category) for category in self._sorted]  # type: ignore[misc]
 
     def as_json(self) -> list[dict[str, Any]]:
-        """Returns the categories in the form of COCO's files."""
+        """Returns the categories as the member 'categories' of a COCO annotation file."""
         return [{"id": category.identifier, "name": category.name} for category in self._sorted]
 
 
 def read_categories(entries: Iterable[Any], where: str) -> Categories:
-    """Reads the list 'categories' of an annotation file.
+    """Converts the member 'categories' of an annotation file to `Categories`.
+
+    Args:
+        entries: entries of the member 'categories'.
+        where: name of the file, for messages.
 
     Raises:
-        ConfigError: if there are none, or an identifier occurs twice.
-        ValueError: if an entry has no number 'id' or no text 'name'.
+        ConfigError: if there are no categories, or two categories have equal ids.
+        ValueError: if an entry has no integer 'id' or no string 'name'.
     """
     found = []
     for entry in entries:
@@ -90,7 +94,12 @@ def read_categories(entries: Iterable[Any], where: str) -> Categories:
 
 
 def stored_categories(described: Mapping[str, Any] | None, where: str) -> Categories | None:
-    """Returns the categories in a task description stored with weights; None if it has none."""
+    """Returns the categories in the task description of stored weights; None if it contains none.
+
+    Args:
+        described: result of `Detection.describe` in the run that trained the weights; None if unknown.
+        where: name of the weights, for messages.
+    """
     entries: Sequence[Any] = (described or {}).get("categories") or ()
     return (
         Categories((Category(int(identifier), str(name)) for identifier, name in entries), where) if entries else None
@@ -98,7 +107,7 @@ def stored_categories(described: Mapping[str, Any] | None, where: str) -> Catego
 
 
 def check_same(own: Categories, other: Categories) -> None:
-    """Checks that two lists of categories are the same.
+    """Checks that two lists of categories are equal.
 
     Raises:
         ConfigError: if they differ; the message names the first difference.

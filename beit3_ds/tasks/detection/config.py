@@ -1,4 +1,4 @@
-"""Defines the keys of the "task" section for detection."""
+"""Defines the keys of the "task" section for object detection."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,53 +12,55 @@ Sides = Annotated[int, Range(1, 2**15)]
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionConfig:
-    """Configures the detection of objects and of their masks (paper, section 3.2)."""
+    """Settings of object detection and instance segmentation (paper section 3.2)."""
 
     num_classes: Positive = 80
-    """Number of categories of the annotation files, and of classes of the heads (COCO: 80, Objects365: 365)."""
+    """Number of categories in the annotation files (COCO: 80, Objects365: 365)."""
     masks: bool = True
-    """Whether masks are trained and predicted. Objects365 has none, so its runs set it to false."""
+    """Whether to train and predict masks. Must be false for Objects365, which has no masks."""
     pyramid_channels: Size = 256
-    """Channels of the simple feature pyramid and of the heads' convolutions."""
+    """Number of channels of the simple feature pyramid and of the convolutions in the heads."""
     box_width: Size = 1024
-    """Width of the linear layer in each box stage."""
+    """Output features of the linear layer in each box stage."""
     anchor_scale: Annotated[float, Range(1, 64)] = 8.0
-    """Side of the anchors of a pyramid level, in strides of this level."""
+    """Side of the anchors, in units of the stride of their pyramid level."""
     proposals_per_level: Positive = 2000
-    """Best anchors of each level that become proposals in training, before non-maximum suppression."""
+    """In training, number of best-scored anchors per pyramid level that become proposals, before non-maximum
+    suppression."""
     proposals: Positive = 1000
-    """Proposals per image after non-maximum suppression; an evaluation also considers this many anchors per level."""
+    """Maximum number of proposals per image after non-maximum suppression. In an evaluation, also the number of
+    best-scored anchors per pyramid level that become proposals."""
     sampled_anchors: Positive = 256
-    """Anchors per image that the proposal network learns from, at most half of them with an object; an image's losses
-    are divided by this number, so they do not depend on the other images of a batch."""
+    """Number of anchors per image in the loss of the proposal network; at most half of them match an object. The losses
+    of an image are divided by this number, so they do not depend on the other images of a batch."""
     sampled_boxes: Positive = 512
-    """Proposals per image that the box stages learn from, at most a quarter of them with an object; an image's losses
-    are divided by this number."""
+    """Number of proposals per image in the loss of the box stages; at most a quarter of them match an object. The
+    losses of an image are divided by this number."""
     min_scale: Annotated[float, Range(0, 10, above=True)] = 0.1
-    """Smallest factor of large-scale jitter: an image is resized to fit a square of `model.image_size` times the
-    factor, and a crop of at most `model.image_size` on a side is taken (ViTDet: 0.1)."""
+    """Smallest factor of large-scale jitter (ViTDet: 0.1). An image is resized to fit a square with `model.image_size`
+    times the factor as side, and is then cropped to at most `model.image_size` per side."""
     max_scale: Annotated[float, Range(0, 10, above=True)] = 2.0
     """Largest factor of large-scale jitter (ViTDet: 2)."""
     suppression: SuppressionMethod = "linear"
-    """Suppression of overlapping detections of a class: Soft-NMS as the paper uses it, `linear` or `gaussian`, or
+    """Suppression of overlapping detections of one class: `linear` or `gaussian` Soft-NMS (the paper uses Soft-NMS), or
     `hard` for plain NMS."""
     suppression_iou: Share = 0.6
-    """Overlap from which `linear` and `hard` suppress (EVA: 0.6)."""
+    """Minimum overlap (IoU) for suppression by `linear` and `hard` (EVA: 0.6)."""
     suppression_sigma: Annotated[float, Range(0, 100, above=True)] = 0.5
-    """Variance of `gaussian`."""
+    """Sigma of `gaussian` suppression, which multiplies a score by exp(-IoU^2 / sigma)."""
     score_threshold: Share = 0.05
-    """Score above which a box counts as a detection."""
+    """A box is a detection only if its score is above this value."""
     max_detections: Positive = 100
-    """Largest number of detections per image; COCO's metric counts 100."""
+    """Maximum number of detections per image; COCO's metrics count 100."""
     test_sizes: tuple[Sides, ...] = ()
-    """Sides of the square into which an image is fitted in an evaluation, in pixels; several sides give several views,
-    whose boxes compete and whose masks are averaged. Empty uses `model.image_size`."""
+    """In an evaluation, sides in pixels of the square that an image is resized to fit. Several sides give several
+    views: their boxes compete, and their masks are averaged. Empty uses `model.image_size`."""
     test_flip: bool = False
-    """Whether an evaluation also uses every view flipped from left to right."""
+    """Whether an evaluation also uses a horizontally flipped copy of every view."""
     shown_score: Share = 0.3
-    """Score from which the page shows detections."""
+    """Minimum score of detections shown on the result page."""
     page_samples: Annotated[int, Range(0, 10_000)] = 40
-    """Number of images on the page that an evaluation writes."""
+    """Number of images on the result page of an evaluation."""
 
     def __post_init__(self) -> None:
         if self.min_scale > self.max_scale:
@@ -71,11 +73,11 @@ class DetectionConfig:
 
     @property
     def num_views(self) -> int:
-        """Returns the number of views of an image in an evaluation."""
+        """Returns the number of views per image in an evaluation."""
         return max(1, len(self.test_sizes)) * (1 + self.test_flip)
 
     def build_suppression(self) -> Suppression:
-        """Builds the suppression of overlapping detections."""
+        """Builds the suppression of overlapping detections from the settings."""
         return Suppression(
             method=self.suppression,
             iou=self.suppression_iou,

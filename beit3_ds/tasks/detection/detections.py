@@ -1,4 +1,4 @@
-"""Chooses the detections of images from the boxes and class scores of their views."""
+"""Selects the detections of images from scored boxes of one or several views per image."""
 
 # N candidates or detections of one image, K classes, S side of a predicted mask.
 
@@ -14,14 +14,14 @@ from beit3_ds.tasks.detection.views import View
 
 
 class Detections(NamedTuple):
-    """Holds the detections of one image, best first."""
+    """Holds the detections of one image, in descending order of the score."""
 
     boxes: Tensor
     """Left, top, right and bottom of each detection in pixels of the image, (N, 4) float32."""
     scores: Tensor
     """Score of each detection, from 0 to 1, (N,) float32."""
     labels: Tensor
-    """Label of each detection, (N,) int64."""
+    """Category label of each detection, (N,) int64."""
     masks: Tensor | None = None
     """Probability that each cell of the box belongs to the object, (N, S, S) float32; None in a task without masks."""
 
@@ -31,12 +31,12 @@ def choose_detections(
 ) -> list[Detections]:
     """Returns the detections of every sample of a batch, without masks.
 
-    The boxes of all views of an image compete with each other, in pixels of the image.
+    The boxes of all views of an image are mapped to the image and compete with each other.
 
     Args:
-        views: views of the batch; those of a sample follow each other.
-        scored: boxes, (boxes, 4), and class probabilities, (boxes, K), of each view.
-        suppression: chooses among overlapping boxes.
+        views: views of the batch; the views of a sample are consecutive.
+        scored: boxes, (N, 4), and class probabilities, (N, K), of each view.
+        suppression: suppresses overlapping boxes.
     """
     of_samples: list[list[Detections]] = []
     for view, (boxes_N4, scores_NK) in zip(views, scored, strict=True):

@@ -1,4 +1,4 @@
-"""Detects the objects of all images of a split, scores them, and writes result files and a page."""
+"""Detects the objects in all images of a split, computes metrics, and writes result files and a page."""
 
 import csv
 import functools
@@ -30,18 +30,18 @@ from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_p
 from beit3_ds.tasks.results import GatheredResults, SampleResults
 
 FILES = {"bbox": "boxes.json", "segm": "masks.json"}
-"""Names of the result files in COCO's form, by the kind of result."""
+"""Names of the result files in COCO's format, by kind of result: "bbox" or "segm"."""
 CLASSES, PAGE = "classes.csv", "detections.html"
-"""Names of the table of metrics per category, and of the page."""
+"""Names of the table of metrics per category, and of the result page."""
 
 _PREFIXES = {"bbox": "box", "segm": "mask"}
 
 
 def detect_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
-    """Detects the objects of every image of a split; all ranks must call it.
+    """Detects the objects in every image of a split; all ranks must call it.
 
     Returns:
-        On the main rank the `DetectionRecord` of every image as JSON (`detections`); None on other ranks.
+        On the main rank, a `DetectionRecord` per image as JSON, under the name `detections`; None on other ranks.
     """
     results = SampleResults()
     for batch, found in evaluator.predict(evaluator.batches(split)):
@@ -58,16 +58,16 @@ def _record(detections: Detections, size: Sequence[int]) -> DetectionRecord:
 
 
 class DetectedSplit:
-    """Joins the images of a split with the detections in them, on the main rank.
+    """Combines the images of a split with their detections, on the main rank.
 
-    Methods name an image by its `place`: its index among the evaluated images, from 0.
+    The argument `place` of the methods is the index of an image among the evaluated images, from 0.
     """
 
     def __init__(self, batches: EvaluationBatches, results: GatheredResults, settings: DetectionConfig) -> None:
-        """Stores the images' sources and the results.
+        """Stores the sources of the images and the gathered detections.
 
         Args:
-            batches: the split's samples.
+            batches: samples of the split.
             results: result of `detect_split`.
             settings: the task's settings.
         """
@@ -81,37 +81,41 @@ class DetectedSplit:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Returns the kinds of results: "bbox", and "segm" if masks are predicted."""
+        """Returns the kinds of results: "bbox", and also "segm" if the task predicts masks."""
         return ("bbox", "segm") if self._settings.masks else ("bbox",)
 
     @property
     def shown_score(self) -> float:
-        """Returns the score from which a page shows detections."""
+        """Returns the minimum score of detections shown on the page."""
         return self._settings.shown_score
 
     @property
     def opened(self) -> list[AnnotatedObjects]:
-        """Returns the sources of the split."""
+        """Returns the annotated sources of the split."""
         return [samples.source for samples in self._sources if isinstance(samples, ObjectSamples)]
 
     @property
     def categories(self) -> Categories:
-        """Returns the categories."""
+        """Returns the categories of the split's annotation files."""
         return self.opened[0].categories
 
     def locate(self, place: int) -> tuple[AnnotatedObjects, int]:
-        """Returns the source of image number `place`, and the image's index in this source."""
+        """Returns the source of image number `place`, and the index of the image in this source."""
         samples, index = self._sources.locate(self._numbers[place])
         assert isinstance(samples, ObjectSamples)
         return samples.source, index
 
     def identifier(self, place: int) -> int:
-        """Returns the id of image number `place` in its annotation file."""
+        """Returns the id of image number `place` in the annotation file."""
         source, index = self.locate(place)
         return int(source.identifiers[index])
 
     def entries(self, kind: str) -> list[dict[str, Any]]:
-        """Returns the detections of all images in the form of a COCO result file of a kind."""
+        """Returns the detections of all images as entries of a COCO result file.
+
+        Args:
+            kind: "bbox" or "segm".
+        """
         category_ids = [category.identifier for category in self.categories]
         return [
             entry
@@ -120,7 +124,7 @@ class DetectedSplit:
         ]
 
     def scores(self) -> dict[str, AveragePrecision]:
-        """Returns the metrics of each kind; empty if a source lacks annotations."""
+        """Returns COCO's metrics by kind of result; empty if a source has no annotations."""
         if not len(self) or not all(source.has_annotations for source in self.opened):
             return {}
         images, annotations = self._truth()
@@ -131,7 +135,7 @@ class DetectedSplit:
         }
 
     def _truth(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Returns the evaluated images and their annotations as their files have them, with new annotation ids."""
+        """Reads the evaluated images and their annotations from the annotation files; annotations get new ids."""
         wanted = {self.identifier(place) for place in range(len(self))}
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -144,19 +148,19 @@ class DetectedSplit:
 
 
 def _complete(annotation: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an annotation with the members that COCO's evaluation needs; some files leave them out."""
+    """Adds 'iscrowd' and 'area' to an annotation if they are missing, because COCO's evaluation needs them."""
     return {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation}
 
 
 def collect_metrics(scores: Mapping[str, AveragePrecision]) -> dict[str, float]:
-    """Returns all metrics by names such as `box_AP50`."""
+    """Returns the metrics of all kinds by names such as `box_AP50` and `mask_AP`."""
     return {
         f"{_PREFIXES[kind]}_{name}": value for kind, found in scores.items() for name, value in found.values.items()
     }
 
 
 def write_files(split: DetectedSplit, scores: Mapping[str, AveragePrecision], folder: ResultFolder) -> None:
-    """Writes the result files in COCO's form and, for a split with annotations, the table of metrics per category."""
+    """Writes the detections in COCO's format and, for a split with annotations, a table of metrics per category."""
     for kind in split.kinds:
         folder.write(FILES[kind], functools.partial(_write_entries, split=split, kind=kind))
     if scores:
@@ -164,7 +168,14 @@ def write_files(split: DetectedSplit, scores: Mapping[str, AveragePrecision], fo
 
 
 def write_page(path: Path, split: DetectedSplit, scores: Mapping[str, AveragePrecision], page_samples: int) -> None:
-    """Writes a page of images, with the objects of the file beside the detections."""
+    """Writes a page that shows images with their annotated objects beside the detections.
+
+    Args:
+        path: .html file to write.
+        split: the images and their detections.
+        scores: metrics by kind of result; empty without annotations.
+        page_samples: number of images to show.
+    """
     places = choose_shown([None] * len(split), page_samples)
     metrics, least = collect_metrics(scores), split.shown_score
     metrics |= {
@@ -201,11 +212,11 @@ def _show(split: DetectedSplit, place: int) -> ShownSample:
 
 
 def draw_training_sample(sample: DetectionSample, names: Sequence[str]) -> ShownSample:
-    """Draws a view of a training image with the boxes and masks that the loss compares.
+    """Draws a training image with the boxes and masks of its objects, as the loss sees them.
 
     Args:
-        sample: a sample with objects.
-        names: names of the categories by label.
+        sample: a training sample.
+        names: category names by label.
     """
     assert sample.objects is not None, "the sample is one of an evaluation"
     pixels, objects = sample.pixels[0], sample.objects
@@ -230,7 +241,7 @@ def draw_training_sample(sample: DetectionSample, names: Sequence[str]) -> Shown
 
 
 def drawn_detections(record: DetectionRecord, names: Sequence[str], least_score: float) -> list[DrawnObject]:
-    """Returns the detections of an image with at least a score, as objects to draw."""
+    """Returns the detections of an image with a score of at least `least_score`, as objects to draw."""
     masks: list[Any] = [None] * len(record)
     if record.counts is not None:
         masks = [decode_mask(counts, record.size) for counts in record.counts]
@@ -247,7 +258,7 @@ def _write_entries(path: Path, split: DetectedSplit, kind: str) -> None:
 
 
 def _write_classes(path: Path, scores: Mapping[str, AveragePrecision]) -> None:
-    """Writes one line per category with its number of objects and all metrics; a metric without objects is empty."""
+    """Writes one line per category with the number of objects and all metrics; undefined metrics are empty."""
     kinds = list(scores)
     names = list(scores[kinds[0]].classes[0].values)
     text = io.StringIO()

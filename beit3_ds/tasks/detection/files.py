@@ -1,12 +1,13 @@
-"""Reads annotation files of objects in COCO's format, which Objects365 has too.
+"""Reads annotation files of objects in COCO's format, which Objects365 also uses.
 
-| member | what is read |
+| member | keys that are read |
 |---|---|
 | `images` | `id`, `file_name` (path in the folder of images), `width`, `height` |
 | `categories` | `id`, `name`; ids need not be contiguous |
 | `annotations` | `id`, `image_id`, `category_id`, `bbox` (left, top, width, height), `iscrowd`, `segmentation` |
 
-Files of a test split have no `annotations`. The lists may come in any order. One entry at a time is in memory.
+Files of a test split have no `annotations`. The members may come in any order. Parsing holds one entry in memory at a
+time.
 """
 
 # I images, N objects of a file.
@@ -36,40 +37,40 @@ from beit3_ds.tasks.detection.segmentations import Segmentation, parse_segmentat
 from beit3_ds.tasks.detection.views import Size
 
 FORM = "an object with 'images' (id, file_name, width, height), 'categories' (id, name) and 'annotations'"
-"""Form of an annotation file, for messages."""
+"""Expected form of an annotation file, for messages."""
 
 _TOLERANCE = 1.0  # pixels by which a box may exceed its image without a note; COCO rounds
 
 
 class StoredObject(NamedTuple):
-    """Holds an object of an annotation file for training."""
+    """Holds an annotated object for training."""
 
     box: Tensor
-    """Left, top, right and bottom in pixels of the image, clipped to it, (4,) float32."""
+    """Left, top, right and bottom in pixels, clipped to the image, (4,) float32."""
     label: int
-    """Label of its category."""
+    """Category label of the object."""
     segmentation: Segmentation | None
     """Mask of the object; None if masks are not read."""
 
 
 class AnnotatedObjects:
-    """Holds the images of an annotation file, which are the samples in the order of the file, with their objects.
+    """Images of an annotation file and their objects; sample `index` is image `index` of the file.
 
-    Crowds, boxes without area and, if masks are read, objects without a mask are left out of training; `skipped` counts
-    them. An evaluation uses every annotation as it is (`ground_truth`). All data are torch tensors, which data workers
-    share instead of copying: about 45 bytes per object and 8 per corner of a polygon.
+    Training leaves out crowds, boxes without area and, if masks are read, objects without a mask. `skipped` counts
+    them. An evaluation uses all annotations unchanged (`ground_truth`). All data are torch tensors, because data
+    workers share tensors without copying. Each object takes about 45 bytes, plus 8 bytes per corner of a polygon.
     """
 
     def __init__(self, path: str, folder: str, collected: "_Collected") -> None:
-        """Sorts the objects that were collected from a file by image, and opens the folder of the images.
+        """Sorts the objects by image, and opens the folder of the images.
 
         Args:
             path: path of the annotation file.
-            folder: folder of the images, or a pattern of tars.
-            collected: what the file holds.
+            folder: folder of the images, or a pattern of tar files.
+            collected: entries of the annotation file.
 
         Raises:
-            ConfigError: if there is no such folder, or an annotation names an unknown image or category.
+            ConfigError: if the folder does not exist, or an annotation has an unknown category.
         """
         self.path, self.images, self.skipped = path, ImagesByName(folder), collected.skipped
         assert collected.categories is not None, "every file lists its categories"
@@ -89,11 +90,11 @@ class AnnotatedObjects:
     def check_images(self) -> None:
         """Checks that every image exists; lists each folder once and opens no image.
 
-        If no image is found, paths are looked up without their first folders: Objects365's files name images
-        `images/v1/patch8/NAME.jpg`, but its archives hold `patch8/NAME.jpg`.
+        If no image is found, leading folders of the paths are dropped. Objects365's annotation files name images
+        `images/v1/patch8/NAME.jpg`, but its archives contain `patch8/NAME.jpg`.
 
         Raises:
-            ConfigError: if images are missing; the message names their number and the first one.
+            ConfigError: if images are missing; the message contains their number and the first one.
             StorageError: if the file system fails.
         """
         for self._num_parts in (0, 2, 1):
@@ -112,12 +113,12 @@ class AnnotatedObjects:
             )
 
     def __len__(self) -> int:
-        """Returns the number of images, broken ones included."""
+        """Returns the number of images, including broken images."""
         return len(self.identifiers)
 
     @property
     def num_objects(self) -> int:
-        """Returns the number of objects for training."""
+        """Returns the number of objects that training uses."""
         return len(self._labels)
 
     def files(self) -> Iterator[SourceFile]:
@@ -130,25 +131,25 @@ class AnnotatedObjects:
         yield SourceFile(os.path.basename(self.path), num_bytes, len(self))
 
     def file_name(self, index: int) -> str:
-        """Returns the path of an image in the folder."""
+        """Returns the path of an image relative to the folder of images."""
         start, stop = self._path_ranges[index].tolist()
         path = bytes(self._paths[start:stop].numpy()).decode("utf-8", "surrogatepass")
         return "/".join(path.split("/")[-self._num_parts :])
 
     def name(self, index: int) -> str:
-        """Returns the annotation file and the id and path of an image, for messages."""
+        """Returns the annotation file, the image id and the image path of a sample, for messages."""
         return printable(f"{self.path}: image {int(self.identifiers[index])} ({self.file_name(index)})")
 
     def size(self, index: int) -> Size:
-        """Returns the height and width of an image according to the file."""
+        """Returns the height and width of an image in pixels, according to the annotation file."""
         height, width = self._sizes[index].tolist()
         return height, width
 
     def image(self, index: int) -> Image.Image:
-        """Decodes an image, upright and in RGB.
+        """Decodes an image, with EXIF orientation applied, in RGB.
 
         Raises:
-            BrokenRecordError: if the image cannot be read, or has another size than the file says.
+            BrokenRecordError: if the image cannot be read, or its size differs from the size in the annotation file.
         """
         try:
             image = self.images.image(self.file_name(index))
@@ -163,7 +164,7 @@ class AnnotatedObjects:
         return image
 
     def objects(self, index: int) -> list[StoredObject]:
-        """Returns the objects of an image for training; there may be none."""
+        """Returns the objects of an image that training uses; there may be none."""
         found = []
         for place in range(int(self._starts[index]), int(self._starts[index + 1])):
             segmentation = None
@@ -174,7 +175,7 @@ class AnnotatedObjects:
         return found
 
     def ground_truth(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Reads the members 'images' and 'annotations' of the file again, as they are."""
+        """Reads the file again and returns the entries of 'images' and of 'annotations', unchanged."""
         members: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
         with reading_as(self.path, FORM):
             for key, entry in iterate_json_lists(self.path, *members):
@@ -183,7 +184,7 @@ class AnnotatedObjects:
 
 
 class _Collected:
-    """Collects the entries of an annotation file while it is parsed."""
+    """Collects the entries of an annotation file during parsing."""
 
     def __init__(self, path: str, *, with_masks: bool) -> None:
         self._path, self._with_masks = path, with_masks
@@ -235,7 +236,7 @@ class _Collected:
                 self.segment_ends.append(len(self.segments))
 
     def check_ids(self) -> None:
-        """Checks that every annotation has an id of its own, because the metric counts by id."""
+        """Checks that annotation ids are unique, because the metric identifies annotations by id."""
         unique, counts = np.unique(np.array(self._seen, dtype=np.int64), return_counts=True)
         if len(repeated := unique[counts > 1]):
             raise ConfigError(
@@ -244,14 +245,14 @@ class _Collected:
             )
 
     def find_images(self) -> NDArray[np.int64]:
-        """Returns the index of each object's image."""
+        """Returns the image index of each object, (N,) int64."""
         return np.array(self._images, dtype=np.int64)
 
     def find_labels(self) -> NDArray[np.int32]:
-        """Returns the label of each object.
+        """Returns the category label of each object, (N,) int32.
 
         Raises:
-            ConfigError: if the file does not list the category of an object.
+            ConfigError: if an object has a category that the file does not list.
         """
         assert self.categories is not None, "every file lists its categories"
         found = np.array(self._categories, dtype=np.int64)
@@ -265,7 +266,7 @@ class _Collected:
         return labels.astype(np.int32)
 
     def _clip(self, value: Any, size: Size, identifier: int) -> tuple[float, ...] | None:
-        """Returns the corners of a box inside its image; None if nothing of it is inside."""
+        """Returns left, top, right and bottom of a box clipped to its image; None if the clipped box has no area."""
         if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
             raise ValueError(f"annotation {identifier} has no box of four numbers: {str(value)[:80]}")
         left, top, width, height = value
@@ -299,13 +300,13 @@ def read_objects(path: str, folder: str, *, with_masks: bool) -> AnnotatedObject
     """Reads an annotation file of objects in COCO's format.
 
     Args:
-        path: the file.
-        folder: folder of the images, or a pattern of tars.
+        path: path of the annotation file.
+        folder: folder of the images, or a pattern of tar files.
         with_masks: whether to read masks.
 
     Raises:
-        ConfigError: if the file cannot be read or has another form, an id occurs twice, an annotation names an image or
-            a category that the file does not list, or a mask does not fit its image; the message names file and id.
+        ConfigError: if the file cannot be read, has another form, repeats an id, has an annotation with an unknown
+            image or category, or has a mask that does not fit its image. The message names the file and the id.
     """
     collected, categories = _Collected(path, with_masks=with_masks), []
     is_postponed = False
@@ -328,7 +329,9 @@ def read_objects(path: str, folder: str, *, with_masks: bool) -> AnnotatedObject
 
 
 def _entries(path: str) -> Iterator[tuple[str, Any]]:
-    """Yields the entries of the three lists; 'annotations' may be missing."""
+    """Yields the entries of 'images', 'categories' and 'annotations' with the member's name; 'annotations' may be
+    missing.
+    """
     try:
         yield from iterate_json_lists(path, "images", "categories", "annotations")
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""Counts the operations of the detection head, by which a pipeline is cut and utilisation is computed."""
+"""Counts the floating-point operations of the detection head, for pipeline partitioning and utilisation."""
 
 from beit3_ds.config import ModelConfig
 from beit3_ds.tasks.detection.config import DetectionConfig
@@ -9,10 +9,10 @@ _POSITIVE_SHARE = 0.25
 
 
 def image_flops(model: ModelConfig, settings: DetectionConfig) -> float:
-    """Returns the operations of the head's forward pass for one image; a multiply-add counts as 2.
+    """Returns the floating-point operations of the head's forward pass for one image; a multiply-add counts as 2.
 
-    Counts matrix products and convolutions for an image of `image_size`, with all boxes drawn and a quarter of them
-    positive.
+    Counts matrix products and convolutions. The image has `image_size` pixels per side, all `sampled_boxes` are drawn,
+    and a quarter of them is positive.
     """
     width, channels = model.hidden_size, settings.pyramid_channels
     conv = 9 * channels**2

@@ -1,4 +1,4 @@
-"""Defines the head that detects objects: a pyramid, proposals, three box stages and masks (paper, section 3.2)."""
+"""Defines the detection head: a feature pyramid, a proposal network, three box stages and a mask head (section 3.2)."""
 
 # T rows of the patches of all images, D hidden, I images or views.
 
@@ -26,12 +26,12 @@ from beit3_ds.tasks.detection.views import Size, View, read_views
 
 
 class DetectionHead(Head):
-    """Detects objects by a cascade of box stages and a mask head over ViTDet's simple feature pyramid.
+    """Detects objects with a cascade of box stages and a mask head on ViTDet's simple feature pyramid.
 
-    In training, each tensor-parallel rank computes its own images of a micro-batch (`DividedSamples`), because the
-    gradient of RoIAlign would otherwise make the ranks' copies of the head drift apart. Each image's losses depend on
-    no other image, and the draws of anchors and proposals on the image's seed alone, so the sums are the same however
-    ranks and micro-batches cut a step. Every module runs once per micro-batch, on zero boxes if need be.
+    In training, tensor-parallel ranks divide the images of a micro-batch (`DividedSamples`). If every rank computed all
+    images, the nondeterministic gradient of RoIAlign would make the ranks' copies of the head differ. The losses of an
+    image depend only on the image and its seed, not on other images. The sum over a step is therefore independent of
+    micro-batches and ranks. Every module runs once per micro-batch, even on zero boxes.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class DetectionHead(Head):
         """Builds the head with uninitialised parameters.
 
         Args:
-            config: the model's sizes, with `dense`.
+            config: the model's configuration; `dense` must be set.
             settings: the task's settings.
             num_classes: number of classes.
-            tensor: the tensor-parallel group, whose ranks hold the whole head each and divide the images.
+            tensor: the tensor-parallel group; its ranks have full copies of the head and divide the images.
         """
         super().__init__()
         assert config.dense is not None, "detection needs a backbone for images of any size"
@@ -58,15 +58,15 @@ class DetectionHead(Head):
         self.masks = MaskHead(channels, num_classes) if settings.masks else None
 
     def forward(self, h_TD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the sums of the loss terms, float32, or the detections of every sample.
+        """Returns the loss terms, each summed over the images, (terms,) float32; or the detections of every sample.
 
-        The terms are objectness, anchors, classes, boxes and, if masks are trained, masks. Each is a sum over images.
+        The terms are objectness, anchors, classes, boxes and, if masks are trained, masks.
 
         Args:
             h_TD: rows of the patches of all images, in window order.
-            batch: the packed micro-batch. With loss its targets are the objects, sizes and seeds of the images, without
-                loss the views of the samples.
-            with_loss: True for the loss, False for detections.
+            batch: the packed micro-batch. Its targets are objects, sizes and seeds of the images if `with_loss`,
+                otherwise the views of the samples.
+            with_loss: True returns loss terms, False detections.
         """
         if with_loss:
             return self._losses(h_TD, batch)
@@ -122,7 +122,9 @@ class DetectionHead(Head):
         return {self._strides[name]: features for name, features in maps.items()}
 
     def _pooled(self, pyramid: Pyramid, grids: Grids) -> Pyramid:
-        """Returns the levels from which boxes are pooled: all but the coarsest, which only proposes."""
+        """Returns the pyramid levels for RoIAlign: all levels except the coarsest, which only the proposal network
+        uses.
+        """
         pooled = {}
         for stride in sorted(pyramid)[:-1]:
             cells = [[-(-side * self._patch_size // stride) for side in grid] for grid in grids]
@@ -135,7 +137,7 @@ def _sizes(targets: Mapping[str, Tensor]) -> list[Size]:
 
 
 def _with_masks(found: Sequence[Detections], views: Sequence[View], masks: Sequence[Tensor]) -> list[Detections]:
-    """Returns detections with the mean of their masks over the views of each sample."""
+    """Returns the detections with masks; the mask of a detection is the mean over the sample's views."""
     of_samples: list[list[Tensor]] = [[] for _ in found]
     for view, masks_NSS in zip(views, masks, strict=True):
         of_samples[view.sample].append(view.mask_to_image(masks_NSS))

@@ -1,4 +1,4 @@
-"""Predicts the mask of an object inside its box (Mask R-CNN, He et al., 2017, arXiv:1703.06870)."""
+"""Predicts the mask of each object inside its box (Mask R-CNN, He et al., 2017, arXiv:1703.06870)."""
 
 # R boxes of all images, N boxes of one image, K classes, S side of a predicted mask.
 
@@ -15,21 +15,24 @@ from beit3_ds.tasks.detection.conv_norm import ConvNorm
 from beit3_ds.tasks.detection.objects import ImageObjects
 
 PREDICTED_SIDE = 28
-"""Cells along each side of a predicted mask."""
+"""Cells per side of a predicted mask."""
 
 _POOLED_SIDE = 14
 _NUM_CONVS = 4
 
 
 class MaskHead(nn.Module):
-    """Predicts a mask per class for each box: four convolutions, a deconvolution and the output, as in ViTDet."""
+    """Predicts one mask per class for each box: four convolutions, a deconvolution and an output layer.
+
+    Follows ViTDet (Li et al., 2022, arXiv:2203.16527).
+    """
 
     def __init__(self, channels: int, num_classes: int) -> None:
         """Builds the layers with uninitialised parameters.
 
         Args:
-            channels: channels of the pyramid.
-            num_classes: number of classes, K.
+            channels: number of channels of the pyramid.
+            num_classes: number of classes.
         """
         super().__init__()
         self.convs = nn.ModuleList(ConvNorm(channels) for _ in range(_NUM_CONVS))
@@ -37,7 +40,12 @@ class MaskHead(nn.Module):
         self.masks = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, pyramid: Pyramid, boxes: Sequence[Tensor]) -> Tensor:
-        """Returns logits of the masks of all classes inside boxes, (R, K, 28, 28) float32; there may be no boxes."""
+        """Returns the mask logits of all classes for each box, (R, K, 28, 28) float32; R may be 0.
+
+        Args:
+            pyramid: feature maps by stride.
+            boxes: boxes of each image, (N, 4) each.
+        """
         x_RCSS = pool_boxes(pyramid, boxes, _POOLED_SIDE)
         for conv in self.convs:
             x_RCSS = conv(x_RCSS)
@@ -45,14 +53,14 @@ class MaskHead(nn.Module):
         return logits
 
     def losses(self, pyramid: Pyramid, sampled: Sequence[SampledBoxes], objects: Sequence[ImageObjects]) -> Tensor:
-        """Returns the sum over images of the mean loss of the positive boxes of an image, float32 scalar.
+        """Returns the mask loss, averaged over the positive boxes of an image and summed over images, float32 scalar.
 
-        An image without positive boxes adds 0. Only the mask of the object's class counts.
+        An image without positive boxes adds 0. For each box, only the mask of the object's class counts.
 
         Args:
-            pyramid: features by stride.
-            sampled: drawn proposals of each image.
-            objects: the objects of each image, with masks.
+            pyramid: feature maps by stride.
+            sampled: sampled proposals of each image.
+            objects: objects of each image, with masks.
         """
         positive = [SampledBoxes(boxes[matches >= 0], matches[matches >= 0]) for boxes, matches in sampled]
         logits = self(pyramid, [of_image.boxes for of_image in positive])
@@ -70,12 +78,12 @@ class MaskHead(nn.Module):
         return torch.stack(sums).sum()
 
     def predict(self, pyramid: Pyramid, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the probability that a cell of a box belongs to its object, (N, 28, 28) float32 per image.
+        """Returns, per image, the probability that each cell of a box belongs to the object, (N, 28, 28) float32.
 
         Args:
-            pyramid: features by stride.
-            boxes: boxes of each image.
-            labels: label of each box.
+            pyramid: feature maps by stride.
+            boxes: boxes of each image, (N, 4) each.
+            labels: category label of each box, (N,) int64 per image.
         """
         logits = self(pyramid, boxes)
         parts = logits.split([len(of_image) for of_image in boxes])

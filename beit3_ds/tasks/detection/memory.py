@@ -1,4 +1,4 @@
-"""Estimates the memory that autograd keeps of the detection head, for `beit3 check`."""
+"""Estimates the activation memory of the detection head, for `beit3 check`."""
 
 from beit3_ds.config import ModelConfig
 from beit3_ds.model.dense.pyramid_memory import pyramid_memory
@@ -11,15 +11,14 @@ _FLOAT, _INDEX = 4, 8  # bytes
 
 
 def image_memory(model: ModelConfig, settings: DetectionConfig, element_size: int) -> int:
-    """Returns the bytes that autograd keeps of the head's forward pass for one image.
+    """Returns the bytes of head activations that autograd keeps per image.
 
-    The image has `image_size` pixels on each side, all boxes are drawn, and a quarter of them are positive. Counts the
-    inputs of convolutions, linear layers, activations and norms, and the statistics of norms: the pyramid's maps, the
-    proposal network on five maps, three stages of boxes and the mask head. Does not count the anchors' outputs, which
-    are small, nor the temporary memory of an operation, such as the float32 copies of maps in RoIAlign.
+    The image has `image_size` pixels per side, all `sampled_boxes` are drawn, and a quarter of them is positive. Counts
+    the inputs of convolutions, linear layers, activation functions and norms, and the statistics of norms. Does not
+    count the anchors' outputs, which are small, or temporary memory, such as RoIAlign's float32 copies of the maps.
 
     Args:
-        model: the model's sizes.
+        model: the model's configuration.
         settings: the task's settings.
         element_size: bytes per element of an activation.
     """
@@ -30,7 +29,7 @@ def image_memory(model: ModelConfig, settings: DetectionConfig, element_size: in
 
 
 def _pyramid(model: ModelConfig, settings: DetectionConfig, element_size: int) -> int:
-    """Returns the bytes of the pyramid and the proposal network."""
+    """Returns the bytes kept per image for the pyramid and the proposal network."""
     channels = settings.pyramid_channels
     per_patch = pyramid_memory(model.hidden_size, channels, element_size) + channels / 16 * _INDEX
     # The proposal network's two layers on each map, and the coarsest map, which is a max pooling.
@@ -41,7 +40,7 @@ def _pyramid(model: ModelConfig, settings: DetectionConfig, element_size: int) -
 
 
 def _box(settings: DetectionConfig, element_size: int) -> int:
-    """Returns the bytes that the three stages keep per box."""
+    """Returns the bytes kept per box for the three box stages."""
     elements = _convolved(settings, _BOX_SIDE, element_size)
     # The linear layer's input is a copy of the last map; its output has one element per unit.
     elements += (settings.pyramid_channels * _BOX_SIDE**2 + settings.box_width) * element_size
@@ -49,14 +48,14 @@ def _box(settings: DetectionConfig, element_size: int) -> int:
 
 
 def _mask(settings: DetectionConfig, element_size: int) -> int:
-    """Returns the bytes that the mask head keeps per box."""
+    """Returns the bytes kept per box for the mask head."""
     enlarged = 4 * _MASK_SIDE**2
     kept = _convolved(settings, _MASK_SIDE, element_size) + enlarged * settings.pyramid_channels * element_size
     return kept + 2 * enlarged * _FLOAT  # logits and true cells of one class
 
 
 def _convolved(settings: DetectionConfig, side: int, element_size: int) -> int:
-    """Returns the bytes of a box's pooled features and of its convolutions, each with a norm and a ReLU."""
+    """Returns the bytes kept per box for the pooled features and for all convolutions with norm and ReLU."""
     cells = side**2
     # RoIAlign's output in float32, the first convolution's input, and per convolution the norm's input and the ReLU's.
     elements = (_FLOAT + (1 + 2 * _CONVS) * element_size) * settings.pyramid_channels

@@ -1,4 +1,4 @@
-"""Defines the objects of images as tensors in a packed batch, and takes them apart again."""
+"""Packs the objects of images as tensors of a micro-batch, and unpacks them."""
 
 # I images, N objects of all images, M side of a stored mask.
 
@@ -11,17 +11,18 @@ from torch import Tensor
 from beit3_ds.tasks.detection.box_masks import MASK_SIDE
 
 BOXES = "boxes"
-"""Key in `PackedBatch.targets` of the box of each object, in pixels of the model's input, (objects, 4) float32."""
+"""Key in `PackedBatch.targets`: box of each object in pixels of the model's input, (objects, 4) float32."""
 LABELS = "labels"
-"""Key of the label of each object, (objects,) int64."""
+"""Key in `PackedBatch.targets`: category label of each object, (objects,) int64."""
 MASKS = "masks"
-"""Key of the mask of each object inside its box, in `MASK_SIDE` x `MASK_SIDE` cells, (objects, cells, cells) uint8."""
+"""Key in `PackedBatch.targets`: mask of each object inside its box, (objects, `MASK_SIDE`, `MASK_SIDE`) uint8."""
 COUNTS = "object counts"
-"""Key of the number of objects of each image, (images,) int64."""
+"""Key in `PackedBatch.targets`: number of objects of each image, (images,) int64."""
 SIZES = "image sizes"
-"""Key of the height and width in pixels of each image in the model's input, without padding, (images, 2) int64."""
+"""Key in `PackedBatch.targets`: height and width of each input image in pixels, without padding, (images, 2) int64."""
 SEEDS = "seeds"
-"""Key of the seed of each image's draws in the head (`sampling.draw_seed`), (images,) int64."""
+"""Key in `PackedBatch.targets`: seed for sampling anchors and proposals of each image (`draw_seed`), (images,) int64.
+"""
 
 
 class ImageObjects(NamedTuple):
@@ -30,19 +31,20 @@ class ImageObjects(NamedTuple):
     boxes: Tensor
     """Left, top, right and bottom of each object, in pixels of the model's input, (objects, 4) float32."""
     labels: Tensor
-    """Label of each object, (objects,) int64."""
+    """Category label of each object, (objects,) int64."""
     masks: Tensor
-    """Mask of each object inside its box, (objects, MASK_SIDE, MASK_SIDE) uint8; no rows in a task without masks."""
+    """Mask of each object inside its box, (objects, MASK_SIDE, MASK_SIDE) uint8; (0, MASK_SIDE, MASK_SIDE) in a task
+    without masks."""
 
 
 def empty_objects() -> ImageObjects:
-    """Returns the objects of an image that has none."""
+    """Returns an `ImageObjects` without any objects."""
     masks = torch.empty(0, MASK_SIDE, MASK_SIDE, dtype=torch.uint8)
     return ImageObjects(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), masks)
 
 
 def pack_objects(objects: Sequence[ImageObjects]) -> dict[str, Tensor]:
-    """Returns the targets `BOXES`, `LABELS`, `MASKS` and `COUNTS` of the images of a batch."""
+    """Returns the targets `BOXES`, `LABELS`, `MASKS` and `COUNTS` for the images of a batch."""
     parts = [empty_objects(), *objects]
     counts = [len(of_image.labels) for of_image in objects]
     return {
@@ -54,7 +56,7 @@ def pack_objects(objects: Sequence[ImageObjects]) -> dict[str, Tensor]:
 
 
 def unpack_objects(targets: Mapping[str, Tensor]) -> list[ImageObjects]:
-    """Returns the objects of each image of a batch; waits for the device, as the choice of proposals does too."""
+    """Returns the objects of each image of a batch; synchronises with the device."""
     counts = targets[COUNTS].tolist()
     boxes, labels = targets[BOXES].split(counts), targets[LABELS].split(counts)
     has_masks = len(targets[MASKS]) == len(targets[LABELS])

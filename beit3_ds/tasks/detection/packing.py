@@ -1,4 +1,4 @@
-"""Packs images with objects, or views of images, into one micro-batch."""
+"""Packs training images with objects, or evaluation views of images, into a micro-batch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,18 @@ def pack(
     num_terms: int,
     embeds: bool,
 ) -> PackedBatch:
-    """Packs the views of all samples, in the order of the samples; there may be none.
+    """Packs the views of all samples into a micro-batch, in the order of the samples; there may be no samples.
 
-    Every stage of a pipeline that reads samples keeps the targets, by which the stages compare what they have read.
+    Every pipeline stage that reads samples keeps the targets. The stages compare their targets to check that they read
+    equal samples.
 
     Args:
         samples: prepared samples of training or of an evaluation.
         drop_path: value of `PackedBatch.drop_path`.
         sources: value of `PackedBatch.sources`.
-        model: sizes of the model.
-        num_terms: number of the task's terms, each of which is a sum over the images.
-        embeds: whether the batch keeps the pixels.
+        model: the model's configuration.
+        num_terms: number of loss terms of the task; each is a sum over images.
+        embeds: whether to keep the pixels in the batch.
     """
     pixels = [view for sample in samples for view in sample.pixels]
     batch = pack_grids(

@@ -1,4 +1,4 @@
-"""Draws boxes, masks and names of objects on an image."""
+"""Draws the boxes, masks and names of objects on an image."""
 
 # N objects.
 
@@ -16,26 +16,26 @@ _TEXT_SHARE, _LEAST_TEXT, _LARGEST_TEXT = 1 / 28, 9, 22  # of the shorter side; 
 
 
 class DrawnObject(NamedTuple):
-    """Holds an object to draw."""
+    """Describes an object to draw on an image."""
 
     box: Sequence[float]
     """Left, top, width and height in pixels."""
     label: int
-    """Label of its category, which gives the color."""
+    """Category label, which determines the color."""
     text: str
-    """Text at the box, such as the name of the category and a score."""
+    """Text beside the box, such as a category name and a score."""
     mask: NDArray[np.bool_] | None = None
-    """Mask of the object in the image, (height, width); None draws only the box."""
+    """Mask of the object, (height, width) bool, of the image's size; None draws only the box."""
 
 
 def label_color(label: int) -> tuple[int, int, int]:
-    """Returns the color of a label, RGB; labels that follow each other have unlike colors."""
+    """Returns the RGB color of a label; neighbouring labels have clearly different colors."""
     red, green, blue = colorsys.hsv_to_rgb((0.02 + label * _GOLDEN) % 1, 0.85, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_objects(image: Image.Image, objects: Sequence[DrawnObject]) -> Image.Image:
-    """Returns a copy of an RGB image with objects; the first objects, which should be the best, are on top."""
+    """Returns a copy of an RGB image with objects drawn on it; earlier objects are drawn over later ones."""
     pixels = np.array(image.convert("RGB"), dtype=np.float32)
     for found in reversed(objects):
         if found.mask is not None:
@@ -59,7 +59,7 @@ def _write(
     font: "ImageFont.FreeTypeFont | ImageFont.ImageFont",
     size: tuple[int, int],
 ) -> None:
-    """Writes the text of an object above its box, or inside where there is no room."""
+    """Writes the text of an object above its box, or inside the box if there is no room above."""
     if not found.text:
         return
     left, top = found.box[:2]

@@ -1,4 +1,4 @@
-"""Proposes boxes that may contain objects: the region proposal network (Ren et al., 2015, arXiv:1506.01497)."""
+"""Proposes boxes that may contain objects, with a region proposal network (Ren et al., 2015, arXiv:1506.01497)."""
 
 # B images, C channels, A anchors per cell, N anchors of one image, L levels.
 
@@ -35,32 +35,32 @@ _PURPOSE = 1
 
 
 class ImageAnchors(NamedTuple):
-    """Holds the anchors of one image and what the network says of them, level after level."""
+    """Holds the anchors of one image and the proposal network's outputs for them, level by level."""
 
     boxes: Tensor
-    """Anchors, (N, 4) float32."""
+    """Box of each anchor, (N, 4) float32."""
     logits: Tensor
-    """Logit that an anchor contains an object, (N,) float32."""
+    """Objectness logit of each anchor, (N,) float32."""
     deltas: Tensor
-    """Regression outputs, (N, 4) float32."""
+    """Box regression outputs of each anchor, (N, 4) float32."""
     level_counts: tuple[int, ...]
-    """Number of anchors of each level."""
+    """Number of anchors on each pyramid level."""
 
 
 class ProposalNetwork(nn.Module):
-    """Scores anchors on every level of a pyramid, and turns the best ones into proposals.
+    """Predicts, for the anchors on every pyramid level, whether they contain an object and how to refine their boxes.
 
-    Every image uses only the cells that it covers, and features outside of an image are zero for every convolution, so
-    the result does not depend on the other images of a batch.
+    Only the cells inside an image have anchors. Features outside an image are zero before every convolution. The
+    outputs for an image therefore do not depend on the other images of a batch.
     """
 
     def __init__(self, channels: int, strides: Sequence[int], anchor_scale: float) -> None:
-        """Builds two convolutions and the two outputs, with uninitialised parameters.
+        """Builds two convolutions and two output layers, with uninitialised parameters.
 
         Args:
-            channels: channels of the pyramid, C.
+            channels: number of channels of the pyramid.
             strides: stride of each level in pixels, ascending.
-            anchor_scale: side of a level's anchors, in strides.
+            anchor_scale: side of the anchors, in units of the stride of their level.
         """
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
@@ -71,13 +71,13 @@ class ProposalNetwork(nn.Module):
         self._anchors = AnchorGenerator(sides, (_ASPECTS,) * len(strides))
 
     def forward(self, pyramid: Pyramid, sizes: Sequence[Size]) -> tuple[list[ImageAnchors], Tensor]:
-        """Returns the anchors of each image with their outputs, and a 0 that depends on every parameter.
+        """Returns the anchors of each image with their outputs, and a scalar 0 that depends on every parameter.
 
-        The loss adds the 0, so that all parameters get a gradient even in a batch without images.
+        The loss adds the 0, so all parameters get a gradient even in a batch without images.
 
         Args:
-            pyramid: features by stride, zero outside of the images.
-            sizes: height and width of each image.
+            pyramid: feature maps by stride, zero outside the images.
+            sizes: height and width of each image in pixels.
         """
         levels: list[tuple[Tensor, Tensor]] = []
         for stride in self._strides:
@@ -103,16 +103,16 @@ class ProposalNetwork(nn.Module):
 
 
 def anchor_losses(anchors: ImageAnchors, objects: ImageObjects, seed: Tensor, count: int) -> Tensor:
-    """Returns an image's objectness and regression losses over drawn anchors, divided by `count`, (2,) float32.
+    """Returns an image's objectness loss and regression loss over sampled anchors, divided by `count`, (2,) float32.
 
-    At most half of the drawn anchors match an object. Dividing by a constant instead of the number of drawn anchors
-    makes the loss independent of the other images of a batch.
+    At most half of the sampled anchors match an object. The divisor is constant, so the loss does not depend on the
+    other images of a batch.
 
     Args:
-        anchors: the anchors of the image.
-        objects: the objects of the image; there may be none.
+        anchors: anchors of the image with the network's outputs.
+        objects: objects of the image; there may be none.
         seed: seed of the image, int64 scalar.
-        count: number of anchors to draw.
+        count: number of anchors to sample.
     """
     matches_N = match_boxes(anchors.boxes, objects.boxes, _OBJECT_IOU, _BACKGROUND_IOU, keep_best=True)
     ranks_N = random_ranks(seed, len(matches_N), _PURPOSE)
@@ -126,23 +126,23 @@ def anchor_losses(anchors: ImageAnchors, objects: ImageObjects, seed: Tensor, co
 
 
 class Proposals(NamedTuple):
-    """Holds the proposals of one image, best first."""
+    """Holds the proposals of one image, in descending order of objectness."""
 
     boxes: Tensor
-    """Boxes, (N, 4) float32."""
+    """Box of each proposal, (N, 4) float32."""
     anchors: Tensor
-    """Index of the anchor from which each box comes, (N,) int64."""
+    """Index of the anchor of each proposal, (N,) int64."""
 
 
 @torch.no_grad()
 def propose(anchors: ImageAnchors, size: Size, per_level: int, count: int) -> Proposals:
-    """Returns the best proposals of an image.
+    """Returns the best-scored proposals of an image, after non-maximum suppression within each level.
 
     Args:
-        anchors: the anchors of the image.
-        size: height and width of the image, to which proposals are clipped.
-        per_level: number of the best anchors of each level that are considered.
-        count: number of proposals after non-maximum suppression within each level.
+        anchors: anchors of the image with the network's outputs.
+        size: height and width of the image in pixels; proposals are clipped to the image.
+        per_level: number of best-scored anchors per level that become proposals, before suppression.
+        count: maximum number of proposals after suppression.
     """
     boxes, logits, levels, numbers, start = [], [], [], [], 0
     parts = zip(*(x.split(anchors.level_counts) for x in anchors[:3]), strict=True)
@@ -161,13 +161,13 @@ def propose(anchors: ImageAnchors, size: Size, per_level: int, count: int) -> Pr
 
 
 def _grid(size: Size, stride: int) -> Size:
-    """Returns the rows and columns of cells that an image covers, the last of them perhaps in part."""
+    """Returns the number of rows and columns of cells that an image covers, including partly covered cells."""
     height, width = size
     return math.ceil(height / stride), math.ceil(width / stride)
 
 
 def _inside(sizes: Sequence[Size], stride: int, x_BCHW: Tensor) -> Tensor | None:
-    """Returns 1 for cells of the images and 0 for others, (B, 1, H, W); None if there are no other cells."""
+    """Returns a mask of 1 for cells inside the images and 0 for padding, (B, 1, H, W); None if there is no padding."""
     grids = [_grid(size, stride) for size in sizes]
     if all(grid == tuple(x_BCHW.shape[-2:]) for grid in grids):
         return None

@@ -20,26 +20,26 @@ _HALF = 0.5
 
 
 class DetectionRecord(NamedTuple):
-    """Holds the detections of one image as plain values, best first."""
+    """Holds the detections of one image as Python values, in descending order of the score."""
 
     size: Size
     """Height and width of the image in pixels."""
     boxes: list[list[float]]
     """Left, top, width and height of each detection in pixels, as in COCO's files."""
     scores: list[float]
-    """Score of each detection."""
+    """Score of each detection, from 0 to 1."""
     labels: list[int]
-    """Label of each detection."""
+    """Category label of each detection."""
     counts: list[str] | None
-    """Compressed run lengths of each detection's mask; None without masks."""
+    """Mask of each detection as compressed run lengths in COCO's format; None without masks."""
 
     def to_json(self) -> str:
-        """Returns the record as one JSON list."""
+        """Returns the record as a JSON list."""
         return json.dumps(self)
 
     @classmethod
     def from_json(cls, text: str) -> "DetectionRecord":
-        """Rebuilds the record that `to_json` wrote."""
+        """Returns the record from the JSON text that `to_json` returned."""
         size, *rest = json.loads(text)
         return cls((size[0], size[1]), *rest)
 
@@ -48,14 +48,14 @@ class DetectionRecord(NamedTuple):
         return len(self.scores)
 
     def entries(self, image_id: int, category_ids: Sequence[int], kind: str) -> list[dict[str, Any]]:
-        """Returns the entries of a COCO result file.
+        """Returns the detections as entries of a COCO result file.
 
-        An entry has either a box or a mask: COCO's evaluation would take the size of an object from the box, not from
-        the mask.
+        An entry has either a box or a mask. With both, COCO's evaluation would compute an object's size from the box
+        instead of the mask.
 
         Args:
             image_id: id of the image.
-            category_ids: id of the category of each label.
+            category_ids: category id by label.
             kind: "bbox" or "segm".
         """
         heads = [
@@ -70,11 +70,11 @@ class DetectionRecord(NamedTuple):
 
 
 def make_record(detections: Detections, size: Size) -> DetectionRecord:
-    """Returns the detections of one image as plain values.
+    """Converts the detections of one image to Python values.
 
     Args:
-        detections: the detections.
-        size: height and width of the image.
+        detections: detections of the image, as tensors.
+        size: height and width of the image in pixels.
     """
     boxes_N4 = detections.boxes.cpu()
     corners, extents = boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]
@@ -92,14 +92,15 @@ def make_record(detections: Detections, size: Size) -> DetectionRecord:
 
 
 def whole_mask(mask_SS: Tensor, box_4: Tensor, size: Size) -> Tensor:
-    """Returns the mask of a detection in its image, (height, width) bool.
+    """Resamples a mask inside a box to the whole image, (height, width) bool.
 
-    A pixel belongs to the object if the probability, interpolated at its centre, is at least one half.
+    The probability is interpolated bilinearly at the centre of each pixel. A pixel is true if the value is at least
+    0.5.
 
     Args:
-        mask_SS: probability that each cell of the box belongs to the object.
-        box_4: left, top, right and bottom of the box, inside the image.
-        size: height and width of the image.
+        mask_SS: probability that each cell of the box belongs to the object, (S, S).
+        box_4: left, top, right and bottom of the box in pixels, inside the image.
+        size: height and width of the image in pixels.
     """
     height, width = size
     left, top, right, bottom = box_4.tolist()
@@ -117,7 +118,7 @@ def whole_mask(mask_SS: Tensor, box_4: Tensor, size: Size) -> Tensor:
 
 
 def decode_mask(counts: str, size: Size) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Returns a mask from compressed run lengths, (height, width) bool."""
+    """Decodes a mask from compressed run lengths in COCO's format, (height, width) bool."""
     mask: Mapping[str, Any] = {"size": list(size), "counts": counts.encode("ascii")}
     decoded = import_masks().decode(mask).astype(bool)
     return np.ascontiguousarray(decoded)

@@ -1,4 +1,4 @@
-"""Opens images with annotated objects, and prepares them for training and evaluation."""
+"""Opens images with annotated objects, and prepares them for training or evaluation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,44 +22,44 @@ from beit3_ds.tasks.detection.sampling import draw_seed
 from beit3_ds.tasks.detection.views import View
 
 OBJECTS_FORMAT = "coco_objects"
-"""Name of the source format for COCO's and Objects365's annotation files of objects."""
+"""Name of the source format for COCO and Objects365 annotation files."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DetectionSample:
-    """Holds one image for training, or the views of one image for an evaluation."""
+    """Holds one view of an image with its objects for training, or all views of an image for an evaluation."""
 
     name: str
-    """Annotation file, id and path of the image, for messages."""
+    """Annotation file, image id and image path, for messages."""
     number: int
-    """Index of the image in its stream, from 0."""
+    """Index of the image in the stream, from 0."""
     pixels: Sequence[Tensor]
-    """Each view, (3, height, width) float32 in [-1, 1]; training has one."""
+    """Pixels of each view, (3, height, width) float32 in [-1, 1]; a training sample has one view."""
     seed: int = 0
-    """Seed of the draws in the head; training only."""
+    """Seed for sampling anchors and proposals in the head; only for training."""
     objects: ImageObjects | None = None
-    """Objects that the view shows; training only."""
+    """Objects in the view; only for training."""
     views: Sequence[View] = ()
-    """Size and flip of each view; evaluation only. `View.sample` is set when samples are packed."""
+    """Size and flip of each view; only for evaluation. `pack` sets `View.sample`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectSamples:
-    """Prepares the images of one source."""
+    """Prepares the images of one source for training or evaluation."""
 
     is_last_open: ClassVar[bool] = False
 
     source: AnnotatedObjects
     """Images and objects of the source."""
     jitter: LargeScaleJitter | None
-    """Augmentation of training images; None makes the views of an evaluation."""
+    """Augmentation of training images; None prepares evaluation views."""
     settings: DetectionConfig
     """The task's settings."""
     image_size: int
-    """Side of the square into which views of an evaluation fit, unless `settings.test_sizes` names others."""
+    """Side in pixels of the square that evaluation views fit; unused if `settings.test_sizes` is set."""
 
     def __len__(self) -> int:
-        """Returns the number of images, broken ones included."""
+        """Returns the number of images, including broken images."""
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
@@ -67,22 +67,23 @@ class ObjectSamples:
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the id of an image as bytes; a resumed run recognises the image by it."""
+        """Returns the image id as bytes; a resumed run recognises images by these bytes."""
         return str(int(self.source.identifiers[index])).encode()
 
     def name(self, index: int) -> str:
-        """Returns the annotation file and the id and path of an image, for messages."""
+        """Returns the annotation file, the image id and the image path of a sample, for messages."""
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of annotations that training leaves out, and an example, by reason."""
+        """Returns the annotations that training leaves out by reason: the number and an example."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> DetectionSample:
-        """Reads image `index`, and augments it with its objects or makes its views; `key` seeds all draws.
+        """Reads image `index` and augments it for training, or builds its evaluation views; `key` seeds all random
+        draws.
 
         Raises:
-            BrokenRecordError: if the image or a mask is broken, or the image has another size than its file says.
+            BrokenRecordError: if the image or a mask is broken, or the image's size differs from the annotation file.
         """
         image = self.source.image(index)
         if self.jitter is None:
@@ -99,14 +100,14 @@ class ObjectSamples:
 def evaluation_sample(
     image: Image.Image, settings: DetectionConfig, image_size: int, name: str, number: int
 ) -> DetectionSample:
-    """Makes the views of an RGB image for an evaluation or a prediction.
+    """Builds the views of an RGB image for an evaluation or a prediction.
 
     Args:
-        image: the image.
-        settings: the task's settings, which name the sides and the flip.
-        image_size: side of the square into which the view fits if the settings name none.
+        image: RGB image.
+        settings: the task's settings; `test_sizes` and `test_flip` define the views.
+        image_size: side in pixels of the square that the view fits, if `test_sizes` is empty.
         name: name of the image, for messages.
-        number: number of the image in the results.
+        number: index of the image in the results.
     """
     size = image.size[::-1]
     flips = (False, True) if settings.test_flip else (False,)
@@ -119,10 +120,10 @@ def evaluation_sample(
 
 
 def open_objects(source: SourceConfig, settings: DetectionConfig) -> AnnotatedObjects:
-    """Opens a source of images with objects, and checks its entries before training starts.
+    """Opens a source of images with objects, and checks all entries and that all images exist.
 
     Raises:
-        ConfigError: if a file cannot be read, an image is missing, or an annotation does not fit; the message names the
+        ConfigError: if a file cannot be read, an image is missing, or an annotation is invalid; the message names the
             file and the id.
     """
     if not source.images:
@@ -144,8 +145,8 @@ def open_split(config: RunConfig, settings: DetectionConfig, split: Split) -> li
     """Opens all sources of a split.
 
     Raises:
-        ConfigError: if `open_objects` raises it, a training or validation file has no annotations, or two sources of a
-            validation or test split have an image with the same id.
+        ConfigError: if a source is invalid (`open_objects`), a training or validation file has no annotations, or two
+            sources of a validation or test split share an image id.
     """
     sources = getattr(config.data.images, split)
     check_no_file_twice(sources)
@@ -171,7 +172,7 @@ def open_split(config: RunConfig, settings: DetectionConfig, split: Split) -> li
 def build_stream(
     config: RunConfig, settings: DetectionConfig, opened: Sequence[AnnotatedObjects], split: Split
 ) -> Stream:
-    """Builds the stream of a split from its opened sources."""
+    """Builds the stream of a split from its opened sources; training images are augmented."""
     jitter = None
     if split == "train":
         jitter = LargeScaleJitter(

@@ -1,4 +1,4 @@
-"""Draws the anchors and proposals from which a detector learns, per image, from a seed that travels in the batch."""
+"""Samples the anchors and proposals for the losses of each image, from a seed stored in the batch."""
 
 # N candidates of one image.
 
@@ -14,20 +14,20 @@ _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644E
 
 
 def draw_seed(key: SampleKey) -> int:
-    """Returns the seed of a sample's draws in the head, a function of the run's seed, the epoch and the sample."""
+    """Returns the seed for sampling in the head, which depends on the run's seed, the epoch and the sample."""
     return int(key.rng("samplers").integers(1 << SEED_BITS))
 
 
 def random_ranks(seed: Tensor, count: int, purpose: int) -> Tensor:
-    """Returns one pseudo-random number per candidate, (count,) int64; the same on every device.
+    """Returns one pseudo-random number per candidate, (count,) int64; equal on all devices.
 
-    Candidates are drawn by taking those with the smallest numbers, so the draw needs no generator on the device. The
-    numbers are those of SplitMix64 (Steele et al., 2014), which wraps around in 64 bits.
+    A sample consists of the candidates with the smallest numbers, so no random generator on the device is needed. The
+    numbers come from SplitMix64 (Steele et al., 2014).
 
     Args:
         seed: seed of the image, int64 scalar on the device.
-        count: number of candidates, N.
-        purpose: number below 128 that separates the draws of one image.
+        count: number of candidates.
+        purpose: integer below 128; different purposes give independent numbers for one image.
     """
     start = seed ^ (purpose << SEED_BITS - 8)
     x_N = torch.arange(1, count + 1, device=seed.device) * _GOLDEN + start * _MIX_2
@@ -43,17 +43,18 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def sample_balanced(
     is_positive_N: Tensor, is_negative_N: Tensor, size: int, positive_share: float, ranks_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draws at most `size` candidates: positive ones up to their share, and negative ones for the rest.
+    """Samples at most `size` candidates: positive ones up to `positive_share`, the rest negative.
 
     Args:
-        is_positive_N: whether each candidate matches an object.
-        is_negative_N: whether each candidate is background; a candidate may be neither.
-        size: number of candidates to draw.
-        positive_share: largest share of positive candidates.
-        ranks_N: result of `random_ranks`.
+        is_positive_N: whether each candidate matches an object, (N,) bool.
+        is_negative_N: whether each candidate is background, (N,) bool; a candidate may be neither positive nor
+            negative.
+        size: maximum number of candidates to sample.
+        positive_share: maximum share of positive candidates.
+        ranks_N: random number of each candidate (`random_ranks`), (N,) int64.
 
     Returns:
-        Indices of the drawn positive and negative candidates, both ascending.
+        Indices of the sampled positive candidates and of the sampled negative candidates, each ascending.
     """
     positive = _smallest(is_positive_N, int(size * positive_share), ranks_N)
     return positive, _smallest(is_negative_N, size - len(positive), ranks_N)

@@ -12,31 +12,31 @@ from beit3_ds.config import ConfigError
 from beit3_ds.tasks.detection.categories import Categories
 
 SIZES = ("all", "small", "medium", "large")
-"""Ranges of an object's area: all, below 32 x 32 pixels, below 96 x 96 and above."""
+"""Ranges of an object's area in pixels: all, below 32 x 32, between 32 x 32 and 96 x 96, above 96 x 96."""
 
 _LIMITS = (1, 10)
 _NO_VALUE = -1.0
 
 
 class ClassScore(NamedTuple):
-    """Holds the scores of one category; a value is None if the split has no such object."""
+    """Holds the metrics of one category."""
 
     name: str
     """Name of the category."""
     objects: int
-    """Number of its objects, without crowds."""
+    """Number of annotated objects of the category, without crowds."""
     values: Mapping[str, float | None]
-    """Values by the names of `AveragePrecision.values`."""
+    """Metrics with the names of `AveragePrecision.values`; None if the split has no object for a metric."""
 
 
 class AveragePrecision(NamedTuple):
-    """Holds COCO's metrics, from 0 to 1."""
+    """Holds COCO's metrics, each from 0 to 1."""
 
     values: dict[str, float]
-    """`AP` (mean over the overlaps .50 to .95), `AP50`, `AP75`, `AP_small`, `AP_medium`, `AP_large` and `AR` (mean
-    recall with the largest number of detections). A metric without objects is left out."""
+    """`AP` (mean over IoU thresholds .50 to .95), `AP50`, `AP75`, `AP_small`, `AP_medium`, `AP_large`, and `AR` (mean
+    recall with the maximum number of detections). A metric without objects is left out."""
     classes: list[ClassScore]
-    """Score of each category."""
+    """Metrics of each category."""
 
 
 def average_precision(
@@ -47,15 +47,15 @@ def average_precision(
     kind: str,
     max_detections: int = 100,
 ) -> AveragePrecision:
-    """Scores detections against annotations.
+    """Computes COCO's metrics of detections.
 
     Args:
-        images: members 'images' of a COCO file, at least with 'id', 'height' and 'width'.
-        annotations: its members 'annotations', with ids above 0.
+        images: member 'images' of a COCO annotation file; entries need 'id', 'height' and 'width'.
+        annotations: member 'annotations' of the file, with ids above 0.
         categories: the categories.
-        entries: detections in the form of a COCO result file.
+        entries: detections, as entries of a COCO result file.
         kind: "bbox" or "segm".
-        max_detections: largest number of detections per image that count.
+        max_detections: maximum number of detections per image that count.
 
     Raises:
         ConfigError: if faster-coco-eval is not installed.
@@ -100,7 +100,7 @@ def _values(
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    """Returns the mean of the values that exist; COCO's code marks the others by -1."""
+    """Returns the mean of the defined values, None without any; COCO's code marks undefined values by -1."""
     existing = values[values > _NO_VALUE]
     return float(np.mean(existing)) if existing.size else None
 

@@ -18,15 +18,15 @@ _LARGEST = 2.0**24  # pixels; coordinates beyond it are no coordinates
 
 
 class Segmentation(NamedTuple):
-    """Holds the mask of an object, as polygons or as run lengths over its whole image."""
+    """Holds the mask of an object, either as polygons or as run lengths of a mask of the whole image."""
 
     rings: Sequence[NDArray[np.float32]] = ()
-    """Corners of each polygon, (corners, 2) x and y in pixels; the object is their union."""
+    """Corners (x, y) of each polygon in pixels, (corners, 2); the object is the union of the polygons."""
     counts: bytes = b""
-    """Compressed run lengths of the image's mask; empty for polygons."""
+    """Compressed run lengths of a mask of the whole image; empty for polygons."""
 
     def encode(self) -> bytes:
-        """Returns the segmentation as bytes, which `decode` reads."""
+        """Returns the segmentation as bytes, for `decode`."""
         if self.counts:
             return b"R" + self.counts
         lengths = np.array([len(self.rings), *map(len, self.rings)], dtype="<i4")
@@ -35,7 +35,7 @@ class Segmentation(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> "Segmentation":
-        """Rebuilds the segmentation from the bytes that `encode` returned."""
+        """Returns the segmentation from the bytes that `encode` returned."""
         if data[:1] == b"R":
             return cls(counts=data[1:])
         (num_rings,) = np.frombuffer(data, "<i4", 1, 1)
@@ -45,10 +45,10 @@ class Segmentation(NamedTuple):
 
 
 def import_masks() -> Any:
-    """Returns the mask functions of faster-coco-eval.
+    """Returns the `mask` module of faster-coco-eval.
 
     Raises:
-        ConfigError: if the package is not installed; the message says how to install it.
+        ConfigError: if faster-coco-eval is not installed; the message says how to install it.
     """
     try:
         from faster_coco_eval import mask
@@ -61,19 +61,19 @@ def import_masks() -> Any:
 
 
 def parse_segmentation(value: object, size: tuple[int, int]) -> Segmentation | None:
-    """Checks the member 'segmentation' of an annotation.
+    """Checks and converts the member 'segmentation' of an annotation.
 
-    Polygons with fewer than three corners are left out, as COCO has some.
+    Polygons with fewer than three corners are ignored; COCO contains some.
 
     Args:
-        value: list of polygons, each a flat list of coordinates, or an object with 'size' and 'counts'.
-        size: height and width of the annotation's image.
+        value: a list of polygons, each a flat list of coordinates, or a dict with 'size' and 'counts'.
+        size: height and width of the annotation's image in pixels.
 
     Returns:
-        The segmentation; None if nothing is left.
+        The segmentation; None if no polygon remains.
 
     Raises:
-        ValueError: if the value has another form, or run lengths do not fit the image.
+        ValueError: if the value has another form, or the run lengths do not fit the image.
     """
     if isinstance(value, dict):
         return Segmentation(counts=_parse_run_lengths(value, size))
@@ -110,14 +110,14 @@ def _parse_run_lengths(value: dict[str, Any], size: tuple[int, int]) -> bytes:
 
 
 def _count_pixels(counts: bytes) -> int:
-    """Returns the sum of compressed run lengths.
+    """Returns the sum of compressed run lengths in COCO's format.
 
-    Each length is written as groups of five bits, the lowest group first. A character holds one group: its code minus
-    that of "0" has the five bits, and bit 5 if another group follows. From the fourth length on, the number written is
-    the difference from the length before the last.
+    A number is written in groups of five bits, the lowest group first. Each character stores one group: character code
+    minus 48 has the five bits, and bit 5 is set if another group follows. From the fourth run on, the number is the
+    difference from the run length two runs before.
 
     Raises:
-        ValueError: if a character is none of these, the last number is cut off, or a length is negative.
+        ValueError: if a character is invalid, the last number is cut off, or a length is negative.
     """
     lengths, value, shift = [0, 0], 0, 0
     for character in counts:
@@ -142,12 +142,12 @@ def _count_pixels(counts: bytes) -> int:
 def draw_in_box(segmentation: Segmentation, size: tuple[int, int], box_4: Tensor) -> Tensor:
     """Returns the mask of an object inside a box, (MASK_SIDE, MASK_SIDE) bool.
 
-    Polygons are drawn directly in the box's cells, so no mask of the whole image is made.
+    Polygons are drawn directly at the resolution of the box, without a mask of the whole image.
 
     Args:
-        segmentation: the object's mask.
-        size: height and width of its image.
-        box_4: left, top, right and bottom of the box in pixels of the image, with a positive area.
+        segmentation: segmentation of the object.
+        size: height and width of the image in pixels.
+        box_4: left, top, right and bottom of the box in pixels of the image; the area must be positive.
 
     Raises:
         ValueError: if run lengths are damaged.
@@ -171,9 +171,9 @@ def draw_in_box(segmentation: Segmentation, size: tuple[int, int], box_4: Tensor
 
 
 def _clip_to_cells(ring: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cuts off what a polygon has outside of the cells (Sutherland and Hodgman, 1974).
+    """Clips a polygon to the grid of MASK_SIDE x MASK_SIDE cells (Sutherland and Hodgman, 1974).
 
-    Drawing takes time in proportion to the length of the outline, which may be far larger than the box.
+    The time to draw a polygon is proportional to its outline, which can be much longer than the outline of the grid.
     """
     for axis in range(2):
         for sign, bound in ((1, 0.0), (-1, MASK_SIDE)):
@@ -183,7 +183,13 @@ def _clip_to_cells(ring: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _clip_to_half(ring: NDArray[np.float64], depths: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cuts off the corners of negative depth, and adds corners where the outline crosses depth 0."""
+    """Clips a polygon at a straight edge: removes corners with negative depth, adds corners where the outline crosses
+    it.
+
+    Args:
+        ring: corners (x, y), (corners, 2).
+        depths: signed distance of each corner from the edge, (corners,); negative outside.
+    """
     following, next_depths = np.roll(ring, -1, axis=0), np.roll(depths, -1)
     crosses = (depths >= 0) != (next_depths >= 0)
     shares = np.divide(depths, depths - next_depths, out=np.zeros_like(depths), where=crosses)
@@ -192,7 +198,12 @@ def _clip_to_half(ring: NDArray[np.float64], depths: NDArray[np.float64]) -> NDA
 
 
 def whole_segmentation(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Returns the mask of an object in its image, (height, width) bool, as COCO's evaluation draws it."""
+    """Returns the mask of an object in its image, (height, width) bool, drawn like in COCO's evaluation.
+
+    Args:
+        segmentation: segmentation of the object.
+        size: height and width of the image in pixels.
+    """
     masks = import_masks()
     if segmentation.counts:
         encoded = {"size": list(size), "counts": segmentation.counts}

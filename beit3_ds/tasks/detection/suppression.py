@@ -1,4 +1,4 @@
-"""Suppresses boxes that overlap better ones: Soft-NMS (Bodla et al., 2017, arXiv:1704.04503) and plain NMS."""
+"""Suppresses boxes that overlap better-scored boxes: Soft-NMS (Bodla et al., 2017, arXiv:1704.04503) and plain NMS."""
 
 # N boxes, n kept boxes.
 
@@ -10,44 +10,46 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 SuppressionMethod = Literal["linear", "gaussian", "hard"]
-"""How the score of a box falls that overlaps a better box of its class (`Suppression.method`)."""
+"""Method of suppressing a box that overlaps a better-scored box of its class (`Suppression.method`)."""
 
 
 class KeptBoxes(NamedTuple):
-    """Holds the boxes that are left after suppression, best first."""
+    """Holds the boxes that remain after suppression, in descending order of the score."""
 
     indices: Tensor
-    """Index of each kept box among the given ones, (n,) int64."""
+    """Index of each kept box in the list of given boxes, (n,) int64."""
     scores: Tensor
     """Score of each kept box after suppression, (n,), descending."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suppression:
-    """Chooses the boxes of an image, class by class."""
+    """Suppresses overlapping boxes of an image, separately for each class."""
 
     method: SuppressionMethod
-    """How a better box of the same class with overlap u changes a score. `linear` multiplies it by 1 - u if u is at
-    least `iou`, `gaussian` multiplies it by exp(-u^2 / `sigma`), and `hard` removes the box if u exceeds `iou`."""
+    """Effect on a box that overlaps a better-scored box of its class with IoU u. `linear` multiplies its score by 1 - u
+    if u is at least `iou`. `gaussian` multiplies its score by exp(-u^2 / `sigma`). `hard` removes the box if u exceeds
+    `iou`."""
     iou: float
-    """Overlap from which `linear` and `hard` suppress."""
+    """Minimum IoU for suppression by `linear` and `hard`."""
     sigma: float
-    """Variance of `gaussian`."""
+    """Sigma of `gaussian`."""
     score_threshold: float
-    """A box is kept only while its score is above this value."""
+    """Boxes are removed as soon as their score is not above this value."""
     max_boxes: int
-    """Largest number of kept boxes."""
+    """Maximum number of kept boxes."""
 
     def __call__(self, boxes_N4: Tensor, scores_N: Tensor, labels_N: Tensor) -> KeptBoxes:
-        """Returns the kept boxes; of equal scores, the box with the smaller index comes first.
+        """Returns the kept boxes; of boxes with equal scores, the box with the smaller index comes first.
 
-        The best box of all classes is taken first, again and again. Boxes of different classes do not change each
-        other, so this is the paper's loop for every class, cut off after the best `max_boxes` boxes.
+        The loop repeatedly keeps the best remaining box over all classes, and suppresses boxes of its class. Classes do
+        not influence each other. The result therefore equals the paper's loop over each class, limited to the best
+        `max_boxes` boxes.
 
         Args:
-            boxes_N4: left, top, right and bottom of each box.
-            scores_N: score of each box.
-            labels_N: label of each box.
+            boxes_N4: left, top, right and bottom of each box, (N, 4).
+            scores_N: score of each box, (N,).
+            labels_N: category label of each box, (N,).
         """
         left_N = torch.where(scores_N > self.score_threshold, scores_N, 0.0)
         places_N = torch.arange(len(scores_N), device=scores_N.device)

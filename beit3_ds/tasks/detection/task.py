@@ -1,4 +1,4 @@
-"""Implements the detection of objects and their masks as a task (paper, section 3.2)."""
+"""Implements the task of object detection and instance segmentation (paper section 3.2)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -35,21 +35,21 @@ from beit3_ds.tasks.task import Headline, Task, Term
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionRankTask(RankTask):
-    """Implements detection on one rank, with its opened images."""
+    """Object detection on one rank, with opened images."""
 
     settings: DetectionConfig
     """The task's settings."""
     names: Sequence[str] = ()
-    """Names of the categories by label; empty on ranks that read no images."""
+    """Category names by label; empty on ranks that read no images."""
 
     def draw_sample(self, sample: DetectionSample) -> ShownSample:
-        """Draws a view of a training image with the boxes and masks that the loss compares."""
+        """Draws a training image with the boxes and masks of its objects, as the loss sees them."""
         return draw_training_sample(sample, self.names)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Detects the objects of all images of a split; returns COCO's metrics if they are annotated.
+        """Detects the objects in all images of a split; returns COCO's metrics, or none without annotations.
 
-        With `folder`, also writes result files in COCO's form, a table per category and a page.
+        With `folder`, also writes result files in COCO's format, a table of metrics per category and a page.
         """
         results = detect_split(evaluator, split)
         if results is None or not len(results):
@@ -63,7 +63,7 @@ class DetectionRankTask(RankTask):
 
 
 class Detection(Task):
-    """Trains a detector of objects and their masks (COCO and Objects365; paper, section 3.2)."""
+    """Object detection and instance segmentation (COCO and Objects365; paper section 3.2)."""
 
     Settings = DetectionConfig
     settings: DetectionConfig
@@ -71,7 +71,7 @@ class Detection(Task):
     headline: ClassVar[Headline] = Headline("box_AP")
 
     def __init__(self, config: RunConfig) -> None:
-        """Loads the settings, and checks that the model takes images of any size.
+        """Loads the settings, and checks that the model accepts images of any size.
 
         Raises:
             ConfigError: if `model.dense` is missing, or faster-coco-eval is not installed.
@@ -87,7 +87,7 @@ class Detection(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the losses of the proposals, of the three box stages and of the masks; each is a mean over images."""
+        """Returns the loss terms of proposal network, box stages and mask head; each is a mean over images."""
         terms = (
             Term("objectness", "images", "anchors: object or not", unit="cross entropy per drawn anchor (nats)"),
             Term("anchors", "images", "anchors: boxes", unit="L1 per drawn anchor"),
@@ -102,7 +102,11 @@ class Detection(Task):
         return DetectionHead(model, self.settings, self.settings.num_classes, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of the head's forward pass for `term_counts[0]` images of full size."""
+        """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
+
+        Args:
+            term_counts: number of images, for each term; images have `model.image_size` pixels per side.
+        """
         return term_counts[0] * image_flops(self.config.model, self.settings)
 
     def expected_head_flops(self) -> float:
@@ -110,15 +114,16 @@ class Detection(Task):
         return 3 * self.head_flops((self.config.data.images.samples_per_step,))
 
     def head_memory(self, num_images: int, element_size: int) -> int:
-        """Returns the bytes that autograd keeps of the head's forward pass over a micro-batch (`memory.image_memory`).
+        """Returns the bytes of head activations that autograd keeps per micro-batch (`memory.image_memory`).
 
-        Images have full size; tensor-parallel ranks divide them.
+        Images have `model.image_size` pixels per side. Tensor-parallel ranks divide the images, so only this rank's
+        part counts.
         """
         own = -(-num_images // self.config.parallel.tensor_parallel_size)
         return own * image_memory(self.config.model, self.settings, element_size)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the task's name and settings, and after `open` also the categories."""
+        """Returns the task's name and settings and, after `open`, the categories."""
         categories = {} if self._categories is None else {"categories": self._categories.describe()}
         return super().describe() | categories
 
@@ -126,8 +131,8 @@ class Detection(Task):
         """Opens the images and objects that a rank reads.
 
         Raises:
-            ConfigError: if a file cannot be read, an image is missing, or the categories of the files differ from each
-                other, from those of the weights, or in number from `task.num_classes`.
+            ConfigError: if a file cannot be read, an image is missing, two files have different categories, the weights
+                were trained for other categories, or the number of categories is not `task.num_classes`.
         """
         config, settings = self.config, self.settings
         if not share.reads:
@@ -155,7 +160,7 @@ class Detection(Task):
         )
 
     def _check_categories(self, opened: Sequence[AnnotatedObjects]) -> Categories | None:
-        """Checks that all files and the weights have the same categories; returns them."""
+        """Checks that all files and the weights have equal categories; returns these categories."""
         if not opened:
             return None
         first = opened[0].categories

@@ -1,4 +1,4 @@
-"""Maps boxes between the views of an image, which are scaled or flipped, and the image itself."""
+"""Converts boxes between an image and its views, which may be scaled and flipped."""
 
 # V views, N boxes, S side of a mask.
 
@@ -12,37 +12,37 @@ Size = tuple[int, int]
 """Height and width of an image in pixels, without padding."""
 
 SAMPLES = "samples"
-"""Key in `PackedBatch.targets` of the place of each view's sample in the batch, ascending, (views,) int64."""
+"""Key in `PackedBatch.targets`: index in the batch of each view's sample, ascending, (views,) int64."""
 NUMBERS = "numbers"
-"""Key of the index of each sample in its stream, (samples,) int64."""
+"""Key in `PackedBatch.targets`: index of each sample in the stream, (samples,) int64."""
 ORIGINAL_SIZES = "original sizes"
-"""Key of the height and width of each view's image before it was scaled, (views, 2) int64."""
+"""Key in `PackedBatch.targets`: height and width of each view's image before scaling, in pixels, (views, 2) int64."""
 FLIPS = "flips"
-"""Key of whether each view is flipped from left to right, (views,) bool."""
+"""Key in `PackedBatch.targets`: whether each view is flipped horizontally, (views,) bool."""
 
 
 class View(NamedTuple):
-    """Describes one view of an image."""
+    """Size and flip of one view of an image."""
 
     sample: int
-    """Place of the image in the batch."""
+    """Index of the image in the batch."""
     size: Size
     """Height and width of the view in pixels, without padding."""
     original: Size
-    """Height and width of the image in pixels."""
+    """Height and width of the original image in pixels."""
     is_flipped: bool
-    """Whether the view is flipped from left to right."""
+    """Whether the view is flipped horizontally."""
 
     def to_image(self, boxes_N4: Tensor) -> Tensor:
-        """Returns boxes of the view in pixels of the image."""
+        """Converts boxes from pixels of the view to pixels of the image, (N, 4)."""
         return self._flip(boxes_N4, self.size[1]) * self._scale(boxes_N4, self.original, self.size)
 
     def from_image(self, boxes_N4: Tensor) -> Tensor:
-        """Returns boxes of the image in pixels of the view."""
+        """Converts boxes from pixels of the image to pixels of the view, (N, 4)."""
         return self._flip(boxes_N4 * self._scale(boxes_N4, self.size, self.original), self.size[1])
 
     def mask_to_image(self, masks_NSS: Tensor) -> Tensor:
-        """Returns masks inside boxes of the view as masks inside boxes of the image."""
+        """Converts masks inside boxes from the view to the image, (N, S, S): undoes a flip."""
         return masks_NSS.flip(-1) if self.is_flipped else masks_NSS
 
     def _flip(self, boxes_N4: Tensor, width: int) -> Tensor:
@@ -58,7 +58,12 @@ class View(NamedTuple):
 
 
 def read_views(targets: Mapping[str, Tensor], sizes: list[Size]) -> list[View]:
-    """Returns the views of a batch, whose sizes are given."""
+    """Returns the views of a batch from its targets.
+
+    Args:
+        targets: `PackedBatch.targets` of an evaluation batch.
+        sizes: height and width of each view in pixels.
+    """
     samples, originals, flips = (targets[name].tolist() for name in (SAMPLES, ORIGINAL_SIZES, FLIPS))
     return [
         View(sample, size, (original[0], original[1]), is_flipped)

@@ -1,4 +1,4 @@
-"""Combines BEiT-3 with the heads of masked data modeling: the model that pretraining trains and `beit3 export` writes."""
+"""Combines BEiT-3 with the heads of pretraining; `beit3 export` writes this model."""
 
 from collections.abc import Sequence
 

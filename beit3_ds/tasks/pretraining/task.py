@@ -106,7 +106,7 @@ class Pretraining(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the four loss terms: masked patches of images, tokens of texts, patches of pairs, tokens of captions."""
+        """Returns the four loss terms: masked patches of images, texts' tokens, pairs' patches and captions' tokens."""
         return self._terms
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> MaskedModelingHeads:

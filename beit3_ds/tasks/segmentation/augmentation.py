@@ -1,4 +1,4 @@
-"""Augments images with their label maps: scale jitter, crop, flip and photometric distortion."""
+"""Augments images together with their label maps: scale jitter, crop, flip and photometric distortion."""
 
 import math
 from dataclasses import dataclass
@@ -19,34 +19,36 @@ _MULTIPLE = 32  # pixels; the coarsest map has 1/32 of the sides
 
 @dataclass(frozen=True, kw_only=True)
 class CropAugmentation:
-    """Draws a square crop of an image at a random scale, with its labels.
+    """Draws a square crop of an image and its label map at a random scale.
 
-    At factor 1, the shorter side of the image has the pixels of the crop. Where the scaled image is smaller than the
-    crop, the rest is grey without labels, at the right and at the bottom. Only the crop is resized, not the image.
+    At factor 1, the shorter side of the image is scaled to the side of the crop. If the scaled image is smaller than
+    the crop, the crop is padded on the right and at the bottom with grey pixels without labels. Only the crop is
+    resized, not the whole image.
     """
 
     size: int
-    """Pixels on a side of the crop."""
+    """Side of the crop in pixels."""
     min_scale: float
-    """Smallest factor."""
+    """Smallest scale factor."""
     max_scale: float
-    """Largest factor."""
+    """Largest scale factor."""
     max_class_share: float
-    """Largest share of labelled pixels that one class may have; else another crop is drawn, up to ten."""
+    """Largest accepted share of one class in the labelled pixels. Up to ten crops are drawn until one is accepted;
+    otherwise the last crop is used."""
     flip_probability: float
     """Probability of a horizontal flip."""
     distorts: bool
-    """Whether colours vary."""
+    """Whether the colours of the crop are distorted at random (`distort`)."""
 
     def __call__(
         self, image: Image.Image, labels: NDArray[np.uint8], rng: np.random.Generator
     ) -> tuple[Tensor, NDArray[np.uint8]]:
-        """Returns the crop, (3, size, size) float32 in [-1, 1], and its labels, (size, size).
+        """Returns the crop, (3, size, size) float32 in [-1, 1], and its label map, (size, size) uint8.
 
         Args:
             image: RGB image.
-            labels: class of each pixel, (height, width).
-            rng: generator of all draws.
+            labels: class of each pixel, (height, width) uint8, `IGNORED` where unknown.
+            rng: random generator.
         """
         factor = rng.uniform(self.min_scale, self.max_scale) * self.size / min(image.size)
         box, own = self._draw_box(image.size, labels, factor, rng)
@@ -65,7 +67,7 @@ class CropAugmentation:
     def _draw_box(
         self, size: tuple[int, int], labels: NDArray[np.uint8], factor: float, rng: np.random.Generator
     ) -> tuple[tuple[float, float, float, float], NDArray[np.uint8]]:
-        """Draws the crop's box in the image, and returns it with the labels of its scaled pixels."""
+        """Returns the box of a random crop (left, top, right, bottom) in the image, and the labels of the crop."""
         target = [min(self.size, max(1, round(side * factor))) for side in size]
         spans = [min(side, pixels / factor) for side, pixels in zip(size, target, strict=True)]
         box, own = (0.0, 0.0, 0.0, 0.0), labels
@@ -80,16 +82,16 @@ class CropAugmentation:
 
 
 def _nearest(start: float, span: float, count: int) -> NDArray[np.int64]:
-    """Returns the pixels nearest to the centres of `count` equal parts of [start, start + span)."""
+    """Divides [start, start + span) into `count` equal parts and returns the pixel at the centre of each part."""
     return np.floor(start + (np.arange(count) + 0.5) * (span / count)).astype(np.int64)
 
 
 def scaled_size(size: tuple[int, int], short_side: float) -> tuple[int, int]:
-    """Returns the height and width at which a whole image is evaluated, multiples of 32 pixels.
+    """Returns the height and width to which a whole image is scaled for evaluation, as multiples of 32 pixels.
 
     Args:
-        size: height and width of the image.
-        short_side: pixels on the shorter side; the aspect ratio is kept, up to rounding.
+        size: height and width of the image in pixels.
+        short_side: shorter side of the scaled image in pixels; the aspect ratio is kept, up to rounding.
     """
     factor = short_side / min(size)
     height, width = (max(1, round(side * factor / _MULTIPLE)) * _MULTIPLE for side in size)
@@ -97,17 +99,24 @@ def scaled_size(size: tuple[int, int], short_side: float) -> tuple[int, int]:
 
 
 def resize_whole(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Resizes a whole RGB image to a height and width, (3, height, width) float32 in [-1, 1]."""
+    """Resizes a whole RGB image and returns its pixels, (3, height, width) float32 in [-1, 1].
+
+    Args:
+        image: RGB image.
+        size: new height and width in pixels.
+    """
     return normalize(image_pixels(image.resize(size[::-1], Image.Resampling.BILINEAR)).float())
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:
-    """Returns the first pixels of windows that cover a side; the last window ends at its end.
+    """Returns the first pixel of each window along one side of an image; the windows cover the whole side.
+
+    The last window ends at the end of the side.
 
     Args:
-        side: pixels of the side.
-        window: pixels of a window, at most `side`.
-        stride: pixels between two windows, except before the last one.
+        side: length of the side in pixels.
+        window: length of a window in pixels, at most `side`.
+        stride: pixels between the starts of consecutive windows; less before the last window.
     """
     count = 1 + math.ceil(max(0, side - window) / stride)
     return [min(number * stride, side - window) for number in range(count)]

@@ -1,4 +1,4 @@
-"""Reads the names of classes."""
+"""Reads the names of segmentation classes from a file."""
 
 import os
 
@@ -10,16 +10,17 @@ _NAME_COLUMN = "Name"
 
 
 def read_class_names(config: RunConfig, path: str, num_classes: int) -> tuple[str, ...]:
-    """Returns the name of each class in the order of their indices.
+    """Returns the names of all classes, in the order of the class indices.
 
     Args:
         config: the run's configuration.
-        path: file of names, one per line or in the form of ADE20K's objectInfo150.txt. Empty uses the objectInfo150.txt
-            of the first source of format `ade20k` that has one, else numbers.
+        path: text file with one name per line, or a table like ADE20K's objectInfo150.txt. Empty uses the
+            objectInfo150.txt of the first `ade20k` source that contains one; without one, classes are named "class 0",
+            "class 1" and so on.
         num_classes: number of classes.
 
     Raises:
-        ConfigError: if the file cannot be read, or has another number of names.
+        ConfigError: if the file cannot be read, or does not have `num_classes` names.
     """
     path = find_names_file(config, path)
     if not path:
@@ -38,7 +39,7 @@ def read_class_names(config: RunConfig, path: str, num_classes: int) -> tuple[st
 
 
 def find_names_file(config: RunConfig, path: str) -> str:
-    """Returns the file with the names of the classes; empty if there is none (`read_class_names`)."""
+    """Returns the path of the file with class names; an empty string if there is none (`read_class_names`)."""
     if path:
         return path
     for source in config.data.images.sources:
@@ -49,7 +50,7 @@ def find_names_file(config: RunConfig, path: str) -> str:
 
 
 def _parse(lines: list[str]) -> list[str]:
-    """Returns the names in lines; a table with the column "Name" is separated by tabs."""
+    """Returns the class names in lines of text: one per line, or the column "Name" of a tab-separated table."""
     filled = [line for line in lines if line.strip()]
     columns = filled[0].split("\t") if filled else []
     if len(columns) > 1 and columns[-1].strip() == _NAME_COLUMN:

@@ -9,31 +9,33 @@ from beit3_ds.config.strict import PathString
 from beit3_ds.model.vit_adapter import AdapterConfig
 
 IGNORED = 255
-"""Value of a pixel without a class in label maps of class indices, as uint8."""
+"""Value of pixels without a class in uint8 maps of class indices."""
 MAX_CLASSES = 254
-"""Most classes: label maps are bytes, and 254 + 1 is the largest value in ADE20K's format beside `IGNORED`."""
+"""Maximum number of classes. ADE20K's label maps store class + 1 in one byte, and 255 is reserved for `IGNORED`."""
 _GROUPS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Configures Mask2Former's pixel decoder and query decoder (Cheng et al., 2022, arXiv:2112.01527)."""
+    """Sizes of Mask2Former's pixel decoder and query decoder (Cheng et al., 2022, arXiv:2112.01527)."""
 
     hidden_size: Size = 256
-    """Width of both decoders; must be at least 64 and a multiple of 32 and of `num_heads` (ViT-Adapter:
-    1024)."""
+    """Hidden size of the pixel decoder and the query decoder (ViT-Adapter: 1024). Must be at least 64, and a multiple
+    of 32 and of `num_heads`."""
     ffn_hidden_size: Size = 2048
-    """Hidden width of the FFNs of the query decoder (ViT-Adapter: 4096)."""
+    """Hidden size of the FFNs in the query decoder (ViT-Adapter: 4096)."""
     pixel_ffn_hidden_size: Size = 1024
-    """Hidden width of the FFNs of the pixel decoder (ViT-Adapter: 4096)."""
+    """Hidden size of the FFNs in the pixel decoder (ViT-Adapter: 4096)."""
     num_heads: Positive = 8
     """Number of attention heads (ViT-Adapter: 32)."""
     num_pixel_layers: Positive = 6
-    """Number of layers of the pixel decoder, with deformable attention over three maps."""
+    """Number of layers of the pixel decoder; each applies deformable attention to three feature maps."""
     num_query_layers: Positive = 9
-    """Number of layers of the query decoder; the loss also counts the predictions before and between them."""
+    """Number of layers of the query decoder. The loss covers the predictions after each layer and before the first
+    layer."""
     num_queries: Positive = 100
-    """Number of queries; each predicts a mask and a class. An image must not have more classes than queries."""
+    """Number of queries; each query predicts one mask and one class. If an image has more classes than queries, some
+    classes are not trained."""
 
     def __post_init__(self) -> None:
         # A group of one feature has no variance in a map of one cell.
@@ -46,47 +48,50 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig:
-    """Configures semantic segmentation (paper section 3.2); crops have `model.image_size` pixels on a side."""
+    """Settings of semantic segmentation (paper section 3.2); training crops have `model.image_size` pixels per side."""
 
     num_classes: Annotated[int, Range(1, MAX_CLASSES)] = 150
     """Number of classes."""
     class_names: PathString = ""
-    """File with the names of the classes: one per line, or in the form of ADE20K's objectInfo150.txt. Empty uses the
-    objectInfo150.txt of a source of format `ade20k`; without one, classes are named by their numbers."""
+    """Text file with one class name per line, or a table like ADE20K's objectInfo150.txt. Empty uses the
+    objectInfo150.txt of an `ade20k` source; without one, classes are named by numbers."""
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
-    """Sizes of the ViT-Adapter; null replaces it by a pyramid over the trunk's last rows."""
+    """Sizes of the ViT-Adapter. With null, a simple feature pyramid on the trunk's output replaces the adapter."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """Sizes of Mask2Former's decoders."""
+    """Sizes of Mask2Former's pixel decoder and query decoder."""
     class_weight: Annotated[float, Range(0, 100)] = 2.0
-    """Weight of the classes of queries in the loss and in the matching of queries with target masks."""
+    """Weight of the class term in the loss, and in the matching of queries to target masks."""
     mask_weight: Annotated[float, Range(0, 100)] = 5.0
-    """Weight of the binary cross entropy of masks."""
+    """Weight of the binary cross entropy of masks in the loss, and in the matching of queries to target masks."""
     dice_weight: Annotated[float, Range(0, 100)] = 5.0
-    """Weight of the dice loss of masks."""
+    """Weight of the dice loss of masks in the loss, and in the matching of queries to target masks."""
     num_points: Annotated[int, Range(4, 2**20)] = 12544
-    """Number of points per mask at which masks are compared."""
+    """Number of sampled points per mask at which the loss compares predicted and target masks."""
     min_scale: Annotated[float, Range(0.01, 100)] = 0.5
-    """Smallest factor of scale jitter. At factor 1, the shorter side of an image has the pixels of the crop."""
+    """Smallest factor of scale jitter. Factor 1 scales the shorter side of an image to the side of the crop."""
     max_scale: Annotated[float, Range(0.01, 100)] = 2.0
     """Largest factor of scale jitter."""
     max_class_share: Share = 0.75
-    """Largest share of a crop's labelled pixels that one class may have; up to ten crops are drawn to keep below it."""
+    """Largest share of one class in the labelled pixels of a crop. Up to ten crops are drawn until one is within this
+    limit."""
     distortion: bool = True
-    """Whether brightness, contrast, saturation and hue of training crops vary, as in SSD's photometric distortion."""
+    """Whether brightness, contrast, saturation and hue of training crops change at random (SSD's photometric
+    distortion)."""
     window_stride: Size = 512
-    """Pixels between the sliding windows of an evaluation; a window has at most the size of a crop."""
+    """Pixels between the starts of neighbouring sliding windows in an evaluation. A window is at most as large as a
+    crop."""
     short_side: Annotated[int, Range(0, 2**18)] = 0
-    """Pixels on the shorter side of an evaluated image at scale 1; 0 uses the size of a crop."""
+    """Shorter side in pixels to which an evaluated image is scaled at scale 1; 0 uses the side of a training crop."""
     scales: tuple[Annotated[float, Range(0.05, 20)], ...] = (1.0,)
-    """Scales at which an image is evaluated; the probabilities of all scales are averaged."""
+    """Scales at which every image is evaluated; the scores of all scales are averaged."""
     flips: bool = False
-    """Whether each scale is also evaluated with the image flipped."""
+    """Whether an evaluation also averages in the scores of the horizontally flipped image, at each scale."""
     windows_per_batch: Positive = 4
-    """Most windows that the model computes at once in an evaluation. It changes neither windows nor metrics."""
+    """Maximum number of windows per forward pass in an evaluation; has no effect on the metrics."""
     page_samples: Annotated[int, Range(0, 1000)] = 24
-    """Number of images on the result page."""
+    """Number of images shown on the result page."""
     writes_predictions: bool = True
-    """Whether an evaluation with result files also writes one PNG of label values per image."""
+    """Whether an evaluation with result files also writes each predicted label map as a PNG file."""
 
     def __post_init__(self) -> None:
         if self.min_scale > self.max_scale:

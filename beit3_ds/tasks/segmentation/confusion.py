@@ -1,4 +1,4 @@
-"""Counts pixels by class and prediction, and computes the mean intersection over union."""
+"""Counts pixels by true and predicted class, and computes the mean intersection over union."""
 
 # C classes.
 
@@ -12,23 +12,23 @@ from beit3_ds.tasks.segmentation.config import IGNORED
 
 @dataclass(frozen=True)
 class Confusion:
-    """Holds the number of pixels of each class that were predicted as each class; sums of integers are exact."""
+    """Confusion matrix: counts pixels by true class and predicted class."""
 
     counts_CC: Tensor
-    """Number of pixels by class (rows) and predicted class (columns), int64."""
+    """Number of pixels by true class (rows) and predicted class (columns), int64."""
 
     @classmethod
     def empty(cls, num_classes: int) -> "Confusion":
-        """Returns a matrix of zeros."""
+        """Returns a confusion matrix of zeros."""
         return cls(torch.zeros(num_classes, num_classes, dtype=torch.int64))
 
     @classmethod
     def of(cls, truth: Tensor, predicted: Tensor, num_classes: int) -> "Confusion":
-        """Counts the pixels of an image; pixels whose class is unknown do not count.
+        """Returns the confusion matrix of an image; pixels without a known class do not count.
 
         Args:
-            truth: class of each pixel, `IGNORED` where unknown, uint8.
-            predicted: predicted class of each pixel, uint8, of the same shape.
+            truth: class of each pixel, uint8, `IGNORED` where unknown.
+            predicted: predicted class of each pixel, uint8, with the shape of `truth`.
             num_classes: number of classes.
         """
         known = truth != IGNORED
@@ -36,7 +36,7 @@ class Confusion:
         return cls(places.bincount(minlength=num_classes**2).view(num_classes, num_classes).cpu())
 
     def __add__(self, other: "Confusion") -> "Confusion":
-        """Returns the sum of two matrices."""
+        """Returns the sum of two confusion matrices."""
         return Confusion(self.counts_CC + other.counts_CC)
 
     @property
@@ -45,19 +45,21 @@ class Confusion:
         return self.counts_CC.sum(1)
 
     def iou(self) -> Tensor:
-        """Returns the intersection over union of each class, (C,) float64; NaN if the class is nowhere."""
+        """Returns the intersection over union of each class, (C,) float64; NaN if no pixel has or was predicted as the
+        class.
+        """
         intersection = self.counts_CC.diagonal().double()
         union = (self.pixels + self.counts_CC.sum(0) - self.counts_CC.diagonal()).double()
         return intersection / union
 
     def accuracy(self) -> Tensor:
-        """Returns the share of each class's pixels with the right prediction, (C,) float64; NaN if it has none."""
+        """Returns the share of each class's pixels with the right prediction, (C,) float64; NaN without pixels."""
         return self.counts_CC.diagonal().double() / self.pixels.double()
 
     def metrics(self) -> dict[str, float]:
         """Returns `mIoU`, `mean_accuracy` and `pixel_accuracy`; empty without labelled pixels.
 
-        As in ADE20K's own evaluation, classes that neither occur nor are predicted do not count in the means.
+        The means leave out classes that neither occur nor are predicted, as in ADE20K's own evaluation.
         """
         total = int(self.counts_CC.sum())
         if not total:

@@ -1,4 +1,4 @@
-"""Distorts the colours of an image as SSD does (Liu et al., 2016, arXiv:1512.02325, section 2.2)."""
+"""Distorts the colours of an image like SSD (Liu et al., 2016, arXiv:1512.02325, section 2.2)."""
 
 import colorsys
 
@@ -14,17 +14,18 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 def distort(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Changes brightness, contrast, saturation and hue of an image, each with probability one half.
+    """Changes brightness, contrast, saturation and hue of an image, each with probability 0.5.
 
-    Contrast comes before or after saturation and hue, with equal probability. Saturation and hue are linear maps of the
-    colours (a blend with grey, and a turn around the grey axis) instead of changes in HSV, which costs a tenth.
+    Contrast changes before or after saturation and hue, with equal probability. Unlike SSD, this function changes
+    saturation and hue without conversion to HSV, at a tenth of the cost. Saturation blends colours with grey; hue
+    rotates colours around the grey axis.
 
     Args:
         pixels: image, (3, height, width) float32 in [0, 255].
-        rng: generator of all draws.
+        rng: random generator.
 
     Returns:
-        The image, with values in [0, 255].
+        The distorted image, (3, height, width) float32 in [0, 255].
     """
     brightness = rng.uniform(-_BRIGHTNESS, _BRIGHTNESS) if rng.random() < _PROBABILITY else 0.0
     contrast = rng.uniform(*_CONTRAST) if rng.random() < _PROBABILITY else 1.0
@@ -41,7 +42,11 @@ def distort(pixels: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def turn_hue(share: float) -> Tensor:
-    """Returns the matrix, (3, 3), that turns colours around the grey axis by a share of the circle, and keeps luma."""
+    """Returns the matrix, (3, 3), that rotates RGB colours around the grey axis and keeps luma.
+
+    Args:
+        share: angle as a share of the full circle.
+    """
     to_yiq = torch.tensor([colorsys.rgb_to_yiq(*row) for row in torch.eye(3).tolist()]).T
     angle = torch.tensor(2 * torch.pi * share)
     turn = torch.eye(3)

@@ -21,33 +21,39 @@ from beit3_ds.tasks.segmentation.sliding import SlidingWindows
 
 
 class ShownImage(NamedTuple):
-    """Holds an image of a result page with its true and its predicted classes."""
+    """Holds an image of a result page with true and predicted classes."""
 
     number: int
-    """Index of the image in its stream."""
+    """Index of the image in the stream."""
     pixels: Tensor
     """Pixels, (3, height, width) uint8."""
     truth: Tensor
-    """Class of each pixel, 255 where unknown, (height, width) uint8."""
+    """Class of each pixel, (height, width) uint8; 255 where unknown."""
     predicted: Tensor
     """Predicted class of each pixel, (height, width) uint8."""
 
 
 @dataclass
 class SegmentedImages:
-    """Collects what was found in the images of a rank, or of all ranks."""
+    """Collects the evaluation results of segmented images, of one rank or of all ranks."""
 
     confusion: Confusion
-    """Pixels of all images."""
+    """Confusion matrix over the pixels of all images."""
     num_images: int = 0
     """Number of images."""
     shown: list[ShownImage] = field(default_factory=list)
     """Images for the result page."""
     label_maps: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Index in its stream of each image, and the PNG of its predicted labels as uint8; empty without result files."""
+    """Index of each image in the stream, and the uint8 bytes of a PNG of its predicted label map; empty without result
+    files."""
 
     def add(self, image: WholeImage, predicted: Tensor) -> None:
-        """Counts the pixels of an image."""
+        """Adds the pixels of an image to the confusion matrix.
+
+        Args:
+            image: the image with its true classes.
+            predicted: predicted class of each pixel, (height, width) uint8.
+        """
         self.num_images += 1
         self.confusion += Confusion.of(image.labels, predicted, len(self.confusion.counts_CC))
 
@@ -63,18 +69,19 @@ def segment_split(
 ) -> SegmentedImages | None:
     """Segments all images of a split; all ranks must call it.
 
-    Each data-parallel rank segments its own images. Counts of pixels are integers, so their sum over ranks is exact.
+    Each data-parallel rank segments different images. Counts of pixels are integers, so their sum over all ranks is
+    exact. Each rank sends its results once to the main rank, over the host group.
 
     Args:
-        evaluator: the model and its ranks.
-        split: the split.
-        windows: cuts images and merges scores.
-        patch_size: pixels on a side of a patch.
-        evaluation: images of each split, on ranks that read them.
+        evaluator: gives access to the model and the mesh.
+        split: name of the split.
+        windows: cuts images into windows and merges the windows' scores.
+        patch_size: side of a patch in pixels.
+        evaluation: images of each split; empty on ranks that do not read them.
         with_files: whether to keep label maps and images for result files.
 
     Returns:
-        The result over all images on the main rank; None elsewhere.
+        Results over all images on the main rank; None on other ranks.
     """
     settings, mesh = windows.settings, evaluator.mesh
     own = SegmentedImages(Confusion.empty(settings.num_classes))
@@ -102,7 +109,10 @@ def _shown_numbers(batches: EvaluationBatches | None, settings: SegmentationConf
 def _predict(
     evaluator: Evaluator, images: Sequence[WholeImage], windows: SlidingWindows, patch_size: int
 ) -> list[Tensor]:
-    """Returns the class of each pixel of each image; all ranks compute equally many batches of windows."""
+    """Returns the class of each pixel of each image, (height, width) uint8.
+
+    All ranks run the same number of batches of windows; some of the batches may be empty.
+    """
     own = len(windows.plan([(image.labels.shape[0], image.labels.shape[1]) for image in images]))
     most = max(evaluator.mesh.data_host.gather(own))
 
@@ -114,7 +124,7 @@ def _predict(
 
 
 def picture(pixels: Tensor) -> Image.Image:
-    """Returns pixels, (3, height, width) uint8, as an RGB image."""
+    """Converts pixels, (3, height, width) uint8, to an RGB image."""
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 

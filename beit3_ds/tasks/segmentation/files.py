@@ -1,11 +1,12 @@
-"""Reads images with label maps.
+"""Reads images and their label maps, which store the class of each pixel.
 
 | format | images | label maps | values in label maps |
 |---|---|---|---|
 | `ade20k` | `PATH/images/SPLIT/*.jpg` | `PATH/annotations/SPLIT/*.png` | 0: no class; 1 to C: class + 1 |
 | `label_maps` | `PATH` | `annotations`, a folder with the same names | 0 to C - 1: class; 255: no class |
 
-`ade20k` is ADEChallengeData2016 as it is distributed; SPLIT is "training" or "validation".
+`ade20k` is the distributed form of ADEChallengeData2016; SPLIT is "training" or "validation". C is the number of
+classes.
 """
 
 import io
@@ -30,31 +31,32 @@ from beit3_ds.tasks.segmentation.config import IGNORED
 FORMATS = ("ade20k", "label_maps")
 """Names of the source formats of images with label maps."""
 NAMES_FILE = "objectInfo150.txt"
-"""File with the names of ADE20K's classes, in the folder of a source of format `ade20k`."""
+"""Name of the file with ADE20K's class names, in the folder of an `ade20k` source."""
 MIN_SIDE, MAX_SIDE = 8, 16384
-"""Fewest and most pixels on a side of an image."""
+"""Minimum and maximum side of an image, in pixels."""
 
 _EXAMINED = 1000  # headers that a start reads; others are checked when their sample is read
 _MODES = ("L", "P")  # one byte per pixel: a value, or an index into a palette
 
 
 class LabelMaps:
-    """Holds the images of a source with the label map of each; a sample takes 12 bytes beside its paths."""
+    """Images of a source and their label maps; needs 12 bytes of memory per sample besides the paths."""
 
     def __init__(
         self, images: ImageFolder, folder: str, num_classes: int, *, zero_is_ignored: bool, is_complete: bool = True
     ) -> None:
-        """Finds the label map of each image, which has the image's name with the extension .png.
+        """Finds the label map of each image: a file with the image's name and the extension .png.
 
         Args:
             images: the images.
             folder: folder of the label maps.
             num_classes: number of classes.
             zero_is_ignored: whether 0 means "no class" and classes start at 1, as in ADE20K.
-            is_complete: whether each image must have a label map; otherwise images without one have unknown labels.
+            is_complete: whether each image must have a label map. If False, all pixels of an image without a label map
+                have an unknown class.
 
         Raises:
-            ConfigError: if label maps are missing, or one of up to 1000 examined pairs has a wrong size.
+            ConfigError: if label maps are missing, or an image or label map has a wrong size; checks up to 1000 images.
         """
         self.images, self._num_classes, self._zero_is_ignored = images, num_classes, zero_is_ignored
         self._labels = open_folder(folder)
@@ -69,16 +71,16 @@ class LabelMaps:
             self._check_header(index)
 
     def __len__(self) -> int:
-        """Returns the number of images, broken ones included."""
+        """Returns the number of images, including broken images."""
         return len(self.images)
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, with an example, by reason."""
+        """Returns the skipped files by reason: the number and an example."""
         return self.images.skipped
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the name, the size in bytes if it was looked up, and the number of samples of each image."""
+        """Yields the name, the size in bytes (if known) and the number of samples of each image file."""
         return self.images.files()
 
     def name(self, index: int) -> str:
@@ -86,11 +88,11 @@ class LabelMaps:
         return self.images.name(index)
 
     def stem(self, index: int) -> str:
-        """Returns the path of an image in its folder without its extension, by which result files name it."""
+        """Returns the path of an image relative to its folder, without extension; result files have this name."""
         return os.path.splitext(self.images.relative_path(index))[0]
 
     def image_files(self) -> Iterable[str]:
-        """Returns the paths of all images, so that shared images of two splits are found."""
+        """Returns the paths of all images, for finding images that two splits share."""
         return (self.images.name(index) for index in range(len(self)))
 
     def has_labels(self, index: int) -> bool:
@@ -101,11 +103,11 @@ class LabelMaps:
         """Decodes an image and its label map.
 
         Returns:
-            The image in RGB, and the class of each pixel, `IGNORED` where unknown, (height, width).
+            The image in RGB, and the class of each pixel, (height, width) uint8, `IGNORED` where unknown.
 
         Raises:
-            BrokenRecordError: if one of them cannot be read, their sizes differ, a value is beyond the classes, or the
-                image is too small or too large.
+            BrokenRecordError: if the image or the label map cannot be read, their sizes differ, a value is not a class,
+                or the image is too small or too large.
             StorageError: if the file system fails.
         """
         image = self.images.image(index)
@@ -141,10 +143,11 @@ class LabelMaps:
         return classes
 
     def _check_header(self, index: int) -> None:
-        """Checks the sizes of an image and its label map without decoding them; unreadable files are found later.
+        """Checks the sizes of an image and its label map from the file headers, without decoding; ignores unreadable
+        files.
 
         Raises:
-            ConfigError: if the image is too small or too large, or the label map has another size.
+            ConfigError: if the image is too small or too large, or the sizes differ.
         """
         image_size = _header_size(os.path.join(self.images.path, self.images.relative_path(index)))
         label_size = _header_size(self._label_path(index)) if self.has_labels(index) else None
@@ -160,7 +163,7 @@ class LabelMaps:
             ) from error
 
     def _find_labels(self) -> "array[int]":
-        """Returns whether each image has a label map; lists each folder once."""
+        """Returns whether each image has a label map, as 0 or 1; lists each folder once."""
         listed: dict[str, set[str]] = {}
         found = array("b")
         for index in range(len(self)):
@@ -178,10 +181,13 @@ class LabelMaps:
 
 
 def check_sides(size: tuple[int, int]) -> None:
-    """Checks the width and height of an image to segment.
+    """Checks that an image is neither too small nor too large.
+
+    Args:
+        size: width and height in pixels.
 
     Raises:
-        ValueError: if a side is shorter than `MIN_SIDE` or longer than `MAX_SIDE`, or there are too many pixels.
+        ValueError: if a side is below `MIN_SIDE` or above `MAX_SIDE`, or the image has more than `MAX_PIXELS` pixels.
     """
     width, height = size
     if min(size) < MIN_SIDE or max(size) > MAX_SIDE or width * height > MAX_PIXELS:
@@ -192,10 +198,10 @@ def check_sides(size: tuple[int, int]) -> None:
 
 
 def decode_labels(data: bytes) -> NDArray[np.uint8]:
-    """Decodes a label map, (height, width).
+    """Decodes a label map from PNG bytes, (height, width) uint8.
 
     Raises:
-        ValueError: if the bytes are no PNG with one byte per pixel.
+        ValueError: if the bytes are not a PNG with one byte per pixel.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -216,12 +222,13 @@ def open_label_maps(source: SourceConfig, num_classes: int, *, is_complete: bool
     """Opens a source of images with label maps.
 
     Args:
-        source: the source.
+        source: configuration of the source.
         num_classes: number of classes.
         is_complete: whether each image must have a label map.
 
     Raises:
-        ConfigError: if the source lacks a key of its format, a folder cannot be read, or `LabelMaps` raises it.
+        ConfigError: if the source has the wrong keys for its format, a folder cannot be read, label maps are missing,
+            or an image or label map has a wrong size.
     """
     if source.format == "ade20k":
         if not source.split or source.annotations or source.images:
@@ -254,7 +261,7 @@ def _list_names(folder: str) -> set[str]:
 
 
 def _header_size(path: str) -> tuple[int, int] | None:
-    """Returns the width and height in a file's header; None if it cannot be read."""
+    """Returns the width and height from an image file's header; None if the file cannot be read."""
     try:
         with Image.open(path) as image:
             return image.size

@@ -1,4 +1,4 @@
-"""Defines the head that segments images: adapter or pyramid, Mask2Former's decoders, and the loss."""
+"""Defines the segmentation head: adapter or feature pyramid, Mask2Former's decoders, and the loss."""
 
 # B images, T patches of all images, M rows that the head reads, D hidden, C classes, K terms.
 
@@ -26,11 +26,12 @@ _MAPS = ("4", "8", "16", "32")
 
 
 class SegmentationHead(Head):
-    """Segments images of one size from the trunk's rows.
+    """Segments images of one size from the trunk's hidden states.
 
-    With an adapter, the model passes the adapter's maps to `segment`, because the adapter works between the blocks.
-    Without one, a simple feature pyramid makes the maps from the last rows. Tensor-parallel ranks hold equal copies of
-    all parameters; for the loss each computes its own images (`DividedSamples`), for predictions all.
+    With an adapter, the model runs the adapter between the trunk's blocks, and passes the adapter's maps to `segment`.
+    Without an adapter, a simple feature pyramid builds the maps from the trunk's output. Tensor-parallel ranks have
+    equal copies of all parameters. For the loss, each tensor-parallel rank computes a part of the images
+    (`DividedSamples`). For predictions, each rank computes all images.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class SegmentationHead(Head):
         """Builds the head with uninitialised parameters.
 
         Args:
-            config: the model's sizes.
+            config: the model's configuration.
             tensor: the tensor-parallel group.
             settings: the task's settings.
             activation_checkpointing: "full" recomputes the adapter's injectors and extractors in the backward pass.
@@ -62,12 +63,12 @@ class SegmentationHead(Head):
         self.decoder = MaskDecoder(settings, hidden if settings.adapter else width)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Segments images from the last rows of a trunk without an adapter.
+        """Segments images from the output of a trunk without an adapter.
 
         Args:
-            h_MD: all rows after the final norm.
+            h_MD: the trunk's output after the final norm, (rows, hidden size).
             batch: the packed micro-batch; all images have one size.
-            with_loss: True returns sums of loss terms, False probabilities.
+            with_loss: True returns sums of loss terms, False class scores.
 
         Returns:
             The result of `segment`.
@@ -80,16 +81,17 @@ class SegmentationHead(Head):
         return self.segment([maps[name] for name in _MAPS], batch, with_loss)
 
     def segment(self, maps: Sequence[Tensor], batch: PackedBatch, with_loss: bool) -> Tensor:
-        """Runs the decoders and computes the sums of the loss terms, or the probabilities of classes.
+        """Runs the decoders on feature maps; returns the sums of the loss terms, or the class scores.
 
         Args:
-            maps: the four maps of this rank's images: its own ones if `with_loss`, otherwise all.
-            batch: the packed micro-batch, with labels and seeds of all images if `with_loss`.
-            with_loss: True returns sums of loss terms, False probabilities.
+            maps: four maps, with 1/4 to 1/32 of the images' height and width; of this rank's part of the images if
+                `with_loss`, otherwise of all images.
+            batch: the packed micro-batch; needs labels and seeds of all images if `with_loss`.
+            with_loss: True returns sums of loss terms, False class scores.
 
         Returns:
-            The sums of the terms over all images of the batch, (3,) float32; or the score of each class at each pixel,
-            between 0 and the number of queries, (B, C, height, width) float32. The same on all tensor-parallel ranks.
+            Sums of the three terms over all images, (3,) float32; or class scores from 0 to the number of queries, (B,
+            C, height, width) float32. Equal on all tensor-parallel ranks.
         """
         sum_gradients(self, self.tensor)
         layers = self.decoder(maps)
@@ -104,9 +106,9 @@ class SegmentationHead(Head):
 
         Args:
             name: name of the parameter within the head.
-            shape: its shape.
+            shape: shape of the parameter.
             seed: seed of the run.
-            generator: generator of random values, seeded for this parameter.
+            generator: random generator, seeded for this parameter.
         """
         part, _, rest = name.partition(".")
         value = None
@@ -120,13 +122,13 @@ class SegmentationHead(Head):
 
 
 def divide_samples(batch: PackedBatch, tensor: TensorParallel, *, with_loss: bool) -> DividedSamples:
-    """Returns the division of a batch's images over the tensor-parallel ranks; for predictions, each rank has all."""
+    """Divides a batch's images over the tensor-parallel ranks; for predictions, each rank computes all images."""
     rows = tuple(rows * columns for rows, columns in batch.image_grids)
     return DividedSamples(tensor if with_loss else TensorParallel(), rows)
 
 
 def common_grid(batch: PackedBatch, patch_size: int) -> Grid:
-    """Returns the grid of patches that all images of a batch have; for no images, that of the empty pixels."""
+    """Returns the rows and columns of patches of every image of a batch; all images have one size."""
     assert batch.pixels is not None, "the batch has no pixels"
     grid = batch.pixels.shape[2] // patch_size, batch.pixels.shape[3] // patch_size
     assert all(own == grid for own in batch.image_grids), "all images of a micro-batch have one size"
@@ -134,17 +136,17 @@ def common_grid(batch: PackedBatch, patch_size: int) -> Grid:
 
 
 def pixel_size(batch: PackedBatch, patch_size: int) -> tuple[int, int]:
-    """Returns the height and width that all images of a batch have, in pixels."""
+    """Returns the height and width in pixels of every image of a batch; all images have one size."""
     rows, columns = common_grid(batch, patch_size)
     return rows * patch_size, columns * patch_size
 
 
 def class_scores(predictions: QueryPredictions, size: tuple[int, int]) -> Tensor:
-    """Returns the score of each class at each pixel: the sum over queries of class times mask probability.
+    """Returns the score of each class at each pixel: class probability times mask probability, summed over the queries.
 
     Args:
-        predictions: predictions of the last layer, for B images.
-        size: height and width of the result; the masks are resized to it bilinearly.
+        predictions: the queries' predictions after the last layer.
+        size: height and width of the result; masks are resized bilinearly.
 
     Returns:
         Scores, (B, C, height, width) float32.

@@ -20,16 +20,16 @@ _LEVELS, _POINTS = 3, 4  # of the pixel decoder's deformable attention, fixed in
 
 
 class QueryPredictions(NamedTuple):
-    """Holds what the queries predict after one layer."""
+    """Holds the queries' predictions after one decoder layer."""
 
     masks_BQHW: Tensor
-    """Logit of each query's mask at each cell of the finest map."""
+    """Mask logits of each query on the finest map, (B, Q, H, W)."""
     classes_BQX: Tensor
-    """Logits of the classes of each query, (B, Q, C + 1); the last is "no object"."""
+    """Class logits of each query, (B, Q, C + 1); the last class is "no object"."""
 
 
 def mask2former_config(settings: SegmentationConfig) -> Any:
-    """Returns transformers' configuration of the decoders and of the loss.
+    """Returns the transformers configuration of Mask2Former's decoders and loss.
 
     Raises:
         ConfigError: if transformers is not installed.
@@ -55,7 +55,7 @@ def mask2former_config(settings: SegmentationConfig) -> Any:
 
 
 def mask2former_parts() -> Any:
-    """Returns transformers' module with the parts of Mask2Former.
+    """Returns the transformers module that contains Mask2Former's classes.
 
     Raises:
         ConfigError: if transformers or scipy is not installed.
@@ -75,12 +75,11 @@ def _transformers(name: str) -> Any:
 
 
 class MaskDecoder(nn.Module):
-    """Predicts masks and classes with a fixed number of queries from four maps (Mask2Former).
+    """Predicts masks and classes from four feature maps with a fixed number of queries (Mask2Former).
 
-    The pixel decoder mixes the three coarser maps by deformable attention and adds the finest one. The queries attend
-    to these maps, each within the mask that it predicted before. Nothing is dropped, so forward draws nothing. It runs
-    in autocast if its parameters are bf16 or fp16, because bf16 cannot hold the places at which deformable attention
-    samples.
+    The pixel decoder mixes the three coarser maps by deformable attention and adds the finest map. Each query attends
+    to these maps within its previous mask. There is no dropout. With bf16 or fp16 parameters, forward runs under
+    autocast, because bf16 is too coarse for the sampling locations of deformable attention.
     """
 
     def __init__(self, settings: SegmentationConfig, channels: int) -> None:
@@ -88,7 +87,7 @@ class MaskDecoder(nn.Module):
 
         Args:
             settings: the task's settings.
-            channels: channels of each of the four maps.
+            channels: number of channels of each of the four maps.
         """
         super().__init__()
         parts, config = mask2former_parts(), mask2former_config(settings)
@@ -98,10 +97,11 @@ class MaskDecoder(nn.Module):
         self.classes = nn.Linear(config.hidden_dim, settings.num_classes + 1)
 
     def forward(self, maps: Sequence[Tensor]) -> list[QueryPredictions]:
-        """Returns the predictions before the first and after each layer, float32.
+        """Returns the queries' predictions before the first layer and after each layer, float32.
 
         Args:
-            maps: maps with 1/4, 1/8, 1/16 and 1/32 of the image's sides, (B, D, rows, columns) each; B may be 0.
+            maps: four maps with 1/4, 1/8, 1/16 and 1/32 of the image's height and width, each (B, D, rows, columns); B
+                may be 0.
         """
         count, device = len(maps[0]), maps[0].device
         if not count:
@@ -121,7 +121,7 @@ class MaskDecoder(nn.Module):
 
 
 def _name_norms(pixels: nn.Module) -> None:
-    """Names the convolution and the norm in each pair of them, so that weight decay finds the norms."""
+    """Renames the convolutions and norms in `nn.Sequential` modules, because weight decay finds norms by name."""
     for module in pixels.modules():
         if isinstance(module, nn.Sequential) and isinstance(module[1], nn.GroupNorm):
             named = zip(("conv", "norm", "relu"), list(module), strict=False)
@@ -131,17 +131,17 @@ def _name_norms(pixels: nn.Module) -> None:
 def decoder_initial_value(
     name: str, shape: torch.Size, config: DecoderConfig, generator: torch.Generator
 ) -> Tensor | None:
-    """Returns the initial value of a parameter of a `MaskDecoder`; None for norms, whose weight is 1 and bias 0.
+    """Returns the initial value of a parameter of `MaskDecoder`; None for norms, which start with weight 1 and bias 0.
 
-    Follows the initialisation of Mask2Former's own code: Xavier's uniform distribution in the layers of the query
-    decoder and for values of deformable attention, standard normal queries and level vectors, and a normal distribution
-    with standard deviation .02 elsewhere.
+    Follows the original code of Mask2Former. Layers of the query decoder and values of deformable attention are
+    Xavier-uniform. Queries and level vectors are standard normal. Other weights are normal with standard deviation
+    0.02.
 
     Args:
         name: name of the parameter within the decoder, such as `queries.decoder.layers.0.fc1.weight`.
-        shape: its shape.
+        shape: shape of the parameter.
         config: sizes of the decoder.
-        generator: generator of random values.
+        generator: random generator.
     """
     value = torch.empty(shape)
     if name.endswith("sampling_offsets.bias"):

@@ -1,4 +1,4 @@
-"""Computes the sums of Mask2Former's three loss terms, image by image."""
+"""Computes the sums of Mask2Former's three loss terms, one image at a time."""
 
 # B images, N target masks of one image, Q queries, C classes.
 
@@ -12,49 +12,54 @@ from beit3_ds.tasks.segmentation.config import IGNORED, SegmentationConfig
 from beit3_ds.tasks.segmentation.mask_decoder import QueryPredictions, mask2former_config, mask2former_parts
 
 NO_OBJECT_WEIGHT = 0.1
-"""Weight of queries without a target mask in the mean of the class terms (Mask2Former's value)."""
+"""Weight of a query without a target mask in the class term, relative to a query with one (as in Mask2Former)."""
 QUERY_UNITS = 10
-"""Units in which `TermCounts.classes` counts a query with a target mask; one without counts 10 * `NO_OBJECT_WEIGHT`."""
+"""Integer weight of a query with a target mask in `TermCounts.classes`; a query without one has weight 1."""
 
 
 class TermCounts(NamedTuple):
-    """Holds the number over which each term of an image is summed, in the order of the task's terms."""
+    """Holds the denominators of an image's loss terms: the weight of its queries and the number of its masks."""
 
     classes: int
-    """Weights of all queries, in units of 1 / `QUERY_UNITS`."""
+    """Sum of the weights of all queries, in units of 1 / `QUERY_UNITS`."""
     masks: int
-    """Number of target masks."""
+    """Number of target masks that are matched with a query."""
 
     @classmethod
     def of(cls, num_masks: int, num_queries: int) -> "TermCounts":
-        """Returns the counts of an image with `num_masks` target masks; further ones than queries match none."""
+        """Returns the counts of an image; at most `num_queries` of its target masks are matched with a query.
+
+        Args:
+            num_masks: number of target masks.
+            num_queries: number of queries.
+        """
         matched = min(num_masks, num_queries)
         unmatched_weight = round(QUERY_UNITS * NO_OBJECT_WEIGHT)
         return cls(QUERY_UNITS * matched + unmatched_weight * (num_queries - matched), matched)
 
 
 class MaskLoss:
-    """Sums cross entropies of classes, and binary cross entropies and dice losses of masks (transformers' loss).
+    """Sums Mask2Former's loss terms: cross entropy of classes, binary cross entropy of masks, and dice loss of masks.
 
-    An image's predictions of each layer are matched with its target masks, one per class in the image, and compared at
-    drawn points. Everything of an image depends on its own predictions and seed alone, so sums over images do not
-    depend on how ranks and micro-batches cut a step.
+    An image has one target mask per class in the image. After each layer, queries are matched with target masks, and
+    masks are compared at random points (transformers' `Mask2FormerLoss`). The terms of an image depend only on its own
+    predictions, labels and seed. The sum over a step is therefore independent of micro-batches and ranks.
     """
 
     def __init__(self, settings: SegmentationConfig, device: torch.device) -> None:
-        """Builds transformers' loss; it has no parameters, and its one buffer is a constant."""
+        """Builds transformers' Mask2Former loss on `device`; the loss has no parameters and one constant buffer."""
         config = mask2former_config(settings)
         self._loss: Any = mask2former_parts().Mask2FormerLoss(config, weight_dict={}).to(device)
         self._loss.get_num_masks = _one  # so that its masks' losses are sums
         self._settings = settings
 
     def sums(self, layers: Sequence[QueryPredictions], labels: Tensor, seeds: Tensor) -> Tensor:
-        """Returns the sums of the terms classes, masks and dice over all images and layers, (3,) float32.
+        """Returns the three terms (classes, masks, dice), each summed over all images and layers, (3,) float32.
 
         Args:
-            layers: predictions of each layer; there may be no images.
-            labels: class of each pixel, `IGNORED` where unknown, (B, height, width) uint8.
-            seeds: seed of the drawn points of each image, (B,) int64.
+            layers: predictions of each layer; B may be 0.
+            labels: class of each pixel, (B, height, width) uint8, `IGNORED` where unknown.
+            seeds: seed of the random points of each image, (B,) int64.
         """
         # Without images, the sums still depend on every parameter.
         nothing = torch.stack([(of.masks_BQHW.sum() + of.classes_BQX.sum()) * 0 for of in layers]).sum()

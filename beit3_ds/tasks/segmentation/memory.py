@@ -1,4 +1,4 @@
-"""Estimates the memory that autograd keeps of the segmentation head, for `beit3 check`."""
+"""Estimates the activation memory of the segmentation head, for `beit3 check`."""
 
 # D hidden size, d decoder's hidden size, L cells of the three coarser maps, N patches.
 
@@ -13,15 +13,17 @@ _FLOAT, _INDEX = 4, 8  # bytes
 
 
 def crop_memory(model: ModelConfig, settings: SegmentationConfig, element_size: int, *, recomputes: bool) -> int:
-    """Returns the bytes that autograd keeps of the head's forward pass for one crop of `image_size`.
+    """Returns the bytes of head activations that autograd keeps per crop of `image_size` pixels per side.
 
-    Counts the inputs of convolutions, linear layers, activations and norms, and what deformable attention samples, in
-    float32: the adapter or the pyramid, the pixel decoder and the query decoder. Does not count the matched masks of
-    the loss, whose number depends on the image (two float32 maps of stride 4 or less per mask and layer), statistics of
-    norms, the recomputation of one injector or extractor, and the temporary memory of an operation.
+    Covers the adapter or the pyramid, the pixel decoder and the query decoder. Counts the inputs of convolutions,
+    linear layers, activation functions and norms, and the float32 tensors of deformable attention.
+
+    Does not count the matched masks of the loss, because their number depends on the image. The loss keeps two float32
+    maps per mask and layer, with at least 1/4 of the crop's side. Also not counted are statistics of norms,
+    recomputation, and temporary memory within an operation.
 
     Args:
-        model: the model's sizes.
+        model: the model's configuration.
         settings: the task's settings.
         element_size: bytes per element of an activation.
         recomputes: whether the backward pass recomputes injectors and extractors.
@@ -41,12 +43,12 @@ def _cells(model: ModelConfig, stride: int) -> int:
 
 
 def _coarser(model: ModelConfig) -> int:
-    """Returns L."""
+    """Returns the total number of cells of the three coarser maps."""
     return sum(_cells(model, stride) for stride in _STRIDES)
 
 
 def _prior(model: ModelConfig, adapter: AdapterConfig, element_size: int) -> int:
-    """Returns the bytes of the spatial prior, the inputs of the four output norms, and their outputs."""
+    """Returns the bytes for the spatial prior module and the four output norms (inputs and outputs)."""
     # Per convolution the input of its norm and the output of its ReLU; one max pooling keeps indices.
     channels = {2: 6, 4: 1, 8: 4, 16: 8, 32: 8}
     elements = adapter.conv_channels * sum(count * _cells(model, stride) for stride, count in channels.items())
@@ -55,7 +57,7 @@ def _prior(model: ModelConfig, adapter: AdapterConfig, element_size: int) -> int
 
 
 def _interactions(model: ModelConfig, adapter: AdapterConfig, element_size: int, *, recomputes: bool) -> int:
-    """Returns the bytes of all injectors and extractors; only of their inputs if they are recomputed."""
+    """Returns the bytes for all injectors and extractors; with recomputation, only their inputs count."""
     hidden, patches, coarser = model.hidden_size, model.num_patches, _coarser(model)
     width, number = adapter.value_size(hidden), adapter.num_interactions
     if recomputes:
@@ -71,14 +73,15 @@ def _interactions(model: ModelConfig, adapter: AdapterConfig, element_size: int,
 
 
 def _deformable(queries: int, rows: int, width: int, num_heads: int, num_points: int, element_size: int) -> int:
-    """Returns the bytes of deformable attention: values, places, weights, what each point reads, and the output.
+    """Returns the bytes for one deformable attention: values, sampling locations, weights, sampled values and the
+    output.
 
     Args:
         queries: number of queries.
-        rows: number of rows that are read.
-        width: width of the values of all heads.
+        rows: number of rows with values.
+        width: total width of the values over all heads.
         num_heads: number of heads.
-        num_points: points per query and head, of all maps.
+        num_points: sampling points per query and head, over all maps.
         element_size: bytes per element of an activation.
     """
     per_query = width * (num_points * _FLOAT + element_size) + num_heads * num_points * (2 * _FLOAT + element_size)
@@ -86,7 +89,7 @@ def _deformable(queries: int, rows: int, width: int, num_heads: int, num_points:
 
 
 def _pixel_decoder(model: ModelConfig, decoder: DecoderConfig, element_size: int) -> int:
-    """Returns the bytes of the pixel decoder, without its input maps."""
+    """Returns the bytes for the pixel decoder, without the input maps."""
     width, coarser = decoder.hidden_size, _coarser(model)
     # Per layer and cell: the inputs of three linear layers and two norms, and the FFN's ReLU.
     layer = coarser * (5 * width + decoder.pixel_ffn_hidden_size) * element_size
@@ -97,7 +100,7 @@ def _pixel_decoder(model: ModelConfig, decoder: DecoderConfig, element_size: int
 
 
 def _query_decoder(model: ModelConfig, decoder: DecoderConfig, element_size: int) -> int:
-    """Returns the bytes of the query decoder, whose layers attend to the three coarser maps in turn."""
+    """Returns the bytes for the query decoder; consecutive layers attend to the three coarser maps in turn."""
     width, queries, elements = decoder.hidden_size, decoder.num_queries, 0
     for number in range(decoder.num_query_layers):
         cells = _cells(model, _STRIDES[::-1][number % 3])

@@ -1,4 +1,4 @@
-"""Runs the trunk with a ViT-Adapter between its blocks, and the segmentation head."""
+"""Combines BEiT-3's trunk, a ViT-Adapter between the trunk's blocks, and the segmentation head."""
 
 # B images, N patches of an image, T patches of all images, D hidden.
 
@@ -20,10 +20,11 @@ _HEAD = "heads."
 
 
 class SegmentationModel(TaskModel):
-    """Extends BEiT-3's trunk with the segmentation head; all images of a micro-batch have one size.
+    """BEiT-3's trunk with the segmentation head; all images of a micro-batch have one size.
 
-    With an adapter, the trunk runs in groups of blocks. Each tensor-parallel rank runs the adapter on its own images;
-    before and after each group the rows of all images are exchanged (`DividedSamples`).
+    With an adapter, the trunk runs in groups of blocks. Each tensor-parallel rank runs the adapter on a part of the
+    images. Before and after each group of blocks, the tensor-parallel ranks exchange the rows of all images
+    (`DividedSamples`).
     """
 
     def forward(  # type: ignore[override]
@@ -33,9 +34,9 @@ class SegmentationModel(TaskModel):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Runs one micro-batch; a pipeline cannot cut the model.
+        """Runs one micro-batch through the whole model; there is no pipeline parallelism.
 
-        Arguments and results are described in `StageModel.forward`, predictions in `SegmentationHead.segment`.
+        `StageModel.forward` describes arguments and results, and `SegmentationHead.segment` describes predictions.
         """
         head = self.heads
         assert isinstance(head, SegmentationHead), "the last layer is here, because there is no pipeline"
@@ -47,7 +48,7 @@ class SegmentationModel(TaskModel):
         return output if loss_factors is None else LossOutput((output * loss_factors).sum(), output.detach())
 
     def initialize(self, seed: int) -> None:
-        """Fills every parameter with its initial value, which depends only on the seed and the parameter's name."""
+        """Fills every parameter with its initial value, which depends only on `seed` and the parameter's name."""
         super().initialize(seed)
         head = self.heads
         assert isinstance(head, SegmentationHead), "the last layer is here, because there is no pipeline"
@@ -59,14 +60,16 @@ class SegmentationModel(TaskModel):
                 logical_part(parameter).copy_(own_part(parameter, value))
 
     def adapted_maps(self, batch: PackedBatch, *, with_loss: bool = False) -> tuple[Tensor, ...]:
-        """Runs the embeddings, the blocks and the adapter.
+        """Runs the embeddings, the blocks and the adapter; returns the adapter's four feature maps.
 
         Args:
             batch: the packed micro-batch.
-            with_loss: whether tensor-parallel ranks divide the images, as for the loss.
+            with_loss: whether tensor-parallel ranks divide the images, as for the loss; otherwise each rank computes
+                all images.
 
         Returns:
-            The four maps of this rank's images, with 1/4 to 1/32 of their height and width, (B, D, rows, columns).
+            Four maps of this rank's images, with 1/4, 1/8, 1/16 and 1/32 of the height and width, each (B, D, rows,
+            columns).
         """
         head = self.heads
         assert isinstance(head, SegmentationHead) and head.adapter is not None, "the model has no adapter"
@@ -89,14 +92,24 @@ class SegmentationModel(TaskModel):
     def _run_blocks(
         self, x_BND: Tensor, blocks: range, batch: PackedBatch, divided: DividedSamples, grid: Grid
     ) -> Tensor:
-        """Runs some blocks over the patches of all tensor-parallel ranks; returns this rank's patches in row order."""
+        """Runs a range of blocks on the patches of all tensor-parallel ranks; returns this rank's patches, (B, N, D),
+        row-major.
+        """
         with torch.autocast(x_BND.device.type, enabled=False):
             x_TD = self.tensor.scatter_rows(divided.merge(self._as_stream(x_BND, grid)))
             x_TD = self.run_layers(batch, x_TD, range(blocks.start + 1, blocks.stop + 1))
             return self._own_patches(x_TD, batch, divided, grid)
 
     def _own_patches(self, x_TD: Tensor, batch: PackedBatch, divided: DividedSamples, grid: Grid) -> Tensor:
-        """Returns the patches of this rank's images in row order, (B, N, D), from its rows of the stream."""
+        """Returns the patches of this rank's images, (B, N, D), in row-major order; tensor-parallel ranks gather the
+        rows.
+
+        Args:
+            x_TD: this rank's rows of the packed micro-batch.
+            batch: the packed micro-batch.
+            divided: division of the images over the tensor-parallel ranks.
+            grid: rows and columns of patches per image.
+        """
         rows_TD = divided.take(self.tensor.gather_rows(x_TD, batch.num_rows))
         own_grids = batch.image_grids[divided.own]
         if self._window_size and own_grids:
@@ -104,7 +117,7 @@ class SegmentationModel(TaskModel):
         return rows_TD.view(len(own_grids), grid[0] * grid[1], rows_TD.shape[1])
 
     def _as_stream(self, x_BND: Tensor, grid: Grid) -> Tensor:
-        """Returns patches in row order as rows in the order of the stream, (B * N, D)."""
+        """Reorders patches from row-major order to the order of the packed rows, (B, N, D) -> (B * N, D)."""
         if not self._window_size:
             return x_BND.flatten(0, 1)
         return from_canvas(x_BND.transpose(1, 2).unflatten(2, grid), (grid,) * len(x_BND), self._window_size)

@@ -1,4 +1,4 @@
-"""Packs crops, windows and whole images into micro-batches."""
+"""Packs training crops, sliding windows and whole images into micro-batches."""
 
 # B images, E extractors.
 
@@ -17,16 +17,17 @@ from beit3_ds.tasks.segmentation.mask_loss import TermCounts
 from beit3_ds.tasks.segmentation.samples import LabelledCrop, WholeImage
 
 LABELS = "labels"
-"""Key in `PackedBatch.targets` of the class of each pixel of the crops, (B, size, size) uint8."""
+"""Key in `PackedBatch.targets`: class of each pixel of the crops, (B, size, size) uint8."""
 SEEDS = "seeds"
-"""Key in `PackedBatch.targets` of the seed of each crop's sampled points, (B,) int64."""
+"""Key in `PackedBatch.targets`: seed of the random points of each crop, (B,) int64."""
 DROP_PATH = "extractor factors"
-"""Key in `PackedBatch.targets` of the stochastic-depth factors of the adapter's extractors, (B, E) float32."""
+"""Key in `PackedBatch.targets`: stochastic-depth factors of the adapter's extractors, (B, E) float32."""
 NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
 """Keys in `PackedBatch.targets` for whole images.
 
-They are the index in the stream, (B,) int64; height and width, (B, 2) int64; the pixels of all images in one vector,
-uint8; and the classes of all images in one vector, uint8."""
+`NUMBERS` is the index in the stream, (B,) int64. `SIZES` is height and width, (B, 2) int64. `PIXELS` and `TRUTH` are
+the pixels and the classes of all images, each flattened to one uint8 vector.
+"""
 
 
 def pack(
@@ -39,14 +40,15 @@ def pack(
 ) -> PackedBatch:
     """Packs crops for training, or whole images for an evaluation.
 
-    A batch of whole images has no rows: the evaluation cuts the images into windows and packs these (`pack_windows`).
+    A batch of whole images has no rows for the model. The evaluation cuts the images into windows and packs the windows
+    with `pack_windows`.
 
     Args:
         samples: crops or whole images; may be empty.
-        drop_path: factors of stochastic depth, (B, layers, 2) float32, or None.
+        drop_path: factors of stochastic depth, (B, layers, 2) float32; None without stochastic depth.
         sources: value of `PackedBatch.sources`.
-        model: sizes of the model.
-        num_queries: number of the decoder's queries.
+        model: the model's configuration.
+        num_queries: number of queries of the query decoder.
     """
     whole = [sample for sample in samples if isinstance(sample, WholeImage)]
     if whole:
@@ -73,7 +75,12 @@ def pack(
 
 
 def pack_windows(windows: Sequence[Tensor], patch_size: int) -> PackedBatch:
-    """Packs windows of an evaluation, (3, height, width) float32 in [-1, 1], all of one size; there may be none."""
+    """Packs windows of one size into a batch for an evaluation; there may be no windows.
+
+    Args:
+        windows: pixels of each window, (3, height, width) float32 in [-1, 1].
+        patch_size: side of a patch in pixels.
+    """
     return pack_grids(windows, patch_size)
 
 
@@ -94,7 +101,7 @@ def _whole_targets(images: Sequence[WholeImage]) -> dict[str, Tensor]:
 
 
 def unpack_whole(batch: PackedBatch) -> list[WholeImage]:
-    """Returns the whole images of a batch for an evaluation; their names are empty."""
+    """Returns the whole images of a batch that `pack` built; their names are empty."""
     sizes = batch.targets[SIZES].tolist()
     lengths = [height * width for height, width in sizes]
     pixels = batch.targets[PIXELS].split([3 * length for length in lengths])

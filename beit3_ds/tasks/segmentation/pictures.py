@@ -1,4 +1,4 @@
-"""Encodes label maps as PNG, and draws them in colours with a legend."""
+"""Encodes label maps as PNG, and draws label maps in colours with a legend."""
 
 import colorsys
 import io
@@ -19,7 +19,7 @@ _ROW, _SWATCH, _MARGIN = 20, 14, 6  # pixels of the legend
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """Returns the colour of a class, RGB; classes that follow each other have unlike colours."""
+    """Returns the RGB colour of a class; neighbouring class indices have clearly different colours."""
     if label == IGNORED:
         return _UNKNOWN
     bright = (0.95, 0.7, 0.5)[label % 3]
@@ -28,7 +28,9 @@ def class_color(label: int) -> tuple[int, int, int]:
 
 
 def encode_label_map(labels: Tensor) -> Tensor:
-    """Encodes predicted classes as a PNG in ADE20K's format, one byte per pixel, class + 1; returns its bytes, uint8.
+    """Encodes predicted classes as a PNG in ADE20K's format; returns the bytes of the PNG, (bytes,) uint8.
+
+    A pixel of the PNG is one byte with the value class + 1.
 
     Args:
         labels: class of each pixel, (height, width) uint8, below `IGNORED`.
@@ -39,11 +41,11 @@ def encode_label_map(labels: Tensor) -> Tensor:
 
 
 def draw_labels(image: Image.Image, labels: NDArray[np.uint8], names: Sequence[str]) -> Image.Image:
-    """Draws classes in colours over an image, with a legend of the classes in it at the right.
+    """Draws classes in colours over an image; a legend on the right names the classes in the image.
 
     Args:
         image: RGB image.
-        labels: class of each pixel, 255 where unknown (drawn black), (height, width).
+        labels: class of each pixel, (height, width) uint8; 255 where unknown, drawn black.
         names: name of each class.
     """
     colored = color_labels(image, labels)
@@ -70,7 +72,12 @@ def _percent(share: float) -> str:
 
 
 def color_labels(image: Image.Image, labels: NDArray[np.uint8]) -> Image.Image:
-    """Draws classes in colours over an image of the same size; pixels without a class become black."""
+    """Draws classes in colours over an image; pixels without a class become black.
+
+    Args:
+        image: RGB image.
+        labels: class of each pixel, (height, width) uint8; 255 where unknown.
+    """
     palette = np.array([class_color(label) for label in range(IGNORED + 1)], dtype=np.float32)
     own = np.asarray(image.convert("RGB"), dtype=np.float32)
     mixed = _SHARE * palette[labels] + (1 - _SHARE) * own

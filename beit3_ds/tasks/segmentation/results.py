@@ -1,4 +1,4 @@
-"""Writes the result files of an evaluation: tables, the picture of the confusion, label maps and a page."""
+"""Writes the result files of a segmentation evaluation: class table, confusion matrix, label maps and a page."""
 
 import csv
 import functools
@@ -21,7 +21,7 @@ from beit3_ds.tasks.segmentation.pictures import color_labels, draw_labels
 from beit3_ds.tasks.segmentation.samples import SegmentationSamples
 
 CLASSES, CONFUSION, PAGE, PREDICTIONS = "classes.csv", "confusion.png", "segmentation.html", "predictions"
-"""Names of the table of classes, the picture of the confusion, the page, and the folder of label maps."""
+"""Names of the class table, the picture of the confusion matrix, the result page, and the folder of label maps."""
 
 _MOST_NAMED = 40  # classes whose names fit beside the picture
 
@@ -33,11 +33,11 @@ def write_results(
     names: Sequence[str],
     folder: ResultFolder,
 ) -> None:
-    """Writes all result files; scores are left out if the split has no labels.
+    """Writes all result files of an evaluation; the class table and the confusion matrix need a split with labels.
 
     Args:
-        result: what was found over all ranks.
-        metrics: metrics of the split, for the page.
+        result: results over all ranks.
+        metrics: metrics of the split, for the page; empty for a split without labels.
         stream: images of the split.
         names: name of each class.
         folder: folder to write to.
@@ -53,7 +53,7 @@ def write_results(
 
 
 def class_table(confusion: Confusion, names: Sequence[str]) -> list[dict[str, str | int | float]]:
-    """Returns a row per class: name, intersection over union, accuracy, and numbers of true and predicted pixels."""
+    """Returns one row per class: name, intersection over union, accuracy, true pixels and predicted pixels."""
     columns = confusion.iou(), confusion.accuracy(), confusion.pixels, confusion.counts_CC.sum(0)
     rows = zip(names, *(column.tolist() for column in columns), strict=True)
     keys = ("class", "IoU", "accuracy", "pixels", "predicted_pixels")
@@ -84,7 +84,7 @@ def _write_bytes(path: Path, data: Tensor) -> None:
 
 
 def _draw_confusion(path: Path, confusion: Confusion, names: Sequence[str]) -> None:
-    """Draws which share of each class's pixels was predicted as which class; classes without pixels are left out."""
+    """Draws the confusion matrix as shares of each class's pixels; leaves out classes without pixels."""
     present = [label for label, pixels in enumerate(confusion.pixels.tolist()) if pixels]
     counts = confusion.counts_CC[present][:, present].double().numpy()
     shares = counts / confusion.pixels[present].double().numpy()[:, None]

@@ -1,4 +1,4 @@
-"""Prepares images with label maps: augmented crops for training, whole images for evaluations."""
+"""Prepares images with label maps: augmented crops for training, whole images for an evaluation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,50 +22,50 @@ _LARGEST_SEED = 2**63
 
 
 class LabelledCrop(NamedTuple):
-    """Holds an augmented crop with its labels."""
+    """Holds an augmented training crop and its labels."""
 
     name: str
-    """File of the image, for messages."""
+    """Path of the image file, for messages."""
     view: Tensor
-    """Crop, (3, size, size) float32 in [-1, 1]."""
+    """Pixels of the crop, (3, size, size) float32 in [-1, 1]."""
     labels: NDArray[np.uint8]
-    """Class of each pixel, 255 where unknown, (size, size)."""
+    """Class of each pixel, (size, size) uint8; 255 where unknown."""
     seed: int
-    """Seed of the points at which the loss compares masks."""
+    """Seed of the random points at which the loss compares masks."""
     drop_path: NDArray[np.float32]
-    """Stochastic-depth factor of the FFN of each of the adapter's extractors."""
+    """Stochastic-depth factor of the FFN of each extractor of the adapter, (extractors,)."""
 
 
 class WholeImage(NamedTuple):
-    """Holds a whole image in its own size for an evaluation."""
+    """Holds a whole image at its original size, for an evaluation."""
 
     name: str
-    """File of the image, for messages."""
+    """Path of the image file, for messages."""
     number: int
-    """Index of the image in its stream."""
+    """Index of the image in the stream."""
     pixels: Tensor
     """Pixels, (3, height, width) uint8."""
     labels: Tensor
-    """Class of each pixel, 255 where unknown, (height, width) uint8."""
+    """Class of each pixel, (height, width) uint8; 255 where unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSamples:
-    """Prepares the images of one source."""
+    """Prepares the images and label maps of one source."""
 
     is_last_open: ClassVar[bool] = False
 
     source: LabelMaps
     """Images and label maps of the source."""
     augmentation: CropAugmentation | None
-    """Draws training crops; None prepares whole images."""
+    """Draws training crops; None to prepare whole images."""
     num_extractors: int
-    """Number of the adapter's extractors; 0 without an adapter."""
+    """Number of extractors of the adapter; 0 without an adapter."""
     drop_path_rate: float
-    """Probability with which the FFN of an extractor is dropped for an image."""
+    """Probability that stochastic depth drops the FFN of an extractor for an image."""
 
     def __len__(self) -> int:
-        """Returns the number of images, broken ones included."""
+        """Returns the number of images, including broken images."""
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
@@ -77,7 +77,10 @@ class SegmentationSamples:
         return self.source.image_files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the path of an image in its folder as bytes; a resumed run recognises the image by this path."""
+        """Returns the image's path relative to its folder, without extension, as bytes.
+
+        A resumed run recognises images by these bytes.
+        """
         return self.source.stem(index).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -85,14 +88,16 @@ class SegmentationSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, with an example, by reason."""
+        """Returns the skipped files by reason: the number and an example."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> LabelledCrop | WholeImage:
-        """Reads image `index` and its label map; `key` seeds the augmentation, dropped branches and sampled points.
+        """Reads image `index` and its label map; for training, also augments them.
+
+        `key` seeds the augmentation, stochastic depth and the random points of the loss.
 
         Raises:
-            BrokenRecordError: if the image or the label map cannot be read, or they do not fit.
+            BrokenRecordError: if the image or the label map cannot be read, or their sizes differ.
         """
         image, labels = self.source.read(index)
         if self.augmentation is None:
@@ -116,14 +121,14 @@ def build_streams(
     Args:
         config: the run's configuration.
         settings: the task's settings.
-        num_extractors: number of the adapter's extractors.
-        split: the split; images of "test" need no label maps.
+        num_extractors: number of extractors of the adapter.
+        split: name of the split; images of "test" need no label maps.
 
     Returns:
         The stream "images"; empty if the split has no sources.
 
     Raises:
-        ConfigError: if a folder cannot be read, label maps are missing, or sizes do not fit.
+        ConfigError: if a folder cannot be read, label maps are missing, or an image or label map has a wrong size.
     """
     sources = getattr(config.data.images, split)
     check_no_file_twice(sources)
@@ -155,6 +160,6 @@ def build_augmentation(config: RunConfig, settings: SegmentationConfig) -> CropA
 
 
 def _draw_factors(rng: np.random.Generator, number: int, rate: float) -> NDArray[np.float32]:
-    """Returns 0 with probability `rate`, else 1 / (1 - rate), for each of a number of branches."""
+    """Draws a stochastic-depth factor per branch: 0 with probability `rate`, otherwise 1 / (1 - rate)."""
     keeps = rng.random(number) >= rate
     return (keeps / (1 - rate)).astype(np.float32)

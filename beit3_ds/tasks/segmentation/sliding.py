@@ -1,4 +1,4 @@
-"""Predicts the classes of whole images by sliding windows at several scales."""
+"""Predicts the class of each pixel of whole images, by sliding windows at several scales."""
 
 # C classes.
 
@@ -18,50 +18,55 @@ from beit3_ds.tasks.segmentation.config import SegmentationConfig
 Size = tuple[int, int]
 """Height and width in pixels."""
 ScoreWindows = Callable[[Iterable[Sequence[Tensor]]], Iterator[Tensor]]
-"""Function that yields the class scores, (windows, C, height, width), of each batch of windows of one size. A batch may
-be empty."""
+"""Type of a function that takes batches of windows and yields each batch's class scores, (windows, C, height, width).
+All windows of a batch have one size. A batch may be empty."""
 
 
 class ScaledImage(NamedTuple):
-    """Describes one image at one scale, flipped or not."""
+    """Identifies one image at one scale, flipped or not."""
 
     image: int
-    """Index of the image among those that are predicted together."""
+    """Index of the image in the list of images that are predicted together."""
     size: Size
-    """Height and width of the scaled image."""
+    """Height and width of the scaled image in pixels."""
     is_flipped: bool
     """Whether the image is flipped horizontally."""
 
 
 class Window(NamedTuple):
-    """Describes a window of a scaled image."""
+    """Position and size of a window in a scaled image."""
 
     scaled: ScaledImage
     """The scaled image."""
     top: int
-    """First row in the scaled image."""
+    """First row of the window in the scaled image."""
     left: int
-    """First column in the scaled image."""
+    """First column of the window in the scaled image."""
     size: Size
-    """Height and width of the window."""
+    """Height and width of the window in pixels."""
 
     @property
     def place(self) -> tuple[slice, slice]:
-        """Returns the rows and columns of the window."""
+        """Returns slices of the window's rows and columns in the scaled image."""
         return slice(self.top, self.top + self.size[0]), slice(self.left, self.left + self.size[1])
 
 
 @dataclass(frozen=True)
 class SlidingWindows:
-    """Cuts images into windows, and merges the scores of the windows."""
+    """Cuts images into overlapping windows, and merges the windows' class scores."""
 
     settings: SegmentationConfig
     """The task's settings."""
     crop_size: int
-    """Pixels on a side of training crops, the most that a window has."""
+    """Side of training crops in pixels; the maximum side of a window."""
 
     def cut(self, size: Size, image: int = 0) -> list[Window]:
-        """Returns the windows of an image of a height and width, at all scales; `image` is the image's index."""
+        """Returns the windows of one image, at all scales and flips.
+
+        Args:
+            size: height and width of the image in pixels.
+            image: index of the image.
+        """
         settings, found = self.settings, []
         for factor in settings.scales:
             scaled = scaled_size(size, factor * (settings.short_side or self.crop_size))
@@ -73,7 +78,12 @@ class SlidingWindows:
         return found
 
     def plan(self, sizes: Sequence[Size]) -> list[list[Window]]:
-        """Returns the windows of images in batches of one size, each with at most `windows_per_batch` windows."""
+        """Returns the windows of several images in batches; a batch has windows of one size, at most
+        `windows_per_batch`.
+
+        Args:
+            sizes: height and width of each image in pixels.
+        """
         windows = [window for image, size in enumerate(sizes) for window in self.cut(size, image)]
         found: list[list[Window]] = []
         for window in windows:
@@ -86,12 +96,12 @@ class SlidingWindows:
     def predict(self, images: Sequence[Image.Image], score: ScoreWindows, num_batches: int = 0) -> list[Tensor]:
         """Returns the class of each pixel of each image, (height, width) uint8, on the CPU.
 
-        Overlapping windows are averaged; scales and flips are resized to the image and averaged.
+        Scores of overlapping windows are averaged. Scores of each scale and flip are resized to the image and averaged.
 
         Args:
             images: RGB images.
-            score: computes the scores of batches of windows.
-            num_batches: least number of batches; those beyond the images' own are empty.
+            score: computes the class scores of batches of windows.
+            num_batches: minimum number of batches; empty batches are added if the images need fewer.
         """
         plan = self.plan([image.size[::-1] for image in images])
         plan += [[]] * (num_batches - len(plan))
@@ -110,7 +120,7 @@ class SlidingWindows:
 
 
 def _views(images: Sequence[Image.Image], windows: Iterable[Window]) -> Iterator[Tensor]:
-    """Yields the pixels of each window, (3, height, width); holds one scaled image at a time."""
+    """Yields the pixels of each window, (3, height, width); keeps one scaled image in memory at a time."""
     for scaled, group in itertools.groupby(windows, key=lambda window: window.scaled):
         pixels = resize_whole(images[scaled.image], scaled.size)
         pixels = pixels.flip(-1) if scaled.is_flipped else pixels
@@ -119,7 +129,7 @@ def _views(images: Sequence[Image.Image], windows: Iterable[Window]) -> Iterator
 
 
 class _MergedWindows:
-    """Adds up the scores of the windows of one scaled image."""
+    """Averages the scores of the windows of one scaled image."""
 
     def __init__(self, scaled: ScaledImage, scores_CHW: Tensor) -> None:
         self.scaled = scaled
@@ -131,7 +141,7 @@ class _MergedWindows:
         self._counts[window.place] += 1
 
     def resized(self, size: Size) -> Tensor:
-        """Returns the mean scores, resized to the image and flipped back, (C, height, width)."""
+        """Returns the mean scores resized to the original image, (C, height, width); undoes a flip."""
         mean = self._sums / self._counts
         mean = mean.flip(-1) if self.scaled.is_flipped else mean
         return F.interpolate(mean[None], size, mode="bilinear", align_corners=False)[0]

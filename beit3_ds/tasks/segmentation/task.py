@@ -1,4 +1,4 @@
-"""Implements semantic segmentation as a task (paper section 3.2, table 8)."""
+"""Implements the semantic segmentation task (paper section 3.2, table 8)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -32,23 +32,23 @@ from beit3_ds.tasks.task import Headline, Task, Term
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRankTask(RankTask):
-    """Implements semantic segmentation on one rank, with its opened images."""
+    """Semantic segmentation on one rank, with opened images."""
 
     windows: SlidingWindows
-    """Cuts images into windows, and merges the scores of the windows."""
+    """Cuts images into windows, and merges the windows' class scores."""
     patch_size: int
-    """Pixels on a side of a patch."""
+    """Side of a patch in pixels."""
     names: Sequence[str]
     """Name of each class."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Segments all images of a split by sliding windows.
 
-        With `folder`, also writes a table of the classes, a picture of the confusion, a page, and label maps.
+        With `folder`, also writes a class table, a picture of the confusion matrix, a result page and label maps.
 
         Returns:
-            `mIoU`, `mean_accuracy`, `pixel_accuracy` and `images` on the main rank; empty elsewhere, and for a split
-            without labels.
+            `mIoU`, `mean_accuracy`, `pixel_accuracy` and `images` (their number) on the main rank. Empty on other
+            ranks, and for a split without labels.
         """
         result = segment_split(
             evaluator, split, self.windows, self.patch_size, self.evaluation, with_files=folder is not None
@@ -63,7 +63,7 @@ class SegmentationRankTask(RankTask):
         return metrics
 
     def draw_sample(self, sample: Any) -> ShownSample | None:
-        """Draws a training crop, and its labels in colours with their legend; a pixel without label is black."""
+        """Draws a training crop, and its labels in colours with a legend; pixels without a label are black."""
         if not isinstance(sample, LabelledCrop):
             return None
         whole = picture(((sample.view + 1) * 127.5).round().to(torch.uint8))
@@ -75,10 +75,10 @@ class SegmentationRankTask(RankTask):
 
 
 class Segmentation(Task):
-    """Trains semantic segmentation with a ViT-Adapter and Mask2Former (ADE20K; paper section 3.2).
+    """Semantic segmentation with a ViT-Adapter and Mask2Former (ADE20K; paper section 3.2).
 
-    Each loss term is summed over the predictions before the first and after each layer of the query decoder. The mean
-    of the class term is over the weights of all queries of a step, those of the others over its target masks.
+    Each loss term is summed over the predictions before the first layer of the query decoder and after each layer. The
+    class term is a weighted mean over all queries of a step. The mask terms are means over all target masks of a step.
     """
 
     Settings = SegmentationConfig
@@ -87,11 +87,12 @@ class Segmentation(Task):
     headline: ClassVar[Headline] = Headline("mIoU")
 
     def __init__(self, config: RunConfig) -> None:
-        """Loads the settings, and checks the model and the layout.
+        """Loads the settings, and checks the model and the layout of ranks.
 
         Raises:
-            ConfigError: if there are pipeline stages, `model.dense` is missing, the model's final norm does not fit the
-                adapter setting, the adapter does not fit the model, or transformers or scipy is not installed.
+            ConfigError: if there are several pipeline stages, `model.dense` is missing, `model.final_norm` or
+                `model.image_size` does not suit the head, the adapter does not fit the model, or transformers or scipy
+                is not installed.
         """
         super().__init__(config)
         _check_layout(config)
@@ -100,7 +101,7 @@ class Segmentation(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the three loss terms of Mask2Former."""
+        """Returns the three loss terms of Mask2Former: classes, masks and dice."""
         settings = self.settings
         return (
             Term("classes", "images", "queries: class", settings.class_weight, "cross entropy, all layers (nats)"),
@@ -109,7 +110,7 @@ class Segmentation(Task):
         )
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
-        """Builds the adapter or pyramid and the decoders, with uninitialised parameters."""
+        """Builds the adapter or the pyramid, and the decoders, with uninitialised parameters."""
         return SegmentationHead(model, tensor, self.settings, self.config.training.activation_checkpointing)
 
     def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
@@ -125,21 +126,21 @@ class Segmentation(Task):
         )
 
     def head_memory(self, num_images: int, element_size: int) -> int:
-        """Returns the bytes that autograd keeps of the head's forward pass over a micro-batch (`memory.crop_memory`).
+        """Returns the bytes of head activations that autograd keeps per micro-batch (`memory.crop_memory`).
 
-        Tensor-parallel ranks divide the images.
+        Tensor-parallel ranks divide the images, so only this rank's part counts.
         """
         own = -(-num_images // self.config.parallel.tensor_parallel_size)
         recomputes = self.config.training.activation_checkpointing == "full"
         return own * crop_memory(self.config.model, self.settings, element_size, recomputes=recomputes)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the task's name and settings and the names of the classes, to store them in checkpoints."""
+        """Returns the task's name, its settings and the class names, for storing in checkpoints."""
         return {**super().describe(), "names": list(self.names)}
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Returns the names of the classes, which the first call reads from their file.
+        """Returns the class names; the first call reads them from a file (`read_class_names`).
 
         Raises:
             ConfigError: if the file cannot be read, or does not have `task.num_classes` names.
@@ -150,8 +151,8 @@ class Segmentation(Task):
         """Opens the images that a rank reads.
 
         Raises:
-            ConfigError: if a folder cannot be read, label maps are missing, sizes differ, or the weights were trained
-                for other classes.
+            ConfigError: if a folder cannot be read, label maps are missing, an image or label map has a wrong size, or
+                the weights were trained for other classes.
         """
         config, settings = self.config, self.settings
         self._check_weights()
