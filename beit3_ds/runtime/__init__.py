@@ -1,1 +1,1 @@
-"""Connects, watches and stops the ranks of a run."""
+"""Connects the ranks of a run, watches them and stops them."""

@@ -1,4 +1,4 @@
-"""Finds the address at which rank 0 listens, and the interfaces of this host."""
+"""Finds the network address at which rank 0 listens, and the network interfaces of this host."""
 
 import ipaddress
 import os
@@ -11,7 +11,7 @@ from beit3_ds.runtime.launch_environment import Launch
 
 
 def own_address(host: str, port: int) -> str:
-    """Returns the address from which this host would send to another host; sends nothing."""
+    """Returns the address that this host would use to send to another host; nothing is sent."""
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
@@ -19,19 +19,19 @@ def own_address(host: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Returns whether an address belongs to the loopback interface, such as 127.0.0.1 or ::1."""
+    """Returns whether an address is a loopback address, such as 127.0.0.1 or ::1."""
     return ipaddress.ip_address(address).is_loopback
 
 
 def find_meeting_address(launch: Launch) -> str:
-    """Returns the address at which rank 0 listens, as this host reaches it.
+    """Returns the address of rank 0 as seen from this host.
 
-    Normally this is the address of MASTER_ADDR. On rank 0's host the name may resolve to a loopback address (Debian
-    writes 127.0.1.1 into /etc/hosts), or to one that the host does not have. Then the result is the host's only other
-    address.
+    Normally this is the address of MASTER_ADDR. On rank 0's own host, MASTER_ADDR may resolve to a loopback address
+    (Debian writes 127.0.1.1 into /etc/hosts) or to another host's address. Then the result is the only other address of
+    this host.
 
     Raises:
-        OSError: if the name cannot be resolved.
+        OSError: if MASTER_ADDR cannot be resolved.
         ConfigError: if this is rank 0's host and several of its addresses are possible.
     """
     assert launch.master_addr is not None
@@ -60,7 +60,7 @@ def find_meeting_address(launch: Launch) -> str:
 
 
 def find_interface(address: str) -> str | None:
-    """Returns the name of the interface that has an address; None if no interface has it."""
+    """Returns the name of the network interface with an address; None if no interface of this host has that address."""
     for name, found in psutil.net_if_addrs().items():
         own = [entry.address.partition("%")[0] for entry in found if entry.family in (socket.AF_INET, socket.AF_INET6)]
         if address in own or (is_loopback(address) and any(map(is_loopback, own))):
@@ -69,7 +69,7 @@ def find_interface(address: str) -> str | None:
 
 
 def _outer_addresses() -> dict[str, str]:
-    """Returns the name of the interface by address, for this host's addresses that are not loopback or link-local."""
+    """Returns this host's addresses that are neither loopback nor link-local, each mapped to its network interface."""
     return {
         address: name
         for name, entries in psutil.net_if_addrs().items()

@@ -1,6 +1,6 @@
-"""Ends the process after one line if an environment variable has a value with which DeepSpeed cannot be imported.
+"""Ends the process with a one-line error if an environment variable has a value that breaks the import of DeepSpeed.
 
-A program imports this module before all others, because DeepSpeed reads the variable at its import.
+Import this module before all others, because DeepSpeed reads the variable during its import.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Ends a command on a stop signal: unwinds it, so that unfinished files are deleted, within a time limit."""
+"""Ends a command on a stop signal within a time limit, and lets the command delete unfinished files first."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ from types import FrameType
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, describe_signal, exit_status, handled_signals, reading_signals
 
 STOP_SECONDS = 5.0
-"""Seconds after a stop signal at which a command is ended without unwinding, if it has not ended by itself."""
+"""Seconds after a stop signal at which a command that still runs is ended without cleanup."""
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """Reports a stop signal that ends a command; libraries treat it like Ctrl-C.
+    """Reports the stop signal that ends a command. Libraries treat this exception like Ctrl-C.
 
     Attributes:
         number: number of the signal.
@@ -23,7 +23,7 @@ class StoppedBySignal(KeyboardInterrupt):
     """
 
     def __init__(self, number: int) -> None:
-        """Stores the number of the signal."""
+        """Stores the number of the stop signal."""
         super().__init__(
             f"stopped by {describe_signal(number)}: each file is complete or absent; the same command starts again"
         )
@@ -32,13 +32,13 @@ class StoppedBySignal(KeyboardInterrupt):
 
 @contextmanager
 def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
-    """Raises `StoppedBySignal` in the block when a stop signal arrives; does nothing outside the main thread.
+    """Raises `StoppedBySignal` in the block when the first stop signal arrives; does nothing outside the main thread.
 
-    Python raises the exception after the current call into a library. The process ends after `STOP_SECONDS` in any
-    case. Signals after the first one have no effect.
+    Python raises the exception after the current library call returns. If the block still runs `STOP_SECONDS` later,
+    the process is ended. Later signals have no effect.
 
     Args:
-        end: ends this process, even if its main thread is blocked in a call.
+        end: ends this process at once, even if the main thread is blocked in a call.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Stops all ranks after the same step if any of them has received a stop signal or has no data."""
+"""Stops all ranks after the same step if one rank has received a stop signal or has no data."""
 
 from typing import Literal
 
@@ -10,29 +10,31 @@ from beit3_ds.storage_error import StorageError
 
 
 class DistributedStopSignals:
-    """Shares stop signals and data errors among all ranks: `synchronize` makes the fields equal on all of them."""
+    """Shares stop signals and data errors among all ranks. `synchronize` makes the attributes equal on all ranks."""
 
     def __init__(self, signals: StopSignals, mesh: Mesh) -> None:
         self._signals, self._mesh = signals, mesh
         self.names = ""
-        """Names of the stop signals that any rank has received, joined by "and"; empty if no rank has received one."""
+        """Names of the stop signals that any rank has received, joined by "and"; empty without a stop signal."""
         self.first: int | None = None
-        """Number of a stop signal that a rank has received; of several, the first in `STOP_SIGNALS`. None if none."""
+        """Number of the stop signal that any rank has received, or None. With several, the first in `STOP_SIGNALS`
+        counts."""
         self.data_fault: Literal["data", "storage"] | None = None
-        """Why a rank has no data: "storage" for a failed file system, else "data". None if all ranks have data."""
+        """Reason why a rank has no data: "storage" if a file system failed, else "data". None if all ranks have data.
+        """
 
     @property
     def must_stop(self) -> bool:
-        """Returns True if the run must stop now, because a rank has received a stop signal or has no data."""
+        """Returns whether the run must stop now, because a rank has received a stop signal or has no data."""
         return bool(self.names or self.data_fault)
 
     def synchronize(self, data_error: Exception | None = None) -> bool:
-        """Exchanges signals and errors with all ranks, which all call it, and returns the new `must_stop`.
+        """Exchanges stop signals and data errors among all ranks, and returns the new value of `must_stop`.
 
-        Sends six integers.
+        All ranks must call this method. It all-reduces six integers in host memory.
 
         Args:
-            data_error: error that left this rank without data; None if it has data.
+            data_error: error that left this rank without data; None if this rank has data.
         """
         faults = [data_error is not None, isinstance(data_error, StorageError)]
         own = [*(number in self._signals.received for number in STOP_SIGNALS), *faults]

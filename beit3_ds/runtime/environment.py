@@ -1,4 +1,4 @@
-"""Checks environment variables of libraries, so that a wrong value gives a clear error before the libraries read it."""
+"""Checks environment variables before libraries read them, so that an invalid value gives a clear error message."""
 
 import re
 import socket
@@ -12,10 +12,10 @@ _THREADS = re.compile(r"\s*0*[1-9][0-9]{0,5}\s*(,\s*0*[1-9][0-9]{0,5}\s*)*")
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
-    """Checks that OMP_NUM_THREADS and DS_ACCELERATOR have values that are valid on some machine.
+    """Checks that OMP_NUM_THREADS and DS_ACCELERATOR have values that are valid on at least some machines.
 
     Raises:
-        ConfigError: if a value is invalid; the message names the variable, its value and the rule.
+        ConfigError: if a value is invalid. The message contains the variable, the value and the rule.
     """
     threads = environment.get("OMP_NUM_THREADS")
     if threads is not None and not _THREADS.fullmatch(threads):
@@ -35,8 +35,8 @@ def check_this_machine(environment: Mapping[str, str]) -> None:
     """Checks that this machine has the network interfaces and the device that environment variables name.
 
     Raises:
-        ConfigError: if an interface or the device is missing. The message names the variable and its value, and for
-            an interface also the available interfaces.
+        ConfigError: if a network interface or the device is missing. The message contains the variable and the value,
+            and for a network interface also the available interfaces.
     """
     present = [name for _, name in socket.if_nameindex()]
     for name in filter(None, environment.get("GLOO_SOCKET_IFNAME", "").split(",")):

@@ -1,4 +1,4 @@
-"""Detects from the ranks' heartbeats that a run has failed, and why."""
+"""Finds out from the heartbeats of the ranks whether and why a run has failed."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,29 +8,31 @@ from beit3_ds.config import ParallelConfig
 from beit3_ds.runtime.heartbeat import RankStatuses
 
 BEAT_REQUEST_SECONDS = 5.0
-"""Seconds that a rank has to answer a request for a heartbeat."""
+"""Time limit in seconds for a rank to answer a request for a heartbeat."""
 _LISTED = 8
 
 
 class Failure(NamedTuple):
-    """Describes a failure that must end the run on all ranks."""
+    """Describes a failure after which all ranks must end."""
 
     text: str
-    """Description of the failure, one line."""
+    """One line that describes the failure."""
     dump_stacks: bool = False
-    """Whether all ranks write the stacks of their threads before they end."""
+    """Whether all ranks print the stacks of their threads before they end."""
 
 
 class FailureDetector:
-    """Finds failures of a run in the heartbeats of all ranks; runs on rank 0. `Watchdog` lists the four kinds."""
+    """Runs on rank 0 and finds failures of a run in the heartbeats of all ranks; `Watchdog` lists the four kinds of
+    failures.
+    """
 
     def __init__(self, parallel: ParallelConfig, statuses: RankStatuses, describe: Callable[[int], str]) -> None:
-        """Starts the detector on rank 0.
+        """Creates the detector on rank 0.
 
         Args:
-            parallel: the time-outs.
-            statuses: status of all ranks, which the caller updates.
-            describe: returns the name of a rank with its coordinates and its host.
+            parallel: config with the timeouts.
+            statuses: statuses of all ranks, which the caller keeps up to date.
+            describe: returns a rank's number, coordinates and host as text.
         """
         self._parallel, self._statuses, self._describe = parallel, statuses, describe
         self._request: tuple[float, list[int]] | None = None
@@ -38,12 +40,11 @@ class FailureDetector:
         self._slow: dict[int, float] = {}
 
     def find_failure(self, reported: str | None, are_beats_requested: bool) -> Failure | None:
-        """Returns why the run must end now; None if there is no failure.
+        """Returns the failure for which the run must end now, or None.
 
         Args:
-            reported: first failure that a rank reported of itself; None without one.
-            are_beats_requested: whether all ranks were asked for a heartbeat, because a collective failed on one of
-                them.
+            reported: first error that a rank reported about itself; None without such an error.
+            are_beats_requested: whether all ranks were asked for a heartbeat, because a collective failed on one rank.
         """
         statuses, parallel = self._statuses, self._parallel
         if reported is not None:
@@ -62,7 +63,7 @@ class FailureDetector:
         return None
 
     def describe_slow(self) -> list[str]:
-        """Returns one line per slow rank, for which others wait; a rank is named again once its wait has doubled."""
+        """Returns one line per slow rank that others wait for. A rank is listed again when its delay has doubled."""
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)
         self._slow = {rank: self._slow.get(rank, first) for rank in behind}
@@ -75,7 +76,7 @@ class FailureDetector:
         ]
 
     def _lost_contact(self) -> Failure:
-        """Returns the failure to report if a collective failed although all ranks answer; most often it timed out."""
+        """Returns the failure for a collective that failed although all ranks answer; the usual cause is a timeout."""
         seconds = self._parallel.timeout_seconds
         if stalled := self._statuses.find_behind(seconds / 2):
             return self._stalled(stalled)

@@ -1,4 +1,4 @@
-"""Sends heartbeats of the ranks, and computes each rank's status from them."""
+"""Defines the heartbeats that ranks send, and computes the status of each rank from its heartbeats."""
 
 import json
 import time
@@ -9,20 +9,20 @@ from beit3_ds.runtime.keyed_store import ForgedValueError
 
 
 class Heartbeat(NamedTuple):
-    """Holds the status that a rank reports every few seconds."""
+    """Holds the state that a rank reports to rank 0 every few seconds."""
 
     number: int
-    """Counts heartbeats; a growing number shows that the thread that sends them is alive."""
+    """Number of heartbeats sent so far; if it grows, the thread that sends heartbeats is alive."""
     changes: int
-    """Counts phases of the main thread (`Activity.changes`); a growing number shows that the rank makes progress."""
+    """Number of phases that the main thread has begun (`Activity.changes`); if it grows, the rank makes progress."""
     step: int
-    """Number of the step in which the main thread is, from 1."""
+    """Number of the main thread's current step, from 1."""
     phase: str
     """Name of the main thread's current phase, such as "update"."""
     is_waiting: bool
     """Whether the main thread waits for other ranks."""
     state: str = "running"
-    """State of the rank: "running", "ending" after it has read the run's failure, or "left" if no longer watched."""
+    """State of the rank: "running", "ending" (the rank has read that the run failed), or "left" (no longer watched)."""
 
     def encode(self) -> str:
         """Returns the heartbeat as JSON."""
@@ -35,57 +35,61 @@ class Heartbeat(NamedTuple):
 
 
 def find_sleep(seconds: float, interval: float) -> float:
-    """Returns the seconds by which a wait of `interval` seconds was late; 0 if it took at most twice as long.
+    """Returns the excess seconds of a wait that took more than twice the requested `interval`, else 0.
 
-    During these seconds this process was stopped, and other ranks may have been too. So the seconds do not count as
-    their silence.
+    During the excess seconds this process was suspended, and other ranks may have been suspended too. So these seconds
+    do not count as silence of other ranks.
 
     Args:
         seconds: measured duration of the wait.
-        interval: requested duration of the wait, in seconds.
+        interval: requested duration of the wait in seconds.
     """
     return seconds - interval if seconds > 2 * interval else 0.0
 
 
 class RankStatus:
-    """Holds the newest heartbeat of one rank, and the times at which this process noticed changes in it."""
+    """Holds the newest heartbeat of one rank, and when this process noticed the latest changes."""
 
     def __init__(self, beat: Heartbeat, now: float) -> None:
         self.beat = beat
         self.beaten_at = now
-        """Time when this process noticed the newest heartbeat, on its own monotonic clock."""
+        """Monotonic time in seconds when this process noticed the newest heartbeat."""
         self.unchanged_since = now
-        """Time when this process noticed that the rank's main thread began a phase, or began or ended a wait."""
+        """Monotonic time in seconds when this process noticed that the rank began a phase, or began or ended a wait."""
 
     @property
     def unchanged_seconds(self) -> float:
-        """Returns the seconds from the newest change of the main thread's phase to the newest heartbeat."""
+        """Returns the seconds between the latest change of the rank's phase and its newest heartbeat."""
         return self.beaten_at - self.unchanged_since
 
 
 class RankStatuses:
-    """Tracks which of the watched ranks are lost, and which are behind.
+    """Finds out which of the watched ranks are lost and which are behind.
 
-    A rank is *lost* if its heartbeats stop. A rank is *behind* if its main thread makes no progress while others wait
-    for it. All times are from this process's clock.
+    A rank is *lost* if its heartbeats stop. A rank is *behind* if its main thread makes no progress while other ranks
+    wait for this rank. All times are measured with this process's clock.
     """
 
     def __init__(self, beats: Sequence[Heartbeat], interval: float) -> None:
-        """Starts from the first heartbeat of each rank.
+        """Starts with the first heartbeat of each rank.
 
         Args:
             beats: one heartbeat per rank.
-            interval: normal seconds between two calls of `update`. If this process is stopped for longer, the excess
+            interval: normal seconds between two calls of `update`. If this process is suspended for longer, the excess
                 does not count as silence of the ranks.
         """
         self._interval, self._updated = interval, time.monotonic()
         self._ranks = [RankStatus(beat, self._updated) for beat in beats]
 
     def update(self, beats: Sequence[Heartbeat]) -> None:
-        """Updates the status of all ranks from their newest heartbeats, one per rank.
+        """Updates the status of each rank.
+
+        Args:
+            beats: newest heartbeat of each rank, in the order of the ranks.
 
         Raises:
-            ForgedValueError: if a heartbeat is older than one that was read before, so somebody wrote it again.
+            ForgedValueError: if a heartbeat is older than one that was read earlier, which only an attacker could
+                write.
         """
         now = time.monotonic()
         slept = find_sleep(now - self._updated, self._interval)
@@ -113,7 +117,7 @@ class RankStatuses:
         ]
 
     def find_behind(self, seconds: float) -> list[int]:
-        """Returns the ranks whose main thread has, for more than `seconds`, neither made progress nor waited.
+        """Returns the ranks whose main thread has neither made progress nor waited for more than `seconds`.
 
         The list is empty unless another rank has waited for more than half of `seconds`.
         """
@@ -126,24 +130,26 @@ class RankStatuses:
         ]
 
     def find_least_advanced(self) -> list[int]:
-        """Returns the ranks that have begun the fewest phases; an empty list if all have begun equally many."""
+        """Returns the ranks that have begun the fewest phases; an empty list if all ranks have begun equally many
+        phases.
+        """
         changes = [status.beat.changes for status in self._ranks]
         least = min(changes)
         return [rank for rank, own in enumerate(changes) if own == least] if least < max(changes) else []
 
     def count_waiting(self) -> int:
-        """Returns the number of ranks that wait for others."""
+        """Returns the number of ranks that wait for other ranks."""
         return sum(status.beat.is_waiting for status in self._ranks)
 
     def beat_numbers(self) -> list[int]:
-        """Returns the number of the newest heartbeat per rank."""
+        """Returns the number of each rank's newest heartbeat."""
         return [status.beat.number for status in self._ranks]
 
     def find_silent(self, numbers: Sequence[int]) -> list[int]:
         """Returns the ranks that are still in the run but have sent no heartbeat since `numbers` was read.
 
         Args:
-            numbers: an earlier result of `beat_numbers`.
+            numbers: earlier result of `beat_numbers`.
         """
         return [
             rank
@@ -152,6 +158,6 @@ class RankStatuses:
         ]
 
     def describe(self, rank: int) -> str:
-        """Returns the step and phase of a rank's main thread, and how long it has been in them."""
+        """Returns the step and phase of a rank's main thread as text, and how long the phase has lasted."""
         status = self._ranks[rank]
         return f"step {status.beat.step}, {status.beat.phase}, for {status.unchanged_seconds:.0f} s"

@@ -1,6 +1,6 @@
-"""Signs the values that ranks exchange through torch's store, which accepts requests from anyone.
+"""Signs the values that ranks exchange through torch's store, because that store accepts requests from any program.
 
-The cluster check sends this file to nodes that may lack the project, so it imports nothing else of the project.
+This file must not import other modules of the project: the cluster check sends it to nodes that may lack the project.
 """
 
 import hmac
@@ -17,18 +17,19 @@ class ForgedValueError(RuntimeError):
 
 
 class KeyedStore(dist.Store):
-    """Writes each value with a digest under a secret key, and verifies the digest before it returns a value.
+    """Stores each value with a keyed digest (HMAC-SHA256), and verifies the digest when a value is read.
 
-    The digest covers the value and its name. Torch's process groups use this store too, so gloo's addresses are signed.
-    Deletions and counters are not protected, and an attacker may replay an older value under its own name.
+    The digest covers the value and its key in the store. Torch's process groups also use this store, so the addresses
+    that gloo exchanges are signed. Deletions and counters are not protected. An attacker may restore an older value
+    under the same key.
     """
 
     def __init__(self, store: dist.Store, key: bytes) -> None:
-        """Wraps a store.
+        """Wraps a store of torch.
 
         Args:
-            store: torch's store.
-            key: secret of the ranks.
+            store: store to wrap.
+            key: secret that all ranks share.
         """
         super().__init__()
         self._store, self._key = store, key
@@ -39,15 +40,15 @@ class KeyedStore(dist.Store):
         self._store.set(key, self._digest(key, content) + content)  # type: ignore[arg-type] # torch takes bytes too
 
     def get(self, key: str) -> bytes:
-        """Waits until a key has a value, and returns the value after verifying its digest.
+        """Waits until a key has a value, verifies the digest and returns the value.
 
         Raises:
-            ForgedValueError: if the digest is wrong, so no rank with this secret wrote the value.
+            ForgedValueError: if the digest is wrong, so that no rank of this run wrote the value.
         """
         return self._verify(key, self._store.get(key))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        """Waits until all keys have values, and returns the values after verifying their digests (`get`)."""
+        """Waits until all keys have values, verifies the digests and returns the values (see `get`)."""
         return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(keys), strict=True)]
 
     def check(self, keys: list[str]) -> bool:
@@ -59,20 +60,20 @@ class KeyedStore(dist.Store):
         self._store.wait(keys, *([] if timeout is None else [timeout]))
 
     def add(self, key: str, value: int) -> int:
-        """Adds `value` to a counter and returns the new count; counters carry no digest."""
+        """Adds `value` to a counter and returns the new count; counters have no digest."""
         return self._store.add(key, value)
 
     def delete_key(self, key: str) -> bool:
-        """Deletes a key and returns whether it existed."""
+        """Deletes a key and returns whether the key existed."""
         return self._store.delete_key(key)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Sets how long a request to the store may take."""
+        """Sets the time limit of a request to the store."""
         self._store.set_timeout(timeout)
 
     @property
     def timeout(self) -> Any:
-        """Returns how long a request to the store may take."""
+        """Returns the time limit of a request to the store."""
         return self._store.timeout  # type: ignore[attr-defined] # missing in torch's stubs
 
     def _digest(self, key: str, content: bytes) -> bytes:

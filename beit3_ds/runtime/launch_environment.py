@@ -1,4 +1,4 @@
-"""Reads the environment variables in which a launcher describes a rank; no other module reads them."""
+"""Reads the environment variables that launchers set for each rank; no other module reads these variables."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from beit3_ds.config.numbers import RANKS
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 
 TORCH_LAUNCHER = "the launcher"
-"""Name of a launcher that sets torch's variables: `deepspeed`, `torchrun` or `beit3 launch`."""
+"""Name in messages for all launchers that set torch's variables: `deepspeed`, `torchrun` and `beit3 launch`."""
 _DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
 _STEPS_PER_JOB = 16
@@ -18,28 +18,28 @@ _STEPS_PER_JOB = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Describes how the launcher started this rank, in torch's terms."""
+    """Describes how the launcher started this rank, with torch's terms."""
 
     launcher: str
     """Name of the launcher, for messages."""
     rank: int
-    """Global rank."""
+    """Global rank of this process."""
     world_size: int
-    """Number of ranks."""
+    """Number of ranks on all hosts."""
     local_rank: int
-    """Number of this rank's device: its rank within its host, or 0 if it sees only one device."""
+    """Index of this rank's device: the rank within its host, or 0 if the rank sees only one device."""
     local_size: int | None
     """Number of ranks on this host; None if the launcher does not set it."""
     master_addr: str | None
-    """Name or address of rank 0's host; None if only MPI can find it (`discover_through_mpi`)."""
+    """Name or address of rank 0's host; None if only MPI can find the address (`discover_through_mpi`)."""
     master_port: int
     """Port on which rank 0 listens."""
 
     secret_file: str | None = None
-    """File with the secret of the ranks (BEIT3_SECRET_FILE); None stands for the file in the output folder."""
+    """File with the secret of the ranks (BEIT3_SECRET_FILE); None means the file in the output folder."""
 
     def variables(self) -> dict[str, str]:
-        """Returns this rank's values of the environment variables that torch and DeepSpeed read."""
+        """Returns the environment variables of torch and DeepSpeed with the values for this rank."""
         values = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world_size,
@@ -52,10 +52,11 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Reads this rank's launch from the variables of torch (`deepspeed`, `torchrun`), MPI or Slurm, in this order.
+    """Reads how this rank was launched from the first set of variables that exists: torch's, MPI's or Slurm's.
 
-    MPI precedes Slurm, because mpirun starts its daemons with srun. PMI's variables count only with Hydra's, and
-    Slurm's only inside a step of srun. MASTER_ADDR and MASTER_PORT override every source.
+    MPI precedes Slurm, because mpirun starts its daemons with srun. PMI's variables count only together with Hydra's.
+    Slurm's variables count only in a step that srun started with several tasks. MASTER_ADDR and MASTER_PORT override
+    the values of MPI and Slurm.
 
     Raises:
         ConfigError: if variables are missing, are not numbers, or contradict each other.
@@ -75,12 +76,13 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def discover_through_mpi(launch: Launch) -> Launch:
-    """Finds the address of rank 0 through MPI, and returns the launch with this address.
+    """Finds the address of rank 0 through MPI, and returns a copy of `launch` with this address.
 
-    The address is the first that `hostname -I` prints there. MPI broadcasts it and gathers all host names.
+    The address is the first one that `hostname -I` prints on rank 0's host. MPI broadcasts the address and gathers all
+    host names.
 
     Raises:
-        ConfigError: if mpi4py is missing.
+        ConfigError: if mpi4py is not installed.
     """
     try:
         import mpi4py  # noqa: F401
@@ -174,13 +176,13 @@ def _single_process() -> Launch:
 
 
 def first_host(hosts: str) -> str:
-    """Returns the first host of Slurm's list, for example "node08" for "node[08-11,20],gpu1"."""
+    """Returns the first host in Slurm's short form of a host list, for example "node08" for "node[08-11,20],gpu1"."""
     first = re.split(r",(?![^\[]*\])", hosts)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def expand_tasks(counts: str) -> list[int]:
-    """Returns the number of ranks of each host from Slurm's short form, for example [8, 8, 8, 4] for "8(x3),4"."""
+    """Returns the number of ranks on each host from Slurm's short form, for example [8, 8, 8, 4] for "8(x3),4"."""
     found = re.findall(r"([0-9]{1,7})(?:\(x([0-9]{1,7})\))?", counts)
     return [int(count) for count, times in found for _ in range(min(int(times or 1), int(RANKS.high)))]
 

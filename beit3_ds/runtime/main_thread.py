@@ -9,10 +9,10 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def describe_main_thread(otherwise: str) -> str:
-    """Returns the line of this program at which the main thread is, and the file or folder that it uses.
+    """Returns the source line that the main thread executes, and the file or folder that it uses, as text.
 
     Args:
-        otherwise: what the main thread does if it uses no file or folder; empty if that is not known.
+        otherwise: activity of the main thread if it uses no file or folder; empty if unknown.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     lines, paths, awaited = [], [], []

@@ -1,4 +1,4 @@
-"""Measures the memory and the space in /dev/shm that processes on this machine may use."""
+"""Measures the memory and the space in /dev/shm that are available to processes on this machine."""
 
 import os
 from contextlib import suppress
@@ -11,7 +11,9 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def measure_node() -> NodeSize:
-    """Returns the machine's memory, or its container's limit if that is lower, and the free space in /dev/shm."""
+    """Returns the memory of the machine or its container, whichever is smaller, and the free space in /dev/shm, in
+    bytes.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         with suppress(OSError, ValueError):  # absent, or "max"

@@ -1,4 +1,4 @@
-"""Joins this process to the process group of a run, and leaves it."""
+"""Joins this process to the process group of a run, and leaves the process group at the end."""
 
 import math
 import os
@@ -24,13 +24,15 @@ from beit3_ds.runtime.watchdog import STORE_SECONDS, Watchdog
 
 
 def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) -> Mesh:
-    """Joins the process group that the launcher describes in the environment, or creates one of a single process.
+    """Joins the process group that the launcher's environment variables describe; without them creates one for one
+    process.
 
-    Several ranks prove to each other that they share a secret (`read_secret`); a single process opens no port. The call
-    sets torch's variables (RANK, MASTER_ADDR and so on), and OMP_NUM_THREADS if it is not set.
+    Several ranks first prove to each other that they share a secret (`read_secret`). A single process opens no port.
+    The function sets torch's environment variables (RANK, MASTER_ADDR and so on). It divides the host's cores among the
+    ranks unless OMP_NUM_THREADS is set.
 
     Raises:
-        ConfigError: if the environment is contradictory, or if ranks cannot reach each other or do not connect in time.
+        ConfigError: if environment variables contradict each other, or if ranks do not connect to each other in time.
     """
     return _join_launched(parallel, output_dir, lambda: -math.inf)[0]
 
@@ -38,7 +40,7 @@ def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) 
 def _join_launched(
     parallel: ParallelConfig, output_dir: str | None, contended_at: Callable[[], float]
 ) -> tuple[Mesh, Callable[[float], dist.Store]]:
-    """Joins the process group, and returns the mesh and a function that opens another connection to the store."""
+    """Joins the process group; returns the mesh, and a function that opens another connection to the store."""
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -72,17 +74,17 @@ def joined_ranks(
     signals: StopSignals | None = None,
     contended_at: Callable[[], float] = lambda: -math.inf,
 ) -> Iterator[Mesh]:
-    """Joins the process group during the `with` block, and ends the program on all ranks if it fails on one of them.
+    """Joins the process group during the `with` block. If the block fails on one rank, the program ends on all ranks.
 
-    Every rank prints one line that names the failed rank. All ranks also end if a rank is lost or stalled, and a stop
-    signal of one rank reaches all (`Watchdog`).
+    Every rank then prints one line that names the failed rank. All ranks also end if a rank is lost or stalled. A stop
+    signal that one rank receives reaches all ranks (`Watchdog`).
 
     Args:
         parallel: layout and time limits.
-        output_dir: folder of the ranks' secret, as in `init_process_group`.
-        signals: signals that this process receives.
-        contended_at: returns, on rank 0, the monotonic time at which another command last asked for the output folder;
-            -inf if none did.
+        output_dir: folder with the ranks' secret (see `init_process_group`).
+        signals: recorder of the stop signals that this process receives.
+        contended_at: returns, on rank 0, the monotonic time when another command last asked for the output folder; -inf
+            if no command asked.
     """
     mesh, connect = _join_launched(parallel, output_dir, contended_at)
     watchdog = Watchdog(parallel, mesh, connect(STORE_SECONDS), signals)
@@ -100,18 +102,18 @@ def joined_ranks(
 
 
 def compute_device() -> torch.device:
-    """Returns the device on which this rank trains."""
+    """Returns the device that this rank trains on."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.Store) -> Mesh:
-    """Builds the mesh with its process groups: some for device tensors, and one for values in host memory.
+    """Builds the mesh and its process groups: several for tensors on the device, and one for values in host memory.
 
     Args:
-        parallel: the layout and the time-out.
+        parallel: layout and timeout.
         launch: rank and world size of this process, and the address of rank 0.
-        backend: backend of the device groups. Use "fake" for a single process: its collectives return their input
-            unchanged and open no port. Gloo would open a port per group even for one process.
+        backend: backend of the device groups. For a single process use "fake": its collectives return the input
+            unchanged and open no port. Gloo would open one port per group.
         store: store through which the ranks find each other.
     """
     if backend != "gloo":
@@ -128,7 +130,7 @@ def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.St
 
 
 def _is_lost_contact(error: Exception) -> bool:
-    """Returns whether an error means that a collective failed because of another rank; gloo raises RuntimeErrors."""
+    """Returns whether an error means that a collective failed because of another rank; gloo raises only RuntimeError."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
     )

@@ -1,4 +1,4 @@
-"""Keeps other runs out of the folder that the ranks of a run write."""
+"""Locks the folder that the ranks of a run write to, so that other runs cannot use it."""
 
 import math
 import os
@@ -14,21 +14,22 @@ from beit3_ds.writer_lock import WaitStoppedError, WriterLock
 
 @contextmanager
 def locked_by_rank_0(path: Path, target: str, way_out: str, signals: StopSignals) -> Iterator[Callable[[], float]]:
-    """Holds a `WriterLock` on rank 0 during the block; the launcher ends the other ranks if rank 0 does not get it.
+    """Holds a `WriterLock` on rank 0 during the block. If rank 0 does not get the lock, the launcher ends the other
+    ranks.
 
-    Yields a function: on rank 0 it returns the monotonic time at which another process last asked for the lock, or
-    -inf.
+    Yields:
+        A function. On rank 0 it returns the monotonic time when another process last asked for the lock, or -inf.
 
     Args:
-        path: the lock's file.
+        path: file of the lock.
         target: what the lock protects, for messages.
-        way_out: what a refused user can do.
-        signals: signals that this process receives; one of them ends a wait for the lock.
+        way_out: what a user can do if the lock is refused, for messages.
+        signals: recorder of the stop signals that this process receives; a stop signal ends a wait for the lock.
 
     Raises:
         ConfigError: on rank 0, if another run uses the folder.
-        StorageError: on rank 0, if another run that is ending or hangs does not release the folder in time.
-        StoppedBySignal: on rank 0, if a stop signal ends the wait for a run that is ending.
+        StorageError: on rank 0, if another run is ending or hangs, and does not release the folder in time.
+        StoppedBySignal: on rank 0, if a stop signal arrives during the wait for another run.
     """
     if read_launch(os.environ).rank != 0:
         yield lambda: -math.inf

@@ -1,4 +1,4 @@
-"""Connects the ranks before a process group exists; names ranks that are late or cannot be reached."""
+"""Connects the ranks before a process group exists, and reports ranks that are late or unreachable."""
 
 import errno
 import hmac
@@ -28,7 +28,8 @@ from beit3_ds.runtime.stop_deadline import STOP_SECONDS
 from beit3_ds.runtime.versions import describe_versions
 
 SILENCE_SECONDS = 60.0
-"""Seconds without an answer from rank 0's host after which a rank gives up; a refused connection is an answer."""
+"""Seconds without an answer from rank 0's host after which a rank gives up. A refused connection counts as an answer.
+"""
 NOTICE_SECONDS = 30.0
 """Seconds between two messages of a waiting rank."""
 _POLL_SECONDS = 0.5
@@ -43,10 +44,10 @@ _WAYS_OUT = (
 
 
 class Rendezvous:
-    """Connects a starting rank with all others, and prints which ranks are missing.
+    """Connects a starting rank to all others, and prints which ranks are missing.
 
-    Ranks meet in rank 0's store, where each writes its address and versions. A thread prints what this rank waits for,
-    and ends the process if a call into torch blocks for too long.
+    Ranks meet in rank 0's store, where each rank writes its address and software versions. A thread prints what this
+    rank waits for. The thread ends the process if a call into torch blocks for too long.
     """
 
     def __init__(
@@ -57,16 +58,16 @@ class Rendezvous:
         end: Callable[[int], None] = os._exit,
         contended_at: Callable[[], float] = lambda: -math.inf,
     ) -> None:
-        """Prepares to connect; `meet` makes the first connection.
+        """Prepares the rendezvous; `meet` opens the first connection.
 
         Args:
-            launch: this rank, with the address of rank 0.
-            seconds: longest time that ranks wait for each other.
-            secret: secret of all ranks of the run.
-            end: ends this process, even if its main thread is blocked in a call.
-            contended_at: returns, on rank 0, the monotonic time at which another command last asked for the output
-                folder of this run. That command is refused, but until it ends, its ranks may connect here, because they
-                have the same secret and port.
+            launch: rank of this process, and the address of rank 0.
+            seconds: maximum time in seconds that ranks wait for each other.
+            secret: secret that all ranks of the run share.
+            end: ends this process at once, even if the main thread is blocked in a call.
+            contended_at: returns, on rank 0, the monotonic time when another command last asked for this run's output
+                folder, or -inf. That command is refused. Until it ends, its ranks may connect here, because they have
+                the same secret and port.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()
@@ -80,7 +81,7 @@ class Rendezvous:
         # has a guard process of its own as its parent.
         self._parent = os.getppid() if launch.launcher == TORCH_LAUNCHER and launch.secret_file is None else 0
         self.num_threads = 1
-        """Number of threads that this rank should use: its share of its host's cores. Valid after `meet`."""
+        """Number of threads that this rank should use: an equal share of the host's cores. Valid after `meet`."""
 
     def __enter__(self) -> "Rendezvous":
         self._start = time.monotonic()
@@ -94,11 +95,12 @@ class Rendezvous:
         self._thread.join()
 
     def meet(self) -> None:
-        """Waits until all ranks have connected, and chooses gloo's network interface; sends a few bytes per rank.
+        """Waits until all ranks have connected, and chooses gloo's network interface; sends a few hundred bytes per
+        rank.
 
         Raises:
-            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS` or cannot listen. Also if a rank does
-                not connect within the given seconds, or runs other versions or other code than rank 0.
+            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS` or rank 0 cannot listen, if a rank does
+                not connect in time, or if a rank's software or code differs from rank 0's.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._address = self._find_address()
@@ -122,7 +124,7 @@ class Rendezvous:
         self._start = time.monotonic()  # forming the process group has the same time limit
 
     def explain(self, error: RuntimeError) -> ConfigError:
-        """Returns an error that explains a failure to form the process group after the ranks have met."""
+        """Returns an error that explains why the process group could not form after the ranks have met."""
         if isinstance(error, ForgedValueError):
             return ConfigError(f"host {self._host}: {error}")
         return ConfigError(
@@ -169,15 +171,15 @@ class Rendezvous:
             time.sleep(_POLL_SECONDS)
 
     def connect(self, seconds: float) -> dist.Store:
-        """Opens another connection to the store of rank 0, with a separate key prefix; call it after `meet`.
+        """Opens another connection to rank 0's store, with a separate key prefix. Call this method only after `meet`.
 
         Args:
-            seconds: longest time of a request.
+            seconds: time limit of a request to the store in seconds.
         """
         return KeyedStore(dist.PrefixStore("watchdog", self._connect(seconds)), self._key)
 
     def _serve(self) -> dist.Store:
-        """Opens rank 0's store, which listens only at rank 0's address; torch by default listens at all addresses."""
+        """Opens rank 0's store, which listens only at rank 0's address; torch's default would listen at all addresses."""
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -214,10 +216,11 @@ class Rendezvous:
         return hmac.digest(self._secret, " ".join(words).encode(), "sha256")
 
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Waits on rank 0 for all ranks, then sends them all descriptions, or an error, and returns that answer.
+        """Runs on rank 0: waits for all ranks, then sends an answer to all ranks, and returns that answer.
 
-        If another command asked for the output folder, some of these ranks may be its own. Rank 0 then waits until that
-        command has ended them, and searches anew.
+        The answer holds the address and number of threads of each rank, or an error message. If another command asked
+        for the output folder, some of the ranks may belong to that command. Then rank 0 waits until the other command
+        has ended, and collects the ranks again.
         """
         while True:
             began = time.monotonic()
@@ -236,10 +239,10 @@ class Rendezvous:
         return answer
 
     def _find_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> tuple[str, KeyedStore, list[dict[str, Any]]]:
-        """Waits for all ranks; returns a new challenge, a store signed with the challenge, and each rank's description.
+        """Waits for all ranks; returns a random challenge, a store signed with the challenge, and each rank's
+        description.
 
-        Ranks sign their descriptions with the secret and the challenge, a random text of rank 0. So descriptions of an
-        earlier run are not valid.
+        Ranks sign their descriptions with the secret and the challenge. So descriptions of an earlier run are invalid.
         """
         challenge, size = secrets.token_hex(16), self._launch.world_size
         invitation = KeyedStore(base, self._secret)
@@ -267,15 +270,15 @@ class Rendezvous:
         return challenge, store, [found[rank] for rank in range(size)]
 
     def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
-        """Returns whether a rank on this host has another parent than rank 0; false after `_LAUNCHER_SECONDS`."""
+        """Returns whether a rank on this host was started by another launcher; always false after `_LAUNCHER_SECONDS`."""
         is_late = time.monotonic() - self._start >= min(_LAUNCHER_SECONDS, self._seconds / 2)
         return description["host"] == self._host and description["parent"] != self._parent and not is_late
 
     def _refuse(self, store: KeyedStore, error: str) -> NoReturn:
-        """Sends an error message to all ranks as their answer, and raises it here.
+        """Sends an error message to all ranks, and raises an error with this message on rank 0.
 
         Raises:
-            ConfigError: always, with this message.
+            ConfigError: always.
         """
         store.set("answer", json.dumps({"error": error}))
         time.sleep(min(_GRACE_SECONDS, self._seconds) / 5)  # the store ends with this rank
@@ -322,7 +325,7 @@ class Rendezvous:
         return ""
 
     def _interface(self, addresses: list[str]) -> str | None:
-        """Returns the network interface that reaches rank 0's host or, on rank 0's host, the other hosts."""
+        """Returns the network interface through which this rank reaches rank 0's host; on that host, the other hosts."""
         own = own_address(*self._target())
         others = [address for address in addresses if not is_loopback(address)]
         if is_loopback(own) and others:
@@ -345,10 +348,10 @@ class Rendezvous:
 
 
 def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
-    """Returns an error message about ranks whose software differs from rank 0's; None if nothing differs.
+    """Returns an error message about ranks whose software differs from rank 0's; None if no software differs.
 
     Args:
-        ranks: per rank, its "host" and its "software", which maps the name of each package to its version.
+        ranks: description of each rank. "host" is the host name, and "software" maps package names to versions.
     """
     first, sentences = ranks[0], []
     for name, expected in first["software"].items():
@@ -372,7 +375,7 @@ def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _read(store: KeyedStore, key: str) -> str | None:
-    """Returns the value of a key; None if the key does not exist or the value's digest is wrong."""
+    """Returns the value of a key; None if the key does not exist or the digest is wrong."""
     try:
         return store.get(key).decode() if store.check([key]) else None
     except ForgedValueError:

@@ -1,4 +1,4 @@
-"""Reads the secret that the ranks of a run share, or creates it in the output folder."""
+"""Reads the secret that the ranks of a run share, or creates the secret in the output folder."""
 
 import contextlib
 import os
@@ -9,24 +9,26 @@ from pathlib import Path
 from beit3_ds.config import ConfigError
 
 SECRET_VARIABLE = "BEIT3_SECRET_FILE"
-"""Environment variable that names a file with the secret; `beit3 launch` sets it to a new file at every attempt."""
+"""Environment variable with the path of the file that holds the secret. `beit3 launch` creates a new file per attempt.
+"""
 SECRET_FILE = "rank_secret"
-"""Name of the secret's file in the output folder, which is used if `SECRET_VARIABLE` is not set."""
+"""Name of the file in the output folder that holds the secret if `SECRET_VARIABLE` is not set."""
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
 
 
 def read_secret(named: str | None, output_dir: str | None) -> bytes:
-    """Returns the secret with which ranks prove to each other that they belong to one run.
+    """Returns the secret with which ranks prove to each other that they belong to the same run.
 
-    Creates the file in the output folder, with mode 0600, unless another rank or run has created it.
+    If no file is named, the secret is in the output folder. The first rank that needs this file creates it, with mode
+    0600.
 
     Args:
-        named: file that `SECRET_VARIABLE` names; None stands for the file in the output folder.
+        named: path of the file with the secret, from `SECRET_VARIABLE`; None means the file in the output folder.
         output_dir: output folder, on storage that all hosts share.
 
     Raises:
-        ConfigError: if both arguments are None. Also if the file cannot be read or created, belongs to another user,
-            can be read by others, or is too short.
+        ConfigError: if the two arguments are None, or if the file cannot be read or created, belongs to another user,
+            is readable by other users, or is too short.
     """
     if named is None and output_dir is None:
         raise ConfigError(
@@ -52,7 +54,7 @@ def read_secret(named: str | None, output_dir: str | None) -> bytes:
 
 
 def _create(path: Path) -> None:
-    """Writes a new secret to `path` unless the file exists; if several ranks write at once, the first one wins."""
+    """Writes a new secret to `path` unless the file exists. If several ranks write at once, the first file remains."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

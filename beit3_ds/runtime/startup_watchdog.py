@@ -1,4 +1,4 @@
-"""Watches a process while it opens its files, where no other time limit applies; prints which call hangs."""
+"""Watches a process while it opens its files, when no other time limit applies, and prints which call hangs."""
 
 import os
 import sys
@@ -10,25 +10,25 @@ from contextlib import contextmanager
 from beit3_ds.runtime.main_thread import describe_main_thread
 
 NOTICE_SECONDS = 60.0
-"""Seconds between two messages that say where a start without progress hangs."""
+"""Seconds between two messages about a start that makes no progress."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""Share of one core; a process that uses less counts as waiting."""
+"""Share of one core, below which a process counts as idle."""
 
 
 class StartupWatchdog:
-    """Runs a thread that ends the process if the main thread makes no progress while it opens files.
+    """Ends the process, from a separate thread, if the main thread makes no progress while it opens files.
 
-    Otherwise a file system that hangs would block the main thread forever.
+    Without this thread, a file system that hangs would block the process forever.
     """
 
     def __init__(self, rank: int, seconds: float, end: Callable[[int], None] = os._exit) -> None:
-        """Starts the thread that watches.
+        """Starts the watching thread.
 
         Args:
             rank: rank of this process, for messages.
-            seconds: longest time without progress (`data.timeout_seconds`).
-            end: ends this process, even if its main thread is blocked in a call.
+            seconds: maximum seconds without progress (`data.timeout_seconds`).
+            end: ends this process at once, even if the main thread is blocked in a call.
         """
         self._rank, self._seconds, self._end = rank, seconds, end
         self._over = threading.Event()
@@ -39,7 +39,7 @@ class StartupWatchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops the thread; call it when the files are open."""
+        """Stops the watching thread; call this method when all files are open."""
         self._over.set()
         self._thread.join()
 
@@ -66,7 +66,7 @@ class StartupWatchdog:
                 print(line, file=sys.stderr, flush=True)
 
     def _cpu_seconds(self) -> tuple[float, float]:
-        """Returns the processor time of the main thread and of the whole process, in seconds."""
+        """Returns the CPU time of the main thread and of the whole process in seconds."""
         return time.clock_gettime(self._clock), time.process_time()
 
     def _where(self) -> str:
@@ -75,7 +75,7 @@ class StartupWatchdog:
 
 @contextmanager
 def watched_start(rank: int, seconds: float) -> Iterator[None]:
-    """Runs a `StartupWatchdog`, with the arguments of its constructor, during the block."""
+    """Runs a `StartupWatchdog` during the block; the arguments are those of its constructor."""
     watch = StartupWatchdog(rank, seconds)
     try:
         yield

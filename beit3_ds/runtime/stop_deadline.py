@@ -1,4 +1,4 @@
-"""Ends a process that does not end by itself within some seconds after a stop signal."""
+"""Ends a process that still runs some seconds after a stop signal."""
 
 import os
 import sys
@@ -12,29 +12,29 @@ from beit3_ds.runtime.main_thread import describe_main_thread
 from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_status
 
 STOP_SECONDS = 5.0
-"""Seconds that a process without unsaved updates has to end after a stop signal; also the shortest limit of a wait for
-other ranks."""
+"""Time limit in seconds to end after a stop signal, for a process without unsaved updates. A wait for other ranks gets
+at least this limit."""
 _PEER_FACTOR = 2.0
-"""Longest wait for other ranks, as a multiple of the longest phase of a step so far."""
+"""Time limit of a wait for other ranks, as a multiple of the longest phase of a step so far."""
 _SECOND_INTERRUPT_SECONDS = 1.0
 _POLL_SECONDS = 0.25
 
 
 class StopDeadline:
-    """Runs a thread that ends this process if it does not end by itself after a stop signal.
+    """Ends this process, from a separate thread, if the process does not end within a time limit after a stop signal.
 
-    Before the first step and after the last one the process has `STOP_SECONDS`. In between, a rank may finish its step
-    and its save. A wait for other ranks may last `STOP_SECONDS`, or twice the longest phase so far. A second SIGINT
-    ends the process at once.
+    Before the first step and after the last step, the limit is `STOP_SECONDS`. During training, a rank may finish its
+    step and save. Only waits for other ranks are limited, to `STOP_SECONDS` or twice the longest phase so far. A second
+    SIGINT ends the process within about one second.
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
-        """Starts the thread, which first limits everything to `STOP_SECONDS`; `limit_waits` changes that.
+        """Starts the watching thread. The limit is `STOP_SECONDS` until `limit_waits` is called.
 
         Args:
             rank: rank of this process, for messages.
-            signals: signals that this process receives.
-            end: ends this process, even if its main thread is blocked in a call.
+            signals: recorder of the stop signals that this process receives.
+            end: ends this process at once, even if the main thread is blocked in a call.
         """
         self._rank, self._signals, self._end = rank, signals, end
         self._activity: Activity | None = None
@@ -45,7 +45,7 @@ class StopDeadline:
         self._thread.start()
 
     def limit_waits(self, activity: Activity) -> None:
-        """Limits only waits for other ranks from now on; call it when training begins.
+        """Limits only waits for other ranks from now on; call this method when training begins.
 
         Args:
             activity: current activity of this rank's main thread.
@@ -53,17 +53,17 @@ class StopDeadline:
         self._phase_since, self._activity = time.monotonic(), activity
 
     def limit_all(self, phase: str, consequence: str) -> None:
-        """Limits everything from now on; call it when nothing is left to save.
+        """Limits all work after a stop signal from now on; call this method when no more state must be saved.
 
         Args:
-            phase: the part of the program that follows, for messages, such as "the report".
-            consequence: sentence about what is saved and what the same command does when it is started again.
+            phase: name of the next part of the program, for messages, such as "the report".
+            consequence: sentence for messages that tells what is saved, and what a restart of the same command does.
         """
         self._phase, self._consequence = phase, consequence
         self._phase_since, self._activity = time.monotonic(), None
 
     def stop(self) -> None:
-        """Stops the thread."""
+        """Stops the watching thread."""
         self._over.set()
         self._thread.join()
 

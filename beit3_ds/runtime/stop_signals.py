@@ -1,4 +1,4 @@
-"""Records stop signals: SIGTERM, SIGINT, SIGUSR1 and SIGHUP end a run after its current step, with a checkpoint."""
+"""Records the stop signals SIGTERM, SIGINT, SIGUSR1 and SIGHUP, after which a run saves a checkpoint and ends."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""Signals that stop a run. Cluster managers send SIGTERM or SIGUSR1 before SIGKILL, Ctrl-C sends SIGINT, and a closing
+"""Signals that stop a run. Cluster managers send SIGTERM or SIGUSR1 before SIGKILL. Ctrl-C sends SIGINT. A closing
 terminal sends SIGHUP."""
 
 _END = 0  # no signal has this number
 
 
 def handled_signals() -> tuple[signal.Signals, ...]:
-    """Returns `STOP_SIGNALS`, without SIGHUP if this process ignores it, as under `nohup`."""
+    """Returns `STOP_SIGNALS`, but without SIGHUP if this process ignores SIGHUP, as under `nohup`."""
     return tuple(
         number
         for number in STOP_SIGNALS
@@ -26,7 +26,7 @@ def handled_signals() -> tuple[signal.Signals, ...]:
 
 
 def exit_status(number: int) -> int:
-    """Returns the exit status of a process that a stop signal ended before it could save: 128 + the signal's number.
+    """Returns the exit status of a process that a stop signal ended before it could save: 128 plus the signal's number.
 
     SIGHUP counts as SIGTERM, as in `beit3 launch`.
     """
@@ -41,31 +41,32 @@ def describe_signal(number: int) -> str:
 class StopSignals:
     """Records the stop signals that this process has received.
 
-    A thread reads the signals from a pipe, because Python's handlers wait while the main thread is in a call such as
-    gloo's.
+    A thread reads the signals from a pipe. Python's signal handlers alone would be too late: they wait while the main
+    thread is in a library call, such as a collective of gloo.
     """
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        """Numbers of the stop signals that this process, or another rank of the run, has received so far."""
+        """Numbers of the stop signals that this process or another rank of the run has received so far."""
         self.received_at: float | None = None
-        """Time of the first stop signal, on the monotonic clock; None if none was received."""
+        """Monotonic time of the first stop signal in seconds; None before any stop signal."""
         self.num_interrupts = 0
-        """Number of SIGINTs received so far."""
+        """Number of SIGINT signals received so far."""
         self.is_stop_agreed = False
         """Whether all ranks have agreed to stop because of a stop signal (`DistributedStopSignals.synchronize`)."""
         self._has_handled_interrupt = False
 
     def is_any_received(self) -> bool:
-        """Returns whether this process, or another rank of the run, has received a stop signal."""
+        """Returns whether this process or another rank of the run has received a stop signal."""
         return bool(self.received)
 
     @contextmanager
     def handling(self) -> Iterator["StopSignals"]:
-        """Records stop signals during the block, so that they do not end the process; only the main thread may enter.
+        """Records stop signals during the block, instead of ending the process. Only the main thread may enter the
+        block.
 
-        The block also unblocks the signals. A second SIGINT raises KeyboardInterrupt. If the ranks have agreed to stop,
-        the signals are ignored after the block, because a late signal would look like a failure to the launcher.
+        The block also unblocks the signals. A second SIGINT raises KeyboardInterrupt. If all ranks have agreed to stop,
+        the signals are ignored after the block, because the launcher would report a late signal as a failure.
         """
         numbers = handled_signals()
         with reading_signals(self._note):
@@ -78,18 +79,18 @@ class StopSignals:
                     signal.signal(number, signal.SIG_IGN if self.is_stop_agreed else handler)
 
     def record(self, number: int) -> None:
-        """Records a stop signal, which this process or another rank has received; any thread may call it."""
+        """Records a stop signal that this process or another rank has received. Any thread may call this method."""
         self.received_at = self.received_at or time.monotonic()
         self.received.add(number)
 
     def _note(self, number: int) -> None:
-        """Records a signal; runs in the thread that reads the pipe."""
+        """Records a signal; called in the thread that reads the pipe."""
         if number in STOP_SIGNALS:
             self.num_interrupts += number == signal.SIGINT
             self.record(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Records a signal; runs in the main thread, before or after `_note` runs for the same signal."""
+        """Records a signal; called in the main thread, before or after `_note` is called for the same signal."""
         is_second = number == signal.SIGINT and self._has_handled_interrupt
         self._has_handled_interrupt |= number == signal.SIGINT
         self.record(number)
@@ -99,9 +100,9 @@ class StopSignals:
 
 @contextmanager
 def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
-    """Calls `note`, from another thread, with the number of each signal that arrives; only the main thread may enter.
+    """Calls `note` in another thread with the number of each arriving signal. Only the main thread may enter the block.
 
-    Only signals that have a handler in Python are read, because the interpreter writes no others into the pipe.
+    Signals without a Python handler are not read, because the interpreter does not write them into the pipe.
     """
     readable, writable = os.pipe()
     os.set_blocking(writable, False)

@@ -1,6 +1,7 @@
-"""Reads the versions of this machine's software and computes digests of the project's code.
+"""Reads the versions of this machine's software, and computes digests of the project's source files.
 
-The cluster check sends this file to nodes with other versions, so it needs only the standard library and Python 3.8.
+This file needs only Python 3.8 and the standard library, because the cluster check sends it to nodes with other
+versions.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import os
 import sys
 
 PACKAGES = ("torch", "deepspeed", "beit3_ds")
-"""Packages that must have one version on all ranks."""
+"""Packages whose versions must be equal on all ranks."""
 _CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 
 
 def find_package_versions() -> dict[str, str | None]:
-    """Returns the version of each package from its metadata, without an import; None if it is not installed."""
+    """Returns the version of each package in `PACKAGES` without importing it; None for a package that is not installed."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -28,7 +29,7 @@ def find_package_versions() -> dict[str, str | None]:
 
 
 def compute_code_digests() -> dict[str, str] | None:
-    """Returns a short digest per file of the project, by relative path; None if beit3_ds is not installed."""
+    """Returns a short digest of each source file of the project, by relative path; None if beit3_ds is not installed."""
     digests: dict[str, str] = {}
     for name in ("beit3_ds", "beit3_ds.kernels"):
         try:
@@ -47,9 +48,11 @@ def compute_code_digests() -> dict[str, str] | None:
 
 
 def describe_versions() -> dict[str, str]:
-    """Returns the versions of Python and of `PACKAGES`, and one digest of the project's code, as key "code".
+    """Returns the versions of Python and of `PACKAGES` by name, and one digest of the project's code under the key
+    "code".
 
-    Python's version is major.minor. No package is imported, but all of the project's code is read.
+    The version of Python has the form major.minor. No package is imported, but all source files of the project are
+    read.
     """
     versions = {name: str(version) for name, version in find_package_versions().items()}
     code = hashlib.sha256(repr(sorted((compute_code_digests() or {}).items())).encode()).hexdigest()[:12]

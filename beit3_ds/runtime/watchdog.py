@@ -1,4 +1,4 @@
-"""Ends a run on all ranks when one of them fails, stalls or no longer answers, and names that rank."""
+"""Ends a run on all ranks if one rank fails, stalls or does not answer, and reports which rank it was."""
 
 import contextlib
 import faulthandler
@@ -21,33 +21,35 @@ from beit3_ds.runtime.stop_signals import StopSignals
 
 _POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0
-"""Longest time in seconds of one request to the store."""
+"""Time limit of one request to the store in seconds."""
 _GRACE_SECONDS = 5.0
-"""Seconds that ranks have to answer a request for heartbeats, or to end by themselves after a failure."""
+"""Time limit in seconds for ranks to send a requested heartbeat, or to end without being killed after a failure."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
-"""Value of a key that no rank has set yet."""
+"""Value of a key in the store before any rank sets the key."""
 _STORE_ERRORS = (RuntimeError, dist.DistError)
 
 
 class Watchdog:
-    """Watches all ranks with two threads per rank: one exchanges heartbeats, the other checks that the store answers.
+    """Watches all ranks with two threads per rank: one exchanges heartbeats, and the other checks that the store
+    answers.
 
-    Every rank writes the phase of its main thread as a `Heartbeat` to the store. Rank 0 reads all heartbeats and runs
-    the `FailureDetector`; the others read its result. There are four kinds of failures:
+    Every rank writes the phase of its main thread to the store as a `Heartbeat`. Rank 0 reads all heartbeats and runs
+    the `FailureDetector`; the other ranks read the result. There are four kinds of failures:
 
-    * a rank failed: it reported its error in the store before it ended;
-    * a rank does not answer: it sent no heartbeat for `heartbeat_timeout_seconds`, or for five seconds after a
+    * a rank failed: the rank reported its error in the store before it ended;
+    * a rank does not answer: the rank sent no heartbeat for `heartbeat_timeout_seconds`, or for five seconds after a
       collective failed;
-    * a rank stalled: for `timeout_seconds` its main thread neither made progress nor waited, while others waited;
-    * the store does not answer: rank 0, its host or the link to it is down.
+    * a rank stalled: for `timeout_seconds` its main thread neither made progress nor waited, while other ranks waited;
+    * the store does not answer: rank 0, its host or the network link to it is down.
 
-    Then every rank prints one line with rank, coordinates and host, and ends with status 1. The first thread also
-    passes stop signals on: about two seconds later all ranks know a signal that one has received.
+    After a failure, every rank prints one line with the failed rank, its coordinates and its host, and exits with
+    status 1. The first thread also forwards stop signals: if one rank receives a signal, all ranks know it about two
+    seconds later.
 
-    Messages: each rank asks the store once per second for four short values, and writes about 80 bytes every sixth of
-    `heartbeat_timeout_seconds`. With 512 ranks and 60 s that is 565 requests and less than 200 kB per second. A store
-    answers 24,000 requests per second on one core.
+    Network traffic: each rank requests four short values per second from the store, and writes about 80 bytes every
+    sixth of `heartbeat_timeout_seconds`. With 512 ranks and 60 s, this makes 565 requests and less than 200 kB per
+    second. A store answers 24,000 requests per second on one core.
     """
 
     def __init__(
@@ -58,14 +60,15 @@ class Watchdog:
         signals: StopSignals | None = None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        """Starts the threads; all ranks call it.
+        """Starts the two threads; all ranks must call this constructor.
 
         Args:
-            parallel: the time-outs.
-            mesh: mesh of the initialised process group; gives the names of the ranks and the activity of this rank.
-            store: connection to the store where ranks meet, with a time-out of `STORE_SECONDS` and used by nobody else.
-            signals: stop signals of this process, which are passed on to all ranks.
-            end: ends this process, even if its main thread is blocked in a collective.
+            parallel: config with the timeouts.
+            mesh: mesh of the initialised process group. It provides descriptions of the ranks and the activity of this
+                rank.
+            store: separate connection to the store where ranks meet, with a timeout of `STORE_SECONDS`.
+            signals: stop signals of this process, which are forwarded to all ranks.
+            end: ends this process at once, even if the main thread is blocked in a collective.
         """
         self._signals = StopSignals() if signals is None else signals
         self._parallel, self._activity, self._end = parallel, mesh.activity, end
@@ -92,7 +95,7 @@ class Watchdog:
         self._store_thread.start()
 
     def stop(self) -> None:
-        """Ends the threads, and tells the other ranks that this rank has left and is no longer watched."""
+        """Stops the two threads, and tells the other ranks that this rank has left and need not be watched."""
         self._stopped.set()
         self._thread.join()
         self._state = "left"
@@ -102,7 +105,9 @@ class Watchdog:
         self._store_thread.join()
 
     def announce_failure(self, error: Exception) -> None:
-        """Reports to all ranks that this one has failed, and waits at most ten seconds until they have read it."""
+        """Reports the failure of this rank to all ranks, and waits at most ten seconds until the ranks have read the
+        report.
+        """
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         self._report(f"{self._describe(self._rank)} failed: {line}")
 
@@ -138,7 +143,9 @@ class Watchdog:
         return [Heartbeat.decode(text) for text in self._store.multi_get(_beat_keys(ranks))]
 
     def _watch_ranks(self) -> None:
-        """Runs as the first thread: sends heartbeats, and ends the process when a failure is published."""
+        """Runs as the first thread: sends heartbeats, and ends the process when rank 0 or another rank publishes a
+        failure.
+        """
         try:
             while not self._stopped.wait(self._poll_seconds):
                 keys = ["beats_requested", "failure", "beat/0", "stop_signal"]
@@ -162,14 +169,16 @@ class Watchdog:
             self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
 
     def _share_stop_signal(self, shared: str) -> None:
-        """Passes this rank's stop signal on to all ranks, or records another rank's stop signal."""
+        """Forwards this rank's stop signal to all ranks, or records another rank's stop signal."""
         if shared != _NONE:
             self._signals.record(int(shared))
         elif self._signals.is_any_received():
             self._set_once("stop_signal", str(min(self._signals.received)))
 
     def _watch_store(self) -> None:
-        """Runs as the second thread: ends the process if the store stops answering; makes no call that could block."""
+        """Runs as the second thread: ends the process if the store stops answering. This thread makes no call that
+        could block.
+        """
         last = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
             now = time.monotonic()
@@ -187,7 +196,7 @@ class Watchdog:
                 return
 
     def _detect_failure(self, are_beats_requested: bool) -> None:
-        """Runs on rank 0: updates the status of all ranks, prints which are slow, and publishes a failure, if any."""
+        """Runs on rank 0: updates the status of all ranks, prints slow ranks, and publishes a failure if there is one."""
         values = self._store.multi_get(["reported", *_beat_keys(range(self._size))])
         reported, *beats = (value.decode() for value in values)
         self._statuses.update([Heartbeat.decode(beat) for beat in beats])
@@ -201,12 +210,14 @@ class Watchdog:
         self._set_once("failure", json.dumps(failure))
 
     def _set_once(self, key: str, value: str) -> None:
-        """Writes a value if the key has none; if two ranks write at once, one of their values remains."""
+        """Writes a value if the key has no value yet. If two ranks write at once, one of the two values remains."""
         if self._store.get(key).decode() == _NONE:
             self._store.set(key, value)
 
     def _end_process(self, failure: Failure) -> None:
-        """Ends the process after five seconds, unless it ends by itself; other ranks can read the failure meanwhile."""
+        """Ends the process after five seconds unless it exits earlier; during this time other ranks can read the
+        failure.
+        """
         self._state = "ending"
         with contextlib.suppress(*_STORE_ERRORS):  # the process that holds the store may be gone
             self._beat()
