@@ -1,9 +1,17 @@
-"""Turns files into packed micro-batches, as a pure function of seed and step.
+"""Reads images and texts from files and packs them into micro-batches.
 
-In the order of the flow: `files` finds and reads files. `images` and `text` make samples of files, and `sources` opens
-the sources of a config. `order` picks samples, `samples` prepares them, and `packing` joins them into micro-batches.
-`steps` builds a rank's share of a step. `loader`, `validation` and `evaluation` serve batches with the processes of
-`workers`. Before a run, `tokenizer_corpora` reads texts for the tokenizer, and `prepare` indexes files.
+The content of a step depends only on the data, the config, the seed and the step number.
+
+The modules in the order of the data flow:
+
+* `files` finds and reads files.
+* `images` and `text` read samples from files, and `sources` opens the sources in a config.
+* `order` picks the samples of each step.
+* `samples` prepares one sample, `packing` joins samples into a micro-batch, and `steps` builds a rank's share of a
+  step.
+* `loader`, `validation` and `evaluation` serve batches; the processes of `workers` prepare them.
+
+Two modules run before training: `tokenizer_corpora` reads texts to train a tokenizer, and `prepare` indexes files.
 """
 
 from beit3_ds.data.evaluation import EvaluationBatches

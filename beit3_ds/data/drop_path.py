@@ -1,4 +1,6 @@
-"""Draws the random factors of stochastic depth while data are prepared, so that the forward pass is deterministic."""
+"""Draws the random factors of stochastic depth during data preparation, because the forward pass draws no random
+numbers.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,31 +13,31 @@ from beit3_ds.data.randomness import sample_rng
 
 
 class Slot(NamedTuple):
-    """Identifies a sequence within its optimizer step, independent of ranks and micro-batches."""
+    """Identifies a sequence within an optimizer step; does not depend on the number of ranks or micro-batches."""
 
     stream: str
     number: int
-    """Index of the sample among the step's samples of its stream."""
+    """Index of the sample within the step, counted per stream."""
     sequence: int = 0
-    """Index of the sequence among the sequences of its sample."""
+    """Index of the sequence within the sample."""
 
 
 def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Sequence[Slot]) -> Tensor | None:
     """Draws which branches each sequence skips in stochastic depth (Huang et al., 2016, arXiv:1603.09382).
 
-    Layer l of L skips a branch with probability rate * l / (L - 1). The image and the text of a pair always skip the
-    same branches. Each draw is a pure function of (seed, step, slot, layer, branch).
+    Layer l of L skips each branch with probability rate * l / (L - 1), for l from 0 to L - 1. The image and the text of
+    a pair always skip the same branches. Each draw depends only on (seed, step, slot, layer, branch).
 
     Args:
-        rate: probability in the last layer, below 1.
+        rate: skip probability in the last layer, below 1.
         num_layers: number of layers, L.
         seed: seed of the run.
         step: number of the optimizer step.
-        slots: slot of each of the Q sequences.
+        slots: one slot for each of the Q sequences.
 
     Returns:
-        Factors of the attention and feed-forward branches, (Q, L, 2) float32: 0 for a skipped branch, otherwise 1 / (1
-        - probability), which keeps the mean. None if `rate` is 0.
+        Factors of the attention and feed-forward branches, (Q, L, 2) float32. A skipped branch has factor 0. A kept
+        branch has factor 1 / (1 - probability), which preserves the mean. None if `rate` is 0.
     """
     if rate == 0:
         return None

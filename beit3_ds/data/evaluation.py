@@ -1,4 +1,4 @@
-"""Reads all samples of a split in batches, for the metrics of a task."""
+"""Reads all samples of an evaluation split in batches, so that a task can compute metrics."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,19 +15,19 @@ from beit3_ds.data.workers.pool import Preparation, prepare_in_order
 from beit3_ds.data.workers.waiting import WaitLimits
 
 _AHEAD = 2
-"""Number of batches that each worker prepares ahead."""
+"""Number of batches that each worker process prepares in advance."""
 _GIB = 1 << 30
 
 Plan = Mapping[str, Sequence[int]]
-"""Maps each stream to the numbers of its samples in one batch."""
+"""Maps each stream to its sample indices in one batch."""
 
 
 class EvaluationBatches:
-    """Yields this rank's batches of a split; in one pass, all ranks together get each sample once.
+    """Yields one rank's batches of an evaluation split; all ranks together read each sample once.
 
-    The cut into batches depends only on `training.eval_batch_size`, and rank r of R evaluates every R-th batch. So
-    predictions are bitwise the same on any number of ranks. Every rank has the same number of batches; some may be
-    empty.
+    Only `training.eval_batch_size` decides which samples share a batch. Rank r of R evaluates every R-th batch.
+    Predictions are therefore bitwise equal on any number of ranks. Every rank has the same number of batches; some
+    batches may be empty.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class EvaluationBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
     ) -> None:
-        """Stores its arguments; reads no sample yet.
+        """Plans the batches; reads no sample yet.
 
         Args:
             config: the run's configuration; `training.eval_samples` limits the samples per stream.
             streams: samples by stream, in the order of their rows in a batch.
-            pack: packs prepared samples into a batch.
-            data_parallel_rank: rank whose share is read.
+            pack: function that packs prepared samples into a batch.
+            data_parallel_rank: rank that reads these batches.
             data_parallel_size: number of ranks that share the batches.
         """
         self.streams = dict(streams)
@@ -62,18 +62,18 @@ class EvaluationBatches:
         """Number of evaluated samples of each stream, over all ranks."""
 
     def __len__(self) -> int:
-        """Returns the number of this rank's batches, the same on every rank."""
+        """Returns the number of batches per rank, which is equal on all ranks."""
         return len(self._plans)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yields this rank's batches as `read` does, with the time limit `data.timeout_seconds`."""
+        """Yields this rank's batches; waits at most `data.timeout_seconds` for each batch."""
         return self.read(WaitLimits(seconds=self._config.data.timeout_seconds))
 
     def read(self, limits: WaitLimits) -> Iterator[PackedBatch]:
         """Yields this rank's batches; `limits` bounds the wait for each batch.
 
         Raises:
-            ConfigError: if a record is broken, because scores without it would not be comparable.
+            ConfigError: if a record is broken, because scores without the record would not be comparable.
             DataTimeoutError: if a batch is not ready in time.
             StopRequestedError: if this process is asked to stop while it waits.
         """
@@ -90,7 +90,7 @@ class EvaluationBatches:
         return [index for of_source in chosen for index in of_source]
 
     def _num_workers(self) -> int:
-        """Returns the number of worker processes, reduced if their batches would exceed `data.prefetch_gib`."""
+        """Returns the number of worker processes; uses fewer if the prepared batches would exceed `data.prefetch_gib`."""
         data = self._config.data
         sequences = sum(stream.sequences_per_sample for stream in self.streams.values())
         num_bytes = max(1, sequences * self._config.training.eval_batch_size * image_bytes(self._config, "model"))
@@ -98,7 +98,7 @@ class EvaluationBatches:
 
 
 class _BatchWork:
-    """Prepares the batch with given sample numbers; can be pickled, so that a worker can call it."""
+    """Prepares one batch from sample indices; can be pickled and sent to a worker process."""
 
     def __init__(self, streams: Mapping[str, Stream], pack: Pack, seed: int) -> None:
         self._streams, self._pack, self._seed = streams, pack, seed

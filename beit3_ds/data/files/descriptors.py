@@ -1,6 +1,7 @@
-"""Keeps files open between reads: a bounded cache of file descriptors and memory maps.
+"""Keeps files open between reads, in a bounded cache of file descriptors and memory maps.
 
-Opening a file is the slowest operation of a shared file system; an open shard needs one system call per record.
+Opening a file is the slowest operation on a shared file system. A shard that is already open needs only one system call
+per record.
 """
 
 import errno
@@ -25,15 +26,15 @@ ItemT = TypeVar("ItemT")
 
 
 class FileChangedError(OSError):
-    """Reports a file whose size or modification time has changed."""
+    """Signals that the size or modification time of a file has changed."""
 
 
 class OpenFiles:
     """Reads byte ranges of files and maps files into memory; keeps the most recently used files open.
 
-    At most `limit` descriptors stay open, and at most half of the process's limit of open files. If the system has no
-    more, half of the cached ones are closed. A file that a network file system has invalidated (ESTALE) is reopened
-    once.
+    The cache keeps at most `limit` descriptors open, and at most half of the process's limit of open files. If the
+    system refuses to open another file, the cache closes half of the files. If a network file system invalidates an
+    open file (ESTALE), the cache reopens the file once.
 
     Threads can share an instance. A pickled copy starts with no open file.
     """
@@ -55,8 +56,8 @@ class OpenFiles:
             path: path of the file.
             offset: position of the first byte.
             size: number of bytes.
-            expected: size in bytes and modification time in nanoseconds that the file must have when it is opened; None
-                skips this check.
+            expected: expected size in bytes and modification time in nanoseconds, checked when the file is opened. None
+                skips the check.
 
         Raises:
             FileChangedError: if the size or modification time differs from `expected`.
@@ -91,7 +92,7 @@ class OpenFiles:
 
     @property
     def num_open(self) -> int:
-        """Returns the number of file descriptors that the cache keeps open now."""
+        """Returns the number of file descriptors in the cache."""
         return len(self._descriptors)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,9 +140,9 @@ class OpenFiles:
 
 
 def raise_open_file_limit(max_open_files: int) -> None:
-    """Raises this process's soft limit of open files, so that `OpenFiles` can keep `max_open_files` files open.
+    """Raises this process's soft limit of open files to twice `max_open_files`, or to the hard limit if that is lower.
 
-    The hard limit remains an upper bound.
+    `OpenFiles` uses at most half of the soft limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * max_open_files  # OpenFiles uses half of the limit
@@ -152,7 +153,7 @@ def raise_open_file_limit(max_open_files: int) -> None:
 
 
 class _Recent(Generic[ItemT]):
-    """Caches items by path in order of their last use; calls `release` for each removed item."""
+    """Caches items by path in order of their last use; calls `release` on each item that leaves the cache."""
 
     def __init__(self, release: Callable[[ItemT], None]) -> None:
         self._items: OrderedDict[str, ItemT] = OrderedDict()
@@ -185,7 +186,7 @@ class _Recent(Generic[ItemT]):
 
 
 def _forget(item: object) -> None:
-    """Does nothing when a memory map leaves the cache; the map is freed with the last array that uses it."""
+    """Does nothing: Python frees a memory map with the last array that uses it."""
 
 
 def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:

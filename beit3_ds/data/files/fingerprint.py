@@ -1,4 +1,4 @@
-"""Computes fingerprints of data sources, so that ranks can detect differences between their files."""
+"""Computes fingerprints of data sources; ranks compare them to detect different files."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -6,33 +6,33 @@ from typing import NamedTuple, Protocol, TypedDict
 
 
 class SourceFile(NamedTuple):
-    """Describes one file of a data source, so that ranks can compare their files."""
+    """Describes one file of a data source; ranks compare these descriptions."""
 
     name: str
-    """Name of the file, without the folder in the config, because the folder may differ between hosts."""
+    """Name of the file. Excludes the folder given in the config, because hosts may use different folders."""
     num_bytes: int | None
-    """Size of the file in bytes; None if the size was not looked up, as for most images of a large folder."""
+    """Size of the file in bytes. None if the size was not looked up, as for most images in a large folder."""
     num_samples: int
     """Number of samples in the file."""
 
 
 class HasFiles(Protocol):
-    """Declares the interface of a data source that can list its files."""
+    """Interface of a data source that can list its files."""
 
     def __len__(self) -> int:
-        """Returns the number of samples, broken ones included."""
+        """Returns the number of samples, including broken samples."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each source file, in the order of the samples."""
+        """Returns a description of each source file, in the order of the samples."""
 
 
 class SourceFingerprint(TypedDict):
-    """Identifies the samples of a data source and their order; a copy of the files has the same fingerprint."""
+    """Identifies the samples of a data source and their order; copies of the files have equal fingerprints."""
 
     num_files: int
     num_samples: int
     digest: str
-    """SHA-256 over the name, size and number of samples of every file, in order, as 64 hexadecimal digits."""
+    """SHA-256 digest over the name, size and number of samples of every file, as 64 hexadecimal digits."""
 
 
 def fingerprint(source: HasFiles) -> SourceFingerprint:
@@ -45,12 +45,12 @@ def fingerprint(source: HasFiles) -> SourceFingerprint:
 
 
 def first_difference(own: Sequence[SourceFile], other: Sequence[SourceFile], name: str) -> str:
-    """Returns a description of the first difference between two lists of files, for messages.
+    """Describes the first difference between two lists of files, for messages.
 
     Args:
         own: files that this process found.
-        other: files that the other process found.
-        name: name of the other process, for the description.
+        other: files that another process found.
+        name: name of the other process, used in the description.
     """
     ours, theirs = ({file.name: file for file in files} for files in (own, other))
     for file in other:

@@ -10,8 +10,8 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 class Folder:
     """Reads whole files of one folder, and never reads files outside the folder.
 
-    Names are relative paths from annotation files, so `..`, absolute paths and links to single files must not lead out
-    of the folder. Links to folders are followed, because the folder's owner made them.
+    File names are relative paths from annotation files. A name must not leave the folder through `..`, an absolute path
+    or a symbolic link to a file. Symbolic links to folders are followed, because the folder's owner made them.
 
     A missing file is an error in the data. A missing or replaced folder is a storage error, because its file system was
     unmounted.
@@ -30,10 +30,10 @@ class Folder:
         self._inode = read_with_retries(lambda: _inode(self.path), self.path)
 
     def contains(self, name: str) -> bool:
-        """Returns whether the path `name` stays inside the folder; links to other folders count as inside.
+        """Returns whether the path `name` stays inside the folder; files behind links to other folders count as inside.
 
         Raises:
-            ValueError: if the name contains NUL.
+            ValueError: if the name contains a NUL character.
         """
         path = os.path.join(self.path, name)
         real = os.path.realpath(path)
@@ -44,7 +44,7 @@ class Folder:
         return _is_below(real, os.path.realpath(os.path.dirname(path)))
 
     def holds(self, name: str) -> bool:
-        """Returns whether `name` is an existing regular file inside the folder; opens no file.
+        """Returns whether `name` is an existing regular file inside the folder; does not open the file.
 
         Raises:
             StorageError: if the file system fails.
@@ -98,7 +98,7 @@ class Folder:
 
 
 def _inode(path: str) -> int:
-    """Returns the inode number of a readable folder; unlike the device number, it survives a remount."""
+    """Returns the inode number of a readable folder. Unlike the device number, the inode number survives a remount."""
     with os.scandir(path):
         return os.stat(path).st_ino
 

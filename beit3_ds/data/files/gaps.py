@@ -1,4 +1,4 @@
-"""Finds files with long gaps: bytes that were never written. Gaps take no disk space and are read as zeros."""
+"""Finds files with long unwritten gaps. A gap takes no disk space and reads as zeros."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ _MOST_GAPS = 1000
 def check_has_no_gap(path: str) -> None:
     """Checks that at most 64 MiB of a file were never written, because reading a gap of terabytes takes hours.
 
-    A file system that does not report gaps passes the check.
+    The check passes on a file system that does not report gaps.
 
     Raises:
         ValueError: if more than 64 MiB were never written.
@@ -28,7 +28,7 @@ def check_has_no_gap(path: str) -> None:
 
 
 def next_written(descriptor: int, position: int, size: int) -> int:
-    """Returns the position of the first written byte from `position` on; `size` (the file's end) if there is none."""
+    """Returns the first position at or after `position` that was written; `size`, the file's end, if there is none."""
     try:
         return os.lseek(descriptor, position, os.SEEK_DATA)
     except OSError as error:

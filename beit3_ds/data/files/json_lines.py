@@ -1,4 +1,4 @@
-"""Reads JSON lines: one object per line, with keys that every line must have."""
+"""Reads JSON lines: one object per line, with required keys."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,10 +19,10 @@ def iterate_json_lines(path: str, required: Mapping[str, type]) -> Iterator[tupl
 
     Args:
         path: UTF-8 file, with or without a byte order mark.
-        required: keys that every object must have, with the type of their values.
+        required: required keys of every object, with the type of each value.
 
     Raises:
-        ConfigError: if the file cannot be read, or a line is not an object with the required keys; the message names
+        ConfigError: if the file cannot be read, or a line is not an object with the required keys. The message names
             the line.
         StorageError: if the file system fails.
     """

@@ -1,4 +1,4 @@
-"""Reads lists from JSON files of any size, with one list element in memory at a time."""
+"""Reads lists from JSON files of any size; keeps one list element in memory at a time."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from beit3_ds.untrusted_json import check_json_size
 
 _CHUNK = 1 << 20
 _MAX_ELEMENT = 1 << 22
-"""Maximum characters of one element of a list, or of an object's member that is not a list."""
+"""Maximum characters of one list element, or of one object member that is not a list."""
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
 
@@ -24,8 +24,8 @@ def iterate_json_list(path: str, *keys: str) -> Iterator[Any]:
 
     Args:
         path: UTF-8 file, with or without a byte order mark.
-        keys: names of the object's lists whose elements are yielded, in the order of the file; other members of the
-            object are skipped. Without keys, the file must be a list.
+        keys: keys of the object's lists to read; other members are skipped. Elements come in the order of the file.
+            Without keys, the file must be a list.
 
     Raises:
         OSError: if the file cannot be read.
@@ -41,9 +41,9 @@ def iterate_json_list(path: str, *keys: str) -> Iterator[Any]:
 
 
 def iterate_json_lists(path: str, *keys: str) -> Iterator[tuple[str, Any]]:
-    """Yields each element of some lists of a JSON object, with the key of its list, in the order of the file.
+    """Yields (key, element) for each element of the lists at `keys` in a JSON object, in the order of the file.
 
-    Arguments and exceptions are those of `iterate_json_list`.
+    Takes the arguments of `iterate_json_list` and raises the same errors.
     """
     with open_json_text(path) as file:
         reader = _Reader(file)
@@ -59,7 +59,7 @@ def iterate_json_lists(path: str, *keys: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_json_members(path: str, *keys: str) -> dict[str, Any]:
-    """Returns the members of a JSON object that have the given keys; never keeps the other members in memory.
+    """Returns the members of a JSON object that have the given keys; keeps no other member in memory.
 
     Raises:
         OSError: if the file cannot be read.
@@ -78,7 +78,7 @@ def read_json_members(path: str, *keys: str) -> dict[str, Any]:
 
 
 def open_json_text(path: str) -> io.TextIOWrapper:
-    """Opens UTF-8 text, with or without a byte order mark; failed reads are retried (`files.reading`).
+    """Opens a UTF-8 text file, with or without a byte order mark; retries failed reads (`files.reading`).
 
     Raises:
         OSError: if the file cannot be read.
@@ -90,7 +90,7 @@ def open_json_text(path: str) -> io.TextIOWrapper:
 
 @contextlib.contextmanager
 def reading_as(path: str, form: str) -> Iterator[None]:
-    """Converts exceptions about a malformed file to a `ConfigError` that names the file and its expected form.
+    """Converts errors from reading a malformed file to a `ConfigError` that names the file and the expected form.
 
     Args:
         path: path of the file, for the message.
@@ -108,7 +108,7 @@ def reading_as(path: str, form: str) -> Iterator[None]:
 
 
 class _Reader:
-    """Parses JSON piece by piece from a text file; keeps only a window of the text in memory."""
+    """Parses a JSON text file piece by piece; keeps only a part of the text in memory."""
 
     def __init__(self, file: io.TextIOWrapper) -> None:
         self._file, self._decoder = file, json.JSONDecoder()
@@ -145,7 +145,7 @@ class _Reader:
                 self.value()
 
     def member(self) -> Any:
-        """Decodes and returns the value of an object's member; a list may have any number of elements."""
+        """Decodes and returns an object member at the current position; a list may have any number of elements."""
         return list(self.elements()) if self._next() == "[" else self.value()
 
     def value(self) -> Any:
@@ -175,7 +175,7 @@ class _Reader:
         self._position += 1
 
     def _next(self, blanks: re.Pattern[str] = _BLANKS) -> str:
-        """Skips white space, and returns the next character without consuming it."""
+        """Skips white space and returns the next character; the position stays at that character."""
         while True:
             match = blanks.match(self._buffer, self._position)
             self._position = match.end() if match else self._position
@@ -185,7 +185,7 @@ class _Reader:
                 raise ValueError("truncated")
 
     def _read_more(self) -> bool:
-        """Doubles the window with text from the file; returns False at the end of the file."""
+        """Reads more text from the file, at least as much as is buffered; returns False at the end of the file."""
         more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
         self._buffer, self._position = self._buffer[self._position :] + more, 0
         return bool(more)

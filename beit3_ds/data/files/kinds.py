@@ -1,15 +1,16 @@
-"""Detects the file type from a file's first bytes, and lists the file name extensions of images."""
+"""Detects a file's type from the file's first bytes, and lists the file name extensions of images."""
 
 from beit3_ds.data.files.gaps import check_has_no_gap
 from beit3_ds.data.files.reading import open_for_reading
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-"""Extensions of supported images, in lower case; decoding ignores the extension and detects the format."""
+"""Extensions of supported images, in lower case. The decoder detects the format from the content, not from the
+extension."""
 UNREAD_IMAGE_EXTENSIONS = (
     *("avif", "heic", "heif", "jp2", "j2k", "jxl", "jfif", "svg", "ico", "psd", "tga", "ppm", "pgm", "pbm", "exr"),
     *("hdr", "dng", "cr2", "nef", "arw", "raw", "eps"),
 )
-"""Extensions of image formats that `images.decoding.decode_image` does not support, in lower case."""
+"""Extensions of unsupported image formats, in lower case."""
 
 _MAGIC = (
     (0, b"\x1f\x8b", "gzip data"),
@@ -39,7 +40,7 @@ _HEAD_BYTES = 512
 
 
 def kind_of_file(path: str) -> str:
-    """Returns the type of a file, such as `gzip data`, detected from its first bytes; empty if the type is unknown.
+    """Detects the type of a file, such as `gzip data`, from the first bytes; returns an empty string if it is unknown.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -50,7 +51,9 @@ def kind_of_file(path: str) -> str:
 
 
 def kind_of_bytes(head: bytes) -> str:
-    """Returns the type of a file, such as `gzip data`, given its first 512 bytes; empty if the type is unknown."""
+    """Detects the type of a file, such as `gzip data`, from its first 512 bytes; returns an empty string if it is
+    unknown.
+    """
     for offset, magic, kind in _MAGIC:
         if head.startswith(magic, offset):
             return kind
@@ -58,11 +61,11 @@ def kind_of_bytes(head: bytes) -> str:
 
 
 def check_is_text(path: str) -> None:
-    """Checks the first bytes of a file: it must not be compressed, an archive, a table, an image or UTF-16.
+    """Checks that a file is plain text, and not a compressed file, an archive, a table, an image or UTF-16.
 
     Raises:
-        ValueError: if the file has such a type or a gap (`files.gaps`); the message names the type and advises a
-            conversion.
+        ValueError: if the first bytes show such a type, or the file has a gap (`files.gaps`). The message names the
+            type and advises a conversion.
         OSError: if the file cannot be read.
     """
     check_has_no_gap(path)

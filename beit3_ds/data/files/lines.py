@@ -1,4 +1,4 @@
-"""Reads and skips lines of files in bounded memory; skips many blank lines at once."""
+"""Reads and skips lines of files in bounded memory."""
 
 import io
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ _CHUNK = 1 << 20
 
 
 def iterate_lines(file: IO[AnyStr], limit: int) -> Iterator[AnyStr]:
-    """Yields the lines of a file with their ends; cuts a line of more than `limit` bytes or characters.
+    """Yields the lines of a file with their newlines; cuts long lines to `limit` + 1 bytes or characters.
 
-    A cut line has `limit` + 1 bytes or characters. A line ends with a newline, not with a carriage return alone.
+    A caller recognizes a cut line by its length. A carriage return alone does not end a line.
     """
     while line := file.readline(limit + 1):
         if len(line) > limit:
@@ -19,7 +19,12 @@ def iterate_lines(file: IO[AnyStr], limit: int) -> Iterator[AnyStr]:
 
 
 def skip_line(file: IO[AnyStr], begin: AnyStr) -> int:
-    """Skips the rest of a line whose beginning, `begin`, was read; returns how many bytes or characters it skipped."""
+    """Skips the rest of a line after its beginning was read; returns the number of skipped bytes or characters.
+
+    Args:
+        file: file, positioned after `begin`.
+        begin: beginning of the line.
+    """
     skipped, part = 0, begin
     while part and not (part.endswith("\n") if isinstance(part, str) else part.endswith(b"\n")):
         part = file.readline(_CHUNK)
@@ -28,7 +33,7 @@ def skip_line(file: IO[AnyStr], begin: AnyStr) -> int:
 
 
 def skip_blank_lines(file: io.BufferedReader) -> tuple[int, int]:
-    """Skips blank lines at a file's position, as far as they are buffered; returns their number and total bytes."""
+    """Skips the blank lines at the start of the file's read buffer; returns the numbers of skipped lines and bytes."""
     following = file.peek()
     blank = following[: len(following) - len(following.lstrip())]
     num_lines, num_bytes = blank.count(b"\n"), blank.rfind(b"\n") + 1

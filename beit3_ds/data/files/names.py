@@ -1,4 +1,4 @@
-"""Reads text files with one name per line, of bounded size."""
+"""Reads text files of bounded size with one name per line."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ _MAX_LINES = 10_000_000
 
 
 def iterate_names(path: str) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, blank lines included.
+    """Yields the lines of a UTF-8 file, including blank lines.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the file is not UTF-8 text, a line is longer than 65,536 characters, or there are more than ten
+        ValueError: if the file is not UTF-8 text, has a line of more than 65,536 characters, or has more than ten
             million lines.
         StorageError: if the file system fails.
     """

@@ -16,15 +16,15 @@ _MAX_NAMES = 1_000_000
 
 
 def expand_patterns(patterns: Iterable[str]) -> list[str]:
-    """Lists the files that match patterns, in the order of the patterns and sorted by name within each pattern.
+    """Lists the files that match glob patterns, in the order of the patterns and sorted by name within each pattern.
 
     Patterns have the syntax of a shell: `*`, `?`, `[abc]`, `**` for folders of any depth, `~`, and braces as in
-    `shard-{0000..0127}.tar`. Every alternative of the braces must match a file. `**` follows links to folders, and
-    lists each folder once.
+    `shard-{0000..0127}.tar`. Every alternative in braces must match a file. `**` follows links to folders and lists
+    each folder once.
 
     Raises:
-        ConfigError: if a pattern, or an alternative in braces, has no match. Also if a match is no regular file, or if
-            a file is matched twice, because samples would count twice.
+        ConfigError: if a pattern or an alternative in braces matches nothing, if a match is not a regular file, or if a
+            file is matched twice.
         StorageError: if the file system fails.
     """
     files: list[str] = []
@@ -42,7 +42,7 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands braces such as `{a,b}` and `{008..012}` to all names, as bash does; keeps all other braces.
+    """Expands braces such as `{a,b}` and `{008..012}` to all names, as bash does; leaves other braces unchanged.
 
     Raises:
         ConfigError: if a range has more than a million numbers, or there are more than a million names.
@@ -80,9 +80,9 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def list_folders(base: str) -> Iterator[str]:
-    """Yields the folder `base` and all visible folders below it, once each, even if several links lead to a folder.
+    """Yields the folder `base` and all visible folders below it, each once.
 
-    Links to folders are followed, except links to a folder that contains `base`: they would add files outside `base`.
+    Symbolic links to folders are followed, except links to a folder that contains `base`.
 
     Raises:
         ConfigError: if a folder cannot be listed.
@@ -114,10 +114,10 @@ def list_folders(base: str) -> Iterator[str]:
 
 
 def check_no_hard_link(files: Iterable[str]) -> None:
-    """Checks that no two files are hard links to one file, which `expand_patterns` does not detect.
+    """Checks that no two paths are hard links to one file; `expand_patterns` does not detect hard links.
 
     Raises:
-        ConfigError: if two files are hard links to one file; the message names both.
+        ConfigError: if two paths are hard links to one file; the message names both paths.
         StorageError: if the file system fails.
     """
     seen: dict[tuple[int, int], str] = {}
@@ -131,7 +131,7 @@ def check_no_hard_link(files: Iterable[str]) -> None:
 
 
 def _check_is_file_or_folder(file: str) -> None:
-    """Checks that a path is a file or a folder: a read from a pipe, a socket or a device may never end.
+    """Checks that a path is a file or a folder, because reading a pipe, a socket or a device may never end.
 
     Raises:
         ConfigError: if the path is a pipe, a socket or a device.
@@ -168,7 +168,7 @@ def _matches(path: str, pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
-    """Returns the paths that match a glob pattern; unlike Python's `**`, it ends loops of links.
+    """Returns the paths that match a glob pattern; unlike Python's `**`, it does not follow circular links forever.
 
     Raises:
         ConfigError: if a folder below `**` cannot be read.

@@ -1,8 +1,8 @@
 """Reads files with retries, so that a short failure of the file system does not end a run.
 
-A missing, forbidden or irregular file is an error in the data, which the caller handles. Any other error (EIO, ESTALE,
-ETIMEDOUT, EMFILE, ...) is a failure of the file system or the machine. It is retried, and if it lasts, the run ends and
-names the file.
+A missing, forbidden or irregular file is an error in the data; the caller handles it. Any other error (EIO, ESTALE,
+ETIMEDOUT, EMFILE, ...) is a failure of the file system or the machine. Such a failure is retried. If the retries fail
+too, the run ends with an error that names the file.
 """
 
 import errno
@@ -32,23 +32,23 @@ FILE_ERRORS = frozenset(
         errno.EINVAL,
     )
 )
-"""Error numbers that concern a single file and not the whole file system."""
+"""Error numbers that concern one file, not the file system."""
 
 _PAUSES = (0.1, 0.4, 1.5)  # seconds before attempts 2 to 4; the failover of a server takes about as long
 _BUFFER_BYTES = 1 << 20
 
 
 def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: frozenset[int] = FILE_ERRORS) -> ResultT:
-    """Calls `read` until it succeeds, at most four times within about two seconds; returns its result.
+    """Calls `read` at most four times within about two seconds, until it succeeds; returns the result.
 
     Args:
-        read: function that opens and reads the file; must reopen the file in each call, because a descriptor can become
-            stale.
+        read: function that opens and reads the file. It must reopen the file in each call, because a descriptor can
+            become stale.
         path: path of the file, for messages.
-        file_errors: error numbers that are raised without a retry, because the caller handles them.
+        file_errors: error numbers to raise without a retry, because the caller handles them.
 
     Raises:
-        OSError: if the error number is in `file_errors` or missing (decompressors raise errors without a number).
+        OSError: if the error has no number, as in decompressors, or a number in `file_errors`.
         StorageError: if the last attempt fails too.
     """
     for pause in (*_PAUSES, None):
@@ -64,7 +64,7 @@ def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: froze
 
 
 def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
-    """Builds the error that ends a run after `attempts` failed reads of `path`."""
+    """Builds the `StorageError` that ends a run after `attempts` failed reads of `path`."""
     times = "" if attempts == 1 else f" in {attempts} attempts"
     return StorageError(
         f"data: host {socket.gethostname()} cannot read {printable(path)}{times}: {error.strerror or error}. The "
@@ -74,11 +74,11 @@ def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
 
 
 def open_for_reading(path: str) -> io.BufferedReader:
-    """Opens a file for buffered reading; failed reads are retried as in `read_with_retries`.
+    """Opens a file for buffered reading; retries failed reads as `read_with_retries` does.
 
     Raises:
         OSError: if the file is missing, forbidden or not a regular file.
-        StorageError: if the file system still fails after all retries; later reads may raise it too.
+        StorageError: if all retries fail. Reads of the returned file may raise this error too.
     """
     return io.BufferedReader(_RetryingFile(path), _BUFFER_BYTES)
 

@@ -1,10 +1,10 @@
-"""Defines how data sources report broken samples, and skipped files, tar members and rows."""
+"""Defines how data sources report broken samples and skipped items."""
 
 from typing import NamedTuple
 
 
 class BrokenRecordError(Exception):
-    """Reports one unreadable sample; the message names the file, the sample's key and the reason."""
+    """Reports one unreadable sample; the message names the file, the sample and the reason."""
 
 
 class Skipped(NamedTuple):

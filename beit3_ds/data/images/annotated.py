@@ -1,4 +1,4 @@
-"""Reads images of a folder with captions from an annotation file: one sample per caption."""
+"""Reads images with captions from an annotation file: one sample per caption."""
 
 import os
 from array import array
@@ -23,7 +23,7 @@ NO_IMAGE = -1
 class AnnotatedImages:
     """Reads the samples of an annotation file, one sample per caption: an image with five captions is five samples.
 
-    Memory: 16 bytes per sample in addition to its caption, and 8 bytes per image in addition to its path.
+    Memory use: 16 bytes plus the caption per sample, and 8 bytes plus the path per image.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class AnnotatedImages:
         skipped: dict[str, Skipped],
         lines: "array[int] | None" = None,
     ) -> None:
-        """Stores the samples and opens the folder of their images.
+        """Stores the samples and opens the folder of images.
 
         Args:
             annotations: path of the annotation file, for messages.
             folder: folder of the images, or a pattern of tars (`ImagesByName`). Images outside the folder are never
                 read, even if annotations name them.
             paths: path of each image in the folder or in the tars.
-            captions: the caption of each sample.
-            image_numbers: for each sample, the index of the sample's image in `paths`, or `NO_IMAGE`.
-            skipped: number and example of skipped rows and files, by reason.
-            lines: line number of each sample in the annotation file, counted from 1; None or empty for formats that
-                are not read line by line.
+            captions: caption of each sample.
+            image_numbers: index into `paths` for each sample, or `NO_IMAGE`.
+            skipped: count and example of the skipped rows and files, by reason.
+            lines: line number of each sample in the annotation file, counted from 1. None or empty if the format is not
+                read line by line.
 
         Raises:
             ConfigError: if `folder` is neither a folder nor a pattern of tars.
@@ -57,11 +57,11 @@ class AnnotatedImages:
         self.lines = lines
 
     def __len__(self) -> int:
-        """Returns the number of samples, broken ones included."""
+        """Returns the number of samples, including broken samples."""
         return len(self.captions)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the name, size in bytes and number of samples of the annotation file.
+        """Yields one description of the annotation file: name, size in bytes and number of samples.
 
         Raises:
             ConfigError: if the file no longer exists.
@@ -70,7 +70,7 @@ class AnnotatedImages:
         yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
 
     def name(self, index: int) -> str:
-        """Names a sample in messages: annotation file, line number or sample number, and path of the image."""
+        """Returns a sample's name for messages: annotation file, line or sample number, and image path."""
         image = self._image_path(index) or "no image"
         place = self.lines[index] if self.lines else index
         return printable(f"{self.annotations}:{place} ({image})")
@@ -83,8 +83,8 @@ class AnnotatedImages:
         """Decodes the image of a sample, upright and in RGB; `min_side` is explained in `decoding.decode_image`.
 
         Raises:
-            BrokenRecordError: if the annotation file does not list the sample's image, or if the image cannot be read
-                or is outside the folder.
+            BrokenRecordError: if the annotation file does not list the sample's image, or the image is outside the
+                folder or cannot be read.
         """
         path = self._image_path(index)
         if path is None:
@@ -95,12 +95,12 @@ class AnnotatedImages:
             raise BrokenRecordError(f"{self.name(index)}: broken image: {error}") from error
 
     def _image_path(self, index: int) -> str | None:
-        """Returns the path of a sample's image; None if the annotation names no image, or the table is damaged."""
+        """Returns the path of a sample's image; None if the annotation file does not list the image."""
         number = int(self.image_numbers[index])
         return self.paths[number] if 0 <= number < len(self.paths) else None
 
     def caption(self, index: int) -> str:
-        """Returns the caption of a sample, without white space around it.
+        """Returns the caption of a sample, without surrounding white space.
 
         Raises:
             BrokenRecordError: if the caption is missing, empty, too long or not valid text.
@@ -139,11 +139,11 @@ class CollectedAnnotations(AnnotatedImages):
         return len(self._paths) - 1
 
     def add_sample(self, image_number: int, caption: object, line: int | None = None) -> None:
-        """Adds a sample: one image with one caption.
+        """Adds one sample: an image with one caption.
 
         Args:
             image_number: result of `add_image`, or `NO_IMAGE`.
-            caption: the caption. If it is not a string, reading it raises `BrokenRecordError`.
+            caption: the caption. If it is not a string, reading the sample's caption raises `BrokenRecordError`.
             line: line number of the sample, counted from 1; None if the file is not read line by line.
         """
         if line is not None and self.lines is not None:
@@ -152,7 +152,7 @@ class CollectedAnnotations(AnnotatedImages):
         self._captions.append(caption if isinstance(caption, str) else "")
 
     def skip(self, reason: str, example: str, count: int = 1) -> None:
-        """Adds `count` to the rows or files that are skipped for a reason; keeps the first example of each reason."""
+        """Counts `count` more rows or files as skipped for `reason`; stores the first example of each reason."""
         before, first = self.skipped.get(reason, (0, printable(example)))
         self.skipped[reason] = Skipped(before + count, first)
 

@@ -1,9 +1,14 @@
-"""Stores annotations in tables. `beit3 prepare index` writes the tables so that runs parse no annotation files.
+"""Stores parsed annotations in binary tables, so that a run does not parse annotation files.
 
-A table starts with one line of JSON: size and time of the annotation files, skipped rows and files, and the numbers of
-samples, images and bytes. Int64 numbers follow (little-endian): the image of each sample, the end of each image path,
-and the end of each caption. The paths and the captions follow in UTF-8. All processes map the file, and share the page
-cache.
+`beit3 prepare index` writes the tables. A table contains, in this order:
+
+1. one line of JSON: size and modification time of the annotation files, skipped rows and files, and the numbers of
+   samples, images and bytes;
+2. little-endian int64 numbers: the image index of each sample, the end offset of each image path, and the end offset of
+   each caption;
+3. the image paths and the captions in UTF-8.
+
+All processes of a host map the file and share its pages.
 """
 
 import hashlib
@@ -26,10 +31,10 @@ _FORMAT = 1
 
 
 class StoredAnnotations(AnnotatedImages):
-    """Reads the samples of annotation files from a table; a pickled copy maps the table file again."""
+    """Reads samples from an annotation table; a pickled copy maps the table file again."""
 
     def __init__(self, path: str, files: Sequence[str], folder: str) -> None:
-        """Opens a table and checks that its annotation files have not changed since the table was written.
+        """Opens a table and checks that the annotation files have not changed since the table was written.
 
         Args:
             path: path of the table.
@@ -37,7 +42,7 @@ class StoredAnnotations(AnnotatedImages):
             folder: folder of the images.
 
         Raises:
-            ConfigError: if the table is damaged, or an annotation file has another size or modification time.
+            ConfigError: if the table is damaged, or the size or modification time of an annotation file has changed.
         """
         self._path, self._files = path, files
         try:
@@ -75,10 +80,12 @@ class StoredAnnotations(AnnotatedImages):
 
 
 def table_path(cache_dir: str, kind: str, annotations: str, folder: str) -> str:
-    """Returns the path of a table: the annotation file's name with a digest of `kind`, `annotations` and `folder`.
+    """Returns the path of a table, `cache_dir`/index/NAME.DIGEST.table.
+
+    NAME is the file name of `annotations`. DIGEST is computed from `kind`, `annotations` and `folder`.
 
     Args:
-        cache_dir: folder of caches; the table is in its subfolder `index`.
+        cache_dir: folder of caches.
         kind: format of the annotation file, such as `coco`.
         annotations: path of the annotation file.
         folder: folder of the images.
@@ -89,12 +96,12 @@ def table_path(cache_dir: str, kind: str, annotations: str, folder: str) -> str:
 
 
 def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]]) -> None:
-    """Writes samples to a table atomically: the file is complete or absent.
+    """Writes samples to a table atomically: a failed write leaves no partial table.
 
     Args:
         samples: all samples of the annotation files.
         path: path of the table.
-        made_from: result of `describe_files` from before the annotation files were read.
+        made_from: result of `describe_files`, computed before the annotation files were read.
 
     Raises:
         OSError: if the folder cannot be written.

@@ -9,9 +9,10 @@ The readers follow the published descriptions of the formats; docs/data.md lists
 | SBU Captions | `*_captions.txt`, one caption per line, or JSON with `captions` | file named by the row number |
 | Conceptual Captions | TSV: caption, URL; Conceptual 12M: URL, caption | file named by the row number |
 
-Rows are numbered from 0; `7.jpg`, `00007.png` and `00000/000000007.jpg` are images of row 7. A missing image is a
-broken record of COCO Captions and Visual Genome. SBU Captions and Conceptual Captions count it in `skipped`, because
-their downloads are never complete.
+Rows are numbered from 0: `7.jpg`, `00007.png` and `00000/000000007.jpg` are images of row 7.
+
+In COCO Captions and Visual Genome, a sample with a missing image is a broken record. In SBU Captions and Conceptual
+Captions, a row with a missing image is skipped and counted, because downloads of these corpora are never complete.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,7 +34,7 @@ _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 
 
 def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
-    """Reads COCO's captions (Chen et al., 2015, arXiv:1504.00325): one sample per annotation, in the order of the file.
+    """Reads COCO Captions (Chen et al., 2015, arXiv:1504.00325): one sample per annotation, in the order of the file.
 
     Args:
         annotations: JSON object with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`).
@@ -57,7 +58,8 @@ def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
 
 
 def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -> AnnotatedImages:
-    """Reads Visual Genome (Krishna et al., 2017, arXiv:1602.07332): the phrase of each region is a caption.
+    """Reads Visual Genome (Krishna et al., 2017, arXiv:1602.07332): one sample per region, with the region's phrase as
+    caption.
 
     Args:
         region_descriptions: JSON list of images, each with `id` and `regions`; each region has a `phrase`.
@@ -81,7 +83,7 @@ def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -
 
 
 def read_sbu_captions(captions: str, folder: str) -> AnnotatedImages:
-    """Reads SBU Captions (Ordonez et al., 2011): one caption per row; the file of URLs is not needed.
+    """Reads SBU Captions (Ordonez et al., 2011): one caption per row; does not need the file of URLs.
 
     Args:
         captions: text file with one caption per line, or `.json` file with an object that has the list `captions`.
@@ -146,7 +148,7 @@ def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None
 
 
 def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the ascending numbers of the rows with an image, and the index of each row's image in `paths`."""
+    """Returns the ascending row numbers that have an image, and the index into `paths` of each row's image."""
     rows = np.full(len(paths), -1, dtype=np.int64)
     for number in range(len(paths)):
         stem = paths[number].rpartition("/")[2].partition(".")[0]

@@ -1,4 +1,4 @@
-"""Augments images: turns one crop into a view for the model and one for the visual tokenizer (paper section 2.3)."""
+"""Augments images: makes two views of one crop, for the model and for the visual tokenizer (paper section 2.3)."""
 
 import math
 from dataclasses import dataclass
@@ -26,56 +26,58 @@ Box = tuple[int, int, int, int]
 
 
 class Views(NamedTuple):
-    """Holds two views of one crop; `pixels.to_floats` gives the values that networks read."""
+    """Two views of one crop; `pixels.to_floats` converts them to network inputs."""
 
     model: Tensor
-    """View for the model, (3, size, size) uint8 (or float32 in [-1, 1], like all that follow)."""
+    """View for the model, (3, size, size), uint8 or float32 in [-1, 1]."""
     tokenizer: Tensor
     """View for the visual tokenizer, (3, size, size) uint8."""
     colors: Tensor | None = None
-    """Changes of the colours of both views (`pixels.change_colors`), (3, 3) float32; None changes nothing."""
+    """Color changes for `pixels.change_colors`, applied to both views, (3, 3) float32; None changes nothing."""
 
 
 class ViewTransform(Protocol):
-    """Makes two views of one crop, for the model and for the visual tokenizer."""
+    """Interface of a function that makes two views of an image, for the model and for the visual tokenizer."""
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that a decoded image's shorter side needs; None means the full size."""
+        """Returns the minimum length of a decoded image's shorter side in pixels; None requires the full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
-        """Returns the views of an RGB image; draws all random numbers from `rng`."""
+        """Returns the views of an RGB image; takes all random numbers from `rng`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Applies the paper's training augmentation: a random crop, a random flip and random color jitter.
 
-    BEiT jitters the whole image first. Here the jitter comes last, when the views have the fewest pixels, and both
-    views get the same factors. Only clamped values and the mean for contrast depend on the order.
+    BEiT jitters the whole image first. This class jitters last, because the views have fewer pixels; both views get the
+    same factors. The order changes only clamped values and the mean grey of the contrast change.
 
-    Compared with Pillow's 8-bit jitter before the resize, unclamped pixels differ by at most 6 of 255 levels, and by
-    1.5 on average. In the worst case, noise over all levels, they differ by at most 81 levels, and by 2.6 on average.
+    The reference is Pillow's 8-bit jitter before the resize. Unclamped pixels differ by at most 6 of 255 levels, and by
+    1.5 on average. In the worst case, noise over all levels, pixels differ by at most 81 levels, and by 2.6 on average.
     """
 
     image_size: int
-    """Pixels on a side of the model's view."""
+    """Side of the model's view in pixels."""
     tokenizer_image_size: int
-    """Pixels on a side of the tokenizer's view."""
+    """Side of the tokenizer's view in pixels."""
     min_crop_scale: float
     """Smallest fraction of the image's area that a crop covers."""
     color_jitter: float
-    """Jitter strength; factors of brightness, contrast and saturation are in [1 - color_jitter, 1 + color_jitter]."""
+    """Jitter strength: factors of brightness, contrast and saturation lie in [1 - color_jitter, 1 + color_jitter]."""
     flip_probability: float
     """Probability of a horizontal flip."""
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that a decoded image's shorter side needs for every crop; None means the full size."""
+        """Returns the shorter side in pixels that a decoded image needs so that no crop is enlarged; None means full
+        size.
+        """
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
-        """Draws one random crop of an RGB image, a flip and changes of the colours, which the device applies."""
+        """Crops and flips an RGB image at random; draws color changes, which the device applies later."""
         box = random_crop_box(image.size, self.min_crop_scale, rng)
         flipped = rng.random() < self.flip_probability
         model, tokenizer = _two_views(image.crop(box), self.image_size, self.tokenizer_image_size)
@@ -106,28 +108,28 @@ def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentati
 
 @dataclass(frozen=True, kw_only=True)
 class CenterViews:
-    """Makes both views from the largest square in the middle of an image, without randomness, for evaluation."""
+    """Makes both views from the largest centered square of an image, for evaluation; draws no random numbers."""
 
     image_size: int
-    """Pixels on a side of the model's view."""
+    """Side of the model's view in pixels."""
     tokenizer_image_size: int
-    """Pixels on a side of the tokenizer's view."""
+    """Side of the tokenizer's view in pixels."""
 
     @property
     def min_side(self) -> None:
         """Returns None: images are decoded in full size, so that views do not depend on the file format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
-        """Returns both views of an RGB image, without random draws."""
+        """Returns both views of an RGB image; does not use `rng`."""
         return Views(center_pixels(image, self.image_size), center_pixels(image, self.tokenizer_image_size, "lanczos"))
 
 
 def center_pixels(image: Image.Image, size: int, filter: ResizeFilter = "bicubic") -> Tensor:
-    """Resizes the largest square in the middle of an RGB image to (3, size, size) uint8.
+    """Resizes the largest centered square of an RGB image to (3, size, size) uint8.
 
     Args:
         image: upright RGB image in full size.
-        size: pixels on a side of the view.
+        size: side of the result in pixels.
         filter: bicubic for the model, Lanczos for the visual tokenizer, as in BEiT.
     """
     side = min(image.size)
@@ -138,8 +140,8 @@ def center_pixels(image: Image.Image, size: int, filter: ResizeFilter = "bicubic
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
     """Draws a crop with random area and aspect ratio (Szegedy et al., 2014, arXiv:1409.4842, section 6).
 
-    The crop's share of the area is uniform in [min_scale, 1], and its aspect ratio is log-uniform in [3/4, 4/3]. If ten
-    draws do not fit, the result is the largest centered crop in this range.
+    The area, as a fraction of the image, is uniform in [min_scale, 1]. The aspect ratio is log-uniform in [3/4, 4/3].
+    If ten draws do not fit the image, the result is the largest centered crop with such an aspect ratio.
 
     Args:
         size: width and height of the image in pixels.
@@ -163,12 +165,12 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def smallest_side(view_size: int, min_scale: float) -> int | None:
-    """Returns the pixels that an image's shorter side needs so that no crop from `random_crop_box` is enlarged.
+    """Returns the shorter side in pixels that an image needs so that no crop from `random_crop_box` is enlarged.
 
     Args:
-        view_size: pixels on a side of the view to which crops are resized.
-        min_scale: smallest fraction of the image's area that a crop covers. The result is None for 0, because crops may
-            then have any size.
+        view_size: side in pixels to which crops are resized.
+        min_scale: smallest fraction of the image's area that a crop covers. For 0, the result is None, because crops
+            may have any size.
     """
     if min_scale == 0:
         return None
@@ -201,8 +203,8 @@ def image_pixels(image: Image.Image) -> Tensor:
 def resize_pixels(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
     """Resizes an image, (3, height, width) uint8, to (3, size, size) with antialiasing.
 
-    Values differ from Pillow's by at most one level, in at most half of its time. Torch 2.11 has no Lanczos filter, so
-    Pillow resizes there.
+    Takes at most half of Pillow's time; values differ by at most one level. Uses Pillow for the Lanczos filter in torch
+    2.11, which lacks this filter.
     """
     if mode == "lanczos" and not _torch_has_lanczos():
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -222,11 +224,11 @@ def _torch_has_lanczos() -> bool:
 def draw_colors(view: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Draws changes of brightness, contrast and saturation in random order, for `pixels.change_colors`.
 
-    As in Pillow's ImageEnhance, an image is blended with black, with a mean grey, and with its greyscale. The mean is
-    that of `view`; all views of a crop get the changes drawn for one view.
+    As in Pillow's ImageEnhance, brightness blends the image with black, contrast with its mean grey, and saturation
+    with its greyscale. The mean grey is computed from `view`; other views of the crop get the same changes.
 
     Args:
-        view: the view, (3, size, size) uint8.
+        view: one view of the crop, (3, size, size) uint8.
         strength: factors are uniform in [1 - strength, 1 + strength].
         rng: random number generator.
 
@@ -247,5 +249,5 @@ def draw_colors(view: Tensor, strength: float, rng: np.random.Generator) -> Tens
 
 
 def normalize(view: Tensor) -> Tensor:
-    """Maps pixel values from [0, 255] to [-1, 1] in place, and returns the same tensor."""
+    """Maps pixel values from [0, 255] to [-1, 1] in place; returns `view`."""
     return view.div_(127.5).sub_(1)
