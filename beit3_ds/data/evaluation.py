@@ -59,7 +59,7 @@ class EvaluationBatches:
             {name: of[number] if number < len(of) else [] for name, of in parts.items()} for number in numbers
         ]
         self.num_samples = {name: len(of) for name, of in chosen.items()}
-        """Number of evaluated samples of each stream, over all ranks."""
+        """Number of evaluated samples per stream, summed over all ranks."""
 
     def __len__(self) -> int:
         """Returns the number of batches per rank, which is equal on all ranks."""
@@ -90,7 +90,7 @@ class EvaluationBatches:
         return [index for of_source in chosen for index in of_source]
 
     def _num_workers(self) -> int:
-        """Returns the number of worker processes; uses fewer if the prepared batches would exceed `data.prefetch_gib`."""
+        """Returns the number of worker processes, reduced if prepared batches would exceed `data.prefetch_gib`."""
         data = self._config.data
         sequences = sum(stream.sequences_per_sample for stream in self.streams.values())
         num_bytes = max(1, sequences * self._config.training.eval_batch_size * image_bytes(self._config, "model"))

@@ -1,4 +1,4 @@
-"""Iterates over training steps that worker processes prepare ahead."""
+"""Iterates over training steps, which worker processes prepare in advance."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -14,22 +14,22 @@ from beit3_ds.data.workers.waiting import StopRequestedError, WaitLimits
 def build_train_loader(
     dataset: StepDataset, config: DataConfig, first_step: int, limits: WaitLimits | None = None
 ) -> Iterable[StepBatch]:
-    """Returns an iterable over the steps of a rank's `dataset`, from `first_step` to the end of the run.
+    """Builds an iterable over the steps of one rank, from `first_step` to the end of the run.
 
     Each of n worker processes prepares every n-th step; the steps are yielded in order. A worker that dies or is
     stopped is replaced. A broken record is reported in its step. Without `data.cache_dir`, each worker keeps its own
     shard index and tokens.
 
-    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`), 3 bytes per
-    pixel of a view in pretraining and 12 in fine-tuning: 0.3 or 1.2 MB per image with two views of 224 px. If shared
-    memory is full, each worker keeps one step in its own memory.
+    The prepared steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). A pixel of
+    a view takes 3 bytes in pretraining and 12 bytes in fine-tuning. Two views of 224 px take 0.3 MB or 1.2 MB per
+    image. If shared memory is full, each worker keeps one step in its own memory.
 
-    Workers import the main module of the program again, so the program must start under `if __name__ == "__main__"`.
+    Each worker imports the program's main module again, so the program must start under `if __name__ == "__main__"`.
 
     Args:
-        dataset: the share of this rank in the steps.
+        dataset: this rank's share of each step.
         config: data section of the run's config.
-        first_step: number of the first step; to resume, call `RunOrder.resume` before.
+        first_step: index of the first step. To resume a run, call `RunOrder.resume` first.
         limits: limits of the wait for a step. The iteration ends early if a stop signal arrives during a wait. None
             waits `data.timeout_seconds` and ignores stop signals.
 
@@ -56,7 +56,7 @@ class _Steps:
 
 
 class _StepWork:
-    """Prepares the step of a given number; can be pickled, so that a worker can call it."""
+    """Prepares one step by its index; can be pickled and sent to a worker process."""
 
     def __init__(self, dataset: StepDataset) -> None:
         self._dataset = dataset

@@ -1,4 +1,4 @@
-"""Packs the inputs of samples into one micro-batch; used by all tasks."""
+"""Packs the inputs of samples into one micro-batch, for all tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,9 +12,12 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.patch_grids import canvas_grid
 
 Pack = Callable[[Sequence[Any], Tensor | None, Mapping[str, int]], PackedBatch]
-"""Builds a micro-batch from a task's prepared samples and the values of `PackedBatch.drop_path` and
-`PackedBatch.sources`. Samples are in the order of the streams, with `Stream.sequences_per_sample` rows of `drop_path`
-each. A task that packs sequences in another order reorders the rows."""
+"""Function that builds a micro-batch from prepared samples and the values of `PackedBatch.drop_path` and
+`PackedBatch.sources`.
+
+The samples come in the order of the streams. Each sample has `Stream.sequences_per_sample` rows of `drop_path`. A task
+that packs sequences in another order must reorder these rows.
+"""
 
 
 def pack_inputs(
@@ -30,19 +33,19 @@ def pack_inputs(
     sample_names: Sequence[str] = (),
     sources: Mapping[str, int] | None = None,
 ) -> PackedBatch:
-    """Packs images, pairs and texts into one micro-batch; each of the three, or all, may be absent.
+    """Packs images, image-text pairs and texts into one micro-batch; any of the three may be absent.
 
     Args:
         num_images: number of images without captions.
-        pixels: all images, (images, 3, image_size, image_size), first those without captions (`stack_views`); None if
-            this pipeline stage needs no pixels.
+        pixels: all images, (images, 3, image_size, image_size) from `stack_views`; images without captions come first.
+            None if this pipeline stage needs no pixels.
         colors: value of `PackedBatch.colors` (`stack_colors`).
         num_patches: number of patches per image.
-        captions: token ids of the caption of each pair, BOS and EOS included.
-        texts: token ids of each text, BOS and EOS included.
+        captions: token ids of each pair's caption, including BOS and EOS.
+        texts: token ids of each text, including BOS and EOS.
         patch_mask: True for patches that the mask token replaces, (images, patches) bool; None masks no patches.
         drop_path: value of `PackedBatch.drop_path`, with rows in the order images, pairs, texts.
-        sample_names: value of `PackedBatch.sample_names`, in the same order.
+        sample_names: value of `PackedBatch.sample_names`, in the order images, pairs, texts.
         sources: value of `PackedBatch.sources`.
     """
     if patch_mask is None:
@@ -71,16 +74,15 @@ def pack_grids(
     sample_names: Sequence[str] = (),
     sources: Mapping[str, int] | None = None,
 ) -> PackedBatch:
-    """Packs images of any size, for a model with `model.dense`; there may be none.
+    """Packs images of any size into one micro-batch, for a model with `model.dense`; there may be no images.
 
-    Each image is padded with zeros at the right and at the bottom to a multiple of the patch size, which gives its grid
-    of patches. The tensor of pixels is as large as the largest grid, but only patches in an image's own grid become
-    rows.
+    Each image is padded with zeros on the right and at the bottom to whole patches. All images are stored in one
+    tensor, large enough for the largest image. Only patches of an image's own grid become rows of the micro-batch.
 
     Args:
         images: pixels of each image, (3, height, width) float32 in [-1, 1].
-        patch_size: pixels on a side of a patch.
-        keeps_pixels: False leaves out the pixels, which a pipeline stage without embeddings does not need.
+        patch_size: side of a patch in pixels.
+        keeps_pixels: whether the batch contains pixels; a pipeline stage without embeddings needs none.
         drop_path: value of `PackedBatch.drop_path`, one row per image.
         sample_names: value of `PackedBatch.sample_names`.
         sources: value of `PackedBatch.sources`.
@@ -106,17 +108,17 @@ def pack_grids(
 
 
 def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
-    """Stacks images into one tensor, (images, 3, size, size) of their dtype; `views` may be empty."""
+    """Stacks images into one tensor, (images, 3, size, size), with the dtype of `views`; there may be no images."""
     return torch.stack(list(views)) if views else torch.empty(0, 3, size, size)
 
 
 def stack_colors(colors: Sequence[Tensor | None]) -> Tensor | None:
-    """Stacks changes of colours, (3, 3) per image, into one tensor; returns None if no image has any."""
+    """Stacks the color changes of images, each (3, 3), to (images, 3, 3); returns None if no image has any."""
     found = [change for change in colors if change is not None]
     assert len(found) in (0, len(colors)), "either all images of a batch have changes of colours, or none has"
     return torch.stack(found) if found else None
 
 
 def concatenate(parts: Sequence[NDArray[np.int64]]) -> Tensor:
-    """Concatenates arrays of integers into one tensor, (n,) int64; n is 0 if there are no integers."""
+    """Concatenates integer arrays into one tensor, (n,) int64, which may be empty."""
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))

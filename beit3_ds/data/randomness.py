@@ -1,4 +1,4 @@
-"""Builds random generators that depend only on the seed, a purpose and ids."""
+"""Builds random generators from a seed, a purpose and ids."""
 
 import hashlib
 from typing import SupportsIndex
@@ -7,16 +7,16 @@ import numpy as np
 
 
 def sample_rng(seed: SupportsIndex, purpose: str, *ids: SupportsIndex | str) -> np.random.Generator:
-    """Returns the random generator of (seed, purpose, ids), which is the same on every rank, worker and machine.
+    """Returns the random generator for (seed, purpose, ids); it is equal on every rank, worker and machine.
 
-    Different arguments give independent generators. The bits come from Philox and never change, but another NumPy
-    release may compute other numbers from them.
+    Different arguments give independent generators. The random bits come from Philox and never change. However, another
+    NumPy release may compute other numbers from these bits.
 
     Args:
         seed: the run's seed.
-        purpose: name of what is drawn, for example "patch mask".
-        ids: what the draw is for, for example the stream, epoch and number of a sample. NumPy and Python integers of
-            equal value are equal.
+        purpose: name of the drawn quantity, for example "patch mask".
+        ids: identify the object of the draw, for example the stream, epoch and index of a sample. NumPy and Python
+            integers of equal value count as equal.
     """
     # Python salts hash() in every process; a digest of the printed values is always the same.
     words = [repr(word if isinstance(word, str) else int(word)) for word in (seed, purpose, *ids)]

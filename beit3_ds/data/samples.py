@@ -1,4 +1,4 @@
-"""Defines streams of numbered samples, from which tasks read."""
+"""Defines streams of numbered samples, which tasks read."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -21,51 +21,53 @@ from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 
 VALIDATION_EPOCH = -1
-"""Epoch number of validation and test samples, so that their random draws never change and differ from training's."""
+"""Epoch of validation and test samples. Their random draws are fixed and differ from the draws in training."""
 
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Holds everything that the random draws of one sample depend on."""
+    """Determines all random draws for one sample."""
 
     seed: int
     """Seed of the run."""
     stream: str
     """Name of the stream."""
     epoch: int
-    """Number of earlier passes over the sample's source, or over the whole stream without weights; `VALIDATION_EPOCH`
-    for validation and test samples."""
+    """Number of earlier passes over the sample's source, or over the whole stream if it has no weights.
+
+    `VALIDATION_EPOCH` for validation and test samples.
+    """
     index: int
-    """Index of the sample in its stream, from 0."""
+    """Index of the sample in the stream, from 0."""
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Returns the sample's random generator for one purpose; generators for different purposes are independent."""
+        """Returns the random generator of this sample for one purpose; different purposes have independent generators."""
         return sample_rng(self.seed, purpose, self.stream, self.epoch, self.index)
 
 
 class SourceSamples(Protocol):
-    """Declares the interface of one source's samples, which each task implements."""
+    """Interface of the samples of one source, which each task implements."""
 
     is_last_open: ClassVar[bool]
-    """Whether the last sample may change when its file grows, as the last sequence of a text file does."""
+    """Whether the last sample may change when its file grows, like the last sequence of a text file."""
 
     def __len__(self) -> int:
-        """Returns the number of samples in the source, broken ones included."""
+        """Returns the number of samples in the source, including broken samples."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each file of the source."""
+        """Returns a description of each file of the source: name, size in bytes and number of samples."""
 
     def identity(self, index: int) -> bytes:
         """Returns bytes that identify a sample; a resumed run compares them to detect inserted or removed samples."""
 
     def name(self, index: int) -> str:
-        """Returns the file that contains a sample, and the sample's name in the file, for messages."""
+        """Returns a sample's name for messages, including the file that contains the sample."""
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members, rows and lines, with an example, by reason."""
+        """Returns the count and an example of skipped files, tar members, rows and lines, by reason."""
 
     def prepare(self, index: int, key: SampleKey) -> Any:
-        """Reads and prepares sample `index` of the source; `key` seeds all its random draws.
+        """Reads and prepares sample `index` of the source; takes all random draws from `key`.
 
         Raises:
             BrokenRecordError: if the sample cannot be read.
@@ -74,7 +76,7 @@ class SourceSamples(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesOfSource:
-    """Holds the images of one source; subclasses in the tasks implement `prepare`."""
+    """Base class for the image samples of one source; subclasses in the tasks implement `prepare`."""
 
     is_last_open: ClassVar[bool] = False
 
@@ -82,35 +84,35 @@ class ImagesOfSource:
     """Source of the images and captions."""
 
     def __len__(self) -> int:
-        """Returns the number of samples, broken ones included."""
+        """Returns the number of samples, including broken samples."""
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each file of the source."""
+        """Returns a description of each file of the source: name, size in bytes and number of samples."""
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample, without folders, as bytes; a resumed run recognises the sample by this name."""
+        """Returns the name of a sample without folders, as bytes; a resumed run recognises the sample by this name."""
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
-        """Returns the file that contains a sample, and the sample's name in the file, for messages."""
+        """Returns a sample's name for messages, including the file that contains the sample."""
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
+        """Returns the count and an example of skipped files, tar members and rows, by reason."""
         return self.source.skipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSourceSamples(ImagesOfSource):
-    """Holds the images of one source, and the transform that makes two views of each image, as in pretraining."""
+    """Base class for image samples with two views per image, as in pretraining."""
 
     views: ViewTransform
-    """Makes one view of an image for the model and one for the visual tokenizer."""
+    """Transform that makes two views of an image: one for the model and one for the visual tokenizer."""
 
     def read(self, index: int) -> Image.Image:
-        """Reads the image of sample `index`, large enough for both views.
+        """Reads the image of sample `index` at a size that suffices for both views.
 
         Raises:
             BrokenRecordError: if the image cannot be read.
@@ -120,18 +122,18 @@ class ImageSourceSamples(ImagesOfSource):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedSamples(ImagesOfSource):
-    """Holds the images of one source with one caption per sample, or with several if the source is an `EachImage`."""
+    """Base class for image samples with captions: several per sample if the source is an `EachImage`, otherwise one."""
 
     def image_files(self) -> Iterable[str]:
-        """Returns the paths of all images that the annotations name; empty for a folder or tars."""
+        """Returns the paths of all images that the annotations name; empty if the source is a folder or tars."""
         return self.source.image_files() if isinstance(self.source, AnnotatedImages) else ()
 
     def identifier(self, index: int) -> int | str:
-        """Returns the image's identifier for result files, from the annotation file or else the image's name."""
+        """Returns the image's identifier for result files; it is the image's name if the source has no identifiers."""
         return self.source.identifier(index) if isinstance(self.source, EachImage) else self.source.name(index)
 
     def captions(self, index: int) -> list[str]:
-        """Returns all captions of an image; an image of a test split may have no captions.
+        """Returns all captions of an image; empty for an image of a test split.
 
         Raises:
             BrokenRecordError: if a caption cannot be read.
@@ -141,24 +143,24 @@ class CaptionedSamples(ImagesOfSource):
 
 @dataclass(frozen=True)
 class Stream:
-    """Holds one stream of a task: the samples of all its sources, numbered consecutively."""
+    """One stream of a task: the samples of several sources, numbered consecutively."""
 
     sources: ConcatSources[SourceSamples]
-    """The samples of each source."""
+    """Samples of each source."""
     sequences_per_sample: int = 1
-    """Number of sequences that a sample takes in the packed batch: 2 if its image and its text are separate."""
+    """Number of sequences per sample in the packed batch; 2 if the image and the text are separate sequences."""
 
     def __len__(self) -> int:
-        """Returns the number of samples in the stream, broken ones included."""
+        """Returns the number of samples in the stream, including broken samples."""
         return len(self.sources)
 
     def name(self, index: int) -> str:
-        """Returns the file that contains a sample, and the sample's name in the file, as one text for messages."""
+        """Returns a sample's name for messages, including the file that contains the sample."""
         source, number = self.sources.locate(index)
         return source.name(number)
 
     def prepare(self, key: SampleKey) -> Any:
-        """Reads and prepares sample `key.index`; `key` seeds all its random draws.
+        """Reads and prepares sample `key.index`; takes all random draws from `key`.
 
         Raises:
             BrokenRecordError: if the sample cannot be read.
@@ -168,9 +170,9 @@ class Stream:
 
 
 def name_sources(split: Split, streams: Mapping[str, Stream], data: DataConfig) -> dict[str, SourceSamples]:
-    """Returns the samples of each source, by a name such as "data.images.train[0] (images/*.tar)".
+    """Maps names such as "data.images.train[0] (images/*.tar)" to the samples of each source.
 
-    If a task opens other sources than the config names, their names have no path.
+    The names contain no path if the task opens other sources than the config names.
     """
     named: dict[str, SourceSamples] = {}
     for name, stream in streams.items():
@@ -186,10 +188,10 @@ def open_image_stream(data: DataConfig, stream: str, split: Split, build: Callab
     """Opens the image files of a stream.
 
     Args:
-        data: the configuration's data section.
+        data: data section of the run's config.
         stream: name of the stream.
-        split: split whose sources are opened.
-        build: builds the samples of one source; it is called with the opened images as `source`.
+        split: split to open.
+        build: function that builds the samples of one source. It is called with the opened images as `source`.
 
     Raises:
         ConfigError: if files are missing or cannot be read.

@@ -1,4 +1,4 @@
-"""Reports the files, members, rows and lines that the sources of a run skip."""
+"""Describes the files, tar members, rows and lines that a run skips."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ from beit3_ds.printing import printable
 
 
 def describe_skipped(sources: Mapping[str, SourceSamples]) -> list[str]:
-    """Returns one line per source and reason: the number of skipped files, members, rows or lines, and an example.
+    """Returns one line of text per source and reason, with the number of skipped items and an example.
 
     Args:
-        sources: samples of each source by its name, as `name_sources` returns them.
+        sources: samples of each source by name, from `name_sources`.
     """
     return [
         printable(f"{name}: left out {found.num_members:,}: {reason} (such as {found.example})")

@@ -1,4 +1,4 @@
-"""Opens the sources of images that a config names, and numbers the samples of several sources."""
+"""Opens the image sources that a config names, and numbers the samples of several sources."""
 
 import bisect
 import itertools
@@ -29,7 +29,7 @@ SourceT = TypeVar("SourceT", bound=Sized)
 
 
 class ConcatSources(Generic[SourceT]):
-    """Concatenates sources, and numbers all their samples consecutively."""
+    """Concatenates sources; numbers all samples consecutively."""
 
     def __init__(self, sources: Sequence[SourceT]) -> None:
         """Stores the sources; the samples of the first source have the smallest numbers."""
@@ -42,7 +42,7 @@ class ConcatSources(Generic[SourceT]):
         return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[SourceT]:
-        """Yields the sources in their order."""
+        """Yields the sources in order."""
         return iter(self._sources)
 
     def source_of(self, index: int) -> int:
@@ -51,17 +51,17 @@ class ConcatSources(Generic[SourceT]):
         return bisect.bisect_right(self._ends, index)
 
     def locate(self, index: int) -> tuple[SourceT, int]:
-        """Returns the source that contains sample `index`, and the sample's number within this source."""
+        """Returns the source that contains sample `index`, and the index of the sample within that source."""
         source = self.source_of(index)
         return self._sources[source], index - self._ends[source] + self.sizes[source]
 
 
 def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:
-    """Checks that no two sources of one stream share a file or a folder; shared samples would be used twice.
+    """Checks that no two sources of one stream share a file or a folder, because shared samples would be used twice.
 
     Args:
         sources: sources of one stream.
-        must_exist: whether a pattern that matches no file is an error.
+        must_exist: whether a pattern without a matching file is an error.
 
     Raises:
         ConfigError: if two sources share a file, a folder is inside another one, or a pattern matches no file.
@@ -86,24 +86,26 @@ def _matches_files(pattern: str) -> bool:
 
 
 def image_format(source: SourceConfig) -> str:
-    """Returns the configured format of an image source; by default "folder" if its path is a folder, else "tar"."""
+    """Returns the format of an image source; without a configured format, "folder" if the path is a folder, otherwise
+    "tar".
+    """
     return source.format or ("folder" if os.path.isdir(source.path) else "tar")
 
 
 def annotation_files(source: SourceConfig) -> list[str]:
-    """Returns the paths of the annotation files of a source whose format is an annotation format, such as `coco`."""
+    """Returns the paths of a source's annotation files; the source must have an annotation format, such as `coco`."""
     if source.format == "visual_genome":
         return [source.path, os.path.join(os.path.dirname(source.path), "image_data.json")]
     return [source.path]
 
 
 def source_table(source: SourceConfig, cache_dir: str) -> str:
-    """Returns the path of the table that `beit3 prepare index` writes for the annotation files of a source."""
+    """Returns the path of the annotation table of a source, which `beit3 prepare index` writes."""
     return table_path(cache_dir, image_format(source), source.path, source.images)
 
 
 def read_annotations(source: SourceConfig) -> AnnotatedImages:
-    """Parses the annotation files of a source whose format is an annotation format, such as `coco`.
+    """Parses the annotation files of a source; the source must have an annotation format, such as `coco`.
 
     Raises:
         ConfigError: if files are missing or cannot be read.
@@ -125,17 +127,17 @@ def read_annotations(source: SourceConfig) -> AnnotatedImages:
 
 
 def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = None) -> tuple[int, str]:
-    """Counts the images that annotations name but that do not exist.
+    """Counts missing images, which the annotations name but which do not exist.
 
     Args:
         samples: an opened source in an annotation format.
         num_examined: number of images to look for, evenly spread; None looks for all images.
 
     Returns:
-        The number of missing images among those looked for, and the path of the first one.
+        The number of missing images among those looked for, and the path of the first missing image.
 
     Raises:
-        ConfigError: if there are no samples, or none of the images exists.
+        ConfigError: if there are no samples, or no image exists.
         StorageError: if the file system fails.
     """
     if not len(samples):
@@ -160,7 +162,7 @@ def check_no_image_is_missing(samples: AnnotatedImages) -> None:
     """Checks that the images of all samples exist; lists each folder once and opens no image.
 
     Raises:
-        ConfigError: if images are missing; the message names their number and the first sample without its image.
+        ConfigError: if images are missing. The message gives their number, and the first sample whose image is missing.
         StorageError: if the file system fails.
     """
     paths = [samples.paths[number] for number in range(len(samples.paths))]
@@ -178,21 +180,21 @@ def check_no_image_is_missing(samples: AnnotatedImages) -> None:
 
 
 def spread(length: int, count: int) -> list[int]:
-    """Returns at most `count` indices of a sequence, evenly spread from the first to the last."""
+    """Returns at most `count` indices in [0, length), evenly spread from the first to the last."""
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)).tolist()
 
 
 def open_images(source: SourceConfig, cache_dir: str | None, files: OpenFiles | None = None) -> ImageSource:
-    """Opens a source of images.
+    """Opens an image source in any format.
 
     Args:
         source: config of the source.
-        cache_dir: folder of the indices of tars and the tables of annotations that `beit3 prepare index` wrote. A tar
-            without an index is scanned, and an annotation file without a table is parsed. None scans or parses all.
-        files: collection of open files that keeps tars and indices open; all sources of a process should share it.
+        cache_dir: folder of the tar indices and annotation tables from `beit3 prepare index`. Tars without an index are
+            scanned; annotation files without a table are parsed. None scans or parses all files.
+        files: cache of open files; all sources of a process should share it.
 
     Raises:
-        ConfigError: if files are missing or cannot be read, or no longer fit their index or table.
+        ConfigError: if files are missing, cannot be read, or do not match their index or table.
     """
     match image_format(source):
         case "tar":

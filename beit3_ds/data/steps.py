@@ -1,4 +1,4 @@
-"""Builds the micro-batches of one rank for an optimizer step, as a pure function of the step."""
+"""Builds one rank's micro-batches of an optimizer step; the result depends only on the step, the config and the data."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,19 +18,19 @@ from beit3_ds.data.samples import SampleKey, SourceSamples, Stream, name_sources
 
 
 def _say_nothing(name: str) -> None:
-    """Ignores the name of a sample; the default of `StepDataset.prepare`."""
+    """Ignores the name of a sample; the default value of `note` in `StepDataset.prepare`."""
 
 
 class StepDataset(Dataset[StepBatch]):
-    """Implements a map-style dataset whose item `step` is one data-parallel rank's share of that optimizer step.
+    """Map-style dataset: item `step` contains one data-parallel rank's micro-batches of that optimizer step.
 
-    A step's samples depend only on the seed, the step and the data (`RunOrder`). Those of a stream fill the step's
-    slots 0, 1, 2, ..., which ranks and micro-batches divide (`StepShares.slots`). A broken record leaves its slot
-    empty.
+    The samples of a step depend only on the seed, the step and the data (`RunOrder`). The samples of a stream fill the
+    step's slots 0, 1, 2, ... Ranks and micro-batches divide these slots (`StepShares.slots`). A broken record leaves
+    its slot empty.
 
     Attributes:
-        order: order of the run's samples. A resumed run must call its `resume` before it reads a step.
-        prefetch: numbers of workers and of steps that they prepare ahead.
+        order: order of the run's samples. A resumed run must call `order.resume` before it reads a step.
+        prefetch: number of workers, and number of steps that the workers prepare in advance.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class StepDataset(Dataset[StepBatch]):
         data_parallel_size: int,
         prefetch: PrefetchPlan,
     ) -> None:
-        """Stores its arguments; reads no sample yet.
+        """Determines this rank's share of every step; reads no sample yet.
 
         Args:
             config: the run's configuration.
             streams: training samples by stream, in the order of their rows in a batch.
-            pack: packs prepared samples into a micro-batch.
-            data_parallel_rank: rank whose share is read.
+            pack: function that packs prepared samples into a micro-batch.
+            data_parallel_rank: rank that reads these steps.
             data_parallel_size: number of ranks that share a step.
-            prefetch: numbers of workers and of steps that they prepare ahead.
+            prefetch: number of workers, and number of steps that the workers prepare in advance.
 
         Raises:
             ConfigError: if there are fewer samples per step than ranks.
@@ -68,12 +68,12 @@ class StepDataset(Dataset[StepBatch]):
         return self._config.training.total_steps
 
     def epochs(self) -> dict[str, float]:
-        """Returns the number of epochs per stream in the whole run: samples of all steps / samples of the stream."""
+        """Returns the number of epochs in the whole run per stream, as a fraction."""
         streams, steps = self._config.data.streams(), self._config.training.total_steps
         return {name: steps * streams[name].samples_per_step / len(stream) for name, stream in self._streams.items()}
 
     def sources(self) -> dict[str, SourceSamples]:
-        """Returns the samples of each source, by a name such as "data.images.train[0] (images/*.tar)"."""
+        """Maps names such as "data.images.train[0] (images/*.tar)" to the samples of each source."""
         return name_sources("train", self._streams, self._config.data)
 
     def __getitem__(self, step: int) -> StepBatch:
@@ -81,11 +81,11 @@ class StepDataset(Dataset[StepBatch]):
         return self.prepare(step)
 
     def prepare(self, step: int, note: Callable[[str], None] = _say_nothing) -> StepBatch:
-        """Reads, prepares and packs this rank's samples of optimizer step `step`.
+        """Reads, prepares and packs this rank's samples of an optimizer step.
 
         Args:
-            step: number of the step, from 0.
-            note: called with the name of each sample before the sample is read.
+            step: index of the step, from 0.
+            note: function called with the name of each sample before the sample is read.
         """
         broken: dict[str, str] = {}
         numbers = range(self._config.gradient_accumulation_steps)
@@ -93,7 +93,7 @@ class StepDataset(Dataset[StepBatch]):
         return StepBatch(step=step, micro_batches=tuple(micro_batches), broken_records=broken)
 
     def iterate_samples(self, step: int) -> Iterator[Any]:
-        """Yields this rank's prepared samples of a step one by one, without packing them; leaves out broken records."""
+        """Yields this rank's prepared samples of a step one by one, without packing; omits broken records."""
         for number in range(self._config.gradient_accumulation_steps):
             for stream in self._streams:
                 for _, key in self._keys(stream, step, number):
@@ -121,7 +121,7 @@ class StepDataset(Dataset[StepBatch]):
         return None if model is None else draw_drop_path(model.drop_path_rate, model.num_layers, seed, step, slots)
 
     def _keys(self, stream: str, step: int, micro_batch: int) -> list[tuple[Slot, SampleKey]]:
-        """Returns the slots of one stream in one of this rank's micro-batches, with the keys of their samples."""
+        """Returns the slots and sample keys of one stream in one of this rank's micro-batches."""
         seed = self._config.training.seed
         slots = self._slots[micro_batch][stream]
         epochs, samples = self.order.samples(stream, step, slots)

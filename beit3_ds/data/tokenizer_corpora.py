@@ -1,4 +1,4 @@
-"""Reads the training data of the text tokenizer from the training files of a run."""
+"""Reads the text on which the text tokenizer is trained, from the training files of a run."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_fi
 
 
 def read_training_lines(config: DataConfig) -> Iterator[str]:
-    """Yields all paragraphs of the training texts, then all captions of the training pairs.
+    """Yields all paragraphs of the training texts, followed by all captions of the training pairs.
 
     Broken lines and captions are skipped with a warning.
 

@@ -1,4 +1,4 @@
-"""Builds fixed batches for the validation loss."""
+"""Builds the fixed batches on which the validation loss is computed."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from beit3_ds.data.workers.waiting import ReaderThread, StopRequestedError, Wait
 
 
 class ValidationBatches:
-    """Yields this rank's batches of the validation loss, the same batches at every evaluation.
+    """Yields this rank's batches for the validation loss; every evaluation gets the same batches.
 
     The first pass prepares the batches and keeps them in memory, about 0.3 MB per image with two views of 224 px.
     """
@@ -27,19 +27,19 @@ class ValidationBatches:
         plan: Sequence[Mapping[str, Sequence[SampleKey]]],
         pack: Pack,
     ) -> None:
-        """Stores its arguments; reads no sample yet.
+        """Stores the plan of the batches; reads no sample yet.
 
         Args:
             streams: validation samples by stream.
-            plan: keys of the samples of each batch, by stream; a batch has samples of one source per stream.
-            pack: packs prepared samples into a batch.
+            plan: sample keys of each batch, by stream. All samples of a stream in one batch come from one source.
+            pack: function that packs prepared samples into a batch.
         """
         self._streams, self._plan, self._pack = streams, plan, pack
         self._batches: list[PackedBatch] = []
         self._reads = ""
 
     def __len__(self) -> int:
-        """Returns the number of batches, the same on every rank; 0 if no stream has validation files."""
+        """Returns the number of batches, equal on every rank; 0 if no stream has validation files."""
         return len(self._plan)
 
     @property
@@ -51,7 +51,7 @@ class ValidationBatches:
         """Prepares the batches that are not in memory yet; returns early on a stop signal.
 
         Raises:
-            ConfigError: if a record is broken, or takes longer to read than the time limit; the message names it.
+            ConfigError: if a record is broken, or reading it exceeds the time limit; the message names the record.
         """
         thread = ReaderThread("reading validation data")
         try:
@@ -68,10 +68,10 @@ class ValidationBatches:
         return f"validation batch {number + 1} of {len(self._plan)}, reading {self._reads or 'its files'}"
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yields the batches, the same in every pass.
+        """Yields the batches, in the same order in every pass.
 
         Raises:
-            ConfigError: if a record is broken, because means without it would not be comparable.
+            ConfigError: if a record is broken, because a mean loss without the record would not be comparable.
         """
         for number, keys in enumerate(self._plan):
             if number == len(self._batches):
@@ -102,17 +102,18 @@ def build_validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> ValidationBatches:
-    """Builds this rank's batches from at most `TrainingConfig.loss_samples` validation samples per stream.
+    """Builds this rank's validation batches, from at most `TrainingConfig.loss_samples` validation samples per stream.
 
-    Samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, so they are the same
-    in every layout. A batch has samples of one source per stream, at most as many as the largest micro-batch. Every
-    rank has the same number of batches; some may be smaller or empty. Streams without validation files are left out.
+    The samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, so they are equal
+    in every layout. All samples of a stream in one batch come from one source. A batch has at most the size of the
+    largest micro-batch. Every rank has the same number of batches; some batches may be smaller or empty. Streams
+    without validation files are omitted.
 
     Args:
         config: the run's configuration.
         streams: validation samples by stream, in the order of their rows in a batch.
-        pack: packs prepared samples into a batch.
-        data_parallel_rank: rank whose share is read.
+        pack: function that packs prepared samples into a batch.
+        data_parallel_rank: rank that reads these batches.
         data_parallel_size: number of ranks that share the batches.
 
     Raises:
@@ -139,17 +140,18 @@ def build_validation_batches(
 def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:
     """Chooses the samples of a stream to evaluate, spread over all sources.
 
-    Every source gets a share of `limit` in proportion to its size, and at least one sample if `limit` allows it.
-    Samples are drawn at random within a source. A higher limit adds samples to those of a lower limit, up to rounding.
+    Each source gets a share of `limit` in proportion to its size, and at least one sample if `limit` allows. Within a
+    source, samples are drawn at random. A higher limit keeps the samples of a lower limit and adds others, up to
+    rounding.
 
     Args:
         sizes: number of samples in each source; the stream numbers all samples consecutively.
-        limit: maximum samples in total.
-        seed: seeds the draw (`training.validation_seed`).
+        limit: maximum number of samples in total.
+        seed: seed of the draw (`training.validation_seed`).
         stream: name of the stream.
 
     Returns:
-        For each source, the numbers in the stream of its chosen samples, ascending.
+        Sample numbers in the stream for each source, ascending.
     """
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     chosen: list[list[int]] = []
@@ -163,10 +165,10 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
 
 
 def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
-    """Returns each source's share of at most `limit` samples, in proportion to the sources' sizes.
+    """Divides at most `limit` samples among sources in proportion to their sizes; returns each source's share.
 
-    Shares are rounded down, and the largest remainders get the remaining samples. Each source that still has none takes
-    one from the largest share, if that share has at least two.
+    Shares are rounded down, and the sources with the largest remainders get the remaining samples. Each source that
+    still has no sample takes one from the largest share, if that share has at least two.
     """
     total = sum(sizes)
     limit = min(limit, total)

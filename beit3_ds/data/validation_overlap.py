@@ -1,4 +1,4 @@
-"""Checks that validation and test files are not also training files, because scores on them would be meaningless."""
+"""Checks that validation and test files are not also training files, because their scores would be meaningless."""
 
 import itertools
 import os
@@ -15,10 +15,10 @@ from beit3_ds.printing import printable
 
 @runtime_checkable
 class NamesImages(Protocol):
-    """Declares the interface of samples whose annotations name image files."""
+    """Interface of samples whose annotations name image files."""
 
     def image_files(self) -> Iterable[str]:
-        """Yields the paths of the image files that the annotations name; a path may be repeated."""
+        """Yields the paths of the image files that the annotations name; may repeat a path."""
 
 
 _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
@@ -27,17 +27,17 @@ _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     """Checks that no validation or test file is also a training file, even under another path or link.
 
-    Files are compared by device and inode, and by the part that a source reads (`SourceConfig.split`). Files of
-    "images" are also compared with those of "pairs", because a model then already knows the image of the pair. A
-    validation folder may not be inside a training folder, nor the reverse. Copies of files are not detected.
+    Files are compared by device, inode and split (`SourceConfig.split`). Files of "images" are also compared with files
+    of "pairs", because the model must not know the image of a pair. A validation folder must not be inside a training
+    folder, or the reverse. Copies of files are not detected.
 
     Args:
         data: data section of the run's config.
-        must_exist: whether a pattern that matches no file is an error.
+        must_exist: whether a pattern without a matching file is an error.
 
     Raises:
-        ConfigError: if a training file is also a validation or test file (the message gives both names). Also if a
-            pattern matches no file, or two sources of a stream share a file.
+        ConfigError: if a training file is also a validation or test file (the message names both), a pattern matches no
+            file, or two sources of a stream share a file.
         StorageError: if the file system fails.
     """
     streams = data.streams()
@@ -69,7 +69,7 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 def describe_shared_images(splits: Mapping[Split, Iterable[object]]) -> list[str]:
     """Returns a warning for each pair of splits that share image files, with the number of shared files.
 
-    Shared images are no error, because the texts may differ, but they make scores too good.
+    Shared images are not an error, because their texts may differ, but they make scores too good.
 
     Args:
         splits: samples of each split; only samples that implement `NamesImages` are compared.
@@ -92,7 +92,7 @@ def _image_files(sources: Iterable[object]) -> Iterator[str]:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int, str], str]]:
-    """Yields (device, inode, split) and path of each file of the sources; for annotated images, only annotations."""
+    """Yields (device, inode, split) and the path of each file of the sources; annotation files stand for their images."""
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":

@@ -1,4 +1,4 @@
-"""Reads images by the names in annotation files, from a folder of image files or from tars."""
+"""Reads images by the names that annotation files give, from a folder or from tars."""
 
 import os
 from collections.abc import Iterable
@@ -17,16 +17,16 @@ class ImagesByName:
     """Reads images by name from a folder or from tars; never reads a file outside the folder.
 
     In a folder, a name is a relative path such as `val2014/COCO_val2014_000000000042.jpg`. In tars, a name is the path
-    of a member, with or without its folders; the extension is ignored.
+    or the file name of a tar member, and the extension is ignored.
     """
 
     def __init__(self, path: str, cache_dir: str | None = None, files: OpenFiles | None = None) -> None:
-        """Opens the folder, or the tars with their indices.
+        """Opens the folder, or the tars with their index files.
 
         Args:
             path: a folder, or a glob pattern of tars that ends in `.tar`.
-            cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
-            files: cache that keeps tars open; None creates a new cache.
+            cache_dir: folder of the index files from `beit3 prepare index`; None scans the tars instead.
+            files: cache of open files; None creates a new cache.
 
         Raises:
             ConfigError: if the path is neither a folder nor a pattern of tars, or a tar cannot be read.
@@ -42,7 +42,7 @@ class ImagesByName:
             self.path = self._folder.path
 
     def holds(self, name: str) -> bool:
-        """Returns whether an image with this name exists and is inside the folder or tars; opens no image.
+        """Returns whether an image with this name exists inside the folder or the tars; does not open the image.
 
         Raises:
             StorageError: if the file system fails.
@@ -50,7 +50,7 @@ class ImagesByName:
         return self._number(name) is not None if self._folder is None else self._folder.holds(name)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Returns the names without an image, in the given order; lists each folder once and opens no image.
+        """Returns the names that have no image, in the given order; lists each folder once and opens no image.
 
         Raises:
             StorageError: if the file system fails.
@@ -100,7 +100,11 @@ def _files_in(folder: Folder, inside: str) -> set[str]:
 
 
 def _number_keys(shards: TarShards) -> dict[str, int]:
-    """Maps keys (paths in the tars, without extension), and their last components where unique, to sample numbers."""
+    """Maps the names of images in tars to sample numbers.
+
+    A name is a key, which is the path in the tar without extension. The last component of a key is a name too, if it is
+    unique.
+    """
     keys = [shards.key(number) for number in range(len(shards))]
     numbers: dict[str, int] = {}
     repeated: set[str] = set()

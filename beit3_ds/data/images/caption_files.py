@@ -1,4 +1,4 @@
-"""Reads caption files, in which each image has an identifier and captions.
+"""Reads caption files; each entry names an image and lists the image's captions.
 
 | format | file | image of an entry |
 |---|---|---|
@@ -17,7 +17,7 @@ from beit3_ds.data.files.json_lists import iterate_json_list, reading_as
 from beit3_ds.data.images.captioned import CaptionedImages
 
 CaptionFormat = Literal["karpathy", "coco_images", "caption_lines"]
-"""Format of a caption file; the table at the top of this module describes each format."""
+"""Format of a caption file; the docstring of this module describes each format."""
 
 _KARPATHY = "an object with 'images' (filename, split, sentences)"
 _COCO = "an object with 'images' (id, file_name) and, but for a test split, 'annotations' (image_id, caption)"
@@ -26,17 +26,18 @@ _COCO = "an object with 'images' (id, file_name) and, but for a test split, 'ann
 def read_captions(
     path: str, folder: str, kind: CaptionFormat, split: str = "", *, needs_captions: bool = True
 ) -> CaptionedImages:
-    """Reads a file of images with captions.
+    """Reads a caption file.
 
     Args:
-        path: the file.
+        path: path of the caption file.
         folder: folder of the images.
         kind: format of the file, such as `karpathy`.
-        split: `train`, `val` or `test` of a Karpathy file; must be empty for the other formats, which have one split.
+        split: `train`, `val` or `test` of a Karpathy file. Must be empty for the other formats, because their files
+            have one split.
         needs_captions: whether every image must have a caption, as training and scoring require.
 
     Raises:
-        ConfigError: if the file cannot be read, has another form, or lacks the split, or if an image lacks a required
+        ConfigError: if the file cannot be read, has another form or lacks the split, or if an image lacks a required
             caption.
     """
     if kind == "karpathy":
@@ -61,7 +62,7 @@ def read_karpathy(path: str, folder: str, split: str) -> CaptionedImages:
 
     Raises:
         ConfigError: if the file cannot be read, has another form or lacks the split, an image occurs twice, or a
-            caption is empty; the message names the entry.
+            caption is empty. The message names the entry.
     """
     wanted = ("train", "restval") if split == "train" else (split,)
     samples, found = CaptionedImages(path, folder), Counter[str]()
@@ -89,8 +90,8 @@ def read_coco_images(path: str, folder: str) -> CaptionedImages:
         folder: folder that contains the images.
 
     Raises:
-        ConfigError: if the file cannot be read or has another form, an image occurs twice, a caption is empty, or the
-            image of a caption is not listed. The message names the entry.
+        ConfigError: if the file cannot be read or has another form, an image occurs twice, a caption is empty, or a
+            caption belongs to an unlisted image. The message names the entry.
     """
     samples = CaptionedImages(path, folder)
     with reading_as(path, _COCO):
@@ -110,7 +111,7 @@ def read_coco_images(path: str, folder: str) -> CaptionedImages:
 
 
 def _annotations(path: str) -> list[Any]:
-    """Returns the annotations of a file in COCO's form; none for a test split."""
+    """Returns the annotations of a file in COCO's format; empty for a test split."""
     try:
         return list(iterate_json_list(path, "annotations"))
     except KeyError:
@@ -122,12 +123,12 @@ def read_caption_lines(path: str, folder: str) -> CaptionedImages:
 
     Args:
         path: file with one JSON object per line. `image` is a path in the folder. `captions` (a list of texts) or
-            `caption` (one text) may be missing in a test split. `id` is optional; the default identifier is the path.
+            `caption` (one text) may be missing in a test split. `id` is optional and defaults to the path.
         folder: folder of the images.
 
     Raises:
         ConfigError: if the file cannot be read, a line does not have this form, an image occurs twice or a caption is
-            empty; the message names the line.
+            empty. The message names the line.
     """
     samples = CaptionedImages(path, folder)
     for number, line in iterate_json_lines(path, {"image": str}):

@@ -1,4 +1,4 @@
-"""Holds images that have an identifier and several captions each, for captioning and retrieval."""
+"""Stores images with an identifier and several captions each, for captioning and retrieval."""
 
 import json
 from array import array
@@ -11,9 +11,9 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 
 
 class CaptionedImages(CollectedAnnotations):
-    """Holds images with several captions each; each caption is one sample, next to the others of its image.
+    """Stores images with several captions each: one sample per caption, and the samples of an image are consecutive.
 
-    `each_image` returns these images with one sample per image.
+    `each_image` returns a collection with one sample per image.
     """
 
     def __init__(self, annotations: str, folder: str) -> None:
@@ -37,7 +37,7 @@ class CaptionedImages(CollectedAnnotations):
             identifier: number or text that identifies the image in result files.
             path: path of the image in the folder.
             captions: captions of the image; may be empty in a test split.
-            where: file and number of the entry, for messages, such as `captions.jsonl:3`.
+            where: location of the entry for messages, such as `captions.jsonl:3`.
             line: line number of the entry, counted from 1; None if the file is not read line by line.
 
         Raises:
@@ -75,25 +75,25 @@ class CaptionedImages(CollectedAnnotations):
         return self._image_lines
 
     def identifier(self, image: int) -> int | str:
-        """Returns the identifier of image number `image`."""
+        """Returns the identifier of the image with index `image`."""
         identifier: int | str = json.loads(self._identifiers[image])
         return identifier
 
     def samples_of(self, image: int) -> range:
-        """Returns the sample numbers of all captions of image number `image`."""
+        """Returns the sample indices of the captions of the image with index `image`."""
         return range(self._ends[image - 1] if image else 0, self._ends[image])
 
     def references(self, image: int) -> list[str]:
-        """Returns all captions of image number `image`; an image of a test split may have none."""
+        """Returns all captions of the image with index `image`; empty for an image of a test split."""
         return [self.captions[sample] for sample in self.samples_of(image)]
 
     def each_image(self) -> "EachImage":
-        """Returns these images with one sample per image instead of one sample per caption."""
+        """Returns a collection of the same images with one sample per image instead of one sample per caption."""
         return EachImage(self)
 
 
 class EachImage(AnnotatedImages):
-    """Holds one sample per image; the caption of a sample is the image's first caption, if the image has captions."""
+    """Stores one sample per image; the caption of a sample is the first caption of the image, or empty."""
 
     def __init__(self, captioned: CaptionedImages) -> None:
         """Builds one sample per image of `captioned`; an image without captions gets an empty caption."""
@@ -115,11 +115,11 @@ class EachImage(AnnotatedImages):
         return self._captioned.identifier(index)
 
     def references(self, index: int) -> list[str]:
-        """Returns all captions of the image of sample `index`; an image of a test split may have none."""
+        """Returns all captions of the image of sample `index`; empty for an image of a test split."""
         return self._captioned.references(index)
 
     def check_has_references(self) -> None:
-        """Checks that every image has a caption.
+        """Checks that every image has at least one caption.
 
         Raises:
             ConfigError: if an image has no caption; the message names the file and the image.

@@ -1,15 +1,15 @@
-"""Decodes the bytes of captions to text."""
+"""Decodes captions from bytes to text."""
 
 import json
 
 MAX_CAPTION_BYTES = 1 << 16
-"""Maximum bytes of a caption; a longer text is not a caption but a whole page or a binary file."""
+"""Maximum bytes of a caption; a longer text is probably a whole page or a binary file."""
 MAX_JSON_BYTES = 1 << 20
 """Maximum bytes of a JSON file that contains a caption and metadata."""
 
 
 def decode_caption(data: bytes) -> str:
-    """Decodes the bytes of a caption file, which are UTF-8 with or without a byte order mark.
+    """Decodes a caption from UTF-8 bytes, with or without a byte order mark.
 
     Raises:
         ValueError: if the caption is empty, too long or binary.
@@ -20,7 +20,7 @@ def decode_caption(data: bytes) -> str:
 
 
 def decode_json_caption(data: bytes) -> str:
-    """Decodes the caption under the key `caption` of a JSON object, as img2dataset writes it.
+    """Decodes a caption from a JSON object with the key `caption`, as img2dataset writes it.
 
     Raises:
         ValueError: if the JSON is invalid or too long, or the caption is missing, empty, too long or binary.
@@ -38,11 +38,11 @@ def decode_json_caption(data: bytes) -> str:
 
 
 def clean_caption(caption: str) -> str:
-    """Returns a caption without white space around it.
+    r"""Returns a caption without surrounding white space.
 
     Raises:
-        ValueError: if the caption is empty, longer than `MAX_CAPTION_BYTES`, or contains NUL or half a surrogate pair.
-            JSON can encode both as `\\u` escapes, but no tokenizer accepts them.
+        ValueError: if the caption is empty, is longer than `MAX_CAPTION_BYTES`, or contains NUL or half a surrogate
+            pair. JSON allows such characters as `\u` escapes, but no tokenizer accepts them.
     """
     caption = caption.strip()
     if not caption:

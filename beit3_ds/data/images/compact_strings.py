@@ -1,4 +1,4 @@
-"""Stores millions of strings in two buffers."""
+"""Stores millions of strings compactly, in two buffers."""
 
 from array import array
 from collections.abc import Iterable
@@ -8,13 +8,18 @@ from numpy.typing import NDArray
 
 
 class StoredStrings:
-    """Reads strings from a buffer of joined texts and a buffer of end offsets, both in memory or memory-mapped.
+    """Reads strings from a buffer of joined texts and a buffer of end offsets, in memory or memory-mapped.
 
     Each string takes 8 bytes in addition to its text.
     """
 
     def __init__(self, text: bytearray | NDArray[np.uint8], ends: "array[int] | NDArray[np.int64]") -> None:
-        """Stores the joined UTF-8 bytes of all strings, and the offset in bytes at which each string ends."""
+        """Stores the buffers.
+
+        Args:
+            text: joined UTF-8 bytes of all strings.
+            ends: end offset of each string in `text`, in bytes.
+        """
         self.text, self.ends = text, ends
 
     def __len__(self) -> int:
@@ -22,7 +27,7 @@ class StoredStrings:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
-        """Returns one string; replaces bytes that are not UTF-8, as in a damaged file, by escapes.
+        """Returns one string; bytes that are not UTF-8, as in a damaged file, become escapes.
 
         Raises:
             IndexError: if the index is outside [0, len).
@@ -38,9 +43,9 @@ class StoredStrings:
 
 
 class CompactStrings(StoredStrings):
-    """Stores strings with an overhead of 8 bytes each, where a list of `str` has at least 57.
+    """Stores strings with an overhead of 8 bytes each, compared with at least 57 bytes in a list of `str`.
 
-    It keeps any Python string, even a file name that is not UTF-8. Strings can only be appended.
+    Accepts any Python string, even a file name that is not UTF-8. Strings can only be appended.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Decodes the bytes of images to RGB pixels."""
+"""Decodes image files to RGB pixels."""
 
 import io
 import math
@@ -11,7 +11,7 @@ MAX_PIXELS = 89_478_485
 MAX_IMAGE_BYTES = 1 << 28
 """Maximum bytes of an image file: the size of `MAX_PIXELS` uncompressed RGB pixels."""
 MAX_DECODING_BYTES = 300_000_000
-"""Maximum bytes of memory for decoding one image, including the file and all copies of the pixels."""
+"""Maximum memory in bytes for decoding one image, including the file and all copies of the pixels."""
 _STRIP_PIXELS = 1 << 20
 _MAX_JPEG_SCANS = 100  # progressive files have about ten; each costs a pass over all pixels, even with few bytes
 _ORIENTATION_TAG = 0x0112
@@ -29,19 +29,19 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
-    """Decodes an image file to RGB pixels, upright.
+    """Decodes an image file to upright RGB pixels.
 
     Transparent parts become white. Only the first frame of an animation is decoded. An image with damaged EXIF data is
     not rotated.
 
     Args:
-        data: the bytes of the file.
-        min_side: number of pixels that suffices on the shorter side. A JPEG with at least two, four or eight times this
-            number is decoded at a half, a quarter or an eighth of its size. None decodes all pixels.
+        data: content of the file.
+        min_side: minimum pixels of the shorter side after decoding. A JPEG with at least two, four or eight times
+            `min_side` is decoded at a half, a quarter or an eighth of its size. None decodes all pixels.
 
     Raises:
-        ValueError: if the bytes are not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image, or are too many. Also if
-            the image has too many pixels, or a format without a value of white (Pillow's modes I and F).
+        ValueError: if the bytes are not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image, if the file or image is too
+            large, or if the pixel format does not define white (Pillow's modes I and F).
     """
     if not data:
         raise ValueError("empty file")
@@ -74,7 +74,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Rotates an open image upright by its EXIF orientation, and converts it to RGB on a white background.
 
     Raises:
-        ValueError: if the pixel format does not define the value of white (Pillow's modes I and F).
+        ValueError: if the pixel format does not define white (Pillow's modes I and F).
     """
     orientation, rgb = _orientation(image), _to_rgb(image)
     if isinstance(orientation, int) and orientation in _UPRIGHT:
@@ -83,11 +83,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decoding_bytes(image: Image.Image, size: tuple[int, int]) -> int:
-    """Returns the maximum memory in bytes for decoding an image, as measured with Pillow.
+    """Returns the maximum memory in bytes for decoding an image; the factors were measured with Pillow.
 
     Args:
         image: an open image that is not decoded yet.
-        size: width and height in the file; `image` has a smaller size if a reduced decoding was chosen.
+        size: width and height in the file. `image` is smaller if it will be decoded at a reduced size.
     """
     pixels = math.prod(image.size)
     if image.format == "WEBP":
@@ -105,7 +105,7 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB, in strips if the conversion makes several copies of the pixels."""
+    """Converts an image to RGB. Converts in strips if the conversion makes several copies of the pixels."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode in ("I", "F"):

@@ -1,4 +1,4 @@
-"""Reads image files in a folder, with caption files next to the images."""
+"""Reads image files in a folder, and caption files next to the images."""
 
 import heapq
 import os
@@ -21,7 +21,7 @@ from beit3_ds.printing import printable
 _CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that exists is read
 
 _SIZES_LOOKED_UP = 1024
-"""Maximum images whose file sizes are looked up; a million requests to a network file system would take minutes."""
+"""Maximum number of images to look up file sizes for; a million lookups on a network file system take minutes."""
 
 
 class ImageFolder:
@@ -30,9 +30,9 @@ class ImageFolder:
     The caption of `NAME.jpg` is the text in `NAME.txt`, or else the value of `caption` in `NAME.json`. Captions may be
     missing.
 
-    Links to folders are followed, because ImageNet's class folders are often links; each folder is listed once. Hidden
-    files and links to single files outside are not read. `skipped` counts all skipped files and folders. A path takes 8
-    bytes beside its text.
+    Symbolic links to folders are followed, because ImageNet's class folders are often links. Each folder is listed
+    once. Hidden files and links to files outside the folder are not read. `skipped` counts all skipped files and
+    folders. Each path takes 8 bytes in addition to its text.
     """
 
     def __init__(self, path: str) -> None:
@@ -47,11 +47,13 @@ class ImageFolder:
         self._names, self.skipped = list_images(self._folder)
 
     def __len__(self) -> int:
-        """Returns the number of images, broken ones included."""
+        """Returns the number of images, including broken images."""
         return len(self._names)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the images, sorted by path; looks up the file sizes of at most 1024 evenly spread images."""
+        """Yields a description of each image, sorted by path; looks up file sizes for at most 1024 evenly spread
+        images.
+        """
         every = -(-len(self) // _SIZES_LOOKED_UP)
         for number in range(len(self)):
             name = self._names[number]
@@ -59,11 +61,11 @@ class ImageFolder:
             yield SourceFile(name, num_bytes, 1)
 
     def name(self, index: int) -> str:
-        """Returns the path of an image, for messages."""
+        """Returns the full path of an image, for messages."""
         return printable(os.path.join(self.path, self._names[index]))
 
     def relative_path(self, index: int) -> str:
-        """Returns the path of an image in the folder."""
+        """Returns the path of an image relative to the folder."""
         return self._names[index]
 
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
@@ -79,7 +81,7 @@ class ImageFolder:
             raise BrokenRecordError(f"{self.name(index)}: broken image: {error}") from error
 
     def caption(self, index: int) -> str:
-        """Returns the caption of an image, without white space around it.
+        """Returns the caption of an image, without surrounding white space.
 
         Raises:
             BrokenRecordError: if the image has no caption, or the caption cannot be read.
@@ -134,7 +136,7 @@ def list_images(folder: Folder) -> tuple[CompactStrings, dict[str, Skipped]]:
     """Returns the sorted paths of all images below a folder, and the skipped files by reason.
 
     Raises:
-        ConfigError: if a subfolder cannot be read, or there is no image.
+        ConfigError: if a subfolder cannot be read, or the folder contains no image.
         StorageError: if the file system fails.
     """
     listing = _Listing(folder)
@@ -157,7 +159,7 @@ def list_images(folder: Folder) -> tuple[CompactStrings, dict[str, Skipped]]:
 
 
 def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
-    """Reads and decodes the image `name` in a folder (`decoding.decode_image`).
+    """Reads and decodes the image `name` in a folder; `min_side` is explained in `decoding.decode_image`.
 
     Raises:
         ValueError: if the image cannot be read, or is outside the folder.
@@ -167,7 +169,7 @@ def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
 
 
 class _Listing:
-    """Lists the files below a folder; lists a folder with several paths once."""
+    """Lists the files below a folder; lists each subfolder once, even if links give it several paths."""
 
     def __init__(self, folder: Folder) -> None:
         self.names: list[str] = []

@@ -1,4 +1,4 @@
-"""Converts an image to the model's input by augmenting or resizing it, for tasks other than pretraining."""
+"""Converts an image to a model input by augmenting or resizing it, for all tasks except pretraining."""
 
 import dataclasses
 import math
@@ -30,33 +30,33 @@ _ERASED_ASPECTS = (0.3, 10 / 3)
 
 
 class ImageTransform(Protocol):
-    """Declares the interface of a transform from an image to the model's input, (3, size, size) float32 in [-1, 1].
+    """Interface of a transform from an image to a model input, (3, size, size) float32 in [-1, 1].
 
-    Views of pretraining are 8-bit (`augmentation.Views`), but these are floats: random erasing draws normalised noise,
-    and mixup interpolates between images.
+    The views are floats, while the views of pretraining are 8-bit (`augmentation.Views`). Random erasing draws
+    normalised noise, and mixup interpolates between images.
     """
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that a decoded image's shorter side needs; None means the full size."""
+        """Returns the minimum length of a decoded image's shorter side in pixels; None requires the full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Converts an RGB image to the model's input; draws all random numbers from `rng`."""
+        """Converts an RGB image to a model input; takes all random numbers from `rng`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizedView:
-    """Resizes the whole image to a square without a crop, as BEiT-3's reference code does for evaluation."""
+    """Resizes a whole image to a square without cropping, as BEiT-3's reference code does for evaluation."""
 
     image_size: int
-    """Pixels on a side of the view."""
+    """Side of the view in pixels."""
 
     @property
     def min_side(self) -> None:
         """Returns None: images are decoded in full size, so that the view does not depend on the file format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Returns the resized RGB image; uses no random numbers."""
+        """Resizes an RGB image to (3, image_size, image_size) float32 in [-1, 1]; does not use `rng`."""
         return whole_view(image, self.image_size)
 
 
@@ -70,25 +70,27 @@ class AugmentedView:
     """Augments an image by a random resized crop, flip, RandAugment, color jitter and random erasing, in this order."""
 
     image_size: int
-    """Pixels on a side of the view."""
+    """Side of the view in pixels."""
     min_crop_scale: float
     """Smallest fraction of the image's area that a crop covers."""
     flip_probability: float
     """Probability of a horizontal flip."""
     distortion: RandAugment
-    """RandAugment, which distorts the crop."""
+    """Distortions of the crop by RandAugment."""
     color_jitter: float
-    """Strength of brightness, contrast and saturation jitter."""
+    """Jitter strength: factors of brightness, contrast and saturation lie in [1 - color_jitter, 1 + color_jitter]."""
     erasing_probability: float
     """Probability that noise replaces a random rectangle (Zhong et al., 2017, arXiv:1708.04896)."""
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that a decoded image's shorter side needs for every crop; None means the full size."""
+        """Returns the shorter side in pixels that a decoded image needs so that no crop is enlarged; None means full
+        size.
+        """
         return smallest_side(self.image_size, self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Augments an RGB image to (3, image_size, image_size) float32; draws all random numbers from `rng`."""
+        """Augments an RGB image to (3, image_size, image_size) float32; takes all random numbers from `rng`."""
         crop = image.crop(random_crop_box(image.size, self.min_crop_scale, rng))
         pixels = resize_pixels(image_pixels(crop), self.image_size, "bicubic")
         if rng.random() < self.flip_probability:
@@ -104,7 +106,12 @@ class AugmentedView:
 
 
 def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedView:
-    """Builds the training augmentation from the section "data" of the config."""
+    """Builds the training augmentation from the config's "data" section.
+
+    Args:
+        config: config of the run.
+        flip_probability: probability of a horizontal flip.
+    """
     data = config.data
     return AugmentedView(
         image_size=config.model.image_size,
@@ -118,25 +125,25 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 
 @dataclass(frozen=True, kw_only=True)
 class PairView:
-    """Chooses an image's transform by its texts: no flip if a text has a word like "left" or "right"."""
+    """Chooses the transform of an image by its texts: no flip if a text contains a word like "left" or "right"."""
 
     usual: ImageTransform
     """Transform that may flip the image."""
     unflipped: ImageTransform
-    """Transform that equals `usual` but never flips the image."""
+    """Transform like `usual` that never flips the image."""
 
     @property
     def min_side(self) -> int | None:
-        """Returns the pixels that a decoded image's shorter side needs, equal for both transforms; None: full size."""
+        """Returns the minimum length of a decoded image's shorter side in pixels; None requires the full size."""
         return self.usual.min_side
 
     def of(self, *texts: str) -> ImageTransform:
-        """Returns the transform for an image with these texts, for example a question and its answers."""
+        """Returns the transform for an image with these texts, such as a question and its answers."""
         return self.unflipped if any(map(_SIDES.search, texts)) else self.usual
 
 
 def build_pair_view(config: RunConfig, split: Split) -> PairView:
-    """Builds the transforms of images with texts: augments the training split, and only resizes the other splits."""
+    """Builds the transforms of images with texts: augments the training split, and only resizes other splits."""
     if split != "train":
         resized = ResizedView(image_size=config.model.image_size)
         return PairView(usual=resized, unflipped=resized)
@@ -145,7 +152,7 @@ def build_pair_view(config: RunConfig, split: Split) -> PairView:
 
 
 def _erase(view: Tensor, rng: np.random.Generator) -> None:
-    """Replaces a random rectangle of a view by Gaussian noise (mean 0, standard deviation 1), in place."""
+    """Fills a random rectangle of a view with Gaussian noise (mean 0, standard deviation 1), in place."""
     size = view.shape[-1]
     area = size**2 * rng.uniform(*_ERASED_SHARE)
     aspect = math.exp(rng.uniform(*np.log(_ERASED_ASPECTS)))

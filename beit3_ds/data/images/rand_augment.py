@@ -12,7 +12,7 @@ _MAX_LEVEL = 10.0
 _GREY = (128, 128, 128)  # color of pixels that the moved image no longer covers
 
 Operation = Callable[[Image.Image, float, float], Image.Image]
-"""Function that distorts an image, given a strength in [0, 1] and a sign, 1 or -1."""
+"""Function that distorts an image. Takes the image, a strength in [0, 1] and a sign, 1 or -1."""
 
 
 def _affine(image: Image.Image, x_of_y: float = 0, y_of_x: float = 0, right: float = 0, down: float = 0) -> Image.Image:
@@ -36,20 +36,20 @@ OPERATIONS: dict[str, Operation] = {
     "translate y": lambda image, level, sign: _affine(image, down=sign * 0.45 * level * image.height),
     "rotate": _rotate,
 }
-"""RandAugment's operations by name; none of them mirrors the image."""
+"""RandAugment's operations by name; no operation mirrors the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """Draws random distortions for each image, and applies each with probability 0.5."""
+    """Draws random distortions for each image, and applies each distortion with probability 0.5."""
 
     num_operations: int
-    """Operations drawn per image, with replacement."""
+    """Number of operations drawn per image, with replacement."""
     magnitude: float
     """Strength of the operations, in [0, 10]."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Returns the distorted RGB image; draws all random numbers from `rng`."""
+        """Distorts an RGB image; takes all random numbers from `rng`."""
         names = list(OPERATIONS)
         for number in rng.integers(len(names), size=self.num_operations):
             applies, sign = rng.random() < _PROBABILITY, math.copysign(1, rng.random() - 0.5)

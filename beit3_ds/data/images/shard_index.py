@@ -1,8 +1,8 @@
-"""Stores the index of one tar shard, in memory or in a file: offset and size of each sample's members.
+"""Stores the index of one tar shard: the offsets and sizes of each sample's image and caption.
 
-An index file starts with one line of JSON: size and time of the tar, number, width and checksum of the records, and the
-skipped members. One record of fixed width per sample follows. Records are memory-mapped, so all processes share the
-page cache.
+An index file starts with one line of JSON: size and modification time of the tar, the skipped members, and the number,
+key width and checksum of the records. One fixed-width record per sample follows. Records are memory-mapped, so all
+processes of a host share them.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from beit3_ds.regular_file import open_regular
 from beit3_ds.untrusted_json import check_count, check_list, check_object, check_text, parse_untrusted_json
 
 NO_MEMBER = -1
-"""Size in a sample's record that marks a missing image or caption."""
+"""Size that marks a missing image or caption in a record."""
 
 _FORMAT = 2  # version of the file format, and of the rule that groups members into samples
 _MAX_HEADER_BYTES = 1 << 20
@@ -39,18 +39,20 @@ def record_type(key_width: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Holds the index of one tar in memory."""
+    """Index of one tar, in memory."""
 
     records: NDArray[np.void]
-    """Structured array, (samples,), with the fields `image`, `caption`, `caption_is_json` and `key` (bytes). `image`
-    and `caption` have an offset and a size in bytes (`NO_MEMBER` if missing) and a CRC-32 (0 if only headers were
-    read)."""
+    """Structured array, (samples,), with the fields `image`, `caption`, `caption_is_json` and `key` (bytes).
+
+    `image` and `caption` contain an offset and a size in bytes (`NO_MEMBER` if missing), and a CRC-32 checksum (0 if it
+    was not computed).
+    """
     tar_size: int
     """Size of the tar in bytes."""
     tar_mtime_ns: int
     """Modification time of the tar, in nanoseconds since 1970."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Number and example of skipped members, by reason."""
+    """Count and example of skipped tar members, by reason."""
 
     def __len__(self) -> int:
         """Returns the number of samples."""
@@ -62,7 +64,7 @@ class ShardIndex:
 
 
 class StoredIndex:
-    """Reads the index of one tar from a file; memory-maps the records at the first use."""
+    """Reads the index of one tar from an index file; memory-maps the records when they are first needed."""
 
     def __init__(self, path: str, tar: str, files: OpenFiles | None = None) -> None:
         """Reads the header of an index file and checks that the tar has not changed since the index was written.
@@ -103,7 +105,7 @@ class StoredIndex:
         return self._records()[index].copy()
 
     def load(self) -> NDArray[np.void]:
-        """Returns a copy of all records after checking their checksum.
+        """Returns a copy of all records, and verifies their checksum.
 
         Raises:
             ConfigError: if the checksum of the records is wrong.
@@ -132,14 +134,18 @@ class StoredIndex:
 
 
 def read_first_line(path: str, version: int) -> tuple[int, dict[str, Any]]:
-    """Reads the JSON object in the first line of an index or table of this program.
+    """Reads the JSON header in the first line of an index file or annotation table.
+
+    Args:
+        path: path of the file.
+        version: required version of the file format.
 
     Returns:
-        Length of the line in bytes, and the object.
+        Length of the line in bytes, and the JSON object.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the line is not a JSON object, or the object has another version.
+        ValueError: if the line is not a JSON object, or the file has another version.
         KeyError: if the object has no version.
     """
     with open(open_regular(path), "rb") as file:
@@ -151,7 +157,7 @@ def read_first_line(path: str, version: int) -> tuple[int, dict[str, Any]]:
 
 
 def parse_skipped(value: Any) -> dict[str, Skipped]:
-    """Parses the numbers and examples of skipped files or members in the first line of an index or table, by reason.
+    """Parses the counts and examples of skipped items, by reason, from the header of an index or annotation table.
 
     Raises:
         ValueError: if the value has another form.
@@ -171,7 +177,10 @@ def _check_width(value: Any) -> int:
 
 
 def index_path(cache_dir: str, tar: str) -> str:
-    """Returns the path of a tar's index file, named by the tar's name and a digest of the tar's folder."""
+    """Returns the path of a tar's index file, `cache_dir`/index/NAME.DIGEST.index.
+
+    NAME is the tar's file name. DIGEST is computed from the tar's folder.
+    """
     folder, name = os.path.split(os.path.abspath(tar))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     return os.path.join(cache_dir, "index", f"{bounded_name(name)}.{digest}.index")
@@ -199,7 +208,7 @@ def write_index(index: ShardIndex, path: str) -> None:
 
 
 def stat_tar(tar: str) -> os.stat_result:
-    """Returns the size, modification time and other status of a tar file.
+    """Returns the file status of a tar, such as its size and modification time.
 
     Raises:
         ConfigError: if the tar is missing or inaccessible.

@@ -1,4 +1,4 @@
-"""Builds the index of a tar shard: groups the members of the tar into samples."""
+"""Builds the index of a tar shard by grouping the tar's members into samples."""
 
 import contextlib
 import os
@@ -16,18 +16,19 @@ from beit3_ds.data.images.shard_index import NO_MEMBER, ShardIndex, record_type,
 from beit3_ds.data.images.tar_members import TarError, TarMember, iterate_tar_members
 
 CAPTION_EXTENSIONS = ("txt", "json")
-"""Extensions of caption files; `txt` is preferred. A JSON file has the caption under `caption`, as in img2dataset."""
+"""Extensions of caption files; `txt` is preferred. A JSON file stores the caption under `caption`, as in img2dataset.
+"""
 _EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
 
 
 def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
-    """Builds the index of a tar from the tar's headers; an index without samples is valid.
+    """Builds the index of a tar from the tar's headers; the index may be empty.
 
-    If several members have the same name, or a sample has several images, the first of them is used.
+    If several members have the same name, or a sample has several images, the first one is used.
 
     Args:
         tar: path of the tar.
-        with_checksums: whether to read images and captions too, to compute their CRC-32.
+        with_checksums: whether to read all images and captions and compute their CRC-32 checksums.
 
     Raises:
         ConfigError: if the file is unreadable, not a tar, damaged or truncated, or changes during the scan.
@@ -48,31 +49,31 @@ def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
 
 
 def reason_to_skip(extension: str) -> str:
-    """Returns the reason for skipping a file with this extension (in lower case), as text for messages."""
+    """Returns the reason, for messages, why a file with this lower-case extension is skipped."""
     is_image = extension in UNREAD_IMAGE_EXTENSIONS
     return "image in a format that is not read" if is_image else "neither image nor caption, by its extension"
 
 
 class _Sample(NamedTuple):
-    """Holds the members of one sample."""
+    """Members of one sample."""
 
     members: dict[str, tuple[int, int, int]]
-    """Offset and size in bytes, and CRC-32, of each member; keyed by the member's extension."""
+    """Maps each member's extension to the member's offset in bytes, size in bytes, and CRC-32 checksum."""
 
 
 class _Candidate(NamedTuple):
-    """Describes a tar member whose extension marks it as part of a sample."""
+    """A tar member with the extension of an image or a caption."""
 
     key: str
-    """Name of the member without its extension."""
+    """Path of the member without its extension."""
     extension: str
     """Extension in lower case."""
     member: TarMember
-    """Offset and size of the member's data in the tar, in bytes."""
+    """The member, with the offset and size of its data in bytes."""
 
 
 def _scan(tar: str, with_checksums: bool) -> tuple[dict[str, _Sample], dict[str, Skipped]]:
-    """Groups the members of a tar; returns the samples by key, and the skipped members by reason."""
+    """Groups the members of a tar into samples; returns the samples by key, and the skipped members by reason."""
     samples: dict[str, _Sample] = {}
     skipped: dict[str, Skipped] = {}
     candidates: list[_Candidate] = []

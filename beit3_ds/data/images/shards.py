@@ -31,38 +31,38 @@ class TarShards:
 
     The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. If
     `KEY.txt` is missing, the caption is the value of `caption` in `KEY.json`. A key may contain dots: `v.one.jpg` and
-    `v.two.jpg` are two samples. A further part as in WebDataset, such as `KEY.seg.png`, is skipped if the sample `KEY`
-    has an image or a caption. `skipped` counts skipped members.
+    `v.two.jpg` are two samples. If the sample `KEY` has an image or a caption, an additional member such as
+    `KEY.seg.png` is skipped. `skipped` counts the skipped members.
 
-    Real corpora contain many irregular files, which are handled by these rules:
+    Real corpora contain many irregular files. These rules apply:
 
     | found | rule |
     |---|---|
     | truncated tar, also between two members; damaged header; second tar appended | `ConfigError` |
     | tar whose size or modification time differs from its index | `ConfigError` |
     | changed bytes with unchanged size and modification time | found by `beit3 prepare index --verify` |
-    | repeated name; second image or further part of a sample | the first is read, the others are in `skipped` |
-    | hidden file; other extension; image format that is not read | in `skipped` |
+    | repeated name; second image or additional member of a sample | the first is read, the others are in `skipped` |
+    | hidden file; other extension; unsupported image format | in `skipped` |
     | tar without samples | in `skipped`; `ConfigError` if no tar has samples |
     | tar or index that disappears, or stays unreadable after retries | `StorageError`, which ends the run |
     | link, device, sparse file, name with `..` or a leading `/` | never read, in `skipped` |
-    | image that is empty, truncated or too large; not an image; unknown value of white | `BrokenRecordError` |
+    | image that is empty, truncated or too large; not an image; pixel format without a white | `BrokenRecordError` |
     | image with the extension of another format | read by its content |
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecordError` |
 
-    A tar without an index file in `cache_dir` is scanned, and its index takes about 50 bytes per sample in each
-    process. Index files are memory-mapped and tars stay open (`OpenFiles`), so one read suffices for an image, for a
-    caption, or for a pair of neighbours.
+    A tar without an index file in `cache_dir` is scanned. Such an index takes about 50 bytes per sample in each
+    process. Index files are memory-mapped and tars stay open (`OpenFiles`). One read therefore returns an image, a
+    caption, or a pair whose image and caption are neighbours in the tar.
     """
 
     def __init__(self, patterns: Iterable[str], cache_dir: str | None = None, files: OpenFiles | None = None) -> None:
         """Opens the tars and their indices.
 
         Args:
-            patterns: files or glob patterns.
-            cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
-            files: cache that keeps tars and indices open; None creates a new cache.
+            patterns: paths of tars or glob patterns.
+            cache_dir: folder of the index files from `beit3 prepare index`; None scans the tars instead.
+            files: cache of open files; None creates a new cache.
 
         Raises:
             ConfigError: if a pattern has no match; if a file is unreadable, not a tar, damaged, truncated, or changed
@@ -77,17 +77,17 @@ class TarShards:
             raise ConfigError(f"data: {_shorten(self.paths)} holds no samples{_describe_skipped(self.skipped)}.")
 
     def __len__(self) -> int:
-        """Returns the number of samples in all shards, broken samples included."""
+        """Returns the number of samples in all shards, including broken samples."""
         return int(self._ends[-1]) if self.paths else 0
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the name, size in bytes and number of samples of each shard, as recorded when the shard was opened."""
+        """Yields a description of each shard; the sizes are those at the time when the shard was opened."""
         for path, index in zip(self.paths, self._indices, strict=True):
             yield SourceFile(os.path.basename(path), index.tar_size, len(index))
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped members in all shards per reason, with an example that names the shard."""
+        """Returns the number of skipped members in all shards per reason, with an example of each reason."""
         total: dict[str, Skipped] = {}
         for path, index in zip(self.paths, self._indices, strict=True):
             if not len(index):
@@ -99,12 +99,12 @@ class TarShards:
         return total
 
     def name(self, index: int) -> str:
-        """Returns the path of a sample's shard and the sample's key, for messages."""
+        """Returns the shard's path and the key of a sample, for messages."""
         shard, record = self._record(index)
         return _name(self.paths[shard], record)
 
     def key(self, index: int) -> str:
-        """Returns the key of a sample: the path of its members in the tar, without extensions."""
+        """Returns the key of a sample: the path in the tar, without extension."""
         _, record = self._record(index)
         return str(record["key"].decode("utf-8", "surrogateescape"))
 
@@ -113,7 +113,7 @@ class TarShards:
 
         Args:
             index: index of the sample, from 0.
-            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
+            min_side: minimum pixels of the shorter side (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
             BrokenRecordError: if the sample has no image, or the image cannot be read.
@@ -122,7 +122,7 @@ class TarShards:
         return self._decode_image(shard, record, self._read(shard, record, "image"), min_side)
 
     def caption(self, index: int) -> str:
-        """Returns the caption of a sample, without white space around it.
+        """Returns the caption of a sample, without surrounding white space.
 
         Raises:
             BrokenRecordError: if the sample has no caption, or the caption cannot be read.
@@ -131,11 +131,11 @@ class TarShards:
         return self._decode_caption(shard, record, self._read(shard, record, "caption"))
 
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
-        """Returns the image and the caption of a sample; reads both at once if they are neighbours in the tar.
+        """Returns the image and the caption of a sample; reads them in one operation if they are neighbours in the tar.
 
         Args:
             index: index of the sample, from 0.
-            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
+            min_side: minimum pixels of the shorter side (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
             BrokenRecordError: if the image or the caption is missing or cannot be read.
@@ -158,7 +158,9 @@ class TarShards:
             raise BrokenRecordError(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
 
     def _read_both(self, shard: int, record: np.void) -> tuple[bytes, bytes]:
-        """Returns the bytes of a sample's caption and image; reads both at once if the gap between them is small."""
+        """Returns the caption's bytes and the image's bytes of a sample; uses one read if the gap between them is
+        small.
+        """
         extents = [_extent(self.paths[shard], record, kind) for kind in ("caption", "image")]
         start, end = min(offset for offset, _ in extents), max(offset + size for offset, size in extents)
         if end - start > sum(size for _, size in extents) + _MAX_GAP:
@@ -195,7 +197,7 @@ class TarShards:
 
 
 def _open_indices(tars: Sequence[str], cache_dir: str | None, files: OpenFiles) -> list[ShardIndex | StoredIndex]:
-    """Opens the indices of all tars in several threads, because a shared file system is slow per request."""
+    """Opens the indices of all tars in several threads, because a shared file system takes long per request."""
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
         return list(pool.map(lambda tar: _open_index(tar, cache_dir, files), tars))
 

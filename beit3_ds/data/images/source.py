@@ -1,4 +1,4 @@
-"""Defines the interface of all sources of images."""
+"""Defines the interface of all image sources."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -10,21 +10,20 @@ from beit3_ds.data.files.records import Skipped
 
 
 class ImageSource(Protocol):
-    """Declares the interface of numbered images, with captions if the corpus has them.
+    """Interface of a numbered collection of images, which may have captions.
 
-    Broken samples have numbers too, so the numbers, and with them the data order, depend only on the files. Instances
-    can be pickled.
+    Broken samples have numbers too, so the data order depends only on the files. Instances can be pickled.
     """
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, tar members and rows per reason, with an example."""
+        """Returns the number of skipped files, tar members and rows per reason, with an example of each reason."""
 
     def __len__(self) -> int:
-        """Returns the number of samples, broken ones included."""
+        """Returns the number of samples, including broken samples."""
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each source file, in the order of the samples."""
+        """Returns a description of each source file, in the order of the samples."""
 
     def name(self, index: int) -> str:
         """Returns the file and the key of a sample, for messages."""
@@ -34,7 +33,7 @@ class ImageSource(Protocol):
 
         Args:
             index: index of the sample, from 0.
-            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
+            min_side: minimum pixels of the shorter side (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
             BrokenRecordError: if the sample has no image, or the image cannot be read.
@@ -42,7 +41,7 @@ class ImageSource(Protocol):
         """
 
     def caption(self, index: int) -> str:
-        """Returns the caption of a sample: valid Unicode without NUL, not empty, without white space around it.
+        """Returns the caption of a sample, without surrounding white space; it is not empty and contains no NUL.
 
         Raises:
             BrokenRecordError: if the sample has no caption, or the caption cannot be read.
@@ -50,11 +49,11 @@ class ImageSource(Protocol):
         """
 
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
-        """Returns the image and the caption of a sample; reads both at once if the file format allows this.
+        """Returns the image and the caption of a sample; uses a single read if the file format allows one.
 
         Args:
             index: index of the sample, from 0.
-            min_side: pixels on the shorter side that suffice (`decoding.decode_image`); None decodes all pixels.
+            min_side: minimum pixels of the shorter side (`decoding.decode_image`); None decodes all pixels.
 
         Raises:
             BrokenRecordError: if the image or the caption is missing or cannot be read.

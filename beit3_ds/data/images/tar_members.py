@@ -1,7 +1,7 @@
 """Reads the members of an uncompressed tar file, header by header.
 
-The standard library's `tarfile` takes damaged headers for the end of the archive, ignores appended archives, and reads
-headers of any claimed size. This module reads the headers itself (ustar, GNU and pax) and reports damage.
+This module parses ustar, GNU and pax headers and reports damage. The standard library's `tarfile` treats a damaged
+header as the end of the archive, ignores appended archives, and trusts any size in a header.
 """
 
 import os
@@ -24,20 +24,20 @@ class TarError(Exception):
 
 
 class TarMember(NamedTuple):
-    """Describes one tar member other than a folder."""
+    """A tar member other than a folder."""
 
     name: str
-    """Full name of the member; bytes that are not valid UTF-8 become surrogate escapes."""
+    """Path of the member in the tar; bytes that are not valid UTF-8 become surrogate escapes."""
     offset: int
-    """Offset of the member's data, in bytes."""
+    """Offset of the member's data in the tar, in bytes."""
     size: int
     """Size of the member's data, in bytes."""
     skip_reason: str
-    """Reason for skipping the member (`link`, `special file`, `sparse file`, `unsafe name`); empty for a plain file."""
+    """Reason to skip the member (`link`, `special file`, `sparse file` or `unsafe name`); empty for a plain file."""
 
 
 class _Extended(NamedTuple):
-    """Holds the fields of extended headers (GNU and pax), which apply to the next member."""
+    """Fields of GNU and pax extended headers, which apply to the next member."""
 
     name: bytes | None = None
     size: int | None = None
@@ -45,9 +45,9 @@ class _Extended(NamedTuple):
 
 
 def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
-    """Yields all members of an open tar file except folders, in order; reads headers only.
+    """Yields all members of an open tar file except folders, in order; reads only headers and never follows links.
 
-    Links are never followed. The file's size bounds memory and time.
+    Memory and time are bounded by the size of the file.
 
     Raises:
         TarError: if a header is damaged, the file is truncated, or the end-of-archive block is missing or followed by

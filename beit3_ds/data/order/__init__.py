@@ -1,1 +1,1 @@
-"""Orders the samples of a stream as a pure function of the seed and the position in the stream."""
+"""Orders the samples of a stream; the order depends only on the seed, the data and the config."""

@@ -1,4 +1,4 @@
-"""Mixes weighted sources: assigns each position of a stream to a source."""
+"""Mixes weighted sources by assigning each position of a stream to one source."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ _SHARE_PARTS = 10**6
 def assign_sources(
     weights: Sequence[float], positions: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Assigns each position of a stream to one of its sources, in proportion to the weights and evenly spread.
+    """Assigns each position of a stream to one source, in proportion to the weights and evenly spread.
 
-    Of the first n positions, source 0 gets floor(n * its share), source 1 gets its share of the rest, rounded down, and
-    so on. So each source's number of positions differs from its exact share by less than the number of sources. Shares
-    are rounded to a millionth, so int64 products are exact up to 9e12 positions.
+    Of the first n positions, source 0 gets floor(n * share). Each next source gets its share of the remaining
+    positions, rounded down. The number of positions of a source thus differs from the exact share by less than the
+    number of sources. Shares are rounded to a millionth, so int64 products are exact up to 9e12 positions.
 
     Args:
         weights: weight of each source, above 0.
         positions: positions in the stream, (n,) int64.
 
     Returns:
-        The source of each position, and how many earlier positions of the stream belong to this source; both (n,)
+        Index of each position's source, (n,) int64, and the number of earlier positions with the same source, (n,)
         int64.
     """
     parts = mixture_shares(weights)
@@ -40,7 +40,7 @@ def assign_sources(
 
 
 def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
-    """Returns the number of positions that each source gets from `assign_sources` among the first `positions`."""
+    """Returns how many of the first `positions` positions `assign_sources` assigns to each source."""
     parts, left, taken = mixture_shares(weights), positions, []
     for source, part in enumerate(parts):
         taken.append(left * part // sum(parts[source:]))
@@ -49,5 +49,5 @@ def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
 
 
 def mixture_shares(weights: Sequence[float]) -> list[int]:
-    """Returns the share of each source in millionths, at least 1; `assign_sources` uses nothing else of the weights."""
+    """Returns the share of each source in millionths, at least 1; only these shares affect `assign_sources`."""
     return [max(1, round(weight / sum(weights) * _SHARE_PARTS)) for weight in weights]

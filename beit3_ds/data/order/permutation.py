@@ -1,4 +1,4 @@
-"""Computes permutations without storing them."""
+"""Computes random permutations without storing them."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ _BLOCKS = "blocks "
 class KeyedPermutation:
     """Computes a random permutation of range(size) in constant memory.
 
-    A Feistel network permutes the smallest set of 2^(2b) numbers that contains range(size). A result outside
-    range(size) is permuted again (cycle walking), fewer than four times on average.
+    A Feistel network permutes the numbers 0 to 2^(2b) - 1, with the smallest b for which this range contains
+    range(size). A result outside range(size) is permuted again (cycle walking), fewer than four times on average.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
@@ -26,7 +26,7 @@ class KeyedPermutation:
         self._keys = rng.integers(0, 2**64, _ROUNDS, dtype=np.uint64)
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps positions in [0, size) to samples in [0, size); both (n,) int64."""
+        """Maps positions in [0, size) to samples in [0, size); argument and result are (n,) int64."""
         samples = self._feistel(positions.astype(np.uint64))
         while (outside := samples >= self._size).any():
             samples[outside] = self._feistel(samples[outside])
@@ -40,11 +40,11 @@ class KeyedPermutation:
 
 
 class BlockPermutation:
-    """Computes a permutation of range(size) in constant memory that visits neighbouring samples at about the same time.
+    """Computes a permutation of range(size) in constant memory that keeps neighbouring samples close together.
 
-    Blocks of consecutive samples are put into a random order. Each window of consecutive blocks in this order is
-    shuffled sample by sample. Block 0 starts at a random sample, and the samples after the last whole block join the
-    last window.
+    Blocks of consecutive samples are put into a random order. A window is a fixed number of blocks that are consecutive
+    in this order. The samples of each window are shuffled. Block 0 starts at a random sample. The samples after the
+    last whole block join the last window.
     """
 
     def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:
@@ -53,7 +53,7 @@ class BlockPermutation:
         Args:
             size: number of samples.
             seed: the run's seed.
-            key: identifies the order among the orders of one run.
+            key: identifies this permutation among the permutations of one run.
             block: number of samples per block.
             window: number of blocks per window.
         """
@@ -64,7 +64,7 @@ class BlockPermutation:
         self._blocks = KeyedPermutation(self._num_blocks, rng) if self._num_blocks else None
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps positions in [0, size) to samples in [0, size); both (n,) int64."""
+        """Maps positions in [0, size) to samples in [0, size); argument and result are (n,) int64."""
         last_window = max(0, -(-self._num_blocks // self._window) - 1)
         windows = np.minimum(positions // (self._block * self._window), last_window)
         samples = np.empty_like(positions)
@@ -87,7 +87,10 @@ class BlockPermutation:
 
 
 def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPermutation | BlockPermutation:
-    """Builds the permutation of range(size) for (seed, key): a `BlockPermutation` if the key contains a `block_key`."""
+    """Builds the permutation of range(size) for a seed and a key.
+
+    The result is a `BlockPermutation` if the key contains the result of `block_key`, otherwise a `KeyedPermutation`.
+    """
     for part in key:
         if isinstance(part, str) and part.startswith(_BLOCKS):
             block, window = map(int, part.removeprefix(_BLOCKS).split("x"))
@@ -96,7 +99,7 @@ def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPe
 
 
 def block_key(block: int, window: int) -> str:
-    """Returns the part of a key, such as `blocks 256x16`, that makes `order_permutation` build a `BlockPermutation`.
+    """Returns the key part, such as `blocks 256x16`, that makes `order_permutation` build a `BlockPermutation`.
 
     Args:
         block: number of samples per block.
@@ -106,7 +109,7 @@ def block_key(block: int, window: int) -> str:
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Applies SplitMix64's finaliser: every output bit depends on every input bit (Steele et al., 2014)."""
+    """Mixes 64-bit words with SplitMix64's finaliser (Steele et al., 2014): all input bits affect each output bit."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

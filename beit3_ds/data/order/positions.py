@@ -1,4 +1,4 @@
-"""Defines the position of a stream, which checkpoints store: each source's epoch and the progress in that epoch."""
+"""Defines the position of a stream, which checkpoints store: the epoch, and the number of samples used in that epoch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,40 +12,46 @@ from beit3_ds.data.order.remaining import RemainingSamples, from_nodes, gone_bou
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePosition:
-    """Describes a source as it was when the position was stored."""
+    """Describes a source at the time when the position was stored."""
 
     id: int
-    """Permanent number of the source in this stream; it does not depend on the order of sources in the config."""
+    """Permanent id of the source in this stream; does not depend on the order of sources in the config."""
     path: str
     """Path of the source in the config."""
     size: int
-    """Number of samples of the source."""
+    """Number of samples in the source."""
     digest: str
-    """Digest of all samples of the source (`prefix_digest.prefix_digest`)."""
+    """Digest of all samples in the source (`prefix_digest.prefix_digest`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetPosition:
-    """Holds the position in a set of samples: one weighted source, or all sources of a stream without weights."""
+    """Position in one set of samples.
+
+    With weights, each source is a set. Without weights, all sources of the stream form one set.
+    """
 
     epoch: int
     """The current epoch, from 0."""
     taken: int
-    """Number of samples taken so far from the permutation that `key` selects."""
+    """Number of samples used so far from the permutation that `key` selects."""
     key: tuple[str | int, ...]
-    """Key that, with the run's seed, selects the permutation of the samples in `remaining`."""
+    """Key of the current permutation. The run's seed and this key select a permutation of the samples in `remaining`.
+    """
     remaining: tuple[Any, ...] | None = None
-    """Samples that were left in the epoch when the data last changed (`remaining.to_nodes`); None if the data have not
-    changed in this epoch."""
+    """Samples that were unused in this epoch when the data last changed, as nodes from `remaining.to_nodes`.
+
+    None if the data have not changed in this epoch.
+    """
     num_remaining: int | None = None
     """Number of samples in `remaining`; None if `remaining` is None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSource:
-    """Describes a source that was removed from the config, and the samples that were left in its epoch.
+    """A source that was removed from the config, with the unused samples of its epoch.
 
-    If the source is added to the config again, the epoch continues with these samples.
+    If the source is added to the config again, its epoch continues with these samples.
     """
 
     source: SourcePosition
@@ -55,7 +61,7 @@ class RemovedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Holds the position of a stream as plain data, which does not depend on the layout of ranks."""
+    """Position of a stream as plain data; does not depend on the layout of ranks."""
 
     stream: str
     seed: int
@@ -64,19 +70,19 @@ class StreamPosition:
     weights: tuple[float, ...] | None
     """Weights of the sources; None if the sources form one set."""
     mixture_position: int
-    """Number of samples taken from all sources since the weights or the sources last changed."""
+    """Number of samples used from all sources since the weights or the sources last changed."""
     sources: tuple[SourcePosition, ...]
-    """The sources in the order of the config; the samples of the stream are numbered in this order."""
+    """The sources, in the order of the config. The samples of the stream are numbered in the order of these sources."""
     sets: tuple[SetPosition, ...]
-    """Position of one set per source if there are weights, else of a single set of all sources."""
+    """Positions of the sets: one set per source if there are weights, otherwise a single set with all sources."""
     removed: tuple[RemovedSource, ...] = ()
     """Sources that are no longer in the config."""
     next_id: int
-    """Id that the next new source will get."""
+    """Id for the next new source."""
     blocks: tuple[int, int] | None = None
-    """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles an epoch as a whole."""
+    """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles each epoch as a whole."""
     changes: int = 0
-    """Number of times that the run resumed with changed data, weights or seed."""
+    """Number of times that the run was resumed with changed data, weights or seed."""
 
     @property
     def total(self) -> int:
@@ -84,21 +90,21 @@ class StreamPosition:
         return sum(source.size for source in self.sources)
 
     def base_key(self, number: int) -> tuple[str | int, ...]:
-        """Returns the key of a set's permutations without the epoch; it differs between the sets of a stream."""
+        """Returns the permutation key of a set, without the epoch; the sets of a stream have different keys."""
         key = (self.stream,) if self.weights is None else (self.stream, number)
         return key if self.blocks is None else (*key, block_key(*self.blocks))
 
     def set_bounds(self, number: int) -> tuple[int, int]:
-        """Returns the range of a set's sample numbers in the stream: the first number, and one past the last."""
+        """Returns the first sample number of a set in the stream, and one past the set's last sample number."""
         if self.weights is None:
             return 0, self.total
         start = sum(source.size for source in self.sources[:number])
         return start, start + self.sources[number].size
 
     def bounds(self, source_id: int) -> tuple[int, int]:
-        """Returns the range of a source's sample numbers: the first number, and one past the last.
+        """Returns the first sample number of a source in the stream, and one past the source's last sample number.
 
-        A removed source has a range outside the stream (`remaining.gone_bounds`).
+        A removed source gets numbers outside the stream (`remaining.gone_bounds`).
         """
         start = 0
         for source in self.sources:
@@ -108,12 +114,15 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples left in a set's epoch when the data last changed; None without a change in this epoch."""
+        """Returns the samples that were unused in a set's epoch when the data last changed.
+
+        Returns None if the data have not changed in this epoch.
+        """
         nodes = self.sets[number].remaining
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
     def start_epoch(self, number: int, epoch: int) -> SetPosition:
-        """Returns the position of set `number` at the beginning of an epoch."""
+        """Returns the position of set `number` at the start of an epoch."""
         return SetPosition(epoch=epoch, taken=0, key=(*self.base_key(number), epoch))
 
     def advanced(self, samples: int) -> "StreamPosition":
@@ -141,7 +150,7 @@ class StreamPosition:
         return dataclasses.replace(self.start_epoch(number, position.epoch + 1 + epochs), taken=taken)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the position as a JSON object, without the name of the stream."""
+        """Returns the position as a JSON object, without the stream's name."""
         content = dataclasses.asdict(self)
         del content["stream"]
         return content
@@ -160,10 +169,10 @@ def start_position(
     Args:
         stream: name of the stream.
         seed: the run's seed.
-        samples_per_step: samples of the stream in one step.
+        samples_per_step: samples of the stream per step.
         weights: weights of the sources; None if the sources form one set.
-        sources: the sources; their ids must be 0, 1, 2, ... in this order.
-        blocks: samples per block and blocks per window; None shuffles an epoch as a whole.
+        sources: the sources, in the order of the config, with the ids 0, 1, 2, ...
+        blocks: samples per block and blocks per window; None shuffles each epoch as a whole.
     """
     position = StreamPosition(
         stream=stream,

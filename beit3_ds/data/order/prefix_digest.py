@@ -1,4 +1,4 @@
-"""Computes a digest of the first samples of a source, to detect whether a source has only grown at its end."""
+"""Computes a digest of the first samples of a source; equal digests show that new samples were only appended."""
 
 import hashlib
 from typing import ClassVar, Protocol
@@ -11,21 +11,23 @@ _NUM_COMPARED = 256
 
 
 class IdentifiedSamples(HasFiles, Protocol):
-    """Declares the interface of samples that can be recognised even if their numbers change."""
+    """Interface of samples that can be recognised even if their numbers change."""
 
     is_last_open: ClassVar[bool]
-    """Whether the last sample may change if lines are added to a file, as the last sequence of a text file does."""
+    """Whether the last sample may change if lines are appended to a file, like the last sequence of a text file."""
 
     def identity(self, index: int) -> bytes:
-        """Returns bytes that identify a sample, independent of the folder of its files."""
+        """Returns bytes that identify a sample and do not depend on the folder of its files."""
 
 
 def prefix_digest(samples: IdentifiedSamples, count: int) -> str:
-    """Returns a digest of the first `count` samples, which changes if samples among them are inserted or removed.
+    """Returns a digest of the first `count` samples; the digest changes if samples among them are inserted or removed.
 
-    The digest covers the names of the files with these samples, and 256 evenly spread samples. The last one is left out
-    if appending may change it (`is_last_open`). An unchanged digest of its earlier samples shows that a source has only
-    grown at its end. Samples replaced or swapped between two of the 256 are not detected.
+    An unchanged digest shows that a source has only grown at its end.
+
+    The digest covers the names of the files with these samples, and 256 evenly spread samples. The last of the `count`
+    samples is excluded if it may change when lines are appended (`is_last_open`). Replaced or swapped samples are
+    detected only among the 256.
     """
     last = count - 1 - samples.is_last_open
     digest, start = hashlib.sha256(), 0

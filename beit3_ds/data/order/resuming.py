@@ -1,7 +1,7 @@
-"""Resumes a stream from a stored position, even if its sources, weights, seed or batch have changed since.
+"""Resumes a stream from a stored position, even if its sources, weights, seed or batch size have changed.
 
-The rest of the current epoch is joined with new samples, so no sample is used twice in an epoch. A source in which
-samples were inserted, removed or reordered begins its next epoch.
+The unused samples of the current epoch are joined with the new samples, so no sample is used twice in an epoch. If
+samples of a source were inserted, removed or reordered, that source starts its next epoch.
 """
 
 import dataclasses
@@ -13,15 +13,16 @@ from beit3_ds.data.order.remaining import Joined, Range, RemainingSamples, Rest,
 from beit3_ds.data.order.source_matching import FoundSource, SourceMatch, describe_changes, match_sources, same_weights
 
 _MAX_CHANGES = 100
-"""Maximum number of data changes within one epoch, because each costs time per sample; after more, the epoch ends."""
+"""Maximum number of data changes per epoch, because each change costs time per sample. After more changes, the epoch
+ends."""
 
 
 class Continued(NamedTuple):
-    """Holds the position of a resumed stream, adapted to the sources that the run found."""
+    """Position of a resumed stream, adapted to the sources that the run found."""
 
     position: StreamPosition
     changes: list[str]
-    """One line per change; empty if nothing changed."""
+    """One line of text per change; empty if nothing changed."""
 
 
 def new_position(
@@ -33,7 +34,17 @@ def new_position(
     first_epoch: int = 0,
     blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
-    """Builds the position of a stream at the beginning of `first_epoch`, for the sources that the run found."""
+    """Builds the position of a stream at the start of `first_epoch`.
+
+    Args:
+        stream: name of the stream.
+        seed: the run's seed.
+        samples_per_step: samples of the stream per step.
+        weights: weights of the sources; None if the sources form one set.
+        sources: sources that the run found, in the order of the config.
+        first_epoch: epoch at which the stream starts.
+        blocks: samples per block and blocks per window; None shuffles each epoch as a whole.
+    """
     described = [source.describe(number) for number, source in enumerate(sources)]
     position = start_position(stream, seed, samples_per_step, weights, described, blocks)
     sets = tuple(position.start_epoch(number, first_epoch) for number in range(len(position.sets)))
@@ -48,10 +59,18 @@ def continue_stream(
     sources: Sequence[FoundSource],
     blocks: tuple[int, int] | None = None,
 ) -> Continued:
-    """Adapts the stored position of a stream to the settings of the run and the sources that the run found.
+    """Adapts the stored position of a stream to the run's settings and sources.
 
-    With the same sources, weights and seed, the stream continues as if it had never stopped. Changed `blocks` apply
-    from the next epoch on.
+    If the sources, weights and seed are unchanged, the stream continues as if it had never stopped. Changed `blocks`
+    take effect in the next epoch.
+
+    Args:
+        stored: position from the checkpoint.
+        seed: the run's seed.
+        samples_per_step: samples of the stream per step.
+        weights: weights of the sources; None if the sources form one set.
+        sources: sources that the run found, in the order of the config.
+        blocks: samples per block and blocks per window; None shuffles each epoch as a whole.
     """
     matched = match_sources(stored, sources)
     changes = describe_changes(stored, seed, samples_per_step, weights, matched)
@@ -99,7 +118,7 @@ class _Continuation:
         )
 
     def position(self, changes: list[str]) -> StreamPosition:
-        """Returns the new position; appends a line to `changes` for each epoch that had to end."""
+        """Returns the new position; appends a line to `changes` for each epoch that ends early."""
         if self._weights is None:
             sets = [self._join_all()]
         else:
@@ -114,7 +133,7 @@ class _Continuation:
         return dataclasses.replace(self._now, sets=tuple(sets), removed=self._keep_removed())
 
     def _keeps_mixture(self) -> bool:
-        """Returns whether sources and weights equal the stored ones, so that positions keep their sources."""
+        """Returns whether the sources and weights equal the stored ones, so that the mixture of sources continues."""
         return (
             same_weights(self._weights, self._stored.weights)
             and self._weights is not None
@@ -122,7 +141,7 @@ class _Continuation:
         )
 
     def _continue_source(self, number: int, match: SourceMatch) -> SetPosition:
-        """Returns the position of one source of a stream with weights."""
+        """Returns the new position of one source of a stream with weights."""
         if match.kind == "renumbered" and match.before is not None:
             return self._now.start_epoch(number, self._epoch(match.before.id) + 1)
         if match.kind == "new" or match.before is None:
@@ -137,7 +156,7 @@ class _Continuation:
         return self._shuffle(number, self._epoch(match.id), [self._remaining_of(match), *self._growth(match)])
 
     def _join_all(self) -> SetPosition:
-        """Returns the position of the single set of a stream without weights."""
+        """Returns the new position of the single set of a stream without weights."""
         known = [match for match in self._matched if match.kind in ("same", "grown")]
         gone = [match for match in self._matched if match.kind == "renumbered" and match.before is not None]
         epochs = [self._epoch(match.id) for match in known]
@@ -156,7 +175,7 @@ class _Continuation:
         return self._shuffle(0, max(epochs, default=0), parts)
 
     def _shuffle(self, number: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
-        """Returns the position of a set whose epoch continues with the samples `parts` in a new random order."""
+        """Returns the position of a set whose epoch continues with `parts` in a new random order."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return self._now.start_epoch(number, epoch + 1)
@@ -171,14 +190,14 @@ class _Continuation:
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
     def _remaining_of(self, match: SourceMatch) -> RemainingSamples:
-        """Returns the samples of a source that were left in its epoch, without samples that were added since."""
+        """Returns the unused samples of a source's epoch, without samples that were added later."""
         for entry in self._stored.removed:
             if entry.source.id == match.id:
                 return from_nodes(entry.remaining, self._now.bounds)
         return self._remaining_of_set([match.id])
 
     def _remaining_of_set(self, ids: Sequence[int]) -> RemainingSamples:
-        """Returns those samples of the sources `ids` that were left in the epoch of their stored set."""
+        """Returns the unused samples of the sources `ids`, which belong to one stored set."""
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
         old = stored.sets[number]
@@ -201,7 +220,7 @@ class _Continuation:
         return Range(match.id, first, match.found.size, self._now.bounds(match.id)[0])
 
     def _keep_removed(self) -> tuple[RemovedSource, ...]:
-        """Returns the sources that were removed from the config, each with the samples left in its epoch."""
+        """Returns the sources that were removed from the config, with the unused samples of their epochs."""
         replaced = {match.before.id for match in self._matched if match.before is not None}
         removed = [entry for entry in self._stored.removed if entry.source.id not in replaced]
         for source in self._stored.sources:

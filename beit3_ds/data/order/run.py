@@ -18,22 +18,22 @@ from beit3_ds.printing import printable
 
 _LONGEST_LINE = 1000
 POSITIONS = "positions"
-"""Key of the streams' positions in the data state of a checkpoint."""
+"""Key of the stream positions in the data state of a checkpoint."""
 
 
 class RunOrder:
-    """Determines the samples of every step, as a pure function of the start position and the step.
+    """Determines the samples of every step; they depend only on the start position and the step, not on the ranks.
 
-    With K samples per step, each step uses the next K samples of the stream's order, on any number of ranks.
+    A stream with K samples per step uses the next K samples of its order in each step.
     """
 
     def __init__(self, config: DataConfig, seed: int, streams: Mapping[str, Iterable[IdentifiedSamples]]) -> None:
-        """Sets every stream to its first sample.
+        """Starts every stream at its first sample.
 
         Args:
-            config: gives the samples per step and the weights.
+            config: data section of the run's config, with the samples per step and the weights.
             seed: the run's seed.
-            streams: for each stream with samples in a step, its sources in the order of the config.
+            streams: sources of each stream that has samples in a step, in the order of the config.
         """
         self._config, self._seed, self._first_step = config, seed, 0
         self._found = {name: _find_sources(config, name, sources) for name, sources in streams.items()}
@@ -41,11 +41,11 @@ class RunOrder:
         self._orders = {name: StreamOrder(self._new_position(name)) for name in streams}
 
     def resume(self, first_step: int, data: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-        """Moves all streams to their positions in a checkpoint, adapted to changes of the data and the settings.
+        """Moves all streams to their positions in a checkpoint, adapted to changed data and settings.
 
         Args:
-            first_step: number of steps that the run had done when it saved the checkpoint.
-            data: data state of the checkpoint. A checkpoint of version 0.1 has no positions; they are then computed.
+            first_step: number of steps that were finished when the checkpoint was saved.
+            data: data state of the checkpoint. If it has no positions (version 0.1), they are computed from `before`.
             before: configuration of the run that wrote the checkpoint, by section.
 
         Returns:
@@ -91,19 +91,19 @@ class RunOrder:
         return [printable(line, _LONGEST_LINE) for line in lines]
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """Returns the positions of all streams after `step` steps, to store them in a checkpoint.
+        """Returns the positions of all streams after `step` steps, to store in a checkpoint.
 
-        Streams that this run does not use keep the positions in the checkpoint from which it resumed.
+        Unused streams keep the positions from the checkpoint from which this run resumed.
         """
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs and the numbers of some samples of a step; both (len(slots),) int64.
+        """Returns the epochs and the sample numbers of some samples of a step, each (len(slots),) int64.
 
         Args:
             stream: name of the stream.
-            step: number of the step.
-            slots: which of the step's samples, counted from 0.
+            step: index of the step.
+            slots: indices of the samples within the step.
         """
         epochs, numbers = self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self._orders[stream].position.total:

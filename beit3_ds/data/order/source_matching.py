@@ -1,4 +1,4 @@
-"""Matches the sources that a resumed run finds with those of a stored position, and describes the changes."""
+"""Matches the sources of a resumed run with the sources in a stored position, and describes the changes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,39 +10,46 @@ from beit3_ds.data.order.positions import RemovedSource, SourcePosition, StreamP
 
 @dataclass(frozen=True, kw_only=True)
 class FoundSource:
-    """Describes a source that a run finds at its start."""
+    """Describes a source that a run found at its start."""
 
     path: str
     """Path of the source in the config."""
     size: int
-    """Number of samples of the source."""
+    """Number of samples in the source."""
     digest: Callable[[int], str]
-    """Function that returns the digest of the first n samples, given n (`prefix_digest.prefix_digest`)."""
+    """Function that maps n to the digest of the first n samples (`prefix_digest.prefix_digest`)."""
 
     def describe(self, source_id: int) -> SourcePosition:
-        """Returns this source's description for a checkpoint; `source_id` is the source's id in the stream."""
+        """Returns a description of this source for a checkpoint.
+
+        Args:
+            source_id: id of the source in the stream.
+        """
         return SourcePosition(id=source_id, path=self.path, size=self.size, digest=self.digest(self.size))
 
 
 class SourceMatch(NamedTuple):
-    """Holds a source that the run found and its description in the stored position."""
+    """A source that the run found, matched with a source in the stored position."""
 
     found: FoundSource
     id: int
-    """Id of the source in the stream: the stored id if the source is unchanged or has only grown, else a new id."""
+    """Id of the source in the stream: the stored id if `kind` is `same` or `grown`, otherwise a new id."""
     kind: str
-    """Comparison with the stored source: `same`, `grown` (at its end), `renumbered` or `new`."""
+    """Result of the comparison: `same`, `grown` (at its end), `renumbered` (samples inserted or removed) or `new`."""
     before: SourcePosition | None
-    """Description of the source in the stored position; None if the source is new."""
+    """The source in the stored position; None if the source is new."""
     removed: RemovedSource | None
-    """The source's entry in the stored position if an earlier run removed the source from the config; else None."""
+    """Stored entry of the source if an earlier run removed it from the config, otherwise None."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
-    """Matches each found source with a stored source: one with the same path, else one moved to this path.
+    """Matches each found source with the stored source of the same path, or with a stored source that was moved.
 
-    A stored source was moved if the config no longer has its path, and its size and digest equal those of a found
-    source.
+    A stored source was moved if the config no longer has its path, and a found source has the same size and digest.
+
+    Args:
+        stored: position from the checkpoint.
+        sources: sources that the run found, in the order of the config.
     """
     by_path = {source.path: source for source in stored.sources}
     removed = {entry.source.path: entry for entry in stored.removed}
@@ -70,7 +77,7 @@ def _compare(found: FoundSource, before: SourcePosition) -> str:
 
 
 def same_weights(weights: Sequence[float] | None, before: Sequence[float] | None) -> bool:
-    """Returns whether two lists of weights give the sources the same shares of the stream; None means no weights."""
+    """Returns whether two lists of weights result in equal shares of the stream; None means no weights."""
     if weights is None or before is None:
         return weights is before is None
     return mixture_shares(weights) == mixture_shares(before)
@@ -83,7 +90,7 @@ def describe_changes(
     weights: Sequence[float] | None,
     matched: Sequence[SourceMatch],
 ) -> list[str]:
-    """Returns one line of text per difference between a stored position and the settings and sources of the run."""
+    """Describes the differences between a stored position and the run's settings and sources, one line each."""
     lines = []
     if samples_per_step != stored.samples_per_step:
         lines.append(f"samples_per_step {stored.samples_per_step} -> {samples_per_step}: every source continues there")

@@ -13,7 +13,7 @@ _OLD_NAMES = {
     "num_unseen": "num_remaining",
     "parked": "removed",
 }
-"""Maps names of fields in checkpoints from before version 0.2 to their current names."""
+"""Maps field names in checkpoints of versions before 0.2 to the current field names."""
 
 _MOST_SAMPLES = 1 << 40
 _MOST_TAKEN = 1 << 60
@@ -25,7 +25,7 @@ def position_from_json(stream: str, content: Mapping[str, Any]) -> StreamPositio
     """Rebuilds the position of a stream from the JSON object that `StreamPosition.to_json` returned.
 
     Raises:
-        ValueError: if a value has another type than `to_json` writes, or the values contradict each other.
+        ValueError: if a value has the wrong type, or values contradict each other.
         KeyError: if a value is missing.
     """
     fields = check_object(_with_current_names(content))
@@ -95,7 +95,9 @@ def _parse_set(content: Any, span: int, sizes: Mapping[int, int]) -> SetPosition
 
 
 def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], int]:
-    """Checks the nodes that `remaining.to_nodes` wrote; returns the nodes and the last one's maximum of samples."""
+    """Checks the nodes that `remaining.to_nodes` wrote; returns them, and the maximum number of samples that they
+    describe.
+    """
     nodes = check_list(value)
     if not 1 <= len(nodes) <= _MOST_NODES:
         raise ValueError(f"{len(nodes)} nodes of remaining samples")
@@ -112,7 +114,9 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
 
 
 def _check_node(node: Any, lengths: list[int], sizes: Mapping[int, int]) -> tuple[list[int], int]:
-    """Checks one node; returns the indices of its parts, and the maximum number of samples that it describes."""
+    """Checks one node; returns the indices of the node's parts, and the maximum number of samples that the node
+    describes.
+    """
     kind, *values = check_list(node)
     if kind == "range":
         source, first, last = map(check_count, check_list(values, 3))

@@ -1,7 +1,7 @@
-"""Computes the order of a stream's samples; every epoch is shuffled, and the order is not stored.
+"""Computes the order of a stream's samples, which is shuffled in every epoch, without storing it.
 
-Without weights, all samples of a stream are one set, whose order follows from (seed, stream, epoch). With weights, each
-source has an order of its own, and the sources take turns by a fixed rule (`mixture.assign_sources`).
+Without weights, all samples of a stream form one set, and the order follows from (seed, stream, epoch). With weights,
+each source has a separate order, and a fixed rule picks the source of each sample (`mixture.assign_sources`).
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from beit3_ds.data.order.positions import SourcePosition, StreamPosition, start_
 
 
 class StreamOrder:
-    """Computes which samples of an endless stream follow a stored position."""
+    """Computes the samples of an endless stream that follow a stored position."""
 
     def __init__(self, position: StreamPosition) -> None:
-        """Stores the position, from which offsets are counted.
+        """Stores the position; offsets are counted from there.
 
         Raises:
-            ValueError: if the position's number of samples differs from the samples it describes, as after an edit of
-                the checkpoint.
+            ValueError: if the counts in the position contradict the samples that it describes, as after an edit of the
+                checkpoint.
         """
         self.position = position
         self._remaining = [position.remaining(number) for number in range(len(position.sets))]
@@ -34,11 +34,11 @@ class StreamOrder:
         )
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number of the samples `since` places after the stream's position.
+        """Returns the epochs and the sample numbers of the samples `since` samples after the stored position.
 
-        Argument and results are (n,) int64. Without weights, the epoch counts passes over the whole stream; with
-        weights, over the sample's source. A stream numbers the samples of source 0 first, then those of source 1, and
-        so on.
+        The argument and both results are (n,) int64. With weights, the epoch counts passes over the sample's source;
+        without weights, it counts passes over the whole stream. Sample numbers start with the samples of source 0,
+        followed by source 1, and so on.
         """
         weights = self.position.weights
         if weights is None or self._places is None:
@@ -51,7 +51,7 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample number of the samples `since` places ahead in set `number`."""
+        """Returns the epochs and sample numbers of the samples `since` samples ahead in set `number`."""
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
         left = last - first if remaining is None else len(remaining)
@@ -74,7 +74,14 @@ class StreamOrder:
 def order_from_start(
     seed: int, stream: str, sizes: Sequence[int], weights: Sequence[float] | None = None
 ) -> StreamOrder:
-    """Builds the order of a stream that starts at its first sample, for sources of given sizes."""
+    """Builds the order of a stream that starts at its first sample.
+
+    Args:
+        seed: the run's seed.
+        stream: name of the stream.
+        sizes: number of samples in each source.
+        weights: weights of the sources; None if the sources form one set.
+    """
     sources = [SourcePosition(id=i, path=str(i), size=size, digest="") for i, size in enumerate(sizes)]
     return StreamOrder(start_position(stream, seed, 0, weights, sources))
 
@@ -88,14 +95,14 @@ def samples_at(
 
     Args:
         seed: the run's seed.
-        key: name of the stream and, if it has weights, number of the source; sets with different keys are shuffled
-            differently.
+        key: name of the stream, and the index of the source if the stream has weights. Sets with different keys are
+            shuffled differently.
         positions: positions in the order, (n,) int64.
         size: number of samples in the set.
         first_epoch: epoch of position 0.
 
     Returns:
-        The epoch and the sample of each position; both (n,) int64.
+        Epochs, (n,) int64, and samples, (n,) int64.
     """
     passed, places = np.divmod(positions, size)
     epochs = passed + first_epoch

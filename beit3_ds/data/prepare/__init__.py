@@ -1,1 +1,1 @@
-"""Prepares the files of a run before the run starts, and describes the run's data (`beit3 prepare`)."""
+"""Prepares the data files of a run before the run starts, and describes the data (`beit3 prepare`)."""

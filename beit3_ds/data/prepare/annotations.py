@@ -1,4 +1,4 @@
-"""Writes and verifies the tables of annotation files."""
+"""Writes and verifies binary tables of parsed annotation files."""
 
 import os
 
@@ -14,18 +14,18 @@ from beit3_ds.data.sources import annotation_files, check_images_are_there, read
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
     """Parses all annotation files of a run, and writes one table per annotation file into `cache_dir`.
 
-    Existing tables are rewritten, because an image folder may have new images.
+    Existing tables are rewritten, because an image folder may contain new images.
 
     Args:
         config: data section of the run's config; `cache_dir` must be set.
         verify: whether to compare existing tables with the files instead of rewriting them.
 
     Returns:
-        One line of summary, and one line per source with missing images; empty if there are no annotation files.
+        One summary line, and one line per source with missing images. Empty if there are no annotation files.
 
     Raises:
-        ConfigError: if a file cannot be read, a folder has none of the images, or `verify` finds a table that differs
-            from its files.
+        ConfigError: if a file cannot be read, a folder contains none of the images, or `verify` finds a table that
+            differs from its files.
     """
     assert config.cache_dir is not None, "tables need data.cache_dir"
     tables = {source_table(source, config.cache_dir): source for source in _annotated_sources(config)}

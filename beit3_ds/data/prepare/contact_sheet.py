@@ -1,4 +1,4 @@
-"""Draws an overview picture of samples that a run reads, with images and captions."""
+"""Draws an overview picture of a run's images and captions."""
 
 import textwrap
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ _FONT_SIZE, _LINE_HEIGHT, _LINE_LENGTH, _NUM_LINES = 12, 15, 30, 4
 
 
 def draw_contact_sheet(sources: Mapping[str, ImageSource], samples_per_source: int = 24) -> Image.Image:
-    """Draws evenly spread samples of each source with their captions, as an RGB image that is 1136 pixels wide.
+    """Draws evenly spread samples of each source with their captions, as an RGB image of 1136 pixels width.
 
-    The name stands for a missing caption, and the error message for a broken image.
+    A sample without a readable caption shows its name instead. A broken image shows the error message.
     """
     rows = [-(-min(len(source), samples_per_source) // _COLUMNS) for source in sources.values()]
     cell_height = _SIDE + _NUM_LINES * _LINE_HEIGHT + _MARGIN

@@ -1,4 +1,4 @@
-"""Writes and verifies the index files of tar shards, with one process per core."""
+"""Writes and verifies the index files of tar shards, in one process per core."""
 
 import functools
 import os
@@ -28,22 +28,22 @@ _MAX_NAMED = 10  # most changed samples or failed tars that a message names
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedShard:
-    """Holds the result of `prepare_indices` for one tar."""
+    """Result of `prepare_indices` for one tar."""
 
     tar: str
     """Path of the tar."""
     action: Literal["written", "kept", "verified", "failed"]
-    """Action taken for the tar's index; `kept` means that an up-to-date index existed."""
+    """What was done with the tar's index; `kept` means that the existing index was up to date."""
     num_samples: int = 0
     """Number of samples in the index."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Number and example of skipped tar members, by reason."""
+    """Count and example of skipped tar members, by reason."""
     error: str = ""
     """Error message if the action failed, otherwise empty."""
 
 
 def shard_paths(config: DataConfig) -> list[str]:
-    """Lists the paths of all tars of a run, without duplicates.
+    """Lists the paths of all tars that a run's config names, without duplicates.
 
     Raises:
         ConfigError: if a pattern has no match.
@@ -57,7 +57,7 @@ def describe_folders(config: DataConfig) -> list[str]:
     """Counts the images in every image folder of a run; returns one line of text per folder.
 
     Raises:
-        ConfigError: if a folder cannot be read, or has no image.
+        ConfigError: if a folder cannot be read, or contains no image.
         StorageError: if the file system fails.
     """
     sources = [source for stream in (config.images, config.pairs) for source in stream.sources]
@@ -89,20 +89,20 @@ def prepare_indices(
 ) -> list[IndexedShard]:
     """Writes an index file for every tar whose index is missing or out of date.
 
-    A failed tar does not stop the others, and a later call keeps up-to-date indices.
+    A failed tar does not stop the others. A later call keeps up-to-date indices.
 
     Args:
         tars: paths of the tars.
         cache_dir: folder of the indices; created if missing.
-        verify: whether to compare each existing index with its tar: offset and CRC-32 of every member.
+        verify: whether to compare each existing index with its tar, including the CRC-32 of every member.
         num_processes: number of processes; None starts one per core.
-        timeout_seconds: seconds without use of a processor after which a process is given up (`data.timeout_seconds`).
+        timeout_seconds: seconds without CPU use after which a process counts as stuck (`data.timeout_seconds`).
 
     Returns:
         One result per tar, in the order of `tars`.
 
     Raises:
-        ConfigError: if some tars failed; raised after all other tars are finished, with the names of failed tars.
+        ConfigError: if some tars failed. Raised after all other tars are finished; the message names the failed tars.
     """
     num_processes = min(num_processes or count_cores(), len(tars))
     results = {shard.tar: shard for shard in _run(tars, cache_dir, verify, num_processes, timeout_seconds)}

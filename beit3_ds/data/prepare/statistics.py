@@ -1,4 +1,4 @@
-"""Describes the data of a run: number of samples, image sizes, text lengths, example texts, and broken records."""
+"""Describes the data of a run: number of samples, image sizes, text lengths, example texts and broken records."""
 
 import math
 import os
@@ -30,25 +30,26 @@ _SUSPECTS = {
 
 @dataclass(kw_only=True)
 class SourceStatistics:
-    """Collects statistics of the samples of one data source."""
+    """Statistics of the samples of one data source."""
 
     num_samples: int
     """Number of samples in the source."""
     num_examined: int
     """Number of samples that were read for the statistics."""
     skipped: dict[str, Skipped]
-    """Number and example of the files, tar members, rows and lines that the source skips, by reason."""
+    """Count and example of skipped files, tar members, rows and lines, by reason."""
     numbers: dict[str, list[int]] = field(default_factory=dict)
-    """Measurements by name: widths and heights of images in pixels, and numbers of characters and words of texts."""
+    """Measurements by name: image widths and heights in pixels, and numbers of characters and words per text."""
     texts: list[str] = field(default_factory=list)
     """All readable texts of the examined samples, in order."""
     broken: dict[str, list[str]] = field(default_factory=dict)
-    """Messages about broken samples, grouped by reason. Image and caption of a sample can give one message each."""
+    """Messages about broken samples, grouped by reason. A sample can have two messages: for its image and for its
+    caption."""
     num_broken: int = 0
-    """Number of broken samples; a sample counts once even if both its image and its caption are broken."""
+    """Number of broken samples. A sample counts once even if its image and its caption are broken."""
 
     def describe(self) -> list[str]:
-        """Returns a description of the source as lines of text; percentiles include only readable samples."""
+        """Returns a description of the source as lines of text; percentiles cover only readable samples."""
         lines = [f"{self.num_samples:,} samples, {self.num_examined:,} of them examined"]
         for name, numbers in self.numbers.items():
             values = np.percentile(numbers, _PERCENTILES).round().astype(int)
@@ -65,7 +66,7 @@ class SourceStatistics:
         return lines
 
     def problems(self, max_broken_records: int) -> list[str]:
-        """Returns the reasons why a run would fail on this source, one line each; empty if there are none.
+        """Returns the reasons why a run would fail on this source, one line each; may be empty.
 
         Args:
             max_broken_records: number of broken samples that the run tolerates.
@@ -80,7 +81,7 @@ class SourceStatistics:
         return []
 
     def add_broken(self, message: str) -> None:
-        """Adds a message about a broken sample to the messages with the same reason."""
+        """Adds a message about a broken sample, grouped by the reason in the message."""
         self.broken.setdefault(_reason(message), []).append(message)
 
     def _describe_suspects(self) -> list[str]:
@@ -95,7 +96,7 @@ class SourceStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Holds a description of a run's files, and the problems found in them (`describe_streams`)."""
+    """Description of a run's data files and their problems, from `describe_streams`."""
 
     text: str
     """Description of all files, as text with one fact per line."""
@@ -104,9 +105,9 @@ class DataReport:
 
 
 def open_sources(config: DataConfig) -> dict[str, ImageSource]:
-    """Opens a run's image sources, keyed by stream, split and path, such as `pairs train cc3m-*.tar`.
+    """Opens the image sources of a run, keyed by stream, split and path, such as `pairs train cc3m-*.tar`.
 
-    Sources in a task's own formats are left out, because only the task can read them.
+    Skips sources in a task's own format, because only the task can read them.
 
     Raises:
         ConfigError: if files are missing or cannot be read.
@@ -121,7 +122,7 @@ def open_sources(config: DataConfig) -> dict[str, ImageSource]:
 
 
 def examine_source(source: ImageSource, with_captions: bool, max_examined: int) -> SourceStatistics:
-    """Reads at most `max_examined` samples, evenly spread over the source, and returns their statistics.
+    """Reads at most `max_examined` evenly spread samples of a source, and returns their statistics.
 
     Args:
         source: source of images.
@@ -151,12 +152,12 @@ def examine_source(source: ImageSource, with_captions: bool, max_examined: int) 
 
 
 def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
-    """Describes all training, validation and test files of a run, and the problems found in them.
+    """Describes all training, validation and test files of a run, and their problems.
 
     Args:
         config: data section of the run's config.
-        max_examined: maximum number of samples to read per source. Images are evenly spread over the source; texts are
-            the first paragraphs of each file.
+        max_examined: maximum number of samples to read per source. The images are evenly spread over the source; the
+            texts are the first paragraphs of each file.
 
     Raises:
         ConfigError: if files are missing or cannot be read, or validation files are also training files.
@@ -192,7 +193,7 @@ def _add(statistics: SourceStatistics, numbers: dict[str, int]) -> None:
 
 
 def _reason(message: str) -> str:
-    """Returns a message about a broken record without numbers, addresses and the record's name."""
+    """Extracts the reason from a message about a broken record, without record name, numbers and addresses."""
     _, _, reason = message.partition(": broken ")
     return re.sub(r"0x[0-9a-f]+|\d+", "", reason or re.sub(r"^.*?:\d+: |^.*: (?=no )", "", message))
 

@@ -34,7 +34,7 @@ _PIECE_BYTES = 64 << 20  # about ten seconds of work: the cost of an interruptio
 
 @dataclass(frozen=True, kw_only=True)
 class WorkShare:
-    """Identifies one of several equal shares of the work, for example one job of a Slurm array (`--part`)."""
+    """One of several equal shares of the work, for example for one job of a Slurm array (`--part`)."""
 
     number: int = 1
     """Number of this share, counted from 1."""
@@ -47,7 +47,7 @@ class WorkShare:
 
     @classmethod
     def parse(cls, text: str) -> "WorkShare":
-        """Parses a share from text of the form I/N, such as "1/8".
+        """Parses a share from a text of the form I/N, such as "1/8".
 
         Raises:
             ConfigError: if the text has another form, or I is not in [1, N].
@@ -60,18 +60,18 @@ class WorkShare:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPreparation:
-    """Holds the result of `prepare_texts` for one share of the work."""
+    """Result of `prepare_texts` for one share of the work."""
 
     pieces_written: int
-    """Number of pieces of text files (`TextPiece`) that this call has tokenized."""
+    """Number of pieces of text files (`TextPiece`) that this call tokenized."""
     pieces_kept: int
-    """Number of pieces of text files whose token files were already up to date."""
+    """Number of pieces of text files that already had an up-to-date token file."""
     num_tokens: int
     """Number of tokens in all written and kept pieces."""
     broken: tuple[str, ...]
-    """Skipped lines of the written and kept pieces, each with file, line number and reason."""
+    """Skipped lines of the written and kept pieces. Each entry names the file, the line number and the reason."""
     files_left: int
-    """Number of text files that still have untokenized pieces, which belong to other shares."""
+    """Number of text files with untokenized pieces, which belong to other shares."""
 
 
 def prepare_texts(
@@ -83,15 +83,16 @@ def prepare_texts(
 ) -> TextPreparation:
     """Tokenizes the training, validation and test texts of a run into `data.cache_dir`.
 
-    Shares and processes divide the pieces of the files, and no share waits for another. A later call keeps token files
-    that are up to date. Once all pieces of a file are tokenized, it is cut into sequences of `data.text_length` tokens.
+    Files are cut into pieces, which shares and processes divide among themselves. No share waits for another one. A
+    later call keeps up-to-date token files. When all pieces of a file are tokenized, the file is cut into sequences of
+    `data.text_length` tokens.
 
     Args:
         data: data section of the run's config.
         tokenizer: the run's text tokenizer.
         share: share of the pieces to tokenize; None tokenizes all pieces.
         processes: number of processes; None starts one per core.
-        piece_bytes: bytes per piece, the same for all shares.
+        piece_bytes: bytes per piece; must be equal for all shares.
 
     Raises:
         ConfigError: if `data.cache_dir` is not set, a file cannot be read, or more than `data.max_broken_records` lines
@@ -131,14 +132,14 @@ def prepare_texts(
 
 
 def _text_files(data: DataConfig) -> list[str]:
-    """Returns the paths of all text files of a run, without duplicates, for training, validation and test."""
+    """Returns the paths of all training, validation and test text files of a run, without duplicates."""
     sources = (data.texts.train, data.texts.validation, data.texts.test)
     paths = [[source.path for source in split if not source.is_of_task] for split in sources]
     return list(dict.fromkeys(file for split in paths for file in expand_patterns(split)))
 
 
 def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document_separator: bool) -> TokenPiece | None:
-    """Returns the token file of a piece of a text file if an up-to-date token file exists, otherwise None."""
+    """Returns the token file of a piece if that file exists and is up to date, otherwise None."""
     with suppress(ConfigError):  # missing or damaged
         done = read_token_piece(token_path(folder, piece))
         made_with = (done.piece, done.tokenizer, done.document_separator)
@@ -150,7 +151,7 @@ def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document
 def _write_all(
     pieces: Sequence[TextPiece], write: Callable[[TextPiece], TokenPiece], processes: int | None, timeout_seconds: float
 ) -> Iterator[TokenPiece]:
-    """Tokenizes pieces in several processes; yields each token file as soon as the file is finished."""
+    """Tokenizes pieces in several processes; yields each token file as soon as it is finished."""
     processes = min(processes or count_cores(), len(pieces))
     if processes <= 1:
         yield from map(write, pieces)
@@ -173,7 +174,7 @@ def _name_piece(piece: TextPiece) -> str:
 
 
 def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) -> Iterator[TokenPiece]:
-    """Yields the token files in `finished`, and shows bytes and tokens per second if stderr is a terminal."""
+    """Yields the token files in `finished`; shows a progress bar with bytes and tokens per second on a terminal."""
     num_bytes = sum(piece.stop - piece.start for piece in pieces)
     num_tokens = 0
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
@@ -188,7 +189,7 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
 def _cut_into_sequences(
     folder: Path, text: str, tokenizer: TextTokenizer, data: DataConfig, cutter: ParagraphCutter
 ) -> bool:
-    """Cuts a text file into sequences if all its pieces are tokenized; otherwise does nothing and returns False."""
+    """Cuts a text file into sequences if all its pieces are tokenized; otherwise returns False."""
     try:
         pieces = find_token_pieces(folder, text, tokenizer, data.document_separator)
     except ConfigError:

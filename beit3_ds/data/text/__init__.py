@@ -1,1 +1,1 @@
-"""Reads texts: cuts files into paragraphs, encodes these to ids, and packs ids into sequences."""
+"""Reads texts: cuts files into paragraphs, encodes paragraphs to token ids, and packs them into sequences."""

@@ -1,4 +1,4 @@
-"""Opens text files and decompresses gzip and Zstandard; refuses files that expand far more than texts do."""
+"""Opens and decompresses text files (gzip, Zstandard); refuses files that expand too much, such as decompression bombs."""
 
 import gzip
 import io
@@ -9,9 +9,9 @@ from typing import Any, Literal, cast
 from beit3_ds.data.files.reading import open_for_reading
 
 Compression = Literal["", "gzip", "zstandard"]
-"""Compression of a file; empty for none."""
+"""Compression of a file; empty if the file is not compressed."""
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error)
-"""Exceptions raised by reads of a missing file or a damaged compressed file."""
+"""Exceptions raised when a file is missing or a compressed file is damaged."""
 
 _COMPRESSED_BYTES = 512  # read per call of zstandard; one byte may expand to 32768 bytes
 _CHUNK_BYTES = 1 << 20
@@ -20,10 +20,10 @@ _FREE_BYTES = 1 << 26
 
 
 def open_decompressed(path: str, compression: Compression) -> io.BufferedReader:
-    """Opens a file for reading its decompressed content, with retries of failed reads.
+    """Opens a file for reading and decompresses its content; retries failed reads.
 
-    A truncated file raises EOFError. Content of more than 64 MiB raises OSError if it exceeds 100 times the file's
-    size.
+    A read raises EOFError if the file is truncated. A read raises OSError if the content exceeds 64 MiB and 100 times
+    the file's size.
     """
     match compression:
         case "gzip":
@@ -36,7 +36,7 @@ def open_decompressed(path: str, compression: Compression) -> io.BufferedReader:
 
 
 class _Expansion(io.RawIOBase):
-    """Reads decompressed content up to a limit; more content is treated as a decompression bomb."""
+    """Reads decompressed content up to a limit; treats more content as a decompression bomb."""
 
     def __init__(self, content: io.RawIOBase, compressed_bytes: int) -> None:
         self._content, self._num_read = content, 0
@@ -58,7 +58,7 @@ class _Expansion(io.RawIOBase):
 
 
 class _ZstandardFrames(io.RawIOBase):
-    """Reads all frames of a .zst file; raises EOFError for a truncated frame, which zstandard's own reader ignores."""
+    """Reads all frames of a .zst file; raises EOFError for a truncated frame, unlike the zstandard package's reader."""
 
     def __init__(self, path: str) -> None:
         self._file = open_for_reading(path)

@@ -1,4 +1,4 @@
-"""Finds the format of a text file by its name and its first bytes; raises `ConfigError` for unsupported formats.
+"""Detects the format of a text file from its name and its first bytes.
 
 | name, in lower or upper case | content |
 |---|---|
@@ -8,7 +8,7 @@
 | any other name | plain text |
 
 Compressed files of each format end with `.gz`, `.gzip`, `.zst` or `.zstd`. JSON lines have one object per line. JSON
-values are objects that may span several lines, one after the other or in lists.
+values are objects that may span several lines, either consecutive or in lists.
 """
 
 import json
@@ -44,21 +44,21 @@ _OTHERS = {
 
 
 class TextFormat(NamedTuple):
-    """Describes the format of a text file: how its content is read, and how the content is compressed."""
+    """Format and compression of a text file."""
 
     kind: Literal["plain", "json_lines", "json_values"]
-    """Format of the decompressed content, as the table of this module defines it."""
+    """Format of the decompressed content; the docstring of this module describes each format."""
     compression: Compression
-    """Compression of the file; empty for none."""
+    """Compression of the file; empty if the file is not compressed."""
 
     @property
     def is_read_whole(self) -> bool:
-        """Returns whether the file can only be read from its beginning, and so cannot be cut into pieces."""
+        """Returns whether the file must be read from its beginning and cannot be divided into pieces."""
         return bool(self.compression) or self.kind == "json_values"
 
 
 def find_text_format(path: str) -> TextFormat:
-    """Returns the format of a text file, found by the file's name and first bytes.
+    """Detects the format of a text file from the file's name and first bytes.
 
     Raises:
         ConfigError: if the file has an unsupported format, or cannot be opened.
@@ -90,7 +90,7 @@ def find_text_format(path: str) -> TextFormat:
 
 
 def _split_name(path: str) -> tuple[Compression, str]:
-    """Splits a file name into compression and extension: `a.txt.gz` gives `gzip` and `.txt`."""
+    """Returns the compression and the extension of a file name: `a.txt.gz` gives `gzip` and `.txt`."""
     stem, extension = os.path.splitext(path.lower())
     if extension in _GZIP:
         return "gzip", os.path.splitext(stem)[1]
@@ -115,7 +115,7 @@ def _kind_of_json(head: bytes, extension: str, is_whole: bool) -> Literal["json_
 
 
 def _starts_with_record(head: bytes) -> bool:
-    """Returns whether a file starts with a JSON object (or a list of objects) with a string under `text`."""
+    """Returns whether a file starts with a JSON object, or a list of objects, with a string under `text`."""
     text = head.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "ignore").lstrip()
     text = text.removeprefix("[").lstrip()
     if not text.startswith("{"):

@@ -1,4 +1,4 @@
-"""Reads JSON values from a file, either consecutive or in lists, with one value in memory at a time."""
+"""Reads JSON values from a file, either consecutive or in lists; keeps one value in memory at a time."""
 
 import json
 import re
@@ -13,10 +13,10 @@ _BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
 
 
 def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
-    """Yields the JSON values of a file; a list at the top level is replaced by its elements.
+    """Yields the JSON values of a file; yields the elements of a list at the top level instead of the list.
 
     Raises:
-        ValueError: if the file is truncated or damaged, or a value has more than `max_characters`.
+        ValueError: if the file is truncated or damaged, or a value has more than `max_characters` characters.
     """
     decoder = json.JSONDecoder()
     buffer, position, is_in_list = "", 0, False

@@ -1,8 +1,9 @@
 """Reads the paragraphs of text files: plain text or JSON, compressed or not.
 
-In plain text each line is a paragraph, and blank lines separate documents. In JSON each object is a document, and the
-lines of its `text` are the paragraphs. Only one line or JSON value is in memory at a time, and lines of more than 16
-MiB are skipped. Lines end with a newline, a carriage return, or both.
+In plain text, each line is a paragraph, and blank lines separate documents. In JSON, each object is a document, and the
+lines of its `text` are paragraphs. Lines end with a newline, a carriage return, or a carriage return and a newline.
+
+Only one line or JSON value is in memory at a time. Lines of more than 16 MiB are skipped.
 """
 
 import io
@@ -31,35 +32,34 @@ _SHOWN = 10
 
 
 class TextPiece(NamedTuple):
-    """Identifies a piece of a text file: the lines that start in a range of bytes."""
+    """A piece of a text file: the lines that start in a range of bytes."""
 
     path: str
     """Path of the text file."""
     start: int
-    """Offset in the file of the first byte of the range."""
+    """Offset of the first byte of the range."""
     stop: int
-    """Offset one past the range's last byte. A compressed file or a file of JSON values is
-    never divided: its one range is the whole file."""
+    """Offset one past the last byte of the range. A compressed file or a file of JSON values has only one piece."""
 
 
 class Paragraph(NamedTuple):
-    """Holds one paragraph of a text file."""
+    """One paragraph of a text file."""
 
     text: str
-    """The paragraph's text; not empty, and without white space around it."""
+    """Text of the paragraph, without surrounding white space; not empty."""
     ends_document: bool
     """Whether the paragraph is the last one of its document."""
 
 
 class BrokenLines:
-    """Collects the broken lines of text files, and raises `ConfigError` if there are more than a budget allows.
+    """Collects the broken lines of text files; raises `ConfigError` if there are too many.
 
     Attributes:
         lines: description of each broken line: file, line number and reason.
     """
 
     def __init__(self, budget: float) -> None:
-        """Creates an empty collection that allows `budget` broken lines."""
+        """Creates an empty collection that accepts at most `budget` broken lines."""
         self.lines: list[str] = []
         self._budget = budget
 
@@ -67,7 +67,7 @@ class BrokenLines:
         """Adds the description of one broken line.
 
         Raises:
-            ConfigError: if there are now more lines than the budget; the message lists the first ten.
+            ConfigError: if there are now more lines than the budget allows; the message lists the first ten.
         """
         self.extend([line])
 
@@ -75,7 +75,7 @@ class BrokenLines:
         """Adds the descriptions of several broken lines.
 
         Raises:
-            ConfigError: if there are now more lines than the budget; the message lists the first ten.
+            ConfigError: if there are now more lines than the budget allows; the message lists the first ten.
         """
         self.lines.extend(lines)
         if len(self.lines) > self._budget:
@@ -98,7 +98,7 @@ def whole_file(path: str) -> TextPiece:
 
 
 def cut_into_pieces(path: str, piece_bytes: float) -> list[TextPiece]:
-    """Cuts a file into pieces of `piece_bytes` bytes; returns a single piece if the file cannot be read in parts.
+    """Divides a file into pieces of `piece_bytes` bytes; returns a single piece if the file cannot be read in parts.
 
     Raises:
         ConfigError: if the file cannot be read, or is not a text file.
@@ -116,8 +116,8 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
 
     Args:
         piece: the piece to read.
-        broken: collects lines and JSON values that are too long, not UTF-8 or not valid text (`check_is_text`). It also
-            collects JSON without a string under `text`.
+        broken: collects broken lines and JSON values: too long, not UTF-8, not valid text (`check_is_text`), or JSON
+            without a string under `text`.
 
     Raises:
         ConfigError: if the file cannot be read, decompressed or parsed as JSON values, or if too many lines are broken.
@@ -182,7 +182,7 @@ def _paragraphs_of_lines(
 
 
 def _mark(paragraphs: list[str]) -> Iterator[Paragraph]:
-    """Yields the paragraphs of one document, and marks the last paragraph as the document's end."""
+    """Yields the paragraphs of one document, with `ends_document` set for the last paragraph."""
     for number, paragraph in enumerate(paragraphs, 1):
         yield Paragraph(paragraph, ends_document=number == len(paragraphs))
 
@@ -217,7 +217,7 @@ def _decode(line: bytes) -> str:
 
 
 def _find_first_line(file: io.BufferedReader, piece: TextPiece) -> int:
-    """Moves the file's position to the first line that starts in the piece; returns the line's offset in bytes."""
+    """Seeks to the first line that starts in the piece; returns the line's offset in bytes."""
     if piece.start == 0:
         return 0
     file.seek(piece.start - 1)  # if the byte before is a newline, a line starts at piece.start
@@ -225,11 +225,11 @@ def _find_first_line(file: io.BufferedReader, piece: TextPiece) -> int:
 
 
 def _read_parts(file: io.BufferedReader, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
-    """Yields the lines of a file from `position` on, each cut into parts at its carriage returns; may omit blank parts.
+    """Yields the lines of a file from `position` on, split at carriage returns; may omit blank parts.
 
     Yields:
         For each part: the line number (counted from 1 by newlines), whether the line starts before `stop`, and the
-        bytes of the part. Bytes of a line that is too long are truncated.
+            bytes of the part. A line that is too long is truncated.
     """
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):

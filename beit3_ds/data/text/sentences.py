@@ -1,11 +1,11 @@
-"""Finds the sentences in paragraphs of ids, and cuts paragraphs that are longer than a sequence.
+"""Finds sentences in paragraphs of token ids, and cuts paragraphs that are longer than a sequence.
 
-A sentence ends with `.`, `!`, `?` or `…` before white space or an East Asian character, or with `。` or a full-width
-`!` or `?`. Closing quotes and brackets belong to the sentence. So "3.5" and "?q=" contain no end, and "Mr. Smith"
-contains one.
+A sentence ends with `.`, `!`, `?` or `…` before white space or an East Asian character. It also ends with `。` or a
+full-width `!` or `?`. Closing quotes and brackets belong to the sentence. By this rule, "3.5" and "?q=" contain no
+sentence end, but "Mr. Smith" contains one.
 
-The rule is applied to the pieces of the tokenizer's vocabulary, with one look-up per token of a long paragraph. The end
-of a sentence is missed if it is inside a piece, or if the vocabulary lacks its character.
+The rule is applied once to every piece of the tokenizer's vocabulary. Long paragraphs then need one table look-up per
+token. A sentence end is missed if it is inside a piece, or if the vocabulary lacks its character.
 """
 
 from bisect import bisect_right
@@ -24,10 +24,10 @@ _ENDS, _ENDS_WIDE, _CLOSES, _OPENS, _OPENS_AFTER_WIDE = (1 << bit for bit in ran
 
 
 class ParagraphCutter:
-    """Cuts long paragraphs of token ids between sentences; takes a few bytes of memory per id of the vocabulary."""
+    """Cuts long paragraphs of token ids at sentence ends; takes a few bytes of memory per vocabulary entry."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        """Determines which pieces of the vocabulary can begin, end or continue a sentence."""
+        """Classifies which pieces of the vocabulary can begin, end or continue a sentence."""
         self._words, self._eos_id = tokenizer.word_borders(), tokenizer.eos_id
         pieces = (tokenizer.piece(id_) for id_ in range(tokenizer.vocab_size))
         kinds = (_kind(piece, *map(bool, borders)) for piece, *borders in zip(pieces, *self._words, strict=True))
@@ -37,11 +37,11 @@ class ParagraphCutter:
         """Counts the ids of each paragraph, without the separator (EOS) at its end.
 
         Args:
-            ids: all ids of the paragraphs, (ids,).
+            ids: ids of all paragraphs, concatenated, (ids,).
             lengths: number of ids per paragraph, (paragraphs,).
 
         Returns:
-            The counts, (paragraphs,).
+            The counts, (paragraphs,) int64.
         """
         contents = lengths.astype(np.int64)
         (filled,) = np.nonzero(contents)
@@ -49,14 +49,14 @@ class ParagraphCutter:
         return contents
 
     def sentence_starts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
-        """Finds where sentences start inside paragraphs; ignores the first sentence of each paragraph.
+        """Finds where sentences start inside paragraphs, except the first sentence of each paragraph.
 
         Args:
-            ids: all ids of the paragraphs, (ids,).
+            ids: ids of all paragraphs, concatenated, (ids,).
             lengths: number of ids per paragraph, (paragraphs,).
 
         Returns:
-            For each sentence, the index in `ids` of its first id, ascending.
+            Index in `ids` of the first id of each sentence, ascending, (sentences,) int64.
         """
         kinds = self._kinds[ids]
         ends = np.flatnonzero(kinds & (_ENDS | _ENDS_WIDE))
@@ -70,16 +70,16 @@ class ParagraphCutter:
     def cuts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic], limit: int) -> Iterator[int]:
         """Cuts paragraphs longer than `limit` into sequences of at most `limit` ids, not counting separators.
 
-        A sequence ends with the last sentence that fits. A sentence longer than a sequence is cut between two words,
-        and a longer word is cut where the sequence is full.
+        A sequence ends with the last sentence that fits. A sentence that is longer than a sequence is cut between two
+        words. A word that is longer than a sequence is cut where the sequence is full.
 
         Args:
-            ids: all ids of the paragraphs, (ids,).
+            ids: ids of all paragraphs, concatenated, (ids,).
             lengths: number of ids per paragraph, (paragraphs,).
             limit: maximum ids per sequence.
 
         Yields:
-            For each sequence except the first of a paragraph, the index in `ids` of its first id, ascending.
+            Index in `ids` of the first id of each sequence, ascending, except the first sequence of each paragraph.
         """
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
         stops = starts + self.content_lengths(ids, lengths)
@@ -97,7 +97,7 @@ class ParagraphCutter:
 
 
 def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns `positions`, each replaced by the next number that is not in `skipped`; both arrays are ascending."""
+    """Replaces each position by the next number that is not in `skipped`; both arrays are ascending."""
     if not len(skipped):
         return positions
     run_ends = skipped[np.append(np.flatnonzero(np.diff(skipped) > 1), len(skipped) - 1)] + 1
@@ -108,7 +108,7 @@ def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDAr
 
 
 def _kind(piece: str, starts_word: bool, ends_word: bool) -> int:
-    """Returns the sum of flags (such as `_ENDS`) that tell whether a piece begins, ends or continues a sentence."""
+    """Returns the sum of flags such as `_ENDS`: whether a piece can begin, end or continue a sentence."""
     if ends_word and piece.endswith(_SPACE):
         # White space follows, so any mark ends a sentence, whatever comes next.
         kind = _kind(piece[:-1], starts_word, ends_word=False) if piece != _SPACE else 0

@@ -1,4 +1,4 @@
-"""Writes the borders between the sequences of a tokenized text file, and reads sequences from the token files."""
+"""Writes the borders between the sequences of a tokenized text file, and reads sequences from token files."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -34,13 +34,13 @@ _CHUNK_TOKENS = 1 << 20
 
 
 def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter) -> None:
-    """Writes the `.borders` file of a text file, with the start of each sequence, unless an up-to-date file exists.
+    """Writes the `.borders` file of a text file, with the start of each sequence; keeps an up-to-date file.
 
     Args:
         folder: folder of the token files.
         text: path of the text file as in the config.
         pieces: all token files of the text file, in order.
-        length: maximum tokens per sequence, BOS and EOS included.
+        length: maximum tokens per sequence, including BOS and EOS.
         cutter: cuts long paragraphs.
     """
     path = _borders_path(folder, text, length)
@@ -61,20 +61,20 @@ def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length:
 class PreparedText:
     """Reads the token sequences of one text file from its token files.
 
-    Ids and borders are memory-mapped at their first use, so all processes of a machine share the page cache. A pickled
-    copy maps the files again.
+    Ids and borders are memory-mapped when they are first needed; all processes of a machine share the mapped pages. A
+    pickled copy maps the files again.
     """
 
     def __init__(
         self, folder: Path, text: str, tokenizer: TextTokenizer, length: int, document_separator: bool = True
     ) -> None:
-        """Opens the files and reads their footers.
+        """Opens the token files and the `.borders` file, and reads their footers.
 
         Args:
             folder: folder of the token files.
             text: path of the text file as in the config.
             tokenizer: tokenizer that must have written the token files.
-            length: maximum tokens per sequence, BOS and EOS included.
+            length: maximum tokens per sequence, including BOS and EOS.
             document_separator: whether every document in the token files must end with EOS.
 
         Raises:
@@ -103,11 +103,11 @@ class PreparedText:
         return self._num_borders - 1
 
     def ids(self, index: int) -> NDArray[np.generic]:
-        """Reads the ids of a sequence, without BOS; the last id is EOS if a document ends there.
+        """Reads the ids of a sequence, without BOS; the last id is EOS only if a document ends there.
 
         Raises:
-            BrokenRecordError: if the file of borders or the ids in the token files are damaged.
-            StorageError: if a file cannot be mapped. If reading the mapped memory fails later, the process is killed.
+            BrokenRecordError: if the `.borders` file or the ids in the token files are damaged.
+            StorageError: if a file cannot be mapped. A later read error in the mapped memory kills the process.
         """
         start, stop = (int(border) for border in self._borders()[index : index + 2])
         if not 0 <= start < stop <= min(start + self._length - 1, int(self._piece_starts[-1])):
@@ -145,7 +145,7 @@ class PreparedText:
 
 
 def _map_with_retries(path: Path, open_map: Callable[[], NDArray[np.generic]]) -> NDArray[np.generic]:
-    """Maps a file with retries; every failure is a storage error, because the file existed when the run started."""
+    """Maps a file with retries. Every failure is a storage error, because the file existed at the start of the run."""
     try:
         return read_with_retries(open_map, str(path), file_errors=frozenset())
     except OSError as error:  # an error without a number: the file was truncated
@@ -157,7 +157,7 @@ def _borders_path(folder: Path, text: str, length: int) -> Path:
 
 
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
-    """Returns a digest of everything that sequence borders depend on, except the sequence length."""
+    """Returns a digest of everything that determines the sequence borders, except the sequence length."""
     facts = [
         (piece.tokenizer, piece.document_separator, piece.piece.start, piece.text_size, piece.text_mtime_ns)
         for piece in pieces

@@ -19,16 +19,15 @@ from beit3_ds.tokenizers.text import TextTokenizer
 
 
 class TextSequences:
-    """Cuts the texts of files into sequences of at most `length` tokens.
+    """Cuts texts into sequences of at most `length` tokens.
 
-    Each sequence is filled with consecutive paragraphs of one file as long as the next one fits whole. EOS separates
-    documents, unless `document_separator` is false. A paragraph longer than a sequence is cut between sentences, and
-    its rest shares a sequence with the next paragraph. A sentence longer than a sequence is cut between words if
-    possible.
+    Each sequence is filled with consecutive whole paragraphs of one file, as many as fit. EOS separates documents,
+    unless `document_separator` is false. A paragraph longer than a sequence is cut between sentences; its last part
+    shares a sequence with the next paragraph. A sentence longer than a sequence is cut between words if possible.
 
-    Without `cache_dir`, the constructor tokenizes all text and keeps it in memory: two bytes per token with a
-    vocabulary of at most 65536 ids. With `cache_dir`, the token files of `beit3 prepare texts` are memory-mapped. The
-    sequences are equal in both cases.
+    Without `cache_dir`, the constructor tokenizes all text and keeps it in memory. This takes two bytes per token if
+    the vocabulary has at most 65536 ids. With `cache_dir`, the token files from `beit3 prepare texts` are
+    memory-mapped. The sequences are equal in both cases.
 
     Attributes:
         paths: paths of the text files.
@@ -45,19 +44,19 @@ class TextSequences:
         max_broken_lines: int = 0,
         document_separator: bool = True,
     ) -> None:
-        """Opens the files.
+        """Opens the text files, or their token files.
 
         Args:
-            patterns: files or glob patterns.
-            tokenizer: turns paragraphs into ids.
-            length: maximum tokens per sequence, BOS and EOS included; at least 3.
+            patterns: paths of text files or glob patterns.
+            tokenizer: tokenizer that encodes the paragraphs.
+            length: maximum tokens per sequence, including BOS and EOS; at least 3.
             cache_dir: folder of prepared token files (`data.cache_dir`); None tokenizes the text in memory.
-            max_broken_lines: maximum number of broken lines over all files.
+            max_broken_lines: maximum number of broken lines in all files together.
             document_separator: whether every document ends with EOS (`data.document_separator`).
 
         Raises:
-            ConfigError: if a pattern has no match, a file is unreadable, no file has text, or too many lines are
-                broken. Also if a token file is missing, damaged or out of date.
+            ConfigError: if a pattern has no match, a file is unreadable, no file has text, too many lines are broken,
+                or a token file is missing, damaged or out of date.
             StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
@@ -100,7 +99,7 @@ class TextSequences:
             yield SourceFile(os.path.basename(path), num_bytes, len(sequences))
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Returns the ids of a sequence, BOS and EOS included, (ids,) int64."""
+        """Returns the ids of a sequence, including BOS and EOS, (ids,) int64."""
         file = self._file_of(index)
         ids = self._files[file].ids(index - int(self._first_of_file[file]))
         if ids[-1] == self._eos_id:  # the sequence ends with a document
@@ -108,7 +107,7 @@ class TextSequences:
         return np.concatenate([[self._bos_id], ids, [self._eos_id]]).astype(np.int64)
 
     def name(self, index: int) -> str:
-        """Names a sequence in messages: path of the text file, and number of the sequence in that file."""
+        """Returns a sequence's name for messages: path of the text file, and index of the sequence in that file."""
         file = self._file_of(index)
         return f"{self.paths[file]}:{index - self._first_of_file[file]}"
 
@@ -124,7 +123,7 @@ def texts_folder(cache_dir: str) -> Path:
 
 
 class _TextInMemory:
-    """Tokenizes one whole text file, and keeps its sequences in memory."""
+    """Tokenizes one whole text file and keeps the sequences in memory."""
 
     def __init__(
         self,

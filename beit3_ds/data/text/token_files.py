@@ -1,15 +1,18 @@
-"""Defines token files, which `beit3 prepare texts` writes and training reads as memory maps.
+"""Defines token files, which `beit3 prepare texts` writes and training memory-maps.
 
-Each piece of a text file has one token file, named by the text file's name and a digest of its path:
+A text file is divided into pieces, with one token file per piece. The name contains the text file's name, a digest of
+its path, and the piece's first byte:
 
     text.txt-5f0c9a3e11d2.000000000000.tokens     tokens of the piece that starts at byte 0
     text.txt-5f0c9a3e11d2.000067108864.tokens     tokens of the next piece
     text.txt-5f0c9a3e11d2.length-128.borders      starts of the sequences of 128 tokens, over all pieces
 
-A `.tokens` file has all token ids (uint16, or uint32 if the vocabulary exceeds 65536 ids), the number of tokens per
-paragraph (uint32), and a footer. A `.borders` file has the start of each sequence in tokens of the text file, the total
-number of tokens (all int64), and a footer. A footer is JSON, the length of the JSON (8 bytes) and `BEIT3TOK`. Numbers
-are little-endian. Files are written under a temporary name and renamed.
+A `.tokens` file contains all token ids (uint16, or uint32 if the vocabulary exceeds 65536 ids), the number of tokens
+per paragraph (uint32), and a footer. A `.borders` file contains the start of each sequence in tokens of the text file
+(int64), the total number of tokens (int64), and a footer.
+
+A footer is JSON, followed by the length of the JSON (8 bytes) and `BEIT3TOK`. All numbers are little-endian. Files are
+written under a temporary name and then renamed.
 """
 
 import hashlib
@@ -37,18 +40,18 @@ _VERSION = 3  # version of the format, and of the rule that cuts sequences
 _SUFFIX = ".tokens"
 _MAX_FOOTER_BYTES = 1 << 26  # with the descriptions of many broken lines
 COPY_NUMBERS = 1 << 18
-"""Maximum count of numbers that are copied to a file at a time, which bounds memory."""
+"""Maximum count of numbers that are copied to a file at a time, to bound memory use."""
 REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
-"""Advice that ends the messages about missing, damaged or outdated token files."""
+"""Advice at the end of messages about missing, damaged or outdated token files."""
 
 
 class TokenPiece(NamedTuple):
-    """Describes a token file by the values in its footer."""
+    """A token file, described by the values in its footer."""
 
     path: Path
     """Path of the token file."""
     dtype: str
-    """NumPy type of the ids, such as `<u2`."""
+    """NumPy dtype of the ids, such as `<u2`."""
     num_tokens: int
     """Number of token ids in the file."""
     num_paragraphs: int
@@ -67,11 +70,11 @@ class TokenPiece(NamedTuple):
     """Skipped lines, each with file, line number and reason."""
 
     def fits(self, text: os.stat_result) -> bool:
-        """Returns whether the text file still has the size and modification time in the footer."""
+        """Returns whether the text file still has the size and modification time that the footer records."""
         return (self.text_size, self.text_mtime_ns) == (text.st_size, text.st_mtime_ns)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
-        """Memory-maps the token ids from `start` up to, but not including, `stop`; None maps up to the end."""
+        """Memory-maps the token ids `start` to `stop` - 1; None for `stop` maps all ids from `start` on."""
         stop = self.num_tokens if stop is None else stop
         return map_array(self.path, self.dtype, start * np.dtype(self.dtype).itemsize, stop - start)
 
@@ -82,7 +85,7 @@ class TokenPiece(NamedTuple):
 
 
 def token_path(folder: Path, piece: TextPiece) -> Path:
-    """Returns the path of a piece's token file; its name contains a digest of the text file's path."""
+    """Returns the path of a piece's token file."""
     return _piece_path(folder, piece.path, piece.start)
 
 
@@ -94,12 +97,12 @@ def write_tokens(
     Args:
         folder: folder of the token files.
         piece: piece of the text file.
-        tokenizer: turns paragraphs into ids.
+        tokenizer: tokenizer that encodes the paragraphs.
         budget: maximum number of broken lines in the piece.
         document_separator: whether every document ends with EOS.
 
     Raises:
-        ConfigError: if the text file cannot be read, or more than `budget` of its lines are broken.
+        ConfigError: if the text file cannot be read, or has more than `budget` broken lines in this piece.
     """
     path, broken, status = token_path(folder, piece), BrokenLines(budget), os.stat(piece.path)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
@@ -139,7 +142,7 @@ def read_token_piece(path: Path) -> TokenPiece:
 
 
 def count_tokens(folder: Path, texts: Iterable[str]) -> int:
-    """Returns the total number of tokens in the existing token files of some text files.
+    """Returns the total number of tokens in the existing token files of the given text files.
 
     Raises:
         ConfigError: if a token file is damaged.
@@ -152,10 +155,10 @@ def count_tokens(folder: Path, texts: Iterable[str]) -> int:
 def find_token_pieces(
     folder: Path, text: str, tokenizer: TextTokenizer, document_separator: bool = True
 ) -> list[TokenPiece]:
-    """Returns all token files of a text file in order, after checking that they are complete and up to date.
+    """Returns all token files of a text file, in order; checks that they are complete and up to date.
 
     Raises:
-        ConfigError: if a token file is missing or damaged, or does not fit the text file or the tokenizer.
+        ConfigError: if a token file is missing or damaged, or does not match the text file or the tokenizer.
     """
     status, end = os.stat(text), 0
     pieces: list[TokenPiece] = []
@@ -187,11 +190,11 @@ def find_token_pieces(
 
 
 def remove_other_pieces(folder: Path, texts: Iterable[Sequence[TextPiece]]) -> None:
-    """Deletes the token files of pieces of text files that no longer exist, for example after a file has shrunk.
+    """Deletes the token files of pieces that no longer exist, for example after a text file has shrunk.
 
     Args:
         folder: folder of the token files.
-        texts: for each text file, all its current pieces.
+        texts: all current pieces of each text file.
     """
     names = _names(folder)
     for pieces in texts:
@@ -231,7 +234,7 @@ def _check_dtype(name: Any) -> str:
 
 
 def file_stem(text: str) -> str:
-    """Returns the common prefix of the names of all token and border files of a text file."""
+    """Returns the common prefix of the names of a text file's `.tokens` and `.borders` files."""
     return f"{bounded_name(Path(text).name)}-{hashlib.blake2b(os.fsencode(text), digest_size=6).hexdigest()}"
 
 
@@ -240,7 +243,7 @@ def _piece_path(folder: Path, text: str, start: int) -> Path:
 
 
 def _names(folder: Path) -> dict[str, list[str]]:
-    """Returns the names of all token files in a folder, grouped by the `file_stem` of the text file."""
+    """Returns the names of all token files in a folder, grouped by the `file_stem` of their text file."""
     names: dict[str, list[str]] = {}
     if folder.is_dir():
         for entry in os.scandir(folder):
@@ -250,7 +253,7 @@ def _names(folder: Path) -> dict[str, list[str]]:
 
 
 def map_array(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
-    """Memory-maps `count` numbers of type `dtype` from a file, starting at byte `offset`."""
+    """Memory-maps `count` numbers of type `dtype` from a file, from byte `offset` on."""
     return map_file(str(path), offset + count * np.dtype(dtype).itemsize)[offset:].view(dtype)
 
 
@@ -265,10 +268,10 @@ def write_footer(file: BinaryIO, footer: dict[str, Any]) -> None:
 
 
 def read_footer(path: Path) -> dict[str, Any]:
-    """Reads the footer of a file, and adds the position where it starts as `offset`.
+    """Reads the footer of a file; adds the footer's position in the file as `offset`.
 
     Raises:
-        ConfigError: if the file is missing or damaged, or has another version of the format.
+        ConfigError: if the file is missing or damaged, or has another format version.
     """
     try:
         with open(open_regular(path), "rb") as file:

@@ -1,7 +1,8 @@
-"""Encodes paragraphs to token ids, and packs the paragraphs into sequences.
+"""Encodes paragraphs to token ids, and packs paragraphs into sequences.
 
-EOS separates documents, as in RoBERTa's sequences that cross documents (Liu et al., 2019, arXiv:1907.11692, section
-4.2, FULL-SENTENCES). It is the last id of a document's last paragraph, and also the EOS of a sequence that ends there.
+EOS separates documents, and a sequence may cross documents, as in RoBERTa (Liu et al., 2019, arXiv:1907.11692, section
+4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. If a sequence ends there, the
+separator is also the sequence's EOS.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ _CHUNK_CHARACTERS = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
-    """Returns the type in which token ids are stored: uint16 for a vocabulary of up to 65536 ids, otherwise uint32."""
+    """Returns the dtype for storing token ids: uint16 for at most 65536 vocabulary entries, otherwise uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -33,8 +34,8 @@ def encode_paragraphs(
 
     Args:
         paragraphs: paragraphs of one file or piece, in order.
-        tokenizer: turns paragraphs into ids.
-        document_separator: whether EOS is appended to every document that is not empty.
+        tokenizer: tokenizer that encodes the paragraphs.
+        document_separator: whether to append EOS to every document that is not empty.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     is_open = False  # whether there are ids since the last separator
@@ -53,16 +54,16 @@ def encode_paragraphs(
 def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
-    A paragraph that fits into a sequence stays whole. A longer paragraph starts a sequence and is cut between
-    sentences, and its rest shares a sequence with the next paragraph.
+    A paragraph that fits into a sequence stays whole. A longer paragraph starts a new sequence and is cut between
+    sentences; its last part shares a sequence with the next paragraph.
 
     Args:
         chunks: paragraphs from `encode_paragraphs`; empty paragraphs have no effect.
-        limit: maximum tokens per sequence, not counting a separator at the sequence's end.
+        limit: maximum tokens per sequence, not counting a separator at the end.
         cutter: cuts long paragraphs.
 
     Yields:
-        The start of each sequence, counted in tokens from the first paragraph.
+        The start of each sequence, in tokens from the first paragraph.
     """
     assert limit >= 1, f"a sequence of {limit} tokens has no room for text"
     start = end = 0  # borders of the sequence that is being filled

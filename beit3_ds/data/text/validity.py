@@ -1,4 +1,4 @@
-"""Detects binary data that happen to be decodable as text."""
+"""Detects binary data that can be decoded as text by accident."""
 
 import re
 
@@ -9,9 +9,9 @@ _TEXT_PER_CONTROL = 10
 
 
 def check_is_text(text: str) -> None:
-    """Checks that a string is text: no NUL, no half surrogate pair, and at most a tenth of control characters.
+    """Checks that a string is text: no NUL, no half surrogate pair, and at most one control character in ten.
 
-    Some control characters are accepted, because web pages contain some and SentencePiece's normalisation drops them.
+    Some control characters are accepted, because web pages contain them and SentencePiece's normalisation removes them.
 
     Raises:
         ValueError: if the string is not text; the message gives the reason.

@@ -1,4 +1,4 @@
-"""Shares the name of the record that a process is reading, so that other processes can report a blocked read."""
+"""Shares the name of the record that a process is reading, so that another process can report a blocked read."""
 
 import mmap
 import os
@@ -7,28 +7,28 @@ _BYTES = 1024
 
 
 class CurrentRecord:
-    """Holds the name of the record that is being read, in memory shared by two processes; at most 1022 bytes."""
+    """Name of the record that is being read, in memory that two processes share; at most 1022 bytes."""
 
     def __init__(self, descriptor: int | None = None) -> None:
-        """Maps shared memory of another `CurrentRecord`, or allocates new memory.
+        """Allocates shared memory, or maps the memory of another `CurrentRecord`.
 
         Args:
-            descriptor: descriptor of the memory of another `CurrentRecord`; None allocates new memory.
+            descriptor: file descriptor of another instance's memory; None allocates new memory.
         """
         if descriptor is None:
             descriptor = os.memfd_create("beit3_ds current record")
             os.ftruncate(descriptor, _BYTES)
         self.descriptor = descriptor
-        """File descriptor of the shared memory; it can be sent to another process."""
+        """File descriptor of the shared memory, which can be sent to another process."""
         self._memory = mmap.mmap(descriptor, _BYTES)
 
     def set(self, name: str) -> None:
-        """Stores the name of the record that is read now; truncates a name that is too long."""
+        """Stores the name of the current record; truncates a name that is too long."""
         text = name.encode("utf-8", "replace")[: _BYTES - 2]
         self._memory[: 2 + len(text)] = len(text).to_bytes(2, "little") + text
 
     def get(self) -> str:
-        """Returns the name that was stored last, or an empty string if no name was stored."""
+        """Returns the last stored name, or an empty string if no name was stored."""
         length = min(int.from_bytes(self._memory[:2], "little"), _BYTES - 2)
         return self._memory[2 : 2 + length].decode("utf-8", "replace")
 

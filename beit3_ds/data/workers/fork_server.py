@@ -17,10 +17,10 @@ _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 
 
 def start_fork_server(preload: str) -> None:
-    """Starts the server process that forks the worker processes; does nothing if the server already runs.
+    """Starts the server process that forks the worker processes; does nothing if the server is running.
 
-    A fork of this process would copy locked locks and make CUDA unusable. The server and its workers block the signals
-    that stop a run, because the ranks still need them to finish their step.
+    A direct fork of this process would copy locked locks and make CUDA unusable. The server and its workers block stop
+    signals, because the ranks still need the workers to finish their step.
 
     Args:
         preload: module that the server imports once for all workers.

@@ -1,4 +1,7 @@
-"""Runs worker processes that prepare items in advance; replaces workers that die or stop, and limits every wait."""
+"""Runs a pool of worker processes that prepare items in advance.
+
+Workers that die or stop are replaced. Every wait has a time limit.
+"""
 
 import functools
 import os
@@ -20,48 +23,51 @@ RequestT = TypeVar("RequestT")
 ItemT = TypeVar("ItemT")
 
 _MAX_REPLACEMENTS = 3
-"""Maximum number of workers that may die or stop over one item; several in a row point to a bad record or machine."""
+"""Maximum number of workers that may die or stop over one item; more losses point to a bad record or machine."""
 _STOPPED_SECONDS = 10.0
-"""Seconds after which a suspended worker is replaced if its item is needed; short debugger stops are tolerated."""
+"""Seconds after which a suspended worker is replaced if its item is needed. Tolerates short stops by a debugger."""
 
 
 class WorkerLossError(ConfigError):
-    """Reports that several workers died or stopped while preparing one item; the message names the item."""
+    """Reports that several workers died or stopped over one item; the message names the item."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation(Generic[RequestT, ItemT]):
-    """Describes the work of a pool's workers, and the time limits for their replies."""
+    """Defines the work of a worker pool, and the time limits."""
 
     work: Callable[[RequestT, Callable[[str], None]], ItemT]
-    """Function that prepares the item of a request, the same in every call with this request. It calls its second
-    argument with the name of each record that it reads. It is pickled once per worker."""
+    """Function that prepares the item of a request. It is pickled once per worker.
+
+    It calls its second argument with the name of each record that it reads. Repeated calls with one request must return
+    equal items.
+    """
     describe: Callable[[RequestT], str]
-    """Function that returns a name of the requested item for messages, for example "step 17"."""
+    """Function that returns the name of a request's item for messages, for example "step 17"."""
     limits: WaitLimits
     """Limits of each wait for an item."""
     set_up: Callable[[], object] | None = None
-    """Function that each worker process calls once, before its first request."""
+    """Function that each worker process calls once before its first request."""
     preload: str = "torch"
-    """Module that is imported once in the server process, before it forks the workers."""
+    """Module that the server process imports once, before it forks the workers."""
 
 
 def prepare_in_order(
     preparation: Preparation[RequestT, ItemT], requests: Iterable[RequestT], num_workers: int, ahead: int
 ) -> Iterator[ItemT]:
-    """Prepares items in worker processes, and yields the items in the order of the requests.
+    """Prepares items in worker processes; yields the items in the order of the requests.
 
     Args:
         preparation: work and time limits of the workers.
-        requests: requests for items; read one by one, when a worker can receive the next request.
-        num_workers: number of processes, each of which prepares every num_workers-th item; 0 uses a thread of this
+        requests: requests for items. The next request is read only when a worker can receive it.
+        num_workers: number of processes. Each process prepares every num_workers-th item. 0 uses a thread of this
             process.
         ahead: maximum number of items that each worker prepares in advance.
 
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
         DataTimeoutError: if an item is not ready within the time limit.
-        WorkerLossError: if several workers die or stop while preparing one item.
+        WorkerLossError: if several workers die or stop over one item.
     """
     if num_workers == 0:
         yield from _prepare_here(preparation, requests)
@@ -92,19 +98,19 @@ def prepare_in_order(
 def prepare_in_any_order(
     preparation: Preparation[RequestT, ItemT], requests: Iterable[RequestT], num_workers: int
 ) -> Iterator[ItemT]:
-    """Prepares items in worker processes, and yields each item as soon as the item is finished.
+    """Prepares items in worker processes; yields each item as soon as it is finished.
 
-    The time limit `limits.seconds` counts only while a worker uses no processor time.
+    The time limit `limits.seconds` counts only time during which a worker uses no CPU.
 
     Args:
         preparation: work and time limits of the workers.
-        requests: requests for items; read one by one, when a worker is free.
+        requests: requests for items. The next request is read only when a worker is free.
         num_workers: number of processes, at least 1.
 
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
-        DataTimeoutError: if a worker uses no processor time for `limits.seconds`.
-        WorkerLossError: if several workers die or stop while preparing one item.
+        DataTimeoutError: if a worker uses no CPU for `limits.seconds`.
+        WorkerLossError: if several workers die or stop over one item.
     """
     workers = _Workers(preparation)
     try:
@@ -140,18 +146,18 @@ def prepare_in_any_order(
 
 
 class _Workers(Generic[RequestT, ItemT]):
-    """Manages the worker processes of one pool and the pending requests of each worker."""
+    """Manages the worker processes of one pool, and the unanswered requests of each worker."""
 
     def __init__(self, preparation: Preparation[RequestT, ItemT]) -> None:
         self._preparation, self._limits = preparation, preparation.limits
         self.processes: list[WorkerProcess] = []
         self._pending: list[deque[RequestT]] = []
         self._num_replaced: list[int] = []
-        """For each worker, how often it was replaced during its current item."""
+        """Number of times that each worker was replaced during its current item."""
         self._stopped: list[float] = []
-        """For each worker, the seconds for which its process has been suspended."""
+        """Seconds for which each worker's process has been suspended."""
         self._polled: list[float] = []
-        """Time at which each worker was last polled."""
+        """Time of the last poll of each worker, in seconds of `time.monotonic`."""
         self._has_warned = False
 
     def add(self) -> None:
@@ -163,12 +169,14 @@ class _Workers(Generic[RequestT, ItemT]):
         self._polled.append(time.monotonic())
 
     def submit(self, worker: int, request: RequestT) -> None:
-        """Sends a request to a worker, which answers it after the earlier requests."""
+        """Sends a request to a worker; the worker answers requests in order."""
         self._pending[worker].append(request)
         self.processes[worker].send(request)
 
     def begin(self, worker: int, request: RequestT) -> tuple[RequestT, WaitTimer, int]:
-        """Sends a request to an idle worker; returns the request, a new timer and the worker's processor time."""
+        """Sends a request to an idle worker; returns the request, a new timer, and the worker's CPU time in clock
+        ticks.
+        """
         self.submit(worker, request)
         return request, WaitTimer(self._limits), self.processes[worker].cpu_ticks()
 
@@ -180,14 +188,14 @@ class _Workers(Generic[RequestT, ItemT]):
         return self.unpack(worker, request, reply)
 
     def wait_for_any(self, workers: list[int]) -> None:
-        """Waits until one of the given workers has sent data, at most `POLL_SECONDS`."""
+        """Waits at most `POLL_SECONDS` until one of the given workers has sent data."""
         poll = select.poll()
         for worker in workers:
             poll.register(self.processes[worker], select.POLLIN)
         poll.poll(POLL_SECONDS * 1000)
 
     def poll(self, worker: int, request: RequestT, timer: WaitTimer, seconds: float) -> Reply | None:
-        """Returns a worker's reply if it arrives within `seconds`, else None; replaces a dead or suspended worker."""
+        """Returns a worker's reply, or None after `seconds`; replaces a dead or suspended worker."""
         process = self.processes[worker]
         was_ready = process.is_ready
         try:
@@ -209,7 +217,7 @@ class _Workers(Generic[RequestT, ItemT]):
         return reply
 
     def unpack(self, worker: int, request: RequestT, reply: Reply) -> ItemT:
-        """Returns the item in a worker's reply, or raises the exception in it."""
+        """Returns the item in a worker's reply, or raises the exception in the reply."""
         answered = self._pending[worker].popleft()
         assert answered is request, "replies come in the order of requests"
         self._num_replaced[worker], self._stopped[worker] = 0, 0.0
@@ -236,7 +244,7 @@ class _Workers(Generic[RequestT, ItemT]):
         return process
 
     def _replace(self, worker: int, request: RequestT, why: str) -> None:
-        """Replaces a dead or stopped worker by a new process, and sends it all unanswered requests again."""
+        """Replaces a dead or stopped worker by a new process, and sends all unanswered requests to the new process."""
         self.processes[worker].kill()
         self._num_replaced[worker] += 1
         what = f"data worker {worker}, which prepares {self._preparation.describe(request)}: {why}"
@@ -261,7 +269,7 @@ class _Workers(Generic[RequestT, ItemT]):
 
 
 def _prepare_here(preparation: Preparation[RequestT, ItemT], requests: Iterable[RequestT]) -> Iterator[ItemT]:
-    """Prepares items one by one in a thread of this process, so that a hanging file system blocks only that thread."""
+    """Prepares items one by one in a thread of this process; a hanging file system blocks only that thread."""
     thread, current = ReaderThread("reading data"), CurrentRecord()
     current.close_descriptor()
     try:

@@ -1,4 +1,4 @@
-"""Runs one worker process that prepares items for this process; every wait for the worker has a time limit."""
+"""Runs one worker process, which prepares items; every wait for the worker has a time limit."""
 
 import contextlib
 import multiprocessing
@@ -24,31 +24,32 @@ from beit3_ds.data.workers.waiting import ReaderThread, WaitLimits
 
 Request = Any
 Work = Callable[[Request, Callable[[str], None]], Any]
-"""Function that prepares the item of a request, and calls its second argument with the name of each record it reads."""
+"""Function that prepares the item of a request. It calls its second argument with the name of each record that it
+reads."""
 
 _EXIT_SECONDS = 2.0
 _READY = "ready"
 
 
 class WorkerDiedError(Exception):
-    """Reports a worker process that ended; the message gives its exit status or signal."""
+    """Reports that a worker process ended; the message gives the exit status or signal."""
 
 
 class Reply(NamedTuple):
-    """Holds a worker's answer to a request: either an item or an exception."""
+    """A worker's answer to a request: either an item or an exception."""
 
     item: Any
     error: BaseException | None
-    """Exception raised while the item was prepared; None for a successful request."""
+    """Exception raised during the preparation; None if the request succeeded."""
     trace: str
-    """Traceback of the exception; empty for a successful request."""
+    """Traceback of the exception; empty if the request succeeded."""
 
 
 class WorkerProcess:
-    """Controls one worker process and the socket to it.
+    """Controls one worker process, and the socket to that process.
 
-    The worker blocks the signals that ask a run to stop, and exits when this process exits. Its death closes the
-    socket. Only `start`, `receive` and `kill` wait for the worker, each with a time limit.
+    The worker blocks stop signals and exits when this process exits. Its death closes the socket. Only `start`,
+    `receive` and `kill` wait for the worker, each with a time limit.
     """
 
     def __init__(self, work: Work, set_up: Callable[[], object] | None = None, preload: str = "torch") -> None:
@@ -56,7 +57,7 @@ class WorkerProcess:
 
         Args:
             work: function that prepares the item of a request; must be picklable.
-            set_up: function that the worker process calls once, before its first request.
+            set_up: function that the worker process calls once before its first request.
             preload: module that the fork server imports once for all workers.
         """
         self._work, self._set_up, self._preload = work, set_up, preload
@@ -69,7 +70,7 @@ class WorkerProcess:
 
         Raises:
             DataTimeoutError: if the fork server does not answer within the time limit.
-            StopRequestedError: if this process was asked to stop.
+            StopRequestedError: if this process is asked to stop.
         """
         start_fork_server(self._preload)
         own, other = socket.socketpair()
@@ -96,7 +97,7 @@ class WorkerProcess:
         return self._process.pid
 
     def send(self, request: Request) -> None:
-        """Sends a request, which the worker answers after all earlier requests; does nothing if the worker is dead."""
+        """Sends a request; does nothing if the worker is dead. The worker answers requests in order."""
         try:
             send_item(self._connection, request)
         except (BrokenPipeError, ConnectionResetError):
@@ -106,13 +107,13 @@ class WorkerProcess:
         """Waits for the reply to the oldest unanswered request.
 
         Args:
-            seconds: longest wait; 0 returns at once.
+            seconds: maximum wait in seconds; 0 does not wait.
 
         Returns:
-            The reply; None after a timeout, or if only the worker's start message arrived.
+            The reply. None after the maximum wait, or if only the worker's start message arrived.
 
         Raises:
-            WorkerDiedError: if the worker has ended and no reply arrived.
+            WorkerDiedError: if the worker ended without a reply.
         """
         try:
             arrived = self._receiver.receive()
@@ -129,7 +130,9 @@ class WorkerProcess:
 
     @property
     def inline_bytes(self) -> int:
-        """Returns how many tensor bytes of the last reply were sent through the socket, as shared memory was full."""
+        """Returns the number of tensor bytes in the last reply that came through the socket because shared memory was
+        full.
+        """
         return self._receiver.inline_bytes
 
     def fileno(self) -> int:
@@ -137,7 +140,7 @@ class WorkerProcess:
         return self._connection.fileno()
 
     def describe(self) -> str:
-        """Describes the worker for messages: process id, state, and name of the record that is being read."""
+        """Describes the worker for messages: process id, state, and the record that it is reading."""
         reading = self._current.get()
         return f"pid {self.pid}, {describe_state(self.pid)}" + (f", reading {reading}" if reading else "")
 
@@ -146,12 +149,12 @@ class WorkerProcess:
         return read_stat(self.pid)[:1] in (["T"], ["t"])
 
     def cpu_ticks(self) -> int:
-        """Returns the worker's processor time in clock ticks; 0 if the process no longer exists."""
+        """Returns the worker's CPU time in clock ticks; 0 if the process no longer exists."""
         fields = read_stat(self.pid)
         return int(fields[11]) + int(fields[12]) if fields else 0
 
     def kill(self) -> None:
-        """Kills the worker process, and waits at most two seconds for its end."""
+        """Kills the worker process and waits at most two seconds for its end."""
         if self._process is None or self._process.pid is None:
             return
         self._kill()
@@ -189,7 +192,7 @@ def describe_state(pid: int) -> str:
 
 
 def read_stat(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat from the process state on; an empty list if the process does not exist."""
+    """Returns the fields of /proc/PID/stat, starting with the process state; empty if the process does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -203,7 +206,7 @@ def _kill(handle: int) -> None:
 
 
 def _serve(connection: socket.socket, work: Work, set_up: Callable[[], object] | None) -> None:
-    """Answers requests in order, as the main function of a worker process, until the rank closes the socket."""
+    """Runs in the worker process: answers requests in order until the rank closes the socket."""
     torch.set_num_threads(1)  # more threads would compete with the training process for its cores
     threading.Thread(target=_end_with_rank, daemon=True).start()
     if set_up is not None:

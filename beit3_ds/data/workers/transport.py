@@ -1,7 +1,7 @@
-"""Sends objects with large tensors from one process to another; received objects survive the sender's death.
+"""Sends objects with large tensors between processes; received objects survive the sender's death.
 
-Tensors are written to an unnamed file in /dev/shm, whose descriptor is sent with the message. If /dev/shm is full, they
-are sent through the socket, which is slower.
+Tensors are written to an unnamed file in /dev/shm, and the message carries its file descriptor. If /dev/shm is full,
+tensors are sent through the socket, which is slower.
 """
 
 import mmap
@@ -20,11 +20,11 @@ _HEADER = struct.Struct("<QQQ")  # bytes of the pickle, bytes of the buffers aft
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 20
 SHARED_MEMORY = "/dev/shm"
-"""Mount point of the shared-memory file system through which tensors are sent."""
+"""Mount point of the shared-memory file system that carries the tensors."""
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles an object, but passes the elements of tensors as separate buffers."""
+    """Pickles an object, but passes tensor elements as separate buffers."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor:
@@ -42,7 +42,7 @@ def _rebuild(elements: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def send_item(connection: socket.socket, item: Any) -> None:
-    """Sends an object with its tensors; may block while bytes pass through the socket.
+    """Sends an object, including its tensors; may block while bytes pass through the socket.
 
     Args:
         connection: a blocking AF_UNIX socket.
@@ -77,15 +77,15 @@ class ItemReceiver:
     """Receives objects from `send_item` without blocking, and assembles them from partial messages."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Stores the receiving end of the socket pair that `send_item` writes to."""
+        """Stores the socket from which objects are received."""
         self._connection = connection
         self._arrived = bytearray()
         self._descriptors: list[int] = []
         self.inline_bytes = 0
-        """Number of tensor bytes of the last object that were sent through the socket, as shared memory was full."""
+        """Number of tensor bytes of the last object that came through the socket because shared memory was full."""
 
     def receive(self) -> tuple[Any] | None:
-        """Reads the available bytes from the socket.
+        """Reads the available bytes from the socket; does not block.
 
         Returns:
             A tuple with the next object; None if the object is not complete yet.
@@ -111,7 +111,7 @@ class ItemReceiver:
             self._arrived += chunk
 
     def close(self) -> None:
-        """Closes the file descriptors of objects that are not complete."""
+        """Closes the file descriptors of incomplete objects."""
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
@@ -140,7 +140,7 @@ class ItemReceiver:
 
 
 def _write_shared(views: Sequence[memoryview]) -> int | None:
-    """Writes buffers to a file in shared memory and returns its descriptor; None if shared memory is full."""
+    """Writes buffers to a file in shared memory; returns the file's descriptor, or None if shared memory is full."""
     descriptor = -1
     try:
         descriptor = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -1,4 +1,4 @@
-"""Waits for data with a time limit, names the awaited item, and ends early on a stop signal."""
+"""Waits for data with a time limit; reports the awaited item, and ends early on a stop signal."""
 
 import queue
 import sys
@@ -19,11 +19,11 @@ _START_SECONDS = 120.0
 
 
 class DataTimeoutError(ConfigError):
-    """Reports that an item of data was not ready within the time limit; the message names the item."""
+    """Reports that an item was not ready within the time limit; the message names the item."""
 
 
 class StopRequestedError(Exception):
-    """Reports a wait that ended because of a stop signal."""
+    """Signals that a wait ended because of a stop signal."""
 
 
 def _never() -> bool:
@@ -32,10 +32,10 @@ def _never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """Limits a wait for data by a time limit and a stop signal."""
+    """Limits of a wait for data: a maximum time and a stop signal."""
 
     seconds: float
-    """Longest wait in seconds (`data.timeout_seconds`)."""
+    """Maximum wait in seconds (`data.timeout_seconds`)."""
     is_stopping: Callable[[], bool] = _never
     """Function that returns whether this process was asked to stop."""
     where: str = "this process"
@@ -43,7 +43,7 @@ class WaitLimits:
 
 
 class WaitTimer:
-    """Measures the duration of one wait, and raises an exception when a limit is reached."""
+    """Measures the duration of one wait; raises an exception when a limit is reached."""
 
     def __init__(self, limits: WaitLimits) -> None:
         """Starts the timer of a wait."""
@@ -57,15 +57,16 @@ class WaitTimer:
         return time.monotonic() - self._start
 
     def restart(self) -> None:
-        """Restarts the time measurement; called when the awaited item has made progress."""
+        """Restarts the measurement after the awaited item has made progress."""
         self._start, self._notice = time.monotonic(), _NOTICE_SECONDS
 
     def check(self, what: Callable[[], str], *, is_start: bool = False) -> None:
-        """Raises an exception if the wait must end; otherwise names the awaited item on stderr every 30 seconds.
+        """Raises an exception if the wait must end; otherwise reports the awaited item on stderr every 30 seconds.
 
         Args:
             what: function that returns the name of the awaited item.
-            is_start: whether a process must start first. Imports take long, so the limit is then at least two minutes.
+            is_start: whether the wait includes the start of a process. Imports take long, so the limit is then at least
+                two minutes.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
@@ -85,10 +86,10 @@ class WaitTimer:
 
 
 class ReaderThread:
-    """Runs calls that may block forever in a separate thread, so that the main thread can stop waiting."""
+    """Runs calls that may block forever in a separate thread; the main thread can stop waiting for them."""
 
     def __init__(self, name: str) -> None:
-        """Stores the name of the thread; the first `call` starts the thread."""
+        """Stores the name of the thread; the first call of `call` starts the thread."""
         self._name = name
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -96,13 +97,13 @@ class ReaderThread:
     def call(
         self, function: Callable[[], T], limits: WaitLimits, what: Callable[[], str], *, is_start: bool = False
     ) -> T:
-        """Calls `function` in the thread; returns its result, or raises its exception.
+        """Calls `function` in the thread; returns the result or raises the exception of the call.
 
         Args:
-            function: function without arguments; keeps running in the thread if the wait ends early.
+            function: function without arguments. It continues to run in the thread if the wait ends early.
             limits: limits of the wait.
             what: function that returns the name of the awaited item.
-            is_start: whether a process must start first, so that the limit is at least two minutes.
+            is_start: whether the wait includes the start of a process; the limit is then at least two minutes.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
