@@ -41,7 +41,7 @@ class SampleKey:
     """Index of the sample in the stream, from 0."""
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Returns the random generator of this sample for one purpose; different purposes have independent generators."""
+        """Returns this sample's random generator for one purpose; different purposes have independent generators."""
         return sample_rng(self.seed, purpose, self.stream, self.epoch, self.index)
 
 

@@ -92,7 +92,7 @@ def _image_files(sources: Iterable[object]) -> Iterator[str]:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int, str], str]]:
-    """Yields (device, inode, split) and the path of each file of the sources; annotation files stand for their images."""
+    """Yields (device, inode, split) and the path of each file of the sources; does not include annotated images."""
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":

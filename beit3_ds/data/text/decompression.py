@@ -1,4 +1,4 @@
-"""Opens and decompresses text files (gzip, Zstandard); refuses files that expand too much, such as decompression bombs."""
+"""Opens and decompresses text files (gzip, Zstandard); refuses files that expand too much (decompression bombs)."""
 
 import gzip
 import io
