@@ -1,4 +1,4 @@
-"""Defines the position of a stream, which checkpoints store: the epoch, and the number of samples used in that epoch."""
+"""Defines the position of a stream, which checkpoints store: the epoch, and the samples used in that epoch."""
 
 import dataclasses
 from collections.abc import Sequence
