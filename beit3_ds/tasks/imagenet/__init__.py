@@ -1,4 +1,4 @@
-"""Classifies images by retrieving class names (ImageNet; paper section 3.2)."""
+"""Implements image classification by retrieving class names (ImageNet; paper section 3.2)."""
 
 from beit3_ds.tasks.imagenet.task import TASK
 

@@ -1,4 +1,4 @@
-"""Reads the names of classes, which are the texts that images are compared with."""
+"""Reads the names of image classes; the task compares images with these names."""
 
 import hashlib
 import json
@@ -12,24 +12,24 @@ from beit3_ds.data.files.names import iterate_names
 
 
 class ImageClass(NamedTuple):
-    """Holds the key and the name of a class of images."""
+    """Key and name of an image class."""
 
     key: str
-    """Short name of the class in files, such as the WordNet id `n01440764`."""
+    """Short name of the class in data files, such as the WordNet id `n01440764`."""
     name: str
     """Name of the class in words, such as `tench, Tinca tinca`."""
 
 
 class ClassList:
-    """Holds the classes of images; the label of a class is its index in the list."""
+    """List of image classes; the label of a class is its index in the list."""
 
     def __init__(self, classes: Iterable[ImageClass], where: str = "classes") -> None:
-        """Stores the classes; the label of a class is its index in `classes`.
+        """Stores and checks the classes.
 
         Args:
-            classes: the classes. Two classes may share a name, as ImageNet's two classes `crane` do; no model can tell
-                these apart.
-            where: file that the classes come from, for messages.
+            classes: the classes, in the order of their labels. Two classes may have the same name, such as ImageNet's
+                two classes `crane`; no model can tell such classes apart.
+            where: file with the classes, for messages.
 
         Raises:
             ConfigError: if there are no classes, a key occurs twice, or a class has no name.
@@ -55,23 +55,27 @@ class ClassList:
 
     @cached_property
     def labels(self) -> Mapping[str, int]:
-        """Returns the label of each class by its key."""
+        """Returns the label of each class by class key."""
         return {found.key: label for label, found in enumerate(self.classes)}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Returns the names of the classes in the order of their labels."""
+        """Returns the class names in the order of the labels."""
         return tuple(found.name for found in self.classes)
 
     def digest(self) -> str:
-        """Returns a digest of the keys, the names and their order, 16 hexadecimal digits."""
+        """Returns 16 hexadecimal digits of a hash of the class keys and names, in the order of the labels."""
         return hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
 
     def label(self, key: str, where: str) -> int:
-        """Returns the label of a class by its key.
+        """Returns the label of the class with a key.
+
+        Args:
+            key: key of the class.
+            where: image or line with this key, for messages.
 
         Raises:
-            ConfigError: if the class is not in the list; the message names `where`, the image or line with this key.
+            ConfigError: if the list has no class with this key.
         """
         if key not in self.labels:
             near = nearest(key, self.labels)
@@ -83,10 +87,10 @@ class ClassList:
 
     @classmethod
     def load(cls, path: str) -> "ClassList":
-        """Reads a file of classes, one `KEY NAME` per line, such as ImageNet's `LOC_synset_mapping.txt`.
+        """Reads a file of classes with one `KEY NAME` per line, such as ImageNet's `LOC_synset_mapping.txt`.
 
         Raises:
-            ConfigError: if the file cannot be read, or a line does not have this form.
+            ConfigError: if the file cannot be read, or a line is not of this form.
         """
         classes = []
         try:

@@ -1,4 +1,4 @@
-"""Defines the keys of the "task" section for classifying images."""
+"""Defines the keys of the "task" section for image classification."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -7,32 +7,33 @@ from beit3_ds.config import ConfigError
 from beit3_ds.config.numbers import Positive, Range, Share
 
 MixingStrength = Annotated[float, Range(0, 100)]
-"""Parameter a of the distribution Beta(a, a) from which the shares of mixed images are drawn; 0 mixes no images."""
+"""Parameter a of the distribution Beta(a, a) for the share of the first image in a mixed image; 0 mixes no images."""
 
 _PLACE = "{name}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetConfig:
-    """Configures the classification of images by the names of their classes (paper section 3.2)."""
+    """Settings of image classification by class names or by a linear layer (paper section 3.2)."""
 
     head: Literal["names", "linear"] = "names"
     """Head that classifies images. `names` compares the features of an image with the features of all class names, as
-    the paper does. `linear` is a linear layer over the mean of the patches, as in the reference's fine-tuned models; it
-    reads no texts."""
+    in the paper. `linear` applies a linear layer to the mean of the patches, as in the reference's fine-tuned models,
+    and reads no texts."""
     num_classes: Positive = 1000
-    """Number of classes; it must equal the number of classes in the file of classes."""
+    """Number of classes; must equal the number of classes in the class file."""
     prompt: str = _PLACE
-    """Text of a class; `{name}` is replaced by the name of the class."""
+    """Template for the text of a class; `{name}` is replaced by the class name."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Share of the target that is spread evenly over all compared classes (the reference: 0.1)."""
+    """Share of the target probability that is spread evenly over all compared classes (reference: 0.1)."""
     mixup: MixingStrength = 0.0
-    """Strength of mixup, which adds two images (Zhang et al., 2018, arXiv:1710.09412; the reference: 0.8)."""
+    """Strength of mixup, which blends two images (Zhang et al., 2018, arXiv:1710.09412; reference: 0.8)."""
     cutmix: MixingStrength = 0.0
-    """Strength of CutMix, which pastes a rectangle of another image (Yun et al., 2019, arXiv:1905.04899; the reference:
-    1.0). If both strengths are above 0, each mixed image uses mixup or CutMix with probability one half each."""
+    """Strength of CutMix, which pastes a rectangle of a second image (Yun et al., 2019, arXiv:1905.04899; reference:
+    1.0). If both strengths are above 0, each mixed image uses one of the two methods at random, with equal probability.
+    """
     mixing_probability: Share = 1.0
-    """Probability that an image is mixed with another image of its source."""
+    """Probability that a training image is mixed with another image of its source."""
 
     def __post_init__(self) -> None:
         if _PLACE not in self.prompt:
@@ -52,5 +53,5 @@ class ImagenetConfig:
         return bool((self.mixup or self.cutmix) and self.mixing_probability)
 
     def text_of(self, name: str) -> str:
-        """Returns the text of a class: the prompt with the name of the class inserted."""
+        """Returns the text of a class: the prompt with the class name inserted."""
         return self.prompt.replace(_PLACE, name)

@@ -1,4 +1,4 @@
-"""Reads images with classes from folders, tars and JSON lines.
+"""Reads images with class labels from folders, tar files and JSON lines.
 
 | format | class of an image |
 |---|---|
@@ -31,36 +31,40 @@ _MAX_CLS_BYTES = 20
 
 
 class LabelledImages:
-    """Holds the images of a source with their labels; a label takes 4 bytes."""
+    """Images of a source and their class labels; a label takes 4 bytes of memory."""
 
     def __init__(self, source: ImageSource, labels: "array[int]") -> None:
-        """Stores the source of the images and the label of each image."""
+        """Stores the image source and the class label of each image."""
         assert len(source) == len(labels), f"{len(labels)} labels for {len(source)} images"
         self.source, self.labels = source, labels
 
     def __len__(self) -> int:
-        """Returns the number of images, broken ones included."""
+        """Returns the number of images, including broken images."""
         return len(self.labels)
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members and rows, with an example, by reason."""
+        """Returns the skipped files, members and rows by reason: the number and an example."""
         return self.source.skipped
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each file that the images come from."""
+        """Returns the name, size in bytes and number of samples of each file of the source."""
         return self.source.files()
 
     def name(self, index: int) -> str:
-        """Returns the file that contains an image, and the image's name in the file, for messages."""
+        """Returns the image's file and the image's name in the file, for messages."""
         return self.source.name(index)
 
     def label(self, index: int) -> int:
-        """Returns the label of an image."""
+        """Returns the class label of an image."""
         return self.labels[index]
 
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
-        """Decodes an image, upright and in RGB; `min_side` is explained in `decoding.decode_image`.
+        """Decodes an image, with EXIF orientation applied, in RGB.
+
+        Args:
+            index: index of the image.
+            min_side: as in `decoding.decode_image`.
 
         Raises:
             BrokenRecordError: if the image cannot be read.
@@ -70,10 +74,10 @@ class LabelledImages:
 
 
 def read_class_folders(path: str, classes: ClassList) -> LabelledImages:
-    """Reads a folder that contains one folder of images per class, named by the key of the class.
+    """Reads a folder with one subfolder of images per class; the name of a subfolder is the class key.
 
     Raises:
-        ConfigError: if the folder cannot be read, or an image is not in the folder of a class.
+        ConfigError: if the folder cannot be read, or an image is not in the subfolder of a class.
     """
     source = ImageFolder(path)
     labels = array("i")
@@ -92,16 +96,16 @@ def read_class_folders(path: str, classes: ClassList) -> LabelledImages:
 def read_class_tars(
     pattern: str, classes: ClassList, cache_dir: str | None = None, files: OpenFiles | None = None
 ) -> LabelledImages:
-    """Reads tar shards of images with classes.
+    """Reads tar files of images with class labels.
 
     Args:
-        pattern: file or glob pattern.
-        classes: the classes.
-        cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
-        files: collection of open files that keeps the tars open; None creates a new one.
+        pattern: path or glob pattern of the tar files.
+        classes: the list of classes.
+        cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tar files.
+        files: cache of open files for the tar files; None creates a new cache.
 
     Raises:
-        ConfigError: if a tar cannot be read, or the class of an image is missing or not in the list.
+        ConfigError: if a tar file cannot be read, or the class of an image is missing or unknown.
         StorageError: if the file system fails.
     """
     source = TarShards([pattern], cache_dir, files)
@@ -116,7 +120,7 @@ def read_class_tars(
 
 
 def _tar_label(key: str, number: int | None, name: str, classes: ClassList) -> int:
-    """Returns the label of a sample in a tar from its folder, its `cls` member or its name, in this order."""
+    """Returns the label of a sample in a tar file, from the first of: its folder, its `cls` member, its name."""
     folder, _, stem = key.rpartition("/")
     if folder or number is None:
         return classes.label(folder.rpartition("/")[2] or stem.partition("_")[0], name)
@@ -126,7 +130,7 @@ def _tar_label(key: str, number: int | None, name: str, classes: ClassList) -> i
 
 
 def _cls_members(tar: str) -> dict[str, int]:
-    """Returns the class numbers in the `cls` members of a tar, by key."""
+    """Returns the label in each `cls` member of a tar file, by member name without the extension."""
     found = {}
     with open(tar, "rb", buffering=0) as file:
         for member in iterate_tar_members(file.fileno()):
@@ -141,11 +145,16 @@ def _cls_members(tar: str) -> dict[str, int]:
 
 
 def read_class_lines(path: str, folder: str, classes: ClassList) -> LabelledImages:
-    """Reads images with classes from JSON lines: `image` (path in the folder) and `class` (its key).
+    """Reads images with class labels from JSON lines with the keys `image` (path in the folder) and `class`.
+
+    Args:
+        path: path of the JSON lines file.
+        folder: folder of the images.
+        classes: the list of classes.
 
     Raises:
-        ConfigError: if the file cannot be read, a key is missing or invalid, an image occurs twice, or a class is not
-            in the list; the message names the line.
+        ConfigError: if the file cannot be read, a line lacks a key or has an invalid value, an image occurs twice, or a
+            class is unknown; the message names the line.
     """
     samples, labels = CollectedAnnotations(path, folder), array("i")
     lines: dict[str, int] = {}

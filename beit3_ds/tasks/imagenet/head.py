@@ -1,6 +1,6 @@
-"""Defines the head that classifies images with a linear layer, as the reference's ImageNet models do.
+"""Defines a head that classifies images with a linear layer, like the reference's ImageNet models.
 
-The paper classifies by retrieving class names (section 3.2). For that, the task uses `retrieval.head.ContrastiveHead`.
+For classification by class names, as in the paper (section 3.2), the task uses `retrieval.head.ContrastiveHead`.
 """
 
 # I images, L rows per image (CLS and patches), M rows of the patches of all images, D hidden, C classes.
@@ -18,40 +18,37 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 CLASSES = "classes"
-"""Key in `PackedBatch.targets` of the label of each image, (images,) int64."""
+"""Key in `PackedBatch.targets`: class label of each image, (images,) int64."""
 
 
 class LinearClassHead(Head):
-    """Classifies an image by LayerNorm and a linear layer over the mean of its patches.
+    """Classifies an image by LayerNorm and a linear layer on the mean of its patches.
 
-    Every tensor-parallel rank has the whole head and computes the same logits. The batch contains images without texts,
-    and its head rows are the patches of the images (`patch_rows`).
+    The batch contains images without texts; its head rows are the patches of the images (`patch_rows`). Parameters are
+    replicated on all tensor-parallel ranks, which compute equal logits.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int, tensor: TensorParallel | None = None) -> None:
-        """Builds the head.
+        """Builds the head with uninitialised parameters.
 
         Args:
-            config: the model's sizes.
+            config: the model's configuration.
             num_classes: number of classes.
-            tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
+            tensor: the tensor-parallel group; unused, because the parameters are replicated.
         """
         super().__init__()
         self.pooled_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.classes = nn.Linear(config.hidden_size, num_classes)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the sums of two terms, (2,) float32, or the logits of the classes.
+        """Returns two terms summed over images, (2,) float32, or the class logits, (images, classes) float32.
 
-        The first term is the cross entropy. The second term is the number of correct answers; it has no gradient.
+        The first term is the cross entropy. The second term is the number of correct answers, without gradient.
 
         Args:
-            h_MD: rows of the patches of all images, (images * patches, hidden size).
-            batch: the packed micro-batch, with `CLASSES` if `with_loss`.
-            with_loss: True returns the sums, False the logits.
-
-        Returns:
-            The sums over images, or the logits, (images, classes) float32.
+            h_MD: hidden states of the patches of all images, (images * patches, hidden size).
+            batch: the packed micro-batch; needs `CLASSES` if `with_loss`.
+            with_loss: True returns the terms, False the logits.
         """
         patches = batch.image_length - 1
         pooled_ID = h_MD.unflatten(0, (batch.num_images, patches)).mean(1)

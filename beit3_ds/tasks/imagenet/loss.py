@@ -1,4 +1,4 @@
-"""Computes the loss and the accuracy of a step in which images are compared with class names."""
+"""Computes the loss and the accuracy of a training step from the features of images and class names."""
 
 # I images and X texts of the whole step, C = X places for the different classes of the texts, D features.
 
@@ -13,15 +13,15 @@ from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 
 def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
-    """Returns the sum of the cross entropies of all images and the number of correct answers, (2,) float32.
+    """Returns the summed cross entropy of all images of a step and the number of correct answers, (2,) float32.
 
-    Only the cross entropy has a gradient. The softmax is over the classes whose texts the step contains; these must
-    include the classes of all images. If a class has several texts, the mean of their features is used, so a class is
-    never its own negative.
+    Only the cross entropy has a gradient. The softmax is over the classes with a text in the step, which must include
+    the classes of all images. Features of several texts of one class are averaged, so a class is never its own
+    negative.
 
     Args:
         features: features and labels of all images and texts of the step, and the scale of scores.
-        label_smoothing: share of the target that is spread evenly over the classes.
+        label_smoothing: share of the target probability that is spread evenly over the classes.
     """
     rows, text_XD = features.rows, features.rows[TEXT_FEATURES]
     classes_C, place_X = _distinct(rows[TEXT_CLASSES])
@@ -42,10 +42,10 @@ def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
 
 
 def _distinct(labels_X: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the distinct labels, ascending, and the place of each label among them, as `unique` does.
+    """Returns the distinct labels, ascending, and the index of each label among them, like `torch.unique`.
 
-    As many places as labels are returned, so that no shape depends on values and the host does not wait for the device.
-    The places after the distinct labels hold the largest integer.
+    The first result is padded with the largest integer to the number of labels. Shapes therefore do not depend on
+    values, and the host need not wait for the device.
     """
     sorted_X, order_X = labels_X.sort()
     is_new_X = torch.ones_like(sorted_X)

@@ -1,4 +1,4 @@
-"""Mixes pairs of images with mixup or CutMix; one random generator determines the result."""
+"""Mixes pairs of images by mixup or CutMix."""
 
 import math
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 WHOLE = 1 << 16
-"""Share of an image that is not mixed. Shares are integers, in units of 1 / WHOLE, so that all ranks have exactly equal
-shares."""
+"""Share of the first image in an image without mixing. Shares are integers in units of 1 / WHOLE, so they are exactly
+equal on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """Mixes an image with another one by mixup or CutMix."""
+    """Mixes an image with a second image by mixup or CutMix."""
 
     mixup: float
     """Strength of mixup (`ImagenetConfig.mixup`)."""
@@ -24,19 +24,19 @@ class Mixing:
     """Probability that an image is mixed."""
 
     def applies(self, rng: np.random.Generator) -> bool:
-        """Draws whether an image is mixed."""
+        """Draws whether to mix an image."""
         return bool((self.mixup or self.cutmix) and rng.random() < self.probability)
 
     def __call__(self, own: Tensor, other: Tensor, rng: np.random.Generator) -> tuple[Tensor, int]:
         """Mixes two images by mixup or CutMix.
 
         Args:
-            own: the image that the other one is mixed into, (3, size, size).
-            other: the other image, of the same shape.
-            rng: generator of all draws.
+            own: first image, (3, size, size).
+            other: second image, (3, size, size).
+            rng: random generator.
 
         Returns:
-            The mixed image, and the share of `own` in it, in units of 1 / `WHOLE`.
+            The mixed image, (3, size, size), and the share of `own` in it, in units of 1 / `WHOLE`.
         """
         cuts = not self.mixup or (bool(self.cutmix) and rng.random() < 0.5)
         strength = self.cutmix if cuts else self.mixup
@@ -54,5 +54,5 @@ class Mixing:
 
 
 def _span(center: int, side: int, size: int) -> tuple[int, int]:
-    """Returns the first pixel, and one past the last, of a span of `side` pixels around `center`, within the image."""
+    """Returns start and stop of a span of `side` pixels around `center`, clipped to [0, size)."""
     return max(0, center - side // 2), min(size, center - side // 2 + side)

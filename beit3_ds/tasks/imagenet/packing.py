@@ -14,14 +14,14 @@ from beit3_ds.tasks.imagenet.head import CLASSES, patch_rows
 from beit3_ds.tasks.imagenet.samples import ClassImage, ClassText
 
 OTHER_CLASSES = "other classes"
-"""Key in `PackedBatch.targets` of the label of the second image of each mixed image, (images,) int64."""
+"""Key in `PackedBatch.targets`: class label of the second image in each mixed image, (images,) int64."""
 SHARES = "shares"
-"""Key in `PackedBatch.targets` of the share of the first image in each mixed image, in units of 1 / `mixing.WHOLE`,
-(images,) int64."""
+"""Key in `PackedBatch.targets`: share of the first image in each mixed image, in units of 1 / `mixing.WHOLE`, (images,)
+int64."""
 NUMBERS = "numbers"
-"""Key in `PackedBatch.targets` of each image's index in its stream, (images,) int64."""
+"""Key in `PackedBatch.targets`: index of each image in the stream, (images,) int64."""
 TEXT_CLASSES = "classes of texts"
-"""Key in `PackedBatch.targets` of the label of each text, (texts,) int64."""
+"""Key in `PackedBatch.targets`: class label of each text, (texts,) int64."""
 
 _IMAGES, _TEXTS = 0, 3  # indices into `layout.PARTS`
 
@@ -35,17 +35,17 @@ def pack(
     head: Literal["names", "linear"],
     embeds: bool,
 ) -> PackedBatch:
-    """Packs all images, then all texts; either may be absent.
+    """Packs all images, then all class texts; there may be no images or no texts.
 
     Args:
-        samples: images, then class texts. An image may carry the text of its own class (`ClassImage.text`).
-        drop_path: factors of stochastic depth, (sequences, layers, 2) float32, or None. An image that carries a text
-            has two rows, one after the other.
+        samples: images, then class texts. An image may also contain the text of its class (`ClassImage.text`).
+        drop_path: factors of stochastic depth, (sequences, layers, 2) float32; None without stochastic depth. An image
+            with a text has two consecutive rows.
         sources: value of `PackedBatch.sources`.
-        model: sizes of the model.
-        head: head that reads the batch: `linear` reads the patches of images, `names` the first row of each image and
+        model: the model's configuration.
+        head: head of the task. `linear` reads the patches of each image; `names` reads the first row of each image and
             text.
-        embeds: whether the batch keeps the pixels.
+        embeds: whether to keep the pixels in the batch.
     """
     images = [sample for sample in samples if isinstance(sample, ClassImage)]
     sequences = [part for sample in samples for part in _sequences(sample)]

@@ -1,4 +1,4 @@
-"""Prepares images with their classes, and the names of the classes."""
+"""Prepares images with class labels, and the texts of the classes."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -25,57 +25,58 @@ from beit3_ds.tokenizers.text import TextTokenizer
 CLASS_LINES = "class_jsonl"
 """Name of the source format for JSON lines with images and their classes."""
 CLASS_NAMES = "class_names"
-"""Name of the source format for a file with the key and the name of one class per line."""
+"""Name of the source format for a text file of classes; each line has the key and the name of a class."""
 IMAGE_FORMATS = ("tar", "folder", CLASS_LINES)
-"""Names of the source formats of images with classes (`tasks.imagenet.files`)."""
+"""Names of the source formats for images with class labels (`tasks.imagenet.files`)."""
 
 
 class ClassText(NamedTuple):
     """Holds the tokenized text of a class."""
 
     label: int
-    """Label of the class."""
+    """Class label of the text."""
     ids: NDArray[np.int64]
-    """Token ids of the text, BOS and EOS included."""
+    """Token ids of the text, with BOS and EOS, (tokens,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassImage:
-    """Holds an image with its class, or a mixture of two images with both classes."""
+    """Holds an image with its class label, or a mixture of two images with two class labels."""
 
     name: str
-    """File and name of the sample, for messages."""
+    """File of the sample and the sample's name in the file, for messages."""
     number: int
-    """Index of the sample in its stream, from 0."""
+    """Index of the sample in the stream, from 0."""
     view: Tensor
-    """Image, augmented or resized and perhaps mixed, (3, image_size, image_size) float32 in [-1, 1]."""
+    """Pixels after augmentation or resizing, and after mixing, (3, image_size, image_size) float32 in [-1, 1]."""
     label: int
-    """Label of the image."""
+    """Class label of the image; in a mixture, of the first image."""
     other_label: int
-    """Label of the second image of a mixture; equal to `label` without mixing."""
+    """Class label of the second image of a mixture; equal to `label` without mixing."""
     share: int
     """Share of the first image in a mixture, in units of 1 / `WHOLE`; `WHOLE` without mixing."""
     text: ClassText | None = None
-    """Text of the image's class, in a run whose steps compare only some of the classes; else None."""
+    """Text of the image's class if a training step compares only some of the classes; otherwise None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassImages:
-    """Prepares the images of one source."""
+    """Prepares the images of one source with their class labels."""
 
     is_last_open: ClassVar[bool] = False
 
     source: LabelledImages
     """Images and labels of the source."""
     view: ImageTransform
-    """Augments or resizes an image to the model's input."""
+    """Augments or resizes an image to the model's image size."""
     mixing: Mixing | None = None
-    """Settings of mixup and CutMix; None mixes no images."""
+    """Mixes images by mixup or CutMix; None mixes no images."""
     texts: Sequence[ClassText] | None = None
-    """Texts of all classes, from which each sample gets the text of its class; None adds no texts to samples."""
+    """Texts of all classes, by label; each sample includes the text of its class. With None, samples include no text.
+    """
 
     def __len__(self) -> int:
-        """Returns the number of images, broken ones included."""
+        """Returns the number of images, including broken images."""
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
@@ -83,21 +84,21 @@ class ClassImages:
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample as bytes; a resumed run recognises the sample by this name."""
+        """Returns the sample's name without folders, as bytes; a resumed run recognises samples by these bytes."""
         return self.source.name(index).rpartition("/")[2].encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
-        """Returns the file that contains a sample, and the sample's name in the file, for messages."""
+        """Returns the sample's file and the sample's name in the file, for messages."""
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
+        """Returns the skipped files, members and rows of the source by reason: the number and an example."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> ClassImage:
-        """Reads image `index` of the source, augments it and, if mixing applies, mixes it with a second image.
+        """Reads and augments image `index` of the source, and may mix it with a second image of the source.
 
-        `key` seeds the augmentation, the choice of the second image of the source, and the mixing.
+        `key` seeds the augmentation, the choice of the second image, and the mixing.
 
         Raises:
             BrokenRecordError: if an image cannot be read.
@@ -125,12 +126,12 @@ class ClassImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTexts:
-    """Provides the texts of all classes as samples, one per class."""
+    """Provides the class texts as samples, one sample per class."""
 
     is_last_open: ClassVar[bool] = False
 
     texts: Sequence[ClassText]
-    """Texts of all classes in the order of their labels."""
+    """Texts of all classes, in the order of the labels."""
     classes: ClassList
     """Keys and names of the classes."""
 
@@ -139,20 +140,20 @@ class ClassTexts:
         return len(self.texts)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of classes of the file of classes."""
+        """Returns the name, size in bytes and number of classes of the class file."""
         path = self.classes.where
         return [SourceFile(os.path.basename(path), os.path.getsize(path), len(self))]
 
     def identity(self, index: int) -> bytes:
-        """Returns the key of a class as bytes; a resumed run recognises the class by this key."""
+        """Returns the class key as bytes; a resumed run recognises classes by these bytes."""
         return self.classes.classes[index].key.encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
-        """Returns the file and the key of a class, for messages."""
+        """Returns the class file and the class key, for messages."""
         return f"{self.classes.where}:{self.classes.classes[index].key}"
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns an empty dictionary, because every line of the file is a class."""
+        """Returns an empty dictionary, because no line of the class file is skipped."""
         return {}
 
     def prepare(self, index: int, key: SampleKey) -> ClassText:
@@ -163,7 +164,7 @@ class ClassTexts:
 def encode_classes(
     classes: ClassList, settings: ImagenetConfig, tokenizer: TextTokenizer, length: int
 ) -> list[ClassText]:
-    """Returns the text of every class, cut to `length` ids, BOS and EOS included.
+    """Tokenizes the text of every class, and cuts it to `length` tokens, with BOS and EOS.
 
     Raises:
         ConfigError: if a class name has no tokens.
@@ -187,20 +188,20 @@ def build_streams(
     texts: Sequence[ClassText],
     split: Split,
 ) -> dict[str, Stream]:
-    """Opens the images of a split and, for training with the head `names`, the class names.
+    """Opens the images of a split; for training with the head `names`, also the class texts.
 
     Args:
         config: the run's configuration.
         settings: the task's settings.
-        classes: the classes.
-        texts: texts of all classes; empty for the head `linear`.
-        split: the split.
+        classes: the list of classes.
+        texts: texts of all classes; empty with the head `linear`.
+        split: name of the split.
 
     Returns:
-        The stream "images", and in training with the head `names` the stream "texts" of class names.
+        The stream "images"; for training with the head `names`, also the stream "texts" of class texts.
 
     Raises:
-        ConfigError: if a file cannot be read, or the class of an image is not in the list.
+        ConfigError: if a file cannot be read, or the class of an image is unknown.
     """
     data, is_training = config.data, split == "train"
     sources = getattr(data.images, split)

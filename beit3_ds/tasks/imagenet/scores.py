@@ -1,4 +1,4 @@
-"""Classifies all images of a split and scores the answers."""
+"""Classifies all images of a split and computes metrics."""
 
 # I images of a batch, C classes, D features.
 
@@ -20,26 +20,26 @@ from beit3_ds.tasks.results import GatheredResults, SampleResults
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 NUM_SHOWN = 5
-"""Number of best classes per image in result files."""
+"""Number of best-scored classes per image in result files."""
 
 
 class ClassScores(NamedTuple):
-    """Holds the classification of all images of a split, sorted by the images' indices in the stream."""
+    """Holds the classification of all images of a split, sorted by the images' index in the stream."""
 
     numbers: Tensor
-    """Indices of the images in their stream, ascending, (images,) int64."""
+    """Index of each image in the stream, ascending, (images,) int64."""
     labels: Tensor
-    """Labels of the images, (images,) int64."""
+    """True class label of each image, (images,) int64."""
     ranks: Tensor
-    """Rank of each image's own class, (images,) int64: the number of classes with a higher score, or with an equal
-    score and a smaller label."""
+    """Rank of the true class of each image, from 0, (images,) int64. Of classes with equal scores, the smaller label
+    ranks first."""
     best: Tensor
-    """Labels of the classes with the highest scores per image, the best first, (images, at most `NUM_SHOWN`) int64."""
+    """Labels of the best-scored classes of each image, best first, (images, at most `NUM_SHOWN`) int64."""
     losses: Tensor
     """Cross entropy of each image over all classes, (images,) float32."""
 
     def metrics(self) -> dict[str, float]:
-        """Returns mean loss, top-1 and top-5 accuracy and the number of images; empty without images."""
+        """Returns mean loss, top-1 accuracy, top-5 accuracy and the number of images; empty without images."""
         if not len(self.labels):
             return {}
         return {
@@ -56,10 +56,10 @@ def score_split(
     """Classifies all images of a split; all ranks must call it.
 
     Args:
-        evaluator: the model and its ranks.
-        split: the split.
+        evaluator: gives access to the model and the mesh.
+        split: name of the split.
         texts: texts of all classes; empty for a linear head.
-        batches: this rank's share of the batches of texts (`share_of_batches`).
+        batches: this rank's batches of class texts (`share_of_batches`).
 
     Returns:
         The classification on the main rank; None on other ranks.
@@ -75,9 +75,11 @@ def score_split(
 
 
 def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
-    """Returns `labels`, `ranks`, `best` and `losses` of the images, as `ClassScores` defines them.
+    """Returns `labels`, `ranks`, `best` and `losses` of the images of a batch, as in `ClassScores`.
 
-    Of classes with equal scores, the one with the smaller label ranks first.
+    Args:
+        scores_IC: score of each class for each image, (images, classes).
+        labels_I: true class label of each image, (images,) int64.
     """
     own_I1 = scores_IC.gather(1, labels_I[:, None])
     is_before_IC = torch.arange(scores_IC.shape[1], device=scores_IC.device) < labels_I[:, None]
@@ -88,10 +90,10 @@ def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
 
 
 def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank: int, size: int) -> list[PackedBatch]:
-    """Returns this rank's share of batches: batch `rank` and every `size`-th batch after it.
+    """Returns this rank's batches: batch `rank` and every `size`-th batch after it.
 
-    Adds empty batches, so that all ranks have the same number. The content of a batch does not depend on `size`, and
-    neither do the features computed from it.
+    Empty batches are added until all ranks have the same number. The content of a batch, and so its features, do not
+    depend on `size`.
 
     Args:
         batches: all batches.
@@ -105,9 +107,9 @@ def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank:
 
 
 def _encode_classes(evaluator: Evaluator, batches: Sequence[PackedBatch], num_classes: int) -> Tensor | None:
-    """Returns the features of all classes, (classes, features), on the last pipeline stage, and None on the others.
+    """Returns the features of all classes, (classes, features), on the last pipeline stage; None on other stages.
 
-    The data-parallel ranks gather the features of all classes.
+    The data-parallel ranks all-gather the features.
     """
     outputs = [output for _, output in evaluator.predict(batches)]
     if not evaluator.mesh.pipeline.is_last:
@@ -117,9 +119,9 @@ def _encode_classes(evaluator: Evaluator, batches: Sequence[PackedBatch], num_cl
 
 
 def _interleave(own: Tensor, outputs: Sequence[StepFeatures], mesh: Mesh, num_classes: int) -> Tensor:
-    """Gathers the features of all classes from the data-parallel ranks, and sorts them by label.
+    """All-gathers the class features from the data-parallel ranks, and sorts them by class label.
 
-    Rank r of R ranks has encoded batches r, r + R, r + 2 R and so on.
+    With R data-parallel ranks, rank r has encoded batches r, r + R, r + 2 R and so on.
     """
     lengths = mesh.data_host.gather([len(output.rows[TEXT_FEATURES]) for output in outputs])
     gathered = mesh.gather_rows_over_data(own, [sum(of_rank) for of_rank in lengths])

@@ -1,4 +1,4 @@
-"""Implements the ImageNet task: images are classified by retrieving class names (paper section 3.2)."""
+"""Implements the ImageNet task, which classifies images by retrieving class names (paper section 3.2)."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ _NUM_ON_PAGE = 60
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetRankTask(RankTask):
-    """Implements the classification of images on one rank, with its opened images and the class texts."""
+    """Image classification on one rank, with opened images and class texts."""
 
     classes: ClassList
     """Keys and names of the classes."""
@@ -47,7 +47,8 @@ class ImagenetRankTask(RankTask):
         With `folder`, also writes `classes.jsonl` and `classes.html`.
 
         Returns:
-            `classes` (mean cross entropy), `accuracy`, `top5` and `images` on the main rank; empty elsewhere.
+            `classes` (mean cross entropy), `accuracy`, `top5` and `images` (their number) on the main rank; empty on
+            other ranks.
         """
         scores = score_split(evaluator, split, self.texts, self.text_batches)
         if scores is None:
@@ -63,11 +64,11 @@ class ImagenetRankTask(RankTask):
 
 
 class Imagenet(Task):
-    """Trains the classification of images, with a comparison to class names or with a linear layer.
+    """Image classification by comparison with class names, or by a linear layer.
 
     With the head `names`, every step encodes `data.texts.samples_per_step` class names, divided over ranks and
-    micro-batches. If `samples_per_step` equals the number of classes, the softmax is over all classes. If it is
-    smaller, for example for ImageNet-21K, each step draws that many classes and adds the classes of its images.
+    micro-batches. If this is the number of classes, the softmax is over all classes. If it is smaller, for example for
+    ImageNet-21K, each step draws that many classes and adds the classes of its images.
     """
 
     Settings = ImagenetConfig
@@ -80,11 +81,11 @@ class Imagenet(Task):
     )
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks the task's settings and the run's streams; reads no file.
+        """Checks the task's settings and the run's streams, without reading files.
 
         Raises:
-            ConfigError: if `data.texts` does not name exactly one file of classes, or its `samples_per_step` does not
-                fit the head.
+            ConfigError: if `data.texts` does not contain exactly one class file, or `data.texts.samples_per_step` does
+                not fit the head.
         """
         super().__init__(config)
         _check_class_source(config)
@@ -110,7 +111,7 @@ class Imagenet(Task):
 
     @functools.cached_property
     def classes(self) -> ClassList:
-        """Returns the classes, which the first call reads from their file.
+        """Returns the list of classes; the first call reads it from the class file.
 
         Raises:
             ConfigError: if the file cannot be read, or does not have `task.num_classes` classes.
@@ -124,18 +125,18 @@ class Imagenet(Task):
         return classes
 
     def describe(self) -> dict[str, Any]:
-        """Returns the task's name and settings and a digest of the classes, to store them in checkpoints."""
+        """Returns the task's name, its settings and a hash of the classes, for storing in checkpoints."""
         return {**super().describe(), "class_digest": self.classes.digest()}
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
-        """Builds the head with uninitialised parameters: image and text features, or a linear layer."""
+        """Builds the contrastive head or the linear head, with uninitialised parameters."""
         if self.settings.head == "linear":
             return LinearClassHead(model, self.settings.num_classes, tensor)
         return ContrastiveHead(model, tensor)
 
     @property
     def step_loss(self) -> StepLoss | None:
-        """Returns the function that compares a step's images with class names; None with the head `linear`."""
+        """Returns the loss function that compares a step's images with class names; None with the head `linear`."""
         if self.settings.head == "linear":
             return None
         return functools.partial(class_terms, label_smoothing=self.settings.label_smoothing)
@@ -144,8 +145,8 @@ class Imagenet(Task):
         """Opens the tokenizer and the images that a rank reads.
 
         Raises:
-            ConfigError: if a file cannot be read, the class of an image is unknown, a class name has no tokens, or a
-                linear layer was trained for other classes.
+            ConfigError: if a file cannot be read, the class of an image is unknown, a class name has no tokens, or the
+                weights have a linear layer for other classes.
         """
         self._check_weights()
         config, classes, texts = self.config, self.classes, self._encode()
@@ -166,10 +167,10 @@ class Imagenet(Task):
         )
 
     def _check_weights(self) -> None:
-        """Checks that a linear layer was trained for the same classes; the head `names` has no such layer.
+        """Checks that the weights' linear layer was trained for the same classes; applies only to the head `linear`.
 
         Raises:
-            ConfigError: if the weights store the digest of another list of classes.
+            ConfigError: if the weights were trained with another list of classes.
         """
         stored = self.weights_description or {}
         if self.settings.head != "linear" or stored.get("head") != "linear":
@@ -203,7 +204,7 @@ def _check_class_source(config: RunConfig) -> None:
 
 
 def _write_answers(path: Path, scores: ClassScores, stream: Stream, classes: ClassList) -> None:
-    """Writes one JSON object per image: its file, its class, and the best classes."""
+    """Writes one JSON object per image, with its file, its true class and the best-scored classes."""
     keys = [found.key for found in classes]
     with atomic_write(path) as file:
         for number, label, best in zip(
@@ -216,7 +217,7 @@ def _write_answers(path: Path, scores: ClassScores, stream: Stream, classes: Cla
 def _write_page(
     path: Path, scores: ClassScores, stream: Stream, classes: ClassList, metrics: Mapping[str, float]
 ) -> None:
-    """Writes a page of images with their classes and the model's answers; wrong answers come first."""
+    """Writes a page of images with true and predicted classes; images with wrong predictions come first."""
     is_right = (scores.ranks == 0).tolist()
     shown = choose_shown(is_right, _NUM_ON_PAGE)
     write_result_page(path, "Classes of images", metrics, _shown_samples(shown, scores, stream, classes))

@@ -1,4 +1,4 @@
-"""Decides whether a statement is true of two images (NLVR2; paper section 3.1)."""
+"""Implements NLVR2, which asks whether a statement about two images is true (paper section 3.1)."""
 
 from beit3_ds.tasks.nlvr2.task import TASK
 

@@ -1,13 +1,13 @@
-"""Reads NLVR2's published files, and custom statements about two images in JSON lines.
+"""Reads NLVR2's published files, or custom statements about two images from JSON lines.
 
 | format | file | images of an entry |
 |---|---|---|
 | NLVR2 | `train.json`, `dev.json`, `test1.json`: one object per line, `identifier`, `sentence`, `label` | as below |
 | JSON lines | `left`, `right`, `sentence`, `label`, optional `id` and `group` | paths `left` and `right` |
 
-An identifier such as `dev-850-0-1` names the split, the set of sentences, the pair of images and the sentence. Its
-images are `dev-850-0-img0.png` and `dev-850-0-img1.png`. Training images are in the folder that the key `directory` of
-their entry names.
+An identifier such as `dev-850-0-1` contains the split, the set of sentences, the pair of images and the sentence. The
+images of this entry are `dev-850-0-img0.png` and `dev-850-0-img1.png`. Training images are in subfolders; the key
+`directory` of an entry is the name of the subfolder.
 """
 
 import json
@@ -32,17 +32,18 @@ _NO_LABEL = -1
 
 
 class Statements:
-    """Holds statements, each about two images, with their labels if the split has labels."""
+    """Statements about two images each, with labels if the split has labels."""
 
     def __init__(self, annotations: str, folder: str) -> None:
         """Creates an empty collection of statements.
 
         Args:
             annotations: path of the file of statements.
-            folder: folder of the images, or a pattern of tars (`ImagesByName`). Images outside the folder are refused.
+            folder: folder of the images, or a pattern of tar files (`ImagesByName`). Images outside the folder are
+                rejected.
 
         Raises:
-            ConfigError: if `folder` is neither a folder nor a pattern of tars.
+            ConfigError: if `folder` is neither a folder nor a pattern of tar files.
         """
         self.annotations, self.images = annotations, ImagesByName(folder)
         self.skipped: dict[str, Skipped] = {}
@@ -54,15 +55,16 @@ class Statements:
     def add_statement(
         self, identifier: int | str, images: tuple[str, str], sentence: str, label: bool | None, group: str, line: int
     ) -> None:
-        """Adds a statement.
+        """Adds a statement to the collection.
 
         Args:
-            identifier: number or text that names the sample in results.
-            images: paths of the left and the right image in the folder.
+            identifier: id of the sample in results.
+            images: paths of the left and the right image, relative to the folder.
             sentence: the statement.
             label: whether the statement is true; None if the split has no labels.
-            group: name of the statement's group. Consistency counts the groups without a wrong answer.
-            line: line number of the entry in the file.
+            group: name of the statement's group. The metric "consistency" is the share of groups without a wrong
+                answer.
+            line: line number of the statement in the file.
 
         Raises:
             ConfigError: if the identifier occurs twice, or the sentence is empty or not valid text.
@@ -89,7 +91,7 @@ class Statements:
         return len(self._sentences)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the name, size in bytes and number of samples of the file of statements.
+        """Yields the name, size in bytes and number of samples of the statements file.
 
         Raises:
             ConfigError: if the file no longer exists.
@@ -112,11 +114,11 @@ class Statements:
         return identifier
 
     def sentence(self, index: int) -> str:
-        """Returns the statement of a sample."""
+        """Returns the sentence of a sample."""
         return self._sentences[index]
 
     def group(self, index: int) -> str:
-        """Returns the group of a sample: statements of one group have the same sentence and different images."""
+        """Returns the group of a sample; statements of one group have the same sentence but different images."""
         return self._groups[index]
 
     def label(self, index: int) -> bool | None:
@@ -144,7 +146,7 @@ class Statements:
         """Checks that the images of all statements exist; lists each folder once and opens no image.
 
         Raises:
-            ConfigError: if images are missing; the message names their number and the first one.
+            ConfigError: if images are missing; the message contains their number and the first one.
             StorageError: if the file system fails.
         """
         paths = [self.paths[number] for number in range(len(self.paths))]
@@ -158,11 +160,21 @@ class Statements:
             )
 
     def image_path(self, index: int, side: int) -> str:
-        """Returns the path of the left (`side` 0) or right (`side` 1) image of a sample, relative to the folder."""
+        """Returns the path of one of the two images of a sample, relative to the folder of images.
+
+        Args:
+            index: index of the sample.
+            side: 0 for the left image, 1 for the right image.
+        """
         return self.paths[2 * index + side]
 
     def image(self, index: int, side: int, min_side: int | None = None) -> Image.Image:
-        """Decodes the left (`side` 0) or right (`side` 1) image of a sample, upright and in RGB.
+        """Decodes one of the two images of a sample, with EXIF orientation applied, in RGB.
+
+        Args:
+            index: index of the sample.
+            side: 0 for the left image, 1 for the right image.
+            min_side: as in `decoding.decode_image`.
 
         Raises:
             BrokenRecordError: if the image cannot be read or is outside the folder.
@@ -176,13 +188,13 @@ class Statements:
 
 
 def read_nlvr2(path: str, folder: str) -> Statements:
-    """Reads a file of statements of NLVR2 (Suhr et al., 2019, arXiv:1811.00491).
+    """Reads a published file of NLVR2 statements (Suhr et al., 2019, arXiv:1811.00491).
 
     Args:
-        path: `train.json`, `dev.json`, `test1.json`, or the published balanced or unbalanced subset of one of them.
-        folder: folder of the split's images, or a folder that has them in the subfolder `SPLIT` or `images/SPLIT`, such
-            as `dev` or `images/dev`. If an entry has the key `directory`, its images are in a further subfolder of that
-            name.
+        path: `train.json`, `dev.json` or `test1.json`, or a published balanced or unbalanced subset of one of these
+            files.
+        folder: folder of the split's images, or a parent folder with the subfolder `SPLIT` or `images/SPLIT`, such as
+            `dev` or `images/dev`. Images of an entry with the key `directory` are in a further subfolder of that name.
 
     Raises:
         ConfigError: if the file cannot be read, a line does not have NLVR2's form, or an identifier occurs twice; the
@@ -213,24 +225,24 @@ def read_nlvr2(path: str, folder: str) -> Statements:
 
 
 def _prefix(folder: str, split: str) -> str:
-    """Returns the path, inside `folder`, of the subfolder with a split's images; empty if there is no subfolder."""
+    """Returns the subfolder of `folder` with a split's images, ending in "/"; empty without such a subfolder."""
     found = (name for name in (split, f"images/{split}") if os.path.isdir(os.path.join(folder, name)))
     name = next(found, "")
     return f"{name}/" if name else ""
 
 
 def read_statement_lines(path: str, folder: str) -> Statements:
-    """Reads statements from JSON lines.
+    """Reads statements about two images from JSON lines.
 
     Args:
-        path: file with one object per line. Its keys are `left` and `right` (paths in the folder), `sentence`, `label`
-            (true or false; a test split has none), and optionally `id` and `group`. Without `group`, statements with
-            the same sentence are one group.
+        path: file with one JSON object per line. The keys are `left` and `right` (paths in the folder), `sentence`,
+            `label` (true or false; omitted in a test split), and optionally `id` and `group`. Without `group`,
+            statements with the same sentence are one group.
         folder: folder of the images.
 
     Raises:
-        ConfigError: if the file cannot be read, a key is missing or invalid, or an id occurs twice; the message names
-            the line.
+        ConfigError: if the file cannot be read, a line lacks a key or has an invalid value, or an id occurs twice; the
+            message names the line.
     """
     samples = Statements(path, folder)
     for number, line in iterate_json_lines(path, {"left": str, "right": str, "sentence": str}):
@@ -244,7 +256,7 @@ def read_statement_lines(path: str, folder: str) -> Statements:
 
 
 def _label(line: dict[str, Any], path: str, number: int) -> bool | None:
-    """Returns the label of a line, which the official files write in quotes; None if the line has no label."""
+    """Returns the label of a line; None if there is none. The official files write labels as strings."""
     labels = {"true": True, "false": False}
     if "label" not in line:
         return None

@@ -1,4 +1,4 @@
-"""Defines the head that decides whether a statement is true of two images, as the reference's NLVR2 model does."""
+"""Defines a head that decides whether a statement about two images is true, like the reference's NLVR2 model."""
 
 # S samples, P = 2 S pairs, M = 2 P rows, D hidden.
 
@@ -14,25 +14,25 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 LABELS = "labels"
-"""Key in `PackedBatch.targets` of the labels, (samples,) int64: 1 for a true statement, 0 for a false one."""
+"""Key in `PackedBatch.targets`: label of each sample, (samples,) int64; 1 for a true statement, 0 for a false one."""
 
 
 class StatementHead(Head):
-    """Decides whether a statement is true of its two images (paper section 3.1).
+    """Decides whether a statement about two images is true (paper section 3.1).
 
-    Pair 2 i of a batch is the left image of sample i with the statement; pair 2 i + 1 is the right image with the
-    statement. The head concatenates the image's CLS row and the text's BOS row of both pairs, 4 times the hidden size.
-    It applies LayerNorm, a linear layer to 2 times the hidden size, LayerNorm, GELU, and a linear layer to two classes.
-    Every tensor-parallel rank has the whole head and computes the same logits. The batch's head rows are the first rows
-    of its pairs' images and texts (`SequenceLayout.first_rows`).
+    A sample is two image-text pairs: pair 2 i is the left image with the statement, pair 2 i + 1 is the right image
+    with the statement. The head rows of a batch are the CLS row of each image and the BOS row of each text. The head
+    concatenates the four rows of a sample to 4 times the hidden size. It then applies LayerNorm, a linear layer to 2
+    times the hidden size, LayerNorm, GELU, and a linear layer to two classes. Parameters are replicated on all
+    tensor-parallel ranks, which compute equal logits.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel | None = None) -> None:
-        """Builds the head.
+        """Builds the head with uninitialised parameters.
 
         Args:
-            config: the model's sizes.
-            tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
+            config: the model's configuration.
+            tensor: the tensor-parallel group; unused, because the parameters are replicated.
         """
         super().__init__()
         width = config.hidden_size
@@ -42,17 +42,15 @@ class StatementHead(Head):
         self.classes = nn.Linear(2 * width, 2)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the sums of two terms, (2,) float32, or the logits of the classes "false" and "true".
+        """Returns two terms summed over samples, (2,) float32, or the logits, (samples, 2) float32.
 
-        The first term is the cross entropy. The second term is the number of correct answers; it has no gradient.
+        The first term is the cross entropy. The second term is the number of correct answers, without gradient. The two
+        logits are for "false" and "true".
 
         Args:
-            h_MD: CLS rows of the images of all pairs, then BOS rows of their texts, (2 * pairs, hidden size).
-            batch: the packed micro-batch, with `LABELS` if `with_loss`.
-            with_loss: True returns the sums, False the logits.
-
-        Returns:
-            The sums over samples, or the logits, (samples, 2) float32.
+            h_MD: CLS rows of the images of all pairs, then BOS rows of the texts, (2 * pairs, hidden size).
+            batch: the packed micro-batch; needs `LABELS` if `with_loss`.
+            with_loss: True returns the terms, False the logits.
         """
         assert batch.num_pairs % 2 == 0, f"{batch.num_pairs} pairs, but a sample has two"
         cls_PD, bos_PD = h_MD.tensor_split(2)

@@ -24,23 +24,23 @@ from beit3_ds.tasks.nlvr2.head import LABELS
 from beit3_ds.tokenizers.text import TextTokenizer
 
 NUMBERS = "sample_numbers"
-"""Key in `PackedBatch.targets` of the index of each sample in its stream, (samples,) int64."""
+"""Key in `PackedBatch.targets`: index of each sample in the stream, (samples,) int64."""
 FORMATS = ("nlvr2", "statement_lines")
-"""Names of the source formats that this task reads: NLVR2's published files, and JSON lines."""
+"""Names of the source formats of this task: NLVR2's published files, and JSON lines."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StatementSample:
-    """Holds a tokenized statement with its two images and its label."""
+    """Holds a tokenized statement, its two images and its label."""
 
     name: str
     """File and identifier of the sample, for messages."""
     number: int
-    """Index of the sample in its stream, from 0."""
+    """Index of the sample in the stream, from 0."""
     views: tuple[Tensor, Tensor]
     """Left and right image after augmentation or resizing, each (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
-    """Token ids of the statement, BOS and EOS included."""
+    """Token ids of the statement, with BOS and EOS, (tokens,)."""
     label: int
     """1 if the statement is true; 0 if it is false or has no label."""
 
@@ -58,22 +58,22 @@ class StatementSamples:
     tokenizer: TextTokenizer
     """Converts statements to token ids."""
     length: int
-    """Maximum tokens per statement, BOS and EOS included; further tokens are cut off."""
+    """Maximum number of tokens per statement, with BOS and EOS; longer statements are cut off."""
 
     def __len__(self) -> int:
-        """Returns the number of samples of the source, broken ones included."""
+        """Returns the number of samples of the source, including broken samples."""
         return len(self.statements)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of the source's file of statements."""
+        """Returns the name, size in bytes and number of samples of the source's statements file."""
         return self.statements.files()
 
     def image_files(self) -> Iterable[str]:
-        """Returns the paths of all images that the statements name."""
+        """Returns the paths of the images of all statements."""
         return self.statements.image_files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the identifier of a sample as bytes; a resumed run recognises the sample by this identifier."""
+        """Returns the sample's identifier as bytes; a resumed run recognises samples by these bytes."""
         return str(self.statements.identifier(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -81,11 +81,11 @@ class StatementSamples:
         return self.statements.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns an empty dictionary, because every line of the file is a sample."""
+        """Returns an empty dictionary, because no line of the statements file is skipped."""
         return self.statements.skipped
 
     def prepare(self, index: int, key: SampleKey) -> StatementSample:
-        """Reads sample `index` of the source; `key` seeds the augmentation of its images.
+        """Reads sample `index` of the source, and augments or resizes its images; `key` seeds the augmentation.
 
         Raises:
             BrokenRecordError: if an image cannot be read, or the sentence has no tokens.
@@ -111,7 +111,7 @@ class StatementSamples:
 def build_stream(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> dict[str, Stream]:
     """Opens the statements of a split as the stream "pairs"; returns no stream for a split without sources.
 
-    Training images are augmented; images of other splits are resized without a crop.
+    Training images are augmented. Images of other splits are resized without cropping.
 
     Raises:
         ConfigError: if a file cannot be read, an image is missing, or a training sample has no label.
@@ -150,14 +150,14 @@ def pack(
     model: ModelConfig,
     embeds: bool = True,
 ) -> PackedBatch:
-    """Packs each statement as two pairs: the left image with the statement, then the right image with the statement.
+    """Packs each statement as two pairs: the left image with the statement, and the right image with the statement.
 
     Args:
         samples: statements; may be empty. Sample i becomes pairs 2 i and 2 i + 1.
-        drop_path: factors of stochastic depth, two rows per sample, or None.
+        drop_path: factors of stochastic depth, (2 * samples, layers, 2) float32; None without stochastic depth.
         sources: value of `PackedBatch.sources`.
-        model: the model's sizes.
-        embeds: whether the batch keeps the pixels.
+        model: the model's configuration.
+        embeds: whether to keep the pixels in the batch.
     """
     batch = pack_inputs(
         num_images=0,

@@ -1,24 +1,24 @@
-"""Computes NLVR2's metrics, accuracy and consistency, of judged statements (Suhr et al., 2019, section 5)."""
+"""Computes NLVR2's metrics accuracy and consistency (Suhr et al., 2019, arXiv:1811.00491, section 5)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class JudgedStatement(NamedTuple):
-    """Holds the group and the label of a statement, and the model's answer."""
+    """Holds a statement's group and label, and the model's answer."""
 
     group: str
     """Name of the statement's group; statements of one group have the same sentence."""
     label: bool
     """Whether the statement is true."""
     prediction: bool
-    """Whether the model judged the statement to be true."""
+    """Whether the model judges the statement to be true."""
 
 
 def score_statements(statements: Iterable[JudgedStatement]) -> dict[str, float]:
-    """Returns shares from 0 to 1: `accuracy` over statements and `consistency` over groups.
+    """Returns `accuracy`, the share of right answers, and `consistency`, the share of groups with right answers only.
 
-    A group is consistent if all its statements are judged right. Both shares are 0 if there are no statements.
+    Without statements, both are 0.
     """
     num_right, num_statements = 0, 0
     consistent: dict[str, bool] = {}

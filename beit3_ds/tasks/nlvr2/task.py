@@ -1,4 +1,4 @@
-"""Implements the NLVR2 task: the model decides whether a statement is true of two images (paper section 3.1)."""
+"""Implements the NLVR2 task: deciding whether a statement about two images is true (paper section 3.1)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -30,15 +30,15 @@ _SHOWN = 60
 
 @dataclass(frozen=True, kw_only=True)
 class StatementRankTask(RankTask):
-    """Implements NLVR2 on one rank, with its opened statements."""
+    """NLVR2 on one rank, with opened statements."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Judges all statements of a split.
+        """Answers all statements of a split.
 
         With `folder`, also writes `predictions.csv`, in the format of NLVR2's scoring script, and `statements.html`.
 
         Returns:
-            On the main rank `statement` (mean cross entropy), `accuracy` and `consistency`. Empty on other ranks, and
+            `statement` (mean cross entropy), `accuracy` and `consistency` on the main rank. Empty on other ranks, and
             for a split without labels.
         """
         results = SampleResults()
@@ -52,7 +52,7 @@ class StatementRankTask(RankTask):
 
 
 class _Judgements:
-    """Joins the statements of a split with the model's answers, on the main rank."""
+    """Combines the statements of a split with the model's answers, on the main rank."""
 
     def __init__(self, stream: Stream, found: GatheredResults) -> None:
         self._logits = found.tensor("logits")
@@ -103,7 +103,7 @@ def _statements(samples: SourceSamples) -> Statements:
 
 
 class StatementTask(Task):
-    """Trains and evaluates a model that decides whether a statement is true of two images."""
+    """NLVR2, the task of deciding whether a statement about two images is true (paper section 3.1)."""
 
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": FORMATS}
     headline: ClassVar[Headline] = Headline("accuracy")
@@ -114,7 +114,7 @@ class StatementTask(Task):
     )
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> StatementHead:
-        """Builds the head over both pairs of a sample, with uninitialised parameters."""
+        """Builds the head for statements about two images, with uninitialised parameters."""
         return StatementHead(model, tensor)
 
     def open(self, share: RankShare) -> StatementRankTask:

@@ -1,4 +1,4 @@
-"""Defines the settings of the retrieval task."""
+"""Defines the keys of the "task" section for retrieval."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from beit3_ds.config.numbers import Count
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """Configures the "task" section of a retrieval run."""
+    """Settings of image-text retrieval."""
 
     mask_duplicates: bool = True
-    """Whether two pairs of a step with the same image or the same caption are not used as negatives of each other. The
-    reference uses them as negatives. Each image is in one sample per epoch, so an image occurs twice in a step only at
-    the border of two epochs, or if the sources list it several times."""
+    """Whether to exclude false negatives: two pairs of a step with the same image or the same caption are then not
+    negatives of each other. The reference does not exclude them. Two pairs with the same image are rare: they occur at
+    the border of two epochs, or if the sources list an image several times."""
     shown_queries: Count = 24
-    """Number of images, and also of captions, on the page that an evaluation writes."""
+    """Number of images, and number of captions, for which the result page shows retrieved candidates."""

@@ -1,4 +1,4 @@
-"""Computes the contrastive loss of every image and every text of a step (Radford et al., 2021, arXiv:2103.00020)."""
+"""Computes the contrastive loss over all images and texts of a step (Radford et al., 2021, arXiv:2103.00020)."""
 
 # N pairs of a step, B queries of a block, D hidden.
 
@@ -13,26 +13,25 @@ from beit3_ds.model import StepFeatures
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 IMAGE_IDS = "image_id"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of one number per image, equal for equal images."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows`: hash of each image, (images,) int64; equal for equal images."""
 TEXT_IDS = "text_id"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of one number per caption, equal for equal captions."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows`: hash of each caption, (captions,) int64; equal for equal
+captions."""
 
 _BLOCK_ELEMENTS = 1 << 20
-"""Largest number of scores that are computed at a time."""
+"""Maximum number of scores computed at a time."""
 
 
 def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor:
-    """Returns four sums over all pairs of a step, (4,) float32.
+    """Returns two losses and two counts, each summed over all pairs of a step, (4,) float32.
 
-    The first two are sums of cross entropies: of each image's caption among all captions, and of each caption's image
-    among all images. The last two are the numbers of images and of captions whose partner has the highest score. Scores
-    are computed for a block of rows at a time and recomputed in the backward pass, so memory grows linearly with the
-    number of pairs.
+    The first two are cross entropies: of each image's caption among all captions, and of each caption's image among all
+    images. The last two count the images, and the captions, whose partner has the highest score. Scores are computed in
+    blocks of rows and recomputed in the backward pass, so memory grows linearly with the number of pairs.
 
     Args:
-        features: features of length 1 of images and, in the same order, of their captions, with the scale of scores.
-        mask_duplicates: whether to leave out negatives that are equal to the right candidate, or that belong to a pair
-            with the same query.
+        features: normalised features of images and, in the same order, of their captions, and the scale of scores.
+        mask_duplicates: whether pairs with the same image or the same caption are excluded as negatives of each other.
     """
     image_ND, text_ND = features.rows[IMAGE_FEATURES], features.rows[TEXT_FEATURES]
     ids_N2 = torch.stack([features.rows[IMAGE_IDS], features.rows[TEXT_IDS]], 1) if mask_duplicates else None
@@ -43,7 +42,7 @@ def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor
 
 
 def _sum_blocks(query_ND: Tensor, candidate_ND: Tensor, ids_N2: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sum of cross entropies and the number of queries whose partner has the highest score."""
+    """Returns the summed cross entropy, and the number of queries whose partner has the highest score."""
     rows = max(1, _BLOCK_ELEMENTS // max(1, len(candidate_ND)))
     loss, found = 0 * scale.sum() + 0 * query_ND.sum() + 0 * candidate_ND.sum(), scale.new_zeros(())
     for start in range(0, len(query_ND), rows):

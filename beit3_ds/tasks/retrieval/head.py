@@ -1,4 +1,4 @@
-"""Computes features of images and texts that a contrastive loss compares, with the reference's retrieval heads."""
+"""Computes the features of images and texts for a contrastive loss, like the reference's retrieval models."""
 
 # I images, X texts, D hidden.
 
@@ -15,24 +15,24 @@ from beit3_ds.model import Head, StepFeatures
 from beit3_ds.parallel import TensorParallel
 
 IMAGE_FEATURES = "image"
-"""Key in `StepFeatures.rows` of the features of images, (images, hidden size) float32 of length 1."""
+"""Key in `StepFeatures.rows`: features of images, (images, hidden size) float32, normalised to length 1."""
 TEXT_FEATURES = "text"
-"""Key in `StepFeatures.rows` of the features of texts, (texts, hidden size) float32 of length 1."""
+"""Key in `StepFeatures.rows`: features of texts, (texts, hidden size) float32, normalised to length 1."""
 SCALE = "scale"
-"""Key in `StepFeatures.shared` of the factor that scales similarities, (1,) float32."""
+"""Key in `StepFeatures.shared`: factor that scales cosine similarities to scores, (1,) float32."""
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
-"""Logarithm of the initial factor that scales similarities (CLIP, Radford et al., 2021, arXiv:2103.00020)."""
+"""Initial logarithm of the scale of similarities (CLIP, Radford et al., 2021, arXiv:2103.00020)."""
 LARGEST_SCALE = 100.0
-"""Upper limit of the factor that scales similarities (CLIP, section 2.5)."""
+"""Maximum scale of similarities (CLIP, section 2.5)."""
 
 
 class Temperature(nn.Module):
-    """Computes the learned factor that scales similarities, at most `LARGEST_SCALE`.
+    """Learned factor that scales similarities, at most `LARGEST_SCALE`.
 
-    The parameter is the logarithm of the factor minus `INITIAL_LOG_SCALE`, because bf16 resolves small numbers better.
-    The parameter is named `bias`, so it starts at 0 and has no weight decay. Its shape is (1,), because DeepSpeed
-    refuses parameters without dimensions.
+    The parameter is log(factor) - `INITIAL_LOG_SCALE`, because bf16 has a finer resolution for small numbers. The name
+    `bias` makes it start at 0 without weight decay. The shape is (1,), because DeepSpeed rejects parameters without
+    dimensions.
     """
 
     def __init__(self) -> None:
@@ -40,25 +40,26 @@ class Temperature(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
 
     def forward(self) -> Tensor:
-        """Returns the factor, (1,) float32; above the limit, only gradients that lower the parameter pass."""
+        """Returns the factor, (1,) float32; at the limit, only gradients that decrease the parameter pass."""
         log_scale: Tensor = _Limit.apply(self.bias.float() + INITIAL_LOG_SCALE, math.log(LARGEST_SCALE))
         return log_scale.exp()
 
 
 class ContrastiveHead(Head):
-    """Projects the CLS row of every image and the BOS row of every text, and scales the features to length 1.
+    """Projects the CLS row of each image and the BOS row of each text, and normalises the features to length 1.
 
-    Each modality has a linear layer without bias (paper section 3.1). The loss compares all samples of a step, so the
-    head returns features (`Task.step_loss`). Every tensor-parallel rank has the whole head. The batch's head rows are
-    the first rows of its images and texts (`SequenceLayout.first_rows`).
+    Images and texts have separate linear layers without bias (paper section 3.1). The head returns features instead of
+    a loss, because the loss compares all samples of a step (`Task.step_loss`). Parameters are replicated on all
+    tensor-parallel ranks. The head rows of a batch are the first rows of its images and texts
+    (`SequenceLayout.first_rows`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel | None = None) -> None:
-        """Builds the layers of the head, with uninitialised parameters.
+        """Builds the head with uninitialised parameters.
 
         Args:
-            config: the model's sizes.
-            tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
+            config: the model's configuration.
+            tensor: the tensor-parallel group; unused, because the parameters are replicated.
         """
         super().__init__()
         self.image = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -66,11 +67,11 @@ class ContrastiveHead(Head):
         self.temperature = Temperature()
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the features of a micro-batch, for training and for evaluation.
+        """Returns the features of a micro-batch, both in training and in an evaluation.
 
         Args:
             h_MD: CLS rows of images, then BOS rows of texts, (images + texts, hidden size).
-            batch: the packed micro-batch. Its targets, integers with one row per sample, are copied to the result.
+            batch: the packed micro-batch; its targets, with one row per sample, are copied to the result.
             with_loss: has no effect.
 
         Returns:

@@ -9,17 +9,17 @@ _BLOCK_ELEMENTS = 1 << 24
 
 
 def best_candidates(query_QD: Tensor, candidate_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the candidates with the highest scores for each query, best first, with their scores.
+    """Returns the candidates with the highest scores for each query, best first, and their scores.
 
-    Scores are computed in float32, in blocks of queries with at most 2^24 scores each.
+    Scores are computed in float32, in blocks of queries with at most 2^24 scores per block.
 
     Args:
-        query_QD: features of all queries, of length one, (queries, features).
-        candidate_ND: features of all candidates, of length one, (candidates, features).
-        count: number of candidates to return per query; all candidates if there are fewer.
+        query_QD: features of all queries, (queries, features), normalised to length 1.
+        candidate_ND: features of all candidates, (candidates, features), normalised to length 1.
+        count: number of candidates per query; all candidates if there are fewer.
 
     Returns:
-        Indices of candidates, (queries, returned) int64, and their scores, (queries, returned) float32, on the CPU.
+        Indices of the candidates, (queries, count) int64, and their scores, (queries, count) float32, on the CPU.
     """
     candidate_DN = candidate_ND.float().t()
     kept = min(count, len(candidate_ND))

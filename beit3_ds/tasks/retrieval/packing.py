@@ -1,4 +1,4 @@
-"""Packs images and their captions as separate sequences: all images, then all texts."""
+"""Packs images and captions as separate sequences: all images, then all captions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
 from beit3_ds.tasks.retrieval.samples import RetrievalSample
 
 IMAGE_NUMBERS = "image_number"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each image's index in its stream, (images,) int64."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows`: index of each image in the stream, (images,) int64."""
 TEXT_NUMBERS = "text_number"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows` of each caption's number, (captions,) int64. A caption's number
-is `MOST_CAPTIONS` times the number of its image, plus its index among the captions of the image."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows`: number of each caption, (captions,) int64. The number is
+`MOST_CAPTIONS` times the image's index in the stream, plus the caption's index among the image's captions."""
 MOST_CAPTIONS = 1 << 20
-"""Factor in the numbers of captions (`TEXT_NUMBERS`); one image can have at most this number of captions."""
+"""Maximum number of captions per image; a factor in the numbers of captions (`TEXT_NUMBERS`)."""
 NUM_TERMS = 4
-"""Number of terms of the task; the count of each term is the number of images."""
+"""Number of terms of the task; each term is a mean over images."""
 
 _IMAGES, _TEXTS = 0, 3  # indices into `layout.PARTS`
 
@@ -32,15 +32,15 @@ def pack(
     model: ModelConfig,
     embeds: bool,
 ) -> PackedBatch:
-    """Packs the images of all samples, then their captions.
+    """Packs the images of all samples, then the captions of all samples.
 
     Args:
-        samples: images with captions, one caption each in training; may be empty.
-        drop_path: factors of stochastic depth, (2 * images, layers, 2), or None. Rows 2 i and 2 i + 1 are for the image
-            and the caption of sample i.
+        samples: images with captions; may be empty. A training sample has one caption.
+        drop_path: factors of stochastic depth, (2 * samples, layers, 2) float32; None without stochastic depth. Rows 2
+            i and 2 i + 1 are for the image and the caption of sample i.
         sources: value of `PackedBatch.sources`.
-        model: sizes of images.
-        embeds: whether the batch keeps the pixels.
+        model: the model's configuration.
+        embeds: whether to keep the pixels in the batch.
     """
     batch = pack_inputs(
         num_images=len(samples),

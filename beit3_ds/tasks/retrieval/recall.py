@@ -1,9 +1,9 @@
-"""Computes recall of retrieval from the ranks of the right candidates.
+"""Computes the recall of retrieval from the rank of the right candidate of each query.
 
-The rank of a right candidate is the number of wrong candidates that score at least as high. A tie therefore counts
-against the right candidate: a model that gives all candidates the same score retrieves nothing, and the order of the
-candidates has no effect. Scores that differ by at most `TIE` count as equal, because features of equal inputs differ by
-rounding between batches. If a query has several right candidates, only the best of them is ranked.
+The rank is the number of wrong candidates that score at least as high as the right candidate. Ties count against the
+right candidate. A model that gives all candidates the same score therefore retrieves nothing. Scores that differ by at
+most `TIE` are ties, because rounding makes features of equal inputs differ between batches. If a query has several
+right candidates, only the best of them is ranked.
 """
 
 # Q queries, N candidates, D features, B rows of a block.
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 LEVELS = (1, 5, 10)
-"""Values of K for which recall at K is reported."""
+"""Values of K for recall at K."""
 TIE = 1e-6
-"""Largest difference of two scores that count as equal, for features of length one."""
+"""Maximum difference of two scores that count as equal."""
 _BLOCK_ELEMENTS = 1 << 24
 
 
 def match_ranks(
     query_QD: Tensor, candidate_ND: Tensor, matches: Sequence[Sequence[int]], rank: int = 0, num_ranks: int = 1
 ) -> Tensor:
-    """Returns the rank of the best match of each query, counted from 0, (queries,) int64 on the CPU.
+    """Returns the rank of the best right candidate of each query, from 0, (queries,) int64 on the CPU.
 
-    Scores are computed in float32 in blocks of queries with at most 2^24 scores each. Several processes may share the
-    blocks; the elementwise maximum of their results is the complete result. The blocks, and so the rounding of scores,
-    do not depend on the number of processes.
+    Scores are computed in float32, in blocks of queries with at most 2^24 scores per block. Several processes may share
+    the blocks; the elementwise maximum of their results is the complete result. The blocks do not depend on the number
+    of processes, so neither does the rounding of scores.
 
     Args:
-        query_QD: features of all queries, of length one, (queries, features).
-        candidate_ND: features of all candidates, of length one, (candidates, features).
-        matches: for each query, the indices of its right candidates, at least one.
-        rank: index of this process among the processes.
-        num_ranks: number of processes. The result is -1 for queries that another process ranks.
+        query_QD: features of all queries, (queries, features), normalised to length 1.
+        candidate_ND: features of all candidates, (candidates, features), normalised to length 1.
+        matches: indices of the right candidates of each query, at least one per query.
+        rank: index of this process.
+        num_ranks: number of processes; the result is -1 for queries of other processes.
     """
     assert len(matches) == len(query_QD), f"{len(matches)} lists of matches for {len(query_QD)} queries"
     assert all(matches), "a query without a match has no rank"
@@ -58,5 +58,5 @@ def _block_ranks(score_BN: Tensor, matches: Sequence[Sequence[int]]) -> Tensor:
 
 
 def recall(ranks: Tensor, name: str) -> dict[str, float]:
-    """Returns the share of queries whose rank is below 1, 5 and 10, as `NAME@1`, `NAME@5` and `NAME@10`."""
+    """Returns the share of queries with a rank below 1, 5 and 10, under the names `NAME@1`, `NAME@5` and `NAME@10`."""
     return {f"{name}@{level}": int((ranks < level).sum()) / max(1, len(ranks)) for level in LEVELS}

@@ -1,4 +1,4 @@
-"""Computes the recall of a split, and writes the retrieved captions and images as JSON and as an HTML page."""
+"""Computes the recall of a split, and writes the retrieved captions and images as JSON and HTML."""
 
 # I images, X captions, D features.
 
@@ -22,7 +22,7 @@ from beit3_ds.tasks.retrieval.recall import match_ranks, recall
 from beit3_ds.tasks.retrieval.samples import RetrievalSamples
 
 NUM_LISTED = 10
-"""Number of best candidates per query in the results file."""
+"""Number of best-scored candidates per query in the JSON file."""
 _NUM_SHOWN = 5  # candidates per query on the page
 _NOTE = (
     "Rank 1 is the best score. A tie counts against the right candidate. Each image has its captions, and each caption "
@@ -31,19 +31,19 @@ _NOTE = (
 
 
 class Retrieved:
-    """Holds the features of all images and captions of a split; computes recall and best matches from them."""
+    """Holds the features of all images and captions of a split, and computes recall and best candidates."""
 
     def __init__(
         self, image_numbers: Tensor, image_ID: Tensor, text_numbers: Tensor, text_XD: Tensor, device: torch.device
     ) -> None:
-        """Computes the ranks of the right captions of all images and of the right images of all captions.
+        """Computes the rank of the right captions of each image and of the right image of each caption.
 
         Args:
-            image_numbers: indices of images in their stream, ascending, (images,) int64.
+            image_numbers: index of each image in the stream, ascending, (images,) int64.
             image_ID: features of images, (images, features).
-            text_numbers: numbers of captions (`packing.TEXT_NUMBERS`), ascending, (captions,) int64.
+            text_numbers: number of each caption (`packing.TEXT_NUMBERS`), ascending, (captions,) int64.
             text_XD: features of captions, (captions, features).
-            device: device of the scores.
+            device: device on which scores are computed.
         """
         self.image_numbers, self.text_numbers = image_numbers, text_numbers
         self._image_ID, self._text_XD = image_ID.to(device), text_XD.to(device)
@@ -56,25 +56,27 @@ class Retrieved:
         self.image_ranks = match_ranks(self._text_XD, self._image_ID, [[image] for image in self.image_of_text])
 
     def metrics(self) -> dict[str, float]:
-        """Returns recall at 1, 5 and 10 of captions for images and of images for captions, and the mean of all six."""
+        """Returns recall at 1, 5 and 10 in both directions (`text_recall`, `image_recall`), and their mean,
+        `mean_recall`.
+        """
         found = recall(self.text_ranks, "text_recall") | recall(self.image_ranks, "image_recall")
         return found | {"mean_recall": sum(found.values()) / len(found)}
 
     def best_texts(self) -> tuple[Tensor, Tensor]:
-        """Returns the best captions of each image and their scores, each (images, candidates)."""
+        """Returns the best-scored captions of each image and their scores, each (images, candidates)."""
         return best_candidates(self._image_ID, self._text_XD, NUM_LISTED)
 
     def best_images(self) -> tuple[Tensor, Tensor]:
-        """Returns the best images of each caption and their scores, each (captions, candidates)."""
+        """Returns the best-scored images of each caption and their scores, each (captions, candidates)."""
         return best_candidates(self._text_XD, self._image_ID, NUM_LISTED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultFiles:
-    """Writes the results of a split as JSON and as an HTML page."""
+    """Writes the retrieval results of a split as JSON and as an HTML page."""
 
     stream: Stream
-    """Samples of the split, with their names, captions and images."""
+    """Samples of the split; they provide names, captions and images."""
     retrieved: Retrieved
     """Features and ranks of all images and captions of the split."""
 
@@ -82,9 +84,9 @@ class ResultFiles:
         """Writes `retrieval.json` and `retrieval.html`.
 
         Args:
-            folder: folder of both files.
+            folder: folder to write to.
             metrics: metrics of the split.
-            num_shown: number of images, and also of captions, on the page.
+            num_shown: number of images, and number of captions, whose best candidates are shown on the page.
         """
         texts, text_scores = self.retrieved.best_texts()
         images, image_scores = self.retrieved.best_images()

@@ -1,4 +1,4 @@
-"""Reads images with captions: one random caption per image in training, all captions in an evaluation."""
+"""Prepares images with captions: one random caption per image in training, all captions in an evaluation."""
 
 import hashlib
 from collections.abc import Sequence
@@ -33,34 +33,34 @@ class RetrievalSample:
     """Holds an image and its captions."""
 
     name: str
-    """File and name of the sample, for messages."""
+    """File of the sample and the sample's name in the file, for messages."""
     number: int
-    """Index of the sample in its stream, from 0."""
+    """Index of the sample in the stream, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     texts: tuple[NDArray[np.int64], ...]
-    """Token ids of each caption, BOS and EOS included."""
+    """Token ids of each caption, with BOS and EOS."""
     image_id: int
-    """Hash of the image's path or name; samples of the same image have equal hashes."""
+    """Hash of the image's path or name; equal for samples of the same image."""
     text_ids: tuple[int, ...]
-    """Hash of each caption; equal captions have equal hashes."""
+    """Hash of each caption; equal for equal captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalSamples(CaptionedSamples):
-    """Prepares the images of one source with their captions."""
+    """Prepares the images and captions of one source."""
 
     view: PairView
-    """Augments or resizes an image to the model's input."""
+    """Augments or resizes an image to the model's image size."""
     tokenizer: TextTokenizer
     """Converts captions to token ids."""
     length: int
-    """Largest number of tokens of a caption, BOS and EOS included; further tokens are cut off."""
+    """Maximum number of tokens per caption, with BOS and EOS; longer captions are cut off."""
     draws_caption: bool
-    """Whether a sample has one caption, chosen by the epoch (`caption_of_epoch`), instead of all captions."""
+    """True gives each sample one caption, which the epoch selects (`caption_of_epoch`); False gives it all captions."""
 
     def prepare(self, index: int, key: SampleKey) -> RetrievalSample:
-        """Reads sample `index` of the source; `key` determines its caption and its augmentation.
+        """Reads sample `index` of the source; `key` determines the caption and seeds the augmentation.
 
         Raises:
             BrokenRecordError: if the image or a caption cannot be read.
@@ -92,13 +92,13 @@ class RetrievalSamples(CaptionedSamples):
 
 
 def caption_of_epoch(count: int, key: SampleKey) -> int:
-    """Returns the index of the caption that an image is trained with in an epoch.
+    """Returns the index of an image's caption for training in one epoch.
 
-    Within `count` epochs each caption of the image is used once. Then the captions get a new random order.
+    Over `count` epochs, each caption of the image is used once. After that, the captions get a new random order.
 
     Args:
         count: number of captions of the image.
-        key: the sample and its epoch.
+        key: identifies the sample and the epoch.
     """
     around, place = divmod(key.epoch, count)
     rng = sample_rng(key.seed, "caption", key.stream, around, key.index)
@@ -106,14 +106,14 @@ def caption_of_epoch(count: int, key: SampleKey) -> int:
 
 
 def image_path(source: ImageSource, index: int) -> str:
-    """Returns the path of a sample's image, or its name in a tar or folder; equal for all samples of one image."""
+    """Returns the image's path, or its name in a tar file or folder; equal for all samples of one image."""
     if isinstance(source, AnnotatedImages):
         return f"{source.images.path}/{source.paths[source.image_numbers[index]]}"
     return source.name(index)
 
 
 def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
-    """Opens the sources of a split; each image must have captions.
+    """Opens the sources of a split.
 
     Raises:
         ConfigError: if a file cannot be read, an image is missing, or an image has no captions.
@@ -124,7 +124,7 @@ def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
 
 
 def build_stream(config: RunConfig, sources: Sequence[ImageSource], tokenizer: TextTokenizer, split: Split) -> Stream:
-    """Builds the stream of a split; a sample is an image with one caption in training, else with all its captions."""
+    """Builds the stream of a split; a sample is an image with one caption in training, otherwise with all captions."""
     data, is_training = config.data, split == "train"
     return Stream(
         ConcatSources(

@@ -1,4 +1,4 @@
-"""Implements retrieval as a task: contrastive fine-tuning as a dual encoder, and recall (paper section 3.1)."""
+"""Implements image-text retrieval: contrastive fine-tuning of a dual encoder, and recall (paper section 3.1)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,19 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalRankTask(RankTask):
-    """Implements retrieval on one rank, with its opened image-text pairs."""
+    """Image-text retrieval on one rank, with opened images and captions."""
 
     shown_queries: int
-    """Number of images, and also of captions, on the page that an evaluation writes."""
+    """Number of images, and number of captions, for which the result page shows retrieved candidates."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Returns, on the main rank, recall at 1, 5 and 10 of captions for images and images for captions of a split.
+        """Computes the recall at 1, 5 and 10 of a split, from images to captions and from captions to images.
 
-        Every image and every caption is encoded once. The main rank gathers all features and computes the recall. With
+        Every image and every caption is encoded once. The main rank gathers all features and computes the metrics. With
         `folder`, it also writes the results as JSON and as a page.
+
+        Returns:
+            The metrics of `Retrieved.metrics` on the main rank; empty on other ranks.
         """
         images, texts = SampleResults(), SampleResults()
         for _, features in evaluator.predict(evaluator.batches(split)):
@@ -62,10 +65,11 @@ class RetrievalRankTask(RankTask):
 
 
 class Retrieval(Task):
-    """Trains separate features of images and texts for retrieval, with a contrastive loss over the whole step.
+    """Image-text retrieval: encodes images and texts separately, and trains with a contrastive loss over the whole
+    step.
 
-    A training sample is an image with one of its captions. An image with n captions is trained with each of them once
-    in n epochs. COCO has five captions per image, so five epochs here equal one epoch of the reference, which lists an
+    A training sample is an image with one of its captions. Over n epochs, an image with n captions is trained with each
+    caption once. COCO has five captions per image, so five epochs equal one epoch of the reference, which lists an
     image once per caption.
     """
 
@@ -87,20 +91,24 @@ class Retrieval(Task):
         return ("images", "texts")
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
-        """Builds both projections and the temperature, with uninitialised parameters."""
+        """Builds the two projections and the temperature, with uninitialised parameters."""
         return ContrastiveHead(model, tensor)
 
     @property
     def step_loss(self) -> StepLoss:
-        """Returns the contrastive loss over all pairs of a step."""
+        """Returns the function that computes the contrastive loss over all pairs of a step."""
         return functools.partial(contrastive_sums, mask_duplicates=self.settings.mask_duplicates)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of a forward pass of both projections over `term_counts[0]` pairs."""
+        """Returns the floating-point operations of a forward pass of the two projections; a multiply-add counts as 2.
+
+        Args:
+            term_counts: number of pairs, for each term.
+        """
         return 4 * term_counts[0] * self.config.model.hidden_size**2
 
     def open(self, share: RankShare) -> RetrievalRankTask:
-        """Opens the tokenizer and the pairs that a rank reads.
+        """Opens the tokenizer, and the images and captions that a rank reads.
 
         Raises:
             ConfigError: if a file cannot be read, or a caption or an image is missing.

@@ -1,4 +1,4 @@
-"""Trains the visual tokenizer, VQ-KD of BEiT v2, as a task (Peng et al., 2022, arXiv:2208.06366)."""
+"""Implements training of the visual tokenizer, VQ-KD of BEiT v2 (Peng et al., 2022, arXiv:2208.06366)."""
 
 from beit3_ds.tasks.visual_tokenizer.task import TASK
 

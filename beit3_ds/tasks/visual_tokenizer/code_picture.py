@@ -1,4 +1,4 @@
-"""Draws a picture to check the visual tokenizer: images, masked images, and their codes as colours."""
+"""Draws a picture for checking the visual tokenizer: images, masked images, and the codes as colours."""
 
 # B images, N patches per image, G patches per side, S pixels per side, V codes, C width of a code.
 
@@ -32,15 +32,23 @@ _GRAY = 0.5
 
 
 def code_picture_path(tokenizer: Path) -> Path:
-    """Returns the path of a tokenizer's picture, in the folder of the tokenizer's file.
+    """Returns the path of a tokenizer's picture, which is in the folder of the tokenizer's file.
 
-    Only the extension ".safetensors" is replaced, so that tokenizers named `v.one` and `v.two` have separate pictures.
+    Only the extension ".safetensors" is replaced, so tokenizers named `v.one` and `v.two` have different pictures.
+
+    Args:
+        tokenizer: path of the tokenizer's file.
     """
     return tokenizer.with_name(f"{tokenizer.name.removesuffix('.safetensors')}.png")
 
 
 def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str | Path) -> None:
-    """Writes a PNG with one row per view, for views of at most 8 training images of a run's images and pairs.
+    """Writes a PNG that shows the codes of up to 8 training images, one row per image (`draw_codes`).
+
+    Args:
+        config: the run's configuration, with training images or pairs.
+        tokenizer: a trained tokenizer.
+        path: .png file to write.
 
     Raises:
         ConfigError: if the training images cannot be read.
@@ -57,7 +65,7 @@ def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str 
 
 
 def _draw_views(config: RunConfig) -> Tensor:
-    """Returns views of training images in a shuffled order, without broken images, (images, 3, size, size)."""
+    """Returns augmented views of up to 8 random training images, (images, 3, size, size); skips broken images."""
     sources = (*config.data.images.train, *config.data.pairs.train)
     different = tuple(dict.fromkeys(dataclasses.replace(source, weight=None) for source in sources))
     stream = open_views(config, different, build_augmentation(config, config.data.flip_probability))
@@ -76,15 +84,15 @@ def _draw_views(config: RunConfig) -> Tensor:
 
 
 def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDArray[np.uint8]:
-    """Draws one row per image: the view, the view with masked patches in gray, and the codes as colours.
+    """Draws one row per image: the image, the image with masked patches in gray, and the codes as colours.
 
     Args:
         tokenizer: a trained tokenizer, on the CPU.
-        views: (images, 3, size, size) float in [-1, 1].
-        masks: (images, patches) bool, True for masked patches.
+        views: pixels, (images, 3, size, size) float in [-1, 1].
+        masks: True for masked patches, (images, patches) bool.
 
     Returns:
-        (height, width, 3) uint8.
+        Pixels of the picture, (height, width, 3) uint8.
     """
     grid_size = tokenizer.config.grid_size
     inputs = (views + 1) / 2
@@ -101,12 +109,13 @@ def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDAr
 
 
 def code_colors(codebook_VC: Tensor) -> Tensor:
-    """Returns one colour per code, similar for similar codes.
+    """Returns one RGB colour per code; similar codes have similar colours.
 
-    A code's three channels are its ranks among all codes along the codebook's first three principal directions.
+    The codes are projected on the first three principal components of the codebook. Each colour channel is the code's
+    rank along one component, scaled to [0, 1].
 
     Returns:
-        (codes, 3) float in [0, 1]; channels without a direction are 0.5.
+        Colours, (codes, 3) float in [0, 1]; missing components give 0.5.
     """
     centered = (codebook_VC - codebook_VC.mean(dim=0)).double()
     directions = torch.linalg.svd(centered, full_matrices=False).Vh[:3]

@@ -1,4 +1,4 @@
-"""Measures how evenly the codes of the visual tokenizer are used."""
+"""Measures how evenly the visual tokenizer uses its codes."""
 
 # V codes in the codebook.
 
@@ -17,7 +17,7 @@ _CODES_PER_ENTRY = 16  # patches per codebook entry below which the usage is not
 
 @dataclass(frozen=True, kw_only=True)
 class CodeUsage:
-    """Holds figures about how evenly the codes of the codebook are used on some images."""
+    """Describes how evenly the codes of the codebook are used in a set of images."""
 
     num_codes: int
     """Number of codes that occur at least once."""
@@ -26,14 +26,14 @@ class CodeUsage:
     perplexity: float
     """exp(entropy) of the code frequencies, between 1 and `codebook_size`."""
     num_seen: int
-    """Number of patches counted."""
+    """Number of patches counted; each patch has one code."""
 
     def __str__(self) -> str:
         return f"{self.num_codes} of {self.codebook_size} codes used, perplexity {self.perplexity:.0f}"
 
     @property
     def is_low(self) -> bool:
-        """Returns whether less than half of the codes are used; False if too few patches were counted to judge."""
+        """Returns whether fewer than half of the codes are used; False if too few patches were counted to judge."""
         enough = self.num_seen >= _CODES_PER_ENTRY * self.codebook_size
         return enough and self.num_codes < _LOW_USAGE * self.codebook_size
 
@@ -49,7 +49,7 @@ class CodeUsage:
 
 
 class CodeCounter:
-    """Counts codes on a device; only `usage` and `has_codes` wait for the device."""
+    """Counts how often each code occurs, on a device; only `usage` and `has_codes` synchronise with the device."""
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
         self._counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
@@ -64,12 +64,12 @@ class CodeCounter:
         self._counts = self._counts.to(device)
 
     def add(self, codes: Tensor) -> None:
-        """Counts codes, int64 in [0, codebook_size) of any shape."""
+        """Counts codes, a tensor of any shape, int64 in [0, codebook_size)."""
         codes = codes.flatten()
         self._counts.index_add_(0, codes, torch.ones_like(codes))
 
     def add_counts(self, counts_V: Tensor) -> None:
-        """Adds the number of occurrences of each code, (codes,) of any type."""
+        """Adds the number of occurrences of each code, (codes,) of any dtype."""
         self._counts += counts_V.to(torch.int64)
 
     def clear(self) -> None:
@@ -77,9 +77,11 @@ class CodeCounter:
         self._counts.zero_()
 
     def usage(self, mesh: Mesh | None = None) -> CodeUsage:
-        """Returns the usage of the counted codes, summed over the data-parallel ranks of a mesh if one is given.
+        """Returns the usage of the counted codes; at least one code must have been counted.
 
-        At least one code must have been counted. With a mesh, all its ranks must call it.
+        Args:
+            mesh: mesh over whose data-parallel ranks the counts are summed; all its ranks must call the method. None
+                uses only the counts of this process.
         """
         own = self._counts.cpu()
         counts = (own if mesh is None else mesh.data_host.sum(own)).double()
@@ -91,12 +93,13 @@ class CodeCounter:
 
 
 def measure_code_usage(batches: Iterable[Tensor], codebook_size: int, mesh: Mesh | None = None) -> CodeUsage:
-    """Returns the usage of the codes in all batches, summed over the data-parallel ranks of a mesh if one is given.
+    """Returns the usage of the codes in all batches.
 
     Args:
-        batches: codes, int64 in [0, codebook_size) of any shape.
+        batches: codes of each batch, a tensor of any shape, int64 in [0, codebook_size).
         codebook_size: number of codes in the codebook.
-        mesh: mesh whose ranks all call this function; None for a single process.
+        mesh: mesh over whose data-parallel ranks the counts are summed; all its ranks must call the function. None
+            counts only the batches of this process.
     """
     counter: CodeCounter | None = None
     for codes in batches:

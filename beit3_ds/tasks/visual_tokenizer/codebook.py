@@ -1,6 +1,6 @@
-"""Gathers vectors and features over whole training steps, to initialise the codebook and to center the targets.
+"""Gathers data over whole training steps, for the initial codebook and for the mean of the teacher's features.
 
-The results are the same in any layout of ranks.
+The results do not depend on the layout of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 
 
 def start_steps(config: RunConfig, step: int) -> range:
-    """Returns the training steps, from `step` on, whose images give enough vectors to initialise the codebook."""
+    """Returns the numbers of the steps, from `step` on, whose images suffice to initialise the codebook."""
     visual = config.tokenizers.visual
     patches = config.data.images.samples_per_step * visual.grid_size**2
     return range(step, step + -(-_START_VECTORS_PER_CODE * visual.codebook_size // patches))
@@ -31,8 +31,8 @@ def mean_features(
     The data-parallel ranks sum one number per feature and the number of patches.
 
     Args:
-        steps: this rank's share of the steps.
-        teacher: maps pixels to the features of every patch.
+        steps: this rank's samples of the steps.
+        teacher: function from pixels to the features of each patch.
         mesh: mesh of all ranks.
         device: device of the teacher.
     """
@@ -49,14 +49,13 @@ def mean_features(
 
 
 def gather_vectors(steps: Sequence[StepBatch], vectors: Iterator[Tensor], mesh: Mesh) -> Tensor:
-    """Returns the vectors of all ranks for some steps, (patches, width) float32 on the CPU, in the order of the slots.
+    """All-gathers the encoder's vectors of some steps, (patches, width) float32 on the CPU, equal on all ranks.
 
-    All ranks get the same result. Slots are numbered by micro-batch, then by rank, so the order does not depend on how
-    the samples are divided.
+    The vectors are ordered by micro-batch, then by rank, so the order does not depend on how samples are divided.
 
     Args:
-        steps: this rank's share of the steps; all ranks have equally many micro-batches.
-        vectors: the vectors of each micro-batch, (images, patches, width).
+        steps: this rank's samples of the steps; all ranks have the same number of micro-batches.
+        vectors: vectors of each micro-batch, (images, patches, width).
         mesh: mesh of all ranks.
     """
     gathered: list[Tensor] = []

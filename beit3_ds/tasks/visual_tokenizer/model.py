@@ -1,4 +1,4 @@
-"""Defines the trainable visual tokenizer, which learns to reconstruct its teacher's features from codes."""
+"""Defines the trainable visual tokenizer, which learns to reconstruct a teacher's features from codes."""
 
 # B images, N patches per image, C width of a code, E width of the teacher's features.
 
@@ -16,31 +16,39 @@ from beit3_ds.tokenizers import VisualTokenizer
 
 
 class TokenizerModel(VisualTokenizer, StageModel):
-    """Trains a `VisualTokenizer` with the two terms of BEiT v2 (section 2.2): feature distance and commitment.
+    """A `VisualTokenizer` with the two loss terms of BEiT v2 (section 2.2): feature distance and commitment.
 
     Attributes:
-        is_quantized: whether the decoder gets codes; if False, as in the first steps, it gets the encoder's vectors.
-        center: mean of the teacher's features, (features,), which is subtracted from the targets. The mean is dominated
-            by white backgrounds; without the subtraction, a constant reconstruction would already have a high cosine.
+        is_quantized: True gives the decoder codes; False, as in the first steps, gives it the encoder's vectors.
+        center: mean of the teacher's features, (features,), which is subtracted from the targets. White backgrounds
+            dominate this mean. Without the subtraction, a constant reconstruction would have a high cosine similarity.
     """
 
     center: Tensor
 
     def __init__(self, config: VisualTokenizerConfig, teacher_width: int, teacher_description: str) -> None:
-        """Builds the networks and an empty codebook; `initialize` draws the initial values."""
+        """Builds the networks and an empty codebook; `initialize` draws the initial values.
+
+        Args:
+            config: configuration of the tokenizer.
+            teacher_width: number of features of the teacher.
+            teacher_description: human-readable description of the teacher.
+        """
         super().__init__(config, teacher_width, teacher_description)
         self.is_quantized = False
         self.register_buffer("center", torch.zeros(teacher_width))
 
     def initialize(self, seed: int) -> None:
-        """Fills every parameter with its initial value (`vit.initialize_linear_layers`)."""
+        """Fills every parameter with its initial value, which depends only on the seed
+        (`vit.initialize_linear_layers`).
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             drawn = VisualTokenizer(self.config, self.teacher_width)
         self.load_state_dict(drawn.state_dict(), strict=False)
 
     def recompute_blocks(self) -> None:
-        """Makes the backward pass recompute every block, which saves memory and costs a third more compute."""
+        """Makes the backward pass recompute every block, which saves memory and adds a third of the compute."""
         self.encoder.recompute_blocks = self.decoder.recompute_blocks = True
 
     def forward(
@@ -50,20 +58,20 @@ class TokenizerModel(VisualTokenizer, StageModel):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Returns the sums of both terms, or the encoder's vectors of all patches.
+        """Returns the sums of the two loss terms, or the encoder's vectors of all patches.
 
-        In training mode, quantization also adds the vectors to the codebook's totals.
+        In training mode, quantization also adds the vectors to the running totals of the codebook.
 
         Args:
-            batch: the views, with the teacher's features if `loss_factors` is given.
-            loss_factors: factors of the sums of both terms, (2,) float32; None returns vectors.
-            x_TD: has no effect, because the model is not divided into pipeline stages.
-            layers: has no effect, for the same reason.
+            batch: the images; needs the teacher's features if `loss_factors` is given.
+            loss_factors: factor of each term's sum in the loss, (2,) float32; None returns vectors.
+            x_TD: has no effect, because there are no pipeline stages.
+            layers: has no effect, because there are no pipeline stages.
 
         Returns:
-            With `loss_factors`, a `LossOutput` with two sums over all patches: the distance
-            1 - cos(reconstruction, teacher's features - `center`), and the commitment loss. Otherwise the unit vectors
-            that the codebook quantizes, (images, patches, width) float32.
+            With `loss_factors`, a `LossOutput` with two sums over all patches: the distance 1 - cos(reconstruction,
+                teacher's features - `center`), and the commitment loss. Otherwise the unit vectors before quantization,
+                (images, patches, width) float32.
         """
         assert batch.pixels is not None, "the tokenizer's only stage has the pixels"
         vectors_BNC = self.project(batch.pixels)
@@ -87,7 +95,13 @@ class TokenizerModel(VisualTokenizer, StageModel):
 
 
 def forward_flops(config: VisualTokenizerConfig, teacher_width: int, num_images: float) -> float:
-    """Returns the floating-point operations of a forward pass of encoder and decoder; a multiply-add counts as 2."""
+    """Returns the floating-point operations of a forward pass of encoder and decoder; a multiply-add counts as 2.
+
+    Args:
+        config: configuration of the tokenizer.
+        teacher_width: number of features of the teacher.
+        num_images: number of images.
+    """
     width, rows = config.hidden_size, 1 + config.grid_size**2
     block = 2 * 12 * width**2 + 4 * rows * width  # per row
     patch = 2 * 3 * config.patch_size**2 * width + 4 * width * (width + config.codebook_dim) + 2 * width * teacher_width

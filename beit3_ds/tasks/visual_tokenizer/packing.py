@@ -1,4 +1,4 @@
-"""Packs images for the training of the visual tokenizer into one micro-batch."""
+"""Packs images into a micro-batch for training the visual tokenizer."""
 
 # B images, N patches per image, E width of the teacher's features.
 
@@ -13,7 +13,7 @@ from beit3_ds.data.packing import pack_inputs, stack_colors, stack_views
 from beit3_ds.tasks.visual_tokenizer.samples import TokenizerView
 
 TEACHER_FEATURES = "teacher_features"
-"""Key in `PackedBatch.targets` of the teacher's features, (images, patches, features) float32 on the model's device."""
+"""Key in `PackedBatch.targets`: features of the teacher, (images, patches, features) float32, on the model's device."""
 
 
 def pack(
@@ -22,13 +22,13 @@ def pack(
     sources: Mapping[str, int],
     visual: VisualTokenizerConfig,
 ) -> PackedBatch:
-    """Packs images, each (3, image_size, image_size); the count of every loss term is the number of patches.
+    """Packs images into a micro-batch; the loss terms are means over patches.
 
     Args:
-        samples: augmented images; may be empty.
-        drop_path: None, because the tokenizer has no stochastic depth.
+        samples: augmented images, (3, image_size, image_size) each; may be empty.
+        drop_path: must be None, because the tokenizer has no stochastic depth.
         sources: value of `PackedBatch.sources`.
-        visual: sizes of the tokenizer.
+        visual: configuration of the tokenizer.
     """
     num_patches = visual.grid_size**2
     batch = pack_inputs(
@@ -44,5 +44,5 @@ def pack(
 
 
 def with_teacher_features(batch: PackedBatch, features_BNE: Tensor) -> PackedBatch:
-    """Returns the batch with the teacher's features of its images, (images, patches, features)."""
+    """Returns the batch with the teacher's features of its images, (images, patches, features), as a target."""
     return batch.with_targets({**batch.targets, TEACHER_FEATURES: features_BNE})

@@ -20,16 +20,16 @@ from beit3_ds.tokenizers.visual import serialize_visual_tokenizer
 def write_tokenizer(
     config: RunConfig, teacher_description: str, tensors: Mapping[str, Tensor], folder: ResultFolder
 ) -> dict[str, str]:
-    """Writes the tokenizer's file and its recipe, and tries to draw a picture of its codes.
+    """Writes the tokenizer's file, its recipe, and a picture of its codes; a failure to write the picture is no error.
 
     Args:
         config: configuration of the run.
-        teacher_description: description of the teacher for people.
+        teacher_description: human-readable description of the teacher.
         tensors: weights and buffers of the trained `TokenizerModel`, by name.
-        folder: the run's output folder, which writes the picture.
+        folder: the run's output folder.
 
     Returns:
-        The written files, by name.
+        Paths of the written files, by name.
 
     Raises:
         StorageError: if the tokenizer or its recipe cannot be written.

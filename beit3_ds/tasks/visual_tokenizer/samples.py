@@ -1,4 +1,4 @@
-"""Opens the images from which the visual tokenizer learns: one view per image."""
+"""Opens the training and validation images of the visual tokenizer, with one view per image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ class TokenizerView(NamedTuple):
     """Holds one augmented or resized image for the visual tokenizer."""
 
     name: str
-    """File and name of the sample, for messages."""
+    """File of the sample and the sample's name in the file, for messages."""
     pixels: Tensor
     """Cropped image, (3, image_size, image_size) uint8."""
     colors: Tensor | None
-    """Changes of its colours (`pixels.change_colors`), (3, 3) float32; None changes nothing."""
+    """Change of the image's colours (`pixels.change_colors`), (3, 3) float32; None for no change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerViews(ImageSourceSamples):
-    """Prepares images with the same crops, flips and colours as in pretraining, where the tokenizer is used later."""
+    """Prepares images with the crops, flips and colours of pretraining, where the tokenizer will be used."""
 
     def prepare(self, index: int, key: SampleKey) -> TokenizerView:
-        """Reads sample `index` of the source; `key` seeds its augmentation.
+        """Reads and augments sample `index` of the source; `key` seeds the augmentation.
 
         Raises:
             BrokenRecordError: if the image cannot be read.
@@ -39,10 +39,10 @@ class TokenizerViews(ImageSourceSamples):
 
 
 def build_streams(config: RunConfig, split: Split) -> dict[str, Stream]:
-    """Opens the images of a split: with augmentation for training, with center crops for validation.
+    """Opens the images of a split; training images are augmented, validation images are cropped at the center.
 
     Raises:
-        ConfigError: if files are missing or cannot be read.
+        ConfigError: if a file is missing or cannot be read.
     """
     images, size = config.data.images, config.tokenizers.visual.image_size
     if split == "train":
@@ -52,10 +52,10 @@ def build_streams(config: RunConfig, split: Split) -> dict[str, Stream]:
 
 
 def open_views(config: RunConfig, sources: Sequence[SourceConfig], views: ViewTransform) -> Stream:
-    """Opens sources of images as one stream; captions of image-text pairs are ignored.
+    """Opens several sources of images as one stream; captions of image-text pairs are ignored.
 
     Raises:
-        ConfigError: if files are missing or cannot be read.
+        ConfigError: if a file is missing or cannot be read.
     """
     check_no_file_twice(sources)
     files, cache_dir = OpenFiles(config.data.max_open_files), config.data.cache_dir

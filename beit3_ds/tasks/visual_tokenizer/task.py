@@ -1,4 +1,4 @@
-"""Implements the task that trains the visual tokenizer, with two loss terms (BEiT v2, section 2.2)."""
+"""Implements training of the visual tokenizer with two loss terms (BEiT v2, section 2.2)."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ _USAGE_IMAGES = 1024  # training images whose codes are counted at the end
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRankTask(RankTask):
-    """Implements the tokenizer's training on one rank, with the teacher and the rank's opened samples."""
+    """Training of the visual tokenizer on one rank, with the teacher and the opened samples."""
 
     run_config: RunConfig
     """Configuration of the run."""
@@ -44,12 +44,12 @@ class TokenizerRankTask(RankTask):
     teacher: Teacher
     """Network or image descriptor whose features the tokenizer learns to reconstruct."""
     teacher_description: str
-    """Description of the teacher for people."""
+    """Human-readable description of the teacher."""
     counter: CodeCounter
-    """Counts the codes of all ranks since the last report."""
+    """Counts the codes of all ranks since the last progress report."""
 
     def start(self, mesh: Mesh, device: torch.device) -> None:
-        """Moves the teacher and the counts to the device."""
+        """Moves the teacher and the code counts to the device."""
         self.teacher.to(device)
         self.counter.to(device)
 
@@ -61,9 +61,10 @@ class TokenizerRankTask(RankTask):
         return with_teacher_features(dataclasses.replace(batch, pixels=pixels, colors=None), self._features(pixels))
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Computes the mean of the teacher's features before step 0, and initialises the codebook.
+        """Before step 0, computes the mean of the teacher's features; before the first quantized step, builds the
+        codebook.
 
-        The codebook is initialised before step `continuous_steps`, the first step with quantization.
+        The first quantized step is step `continuous_steps`.
         """
         model = _tokenizer(evaluator)
         model.is_quantized = step >= self.continuous_steps
@@ -80,7 +81,10 @@ class TokenizerRankTask(RankTask):
         _tokenizer(evaluator).is_quantized = done > self.continuous_steps
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
-        """Updates the codebook from the vectors of the whole step on all ranks; a skipped step leaves it unchanged."""
+        """Updates the codebook from the vectors of a whole step; the data-parallel ranks sum the codebook's totals.
+
+        A skipped step leaves the codebook unchanged.
+        """
         model = _tokenizer(evaluator)
         quantizer = model.quantize
         if is_skipped or not model.is_quantized:
@@ -91,7 +95,7 @@ class TokenizerRankTask(RankTask):
         quantizer.move_codes()
 
     def figures(self) -> Figures:
-        """Returns how evenly the codes were used since the last report, and resets the counts."""
+        """Returns the usage of codes since the last progress report, and resets the counts."""
         if not self.counter.has_codes:
             return Figures(lines=["codes: none yet, the decoder gets the encoder's vectors"])
         usage = self.counter.usage()
@@ -104,8 +108,8 @@ class TokenizerRankTask(RankTask):
         """Writes the tokenizer, its recipe and a picture of its codes.
 
         Returns:
-            Entries for the run's summary, by name: the written files, and the usage of codes on training images. Only
-            the main rank returns them; other ranks return an empty dictionary.
+            Entries for the run's summary, by name: the written files, and the usage of codes on training images. Empty
+            on all ranks except the main rank.
         """
         visual, total_steps = self.run_config.tokenizers.visual, self.run_config.training.total_steps
         num_steps = -(-_USAGE_IMAGES // self.run_config.data.images.samples_per_step)
@@ -128,13 +132,13 @@ class TokenizerRankTask(RankTask):
             return self.teacher(pixels)
 
     def _read(self, steps: range) -> Iterator[StepBatch]:
-        """Yields this rank's share of some steps; a broken record leaves its slot empty."""
+        """Yields this rank's samples of some steps; broken records are left out."""
         assert self.dataset is not None, "every rank reads"
         yield from map(self.dataset.prepare, steps)
 
 
 class VisualTokenizerTask(Task):
-    """Trains the visual tokenizer to reconstruct a teacher's features from codes."""
+    """Training of the visual tokenizer, which reconstructs a teacher's features from codes (BEiT v2, section 2.2)."""
 
     Settings = VisualTokenizerSettings
     settings: VisualTokenizerSettings
@@ -144,10 +148,10 @@ class VisualTokenizerTask(Task):
     )
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks the run's configuration for the keys that the task needs and the keys that it does not support.
+        """Checks that the configuration has the keys that this task needs and no keys that it does not support.
 
         Raises:
-            ConfigError: if the run lacks a needed key, or has a key without meaning for the tokenizer.
+            ConfigError: if a needed key is missing, an unsupported key is present, or `continuous_steps` is too large.
         """
         super().__init__(config)
         _check_sections(config)
@@ -160,14 +164,14 @@ class VisualTokenizerTask(Task):
         self._teacher: Teacher | None = None
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the recipe of the tokenizer without its training images, which may change when a run resumes."""
+        """Returns the tokenizer's recipe without its training images, which may change when a run is resumed."""
         return {key: value for key, value in self._recipe().items() if key != "images.train"}
 
     def find_result(self) -> str | None:
-        """Returns one line about the tokenizer's file if the file exists and has this run's recipe, else None.
+        """Returns one line about the tokenizer's file if it exists and has this run's recipe; otherwise None.
 
         Raises:
-            ConfigError: if the file belongs to another recipe, or is no tokenizer.
+            ConfigError: if the file has another recipe, or is not a tokenizer.
         """
         path = self.config.tokenizers.visual.path
         if not is_trained(_SECTION, path, self._recipe(), lambda: _read_known(path)):
@@ -176,7 +180,7 @@ class VisualTokenizerTask(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the terms: distance of the reconstruction from the teacher's features, and commitment."""
+        """Returns the two loss terms: distance from the teacher's features, and commitment."""
         weight = self.settings.commitment_weight
         return (
             Term("feature_distance", "images", "reconstruction of the teacher's features", 1.0, "1 - cosine"),
@@ -184,14 +188,14 @@ class VisualTokenizerTask(Task):
         )
 
     def build_head(self, model: Any, tensor: Any) -> Head:
-        """Raises an error: the tokenizer is no head of BEiT-3, and `build_model` builds it."""
+        """Raises an AssertionError, because the tokenizer is not a head of BEiT-3; `build_model` builds it."""
         raise AssertionError("the visual tokenizer has no head on BEiT-3")
 
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:
         """Builds the tokenizer's networks.
 
-        On the meta device, which is used to plan sizes, a pretrained teacher is not loaded, and `hidden_size` is used
-        as its number of features.
+        On the meta device, which is used for planning, a pretrained teacher is not loaded. The number of its features
+        is then assumed to be `hidden_size`.
         """
         visual = self.config.tokenizers.visual
         is_planned = torch.get_default_device().type == "meta" and self._teacher is None
@@ -202,12 +206,15 @@ class VisualTokenizerTask(Task):
         return model
 
     def training_flops(self, batch: PackedBatch) -> float:
-        """Returns the floating-point operations of encoder and decoder, forward and backward (3 x forward)."""
+        """Returns the floating-point operations of encoder and decoder per micro-batch, forward and backward.
+
+        Backward counts as 2 x forward, and a multiply-add counts as 2.
+        """
         width = _planned_width(self.settings, self.config) if self._teacher is None else self._teacher.width
         return 3 * forward_flops(self.config.tokenizers.visual, width, batch.num_images)
 
     def describe_architecture(self) -> str:
-        """Returns one line with the tokenizer's sizes: blocks, hidden size, image patches and codes."""
+        """Returns one line with the tokenizer's number of blocks, hidden size, image patches and codes."""
         visual = self.config.tokenizers.visual
         return (
             f"visual tokenizer, {visual.num_layers} + {visual.decoder_layers} blocks x {visual.hidden_size}, "
@@ -275,7 +282,7 @@ def _planned_width(settings: VisualTokenizerSettings, config: RunConfig) -> int:
 
 
 def _read_known(path: str) -> Recipe:
-    """Reads the architecture from the tokenizer's own file, because imported tokenizers have no file with a recipe."""
+    """Reads the architecture from a tokenizer's own file, because imported tokenizers have no recipe file."""
     trained = load_visual_tokenizer(path).config
     return {name: getattr(trained, name) for name in ("image_size", "patch_size", "codebook_size")}
 
@@ -287,7 +294,9 @@ def _tokenizer(evaluator: Evaluator) -> TokenizerModel:
 
 
 def _vectors(evaluator: Evaluator, steps: Iterable[StepBatch]) -> Iterator[Tensor]:
-    """Yields the vectors of each micro-batch, (images, patches, width), in evaluation mode; all ranks call it."""
+    """Yields the encoder's vectors of each micro-batch, (images, patches, width), in evaluation mode; all ranks call
+    it.
+    """
     batches = (batch for step in steps for batch in step.micro_batches)
     for _, vectors in evaluator.predict(batches):
         yield vectors
