@@ -1,11 +1,11 @@
-"""Packs a folder with which a GPU machine without network tests and measures this project.
+"""Packs a folder to test and measure this project on a GPU machine without network access.
 
     python -m beit3_ds.benchmarks.bundle OUT                         # for this Python, torch and Triton
     python -m beit3_ds.benchmarks.bundle OUT --architecture sm_80
 
-The folder has the committed tree, wheels of the packages that such a machine may lack, and a Triton cache with the
-kernels that `beit3 certify` launches. There, `OUT/certify --minutes 10` runs without network. Pack with the Python,
-torch and Triton of that machine: the keys of the cache name the version of Triton, and wheels fit one Python.
+The folder contains the committed source tree, wheels of packages that the GPU machine may lack, and a Triton cache with
+the compiled kernels of `beit3 certify`. On the GPU machine, run `OUT/certify --minutes 10`. Pack with the same versions
+of Python, torch and Triton as on the GPU machine: cache keys depend on Triton's version, and wheels on Python's.
 """
 
 import argparse
@@ -25,10 +25,10 @@ PACKAGES = (
     *("deepspeed", "hjson", "ninja", "py-cpuinfo", "einops", "msgpack", "pydantic", "pydantic-core"),
     *("annotated-types", "typing-inspection", "zstandard", "webdataset", "braceexpand"),
 )
-"""Packages that a machine with PyTorch may lack: DeepSpeed, what it imports besides PyTorch's packages, and formats."""
+"""Packages that a machine with PyTorch may lack: DeepSpeed, its dependencies except PyTorch's own, and data formats."""
 
 MAX_BYTES = 60 * 2**20
-"""Maximum size of a bundle."""
+"""Maximum size of a bundle in bytes."""
 
 _ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 _SCRIPT = """#!/usr/bin/env bash
@@ -47,22 +47,22 @@ exec "$python" -m beit3_ds.cli.main certify --out "$here/certificate" "$@"
 """
 
 Fetch = Callable[[Sequence[str], Path], None]
-"""Type of a function that stores wheels of requirements in a folder."""
+"""Type of a function that downloads wheels: the arguments are requirements, and the folder for the wheels."""
 FillCache = Callable[[Path, Path, int], None]
-"""Type of a function that fills a Triton cache, given the tree, the cache, and an architecture."""
+"""Type of a function that fills a Triton cache: the arguments are source tree, cache folder and GPU architecture."""
 
 
 def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillCache) -> int:
-    """Packs the bundle and returns its size in bytes.
+    """Packs a bundle and returns its size in bytes.
 
     Args:
-        folder: new folder of the bundle.
-        architecture: architecture of the GPU, 80, 90 or 100.
-        fetch: stores the wheels.
+        folder: folder to create for the bundle.
+        architecture: compute capability of the GPU: 80, 90 or 100.
+        fetch: downloads the wheels.
         fill_cache: fills the Triton cache.
 
     Raises:
-        ConfigError: if the folder exists, this is not a clone, or the bundle would exceed `MAX_BYTES`.
+        ConfigError: if the folder exists, this project is not a git clone, or the bundle is larger than `MAX_BYTES`.
     """
     if folder.exists():
         raise ConfigError(f"bundle: {folder} exists. Name a new folder.")
@@ -88,14 +88,14 @@ def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillC
 
 
 def pinned(constraints: Path) -> list[str]:
-    """Returns the requirements of `PACKAGES` with the tested versions, e.g. ["deepspeed==0.19.8", ...]."""
+    """Returns the requirements of `PACKAGES` with the tested versions, for example ["deepspeed==0.19.8", ...]."""
     lines = constraints.read_text(encoding="utf-8").splitlines()
     versions = {re.split("==", line)[0].lower().replace("_", "-"): line for line in lines if "==" in line}
     return [versions[name] for name in PACKAGES]
 
 
 def download(requirements: Sequence[str], folder: Path) -> None:
-    """Downloads wheels for this Python with pip; builds a wheel where there is only a source archive.
+    """Downloads wheels for this Python with pip, and builds a wheel if pip finds only a source archive.
 
     Raises:
         ConfigError: if pip fails.
@@ -106,7 +106,12 @@ def download(requirements: Sequence[str], folder: Path) -> None:
 
 
 def compile_certificate(tree: Path, cache: Path, architecture: int) -> None:
-    """Fills a cache by a dry run of the tree's `beit3 certify`, and stores of each kernel only what a GPU needs.
+    """Fills a Triton cache through a dry run of `beit3 certify` in a source tree; stores only what a GPU needs to run.
+
+    Args:
+        tree: source tree of this project.
+        cache: folder of the Triton cache.
+        architecture: compute capability of the GPU: 80, 90 or 100.
 
     Raises:
         ConfigError: if the dry run fails.
@@ -131,7 +136,7 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Packs a bundle; returns 2 after a line about a mistake that the user can fix."""
+    """Packs a bundle. Returns the exit status: 0, or 2 after the message about a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--architecture", choices=_ARCHITECTURES, default="sm_90", help="default: sm_90 (H100, H200)")

@@ -1,4 +1,4 @@
-"""Describes the shapes of a micro-batch of the paper's mix: sequence lengths and numbers of masked positions."""
+"""Describes a micro-batch of the paper's mix of images, pairs and texts: sequence lengths and numbers of masked tokens."""
 
 from typing import NamedTuple
 
@@ -10,32 +10,35 @@ from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
 class Mix(NamedTuple):
-    """Lists the sequence lengths of a micro-batch with equal numbers of images, pairs and texts, in packed order."""
+    """Holds the sequence lengths of a micro-batch with equal numbers of images, image-text pairs and texts.
+
+    The packed order is: images, images of the pairs, captions of the pairs, texts.
+    """
 
     samples: int
-    """Number of images, which is also the number of pairs and of texts."""
+    """Number of images, equal to the number of pairs and to the number of texts."""
     image_length: int
-    """Number of rows per image."""
+    """Rows per image."""
     caption_lengths: tuple[int, ...]
-    """Number of rows of every caption."""
+    """Rows of each caption."""
     text_lengths: tuple[int, ...]
-    """Number of rows of every text."""
+    """Rows of each text."""
 
     @property
     def boundaries(self) -> tuple[int, int, int, int]:
-        """Returns four row numbers, at which the images, the pairs' images, the captions and the texts end."""
+        """Returns four row numbers: the ends of the images, of the pairs' images, of the captions and of the texts."""
         a = self.samples * self.image_length
         c = 2 * a + sum(self.caption_lengths)
         return a, 2 * a, c, c + sum(self.text_lengths)
 
     @property
     def num_rows(self) -> int:
-        """Returns the number of packed rows, T."""
+        """Returns the number of packed rows T."""
         return self.boundaries[3]
 
     @property
     def ranges(self) -> Ranges:
-        """Returns the row ranges of every sequence: one for an image or a text, two for a pair."""
+        """Returns the row ranges of each sequence: one range for an image or a text, two ranges for a pair."""
         _, b, c, _ = self.boundaries
         images = [(i * self.image_length, (i + 1) * self.image_length) for i in range(2 * self.samples)]
         captions, texts = _consecutive(b, self.caption_lengths), _consecutive(c, self.text_lengths)
@@ -44,26 +47,28 @@ class Mix(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Returns the number of rows of every sequence."""
+        """Returns the number of rows of each sequence."""
         return tuple(sum(stop - start for start, stop in ranges) for ranges in self.ranges)
 
     @property
     def num_masked_tokens(self) -> int:
-        """Returns the number of masked tokens: 15% of the texts' and half of the captions' (paper, section 2.2)."""
+        """Returns the number of masked tokens: 15% of all text tokens plus 50% of all caption tokens (paper, section
+        2.2).
+        """
         return round(0.15 * sum(self.text_lengths) + 0.5 * sum(self.caption_lengths))
 
     def describe(self) -> str:
-        """Returns the numbers of samples and rows as text for a table, e.g. "4+4+4 T=2106"."""
+        """Returns the numbers of images, pairs, texts and rows for a table, for example "4+4+4 T=2106"."""
         return f"{self.samples}+{self.samples}+{self.samples} T={self.num_rows}"
 
 
 def draw_mix(size: str, samples: int, seed: int = 0) -> Mix:
-    """Returns a mix of images at 224 px with captions and texts of the lengths that `step.batches` draws.
+    """Draws a mix of images at 224 px with captions and texts of random lengths, distributed as in `step.batches`.
 
     Args:
-        size: a name in MODEL_SIZES.
-        samples: number of images, of pairs and of texts.
-        seed: seed of the lengths.
+        size: model size, a key of MODEL_SIZES.
+        samples: number of images, equal to the number of pairs and to the number of texts.
+        seed: seed for the random lengths.
     """
     rng = np.random.default_rng(seed)
     laws = (CAPTION_TOKENS, 64), (TEXT_TOKENS, 128)  # a run's default limits

@@ -1,4 +1,4 @@
-"""Reads the peak memory of a process, as counted by the Linux kernel."""
+"""Reads the peak memory of a process as the Linux kernel counts it."""
 
 import runpy
 import sys
@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def peak_bytes() -> int:
-    """Returns this process's peak resident bytes, mapped files included, since its start or `reset_peak`."""
+    """Returns the peak resident bytes of this process since its start or the last `reset_peak`; includes mapped files."""
     return status_bytes("self", "VmHWM")
 
 
 def reset_peak() -> None:
-    """Resets the peak that the kernel counts for this process to its current resident size."""
+    """Resets this process's peak memory in the kernel to the current resident size."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def status_bytes(pid: int | str, field: str) -> int:
-    """Returns a size, such as "VmHWM", from a process's status file in bytes; 0 if the process has ended."""
+    """Returns a size field of a process's status file, such as "VmHWM", in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -25,7 +25,7 @@ def status_bytes(pid: int | str, field: str) -> int:
 
 
 def main(result_path: str, module: str, *arguments: str) -> None:
-    """Runs a module as `python -m` does and writes its peak memory in bytes to a file."""
+    """Runs a module like `python -m`, and writes the peak memory in bytes to a file."""
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,7 +1,7 @@
-"""Measures the error of bf16 gradients with bf16 or float32 residual streams and gradient sums.
+"""Measures the error of bf16 gradients, with the residual stream and the gradient sums in bf16 or float32.
 
-Each row of the table is one way to compute the gradients of a step. Its error is the 2-norm error of all gradients
-together, relative to float64 gradients of the same weights.
+Each row of the table is one combination of these two dtypes. The error is the 2-norm of the error of all gradients,
+relative to the float64 gradients of the same weights.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ _PATHS = tuple((stream, sums) for stream in ("bf16", "fp32") for sums in ("bf16"
 
 
 class GradientError(NamedTuple):
-    """Holds the error of one way to compute a step's gradients."""
+    """Holds the gradient error of one combination of dtypes."""
 
     stream: str
     """dtype of the residual stream: "bf16" or "fp32"."""
     sums: str
-    """dtype in which the gradients of micro-batches are summed: "bf16" or "fp32"."""
+    """dtype of the sums of gradients over micro-batches: "bf16" or "fp32"."""
     error: float
-    """2-norm error relative to float64 gradients."""
+    """2-norm of the error of all gradients, relative to the float64 gradients."""
 
 
 def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
-    """Measures the error for every combination of dtypes of stream and sums, and returns a table.
+    """Measures the gradient error for each combination of dtypes of residual stream and gradient sums; returns a table.
 
     Args:
         num_layers: number of blocks of the model.
-        width: width of the stream; the FFN is four times as wide.
+        width: hidden size of the model; the FFN is four times as wide.
         micro_batches: micro-batches per step, each with one image, one pair and one text.
     """
     rows = measure_precision(num_layers, width, micro_batches)
@@ -46,7 +46,10 @@ def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
 
 
 def measure_precision(num_layers: int, width: int, micro_batches: int) -> list[GradientError]:
-    """Measures every combination of dtypes of stream and sums on the CPU, with the same weights and batches."""
+    """Measures the gradient error for each combination of dtypes of residual stream and gradient sums, on the CPU.
+
+    All combinations use the same weights and batches.
+    """
     config = _narrow_config(num_layers, width)
     weights = PretrainingModel(config.model)
     initialize_parameters(weights, config.model, seed=1)

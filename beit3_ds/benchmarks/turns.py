@@ -1,7 +1,7 @@
-"""Runs the implementations of a comparison (the sides) as processes that compute one at a time, in turn.
+"""Runs each implementation of a comparison (a *side*) in its own process; the sides compute one at a time, in turn.
 
-A process reads the number of a batch from each line of its standard input, and answers with a line of JSON on a pipe of
-its own, because libraries print to standard output.
+The process reads one batch number per line from standard input. It answers with one line of JSON per batch on a
+separate pipe, because libraries print to standard output.
 """
 
 import json
@@ -19,19 +19,19 @@ import torch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
 
 Turn = tuple[Callable[[], float], dict[str, Any]]
-"""Function to time, which returns the loss or another number, and facts about its batch, by name."""
+"""Function to time, and facts about its batch by name. The function returns the loss or another number."""
 
 
 class TurnProcess:
-    """Controls a process that computes one turn per request, with the same number of threads as this process."""
+    """Controls the process of one side, which computes one turn per request; uses as many threads as this process."""
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:
-        """Starts the process, which writes its answers into a pipe.
+        """Starts the process of one side and opens a pipe for the answers.
 
         Args:
             side: name of the side, for messages.
             module: module to run, which calls `serve_turns`.
-            arguments: first arguments of the module; the pipe's file descriptor follows them.
+            arguments: arguments of the module. The file descriptor of the pipe is appended as the last argument.
         """
         self.side = side
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
@@ -50,10 +50,10 @@ class TurnProcess:
         self.answers = os.fdopen(reading)
 
     def take_turn(self, number: int) -> dict[str, Any]:
-        """Lets the process compute batch `number` and returns its figures.
+        """Requests one turn with batch `number`, and returns the measured figures.
 
         Raises:
-            RuntimeError: if the process ended; the message has its last output.
+            RuntimeError: if the process has ended; the message contains its last output.
         """
         assert self.process.stdin is not None
         try:
@@ -70,14 +70,14 @@ class TurnProcess:
         return figures
 
     def stop(self) -> None:
-        """Kills the process and closes its pipes."""
+        """Kills the process and closes the pipes."""
         self.process.kill()
         self.process.communicate()
         self.answers.close()
         self.log.close()
 
     def __enter__(self) -> Self:
-        """Returns this object; `__exit__` stops its process."""
+        """Returns this object; the process ends with the block."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,16 +86,16 @@ class TurnProcess:
 
 
 def serve_turns(prepare: Callable[[int], Turn], orders: Iterable[str], answers: TextIO) -> None:
-    """Computes one turn for every batch number that it reads, and answers with the turn's figures.
+    """Computes one turn for each batch number in `orders`, and writes the measured figures to `answers`.
 
-    `seconds` is wall time, and `cpu_seconds` is the CPU time of all threads. `page_faults` counts page faults that read
-    nothing from a disk. `peak_bytes` is the peak memory since the start, of the process or of torch's allocator on a
-    GPU.
+    Figures: `seconds` is wall time. `cpu_seconds` is the CPU time of all threads. `page_faults` counts page faults
+    without a disk read. `peak_bytes` is the peak memory since the start: of torch's allocator on a GPU, otherwise of
+    the process.
 
     Args:
-        prepare: builds a batch, outside the measured time, and returns its turn.
-        orders: lines with the number of a batch, one per turn.
-        answers: receives the figures, one line of JSON per turn.
+        prepare: builds a batch and returns the turn; called outside the measured time.
+        orders: lines with one batch number each.
+        answers: stream for the figures, one line of JSON per turn.
     """
     for order in orders:
         turn, facts = prepare(int(order))
@@ -114,7 +114,7 @@ def serve_turns(prepare: Callable[[int], Turn], orders: Iterable[str], answers: 
 
 
 def device_of_turns() -> torch.device:
-    """Returns the GPU if there is one, otherwise the CPU."""
+    """Returns the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Compares saving, loading and exporting with DeepSpeed's own checkpoints and its `zero_to_fp32`."""
+"""Compares saving, loading and exporting of checkpoints with DeepSpeed's checkpoints and `zero_to_fp32`."""
 
 import json
 import os
@@ -32,19 +32,19 @@ def benchmark_checkpoint(
 ) -> str:
     """Measures saving, loading and exporting with this project and with DeepSpeed in turn, and returns a report.
 
-    The ranks hold the state under ZeRO-3 in bfloat16; no step is trained. Every operation starts with earlier writes on
-    the disk and freed memory returned to the system. Files to load are not in the page cache; files to export are. Peak
-    memory is the sum of the ranks' VmHWM, torch included. "states" in the summary are the bfloat16 parameters and the
-    float32 weights and moments of all ranks.
+    The ranks hold a bfloat16 training state under ZeRO-3; no step is trained. Before each operation, earlier writes are
+    flushed to the disk and freed memory is returned to the system. Files to load are not in the page cache; files to
+    export are. Peak memory is the sum of VmHWM over ranks, including torch. In the summary, "states" means the bfloat16
+    parameters, float32 weights and moments of all ranks.
 
     Args:
-        size: size of the model; None is the largest of `SIZES` that fits memory and disk (`choose_size`).
+        size: model size. None means the largest of `SIZES` that fits into memory and on the disk (`choose_size`).
         ranks: number of processes that hold the state.
-        folder: folder of the benchmark's temporary files; None is the working directory.
-        json_path: file for `rows` and `summary` as JSON.
+        folder: folder for temporary files; None means the working directory.
+        json_path: file for the results (`rows` and `summary`) as JSON.
 
     Raises:
-        ConfigError: if the size does not fit memory and disk, or the JSON file cannot be written.
+        ConfigError: if the size does not fit into memory or on the disk, or the JSON file cannot be written.
     """
     if json_path and not Path(json_path).absolute().parent.is_dir():
         raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")
@@ -66,7 +66,7 @@ def _say(text: str) -> None:
 
 
 def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
-    """Saves a checkpoint, loads it in new processes, and checks that both states are equal."""
+    """Saves a checkpoint, loads it in new processes, and checks that the loaded state equals the saved state."""
     saved = run_ranks(folder, "save", size, _SAVES, ranks)
     _say("saved")
     loaded = run_ranks(folder, "load", size, _LOADS, ranks)
@@ -81,13 +81,13 @@ def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
 
 
 def _join(rows: Sequence[Row]) -> Row:
-    """Merges the rows of all ranks into one row, with the times of the slowest rank and the sum of their memory."""
+    """Merges the rows of all ranks into one row: times of the slowest rank, and the sum of the peak memory."""
     joined = {key: max(row[key] for row in rows) if key.endswith("seconds") else rows[0][key] for key in rows[0]}
     return joined | {"peak_bytes": sum(row["peak_bytes"] for row in rows)}
 
 
 def _measure_exports(folder: Path) -> list[Row]:
-    """Exports both checkpoints in turn; the files must hold equal tensors."""
+    """Exports this project's and DeepSpeed's checkpoint in turn, and checks that the exported tensors are equal."""
     ours, theirs = folder / f"{OURS}.safetensors", folder / "fp32"
     (checkpoint,) = (folder / OURS).glob("step-*")
     programs: dict[str, tuple[Path, Path, Sequence[str]]] = {
@@ -113,7 +113,7 @@ def _measure_exports(folder: Path) -> list[Row]:
 
 
 def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
-    """Returns the time and memory of a module in its own process, and the time until its files are on the disk."""
+    """Runs a module in a process; returns its time and memory, and the time until its files are on the disk."""
     os.sync()
     log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
     start, anonymous = time.perf_counter(), 0
@@ -150,7 +150,7 @@ def _remove(path: Path) -> None:
 
 
 def _read_all(folder: Path) -> None:
-    """Reads all files below a folder, so that they are in the page cache."""
+    """Reads all files below a folder to bring them into the page cache."""
     for path in _files(folder):
         with path.open("rb", buffering=0) as file:
             while file.read(_READ_BYTES):
@@ -168,7 +168,9 @@ def _check_equal(ours: Path, theirs: Path) -> None:
 
 
 def _summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns ratios of medians: DeepSpeed's memory over this project's, and this project's time over DeepSpeed's."""
+    """Returns ratios of medians. Memory ratios are DeepSpeed over this project; time ratios are this project over
+    DeepSpeed.
+    """
     saves = [row for row in rows if row["operation"] == "save" and row["by"] == OURS]
     blocking = statistics.median(row["seconds"] for row in saves)
     later = [row["held_up_seconds"] for row in saves if not row["is_first"]] or [saves[0]["held_up_seconds"]]
@@ -234,8 +236,9 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
 
 
 def _peak(rows: Sequence[Row]) -> float:
-    """Returns the median peak bytes of an operation; DeepSpeed's later saves include this project's copy and do not
-    count."""
+    """Returns the median peak bytes of an operation. Of DeepSpeed's saves only the first counts, because later ones
+    include this project's copy of the state.
+    """
     if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
         return float(rows[0]["peak_bytes"])
     return statistics.median(row["peak_bytes"] for row in rows)

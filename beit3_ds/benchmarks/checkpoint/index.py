@@ -1,6 +1,6 @@
-"""Measures the main rank's work on the index of a checkpoint that many ranks wrote.
+"""Measures the main rank's work on the index of a checkpoint that many ranks have written.
 
-Everything runs in one process: the ranks are synthetic, and their files of weights and moments are empty.
+The measurement runs in one process. The ranks are synthetic, and their weight and moment files are empty.
 """
 
 import json
@@ -31,7 +31,7 @@ _EMPTY = WrittenFile(0, "0" * 64)
 
 
 class _Clock:
-    """Collects the CPU seconds of `with` blocks by name."""
+    """Measures the CPU seconds of `with` blocks, and collects them by name."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
@@ -44,14 +44,14 @@ class _Clock:
 
 
 def benchmark_index(ranks: int = 512, size: str = "giant", json_path: str | None = None) -> str:
-    """Measures the index of a checkpoint under ZeRO-3: its share of a save and of a load. Returns a report.
+    """Measures the work on the index of a ZeRO-3 checkpoint during saving and loading, and returns a report.
 
-    Times are medians of CPU seconds in the main rank. The last saves prune: they delete one checkpoint each.
+    Times are median CPU seconds of the main rank. Only saves that also delete an old checkpoint count.
 
     Args:
         ranks: number of synthetic ranks, all data-parallel.
-        size: size of the model.
-        json_path: file for the figures as JSON.
+        size: model size.
+        json_path: file for the results as JSON.
     """
     plain, clock = [report.to_plain() for report in _build_reports(size, ranks)], _Clock()
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,7 +89,7 @@ def benchmark_index(ranks: int = 512, size: str = "giant", json_path: str | None
 
 
 def _build_reports(size: str, ranks: int) -> list[RankReport]:
-    """Returns the reports of ranks that divide every tensor as ZeRO-3 does."""
+    """Returns the reports of synthetic ranks that divide every tensor like ZeRO-3."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in PretrainingModel(state_config(size, 1).model).named_parameters()}
     reports = []

@@ -1,4 +1,4 @@
-"""Starts the processes of the checkpoint benchmark and collects the results of its ranks."""
+"""Starts the processes of the checkpoint benchmark and collects the results of all ranks."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from typing import Any
 from beit3_ds.cores import count_cores
 
 POLL_SECONDS = 0.01
-"""Time between two looks at a process that runs."""
+"""Seconds between two checks of a running process."""
 
 
 def start_module(log: Path, environment: Mapping[str, str], module: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    """Starts a module as `python -m` does, with its output in a file."""
+    """Starts a module like `python -m`, with the output in a file."""
     with log.open("wb") as file:
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT)
 
 
 def run_ranks(folder: Path, operation: str, size: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
-    """Runs an operation of `ranks.main` in new processes and returns the result of every rank.
+    """Runs an operation of `ranks.main` in new processes and returns the result of each rank.
 
     Raises:
-        RuntimeError: if a rank fails, with the end of its output.
+        RuntimeError: if a rank fails; the message contains the end of the rank's output.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

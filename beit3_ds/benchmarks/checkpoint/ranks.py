@@ -1,4 +1,4 @@
-"""Runs one rank of the checkpoint benchmark: saves or loads a training state with this project and with DeepSpeed."""
+"""Runs one rank of the checkpoint benchmark, which saves or loads a training state with this project and DeepSpeed."""
 
 import ctypes
 import dataclasses
@@ -30,7 +30,7 @@ _TAG = "state"
 
 
 def state_config(size: str, seed: int) -> RunConfig:
-    """Returns the configuration of a bfloat16 run under ZeRO-3 with float32 master weights.
+    """Returns the config of a bfloat16 run under ZeRO-3 with float32 master weights.
 
     Checkpoints of such runs are the usual input of `zero_to_fp32`.
     """
@@ -61,7 +61,7 @@ def state_config(size: str, seed: int) -> RunConfig:
 
 
 class _Rank:
-    """Holds an engine with random weights and nonzero moments, like those of a run after some updates."""
+    """Holds an engine with random weights and nonzero moments, like the engine of a run after some updates."""
 
     def __init__(self, folder: Path, size: str, seed: int) -> None:
         from beit3_ds.runtime.process_group import init_process_group
@@ -86,7 +86,7 @@ class _Rank:
         self.state_bytes = self._count_state_bytes()
 
     def fingerprint(self) -> dict[str, float]:
-        """Returns the sums of this rank's master weights and of each of its moments, by name."""
+        """Returns the sum of this rank's master weights, and the sum of each of its moments, by name."""
         sums = dict.fromkeys(KINDS, 0.0)
         for fragment in self.state.fragments_to_save():
             for kind in KINDS:
@@ -95,7 +95,7 @@ class _Rank:
 
     @contextmanager
     def row(self, operation: str, by: str) -> Iterator[dict[str, Any]]:
-        """Measures the time and memory of a `with` block and yields its row; the block may add values to the row."""
+        """Measures the time and memory of a `with` block and yields the row of results; the block may add values."""
         self.mesh.barrier()
         if self.mesh.is_main:
             os.sync()
@@ -112,7 +112,7 @@ class _Rank:
         self.rows.append(row)
 
     def _count_state_bytes(self) -> int:
-        """Returns the bytes of this rank's parameters, float32 weights and moments."""
+        """Returns the bytes of this rank's share of the parameters, float32 weights and moments."""
         tensors = [parameter.ds_tensor for parameter in self.engine.module.parameters()]
         for fragment in self.state.fragments_to_save():
             tensors += [fragment.values(kind) for kind in KINDS]
@@ -124,9 +124,9 @@ class _Rank:
 
 
 def save(rank: _Rank, rounds: int) -> None:
-    """Saves with DeepSpeed and then with this project, in every round.
+    """Saves in each round first with DeepSpeed and then with this project.
 
-    So in the first round DeepSpeed saves before this project's copy of the state takes memory.
+    So DeepSpeed's first save happens before this project's copy of the state takes memory.
     """
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:
@@ -151,7 +151,7 @@ def save(rank: _Rank, rounds: int) -> None:
 
 
 def load(rank: _Rank, rounds: int) -> None:
-    """Loads with this project and then with DeepSpeed, in every round, from files that are not in the page cache."""
+    """Loads in each round first with this project and then with DeepSpeed; the files are not in the page cache."""
     for _ in range(rounds):
         for by, work in ((OURS, _load_ours), (THEIRS, _load_theirs)):
             if rank.mesh.is_main:
@@ -177,7 +177,7 @@ def _load_theirs(rank: _Rank) -> Mapping[str, float]:
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Drops the files below a folder from the page cache."""
+    """Removes all files below a folder from the page cache."""
     os.sync()  # only clean pages can be dropped
     for path in folder.rglob("*"):
         if path.is_file():
@@ -187,7 +187,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def main(operation: str, folder: str, size: str, rounds: str, result: str) -> None:
-    """Runs one rank and writes its rows and the state's fingerprint to a file."""
+    """Runs one rank, and writes the rows of results and the fingerprint of the state to a file."""
     operations: dict[str, tuple[Callable[[_Rank, int], None], int]] = {"save": (save, 1), "load": (load, 2)}
     work, seed = operations[operation]
     start, library_bytes = time.perf_counter(), peak_bytes()

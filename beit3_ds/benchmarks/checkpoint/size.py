@@ -1,4 +1,4 @@
-"""Chooses the size of the benchmarked model by the memory that smaller models were measured to need."""
+"""Chooses the model size for the checkpoint benchmark from the measured memory of smaller models."""
 
 import shutil
 import sys
@@ -18,13 +18,14 @@ from beit3_ds.tasks.pretraining.model import PretrainingModel
 SIZES = ("tiny", "base", "large", "giant")
 _MEASURED = ("tiny", "base")  # sizes that are run once to predict the memory of larger ones
 _DISK_BYTES = 44
-"""Disk space per parameter: DeepSpeed's checkpoint (12), two checkpoints of this project (24), two exports (8)."""
+"""Bytes on the disk per parameter: DeepSpeed's checkpoint (12), two checkpoints of this project (24), two exports (8).
+"""
 _LEAST_BYTES = 1_500_000_000  # per rank, admits the smallest size, for which nothing is measured
 _CACHE_BYTES = 2_000_000_000  # left for the page cache and other processes
 
 
 class Choice(NamedTuple):
-    """Holds the size of the benchmarked model and why it was chosen."""
+    """Holds the chosen model size, the number of parameters, and the reason for the choice."""
 
     size: str
     num_parameters: int
@@ -32,19 +33,20 @@ class Choice(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """Holds the peak memory of all ranks for a number of parameters."""
+    """Holds the number of parameters of a model, and the measured peak memory of all ranks in bytes."""
 
     num_parameters: int
     num_bytes: int
 
 
 def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
-    """Returns the given size, or the largest that fits.
+    """Returns the given model size, or the largest size that fits into memory and on the disk.
 
-    Runs the sizes of `_MEASURED` that are smaller, and takes memory to be linear in the number of parameters.
+    To predict memory, the function runs the smaller sizes in `_MEASURED`. It assumes that memory is linear in the
+    number of parameters.
 
     Raises:
-        ConfigError: if the size does not fit or is unknown.
+        ConfigError: if the size is unknown or does not fit.
     """
     free = _available_bytes(), shutil.disk_usage(folder).free
     reason = f"{free[0] / 2**30:.1f} GiB of memory and {free[1] / 2**30:.0f} GiB of disk are free"
@@ -68,19 +70,19 @@ def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
 
 
 def predict_bytes(peaks: Sequence[Peak], num_parameters: int) -> int:
-    """Returns the memory of a larger model: the line through the last two peaks, at its number of parameters."""
+    """Returns the memory of a larger model in bytes, by linear extrapolation from the last two measured peaks."""
     (less, low), (more, high) = peaks[-2:]
     return high + (high - low) * (num_parameters - more) // (more - less)
 
 
 def count_parameters(size: str) -> int:
-    """Returns the number of parameters of a model of this size in the `shared` layout."""
+    """Returns the number of parameters of a model size in the `shared` layout."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in PretrainingModel(state_config(size, 1).model).parameters())
 
 
 def _available_bytes() -> int:
-    """Returns the memory that is free on the machine, at most the limit of the container."""
+    """Returns the free memory of the machine in bytes, but at most the limit of the container."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     limit = measure_node().memory
@@ -88,7 +90,9 @@ def _available_bytes() -> int:
 
 
 def _measure_peak(size: str, ranks: int, folder: Path) -> tuple[int, int]:
-    """Saves and loads once; returns the memory of all ranks with the libraries alone, and their peak."""
+    """Saves and loads a model once. Returns the memory of the libraries alone and the peak memory, each summed over
+    ranks.
+    """
     print(f"measuring the memory of {size}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".bench-checkpoint-") as scratch:
         results = [run_ranks(Path(scratch), operation, size, 1, ranks) for operation in ("save", "load")]

@@ -1,1 +1,1 @@
-"""Benchmarks the reading and preparation of data."""
+"""Benchmarks the reading and preparation of training data."""

@@ -1,6 +1,6 @@
-"""Counts file opens and read calls per sample for every format and order, and times the opening of many shards.
+"""Counts file opens and read calls per sample for each data format and order, and times the opening of many shards.
 
-Calls are counted by Python's audit hook and by the kernel (`file_calls`). Files are in the page cache.
+Python's audit hook and the kernel count the calls (`file_calls`). All files are in the page cache.
 """
 
 import io
@@ -36,24 +36,24 @@ _SENTENCES = ("a red bird sits left of two green boats.", "old trees stand in th
 
 @dataclass(frozen=True, kw_only=True)
 class CallCounts:
-    """Holds the numbers of file calls per sample for one data format and one order."""
+    """Holds the file calls per sample of one data format in one order."""
 
     source: str
-    """Data format, and what is read of each sample, e.g. "tar, images"."""
+    """Data format, and the part of each sample that is read, for example "tar, images"."""
     order: str
     """Value of `data.order`: "shuffled" or "shard_sequential"."""
     open_shards: int
-    """Number of shards that may stay open."""
+    """Maximum number of shards that stay open."""
     opens: float
-    """Number of file opens per sample."""
+    """File opens per sample."""
     reads: float
-    """Number of read calls per sample."""
+    """Read calls per sample."""
     kilobytes: float
-    """Kilobytes that the read calls returned per sample."""
+    """Kilobytes per sample that the read calls returned."""
 
 
 def count_calls() -> list[CallCounts]:
-    """Reads every format in both orders, one epoch each, and counts the calls."""
+    """Reads each data format for one epoch in each order, and counts the file calls."""
     with tempfile.TemporaryDirectory() as folder:
         data = _write_corpora(Path(folder))
         return [
@@ -73,7 +73,7 @@ def count_calls() -> list[CallCounts]:
 
 
 def describe_calls(rows: Sequence[CallCounts]) -> str:
-    """Formats the counts as a Markdown table."""
+    """Formats the counts of file calls as a Markdown table."""
     lines = [
         f"Calls per sample, prepared data: {_SHARDS} shards of {_PER_SHARD} samples, one epoch, one process",
         "| format | order | shards that may stay open | opens | reads | kB |",
@@ -87,7 +87,7 @@ def describe_calls(rows: Sequence[CallCounts]) -> str:
 
 
 def time_opening(num_shards: int) -> str:
-    """Measures the time to open `num_shards` small indexed tars, and returns a sentence that states it."""
+    """Measures how long it takes to open `num_shards` small indexed tars, and returns the result as a sentence."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "00000.tar"
         _write_tar(first, 0, 4)
@@ -105,7 +105,7 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes and prepares a text corpus, and image-text pairs in three formats: tars, a folder, COCO's annotations."""
+    """Writes and prepares a text corpus, and image-text pairs as tars, as a folder and with COCO's annotations."""
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

@@ -1,4 +1,4 @@
-"""Counts file calls of this process: opens by Python's audit hook, reads by Linux."""
+"""Counts the file calls of this process: Python's audit hook counts opens, and Linux counts reads."""
 
 import sys
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ _IO = "/proc/self/io"
 
 @dataclass
 class FileCalls:
-    """Counts file calls of this process, over all its threads."""
+    """Holds the numbers of file calls of this process, summed over all threads."""
 
     opens: int = 0
-    """Number of calls of `open` and `os.open`; files that torch maps into memory are not counted."""
+    """Number of calls of `open` and `os.open`, without files that torch maps into memory."""
     reads: int = 0
-    """Number of read system calls (read, pread, readv), which the kernel counts as `syscr`. Mapped files are not
-    counted."""
+    """Number of read system calls (read, pread, readv), from the kernel's counter `syscr`. Reads of mapped files are
+    not counted."""
     num_bytes: int = 0
-    """Number of bytes that the read calls returned, which the kernel counts as `rchar`."""
+    """Number of bytes that the read calls returned, from the kernel's counter `rchar`."""
 
 
 @contextmanager
 def count_file_calls() -> Iterator[FileCalls]:
     """Counts file calls inside a `with` block; the yielded counts are complete after the block.
 
-    Inside the block, only `opens` is up to date. The other counts are those of the whole process in /proc/self/io
-    (Linux).
+    Inside the block, only `opens` is up to date. `reads` and `num_bytes` come from /proc/self/io (Linux), and include
+    all calls of the process during the block.
     """
     calls = FileCalls()
     counting = True
@@ -50,7 +50,7 @@ def count_file_calls() -> Iterator[FileCalls]:
 
 
 def _read_counts() -> tuple[int, int]:
-    """Returns the number of this process's read calls so far, and the number of bytes that they returned."""
+    """Returns the number of this process's read calls so far, and the number of bytes that these calls returned."""
     with open(_IO, encoding="ascii") as file:
         counts = dict(line.split(": ") for line in file.read().splitlines())
     return int(counts["syscr"]), int(counts["rchar"])

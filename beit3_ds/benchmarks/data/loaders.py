@@ -1,8 +1,8 @@
-"""Compares this project's loader with WebDataset and torchvision's ImageFolder on the same JPEGs.
+"""Compares this project's data loader with WebDataset and torchvision's ImageFolder on the same JPEGs.
 
-Speed is in images per CPU second, with one process and one thread each. All loaders decode with Pillow, and make a
-block mask and two views of one jittered, flipped crop. The baselines do so with torchvision's transforms, as BEiT's
-users write them.
+Speed is in images per CPU second. Each loader has one process with one thread. All loaders decode with Pillow, jitter
+the colours, flip and crop, make two views of the crop, and draw a block mask. WebDataset and ImageFolder use
+torchvision's transforms for this, like the code of BEiT's users.
 """
 
 import io
@@ -41,13 +41,13 @@ _ROUNDS = 11
 _RATIOS = {"ratio_webdataset": "webdataset", "ratio_torchvision": "torchvision", "decode_limit_share": "decode alone"}
 
 Batches = Iterator[Any]
-"""Type of an endless iterator; for each item, it prepares `_BATCH` images."""
+"""Type of an endless iterator that prepares `_BATCH` images per item."""
 
 
 def benchmark_data(json_path: str | None = None) -> str:
-    """Measures all loaders in turn and returns a table; also writes its rows and a summary to `json_path`.
+    """Measures all data loaders in turn and returns a table; also writes the results as JSON to `json_path`.
 
-    Ratios are medians over rounds of the ratio within a round, with their 95% interval.
+    Each ratio is the median over rounds of the ratio within a round, with a 95% confidence interval.
 
     Raises:
         ConfigError: if the package webdataset is not installed, or `json_path` cannot be written.
@@ -74,7 +74,7 @@ def benchmark_data(json_path: str | None = None) -> str:
 
 
 def _write_images(folder: Path) -> list[bytes]:
-    """Writes JPEGs twice, as a tar shard and as a folder with one class, and returns the JPEGs."""
+    """Writes random JPEGs as a tar shard and again as a folder with one class; returns the JPEGs."""
     (folder / "class").mkdir()
     jpegs = [_photo(np.random.default_rng(i)) for i in range(_NUM_IMAGES)]
     with tarfile.open(folder / "images.tar", "w") as archive:
@@ -87,7 +87,7 @@ def _write_images(folder: Path) -> list[bytes]:
 
 
 def _photo(rng: np.random.Generator) -> bytes:
-    """Returns a JPEG the size of a photo, made of noise whose contrast falls with its frequency."""
+    """Returns a JPEG with the size of a photo; the contrast of its noise falls with the spatial frequency."""
     pixels = np.full((_HEIGHT, _WIDTH, 3), 128.0)
     for columns, contrast in ((4, 60), (16, 35), (64, 18), (200, 8)):
         noise = rng.normal(128, contrast, (columns * 4 // 5, columns, 3)).clip(0, 255).astype(np.uint8)
@@ -99,7 +99,7 @@ def _photo(rng: np.random.Generator) -> bytes:
 
 
 def _ours(folder: str) -> Batches:
-    """Yields batches of images, prepared as in a training run of this project."""
+    """Yields batches of images that are prepared as in a training run of this project."""
     augmentation = Augmentation(
         image_size=_IMAGE_SIZE,
         tokenizer_image_size=_IMAGE_SIZE,
@@ -123,7 +123,7 @@ def _ours(folder: str) -> Batches:
 
 
 class _BeitTransform:
-    """Prepares an image as BEiT's pretraining does, with torchvision's transforms."""
+    """Prepares an image like BEiT's pretraining, with torchvision's transforms."""
 
     def __init__(self) -> None:
         from torchvision import transforms
@@ -171,7 +171,7 @@ def _image_folder(folder: str) -> Batches:
 
 
 def _decode(jpegs: list[bytes]) -> Batches:
-    """Decodes the images and does nothing else; no loader that decodes the same images can be faster."""
+    """Decodes the images without any other work: an upper limit for the speed of loaders."""
     while True:
         for start in range(0, len(jpegs), _BATCH):
             for jpeg in jpegs[start : start + _BATCH]:
@@ -180,7 +180,7 @@ def _decode(jpegs: list[bytes]) -> Batches:
 
 
 def _measure_in_turn(contestants: dict[str, Batches]) -> dict[str, list[float]]:
-    """Returns the images per CPU second of each loader in every round; a first round warms up and does not count."""
+    """Returns the images per CPU second of each loader in each round, without the first round, which warms up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

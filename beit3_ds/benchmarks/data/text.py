@@ -1,4 +1,4 @@
-"""Measures the preparation of texts: speed against SentencePiece's own batch encoding, and memory on a large corpus."""
+"""Measures the preparation of texts: speed relative to SentencePiece's batch encoding, and memory with a large corpus."""
 
 import json
 import os
@@ -32,14 +32,14 @@ def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: 
     """Measures the preparation of a text corpus and returns a report.
 
     The corpus consists of the sample data's sentences in random order. `beit3 prepare texts` reads, decodes, tokenizes
-    and writes a file, in turn with SentencePiece's batch encoding of the same paragraphs in memory. Speed is in CPU
-    time of one core.
+    and writes a file. In turn, SentencePiece's batch encoding tokenizes the same paragraphs in memory. Speed is
+    measured in CPU time on one core.
 
     Args:
-        num_bytes: size of a second corpus in bytes. The memory during its first 5% is compared with the peak. 0 skips
-            this measurement.
-        processes: number of processes that prepare the second corpus; None takes one per core.
-        json_path: file for `rows` and `summary` as JSON.
+        num_bytes: size in bytes of a second corpus. With it, the peak memory is compared with the memory during the
+            first 5% of the corpus. 0 skips this measurement.
+        processes: number of processes that prepare the second corpus; None means one process per core.
+        json_path: file for the results (`rows` and `summary`) as JSON.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_config = TextTokenizerConfig(path=str(Path(folder) / "text.spm"), vocab_size=4000)
@@ -59,7 +59,7 @@ def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: 
 
 
 def write_corpus(path: Path, num_bytes: int, seed: int = 0) -> None:
-    """Writes a text file of `num_bytes` bytes with the sample data's sentences in random order."""
+    """Writes a text file of `num_bytes` bytes with random sentences of the sample data."""
     sentences = np.array([sentence.encode() for sentence in _sample_sentences()], dtype=object)
     rng = np.random.default_rng(seed)
     with path.open("wb") as file:
@@ -76,7 +76,7 @@ def _sample_sentences() -> Iterator[str]:
 
 
 def _compare_speed(folder: Path, model: str, tokenizer: TextTokenizer) -> list[dict[str, float]]:
-    """Times the preparation and SentencePiece's encoding in turn, in one thread, and returns one row per round."""
+    """Times the preparation and SentencePiece's encoding in turn with one thread; returns one row per round."""
     corpus = folder / "speed.txt"
     write_corpus(corpus, _SPEED_BYTES)
     piece = whole_file(str(corpus))
@@ -124,7 +124,9 @@ def _measure_memory(folder: Path, tokenizer: TextTokenizer, num_bytes: int, proc
 
 
 class _MemorySampler(threading.Thread):
-    """Measures the peak memory of this process and its descendants: in the first 5% of the corpus, and overall."""
+    """Measures the memory of this process and its descendants: the peak in the first 5% of the corpus, and the overall
+    peak.
+    """
 
     def __init__(self, folder: Path, num_bytes: int) -> None:
         super().__init__(daemon=True)
@@ -154,7 +156,7 @@ class _MemorySampler(threading.Thread):
 
 
 def _resident_bytes(pid: int) -> int:
-    """Returns the resident bytes of a process and its descendants; shared pages count for each process."""
+    """Returns the resident bytes of a process and its descendants. Shared pages count once per process."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]

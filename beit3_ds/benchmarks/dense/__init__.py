@@ -1,1 +1,1 @@
-"""Compares detection and segmentation with libraries around the same trunk."""
+"""Compares detection, segmentation and window attention with other implementations."""

@@ -1,4 +1,4 @@
-"""Measures detection, segmentation and window attention beside other implementations, in one process."""
+"""Compares detection, segmentation and window attention with other implementations, in one process."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from beit3_ds.config import ConfigError
 
 
 def benchmark_dense(parts: Sequence[str], rounds: int, json_path: str | None = None) -> str:
-    """Runs comparisons one after the other and returns their figures as text.
+    """Runs the comparisons one after the other and returns the results as text.
 
     Args:
-        parts: keys of `MEASURES`.
-        rounds: measured rounds of each comparison, in which the sides take turns.
-        json_path: file for `rows`, the figures of each part, and `summary`: `ratio_coco_eval`,
-            `ratio_window_attention`, `images_per_second_detection`, `images_per_second_segmentation`, threads and
-            versions.
+        parts: comparisons to run, as keys of `MEASURES`.
+        rounds: measured rounds per comparison. In each round, the implementations run in turn.
+        json_path: file for the results as JSON. `rows` has the figures of each comparison. `summary` has
+            `ratio_coco_eval`, `ratio_window_attention`, `images_per_second_detection`,
+            `images_per_second_segmentation`, threads and versions.
 
     Raises:
-        ConfigError: if the file cannot be written, or a package of a comparison is not installed.
+        ConfigError: if the JSON file cannot be written, or a package for a comparison is not installed.
     """
     if json_path and not Path(json_path).absolute().parent.is_dir():
         raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")
@@ -74,7 +74,7 @@ MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
     "detection": _measure_detection,
     "segmentation": _measure_segmentation,
 }
-"""Functions that run the comparisons for a number of rounds and return their figures, by name."""
+"""Functions that run one comparison each, by name. Each takes a number of rounds and returns the figures."""
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Compares the computation of COCO's average precision with pycocotools, in CPU time of one process."""
+"""Compares this project's computation of COCO average precision with pycocotools, in CPU time of one process."""
 
 import contextlib
 import io
@@ -15,23 +15,23 @@ from beit3_ds.tasks.detection.score import average_precision
 from beit3_ds.tasks.detection.segmentations import import_masks
 
 NUM_IMAGES, DETECTIONS_PER_IMAGE = 150, 49
-"""Size of the comparison: 7,350 detections."""
+"""Default size of the comparison: 150 images with 49 detections each, 7,350 detections in total."""
 
 _HEIGHT, _WIDTH, _NUM_CATEGORIES, _OBJECTS_PER_IMAGE = 480, 640, 80, 7
 _KINDS = ("bbox", "segm")
 
 
 def measure_coco_eval(rounds: int = 3, num_images: int = NUM_IMAGES, seed: int = 0) -> dict[str, Any]:
-    """Times the evaluation of generated boxes and masks with both programs, in turn.
+    """Times the evaluation of generated boxes and masks with this project and with pycocotools in turn.
 
     Args:
-        rounds: number of evaluations with each program; medians are reported.
+        rounds: evaluations per program; the result is the median.
         num_images: number of images, each with 49 detections.
-        seed: seed of the objects and detections.
+        seed: seed of the random objects and detections.
 
     Returns:
-        `ratio_coco_eval` (pycocotools' CPU time for boxes and masks divided by ours), the ratio and both times of each
-        kind, and the largest difference of AP.
+        `ratio_coco_eval`: pycocotools' CPU time for boxes and masks, divided by this project's. Also the ratio and the
+            two times for boxes and for masks, and the largest difference in AP.
 
     Raises:
         ConfigError: if a package is not installed.
@@ -82,7 +82,9 @@ def _official(images: Any, annotations: Any, categories: Categories, entries: An
 def _generate(
     num_images: int, categories: Categories, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Generates ellipses as objects, and detections of which most are moved objects and some are elsewhere."""
+    """Generates ellipses as objects, and detections. Most detections are shifted objects; the others are at random
+    positions.
+    """
     rng, masks = np.random.default_rng(seed), import_masks()
     identifiers = [category.identifier for category in categories]
     images = [{"id": number + 1, "height": _HEIGHT, "width": _WIDTH} for number in range(num_images)]

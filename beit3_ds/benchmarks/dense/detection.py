@@ -1,4 +1,4 @@
-"""Compares steps of the detection head with torchvision's Mask R-CNN around the same trunk, in CPU time."""
+"""Compares this project's detection head with torchvision's Mask R-CNN on the same trunk, in CPU time."""
 
 # B images, T patches of all images, D hidden.
 
@@ -40,19 +40,19 @@ _PROPOSALS, _SAMPLED_BOXES = 200, 128
 
 
 def measure_detection(rounds: int = 3, pixels: int = 256, num_images: int = 2) -> dict[str, Any]:
-    """Times training steps (forward and backward) and inference of both detectors, in turn.
+    """Times training steps (forward and backward) and inference of the two detectors in turn.
 
-    Both have a trunk of 4 layers x 192, the same pyramid, four convolutions per head and equal numbers of proposals.
-    Our head has three box stages, torchvision's one.
+    Each detector has a trunk of 4 layers with width 192, the same pyramid, four convolutions per head and the same
+    number of proposals. This project's head has three box stages, and torchvision's has one.
 
     Args:
-        rounds: measurements of each side; medians are reported.
-        pixels: pixels on a side of the images.
-        num_images: images of a batch.
+        rounds: measurements per detector; the result is the median.
+        pixels: height and width of the images in pixels.
+        num_images: images per batch.
 
     Returns:
-        Images per CPU second by side and use, the trunk's share of our training step, and
-        `images_per_second_detection`, that of our training step.
+        Images per CPU second for training and inference with each detector. `trunk_share_training` is the trunk's share
+        of this project's training step. `images_per_second_detection` is the speed of this project's training step.
     """
     torch.manual_seed(0)
     config = ModelConfig(
@@ -103,7 +103,7 @@ def _draw_sample(number: int, pixels: int) -> DetectionSample:
 
 
 class _Ours:
-    """Holds our detector and its batches."""
+    """Holds this project's detector and the batches for it."""
 
     def __init__(self, config: ModelConfig, samples: list[DetectionSample]) -> None:
         settings = DetectionConfig(
@@ -132,7 +132,7 @@ class _Ours:
 
 
 class _Backbone(nn.Module):
-    """Provides the trunk and the pyramid to torchvision, for images of one size."""
+    """Wraps the trunk and the feature pyramid for torchvision; takes images of one size."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class _Backbone(nn.Module):
 
 
 class _Torchvision:
-    """Holds torchvision's Mask R-CNN with heads of ViTDet's depth, and its batches."""
+    """Holds torchvision's Mask R-CNN, whose heads are as deep as ViTDet's, and the batches for it."""
 
     def __init__(self, config: ModelConfig, samples: list[DetectionSample]) -> None:
         pixels, backbone = config.image_size, _Backbone(config)
@@ -187,7 +187,9 @@ def _pooling(side: int) -> MultiScaleRoIAlign:
 
 
 def _targets(sample: DetectionSample, pixels: int) -> dict[str, Tensor]:
-    """Returns the objects of a sample in torchvision's form, with masks of the whole image; background has label 0."""
+    """Converts the objects of a sample to torchvision's form: masks cover the whole image, and label 0 is the
+    background.
+    """
     assert sample.objects is not None, "a sample for training"
     boxes, labels, _ = sample.objects
     masks = torch.zeros(len(labels), pixels, pixels, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Times segmentation beside transformers' Mask2Former around the same trunk and adapter."""
+"""Compares the speed of this project's segmentation with transformers' Mask2Former on the same trunk and adapter."""
 
 # B images, C classes.
 
@@ -27,22 +27,22 @@ _SEED = 0
 
 
 class SegmentationFigures(NamedTuple):
-    """Holds medians over rounds; a ratio is transformers' time divided by ours in the same round."""
+    """Holds medians over rounds. A ratio is transformers' time divided by this project's time in the same round."""
 
     training_images_per_second: float
-    """Images per second of a training step: forward, loss and backward."""
+    """Images per second of this project's training step: forward, loss and backward."""
     inference_images_per_second: float
-    """Images per second of predicting the class of each pixel."""
+    """Images per second of this project's inference, which predicts the class of each pixel."""
     training_ratio: float
-    """Time of a training step of transformers, divided by ours."""
+    """Transformers' time per training step, divided by this project's time."""
     inference_ratio: float
-    """Time of an inference of transformers, divided by ours."""
+    """Transformers' time per inference, divided by this project's time."""
     trunk_share: float
-    """Share of our training step that the trunk alone takes."""
+    """The trunk's share of the time of this project's training step."""
 
 
 def bench_config() -> tuple[ModelConfig, SegmentationConfig]:
-    """Returns the sizes that are compared: a trunk of 12 x 192 on crops of 256 pixels."""
+    """Returns the configs of the compared model: a trunk of 12 layers with width 192, on crops of 256 pixels."""
     model = ModelConfig(
         num_layers=12,
         hidden_size=192,
@@ -63,17 +63,17 @@ def bench_config() -> tuple[ModelConfig, SegmentationConfig]:
 
 
 def build_model(model: ModelConfig, settings: SegmentationConfig, device: torch.device) -> SegmentationModel:
-    """Builds our model with its initial values."""
+    """Builds this project's segmentation model with initial values."""
     built = SegmentationModel(lambda config, tensor: SegmentationHead(config, tensor, settings), model)
     built.initialize(_SEED)
     return built.to(device)
 
 
 class TransformersModel(nn.Module):
-    """Holds transformers' Mask2Former with the trunk and adapter of one of our models in place of its backbone."""
+    """Contains transformers' Mask2Former with the trunk and adapter of this project's model."""
 
     def __init__(self, ours: SegmentationModel, settings: SegmentationConfig) -> None:
-        """Builds the model; it shares all parameters of the trunk and the adapter with `ours`."""
+        """Builds the model. It shares the parameters of the trunk and the adapter with `ours`."""
         super().__init__()
         parts, config = mask2former_parts(), mask2former_config(settings)
         self.whole = parts.Mask2FormerForUniversalSegmentation(config)
@@ -84,12 +84,14 @@ class TransformersModel(nn.Module):
         pixels.decoder.apply(self.whole._init_weights)
 
     def loss(self, pixels: Tensor, masks: Sequence[Tensor], classes: Sequence[Tensor]) -> Tensor:
-        """Returns transformers' loss of images with target masks and their classes."""
+        """Returns the loss that transformers computes for images with target masks and the classes of these masks."""
         loss: Tensor = self.whole(pixels, mask_labels=list(masks), class_labels=list(classes)).loss
         return loss
 
     def scores(self, pixels: Tensor) -> Tensor:
-        """Returns the score of each class at each pixel, (B, C, height, width), as its image processor does."""
+        """Returns the score of each class at each pixel, (B, C, height, width), computed as in transformers' image
+        processor.
+        """
         found = self.whole(pixels)
         masks = F.interpolate(found.masks_queries_logits, pixels.shape[2:], mode="bilinear", align_corners=False)
         return torch.einsum("bqc,bqhw->bchw", found.class_queries_logits.softmax(-1)[..., :-1], masks.sigmoid())
@@ -105,12 +107,12 @@ class _Encoder(nn.Module):
 
 
 def measure(rounds: int, images: int = 2, device: torch.device | None = None) -> SegmentationFigures:
-    """Times training steps and inferences of both models in turn, after one turn without a clock.
+    """Times training steps and inference of the two models in turn, after one round without measurement.
 
     Args:
-        rounds: number of rounds.
-        images: number of images in a step.
-        device: device to measure on; None uses the CPU.
+        rounds: number of measured rounds.
+        images: images per step.
+        device: device to measure on; None means the CPU.
     """
     device = device or torch.device("cpu")
     config, settings = bench_config()
@@ -154,7 +156,7 @@ def _labelled(pixels: Tensor, labels: Tensor, model: SegmentationModel) -> Packe
 
 
 def _draw_batch(images: int, size: int, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns random pixels, and label maps of 8 x 8 cells of random classes."""
+    """Returns random pixels, and label maps that consist of 8 x 8 cells with random classes."""
     generator = torch.Generator().manual_seed(_SEED)
     pixels = torch.rand(images, 3, size, size, generator=generator) * 2 - 1
     cells = torch.randint(0, num_classes, (images, 8, 8), generator=generator, dtype=torch.uint8)
@@ -173,7 +175,7 @@ def _without_gradient(run: Callable[[], Any]) -> Any:
 
 
 def _time(turn: Callable[[], Any], device: torch.device) -> float:
-    """Returns the seconds of a turn: CPU time on a CPU, otherwise wall time."""
+    """Returns the seconds that a turn takes: CPU time on a CPU, else wall time."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     start = clock()
     turn()

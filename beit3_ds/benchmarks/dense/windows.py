@@ -1,7 +1,7 @@
-"""Compares blocks with windows in the packed order with blocks that pad and partition maps, in CPU time.
+"""Compares window attention in the packed order with blocks that pad and partition feature maps, in CPU time.
 
-The baseline follows detectron2's ViTDet and SAM: all images are padded to the largest map, every block pads the
-normalised map to a multiple of the window size, and padding takes part in all products.
+The baseline follows detectron2's ViTDet and SAM. All images are padded to the largest feature map. Every block pads the
+normalised map to a multiple of the window size, and computes all products also for the padding.
 """
 
 # B images, H and W rows and columns of the padded maps, D hidden, N windows, L patches of a window.
@@ -22,21 +22,23 @@ from beit3_ds.model.dense.canvas import to_canvas
 from beit3_ds.patch_grids import Grids
 
 MIXED_GRIDS: Grids = ((64, 64), (64, 48))
-"""Grids of images of 1024 x 1024 and 1024 x 768 pixels."""
+"""Patch grids (rows, columns) of images of 1024 x 1024 and 1024 x 768 pixels."""
 
 _WINDOW = 14
 
 
 def measure_windows(rounds: int = 5, grids: Grids = MIXED_GRIDS, num_layers: int = 4) -> dict[str, Any]:
-    """Times forward and backward of blocks of width 192 with windows of 14 patches, in turn with the baseline.
+    """Times forward and backward of blocks with width 192 and windows of 14 x 14 patches, in turn with the padded
+    baseline.
 
     Args:
-        rounds: measurements of each side; the ratio is the median of the ratios of the rounds.
-        grids: grid of each image.
+        rounds: measurements per implementation; the ratio is the median over rounds.
+        grids: rows and columns of patches of each image.
         num_layers: number of blocks, all with windows.
 
     Returns:
-        `ratio_window_attention` (the baseline's CPU time divided by ours), and the median CPU seconds of both.
+        `ratio_window_attention`: the baseline's CPU time divided by this project's. Also the median CPU seconds of each
+            implementation.
     """
     model = build_packed(num_layers)
     baseline = PaddedBlocks(model)
@@ -62,7 +64,7 @@ def measure_windows(rounds: int = 5, grids: Grids = MIXED_GRIDS, num_layers: int
 
 
 def build_packed(num_layers: int) -> BEiT3:
-    """Returns a packed model of width 192 with 3 heads whose blocks all have windows."""
+    """Builds this project's model with width 192 and 3 heads, with window attention in all blocks."""
     config = ModelConfig(
         num_layers=num_layers,
         hidden_size=192,
@@ -80,7 +82,7 @@ def build_packed(num_layers: int) -> BEiT3:
 
 
 class PaddedBlocks(nn.Module):
-    """Implements the blocks of a packed model with its weights, on padded maps."""
+    """Implements the blocks of a packed model on padded feature maps, with copies of the model's weights."""
 
     def __init__(self, model: BEiT3) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class PaddedBlocks(nn.Module):
         )
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
-        """Returns the maps after all blocks, (B, H, W, D)."""
+        """Applies all blocks to padded feature maps, (B, H, W, D), and returns maps of the same shape."""
         for block in self.blocks:
             x_BHWD = block(x_BHWD)
         return x_BHWD

@@ -1,1 +1,1 @@
-"""Benchmarks fine-tuning steps and the generation of captions."""
+"""Benchmarks fine-tuning steps and caption generation."""

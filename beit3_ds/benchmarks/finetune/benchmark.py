@@ -1,4 +1,4 @@
-"""Compares fine-tuning steps and caption generation with the reference's own modules on the same samples."""
+"""Compares fine-tuning steps and caption generation with the reference (torchscale's BEiT-3) on the same samples."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from beit3_ds.benchmarks.turns import TurnProcess
 from beit3_ds.config import ConfigError
 
 OURS, REFERENCE, BLIP = "beit3_ds", "torchscale", "blip"
-"""Names of the three implementations that are compared (the sides); BLIP base only generates captions."""
+"""Names of the compared implementations (sides). BLIP base only generates captions."""
 DECODING = "decoding"
-"""Name under which caption generation is listed among the tasks."""
+"""Name of the task that generates captions."""
 DECODED_IMAGES = 16
-"""Number of images per turn of caption generation."""
+"""Number of images per round of caption generation."""
 
 Row = dict[str, dict[str, Any]]
-"""Figures of one round, by name of the side."""
+"""Figures of one round, by implementation and name of the figure."""
 
 
 def benchmark_finetune(
@@ -35,25 +35,26 @@ def benchmark_finetune(
     tasks: Sequence[str] = (*CASES, DECODING),
     json_path: str | None = None,
 ) -> str:
-    """Measures this project and the reference on every task in turn, one batch per round, and returns a report.
+    """Measures this project and the reference on each task in turn, with one batch per round, and returns a report.
 
-    Each side has a process, and one process computes at a time. The sides swap their order every round, and a first
-    round warms up. Ratios are medians over rounds, with their 95% interval. The reference is torchscale's BEiT-3 with
-    heads and beam search as its users write them. On a CPU all sides compute in float32.
+    Each implementation has its own process, and only one process computes at a time. The order alternates between
+    rounds, and a first round warms up. Ratios are medians over rounds with 95% confidence intervals. The reference is
+    torchscale's BEiT-3 with the heads and beam search of microsoft/unilm. On a CPU all implementations compute in
+    float32.
 
     Args:
-        size: size of the model.
+        size: model size.
         samples: samples per training step.
-        rounds: rounds of a training step after the one that warms up; generation has half as many, at least one.
-        image_size: pixels on a side of an image; None takes the size in the reference's recipe of each task.
-        tasks: tasks to measure, of `CASES` and `DECODING`.
-        json_path: file for `rows` by task and `summary` as JSON. `summary.ratio_TASK` is this project's speed divided
-            by the reference's, and `memory_ratio_TASK` its peak memory divided by the reference's. `memory_ratio` is
-            the largest of these in training. `ratio_blip` is this project's speed of generation divided by BLIP base's;
-            None if transformers is not installed.
+        rounds: measured rounds of training. Caption generation has half as many, but at least one.
+        image_size: height and width of images in pixels. None means the size in the reference's recipe for each task.
+        tasks: tasks to measure, from `CASES` and `DECODING`.
+        json_path: file for the results as JSON, with `rows` by task and `summary`. In `summary`, `ratio_TASK` is this
+            project's speed divided by the reference's. `memory_ratio_TASK` is this project's peak memory divided by the
+            reference's. `memory_ratio` is the largest `memory_ratio_TASK` of the training tasks. `ratio_blip` is this
+            project's speed of caption generation divided by BLIP base's, or None without transformers.
 
     Raises:
-        ConfigError: if torchscale is not installed, there is no such size, or the JSON file cannot be written.
+        ConfigError: if torchscale is not installed, the size is unknown, or the JSON file cannot be written.
     """
     for task in CASES:
         case_config(task, size, image_size)

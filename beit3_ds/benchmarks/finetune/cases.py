@@ -1,4 +1,4 @@
-"""Defines what `beit3 bench finetune` measures: the tasks, their models and their batches."""
+"""Defines the tasks of `beit3 bench finetune`, their models and their batches."""
 
 # B samples of a batch, S tokens of all texts, A answers.
 
@@ -22,30 +22,30 @@ from beit3_ds.tasks.retrieval.head import ContrastiveHead
 from beit3_ds.tasks.vqa.head import ANSWER_SCORES, AnswerHead
 
 NUM_ANSWERS = 3129
-"""Number of VQAv2's answers."""
+"""Number of answers in VQAv2."""
 LABEL_SMOOTHING = 0.1
-"""Label smoothing of captioning in the reference's recipe."""
+"""Label smoothing for captioning in the reference's recipe."""
 CAPTION_MASK_RATIO = 0.7
-"""Share of a caption's tokens that are masked in the reference's recipe."""
+"""Share of masked caption tokens in the reference's recipe."""
 BOS, PAD, EOS = 0, 1, 2
-"""Ids of BOS, padding and EOS in the reference's vocabulary."""
+"""Token ids of BOS, padding and EOS in the reference's vocabulary."""
 
 
 class Case(NamedTuple):
-    """Describes a task as the reference fine-tunes it."""
+    """Describes one task and the reference's recipe for it."""
 
     image_size: int
-    """Pixels on a side of an image in the reference's recipe of the base size."""
+    """Height and width of images in pixels, in the reference's recipe for the base size."""
     tokens: tuple[float, float]
-    """Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm."""
+    """Parameters of the log-normal distribution of tokens per text: median, and standard deviation of the logarithm."""
     padded_length: int
-    """Number of tokens to which the reference's code pads texts."""
+    """Number of tokens to which the reference pads each text."""
     inputs: tuple[str, ...]
-    """Kinds of input that the model accepts: "images", "pairs" or "texts"."""
+    """Kinds of input that the model takes: "images", "pairs" or "texts"."""
     final_norm: bool
-    """Whether the reference's model has a final norm."""
+    """Whether the reference's model ends with a LayerNorm."""
     build_head: Callable[..., Head]
-    """Builds the head, given the model's sizes and the tensor-parallel group."""
+    """Function that builds the task's head from the model config and the tensor-parallel group."""
 
 
 CASES = {
@@ -55,35 +55,35 @@ CASES = {
         480, (13, 0.25), 32, ("pairs",), True, functools.partial(CaptionHead, label_smoothing=LABEL_SMOOTHING)
     ),
 }
-"""Tasks by name. VQAv2's questions have about 6 words, COCO's captions about 11."""
+"""Tasks by name. Questions of VQAv2 have about 6 words, and captions of COCO about 11."""
 
 
 class Samples(NamedTuple):
-    """Holds the samples of one batch, before this project packs them or the reference pads them."""
+    """Holds the samples of one batch before packing (this project) or padding (the reference)."""
 
     pixels: Tensor
     """Images, (samples, 3, image_size, image_size) float32."""
     texts: tuple[Tensor, ...]
-    """Token ids of each image's text, BOS and EOS included."""
+    """Token ids of the text of each image, including BOS and EOS."""
     masked: tuple[Tensor, ...]
-    """Positions of the masked tokens in each text, ascending; empty tensors for tasks other than captioning."""
+    """Positions of the masked tokens in each text, in ascending order; empty except in captioning."""
     scores: Tensor
-    """Target score of every answer, (samples, answers) float32; only VQAv2 uses it."""
+    """Target scores of all answers, (samples, answers) float32; used only for VQAv2."""
 
 
 def mask_id(model: ModelConfig) -> int:
-    """Returns the id of the mask token: the reference's vocabulary ends with it and 8 unused rows."""
+    """Returns the token id of the mask: it is followed by 8 unused ids at the end of the reference's vocabulary."""
     return model.text_vocab_size - 9
 
 
 def case_config(task: str, size: str, image_size: int | None = None, **model: Any) -> RunConfig:
-    """Returns the config of a run of a task on one rank in float32, with the released layout.
+    """Returns the run config of a task on one rank in float32, with the parameter layout of the released models.
 
     Args:
         task: a key of `CASES`.
-        size: size of the model.
-        image_size: pixels on a side of an image; None takes the size in the reference's recipe.
-        model: further keys of the section "model".
+        size: model size.
+        image_size: height and width of images in pixels. None means the size in the reference's recipe.
+        model: further keys for the section "model".
     """
     case = CASES[task]
     return step_config(
@@ -92,7 +92,7 @@ def case_config(task: str, size: str, image_size: int | None = None, **model: An
 
 
 def draw_samples(task: str, config: RunConfig, number: int, count: int) -> Samples:
-    """Draws batch `number` with random pixels, ids and scores; every process draws the same values."""
+    """Draws batch `number` with random pixels, token ids and scores. Every process draws the same values."""
     rng, case, model = np.random.default_rng([23, number]), CASES[task], config.model
     pixels = rng.uniform(-1, 1, (count, 3, model.image_size, model.image_size)).astype(np.float32)
     texts, masked = [], []
@@ -108,13 +108,13 @@ def draw_samples(task: str, config: RunConfig, number: int, count: int) -> Sampl
 
 
 def pack_samples(task: str, config: RunConfig, samples: Samples, number: int) -> PackedBatch:
-    """Packs samples as a run of the task does, with the task's targets and random factors of stochastic depth.
+    """Packs samples as in a run of the task, including targets and random factors of stochastic depth.
 
     Args:
         task: a key of `CASES`.
-        config: the run's configuration.
-        samples: the samples.
-        number: number of the batch, from which the random factors are drawn.
+        config: config of the run.
+        samples: samples to pack.
+        number: batch number, which seeds the random factors.
     """
     model, count = config.model, len(samples.texts)
     texts = [ids.numpy() for ids in samples.texts]

@@ -1,7 +1,7 @@
-"""Generates captions with torchscale's BEiT-3 as its users do, and with BLIP of transformers.
+"""Generates captions with torchscale's BEiT-3, as in microsoft/unilm, and with BLIP from transformers.
 
-As in microsoft/unilm's `beit3`, each image is encoded once per beam, and the whole batch is computed until all captions
-are complete.
+As in microsoft/unilm's `beit3`, each image is encoded once per beam. The whole batch is computed until all captions are
+complete.
 """
 
 # I images, B beams, R = I * B captions, V vocabulary.
@@ -19,7 +19,7 @@ _CANDIDATES_PER_BEAM = 3
 
 
 class _Hypotheses:
-    """Keeps the best complete caption of an image."""
+    """Keeps the best complete caption of one image."""
 
     def __init__(self, max_length: int, length_penalty: float) -> None:
         self.best, self.score = [BOS], -float("inf")
@@ -38,14 +38,14 @@ class _Hypotheses:
 def reference_captions(
     model: ReferenceModel, pixels: Tensor, num_beams: int, length_penalty: float, max_length: int
 ) -> list[list[int]]:
-    """Generates captions by beam search, and returns the word ids of the best caption of every image.
+    """Generates captions by beam search, and returns the token ids of the best caption for each image.
 
     Args:
-        model: the reference with a captioning head, in evaluation mode.
+        model: reference model with a captioning head, in evaluation mode.
         pixels: images, (I, 3, image_size, image_size).
         num_beams: beams per image, B.
-        length_penalty: exponent of the length that divides log-probabilities.
-        max_length: maximum number of ids in a caption.
+        length_penalty: exponent of the length; log-probabilities are divided by the length with this exponent.
+        max_length: maximum number of token ids per caption.
     """
     count, device = len(pixels), pixels.device
     state: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(len(model.beit3.encoder.layers))}
@@ -88,8 +88,9 @@ def reference_captions(
 def _next_logits(
     model: ReferenceModel, captions: list[list[int]], images: Tensor | None, state: dict[int, dict[str, Tensor]]
 ) -> Tensor:
-    """Adds the newest word and the mask token of every caption to `state`; returns the next logits, (captions,
-    vocabulary)."""
+    """Adds the newest token and the mask token of each caption to `state`; returns the next logits, (captions,
+    vocabulary).
+    """
     device = next(model.parameters()).device
     tokens = torch.tensor([[caption[-1], model.mask_id] for caption in captions], device=device)
     length, image_rows = len(captions[0]) + 1, model.beit3.vision_embed.num_position_embeddings()
@@ -104,19 +105,19 @@ def _next_logits(
 
 
 def _reorder(state: dict[int, dict[str, Tensor]], rows: Tensor) -> None:
-    """Reduces the cache to the chosen beams, `rows`, and removes the mask token from each."""
+    """Selects the cache entries of the chosen beams, `rows`, and removes the mask token from each entry."""
     for layer in state.values():
         for key, cached in layer.items():
             layer[key] = cached.index_select(0, rows)[:, :, :-1]
 
 
 def has_blip() -> bool:
-    """Returns whether transformers is installed."""
+    """Returns whether transformers, which contains BLIP, is installed."""
     return importlib.util.find_spec("transformers") is not None
 
 
 def build_blip(image_size: int) -> Any:
-    """Builds BLIP base of transformers with random weights (Li et al., 2022, arXiv:2201.12086)."""
+    """Builds transformers' BLIP base with random weights (Li et al., 2022, arXiv:2201.12086)."""
     from transformers import BlipConfig, BlipForConditionalGeneration
 
     torch.manual_seed(0)
@@ -125,5 +126,5 @@ def build_blip(image_size: int) -> Any:
 
 @torch.no_grad()
 def blip_captions(model: Any, pixels: Tensor, num_beams: int, max_length: int) -> None:
-    """Generates captions of the full length with BLIP, for timing only."""
+    """Generates captions of maximum length with BLIP, to measure the time only."""
     model.generate(pixel_values=pixels, num_beams=num_beams, max_length=max_length, min_length=max_length)

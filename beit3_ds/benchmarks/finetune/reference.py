@@ -1,7 +1,7 @@
-"""Fine-tunes torchscale 0.3.0's BEiT-3 as its users do; this is the reference of `beit3 bench finetune`.
+"""Fine-tunes torchscale 0.3.0's BEiT-3 like microsoft/unilm; this is the reference of `beit3 bench finetune`.
 
-Heads, losses, masks and padding follow microsoft/unilm's `beit3`: texts are padded to a fixed length, images and texts
-of retrieval are encoded in two calls, and the last layer computes all rows.
+Heads, losses, masks and padding follow microsoft/unilm's `beit3`. Texts are padded to a fixed length. For retrieval,
+images and texts are encoded in two calls. The last layer computes all rows.
 """
 
 # B samples, S tokens of the longest text, D hidden, M masked tokens, A answers, V vocabulary.
@@ -21,7 +21,7 @@ from beit3_ds.weights.unilm_names import reference_arguments
 
 
 class Pooler(nn.Module):
-    """Computes a pooled feature from the CLS row: LayerNorm, a linear layer and tanh."""
+    """Computes a pooled feature from the CLS row with LayerNorm, a linear layer and tanh."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Pooler(nn.Module):
 
 
 class ReferenceModel(nn.Module):
-    """Joins torchscale's backbone and the head of one task; parameters have the names of the released weights."""
+    """Combines torchscale's backbone with the head of one task; parameters have the names of the released weights."""
 
     def __init__(self, task: str, model: ModelConfig) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ReferenceModel(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, samples: Samples) -> Tensor:
-        """Returns the loss of a batch: the mean over its samples or, for captioning, over its masked tokens."""
+        """Returns the loss of a batch, averaged over samples or, for captioning, over masked tokens."""
         losses: dict[str, Callable[[Samples], Tensor]] = {
             "vqa": self._answer,
             "retrieval": self._match,
@@ -99,9 +99,9 @@ class ReferenceModel(nn.Module):
 
 
 def caption_mask(image_rows: int, length: int, device: torch.device) -> Tensor:
-    """Returns a mask, (rows, rows) int64, that is 1 for keys that a query must not see.
+    """Returns an attention mask for captioning, (rows, rows) int64, with 1 for keys that a query must not see.
 
-    Image rows see the image; words see the image and the words up to themselves.
+    Image rows see all image rows. Text rows see all image rows, themselves and earlier text rows.
     """
     rows = image_rows + length
     seen = torch.zeros(rows, rows, dtype=torch.int64, device=device)
@@ -111,7 +111,7 @@ def caption_mask(image_rows: int, length: int, device: torch.device) -> Tensor:
 
 
 def smoothed_loss(logits_MV: Tensor, target_M: Tensor) -> Tensor:
-    """Returns the mean divergence of predictions from smoothed labels, computed from a full matrix of labels."""
+    """Returns the mean KL divergence between smoothed labels and predictions, computed with a full (M, V) label matrix."""
     vocab_size = logits_MV.shape[1]
     label_MV = torch.zeros_like(logits_MV).scatter(1, target_M[:, None], 1)
     label_MV = label_MV * (1 - LABEL_SMOOTHING) + (1 - label_MV) * LABEL_SMOOTHING / (vocab_size - 1)
@@ -119,7 +119,7 @@ def smoothed_loss(logits_MV: Tensor, target_M: Tensor) -> Tensor:
 
 
 def pad(texts: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Returns the ids padded to `length` tokens, (B, length) int64, and a mask that is True at padding, bool."""
+    """Returns token ids padded to `length` tokens, (B, length) int64, and a bool mask that is True at padding."""
     tokens = pad_sequence(list(texts), batch_first=True, padding_value=PAD)
     tokens = F.pad(tokens, (0, length - tokens.shape[1]), value=PAD)
     lengths = torch.tensor([len(text) for text in texts], device=tokens.device)
@@ -144,7 +144,7 @@ class ReferenceTrainer:
         )
 
     def step(self, samples: Samples) -> float:
-        """Trains one step and returns its loss; computes in float32, on a GPU under autocast to bfloat16."""
+        """Trains one step and returns the loss; computes in float32 on a CPU, and under bfloat16 autocast on a GPU."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self.model(samples)
         loss.backward()

@@ -1,4 +1,4 @@
-"""Runs fine-tuning steps in the same way as a run of this project on one process."""
+"""Runs fine-tuning steps like a run of this project on one process."""
 
 import functools
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
 
 
 def step_loss_of(task: str) -> StepLoss | None:
-    """Returns a task's loss function if its loss compares all samples of a step, otherwise None."""
+    """Returns a task's loss function if the loss compares all samples of a step with each other, else None."""
     return functools.partial(contrastive_sums, mask_duplicates=False) if task == "retrieval" else None
 
 
 def loss_factors(task: str, batch: PackedBatch) -> torch.Tensor:
-    """Returns the factors that multiply the sums of a task's loss terms, for a step of one micro-batch."""
+    """Returns the factors for the sums of a task's loss terms, for a step of one micro-batch."""
     weights = [0.5, 0.5, 0.0, 0.0] if task == "retrieval" else [1.0, 0.0]
     if task == "captioning":
         return torch.tensor(weights) / sum(batch.head_row_counts)
@@ -26,10 +26,10 @@ def loss_factors(task: str, batch: PackedBatch) -> torch.Tensor:
 
 
 class Trainer:
-    """Trains the model of one task with DeepSpeed's engine; the learning rate follows no schedule."""
+    """Trains the model of one task with DeepSpeed's engine at a constant learning rate."""
 
     def __init__(self, task: str, config: RunConfig) -> None:
-        """Builds the engine and a process group of one process."""
+        """Builds the engine, and a process group with this process only."""
         # Imported here, so that DeepSpeed takes memory on this side only.
         from beit3_ds.pipeline.schedule import Schedule
         from beit3_ds.runtime.process_group import compute_device, init_process_group
@@ -49,7 +49,7 @@ class Trainer:
         self.schedule = Schedule(build_engine(config, model, self._mesh), chunks, self._mesh, step_loss_of(task))
 
     def prepare(self, batch: PackedBatch) -> Callable[[], float]:
-        """Moves a batch to the device, and returns a function that trains one step on it and returns the loss."""
+        """Moves a batch to the device; returns a function that trains one step on this batch and returns the loss."""
         on_device, factors = batch.to(self.device), loss_factors(self.task, batch).to(self.device)
 
         def step() -> float:

@@ -1,4 +1,4 @@
-"""Runs one process of `beit3 bench finetune`, which trains on a batch or generates captions on request."""
+"""Runs one process of `beit3 bench finetune`, which trains one step or generates captions on each request."""
 
 import os
 import sys
@@ -14,14 +14,13 @@ from beit3_ds.benchmarks.turns import Turn, device_of_turns, serve_turns
 from beit3_ds.config import RunConfig
 
 NUM_BEAMS, LENGTH_PENALTY, MAX_LENGTH = 3, 0.6, 15
-"""Settings of the beam search in the reference's recipe, with at most 12 words per caption."""
+"""Settings of the beam search in the reference's recipe; a caption has at most 12 words."""
 IMAGES_AT_ONCE = 4
-"""Number of images whose captions are generated at once; the reference's attention takes about 0.5 GB per beam and
-image."""
+"""Number of images per call of caption generation. The reference's attention takes about 0.5 GB per beam and image."""
 
 
 class TrainingSide:
-    """Trains with one implementation on the batch of each turn."""
+    """Trains with one implementation, on one batch per turn."""
 
     def __init__(self, task: str, side: str, config: RunConfig, count: int) -> None:
         from beit3_ds.benchmarks.finetune.reference import ReferenceTrainer
@@ -47,7 +46,7 @@ class TrainingSide:
 
 
 class DecodingSide:
-    """Generates captions with one implementation, for the images of each turn; weights have their initial values."""
+    """Generates captions with one implementation, for the images of each turn; the weights are not trained."""
 
     def __init__(self, side: str, config: RunConfig, count: int) -> None:
         self.side, self.config, self.count = side, config, count
@@ -57,7 +56,7 @@ class DecodingSide:
             self.model.to(torch.bfloat16)
 
     def prepare(self, number: int) -> Turn:
-        """Returns a function that generates the captions of batch `number`, with facts about the batch."""
+        """Returns a function that generates the captions of batch `number`, and facts about that batch."""
         pixels = draw_samples("captioning", self.config, number, self.count).pixels.to(self.device)
         pixels = pixels.to(next(self.model.parameters()).dtype)
         return lambda: self._generate_all(pixels), {"samples": self.count}
@@ -82,7 +81,7 @@ class DecodingSide:
         return sum(parts) / len(pixels)
 
     def _generate(self, pixels: torch.Tensor) -> float:
-        """Generates a caption of every image and returns the mean number of words per caption."""
+        """Generates one caption per image and returns the mean number of words per caption."""
         from beit3_ds.benchmarks.finetune.decoding import blip_captions, reference_captions
         from beit3_ds.model.generation import BeamSearch, generate
 
@@ -99,13 +98,13 @@ class DecodingSide:
 
 
 def build_side(task: str, side: str, size: str, image_size: int | None, count: int) -> TrainingSide | DecodingSide:
-    """Builds one of the implementations that are compared on a task.
+    """Builds one of the compared implementations for a task.
 
     Args:
         task: a key of `cases.CASES`, or `DECODING`.
         side: name of the implementation: `OURS`, `REFERENCE` or `BLIP`.
-        size: size of the model.
-        image_size: pixels on a side of an image; None takes the size in the reference's recipe.
+        size: model size.
+        image_size: height and width of images in pixels. None means the size in the reference's recipe.
         count: samples per turn.
     """
     config = case_config("captioning" if task == DECODING else task, size, image_size)
