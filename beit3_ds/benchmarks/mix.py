@@ -1,4 +1,4 @@
-"""Describes a micro-batch of the paper's mix of images, pairs and texts: sequence lengths and numbers of masked tokens."""
+"""Describes a micro-batch of images, pairs and texts: sequence lengths and numbers of masked tokens."""
 
 from typing import NamedTuple
 

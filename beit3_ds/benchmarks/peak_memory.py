@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def peak_bytes() -> int:
-    """Returns the peak resident bytes of this process since its start or the last `reset_peak`; includes mapped files."""
+    """Returns the peak resident bytes of this process since its start or `reset_peak`, including mapped files."""
     return status_bytes("self", "VmHWM")
 
 

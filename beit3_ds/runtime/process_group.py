@@ -130,7 +130,7 @@ def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.St
 
 
 def _is_lost_contact(error: Exception) -> bool:
-    """Returns whether an error means that a collective failed because of another rank; gloo raises only RuntimeError."""
+    """Returns whether an error means that another rank caused a collective to fail; gloo raises only RuntimeError."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
     )

@@ -179,7 +179,7 @@ class Rendezvous:
         return KeyedStore(dist.PrefixStore("watchdog", self._connect(seconds)), self._key)
 
     def _serve(self) -> dist.Store:
-        """Opens rank 0's store, which listens only at rank 0's address; torch's default would listen at all addresses."""
+        """Opens rank 0's store, which listens only at rank 0's address; torch's default is all addresses."""
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -270,7 +270,7 @@ class Rendezvous:
         return challenge, store, [found[rank] for rank in range(size)]
 
     def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
-        """Returns whether a rank on this host was started by another launcher; always false after `_LAUNCHER_SECONDS`."""
+        """Returns whether another launcher started a rank on this host; always false after `_LAUNCHER_SECONDS`."""
         is_late = time.monotonic() - self._start >= min(_LAUNCHER_SECONDS, self._seconds / 2)
         return description["host"] == self._host and description["parent"] != self._parent and not is_late
 
@@ -325,7 +325,7 @@ class Rendezvous:
         return ""
 
     def _interface(self, addresses: list[str]) -> str | None:
-        """Returns the network interface through which this rank reaches rank 0's host; on that host, the other hosts."""
+        """Returns the network interface that reaches rank 0's host or, on that host, the other hosts."""
         own = own_address(*self._target())
         others = [address for address in addresses if not is_loopback(address)]
         if is_loopback(own) and others:

@@ -18,7 +18,7 @@ _CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 
 
 def find_package_versions() -> dict[str, str | None]:
-    """Returns the version of each package in `PACKAGES` without importing it; None for a package that is not installed."""
+    """Returns the version of each package in `PACKAGES` without an import; None if the package is not installed."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -29,7 +29,7 @@ def find_package_versions() -> dict[str, str | None]:
 
 
 def compute_code_digests() -> dict[str, str] | None:
-    """Returns a short digest of each source file of the project, by relative path; None if beit3_ds is not installed."""
+    """Returns a short digest of each of the project's source files by relative path; None without beit3_ds."""
     digests: dict[str, str] = {}
     for name in ("beit3_ds", "beit3_ds.kernels"):
         try:

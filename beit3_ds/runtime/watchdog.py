@@ -196,7 +196,7 @@ class Watchdog:
                 return
 
     def _detect_failure(self, are_beats_requested: bool) -> None:
-        """Runs on rank 0: updates the status of all ranks, prints slow ranks, and publishes a failure if there is one."""
+        """Runs on rank 0: updates the status of all ranks, prints slow ranks, and publishes a failure if any."""
         values = self._store.multi_get(["reported", *_beat_keys(range(self._size))])
         reported, *beats = (value.decode() for value in values)
         self._statuses.update([Heartbeat.decode(beat) for beat in beats])

@@ -1,4 +1,4 @@
-"""Times calls on a GPU whose work is queued beforehand, so that launches by Python do not count."""
+"""Times calls on a GPU behind queued work, so that the time Python needs to launch kernels does not count."""
 
 import math
 import statistics
@@ -15,20 +15,20 @@ _MOST_PRODUCTS = 40
 
 
 class Timing(NamedTuple):
-    """Holds the times of repeated calls."""
+    """Holds the measured times of repeated calls."""
 
     milliseconds: list[float]
-    """Time of each call on the device, ms."""
+    """Milliseconds on the device for each call."""
     host_milliseconds: float
-    """Median time that Python needs to launch a call's kernels, ms; on a CPU that of the call."""
+    """Median milliseconds per call that Python needs to launch the kernels; on a CPU, median milliseconds per call."""
 
     @property
     def median(self) -> float:
-        """Returns the median time, ms."""
+        """Returns the median time in milliseconds per call."""
         return statistics.median(self.milliseconds)
 
     def describe(self) -> dict[str, float]:
-        """Returns median, extremes and host time by name."""
+        """Returns the median, the extremes and the host time in milliseconds, by name."""
         low, high = min(self.milliseconds), max(self.milliseconds)
         return {"ms": self.median, "min_ms": low, "max_ms": high, "host_ms": self.host_milliseconds}
 
@@ -36,12 +36,12 @@ class Timing(NamedTuple):
 class Clock:
     """Times calls on one device.
 
-    On a GPU a large product runs before each call, as often as Python needs to launch the call. It keeps the clock rate
-    of the GPU high, and replaces the content of the L2 cache.
+    On a GPU, large matrix products run before each timed call. They last longer than Python needs to launch the call,
+    keep the GPU's clock rate high, and replace the content of the L2 cache.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Allocates the product's operands and times it."""
+        """Prepares and times the large product that runs before each call."""
         self.device, self.kind = device, kind_of(device)
         if self.kind != "cpu":
             width = _WIDTHS[self.kind]
@@ -50,12 +50,12 @@ class Clock:
             self._product_ms = self._events(lambda: self._queue(10)) / 10
 
     def time(self, call: Callable[[Any], Any], rounds: int, prepare: Callable[[], Any] = lambda: None) -> Timing:
-        """Times `call(prepare())` after two calls that warm up; `prepare` is not part of the time.
+        """Times `call(prepare())` without the time of `prepare`, after a few calls that warm up.
 
         Args:
             call: function to time; its result is dropped.
             rounds: number of timed calls.
-            prepare: function that returns the argument of each call.
+            prepare: function that returns the argument for each call.
         """
         host = [self._host_ms(call, prepare()) for _ in range(3)][1:]
         if self.kind == "cpu":

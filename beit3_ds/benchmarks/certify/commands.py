@@ -1,4 +1,4 @@
-"""Runs commands in the clone for sections that need its tests or configurations."""
+"""Runs commands in the root folder of the clone, for sections that need its tests or configs."""
 
 import shlex
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-"""Root folder of the clone, which contains the tests and the configurations next to the package."""
+"""Root folder of the clone, which contains the package, the tests and the configs."""
 
 _TAIL_LINES = 8
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Runs commands in the clone until one fails; returns whether all passed, their time, and the last lines."""
+    """Runs commands in the clone until one fails; returns whether all passed, the seconds, and the last lines."""
     start, passed, tail = time.monotonic(), True, ""
     for command in commands:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)

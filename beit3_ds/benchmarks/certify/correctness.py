@@ -1,4 +1,4 @@
-"""Checks every op and variant on this device: against its reference in float64, and twice for equal bits."""
+"""Checks each op and variant on this device: compares it with a float64 reference, and two runs for equal bits."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head width, M rows of a head, V vocabulary.
 
@@ -41,20 +41,20 @@ _CHECKED = (
 
 
 class Op(NamedTuple):
-    """Describes an op with inputs; `ours` and `reference` compute the same from them."""
+    """Describes an op, its reference, and the shapes of their inputs."""
 
     name: str
     """Name of the op and its variant."""
     ours: Callable[..., Tensor]
-    """The op that the model calls."""
+    """Op as the model calls it."""
     reference: Callable[..., Tensor]
-    """Its reference in plain PyTorch."""
+    """Reference for the op in plain PyTorch, with the same inputs and output."""
     shapes: tuple[tuple[int, ...], ...]
-    """Shapes of the inputs that have gradients."""
+    """Shapes of the inputs that need gradients."""
 
 
 def measure(recorder: Recorder) -> None:
-    """Records the kernels' own checks on a GPU, and then every op with every backend, dtype and alignment."""
+    """Records the self-checks of the kernels on a GPU, then each op with each backend, dtype and memory alignment."""
     device = device_of_turns()
     on_gpu = kind_of(device) != "cpu"
     for name, check in _kernel_checks(device) if on_gpu else ():
@@ -73,7 +73,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def _kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yields the ops' self-checks, which run our kernels and never another implementation."""
+    """Yields the self-checks of the ops, which run this project's kernels only."""
     for dtype in _DTYPES:
         for module in _CHECKED:
             name = module.__name__.rpartition(".")[2]
@@ -94,7 +94,7 @@ def _kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Non
 
 
 def _passes(check: Callable[[], None]) -> dict[str, Any]:
-    """Returns whether a check raises no error; the error of a compiler or a launch is an item's error."""
+    """Returns whether a self-check finds no wrong result. Errors of compilation or launch are not caught."""
     with CHOICES.fixed("triton"), torch.enable_grad():
         try:
             check()
@@ -104,7 +104,7 @@ def _passes(check: Callable[[], None]) -> dict[str, Any]:
 
 
 def _check(op: Op, device: torch.device, dtype: torch.dtype, backend: Backend, is_aligned: bool) -> dict[str, Any]:
-    """Compares outputs and gradients with the reference, and repeats them for equal bits."""
+    """Compares an op's output and gradients with the reference, and checks that a second run gives equal bits."""
     generator = torch.Generator().manual_seed(0)
     inputs = [_place(torch.randn(shape, generator=generator) / 4, device, dtype, is_aligned) for shape in op.shapes]
     y = op.reference(*inputs)
@@ -123,9 +123,9 @@ def _check(op: Op, device: torch.device, dtype: torch.dtype, backend: Backend, i
 
 
 def _place(x: Tensor, device: torch.device, dtype: torch.dtype, is_aligned: bool) -> Tensor:
-    """Returns a copy of a tensor; an unaligned copy begins one element behind an address that 16 divides.
+    """Returns a copy of a tensor; an unaligned copy begins one element after an address that is a multiple of 16 bytes.
 
-    Parameters in the flat buffers of ZeRO begin at such addresses.
+    Parameters in ZeRO's flat buffers can have such addresses.
     """
     buffer = torch.empty(x.numel() + 1, device=device, dtype=dtype)
     placed = (buffer[:-1] if is_aligned else buffer[1:]).view(x.shape)

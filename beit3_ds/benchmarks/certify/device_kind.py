@@ -1,4 +1,4 @@
-"""Tells a GPU, a CPU and an emulated GPU apart, on which sections have different sizes."""
+"""Distinguishes a GPU, a CPU and an emulated GPU; the sizes of the measurements depend on this kind."""
 
 from typing import Literal
 
@@ -7,11 +7,11 @@ import torch
 from beit3_ds.kernels.triton.architecture import EMULATED
 
 Kind = Literal["cuda", "cpu", "dry"]
-"""A GPU, a CPU, or a CPU that emulates a GPU in a dry run."""
+"""Kind of device: a GPU ("cuda"), a CPU ("cpu"), or a CPU that emulates a GPU in a dry run ("dry")."""
 
 
 def kind_of(device: torch.device) -> Kind:
-    """Returns the kind of a device; a CPU is an emulated GPU inside `dry_run`."""
+    """Returns the kind of a device. Inside `dry_run`, a CPU counts as an emulated GPU."""
     if device.type == "cuda":
         return "cuda"
     return "cpu" if EMULATED.architecture is None else "dry"

@@ -1,4 +1,4 @@
-"""Runs the clone's tests that need a device, and opcheck of all operators."""
+"""Runs the clone's tests that need a GPU, and torch's opcheck for all operators."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ _PYTEST = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--con
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item for the tests marked `gpu`, and one for opcheck."""
+    """Records one item for the tests with the marker `gpu`, and one item for torch's opcheck."""
     if not torch.cuda.is_available():
         raise NeedsDeviceError
     importlib.import_module("pytest")  # absent: the section reports it

@@ -1,7 +1,7 @@
-"""Runs a section as on a GPU, on a machine without one: launches compile and run nothing, and results are undefined.
+"""Runs a section without a GPU as if there were one: kernels are compiled but not run, and results are undefined.
 
-A dry run shows mistakes of the sections before they cost time on a GPU, and fills Triton's cache with the kernels that
-they launch. Sizes are those of a GPU, but with few samples and layers.
+A dry run finds errors in the sections before they cost time on a GPU. It also fills Triton's cache with the compiled
+kernels. Sizes are the same as on a GPU, but with fewer samples and layers.
 """
 
 import warnings
@@ -20,10 +20,10 @@ _NAMES = {80: "A100", 90: "H100", 100: "B200"}
 
 
 class _Event:
-    """Takes the place of an event of CUDA; every measured time is 1 ms."""
+    """Replaces `torch.cuda.Event`; every measured time is 1 ms."""
 
     def __init__(self, enable_timing: bool = False) -> None:
-        """Does nothing."""
+        """Ignores the argument."""
 
     def record(self) -> None:
         """Does nothing."""
@@ -43,10 +43,10 @@ def _call_once(call: Callable[[], Any]) -> float:
 
 @contextmanager
 def dry_run(architecture: int) -> Iterator[None]:
-    """Emulates a GPU inside a `with` block, with functions of `torch.cuda` that sections call.
+    """Emulates a GPU inside a `with` block, by replacing functions of `torch.cuda`.
 
     Args:
-        architecture: architecture of the GPU, 80, 90 or 100.
+        architecture: compute capability of the emulated GPU: 80, 90 or 100.
 
     Raises:
         ConfigError: if Triton is not installed.

@@ -1,4 +1,4 @@
-"""Times training steps with DeepSpeed's engine, which updates the weights as a run does."""
+"""Times training steps with DeepSpeed's engine, including the update of the weights."""
 
 import importlib
 import statistics
@@ -20,7 +20,7 @@ _STEPS = {"cuda": 10, "cpu": 1, "dry": 1}
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per model; the first that runs takes the process group of this process."""
+    """Records the speed of training steps with DeepSpeed's engine, for the first of the models that `steps` times."""
     importlib.import_module("deepspeed")  # absent: the section reports it
     device = device_of_turns()
     model = models(device)[0]

@@ -1,4 +1,4 @@
-"""Trains on one GPU, and divided over all GPUs of this machine on every axis, and compares the losses."""
+"""Trains on one GPU, then on all GPUs of this machine with all kinds of parallelism, and compares the losses."""
 
 import importlib
 import json
@@ -12,13 +12,13 @@ from beit3_ds.benchmarks.certify.commands import ROOT, run_commands
 from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError, Recorder
 
 CONFIG = "ds_configs/demo_tp2_pp2_dp2_zero3.json"
-"""Configuration that is trained, in the clone."""
+"""Path in the clone of the config to train."""
 
 Commands = list[tuple[str, ...]]
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item for the training on one GPU, and one for the comparison if there are several."""
+    """Records one item for training on one GPU and, with several GPUs, one item that compares the losses."""
     if not torch.cuda.is_available():
         raise NeedsDeviceError
     importlib.import_module("deepspeed")  # absent: the section reports it
@@ -30,11 +30,11 @@ def measure(recorder: Recorder) -> None:
 
 
 def plan_commands(folder: Path, num_gpus: int) -> dict[str, Commands]:
-    """Returns the commands of every item by name.
+    """Returns the commands to run for each item, by name of the item.
 
     Args:
-        folder: folder for the runs' outputs.
-        num_gpus: number of GPUs; with several, the training is also divided over the largest power of two of them.
+        folder: folder for the output of the training runs.
+        num_gpus: number of GPUs. With several, a second run uses the largest power of two among them.
     """
     beit3 = (sys.executable, "-m", "beit3_ds.cli.main")
     tokenizers = {

@@ -1,4 +1,4 @@
-"""Describes this machine: its devices, versions of drivers and packages, absent packages, and the commit."""
+"""Describes this machine: its devices, the versions of drivers and packages, missing packages, and the commit."""
 
 import hashlib
 import importlib.metadata
@@ -16,16 +16,16 @@ PACKAGES = (
     *("torch", "triton", "numpy", "deepspeed", "torchscale", "timm", "zstandard", "webdataset", "sentencepiece"),
     *("flash_attn", "liger_kernel", "apex", "pytest"),
 )
-"""Packages whose versions a report names; the sections use those that are installed."""
+"""Packages whose versions the report lists. All are optional for some sections."""
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item that describes the machine, in every call."""
+    """Records one item that describes the machine; every call of `beit3 certify` repeats this."""
     recorder.add("machine", **describe_machine())
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns devices, versions, absent packages and the commit, by name."""
+    """Returns the devices, versions, missing packages and the commit, by name."""
     import torch
 
     versions = {name: _version(name) for name in PACKAGES}
@@ -47,7 +47,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Returns the version of a package that can be imported; None if it is absent."""
+    """Returns the version of a package; None if the package is not installed."""
     try:
         if importlib.util.find_spec(package) is None:
             return None
@@ -59,7 +59,7 @@ def _version(package: str) -> str | None:
 
 
 def _source_hash() -> str:
-    """Returns a hash of this package's Python files, which names the code where there is no repository."""
+    """Returns a hash of this project's Python files, to identify the code without a git repository."""
     digest = hashlib.sha256()
     for path in sorted([*_ROOM.rglob("*.py"), *(_ROOM / "kernels").rglob("*.py")]):
         digest.update(path.read_bytes())
@@ -67,7 +67,7 @@ def _source_hash() -> str:
 
 
 def _output(*command: str) -> str:
-    """Returns the output of a command; "unknown" if it cannot run."""
+    """Returns the output of a command; "unknown" if the command fails."""
     try:
         done = subprocess.run(command, cwd=_ROOM, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

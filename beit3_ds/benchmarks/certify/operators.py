@@ -1,4 +1,4 @@
-"""Times every op at the shapes of base and giant, by each of its implementations and by other libraries."""
+"""Times each op at the shapes of the base and giant sizes, with each implementation of this project and others'."""
 
 import functools
 import shutil
@@ -30,7 +30,7 @@ _NAMES = ("packed_attention", "multiway FFN", "multiway layer norm", "linear_cro
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per size, op and implementation, those that compile for long last."""
+    """Records one item per model size, op and implementation; implementations with long compilation come last."""
     device = device_of_turns()
     kind = kind_of(device)
     clock = Clock(device)
@@ -53,7 +53,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def keep_choices(recorder: Recorder, device: torch.device) -> None:
-    """Copies the file with the choices of implementations to the report's folder, from where it can be committed."""
+    """Copies the file with the chosen implementations of ops to the report's folder, for a later commit."""
     path = choice_file_of(device).path if device.type == "cuda" else None
     if path is not None and path.exists():
         folder = recorder.folder / "choices"
@@ -62,12 +62,12 @@ def keep_choices(recorder: Recorder, device: torch.device) -> None:
 
 
 def using(backend: Backend | None) -> AbstractContextManager[None]:
-    """Returns a context with a fixed backend; None keeps the one in use."""
+    """Returns a context manager that fixes the backend of ops; with None, the backend stays unchanged."""
     return nullcontext() if backend is None else CHOICES.fixed(backend)
 
 
 def _candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Implementation, Backend | None]]:
-    """Yields the implementations with their names: ours once per backend that this machine has."""
+    """Yields each implementation with its name; this project's comes once per available backend."""
     backends: tuple[Backend, ...] = ("auto", "triton", "library", "cuda")
     for entry in case.implementations:
         if entry.name != _OURS:
@@ -88,7 +88,7 @@ def _rebuild(clock: Clock, build: Callable[[], Case], name: str) -> dict[str, An
 
 
 def _measure(clock: Clock, case: Case, entry: Implementation, backend: Backend | None) -> dict[str, Any]:
-    """Compares an implementation with the first one, and times its forward and its backward pass."""
+    """Compares an implementation with this project's library backend, and times its forward and backward pass."""
     if entry.build is None:
         return {"not_run": entry.why_absent}
     rounds = _ROUNDS[clock.kind]
@@ -119,7 +119,7 @@ def _differentiate(problem: Problem, y: Tensor) -> Any:
 
 
 def _error(case: Case, problem: Problem) -> float:
-    """Returns the relative difference from this project's result with PyTorch's operations."""
+    """Returns the relative difference between an implementation and this project's op with the backend "library"."""
     build = case.implementations[0].build
     assert build is not None
     with torch.no_grad():
@@ -131,7 +131,7 @@ def _error(case: Case, problem: Problem) -> float:
 
 
 def _peak(problem: Problem, device: torch.device) -> float | None:
-    """Returns the peak memory of forward and backward in MB, without the tensors that existed before; None on a CPU."""
+    """Returns the MB by which memory grows at its peak during forward and backward; None on a CPU."""
     if kind_of(device) == "cpu":
         return None
     torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""Builds BEiT-3 from plain PyTorch, as a user would compile it: the second reference of the steps in `beit3 certify`.
+"""Implements BEiT-3 in plain PyTorch with padding, for torch.compile; a baseline for training steps in `beit3 certify`.
 
-Layers are those of the released models: experts of images and of texts in every block, and sub-LN. Streams are padded.
+The layers match the released models: every block has an image expert, a text expert and sub-LN.
 """
 
 # B samples of a stream, S rows of a padded sample, N rows of an image, D hidden, H heads, K head width.
@@ -14,14 +14,19 @@ from beit3_ds.config import ModelConfig
 
 
 class Experts(nn.Module):
-    """Applies one copy of a layer to the rows of images and another to the rows of texts."""
+    """Applies one copy of a layer to image rows, and another copy to text rows."""
 
     def __init__(self, image: nn.Module, text: nn.Module) -> None:
         super().__init__()
         self.image, self.text = image, text
 
     def forward(self, x_BSD: Tensor, num_image_rows: int) -> Tensor:
-        """Returns the rows of both, in order; `num_image_rows` is N, or 0 for texts."""
+        """Returns the layer's output for image rows and text rows, in the order of the input.
+
+        Args:
+            x_BSD: input rows, image rows first.
+            num_image_rows: number of image rows per sample; 0 for texts.
+        """
         if num_image_rows == 0:
             y: Tensor = self.text(x_BSD)
         elif num_image_rows == x_BSD.shape[1]:
@@ -32,7 +37,7 @@ class Experts(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Computes attention and FFN with a norm before each, sub-LN inside each, and stochastic depth."""
+    """Computes attention and FFN, each with a norm before it and a sub-LN inside it, with stochastic depth."""
 
     def __init__(self, config: ModelConfig, drop_path_rate: float) -> None:
         super().__init__()
@@ -59,7 +64,13 @@ class PlainBlock(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor, num_image_rows: int, mask: Tensor | None) -> Tensor:
-        """Returns the block's output; `mask` is True, (B, 1, 1, S), where a row is no padding."""
+        """Returns the block's output.
+
+        Args:
+            x_BSD: input rows, image rows first.
+            num_image_rows: number of image rows per sample; 0 for texts.
+            mask: (B, 1, 1, S) bool, False at padding; None without padding.
+        """
         batch, rows, width = x_BSD.shape
         qkv = self.qkv(self.norm1(x_BSD, num_image_rows), num_image_rows)
         q, k, v = qkv.view(batch, rows, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind()
@@ -76,14 +87,14 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """Joins embeddings, blocks and the two heads of masked modeling."""
+    """Contains embeddings, blocks and the two heads of masked modeling."""
 
     def __init__(self, config: ModelConfig, compiles: bool) -> None:
-        """Builds the layers.
+        """Builds the layers of the model.
 
         Args:
             config: sizes of the model.
-            compiles: whether torch.compile compiles the blocks.
+            compiles: whether to compile the blocks with torch.compile.
         """
         super().__init__()
         width = config.hidden_size
@@ -102,7 +113,9 @@ class PlainModel(nn.Module):
         )
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns one mean cross entropy per modality of the stream: over masked patches, then over masked tokens."""
+        """Returns the mean cross entropy over masked patches (if there are images), then over masked tokens (if there
+        are texts).
+        """
         parts, visible, num_image_rows = [], [], 0
         if stream.pixels is not None and stream.patch_mask is not None:
             x = self.patches(stream.pixels.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)

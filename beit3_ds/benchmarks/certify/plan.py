@@ -1,28 +1,28 @@
-"""Lists the sections of a certification, the most valuable first."""
+"""Lists the sections of a certification, the most important first."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Describes one section, which runs in a process of its own."""
+    """Describes one section of a certification; each section runs in its own process."""
 
     name: str
     """Name of the section, one word."""
     title: str
-    """What the section shows; the heading in the report."""
+    """Heading of the section in the report; it tells what the section shows."""
     module: str
-    """Module whose function `measure(recorder)` measures the section's items."""
+    """Module of the section, with a function `measure(recorder)`."""
     seconds: int
-    """Estimated time on one GPU with kernels in Triton's cache, in seconds."""
+    """Estimated seconds on one GPU, if Triton's cache contains all kernels."""
     limit: int
-    """Maximum time in seconds; after that the section is killed, and its recorded items remain."""
+    """Maximum seconds; then the section is killed, and the items recorded so far are kept."""
 
 
 _ROOM = "beit3_ds.benchmarks.certify"
 
 MACHINE = Section(name="machine", title="This machine", module=f"{_ROOM}.machine", seconds=5, limit=120)
-"""Section that every call runs first."""
+"""Section that describes the machine; it runs first in every call."""
 
 PLAN = (
     Section(
@@ -89,4 +89,4 @@ PLAN = (
         limit=1800,
     ),
 )
-"""All sections but `MACHINE`, ordered by value."""
+"""All sections except `MACHINE`, the most important first."""

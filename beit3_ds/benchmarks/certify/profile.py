@@ -1,4 +1,4 @@
-"""Profiles training steps on a GPU: which kernels take the time, and how long the GPU is idle."""
+"""Profiles training steps on a GPU: the time of each kernel, and the share of time in which the GPU is idle."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _KERNELS = 25
 
 
 def measure(recorder: Recorder) -> None:
-    """Records the share of idle time of each model, and one item per kernel that takes much time."""
+    """Records the share of idle time for each model, and one item for each of the 25 slowest kernels."""
     device = device_of_turns()
     if kind_of(device) == "cpu":
         raise NeedsDeviceError
@@ -26,10 +26,12 @@ def measure(recorder: Recorder) -> None:
 
 
 def idle_share(intervals: Sequence[tuple[float, float]]) -> float:
-    """Returns the share of time between the first start and the last end in which no interval runs.
+    """Returns the share of the total time in which no kernel runs.
+
+    The total time is from the first start to the last end.
 
     Args:
-        intervals: start and end of every kernel, in any order; they may overlap.
+        intervals: start and end of each kernel in any order and unit; intervals may overlap.
     """
     busy, end = 0.0, float("-inf")
     ordered = sorted(intervals)

@@ -1,4 +1,4 @@
-"""Records the measurements of one section, each at once, and skips those that are recorded already."""
+"""Records each measurement of a section immediately, and skips measurements that are already recorded."""
 
 import sys
 import traceback
@@ -10,28 +10,28 @@ from beit3_ds.benchmarks.certify.results import ResultsFile, has_failed
 
 
 class NeedsDeviceError(RuntimeError):
-    """Reports that a section has no form for a CPU."""
+    """Reports that a section cannot run on a CPU."""
 
 
 class Recorder:
-    """Measures the items of one section."""
+    """Measures and records the items of one section."""
 
     def __init__(self, section: str, path: Path, call: int, is_dry_run: bool = False) -> None:
-        """Reads which items are recorded.
+        """Reads the names of the items to skip from the results file.
 
-        Items that succeeded in any call are known, and so are those that began in this call: one of them may have
-        crashed the section, which then continues behind it.
+        Items that succeeded in any call are skipped. Items that began in this call are skipped too: if an item crashes
+        the section, the section restarts and continues with the next item.
 
         Args:
             section: name of the section.
-            path: file of the results.
+            path: path of the results file.
             call: number of this call of `beit3 certify`.
-            is_dry_run: whether results are undefined (`dry_run`), so that no check counts.
+            is_dry_run: whether this is a dry run (`dry_run`). Results are then undefined, so checks are not recorded.
         """
         self._is_dry_run = is_dry_run
         self._section, self._file, self._call = section, ResultsFile(path), call
         self.folder = path.parent
-        """Folder of the report, for files that belong to it."""
+        """Folder of the report, where sections may store further files."""
         self._known = {
             line["item"]
             for line in self._file.read()
@@ -41,21 +41,21 @@ class Recorder:
         }
 
     def knows(self, item: str) -> bool:
-        """Returns whether an item is recorded already."""
+        """Returns whether an item is already recorded."""
         return item in self._known
 
     def add(self, item: str, **figures: Any) -> None:
-        """Appends a line with figures."""
+        """Appends one line with an item's figures to the results file."""
         self._file.append({"section": self._section, "item": item, "call": self._call, **figures})
 
     def measure(self, item: str, compute: Callable[[], dict[str, Any]]) -> None:
-        """Computes the figures of an item and appends them, or the error, so that other items are still measured.
+        """Computes and records the figures of an item. An error is recorded instead, and other items can still run.
 
-        An error of the CUDA driver is raised again, because nothing can run in this process afterwards.
+        After an error of the CUDA driver the error is raised again, because the process cannot use the GPU any more.
 
         Args:
-            item: name of the item, unique in its section.
-            compute: returns the figures; `passed`, if present, tells whether a check passed.
+            item: name of the item, unique within the section.
+            compute: returns the figures by name. The optional figure `passed` tells whether a check passed.
         """
         if item in self._known:
             return
@@ -89,10 +89,10 @@ class Recorder:
 
 
 def is_own(error: ModuleNotFoundError) -> bool:
-    """Returns whether the missing module is this project's, which is a mistake and not an absent package."""
+    """Returns whether the missing module belongs to this project, which is a bug rather than a missing package."""
     return top_level(error) == "beit3_ds"
 
 
 def top_level(error: ModuleNotFoundError) -> str:
-    """Returns the name of the missing package."""
+    """Returns the name of the missing top-level package."""
     return (error.name or str(error)).split(".")[0]

@@ -1,4 +1,4 @@
-"""Writes the report of a certification in Markdown and JSON from its lines."""
+"""Writes the report of a certification as Markdown and JSON, from the lines of the results file."""
 
 import json
 from collections.abc import Sequence
@@ -9,21 +9,21 @@ from beit3_ds.benchmarks.certify.plan import MACHINE, Section
 from beit3_ds.benchmarks.certify.results import ABSENT, DONE, NEEDS_DEVICE, Line, ResultsFile
 
 RESULTS = "results.jsonl"
-"""Name of the file with all lines in the report's folder."""
+"""Name of the results file in the report's folder."""
 _HIDDEN = ("section", "item", "call")
 
 
 def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) -> bool:
-    """Writes `certificate.json` and `certificate.md`.
+    """Writes `certificate.json` and `certificate.md` into the report's folder.
 
     Args:
-        results: all lines.
-        folder: folder of both files.
+        results: results file with all lines.
+        folder: folder of the report.
         plan: sections in order.
 
     Returns:
-        Whether all is well: every section completed or lacks a package or a device, no item failed or crashed, and no
-        check failed.
+        Whether the certification succeeded. Each section must have completed, or must lack a package or a device. No
+        item may have failed or crashed, and no check may have failed.
     """
     lines = list(results.read())
     machines = [_figures(line) for line in lines if line.get("section") == MACHINE.name and "devices" in line]
@@ -41,7 +41,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
 
 def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns status, time and items of one section; of an item that was measured again, the latest figures."""
+    """Returns status, time and items of one section. An item that was measured again has its latest figures."""
     own = [line for line in lines if line.get("section") == section.name]
     ends = [line for line in own if "seconds" in line and "status" in line]
     items: dict[str, dict[str, Any]] = {}
@@ -91,7 +91,7 @@ def _markdown(content: dict[str, Any], folder: Path) -> str:
 
 
 def _tables(items: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns one table per set of figures, because items with equal figures belong together."""
+    """Returns Markdown tables of items; items whose figures have the same names share a table."""
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for name, item in items.items():
         groups.setdefault(tuple(item), []).append([name, *(_show(value) for value in item.values())])

@@ -1,8 +1,8 @@
-"""Stores the results of a certification as JSON lines, which are appended at once and survive any crash.
+"""Stores the results of a certification as JSON lines. Each line is written immediately, so that it survives a crash.
 
-A call of `beit3 certify` begins with the line {"call": N, ...}. The line {"section": NAME, "item": ITEM, ...} has the
-figures of one measurement, or `"begun": true` when it begins. The line {"section": NAME, "status": STATUS, ...} ends a
-section.
+A line {"call": N, ...} marks the start of a call of `beit3 certify`. A line {"section": NAME, "item": ITEM, "begun":
+true} marks the start of a measurement. A line {"section": NAME, "item": ITEM, ...} contains the figures of the
+measurement. A line {"section": NAME, "status": STATUS, ...} marks the end of a section.
 """
 
 import json
@@ -12,30 +12,30 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-"""Content of one line."""
+"""Content of one JSON line by key."""
 
 DONE = "done"
-"""Status of a section that measured all of its items."""
+"""Status of a section that has measured all its items."""
 ABSENT = "absent: "
-"""Beginning of the status of a section that needs a package which is not installed; the package's name follows."""
+"""Prefix of the status of a section that needs a missing package; the package's name follows."""
 NEEDS_DEVICE = "needs a CUDA device"
-"""Status of a section that has no form for a CPU."""
+"""Status of a section that cannot run on a CPU."""
 
 
 def has_failed(line: Line) -> bool:
-    """Returns whether an item began and did not end, raised an error, or is a check that did not pass."""
+    """Returns whether the item of a line did not end, raised an error, or did not pass its check."""
     return bool(line.get("begun") or line.get("error")) or line.get("passed") is False
 
 
 class ResultsFile:
-    """Appends and reads the lines of one certification."""
+    """Appends lines to the results file of one certification, and reads these lines."""
 
     def __init__(self, path: Path) -> None:
-        """Stores the path; the first `append` creates the file."""
+        """Stores the path of the results file; the first `append` creates the file."""
         self.path = path
 
     def append(self, line: Line) -> None:
-        """Appends a line by one write, and first ends a line that a killed process left incomplete."""
+        """Appends one line with a single write, after ending a line that a killed process left incomplete."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size
@@ -58,14 +58,14 @@ class ResultsFile:
 
     @property
     def call(self) -> int:
-        """Returns the number of the latest call of `beit3 certify` in this file, or 0."""
+        """Returns the number of the latest call of `beit3 certify` in this file; 0 without a call."""
         return max((line["call"] for line in self.read() if "section" not in line and "call" in line), default=0)
 
     def failed_sections(self) -> set[str]:
-        """Returns the names of the sections with an item whose latest line is a failure."""
+        """Returns the names of the sections in which the latest line of an item is a failure."""
         latest = {(line["section"], line["item"]): line for line in self.read() if "item" in line}
         return {section for (section, _), line in latest.items() if has_failed(line)}
 
     def statuses(self) -> dict[str, str]:
-        """Returns the latest status of every section that ended, by name."""
+        """Returns the latest status of each section that has ended, by name of the section."""
         return {line["section"]: line["status"] for line in self.read() if "status" in line}

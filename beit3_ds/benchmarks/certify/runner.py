@@ -1,4 +1,4 @@
-"""Runs the sections of a certification one after the other, each in a process with a time limit."""
+"""Runs the sections of a certification one after the other, each in its own process with a time limit."""
 
 import contextlib
 import os
@@ -31,26 +31,26 @@ def certify(
     machine: Section = MACHINE,
     architecture: int | None = None,
 ) -> int:
-    """Runs all sections that the folder does not have yet, and rewrites the report after each.
+    """Runs all sections that are missing in the report's folder, and rewrites the report after each section.
 
-    Sections that began in an earlier call and did not complete, or have failed items, run after those that never began.
-    They skip the items that they have.
+    Sections that never began run first. Then follow sections of an earlier call that did not complete or have failed
+    items. Items that are already recorded are skipped.
 
     Args:
-        folder: folder for the report, the results and the sections' logs; created if it does not exist.
-        minutes: time of this call; a section that still runs then is killed. None for no limit.
-        only: names of sections to run; empty for all.
-        plan: sections, the most valuable first.
-        machine: section that describes the machine and runs first in every call.
-        architecture: architecture of a GPU to emulate (`dry_run`), 80, 90 or 100; None measures this machine.
+        folder: folder for the report, the results and the sections' logs; created if missing.
+        minutes: time limit of this call, after which the running section is killed; None for no limit.
+        only: names of the sections to run; empty for all sections.
+        plan: sections, the most important first.
+        machine: section that describes the machine; it runs first in every call.
+        architecture: compute capability of a GPU to emulate (`dry_run`): 80, 90 or 100. None measures this machine.
 
     Returns:
-        0 if every section of the plan completed (or needs a package or a device that is absent), no item failed, and
-        no check failed; otherwise 1.
+        0 if each section of the plan completed or lacks a package or a device, and no item and no check failed;
+        otherwise 1.
 
     Raises:
-        ConfigError: if no section has such a name, the folder holds something else, or its results are those of another
-            machine.
+        ConfigError: if a name in `only` is unknown, the folder contains other files, or the results are another
+            machine's.
     """
     if unknown := [name for name in only if name not in [section.name for section in plan]]:
         names = ", ".join(repr(section.name) for section in plan)
@@ -80,7 +80,7 @@ def certify(
 
 
 def describe_plan(plan: Sequence[Section] = PLAN) -> str:
-    """Returns the sections in order, with their estimated times on a GPU and their limits, as text."""
+    """Returns the sections in order as text, with their estimated seconds on a GPU and their time limits."""
     lines = [
         f"{section.name:12} about {section.seconds:4} s, at most {section.limit:4} s: {section.title}"
         for section in plan
@@ -97,7 +97,7 @@ def _open(folder: Path) -> ResultsFile:
 
 
 def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
-    """Returns the sections that did not complete or have failed items, those that never began first."""
+    """Returns the sections to run: those that never began, then those that did not complete or have failed items."""
     statuses, failed = results.statuses(), results.failed_sections()
     return [
         *(section for section in plan if section.name not in statuses),
@@ -110,7 +110,7 @@ def _seconds_left(end: float | None, limit: float) -> float:
 
 
 def _check_machine(results: ResultsFile, folder: Path) -> None:
-    """Refuses to continue another machine's results, because their figures could not be compared."""
+    """Raises an error if the results file is another machine's, because the figures would not be comparable."""
     found: list[dict[str, Any]] = [line for line in results.read() if line.get("section") == MACHINE.name]
     found = [line for line in found if "devices" in line]
     if len(found) > 1:
@@ -123,7 +123,7 @@ def _check_machine(results: ResultsFile, folder: Path) -> None:
 
 
 def _run(section: Section, results: ResultsFile, call: int, seconds: float, architecture: int | None) -> str:
-    """Runs a section, again after a crash if it had recorded an item, and appends and returns its status."""
+    """Runs a section, and runs it again after a crash if it recorded new items; records and returns the status."""
     start, attempt = time.monotonic(), 0
     while True:
         attempt += 1
@@ -141,7 +141,7 @@ def _run(section: Section, results: ResultsFile, call: int, seconds: float, arch
 
 
 def _run_once(section: Section, results: ResultsFile, call: int, seconds: float, architecture: int | None) -> str:
-    """Runs a section's process and returns its status; kills the process and its children at the limit."""
+    """Runs the process of a section and returns the status; at the time limit, kills the process and its children."""
     command = [sys.executable, "-m", "beit3_ds.benchmarks.certify.section", section.name, section.module]
     command += ["--out", str(results.path), "--call", str(call)]
     command += [] if architecture is None else ["--dry-run", str(architecture)]
@@ -159,7 +159,7 @@ def _run_once(section: Section, results: ResultsFile, call: int, seconds: float,
 
 
 def _own_status(section: Section, results: ResultsFile, call: int) -> str:
-    """Returns the status that a section recorded about itself in this call; otherwise it is done."""
+    """Returns the status that a section recorded about itself in this call; "done" if it recorded none."""
     for line in reversed(list(results.read())):
         if line.get("section") == section.name and line.get("call") == call and "status" in line:
             status: str = line["status"]
@@ -168,7 +168,7 @@ def _own_status(section: Section, results: ResultsFile, call: int) -> str:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kills a section's process, and children that it left."""
+    """Kills the process of a section and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

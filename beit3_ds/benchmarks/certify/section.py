@@ -1,4 +1,4 @@
-"""Runs one section of a certification in a process of its own: `python -m ... NAME MODULE --out FILE --call N`."""
+"""Runs one section of a certification in its own process: `python -m ... NAME MODULE --out FILE --call N`."""
 
 import argparse
 import importlib
@@ -13,17 +13,16 @@ from beit3_ds.kernels.triton.compilations import Compilations
 
 
 def run_section(name: str, module: str, path: Path, call: int, architecture: int | None = None) -> None:
-    """Measures all items of a section, and records warnings and compilations of Triton kernels too.
+    """Measures all items of a section; also records warnings, and how often Triton compiled a kernel.
 
-    The module has a function `measure(recorder)`. If a package that it needs is absent, or if it needs a device and
-    there is none, this becomes the status of the section.
+    If a package is missing, or the section needs a GPU and there is none, this becomes the section's status.
 
     Args:
         name: name of the section.
-        module: module that measures it.
-        path: file of the results.
+        module: module of the section, with a function `measure(recorder)`.
+        path: path of the results file.
         call: number of this call of `beit3 certify`.
-        architecture: architecture of the GPU that a dry run emulates; None measures this machine.
+        architecture: compute capability of the GPU that a dry run emulates; None measures this machine.
     """
     recorder = Recorder(name, path, call, is_dry_run=architecture is not None)
     _record_warnings(recorder)
@@ -65,7 +64,7 @@ def _record_warnings(recorder: Recorder) -> None:
 
 
 def main() -> None:
-    """Parses the arguments and runs the section."""
+    """Parses the command-line arguments and runs the section."""
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("module")

@@ -1,7 +1,7 @@
-"""Times training steps of base, and of layers of giant, with this project's model, torchscale's, and a plain one.
+"""Times training steps of the base size, and of some layers of giant, with this project, torchscale and plain PyTorch.
 
-All steps have the same samples, gradient clipping and torch's fused AdamW on float32 weights. On a GPU this project's
-model computes in bfloat16, and the others under autocast to bfloat16.
+All steps use the same samples, gradient clipping and torch's fused AdamW with float32 weights. On a GPU, this project's
+model computes in bfloat16, and the other models run under bfloat16 autocast.
 """
 
 import statistics
@@ -32,7 +32,7 @@ from beit3_ds.tasks.pretraining.heads import head_flops
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 
 Step = Callable[[], Tensor]
-"""Type of a function that trains one step and returns its loss on the device."""
+"""Type of a function that trains one step and returns the loss as a tensor on the device."""
 
 _STEPS = {"cuda": 10, "cpu": 1, "dry": 1}
 _REPEATS = {"cuda": 3, "cpu": 1, "dry": 1}
@@ -40,21 +40,21 @@ _MAX_NORM = 3.0
 
 
 class Model(NamedTuple):
-    """Describes a model to time."""
+    """Describes a model to time: model size, number of layers, samples per step."""
 
     name: str
     """Name of the model in the report."""
     size: str
-    """A size of `MODEL_SIZES`."""
+    """Model size, a key of `MODEL_SIZES`."""
     num_layers: int
-    """Number of its layers that are built."""
+    """Number of layers to build."""
     samples: int
-    """Number of images, of pairs and of texts per step."""
+    """Number of images per step, equal to the number of pairs and to the number of texts."""
     has_small_vocabularies: bool = False
-    """Whether the vocabularies are small, for a CPU."""
+    """Whether to use small vocabularies, to save time on a CPU."""
 
     def config(self) -> RunConfig:
-        """Returns the config of the run."""
+        """Returns the run config of the model."""
         run = step_config(self.size, self.samples, num_layers=self.num_layers)
         if not self.has_small_vocabularies:
             return run
@@ -62,7 +62,7 @@ class Model(NamedTuple):
 
 
 def models(device: torch.device) -> tuple[Model, ...]:
-    """Returns base and 8 of giant's 40 layers in batches for GPUs; on a CPU, 2 layers of tiny."""
+    """Returns the models to time: base and 8 of giant's 40 layers on a GPU; 2 layers of tiny on a CPU."""
     if kind_of(device) == "dry":
         base = Model("base", "base", 2, 1, has_small_vocabularies=True)
         return base, base._replace(name="giant, 8 layers", size="giant")
@@ -72,7 +72,7 @@ def models(device: torch.device) -> tuple[Model, ...]:
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per model and side, those that compile for long last."""
+    """Records one item per model and implementation; implementations with long compilation come last."""
     device = device_of_turns()
     peak = published(device)
     ceiling = peak.half_flops if peak else None
@@ -91,7 +91,9 @@ def measure(recorder: Recorder) -> None:
 
 
 def our_step(config: RunConfig, batch: PackedBatch, backend: Backend | None = None) -> Step:
-    """Returns this project's step, without DeepSpeed: weights in bfloat16 on a GPU, with float32 masters."""
+    """Returns this project's training step without DeepSpeed; on a GPU with bfloat16 weights and float32 master
+    weights.
+    """
     device = batch.token_ids.device
     with device:
         model = PretrainingModel(config.model)
@@ -122,7 +124,7 @@ def our_step(config: RunConfig, batch: PackedBatch, backend: Backend | None = No
 
 
 def timed_batch(config: RunConfig, device: torch.device) -> PackedBatch:
-    """Returns the batch that all steps train on, on the device."""
+    """Returns, on a device, the batch that all steps train on."""
     return build_batch(config, 0).to(device)
 
 
@@ -154,7 +156,7 @@ def _padded_step(model: nn.Module, config: RunConfig, batch: PackedBatch) -> Ste
 
 
 def _initialize(model: nn.Module) -> None:
-    """Fills parameters on their device, in milliseconds; the values only need to be those of a model that trains."""
+    """Fills the parameters with random values on their device, which takes only milliseconds."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -180,7 +182,7 @@ def _measure(
     measured: float | None,
     data_sheet: float | None,
 ) -> dict[str, Any]:
-    """Trains steps until all is compiled and warm, and times further ones without waiting between them."""
+    """Trains some steps to compile and warm up, then times further steps without waiting between them."""
     config = model.config()
     batch = timed_batch(config, device)
     kind = kind_of(device)
@@ -220,7 +222,7 @@ def _measure(
 
 
 def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
-    """Returns the milliseconds per step, and those that Python needs to launch a step."""
+    """Returns milliseconds per step, and milliseconds per step that Python needs to launch the kernels."""
     if kind_of(device) != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -233,6 +235,6 @@ def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
 
 
 def _flops(config: RunConfig, batch: PackedBatch) -> float:
-    """Returns the operations of a step's matrix products as the model is defined; pixels have no gradient."""
+    """Returns the FLOPs of a step's matrix products, without skipping any rows; pixels need no gradient."""
     embeddings, *rest = layer_flops(config.model, work_of(batch, head_flops(config.model, batch.term_counts)))
     return 2 * embeddings + 3 * sum(rest)

@@ -1,4 +1,4 @@
-"""Measures the preparation of texts: speed relative to SentencePiece's batch encoding, and memory with a large corpus."""
+"""Measures the preparation of texts: speed beside SentencePiece's batch encoding, and memory with a large corpus."""
 
 import json
 import os

@@ -111,7 +111,7 @@ def caption_mask(image_rows: int, length: int, device: torch.device) -> Tensor:
 
 
 def smoothed_loss(logits_MV: Tensor, target_M: Tensor) -> Tensor:
-    """Returns the mean KL divergence between smoothed labels and predictions, computed with a full (M, V) label matrix."""
+    """Returns the mean KL divergence between smoothed labels and predictions, with a full (M, V) label matrix."""
     vocab_size = logits_MV.shape[1]
     label_MV = torch.zeros_like(logits_MV).scatter(1, target_M[:, None], 1)
     label_MV = label_MV * (1 - LABEL_SMOOTHING) + (1 - label_MV) * LABEL_SMOOTHING / (vocab_size - 1)

@@ -1,1 +1,1 @@
-"""Measures the time that a step needs on the host, without the time of its kernels."""
+"""Measures the host's time per training step, without the time of GPU kernels."""

@@ -1,4 +1,4 @@
-"""Measures what a step costs on the host: launches of kernels per layer, and the hooks of ZeRO-3."""
+"""Measures the host's time for a training step: kernel launches per layer, and the hooks of ZeRO-3."""
 
 import json
 import sys
@@ -16,20 +16,21 @@ _PLAIN, _ZERO3 = "without ZeRO", "ZeRO-3"
 _STAGES = {_PLAIN: 0, _ZERO3: 3}
 
 Round = dict[str, dict[str, Any]]
-"""Figures of one step on each side, by name."""
+"""Figures of one step with each ZeRO stage, by name of the stage and of the figure."""
 
 
 def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
-    """Measures both costs in CPU time with one thread, and returns a report.
+    """Measures the host's time for kernel launches and for ZeRO-3's hooks, in CPU time of one thread; returns a report.
 
-    The layers are those of base and giant, on an emulated GPU whose kernels do nothing (`fake_driver`). The steps under
-    ZeRO-3 and without ZeRO train the same 40 narrow layers on one rank and on the CPU, in turn, update included.
+    Kernel launches are measured with layers of base and giant on an emulated GPU, whose kernels do nothing
+    (`fake_driver`). ZeRO-3's hooks are measured with 40 narrow layers on one rank on the CPU, by steps with and without
+    ZeRO-3 in turn, including updates.
 
     Args:
         rounds: number of measured rounds.
-        json_path: file for `rows` and `summary` as JSON. `summary.base_layer_ms` and `giant_layer_ms` are the median
-            times of one layer, forward and backward; `zero3_ratio` is the median ratio of a step under ZeRO-3 to the
-            same step without ZeRO.
+        json_path: file for the results as JSON, with `rows` and `summary`. In `summary`, `base_layer_ms` and
+            `giant_layer_ms` are the median milliseconds per layer, forward and backward. `zero3_ratio` is the time of a
+            step under ZeRO-3 divided by the time without ZeRO, median over rounds.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -48,7 +49,7 @@ def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
 
 
 def _time_steps(rounds: int) -> list[Round]:
-    """Trains on both sides in turn, each in a process of its own; a first round warms up."""
+    """Trains with and without ZeRO-3 in turn, each in its own process; the first two rounds warm up."""
     rows: list[Round] = []
     workers: dict[str, TurnProcess] = {}
     try:

@@ -1,4 +1,4 @@
-"""Times the work of Python and PyTorch that launches a layer's kernels, on an emulated GPU that runs nothing."""
+"""Times how long Python and PyTorch take to launch a layer's kernels, on an emulated GPU whose kernels do nothing."""
 
 import statistics
 import time
@@ -17,18 +17,18 @@ _NUM_LAYERS = 4
 _WARM_UPS = 3
 _ARCHITECTURE = 90
 _NARROW: dict[str, Any] = {"num_layers": _NUM_LAYERS, "patch_size": 4, "image_size": 8, "text_vocab_size": 64}
-"""Sizes of the timed models. They are small, because a CPU needs time for large allocations, and a GPU does not."""
+"""Sizes of the timed models, which are small because large allocations take time on a CPU but not on a GPU."""
 
 
 class LayerTimes(NamedTuple):
-    """Holds the median CPU times of one layer."""
+    """Holds the median CPU times and the kernel launches of one layer."""
 
     forward_ms: float
-    """Forward pass, ms."""
+    """Milliseconds of the forward pass."""
     backward_ms: float
-    """Backward pass, ms."""
+    """Milliseconds of the backward pass."""
     total_ms: float
-    """Both together, ms."""
+    """Milliseconds of the forward and backward pass together."""
     forward_launches: float
     """Number of kernel launches in the forward pass."""
     backward_launches: float
@@ -36,7 +36,7 @@ class LayerTimes(NamedTuple):
 
 
 def layer_models() -> dict[str, ModelConfig]:
-    """Returns narrow models with the layers of base (decoupled, with sub-LN) and giant (shared, without sub-LN)."""
+    """Returns narrow models whose layers are built like base (decoupled, sub-LN) and like giant (shared, no sub-LN)."""
     base = ModelConfig(
         **_NARROW,
         hidden_size=192,
@@ -53,11 +53,12 @@ def layer_models() -> dict[str, ModelConfig]:
 
 
 def time_layer(config: ModelConfig, rounds: int) -> LayerTimes:
-    """Returns the time of this thread for one layer in bf16, with stochastic depth's factors and nothing dropped.
+    """Returns the CPU time of this thread for one layer in bf16, with stochastic depth's factors but no dropped
+    branches.
 
     Args:
         config: model whose blocks all have the same experts.
-        rounds: number of forward and backward passes; the result is their median.
+        rounds: number of forward and backward passes; the result is the median.
     """
     with fake_gpu(_ARCHITECTURE, compiles=False) as gpu:
         model = BEiT3(config).to(torch.bfloat16)
@@ -85,7 +86,7 @@ def _time_step(blocks: list[Any], x_TD: Tensor, batch: PackedBatch, gpu: FakeGPU
 
 
 def _build_batch(config: ModelConfig) -> PackedBatch:
-    """Returns one image, one pair and one text, all of few rows."""
+    """Returns a batch of one image, one pair and one text with few rows each."""
     caption, text = 4, 6
     return PackedBatch(
         num_images=1,

@@ -1,4 +1,4 @@
-"""Trains a deep and narrow model on one rank, without ZeRO or with ZeRO-3, one step per request."""
+"""Trains a deep and narrow model on one rank, with or without ZeRO-3, one step per request."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ NUM_LAYERS = 40
 
 
 def deep_config(zero_stage: int) -> RunConfig:
-    """Returns the config of a run with 40 layers of width 48, one image, one pair and one text per step."""
+    """Returns a run config with 40 layers of width 48, and one image, one pair and one text per step."""
     stream = {"train": ["none.tar"], "samples_per_step": 1}
     mapping: dict[str, Any] = {
         "gradient_clipping": 3.0,
@@ -43,7 +43,7 @@ def deep_config(zero_stage: int) -> RunConfig:
 
 
 def serve(zero_stage: int, descriptor: int) -> None:
-    """Trains one step for every line of standard input, and writes its figures to a file descriptor."""
+    """Trains one step per line of standard input, and writes the figures of each step to a file descriptor."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

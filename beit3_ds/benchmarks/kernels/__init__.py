@@ -1,1 +1,1 @@
-"""Benchmarks the ops in `kernels` and their baselines."""
+"""Benchmarks the ops in `kernels` against baselines."""

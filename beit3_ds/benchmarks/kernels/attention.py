@@ -1,4 +1,4 @@
-"""Measures the time of attention, forward and backward, with several ways to batch sequences of unequal length."""
+"""Measures the time of attention (forward and backward) with different ways to batch sequences of unequal length."""
 
 import statistics
 import time
@@ -22,10 +22,10 @@ _ALLOWANCES = {
 
 
 def benchmark_attention() -> str:
-    """Measures attention of the base size with every way to batch sequences, and returns a table.
+    """Measures attention of the base size with each way to batch sequences, and returns a table.
 
-    The table has one row per mix of samples and one column per way. Times are medians of forward plus backward, and
-    only those of one row were measured in turn.
+    The table has one row per mix of samples, and one column per way. Times are medians of forward plus backward. Only
+    times within a row are measured in turn, and so comparable.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["one call per sequence", *_ALLOWANCES]
@@ -45,7 +45,7 @@ def benchmark_attention() -> str:
 
 
 def _draw_ranges(num_images: int, num_pairs: int, num_texts: int) -> Ranges:
-    """Returns the row ranges of images of 197 rows, captions of 8 to 32 tokens and texts of 16 to 128 tokens."""
+    """Returns row ranges of images with 197 rows, captions with 8 to 32 tokens, and texts with 16 to 128 tokens."""
     rng = np.random.default_rng(0)
     caption_lengths, text_lengths = rng.integers(8, 33, num_pairs), rng.integers(16, 129, num_texts)
     images = [(i * _IMAGE_LENGTH, (i + 1) * _IMAGE_LENGTH) for i in range(num_images + num_pairs)]

@@ -1,6 +1,6 @@
-"""Measures the time, rate and peak memory of every op and its baselines at the shapes of a model size.
+"""Measures time, rate and peak memory of each op and its baselines, at the shapes of a model size.
 
-A rate is also given as a share of the device's ceiling, the highest rate that a large product or copy reached.
+A rate is also given as a share of the device's ceiling: the highest measured rate of a large matrix product or copy.
 """
 
 import csv
@@ -25,43 +25,43 @@ _CACHE_BYTES = 256 << 20  # larger than any L2 cache, so that no kernel finds da
 
 
 class Row(NamedTuple):
-    """Holds one line of the table: the figures of one implementation of an op in one direction."""
+    """Holds one row of the table: the figures of one implementation of an op in one direction."""
 
     op: str
     """Name of the op."""
     shape: str
     """Model size and shape of the op's inputs."""
     dtype: str
-    """Name of the inputs' dtype, e.g. "bfloat16"."""
+    """dtype of the inputs, for example "bfloat16"."""
     implementation: str
     """Name of the implementation: "beit3_ds", or the name of a baseline."""
     direction: str
-    """Direction: "forward", "backward" or "both"."""
+    """Timed pass: "forward", "backward" or "both"."""
     median_ms: float
-    """Median time, ms."""
+    """Median milliseconds per pass."""
     p20_ms: float
-    """20th percentile of the times, ms."""
+    """20th percentile of the milliseconds per pass."""
     p80_ms: float
-    """80th percentile of the times, ms."""
+    """80th percentile of the milliseconds per pass."""
     rate: float
-    """Rate: TFLOP/s of the products, or GB/s of the bytes that must be read and written."""
+    """TFLOP/s of the matrix products, or GB/s of the minimum bytes to read and write."""
     unit: str
     """Unit of the rate: "TFLOP/s" or "GB/s"."""
     ceiling_share: float
-    """Rate divided by the device's measured ceiling for matrix products or for copies (`Ceilings`)."""
+    """Rate divided by the device's measured ceiling for matrix products or copies (`Ceilings`)."""
     peak_mb: float
-    """Peak memory of forward and backward in MB, without the tensors that existed before."""
+    """MB by which memory grows at its peak during forward and backward."""
     modelled_floor_ms: float | None
-    """Modelled minimum time in ms at the peak rates of the given GPU; None if no GPU is given."""
+    """Modelled minimum milliseconds at the peak rates of a given GPU; None without a given GPU."""
 
 
 class Ceilings(NamedTuple):
-    """Holds the measured rates of this device for a large matrix product and a large copy."""
+    """Holds this device's measured rates for a large matrix product and a large copy."""
 
     flops: float
     """FLOP/s of a large matrix product."""
     bytes: float
-    """Bytes per second that a large copy reads and writes."""
+    """Bytes per second that a large copy reads and writes in total."""
 
 
 def benchmark_kernels(
@@ -69,13 +69,13 @@ def benchmark_kernels(
 ) -> str:
     """Measures all ops and baselines and returns a report.
 
-    Implementations of one op are timed in turn, after their results are compared.
+    First the results of all implementations of an op are compared, then the implementations are timed in turn.
 
     Args:
-        sizes: names of models, e.g. "base" and "giant".
-        samples: number of images, of pairs and of texts in the micro-batch (`mix.draw_mix`).
+        sizes: model sizes, for example "base" and "giant".
+        samples: number of images in the micro-batch, equal to the number of pairs and of texts (`mix.draw_mix`).
         dtype: dtype of all tensors.
-        gpu: name in `roofline.GPUS`, for a column of modelled minimum times; None for no column.
+        gpu: key of `roofline.GPUS`, to add a column with modelled minimum times; None for no column.
         csv_path: CSV file for all rows, with device and versions; None for no file.
     """
     modelled = find_gpu(gpu) if gpu else None
@@ -104,7 +104,7 @@ def benchmark_kernels(
 
 
 def _measure(case: Case, device: torch.device) -> tuple[dict[tuple[str, str], list[float]], dict[str, float]]:
-    """Returns the seconds of every round, by implementation and direction, and the peak bytes by implementation."""
+    """Returns the seconds of each round by implementation and direction, and the peak bytes by implementation."""
     problems = {entry.name: entry.build() for entry in case.implementations if entry.build}
     _compare(problems)
     peaks = {name: _peak(problem, device) for name, problem in problems.items()}
@@ -124,7 +124,7 @@ def _measure(case: Case, device: torch.device) -> tuple[dict[tuple[str, str], li
 
 
 def _time(problem: Problem, device: torch.device) -> tuple[float, float]:
-    """Returns the seconds of one forward and one backward pass."""
+    """Returns the seconds of one forward pass and of one backward pass."""
     clock = _cuda_clock if device.type == "cuda" else _cpu_clock
     outputs: list[torch.Tensor] = []
     forward = clock(lambda: outputs.append(problem.run()))
@@ -148,7 +148,7 @@ def _cuda_clock(work: Callable[[], Any]) -> float:
 
 
 def _compare(problems: dict[str, Problem]) -> None:
-    """Asserts that all implementations compute the same result, so that their times can be compared."""
+    """Asserts that all implementations compute nearly equal results."""
     expected: torch.Tensor | None = None
     for name, problem in problems.items():
         y = problem.packed(problem.run()).detach().float()

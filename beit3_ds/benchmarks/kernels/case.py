@@ -1,4 +1,4 @@
-"""Describes one op at one shape, with the implementations that `benchmark_kernels` compares."""
+"""Defines a benchmark case: one op at one shape, with the implementations that `benchmark_kernels` compares."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,36 +8,36 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """Holds one implementation of an op together with its inputs."""
+    """Holds one implementation of an op with inputs."""
 
     leaves: tuple[Tensor, ...]
-    """Inputs whose gradients are computed."""
+    """Inputs that need gradients."""
     run: Callable[[], Tensor]
     """Function that runs the forward pass and returns the output."""
     dy: Tensor
     """Gradient of the output."""
     packed: Callable[[Tensor], Tensor]
-    """Function that puts the output's rows into the order of the packed stream, to compare implementations."""
+    """Function that reorders the output's rows to the order of the packed stream, to compare implementations."""
 
 
 class Implementation(NamedTuple):
-    """Describes one implementation of an op: this project's or a baseline."""
+    """Describes one implementation of an op: this project's, or a baseline."""
 
     name: str
     """Name of the implementation in the table."""
     build: Callable[[], Problem] | None
-    """Function that prepares the inputs; None if the implementation cannot run on this machine."""
+    """Function that prepares the inputs and returns the problem; None if this machine cannot run the implementation."""
     why_absent: str = ""
-    """Reason why the implementation cannot run on this machine; empty if it can."""
+    """Reason why this machine cannot run the implementation; empty if it can."""
 
 
 class Cost(NamedTuple):
-    """Holds the minimum work of an op."""
+    """Holds the minimum work of an op: FLOPs and bytes."""
 
     flops: float
-    """FLOPs of its matrix products; a multiply-add counts 2."""
+    """FLOPs of the matrix products; a multiply-add counts as 2."""
     bytes: float
-    """Bytes of all inputs and outputs, because each input must be read and each output written once."""
+    """Bytes of all inputs and outputs: each input is read once, and each output is written once."""
 
 
 class Case(NamedTuple):
@@ -52,27 +52,27 @@ class Case(NamedTuple):
     backward: Cost
     """Cost of the backward pass without recomputation."""
     is_compute_bound: bool
-    """Whether the op's rate is in FLOPs of products per second; otherwise it is in bytes per second."""
+    """Whether the op's rate is given in FLOPs per second; otherwise in bytes per second."""
     implementations: list[Implementation]
-    """Implementations of the op; this project's comes first."""
+    """Implementations of the op, this project's first."""
 
     def cost(self, direction: str) -> Cost:
-        """Returns the cost of a direction: "forward", "backward" or "both"."""
+        """Returns the cost of a pass: "forward", "backward" or "both"."""
         if direction == "both":
             return Cost(self.forward.flops + self.backward.flops, self.forward.bytes + self.backward.bytes)
         return self.forward if direction == "forward" else self.backward
 
     def absent(self) -> list[tuple[str, str]]:
-        """Returns the names of the baselines that cannot run on this machine, each with the reason."""
+        """Returns the name and the reason of each baseline that this machine cannot run."""
         return [(entry.name, entry.why_absent) for entry in self.implementations if entry.build is None]
 
 
 def random_tensor(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Returns a tensor of random normal values, which are the same on every device."""
+    """Returns a tensor of normally distributed random values; a seed gives equal values on all devices."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
 
 def as_leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns copies of the tensors that require gradients."""
+    """Returns copies of the tensors as leaves that require gradients."""
     return tuple(x.detach().clone().requires_grad_() for x in tensors)

@@ -1,4 +1,4 @@
-"""Builds the cases that `benchmark_kernels` measures: ops at one shape, each with its baselines."""
+"""Builds the cases for `benchmark_kernels`: ops at one shape, each with its baselines."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head width, Q sequences, M masked rows, V vocabulary.
 
@@ -22,8 +22,8 @@ def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtyp
     """Yields functions that build one case each, so that only one case is in memory at a time.
 
     Args:
-        size: a name in MODEL_SIZES.
-        samples: number of images, of pairs and of texts.
+        size: model size, a key of MODEL_SIZES.
+        samples: number of images, equal to the number of pairs and to the number of texts.
         device: device of all tensors.
         dtype: dtype of all tensors.
     """

@@ -1,4 +1,4 @@
-"""Builds the cases of the ops with parameters per expert (the FFN and the stream's norm), with their baselines."""
+"""Builds the cases for ops with one set of parameters per expert: the FFN and the norm of the residual stream."""
 
 # T packed rows, D hidden, F ffn hidden; two experts, of images and of texts.
 
@@ -22,7 +22,7 @@ _EXPERTS, _EPSILON = 2, 1e-5
 
 
 class _FFN(NamedTuple):
-    """Holds the FFN's parameters, one tensor per expert in each field."""
+    """Holds the parameters of the FFN; each field has one tensor per expert."""
 
     w1: tuple[Tensor, ...]
     b1: tuple[Tensor, ...]
@@ -33,7 +33,7 @@ class _FFN(NamedTuple):
 
 
 def ffn_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
-    """Builds the case of the FFN without its first norm: products, GELU, sub-LN, stochastic depth and residual."""
+    """Builds the case of the FFN without its input norm: products, GELU, sub-LN, stochastic depth and residual."""
     rows, width, inner = mix.num_rows, shape["hidden_size"], shape["ffn_hidden_size"]
     slices, draw = _slices(mix), partial(random_tensor, device=device, dtype=dtype)
     stream = tuple(draw(rows, width, seed=i) for i in range(3))
@@ -85,7 +85,7 @@ def ffn_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, d
 
 
 def norm_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
-    """Builds the case of the LayerNorm that normalises the residual stream."""
+    """Builds the case of the LayerNorm on the residual stream."""
     rows, width, slices = mix.num_rows, shape["hidden_size"], _slices(mix)
     draw = partial(random_tensor, device=device, dtype=dtype)
     x, dy = draw(rows, width), draw(rows, width, seed=1)
@@ -118,7 +118,7 @@ def norm_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, 
 
 
 def _slices(mix: Mix) -> list[tuple[int, int]]:
-    """Returns the row ranges of images and of texts."""
+    """Returns two row ranges: image rows, then text rows."""
     _, texts, _, end = mix.boundaries
     return [(0, texts), (texts, end)]
 
@@ -144,7 +144,7 @@ def _foreign(
     sliced: Callable[..., Callable[..., Tensor]],
     device: torch.device,
 ) -> Implementation:
-    """Returns another library's LayerNorm as a baseline, or the reason why it cannot run."""
+    """Returns another library's LayerNorm as a baseline, or the reason why this machine cannot run it."""
     try:
         found = importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Models the minimum time of an op at a GPU's published peak rates."""
+"""Models the minimum time of an op from the published peak rates of a GPU."""
 
 from typing import NamedTuple
 
@@ -8,17 +8,17 @@ from beit3_ds.config import ConfigError
 
 
 class GPU(NamedTuple):
-    """Holds peak rates from the vendor's data sheet, for dense matrices."""
+    """Holds a GPU's peak rates for dense matrices, from the vendor's data sheet."""
 
     half_flops: float
-    """FLOP/s of bfloat16 or float16 on tensor cores."""
+    """FLOP/s in bfloat16 or float16 with tensor cores."""
     float32_flops: float
-    """FLOP/s of float32 without tensor cores."""
+    """FLOP/s in float32 without tensor cores."""
     bandwidth: float
-    """Memory bandwidth, bytes per second."""
+    """Memory bandwidth in bytes per second."""
 
     def floor_seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
-        """Returns an op's minimum time in seconds: the longer of its products' time and its bytes' time."""
+        """Returns an op's minimum time in seconds: the longer of its computing time and its memory time."""
         peak = self.float32_flops if dtype == torch.float32 else self.half_flops
         return max(flops / peak, num_bytes / self.bandwidth)
 
@@ -33,7 +33,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """Looks up a GPU by name.
+    """Returns the GPU with this name in `GPUS`.
 
     Raises:
         ConfigError: if no GPU has this name.

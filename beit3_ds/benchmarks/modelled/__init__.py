@@ -1,1 +1,1 @@
-"""Models GPU times of ops and training steps from stated rates, before and after the work on the kernels."""
+"""Models GPU times of ops and training steps from assumed rates, for the old and the current kernels."""

@@ -1,7 +1,8 @@
-"""Models the GPU time of each op of a block, forward and backward: as it was before, and as it is now.
+"""Models the GPU time of each op of a block, forward and backward, for the old and the current code.
 
-Before: one Triton kernel per op, without a choice; three products for queries, keys and values; weight gradients that
-do not divide rows into shares; norms inside the out projection. Now: the faster of our kernel and cuBLAS for every op.
+Old code ("before"): one Triton kernel per op without alternatives; three products for queries, keys and values; weight
+gradients whose programs each sum over all rows of an expert; norms inside the output projection. Current code ("now"):
+for each op, the faster of this project's kernel and cuBLAS.
 """
 
 # T packed rows, D hidden, F ffn hidden.
@@ -14,43 +15,43 @@ from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS
 
 _TILE = 128
 _SIZE = 2
-"""Bytes per element of rows and gradients in half precision."""
+"""Bytes per element of activations and gradients in half precision."""
 
 
 class BlockShape(NamedTuple):
-    """Holds the sizes of one block and of the rows that it computes."""
+    """Holds the sizes of one block and of its input."""
 
     rows: float
-    """Number of packed rows, T."""
+    """Number of packed rows T."""
     attended: float
-    """Number of (query, key) pairs."""
+    """Number of (query, key) pairs that attention computes, summed over sequences."""
     hidden: int
-    """Hidden size, D."""
+    """Hidden size D."""
     ffn_hidden: int
-    """Width of the FFN, F."""
+    """Hidden size F of the FFN."""
     sub_layernorm: bool
-    """Whether norms precede the output projections."""
+    """Whether the block has sub-LN: a norm before each output projection."""
     stream_size: int = 2
     """Bytes per element of the residual stream."""
     attention_lengths: tuple[float, ...] = (1.0,)
-    """Share of the rows that each expert of attention owns."""
+    """Share of the rows that goes to each expert of attention."""
     ffn_lengths: tuple[float, ...] = (0.8, 0.2)
-    """Share of the rows that each expert of the FFN owns."""
+    """Share of the rows that goes to each expert of the FFN."""
 
 
 class OpTime(NamedTuple):
-    """Holds the modelled times of one op in seconds."""
+    """Holds the modelled seconds of one op, for the old and the current code."""
 
     name: str
     """Name of the op."""
     before: float
-    """Time of the code before."""
+    """Seconds with the old code."""
     now: float
-    """Time of the code now."""
+    """Seconds with the current code."""
 
 
 def block_times(rates: Rates, shape: BlockShape) -> list[OpTime]:
-    """Returns the times of all ops of one block, forward, then backward."""
+    """Returns the modelled times of all ops of one block: first the forward pass, then the backward pass."""
     return [*_forward(rates, shape), *_backward(rates, shape)]
 
 
@@ -73,7 +74,9 @@ def _forward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, gelu: bool) -> OpTime:
-    """Models an output projection; its sum with the stream is inside our kernel, and a pass after cuBLAS's product."""
+    """Models an output projection with the residual sum: inside our kernel, or as a separate pass after cuBLAS's
+    product.
+    """
     flops, stream = 2 * shape.rows * width * shape.hidden, shape.rows * shape.hidden * shape.stream_size
     joined = rates.pass_seconds(2 * stream + shape.rows * shape.hidden * _SIZE)
     triton = rates.product_seconds(flops, rates.triton)
@@ -118,7 +121,7 @@ def _backward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _products(rates: Rates, flops: float) -> tuple[float, float]:
-    """Returns the seconds of our product, and of the faster of ours and cuBLAS's."""
+    """Returns the seconds of a matrix product with our kernel, and with the faster of our kernel and cuBLAS."""
     triton, library = (rates.product_seconds(flops, share) for share in (rates.triton, rates.library))
     return triton, min(triton, library)
 
@@ -132,7 +135,9 @@ def _weight_gradient(
     num_layers: int,
     experts: tuple[float, ...],
 ) -> OpTime:
-    """Models a weight gradient by the waves of its programs; cuBLAS divides the rows as well as it needs to."""
+    """Models the time of a weight gradient: for our kernel from the number of waves of programs, for cuBLAS from the
+    FLOPs.
+    """
     from beit3_ds.kernels.triton.weight_gradient_launch import choose_share_rows, splits_rows
 
     multiprocessors, lengths = NUM_MULTIPROCESSORS[rates.architecture], [round(rows * share) for share in experts]
@@ -140,7 +145,7 @@ def _weight_gradient(
     row_seconds = rates.product_seconds(2 * _TILE**2, rates.triton) * multiprocessors
 
     def whole(tiles: int) -> float:
-        """Returns the seconds of programs that each sum over all rows of an expert."""
+        """Returns the seconds if each program sums over all rows of an expert."""
         waves = -(-tiles // multiprocessors)
         longest, average = max(lengths) * waves, rows / len(lengths) * -(-tiles * len(lengths) // multiprocessors)
         return max(longest, average) * row_seconds

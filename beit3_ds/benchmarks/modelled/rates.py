@@ -1,4 +1,4 @@
-"""States the rates that kernels are assumed to reach on each GPU, from which times are modelled."""
+"""Lists the rates that kernels are assumed to reach on each GPU; the modelled times are computed from them."""
 
 from typing import NamedTuple
 
@@ -6,37 +6,38 @@ from beit3_ds.benchmarks.kernels.roofline import GPU, find_gpu
 
 
 class Rates(NamedTuple):
-    """Holds the shares of a GPU's peak rates that kernels are assumed to reach."""
+    """Holds the assumed rates of kernels on one GPU, as shares of the GPU's peak rates."""
 
     gpu: GPU
     """Peak rates from the vendor's data sheet."""
     architecture: int
-    """Architecture of the kernels, 80 or 90."""
+    """Compute capability for which kernels are compiled: 80 or 90."""
     library: float
-    """Share of the peak that products of cuBLAS reach in half precision."""
+    """Share of the peak FLOP/s for cuBLAS's products in half precision."""
     triton: float
-    """Share of the peak that our products reach."""
+    """Share of the peak FLOP/s for our Triton products in half precision."""
     with_gelu: float
-    """Share of the peak that our up projection reaches, which computes GELU while the product is in registers."""
+    """Share of the peak FLOP/s for our up projection that computes GELU in registers."""
     with_norm: float
-    """Share of the peak that our out projection reached that normalised its input inside the product."""
+    """Share of the peak FLOP/s for our old output projection, which normalised its input inside the product."""
     attention_forward: float
-    """Share of the peak FLOP/s that the forward pass of attention reaches."""
+    """Share of the peak FLOP/s for attention's forward pass."""
     attention_backward: float
-    """Share of the peak FLOP/s that FlashAttention-2's backward pass, with five products, reaches."""
+    """Share of the peak FLOP/s for FlashAttention-2's backward pass, which has five products."""
     own_attention_backward: float
-    """Share of the peak FLOP/s that our backward pass reaches. It has seven products, of which five count as work."""
+    """Share of the peak FLOP/s for our attention's backward pass. It has seven products, but only five count as work.
+    """
     float32: float
-    """Share of the peak that products in float32 without tensor cores reach."""
+    """Share of the peak FLOP/s for float32 products without tensor cores."""
     bandwidth: float
-    """Share of the memory bandwidth that passes over rows reach."""
+    """Share of the memory bandwidth for passes over rows."""
 
     def product_seconds(self, flops: float, share: float) -> float:
-        """Returns the seconds of a product in half precision that reaches a share of the peak."""
+        """Returns the seconds of a half-precision product at a share of the peak FLOP/s."""
         return flops / (share * self.gpu.half_flops)
 
     def pass_seconds(self, num_bytes: float) -> float:
-        """Returns the seconds of a pass that reads and writes this many bytes."""
+        """Returns the seconds of a pass over memory that reads and writes `num_bytes` bytes in total."""
         return num_bytes / (self.bandwidth * self.gpu.bandwidth)
 
 
@@ -46,7 +47,7 @@ RATES = {
     "h100-sxm": Rates(find_gpu("h100-sxm"), *_HOPPER),
     "h200-sxm": Rates(find_gpu("h200-sxm"), *_HOPPER),
 }
-"""Assumed rates by GPU. Nothing of this project ran on a GPU."""
+"""Assumed rates by GPU."""
 
 SOURCES = (
     "H100 and H200, products: cuBLAS 720 TFLOP/s; ours 500 to 560, from the machine code (wgmma, but no TMA, few "
@@ -61,4 +62,4 @@ SOURCES = (
     "Passes over rows: 90% of the bandwidth, which a copy on an H200 reached (4.3 of 4.8 TB/s).",
     "float32 products: 82% of the peak.",
 )
-"""Sources of the assumed rates."""
+"""Sources of the assumed rates, as sentences for the report."""

@@ -1,4 +1,4 @@
-"""Prints modelled times of ops and steps before and now, with the assumed rates and what the model does not know."""
+"""Prints modelled times of ops and steps for the old and current code, with the model's assumptions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,11 @@ HOST = {
     768: HostTimes((4.0e-3, 2.8e-3), (11e-3, 1e-3), (2.3, 1.52)),
     1408: HostTimes((1.9e-3, 2.8e-3), (11e-3, 1e-3), (2.3, 1.52)),
 }
-"""Times of Python by hidden size: base decoupled with sub-LN, and giant.
+"""Host times by hidden size, for base (decoupled, sub-LN) and giant.
 
-They were measured on a CPU with empty launches, before on an idle machine, now by `beit3 bench host` on a busy one. The
-norm's time now is assumed."""
+The times were measured on a CPU with empty kernel launches: the old code on an idle machine, and the current code with
+`beit3 bench host` on a busy machine. The current code's time for the gradient norm is an assumption.
+"""
 
 UNKNOWN = (
     "communication: gradients, ZeRO-3's gathers and tensor parallelism are taken to overlap completely",
@@ -34,10 +35,10 @@ UNKNOWN = (
 
 
 def describe_modelled(config_dir: Path) -> str:
-    """Returns the tables of ops and steps as Markdown.
+    """Returns tables with the modelled times of ops and steps, as Markdown.
 
     Args:
-        config_dir: folder of the configurations.
+        config_dir: folder with the run configs.
     """
     lines = ["All times are *modelled*; nothing was measured on a GPU.", "", "Assumed rates:", ""]
     lines += [f"* {source}" for source in SOURCES]
@@ -50,7 +51,7 @@ def describe_modelled(config_dir: Path) -> str:
 
 
 def _describe_ops(size: str) -> list[str]:
-    """Returns the table of one block with sub-LN, over `_ROWS` rows of sequences as long as an image at 224 px."""
+    """Returns the table of one block with sub-LN, for `_ROWS` rows in sequences as long as an image at 224 px."""
     model = MODEL_SIZES[size]
     experts = (1.0,) if size == "giant" else (0.8, 0.2)
     shape = BlockShape(

@@ -1,4 +1,4 @@
-"""Models the time of a pretraining step of a configuration on one rank, before and now."""
+"""Models the time of a run's pretraining step on one rank, for the old and the current code."""
 
 from typing import NamedTuple
 
@@ -9,32 +9,32 @@ from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 from beit3_ds.tasks.pretraining.config import pretraining_config
 
 _LOGIT_PASSES = 4
-"""Passes over the logits of a head in half precision: two forward, two backward."""
+"""Passes over a head's logits in half precision: two forward and two backward."""
 _UPDATE_BYTES = 30
 """Bytes per parameter that AdamW reads and writes: float32 weight, gradient and two moments, and the bf16 weight."""
 
 
 class HostTimes(NamedTuple):
-    """Holds the seconds of Python, before and now."""
+    """Holds the host's times in seconds; each field has a value for the old code and a value for the current code."""
 
     layer: tuple[float, float]
-    """One block, forward and backward."""
+    """Seconds for the forward and backward pass of one block."""
     norm: tuple[float, float]
-    """The gradient norm of a step, during which the GPU waits."""
+    """Seconds per step for the gradient norm, while the GPU waits."""
     zero3_ratio: tuple[float, float]
-    """Factor by which ZeRO-3's hooks lengthen `layer`."""
+    """Factor for `layer` under ZeRO-3, because of its hooks."""
 
 
 class StepTime(NamedTuple):
-    """Holds the parts of a step."""
+    """Holds the modelled times of the parts of a step, and the FLOPs of the step."""
 
     parts: list[OpTime]
-    """Times of the parts; the GPU's and the host's time of the blocks overlap, so the longer one counts."""
+    """Times of the parts. The blocks have a time on the GPU and a time on the host, which overlap."""
     flops: float
-    """Operations of all products of the model, forward and backward, without the tokenizer."""
+    """FLOPs of all matrix products of the model, forward and backward, without the visual tokenizer."""
 
     def total(self) -> OpTime:
-        """Returns the time of the step."""
+        """Returns the time of the step. For the blocks, the longer of the times on the GPU and on the host counts."""
         by_name = {part.name: part for part in self.parts}
         gpu, host = by_name["blocks, GPU"], by_name["blocks, host"]
         rest = [part for part in self.parts if part not in (gpu, host)]
@@ -45,7 +45,8 @@ class StepTime(NamedTuple):
 def step_time(config: RunConfig, world_size: int, rates: Rates, host: HostTimes) -> StepTime:
     """Models one step of a rank without tensor or pipeline parallelism.
 
-    Texts have full length, every block computes every row, and nothing is sent.
+    The model assumes that texts have maximum length, that every block computes all rows, and that communication takes
+    no time.
     """
     model, data, ratios = config.model, config.data, pretraining_config(config)
     shares = config.step_shares(config.parallel.data_parallel_size(world_size))
@@ -96,13 +97,13 @@ def step_time(config: RunConfig, world_size: int, rates: Rates, host: HostTimes)
 
 
 def tokenizer_flops(config: VisualTokenizerConfig) -> float:
-    """Returns the operations of the visual tokenizer's encoder for one image."""
+    """Returns the FLOPs of the visual tokenizer's encoder per image."""
     length, hidden = config.grid_size**2, config.hidden_size
     return config.num_layers * (2 * length * 12 * hidden**2 + 4 * length**2 * hidden)
 
 
 def _num_parameters(config: RunConfig) -> float:
-    """Returns about how many parameters the model has: experts of attention and FFN, tables and heads."""
+    """Returns the approximate number of parameters: experts of attention and FFN, embedding tables and heads."""
     model = config.model
     attention = 4 * model.hidden_size**2 * len(model.attention_experts)
     blocks = sum(

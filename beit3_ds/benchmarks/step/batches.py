@@ -1,4 +1,4 @@
-"""Builds the batches and the configuration that `beit3 bench train` measures."""
+"""Builds the batches and the run config for `beit3 bench train`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,22 +17,22 @@ from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 STREAMS = ("images", "pairs", "texts")
 CAPTION_TOKENS = (16, 0.45)
-"""Log-normal distribution of the number of tokens per caption, BOS and EOS included: median, and standard deviation of
-the logarithm. Captions of COCO have about 11 words, those of Conceptual Captions 10 to 20; few are long."""
+"""Parameters of the log-normal distribution of tokens per caption (with BOS and EOS): median, and standard deviation of
+the logarithm. Captions of COCO have about 11 words, and those of Conceptual Captions 10 to 20; few are long."""
 TEXT_TOKENS = (105, 0.6)
-"""Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm. A text has
-complete paragraphs with at most 128 tokens in total, and about a third of the texts reach this limit.
-"""
+"""Parameters of the log-normal distribution of tokens per text: median, and standard deviation of the logarithm. A text
+consists of complete paragraphs with at most 128 tokens in total. About a third of the texts reach this limit."""
 _MIN_TOKENS = 6
 
 
 def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
-    """Returns the config of a run on one rank in float32, with the released layout and the paper's mask ratios.
+    """Returns a run config for one rank in float32, with the released models' parameter layout and the paper's mask
+    ratios.
 
     Args:
-        size: size of the model.
-        samples: number of images, of pairs and of texts per step.
-        model: further keys of the section "model".
+        size: model size.
+        samples: number of images per step, equal to the number of pairs and to the number of texts.
+        model: further keys for the section "model".
     """
     stream = {"train": ["none.tar"], "samples_per_step": samples}
     sizes = {"size": size, "layout": "decoupled", "num_vision_language_layers": 0, "sub_layernorm": True}
@@ -55,7 +55,7 @@ def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
 
 
 def build_batch(config: RunConfig, number: int) -> PackedBatch:
-    """Builds batch `number` with random pixels, ids and codes; every process builds the same values."""
+    """Builds batch `number` with random pixels, token ids and visual codes. Every process builds the same values."""
     rng, count = np.random.default_rng([17, number]), config.samples_per_step // len(STREAMS)
     samples: list[Sample] = [_image(config, rng) for _ in range(count)]
     for _ in range(count):
@@ -76,7 +76,7 @@ def build_batch(config: RunConfig, number: int) -> PackedBatch:
 
 
 def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
-    """Returns the sizes of a batch on which its time and memory depend, by name."""
+    """Returns the sizes of a batch that determine time and memory, by name."""
     return {
         "caption_tokens": batch.caption_lengths,
         "text_tokens": batch.text_lengths,
@@ -86,10 +86,10 @@ def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
 
 
 def draw_length(rng: np.random.Generator, law: tuple[float, float], longest: int) -> int:
-    """Draws a log-normal number of tokens, at most `longest`.
+    """Draws a random number of tokens from a log-normal distribution, clipped to the range from 6 to `longest`.
 
     Args:
-        rng: source of random numbers.
+        rng: random number generator.
         law: median, and standard deviation of the logarithm.
         longest: maximum number of tokens.
     """

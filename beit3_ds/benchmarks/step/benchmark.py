@@ -1,4 +1,4 @@
-"""Compares a training step with the same step of torchscale's BEiT-3 and with the step's matrix products alone."""
+"""Compares a training step with torchscale's step for BEiT-3, and with the step's matrix products alone."""
 
 import json
 import os
@@ -15,38 +15,39 @@ from beit3_ds.benchmarks.turns import TurnProcess
 from beit3_ds.config import ConfigError
 
 OURS, REFERENCE, PRODUCTS = "beit3_ds", "torchscale", "products"
-"""Names of the three processes that are measured: this project's step, the reference's step, and the products alone."""
+"""Names of the three measured processes: this project's step, the reference's step, and the matrix products alone."""
 
 REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
-"""Name of the reference if it pads texts to the batch's longest text, which is faster than its users' code."""
+"""Name of the reference with texts padded to the batch's longest text, which is faster than padding to the limit."""
 
 Row = dict[str, dict[str, Any]]
-"""Figures of one round, by name of the process."""
+"""Figures of one round, by name of the process and of the figure."""
 
 
 def benchmark_train(
     size: str = "base", samples: int = 4, rounds: int = 7, json_path: str | None = None, pads_to_longest: bool = False
 ) -> str:
-    """Measures both training steps and the products in turn, on one batch per round, and returns a report.
+    """Measures this project's step, the reference's step and the matrix products in turn, and returns a report.
 
-    Three processes take turns on the same batch: this project's step, the reference's step, and only the model's matrix
-    products, the upper bound of speed. A first round warms up. Ratios are medians over rounds, with their 95% interval.
-    Peaks are VmHWM of whole processes. On a GPU both steps run in bfloat16, the reference under autocast, and peaks are
-    those of torch's allocator.
+    Three processes compute in turn on the same batch per round: this project's step, the reference's step, and only the
+    model's matrix products, which limit the speed. A first round warms up. Ratios are medians over rounds with 95%
+    confidence intervals. Peak memory is the VmHWM of the whole process. On a GPU, the steps run in bfloat16 (the
+    reference under autocast), and peak memory comes from torch's allocator.
 
     Args:
-        size: size of the model.
-        samples: number of images, of pairs and of texts per step.
-        rounds: number of rounds after the one that warms up.
-        pads_to_longest: whether to pad the reference's texts to the longest of the batch. Its users' code pads them to
-            the data's limit.
-        json_path: file for `rows` and `summary` as JSON. `summary.ratio` is this project's samples per second divided
-            by the reference's. `gemm_share` is the time of the model's products, as defined, divided by the time of
-            this project's step. `needed_gemm_share` omits dropped branches and rows that no head reads
-            (`products.needed_flops`). `memory_ratio` is this project's peak memory divided by the reference's.
+        size: model size.
+        samples: number of images per step, equal to the number of pairs and to the number of texts.
+        rounds: number of measured rounds.
+        pads_to_longest: whether to pad the reference's texts to the longest text of the batch. microsoft/unilm pads to
+            the limit of the data.
+        json_path: file for the results as JSON, with `rows` and `summary`. In `summary`, `ratio` is this project's
+            samples per second divided by the reference's. `gemm_share` is the time of all matrix products of the model
+            divided by the time of this project's step. `needed_gemm_share` excludes dropped branches and rows that no
+            head reads (`products.needed_flops`). `memory_ratio` is this project's peak memory divided by the
+            reference's.
 
     Raises:
-        ConfigError: if torchscale is not installed, there is no such size, or the JSON file cannot be written.
+        ConfigError: if torchscale is not installed, the size is unknown, or the JSON file cannot be written.
     """
     step_config(size, samples)
     check_torchscale()

@@ -1,4 +1,4 @@
-"""Measures the cost of dividing a training step over two processes, against one process with two threads."""
+"""Measures the cost of dividing a training step over two processes, compared with one process with two threads."""
 
 import json
 import os
@@ -28,18 +28,18 @@ _SAMPLES = 16  # per stream
 
 
 class StepVariant(NamedTuple):
-    """Describes a way to run the measured step."""
+    """Describes one way to run the measured step: number of processes, threads and ZeRO stage."""
 
     name: str
-    """Name of its row in the table."""
+    """Name of the variant in the table."""
     ranks: int
     """Number of processes."""
     threads: int
     """Threads per process."""
     zero_stage: int
-    """ZeRO stage: 1 divides the optimizer states over the ranks, 2 also gradients, 3 also parameters."""
+    """ZeRO stage: 1 divides the optimizer states over the ranks, 2 also the gradients, 3 also the parameters."""
     apart: bool = False
-    """Whether each process computes its half of the samples alone, without communication."""
+    """Whether each process computes half of the samples without communication."""
 
 
 VARIANTS = (
@@ -49,18 +49,20 @@ VARIANTS = (
     StepVariant("two ranks, ZeRO-1", 2, 1, 1),
     StepVariant("two ranks, ZeRO-3", 2, 1, 3),
 )
-"""Ways to run the step. Each adds one cost to the one before: separate processes, reduced gradients, divided updates,
-divided weights."""
+"""Ways to run the step. Each variant adds one cost to the variant before it: separate processes, gradient reduction,
+divided updates, divided weights."""
 
 
 def benchmark_parallel(json_path: str | None = None) -> str:
     """Measures all variants of one step in turn, in several rounds, and returns a report.
 
-    The step is 16 images, 16 pairs and 16 texts through 6 blocks of width 384 with the vocabulary of 64k, in float32. A
-    round's ratio is the time of one process with two threads, divided by the time of two ranks with one thread each.
+    The step has 16 images, 16 pairs and 16 texts. The model has 6 blocks of width 384 and a vocabulary of 64k, in
+    float32. A ratio is the time of one process with two threads divided by the time of two processes with one thread
+    each, in the same round.
 
     Args:
-        json_path: file for `rows` and `summary` as JSON; `summary.efficiency` is the median ratio under ZeRO-3.
+        json_path: file for the results as JSON, with `rows` and `summary`. `summary.efficiency` is the median ratio
+            under ZeRO-3.
     """
     rows = []
     for round_number in range(_ROUNDS):
@@ -98,8 +100,9 @@ def _describe(rows: list[dict[str, dict[str, float]]], ratios: dict[str, list[fl
 
 
 def _measure(variant: StepVariant, folder: str) -> dict[str, float]:
-    """Runs a variant's processes; returns the median seconds of a step, its passes and its update in the slowest
-    one."""
+    """Runs the processes of a variant; returns the slowest process's median seconds of a step, its passes and its
+    update.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -128,12 +131,12 @@ def _measure(variant: StepVariant, folder: str) -> dict[str, float]:
 
 
 def run_steps(zero_stage: int, shares: int, share: int, folder: str) -> dict[str, float]:
-    """Runs the steps of one process; returns the median seconds of whole steps, passes and updates.
+    """Runs the steps of one process; returns the median seconds of whole steps, of the passes and of the updates.
 
     Args:
         zero_stage: ZeRO stage of the engine.
-        shares: number of processes that divide the samples.
-        share: number of this process among them, from 0.
+        shares: number of processes among which the samples are divided.
+        share: index of this process among them, from 0.
         folder: folder for the secret that the processes share.
     """
     from beit3_ds.runtime.process_group import init_process_group
@@ -164,7 +167,7 @@ def run_steps(zero_stage: int, shares: int, share: int, folder: str) -> dict[str
 
 
 def parallel_config(zero_stage: int) -> RunConfig:
-    """Returns the configuration of the measured step."""
+    """Returns the run config of the measured step."""
     stream = {"train": ["none.tar"], "samples_per_step": _SAMPLES}
     sizes = {"num_layers": 6, "hidden_size": 384, "ffn_hidden_size": 1536, "num_attention_heads": 6, "patch_size": 16}
     zero: dict[str, Any] = {"stage": zero_stage}
@@ -195,9 +198,11 @@ def parallel_config(zero_stage: int) -> RunConfig:
 
 
 def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
-    """Builds a batch of the random images, pairs and texts with the given numbers, at the paper's mask ratios.
+    """Builds a batch of random images, pairs and texts, with the paper's mask ratios.
 
-    A number gives the same image, pair and text in every process.
+    Args:
+        config: config of the run.
+        samples: numbers of the images, pairs and texts. A number gives the same image, pair and text in every process.
     """
     model, data, ratios = config.model, config.data, pretraining_config(config)
 

@@ -1,4 +1,4 @@
-"""Computes only the matrix products of a training step, the upper bound of speed in `beit3 bench train`."""
+"""Computes only the matrix products of a training step, which limit the speed in `beit3 bench train`."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head dim, S rows of a sequence, M masked rows, V vocabulary.
 
@@ -15,7 +15,7 @@ from beit3_ds.tasks.pretraining.heads import head_flops
 
 
 class Product(NamedTuple):
-    """Describes a product out = a @ b of matrices or of batches of matrices."""
+    """Describes a matrix product out = a @ b, or a batched one."""
 
     a: Tensor
     b: Tensor
@@ -23,37 +23,37 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Returns the number of operations; a multiply-add counts 2."""
+        """Returns the FLOPs of the product; a multiply-add counts as 2."""
         return 2 * self.out.numel() * self.a.shape[-1]
 
     def run(self) -> None:
-        """Computes the product into `out`."""
+        """Computes the product and stores it in `out`."""
         (torch.mm if self.a.ndim == 2 else torch.bmm)(self.a, self.b, out=self.out)
 
 
 class Layer(NamedTuple):
-    """Lists the matrix products of a layer's forward pass and backward pass, in order."""
+    """Lists the matrix products of a layer's forward and backward pass in order."""
 
     forward: tuple[Product, ...]
     backward: tuple[Product, ...]
 
 
 class Products:
-    """Lists the matrix products of one training step of the model as defined, whose sum is its model FLOPs.
+    """Lists all matrix products of one training step, whose total FLOPs are the model FLOPs.
 
-    They include dropped branches and rows that no head reads, which a step can omit (`needed_flops`).
+    Dropped branches and rows that no head reads are included, although a step can skip them (`needed_flops`).
 
-    Each expert multiplies its own rows. Queries, keys and values are one product. Attention's products are computed
-    sequence by sequence. The heads get masked rows only. The backward pass has products for the gradients of inputs and
-    weights, but not of pixels, and recomputes nothing. Blocks with the same experts share their operands.
+    Each expert multiplies its own rows. Queries, keys and values are one product. Attention is computed sequence by
+    sequence. The heads compute masked rows only. The backward pass computes the gradients of weights and inputs, except
+    for pixels, and recomputes nothing. Blocks with the same experts share operands.
     """
 
     def __init__(self, config: ModelConfig, batch: PackedBatch, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocates the operands.
+        """Allocates the operands of all products.
 
         Args:
             config: sizes and layout of the model.
-            batch: the batch whose rows, sequences and masked positions set the shapes.
+            batch: batch whose rows, sequences and masked positions determine the shapes.
             dtype: dtype of the products.
             device: device of the products.
         """
@@ -68,11 +68,11 @@ class Products:
 
     @property
     def flops(self) -> int:
-        """Returns the number of floating-point operations per step."""
+        """Returns the FLOPs per step."""
         return sum(product.flops for layer in self.layers for product in (*layer.forward, *layer.backward))
 
     def run(self) -> None:
-        """Computes the products of all layers, forward and then backward."""
+        """Computes the products of all layers: first the forward pass, then the backward pass."""
         for layer in self.layers:
             for product in layer.forward:
                 product.run()
@@ -82,13 +82,13 @@ class Products:
 
 
 def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """Returns the minimum number of operations in the matrix products of a training step.
+    """Returns the minimum FLOPs of a training step's matrix products.
 
-    It leaves out dropped branches, and rows of the last FFN that no head reads.
+    Dropped branches, and rows of the last FFN that no head reads, are excluded.
 
     Args:
-        config: configuration of the model.
-        batch: the batch, with the factors of stochastic depth if there are any.
+        config: config of the model.
+        batch: batch to count; may contain factors of stochastic depth.
     """
     embeddings, *_, heads = layer_flops(config, work_of(batch, head_flops(config, batch.term_counts)))
     blocks = 0.0
@@ -109,7 +109,7 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
 
 
 class _Operands:
-    """Allocates random operands of the layers' products, and touches the memory of their results."""
+    """Allocates random operands for products, and writes to the results' memory once."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device

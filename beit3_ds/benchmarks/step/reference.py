@@ -1,12 +1,13 @@
-"""Trains torchscale 0.3.0's BEiT-3 as its users do; this is the reference of `beit3 bench train`.
+"""Trains torchscale 0.3.0's BEiT-3 like microsoft/unilm; this is the reference of `beit3 bench train`.
 
-Model, initial values, parameter groups and the order of the step follow microsoft/unilm's `beit3`. Its pretraining was
-never released, so the masked-modeling losses follow BEiT v2's. Texts are padded to a fixed length, as
-`_get_text_segment` in its datasets.py pads them to `num_max_bpe_tokens`, or to the longest of the batch on request.
-Other differences from users' code only make this file faster: logits exist only at masked positions, AdamW is torch's
-fused one, and gradients are freed after every step.
+The model, initial values, parameter groups and order of the step follow microsoft/unilm's `beit3`. The pretraining code
+of BEiT-3 was never released, so the masked-modeling losses follow BEiT v2. Texts are padded to a fixed length, like
+`_get_text_segment` in unilm's datasets.py, or on request to the longest text of the batch. Other differences from unilm
+only make this file faster: logits are computed only at masked positions, AdamW is torch's fused version, and gradients
+are freed after every step.
 
-A change of this code would make ratios incomparable, so tests/benchmarks/step/test_benchmark.py fixes its hash.
+If this code changed, old and new ratios would not be comparable. So tests/benchmarks/step/test_benchmark.py checks a
+hash of it.
 """
 
 # B samples of a stream, N patches per image, S tokens of the longest text, D hidden.
@@ -33,14 +34,14 @@ _NO_DECAY = ("beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_t
 
 
 class PaddedStream(NamedTuple):
-    """Holds the B padded samples of one stream; tensors of a modality that the stream lacks are None."""
+    """Holds B padded samples of one stream (images, pairs or texts). Tensors of a missing modality are None."""
 
     pixels: Tensor | None
     """Images, (B, 3, image_size, image_size) float32."""
     patch_mask: Tensor | None
     """True where a patch is masked, (B, patches) bool."""
     codes: Tensor | None
-    """Target codes of the masked patches, in order, (masked patches,) int64."""
+    """Target codes of the masked patches in order, (masked patches,) int64."""
     tokens: Tensor | None
     """Token ids, (B, padded length) int64."""
     padding: Tensor | None
@@ -48,19 +49,19 @@ class PaddedStream(NamedTuple):
     token_mask: Tensor | None
     """True where a token is masked, (B, padded length) bool."""
     targets: Tensor | None
-    """Target ids of the masked tokens, in order, (masked tokens,) int64."""
+    """Target ids of the masked tokens in order, (masked tokens,) int64."""
 
     @property
     def num_masked(self) -> tuple[int, int]:
-        """Returns the numbers of masked patches and of masked tokens."""
+        """Returns the number of masked patches and the number of masked tokens."""
         return 0 if self.codes is None else len(self.codes), 0 if self.targets is None else len(self.targets)
 
 
 def check_torchscale() -> None:
-    """Checks that the reference's packages are installed in the right versions.
+    """Checks that torchscale and timm are installed in the right versions.
 
     Raises:
-        ConfigError: if a package is missing or has another version; the message names the command that installs it.
+        ConfigError: if a package is missing or has another version; the message contains a command that installs it.
     """
     for package, wanted in (("torchscale", TORCHSCALE), ("timm", None)):
         try:
@@ -76,7 +77,7 @@ def check_torchscale() -> None:
 
 
 def build_torchscale(arguments: Mapping[str, Any]) -> Any:
-    """Builds torchscale's BEiT3 without fairscale, a package that torchscale imports only for FSDP."""
+    """Builds torchscale's BEiT3 without the package fairscale, which torchscale imports but needs only for FSDP."""
     if "fairscale" not in sys.modules:
         stub: Any = types.ModuleType("fairscale.nn")
         stub.checkpoint_wrapper = stub.wrap = lambda module, **_: module
@@ -88,7 +89,7 @@ def build_torchscale(arguments: Mapping[str, Any]) -> Any:
 
 
 class ReferenceModel(nn.Module):
-    """Joins torchscale's backbone and the two masked-modeling heads."""
+    """Combines torchscale's backbone with the two masked-modeling heads."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -115,7 +116,9 @@ class ReferenceModel(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns one mean cross entropy per modality of the stream: over masked patches, then over masked tokens."""
+        """Returns the mean cross entropy over masked patches (if there are images), then over masked tokens (if there
+        are texts).
+        """
         y_BSD = self.beit3(
             textual_tokens=stream.tokens,
             visual_tokens=stream.pixels,
@@ -161,9 +164,9 @@ class ReferenceTrainer:
         )
 
     def step(self, streams: Sequence[PaddedStream]) -> float:
-        """Trains one step and returns its loss: one forward pass per stream, one backward pass, one update.
+        """Trains one step and returns the loss: one forward pass per stream, one backward pass and one update.
 
-        It computes in float32, and on a GPU under autocast to bfloat16.
+        Computes in float32 on a CPU, and under bfloat16 autocast on a GPU.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = torch.stack([term for stream in streams for term in self.model(stream)]).sum()
@@ -175,12 +178,12 @@ class ReferenceTrainer:
 
 
 def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: int | None) -> list[PaddedStream]:
-    """Returns a batch's images, pairs and texts as padded streams, as a data loader of the reference would.
+    """Returns a batch's images, pairs and texts as padded streams, like a data loader of the reference.
 
     Args:
-        batch: a batch with pixels and codes.
-        caption_length: length to which captions are padded; None pads to the longest.
-        text_length: length to which texts are padded; None pads to the longest.
+        batch: batch with pixels and visual codes.
+        caption_length: padded length of captions; None pads to the longest caption.
+        text_length: padded length of texts; None pads to the longest text.
     """
     assert batch.pixels is not None, "a batch with pixels"
     masked_tokens, target_ids = batch.targets[MASKED_TOKENS], batch.targets[TARGET_IDS]
@@ -206,7 +209,7 @@ def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: 
 
 
 def _pad(ids: Tensor, masked: Tensor, lengths: Sequence[int], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads texts; returns the ids, a mask that is True at padding, and a mask that is True at masked tokens."""
+    """Pads texts; returns token ids, a mask that is True at padding, and a mask that is True at masked tokens."""
     tokens = pad_sequence(list(ids.split(list(lengths))), batch_first=True, padding_value=_PAD)
     token_mask = pad_sequence(list(masked.split(list(lengths))), batch_first=True, padding_value=False)
     missing = 0 if length is None else length - tokens.shape[1]

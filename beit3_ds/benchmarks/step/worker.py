@@ -1,4 +1,4 @@
-"""Runs one process of `beit3 bench train`, which trains on a batch or computes its products on request."""
+"""Runs one process of `beit3 bench train`, which trains one step or computes its matrix products on each request."""
 
 import os
 import sys
@@ -19,9 +19,9 @@ from beit3_ds.config import RunConfig
 
 
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that prepares this project's training step on a batch, with DeepSpeed's engine.
+    """Returns a function that prepares this project's training step for a batch, with DeepSpeed's engine.
 
-    The learning rate follows no schedule, and the batch already contains its visual codes.
+    The learning rate is constant. Batches must contain their visual codes.
     """
     # Imported here, so that DeepSpeed takes memory on this side only.
     from beit3_ds.runtime.process_group import compute_device, init_process_group
@@ -49,7 +49,7 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 
 
 def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that prepares the reference's training step on the samples of a batch."""
+    """Returns a function that prepares the reference's training step for the samples of a batch."""
     lengths = (None, None) if pads_to_longest else (config.data.pair_text_length, config.data.text_length)
     device = device_of_turns()
     torch.manual_seed(config.training.seed)
@@ -64,7 +64,7 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that prepares the matrix products of the step on a batch."""
+    """Returns a function that prepares the matrix products of a training step for a batch."""
     dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 
     def prepare(batch: PackedBatch) -> Turn:
@@ -89,14 +89,15 @@ SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
 
 
 def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
-    """Computes one turn for every batch number that it reads, and answers with figures (`serve_turns`).
+    """Computes one turn for each batch number in `orders`, and writes the measured figures to `answers`
+    (`serve_turns`).
 
     Args:
         side: a key of `SIDES`.
-        size: size of the model.
-        samples: number of images, of pairs and of texts per step.
-        orders: lines with the number of a batch, one per turn.
-        answers: receives the figures, one line of JSON per turn.
+        size: model size.
+        samples: number of images per step, equal to the number of pairs and to the number of texts.
+        orders: lines with one batch number each.
+        answers: stream for the figures, one line of JSON per turn.
     """
     config = step_config(size, samples)
     if device_of_turns().type == "cuda":

@@ -30,7 +30,7 @@ class AttemptFailure:
 
 @dataclass(kw_only=True)
 class GuardedRank:
-    """Holds the state of one rank, from the time when the rank's guard (the parent of the training process) connects."""
+    """Holds the state of one rank after the rank's guard (the parent of the training process) has connected."""
 
     registered: Register
     channel: Channel
@@ -99,7 +99,7 @@ class GuardedRank:
 
 
 def describe_status(status: int) -> str:
-    """Describes an exit status, for example "was killed by SIGKILL"; a negative status is minus the number of a signal."""
+    """Describes an exit status or minus the number of a signal, for example "was killed by SIGKILL"."""
     if status >= 0:
         return f"ended with status {status}"
     try:

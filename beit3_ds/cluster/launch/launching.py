@@ -207,7 +207,7 @@ class _Launch:
         return folder
 
     def _status(self, outcome: Outcome) -> int:
-        """Returns the exit status for the outcome of an attempt (see `launch`); prints a line unless the status is 1."""
+        """Returns the exit status for an attempt's outcome (see `launch`); prints a line unless the status is 1."""
         if outcome.is_user_error:
             self._terminal.report("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR
@@ -318,7 +318,7 @@ class _Launch:
         return int(match[1]) if match else None
 
     def _checkpoints_inode(self) -> int | None:
-        """Returns the inode of the checkpoint folder, or None without such a folder; renaming a folder keeps its inode."""
+        """Returns the inode of the checkpoint folder, which a rename does not change; None without such a folder."""
         try:
             return (Path(self._config.training.output_dir) / "checkpoints").stat().st_ino
         except OSError:
@@ -342,7 +342,7 @@ def _describe_launch(
     of_launcher: Mapping[str, str],
     log_dir: Path,
 ) -> str:
-    """Returns the text of a dry run: hosts, command, folders and variables. Values that may be secrets are not shown."""
+    """Returns the text of a dry run: hosts, command, folders and variables, without values that may be secrets."""
     how = "on this machine" if hostfile.is_local else f"through {options.launcher}"
     return "\n".join(
         [

@@ -32,7 +32,7 @@ class ProcessTree:
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root
 
     def watch(self) -> None:
-        """Finds and records new descendants of the recorded processes. A process whose parent has ended is not found."""
+        """Finds and records new descendants of the recorded processes, except processes whose parent has ended."""
         table = _read_table()
         children: dict[int, list[int]] = {}
         for pid, (parent, _) in table.items():
