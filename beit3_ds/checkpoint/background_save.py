@@ -1,4 +1,4 @@
-"""Copies the training state to host memory and writes the copy to disk in a thread, while training continues."""
+"""Copies the training state to host memory, and writes the copy to disk in a thread while training continues."""
 
 import socket
 import sys
@@ -25,24 +25,24 @@ _NOTICE_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOutcome:
-    """Holds the result of a save. All ranks get equal values, except for the seconds, which each rank measures."""
+    """Result of a save. All ranks get equal values, except for the seconds, which each rank measures itself."""
 
     step: int
-    """Number of updates done before the save."""
+    """Number of optimizer updates before the save."""
     path: Path
     """Folder of the checkpoint."""
     error: str | None
-    """Error message in one line; None if the checkpoint is complete and on disk."""
+    """One-line error message; None if the checkpoint is complete on disk."""
     held_up_seconds: float
-    """Seconds that training waited for the end of the previous save and for the copy to host memory."""
+    """Seconds that training waited for the previous save and for the copy to host memory."""
     seconds: float
-    """Seconds from the beginning of the save to its end."""
+    """Seconds from the start of the save to its end."""
 
 
 class BackgroundSave:
     """Copies the training state to host memory, and writes the copy to disk in a thread.
 
-    The threads of all ranks communicate through their own group. A save that fails is reported and leaves earlier
+    The threads of all ranks communicate through a separate process group. A failed save is reported, and leaves earlier
     checkpoints unchanged.
     """
 
@@ -57,11 +57,11 @@ class BackgroundSave:
         """Stores the arguments; starts no thread.
 
         Args:
-            collection: the run's checkpoints.
+            collection: checkpoints of the run.
             mesh: the mesh of ranks.
-            host: group of all ranks; only the threads of saves use it.
-            run: description of this run, which is stored in every checkpoint.
-            timeout_seconds: seconds after which `wait` raises an error.
+            host: process group of all ranks; only the save threads use it.
+            run: description of this run, stored in every checkpoint.
+            timeout_seconds: maximum seconds that `wait` waits.
         """
         self._collection, self._mesh, self._host, self._run = collection, mesh, host, run
         self._timeout_seconds = timeout_seconds
@@ -70,20 +70,20 @@ class BackgroundSave:
         self._outcomes: list[SaveOutcome] = []
 
     def reserve_memory(self, state: EngineState) -> None:
-        """Starts a thread that reserves host memory for copies of the state, so that the first save starts faster."""
+        """Starts a thread that reserves host memory for copies of the state, so that the first save is faster."""
         self._snapshot = Snapshot(state)
         self._start_thread(self._snapshot.reserve_memory)
 
     def start(self, state: EngineState, step: int, data: Mapping[str, Any], begun: float) -> None:
-        """Copies the state to host memory and starts a thread that writes the copy to disk.
+        """Copies the state to host memory, and starts a thread that writes the copy to disk.
 
-        All ranks must call `wait` first, and then this method.
+        All ranks must call `wait` first, and then `start`.
 
         Args:
-            state: training state of this rank: weights and moments.
-            step: number of updates done.
+            state: training state of this rank: weights and optimizer moments.
+            step: number of optimizer updates so far.
             data: position in the data and other state (`Index.data`); only the main rank's value is saved.
-            begun: `time.monotonic()` at the beginning of the save.
+            begun: `time.monotonic()` at the start of the save.
         """
         snapshot = self._snapshot = self._snapshot or Snapshot(state)
         snapshot.reserve_memory()
@@ -92,7 +92,7 @@ class BackgroundSave:
         self._start_thread(lambda: self._write(snapshot, step, data, begun, held_up))
 
     def wait(self) -> None:
-        """Waits until this rank's part of the current save has ended; returns at once if no save is running.
+        """Waits until this rank's part of the current save has ended; returns immediately if no save is running.
 
         Raises:
             StorageError: if the save takes longer than `timeout_seconds`; earlier checkpoints stay unchanged.
@@ -115,7 +115,7 @@ class BackgroundSave:
             )
 
     def take_outcomes(self) -> list[SaveOutcome]:
-        """Returns the results of all saves that ended since the last call, without waiting for a running save."""
+        """Returns the results of all saves that ended since the last call; does not wait for a running save."""
         taken, self._outcomes = self._outcomes, []
         return taken
 
@@ -142,7 +142,7 @@ class BackgroundSave:
         )
 
     def _write_together(self, snapshot: Snapshot, step: int, data: Mapping[str, Any]) -> str | None:
-        """Writes and publishes the checkpoint together with all ranks.
+        """Writes and publishes the checkpoint together with all other ranks.
 
         Returns:
             An error message, equal on all ranks, if any rank failed; None if the save succeeded.
@@ -170,7 +170,7 @@ class BackgroundSave:
         return error
 
     def _attempt(self, work: Callable[[], Any]) -> str | None:
-        """Calls `work` and returns None, or its error as one line that names this rank; raises nothing."""
+        """Calls `work`; returns a one-line error message that names this rank, or None. Raises nothing."""
         try:
             work()
         except Exception as error:  # the other ranks wait for this rank's report

@@ -1,4 +1,4 @@
-"""Finds, publishes and deletes the checkpoints in one run's folder, without communication between ranks."""
+"""Finds, publishes and deletes the checkpoints in the folder of one run, without communication between ranks."""
 
 import contextlib
 import dataclasses
@@ -23,19 +23,21 @@ _LATEST = "latest"
 
 
 class CheckpointCollection:
-    """Manages the folder `OUTPUT_DIR/checkpoints`: a subfolder `step-XXXXXXXX` per checkpoint, and a file `latest`.
+    """Manages the folder `OUTPUT_DIR/checkpoints`, with one subfolder `step-XXXXXXXX` per checkpoint and a file
+    `latest`.
 
-    A checkpoint is written under a temporary name, synced to disk and renamed, so that it is complete or absent.
+    A checkpoint is written under a temporary name, synced to disk, and then renamed. A folder with the final name is
+    therefore complete.
 
     Attributes:
-        root: the folder, on storage that all ranks share.
+        root: path of the folder, on storage that all ranks share.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
         """Stores the arguments; the first save creates the folder.
 
         Args:
-            root: folder of the checkpoints.
+            root: path of the folder.
             keep: number of complete checkpoints to keep, in addition to the checkpoint of the best evaluation.
         """
         self.root, self._keep = root, keep
@@ -43,25 +45,25 @@ class CheckpointCollection:
         self._existed = root.exists()
 
     def path(self, step: int) -> Path:
-        """Returns the path of the checkpoint saved after `step` updates."""
+        """Returns the path of the checkpoint after `step` optimizer updates."""
         return self.root / checkpoint_name(step)
 
     def paths(self) -> list[Path]:
-        """Returns the paths of all checkpoints, newest first, including incomplete ones.
+        """Returns the paths of all checkpoints, newest first, including incomplete checkpoints.
 
         Raises:
-            OSError: if the folder exists but cannot be read, or is a link whose target is missing: the disk with the
-                checkpoints may not be mounted.
+            OSError: if the folder exists but cannot be read, or is a link to a missing folder, perhaps on an unmounted
+                disk.
         """
         if self.root.is_symlink():
             self.root.stat()
         return checkpoint_paths(self.root)
 
     def newest_path(self) -> Path | None:
-        """Returns the newest checkpoint whose files all exist with the right sizes; reads only the index of each.
+        """Returns the newest complete checkpoint; reads only the indices, and compares the files' sizes.
 
         Returns:
-            Path of the checkpoint; None if no checkpoint is complete, or if the folder cannot be read.
+            Path of the checkpoint; None if no checkpoint is complete or the folder cannot be read.
         """
         try:
             return next(self._whole_paths(), None)
@@ -69,23 +71,23 @@ class CheckpointCollection:
             return None
 
     def mark_damaged(self, path: Path) -> None:
-        """Records that a checkpoint is damaged, so that `newest_path` skips it and pruning does not count it.
+        """Records that a checkpoint is damaged: `newest_path` then skips it, and pruning does not count it as complete.
 
         `newest_path` itself compares only file sizes.
         """
         self._damaged.add(path)
 
     def mark_whole(self, path: Path) -> None:
-        """Reverts `mark_damaged`, after a new save has replaced the damaged checkpoint."""
+        """Reverts `mark_damaged` after a new save has replaced the damaged checkpoint."""
         self._damaged.discard(path)
 
     def create_temporary(self, step: int) -> Path:
-        """Creates the empty temporary folder in which the checkpoint of a step is written.
+        """Creates the empty temporary folder for the checkpoint of a step.
 
-        First deletes the temporary folders that interrupted saves and deletions left behind.
+        Also deletes temporary folders from interrupted saves and deletions.
 
         Raises:
-            OSError: if the folder cannot be created, or a folder of that name holds files of another program.
+            OSError: if the folder cannot be created, or a folder with this name contains files of another program.
         """
         temporary = self.temporary_path(step)
         for left_over in left_over_paths(self.root):
@@ -109,18 +111,19 @@ class CheckpointCollection:
         return temporary
 
     def temporary_path(self, step: int) -> Path:
-        """Returns the path of the temporary folder of a step's checkpoint."""
+        """Returns the path of the temporary folder for the checkpoint of a step."""
         return self.root / f".writing-{checkpoint_name(step)}"
 
     def publish(self, index: Index, pieces: PieceTable) -> None:
-        """Writes pieces and index into the temporary folder, renames the folder, and deletes old checkpoints.
+        """Completes a checkpoint: writes the pieces and the index, renames the temporary folder, and deletes old
+        checkpoints.
 
         Args:
-            index: index of the checkpoint; the file of the pieces is added to it.
-            pieces: the pieces that all ranks wrote.
+            index: index of the checkpoint, without the file of the pieces.
+            pieces: tensor pieces that all ranks wrote.
 
         Raises:
-            OSError: if a file that the index lists is missing, or if writing fails.
+            OSError: if a file that the index lists is missing, or writing fails.
             BrokenIndexError: if the pieces do not cover every element of every tensor exactly once.
         """
         temporary, target = self.temporary_path(index.step), self.path(index.step)
@@ -142,14 +145,14 @@ class CheckpointCollection:
             self._prune(index.best_step)
 
     def discard_temporary(self, step: int) -> None:
-        """Deletes the temporary folder of a save that failed."""
+        """Deletes the temporary folder of a failed save."""
         shutil.rmtree(self.temporary_path(step), ignore_errors=True)
 
     def _whole_paths(self) -> Iterator[Path]:
         return (path for path in self.paths() if path not in self._damaged and _has_all_files(path))
 
     def _clear(self, target: Path) -> None:
-        """Frees the path `target`: deletes a checkpoint of this program there, and renames anything else."""
+        """Frees the path `target`: deletes a checkpoint of this program, or renames anything else."""
         if is_own_checkpoint(target):
             _delete(target)
             return
@@ -168,7 +171,9 @@ class CheckpointCollection:
         write_whole(latest, f"{name}\n".encode())
 
     def _prune(self, best_step: int | None) -> None:
-        """Deletes old checkpoints of this program except the newest complete ones and the one of step `best_step`."""
+        """Deletes old checkpoints of this program, except the newest complete ones and the checkpoint of step
+        `best_step`.
+        """
         paths = self.paths()
         best = None if best_step is None else self.path(best_step)
         whole = [path for path in self._whole_paths() if is_own_checkpoint(path) and path != best]
@@ -179,7 +184,7 @@ class CheckpointCollection:
 
 
 def _has_all_files(path: Path) -> bool:
-    """Returns whether a folder holds all files of a checkpoint in the right sizes and is named after its step."""
+    """Returns whether a folder contains all files of a checkpoint in the right sizes, and is named after the step."""
     try:
         index = read_index(path)
         check_files(path, index)
@@ -195,7 +200,11 @@ def _delete(path: Path) -> None:
 
 
 def has_checkpoints(output_dir: Path) -> bool:
-    """Returns whether a run has checkpoints, complete or not; True if their folder cannot be read."""
+    """Returns whether a run has complete or incomplete checkpoints; True if their folder cannot be read.
+
+    Args:
+        output_dir: output folder of the run (`training.output_dir`).
+    """
     try:
         return bool(CheckpointCollection(output_dir / "checkpoints", keep=1).paths())
     except OSError:

@@ -1,4 +1,4 @@
-"""Writes, syncs and renames the files of checkpoints, so that a file is complete on disk or absent."""
+"""Writes, syncs and renames checkpoint files, so that a file on disk is either complete or absent."""
 
 import hashlib
 import os
@@ -15,12 +15,15 @@ _SYNC_BYTES = 1 << 26
 class NewFile:
     """Writes a new file sequentially in a `with` block, and syncs it to disk at the end of the block.
 
-    A thread also syncs during the writing, because the operating system would otherwise block the writer later. The
-    digest is SHA-256.
+    A thread also syncs the file during writing, because the operating system would otherwise block the writer later.
+
+    Args:
+        path: path of the file.
+        with_digest: whether to compute the SHA-256 digest of the content.
 
     Raises:
         FileExistsError: if the file exists.
-        OSError: if the disk is full, cannot be written, or was removed; bytes written before the error stay on disk.
+        OSError: if the disk is full, cannot be written, or was removed. Bytes written before the error stay on disk.
     """
 
     def __init__(self, path: Path, *, with_digest: bool = True) -> None:
@@ -49,11 +52,11 @@ class NewFile:
 
     @property
     def sha256(self) -> str:
-        """Returns the SHA-256 of the bytes written so far, in hexadecimal; empty if no digest is computed."""
+        """Returns the SHA-256 digest of the bytes written so far, in hexadecimal; empty without `with_digest`."""
         return self._digest.hexdigest() if self._digest else ""
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends bytes to the file. Repeats the system call until all bytes are written."""
+        """Appends all bytes to the file."""
         rest = memoryview(content).cast("B")
         while rest:
             chunk = rest[:_CHUNK_BYTES]
@@ -75,7 +78,7 @@ class NewFile:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a small file under a temporary name and renames it, so that readers see the old file or the new one."""
+    """Writes a small file atomically: readers see either the old file or the new file."""
     aside = path.with_name(
         f".{path.name}.new"
     )  # one name for all processes, so that killed ones leave one file at most
@@ -90,17 +93,17 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file or folder and syncs the parent folder. A file replaces a file at `target`.
+    """Renames a file or folder, and syncs the parent folder; replaces a file at `target`.
 
     Raises:
-        OSError: if renaming fails, for example because a folder is renamed to the name of a non-empty folder.
+        OSError: if renaming fails, for example because `target` is a non-empty folder.
     """
     os.replace(source, target)
     sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs a folder, so that the names of its files survive a crash."""
+    """Syncs a folder to disk, so that the names of its files survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -109,6 +112,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a regular file on disk, in hexadecimal."""
+    """Returns the SHA-256 digest of a regular file, in hexadecimal."""
     with open(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

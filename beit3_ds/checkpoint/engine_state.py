@@ -1,9 +1,10 @@
 """Reads and writes a rank's training state inside DeepSpeed's engine, as ranges of logical tensors.
 
-A logical tensor is a whole tensor of the model, without any parallelism. Its state is the float32 weight, AdamW's two
-moments and, if configured, a moving average of the weight. The ZeRO stage decides which elements a rank owns: all
-(stage 0), a share of the flattened parameters (stages 1 and 2), or a share of every parameter (stage 3). Only this file
-and `flat_tensors` access DeepSpeed's optimizers.
+A logical tensor is a whole tensor of the model, without any parallelism. Its state consists of the float32 weight,
+AdamW's two moments and, if configured, a moving average of the weight.
+
+The ZeRO stage determines which elements a rank owns: all (stage 0), a share of the flattened parameters (stages 1 and
+2), or a share of every parameter (stage 3). Only this file and `flat_tensors` access DeepSpeed's optimizers.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,16 +30,18 @@ from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
-"""Function that reads a slice of a logical tensor as a matrix. Its arguments are the kind of values
-(`EngineState.kinds`, such as "exp_avg"), the tensor's name, and the slice."""
+"""Function that reads a slice of a logical tensor as a matrix.
+
+The arguments are the kind of values (`EngineState.kinds`, such as "exp_avg"), the name of the tensor, and the slice.
+"""
 
 _GATHERED_PARAMETERS = 4
-"""Number of parameters that ZeRO-3's ranks gather at each save to compare them with the saved weights."""
+"""Number of parameters that ZeRO-3 ranks gather at each save, to compare them with the weights to save."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTensor:
-    """Describes the block of a logical tensor that belongs to this rank under tensor and pipeline parallelism."""
+    """The block of a logical tensor that this rank holds under tensor and pipeline parallelism."""
 
     shape: torch.Size
     """Shape of the whole tensor, without any parallelism."""
@@ -47,43 +50,44 @@ class LocalTensor:
 
 
 class Fragment(NamedTuple):
-    """Holds the weights and optimizer state of consecutive elements of one tensor, as 1-D views of engine memory."""
+    """Weights and optimizer state of consecutive elements of one tensor, as 1-D views of the engine's memory."""
 
     name: str
     """Name of the parameter in the whole model."""
     start: int
-    """Index of the fragment's first element, counted from the start of this rank's block of the tensor."""
+    """Index of the fragment's first element within this rank's block of the tensor, flattened."""
     weight: Tensor
-    """Weights in float32."""
+    """Weights, (elements,) float32."""
     optimizer_state: dict[str, Tensor]
-    """AdamW's moments "exp_avg" and "exp_avg_sq" of the elements and, if configured, the "average" of their weights."""
+    """AdamW's moments "exp_avg" and "exp_avg_sq" and, if configured, the weights' moving "average", each (elements,).
+    """
 
     def values(self, kind: str) -> Tensor:
-        """Returns one value per element: `kind` selects weights, a moment or the average (`EngineState.kinds`)."""
+        """Returns the values of one kind, (elements,): weights, a moment or the average (`EngineState.kinds`)."""
         return self.weight if kind == WEIGHT else self.optimizer_state[kind]
 
     def cut(self, start: int, stop: int) -> "Fragment":
-        """Returns the part of this fragment with the elements [start, stop), counted from the fragment's start."""
+        """Returns the elements [start, stop) of this fragment as a new fragment."""
         state = {kind: values[start:stop] for kind, values in self.optimizer_state.items()}
         return Fragment(self.name, self.start + start, self.weight[start:stop], state)
 
 
 class EngineState:
-    """Reads and writes the part of the training state that this rank's engine holds."""
+    """Reads and writes this rank's part of the training state in DeepSpeed's engine."""
 
     def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, ema_decay: float | None = None) -> None:
-        """Finds the parameters of this rank.
+        """Finds the parameters and buffers of this rank.
 
         Args:
-            engine: DeepSpeed's engine for this pipeline stage, with AdamW (torch's, or apex's FusedAdam).
+            engine: DeepSpeed's engine for this pipeline stage, with AdamW (torch's AdamW, or apex's FusedAdam).
             mesh: the mesh of ranks.
-            ema_decay: decay of the moving average of the weights; None means that no average is computed.
+            ema_decay: decay of the moving average of the weights; None computes no average.
         """
         self._engine, self._mesh = engine, mesh
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self.local_tensors = {name: _local_tensor(parameter) for name, parameter in self._parameters.items()}
-        """This rank's block of every parameter of its stage, by logical name."""
+        """This rank's block of every parameter in its pipeline stage, by logical name."""
         persistent = engine.module.state_dict().keys()
         self.buffers: dict[str, Tensor] = {
             name: buffer for name, buffer in engine.module.named_buffers() if name in persistent
@@ -93,12 +97,12 @@ class EngineState:
 
     @property
     def is_on_gpu(self) -> bool:
-        """Returns whether the engine computes on a GPU, even if its optimizer state is offloaded to host memory."""
+        """Returns whether the engine computes on a GPU, even if the optimizer state is offloaded to host memory."""
         return self._engine.device.type == "cuda"
 
     @property
     def optimizer_step(self) -> int:
-        """Returns the number of updates that AdamW has counted for its bias correction; 0 before the first."""
+        """Returns AdamW's count of updates, which it uses for bias correction; 0 before the first update."""
         steps = {float(state["step"]) for _, state in self._owners() if "step" in state}
         steps |= {float(group["step"]) for group in adamw_of(self._engine.optimizer).param_groups if "step" in group}
         assert len(steps) <= 1, f"parameters were updated different numbers of times: {steps}"
@@ -106,7 +110,11 @@ class EngineState:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Returns the names of the values of each element: "weight", "exp_avg", "exp_avg_sq", and "average" if kept."""
+        """Returns the kinds of values per element: "weight", "exp_avg", "exp_avg_sq" and, with `ema_decay`, also
+        "average".
+
+        These names appear in the files of checkpoints.
+        """
         return KINDS if self._average is None else (*KINDS, AVERAGE)
 
     def update_average(self) -> None:
@@ -116,10 +124,10 @@ class EngineState:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Replaces the model's weights by their moving averages in a `with` block; does nothing without `ema_decay`.
+        """Context manager that replaces the model's weights by their moving averages; does nothing without `ema_decay`.
 
-        The block must contain no update and no save. All ranks enter and leave the block together, because under ZeRO-1
-        to 3 the data-parallel ranks gather parameters there.
+        The `with` block must contain no update and no save. All ranks enter and leave the block together, because under
+        ZeRO-1, 2 and 3 the data-parallel ranks gather parameters at these points.
         """
         if self._average is None:
             yield
@@ -133,21 +141,23 @@ class EngineState:
             self._refresh_parameters()
 
     def fragments_to_save(self) -> list[Fragment]:
-        """Returns the fragments that this rank saves; all ranks together save every element of every tensor once.
+        """Returns the fragments that this rank saves; all ranks together save each element of each tensor once.
 
-        Without ZeRO, each data-parallel rank saves an equal share. Tensor-parallel rank 0 saves the tensors that are
-        equal on all tensor-parallel ranks.
+        Without ZeRO, each data-parallel rank saves an equal share. Tensors that are equal on all tensor-parallel ranks
+        are saved by tensor-parallel rank 0.
         """
         self._start_moments()
         return list(self._shares())
 
     def buffers_to_save(self) -> dict[str, Tensor]:
-        """Returns all buffers of a pipeline stage on the stage's first rank, which saves them; {} on other ranks."""
+        """Returns the buffers that this rank saves: all buffers on the first rank of a pipeline stage, {} on other
+        ranks.
+        """
         is_first = self._mesh.data_parallel_rank == 0 and self._mesh.tensor.rank == 0
         return self.buffers if is_first else {}
 
     def num_elements_to_save(self) -> int:
-        """Returns the number of elements in all fragments that this rank saves (`fragments_to_save`)."""
+        """Returns the total number of elements in the fragments that this rank saves (`fragments_to_save`)."""
         return sum(len(share.weight) for share in self._shares())
 
     def _shares(self) -> Iterator[Fragment]:
@@ -165,11 +175,11 @@ class EngineState:
     def find_mismatch(self, step: int) -> str | None:
         """Compares samples of the weights to save with the parameters of the forward pass; all ranks call it.
 
-        A DeepSpeed option that reorders the flat buffers would leave training correct but make checkpoints wrong. This
-        check finds such an option. Under ZeRO-3 the data-parallel ranks also gather a few parameters.
+        This check detects DeepSpeed options that reorder the flat buffers. Such an option would leave the training
+        correct, but make checkpoints wrong. Under ZeRO-3 the data-parallel ranks also gather a few parameters.
 
         Args:
-            step: number of updates done; selects the samples, equally on all ranks.
+            step: number of optimizer updates so far; selects the samples, equally on all ranks.
 
         Returns:
             A short description of the first tensor that differs; None if all samples are equal.
@@ -197,13 +207,14 @@ class EngineState:
 
     @torch.no_grad()
     def load(self, read: ReadSlice, optimizer_step: int) -> None:
-        """Overwrites this rank's weights and moments with values from `read`. All ranks call it.
+        """Overwrites this rank's weights, moments and averages with values from `read`; all ranks call it.
 
-        Under ZeRO-3 the data-parallel ranks gather the parameters that DeepSpeed keeps unpartitioned.
+        Under ZeRO-3 the data-parallel ranks gather the parameters that DeepSpeed does not partition.
 
         Args:
-            read: returns a float32 slice of any tensor in `local_tensors`; it is called only for elements of this rank.
-            optimizer_step: number of updates that produced the moments.
+            read: function that returns a float32 slice of a tensor in `local_tensors`; called only for elements of this
+                rank.
+            optimizer_step: number of updates in AdamW's moments.
         """
         self._load_weights(read, set(self._parameters))
         self._start_moments()
@@ -220,15 +231,23 @@ class EngineState:
 
     @torch.no_grad()
     def load_buffers(self, read: Callable[[str], Tensor]) -> None:
-        """Overwrites each persistent buffer of this stage with the result of `read` for the buffer's name."""
+        """Overwrites the persistent buffers of this pipeline stage.
+
+        Args:
+            read: function that returns a buffer by name.
+        """
         for name, buffer in self.buffers.items():
             buffer.copy_(read(name))
 
     @torch.no_grad()
     def load_weights(self, read: ReadSlice, names: set[str]) -> None:
-        """Overwrites the weights of the parameters in `names` before the first update; all ranks call it.
+        """Overwrites the weights of the parameters in `names`; all ranks call it, before the first update.
 
         A moving average restarts from the new weights.
+
+        Args:
+            read: function that returns a float32 slice of a tensor in `local_tensors`.
+            names: names of the parameters; names of other pipeline stages are ignored.
         """
         assert self.optimizer_step == 0, "weights are replaced under moments that belong to others"
         self._load_weights(read, names & set(self._parameters))
@@ -236,10 +255,10 @@ class EngineState:
             self._average.restart(self._weights())
 
     def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
-        """Cuts a fragment into slices of its logical tensor, leaving out padding (see `slice_range`).
+        """Divides a fragment into slices of the logical tensor, without padding (see `slice_range`).
 
         Yields:
-            Pairs of a position in the fragment and the slice that starts there.
+            Pairs (position, slice): the index in the fragment where the slice starts, and the slice.
         """
         start, stop = fragment.start, fragment.start + len(fragment.weight)
         return slice_range(self.local_tensors[fragment.name].block, start, stop)
@@ -277,13 +296,13 @@ class EngineState:
                 self._parameters[fragment.name].data.view(-1).copy_(fragment.weight)
 
     def _gather_persistent(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-        """All-gathers the parameters that ZeRO-3 keeps unpartitioned between steps."""
+        """All-gathers the parameters that ZeRO-3 does not partition between steps."""
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()
 
     def _fill(self, fragment: Fragment, read: ReadSlice, kind: str = WEIGHT) -> None:
-        """Overwrites a fragment's values block by block, so that a load needs little memory beside the state."""
+        """Overwrites a fragment's values block by block, so that loading needs little extra memory."""
         values = fragment.values(kind)
         for position, part in self.slices(fragment):
             for block in part.blocks(BLOCK_ELEMENTS):
@@ -292,7 +311,7 @@ class EngineState:
                 position = stop
 
     def _start_moments(self) -> None:
-        """Creates AdamW's moments as zeros where they do not exist yet, as AdamW itself does at the first update."""
+        """Creates missing AdamW moments as zeros, as AdamW itself does at the first update."""
         for weight, state in self._owners():
             if not state:
                 if isinstance(adamw_of(self._engine.optimizer), torch.optim.AdamW):
@@ -307,7 +326,7 @@ class EngineState:
         )
 
     def _owners(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yields each tensor that AdamW updates on this rank, with its optimizer state ({} before the first update)."""
+        """Yields each tensor that AdamW updates on this rank, and its optimizer state ({} before the first update)."""
         optimizer = self._engine.optimizer
         state = adamw_of(optimizer).state
         for weights, _ in flat_tensors(self._engine.optimizer):
@@ -337,7 +356,7 @@ def _local_tensor(parameter: nn.Parameter) -> LocalTensor:
 
 
 def _gather(parameter: Any) -> Tensor:
-    """All-gathers a parameter that ZeRO-3 partitions and returns it flattened; all data-parallel ranks call it."""
+    """All-gathers a parameter that ZeRO-3 partitions, and returns it flattened; all data-parallel ranks call it."""
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # ZeRO-3 keeps it whole between steps
         return parameter.data.flatten()
     with deepspeed.zero.GatheredParameters([parameter]):

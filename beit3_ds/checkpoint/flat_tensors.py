@@ -1,4 +1,4 @@
-"""Finds the tensors in which DeepSpeed's optimizers keep the float32 weights, under every ZeRO stage."""
+"""Finds the tensors that store the float32 weights in DeepSpeed's optimizers, for every ZeRO stage."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ParameterRange(NamedTuple):
-    """Describes where a flat tensor stores a range of a parameter's elements."""
+    """Location of a range of a parameter's elements in a flat tensor."""
 
     parameter: nn.Parameter
     start: int
@@ -25,7 +25,7 @@ class ParameterRange(NamedTuple):
 
 
 def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns the AdamW optimizer inside DeepSpeed's optimizer: torch's AdamW, or apex's FusedAdam."""
+    """Returns the AdamW optimizer inside DeepSpeed's optimizer: torch's AdamW or apex's FusedAdam."""
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     assert isinstance(inner, torch.optim.Optimizer)
     known = isinstance(inner, torch.optim.AdamW) or type(inner).__name__ == "FusedAdam"
@@ -34,10 +34,10 @@ def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def flat_tensors(optimizer: Any) -> Iterator[tuple[Tensor, list[ParameterRange]]]:
-    """Yields each tensor that AdamW updates on this rank, with the parameter ranges that the tensor contains.
+    """Yields each tensor that AdamW updates on this rank, with the parameter ranges in that tensor.
 
     Args:
-        optimizer: the engine's optimizer: one of DeepSpeed's, or AdamW itself.
+        optimizer: the engine's optimizer: one of DeepSpeed's optimizers, or AdamW itself.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from zip(optimizer.fp32_partitioned_groups_flat, map(_zero3_ranges, optimizer.fp16_groups), strict=True)
@@ -56,7 +56,7 @@ def flat_tensors(optimizer: Any) -> Iterator[tuple[Tensor, list[ParameterRange]]
 
 
 def _zero3_ranges(parameters: list[Any]) -> list[ParameterRange]:
-    """Lists the range of each parameter that this rank owns under ZeRO-3, without the padding of the last ranks."""
+    """Lists this rank's range of each parameter under ZeRO-3, without the padding on the last ranks."""
     ranges, position = [], 0
     for parameter in parameters:
         size = parameter.partition_numel()
@@ -70,7 +70,8 @@ def _zero3_ranges(parameters: list[Any]) -> list[ParameterRange]:
 def _zero12_ranges(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[ParameterRange]:
     """Lists the parameter ranges in this rank's share of a flattened parameter group under ZeRO-1 and 2.
 
-    DeepSpeed's own mapping (`_hp_mapping`) ignores `round_robin_gradients`, so the ranges come from the flat buffer.
+    The ranges are computed from the flat buffer, because DeepSpeed's own mapping (`_hp_mapping`) ignores
+    `round_robin_gradients`.
     """
     size = optimizer.partition_size[group]
     first = size * dist.get_rank(optimizer.real_dp_process_group[group])
@@ -84,7 +85,7 @@ def _zero12_ranges(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[Parame
 
 
 def _flat_ranges(parameters: list[Any]) -> list[ParameterRange]:
-    """Lists the parameter ranges in this rank's share of a flattened group of DeepSpeed's BF16_Optimizer."""
+    """Lists the parameter ranges in this rank's share of a flattened group in DeepSpeed's BF16_Optimizer."""
     mapped = ((parameter, parameter._hp_mapping) for parameter in parameters)
     return [
         ParameterRange(parameter, own.lp_fragment_address.start, own.hp_fragment_address.start, own.lp_fragment.numel())

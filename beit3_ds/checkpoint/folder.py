@@ -1,4 +1,4 @@
-"""Reads checkpoints on disk, which any layout of ranks may have written, and finds checkpoints in a folder."""
+"""Reads checkpoints that were written under any layout of ranks, and finds checkpoints in a folder."""
 
 import errno
 import os
@@ -44,21 +44,21 @@ _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in ki
 
 
 class CheckpointFolder:
-    """Reads a complete checkpoint: its index is valid, and all its files exist with the right sizes.
+    """Reads a complete checkpoint: the index is valid, and all files exist with the right sizes.
 
-    `find_damage` and `find_fault` read whole files to compare digests. Other methods read only the requested values.
+    `find_damage` and `find_fault` read whole files to verify their digests. Other methods read only the requested
+    values.
     """
 
     def __init__(self, path: Path, weights: str = WEIGHT) -> None:
-        """Reads the index and the table of pieces.
+        """Reads the index and the table of tensor pieces.
 
         Args:
             path: folder of the checkpoint.
-            weights: kind of values that `read` returns: `index.WEIGHT` or `index.AVERAGE`.
+            weights: values that `read` returns: `index.WEIGHT` (weights) or `index.AVERAGE` (moving averages).
 
         Raises:
-            BrokenIndexError: if the checkpoint is incomplete or changed; the message describes the fault in a few
-                words.
+            BrokenIndexError: if the checkpoint is incomplete or damaged; the message describes the fault briefly.
         """
         self.path, self.index, self._weights = path, read_index(path), weights
         check_files(path, self.index)
@@ -70,7 +70,7 @@ class CheckpointFolder:
         """Returns the configuration of the model.
 
         Raises:
-            ConfigError: if the checkpoint holds a model that is not BEiT-3, such as a visual tokenizer.
+            ConfigError: if the model is not BEiT-3, but for example a visual tokenizer.
         """
         name = self.index.run.task_name
         if "ffn_hidden_size" not in self.index.run.model:
@@ -82,7 +82,7 @@ class CheckpointFolder:
 
     @property
     def step(self) -> int:
-        """Returns the number of updates done before the checkpoint was saved."""
+        """Returns the number of optimizer updates before the checkpoint was saved."""
         return self.index.step
 
     @property
@@ -92,15 +92,15 @@ class CheckpointFolder:
         return task
 
     def files(self, kind: str | None = None) -> list[str]:
-        """Returns the sorted names of all files, or of the files of one kind (a key of `FILE_KINDS`, or `BUFFERS`)."""
+        """Returns the sorted names of all files, or of one kind of files (a key of `FILE_KINDS`, or `BUFFERS`)."""
         return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
     def find_damage(self, names: Iterable[str]) -> str | None:
-        """Compares the given files with their digests; returns a short description of the first fault, or None."""
+        """Verifies the digests of the given files; returns a short description of the first fault, or None."""
         return next(filter(None, map(self.find_fault, names)), None)
 
     def find_fault(self, name: str) -> str | None:
-        """Compares one file with its digest; returns a short description of the fault, or None."""
+        """Verifies the digest of one file; returns a short description of the fault, or None."""
         try:
             digest = file_sha256(self.path / name)
         except OSError as error:
@@ -109,18 +109,18 @@ class CheckpointFolder:
 
     @property
     def has_averages(self) -> bool:
-        """Returns whether the checkpoint holds moving averages of the weights."""
+        """Returns whether the checkpoint contains moving averages of the weights."""
         return bool(self.files(_FILE_OF_KIND[AVERAGE]))
 
     def names(self) -> list[str]:
-        """Returns the names of all tensors of the model in the checkpoint."""
+        """Returns the logical names of all tensors in the checkpoint."""
         return list(self.index.shapes)
 
     def shape(self, name: str) -> torch.Size:
         """Returns the shape of a whole tensor, without any parallelism.
 
         Raises:
-            ConfigError: if the checkpoint does not hold the tensor.
+            ConfigError: if the checkpoint does not contain the tensor.
         """
         if name not in self.index.shapes:
             raise ConfigError(
@@ -136,10 +136,11 @@ class CheckpointFolder:
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         """Returns the float32 weights or averages of a tensor.
 
-        Without `part`, the result has the shape of the whole tensor; otherwise it is that slice as a matrix.
+        Without `part`, the result is the whole tensor in its logical shape. With `part`, the result is that slice as a
+        matrix.
 
         Raises:
-            ConfigError: if a file does not hold what the index says, which happens only if both were edited.
+            ConfigError: if a file contradicts the index, which happens only if someone edited the file and its digest.
         """
         try:
             values = self.read_kind(self._weights, name, part or whole_slice(self.shape(name)))
@@ -150,19 +151,20 @@ class CheckpointFolder:
         return values if part else values.view(self.shape(name))
 
     def release_pages(self) -> None:
-        """Does nothing: this reader maps no file into memory, so it holds no pages."""
+        """Does nothing: this reader does not memory-map files."""
 
     def read_kind(self, kind: str, name: str, part: TensorSlice) -> Tensor:
-        """Reads a slice of a tensor's weights, moments or averages, and returns it as a float32 matrix.
+        """Reads a slice of a tensor's weights, moments or averages as a float32 matrix.
 
         Args:
-            kind: one of `index.KINDS`, or `index.AVERAGE`. If no averages are saved, `index.AVERAGE` reads the weights.
+            kind: one of `index.KINDS`, or `index.AVERAGE`. If the checkpoint has no averages, `index.AVERAGE` reads the
+                weights.
             name: logical name of the tensor.
             part: slice of the tensor.
 
         Raises:
             BrokenIndexError: if a file cannot be opened.
-            BrokenTensorFileError: if a file does not hold a piece that the index places there.
+            BrokenTensorFileError: if a file lacks a piece that the index lists.
         """
         if kind == AVERAGE and not self.has_averages:
             kind = WEIGHT
@@ -185,11 +187,11 @@ class CheckpointFolder:
         return values
 
     def read_buffer(self, name: str) -> Tensor:
-        """Reads a persistent buffer and returns it in its own dtype and shape.
+        """Reads a persistent buffer in its own dtype and shape.
 
         Raises:
-            BrokenIndexError: if its file cannot be opened.
-            BrokenTensorFileError: if the file does not hold the buffer with the dtype and shape in the index.
+            BrokenIndexError: if the file with the buffer cannot be opened.
+            BrokenTensorFileError: if the file has no such buffer with the dtype and shape in the index.
         """
         rank, dtype, shape = self.index.buffers[name]
         file = self._open(file_name(BUFFERS, rank))
@@ -199,7 +201,7 @@ class CheckpointFolder:
         return file.read(name)
 
     def close(self) -> None:
-        """Closes the files that were read."""
+        """Closes all open files."""
         for file in self._opened.values():
             file.close()
         self._opened.clear()
@@ -215,6 +217,10 @@ class CheckpointFolder:
 
 def check_files(path: Path, index: Index) -> None:
     """Checks that every file in a checkpoint's index exists and has the right size.
+
+    Args:
+        path: folder of the checkpoint.
+        index: index of the checkpoint.
 
     Raises:
         BrokenIndexError: if a file is missing or has another size; the message names the file.
@@ -234,14 +240,14 @@ def check_files(path: Path, index: Index) -> None:
 
 
 def checkpoint_name(step: int) -> str:
-    """Returns the name of a checkpoint's folder."""
+    """Returns the folder name of a checkpoint, such as `step-00001000`."""
     return f"step-{step:08d}"
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """Returns the subfolders of `folder` that are named like checkpoints, newest first; some may be incomplete.
+    """Returns the subfolders of `folder` that have the name of a checkpoint, newest first; some may be incomplete.
 
-    Files, links and other names, such as the copy `step-00000002.bak`, are left out.
+    Files, links and other names, such as a copy `step-00000002.bak`, are ignored.
 
     Raises:
         OSError: if the folder exists but cannot be read.
@@ -259,7 +265,7 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def is_own_checkpoint(path: Path) -> bool:
-    """Returns whether a folder contains only a checkpoint of this program, so that deleting the folder is safe.
+    """Returns whether a folder contains only a checkpoint of this program, so that the folder can be deleted safely.
 
     The index must be readable, have the step in the folder's name, and list every file in the folder.
     """
@@ -271,7 +277,7 @@ def is_own_checkpoint(path: Path) -> bool:
 
 
 def left_over_paths(folder: Path) -> list[Path]:
-    """Returns the temporary subfolders of `folder` that interrupted saves or deletions of this program left behind."""
+    """Returns the temporary subfolders of `folder` that remain from interrupted saves or deletions of this program."""
     found = [path for path in folder.glob(".*-step-*") if _LEFT_OVER.fullmatch(path.name)]
     return [path for path in found if _holds_only(path, lambda name: _FILE_NAME.fullmatch(name) is not None)]
 
@@ -291,22 +297,23 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether a path looks like a checkpoint, a folder of checkpoints, or a run's output with checkpoints."""
+    """Returns whether a path looks like a checkpoint, a folder of checkpoints, or the output folder of a run."""
     return (path / INDEX_NAME).is_file() or bool(checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"))
 
 
 def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool = False) -> CheckpointFolder:
-    """Opens a checkpoint, or the newest complete one of a run, after comparing its files with their digests.
+    """Opens a checkpoint, or the newest complete checkpoint of a run, and verifies the digests of its files.
+
+    Faults of skipped checkpoints are printed to stderr.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.
-        kind: kind of files to compare, a key of `FILE_KINDS`; None compares all files.
-        averages: whether to read moving averages instead of weights. If true, their files are compared, and `kind` is
-            ignored.
+        kind: kind of files to verify, a key of `FILE_KINDS`; None verifies all files.
+        averages: whether to read moving averages instead of weights. If true, the files of averages are verified and
+            `kind` is ignored.
 
     Raises:
-        ConfigError: if no complete checkpoint exists, or if averages are requested and the checkpoint has none. Faults
-            of skipped checkpoints are printed to stderr.
+        ConfigError: if there is no complete checkpoint, or the checkpoint lacks the requested averages.
     """
     if averages:
         kind = _FILE_OF_KIND[AVERAGE]
@@ -333,13 +340,14 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
 
 
 def best_checkpoint_path(path: Path) -> Path:
-    """Returns the path of a run's best checkpoint (`training.best_metric`); the newest checkpoint records its step.
+    """Returns the path of a run's best checkpoint (`training.best_metric`), which the newest checkpoint records.
 
     Args:
         path: a folder of checkpoints, or `training.output_dir` of a run.
 
     Raises:
-        ConfigError: if there is no complete checkpoint, or the newest one does not name a best checkpoint.
+        ConfigError: if there is no complete checkpoint, the newest checkpoint records no best checkpoint, or the best
+            checkpoint does not exist.
     """
     newest = open_checkpoint(path, kind="")
     best = newest.index.best_step
@@ -351,7 +359,7 @@ def best_checkpoint_path(path: Path) -> Path:
 
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
-    """Compares files with their digests like `find_damage`, but with one thread per core and a progress bar."""
+    """Verifies the digests of files like `find_damage`, but in one thread per core and with a progress bar."""
     with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)
         text = f"checking {folder.path.name}"

@@ -1,16 +1,16 @@
-"""Reads and writes the index of a checkpoint: its tensors, and the sizes and digests of its files.
+"""Reads and writes the index of a checkpoint, which lists the tensors and the files with their sizes and digests.
 
     step-00001000/
-      index.json                     this file
-      pieces-00000.safetensors       the pieces of all tensors, and the rank that wrote each
-      weights-00000.safetensors      float32 weights of the pieces that rank 0 wrote
-      moments-00000.safetensors      AdamW's moments of the same pieces
-      averages-00000.safetensors     moving averages of the same weights, in a run with `training.ema_decay`
-      buffers-00000.safetensors      persistent buffers of the stage that rank 0 belongs to, if it has any
+      index.json                     the index
+      pieces-00000.safetensors       table of the pieces of all tensors, with the rank that wrote each piece
+      weights-00000.safetensors      float32 weights in the pieces that rank 0 wrote
+      moments-00000.safetensors      AdamW's moments of these weights
+      averages-00000.safetensors     moving averages of these weights, in a run with `training.ema_decay`
+      buffers-00000.safetensors      persistent buffers of rank 0's pipeline stage, if there are any
       weights-00001.safetensors      ...
 
 A logical tensor is a whole tensor of the model, without any parallelism. A piece is a slice of a logical tensor. The
-layout of the ranks decides only where the pieces begin and end.
+layout of the ranks determines only where pieces start and end.
 """
 
 import hashlib
@@ -44,24 +44,24 @@ INDEX_NAME = "index.json"
 FORMAT = "beit3_ds checkpoint"
 VERSION = 2
 _OLD_VERSION = 1
-"""Format of version 0.1, whose index also holds the pieces."""
+"""Index format of program version 0.1; such an index also contains the pieces."""
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
-"""Values saved per element in every run: the float32 weight and AdamW's two moments."""
+"""Values that every run saves per element: the float32 weight and AdamW's two moments."""
 AVERAGE = "average"
-"""Moving average of the weight, saved only in a run with `training.ema_decay`."""
+"""Moving average of the weight; only saved in a run with `training.ema_decay`."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
-"""Maps each kind of file that a rank writes, the first part of its name, to the values in it."""
+"""Maps each kind of file, which is the first part of its name, to the kinds of values in the file."""
 BEST = "best"
-"""Key in `Index.data` under which the best evaluation is stored; the checkpoint of its `step` is never deleted."""
+"""Key of the best evaluation in `Index.data`; the checkpoint of that evaluation's step is never deleted."""
 BUFFERS = "buffers"
-"""First part of the name of a file with persistent buffers, and key of the buffers in the index."""
+"""First part of the names of buffer files, and key of the buffers in the index."""
 
 PIECES = "pieces"
-"""First part of the name of the file with the pieces, and name of the tensor in it."""
+"""First part of the name of the pieces file, and name of the tensor in that file."""
 PIECES_FILE = "pieces-00000.safetensors"
-"""Name of the file with the pieces of all tensors, which the main rank writes."""
+"""Name of the pieces file, which the main rank writes; it lists the pieces of all tensors."""
 
 _FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS, PIECES))})-[0-9]{{5,9}}\.safetensors")
 _BYTES_PER_FILE = 1 << 16  # by which each file in the folder raises the limit of the index's size
@@ -69,40 +69,40 @@ _SHOWN = 80  # most characters of a name in a message
 
 
 class StoredBuffer(NamedTuple):
-    """Describes a persistent buffer of the model, and names the rank whose file holds it."""
+    """Describes a persistent buffer of the model, and the file that contains it."""
 
     rank: int
-    """Rank that wrote the buffer."""
+    """Rank that wrote the buffer to its file."""
     dtype: str
-    """Name of the buffer's dtype in torch, such as "float32"."""
+    """Dtype of the buffer without "torch.", such as "float32"."""
     shape: tuple[int, ...]
     """Shape of the buffer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Holds the content of a checkpoint's index file."""
+    """Content of a checkpoint's index file."""
 
     step: int
-    """Number of updates done before the checkpoint was saved."""
+    """Number of optimizer updates before the checkpoint was saved."""
     optimizer_step: int
-    """Number of updates that AdamW has counted; skipped updates are not counted."""
+    """AdamW's count of updates; does not include skipped updates."""
     run: RunDescription
     shapes: Mapping[str, torch.Size]
-    """Shape of every whole tensor, by the tensor's name."""
+    """Shape of every whole tensor, by name."""
     num_pieces: Mapping[str, int]
-    """Number of pieces of every tensor, by the tensor's name, in the order of the pieces' table (`PieceTable`)."""
+    """Number of pieces of every tensor, by name, in the order of the pieces file (`PieceTable`)."""
     files: Mapping[str, WrittenFile]
-    """Size and digest of every file except the index."""
+    """Size and digest of every file except the index, by name."""
     buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)
-    """Persistent buffers by name, such as the codebook of a visual tokenizer; empty for a model without any."""
+    """Persistent buffers by name, such as the codebook of a visual tokenizer; empty if the model has none."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Position in the data, broken records, best evaluation and similar state as plain JSON; empty in old
-    checkpoints."""
+    """Position in the data, broken records, best evaluation and other state, as plain JSON; empty in old checkpoints.
+    """
     old_names: Mapping[str, str] = field(default_factory=dict)
-    """Maps the current name of each renamed tensor to its old name in the checkpoint's files."""
+    """Maps the current name of each renamed tensor to the old name in the checkpoint's files."""
     old_pieces: Mapping[str, Sequence[Any]] | None = None
-    """Pieces of every tensor in an index of format 1, unchecked; None if they have a file of their own."""
+    """Unchecked pieces of every tensor in an index of format 1; None if there is a pieces file."""
 
     @property
     def best_step(self) -> int | None:
@@ -111,11 +111,11 @@ class Index:
         return step if isinstance(step, int) else None
 
     def stored_name(self, name: str) -> str:
-        """Returns the name of a tensor in the checkpoint's files: the old name if the tensor was renamed since."""
+        """Returns the name of a tensor in the checkpoint's files: the old name if the tensor was renamed."""
         return self.old_names.get(name, name)
 
     def to_json(self) -> bytes:
-        """Returns the bytes of the index file: JSON with a digest of all its other entries."""
+        """Returns the content of the index file: JSON, including a digest of all other entries."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -134,16 +134,16 @@ class Index:
 
 
 class BrokenIndexError(ValueError):
-    """Reports an index that is truncated, was changed, belongs to another program, or has gaps in its tensors."""
+    """Reports an index that is truncated, damaged or from another program, or whose pieces leave gaps in tensors."""
 
 
 def index_limit(folder: Path) -> int:
-    """Returns the largest size in bytes that the index in a folder may have; it grows with the number of files."""
+    """Returns the maximum size in bytes of the index in a folder; it grows with the number of files."""
     return MAX_JSON_BYTES + _BYTES_PER_FILE * len(os.listdir(folder))
 
 
 def read_index(folder: Path) -> Index:
-    """Reads and checks the index of a checkpoint's folder without opening the other files.
+    """Reads and checks the index in a checkpoint's folder; does not open other files.
 
     Raises:
         BrokenIndexError: if the index is missing, unreadable or invalid; the message describes the fault briefly.
@@ -206,7 +206,7 @@ def _parse_run(content: Mapping[str, Any]) -> RunDescription:
 
 
 def _parse_data(data: Any) -> dict[str, Any]:
-    """Checks the best evaluation in `data` and returns `data`; the code that reads another key checks that key."""
+    """Checks the best evaluation in `data`; other keys are checked by the code that reads them."""
     data = check_object(data)
     if BEST in data:
         best = check_object(data[BEST])
@@ -237,7 +237,7 @@ def _parse_buffer(buffer: Any) -> StoredBuffer:
 
 
 def _describe_newer(content: dict[str, Any]) -> str:
-    """Returns an error message for an index of a newer format, with the version of this program that reads it."""
+    """Returns an error message for an index of a newer format; names the program version that can read it."""
     versions = content.get("versions")
     writer = versions.get("beit3_ds") if isinstance(versions, dict) else None
     needed = f"beit3_ds {writer[:_SHOWN]!a}" if isinstance(writer, str) else "a newer beit3_ds"
@@ -248,7 +248,12 @@ def _describe_newer(content: dict[str, Any]) -> str:
 
 
 def file_name(kind: str, rank: int) -> str:
-    """Returns the name of a rank's file of one kind: a key of `FILE_KINDS`, or `BUFFERS`."""
+    """Returns the name of a rank's file, such as `weights-00003.safetensors`.
+
+    Args:
+        kind: kind of file: a key of `FILE_KINDS`, or `BUFFERS`.
+        rank: the rank that writes the file.
+    """
     return f"{kind}-{rank:05d}.safetensors"
 
 

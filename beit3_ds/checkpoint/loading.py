@@ -1,4 +1,4 @@
-"""Agrees with all ranks on the newest undamaged checkpoint, and loads it under any layout."""
+"""Finds the newest undamaged checkpoint together with all ranks, and loads it under any layout."""
 
 from pathlib import Path
 
@@ -20,12 +20,13 @@ _WAYS_OUT = (
 
 
 def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGroup) -> CheckpointFolder | None:
-    """Returns the newest undamaged checkpoint, or None without checkpoints; all ranks call it and get the same one.
+    """Returns the newest undamaged checkpoint, equal on all ranks, or None without checkpoints; all ranks call it.
 
-    Each rank compares a share of the files with their digests. The main rank prints the names of damaged checkpoints.
+    Each rank verifies the digests of a share of the files. The main rank prints the names of damaged checkpoints. The
+    ranks exchange file names and faults through `host`.
 
     Args:
-        collection: the run's checkpoints.
+        collection: checkpoints of the run.
         mesh: the mesh of ranks.
         host: group of all ranks, for host values.
 
@@ -54,7 +55,7 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
 
 
 def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None]:
-    """Returns the names of all checkpoints, newest first, and an error message if the folder cannot be read."""
+    """Returns the names of all checkpoints, newest first, and an error message or None."""
     try:
         return [path.name for path in collection.paths()], None
     except OSError as error:
@@ -62,19 +63,19 @@ def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None
 
 
 def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescription, mesh: Mesh) -> int:
-    """Loads weights, moments and buffers from a checkpoint of any layout, then closes it. All ranks call it.
+    """Loads weights, moments and buffers from a checkpoint of any layout, and closes the checkpoint; all ranks call it.
 
     Args:
-        state: this rank's state, which is overwritten.
+        state: this rank's training state, which is overwritten.
         folder: the checkpoint.
         run: description of this run.
         mesh: the mesh of ranks.
 
     Returns:
-        Number of updates done before the checkpoint was saved, which is the number of the next step.
+        Number of optimizer updates before the checkpoint was saved. This is also the index of the next step.
 
     Raises:
-        ConfigError: if the checkpoint holds another model, was trained with other tokenizers, or was not written by
+        ConfigError: if the checkpoint contains another model, was trained with other tokenizers, or was not written by
             this program.
     """
     changes = run.check_resumes(folder.index.run, str(folder.path))
@@ -103,7 +104,7 @@ def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescri
 
 
 def _examine(path: Path, mesh: Mesh, rank: int) -> tuple[CheckpointFolder | None, str | None]:
-    """Opens a checkpoint and checks this rank's share of its files; returns the checkpoint and a fault or None."""
+    """Opens a checkpoint and checks this rank's share of the files; returns the checkpoint, and a fault or None."""
     try:
         folder = CheckpointFolder(path)
     except BrokenIndexError as error:

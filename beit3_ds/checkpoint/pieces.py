@@ -1,7 +1,7 @@
-"""Holds the pieces of a checkpoint's tensors in one table of integers; writes, reads and checks the table.
+"""Lists the pieces of a checkpoint's tensors in one integer table, and writes, reads and checks the table.
 
-A checkpoint of 512 ranks has hundreds of thousands of pieces. As JSON their table would take seconds to read, so it has
-a file of its own.
+A checkpoint of 512 ranks has hundreds of thousands of pieces. The table has a separate file, because reading it as JSON
+would take seconds.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,21 +34,21 @@ Rows = npt.NDArray[np.int64]
 
 
 class Piece(NamedTuple):
-    """Describes a piece of a tensor: its slice, and the rank that wrote it."""
+    """A piece of a tensor: its slice, and the rank that wrote it."""
 
     rank: int
     part: TensorSlice
 
 
 class PieceTable:
-    """Lists the pieces of all tensors, tensor by tensor."""
+    """Table of the pieces of all tensors, ordered by tensor."""
 
     def __init__(self, counts: Mapping[str, int], rows: Rows) -> None:
         """Stores the table.
 
         Args:
-            counts: number of pieces of each tensor, by the tensor's name, in the order of the rows.
-            rows: one row per piece, (pieces, 5): rank, top, bottom, left, right (`TensorSlice`).
+            counts: number of pieces of each tensor, by name, in the order of the rows.
+            rows: one row per piece, (pieces, 5) int64: rank, top, bottom, left, right (`TensorSlice`).
         """
         self.counts, self.rows = counts, rows
 
@@ -59,7 +59,7 @@ class PieceTable:
 
     @classmethod
     def build(cls, pieces: Iterable[tuple[str, Piece]]) -> "PieceTable":
-        """Builds the table of pieces in any order, each given with its tensor's name; tensors are sorted by name."""
+        """Builds the table from pairs (tensor name, piece) in any order; sorts the tensors by name."""
         lists: dict[str, list[tuple[int, ...]]] = {}
         for name, (rank, part) in pieces:
             lists.setdefault(name, []).append((rank, *part))
@@ -69,7 +69,7 @@ class PieceTable:
 
     @classmethod
     def join(cls, tables: Sequence["PieceTable"]) -> "PieceTable":
-        """Joins the tables of all ranks; tensors are sorted by name, and the pieces of a tensor keep their order."""
+        """Joins the tables of all ranks; sorts the tensors by name, and keeps the order of each tensor's pieces."""
         names = sorted({name for table in tables for name in table.counts})
         number_of = {name: number for number, name in enumerate(names)}
         numbers = [number_of[name] for table in tables for name in table.counts]
@@ -79,11 +79,11 @@ class PieceTable:
         return cls(dict(zip(names, counts, strict=True)), rows)
 
     def rows_of(self, name: str) -> Rows:
-        """Returns the rows of a tensor's pieces."""
+        """Returns the rows of a tensor's pieces, (pieces, 5) int64."""
         return self.rows[self._ranges[name]]
 
     def overlapping(self, name: str, part: TensorSlice) -> Iterator[Piece]:
-        """Yields the pieces of a tensor that have elements in `part`."""
+        """Yields the pieces of a tensor that share elements with the slice `part`."""
         rows = self.rows_of(name)
         _, top, bottom, left, right = rows.T
         found = (top < part.bottom) & (bottom > part.top) & (left < part.right) & (right > part.left)
@@ -92,10 +92,14 @@ class PieceTable:
 
 
 def check_cover(shapes: Mapping[str, torch.Size], pieces: PieceTable) -> None:
-    """Checks that the pieces of each tensor cover each of its elements exactly once and nothing else.
+    """Checks that the pieces of each tensor cover each element exactly once, and lie inside the tensor.
+
+    Args:
+        shapes: shape of each tensor, by name.
+        pieces: table of the pieces.
 
     Raises:
-        BrokenIndexError: if the pieces overlap, leave gaps or exceed the tensor; the message names the tensor.
+        BrokenIndexError: if pieces overlap, leave gaps or exceed their tensor; the message names the tensor.
     """
     for name, shape in shapes.items():
         if not _cover_once(pieces.rows_of(name), *matrix_shape(shape)):
@@ -103,11 +107,16 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: PieceTable) -> None:
 
 
 def _cover_once(rows: Rows, height: int, width: int) -> bool:
-    """Returns whether slices cover each element of a matrix once, and no other element.
+    """Returns whether slices lie inside a matrix and cover each element exactly once.
 
-    Slices inside the matrix cover each element an odd number of times if every point is a corner of an even number of
-    rectangles, where the matrix counts as a rectangle too. If the slices also have as many elements in total as the
-    matrix, they cover each element once. The time is that of sorting the corners.
+    The check counts corners of rectangles: the slices, and the matrix itself. If each point is a corner of an even
+    number of rectangles, the slices cover each element an odd number of times. If the slices also have as many elements
+    as the matrix, they cover each element once. Most of the time is spent on sorting the corners.
+
+    Args:
+        rows: one row per slice, (slices, 5): rank, top, bottom, left, right.
+        height: number of rows of the matrix.
+        width: number of columns of the matrix.
     """
     if (height + 1) * (width + 1) > _MOST_CORNERS:
         return False
@@ -124,7 +133,7 @@ def _cover_once(rows: Rows, height: int, width: int) -> bool:
 
 
 def write_pieces(folder: Path, pieces: PieceTable) -> WrittenFile:
-    """Writes the table into a checkpoint's folder and syncs it.
+    """Writes the table to a checkpoint's folder and syncs the file.
 
     Raises:
         OSError: if the disk is full or cannot be written.
@@ -134,11 +143,11 @@ def write_pieces(folder: Path, pieces: PieceTable) -> WrittenFile:
 
 
 def read_pieces(folder: Path, index: Index) -> PieceTable:
-    """Reads the table of a checkpoint, and compares it with its digest and with the shapes of the tensors.
+    """Reads the table of a checkpoint; verifies its digest, and that the pieces cover each tensor once.
 
     Raises:
         BrokenIndexError: if the file is missing, unreadable, changed or invalid, or the pieces do not cover a tensor
-            once. The message describes the fault in a few words.
+            once. The message describes the fault briefly.
     """
     rows = _read_rows(folder, index) if index.old_pieces is None else _parse_rows(index.old_pieces)
     table = PieceTable(index.num_pieces, rows)
@@ -169,7 +178,7 @@ def _read_rows(folder: Path, index: Index) -> Rows:
 
 
 def _parse_rows(pieces: Mapping[str, Sequence[Any]]) -> Rows:
-    """Converts the pieces in an index of format 1: lists of rank, top, bottom, left and right."""
+    """Converts the pieces in an index of format 1, which are lists of rank, top, bottom, left and right."""
     rows = list(chain.from_iterable(pieces.values()))
     if {type(row) for row in rows} - {list} or {len(row) for row in rows} - {_COLUMNS}:
         raise BrokenIndexError(f"a piece is no list of {_COLUMNS} values")

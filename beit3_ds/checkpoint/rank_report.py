@@ -1,4 +1,4 @@
-"""Describes one rank's part of a save; each rank sends its report to the main rank, which writes the index."""
+"""Describes one rank's part of a save, for the main rank, which writes the index."""
 
 import json
 from functools import lru_cache
@@ -13,21 +13,21 @@ from beit3_ds.checkpoint.tensor_file import WrittenFile
 
 
 class RankReport(NamedTuple):
-    """Holds what one rank reports about its part of a save."""
+    """One rank's report about its part of a save."""
 
     error: str | None
-    """Error as one line; None if the rank wrote all its files."""
+    """One-line error message; None if the rank wrote all its files."""
     files: dict[str, WrittenFile]
     """Size and digest of each file that the rank wrote, by name."""
     shapes: dict[str, torch.Size]
-    """Shape of each whole tensor of which the rank wrote a piece, by the tensor's name."""
+    """Shape of each whole tensor of which the rank wrote a piece, by name."""
     pieces: PieceTable
     """Pieces that the rank wrote."""
     buffers: dict[str, StoredBuffer]
     """Buffers that the rank wrote, by name."""
 
     def to_plain(self) -> tuple[str, Tensor, str]:
-        """Returns the report as values to send: JSON of the shapes, the rows of the table, and JSON of the rest."""
+        """Converts the report for sending to JSON of the shapes, the rows of the table, and JSON of the rest."""
         rest = [self.error, self.files, list(self.pieces.counts.values()), self.buffers]
         shapes = {name: self.shapes[name] for name in self.pieces.counts}
         return _to_json(shapes), torch.from_numpy(self.pieces.rows), _to_json(rest)

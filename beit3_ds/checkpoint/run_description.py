@@ -1,4 +1,4 @@
-"""Describes the run that wrote a checkpoint, and checks that another run may resume from it."""
+"""Describes the run that wrote a checkpoint, and checks whether another run may resume from the checkpoint."""
 
 import dataclasses
 import json
@@ -19,36 +19,36 @@ _LIBRARIES = ("beit3_ds", "torch", "deepspeed", "safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class RunDescription:
-    """Describes a run as plain data; the index of each checkpoint stores it."""
+    """Description of a run as plain data, stored in the index of each checkpoint."""
 
     model: Mapping[str, Any]
     """Fields of the model's configuration."""
     config: Mapping[str, Any]
-    """All sections of the run's configuration; `training.seed` is among them."""
+    """All sections of the run's configuration."""
     tokenizers: Mapping[str, str]
-    """SHA-256 of the files of the tokenizers that the run uses, under the keys "text" and "visual"."""
+    """SHA-256 digest of each tokenizer file that the run uses, under the keys "text" and "visual"."""
     layout: str
-    """Layout of the ranks that wrote the checkpoint, such as "2 data-parallel x 1 tensor-parallel ranks"."""
+    """Layout of the ranks in words, such as "2 data-parallel x 1 tensor-parallel ranks"."""
     versions: Mapping[str, str]
-    """Versions of Python and of the libraries that wrote the checkpoint."""
+    """Versions of Python and of the libraries that wrote the checkpoint, by name."""
 
     @property
     def task_name(self) -> str:
-        """Returns the name of the task; "pretraining" for checkpoints of version 0.1, which do not store a task."""
+        """Returns the name of the task; "pretraining" for checkpoints of version 0.1, which store no task."""
         return str(self.config.get("task", {}).get("name", "pretraining"))
 
     def check_resumes(self, before: "RunDescription", where: str) -> list[str]:
         """Checks that this run may resume from a checkpoint of the run `before`.
 
         Args:
-            before: description of the run in the checkpoint.
+            before: description of the run that wrote the checkpoint.
             where: path of the checkpoint, for messages.
 
         Returns:
-            One line per setting that differs from the checkpoint's. A different layout of ranks is not listed.
+            One line per setting that differs between the two runs, except the layout of ranks.
 
         Raises:
-            ConfigError: if the run in the checkpoint has another task, another model or other tokenizers.
+            ConfigError: if the checkpoint's run has another task, another model or other tokenizers.
         """
         ours, theirs = (run.config.get("task", {}).get("name") for run in (self, before))
         if theirs is not None and theirs != ours:
@@ -81,11 +81,11 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
     Args:
         model: fields of the run's model.
         stored: fields of the saved model.
-        where: name of the saved weights in the message.
-        advice: sentence with a way out.
+        where: name of the saved weights, for the message.
+        advice: last sentence of the message, which tells the user what to do.
 
     Raises:
-        ConfigError: if the models differ in tensors; the message names the fields that differ.
+        ConfigError: if the models have different tensors; the message names the fields that differ.
     """
     fields = dataclasses.fields(ModelConfig)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
@@ -103,13 +103,13 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
 def build_run_description(
     config: RunConfig, layout: str, task: Mapping[str, Any], model: Mapping[str, Any], tokenizers: Mapping[str, str]
 ) -> RunDescription:
-    """Builds the description of the run that `config` starts; reads the tokenizers' files for their digests.
+    """Builds the description of a run; reads the tokenizers' files to compute their digests.
 
     Args:
         config: configuration of the run.
         layout: layout of the ranks in words (`Mesh.describe_layout`).
         task: name and settings of the run's task (`Task.describe`).
-        model: settings of the model that all checkpoints of the run share (`Task.describe_model`).
+        model: settings of the model (`Task.describe_model`), which are equal in all checkpoints of the run.
         tokenizers: paths of the tokenizers that the run uses, under the keys "text" and "visual".
     """
     # Through JSON, so that it equals what is read back: tuples become lists.
@@ -126,7 +126,7 @@ def build_run_description(
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields a pair (path, value) per leaf of nested mappings; the path consists of all keys, joined with dots."""
+    """Yields (path, value) for each leaf of nested mappings; a path is all keys joined by dots."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")

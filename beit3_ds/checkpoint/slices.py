@@ -1,8 +1,8 @@
-"""Describes slices of logical tensors, each seen as a matrix.
+"""Defines slices of logical tensors, which are treated as matrices.
 
 The first dimension of a tensor becomes the rows, and the other dimensions become the columns; a vector becomes one
-column. Tensor parallelism gives a rank a block of rows or columns. ZeRO gives the rank a range of the block's elements,
-which has at most three slices.
+column. Under tensor parallelism, a rank holds a block of rows or columns. Under ZeRO, a rank owns a range of the
+block's elements, which consists of at most three slices.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ import torch
 from beit3_ds.parallel import Split
 
 BLOCK_ELEMENTS = 1 << 20
-"""Number of elements that loading a checkpoint reads at most at once: 4 MiB of float32, or one longer row."""
+"""Maximum number of elements read at once when a checkpoint is loaded: 4 MiB of float32, or one longer row."""
 
 
 class TensorSlice(NamedTuple):
-    """Selects rows [top, bottom) and columns [left, right) of a tensor seen as a matrix."""
+    """Rows [top, bottom) and columns [left, right) of a tensor that is treated as a matrix."""
 
     top: int
     bottom: int
@@ -26,18 +26,18 @@ class TensorSlice(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Returns the number of rows and the number of columns of the slice."""
+        """Returns the numbers of rows and columns."""
         return self.bottom - self.top, self.right - self.left
 
     @property
     def num_elements(self) -> int:
-        """Returns the number of elements of the slice."""
+        """Returns the number of elements in the slice."""
         return (self.bottom - self.top) * (self.right - self.left)
 
     def blocks(self, max_elements: int) -> Iterator["TensorSlice"]:
-        """Cuts this slice into slices of at most `max_elements` elements, in row order.
+        """Divides this slice into slices of at most `max_elements` elements, in row-major order.
 
-        A block consists of whole rows, or of a part of one row if a row has more than `max_elements`.
+        Each result contains whole rows, or a part of one row that has more than `max_elements` elements.
         """
         width = self.right - self.left
         rows, columns = max(1, max_elements // max(1, width)), max(1, min(width, max_elements))
@@ -46,7 +46,7 @@ class TensorSlice(NamedTuple):
                 yield TensorSlice(top, min(top + rows, self.bottom), left, min(left + columns, self.right))
 
     def intersection(self, other: "TensorSlice") -> "TensorSlice | None":
-        """Returns the slice where this slice and `other` overlap; None if they do not overlap."""
+        """Returns the overlap of this slice and `other`; None if they do not overlap."""
         common = TensorSlice(
             max(self.top, other.top),
             min(self.bottom, other.bottom),
@@ -56,13 +56,13 @@ class TensorSlice(NamedTuple):
         return common if common.top < common.bottom and common.left < common.right else None
 
     def inside(self, outer: "TensorSlice") -> tuple[slice, slice]:
-        """Returns this slice's row and column indices relative to `outer`, a slice that contains it."""
+        """Returns the row and column indices of this slice relative to `outer`, which must contain this slice."""
         rows = slice(self.top - outer.top, self.bottom - outer.top)
         return rows, slice(self.left - outer.left, self.right - outer.left)
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Returns the numbers of rows and columns of a tensor seen as a matrix; (1, 1) for a scalar."""
+    """Returns the numbers of rows and columns of a tensor that is treated as a matrix; (1, 1) for a scalar."""
     rows = shape[0] if shape else 1
     return rows, (shape.numel() // rows if rows else 0)
 
@@ -77,8 +77,9 @@ def own_block(shape: torch.Size, split: Split | None) -> TensorSlice:
     """Returns the block of a logical tensor that a tensor-parallel rank holds.
 
     Args:
-        shape: logical shape.
-        split: this rank's part along dimension 0, or along dimension 1 of a matrix; None for the whole tensor.
+        shape: logical shape of the tensor.
+        split: this rank's part along dimension 0, or along dimension 1 of a matrix; None if the rank holds the whole
+            tensor.
     """
     rows, columns = matrix_shape(shape)
     if split is None:
@@ -90,13 +91,18 @@ def own_block(shape: torch.Size, split: Split | None) -> TensorSlice:
 
 
 def slice_range(block: TensorSlice, start: int, stop: int) -> Iterator[tuple[int, TensorSlice]]:
-    """Cuts the elements [start, stop) of a block, counted row by row, into slices of the tensor.
+    """Divides a range of a block's elements into slices of the tensor.
 
-    Leaves out elements past the block's end, which are padding of a vocabulary or of ZeRO's partitions.
+    A range has up to three slices: the end of a row, whole rows, and the beginning of a row. Elements past the end of
+    the block are omitted; they are padding of the vocabulary or of ZeRO's partitions.
+
+    Args:
+        block: a tensor-parallel rank's block of the tensor.
+        start: index of the range's first element in the block, flattened in row-major order.
+        stop: one past the index of the range's last element.
 
     Yields:
-        Pairs of a position in the range and the slice that starts there, in order. A range has up to three slices: the
-        end of a row, whole rows, and the beginning of a row.
+        Pairs (position, slice) in order: the index in the range where the slice starts, and the slice.
     """
     width = block.right - block.left
     position, stop = start, min(stop, block.num_elements)

@@ -1,4 +1,4 @@
-"""Keeps a copy of this rank's training state in host memory, so that training continues during a save."""
+"""Copies this rank's training state to host memory, so that training continues during a save."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tens
 
 
 class Snapshot:
-    """Keeps a copy of this rank's share of the weights, moments and averages, and reuses its memory for every save.
+    """Copy of this rank's share of the weights, moments and averages; all saves use the same memory.
 
-    The copy needs 12 bytes per element that the rank saves, or 16 with averages. Next to a GPU its memory is
-    page-locked.
+    The copy needs 12 bytes per element that the rank saves, or 16 bytes with averages. If the engine computes on a GPU,
+    the memory is page-locked.
     """
 
     def __init__(self, state: EngineState) -> None:
@@ -25,16 +25,16 @@ class Snapshot:
         self._pieces: list[tuple[str, TensorSlice, int]] = []
         self._buffers: dict[str, Tensor] = {}
         self.optimizer_step = 0
-        """Number of updates that AdamW had counted when the state was copied."""
+        """AdamW's count of updates when the state was copied."""
 
     def reserve_memory(self) -> None:
-        """Allocates the memory of the copy and fills it with zeros, so that the first copy is fast."""
+        """Allocates the memory and fills it with zeros, so that the first copy is fast."""
         if not self._memory:
             pin = self._state.is_on_gpu
             self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in self._state.kinds}
 
     def copy_state(self) -> None:
-        """Copies the engine's current state to host memory, and returns when the copy is complete."""
+        """Copies the engine's current state to host memory; returns when the copy is complete."""
         self._pieces, position = [], 0
         for fragment in self._state.fragments_to_save():
             length = len(fragment.weight)
@@ -49,22 +49,34 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Returns the shape of each whole tensor, by name, of which this rank saves a piece."""
+        """Returns the shape of each whole tensor of which this rank saves a piece, by name."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> PieceTable:
-        """Returns the table of the pieces that this rank saves; `rank` is its global rank."""
+        """Returns the table of the pieces that this rank saves.
+
+        Args:
+            rank: global rank of this process.
+        """
         return PieceTable.build((name, Piece(rank, part)) for name, part, _ in self._pieces)
 
     def buffers(self, rank: int) -> dict[str, StoredBuffer]:
-        """Returns descriptions of the buffers that this rank saves, by name; `rank` is its global rank."""
+        """Returns descriptions of the buffers that this rank saves, by name.
+
+        Args:
+            rank: global rank of this process.
+        """
         return {
             name: StoredBuffer(rank, str(buffer.dtype).removeprefix("torch."), tuple(buffer.shape))
             for name, buffer in self._buffers.items()
         }
 
     def write(self, folder: Path, rank: int) -> dict[str, WrittenFile]:
-        """Writes this rank's files into an existing folder and syncs the files. Returns sizes and digests by file name.
+        """Writes this rank's files into an existing folder and syncs them; returns each file's size and digest by name.
+
+        Args:
+            folder: folder of the checkpoint.
+            rank: global rank of this process.
 
         Raises:
             OSError: if the disk is full or cannot be written.

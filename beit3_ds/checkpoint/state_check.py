@@ -1,4 +1,4 @@
-"""Compares the weights that would be saved with the model's weights, before anything is written."""
+"""Compares the weights to save with the model's weights, before anything is written."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,31 +7,31 @@ import torch
 from torch import Tensor
 
 _SAMPLED_ELEMENTS = 4096
-"""Number of elements to compare per range, evenly spread; enough to detect that a buffer has another order."""
+"""Number of evenly spread elements to compare per range; enough to detect a buffer in another order."""
 
 
 class HeldWeights(NamedTuple):
-    """Holds two copies of a range of weights: the optimizer's, which checkpoints save, and the model's."""
+    """Two copies of a range of weights: one in the optimizer, which checkpoints save, and one in the model."""
 
     name: str
     """Name of the parameter in the whole model."""
     saved: Tensor
-    """Values that a checkpoint would hold, in one dimension."""
+    """Values in the optimizer, (elements,) float32."""
     held: Tensor
-    """Values of the same elements in the model's parameters, in the parameters' dtype."""
+    """Values in the model's parameters, (elements,), in the parameters' dtype."""
     moments: tuple[Tensor, ...]
-    """AdamW's moments of the same elements: running averages of the gradient and of the squared gradient."""
+    """AdamW's moments of these elements, (elements,) each: averages of the gradient and of the squared gradient."""
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
-    """Compares samples of the optimizer's and the model's values, and describes the first range where they differ.
+    """Compares samples of the optimizer's and the model's weights; describes the first range that differs.
 
     Args:
         weights: ranges to compare.
-        step: number of updates done; chooses the samples.
+        step: number of optimizer updates so far; selects the samples.
 
     Returns:
-        A short text with the tensor's name and the number of elements that differ; None if no range differs.
+        A short text with the tensor's name and the number of different elements; None if all samples are equal.
     """
     names, differing, num_compared = [], [], []
     fault: str | None = None

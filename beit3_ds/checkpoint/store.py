@@ -1,4 +1,4 @@
-"""Saves and loads the checkpoints of a run under any layout, while training continues."""
+"""Saves and loads the checkpoints of a run under any layout of ranks, while training continues."""
 
 import itertools
 import time
@@ -19,25 +19,25 @@ from beit3_ds.parallel import Mesh, build_host_group
 
 
 class CheckpointStore:
-    """Saves and loads the checkpoints of one run for the training loop.
+    """Saves and loads the checkpoints of one run, for the training loop.
 
-    All ranks call `save`, `agree_on_newest`, `move_finished_aside` and `load` together. Of the other methods only
-    `finish` waits for other ranks. No state of a random generator is saved, because every draw depends on the seed and
-    the step only.
+    All ranks call `save`, `agree_on_newest`, `move_finished_aside` and `load` together. Of the other methods, only
+    `finish` waits for other ranks. No random generator state is saved, because every draw depends only on the seed and
+    the step.
 
     Attributes:
-        root: the folder of checkpoints.
+        root: folder of the checkpoints.
     """
 
     def __init__(self, root: Path, keep: int, mesh: Mesh, run: RunDescription, timeout_seconds: float) -> None:
-        """Prepares to save and load; all ranks call it together. The first save creates the folder.
+        """Prepares for saving and loading; all ranks call it together. The first save creates the folder.
 
         Args:
-            root: the folder of checkpoints; all ranks must see the same one.
+            root: folder of the checkpoints, which all ranks must share.
             keep: number of complete checkpoints to keep.
             mesh: the mesh of ranks.
-            run: description of this run, which is stored in every checkpoint.
-            timeout_seconds: limit in seconds for the communication of a save, and for training to wait for a save.
+            run: description of this run, stored in every checkpoint.
+            timeout_seconds: maximum seconds for the communication during a save, and for training to wait for a save.
         """
         self.root, self._mesh, self._run = root, mesh, run
         self._host = build_host_group(timedelta(seconds=timeout_seconds))  # separate from the group of the main threads
@@ -45,18 +45,18 @@ class CheckpointStore:
         self._background = BackgroundSave(self._collection, mesh, self._host, run, timeout_seconds)
 
     def reserve_memory(self, state: EngineState) -> None:
-        """Starts a thread that reserves host memory for saves, so that the first save need not wait for memory."""
+        """Starts a thread that reserves host memory for saves, so that the first save is faster."""
         self._background.reserve_memory(state)
 
     def save(self, state: EngineState, step: int, data: Mapping[str, Any] | None = None) -> None:
-        """Starts to save the state after `step` updates; all ranks call it between two steps.
+        """Starts saving the state after `step` optimizer updates; all ranks call it between two steps.
 
-        It waits for the previous save, and until the state is copied to host memory. A thread then writes the copy.
+        Waits for the previous save, and copies the state to host memory. A thread then writes the copy to disk.
 
         Args:
-            state: weights and moments.
-            step: number of updates done.
-            data: position in the data and related state (`Index.data`); only that of the main rank is saved.
+            state: training state of this rank: weights and optimizer moments.
+            step: number of optimizer updates so far.
+            data: position in the data and other state (`Index.data`); only the main rank's value is saved.
 
         Raises:
             ConfigError: on all ranks, if the optimizer's weights differ from the model's (`EngineState.find_mismatch`).
@@ -69,7 +69,7 @@ class CheckpointStore:
         self._background.start(state, step, dict(data or {}), begun)
 
     def finish(self) -> None:
-        """Waits for the end of the current save, if any.
+        """Waits for the end of the current save; returns immediately if no save is running.
 
         Raises:
             StorageError: if the save takes longer than `timeout_seconds`; earlier checkpoints stay unchanged.
@@ -77,15 +77,15 @@ class CheckpointStore:
         self._background.wait()
 
     def take_outcomes(self) -> list[SaveOutcome]:
-        """Returns the results of all saves that ended since the last call, without waiting for a running save."""
+        """Returns the results of all saves that ended since the last call; does not wait for a running save."""
         return self._background.take_outcomes()
 
     def newest_path(self) -> Path | None:
-        """Returns the newest checkpoint that this rank finds complete (`CheckpointCollection.newest_path`)."""
+        """Returns the newest checkpoint that is complete from this rank's view (`CheckpointCollection.newest_path`)."""
         return self._collection.newest_path()
 
     def agree_on_newest(self) -> CheckpointFolder | None:
-        """Returns the newest undamaged checkpoint, or None; all ranks call it and get the same one.
+        """Returns the newest undamaged checkpoint, equal on all ranks, or None without checkpoints; all ranks call it.
 
         Raises:
             ConfigError: on all ranks, if checkpoints exist but all are unusable.
@@ -108,14 +108,14 @@ class CheckpointStore:
         self._host.barrier()
 
     def load(self, state: EngineState, folder: CheckpointFolder) -> int:
-        """Loads weights, moments and buffers from a checkpoint of any layout. All ranks must call this function.
+        """Loads weights, moments and buffers from a checkpoint of any layout; all ranks call it.
 
         Returns:
-            Number of updates done before the checkpoint was saved, which is the number of the next step.
+            Number of optimizer updates before the checkpoint was saved. This is also the index of the next step.
 
         Raises:
-            ConfigError: if the checkpoint holds another model, was trained with other tokenizers, or was not written by
-                this program.
+            ConfigError: if the checkpoint contains another model, was trained with other tokenizers, or was not written
+                by this program.
         """
         return load_checkpoint(state, folder, self._run, self._mesh)
 

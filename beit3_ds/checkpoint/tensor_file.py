@@ -1,7 +1,7 @@
-"""Writes and reads safetensors files tensor by tensor, so that no file has to fit in memory.
+"""Writes and reads safetensors files tensor by tensor, so that a file may be larger than memory.
 
-The safetensors library takes all tensors of a new file at once, and computes no digest. Its reader maps files into
-memory, so a truncated file kills the process.
+The safetensors library needs all tensors of a new file at once, and computes no digest. It memory-maps files for
+reading, so a truncated file kills the process.
 """
 
 import json
@@ -23,7 +23,7 @@ _ALIGNMENT = 8
 
 
 class TensorEntry(NamedTuple):
-    """Describes the name, type and shape of a tensor in a file."""
+    """Name, dtype and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class TensorEntry(NamedTuple):
 
 
 class WrittenFile(NamedTuple):
-    """Holds the size and digest of a written file."""
+    """Size in bytes and SHA-256 digest of a written file."""
 
     num_bytes: int
     sha256: str
@@ -49,13 +49,14 @@ def write_tensor_file(
 
     Args:
         path: path of the file, which must not exist.
-        entries: the tensors of the file, in order.
-        read: returns a tensor by name; it is called once per tensor, in order, and each tensor is freed after writing.
+        entries: tensors of the file, in order.
+        read: function that returns a tensor by name. It is called once per tensor, in order; each tensor is freed after
+            it is written.
         metadata: strings to store in the header.
-        with_digest: whether to compute a digest; without one, the result's digest is empty.
+        with_digest: whether to compute the SHA-256 digest; otherwise the result's digest is empty.
 
     Raises:
-        OSError: if the disk is full or cannot be written.
+        OSError: if the file exists, or the disk is full or cannot be written.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -75,7 +76,7 @@ def write_tensor_file(
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Returns the memory of a contiguous tensor on the CPU."""
+    """Returns the memory of a contiguous CPU tensor."""
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data)
 
 
@@ -84,7 +85,7 @@ class BrokenTensorFileError(ValueError):
 
 
 class TensorFile:
-    """Reads single tensors, or rows of a tensor, from a safetensors file."""
+    """Reads tensors, or rows of tensors, from a safetensors file."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file and reads its header.
@@ -109,16 +110,16 @@ class TensorFile:
         """Returns a whole tensor.
 
         Raises:
-            BrokenTensorFileError: if the file has no tensor of that name, or is truncated inside the tensor.
+            BrokenTensorFileError: if the file has no tensor with this name, or is truncated inside the tensor.
         """
         entry = self._entry(name)
         return self.read_rows(name, 0, matrix_shape(torch.Size(entry.shape))[0]).view(entry.shape)
 
     def read_rows(self, name: str, top: int, bottom: int) -> Tensor:
-        """Returns the rows [top, bottom) of a tensor seen as a matrix (`slices.matrix_shape`).
+        """Returns the rows [top, bottom) of a tensor that is treated as a matrix (`slices.matrix_shape`).
 
         Raises:
-            BrokenTensorFileError: if the file has no tensor of that name, or is truncated inside the rows.
+            BrokenTensorFileError: if the file has no tensor with this name, or is truncated inside the rows.
         """
         entry = self._entry(name)
         rows = torch.empty(bottom - top, matrix_shape(torch.Size(entry.shape))[1], dtype=entry.dtype)
@@ -129,12 +130,12 @@ class TensorFile:
         """Fills a matrix with rows of a tensor.
 
         Args:
-            target: contiguous matrix to fill, with the tensor's dtype and number of columns.
+            target: contiguous matrix to fill, with the dtype and number of columns of the tensor.
             name: name of the tensor.
-            top: index of the tensor's row that becomes row 0 of `target`.
+            top: index of the first row to read.
 
         Raises:
-            BrokenTensorFileError: if the file has no tensor of that name, or is truncated inside the rows.
+            BrokenTensorFileError: if the file has no tensor with this name, or is truncated inside the rows.
         """
         entry, columns = self._entry(name), target.shape[1]
         assert (target.dtype, columns) == (entry.dtype, matrix_shape(torch.Size(entry.shape))[1]), (

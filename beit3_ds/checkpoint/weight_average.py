@@ -1,4 +1,4 @@
-"""Keeps an exponential moving average of the weights that one rank owns (Polyak and Juditsky, 1992)."""
+"""Computes an exponential moving average of the weights that one rank owns (Polyak and Juditsky, 1992)."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 class WeightAverage:
-    """Keeps a moving average in float32 of the tensors that the optimizer updates on this rank.
+    """Exponential moving average, in float32, of the tensors that the optimizer updates on this rank.
 
-    Nothing is sent: under every layout and ZeRO stage, each rank averages only the elements that it owns.
+    Communicates nothing: under every layout and ZeRO stage, each rank averages only the elements that it owns.
     """
 
     def __init__(self, decay: float, weights: Sequence[Tensor]) -> None:
         """Starts the averages at the current weights.
 
         Args:
-            decay: factor of the old average in each update.
-            weights: float32 tensors that the optimizer updates; all methods must get them in the same order.
+            decay: weight of the old average in each update.
+            weights: float32 tensors that the optimizer updates. All other methods must get them in this order.
         """
         self._decay = decay
         self.tensors = [weight.detach().clone() for weight in weights]
-        """Averages, in the order and shapes of the weights."""
+        """Float32 averages, in the order and shapes of the weights."""
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor]) -> None:
@@ -30,7 +30,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def restart(self, weights: Sequence[Tensor]) -> None:
-        """Makes the averages equal to the current weights."""
+        """Sets the averages to the current weights."""
         for average, weight in zip(self.tensors, weights, strict=True):
             average.copy_(weight)
 

@@ -1,1 +1,1 @@
-"""Defines the `beit3` command; each subcommand has a module, which only calls the other packages."""
+"""Defines the `beit3` command, with one module per subcommand; the work is done in the other packages."""

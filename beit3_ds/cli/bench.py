@@ -1,4 +1,4 @@
-"""Implements `beit3 bench`, which measures speed, memory and precision against baselines."""
+"""Implements `beit3 bench`, which measures speed, memory or precision and compares them with baselines."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from beit3_ds.config.numbers import PROCESSES, Range
 
 
 def add_bench_command(subparsers: Subparsers) -> None:
-    """Adds `bench` with one subcommand per benchmark to a parser's subcommands."""
+    """Adds the subcommand `bench`, with one subcommand per benchmark."""
     bench = subparsers.add_parser("bench", help="measure speed, memory or precision beside a baseline")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     add_command(

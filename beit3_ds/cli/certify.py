@@ -1,4 +1,4 @@
-"""Implements `beit3 certify`, which tests and measures this machine section by section."""
+"""Implements `beit3 certify`, which tests and measures kernels and training steps on this machine."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from beit3_ds.config.numbers import Range
 
 
 def add_certify_command(subparsers: Subparsers) -> None:
-    """Adds `certify` to a parser's subcommands."""
+    """Adds the subcommand `certify`."""
     summary = "test and measure the kernels and training steps on this machine, and write one report"
     command = add_command(subparsers, "certify", _certify, summary)
     command.add_argument(

@@ -8,7 +8,7 @@ from beit3_ds.config.numbers import RANKS, Range
 
 
 def add_check_command(subparsers: Subparsers) -> None:
-    """Adds `check` to a parser's subcommands."""
+    """Adds the subcommand `check`."""
     summary = "check a config for a number of ranks and print what it would train; no data is read, nothing is started"
     command = add_command(subparsers, "check", _check, summary)
     add_config_arguments(command)

@@ -28,7 +28,7 @@ well, 1 if a fault was found, and 2 if the hostfile or the config cannot be read
 
 
 def add_check_cluster_command(subparsers: Subparsers) -> None:
-    """Adds `check-cluster` to a parser's subcommands."""
+    """Adds the subcommand `check-cluster`."""
     summary = "find in seconds what would go wrong on the nodes of a hostfile, before a run starts"
     command = add_command(subparsers, "check-cluster", _check_cluster, summary, epilog=_EXAMPLES)
     command.add_argument("hostfile", help="one machine per line: NAME slots=RANKS")
@@ -117,7 +117,9 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the ranks' environment variables that select their code (PYTHON*) and network (GLOO_*, NCCL_*)."""
+    """Returns the environment variables that the ranks will get and that select code (PYTHON*) or network (GLOO_*,
+    NCCL_*).
+    """
     values = dict(environment)
     for folder in (Path.home(), Path.cwd()):
         with contextlib.suppress(OSError):

@@ -1,11 +1,11 @@
-"""Adds a command to a parser's group of subcommands."""
+"""Adds one command to a parser's subcommands."""
 
 import argparse
 from collections.abc import Callable
 from typing import TypeAlias
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-"""A parser's group of subcommands; argparse gives its type no public name."""
+"""Subcommands of a parser: the result of `ArgumentParser.add_subparsers`."""
 
 
 def add_command(
@@ -18,16 +18,17 @@ def add_command(
     epilog: str | None = None,
     writes_files: bool = False,
 ) -> argparse.ArgumentParser:
-    """Adds a command and returns its parser, to which the caller adds arguments.
+    """Adds a command and returns its parser, so that the caller can add arguments.
 
     Args:
-        subparsers: the group that gets the command.
-        name: the word that the user types.
-        run: runs the command and returns its exit status.
-        summary: one line without a full stop, shown in the list of commands and, as a sentence, in the command's help.
-        details: sentences that follow the summary in the command's help.
-        epilog: text below the options, printed with its line breaks.
-        writes_files: whether the results are files, so that the command does not fail if its output cannot be printed.
+        subparsers: subcommands to which the command is added.
+        name: name of the command on the command line.
+        run: function that runs the command and returns the exit status.
+        summary: one line without a full stop, for the list of commands and for the command's help.
+        details: more sentences for the command's help, after the summary.
+        epilog: text below the options in the command's help; line breaks are kept.
+        writes_files: whether the command writes its results to files. Such a command does not fail if its output cannot
+            be printed.
     """
     command = subparsers.add_parser(
         name,

@@ -10,7 +10,7 @@ from beit3_ds.config.numbers import Range
 
 
 def add_compare_runs_command(subparsers: Subparsers) -> None:
-    """Adds `compare-runs` to a parser's subcommands."""
+    """Adds the subcommand `compare-runs`."""
     command = add_command(subparsers, "compare-runs", _compare_runs, "compare the losses of two runs step by step")
     command.add_argument("runs", nargs=2, metavar="FOLDER", help="training.output_dir of a run")
     command.add_argument("--out", metavar="FILE.png", help="also draw both curves and their difference")

@@ -1,4 +1,4 @@
-"""Implements `beit3 compile-kernels`, which fills Triton's cache for a config on a machine without a GPU."""
+"""Implements `beit3 compile-kernels`, which compiles the kernels for a config into Triton's cache, without a GPU."""
 
 import argparse
 
@@ -6,11 +6,11 @@ from beit3_ds.cli.command import Subparsers, add_command
 from beit3_ds.config.arguments import add_config_arguments
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-"""GPU architectures by name."""
+"""Maps names of GPU architectures to compute capabilities."""
 
 
 def add_compile_kernels_command(subparsers: Subparsers) -> None:
-    """Adds `compile-kernels` to a parser's subcommands."""
+    """Adds the subcommand `compile-kernels`."""
     summary = "compile the GPU kernels of a training ahead of time; no GPU is needed"
     details = "Ranks that find them in TRITON_CACHE_DIR start in seconds instead of minutes."
     command = add_command(subparsers, "compile-kernels", _compile_kernels, summary, details=details, writes_files=True)

@@ -1,4 +1,4 @@
-"""Implements `beit3 evaluate`, which scores weights on a whole split in one process."""
+"""Implements `beit3 evaluate`, which evaluates weights on a whole split in one process."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from beit3_ds.config.arguments import add_config_arguments
 
 
 def add_evaluate_command(subparsers: Subparsers) -> None:
-    """Adds `evaluate` to a parser's subcommands."""
+    """Adds the subcommand `evaluate`."""
     summary = (
         "score weights on all samples of a split in one process; use the deepspeed launcher with --module "
         "beit3_ds.evaluate for more ranks"

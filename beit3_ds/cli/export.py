@@ -6,7 +6,7 @@ from beit3_ds.cli.command import Subparsers, add_command
 
 
 def add_export_command(subparsers: Subparsers) -> None:
-    """Adds `export` to a parser's subcommands."""
+    """Adds the subcommand `export`."""
     summary = "write a model's weights for one device, for the reference's code, or for timm"
     command = add_command(
         subparsers, "export", _export, summary, details="Only one tensor is in memory at a time.", writes_files=True

@@ -1,4 +1,4 @@
-"""Implements `beit3 import`, which reads weights and tokenizers that others released."""
+"""Implements `beit3 import`, which converts weights and visual tokenizers from other projects."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from beit3_ds.config.numbers import Range
 
 
 def add_import_command(subparsers: Subparsers) -> None:
-    """Adds `import` to a parser's subcommands."""
+    """Adds the subcommand `import`."""
     summary = (
         "read released BEiT-3 weights, pretrained or fine-tuned, a released visual tokenizer of BEiT v2, or a file "
         "that `export` wrote"

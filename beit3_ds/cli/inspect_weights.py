@@ -6,7 +6,7 @@ from beit3_ds.cli.command import Subparsers, add_command
 
 
 def add_inspect_command(subparsers: Subparsers) -> None:
-    """Adds `inspect` to a parser's subcommands."""
+    """Adds the subcommand `inspect`."""
     summary = "print the contents of a checkpoint or file of weights: configuration, parameters per part, types, sizes"
     command = add_command(subparsers, "inspect", _inspect, summary)
     command.add_argument(

@@ -23,7 +23,7 @@ exit status: 0 the run is finished; 128 + n signal n stopped it, with a checkpoi
 
 
 def add_launch_command(subparsers: Subparsers) -> None:
-    """Adds `launch` to a parser's subcommands."""
+    """Adds the subcommand `launch`."""
     summary = "train on the machines of a hostfile, or resume; survives the loss of ranks and machines"
     command = add_command(subparsers, "launch", _launch, summary, epilog=_EPILOG, writes_files=True)
     command.add_argument("hostfile", help="one machine per line: NAME slots=RANKS")

@@ -1,6 +1,6 @@
-"""Runs the `beit3` command: builds the parser of all subcommands and runs one of them.
+"""Runs the `beit3` command: builds the parser of all subcommands and runs one subcommand.
 
-Commands import torch and DeepSpeed inside their functions, so that mistakes on the command line are answered at once.
+Commands import torch and DeepSpeed inside their functions, so that mistakes on the command line are reported at once.
 """
 
 import argparse
@@ -46,12 +46,18 @@ parallel).
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit status.
+    """Runs one subcommand and returns the exit status.
 
-    The status is 0 for success, 1 if a check or a file system fails, and 2 after one line about a mistake that the user
-    can fix. It is 128 + n after stop signal n, for commands that do not handle the signal themselves. Output that
-    cannot be printed is a failure, unless the results are files (`add_command`) or the reader has ended early, such as
-    `head -1`.
+    * 0: success.
+    * 1: a check failed, a file system failed, or the output could not be printed.
+    * 2: a mistake that the user can fix; it was reported in one line.
+    * 128 + n: signal n stopped a command that does not handle signals itself.
+
+    Output that cannot be printed is no failure if the results are files (`add_command`), or if the reader has ended
+    early, like `head -1`.
+
+    Args:
+        arguments: command line without the program's name; None takes `sys.argv`.
     """
     streams = keep_standard_streams()
     try:
@@ -77,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser of all commands; each command sets the option `run` to its function."""
+    """Builds the parser of all commands; the parsed option `run` is the function of the chosen command."""
     parser: argparse.ArgumentParser = OneLineParser(
         prog="beit3",
         description="Pretrain BEiT-3 by masked modeling of images, texts and image-text pairs.",

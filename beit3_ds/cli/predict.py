@@ -1,4 +1,4 @@
-"""Implements `beit3 predict`, which uses trained weights on images and texts."""
+"""Implements `beit3 predict`, which applies trained weights to images and texts."""
 
 import argparse
 from typing import Any
@@ -12,7 +12,7 @@ _TOP = Range(1, 2**20)
 
 
 def add_predict_command(subparsers: Subparsers) -> None:
-    """Adds `predict` with a subcommand per use to a parser's subcommands."""
+    """Adds the subcommand `predict`, with one subcommand per kind of prediction."""
     predict = subparsers.add_parser("predict", help="use trained weights: captions, answers, matches, classes")
     uses = predict.add_subparsers(metavar="WHAT", required=True)
     _add_caption(uses)
@@ -245,10 +245,10 @@ def _detect(options: argparse.Namespace) -> int:
 
 
 def _loading(options: argparse.Namespace) -> Any:
-    """Returns the options of `from_pretrained`, after checking that the results can be written.
+    """Returns the options for `from_pretrained`; checks that the device and the output folders exist.
 
     Raises:
-        ConfigError: if torch lacks the device, or the folder of a file that is to be written does not exist.
+        ConfigError: if torch lacks the device, or the folder of an output file does not exist.
     """
     from pathlib import Path
 

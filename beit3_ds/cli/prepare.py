@@ -1,4 +1,4 @@
-"""Implements `beit3 prepare`, which indexes, counts and tokenizes the files of a run before the run starts."""
+"""Implements `beit3 prepare`, which indexes, describes and tokenizes the files of a run before the run starts."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from beit3_ds.config.numbers import PROCESSES, Range
 
 
 def add_prepare_command(subparsers: Subparsers) -> None:
-    """Adds `prepare` with its subcommands `index`, `stats` and `texts` to a parser's subcommands."""
+    """Adds the subcommand `prepare`, with the subcommands `index`, `stats` and `texts`."""
     prepare = subparsers.add_parser("prepare", help="index, inspect and tokenize the files of a run, once before it")
     prepared = prepare.add_subparsers(metavar="WHAT", required=True)
     _add_index(prepared)

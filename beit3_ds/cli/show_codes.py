@@ -7,7 +7,7 @@ from beit3_ds.config.arguments import add_config_arguments
 
 
 def add_show_codes_command(subparsers: Subparsers) -> None:
-    """Adds `show-codes` to a parser's subcommands."""
+    """Adds the subcommand `show-codes`."""
     summary = "draw training images, their masks and, as colours, their visual codes"
     command = add_command(subparsers, "show-codes", _show_codes, summary, writes_files=True)
     add_config_arguments(command)

@@ -1,4 +1,4 @@
-"""Implements `beit3 show-samples`, which draws what augmentation feeds a model."""
+"""Implements `beit3 show-samples`, which draws a run's training samples after augmentation."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from beit3_ds.config.numbers import Range
 
 
 def add_show_samples_command(subparsers: Subparsers) -> None:
-    """Adds `show-samples` to a parser's subcommands."""
+    """Adds the subcommand `show-samples`."""
     summary = "draw the first training samples of a run as the model gets them, with their targets"
     command = add_command(subparsers, "show-samples", _show_samples, summary, writes_files=True)
     add_config_arguments(command)

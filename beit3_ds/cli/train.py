@@ -7,7 +7,7 @@ from beit3_ds.config.arguments import add_config_arguments, add_force_argument
 
 
 def add_train_command(subparsers: Subparsers) -> None:
-    """Adds `train` to a parser's subcommands."""
+    """Adds the subcommand `train`."""
     summary = "train the task of a run in one process, or resume; use the deepspeed launcher for more ranks"
     command = add_command(subparsers, "train", _train, summary, writes_files=True)
     add_config_arguments(command)

@@ -8,7 +8,7 @@ from beit3_ds.config.arguments import add_config_arguments, add_force_argument
 
 
 def add_train_text_tokenizer_command(subparsers: Subparsers) -> None:
-    """Adds `train-text-tokenizer` to a parser's subcommands."""
+    """Adds the subcommand `train-text-tokenizer`."""
     summary = "train the run's SentencePiece model on its texts and captions"
     command = add_command(subparsers, "train-text-tokenizer", _train_text_tokenizer, summary, writes_files=True)
     add_config_arguments(command)

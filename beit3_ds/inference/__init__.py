@@ -1,4 +1,4 @@
-"""Offers one class per use of trained weights, with preprocessing: images and texts in, features or answers out."""
+"""Provides classes that apply trained weights to images and texts, including the preprocessing."""
 
 from beit3_ds.inference.answerer import Answer, QuestionAnswerer
 from beit3_ds.inference.captioner import Captioner

@@ -29,22 +29,22 @@ _IMAGES_OF_PAIRS = 1  # index into `layout.PARTS`
 
 
 class Answer(NamedTuple):
-    """Holds an answer of the model to a question."""
+    """One answer of the model to a question."""
 
     text: str
-    """Text of the answer, an entry of the list of answers."""
+    """Text of the answer, taken from the fixed list of answers."""
     score: float
-    """Probability that people give this answer, from 0 to 1; probabilities of different answers do not add up to 1."""
+    """Estimated probability that people give this answer, from 0 to 1. The scores of all answers do not sum to 1."""
 
 
 class QuestionAnswerer:
-    """Answers questions about images with entries of a fixed list of answers (VQAv2).
+    """Answers questions about images by choosing from a fixed list of answers (VQAv2).
 
     Attributes:
-        model: the model, which takes pairs.
-        answers: the list of answers.
+        model: model for image-text pairs.
+        answers: list of answers.
         images: prepares images for the model.
-        texts: converts questions to ids.
+        texts: converts questions to token ids.
     """
 
     def __init__(self, model: TaskModel, texts: TextProcessor, answers: Sequence[str]) -> None:
@@ -59,18 +59,19 @@ class QuestionAnswerer:
         answers: str | Path | None = None,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Loads a model that answers questions; reads only the weights that image-text pairs need.
+        """Loads a model that answers questions; reads only the weights needed for image-text pairs.
 
         Args:
-            path: weights of VQAv2: exported, imported or released ones, a checkpoint, or a run's output folder.
-            tokenizer: the tokenizer of the weights, or its SentencePiece file.
+            path: weights fine-tuned for VQAv2: exported, imported or released weights, a checkpoint, or a run's output
+                folder.
+            tokenizer: text tokenizer of the weights, or the path of its SentencePiece file.
             answers: file with the list of answers, such as a run's `answers.jsonl` or the reference's
-                `answer2label.txt`. None takes the list that is stored with the weights; released weights have none.
-            options: options of loading (`LoadOptions`).
+                `answer2label.txt`. None takes the list stored with the weights. Released weights contain no list.
+            options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that answers questions, or no list of
-                answers fits.
+            ConfigError: if a file cannot be read, the weights have no head that answers questions, or the list of
+                answers is missing or has another length than the head.
         """
         weights = open_with_head(path, "heads.answers.bias", "answers questions")
         (count,) = weights.shape("heads.answers.bias")
@@ -94,13 +95,13 @@ class QuestionAnswerer:
         top: int = 1,
         batch_size: int = 16,
     ) -> list[list[Answer]]:
-        """Returns the best answers to each question, best first.
+        """Returns the `top` most probable answers to each question, most probable first.
 
         Args:
             images: one image or several.
             questions: one question per image.
             top: number of answers per question.
-            batch_size: number of questions that are answered at once.
+            batch_size: number of questions per batch.
 
         Raises:
             ConfigError: if the numbers of images and questions differ, or a question is empty.

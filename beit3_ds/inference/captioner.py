@@ -1,4 +1,4 @@
-"""Writes captions of images."""
+"""Generates captions of images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +20,12 @@ from beit3_ds.tokenizers import TextTokenizer
 
 
 class Captioner:
-    """Writes a caption of each image by beam search.
+    """Generates a caption of each image by beam search.
 
     Attributes:
-        model: the model, which takes pairs.
+        model: model for image-text pairs.
         images: prepares images for the model.
-        texts: text processor, whose tokenizer converts the captions' ids to words.
+        texts: text processor with the tokenizer that converts token ids to words.
     """
 
     def __init__(self, model: TaskModel, texts: TextProcessor) -> None:
@@ -36,15 +36,17 @@ class Captioner:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a captioner; reads only the weights that image-text pairs need.
+        """Loads a captioner; reads only the weights needed for image-text pairs.
 
         Args:
-            path: weights of captioning: exported, imported or released ones, a checkpoint, or a run's output folder.
-            tokenizer: the tokenizer of the weights, or its SentencePiece file.
-            options: options of loading (`LoadOptions`).
+            path: weights fine-tuned for captioning: exported, imported or released weights, a checkpoint, or a run's
+                output folder.
+            tokenizer: text tokenizer of the weights, or the path of its SentencePiece file.
+            options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if the weights or the tokenizer cannot be read, or no head of the weights predicts words.
+            ConfigError: if the weights or the tokenizer cannot be read, or the weights have no head that predicts
+                words.
         """
         weights = open_with_head(path, "heads.mlm.bias", "predicts words")
         model = load_with_head(weights, ("pairs",), CaptionHead, **options)
@@ -53,12 +55,12 @@ class Captioner:
     def __call__(
         self, images: ImageInput | Sequence[ImageInput], search: BeamSearch | None = None, *, batch_size: int = 16
     ) -> list[str]:
-        """Returns a caption per image.
+        """Returns one caption per image.
 
         Args:
             images: one image or several.
-            search: number of beams, length penalty and maximum length; None is `BeamSearch()`.
-            batch_size: number of images that are captioned at once; it does not change the captions.
+            search: number of beams, length penalty and maximum length; None uses the defaults of `BeamSearch`.
+            batch_size: number of images per batch; does not affect the captions.
 
         Raises:
             OSError: if a file cannot be read.

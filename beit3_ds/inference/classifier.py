@@ -1,4 +1,4 @@
-"""Classifies images, by comparing them with the names of classes (paper section 3.2) or with a linear layer."""
+"""Classifies images, either by comparison with class names (paper section 3.2) or with a linear layer."""
 
 # I images, C classes, D hidden.
 
@@ -20,22 +20,22 @@ from beit3_ds.tokenizers import TextTokenizer
 from beit3_ds.weights.reader import OpenedWeights, open_weights
 
 LogitsOf = Callable[[Sequence[ImageInput], int], Tensor]
-"""Function that returns the logits of images, (images, classes), computed in batches of the given size."""
+"""Function that maps images and a batch size to logits, (images, classes)."""
 
 _LINEAR = "heads.classes.bias"
 
 
 class Class(NamedTuple):
-    """Holds a class that an image may have."""
+    """One predicted class of an image."""
 
     name: str
     """Name of the class."""
     probability: float
-    """Probability among all classes, from 0 to 1."""
+    """Probability of the class, from 0 to 1; the probabilities of all classes sum to 1."""
 
 
 class ImageClassifier:
-    """Classifies images.
+    """Classifies images, either by comparison with class names or with a linear layer.
 
     Attributes:
         names: names of the classes.
@@ -54,18 +54,18 @@ class ImageClassifier:
     ) -> Self:
         """Loads a classifier.
 
-        Weights of the task retrieval, or of imagenet with the head `names`, compare images with the names of the
-        classes. Weights with a linear layer need no tokenizer and no experts of texts.
+        Weights fine-tuned for retrieval, or for ImageNet with the head `names`, compare images with class names.
+        Weights with a linear layer need no tokenizer and no language experts.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
-            names: names of the classes; for a linear layer in the order of its outputs.
-            tokenizer: the tokenizer of the weights, or its SentencePiece file; None for a linear layer.
-            options: options of loading (`LoadOptions`).
+            names: names of the classes; for a linear layer, in the order of its outputs.
+            tokenizer: text tokenizer of the weights, or the path of its SentencePiece file; None for a linear layer.
+            options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that classifies, or the tokenizer is
-                missing. Also if there are no names, or a linear layer has another number of classes.
+            ConfigError: if a file cannot be read, the weights have no head that classifies, the tokenizer is missing,
+                there are no names, or a linear layer has another number of classes.
         """
         if isinstance(names, str) or not names:
             raise ConfigError(f"names of classes: {names!r}. Give a list with the name of each class.")
@@ -80,18 +80,18 @@ class ImageClassifier:
 
     @torch.no_grad()
     def probabilities(self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32) -> Tensor:
-        """Returns the probability of every class for every image, (images, classes) float32."""
+        """Returns the probability of every class for every image, (images, classes) float32; each row sums to 1."""
         return self._logits_of(as_images(images), batch_size).softmax(1)
 
     def __call__(
         self, images: ImageInput | Sequence[ImageInput], *, top: int = 5, batch_size: int = 32
     ) -> list[list[Class]]:
-        """Returns the most likely classes of each image, most likely first.
+        """Returns the `top` most probable classes of each image, most probable first.
 
         Args:
             images: one image or several.
             top: number of classes per image.
-            batch_size: number of images that are computed at once.
+            batch_size: number of images per batch.
 
         Raises:
             OSError: if a file cannot be read.

@@ -1,4 +1,4 @@
-"""Detects objects in image files, draws them, and writes them in COCO's form."""
+"""Detects objects in image files, draws them, and writes them as a COCO annotation file."""
 
 import json
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from beit3_ds.tasks.detection.records import DetectionRecord
 def detect_objects(
     detector: Detector, images: Sequence[Path], pictures: Path, coco: Path | None, least_score: float
 ) -> list[Prediction]:
-    """Detects the objects in images, and writes a picture with boxes, masks and categories for each.
+    """Detects the objects in images, and draws them with boxes, masks and categories into one picture per image.
 
     Args:
         detector: the model.
-        images: files of the images; their names without extensions must differ.
-        pictures: folder of the pictures, which is created.
-        coco: COCO annotation file to write, with all detections and their scores; None writes none.
-        least_score: score from which detections are drawn and part of the predictions.
+        images: image files; their names without extensions must differ.
+        pictures: folder for the pictures; created if missing.
+        coco: path of a COCO annotation file to write, with all detections and their scores; None writes no file.
+        least_score: minimum score of detections that are drawn and returned.
 
     Returns:
-        A prediction per image: its detections, best first.
+        One prediction per image, with the detections in descending order of score.
 
     Raises:
         ConfigError: if an image is broken, or two images have the same name.
@@ -52,12 +52,12 @@ def detect_objects(
 
 
 def coco_dataset(detector: Detector, images: Sequence[Path], records: Sequence[DetectionRecord]) -> dict[str, Any]:
-    """Returns detections as the content of a COCO annotation file whose annotations also have scores.
+    """Converts detections to the content of a COCO annotation file; each annotation also has a score.
 
     Args:
-        detector: the model, which names the categories.
-        images: files of the images, which are numbered from 1.
-        records: detections of each image.
+        detector: the model, for the names of the categories.
+        images: image files; they are numbered from 1.
+        records: detections in each image.
     """
     entries: list[dict[str, Any]] = []
     category_ids = [category.identifier for category in detector.categories]

@@ -1,4 +1,4 @@
-"""Finds objects in images, with boxes, masks and categories (paper section 3.2)."""
+"""Detects objects in images, with boxes, masks and categories (paper section 3.2)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ class Detector:
     """Detects objects in images of any size.
 
     Attributes:
-        categories: the categories, in the order of their labels.
+        categories: object categories, in the order of their labels.
     """
 
     def __init__(self, model: TaskModel, settings: DetectionConfig, categories: Categories) -> None:
@@ -44,17 +44,18 @@ class Detector:
         test_flip: bool | None = None,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Loads a model that was trained by the task `detection`.
+        """Loads a model that was trained for the task `detection`.
 
         Args:
             path: exported weights, a checkpoint, or a run's output folder.
-            test_sizes: sides in pixels to which images are fitted; None uses those of the training run.
+            test_sizes: sides in pixels to which images are resized, one view per size; None uses the sizes of the
+                training run.
             test_flip: whether to detect in flipped images too; None uses the setting of the training run.
-            options: options of loading (`LoadOptions`).
+            options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights do not detect objects, or faster-coco-eval is not
-                installed.
+            ConfigError: if a file cannot be read, the weights have no head that detects objects, or faster-coco-eval is
+                not installed.
         """
         weights = open_with_head(path, _HEAD, "detects objects")
         task = dict(weights.task or {})
@@ -73,7 +74,7 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[str | Path | bytes | Image.Image]) -> list[DetectionRecord]:
-        """Returns the detections in each image, best first.
+        """Returns the detections in each image, in descending order of score.
 
         Raises:
             OSError: if a file cannot be read.
@@ -84,7 +85,7 @@ class Detector:
     def draw(
         self, image: str | Path | bytes | Image.Image, record: DetectionRecord, least_score: float = 0.3
     ) -> Image.Image:
-        """Draws the detections of an image that have at least a score."""
+        """Draws the detections of at least `least_score` over an image; returns a new image."""
         return draw_objects(open_image(image), drawn_detections(record, self.categories.names, least_score))
 
     def _detect(self, image: Image.Image) -> DetectionRecord:

@@ -1,4 +1,4 @@
-"""Encodes images and texts separately into features that can be compared (paper figure 3, dual encoder)."""
+"""Encodes images and texts separately into comparable features (paper figure 3, dual encoder)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +28,12 @@ _IMAGES, _TEXTS = 0, 3  # indices into `layout.PARTS`
 
 
 class DualEncoder:
-    """Computes features of images and of texts, which the heads of contrastive training make comparable.
+    """Computes comparable features of images and of texts, with the heads from contrastive training.
 
     Attributes:
-        model: the model, which takes images and texts.
+        model: model for images and texts.
         images: prepares images for the model.
-        texts: converts texts to ids.
+        texts: converts texts to token ids.
     """
 
     def __init__(self, model: TaskModel, texts: TextProcessor) -> None:
@@ -44,12 +44,13 @@ class DualEncoder:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a dual encoder; reads no vision-language experts.
+        """Loads a dual encoder; does not read vision-language experts.
 
         Args:
-            path: weights of retrieval: exported, imported or released ones, a checkpoint, or a run's output folder.
-            tokenizer: the tokenizer of the weights, or its SentencePiece file.
-            options: options of loading (`LoadOptions`).
+            path: weights fine-tuned for retrieval: exported, imported or released weights, a checkpoint, or a run's
+                output folder.
+            tokenizer: text tokenizer of the weights, or the path of its SentencePiece file.
+            options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
             ConfigError: if the weights or the tokenizer cannot be read, or the weights have no heads that compare
@@ -61,11 +62,11 @@ class DualEncoder:
 
     @torch.no_grad()
     def encode_images(self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32) -> Tensor:
-        """Returns the features of images, (images, hidden size) float32 of length 1.
+        """Returns the features of images, (images, hidden size) float32, normalised to length 1.
 
         Args:
             images: one image or several.
-            batch_size: number of images that are computed at once.
+            batch_size: number of images per batch.
 
         Raises:
             OSError: if a file cannot be read.
@@ -80,11 +81,11 @@ class DualEncoder:
 
     @torch.no_grad()
     def encode_texts(self, texts: str | Sequence[str], *, batch_size: int = 64) -> Tensor:
-        """Returns the features of texts, (texts, hidden size) float32 of length 1.
+        """Returns the features of texts, (texts, hidden size) float32, normalised to length 1.
 
         Args:
             texts: one text or several.
-            batch_size: number of texts that are computed at once.
+            batch_size: number of texts per batch.
 
         Raises:
             ConfigError: if a text is empty.
@@ -97,15 +98,15 @@ class DualEncoder:
         return torch.cat([part.rows[TEXT_FEATURES] for part in parts]) if parts else self._nothing()
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> Tensor:
-        """Returns the similarity of every image and every text, (images, texts): cosines times the learned factor.
+        """Returns the similarity of every image to every text, (images, texts): the cosine times the learned scale.
 
-        A softmax over texts gives the probability of each text for an image.
+        A softmax over the texts gives the probability of each text for an image.
         """
         return self.scale * self.encode_images(images) @ self.encode_texts(texts).T
 
     @property
     def scale(self) -> float:
-        """Returns the learned factor by which cosine similarities are multiplied."""
+        """Returns the learned factor for cosine similarities."""
         batch = pack_inputs(self.model.config, None, [[0]], None, self.images.device)
         with torch.no_grad():
             return float(self._features(batch).shared[SCALE])

@@ -1,4 +1,4 @@
-"""Encodes images, texts, and pairs of both (paper figure 3, without the dual encoder)."""
+"""Encodes images, texts, and image-text pairs into features (paper figure 3, all except the dual encoder)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +23,10 @@ from beit3_ds.tokenizers import TextTokenizer
 
 
 class VisionEncoder:
-    """Computes features of images, with the vision experts alone.
+    """Computes features of images, using only the vision experts.
 
     Attributes:
-        model: the model, which takes images alone.
+        model: model for images.
         images: prepares images for the model.
     """
 
@@ -34,33 +34,33 @@ class VisionEncoder:
         """Wraps a model.
 
         Args:
-            model: a model with all its layers that takes images.
-            crop: whether to crop an image to its largest centred square; False squeezes the image into a square.
+            model: a model with all layers that accepts images.
+            crop: True crops each image to its largest centred square; False squeezes the whole image into a square.
         """
         self.model = model
         self.images = ImageProcessor(model.config.image_size, crop, next(model.parameters()).device)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, crop: bool = True, **options: Unpack[LoadOptions]) -> Self:
-        """Loads a vision encoder; reads only the weights that images alone need.
+        """Loads a vision encoder; reads only the weights needed for images.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
-            crop: whether to crop an image to its largest centred square; False squeezes the image into a square.
+            crop: True crops each image to its largest centred square; False squeezes the whole image into a square.
             options: `device`, `dtype` and `image_size` (`LoadOptions`).
 
         Raises:
-            ConfigError: if the weights cannot be read, or hold no vision experts.
+            ConfigError: if the weights cannot be read, or have no vision experts.
         """
         return cls(load_backbone(path, ("images",), **options), crop=crop)
 
     @torch.no_grad()
     def __call__(self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32) -> Tensor:
-        """Returns the features of images, (images, 1 + patches, hidden size): CLS, then the patches in row order.
+        """Returns the features of images, (images, 1 + patches, hidden size): CLS, then the patches in row-major order.
 
         Args:
             images: one image or several.
-            batch_size: number of images that are computed at once.
+            batch_size: number of images per batch.
 
         Raises:
             OSError: if a file cannot be read.
@@ -74,11 +74,11 @@ class VisionEncoder:
 
 
 class LanguageEncoder:
-    """Computes features of texts, with the language experts alone.
+    """Computes features of texts, using only the language experts.
 
     Attributes:
-        model: the model, which takes texts alone.
-        texts: converts texts to ids.
+        model: model for texts.
+        texts: converts texts to token ids.
     """
 
     def __init__(self, model: BEiT3, texts: TextProcessor) -> None:
@@ -88,26 +88,27 @@ class LanguageEncoder:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a language encoder; reads only the weights that texts alone need.
+        """Loads a language encoder; reads only the weights needed for texts.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
-            tokenizer: the tokenizer of the weights, or its SentencePiece file.
+            tokenizer: text tokenizer of the weights, or the path of its SentencePiece file.
             options: `device`, `dtype` and `max_text_length` (`LoadOptions`).
 
         Raises:
-            ConfigError: if the weights or the tokenizer cannot be read, or there are no language experts.
+            ConfigError: if the weights or the tokenizer cannot be read, or the weights have no language experts.
         """
         model = load_backbone(path, ("texts",), **options)
         return cls(model, build_text_processor(tokenizer, model.config))
 
     @torch.no_grad()
     def __call__(self, texts: str | Sequence[str], *, batch_size: int = 64) -> list[Tensor]:
-        """Returns the features of each text, (tokens, hidden size); the first row is BOS, the CLS of a text.
+        """Returns the features of each text, (tokens, hidden size); the first row is BOS, which serves as the text's
+        CLS.
 
         Args:
             texts: one text or several.
-            batch_size: number of texts that are computed at once.
+            batch_size: number of texts per batch.
 
         Raises:
             ConfigError: if a text is empty.
@@ -117,21 +118,21 @@ class LanguageEncoder:
 
 
 class PairFeatures(NamedTuple):
-    """Holds features of images and texts that attended to each other."""
+    """Joint features of images and texts."""
 
     images: Tensor
-    """Features of the images, (pairs, 1 + patches, hidden size): CLS, then the patches in row order."""
+    """Features of the images, (pairs, 1 + patches, hidden size): CLS, then the patches in row-major order."""
     texts: tuple[Tensor, ...]
     """Features of each text, (tokens, hidden size); the first row is BOS."""
 
 
 class FusionEncoder:
-    """Computes features of images and texts that attend to each other.
+    """Computes joint features of image-text pairs; the image and the text of a pair attend to each other.
 
     Attributes:
-        model: the model, which takes pairs alone.
+        model: model for image-text pairs.
         images: prepares images for the model.
-        texts: converts texts to ids.
+        texts: converts texts to token ids.
     """
 
     def __init__(self, model: BEiT3, texts: TextProcessor, *, crop: bool = True) -> None:
@@ -147,13 +148,13 @@ class FusionEncoder:
         crop: bool = True,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Loads a fusion encoder; reads only the weights that image-text pairs need.
+        """Loads a fusion encoder; reads only the weights needed for image-text pairs.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
-            tokenizer: the tokenizer of the weights, or its SentencePiece file.
-            crop: whether to crop an image to its largest centred square; False squeezes the image into a square.
-            options: options of loading (`LoadOptions`).
+            tokenizer: text tokenizer of the weights, or the path of its SentencePiece file.
+            crop: True crops each image to its largest centred square; False squeezes the whole image into a square.
+            options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
             ConfigError: if the weights or the tokenizer cannot be read, or experts are missing.
@@ -165,12 +166,12 @@ class FusionEncoder:
     def __call__(
         self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str], *, batch_size: int = 16
     ) -> PairFeatures:
-        """Returns the joint features of each image and its text.
+        """Returns the joint features of each image-text pair.
 
         Args:
             images: one image or several.
             texts: one text per image.
-            batch_size: number of pairs that are computed at once.
+            batch_size: number of pairs per batch.
 
         Raises:
             ConfigError: if there are no pairs, the numbers of images and texts differ, or a text is empty.

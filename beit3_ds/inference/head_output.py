@@ -1,4 +1,4 @@
-"""Runs a model and the head of its task; the head reads chosen rows of the batch."""
+"""Runs a model with its task head on chosen rows of a batch."""
 
 import dataclasses
 from typing import Any
@@ -9,12 +9,12 @@ from beit3_ds.model import TaskModel
 
 
 def head_output(model: TaskModel, batch: PackedBatch, picked: PickedRows) -> Any:
-    """Returns the predictions of a model's head; the last block's FFN computes only the rows that the head reads.
+    """Returns the predictions of a model's head for chosen rows; the last block's FFN computes only these rows.
 
     Args:
-        model: a model with all its layers and a head.
+        model: a model with all layers and a head.
         batch: the inputs, on the model's device.
-        picked: the rows that the head reads.
+        picked: rows that the head reads.
     """
     rows = picked.rows.to(batch.token_ids.device)
     return model(dataclasses.replace(batch, head_rows=rows, head_row_counts=picked.counts), None)

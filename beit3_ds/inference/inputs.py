@@ -1,4 +1,4 @@
-"""Converts the images and texts of users to the inputs of models."""
+"""Converts images and texts from users to model inputs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from beit3_ds.preprocess import preprocess
 from beit3_ds.tokenizers import TextTokenizer
 
 ImageInput = str | Path | bytes | Image.Image | Tensor
-"""An image: path of a file, its bytes, an image that Pillow opened, or prepared pixels, (3, size, size) in [-1, 1]."""
+"""An image: path or bytes of an image file, an opened Pillow image, or prepared pixels, (3, size, size) in [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class ImageProcessor:
     """Prepares images for a model."""
 
     image_size: int
-    """Pixels on a side of the prepared images."""
+    """Side of the prepared images in pixels."""
     crop: bool
-    """Whether to crop an image to its largest centred square (`preprocess`); False squeezes the image into a square."""
+    """True crops each image to its largest centred square (`preprocess`); False squeezes the whole image into a square.
+    """
     device: torch.device
-    """Device of the pixels."""
+    """Device of the prepared images."""
 
     def __call__(self, images: Sequence[ImageInput]) -> Tensor:
         """Returns the pixels of images, (images, 3, image_size, image_size) float32.
@@ -44,18 +45,18 @@ class ImageProcessor:
 
 @dataclass(frozen=True)
 class TextProcessor:
-    """Converts texts to ids for a model."""
+    """Converts texts to token ids for a model."""
 
     tokenizer: TextTokenizer
-    """The tokenizer that the model was trained with."""
+    """Tokenizer that was used to train the model."""
     max_length: int
-    """Maximum tokens, BOS and EOS included; further tokens are cut off."""
+    """Maximum tokens per text, including BOS and EOS; longer texts are truncated."""
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text, BOS and EOS included.
+        """Returns the token ids of each text, including BOS and EOS.
 
         Raises:
-            ConfigError: if texts is a single string, or a text is empty.
+            ConfigError: if `texts` is a single string, or a text is empty.
         """
         if isinstance(texts, str):
             raise ConfigError(f"{texts[:40]!r} is one text; give a list of texts.")
@@ -69,11 +70,11 @@ class TextProcessor:
 
 
 def build_text_processor(tokenizer: TextTokenizer | str | Path, config: ModelConfig) -> TextProcessor:
-    """Builds the processor that converts texts to ids for a model.
+    """Builds the processor that converts texts to token ids for a model.
 
     Args:
-        tokenizer: the tokenizer that the model was trained with, or its SentencePiece file.
-        config: sizes of the model.
+        tokenizer: tokenizer that was used to train the model, or the path of its SentencePiece file.
+        config: config of the model.
 
     Raises:
         ConfigError: if the tokenizer cannot be read, or has more ids than the model.
@@ -88,14 +89,14 @@ def build_text_processor(tokenizer: TextTokenizer | str | Path, config: ModelCon
 
 
 def as_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """Returns a list of images, also if a single image is given."""
+    """Returns a list of images; converts a single image to a list."""
     if isinstance(images, str | bytes | Path | Image.Image) or (isinstance(images, Tensor) and images.dim() == 3):
         return [images]
     return list(images)
 
 
 def as_texts(texts: str | Sequence[str]) -> list[str]:
-    """Returns a list of texts, also if a single text is given."""
+    """Returns a list of texts; converts a single text to a list."""
     return [texts] if isinstance(texts, str) else list(texts)
 
 
@@ -103,7 +104,7 @@ def in_batches(count: int, batch_size: int) -> Iterator[slice]:
     """Yields the slices that divide `count` items into consecutive batches.
 
     Raises:
-        ConfigError: if the size of a batch is not positive.
+        ConfigError: if `batch_size` is not positive.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is not positive.")

@@ -28,12 +28,12 @@ _PAIR_PARTS = (1, 2)  # indices in `layout.PARTS` of the images and texts of pai
 
 
 class StatementJudge:
-    """Computes how likely a statement about two images is true (NLVR2).
+    """Computes the probability that a statement about two images is true (NLVR2).
 
     Attributes:
-        model: the model, which takes pairs.
+        model: model for image-text pairs.
         images: prepares images for the model.
-        texts: converts statements to ids.
+        texts: converts statements to token ids.
     """
 
     def __init__(self, model: TaskModel, texts: TextProcessor) -> None:
@@ -44,15 +44,17 @@ class StatementJudge:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a model that judges statements; reads only the weights that image-text pairs need.
+        """Loads a model that judges statements; reads only the weights needed for image-text pairs.
 
         Args:
-            path: weights of NLVR2: exported, imported or released ones, a checkpoint, or a run's output folder.
-            tokenizer: the tokenizer of the weights, or its SentencePiece file.
-            options: options of loading (`LoadOptions`).
+            path: weights fine-tuned for NLVR2: exported, imported or released weights, a checkpoint, or a run's output
+                folder.
+            tokenizer: text tokenizer of the weights, or the path of its SentencePiece file.
+            options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if the weights or the tokenizer cannot be read, or the weights have no head that judges.
+            ConfigError: if the weights or the tokenizer cannot be read, or the weights have no head that judges
+                statements.
         """
         weights = open_with_head(path, "heads.input_norm.weight", "judges statements")
         model = load_with_head(weights, ("pairs",), StatementHead, **options)
@@ -70,10 +72,10 @@ class StatementJudge:
         """Returns the probability that each statement is true, (statements,) float32.
 
         Args:
-            left: the left image of each statement.
-            right: the right image of each statement.
+            left: left image of each statement.
+            right: right image of each statement.
             statements: the statements.
-            batch_size: number of statements that are judged at once.
+            batch_size: number of statements per batch.
 
         Raises:
             ConfigError: if the numbers of images and statements differ, or a statement is empty.

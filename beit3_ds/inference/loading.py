@@ -1,4 +1,4 @@
-"""Loads only the trained weights that images, pairs or texts need, on one device and in evaluation mode."""
+"""Loads trained weights for inference; reads only the weights that the given inputs need."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,29 +14,30 @@ from beit3_ds.weights.timm_file import TimmFile
 
 
 class LoadOptions(TypedDict, total=False):
-    """Holds the options that all `from_pretrained` methods share."""
+    """Options of all `from_pretrained` methods."""
 
     device: torch.device | str
-    """Device of the model and of the results; default: the CPU."""
+    """Device of the model and the results; default: CPU."""
     dtype: torch.dtype
-    """Dtype of the parameters and of the computation; default: float32."""
+    """Dtype of the parameters and the computation; default: float32."""
     image_size: int
-    """Side of the images in pixels; positions are interpolated. By default the size in the weights."""
+    """Side of the images in pixels; position embeddings are interpolated to it. Default: the size stored with the
+    weights."""
     max_text_length: int
-    """Maximum tokens of a text, BOS and EOS included; longer texts are cut off. By default the length in the
+    """Maximum tokens per text, including BOS and EOS; longer texts are truncated. Default: the length stored with the
     weights."""
 
 
 def load_backbone(path: str | Path, inputs: Sequence[InputKind], **options: Unpack[LoadOptions]) -> BEiT3:
-    """Loads the experts that given inputs need, without a head.
+    """Loads a model without a head, with only the experts that the given inputs need.
 
     Args:
         path: exported, imported or released weights, a checkpoint, or a run's output folder.
         inputs: inputs that the model must accept: "images", "pairs" or "texts".
-        options: options of loading (`LoadOptions`).
+        options: device, dtype and sizes (`LoadOptions`).
 
     Raises:
-        ConfigError: if the weights cannot be read, or lack what the inputs need.
+        ConfigError: if the weights cannot be read, or lack tensors that the inputs need.
     """
     weights = open_weights(path)
     if isinstance(weights, TimmFile) and tuple(inputs) != ("images",):
@@ -51,16 +52,16 @@ def load_with_head(
     build_head: Callable[[ModelConfig, TensorParallel], Head],
     **options: Unpack[LoadOptions],
 ) -> TaskModel:
-    """Loads the experts that given inputs need, and a task's head.
+    """Loads a model with a task head, and only the experts that the given inputs need.
 
     Args:
-        weights: the weights.
+        weights: the opened weights.
         inputs: inputs that the model must accept: "images", "pairs" or "texts".
-        build_head: function that builds the head from the model's sizes and its tensor-parallel group.
-        options: options of loading (`LoadOptions`).
+        build_head: function that builds the head from the model's config and tensor-parallel group.
+        options: device, dtype and sizes (`LoadOptions`).
 
     Raises:
-        ConfigError: if the weights lack what the inputs need.
+        ConfigError: if the weights lack tensors that the inputs need.
     """
 
     def build(config: ModelConfig) -> TaskModel:
@@ -71,15 +72,15 @@ def load_with_head(
 
 
 def open_with_head(path: str | Path, tensor: str, use: str) -> OpenedWeights:
-    """Opens weights, and checks that they contain the head with a given tensor.
+    """Opens weights and checks that they contain a head, recognised by one tensor.
 
     Args:
         path: exported, imported or released weights, a checkpoint, or a run's output folder.
-        tensor: name of a tensor of the head.
-        use: what the head does, for the message.
+        tensor: name of a tensor in the head.
+        use: purpose of the head for the error message, such as "answers questions".
 
     Raises:
-        ConfigError: if the weights cannot be read or do not hold the head.
+        ConfigError: if the weights cannot be read, or do not contain the head.
     """
     weights = open_weights(path)
     if tensor not in weights.names():

@@ -1,4 +1,4 @@
-"""Makes predictions for image files and texts, and writes the predictions as JSON and as an HTML page."""
+"""Predicts for image files and texts, and writes the predictions as JSON or as an HTML page."""
 
 import json
 import math
@@ -31,20 +31,20 @@ _DIGITS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Holds the prediction for one image, for the images of one statement, or for one text."""
+    """Prediction for one image, for one statement and its images, or for one text."""
 
     images: Sequence[Path]
-    """Files of the images."""
+    """Image files of the prediction."""
     title: str
-    """Question, statement, text or name of the image, as the page's title."""
+    """Title on the page: the question, the statement, the text or the name of the image."""
     lines: dict[str, str]
-    """Texts that the page shows, by their label."""
+    """Texts on the page, by label."""
     record: dict[str, Any]
-    """Values of the prediction in the JSON file."""
+    """JSON object of the prediction."""
 
 
 def caption_images(captioner: Captioner, images: Sequence[Path], search: BeamSearch) -> list[Prediction]:
-    """Returns a prediction per image: its caption."""
+    """Returns one prediction per image, with a caption."""
     with broken_images():
         captions = captioner(images, search)
     return [
@@ -59,7 +59,7 @@ def caption_images(captioner: Captioner, images: Sequence[Path], search: BeamSea
 
 
 def answer_questions(answerer: QuestionAnswerer, questions: Sequence[Question], top: int) -> list[Prediction]:
-    """Returns a prediction per question: its `top` best answers."""
+    """Returns one prediction per question, with the `top` most probable answers."""
     with broken_images():
         found = answerer([asked.image for asked in questions], [asked.question for asked in questions], top=top)
     predictions = []
@@ -79,7 +79,7 @@ def answer_questions(answerer: QuestionAnswerer, questions: Sequence[Question], 
 
 
 def judge_statement(judge: StatementJudge, left: Path, right: Path, statement: str) -> list[Prediction]:
-    """Returns a list with one prediction: the probability that a statement about two images is true."""
+    """Returns a list of one prediction: the probability that the statement about two images is true."""
     with broken_images():
         probability = float(judge(left, right, statement)[0])
     record = {"left": str(left), "right": str(right), "statement": statement}
@@ -94,7 +94,7 @@ def judge_statement(judge: StatementJudge, left: Path, right: Path, statement: s
 
 
 def classify_images(classifier: ImageClassifier, images: Sequence[Path], top: int) -> list[Prediction]:
-    """Returns a prediction per image: its `top` most likely classes."""
+    """Returns one prediction per image, with the `top` most probable classes."""
     with broken_images():
         found = classifier(images, top=top)
     return [
@@ -112,7 +112,7 @@ def classify_images(classifier: ImageClassifier, images: Sequence[Path], top: in
 
 
 def match_texts(dual: DualEncoder, images: Sequence[Path], texts: Sequence[str], top: int) -> list[Prediction]:
-    """Returns a prediction per text: the `top` images whose features have the largest cosine with the text's."""
+    """Returns one prediction per text, with the `top` images of largest cosine similarity to the text."""
     with broken_images():
         image_features = dual.encode_images(images)
     cosines = dual.encode_texts(texts) @ image_features.T
@@ -137,16 +137,16 @@ def match_texts(dual: DualEncoder, images: Sequence[Path], texts: Sequence[str],
 def segment_images(
     segmenter: Segmenter, images: Sequence[Path], pictures: Path, label_maps: Path | None
 ) -> list[Prediction]:
-    """Segments images, and writes a picture with the classes in colours and their legend for each.
+    """Segments images, and draws the classes in colours with a legend into one picture per image.
 
     Args:
         segmenter: the model.
-        images: files of the images; their names without extensions must differ.
-        pictures: folder of the pictures, which is created.
-        label_maps: folder of label maps in ADE20K's format (class + 1), which is created; None writes none.
+        images: image files; their names without extensions must differ.
+        pictures: folder for the pictures; created if missing.
+        label_maps: folder for label maps in ADE20K's format (class + 1); created if missing. None writes no label maps.
 
     Returns:
-        A prediction per image: the share of its pixels of each class, the largest first.
+        One prediction per image, with the share of pixels per class in descending order.
 
     Raises:
         ConfigError: if an image is broken, or two images have the same name.
@@ -182,7 +182,11 @@ def segment_images(
 
 
 def write_predictions(predictions: Iterable[Prediction], out: Path | None) -> None:
-    """Writes the records as a JSON list, to a file or to the standard output.
+    """Writes the JSON objects of predictions as a list, to a file or to standard output.
+
+    Args:
+        predictions: the predictions.
+        out: path of the file; None prints the list.
 
     Raises:
         OSError: if the file cannot be written.
@@ -196,7 +200,7 @@ def write_predictions(predictions: Iterable[Prediction], out: Path | None) -> No
 
 
 def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_shown: int) -> None:
-    """Writes an HTML page with the images and texts of at most `max_shown` predictions, evenly spread.
+    """Writes an HTML page with images and texts of at most `max_shown` evenly spread predictions.
 
     Raises:
         OSError: if the page cannot be written.
@@ -214,7 +218,7 @@ def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_sh
 
 @contextmanager
 def broken_images() -> Iterator[None]:
-    """Converts the error of a broken image to a `ConfigError`."""
+    """Context manager that converts the ValueError of a broken image to a `ConfigError`."""
     try:
         yield
     except ConfigError:
@@ -224,5 +228,5 @@ def broken_images() -> Iterator[None]:
 
 
 def rounded(value: float) -> float:
-    """Returns a figure for JSON, with six significant digits."""
+    """Rounds a number to six significant digits, for JSON."""
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else value

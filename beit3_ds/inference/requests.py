@@ -1,4 +1,4 @@
-"""Finds the images and questions that a command should predict for, before a model is loaded."""
+"""Finds the images and questions of a `beit3 predict` command, before the model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from beit3_ds.data.files.names import iterate_names
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Holds a question about an image."""
+    """A question about an image."""
 
     image: Path
-    """File of the image."""
+    """Path of the image file."""
     question: str
     """Text of the question."""
     identifier: int | str | None = None
-    """Name of the question in results; None if it has none."""
+    """Identifier of the question in the results, if there is one."""
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Lists image files in the given order; replaces a folder by the images directly in it, sorted by name.
+    """Lists image files in the given order; replaces each folder by the images directly inside it, sorted by name.
 
     Raises:
-        ConfigError: if a path does not exist, or there are no images.
+        ConfigError: if a path does not exist, or a folder contains no images.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -45,15 +45,15 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_questions(path: str | Path, folder: str | Path | None = None) -> list[Question]:
-    """Reads a file of questions: JSON lines with `question`, `image` and optionally `id`.
+    """Reads questions from JSON lines with `question`, `image` and optionally `id`.
 
     Args:
-        path: the file.
-        folder: folder of the images; None is the folder of the file.
+        path: path of the file.
+        folder: folder of the images; None takes the folder of the file.
 
     Raises:
-        ConfigError: if the file cannot be read, a line has no question or an unknown image, or an id occurs twice; the
-            message names the file and the line.
+        ConfigError: if the file cannot be read, a question is missing or empty, an image does not exist, or an id
+            occurs twice. The message names the file and the line.
     """
     base, questions, lines = Path(folder or Path(path).parent), [], dict[int | str, int]()
     for line, found in iterate_json_lines(str(path), {"question": str, "image": str}):
@@ -73,10 +73,10 @@ def read_questions(path: str | Path, folder: str | Path | None = None) -> list[Q
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Reads names, one per line; blank lines are left out.
+    """Reads names from a text file with one name per line; skips blank lines.
 
     Raises:
-        ConfigError: if the file cannot be read or holds no names.
+        ConfigError: if the file cannot be read or contains no names.
     """
     try:
         names = [line.strip() for line in iterate_names(str(path)) if line.strip()]

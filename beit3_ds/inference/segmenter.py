@@ -1,4 +1,4 @@
-"""Assigns a class to each pixel of images (paper section 3.2)."""
+"""Segments images: assigns a class to each pixel (paper section 3.2)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ _OTHER_KEYS = ("name", "names", "class_names")  # of the stored description, bes
 
 
 class Segmenter:
-    """Segments images of any size by sliding windows.
+    """Segments images of any size with sliding windows.
 
     Attributes:
         names: name of each class.
@@ -45,16 +45,17 @@ class Segmenter:
         flips: bool | None = None,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Loads a model that was trained by the task `segmentation`.
+        """Loads a model that was trained for the task `segmentation`.
 
         Args:
             path: exported weights, a checkpoint, or a run's output folder.
-            scales: scales at which images are segmented; None uses those of the training run.
+            scales: scales at which images are segmented; None uses the scales of the training run.
             flips: whether to average with the flipped image; None uses the setting of the training run.
-            options: options of loading (`LoadOptions`).
+            options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights do not segment images, or transformers is not installed.
+            ConfigError: if a file cannot be read, the weights have no head that segments images, or transformers is not
+                installed.
         """
         weights = open_with_head(path, _HEAD, "segments images")
         task = dict(weights.task or {})
@@ -73,7 +74,7 @@ class Segmenter:
         return cls(model.requires_grad_(False), settings, names)
 
     def __call__(self, images: Sequence[str | Path | bytes | Image.Image]) -> list[NDArray[np.uint8]]:
-        """Returns the class of each pixel of each image, (height, width).
+        """Returns the class index of every pixel, one array of (height, width) uint8 per image.
 
         Raises:
             OSError: if a file cannot be read.
@@ -82,7 +83,12 @@ class Segmenter:
         return [self._segment(open_image(image)) for image in images]
 
     def draw(self, image: str | Path | bytes | Image.Image, labels: NDArray[np.uint8]) -> Image.Image:
-        """Draws the classes of an image in colours over it, with a legend at the right."""
+        """Draws the classes in colours over an image, with a legend on the right.
+
+        Args:
+            image: the image.
+            labels: class index of every pixel, (height, width) uint8.
+        """
         return draw_labels(open_image(image), labels, self.names)
 
     def _segment(self, image: Image.Image) -> NDArray[np.uint8]:

@@ -1,1 +1,1 @@
-"""Writes output that may fail for a while: what cannot be written is kept and written later."""
+"""Writes output even if writes fail temporarily: unwritten output is kept in memory and written later."""

@@ -1,4 +1,4 @@
-"""Appends to a file that must be complete in the end, although its disk may fail meanwhile."""
+"""Appends to a file that must be complete in the end, even if writes fail temporarily."""
 
 import os
 from collections.abc import Callable
@@ -11,41 +11,43 @@ _MAX_BYTES = 1 << 32
 
 
 class RetryingFile:
-    """Appends to a file; keeps in memory what cannot be written, and writes it with the next bytes.
+    """Appends to a file; keeps bytes in memory when a write fails, and writes them with the next bytes.
 
-    Writing raises no `OSError`; the first error and the recovery are reported. The file is opened for every write, so
-    it may be deleted, moved or mounted again.
+    A failed write raises no `OSError`. The first error and the recovery are reported. The file is opened for every
+    write, so it may be deleted, moved or remounted in between.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None], *, has_lines: bool = True) -> None:
-        """Stores the arguments; touches no file.
+        """Stores the arguments; does not open the file.
 
         Args:
-            path: the file; missing folders are created.
-            report: receives one line when writing fails, and one when it succeeds again.
-            has_lines: whether the file consists of lines. A line that a kill has cut is then ended before new ones.
+            path: path of the file; missing folders are created.
+            report: function that takes one line of text. It is called when writing fails, and when writing succeeds
+                again.
+            has_lines: whether the file consists of lines. A last line without a newline, as after a kill, is then ended
+                before new lines are appended.
         """
         self.path, self._report, self._has_lines = path, report, has_lines
         self._missing = b""
         self._start: int | None = None
-        """Size of the file before a failed attempt to append `_missing`, which may have written a part."""
+        """Size of the file in bytes before a failed append of `_missing`, which may have written some of the bytes."""
         self._replaces = False
-        """Whether `_missing` replaces the whole file."""
+        """Whether `_missing` replaces the whole file instead of being appended."""
         self.has_failed = False
-        """Whether the last write failed, so that the file is not complete."""
+        """Whether the last write failed, so that the file is incomplete."""
 
     def append(self, content: bytes) -> None:
-        """Appends bytes, after those that are still missing."""
+        """Appends bytes, after earlier bytes that are not written yet."""
         self._missing += content
         self.retry()
 
     def replace(self, content: bytes) -> None:
-        """Replaces the whole file atomically, also the bytes that are still missing."""
+        """Replaces the whole file atomically; discards bytes that are not written yet."""
         self._missing, self._start, self._replaces = content, None, True
         self.retry()
 
     def retry(self) -> bool:
-        """Writes what is missing; returns whether the file is complete."""
+        """Writes all unwritten bytes; returns whether the file is complete."""
         if not self._missing and not self._replaces:
             return True
         try:
@@ -70,10 +72,10 @@ class RetryingFile:
         return True
 
     def content(self) -> bytes:
-        """Returns what the file holds once all missing bytes are written.
+        """Returns the file's content, including unwritten bytes.
 
         Raises:
-            OSError: if the file exists and cannot be read, is no regular file, or has more than 4 GiB.
+            OSError: if the file exists and cannot be read, is not a regular file, or has more than 4 GiB.
         """
         if self._replaces:
             return self._missing
@@ -96,7 +98,7 @@ class RetryingFile:
             os.close(descriptor)  # a network file system may report here that there was no room
 
     def _find_written(self, descriptor: int) -> int:
-        """Returns how many of the missing bytes an earlier attempt has written at the end of the file."""
+        """Returns how many unwritten bytes an earlier failed attempt did write to the end of the file."""
         size = os.fstat(descriptor).st_size
         if self._start is not None and self._start <= size <= self._start + len(self._missing):
             held = os.pread(descriptor, size - self._start, self._start)

@@ -1,42 +1,42 @@
-"""Writes the result files, pages and pictures of a run, which does not fail if one cannot be written."""
+"""Writes the result files, pages and pictures of a run; a failed write does not end the run."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 WriteFile = Callable[[Path], None]
-"""Function that writes a file at a path."""
+"""Function that writes a file at the given path."""
 
 
 class ResultFolder:
-    """Writes files into a folder; a file that cannot be written is reported, and kept for `retry`."""
+    """Writes files into a folder. A failed write is reported, and `retry` can repeat it later."""
 
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
-        """Stores the arguments; the first file creates the folder.
+        """Stores the arguments; the first write creates the folder.
 
         Args:
-            path: the folder.
-            report: receives one line per file that cannot be written.
+            path: path of the folder.
+            report: function that takes one line of text; called for each file that cannot be written.
         """
         self.path, self._report = path, report
         self._missing: dict[Path, WriteFile] = {}
 
     def inside(self, name: str) -> "ResultFolder":
-        """Returns a folder below this one, whose missing files count as missing here."""
+        """Returns a subfolder that shares this folder's list of missing files."""
         folder = ResultFolder(self.path / name, self._report)
         folder._missing = self._missing
         return folder
 
     @property
     def missing(self) -> list[Path]:
-        """Returns the paths of files that a disk has refused."""
+        """Returns the paths of the files that could not be written because of an `OSError`."""
         return list(self._missing)
 
     def write(self, name: str | Path, write: WriteFile) -> bool:
-        """Writes a file, and returns whether that succeeded; any error is reported in one line.
+        """Writes a file and returns whether that succeeded; reports any error in one line.
 
         Args:
-            name: name of the file in the folder, or its whole path.
-            write: writes the file. It is called again by `retry` if the error is one of the disk.
+            name: name of the file in the folder, or an absolute path.
+            write: function that writes the file. After an `OSError`, `retry` calls it again.
         """
         path = self.path / name
         self._missing.pop(path, None)
@@ -50,7 +50,7 @@ class ResultFolder:
         return False
 
     def retry(self) -> None:
-        """Writes the missing files if that is possible now."""
+        """Tries again to write the missing files."""
         for path, write in list(self._missing.items()):
             if self._try(path, write) is None:
                 del self._missing[path]

@@ -1,4 +1,4 @@
-"""Replaces stdout and stderr by streams that do not end a program when they cannot be written."""
+"""Replaces stdout and stderr by streams that do not end a program when a write fails."""
 
 import contextlib
 import io
@@ -11,15 +11,15 @@ from beit3_ds.retrying.stream import RetryingStream
 
 
 class StandardStreams(NamedTuple):
-    """Holds the streams below `sys.stdout` and `sys.stderr`; a stream that is no file, as in notebooks, is None."""
+    """Streams that replace `sys.stdout` and `sys.stderr`; None for a stream that is not a file, as in notebooks."""
 
     stdout: RetryingStream | None
     stderr: RetryingStream | None
 
     def finish(self) -> OSError | None:
-        """Writes what is missing if that is possible now; returns the error of stdout if output is still missing.
+        """Tries to write all unwritten output; returns the error if output of stdout remains unwritten.
 
-        A pipe whose reader has ended is no error: the reader has what it wanted.
+        A pipe whose reader has ended is not an error, because programs like `head` end early on purpose.
         """
         for file in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -31,12 +31,13 @@ class StandardStreams(NamedTuple):
 
 
 def keep_standard_streams(*, reports_closed_pipe: bool = False) -> StandardStreams:
-    """Replaces `sys.stdout` and `sys.stderr` for the rest of the process, also for loggers that write to them.
+    """Replaces `sys.stdout` and `sys.stderr` for the rest of the process, also in existing log handlers.
 
-    A full disk below one stream is reported once on the other stream. A second call replaces nothing.
+    If a stream cannot be written, as on a full disk, this is reported once on the other stream. A second call replaces
+    nothing.
 
     Args:
-        reports_closed_pipe: whether to report a pipe whose reader has ended. Readers like `head` end early on purpose.
+        reports_closed_pipe: whether to report a pipe whose reader has ended. Programs like `head` end early on purpose.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         file = getattr(sys, name)

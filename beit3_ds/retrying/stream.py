@@ -1,4 +1,4 @@
-"""Writes a stream of bytes that must not end its program: standard output, or the log of a process."""
+"""Defines a byte stream whose failed writes do not end the program, for standard output and log files."""
 
 import contextlib
 import errno
@@ -15,13 +15,13 @@ _NOT_OPEN = -1
 
 
 class RetryingStream(io.RawIOBase):
-    """Writes bytes in order; keeps what the system refuses, and writes it before the next bytes.
+    """Writes bytes in order; keeps bytes in memory when a write fails, and writes them before the next bytes.
 
-    A full disk, a read-only mount or a closed terminal raises no error. A pipe without a reader discards all later
-    bytes.
+    A full disk, a read-only mount or a closed terminal raises no error. If the reader of a pipe has ended, all later
+    bytes are discarded.
 
     Attributes:
-        reports_closed_pipe: whether a pipe without a reader is reported like another error; it is not by default.
+        reports_closed_pipe: whether to report a pipe whose reader has ended like other errors; False by default.
     """
 
     def __init__(
@@ -30,10 +30,11 @@ class RetryingStream(io.RawIOBase):
         """Stores the arguments; the first write opens the descriptor.
 
         Args:
-            open_descriptor: returns the file descriptor; an `OSError` of this function counts as a failed write, and
-                the next write calls it again.
-            report: receives the first error, and again the first one after a time without errors. Called without locks.
-            limit: most bytes that are kept. Later bytes are dropped, and a line in the stream says how many.
+            open_descriptor: function that returns the file descriptor. If it raises an `OSError`, the write has failed,
+                and the next write calls it again.
+            report: function that takes an error. It is called for the first error, and for the first error after each
+                recovery. No lock is held during the call.
+            limit: maximum bytes kept in memory. Further bytes are dropped, and a line in the stream tells their number.
         """
         super().__init__()
         self._open, self._report, self._limit = open_descriptor, report, limit
@@ -47,21 +48,21 @@ class RetryingStream(io.RawIOBase):
 
     @property
     def error(self) -> OSError | None:
-        """Returns the error that prevents writing now; None if everything is written."""
+        """Returns the error of the last write; None if everything is written."""
         return self._error
 
     @property
     def has_reader(self) -> bool:
-        """Returns whether the stream can still be read: false for a pipe whose reader has ended."""
+        """Returns False for a pipe whose reader has ended, otherwise True."""
         return not isinstance(self._error, BrokenPipeError)
 
     @property
     def num_missing(self) -> int:
-        """Returns the number of bytes that are not written; 0 for a pipe without a reader."""
+        """Returns the number of unwritten bytes, including dropped bytes; 0 for a pipe whose reader has ended."""
         return len(self._missing) + self._num_dropped
 
     def writable(self) -> bool:
-        """Returns True."""
+        """Returns True, as `io.IOBase` requires for output streams."""
         return True
 
     def fileno(self) -> int:
@@ -75,7 +76,7 @@ class RetryingStream(io.RawIOBase):
         return os.isatty(self.fileno())
 
     def write(self, data: Any) -> int:
-        """Writes the missing bytes and `data`, or keeps them; always returns the number of bytes in `data`."""
+        """Writes all unwritten bytes and `data`, or keeps them in memory; always returns the length of `data`."""
         content = bytes(data)
         with self._lock:
             self._forget_after_fork()
@@ -89,7 +90,7 @@ class RetryingStream(io.RawIOBase):
         return len(content)
 
     def retry(self) -> bool:
-        """Tries to write what is missing; returns whether nothing is missing then."""
+        """Tries to write all unwritten bytes; returns whether everything is written."""
         with self._lock:
             before = self._error
             if before is None or self.has_reader:
@@ -101,7 +102,7 @@ class RetryingStream(io.RawIOBase):
         return error is None
 
     def finish(self) -> None:
-        """Tries a last time; waits some seconds for the reader of a pipe that is full and does not block."""
+        """Tries a last time to write all unwritten bytes; waits up to five seconds if a non-blocking pipe is full."""
         if not self.retry() and isinstance(self._error, BlockingIOError):
             with contextlib.suppress(OSError, ValueError):
                 while select.select([], [self._descriptor], [], _FULL_PIPE_SECONDS)[1] and not self.retry():
@@ -134,7 +135,7 @@ class RetryingStream(io.RawIOBase):
         return None
 
     def _forget_after_fork(self) -> None:
-        """Leaves what is missing to the process that printed it."""
+        """Discards unwritten bytes in a forked child, because the parent process writes them."""
         if self._pid != os.getpid():
             self._pid, self._num_dropped = os.getpid(), 0
             self._missing.clear()

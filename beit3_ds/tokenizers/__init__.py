@@ -1,4 +1,4 @@
-"""Converts texts and images to ids: texts to SentencePiece ids, image patches to codes of a visual tokenizer."""
+"""Converts texts to SentencePiece ids, and image patches to the codes of a visual tokenizer."""
 
 from beit3_ds.tokenizers.oriented_gradients import OrientedGradients
 from beit3_ds.tokenizers.released import import_released_tokenizer

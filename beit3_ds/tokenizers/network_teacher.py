@@ -1,4 +1,4 @@
-"""Loads pretrained networks as teachers of the visual tokenizer, from timm, open_clip or transformers."""
+"""Loads pretrained networks from timm, open_clip or transformers as teachers of the visual tokenizer."""
 
 import importlib
 import inspect
@@ -19,22 +19,22 @@ _PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch", "transformers": "tr
 
 @dataclass(frozen=True, kw_only=True)
 class _Network:
-    """Holds a frozen network, a function for its patch features, and the normalisation of its input."""
+    """A frozen network with a function that computes patch features, and the normalisation of its input."""
 
     module: nn.Module
     patch_features: Callable[[Tensor], Tensor]
-    """Function that maps normalised images, (images, 3, size, size), to features, (images, patches, features)."""
+    """Function that maps normalised images, (images, 3, size, size), to (images, patches, features)."""
     stride: int
-    """Side length in pixels of the patch that one feature describes."""
+    """Side in pixels of the patch that one feature vector describes."""
     mean: Sequence[float]
     std: Sequence[float]
 
 
 class NetworkTeacher:
-    """Computes a frozen network's features for each image patch that the visual tokenizer encodes.
+    """Computes a frozen network's features of each image patch that the visual tokenizer encodes.
 
-    Images are resized so that the network has as many patches as the tokenizer: for a 14 x 14 grid, a network with
-    patches of 16 px gets images of 224 px.
+    Images are resized so that the network and the tokenizer have equal numbers of patches. For example, with a 14 x 14
+    grid, a network with 16 px patches gets 224 px images.
 
     Attributes:
         width: number of features per patch.
@@ -57,13 +57,13 @@ class NetworkTeacher:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Returns the features of every patch.
+        """Computes the features of every patch.
 
         Args:
-            pixels: (images, 3, image_size, image_size) float in [-1, 1].
+            pixels: images, (images, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            (images, patches, features) float32, patches in row-major order.
+            Features, (images, patches, features) float32, with patches in row-major order.
         """
         pixels = pixels.float()
         if pixels.shape[-1] != self._image_size:
@@ -73,14 +73,19 @@ class NetworkTeacher:
 
 
 def load_network_teacher(config: TeacherConfig, grid_size: int, device: torch.device | str = "cpu") -> NetworkTeacher:
-    """Loads the network that `config.teacher` names, for images of grid_size x grid_size patches.
+    """Loads the network named by `config.teacher`, for a grid of grid_size x grid_size patches per image.
 
-    * `timm:NAME`: features are the patch tokens after block `teacher_stage` of a transformer, or the output of that
-      stage of a convolutional network.
-    * `open_clip:NAME/TAG`: features are the image encoder's patch tokens, projected into the space of image and text
-      embeddings, as BEiT v2 does with CLIP. A local file in `teacher_weights` replaces TAG.
-    * `transformers:NAME`: features are the patch tokens of the last layer; those of CLIP are projected. NAME may be a
-      local folder.
+    * `timm:NAME`: for a transformer, the features are the patch tokens after block `teacher_stage`. For a convolutional
+      network, they are the output of stage `teacher_stage`.
+    * `open_clip:NAME/TAG`: the features are the image encoder's patch tokens, projected into the space of the image and
+      text embeddings, as BEiT v2 does with CLIP. A local file in `teacher_weights` replaces TAG.
+    * `transformers:NAME`: the features are the patch tokens of the last layer; those of CLIP are projected. NAME may be
+      a local folder.
+
+    Args:
+        config: settings of the teacher.
+        grid_size: patches along one side of an image.
+        device: device of the network.
 
     Raises:
         ConfigError: if the library is not installed, the network or its weights cannot be loaded, or the network has no

@@ -1,4 +1,4 @@
-"""Defines a teacher of the visual tokenizer that needs no pretrained network: gradients and colours of patches."""
+"""Defines a teacher of the visual tokenizer without a pretrained network, based on gradients and colours of patches."""
 
 # B images, N patches per image, G patches on a side, S pixels on a side, E features per patch.
 
@@ -17,19 +17,20 @@ _FAINT = 0.1  # norm below which gradients are noise of the image's compression 
 
 
 class OrientedGradients:
-    """Describes each patch by the gradients and colours of the patch and of its neighbourhood.
+    """Computes features of each patch from gradients and colours in the patch and in its neighbourhood.
 
-    This teacher needs no download. It captures strokes, textures, colours and positions, but no objects; use a
-    pretrained network such as CLIP or DINO for codes of high quality.
+    This teacher needs no download. It captures strokes, textures, colours and positions, but no objects. For codes of
+    high quality, use a pretrained network such as CLIP or DINO.
 
-    Gradients are described by histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients
-    for Human Detection"), which MaskFeat (Wei et al., 2022, arXiv:2112.09133) found as good a target as a network's
-    features. Mean colours distinguish flat patches. Both are computed for the patch (one histogram, 2 x 2 colours) and
-    for the 3 x 3 patches around it. Every histogram is normalised, so that faint strokes count nearly as much as bold
-    ones.
+    Gradients are described by histograms of orientation (HOG; Dalal and Triggs, 2005, "Histograms of Oriented Gradients
+    for Human Detection"). MaskFeat (Wei et al., 2022, arXiv:2112.09133) found such histograms to be equally good
+    targets as a network's features. Mean colours distinguish flat patches.
+
+    A patch has one histogram and 2 x 2 mean colours. The 3 x 3 patches around it have one histogram and one mean
+    colour. Each histogram is normalised, so that faint strokes count nearly as much as bold strokes.
 
     Args:
-        patch_size: pixels on a side of a patch; even.
+        patch_size: side of a patch in pixels; must be even.
 
     Attributes:
         width: number of features per patch.
@@ -48,17 +49,17 @@ class OrientedGradients:
         self.width = 2 * _NUM_ORIENTATIONS + 3 * (_CELLS**2 + 1)
 
     def to(self, device: torch.device) -> None:
-        """Does nothing, because the descriptor has no tensors."""
+        """Does nothing, because this teacher has no tensors."""
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Returns the features of every patch.
+        """Computes the features of every patch.
 
         Args:
-            pixels: (images, 3, size, size) float in [-1, 1]; `patch_size` divides the size.
+            pixels: images, (images, 3, size, size) float in [-1, 1]; `size` must be a multiple of `patch_size`.
 
         Returns:
-            (images, patches, features) float32, patches in row-major order.
+            Features, (images, patches, features) float32, with patches in row-major order.
         """
         pixels = pixels.float()
         cell_colors = F.avg_pool2d(pixels, self.patch_size // _CELLS)
@@ -70,7 +71,7 @@ class OrientedGradients:
 
 
 def _orientation_votes(pixels: Tensor) -> Tensor:
-    """Divides each pixel's gradient magnitude between the two nearest of 9 orientations: (images, 9, size, size)."""
+    """Splits each pixel's gradient magnitude between the two nearest of 9 orientations, (images, 9, size, size)."""
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     horizontal = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
     vertical = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
@@ -87,17 +88,17 @@ def _orientation_votes(pixels: Tensor) -> Tensor:
 
 
 def _neighborhood(features: Tensor) -> Tensor:
-    """Averages features over the 3 x 3 patches around each patch; keeps the shape (images, channels, grid, grid)."""
+    """Averages features over the 3 x 3 patches around each patch, (images, channels, grid, grid)."""
     margin = _NEIGHBORHOOD // 2
     padded = F.pad(features, (margin,) * 4, mode="replicate")
     return F.avg_pool2d(padded, _NEIGHBORHOOD, stride=1)
 
 
 def _unit_length(histograms: Tensor) -> Tensor:
-    """Normalises histograms to about length 1 over all channels; histograms of almost flat patches stay near zero."""
+    """Normalises histograms to a length of about 1 over all channels; those of almost flat patches stay near zero."""
     return histograms / (histograms.square().sum(dim=1, keepdim=True) + _FAINT**2).sqrt()
 
 
 def _equal_share(colors: Tensor) -> Tensor:
-    """Scales colour features so that a white patch has length 1, like a normalised histogram."""
+    """Scales colour features so that those of a white patch have length 1, like a normalised histogram."""
     return colors / math.sqrt(colors.shape[1])

@@ -1,4 +1,4 @@
-"""Defines the visual tokenizer's codebook, with nearest codes by cosine similarity and moving-average updates.
+"""Defines the codebook of the visual tokenizer, with nearest codes by cosine similarity and moving-average updates.
 
 Follows BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2 and 3.1), after VQ-VAE (van den Oord et al., 2017,
 arXiv:1711.00937, appendix A.1).
@@ -18,12 +18,13 @@ _CHUNK_ROWS = 16384  # vectors compared with the codebook at a time: 0.5 GiB of 
 
 
 class Quantized(NamedTuple):
-    """Holds the result of quantizing vectors: the nearest codes, the codes' vectors, and the distances to these."""
+    """Result of quantizing vectors."""
 
     vectors: Tensor
-    """Vector of each input's nearest code, (..., width). Gradients pass to the input unchanged (straight-through)."""
+    """Vector of the nearest code for each input, (..., width). Gradients pass to the input unchanged
+    (straight-through)."""
     distance: Tensor
-    """Commitment loss per input, (...): mean squared difference from the code vector, without gradients to the code."""
+    """Commitment loss per input, (...): mean squared difference from the code's vector. The code gets no gradient."""
     codes: Tensor
     """Index of the nearest code for each input, (...) int64."""
 
@@ -31,13 +32,13 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Replaces each vector by the nearest of `codebook_size` codes, which are vectors of length 1.
 
-    `start` initialises the codebook, a buffer, with k-means. In training, each call adds its vectors to `totals`. Once
-    per step, `move_codes` moves every code towards the mean of its vectors, however the step is divided into calls and
-    ranks. Codebook and totals stay in float32 if the module is cast.
+    `start` initialises the codebook, which is a buffer, with k-means. In training mode, each call adds its vectors to
+    `totals`. Once per step, `move_codes` moves every code towards the mean of its vectors. The result does not depend
+    on the division of the step into calls and ranks. The codebook and `totals` stay in float32 if the module is cast.
 
     Args:
         codebook_size: number of codes.
-        codebook_dim: number of components of a code's vector.
+        codebook_dim: number of components per code.
         ema_decay: weight of the old code in an update, in [0, 1].
     """
 
@@ -59,15 +60,15 @@ class Quantizer(nn.Module):
         """Returns the index of the nearest code for each vector.
 
         Args:
-            vectors: (..., width) float32 of length 1.
+            vectors: vectors of length 1, (..., width) float32.
 
         Returns:
-            (...) int64 in [0, codebook_size).
+            Indices in [0, codebook_size), (...) int64.
         """
         return _nearest(vectors.flatten(0, -2), self.weight).view(vectors.shape[:-1])
 
     def forward(self, vectors: Tensor) -> Quantized:
-        """Quantizes vectors, (..., width) float32 of length 1; in training mode, also adds the vectors to `totals`."""
+        """Quantizes vectors of length 1, (..., width) float32; in training mode, also adds the vectors to `totals`."""
         codes = self.nearest(vectors.detach())
         quantized = F.embedding(codes, self.weight)
         if self.training:
@@ -77,7 +78,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, vectors_MC: Tensor) -> None:
-        """Initialises the codebook with cosine k-means over unit vectors, (vectors, width) float32; sends nothing."""
+        """Initialises the codebook with cosine k-means over unit vectors, (vectors, width) float32; communicates
+        nothing.
+        """
         centers_VC = _draw_centers(vectors_MC, self.weight.shape[0])
         counts_V = vectors_MC.new_zeros(len(centers_VC))
         for _ in range(_KMEANS_ROUNDS):
@@ -89,9 +92,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def move_codes(self) -> None:
-        """Moves each code towards the mean direction of the vectors in `totals`, normalises the code, clears `totals`.
+        """Moves each code towards the mean direction of its vectors in `totals`, and clears `totals`.
 
-        The caller must first sum `totals` over all ranks. A code without vectors keeps its value.
+        The moved codes are normalised. A code without vectors keeps its value. The caller must first sum `totals` over
+        all ranks.
         """
         means_VC, counts_V = _mean_directions(self.totals, self.weight)
         moved_VC = F.normalize(self.weight.lerp(means_VC, 1 - self.ema_decay), dim=-1)
@@ -101,7 +105,7 @@ class Quantizer(nn.Module):
         self.totals.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the buffers to another device with the module, but keeps their types, because casts would round."""
+        """Moves the buffers to another device with the module, but keeps their dtypes, because casts would round."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -118,14 +122,14 @@ def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
 
 
 def _totals(vectors_MC: Tensor, codes_M: Tensor, num_codes: int) -> Tensor:
-    """Returns each code's sum of vectors and, in the last column, number of vectors, (codes, width + 1)."""
+    """Returns the sum of the vectors per code and, in the last column, their number, (codes, width + 1)."""
     ones_M1 = vectors_MC.new_ones(len(vectors_MC), 1)
     totals = vectors_MC.new_zeros(num_codes, vectors_MC.shape[1] + 1)
     return totals.index_add_(0, codes_M, torch.cat([vectors_MC, ones_M1], dim=1))
 
 
 def _mean_directions(totals: Tensor, fallback_VC: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each code's normalised mean vector, (codes, width), and number of vectors, (codes,)."""
+    """Returns the normalised mean vector per code, (codes, width), and the number of vectors per code, (codes,)."""
     sums_VC, counts_V = totals[:, :-1], totals[:, -1]
     return torch.where(counts_V[:, None] > 0, F.normalize(sums_VC, dim=-1), fallback_VC), counts_V
 
@@ -133,7 +137,7 @@ def _mean_directions(totals: Tensor, fallback_VC: Tensor) -> tuple[Tensor, Tenso
 def _draw_centers(vectors_MC: Tensor, num_centers: int) -> Tensor:
     """Draws the initial centres of k-means from the vectors by k-means++ (Arthur and Vassilvitskii, 2007).
 
-    Uniform draws would choose mostly patches of white background, whose vectors are all equal.
+    Uniform draws would mostly choose patches of white background, which have equal vectors.
     """
     generator = torch.Generator().manual_seed(0)  # every rank draws the same centres from the same vectors
     picks = torch.rand(num_centers, generator=generator, dtype=torch.float64).to(vectors_MC.device)

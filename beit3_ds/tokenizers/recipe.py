@@ -1,6 +1,6 @@
 """Records the training settings (recipe) of a tokenizer, so that no tokenizer is overwritten by accident.
 
-Checkpoints depend on the tokenizer, and a retrained tokenizer may have other ids even with equal settings.
+Checkpoints depend on their tokenizer, and a retrained tokenizer may have other ids even with equal settings.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from beit3_ds.regular_file import read_regular
 from beit3_ds.untrusted_json import MAX_JSON_BYTES, check_list, check_object, parse_untrusted_json
 
 Recipe = dict[str, Any]
-"""Settings with which a tokenizer was trained, as JSON values keyed by their names in the config."""
+"""Training settings of a tokenizer as JSON values, keyed by their names in the config."""
 
 FREE_TO_CHANGE = ("path", "encoding_dtype")
-"""Keys of a tokenizer's config section that do not influence the trained tokenizer."""
+"""Keys of a tokenizer's config section that do not affect the trained tokenizer."""
 
 
 def text_recipe(config: RunConfig) -> Recipe:
-    """Returns the recipe of a run's text tokenizer: all settings that influence the trained tokenizer."""
+    """Returns the recipe of a run's text tokenizer: all settings that affect the trained tokenizer."""
     return _recipe(config, config.tokenizers.text, ("texts", "pairs"), {})
 
 
 def visual_recipe(config: RunConfig, settings: Mapping[str, Any]) -> Recipe:
-    """Returns the recipe of a visual tokenizer: all settings that influence the trained tokenizer.
+    """Returns the recipe of a visual tokenizer: all settings that affect the trained tokenizer.
 
-    Settings that existed in version 0.1 have the keys of that version.
+    Settings that existed in version 0.1 keep the keys of that version.
 
     Args:
         config: config of the run that trains the tokenizer.
@@ -45,9 +45,10 @@ def visual_recipe(config: RunConfig, settings: Mapping[str, Any]) -> Recipe:
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns the differences between two recipes as "key from OLD to NEW"; an empty string for equal recipes.
+    """Describes the differences between two recipes as "KEY from OLD to NEW"; returns an empty string for equal
+    recipes.
 
-    Keys that are in only one recipe are ignored, because versions of this project record different keys.
+    Keys in only one recipe are ignored, because versions of this project record different keys.
     """
     before = {key: _plain_value(value) for key, value in before.items()}
     changed = [key for key in before if key in now and before[key] != now[key]]
@@ -55,10 +56,10 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def save_with_recipe(path: str | Path, content: bytes, recipe: Recipe) -> None:
-    """Writes a finished tokenizer, and its recipe to `PATH.recipe.json`; creates their folder.
+    """Writes a tokenizer to `path`, and its recipe to `PATH.recipe.json`; creates the folder if needed.
 
     Raises:
-        OSError: if one of the two cannot be written; then neither replaces an older file.
+        OSError: if a file cannot be written; existing files are then kept.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,17 +72,17 @@ def save_with_recipe(path: str | Path, content: bytes, recipe: Recipe) -> None:
 
 
 def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Callable[[], Recipe]) -> bool:
-    """Returns whether a finished tokenizer exists at `path` and was trained with the recipe.
+    """Returns whether a tokenizer exists at `path` and was trained with the given recipe.
 
     Args:
         section: section of the config, such as "tokenizers.text".
         path: path of the tokenizer.
-        recipe: recipe that the tokenizer should have.
+        recipe: recipe that the tokenizer must have.
         read_known: function that reads a partial recipe from the tokenizer's file; used if no recipe was recorded.
 
     Raises:
-        ConfigError: if the tokenizer was trained with another recipe (the message names the differences), or the file
-            is not a tokenizer.
+        ConfigError: if the file is not a tokenizer, or the tokenizer was trained with another recipe. The message names
+            the differences.
     """
     if not Path(path).is_file():
         return False
@@ -101,11 +102,11 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
 
 
 def check_can_be_written(section: str, path: str | Path) -> None:
-    """Checks before training that the tokenizer's file can be written; creates the file's folder.
+    """Checks before training that a tokenizer's file can be written; creates the folder if needed.
 
     Args:
         section: section of the config, such as "tokenizers.text", for messages.
-        path: path of the tokenizer's file.
+        path: path of the tokenizer.
 
     Raises:
         ConfigError: if the file cannot be written, or `path` is a folder.
@@ -124,7 +125,7 @@ def check_can_be_written(section: str, path: str | Path) -> None:
 
 
 def describe_trained(section: str, path: str | Path) -> str:
-    """Returns the message for a tokenizer that is already trained."""
+    """Returns a message that the tokenizer is already trained."""
     return f"{section}: {path} is already trained with this recipe; nothing is done. --force retrains it"
 
 
@@ -146,14 +147,14 @@ def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    """Returns a recorded value in the current form, without the unset source keys that version 0.1 recorded."""
+    """Converts a recorded value to the current form: drops the unset source keys that version 0.1 recorded."""
     if isinstance(value, list):
         return [_plain_source(item) if isinstance(item, dict) else item for item in value]
     return value
 
 
 def _read_recipe(path: str | Path) -> Recipe | None:
-    """Returns the recorded recipe of a tokenizer; None if the record is missing or has another file's SHA-256."""
+    """Returns the recorded recipe of a tokenizer; None if there is no record, or the record belongs to another file."""
     try:
         content = check_object(parse_untrusted_json(read_regular(_recipe_path(path), MAX_JSON_BYTES)))
         recipe: Recipe = check_object(content["recipe"])
@@ -166,7 +167,9 @@ def _read_recipe(path: str | Path) -> Recipe | None:
 
 
 def _merge_sources(images: list[Any], pairs: list[Any]) -> list[Any]:
-    """Joins the image and pair sources of a version 0.1 recipe without weights and duplicates, which 0.1 ignored."""
+    """Joins the image and pair sources of a version 0.1 recipe; drops weights and duplicates, which that version
+    ignored.
+    """
     merged: list[Any] = []
     for source in (*images, *pairs):
         unweighted = {key: value for key, value in source.items() if key != "weight"}

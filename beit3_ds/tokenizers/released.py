@@ -1,6 +1,6 @@
-"""Imports BEiT v2's released visual tokenizers, such as `vqkd_encoder_base_decoder_3x768x12_clip`.
+"""Imports the released visual tokenizers of BEiT v2, such as `vqkd_encoder_base_decoder_3x768x12_clip`.
 
-It follows the published description of the networks, and was never tested with the released files.
+The import follows the published description of the networks, and was never tested with the released files.
 """
 
 import re
@@ -24,14 +24,15 @@ _UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "q
 def import_released_tokenizer(
     source: str | Path, target: str | Path, *, image_size: int | None = None, teacher: str = _TEACHER
 ) -> VisualTokenizer:
-    """Converts a released VQ-KD file to a visual tokenizer; `save_visual_tokenizer` can then write the tokenizer.
+    """Converts a released VQ-KD file to a visual tokenizer, which `save_visual_tokenizer` can write.
 
     Args:
         source: path of the released .pth file, which is read with `weights_only`.
-        target: future path of the converted tokenizer, for the tokenizer's config.
-        image_size: pixels on a side of the tokenizer's view; None keeps the file's 224. A model with patches of 14 px
-            at 224 px has a grid of 16 x 16 and needs 256; position embeddings are then interpolated to this size.
-        teacher: name of the teacher for the tokenizer's description; the default is the teacher of the `_clip` files.
+        target: path where the tokenizer will be saved; stored in the tokenizer's config.
+        image_size: side in pixels of the tokenizer's view; None keeps the file's 224. Position embeddings are
+            interpolated to this size. For example, a model with 14 px patches and 224 px images has a 16 x 16 grid, so
+            the tokenizer needs 256.
+        teacher: name of the teacher in the tokenizer's description; the default is the teacher of the `_clip` files.
 
     Raises:
         ConfigError: if the file cannot be read, the codebook is not trained, or the tensors do not match.
@@ -52,8 +53,13 @@ def convert_released_state(
 ) -> tuple[VisualTokenizerConfig, dict[str, Tensor]]:
     """Renames the tensors of a released state dict, and derives the architecture from the tensors' shapes.
 
-    In the released networks, queries and values have separate biases, keys have none, and the last norm is named
-    `fc_norm`. The codebook's moving averages belong to another update rule and are dropped.
+    In the released networks, queries and values have separate biases, keys have no bias, and the last norm is named
+    `fc_norm`. The codebook's moving averages are dropped, because they belong to another update rule.
+
+    Args:
+        released: tensors of the released file, by name.
+        target: path where the tokenizer will be saved.
+        image_size: side in pixels of the tokenizer's view; None keeps the size of the released tokenizer.
 
     Returns:
         The tokenizer's config and state dict.

@@ -1,4 +1,4 @@
-"""Builds teachers, whose image features the visual tokenizer learns to reconstruct."""
+"""Builds teachers, which compute the image features that the visual tokenizer learns to reconstruct."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from beit3_ds.tokenizers.oriented_gradients import OrientedGradients
 
 
 class Teacher(Protocol):
-    """Declares the interface of a teacher, which computes fixed features of every image patch."""
+    """Interface of a teacher, which computes fixed features of every image patch."""
 
     width: int
     """Number of features per patch."""
@@ -20,24 +20,23 @@ class Teacher(Protocol):
         """Moves the teacher to a device."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Returns the features of every patch of every image, (images, patches, width) float32, in row-major order.
+        """Returns the features of every patch, (images, patches, width) float32, with patches in row-major order.
 
         Args:
-            pixels: (images, 3, image_size, image_size) float in [-1, 1].
+            pixels: images, (images, 3, image_size, image_size) float in [-1, 1].
         """
 
 
 def build_teacher(config: TeacherConfig, visual: VisualTokenizerConfig, device: torch.device | str = "cpu") -> Teacher:
-    """Builds the teacher that `config.teacher` names.
+    """Builds the teacher named by `config.teacher`.
 
     Args:
         config: settings of the teacher.
-        visual: settings of the visual tokenizer, whose patches the teacher describes.
+        visual: settings of the visual tokenizer, which determine the patches.
         device: device of the teacher.
 
     Raises:
-        ConfigError: if the teacher network's library is missing, the weights do not fit, or the network has no patch
-            features.
+        ConfigError: if the teacher's library is missing, the weights do not fit, or the network has no patch features.
     """
     if config.teacher == "oriented_gradients":
         return OrientedGradients(visual.patch_size)
@@ -45,7 +44,7 @@ def build_teacher(config: TeacherConfig, visual: VisualTokenizerConfig, device: 
 
 
 def describe_teacher(config: TeacherConfig) -> str:
-    """Returns a phrase that describes the source of the teacher's features, for tokenizer files and reports."""
+    """Describes a teacher in words, for tokenizer files and reports."""
     if config.teacher == "oriented_gradients":
         return (
             "histograms of oriented gradients and colours, computed from the image itself: a hand-made descriptor, not "

@@ -1,6 +1,6 @@
-"""Trains and reads the text tokenizer: a SentencePiece model with the id numbering of the released BEiT-3.
+"""Trains and reads the text tokenizer, a SentencePiece model with the ids of the released BEiT-3.
 
-In transformers >= 5, XLMRobertaTokenizer reads such a file but encodes every piece as <unk>, so it is not used.
+XLMRobertaTokenizer is not used, because in transformers >= 5 it encodes every piece of such a file as <unk>.
 """
 
 import hashlib
@@ -27,19 +27,24 @@ _ERRORS_ONLY = 2  # SentencePiece's log level; lower levels print a page during 
 
 
 class WordBorders(NamedTuple):
-    """Marks the token ids that start or end a word, according to the white space in the tokenizer's pieces."""
+    """Marks the token ids that start or end a word, based on the white space in the tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
-    """For each id, whether it starts a word, (vocab_size,). True for BOS, padding, EOS, and pieces with leading white
-    space, in models with white space before words."""
+    """Whether each id starts a word, (vocab_size,). True for BOS, padding and EOS.
+
+    If the model writes white space before words, also true for pieces with leading white space.
+    """
     ends: NDArray[np.bool_]
-    """For each id, whether the next id starts a word, (vocab_size,). True for BOS, padding, EOS, and pieces with
-    trailing white space, in models with white space after words."""
+    """Whether a word starts after each id, (vocab_size,). True for BOS, padding and EOS.
+
+    If the model writes white space after words, also true for pieces with trailing white space.
+    """
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Returns for each id of a consecutive sequence whether the id starts a word, (ids,).
+        """Returns whether each id of a sequence starts a word, (ids,); includes ids that follow the end of a word.
 
-        An id after the end of a word starts a word too.
+        Args:
+            ids: consecutive token ids, (ids,).
         """
         begins = self.starts[ids]
         begins[1:] |= self.ends[ids[:-1]]
@@ -47,11 +52,11 @@ class WordBorders(NamedTuple):
 
 
 class TextTokenizer:
-    """Converts texts to ids and back, with the ids of the released BEiT-3.
+    """Converts texts to token ids and back, with the ids of the released BEiT-3.
 
-    The ids are: `<s>` 0 (BOS, also the text's CLS token), `<pad>` 1, `</s>` 2 (EOS) and `<unk>` 3. All other pieces
-    have their SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. A pickled copy does
-    not need the file.
+    The first ids are `<s>` 0 (BOS, also the CLS token of a text), `<pad>` 1, `</s>` 2 (EOS) and `<unk>` 3. The id of
+    any other piece is its SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. A pickled
+    copy does not need the file.
 
     Attributes:
         bos_id: id of `<s>`.
@@ -60,7 +65,7 @@ class TextTokenizer:
         unk_id: id of `<unk>`.
         mask_id: id of `<mask>`.
         vocab_size: number of ids, `mask_id` + 1.
-        fingerprint: digest of the SentencePiece model; tokenizers with equal digests encode every text to equal ids.
+        fingerprint: digest of the SentencePiece model. Tokenizers with equal digests encode every text to equal ids.
     """
 
     bos_id = 0
@@ -83,11 +88,11 @@ class TextTokenizer:
 
     @property
     def num_pieces(self) -> int:
-        """Returns the number of SentencePiece pieces, special pieces included (`tokenizers.text.vocab_size`)."""
+        """Returns the number of SentencePiece pieces, including special pieces (`tokenizers.text.vocab_size`)."""
         return self.mask_id - 1
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without BOS and EOS; characters that are in no piece become `unk_id`.
+        """Returns the ids of a text, without BOS and EOS; characters that no piece contains become `unk_id`.
 
         Raises:
             TypeError: if `text` is not a string.
@@ -100,7 +105,7 @@ class TextTokenizer:
         """Encodes several texts to NumPy arrays, without BOS and EOS; faster than `encode` for many texts.
 
         Returns:
-            The concatenated ids of all texts, (ids,) int32, and the number of ids per text, (texts,) int64.
+            The ids of all texts, concatenated, (ids,) int32, and the number of ids per text, (texts,) int64.
         """
         encoded = self._sentencepiece.encode(list(texts), return_type="numpy", num_threads=1)
         ids = np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
@@ -119,8 +124,8 @@ class TextTokenizer:
     def word_borders(self) -> WordBorders:
         """Determines which ids start or end a word.
 
-        Most models have white space before a word (`▁dog`), and those trained with `treat_whitespace_as_suffix` after
-        it (`dog▁`).
+        Most models write white space before words (`▁dog`). Models trained with `treat_whitespace_as_suffix` write
+        white space after words (`dog▁`).
         """
         pieces = [self.piece(id_) for id_ in range(self.vocab_size)]
         starts = np.array([piece.startswith(_SPACE) for piece in pieces])
@@ -131,14 +136,14 @@ class TextTokenizer:
         return WordBorders(starts, ends)
 
     def _marks_ends(self, starts: NDArray[np.bool_], ends: NDArray[np.bool_]) -> bool:
-        """Returns whether the model writes white space after words instead of before words."""
+        """Returns whether the model writes white space after words, not before words."""
         shown = "".join(self.piece(id_) for id_ in self.encode("a a"))
         if shown.startswith(_SPACE) != shown.endswith(_SPACE):  # the model itself puts white space around a text
             return shown.endswith(_SPACE)
         return int(np.count_nonzero(ends & ~starts)) > int(np.count_nonzero(starts & ~ends))
 
     def piece(self, id_: int) -> str:
-        """Returns the piece of one id as a string, in which U+2581 represents white space.
+        """Returns the piece of an id as a string; U+2581 represents white space.
 
         Raises:
             IndexError: for an id outside [0, vocab_size).
@@ -157,13 +162,13 @@ class TextTokenizer:
 
 
 def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
-    """Reads a run's text tokenizer and checks that the model's word embedding has a row for every id.
+    """Reads a run's text tokenizer, and checks that the model's word embedding has a row for every id.
 
     Returns:
         The tokenizer; None for a run without texts.
 
     Raises:
-        ConfigError: if the file is missing or is no valid tokenizer, or if the word embedding has too few rows.
+        ConfigError: if the file is missing or not a valid tokenizer, or the word embedding has too few rows.
     """
     if not config.data.has_texts:
         return None
@@ -177,7 +182,7 @@ def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
 
 
 def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> TextTokenizer:
-    """Trains a SentencePiece model (`train_sentencepiece_model`), and writes it to `config.path` without a recipe."""
+    """Trains a SentencePiece model (`train_sentencepiece_model`) and writes it to `config.path`, without a recipe."""
     path, model = Path(config.path), train_sentencepiece_model(config, lines, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -186,7 +191,7 @@ def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed
 
 
 def train_sentencepiece_model(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> bytes:
-    """Trains a SentencePiece unigram model (Kudo, 2018, arXiv:1804.10959) and returns the content of its file.
+    """Trains a SentencePiece unigram model (Kudo, 2018, arXiv:1804.10959), and returns it as the content of a file.
 
     Args:
         config: number of pieces, character coverage, and maximum number of training sentences.
@@ -194,8 +199,8 @@ def train_sentencepiece_model(config: TextTokenizerConfig, lines: Iterable[str],
         seed: seed for drawing `config.max_sentences` lines from a larger corpus.
 
     Raises:
-        ConfigError: if there is no text, or if `config.vocab_size` is too small or too large for the corpus; the
-            message names the limit.
+        ConfigError: if there is no text, or `config.vocab_size` is too small or too large for the corpus. The message
+            gives the limit.
     """
     sentencepiece.set_random_generator_seed(seed % 2**32)  # SentencePiece takes 32 bits
     model = io.BytesIO()
@@ -217,7 +222,7 @@ def train_sentencepiece_model(config: TextTokenizerConfig, lines: Iterable[str],
 
 
 def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Reads a SentencePiece model and checks that its ids of <unk>, <s> and </s> are 0, 1 and 2."""
+    """Reads a SentencePiece model, and checks that it numbers <unk>, <s> and </s> as 0, 1 and 2."""
     if not path.is_file():
         raise ConfigError(
             f"tokenizers.text: {path} does not exist (looked in {Path.cwd()}). "
@@ -240,7 +245,7 @@ def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def _explain_training_error(message: str, config: TextTokenizerConfig) -> str:
-    """Returns a message for a failed training that explains SentencePiece's error in terms of the config."""
+    """Translates SentencePiece's error after a failed training into a message about the config."""
     if match := re.search(r"value <= (\d+)", message):
         return (
             f"tokenizers.text.vocab_size={config.vocab_size} is more than this corpus supports. Use at most "

@@ -1,4 +1,4 @@
-"""Defines the visual tokenizer, VQ-KD of BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2)."""
+"""Defines the visual tokenizer, VQ-KD from BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2)."""
 
 # B images, N patches per image, G grid size, D hidden, C width of a code, E width of the teacher's features.
 
@@ -30,8 +30,8 @@ _METADATA_KEY = "beit3_ds.visual_tokenizer"
 class VisualTokenizer(nn.Module):
     """Encodes each patch of an image as one of `codebook_size` codes.
 
-    It consists of a ViT encoder, a codebook, and a ViT decoder. The decoder reconstructs a teacher's features from the
-    codes, and is used only to train the tokenizer.
+    The tokenizer consists of a ViT encoder, a codebook, and a ViT decoder. The decoder is only used to train the
+    tokenizer: it reconstructs a teacher's features from the codes.
 
     Args:
         config: architecture of the tokenizer.
@@ -54,15 +54,15 @@ class VisualTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Encodes images to codes, in row-major order of the patches; never changes the codebook's state.
+        """Encodes images to codes; does not update the codebook.
 
         Args:
-            pixels: (images, 3, image_size, image_size) float in [-1, 1].
-            dtype: type of the matrix products of the encoder's blocks. With bfloat16, rounding changes a few codes
+            pixels: images, (images, 3, image_size, image_size) float in [-1, 1].
+            dtype: dtype of the matrix products in the encoder's blocks. With bfloat16, rounding changes a few codes
                 (`encoding_dtype`).
 
         Returns:
-            (images, patches) int64 in [0, codebook_size).
+            Codes in [0, codebook_size), (images, patches) int64, with patches in row-major order.
 
         Raises:
             ValueError: if `pixels` has another shape or is not floating-point.
@@ -78,13 +78,13 @@ class VisualTokenizer(nn.Module):
             return self.quantize.nearest(self.project(pixels))
 
     def project(self, pixels: Tensor) -> Tensor:
-        """Maps images to one unit vector per patch, which the codebook then quantizes.
+        """Maps each patch of images to a unit vector, which the codebook can quantize.
 
         Args:
-            pixels: (images, 3, image_size, image_size) float in [-1, 1].
+            pixels: images, (images, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            (images, patches, width) vectors of length 1. They are float32 even if the encoder is bfloat16, because
+            Vectors of length 1, (images, patches, width). They are float32 even if the encoder is bfloat16, because
             rounding could change the nearest code.
         """
         features_BND = self.encoder(pixels)
@@ -93,7 +93,9 @@ class VisualTokenizer(nn.Module):
             return F.normalize(vectors_BNC, dim=-1)
 
     def decode(self, vectors_BNC: Tensor) -> Tensor:
-        """Reconstructs the teacher's features, (images, patches, features), from code vectors or `project`'s output."""
+        """Reconstructs the teacher's features, (images, patches, features), from code vectors, (images, patches,
+        width).
+        """
         grid = (self.config.grid_size, self.config.grid_size)
         vector_map = vectors_BNC.transpose(1, 2).unflatten(2, grid)  # (B, C, G, G)
         reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))
@@ -101,9 +103,9 @@ class VisualTokenizer(nn.Module):
 
 
 def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
-    """Writes a tokenizer to a safetensors file, with the config and the teacher's description as JSON metadata.
+    """Writes a visual tokenizer to a safetensors file atomically: a crash leaves the old file or the complete new file.
 
-    After a crash the path has either the old file or the complete new file.
+    The config and the teacher's description are stored as JSON in the metadata.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
 
 
 def serialize_visual_tokenizer(tokenizer: VisualTokenizer) -> bytes:
-    """Returns the content of a tokenizer's file (`save_visual_tokenizer`)."""
+    """Returns the content of a visual tokenizer's file, as `save_visual_tokenizer` writes it."""
     config = {key: value for key, value in dataclasses.asdict(tokenizer.config).items() if key != "encoding_dtype"}
     description: dict[str, Any] = {"config": config, "teacher_width": tokenizer.teacher_width}
     description["teacher"] = tokenizer.teacher_description
@@ -122,7 +124,7 @@ def serialize_visual_tokenizer(tokenizer: VisualTokenizer) -> bytes:
 
 
 def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
-    """Reads a trained tokenizer to the CPU, in evaluation mode and without gradients.
+    """Reads a trained visual tokenizer to the CPU, in evaluation mode and without gradients.
 
     Raises:
         ConfigError: if the file is missing or is not a visual tokenizer.
@@ -137,7 +139,7 @@ def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
 
 
 def _build_fitting(path: Path, config: VisualTokenizerConfig, description: Mapping[str, Any]) -> VisualTokenizer:
-    """Builds the network of a file, after checking on the meta device that its tensors have the file's shapes.
+    """Builds the network of a file, after checking that the file's tensors have the expected shapes.
 
     Raises:
         ConfigError: if a shape differs.
@@ -160,7 +162,7 @@ def _build_fitting(path: Path, config: VisualTokenizerConfig, description: Mappi
 
 
 def check_visual_tokenizer_fits(tokenizer: VisualTokenizer, config: RunConfig) -> None:
-    """Checks that a trained tokenizer has the number of codes, image size and patch size in a run's config.
+    """Checks that a trained visual tokenizer has the number of codes, image size and patch size of a run's config.
 
     Raises:
         ConfigError: if a value differs; the message names the values and the keys to change.
@@ -194,7 +196,7 @@ def _build_transformer(
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in the metadata of a tokenizer's file.
+    """Returns the JSON object in the metadata of a visual tokenizer's file.
 
     Raises:
         ConfigError: if the file is missing or is not a visual tokenizer.

@@ -1,6 +1,7 @@
-"""Defines the plain Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of the visual tokenizer.
+"""Defines the Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of the visual tokenizer.
 
-Encoder and decoder are both instances of it. Parameters are named as in timm and in the released VQ-KD files.
+The tokenizer's encoder and decoder are instances of `VisionTransformer`. Parameters are named as in timm and in the
+released VQ-KD files.
 """
 
 # B images, S pixels on a side, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head
@@ -15,7 +16,7 @@ _LAYER_NORM_EPSILON = 1e-6  # BEiT v2's value
 
 
 class Float32Linear(nn.Linear):
-    """Implements a linear layer that computes in float32, whatever the types of inputs and parameters."""
+    """Linear layer that computes in float32, regardless of the dtypes of input and parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T + bias in float32."""
@@ -23,7 +24,7 @@ class Float32Linear(nn.Linear):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images, (images, channels, size, size), into patches; projects them linearly to (images, patches, width)."""
+    """Divides images, (images, channels, size, size), into patches, and projects them to (images, patches, width)."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class PatchEmbed(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Implements multi-head self-attention over the tokens of each image, (images, tokens, width)."""
+    """Multi-head self-attention over the tokens of each image, (images, tokens, width)."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Applies self-attention among all tokens of each image."""
+        """Returns the attention output for tokens, (images, tokens, width); tokens of an image attend to each other."""
         qkv_BLHK = self.qkv(x_BLD).unflatten(-1, (3, self.num_attention_heads, -1))
         query, key, value = qkv_BLHK.permute(2, 0, 3, 1, 4)
         mixed_BHLK = F.scaled_dot_product_attention(query, key, value)
@@ -54,7 +55,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Applies a linear layer to 4 times the width, GELU, and a linear layer back to the width.
+    """Two linear layers with a GELU between them; the hidden layer has 4 times the width.
 
     Input and output are (images, tokens, width).
     """
@@ -65,13 +66,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Applies the MLP to each token."""
+        """Applies the layers to each token, (images, tokens, width)."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x_BLD)))
         return out
 
 
 class TransformerBlock(nn.Module):
-    """Applies pre-norm attention and MLP with residuals to tokens, (images, tokens, width)."""
+    """Transformer block with pre-norm attention and MLP, each with a residual, on tokens, (images, tokens, width)."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()
@@ -81,18 +82,18 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(hidden_size)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Adds the attention output to the tokens, then the MLP output."""
+        """Adds the attention output and then the MLP output to the tokens, (images, tokens, width)."""
         x_BLD = x_BLD + self.attn(self.norm1(x_BLD))
         return x_BLD + self.mlp(self.norm2(x_BLD))
 
 
 class VisionTransformer(nn.Module):
-    """Implements a Vision Transformer with a class token and absolute positions.
+    """Vision Transformer with a class token and absolute position embeddings.
 
-    It maps (images, channels, size, size) to (images, patches, width).
+    Maps (images, channels, size, size) to (images, patches, width).
 
     Args:
-        in_channels: channels of the input: 3 for pixels, the width of a code for a grid of codes.
+        in_channels: channels of the input: 3 for pixels, or the width of a code for a grid of codes.
         grid_size: number of patches along one side.
         patch_size: pixels (or codes) along one side of a patch.
         hidden_size: width of a token.
@@ -135,7 +136,9 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Initialises all parameters; as in BEiT, divides the residual output weights of layer l by sqrt(2 l)."""
+        """Initialises all parameters; divides the output weights of the residual branches in layer l by sqrt(2 l), as
+        BEiT does.
+        """
         initialize_linear_layers(self)
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
@@ -146,9 +149,9 @@ class VisionTransformer(nn.Module):
 
 
 def initialize_linear_layers(module: nn.Module) -> None:
-    """Initialises all linear layers and convolutions in `module` with Xavier's uniform values and zero biases.
+    """Initialises all linear layers and convolutions in `module` with Xavier uniform weights and zero biases.
 
-    BEiT's fixed standard deviation of 0.02 suits a width of 768, and would be too small for a small tokenizer.
+    BEiT's fixed standard deviation of 0.02 suits a width of 768, but is too small for a small tokenizer.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv2d):

@@ -1,4 +1,4 @@
-"""Loads weights from other projects into a network with parameters of equal shapes."""
+"""Loads weights from other projects into a network whose parameters have equal shapes."""
 
 from pathlib import Path
 
@@ -9,16 +9,16 @@ from beit3_ds.untrusted_file import read_tensors
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a file of tensors into a model, matching tensors by name or by order.
+    """Loads tensors from a file into a model, matched by name or by order.
 
-    Order counts if no name agrees and all shapes agree in order, as in ports of a network.
+    Tensors are matched by order if no name agrees and all shapes agree in order, as between ports of a network.
 
     Args:
         model: the network, for example timm's `tf_efficientnet_lite0`.
-        path: path of a file in a format of `read_tensors`.
+        path: path of a file in a format that `read_tensors` reads.
 
     Raises:
-        ConfigError: if the file cannot be read, or the tensors fit neither by name nor by order.
+        ConfigError: if the file cannot be read, or the tensors match neither by name nor by order.
     """
     state = read_tensors(path)
     wanted = model.state_dict()

@@ -1,1 +1,1 @@
-"""Exports, imports and inspects weights, also in the formats of other projects."""
+"""Exports, imports and inspects weights, including the formats of other projects."""

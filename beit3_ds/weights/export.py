@@ -1,4 +1,4 @@
-"""Exports weights in this project's own format, in the format of the reference (unilm), or in timm's format."""
+"""Exports weights to this project's format, to the reference's format (unilm), or to timm's format."""
 
 import contextlib
 import json
@@ -39,16 +39,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 class Exported(NamedTuple):
-    """Holds the sizes of a finished export."""
+    """Sizes of a finished export."""
 
     num_tensors: int
     num_bytes: int
     """Total size of all files, in bytes."""
     num_files: int
-    """Number of files; the index of a sharded export is not counted."""
+    """Number of files; does not count the index of a sharded export."""
 
     def describe(self) -> str:
-        """Returns the sizes of the export in words."""
+        """Describes the sizes of the export in words."""
         files = "" if self.num_files == 1 else f" in {self.num_files} files"
         return f"{self.num_tensors} tensors, {format_bytes(self.num_bytes)}{files}"
 
@@ -62,23 +62,23 @@ def export_weights(
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes a model's weights to `out`, with one tensor in memory at a time.
+    """Writes a model's weights to `out`; keeps only one tensor in memory at a time.
 
-    Files are written under a temporary name and renamed to `out` when complete.
+    Files are written under a temporary name and then renamed to `out`.
 
     Args:
-        reader: reads the tensors.
-        out: path of the file, or with `max_shard_bytes` of the folder.
-        format: `beit3` is the format of `BEiT3.from_pretrained` (safetensors, logical names); `unilm-dual` and
-            `unilm-fusion` are state dicts of the reference (`plan_unilm_export`); `timm` is a vision tower of timm
+        reader: reader of the tensors.
+        out: path of the file; with `max_shard_bytes`, path of the folder.
+        format: `beit3` is this project's format, for `BEiT3.from_pretrained` (safetensors). `unilm-dual` and
+            `unilm-fusion` are state dicts of the reference (`plan_unilm_export`). `timm` is a vision tower of timm
             (safetensors).
-        dtype: type to which floating-point tensors are converted; None keeps the stored types.
+        dtype: dtype of the exported floating-point tensors; None keeps the stored dtypes.
         max_shard_bytes: maximum bytes of tensors per file of a sharded folder, for `beit3` only; None writes one file.
-            A larger tensor is written to a separate file.
+            A larger tensor gets a file of its own.
         overwrite: whether to replace existing weights at `out`.
 
     Raises:
-        ConfigError: if `out` exists or cannot be written, or the model or the name of `out` does not fit the format.
+        ConfigError: if `out` exists or cannot be written, or the model or the name of `out` does not suit the format.
     """
     check_free(out, overwrite)
     if format == "timm" and out.suffix != ".safetensors":
@@ -100,7 +100,7 @@ def export_weights(
 
 
 def lock_output(out: Path) -> WriterLock:
-    """Returns a lock that keeps other exports and imports from writing the same path; its folder must exist."""
+    """Returns a lock that prevents other exports and imports from writing to `out`; the parent folder must exist."""
     return WriterLock(out.with_name(f".{bounded_name(out.name)}.lock"), str(out), "name another place")
 
 
@@ -111,10 +111,10 @@ def _write_planned(
     max_shard_bytes: int | None,
     metadata: dict[str, str],
 ) -> None:
-    """Writes tensors under a temporary name and renames the file or folder to `out`.
+    """Writes tensors under a temporary name, and renames the file or folder to `out`.
 
     Raises:
-        ConfigError: if it cannot be written.
+        ConfigError: if the file or folder cannot be written.
     """
     temporary = out.with_name(f".{bounded_name(out.name)}.{socket.gethostname()}.{os.getpid()}")
     try:
@@ -139,7 +139,7 @@ def _unwritable(out: Path, error: OSError) -> ConfigError:
 
 
 def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
-    """Returns instructions to load exported weights, including the inputs for which the exported model is exact."""
+    """Returns instructions for loading exported weights; names the inputs for which the loaded model is exact."""
     if format == "beit3":
         return f"Load it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":
@@ -159,10 +159,10 @@ def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Checks that nothing exists at an output path, or with `overwrite` nothing but exported weights.
+    """Checks that nothing exists at an output path; with `overwrite`, exported weights may exist there.
 
     Raises:
-        ConfigError: if the path is inside a checkpoint, holds other files, or exists and `overwrite` is false.
+        ConfigError: if the path is inside a checkpoint, contains other files, or exists and `overwrite` is false.
     """
     if (out.parent / CHECKPOINT_INDEX_NAME).is_file():
         raise ConfigError(f"{out} is inside a checkpoint, which would be damaged. Name another place.")
@@ -185,7 +185,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def is_own_export(file: Path) -> bool:
-    """Returns whether a path is a regular file with metadata that exports and imports of this program write."""
+    """Returns whether a regular file was written by an export or import of this program, according to its metadata."""
     if file.is_symlink() or not file.is_file():
         return False
     try:
@@ -197,7 +197,7 @@ def is_own_export(file: Path) -> bool:
 
 
 def _holds_note(file: Path) -> bool:
-    """Returns whether a torch file contains the key of an export note; searches its pickle without unpickling it."""
+    """Returns whether a torch file contains an export note; searches the pickled bytes without unpickling them."""
     with zipfile.ZipFile(file) as archive:
         return any(
             member.filename.endswith("/data.pkl")
@@ -208,14 +208,14 @@ def _holds_note(file: Path) -> bool:
 
 
 def _is_own_file(file: Path) -> bool:
-    """Returns whether a file in a folder is the index or a shard of exported weights."""
+    """Returns whether a file is the index or a shard of exported weights."""
     if file.is_symlink() or not file.is_file():
         return False
     return file.name == INDEX_NAME or (_SHARD_NAME.fullmatch(file.name) is not None and is_pretrained_file(file))
 
 
 def parse_byte_count(text: str) -> int:
-    """Parses a number of bytes such as `5GB` (10^9 bytes each), `500MB`, `2GiB` (2^30) or `1000000`.
+    """Parses a size such as `5GB` (5 * 10^9 bytes), `500MB`, `2GiB` (2 * 2^30 bytes) or `1000000`.
 
     Raises:
         ConfigError: if the text is not a size, or the size is 0.
@@ -230,7 +230,7 @@ def parse_byte_count(text: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Formats a number of bytes for people, in powers of 1000, such as 2.5 GB."""
+    """Formats a number of bytes in decimal units, such as 2.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -243,7 +243,7 @@ def _call_arguments(arguments: dict[str, Any]) -> str:
 
 
 def _metadata(reader: WeightReader, format: ExportFormat) -> dict[str, str]:
-    """Returns the metadata to store in the file; this program needs it to load the exported weights."""
+    """Returns the metadata to store in the file; this program needs them to load the exported weights."""
     if format == "beit3":
         return weights_metadata(reader.model, reader.step, reader.task)
     task = None if reader.task is None else dict(reader.task)
@@ -277,7 +277,7 @@ def _write_safetensors(path: Path, planned: Sequence[PlannedTensor], metadata: d
 
 
 def _write_shards(folder: Path, planned: Sequence[PlannedTensor], max_bytes: int, metadata: dict[str, str]) -> None:
-    """Writes shards as Hugging Face does: numbered files, and an index that maps each tensor to its file."""
+    """Writes shards in Hugging Face's form: numbered files, and an index that maps each tensor to its file."""
     shards: list[list[PlannedTensor]] = [[]]
     for tensor in planned:
         if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_bytes:
@@ -296,7 +296,7 @@ def _write_shards(folder: Path, planned: Sequence[PlannedTensor], max_bytes: int
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:
-    """Renames the finished file or folder to `out`, and deletes an old folder that was there."""
+    """Renames the finished file or folder to `out`, and deletes an old folder at `out`."""
     old = temporary.with_name(f"{temporary.name}.old")
     if out.is_dir() or (out.exists() and temporary.is_dir()):
         rename(out, old)

@@ -1,6 +1,6 @@
-"""Defines the note that this program adds to files it exports in other projects' formats.
+"""Defines the note that this program adds to files exported in other projects' formats.
 
-The note holds the model's configuration, which these formats lack. This program needs the note to import its own files.
+The note contains the model's configuration, which these formats lack and which an import needs.
 """
 
 import dataclasses
@@ -13,22 +13,22 @@ from beit3_ds.model.pretrained import parse_task
 from beit3_ds.untrusted_json import check_count, check_object, parse_untrusted_json
 
 NOTE_KEY = "beit3_ds_export"
-"""Key of the note in the dictionary of a torch file, next to the state dict, or in a safetensors file's metadata."""
+"""Key of the note: in a torch file next to the state dict, in a safetensors file in the metadata."""
 
 
 class ExportNote(NamedTuple):
     """Describes the model, format and task of one exported file."""
 
     format: str
-    """Format of the file: unilm-dual, unilm-fusion or timm."""
+    """Format of the file: `unilm-dual`, `unilm-fusion` or `timm`."""
     model: ModelConfig
-    """Configuration of the model before the export, including vision-language experts that the file may lack."""
+    """Configuration of the exported model, including vision-language experts that the file may lack."""
     step: int
-    """Number of updates that the weights have had; 0 if unknown."""
+    """Number of optimizer updates of the weights; 0 if unknown."""
     has_extras: bool
-    """Whether the file holds tensors that this project does not use, such as unused rows of position tables."""
+    """Whether the file contains tensors that this project does not use, such as unused rows of position tables."""
     task: dict[str, Any] | None = None
-    """Name and settings of the task to which the head belongs; None in files of older versions."""
+    """Name and settings of the head's task; None in files from older versions."""
 
     def to_json(self) -> str:
         """Returns the note as JSON text."""
@@ -36,10 +36,14 @@ class ExportNote(NamedTuple):
 
 
 def parse_note(text: str, where: str) -> ExportNote:
-    """Parses the text of a note.
+    """Parses the JSON text of a note.
+
+    Args:
+        text: JSON text of the note.
+        where: name of the file, for messages.
 
     Raises:
-        ConfigError: if the text is invalid, or if its model has settings that this version of the program lacks.
+        ConfigError: if the text is invalid, or the model has settings that this version of the program lacks.
     """
     try:
         fields = check_object(parse_untrusted_json(text))

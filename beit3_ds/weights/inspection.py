@@ -1,4 +1,4 @@
-"""Describes weights on disk for `beit3 inspect`."""
+"""Describes weights on disk as text, for `beit3 inspect`."""
 
 import dataclasses
 import json
@@ -23,20 +23,20 @@ _EXPERT = re.compile(r"_(vision_language|vision|language)$")
 
 
 _TOKENIZER_PARTS = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.")
-"""Prefixes of the names of a visual tokenizer's tensors."""
+"""Name prefixes of a visual tokenizer's tensors."""
 
 
 def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
-    """Describes a checkpoint, exported weights or a released file as text: configuration, parameters per part, sizes.
+    """Describes a checkpoint or a weights file as text: configuration, parameters per part, and sizes.
 
-    The files of a checkpoint are compared with their digests, and its text includes the run's settings.
+    For a checkpoint, the files are verified with their digests, and the text includes the run's settings.
 
     Args:
-        path: a path that `open_weights` opens.
+        path: a path that `open_weights` accepts.
         every_tensor: whether to list every tensor too.
 
     Raises:
-        ConfigError: if the path holds no weights, or if the checkpoint is incomplete or damaged.
+        ConfigError: if the path contains no weights, or the checkpoint is incomplete or damaged.
     """
     reader: WeightReader = open_checkpoint(path, kind=None) if is_checkpoint(path) else open_weights(path)
     step = f", after {reader.step} updates" if reader.step else ""
@@ -54,7 +54,7 @@ def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
 
 
 def describe_task(task: Mapping[str, Any]) -> str:
-    """Returns a task's name and settings as text, such as "vqa (num_answers 3129)"; shows only the length of lists."""
+    """Describes a task's name and settings, such as "vqa (num_answers 3129)"; shows only the length of a list."""
     settings = [
         f"{key} {f'of {len(value)}' if isinstance(value, list | dict) else value}"
         for key, value in task.items()
@@ -64,7 +64,11 @@ def describe_task(task: Mapping[str, Any]) -> str:
 
 
 def part_of(name: str) -> str:
-    """Returns a readable name of the model part to which a logical tensor belongs, such as "attention, vision"."""
+    """Returns the name of the model part that contains a tensor, such as "attention, vision".
+
+    Args:
+        name: logical name of the tensor.
+    """
     if name.startswith(EXTRA_PREFIX):
         return "kept for unilm's format"
     expert = _EXPERT.search(name)
@@ -89,12 +93,12 @@ def _kind(reader: WeightReader) -> str:
 
 
 def _held(reader: WeightReader) -> list[str]:
-    """Returns the names of the tensors that the file contains, without tensors that only have initial values."""
+    """Returns the names of the tensors in the file; excludes tensors that only have initial values."""
     return reader.held if isinstance(reader, TimmFile) else reader.names()
 
 
 def _describe_run(folder: CheckpointFolder) -> list[str]:
-    """Returns lines about the checkpoint's files, tensors, layout, library versions, tokenizers and run settings."""
+    """Describes a checkpoint's files, tensors, layout, library versions, tokenizers and run settings, one line each."""
     run, files = folder.index.run, folder.index.files
     num_pieces = sum(folder.index.num_pieces.values())
     num_bytes = sum(file.num_bytes for file in files.values())
@@ -140,7 +144,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Formats rows as a table whose columns are as wide as their longest cell; columns of numbers are right-aligned."""
+    """Formats rows as a text table; columns of numbers are right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     numeric = [all(line[column][:1].isdigit() for line in lines[1:]) for column in range(len(header))]

@@ -11,26 +11,26 @@ from beit3_ds.weights.reader import WeightReader
 
 
 class PlannedTensor(NamedTuple):
-    """Describes a tensor to write; it is built only when it is written, so that memory holds one at a time."""
+    """A tensor to write, which is built only when it is written; memory then holds one tensor at a time."""
 
     name: str
     """Name of the tensor in the file."""
     dtype: torch.dtype
-    """Type of the built tensor."""
+    """Dtype of the built tensor."""
     shape: tuple[int, ...]
     """Shape of the built tensor."""
     build: Callable[[], Tensor]
-    """Function that reads the tensor from disk, or computes it from stored tensors."""
+    """Function that reads the tensor from disk or computes it from stored tensors."""
 
     @property
     def num_bytes(self) -> int:
-        """Returns the bytes of the tensor's elements."""
+        """Returns the size of the tensor's elements in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def cast(self, dtype: torch.dtype) -> "PlannedTensor":
-        """Returns a plan that converts the tensor to another floating-point type; integer tensors stay unchanged.
+        """Returns a plan that converts the tensor to another floating-point dtype; integer tensors stay unchanged.
 
-        Building the converted tensor raises a ConfigError if a value is too large for the type.
+        The plan's `build` raises a ConfigError if a value is too large for the dtype.
         """
         if not self.dtype.is_floating_point:
             return self

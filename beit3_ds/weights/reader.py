@@ -21,7 +21,7 @@ from beit3_ds.weights.unilm_heads import HEAD_EXTRAS
 
 
 class WeightReader(Protocol):
-    """Reads a model's logical tensors from disk, one at a time."""
+    """Interface for reading a model's tensors from disk, one at a time."""
 
     @property
     def model(self) -> ModelConfig:
@@ -30,19 +30,19 @@ class WeightReader(Protocol):
 
     @property
     def step(self) -> int:
-        """Returns the number of training updates before the weights were saved; 0 if unknown."""
+        """Returns the number of optimizer updates before the weights were saved; 0 if unknown."""
         ...
 
     @property
     def task(self) -> Mapping[str, Any] | None:
-        """Returns name and settings of the head's task, as `Task.describe` gives them; None if unknown."""
+        """Returns the name and settings of the head's task, in the form of `Task.describe`; None if unknown."""
         ...
 
     def names(self) -> list[str]:
-        """Returns logical names such as `blocks.3.ffn.fc1.weight_vision`.
+        """Returns the logical names of all tensors, such as `blocks.3.ffn.fc1.weight_vision`.
 
-        A tied matrix appears once, as `embeddings.word.weight`. Names with the prefix `EXTRA_PREFIX` are not of the
-        model.
+        A matrix that the word embedding and the MLM head share appears once, as `embeddings.word.weight`. Tensors with
+        the prefix `EXTRA_PREFIX` do not belong to the model.
         """
         ...
 
@@ -51,16 +51,16 @@ class WeightReader(Protocol):
         ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the type of a tensor's elements."""
+        """Returns the dtype of a tensor."""
         ...
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a whole tensor in its logical shape, or with `part` only that slice, as a matrix."""
+        """Returns a tensor in its logical shape; with `part`, only that slice of the tensor, as a matrix."""
         ...
 
 
 class OpenedWeights(WeightReader, StoredWeights, Protocol):
-    """Declares a reader of weights on disk from which a model can be loaded."""
+    """Interface of opened weights from which a model can be loaded."""
 
 
 class Backbone:
@@ -68,7 +68,7 @@ class Backbone:
 
     Attributes:
         model: configuration of the model.
-        step: number of training updates before the weights were saved.
+        step: number of optimizer updates before the weights were saved.
         task: None, because there is no head.
     """
 
@@ -86,23 +86,23 @@ class Backbone:
 
 
 class WithoutTensors:
-    """Reads weights without some tensors of the task's head, to which a run of the same task gives initial values.
+    """Reads weights without some head tensors; a run of the same task initialises these tensors itself.
 
     Attributes:
         model: configuration of the model.
-        step: number of training updates before the weights were saved.
-        task: description of the task.
+        step: number of optimizer updates before the weights were saved.
+        task: name and settings of the head's task.
     """
 
     def __init__(self, reader: WeightReader, patterns: Sequence[str]) -> None:
-        """Selects all tensors of a reader except those of the head that match a pattern.
+        """Selects all tensors of a reader except head tensors that match a pattern.
 
         Args:
             reader: the weights.
             patterns: patterns of logical names, such as `heads.boxes.stages.*.classes.*`; `*` matches any characters.
 
         Raises:
-            ConfigError: if a pattern matches no tensor, or one outside of the head.
+            ConfigError: if a pattern matches no tensor, or a tensor outside the head.
         """
         self.model, self.step, self.task = reader.model, reader.step, reader.task
         self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read
@@ -123,16 +123,16 @@ class WithoutTensors:
 
 
 def open_weights(path: str | Path, *, averages: bool = False, best: bool = False) -> OpenedWeights:
-    """Opens a checkpoint, a run's newest checkpoint, exported weights, or a released file.
+    """Opens a checkpoint, the newest checkpoint of a run, exported weights, or a released file.
 
     Args:
-        path: the file or folder.
-        averages: whether to read the moving averages of a checkpoint (`training.ema_decay`) instead of its weights.
+        path: path of the file or folder.
+        averages: whether to read the moving averages in a checkpoint (`training.ema_decay`) instead of the weights.
         best: whether to open the best checkpoint of a run (`training.best_metric`) instead of the newest.
 
     Raises:
-        ConfigError: if the path holds no weights, or the checkpoint is incomplete or changed. Also if the requested
-            averages or best checkpoint do not exist.
+        ConfigError: if the path contains no weights, the checkpoint is incomplete or damaged, or the requested averages
+            or best checkpoint do not exist.
     """
     path = Path(path)
     if is_checkpoint(path):
@@ -147,15 +147,15 @@ def open_weights(path: str | Path, *, averages: bool = False, best: bool = False
 
 
 def open_for_import(path: str | Path, *, image_size: int | None = None) -> ReleasedFile | TimmFile:
-    """Opens a file in another project's format: released by the reference, or exported for other projects.
+    """Opens a file in another project's format: released by the reference, or exported by this program.
 
     Args:
-        path: the file.
-        image_size: image height and width in pixels, to which position embeddings are interpolated; None keeps the
-            file's size.
+        path: path of the file.
+        image_size: side of the images in pixels, to which position embeddings are interpolated; None keeps the file's
+            size.
 
     Raises:
-        ConfigError: if the file cannot be read, holds objects that could run code, or has an unknown format.
+        ConfigError: if the file cannot be read, contains objects that could run code, or has an unknown format.
     """
     tensors, text = read_tensors_with_note(path, NOTE_KEY)
     note = parse_note(text, str(path)) if text else None

@@ -1,4 +1,4 @@
-"""Reads released BEiT-3 weights as the logical tensors of a decoupled model.
+"""Reads weights in the reference's format as tensors with this project's names, for a decoupled model.
 
 Names and shapes follow the reference's code. The official files were never tested.
 """
@@ -38,17 +38,17 @@ from beit3_ds.weights.unilm_names import (
 
 
 class ReleasedFile:
-    """Reads a pretrained, in-domain, contrastive or fine-tuned file of the reference, tensor by tensor on demand.
+    """Reads a weights file in the reference's format (pretrained or fine-tuned), tensor by tensor on demand.
 
-    A head of VQAv2, NLVR2, captioning, retrieval or ImageNet becomes the head of that task. Tensors that this project
-    does not use get the name `EXTRA_PREFIX` plus their key. A file that this program exported has a note with its
-    configuration (`exported_model`).
+    A head of VQAv2, NLVR2, captioning, retrieval or ImageNet becomes the head of that task. A tensor that this project
+    does not use is named `EXTRA_PREFIX` plus its key in the file. A file that this program exported contains a note
+    with the model's configuration (`exported_model`).
 
     Attributes:
-        path: the file.
+        path: path of the file.
         model: configuration from the note, or derived from the tensors' shapes, with the requested image size.
-        step: number of training updates before the weights were saved; 0 if unknown.
-        task: name and settings of the task to which the head belongs (`recognise_task`).
+        step: number of optimizer updates before the weights were saved; 0 if unknown.
+        task: name and settings of the head's task (`recognise_task`).
         description: format of the file in words, such as "weights exported as unilm-dual".
     """
 
@@ -56,12 +56,12 @@ class ReleasedFile:
         """Reads and checks the names and shapes of the file's tensors.
 
         Args:
-            path: a file that `untrusted_file.read_tensors` reads.
-            image_size: image height and width in pixels, to which position embeddings are interpolated as in the
-                reference's fine-tuning code; None keeps the file's size.
+            path: a file that `untrusted_file.read_tensors` accepts.
+            image_size: side of the images in pixels; None keeps the file's size. Position embeddings are interpolated
+                as in the reference's fine-tuning code.
 
         Raises:
-            ConfigError: if the file cannot be read, holds objects that could run code, or has another format.
+            ConfigError: if the file cannot be read, contains objects that could run code, or has another format.
         """
         self.path = Path(path)
         tensors, text = read_tensors_with_note(self.path, NOTE_KEY)
@@ -81,14 +81,14 @@ class ReleasedFile:
         check_tensors(str(path), found, _parameter_shapes(stored, head_builder(recognised)))
 
     def name_answers(self, path: Path) -> None:
-        """Adds the list of VQAv2 answers to `task`, because the reference's weights lack it.
+        """Adds a list of VQAv2 answers to `task`, because the reference's weights do not contain the list.
 
         Args:
             path: the reference's `answer2label.txt`, or the `answers.jsonl` of a run.
 
         Raises:
-            ConfigError: if the weights have no VQAv2 head, or the list cannot be read. Also if the list does not have
-                one answer per class of the head.
+            ConfigError: if the weights have no VQAv2 head, the list cannot be read, or the list and the head have
+                different lengths.
         """
         if self.task["name"] != "vqa":
             raise ConfigError(
@@ -112,24 +112,25 @@ class ReleasedFile:
         return self.read(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the type of a tensor's elements in the file."""
+        """Returns the dtype of a tensor in the file."""
         return self._tensors[name].dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a stored tensor, or the part that `matrix_part` selects; the data are read when they are used."""
+        """Returns a tensor, or the part that `matrix_part` selects; data are read from disk only when used."""
         tensor = self._tensors[name]
         if name == IMAGE_POSITION:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Does nothing, because comparing the tensors that branches A and B share would read freed pages again."""
+        """Does nothing: the comparison of tensors that branches A and B share would read released pages again."""
 
 
 def exported_model(note: ExportNote) -> ModelConfig:
-    """Returns the configuration of the model that a file in the reference's format holds.
+    """Returns the configuration of the model in a file that this program exported to the reference's format.
 
-    It has no vision-language experts. Its inputs are those whose experts the file holds in every block.
+    The model has no vision-language experts. It accepts an input only if the file has the input's experts in every
+    block.
     """
     letters = reference_letters(note.model, fusion=note.format == "unilm-fusion")
     needs = {"images": {"A"}, "texts": {"B"}, "pairs": {"A", "B"}}

@@ -1,4 +1,4 @@
-"""Writes a torch file with one state dict, tensor after tensor."""
+"""Writes a torch file with a state dict, one tensor at a time."""
 
 import os
 import tempfile
@@ -14,10 +14,10 @@ _ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
 def write_state_dict_file(path: Path, planned: Sequence[PlannedTensor], notes: Mapping[str, str]) -> None:
-    """Writes {"model": state dict, **notes} as a new file that `torch.load(weights_only=True)` reads, and syncs it.
+    """Writes {"model": state dict, **notes} to a new file that `torch.load(weights_only=True)` reads; syncs the file.
 
-    torch.save needs all tensors at once, so it reads them from a memory-mapped temporary file next to `path`. Memory
-    then holds one tensor at a time, and the disk briefly holds all tensors twice.
+    torch.save needs all tensors at once, so it gets them from a memory-mapped temporary file next to `path`. Memory
+    holds one tensor at a time, but the disk briefly holds all tensors twice.
 
     Raises:
         FileExistsError: if the file exists.

@@ -1,4 +1,4 @@
-"""Plans the export of a model's vision tower to timm's format (`beit3_base_patch16_224` and its siblings)."""
+"""Plans the export of a model's vision tower to timm's format, such as `beit3_base_patch16_224`."""
 
 from typing import Any
 
@@ -23,17 +23,16 @@ _SIZES = {
 }
 _IMAGE_SIZE, _EPSILON = 224, 1e-5  # the same in all these models; every norm has this epsilon
 _BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
-"""Number of leading dimensions of size 1 that timm's tensor has and this project's tensor lacks, by timm's name."""
+"""Number of leading dimensions of size 1 that only timm's tensor has, by timm's name."""
 
 
 def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
-    """Plans every tensor of timm's model without a classifier.
+    """Plans all tensors of timm's model without a classifier.
 
-    timm calls the final norm `fc_norm` and applies it to the mean of the patches, after `forward_features`.
+    timm calls the final norm `fc_norm`, and applies it to the mean of the patches, after `forward_features`.
 
     Raises:
-        ConfigError: if the model has no vision tower or no final norm, or if the epsilon of its norms differs from
-            timm's.
+        ConfigError: if the model has no vision tower or no final norm, or its norms have another epsilon than timm's.
     """
     config = reader.model
     if "A" not in reference_letters(config):
@@ -56,7 +55,7 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Returns arguments of `timm.create_model`: the name of timm's most similar model, and settings that differ."""
+    """Returns arguments for `timm.create_model`: the name of timm's most similar model, and settings that differ."""
     same_width = (name for name, size in _NAMED.items() if size["hidden_size"] == config.hidden_size)
     name = next(same_width, "beit3_base_patch16_224")
     size = _NAMED[name]
@@ -72,7 +71,7 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def timm_example(config: ModelConfig, path: str) -> str:
-    """Returns Python code that loads an exported file in timm and computes the features of `BEiT3.encode`."""
+    """Returns example code that loads an exported file in timm and computes the features of `BEiT3.encode`."""
     arguments = timm_arguments(config) | {"checkpoint_path": path}
     call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return (

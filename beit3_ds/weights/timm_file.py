@@ -1,4 +1,4 @@
-"""Reads a file that this program exported for timm, and returns the logical tensors of its vision tower."""
+"""Reads a vision tower that this program exported for timm, as tensors with this project's names."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -17,15 +17,15 @@ from beit3_ds.weights.timm_names import timm_names
 
 
 class TimmFile:
-    """Reads a model's vision tower from a file, and returns initial values for all other tensors.
+    """Reads a vision tower exported for timm; all other tensors of the model get their initial values.
 
     Attributes:
-        path: the file.
-        model: the configuration of the exported model, with the requested image size.
-        step: number of training updates before the weights were saved.
+        path: path of the file.
+        model: configuration of the exported model, with the requested image size.
+        step: number of optimizer updates before the weights were saved.
         task: None, because the file has no head.
         description: format of the file in words.
-        held: logical names of the tensors in the file; tensors with initial values are not listed.
+        held: logical names of the tensors in the file; excludes tensors with initial values.
     """
 
     task = None
@@ -34,10 +34,17 @@ class TimmFile:
     def __init__(
         self, path: str | Path, tensors: Mapping[str, Tensor], note: ExportNote, *, image_size: int | None = None
     ) -> None:
-        """Splits timm's tensors into logical tensors.
+        """Converts timm's tensors to tensors with logical names.
+
+        Args:
+            path: path of the file.
+            tensors: tensors of the file, by timm's names.
+            note: note that the export stored in the file.
+            image_size: side of the images in pixels, to which position embeddings are interpolated; None keeps the
+                file's size.
 
         Raises:
-            ConfigError: if the tensors do not fit the model.
+            ConfigError: if the tensors do not match the model.
         """
         self.path, self.step = Path(path), note.step
         self.model = note.model
@@ -52,7 +59,7 @@ class TimmFile:
         self.held = list(self._tensors)
 
     def names(self) -> list[str]:
-        """Returns the names of all tensors of the model."""
+        """Returns the logical names of all tensors of the model."""
         return list(self._shapes)
 
     def shape(self, name: str) -> torch.Size:
@@ -60,11 +67,11 @@ class TimmFile:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the dtype of the file's tensors."""
+        """Returns the dtype of the tensors in the file."""
         return next(iter(self._tensors.values())).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor, or the part that `matrix_part` selects; initial values if the file lacks the tensor."""
+        """Returns a tensor, or the part that `matrix_part` selects; a tensor that the file lacks has initial values."""
         if name in self._tensors:
             tensor = self._tensors[name]
             if name == IMAGE_POSITION:

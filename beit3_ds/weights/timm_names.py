@@ -11,7 +11,9 @@ _FFN = {"norm2": "norm", "mlp.fc1": "fc1", "mlp.norm": "sub_norm", "mlp.fc2": "f
 
 
 def timm_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Maps each tensor name of timm to one logical name, or to several whose tensors are concatenated along rows."""
+    """Maps each tensor name of timm to logical names; if there are several, their tensors are concatenated along the
+    rows.
+    """
     shared = config.attention_experts[0]  # "shared" or "vision"
     names: dict[str, tuple[str, ...]] = {
         "cls_token": ("embeddings.cls_token",),

@@ -1,4 +1,4 @@
-"""Plans the export of a model to the reference's format, which its own code loads (unilm/beit3, torchscale 0.3.0)."""
+"""Plans the export of a model to the reference's format (unilm/beit3 with torchscale 0.3.0)."""
 
 import torch
 from torch import Tensor
@@ -19,15 +19,23 @@ from beit3_ds.weights.unilm_names import (
 
 
 def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTensor]:
-    """Plans every tensor of the reference's state dict, including the task heads that the weights have.
+    """Plans all tensors of the reference's state dict, including the task head of the weights.
 
-    The reference has no vision-language expert, so a model with such experts needs two exports. "dual" (A = vision, B =
-    language) is exact for single images and texts. "fusion" (A = B = vision-language in the top blocks) is exact for
-    image-text pairs. Tensors with the prefix `EXTRA_PREFIX` get their original keys back.
+    The reference has two branches, A and B, and no vision-language expert. A model with vision-language experts
+    therefore needs two exports:
+
+    * "dual" is exact for single images and single texts: A is the vision expert and B the language expert.
+    * "fusion" is exact for image-text pairs: in the top blocks, A and B are the vision-language expert.
+
+    Tensors with the prefix `EXTRA_PREFIX` get their original keys.
+
+    Args:
+        reader: reader of the weights.
+        fusion: whether to plan the "fusion" export instead of the "dual" export.
 
     Raises:
-        ConfigError: if `fusion` is true for a model without vision-language experts, or false for a model that has them
-            and takes only pairs.
+        ConfigError: if `fusion` is true and the model has no vision-language experts, or `fusion` is false and the
+            model has them but accepts only pairs.
     """
     has_fused_expert = any("vision_language" in reader.model.experts(layer) for layer in range(reader.model.num_layers))
     if fusion and not has_fused_expert:
@@ -65,14 +73,14 @@ def _plan_tensor(reader: WeightReader, key: str, name: str, held: set[str]) -> P
 
 
 def _plan_log_scale(reader: WeightReader, held: set[str]) -> PlannedTensor:
-    """Plans the reference's `logit_scale`; an imported one is copied bit for bit."""
+    """Plans the reference's `logit_scale`; copies an imported value bit for bit."""
     if (imported := EXTRA_PREFIX + LOG_SCALE_KEY) in held:
         return plan_copy(reader, imported)._replace(name=LOG_SCALE_KEY)
     return PlannedTensor(LOG_SCALE_KEY, reader.dtype(LOG_SCALE), (), lambda: export_log_scale(reader.read(LOG_SCALE)))
 
 
 def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
-    """Plans a position table in the reference's form, with rows at its ends that no position uses."""
+    """Plans a position table in the reference's form, which has unused rows at its start and end."""
     (rows, width), dtype, unused = reader.shape(name), reader.dtype(name), EXTRA_PREFIX + key
     imported = unused in held
     filler = 0 if imported or name != "embeddings.text_position" else TEXT_POSITION_ROWS - UNUSED_POSITIONS - rows

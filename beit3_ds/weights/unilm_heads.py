@@ -1,4 +1,4 @@
-"""Maps tensor names of the reference's task heads to logical names, and infers the task of a file from its tensors."""
+"""Maps the reference's tensor names of task heads to logical names, and infers a file's task from its tensors."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -17,15 +17,17 @@ from beit3_ds.tasks.retrieval.head import INITIAL_LOG_SCALE, ContrastiveHead
 from beit3_ds.tasks.vqa.head import AnswerHead
 
 LOG_SCALE_KEY = "logit_scale"
-"""Key of the reference's scalar parameter: the logarithm of the factor of similarities. This project's parameter is
-that logarithm minus its initial value."""
+"""Key of the reference's scalar parameter: the logarithm of the similarity scale.
+
+This project's parameter is that logarithm minus its initial value.
+"""
 LOG_SCALE = "heads.temperature.bias"
 """Logical name of this project's temperature parameter."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
-"""Names of head tensors that an import stores a second time, unchanged, for exact export."""
+"""Names of head tensors of which an import also keeps the original values, for a bitwise equal export."""
 
 HeadBuilder = Callable[[ModelConfig, Any], Head]
-"""Function that builds a head from the model's sizes and the tensor-parallel group."""
+"""Function that builds a head from the model's config and the tensor-parallel group."""
 
 _LAYERS: dict[str, dict[str, str]] = {
     "vqa": {
@@ -56,22 +58,22 @@ _LAST_BIAS = {"vqa": ("heads.answers.bias", "num_answers"), "imagenet": ("heads.
 
 
 def head_keys(held: Collection[str]) -> dict[str, str]:
-    """Maps the reference's names of a task head's tensors to logical names; empty if the weights have no complete head.
+    """Maps the reference's tensor names of a task head to logical names; empty if the weights have no complete head.
 
     The MIM and MLM heads are not included.
 
     Args:
-        held: names of all tensors of the weights, either the reference's or logical names.
+        held: names of all tensors in the weights, either the reference's names or logical names.
     """
     names = set(held)
     return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})
 
 
 def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
-    """Infers the task of weights from the names and shapes of their tensors, and returns the task's name and settings.
+    """Infers the task of weights from their tensors; returns the task's name and settings.
 
-    A complete head of VQAv2, NLVR2, ImageNet or retrieval decides. Otherwise weights with an MLM head but no MIM head
-    are of captioning, and all others of pretraining.
+    A complete head of VQAv2, NLVR2, ImageNet or retrieval decides the task. Otherwise the task is captioning if there
+    is an MLM head but no MIM head, and pretraining in all other cases.
 
     Args:
         shapes: shape of every tensor, by logical name.
@@ -87,7 +89,11 @@ def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
 
 
 def head_builder(task: Mapping[str, Any]) -> HeadBuilder:
-    """Returns a function that builds the head of a task; `task` is a result of `recognise_task`."""
+    """Returns a function that builds the head of a task.
+
+    Args:
+        task: result of `recognise_task`.
+    """
     name = task["name"]
     if name == "vqa":
         return lambda config, tensor: AnswerHead(config, task["num_answers"], tensor)
@@ -103,10 +109,10 @@ def head_builder(task: Mapping[str, Any]) -> HeadBuilder:
 
 
 def import_log_scale(value: Tensor) -> Tensor:
-    """Converts the reference's scalar `logit_scale` into this project's temperature parameter of shape (1,)."""
+    """Converts the reference's scalar `logit_scale` to this project's temperature parameter, (1,)."""
     return (value.double() - INITIAL_LOG_SCALE).to(value.dtype).reshape(1)
 
 
 def export_log_scale(value: Tensor) -> Tensor:
-    """Converts this project's temperature parameter of shape (1,) into the reference's scalar `logit_scale`."""
+    """Converts this project's temperature parameter, (1,), to the reference's scalar `logit_scale`."""
     return (value.double() + INITIAL_LOG_SCALE).to(value.dtype).reshape(())

@@ -1,7 +1,7 @@
-"""Maps the tensor names of the reference's BEiT-3 (unilm/beit3, torchscale 0.3.0) to logical names.
+"""Maps tensor names of the reference's BEiT-3 (unilm/beit3 with torchscale 0.3.0) to this project's logical names.
 
-The reference has two copies of every tensor of a block: A for vision and B for language. A shared tensor of this
-project corresponds to both copies.
+In the reference, every tensor of a block exists twice: A for vision and B for language. A tensor that this project
+shares corresponds to A and to B.
 """
 
 import re
@@ -17,16 +17,18 @@ POSITION_TABLES = {
     "beit3.encoder.embed_positions.A.weight": "embeddings.image_position",
     "beit3.encoder.embed_positions.B.weight": TEXT_POSITION,
 }
-"""Maps the reference's names of position tables to logical names. The reference never uses the first `UNUSED_POSITIONS`
-rows of its tables."""
+"""Maps the reference's names of position tables to logical names.
+
+The reference does not use the first `UNUSED_POSITIONS` rows of its tables.
+"""
 UNUSED_POSITIONS = 2
 TEXT_POSITION_ROWS = 1024
-"""Rows of the reference's text position table, including unused rows."""
+"""Number of rows in the reference's text position table, including unused rows."""
 TOKENS = {
     "beit3.vision_embed.cls_token": "embeddings.cls_token",
     "beit3.vision_embed.mask_token": "embeddings.mask_token",
 }
-"""Maps the reference's names of two vectors to logical names; (1, 1, hidden size) there, (hidden size,) here."""
+"""Maps the reference's names of the CLS and mask tokens, (1, 1, hidden size), to logical names, (hidden size,)."""
 
 _IMAGE_TABLE, _TEXT_TABLE = POSITION_TABLES
 _EMBEDDINGS = {
@@ -38,7 +40,8 @@ _EMBEDDINGS = {
     },
     "B": {"beit3.text_embed.weight": "embeddings.word.weight", _TEXT_TABLE: TEXT_POSITION},
 }
-"""Maps the reference's names of embedding tensors to logical names, for branch A (vision) and branch B (language)."""
+"""Maps the reference's names of embedding tensors to logical names, separately for branches A (vision) and B
+(language)."""
 _HEADS = {"A": ("mim_head", "heads.mim"), "B": ("mlm_head", "heads.mlm")}
 _ATTENTION = {
     "self_attn_layer_norm": "norm",
@@ -60,7 +63,7 @@ def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str,
 
     Args:
         config: configuration of the model.
-        fusion: whether A and B both map to the vision-language expert in blocks that have one.
+        fusion: whether A and B are the vision-language expert in blocks that have one.
     """
     letters = {"A": "vision", "B": "language"}
     owned = [
@@ -77,11 +80,11 @@ def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str,
 def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
     """Maps each tensor name of the reference to its logical name, such as `mim_head.bias` to `heads.mim.bias`.
 
-    Omits branch A (vision) or B (language) if a block of the model lacks it (`reference_letters`).
+    Omits branch A (vision) or B (language) if some block of the model lacks it (`reference_letters`).
 
     Args:
         config: configuration of the model.
-        fusion: whether A and B both map to the vision-language expert in blocks that have one.
+        fusion: whether A and B are the vision-language expert in blocks that have one.
     """
     kinds, attention = ("weight", "bias"), config.attention_experts
     letters = reference_letters(config, fusion=fusion)
@@ -107,7 +110,7 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
 
 
 def reference_arguments(config: ModelConfig) -> dict[str, object]:
-    """Returns the arguments of torchscale's `EncoderConfig` that build the reference for a model's exported weights."""
+    """Returns arguments for torchscale's `EncoderConfig`, to build the reference's model for exported weights."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -127,13 +130,17 @@ def reference_arguments(config: ModelConfig) -> dict[str, object]:
 
 
 def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
-    """Derives the configuration of a decoupled model from the shapes of a file in the reference's format.
+    """Derives the configuration of a decoupled model from the tensor shapes of a file in the reference's format.
 
-    The head size is not in the shapes: it is 64, except in the paper's giant model. Without a `mim_head`, the number of
-    visual codes is the default.
+    The shapes do not determine the size of an attention head: it is 64, except in the paper's giant model. Without a
+    `mim_head`, the number of visual codes is the default.
+
+    Args:
+        shapes: shape of every tensor, by the reference's names.
+        where: name of the file, for messages.
 
     Raises:
-        ConfigError: if a tensor that gives a size is missing, or the sizes do not fit each other.
+        ConfigError: if a tensor that determines a size is missing, or the sizes contradict each other.
     """
     image_table, text_table = POSITION_TABLES
     try:
