@@ -30,7 +30,7 @@ from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
-"""Function that reads a slice of a logical tensor as a matrix.
+"""Function that reads a slice of a whole tensor as a matrix.
 
 The arguments are the kind of values (`EngineState.kinds`, such as "exp_avg"), the name of the tensor, and the slice.
 """
@@ -41,7 +41,7 @@ _GATHERED_PARAMETERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTensor:
-    """The block of a logical tensor that this rank holds under tensor and pipeline parallelism."""
+    """The block of a whole tensor that this rank holds under tensor and pipeline parallelism."""
 
     shape: torch.Size
     """Shape of the whole tensor, without any parallelism."""
@@ -87,7 +87,7 @@ class EngineState:
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self.local_tensors = {name: _local_tensor(parameter) for name, parameter in self._parameters.items()}
-        """This rank's block of every parameter in its pipeline stage, by logical name."""
+        """This rank's block of every parameter in its pipeline stage, by the parameter's name in the whole model."""
         persistent = engine.module.state_dict().keys()
         self.buffers: dict[str, Tensor] = {
             name: buffer for name, buffer in engine.module.named_buffers() if name in persistent
@@ -141,7 +141,8 @@ class EngineState:
             self._refresh_parameters()
 
     def fragments_to_save(self) -> list[Fragment]:
-        """Returns the fragments that this rank saves; all ranks together save each element of each tensor once.
+        """Returns the fragments of tensors that this rank saves; all ranks together save each element of each tensor
+        once.
 
         Without ZeRO, each data-parallel rank saves an equal share. Tensors that are equal on all tensor-parallel ranks
         are saved by tensor-parallel rank 0.
@@ -255,7 +256,7 @@ class EngineState:
             self._average.restart(self._weights())
 
     def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
-        """Divides a fragment into slices of the logical tensor, without padding (see `slice_range`).
+        """Divides a fragment into slices of the whole tensor, without padding (see `slice_range`).
 
         Yields:
             Pairs (position, slice): the index in the fragment where the slice starts, and the slice.

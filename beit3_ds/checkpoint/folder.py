@@ -113,7 +113,7 @@ class CheckpointFolder:
         return bool(self.files(_FILE_OF_KIND[AVERAGE]))
 
     def names(self) -> list[str]:
-        """Returns the logical names of all tensors in the checkpoint."""
+        """Returns the names of all tensors in the checkpoint."""
         return list(self.index.shapes)
 
     def shape(self, name: str) -> torch.Size:
@@ -136,7 +136,7 @@ class CheckpointFolder:
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         """Returns the float32 weights or averages of a tensor.
 
-        Without `part`, the result is the whole tensor in its logical shape. With `part`, the result is that slice as a
+        Without `part`, the result is the whole tensor in its own shape. With `part`, the result is that slice as a
         matrix.
 
         Raises:
@@ -159,7 +159,7 @@ class CheckpointFolder:
         Args:
             kind: one of `index.KINDS`, or `index.AVERAGE`. If the checkpoint has no averages, `index.AVERAGE` reads the
                 weights.
-            name: logical name of the tensor.
+            name: name of the tensor.
             part: slice of the tensor.
 
         Raises:

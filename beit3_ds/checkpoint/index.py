@@ -52,7 +52,7 @@ KINDS = (WEIGHT, *MOMENTS)
 AVERAGE = "average"
 """Moving average of the weight; only saved in a run with `training.ema_decay`."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
-"""Maps each kind of file, which is the first part of its name, to the kinds of values in the file."""
+"""Maps each kind of file to the kinds of values in the file; a file's name starts with its kind."""
 BEST = "best"
 """Key of the best evaluation in `Index.data`; the checkpoint of that evaluation's step is never deleted."""
 BUFFERS = "buffers"

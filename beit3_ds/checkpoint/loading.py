@@ -1,4 +1,4 @@
-"""Finds the newest undamaged checkpoint together with all ranks, and loads it under any layout."""
+"""Finds the newest undamaged checkpoint, which all ranks check together, and loads it under any layout of ranks."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
     Args:
         collection: checkpoints of the run.
         mesh: the mesh of ranks.
-        host: group of all ranks, for host values.
+        host: process group of all ranks, for values in host memory.
 
     Raises:
         ConfigError: on all ranks, if checkpoints exist but all are unusable.

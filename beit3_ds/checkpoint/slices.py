@@ -1,4 +1,4 @@
-"""Defines slices of logical tensors, which are treated as matrices.
+"""Defines slices of tensors, which are treated as matrices.
 
 The first dimension of a tensor becomes the rows, and the other dimensions become the columns; a vector becomes one
 column. Under tensor parallelism, a rank holds a block of rows or columns. Under ZeRO, a rank owns a range of the
@@ -74,10 +74,10 @@ def whole_slice(shape: torch.Size) -> TensorSlice:
 
 
 def own_block(shape: torch.Size, split: Split | None) -> TensorSlice:
-    """Returns the block of a logical tensor that a tensor-parallel rank holds.
+    """Returns the block of a whole tensor that a tensor-parallel rank holds.
 
     Args:
-        shape: logical shape of the tensor.
+        shape: shape of the whole tensor.
         split: this rank's part along dimension 0, or along dimension 1 of a matrix; None if the rank holds the whole
             tensor.
     """

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def sample_rng(seed: SupportsIndex, purpose: str, *ids: SupportsIndex | str) -> np.random.Generator:
-    """Returns the random generator for (seed, purpose, ids); it is equal on every rank, worker and machine.
+    """Returns a random generator; equal arguments give equal generators on every rank, worker and machine.
 
     Different arguments give independent generators. The random bits come from Philox and never change. However, another
     NumPy release may compute other numbers from these bits.

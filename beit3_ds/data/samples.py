@@ -67,7 +67,7 @@ class SourceSamples(Protocol):
         """Returns the count and an example of skipped files, tar members, rows and lines, by reason."""
 
     def prepare(self, index: int, key: SampleKey) -> Any:
-        """Reads and prepares sample `index` of the source; takes all random draws from `key`.
+        """Reads and prepares sample `index` of the source; `key` determines all random draws.
 
         Raises:
             BrokenRecordError: if the sample cannot be read.
@@ -160,7 +160,7 @@ class Stream:
         return source.name(number)
 
     def prepare(self, key: SampleKey) -> Any:
-        """Reads and prepares sample `key.index`; takes all random draws from `key`.
+        """Reads and prepares sample `key.index`; `key` determines all random draws.
 
         Raises:
             BrokenRecordError: if the sample cannot be read.

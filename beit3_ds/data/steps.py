@@ -68,7 +68,7 @@ class StepDataset(Dataset[StepBatch]):
         return self._config.training.total_steps
 
     def epochs(self) -> dict[str, float]:
-        """Returns the number of epochs in the whole run per stream, as a fraction."""
+        """Returns how many epochs of each stream the whole run trains on; the numbers may be fractional."""
         streams, steps = self._config.data.streams(), self._config.training.total_steps
         return {name: steps * streams[name].samples_per_step / len(stream) for name, stream in self._streams.items()}
 

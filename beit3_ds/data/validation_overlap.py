@@ -28,8 +28,8 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     """Checks that no validation or test file is also a training file, even under another path or link.
 
     Files are compared by device, inode and split (`SourceConfig.split`). Files of "images" are also compared with files
-    of "pairs", because the model must not know the image of a pair. A validation folder must not be inside a training
-    folder, or the reverse. Copies of files are not detected.
+    of "pairs", because the model would already know the image of the pair. A validation folder must not be inside a
+    training folder, or the reverse. Copies of files are not detected.
 
     Args:
         data: data section of the run's config.

@@ -65,8 +65,8 @@ class QuestionAnswerer:
             path: weights fine-tuned for VQAv2: exported, imported or released weights, a checkpoint, or a run's output
                 folder.
             tokenizer: text tokenizer of the weights, or the path of its SentencePiece file.
-            answers: file with the list of answers, such as a run's `answers.jsonl` or the reference's
-                `answer2label.txt`. None takes the list stored with the weights. Released weights contain no list.
+            answers: file with the list of answers, such as a run's `answers.jsonl` or unilm's `answer2label.txt`. None
+                takes the list stored with the weights. Released weights contain no list.
             options: device, dtype and sizes (`LoadOptions`).
 
         Raises:

@@ -1,4 +1,4 @@
-"""Exports weights to this project's format, to the reference's format (unilm), or to timm's format."""
+"""Exports weights to this project's format, to the format of BEiT-3's reference code (unilm), or to timm's format."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ def export_weights(
         reader: reader of the tensors.
         out: path of the file; with `max_shard_bytes`, path of the folder.
         format: `beit3` is this project's format, for `BEiT3.from_pretrained` (safetensors). `unilm-dual` and
-            `unilm-fusion` are state dicts of the reference (`plan_unilm_export`). `timm` is a vision tower of timm
+            `unilm-fusion` are state dicts for unilm's code (`plan_unilm_export`). `timm` is a vision tower of timm
             (safetensors).
         dtype: dtype of the exported floating-point tensors; None keeps the stored dtypes.
         max_shard_bytes: maximum bytes of tensors per file of a sharded folder, for `beit3` only; None writes one file.

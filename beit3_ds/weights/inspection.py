@@ -67,7 +67,7 @@ def part_of(name: str) -> str:
     """Returns the name of the model part that contains a tensor, such as "attention, vision".
 
     Args:
-        name: logical name of the tensor.
+        name: name of the tensor in this project.
     """
     if name.startswith(EXTRA_PREFIX):
         return "kept for unilm's format"

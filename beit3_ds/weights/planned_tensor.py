@@ -38,7 +38,7 @@ class PlannedTensor(NamedTuple):
 
 
 def plan_copy(reader: WeightReader, name: str) -> PlannedTensor:
-    """Plans to write a stored tensor unchanged, under its logical name."""
+    """Plans to write a stored tensor unchanged, under its own name."""
     return PlannedTensor(name, reader.dtype(name), tuple(reader.shape(name)), lambda: reader.read(name))
 
 

@@ -39,7 +39,7 @@ class WeightReader(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """Returns the logical names of all tensors, such as `blocks.3.ffn.fc1.weight_vision`.
+        """Returns this project's names of all tensors, such as `blocks.3.ffn.fc1.weight_vision`.
 
         A matrix that the word embedding and the MLM head share appears once, as `embeddings.word.weight`. Tensors with
         the prefix `EXTRA_PREFIX` do not belong to the model.
@@ -47,7 +47,7 @@ class WeightReader(Protocol):
         ...
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the logical shape of a tensor."""
+        """Returns the shape of a tensor."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:
@@ -55,7 +55,7 @@ class WeightReader(Protocol):
         ...
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a tensor in its logical shape; with `part`, only that slice of the tensor, as a matrix."""
+        """Returns a whole tensor; with `part`, only that slice of the tensor, as a matrix."""
         ...
 
 
@@ -81,7 +81,7 @@ class Backbone:
         self._names = [name for name in reader.names() if not name.startswith("heads.") and name not in HEAD_EXTRAS]
 
     def names(self) -> list[str]:
-        """Returns the logical names of the tensors."""
+        """Returns the names of the selected tensors."""
         return list(self._names)
 
 
@@ -99,7 +99,7 @@ class WithoutTensors:
 
         Args:
             reader: the weights.
-            patterns: patterns of logical names, such as `heads.boxes.stages.*.classes.*`; `*` matches any characters.
+            patterns: patterns of tensor names, such as `heads.boxes.stages.*.classes.*`; `*` matches any characters.
 
         Raises:
             ConfigError: if a pattern matches no tensor, or a tensor outside the head.
@@ -118,7 +118,7 @@ class WithoutTensors:
         self._names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     def names(self) -> list[str]:
-        """Returns the logical names of the tensors."""
+        """Returns the names of the selected tensors."""
         return list(self._names)
 
 
@@ -147,7 +147,7 @@ def open_weights(path: str | Path, *, averages: bool = False, best: bool = False
 
 
 def open_for_import(path: str | Path, *, image_size: int | None = None) -> ReleasedFile | TimmFile:
-    """Opens a file in another project's format: released by the reference, or exported by this program.
+    """Opens a weights file in another project's format (unilm or timm), released or exported by this program.
 
     Args:
         path: path of the file.

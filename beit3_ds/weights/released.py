@@ -1,6 +1,7 @@
-"""Reads weights in the reference's format as tensors with this project's names, for a decoupled model.
+"""Reads weights in the format of BEiT-3's reference code (unilm), and renames the tensors to this project's names.
 
-Names and shapes follow the reference's code. The official files were never tested.
+Names and shapes follow unilm's code. The official files were never tested. The resulting model has the layout
+`decoupled` (`ModelConfig.layout`).
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from beit3_ds.weights.unilm_names import (
 
 
 class ReleasedFile:
-    """Reads a weights file in the reference's format (pretrained or fine-tuned), tensor by tensor on demand.
+    """Reads a weights file in unilm's format (pretrained or fine-tuned), tensor by tensor on demand.
 
     A head of VQAv2, NLVR2, captioning, retrieval or ImageNet becomes the head of that task. A tensor that this project
     does not use is named `EXTRA_PREFIX` plus its key in the file. A file that this program exported contains a note
@@ -58,7 +59,7 @@ class ReleasedFile:
         Args:
             path: a file that `untrusted_file.read_tensors` accepts.
             image_size: side of the images in pixels; None keeps the file's size. Position embeddings are interpolated
-                as in the reference's fine-tuning code.
+                as in unilm's fine-tuning code.
 
         Raises:
             ConfigError: if the file cannot be read, contains objects that could run code, or has another format.
@@ -81,10 +82,10 @@ class ReleasedFile:
         check_tensors(str(path), found, _parameter_shapes(stored, head_builder(recognised)))
 
     def name_answers(self, path: Path) -> None:
-        """Adds a list of VQAv2 answers to `task`, because the reference's weights do not contain the list.
+        """Adds a list of VQAv2 answers to `task`, because unilm's weights do not contain the list.
 
         Args:
-            path: the reference's `answer2label.txt`, or the `answers.jsonl` of a run.
+            path: unilm's `answer2label.txt`, or the `answers.jsonl` of a run.
 
         Raises:
             ConfigError: if the weights have no VQAv2 head, the list cannot be read, or the list and the head have
@@ -104,11 +105,11 @@ class ReleasedFile:
         self.task = {**self.task, "answers": answers}
 
     def names(self) -> list[str]:
-        """Returns the logical names of all tensors, including tensors with the prefix `EXTRA_PREFIX`."""
+        """Returns this project's names of all tensors, including tensors with the prefix `EXTRA_PREFIX`."""
         return list(self._tensors)
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the logical shape of a tensor."""
+        """Returns the shape of a tensor, after renaming and interpolation."""
         return self.read(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -123,11 +124,11 @@ class ReleasedFile:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Does nothing: the comparison of tensors that branches A and B share would read released pages again."""
+        """Keeps the file's pages in memory: comparing the tensors of branches A and B reads them again."""
 
 
 def exported_model(note: ExportNote) -> ModelConfig:
-    """Returns the configuration of the model in a file that this program exported to the reference's format.
+    """Returns the configuration of the model in a file that this program exported to unilm's format.
 
     The model has no vision-language experts. It accepts an input only if the file has the input's experts in every
     block.

@@ -25,7 +25,7 @@ class TimmFile:
         step: number of optimizer updates before the weights were saved.
         task: None, because the file has no head.
         description: format of the file in words.
-        held: logical names of the tensors in the file; excludes tensors with initial values.
+        held: this project's names of the tensors in the file; excludes tensors with initial values.
     """
 
     task = None
@@ -34,7 +34,7 @@ class TimmFile:
     def __init__(
         self, path: str | Path, tensors: Mapping[str, Tensor], note: ExportNote, *, image_size: int | None = None
     ) -> None:
-        """Converts timm's tensors to tensors with logical names.
+        """Renames and reshapes timm's tensors to this project's tensors.
 
         Args:
             path: path of the file.
@@ -59,11 +59,11 @@ class TimmFile:
         self.held = list(self._tensors)
 
     def names(self) -> list[str]:
-        """Returns the logical names of all tensors of the model."""
+        """Returns this project's names of all tensors of the model."""
         return list(self._shapes)
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the logical shape of a tensor."""
+        """Returns the shape of a tensor in this project."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -81,7 +81,7 @@ class TimmFile:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Does nothing, because a vision encoder uses almost all tensors of the file."""
+        """Keeps the file's pages in memory, because a vision encoder uses almost all tensors of the file."""
 
 
 def _by_logical_name(

@@ -1,4 +1,4 @@
-"""Maps the tensor names of timm's BEiT-3 vision towers to logical names."""
+"""Maps the tensor names of timm's BEiT-3 vision towers to this project's names."""
 
 from beit3_ds.config import ModelConfig
 
@@ -11,8 +11,9 @@ _FFN = {"norm2": "norm", "mlp.fc1": "fc1", "mlp.norm": "sub_norm", "mlp.fc2": "f
 
 
 def timm_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Maps each tensor name of timm to logical names; if there are several, their tensors are concatenated along the
-    rows.
+    """Maps each tensor name of timm to one or several names of this project.
+
+    Several tensors of this project are concatenated along their rows to one tensor of timm.
     """
     shared = config.attention_experts[0]  # "shared" or "vision"
     names: dict[str, tuple[str, ...]] = {

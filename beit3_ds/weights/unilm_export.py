@@ -1,4 +1,4 @@
-"""Plans the export of a model to the reference's format (unilm/beit3 with torchscale 0.3.0)."""
+"""Plans the export of a model to the format of BEiT-3's reference code (unilm/beit3 with torchscale 0.3.0)."""
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from beit3_ds.weights.unilm_names import (
 
 
 def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTensor]:
-    """Plans all tensors of the reference's state dict, including the task head of the weights.
+    """Plans all tensors of unilm's state dict, including the task head of the weights.
 
-    The reference has two branches, A and B, and no vision-language expert. A model with vision-language experts
+    unilm's model has two branches, A and B, and no vision-language expert. A model with vision-language experts
     therefore needs two exports:
 
     * "dual" is exact for single images and single texts: A is the vision expert and B the language expert.
@@ -73,14 +73,14 @@ def _plan_tensor(reader: WeightReader, key: str, name: str, held: set[str]) -> P
 
 
 def _plan_log_scale(reader: WeightReader, held: set[str]) -> PlannedTensor:
-    """Plans the reference's `logit_scale`; copies an imported value bit for bit."""
+    """Plans unilm's `logit_scale`; copies an imported value bit for bit."""
     if (imported := EXTRA_PREFIX + LOG_SCALE_KEY) in held:
         return plan_copy(reader, imported)._replace(name=LOG_SCALE_KEY)
     return PlannedTensor(LOG_SCALE_KEY, reader.dtype(LOG_SCALE), (), lambda: export_log_scale(reader.read(LOG_SCALE)))
 
 
 def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
-    """Plans a position table in the reference's form, which has unused rows at its start and end."""
+    """Plans a position table in unilm's form, which has unused rows at its start and end."""
     (rows, width), dtype, unused = reader.shape(name), reader.dtype(name), EXTRA_PREFIX + key
     imported = unused in held
     filler = 0 if imported or name != "embeddings.text_position" else TEXT_POSITION_ROWS - UNUSED_POSITIONS - rows

@@ -1,4 +1,4 @@
-"""Maps the reference's tensor names of task heads to logical names, and infers a file's task from its tensors."""
+"""Maps unilm's tensor names of task heads to this project's names, and infers a file's task from its tensors."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -17,12 +17,12 @@ from beit3_ds.tasks.retrieval.head import INITIAL_LOG_SCALE, ContrastiveHead
 from beit3_ds.tasks.vqa.head import AnswerHead
 
 LOG_SCALE_KEY = "logit_scale"
-"""Key of the reference's scalar parameter: the logarithm of the similarity scale.
+"""Key of unilm's scalar parameter: the logarithm of the similarity scale.
 
 This project's parameter is that logarithm minus its initial value.
 """
 LOG_SCALE = "heads.temperature.bias"
-"""Logical name of this project's temperature parameter."""
+"""Name of this project's temperature parameter."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
 """Names of head tensors of which an import also keeps the original values, for a bitwise equal export."""
 
@@ -58,12 +58,12 @@ _LAST_BIAS = {"vqa": ("heads.answers.bias", "num_answers"), "imagenet": ("heads.
 
 
 def head_keys(held: Collection[str]) -> dict[str, str]:
-    """Maps the reference's tensor names of a task head to logical names; empty if the weights have no complete head.
+    """Maps unilm's tensor names of a task head to this project's names; empty if the weights have no complete head.
 
     The MIM and MLM heads are not included.
 
     Args:
-        held: names of all tensors in the weights, either the reference's names or logical names.
+        held: names of all tensors in the weights, either unilm's names or this project's names.
     """
     names = set(held)
     return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})
@@ -76,7 +76,7 @@ def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     is an MLM head but no MIM head, and pretraining in all other cases.
 
     Args:
-        shapes: shape of every tensor, by logical name.
+        shapes: shape of every tensor, by this project's names.
     """
     task = next((task for task, keys in _KEYS.items() if set(keys.values()) <= shapes.keys()), None)
     if task is None:
@@ -109,10 +109,10 @@ def head_builder(task: Mapping[str, Any]) -> HeadBuilder:
 
 
 def import_log_scale(value: Tensor) -> Tensor:
-    """Converts the reference's scalar `logit_scale` to this project's temperature parameter, (1,)."""
+    """Converts unilm's scalar `logit_scale` to this project's temperature parameter, (1,)."""
     return (value.double() - INITIAL_LOG_SCALE).to(value.dtype).reshape(1)
 
 
 def export_log_scale(value: Tensor) -> Tensor:
-    """Converts this project's temperature parameter, (1,), to the reference's scalar `logit_scale`."""
+    """Converts this project's temperature parameter, (1,), to unilm's scalar `logit_scale`."""
     return (value.double() + INITIAL_LOG_SCALE).to(value.dtype).reshape(())

@@ -1,7 +1,7 @@
-"""Maps tensor names of the reference's BEiT-3 (unilm/beit3 with torchscale 0.3.0) to this project's logical names.
+"""Maps tensor names of BEiT-3's reference code (unilm/beit3 with torchscale 0.3.0) to this project's names.
 
-In the reference, every tensor of a block exists twice: A for vision and B for language. A tensor that this project
-shares corresponds to A and to B.
+In unilm, every tensor of a block exists twice: in branch A for vision and in branch B for language. A tensor that
+vision and language share in this project corresponds to the tensors of branches A and B.
 """
 
 import re
@@ -17,18 +17,18 @@ POSITION_TABLES = {
     "beit3.encoder.embed_positions.A.weight": "embeddings.image_position",
     "beit3.encoder.embed_positions.B.weight": TEXT_POSITION,
 }
-"""Maps the reference's names of position tables to logical names.
+"""Maps unilm's names of position tables to this project's names.
 
-The reference does not use the first `UNUSED_POSITIONS` rows of its tables.
+unilm does not use the first `UNUSED_POSITIONS` rows of its tables.
 """
 UNUSED_POSITIONS = 2
 TEXT_POSITION_ROWS = 1024
-"""Number of rows in the reference's text position table, including unused rows."""
+"""Number of rows in unilm's text position table, including unused rows."""
 TOKENS = {
     "beit3.vision_embed.cls_token": "embeddings.cls_token",
     "beit3.vision_embed.mask_token": "embeddings.mask_token",
 }
-"""Maps the reference's names of the CLS and mask tokens, (1, 1, hidden size), to logical names, (hidden size,)."""
+"""Maps unilm's names of the CLS and mask tokens, (1, 1, hidden size), to this project's names, (hidden size,)."""
 
 _IMAGE_TABLE, _TEXT_TABLE = POSITION_TABLES
 _EMBEDDINGS = {
@@ -40,8 +40,7 @@ _EMBEDDINGS = {
     },
     "B": {"beit3.text_embed.weight": "embeddings.word.weight", _TEXT_TABLE: TEXT_POSITION},
 }
-"""Maps the reference's names of embedding tensors to logical names, separately for branches A (vision) and B
-(language)."""
+"""Maps unilm's names of embedding tensors to this project's names, for branch A (vision) and branch B (language)."""
 _HEADS = {"A": ("mim_head", "heads.mim"), "B": ("mlm_head", "heads.mlm")}
 _ATTENTION = {
     "self_attn_layer_norm": "norm",
@@ -59,7 +58,7 @@ _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does
 
 
 def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Maps the reference's branches A and B to "vision" and "language"; omits a branch that some block lacks.
+    """Maps unilm's branches A and B to "vision" and "language"; omits a branch that some block lacks.
 
     Args:
         config: configuration of the model.
@@ -78,7 +77,7 @@ def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str,
 
 
 def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Maps each tensor name of the reference to its logical name, such as `mim_head.bias` to `heads.mim.bias`.
+    """Maps each tensor name of unilm to this project's name, such as `mim_head.bias` to `heads.mim.bias`.
 
     Omits branch A (vision) or B (language) if some block of the model lacks it (`reference_letters`).
 
@@ -110,7 +109,7 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
 
 
 def reference_arguments(config: ModelConfig) -> dict[str, object]:
-    """Returns arguments for torchscale's `EncoderConfig`, to build the reference's model for exported weights."""
+    """Returns arguments for torchscale's `EncoderConfig`, to build unilm's model for exported weights."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -130,13 +129,13 @@ def reference_arguments(config: ModelConfig) -> dict[str, object]:
 
 
 def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
-    """Derives the configuration of a decoupled model from the tensor shapes of a file in the reference's format.
+    """Derives the configuration of a model from the tensor shapes of a file in unilm's format.
 
     The shapes do not determine the size of an attention head: it is 64, except in the paper's giant model. Without a
     `mim_head`, the number of visual codes is the default.
 
     Args:
-        shapes: shape of every tensor, by the reference's names.
+        shapes: shape of every tensor, by unilm's names.
         where: name of the file, for messages.
 
     Raises:

@@ -153,7 +153,7 @@ def raise_open_file_limit(max_open_files: int) -> None:
 
 
 class _Recent(Generic[ItemT]):
-    """Caches items by path in order of their last use; calls `release` on each item that leaves the cache."""
+    """Least-recently-used cache of items by path; calls `release` on each item that leaves the cache."""
 
     def __init__(self, release: Callable[[ItemT], None]) -> None:
         self._items: OrderedDict[str, ItemT] = OrderedDict()

@@ -54,8 +54,8 @@ class Augmentation:
     BEiT jitters the whole image first. This class jitters last, because the views have fewer pixels; both views get the
     same factors. The order changes only clamped values and the mean grey of the contrast change.
 
-    The reference is Pillow's 8-bit jitter before the resize. Unclamped pixels differ by at most 6 of 255 levels, and by
-    1.5 on average. In the worst case, noise over all levels, pixels differ by at most 81 levels, and by 2.6 on average.
+    Compared with Pillow's 8-bit jitter before the resize, unclamped pixels differ by at most 6 of 255 levels, and by
+    1.5 on average. In images of pure noise, pixels differ by at most 81 levels, and by 2.6 on average.
     """
 
     image_size: int
@@ -71,8 +71,8 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the shorter side in pixels that a decoded image needs so that no crop is enlarged; None means full
-        size.
+        """Returns the minimum length in pixels of a decoded image's shorter side; no crop is then enlarged. None means
+        full size.
         """
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
@@ -165,7 +165,7 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def smallest_side(view_size: int, min_scale: float) -> int | None:
-    """Returns the shorter side in pixels that an image needs so that no crop from `random_crop_box` is enlarged.
+    """Returns the minimum length in pixels of an image's shorter side; no crop of `random_crop_box` is then enlarged.
 
     Args:
         view_size: side in pixels to which crops are resized.
@@ -233,7 +233,7 @@ def draw_colors(view: Tensor, strength: float, rng: np.random.Generator) -> Tens
         rng: random number generator.
 
     Returns:
-        Factor, weight of the grey and offset of each change, (3, 3) float32.
+        One row per change, (3, 3) float32: factor of the pixels, weight of the greyscale, and offset.
     """
     colors = torch.zeros(len(_COLOR_CHANGES), 3)
     for place, kind in enumerate(rng.permutation(_COLOR_CHANGES)):

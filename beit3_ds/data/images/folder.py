@@ -21,7 +21,7 @@ from beit3_ds.printing import printable
 _CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that exists is read
 
 _SIZES_LOOKED_UP = 1024
-"""Maximum number of images to look up file sizes for; a million lookups on a network file system take minutes."""
+"""Maximum number of images whose file sizes are looked up; a million lookups on a network take minutes."""
 
 
 class ImageFolder:

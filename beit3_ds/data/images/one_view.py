@@ -84,8 +84,8 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the shorter side in pixels that a decoded image needs so that no crop is enlarged; None means full
-        size.
+        """Returns the minimum length in pixels of a decoded image's shorter side; no crop is then enlarged. None means
+        full size.
         """
         return smallest_side(self.image_size, self.min_crop_scale)
 

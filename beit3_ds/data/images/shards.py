@@ -46,12 +46,12 @@ class TarShards:
     | tar without samples | in `skipped`; `ConfigError` if no tar has samples |
     | tar or index that disappears, or stays unreadable after retries | `StorageError`, which ends the run |
     | link, device, sparse file, name with `..` or a leading `/` | never read, in `skipped` |
-    | image that is empty, truncated or too large; not an image; pixel format without a white | `BrokenRecordError` |
+    | image that is empty, truncated or too large; not an image; Pillow mode I or F | `BrokenRecordError` |
     | image with the extension of another format | read by its content |
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecordError` |
 
-    A tar without an index file in `cache_dir` is scanned. Such an index takes about 50 bytes per sample in each
+    A tar without an index file in `cache_dir` is scanned. The index then takes about 50 bytes per sample in each
     process. Index files are memory-mapped and tars stay open (`OpenFiles`). One read therefore returns an image, a
     caption, or a pair whose image and caption are neighbours in the tar.
     """

@@ -36,10 +36,10 @@ class SetPosition:
     taken: int
     """Number of samples used so far from the permutation that `key` selects."""
     key: tuple[str | int, ...]
-    """Key of the current permutation. The run's seed and this key select a permutation of the samples in `remaining`.
-    """
+    """Key of the current permutation. The run's seed and this key select a permutation of `remaining`, or of the whole
+    set if `remaining` is None."""
     remaining: tuple[Any, ...] | None = None
-    """Samples that were unused in this epoch when the data last changed, as nodes from `remaining.to_nodes`.
+    """Samples that were unused in this epoch when the data last changed, in the JSON form of `remaining.to_nodes`.
 
     None if the data have not changed in this epoch.
     """
@@ -90,12 +90,20 @@ class StreamPosition:
         return sum(source.size for source in self.sources)
 
     def base_key(self, number: int) -> tuple[str | int, ...]:
-        """Returns the permutation key of a set, without the epoch; the sets of a stream have different keys."""
+        """Returns the key of a set's permutations, without the epoch; the sets of a stream have different keys.
+
+        Args:
+            number: index of the set in `sets`.
+        """
         key = (self.stream,) if self.weights is None else (self.stream, number)
         return key if self.blocks is None else (*key, block_key(*self.blocks))
 
     def set_bounds(self, number: int) -> tuple[int, int]:
-        """Returns the first sample number of a set in the stream, and one past the set's last sample number."""
+        """Returns the first sample number of a set in the stream, and one past the set's last sample number.
+
+        Args:
+            number: index of the set in `sets`.
+        """
         if self.weights is None:
             return 0, self.total
         start = sum(source.size for source in self.sources[:number])
@@ -117,12 +125,20 @@ class StreamPosition:
         """Returns the samples that were unused in a set's epoch when the data last changed.
 
         Returns None if the data have not changed in this epoch.
+
+        Args:
+            number: index of the set in `sets`.
         """
         nodes = self.sets[number].remaining
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
     def start_epoch(self, number: int, epoch: int) -> SetPosition:
-        """Returns the position of set `number` at the start of an epoch."""
+        """Returns the position of one set of samples at the start of an epoch.
+
+        Args:
+            number: index of the set in `sets`.
+            epoch: the epoch, from 0.
+        """
         return SetPosition(epoch=epoch, taken=0, key=(*self.base_key(number), epoch))
 
     def advanced(self, samples: int) -> "StreamPosition":

@@ -17,7 +17,7 @@ _BLOCK = 128
 """Number of samples per block of a `SourceSubset`. Finding one sample computes its whole block."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""Smallest sample number of a removed source, and the count of sample numbers reserved per removed source."""
+"""Removed sources get sample numbers from this number on; this many numbers are reserved per removed source."""
 
 Bounds = Callable[[int], tuple[int, int]]
 """Maps a source's id to the source's first sample number in the stream, and to one past the last."""
@@ -33,7 +33,7 @@ class RemainingSamples(Protocol):
         """Maps indices into the set to sample numbers in the stream; both are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of this set and its parts to `nodes`; returns the index of the last node."""
+        """Appends JSON descriptions of this set and its parts to `nodes`; returns the last index."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Range:
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON node of this range to `nodes`; returns the index of the node."""
+        """Appends the JSON description of this range to `nodes`; returns its index."""
         nodes.append(["range", self.source, self.first, self.last])
         return len(nodes) - 1
 
@@ -83,7 +83,7 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the sets and their concatenation to `nodes`; returns the index of the last node."""
+        """Appends JSON descriptions of the sets and their concatenation to `nodes`; returns the last index."""
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1
 
@@ -107,9 +107,7 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the whole set and the remaining samples to `nodes`; returns the index of the last
-        node.
-        """
+        """Appends JSON descriptions of the whole set and the remaining samples to `nodes`; returns the last index."""
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1
 
@@ -151,7 +149,7 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON nodes of the whole set and this subset to `nodes`; returns the index of the last node."""
+        """Appends JSON descriptions of the whole set and this subset to `nodes`; returns the last index."""
         nodes.append(["only", self.whole.add_to(nodes), list(self.sources)])
         return len(nodes) - 1
 
@@ -163,14 +161,14 @@ class SourceSubset:
 
 
 def to_nodes(remaining: RemainingSamples) -> list[Any]:
-    """Converts a set to a flat list of JSON nodes; the last node describes the set itself."""
+    """Converts a set to a flat list of JSON descriptions: first the parts of the set, and last the set itself."""
     nodes: list[Any] = []
     remaining.add_to(nodes)
     return nodes
 
 
 def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
-    """Rebuilds a set from JSON nodes, even if the sample numbers of the sources have changed.
+    """Rebuilds a set from its JSON descriptions, even if the sample numbers of the sources have changed.
 
     Args:
         nodes: result of `to_nodes`.

@@ -18,7 +18,7 @@ ends."""
 
 
 class Continued(NamedTuple):
-    """Position of a resumed stream, adapted to the sources that the run found."""
+    """Position of a resumed stream, adapted to the current sources."""
 
     position: StreamPosition
     changes: list[str]
@@ -190,7 +190,7 @@ class _Continuation:
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
     def _remaining_of(self, match: SourceMatch) -> RemainingSamples:
-        """Returns the unused samples of a source's epoch, without samples that were added later."""
+        """Returns the samples of a source that are unused in its current epoch, without samples added later."""
         for entry in self._stored.removed:
             if entry.source.id == match.id:
                 return from_nodes(entry.remaining, self._now.bounds)

@@ -34,11 +34,16 @@ class StreamOrder:
         )
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs and the sample numbers of the samples `since` samples after the stored position.
+        """Returns the epochs and the sample numbers at given offsets from the stored position.
 
-        The argument and both results are (n,) int64. With weights, the epoch counts passes over the sample's source;
-        without weights, it counts passes over the whole stream. Sample numbers start with the samples of source 0,
-        followed by source 1, and so on.
+        With weights, the epoch counts passes over the sample's source; without weights, it counts passes over the whole
+        stream. Sample numbers start with the samples of source 0, followed by source 1, and so on.
+
+        Args:
+            since: offsets in samples, (n,) int64.
+
+        Returns:
+            Epochs, (n,) int64, and sample numbers, (n,) int64.
         """
         weights = self.position.weights
         if weights is None or self._places is None:
@@ -51,7 +56,7 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs and sample numbers of the samples `since` samples ahead in set `number`."""
+        """Returns the epochs and the sample numbers at offsets `since` from the position of set `number`."""
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
         left = last - first if remaining is None else len(remaining)
