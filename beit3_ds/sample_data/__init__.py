@@ -1,1 +1,1 @@
-"""Contains small data from public packages (image-text pairs, labelled images, prose), and draws synthetic scenes."""
+"""Provides small sample data from public packages (image-text pairs, labelled images, prose), and synthetic scenes."""

@@ -1,6 +1,6 @@
 """Rebuilds the sample data from public packages: `python -m beit3_ds.sample_data.build --help`.
 
-The same packages and the same Pillow give the same bytes; encoders of WebP differ between releases.
+Equal packages and an equal Pillow version give equal bytes; WebP encoders differ between versions.
 """
 
 import argparse
@@ -49,18 +49,19 @@ OUTPUTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Holds a candidate with its processed image."""
+    """Holds a candidate and its processed image."""
 
     candidate: Candidate
     webp: bytes
     shape: npt.NDArray[np.float32]
-    """Luminance of 16 x 16 pixels with mean 0 and norm 1, so the dot product of two samples is their correlation."""
+    """Luminance at 16 x 16 pixels, (256,) float32 with mean 0 and norm 1; the dot product of two samples is their
+    correlation."""
     vivid: bool
-    """Whether the image is colourful, filled and detailed enough to be preferred."""
+    """Whether the image is colourful, filled and detailed; vivid samples are chosen first."""
 
 
 def _render(image: Image.Image) -> Image.Image:
-    """Composites an image on white, crops it to its visible part, pads it to a square (4% margin), and resizes it."""
+    """Crops an image to its visible part, pads it to a white square with a margin of 4%, and resizes it."""
     rgba = image.convert("RGBA")
     box = rgba.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     rgba = rgba.crop(box) if box else rgba
@@ -72,7 +73,7 @@ def _render(image: Image.Image) -> Image.Image:
 
 
 def _encode(image: Image.Image) -> bytes:
-    """Encodes an image as WebP with the highest of eight qualities that fits MAX_IMAGE_BYTES, or else the lowest."""
+    """Encodes an image as WebP, at the highest of eight qualities that fits MAX_IMAGE_BYTES, or else at the lowest."""
     data = b""
     for quality in (85, 80, 75, 70, 65, 60, 55, 50):
         buffer = io.BytesIO()
@@ -84,7 +85,7 @@ def _encode(image: Image.Image) -> bytes:
 
 
 def _process(candidate: Candidate) -> Sample | None:
-    """Returns the processed sample; None if the image is too large, too small or nearly empty."""
+    """Processes a candidate's image; returns None if the image is too large, too small or nearly empty."""
     file = io.BytesIO(candidate.image) if isinstance(candidate.image, bytes) else candidate.image
     try:
         with (
@@ -114,7 +115,7 @@ def _process(candidate: Candidate) -> Sample | None:
 
 
 def _choose(samples: list[Sample], limit: int, duplicate: float) -> list[Sample]:
-    """Returns at most `limit` samples, vivid ones first; no two have a correlation above `duplicate`."""
+    """Chooses at most `limit` samples, vivid ones first; no two chosen images have a correlation above `duplicate`."""
     order = sorted(samples, key=lambda sample: sample.candidate.name)
     random.Random(0).shuffle(order)
     order.sort(key=lambda sample: not sample.vivid)
@@ -128,7 +129,7 @@ def _choose(samples: list[Sample], limit: int, duplicate: float) -> list[Sample]
 
 
 def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
-    """Groups samples that belong to one series or whose images have a correlation above `alike` (union-find)."""
+    """Groups samples of one series, and samples whose images have a correlation above `alike` (union-find)."""
     parent = list(range(len(samples)))
 
     def root(i: int) -> int:
@@ -150,7 +151,10 @@ def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
 
 
 def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into training and validation, which gets groups of at most four samples from every category."""
+    """Splits groups of samples into training and validation samples; groups stay whole.
+
+    Validation gets groups of at most four samples, until it has about `fraction` of every category.
+    """
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):
         sizes[sample.candidate.category] = sizes.get(sample.candidate.category, 0) + 1
@@ -172,7 +176,7 @@ def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], l
 
 
 def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Writes (name, content) pairs as a tar file without times and owners, so that equal pairs give equal bytes."""
+    """Writes (name, content) pairs as a tar file without times and owners; equal pairs give equal bytes."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -181,7 +185,7 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def _members(samples: list[Sample], prefix: str, suffix: str, first: int) -> Iterator[tuple[str, bytes]]:
-    """Yields the members of a shard in a fixed shuffled order, with keys numbered from `first`."""
+    """Yields the members of a tar file in a fixed shuffled order, with keys numbered from `first`."""
     order = sorted(samples, key=lambda sample: sample.candidate.name)
     random.Random(2).shuffle(order)
     for number, sample in enumerate(order, start=first):
@@ -190,14 +194,19 @@ def _members(samples: list[Sample], prefix: str, suffix: str, first: int) -> Ite
 
 
 def _write_split(out: Path, kind: str, suffix: str, groups: list[list[Sample]], fraction: float) -> None:
-    """Writes `{kind}s-train.tar` and `{kind}s-validation.tar`; the second continues the first one's key numbers."""
+    """Writes `{kind}s-train.tar` and `{kind}s-validation.tar`, with keys numbered across the two files."""
     train, validation = _split(groups, fraction)
     write_shard(out / f"{kind}s-train.tar", _members(train, kind, suffix, 0))
     write_shard(out / f"{kind}s-validation.tar", _members(validation, kind, suffix, len(train)))
 
 
 def build_pairs(packages: Path, out: Path) -> None:
-    """Writes `pairs-train.tar` and `pairs-validation.tar`, the image-text pairs."""
+    """Writes the image-text pairs: `pairs-train.tar` and `pairs-validation.tar`.
+
+    Args:
+        packages: folder with the downloaded packages.
+        out: folder to write to.
+    """
     samples = [sample for sample in map(_process, read_pairs(packages)) if sample]
     # Faces with other meanings differ in few pixels, hence the high bounds.
     chosen = _choose(samples, NUM_PAIRS, duplicate=0.998)
@@ -205,7 +214,12 @@ def build_pairs(packages: Path, out: Path) -> None:
 
 
 def build_images(packages: Path, out: Path) -> None:
-    """Writes `images-train.tar` and `images-validation.tar`, the labelled images."""
+    """Writes the labelled images: `images-train.tar` and `images-validation.tar`.
+
+    Args:
+        packages: folder with the downloaded packages.
+        out: folder to write to.
+    """
     by_category: dict[str, list[Sample]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for sample in map(_process, read_clipart(packages, Path(scratch))):
@@ -220,7 +234,10 @@ def build_images(packages: Path, out: Path) -> None:
 
 
 def _chapters(lines: list[str]) -> list[list[str]]:
-    """Returns one list of paragraphs per chapter, without line breaks, headings, emphasis marks and notes."""
+    """Splits the lines of a novel into chapters, and returns the paragraphs of each chapter.
+
+    Paragraphs are single lines without emphasis marks. Headings and notes are left out.
+    """
     chapters = re.split(r"^chapter +(?:\d+|[ivxlc]+)\s*$", "\n".join(lines), flags=re.IGNORECASE | re.MULTILINE)[1:]
     result = []
     for chapter in chapters:
@@ -235,7 +252,12 @@ def _chapters(lines: list[str]) -> list[list[str]]:
 
 
 def build_text(packages: Path, out: Path) -> None:
-    """Writes `text-train.txt` and `text-validation.txt`: one paragraph per line, blank lines between paragraphs."""
+    """Writes `text-train.txt` and `text-validation.txt`: one paragraph per line, with blank lines in between.
+
+    Args:
+        packages: folder with the downloaded packages.
+        out: folder to write to.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         novels = read_novels(packages, Path(scratch))
     chapters = [
@@ -268,7 +290,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Builds all files, and prints the size and SHA-256 of each."""
+    """Builds all files, and prints the size and SHA-256 of each file."""
     arguments = _parse_arguments(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,8 +1,8 @@
-"""Draws landscapes with shapes and their label maps, in ADE20K's folders.
+"""Draws landscapes with shapes and their label maps, in the folders of ADE20K.
 
 images/{training,validation}/NUMBER.png
 annotations/{training,validation}/NUMBER.png      0: unlabelled outline; 1 to 9: class
-objectInfo150.txt                                 names of the classes, in ADE20K's form
+objectInfo150.txt                                 names of the classes, in ADE20K's format
 """
 
 # H and W rows and columns of an image.
@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw
 from beit3_ds.sample_data.scenes import COLORS, SHAPES, draw_shape
 
 GROUNDS = {"sky": (150, 190, 235), "grass": (90, 150, 70), "sand": (214, 190, 140)}
-"""RGB value of each kind of ground, before its texture."""
+"""RGB colour of each kind of ground, before noise is added."""
 LABEL_NAMES = (*GROUNDS, *COLORS)
-"""Names of the classes, in the order of their labels from 1: grounds, and shapes by their colour."""
+"""Class names in the order of the labels from 1: kinds of ground, then colours of shapes."""
 
 _OVERSAMPLING = 4
 _MOST_SHAPES = 3
@@ -28,14 +28,14 @@ _NAMES_FILE = "objectInfo150.txt"
 
 
 def write_label_scenes(folder: Path, split: str, count: int, rng: random.Random, size: int) -> None:
-    """Writes the images and label maps of a split, and the names of the classes.
+    """Writes the images and label maps of a split, and the file of class names.
 
     Args:
         folder: folder of the dataset.
         split: "train" or "validation".
         count: number of images.
-        rng: source of all draws.
-        size: pixels on the shorter side; the longer one has up to a half more.
+        rng: random generator.
+        size: shorter side of the images in pixels; the longer side is up to 1.5 times as long.
     """
     for kind in ("images", "annotations"):
         (folder / kind / _FOLDERS[split]).mkdir(parents=True, exist_ok=True)
@@ -52,10 +52,10 @@ def write_label_scenes(folder: Path, split: str, count: int, rng: random.Random,
 
 
 def draw_label_scene(width: int, height: int, rng: random.Random) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """Draws two kinds of ground, one above the other, and up to three shapes over them.
+    """Draws two kinds of ground, one above the other, and up to three shapes on them.
 
     Returns:
-        The image, and the label of each pixel, (H, W): 0 where a pixel shows several things, else class + 1.
+        The image, and the label of each pixel, (H, W) uint8: 0 where a pixel shows several things, otherwise class + 1.
     """
     wide, high = width * _OVERSAMPLING, height * _OVERSAMPLING
     labels = _draw_grounds(wide, high, rng)
@@ -81,7 +81,7 @@ def draw_label_scene(width: int, height: int, rng: random.Random) -> tuple[Image
 
 
 def _draw_grounds(wide: int, high: int, rng: random.Random) -> NDArray[np.uint8]:
-    """Returns the label of two kinds of ground at each pixel, with a wavy border between them."""
+    """Returns the label of each pixel, (high, wide) uint8, for two kinds of ground with a wavy border."""
     above, below = rng.sample(range(1, len(GROUNDS) + 1), 2)
     column = np.arange(wide) / wide
     wave = rng.uniform(0.02, 0.1) * np.sin(2 * np.pi * (rng.uniform(0.5, 2) * column + rng.random()))

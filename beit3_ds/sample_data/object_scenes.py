@@ -1,4 +1,4 @@
-"""Draws images of shapes of any place and size, with their boxes and masks in the form of COCO's files."""
+"""Draws images of shapes at random positions and sizes, and writes their boxes and masks in COCO's format."""
 
 # H and W rows and columns of an image.
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from beit3_ds.sample_data.scenes import COLORS, SHAPES, draw_shape
 
 CATEGORY_IDS = {name: 3 * number + 2 for number, name in enumerate(SHAPES)}
-"""Id of the category of each shape; ids have gaps, like COCO's."""
+"""Category id of each shape; the ids have gaps, like COCO's."""
 
 _OVERSAMPLING = 4
 _MOST_OBJECTS = 5
@@ -23,32 +23,32 @@ _LEAST_VISIBLE = 0.35  # share of a shape that later shapes may not cover, else 
 
 
 class DrawnShape(NamedTuple):
-    """Holds a shape of an image."""
+    """Describes one shape of an image."""
 
     shape: str
-    """Name of the shape."""
+    """Name of the shape, one of `SHAPES`."""
     color: tuple[int, ...]
-    """RGB value."""
+    """RGB colour of the shape."""
     x: float
-    """Column of the centre, as a share of the image's width."""
+    """Horizontal position of the centre, as a share of the image's width."""
     y: float
-    """Row of the centre, as a share of the image's height."""
+    """Vertical position of the centre, as a share of the image's height."""
     radius: float
-    """Half the width and height, as a share of the image's shorter side."""
+    """Half the side of the shape's box, as a share of the image's shorter side."""
 
 
 def write_object_scenes(folder: Path, split: str, count: int, rng: random.Random, size: int) -> None:
-    """Writes images and `objects-SPLIT.json`, an annotation file in COCO's form.
+    """Writes images and `objects-SPLIT.json`, an annotation file in COCO's format.
 
-    Images are up to a quarter smaller than `size` on one side. Polygons describe whole shapes with straight edges; run
-    lengths describe others. Images without objects occur.
+    Fully visible shapes with straight edges are stored as polygons, the other shapes as run lengths. Some images have
+    no objects.
 
     Args:
         folder: folder of the dataset.
         split: name of the split.
         count: number of images.
-        rng: source of all draws.
-        size: pixels on the longer side.
+        rng: random generator.
+        size: longer side of the images in pixels; the shorter side is up to a quarter shorter.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -86,16 +86,17 @@ def _draw_shapes(rng: random.Random) -> list[DrawnShape]:
 def draw_shapes(
     shapes: list[DrawnShape], width: int, height: int, rng: random.Random
 ) -> tuple[Image.Image, list[tuple[DrawnShape, NDArray[np.bool_], bool]]]:
-    """Draws shapes on a grey image, each over those before it.
+    """Draws shapes on a grey image; later shapes cover earlier ones.
 
     Args:
-        shapes: the shapes.
-        width: columns of the image.
-        height: rows of the image.
-        rng: draws the background's shade.
+        shapes: shapes to draw.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        rng: random generator for the shade of the background.
 
     Returns:
-        The image, and for each shape of which enough is visible its visible mask, (H, W), and whether all is visible.
+        The image, and a tuple for each sufficiently visible shape: the shape, its visible mask, (H, W) bool, and
+            whether it is fully visible.
     """
     wide, high, side = width * _OVERSAMPLING, height * _OVERSAMPLING, min(width, height) * _OVERSAMPLING
     grey = rng.randint(200, 250)
@@ -121,7 +122,7 @@ def draw_shapes(
 
 
 def _annotate(shape: DrawnShape, mask: NDArray[np.bool_], is_whole: bool, width: int, height: int) -> dict[str, Any]:
-    """Returns the members of an annotation besides its ids."""
+    """Returns the COCO annotation of a shape, without the ids of annotation and image."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     left, top = int(columns[0]), int(rows[0])
     box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
@@ -137,7 +138,7 @@ def _annotate(shape: DrawnShape, mask: NDArray[np.bool_], is_whole: bool, width:
 
 
 def _corners(shape: DrawnShape, width: int, height: int) -> list[float] | None:
-    """Returns the polygon of a shape with straight edges as x and y in turn, in pixels; None for other shapes."""
+    """Returns the polygon of a shape as x, y, x, y, ... in pixels; None for shapes with curved edges and crosses."""
     x, y, radius = shape.x * width, shape.y * height, shape.radius * min(width, height)
     thin = radius * 0.35
     match shape.shape:
@@ -153,7 +154,7 @@ def _corners(shape: DrawnShape, width: int, height: int) -> list[float] | None:
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """Returns the lengths of the runs of zeros and ones in a mask, column by column; the first run is of zeros."""
+    """Returns the run lengths of a mask, column by column; runs of zeros and ones alternate, starting with zeros."""
     flat = np.concatenate([[False], mask.ravel(order="F")])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()

@@ -1,6 +1,6 @@
-"""Reads the public packages that the sample data is made from.
+"""Reads the public packages from which the sample data is built.
 
-Every reader yields its records in a fixed order, so that a build is a function of the packages alone.
+Every reader yields its records in a fixed order, so the result of a build depends only on the packages.
 """
 
 import html
@@ -18,32 +18,32 @@ from pathlib import Path
 
 
 class PackageError(ValueError):
-    """Reports a package that is missing, ambiguous or of an unknown form."""
+    """Raised if a package is missing, ambiguous or has an unknown format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Holds one image with its text, before samples are chosen and processed."""
+    """Holds one image and its text, before selection and processing."""
 
     name: str
     """Path inside the package; unique within the package."""
     series: str
-    """Series of similar images; training and validation samples never share a series."""
+    """Name of a series of similar images; training and validation samples never share a series."""
     category: str
-    """Label that balances the selection of images; empty for pairs."""
+    """Label for balancing the selection of images; empty for pairs."""
     text: str
-    """Text that is stored next to the image: a caption, or a JSON object."""
+    """Text stored with the image: a caption, or a JSON object."""
     image: Path | bytes
-    """The encoded image, or its file."""
+    """Bytes of the encoded image, or path of the image file."""
 
 
 def find_package(folder: Path, pattern: str, how: str) -> Path:
-    """Returns the one file in `folder` that matches `pattern`.
+    """Returns the only file in `folder` that matches `pattern`.
 
     Args:
         folder: folder of the packages.
-        pattern: glob pattern of the file's name.
-        how: command that fetches the file, for the error message.
+        pattern: glob pattern of the file name.
+        how: command that downloads the file, for the error message.
 
     Raises:
         PackageError: if no file or several files match.
@@ -59,7 +59,11 @@ def find_package(folder: Path, pattern: str, how: str) -> Path:
 
 
 def unpack_deb(folder: Path, package: str, out: Path) -> None:
-    """Unpacks the .deb file of `package` in `folder` into the folder `out`."""
+    """Unpacks the .deb file of a package into the folder `out`.
+
+    Raises:
+        PackageError: if the .deb file or the program dpkg-deb is missing.
+    """
     deb = find_package(folder, f"{package}_*.deb", f"apt-get download {package}")
     if shutil.which("dpkg-deb") is None:
         raise PackageError("sample_data: dpkg-deb is not on the PATH; it unpacks .deb files (package dpkg).")
@@ -89,7 +93,7 @@ _SLANG = {"ily", "xoxo", "bae", "omg", "litaf", "jel", "roflmao", "roflcopter", 
 
 
 def _emoji_series(name: str) -> str:
-    """Returns a name without colour, direction, size and gender, such as `apple` for `green apple`."""
+    """Returns an emoji's name without colour, direction, size and gender, such as `apple` for `green apple`."""
     if "o\u2019clock" in name or name.endswith("-thirty"):
         return "clock face"
     if "moon" in name and "cake" not in name:
@@ -101,7 +105,7 @@ def _emoji_series(name: str) -> str:
 
 
 def _caption(name: str, keywords: list[str]) -> str:
-    """Returns the name and up to six of its keywords, e.g. `roller coaster: amusement, park, theme`."""
+    """Returns an emoji's name and up to six of its keywords, such as `roller coaster: amusement, park, theme`."""
     draw = random.Random(f"caption {name}")
     said = set(re.findall(r"\w+", name.lower()))
     fit = [
@@ -119,7 +123,7 @@ def _caption(name: str, keywords: list[str]) -> str:
 
 
 def _read_annotations(archive: Path) -> dict[str, tuple[str, list[str]]]:
-    """Returns the English name and keywords of each character; the keys have no variation selectors."""
+    """Returns the English name and the keywords of each emoji, by character without variation selectors."""
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/annotations/en/annotations.json")
         assert member is not None, "tarfile.extractfile gives None for directories only"
@@ -132,9 +136,9 @@ def _read_annotations(archive: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def read_pairs(folder: Path) -> Iterator[Candidate]:
-    """Yields the emoji that have an English name, without skin tones, letters, arrows and plain shapes.
+    """Yields emoji images with English names; leaves out skin tones, letters, arrows and plain shapes.
 
-    A gendered variant is left out if its neutral form exists.
+    A gendered variant is left out if a neutral form exists.
     """
     how = "npm pack @lobehub/fluent-emoji-3d cldr-annotations-full"
     annotations = _read_annotations(find_package(folder, "cldr-annotations-full-*.tgz", how))
@@ -201,11 +205,11 @@ _LEFT_OUT = re.compile(
 
 
 def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
-    """Yields the PNG images of CATEGORIES whose SVG at the same path is tagged only as public domain.
+    """Yields the PNG images in CATEGORIES whose SVG file has only the public-domain licence.
 
     Args:
-        folder: holds the two .deb files.
-        scratch: an empty folder to unpack into; it must outlive the candidates.
+        folder: folder with the two .deb files.
+        scratch: empty folder for the unpacked files; it must exist as long as the candidates are used.
     """
     for package in ("openclipart-png", "openclipart-svg"):
         unpack_deb(folder, package, scratch)
@@ -241,7 +245,7 @@ def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
 
 
 def _read_strings(record: bytes) -> list[str]:
-    """Returns the character vector in one R serialisation (format 3, big-endian XDR)."""
+    """Decodes a character vector from an R serialisation (format 3, big-endian XDR)."""
     if record[:6] != b"X\n\x00\x00\x00\x03":
         raise PackageError(f"sample_data: expected an R serialisation of format 3, got {record[:6]!r}.")
     (encoding_length,) = struct.unpack_from(">I", record, 14)
@@ -260,7 +264,12 @@ def _read_strings(record: bytes) -> list[str]:
 
 
 def read_novels(folder: Path, scratch: Path) -> dict[str, list[str]]:
-    """Returns the lines of each novel in r-cran-janeaustenr, by its title in capitals."""
+    """Returns the lines of each novel in the package r-cran-janeaustenr, by title in capitals.
+
+    Args:
+        folder: folder with the .deb file.
+        scratch: folder for the unpacked files.
+    """
     unpack_deb(folder, "r-cran-janeaustenr", scratch)
     database = scratch / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
     rest, novels = database.read_bytes(), {}

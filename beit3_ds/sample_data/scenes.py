@@ -1,7 +1,7 @@
-"""Draws scenes of coloured shapes, with true captions, questions with answers, and statements with labels.
+"""Draws scenes of coloured shapes, and true captions, questions with answers, and statements for them.
 
-A scene has up to three objects in the quarters of a square image. No two objects share a colour or a shape, so "the red
-one" names one object. All draws come from the caller's generator.
+A scene has up to three objects, in different quarters of a square image. All objects of a scene have different colours
+and shapes, so "the red one" is unambiguous. All random draws use the caller's generator.
 """
 
 import random
@@ -19,9 +19,9 @@ COLORS = {
     "purple": (138, 50, 170),
     "orange": (242, 120, 20),
 }
-"""RGB value of each colour, before its shade is varied."""
+"""RGB value of each colour, before random shading."""
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
-"""Names of the shapes."""
+"""Names of all shapes."""
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 """Names of the quarters of an image, in reading order."""
 
@@ -29,53 +29,53 @@ _OVERSAMPLING = 4
 
 
 class SceneObject(NamedTuple):
-    """Holds one object of a scene."""
+    """A coloured shape in one quarter of a scene."""
 
     color: str
     shape: str
     place: int
-    """Quarter of the image that contains the object, as an index in `PLACES`."""
+    """Quarter of the image with the object, as an index into `PLACES`."""
 
     def __str__(self) -> str:
-        """Returns the object in words with its article, such as `a red circle`."""
+        """Returns the object in words with an article, such as `a red circle`."""
         return f"{'an' if self.color[0] in 'aeiou' else 'a'} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Holds the objects of a drawn scene in reading order."""
+    """Objects of a drawn scene, in reading order."""
 
     objects: tuple[SceneObject, ...]
 
     def caption(self) -> str:
-        """Returns the one canonical caption, such as `a red circle, a blue ring and a green bar`."""
+        """Returns the canonical caption, such as `a red circle, a blue ring and a green bar`."""
         return _join([str(found) for found in self.objects])
 
     def captions(self) -> list[str]:
-        """Returns five captions, the canonical one first."""
+        """Returns five captions of the scene; the canonical caption is first."""
         places = _join([f"{found} at the {PLACES[found.place]}" for found in self.objects])
         backwards = _join([str(found) for found in reversed(self.objects)])
         short = self.caption()
         return [short, f"there is {short}", f"a picture of {short}", places, f"we see {backwards}"]
 
     def holds(self, color: str = "", shape: str = "") -> bool:
-        """Returns whether an object has the colour and the shape; an empty name fits every object."""
+        """Returns whether an object has the given colour and shape; an empty string matches any colour or shape."""
         return any(color in ("", found.color) and shape in ("", found.shape) for found in self.objects)
 
 
 class Question(NamedTuple):
-    """Holds a question about a scene, and its one right answer."""
+    """A question about a scene, and the only right answer."""
 
     question: str
     answer: str
     question_type: str
-    """First words of the question, such as `what color is the`; all questions of one type have the same."""
+    """First words of the question, such as `what color is the`; equal for all questions of one type."""
     answer_type: str
-    """`yes/no`, `number` or `other`."""
+    """Type of the answer: `yes/no`, `number` or `other`."""
 
 
 class Statement(NamedTuple):
-    """Holds a sentence about two images, with a rule that says whether it is true of them."""
+    """A sentence about two images, and a function that decides whether it is true."""
 
     sentence: str
     rule: Callable[[Scene, Scene], bool]
@@ -86,7 +86,7 @@ def _join(parts: list[str]) -> str:
 
 
 def draw_scene(rng: random.Random, num_objects: int | None = None) -> Scene:
-    """Draws the objects of a scene: one to three, or the given number."""
+    """Draws a random scene with `num_objects` objects, or with one to three objects if None."""
     count = num_objects or rng.randint(1, 3)
     colors, shapes = rng.sample(list(COLORS), count), rng.sample(SHAPES, count)
     places = sorted(rng.sample(range(len(PLACES)), count))
@@ -94,7 +94,7 @@ def draw_scene(rng: random.Random, num_objects: int | None = None) -> Scene:
 
 
 def draw_image(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
-    """Draws a scene as an RGB image of `size` x `size` pixels; background, shade, size and position vary."""
+    """Draws a scene as an RGB image of `size` x `size` pixels, with random background, shade, size and position."""
     side = size * _OVERSAMPLING
     grey = rng.randint(215, 250)
     image = Image.new("RGB", (side, side), (grey, grey, grey))
@@ -113,15 +113,15 @@ def draw_image(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
 def draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, color: tuple[int, ...]
 ) -> None:
-    """Draws a shape of `SHAPES` in one colour.
+    """Draws one of the shapes in `SHAPES`, filled with one colour.
 
     Args:
         draw: image to draw on.
         shape: name of the shape.
-        x: column of its centre, in pixels.
-        y: row of its centre.
-        radius: half its width and height, in pixels.
-        color: values of the image's channels.
+        x: horizontal position of the centre in pixels.
+        y: vertical position of the centre in pixels.
+        radius: half the width and height of the shape's box in pixels.
+        color: value of each channel of the image.
     """
     box = (x - radius, y - radius, x + radius, y + radius)
     thin = radius * 0.35
@@ -144,9 +144,10 @@ def draw_shape(
 
 
 def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """Yields five questions: an object's colour, shape and place, the number of objects, and whether a colour occurs.
+    """Yields five questions about a scene, with answers.
 
-    The answer to the last question is "yes" or "no" with equal probability.
+    The questions are about an object's colour, shape and place, the number of objects, and whether a colour occurs. The
+    answer to the last question is "yes" or "no" with equal probability.
     """
     found = rng.choice(scene.objects)
     yield Question(f"what color is the {found.shape}?", found.color, "what color is the", "other")
@@ -163,7 +164,7 @@ def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 def draw_statement(rng: random.Random) -> Statement:
-    """Draws a statement about two images; half of the statements depend on both images."""
+    """Draws a random statement about two images; half of the statements depend on both images."""
     if rng.random() < 0.5:
         color, shape, words = rng.choice(list(COLORS)), "", "something {}"
     else:
@@ -182,7 +183,7 @@ def draw_statement(rng: random.Random) -> Statement:
 
 
 def draw_pair_for(statement: Statement, label: bool, rng: random.Random) -> tuple[Scene, Scene]:
-    """Draws two scenes; the statement is true of them if `label` is True, and false otherwise."""
+    """Draws two scenes for which a statement is true (`label` True) or false (`label` False)."""
     while True:
         left, right = draw_scene(rng), draw_scene(rng)
         if statement.rule(left, right) == label:

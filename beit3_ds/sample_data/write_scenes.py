@@ -3,13 +3,13 @@
     images/{train,validation}/NUMBER.png
     questions-{train,validation}.jsonl       image, question, answer, question_type, answer_type
     statements-{train,validation}.jsonl      left, right, sentence, label, group: each sentence once true, once false
-    captions.json                            images, five captions each, in the form of Karpathy's splits
-    classes/{train,validation}/ID/NUMBER.png one object per image, with its names in classes.txt
+    captions.json                            images, five captions each, in the format of Karpathy's splits
+    classes/{train,validation}/ID/NUMBER.png one object per image; classes.txt has the class names
     segmentation/                            landscapes with shapes and their label maps, in ADE20K's folders
-    objects-{train,validation}.json          images with boxes and masks of shapes, in the form of COCO's files
+    objects-{train,validation}.json          images with boxes and masks of shapes, in COCO's format
     text.txt                                 all training texts, for a text tokenizer
 
-The same arguments and the same Pillow give the same bytes.
+Equal arguments and an equal Pillow version give equal bytes.
 """
 
 import argparse
@@ -39,14 +39,15 @@ NUM_PLACES = 4
 
 
 def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 0, size: int = 64) -> None:
-    """Writes images and the files of every task.
+    """Writes scenes with the files of all tasks.
 
     Args:
-        folder: folder that is created; files in it are replaced.
-        num_train: number of scenes, of statements with two pairs each, and of class images, for training.
-        num_validation: number of each of these for validation.
-        seed: seed of everything that is drawn.
-        size: pixels on a side; images with boxes are twice as large.
+        folder: folder to write to; it is created if missing, and existing files are replaced.
+        num_train: number of training scenes, of training statements (with two pairs of images each), and of training
+            images for each other task.
+        num_validation: these numbers for validation.
+        seed: seed of all random draws.
+        size: side of the images in pixels; images with boxes are twice as large.
     """
     texts: list[str] = []
     captions: list[dict[str, Any]] = []
@@ -76,7 +77,7 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
 
 
 def class_names() -> dict[str, str]:
-    """Maps the folder of each class to the name of the class, such as `red circle`."""
+    """Returns the name of each class, such as `red circle`, by folder name."""
     names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     return {f"s{number:08}": name for number, name in enumerate(names)}
 
@@ -91,7 +92,7 @@ def _save(path: Path, scene: Scene, rng: random.Random, size: int) -> None:
 
 
 def _karpathy_entry(number: int, split: str, place: int, scene: Scene) -> dict[str, Any]:
-    """Returns an image's JSON object in the format of Karpathy's splits; ids have gaps, like COCO's."""
+    """Returns the JSON object of an image in the format of Karpathy's splits; the ids have gaps, like COCO's."""
     captions = scene.captions()
     sentences = [
         {"raw": caption, "tokens": caption.replace(",", "").split(), "imgid": number, "sentid": 5 * number + i}
@@ -110,7 +111,10 @@ def _karpathy_entry(number: int, split: str, place: int, scene: Scene) -> dict[s
 
 
 def _write_statements(folder: Path, split: str, count: int, rng: random.Random, size: int) -> Iterable[dict[str, Any]]:
-    """Writes two pairs of images per sentence, true and false, and yields one line of the statements file per pair."""
+    """Writes two pairs of images per sentence, and yields one line of the statements file per pair.
+
+    The sentence is true for one pair and false for the other.
+    """
     for group in range(count):
         statement = draw_statement(rng)
         labels = [True, False]
@@ -125,7 +129,14 @@ def _write_statements(folder: Path, split: str, count: int, rng: random.Random, 
 
 
 def write_classes(folder: Path, count: int, rng: random.Random, size: int) -> None:
-    """Writes images of one object each, the classes of `class_names` in turn, into a folder per class."""
+    """Writes images with one object each to one folder per class, cycling through the classes of `class_names`.
+
+    Args:
+        folder: folder of the split.
+        count: number of images.
+        rng: random generator.
+        size: side of the images in pixels.
+    """
     keys = list(class_names().items())
     for number in range(count):
         key, name = keys[number % len(keys)]

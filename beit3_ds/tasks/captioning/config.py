@@ -8,29 +8,30 @@ from beit3_ds.config.numbers import Count, Decay, Positive, Range
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningConfig:
-    """Configures masked fine-tuning and generation of captions; the defaults are the reference's recipe."""
+    """Settings of masked fine-tuning and of caption generation; the defaults are the reference's."""
 
     mask_ratio: Annotated[float, Range(0, 1, above=True)] = 0.7
-    """Share of a caption's tokens that are masked and predicted in training; the EOS at its end may be masked too."""
+    """Share of a caption's tokens that are masked and predicted in training, including the EOS at the end."""
     label_smoothing: Decay = 0.1
-    """Total probability that a smoothed label gives to all wrong words."""
+    """Total probability of all wrong words in a smoothed label."""
     dropped_share: Decay = 0.2
-    """Share of a step's masked tokens that the loss leaves out: the tokens with the largest losses, because some
-    captions do not fit their image. With a value above 0, a step of several micro-batches runs forward twice; the first
-    pass computes the losses of all tokens of the step."""
+    """Share of a step's masked tokens to leave out of the loss: the tokens with the largest losses, because some
+    captions do not fit their images. With a value above 0, a step of several micro-batches runs forward twice; the
+    first pass computes the losses of all tokens of the step."""
     drop_after_steps: Count = 12_000
-    """Number of steps at the beginning of the run in which no tokens are dropped."""
+    """Number of steps at the beginning of the run without dropped tokens."""
     generation: Literal["at_end", "always", "never"] = "at_end"
-    """Which evaluations generate captions. `at_end` selects those that write result files: the last one of a run, and
-    `beit3 evaluate`. Evaluations without generation only predict masked words."""
+    """Which evaluations generate captions. `at_end` means evaluations that write result files: the last one of a run,
+    and `beit3 evaluate`. Evaluations without generation only predict masked words."""
     num_beams: Annotated[int, Range(1, 64)] = 3
-    """Number of unfinished captions that the beam search keeps per image; 1 is greedy search."""
+    """Number of beams per image in the beam search; 1 is greedy search."""
     length_penalty: Annotated[float, Range(0, 10)] = 0.6
-    """Exponent p of the length penalty: the beam search divides a caption's log-probability by its length ** p."""
+    """Exponent p of the length penalty: the beam search divides a caption's log-probability by length ** p."""
     max_length: Annotated[int, Range(4, 2**18)] = 20
-    """Maximum number of token ids of a generated caption, including BOS, EOS and one masked placeholder."""
+    """Maximum number of tokens of a generated caption, including BOS, EOS and the mask token for the next word."""
     official_scores: bool = True
-    """Whether to score captions with pycocoevalcap if it is installed; METEOR takes a minute to start. An evaluation
-    always reports the share of captions that reach EOS and the share that equal a reference."""
+    """Whether to compute the official metrics with pycocoevalcap, if it is installed; METEOR takes a minute to start.
+    Other metrics are always computed: the share of captions that reach EOS, and the share that equal a reference
+    caption."""
     shown_captions: Positive = 60
-    """Number of images on the page that an evaluation writes."""
+    """Number of images on the result page of an evaluation."""

@@ -1,4 +1,4 @@
-"""Predicts masked words and writes captions for all images of a split."""
+"""Predicts masked words and generates captions for all images of a split."""
 
 # P pairs, M masked tokens, V vocabulary.
 
@@ -24,11 +24,11 @@ from beit3_ds.tasks.results import GatheredResults, SampleResults
 from beit3_ds.tokenizers.text import TextTokenizer
 
 RESULTS, PAGE = "captions.json", "captions.html"
-"""Names of an evaluation's files: captions in the format of evaluation servers, and a page to read."""
+"""Names of the result files: captions in the format of the evaluation servers, and an HTML page."""
 
 
 def describe_missing_generation(evaluator: Evaluator) -> str:
-    """Returns the reason why this run's layout cannot generate captions; empty if it can."""
+    """Returns why the layout of ranks does not allow generation of captions; an empty string if it does."""
     mesh, model = evaluator.mesh, evaluator.model
     if mesh.pipeline.size > 1:
         return "pipeline stages divide the model"
@@ -46,19 +46,19 @@ def predict_split(
     search: BeamSearch | None,
     tokenizer: TextTokenizer | None,
 ) -> GatheredResults | None:
-    """Predicts the masked words of every caption of a split, and generates captions; all ranks must call it.
+    """Predicts the masked words of every caption of a split, and may generate captions; all ranks must call it.
 
     Args:
-        evaluator: the model and its ranks.
-        split: the split.
-        label_smoothing: smoothing of the labels in the loss.
+        evaluator: gives access to the model and the mesh.
+        split: name of the split.
+        label_smoothing: total probability of all wrong words in a smoothed label.
         search: settings of the beam search; None generates no captions.
         tokenizer: converts token ids to text; needed with `search`.
 
     Returns:
-        On the main rank, per sample: the number of masked words (`masked`), the loss summed over them (`loss`), and how
-        many of them were predicted right (`found`). With `search` also the generated caption (`caption`) and its number
-        of token ids (`length`). None on other ranks.
+        Results per sample on the main rank; None on other ranks. The results are the number of masked words (`masked`),
+        the summed loss of these words (`loss`), and the number of right predictions (`found`). With `search`, also the
+        generated caption (`caption`) and its number of tokens (`length`).
     """
     results = SampleResults()
     for batch, logits_MV in evaluator.predict(evaluator.batches(split)):
@@ -84,12 +84,12 @@ def predict_split(
 
 
 def smoothed_loss(logits_MV: Tensor, targets_M: Tensor, smoothing: float) -> Tensor:
-    """Returns the training loss of each prediction, (masked tokens,) float64: KL(smoothed label || prediction).
+    """Returns the loss of each masked token, (masked tokens,) float64: KL(smoothed label || prediction).
 
     Args:
-        logits_MV: logits of all words.
-        targets_M: ids of the right words.
-        smoothing: total probability that the label gives to all wrong words.
+        logits_MV: logits of all words, (masked tokens, vocabulary).
+        targets_M: ids of the right words, (masked tokens,) int64.
+        smoothing: total probability of all wrong words in the smoothed label.
     """
     log_probs_MV = logits_MV.double().log_softmax(1)
     right_M = log_probs_MV.gather(1, targets_M[:, None])[:, 0]
@@ -101,19 +101,19 @@ def smoothed_loss(logits_MV: Tensor, targets_M: Tensor, smoothing: float) -> Ten
 
 
 def _sums(values_M: Tensor, counts_P: Tensor) -> Tensor:
-    """Sums the values of each caption's masked words, (captions,) float64."""
+    """Sums values of masked tokens per caption, (masked tokens,) -> (captions,) float64."""
     captions_M = torch.arange(len(counts_P), device=values_M.device).repeat_interleave(counts_P)
     return torch.zeros(len(counts_P), dtype=torch.float64, device=values_M.device).index_add_(0, captions_M, values_M)
 
 
 class DescribedSplit:
-    """Joins the images of a split with the model's captions and predictions, on the main rank."""
+    """Combines the images of a split with the model's captions and predictions, on the main rank."""
 
     def __init__(self, stream: Stream, results: GatheredResults, search: BeamSearch | None) -> None:
-        """Stores the images' source and the results.
+        """Stores the samples and the gathered results.
 
         Args:
-            stream: the split's samples.
+            stream: samples of the split.
             results: result of `predict_split`.
             search: settings of the beam search; None if no captions were generated.
         """
@@ -127,13 +127,14 @@ class DescribedSplit:
         self._references = [samples.captions(index) for samples, index in self._samples]
 
     def metrics(self, *, official: bool) -> dict[str, float]:
-        """Returns the metrics of the split.
+        """Returns the metrics of the split, by name.
 
-        These are loss and accuracy over masked words, the share of generated captions that ended with EOS before the
-        length limit, and, if all images have references, the scores of `score_captions`.
+        `words` and `word_accuracy` are loss and accuracy over masked words. With generated captions, `ended` is the
+        share of captions that end before the length limit. If all images have references, the metrics of
+        `score_captions` are added.
 
         Args:
-            official: whether to compute the metrics of the official evaluation that are installed.
+            official: whether to compute the installed metrics of the official evaluation.
         """
         found: dict[str, float] = {}
         if num_masked := int(self._results.tensor("masked").sum()):
@@ -153,7 +154,7 @@ class DescribedSplit:
         return found
 
     def write(self, folder: ResultFolder, metrics: Mapping[str, float], shown: int) -> None:
-        """Writes the captions as JSON, and a page with `shown` images; writes nothing without generated captions."""
+        """Writes the generated captions as JSON, and a page with `shown` images; writes nothing without captions."""
         if self._search is None:
             return
         folder.write(RESULTS, functools.partial(write_caption_results, captions=self._by_identifier()))

@@ -1,4 +1,4 @@
-"""Defines the head that predicts the words of captions: a masked language modeling head (paper section 3.1)."""
+"""Defines the captioning head, a masked language modeling head (paper section 3.1)."""
 
 # M rows, one per token to predict; D hidden.
 
@@ -13,18 +13,18 @@ from beit3_ds.model import Head, StepFeatures
 from beit3_ds.parallel import TensorParallel, VocabParallelHead
 
 TARGET_IDS = "target_ids"
-"""Key in `PackedBatch.targets` of the original ids of the masked tokens, (masked tokens,) int64."""
+"""Key in `PackedBatch.targets`: original ids of the masked tokens, (masked tokens,) int64."""
 TOKEN_LOSSES = "loss"
-"""Key in `StepFeatures.rows` of the loss of each masked token, (masked tokens,) float32."""
+"""Key in `StepFeatures.rows`: loss of each masked token, (masked tokens,) float32."""
 CORRECT = "correct"
-"""Key in `StepFeatures.rows` of whether each prediction is right, 0 or 1, (masked tokens,) int64."""
+"""Key in `StepFeatures.rows`: 1 if the prediction of a masked token is right, else 0, (masked tokens,) int64."""
 
 
 class CaptionHead(Head):
-    """Predicts masked tokens of captions; the vocabulary is split over the tensor-parallel group.
+    """Predicts tokens of captions; the vocabulary is split over the tensor-parallel group.
 
-    In training, the batch's head rows are the masked tokens of captions. In generation, they are the rows that predict
-    the next words.
+    In training, the head rows of a batch are the masked tokens of captions. In generation, they are the rows that
+    predict the next words.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class CaptionHead(Head):
         label_smoothing: float = 0.0,
         compares_tokens: bool = False,
     ) -> None:
-        """Builds the layers of the head, with uninitialised parameters.
+        """Builds the head with uninitialised parameters.
 
         Args:
-            config: the model's sizes.
-            tensor: the tensor-parallel group; None is a group of this process alone.
-            label_smoothing: total probability that the labels give to all wrong words.
-            compares_tokens: whether the loss depends on the losses of all tokens of a step, as in `sum_best_tokens`.
-                The head then returns the loss of each token instead of their sum.
+            config: the model's configuration.
+            tensor: the tensor-parallel group; None for a group of this process alone.
+            label_smoothing: total probability of all wrong words in a smoothed label.
+            compares_tokens: True returns the loss of each token instead of the sum, for a loss that compares all tokens
+                of a step (`sum_best_tokens`).
         """
         super().__init__()
         self.compares_tokens = compares_tokens
@@ -56,23 +56,20 @@ class CaptionHead(Head):
 
     @property
     def word_table(self) -> VocabParallelHead:
-        """Returns the output layer, whose matrix may be shared with the word embedding."""
+        """Returns the output layer, which may share the word embedding matrix."""
         return self.mlm
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the sums of two terms, (2,) float32, or the logits of words.
+        """Returns two terms summed over masked tokens, (2,) float32, or the logits, (masked tokens, vocabulary).
 
         The first term is the loss, KL(smoothed label || prediction). The second term is the number of right
-        predictions, which has no gradient.
+        predictions, without gradient. If the head was built with `compares_tokens`, the terms are not summed:
+        `StepFeatures` contains `TOKEN_LOSSES` and `CORRECT`.
 
         Args:
-            h_MD: rows of the masked tokens, (masked tokens, hidden size).
-            batch: the packed micro-batch, with `TARGET_IDS` if `with_loss`.
-            with_loss: True returns the sums, False the logits.
-
-        Returns:
-            Without `with_loss`, the logits, (masked tokens, vocabulary). With `with_loss`, the sums over tokens, or, if
-            `compares_tokens`, `StepFeatures` with `TOKEN_LOSSES` and `CORRECT`.
+            h_MD: hidden states of the masked tokens, (masked tokens, hidden size).
+            batch: the packed micro-batch; needs `TARGET_IDS` if `with_loss`.
+            with_loss: True returns the terms, False the logits.
         """
         if not with_loss:
             return self.mlm.logits(h_MD)
@@ -83,19 +80,19 @@ class CaptionHead(Head):
 
 
 def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
-    """Returns a step's loss, summed without the tokens of largest loss, and its number of right predictions.
+    """Returns a step's loss without the tokens with the largest losses, and its right predictions, (2,) float32.
 
-    The reference drops these tokens late in training, because some captions do not fit their image. The reference
-    compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not
-    depend on the layout.
+    Some captions do not fit their images, so the reference drops these tokens late in training. The reference compares
+    the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not depend on
+    the layout of ranks.
 
     Args:
         features: losses of all tokens of a step.
-        dropped_share: share of the tokens to drop. The sum over the kept tokens is scaled, so that dividing it by the
-            number of all tokens gives the mean over the kept tokens.
+        dropped_share: share of the tokens to drop.
 
     Returns:
-        Both numbers, (2,) float32. The right predictions include those of dropped tokens.
+        The summed loss of the kept tokens, and the number of right predictions of all tokens. The sum is scaled:
+        divided by the number of all tokens, it is the mean over the kept tokens.
     """
     losses_M = features.rows[TOKEN_LOSSES]
     num_kept = int(len(losses_M) * (1 - dropped_share))

@@ -1,4 +1,4 @@
-"""Packs images with masked captions into one packed micro-batch."""
+"""Packs images with masked captions into one micro-batch."""
 
 # M masked tokens.
 
@@ -16,9 +16,9 @@ from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.samples import CaptionSample
 
 NUMBERS = "sample_numbers"
-"""Key in `PackedBatch.targets` of the index of each sample in its stream, (samples,) int64."""
+"""Key in `PackedBatch.targets`: index of each sample in the stream, (samples,) int64."""
 NUM_MASKED = "num_masked"
-"""Key in `PackedBatch.targets` of the number of masked tokens of each caption, (captions,) int64."""
+"""Key in `PackedBatch.targets`: number of masked tokens of each caption, (captions,) int64."""
 
 
 def pack(
@@ -28,14 +28,14 @@ def pack(
     model: ModelConfig,
     embeds: bool = True,
 ) -> PackedBatch:
-    """Packs images with captions; each word of a caption attends to the image and to the words before it.
+    """Packs images with captions; each word attends to the image and to the words before it.
 
     Args:
         samples: images with masked captions; may be empty.
-        drop_path: factors of stochastic depth, one row per sample, or None.
+        drop_path: factors of stochastic depth, (samples, layers, 2) float32; None without stochastic depth.
         sources: value of `PackedBatch.sources`.
-        model: the model's sizes.
-        embeds: whether the batch keeps the pixels.
+        model: the model's configuration.
+        embeds: whether to keep the pixels in the batch.
     """
     batch = pack_inputs(
         num_images=0,

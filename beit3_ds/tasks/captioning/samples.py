@@ -1,4 +1,4 @@
-"""Opens images with captions: in training each caption is one sample, in an evaluation each image is one sample."""
+"""Prepares images with captions: one sample per caption in training, one sample per image in an evaluation."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -25,16 +25,16 @@ CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CaptionSample:
-    """Holds an image, and its caption with some tokens masked."""
+    """Holds an image and its caption with some tokens masked."""
 
     name: str
-    """File and name of the sample, for messages."""
+    """File of the sample and the sample's name in the file, for messages."""
     number: int
-    """Index of the sample in its stream, from 0."""
+    """Index of the sample in the stream, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
-    """Token ids of the caption after masking, BOS and EOS included, (tokens,)."""
+    """Token ids of the caption after masking, with BOS and EOS, (tokens,)."""
     masked_positions: NDArray[np.int64]
     """Positions of the tokens to predict, ascending, (masked tokens,); empty if the image has no caption."""
     target_ids: NDArray[np.int64]
@@ -43,21 +43,21 @@ class CaptionSample:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSamples(CaptionedSamples):
-    """Prepares the images of one source with masked captions."""
+    """Prepares the images and masked captions of one source."""
 
     view: PairView
-    """Augments or resizes an image to the model's input."""
+    """Augments or resizes an image to the model's image size."""
     tokenizer: TextTokenizer
     """Converts captions to token ids."""
     length: int
-    """Maximum tokens per caption, BOS and EOS included; further tokens are cut off."""
+    """Maximum number of tokens per caption, with BOS and EOS; longer captions are cut off."""
     mask_ratio: float
-    """Share of a caption's tokens that are masked and predicted."""
+    """Share of a caption's tokens to mask and predict."""
     may_lack_caption: bool
-    """Whether an image without captions is a valid sample, as in a test split."""
+    """Whether images without captions are valid samples, as in a test split."""
 
     def prepare(self, index: int, key: SampleKey) -> CaptionSample:
-        """Reads sample `index` of the source; `key` seeds its augmentation and its mask.
+        """Reads sample `index` of the source, and masks its caption; `key` seeds the augmentation and the mask.
 
         Raises:
             BrokenRecordError: if the image or the caption cannot be read, or the caption has no tokens.
@@ -87,7 +87,7 @@ class CaptionSamples(CaptionedSamples):
 def build_stream(config: RunConfig, tokenizer: TextTokenizer, mask_ratio: float, split: Split) -> dict[str, Stream]:
     """Opens the images and captions of a split as the stream "pairs"; returns no stream for a split without sources.
 
-    Training images are augmented; images of other splits are resized without a crop.
+    Training images are augmented. Images of other splits are resized without cropping.
 
     Raises:
         ConfigError: if a file cannot be read, an image is missing, or a training or validation image has no captions.

@@ -1,6 +1,6 @@
-"""Computes metrics of captions with pycocoevalcap, an optional package that needs Java.
+"""Computes caption metrics with pycocoevalcap, an optional package that needs Java.
 
-A metric that cannot be computed is reported with the reason instead of a value of 0.
+A metric that cannot be computed is reported with the reason, not as 0.
 """
 
 import contextlib
@@ -16,36 +16,36 @@ from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError
 
 Identifier = int | str
-"""Identifier of an image in result files."""
+"""Image id in result files."""
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-"""Names of the official evaluation's metrics, in the official order."""
+"""Names of the official metrics, in the order of the official evaluation."""
 
 
 class CaptionScores(NamedTuple):
-    """Holds the metrics of the captions of a split."""
+    """Holds the metrics of a split's captions."""
 
     scores: dict[str, float]
-    """Value of each computed metric, in the range of the official code: CIDEr from 0 to 10, others from 0 to 1."""
+    """Value of each computed metric, by name: CIDEr from 0 to 10, the others from 0 to 1."""
     unavailable: dict[str, str]
-    """Reason for each metric that could not be computed."""
+    """Reason why a metric could not be computed, by metric name."""
 
 
 def score_captions(
     captions: Mapping[Identifier, str], references: Mapping[Identifier, Sequence[str]], *, official: bool = True
 ) -> CaptionScores:
-    """Scores one caption per image against its references, with the tokenizer of the official evaluation.
+    """Scores one caption per image against reference captions, with the tokenizer of the official evaluation.
 
-    Always computes `exact_match`, the share of captions that equal a reference up to case and white space, which needs
-    no package.
+    Always computes `exact_match`, which needs no package: the share of captions that equal a reference up to case and
+    white space.
 
     Args:
-        captions: caption of each image, by identifier.
-        references: captions that people wrote for the same images.
-        official: whether to compute the metrics of the official evaluation. False leaves them out of the result, also
-            out of `unavailable`.
+        captions: caption of each image, by image id.
+        references: captions that people wrote, by image id.
+        official: whether to compute the official metrics. With False, they are neither in `scores` nor in
+            `unavailable`.
 
     Raises:
-        ConfigError: if an image lacks a caption or references.
+        ConfigError: if an image has no caption or no references.
     """
     if captions.keys() != references.keys():
         odd = next(iter(captions.keys() ^ references.keys()))
@@ -68,7 +68,7 @@ def _plain(caption: str) -> str:
 
 
 def _missing_part() -> str:
-    """Returns a message about a missing package or program that all metrics need; empty if none is missing."""
+    """Returns a message if a package or program needed by all official metrics is missing; otherwise an empty string."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return "pycocoevalcap is not installed: pip install beit3_ds[captioning]"
     if shutil.which("java") is None:

@@ -25,46 +25,47 @@ from beit3_ds.tokenizers.text import TextTokenizer, load_text_tokenizer
 
 
 class DroppedTokens:
-    """Computes the loss of a step; from step `drop_after_steps` on, leaves out the tokens with the largest losses."""
+    """Computes the loss of a step; after `drop_after_steps` steps, leaves out the tokens with the largest losses."""
 
     def __init__(self, settings: CaptioningConfig) -> None:
         """Stores the settings, and sets the current step to 0."""
         self._settings, self._step = settings, 0
 
     def begin(self, step: int) -> None:
-        """Sets the current training step, counted from 0."""
+        """Sets the number of the current training step, from 0."""
         self._step = step
 
     def sums(self, features: StepFeatures) -> Tensor:
-        """Returns the summed loss and the number of right predictions of the step, (2,) float32 (`sum_best_tokens`)."""
+        """Returns the summed loss and the number of right predictions of a step, (2,) float32 (`sum_best_tokens`)."""
         is_dropping = self._step >= self._settings.drop_after_steps
         return sum_best_tokens(features, self._settings.dropped_share if is_dropping else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningRankTask(RankTask):
-    """Implements captioning on one rank, with its opened captions."""
+    """Captioning on one rank, with opened images and captions."""
 
     settings: CaptioningConfig
     """The task's settings."""
     dropped: DroppedTokens
-    """Computes the loss of a step. The trainer uses the same object (`Captioning.step_loss`)."""
+    """Computes the loss of a step; the same object as in `Captioning.step_loss`."""
     tokenizer: TextTokenizer
     """Converts captions to token ids and back."""
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Tells the loss the number of the step, because the loss drops tokens only after `drop_after_steps` steps."""
+        """Passes the step number to the loss, which drops no tokens in the first `drop_after_steps` steps."""
         self.dropped.begin(step)
 
     def resume(self, evaluator: Evaluator, done: int) -> None:
-        """Tells the loss the number of the last finished step."""
+        """Passes the number of the last finished step to the loss."""
         self.dropped.begin(done - 1)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Predicts the masked words of all captions of a split, and generates captions if `task.generation` says so.
+        """Predicts the masked words of all captions of a split; depending on `task.generation`, also generates
+        captions.
 
-        If the model's layout does not allow generation, it returns only the metrics of masked words, and the main rank
-        prints the reason.
+        If the layout of ranks does not allow generation, the main rank prints the reason, and only the metrics of
+        masked words are returned.
         """
         settings, search = self.settings, None
         if settings.generation == "always" or (settings.generation == "at_end" and folder is not None):
@@ -84,14 +85,14 @@ class CaptioningRankTask(RankTask):
 
 
 def build_search(settings: CaptioningConfig) -> BeamSearch:
-    """Builds the beam search from the settings."""
+    """Builds the beam search from the task's settings."""
     return BeamSearch(
         num_beams=settings.num_beams, length_penalty=settings.length_penalty, max_length=settings.max_length
     )
 
 
 class Captioning(Task):
-    """Trains the model to predict masked words of a caption from the image and the words before them."""
+    """Captioning: predicts masked words of a caption from the image and the words before them (paper section 3.1)."""
 
     Settings = CaptioningConfig
     settings: CaptioningConfig
@@ -105,10 +106,10 @@ class Captioning(Task):
     )
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks the settings of the task against the model's sizes.
+        """Checks the task's settings against the model's configuration.
 
         Raises:
-            ConfigError: if the model has too few text positions to generate captions of `task.max_length`.
+            ConfigError: if the model has too few text positions to generate captions of `task.max_length` tokens.
         """
         super().__init__(config)
         settings, longest = self.settings, config.model.max_text_length
@@ -120,7 +121,7 @@ class Captioning(Task):
         self._dropped = DroppedTokens(settings)
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
-        """Builds the head that predicts words, with uninitialised parameters."""
+        """Builds the captioning head with uninitialised parameters."""
         settings = self.settings
         return CaptionHead(
             model, tensor, label_smoothing=settings.label_smoothing, compares_tokens=settings.dropped_share > 0
@@ -128,11 +129,15 @@ class Captioning(Task):
 
     @property
     def step_loss(self) -> StepLoss | None:
-        """Returns the loss that drops the tokens with the largest losses; None if `task.dropped_share` is 0."""
+        """Returns the loss function that drops tokens with large losses; None if `task.dropped_share` is 0."""
         return self._dropped.sums if self.settings.dropped_share else None
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of the head's forward pass over `term_counts[0]` masked words."""
+        """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
+
+        Args:
+            term_counts: number of masked words, for each term.
+        """
         return 2 * term_counts[0] * self.config.model.hidden_size * self.config.model.text_vocab_size
 
     def expected_head_flops(self) -> float:
@@ -142,7 +147,7 @@ class Captioning(Task):
         return 3 * self.head_flops((masked, 0))
 
     def open(self, share: RankShare) -> CaptioningRankTask:
-        """Opens the tokenizer and the captions that a rank reads.
+        """Opens the tokenizer, and the images and captions that a rank reads.
 
         Raises:
             ConfigError: if a file cannot be read or does not fit the model.

@@ -1,4 +1,4 @@
-"""Answers questions about images (VQAv2; paper section 3.1)."""
+"""Implements visual question answering, which answers questions about images (VQAv2; paper section 3.1)."""
 
 from beit3_ds.tasks.vqa.task import TASK
 

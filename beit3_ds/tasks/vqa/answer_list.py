@@ -1,4 +1,4 @@
-"""Determines a run's list of possible answers, and checks that its weights were trained with the same list."""
+"""Determines the list of possible answers of a run, and checks that the weights were trained with this list."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +10,15 @@ from beit3_ds.tasks.vqa.config import VqaConfig
 from beit3_ds.tasks.vqa.files import VqaQuestions
 
 ANSWERS_FILE = "answers.jsonl"
-"""Name of the file with the list of answers, in the output folder of a run."""
+"""Name of the answer list in the output folder of a run."""
 
 
 def read_stored_answers(described: Mapping[str, Any] | None) -> AnswerVocabulary | None:
-    """Returns the list of answers in a task description stored with weights; None if it has no list."""
+    """Returns the answer list in the task description of stored weights; None if it contains none.
+
+    Args:
+        described: result of `Vqa.describe` in the run that trained the weights; None if unknown.
+    """
     answers = (described or {}).get("answers")
     return AnswerVocabulary(answers) if answers else None
 
@@ -25,19 +29,19 @@ def choose_answers(
     stored: AnswerVocabulary | None,
     where: str,
 ) -> AnswerVocabulary:
-    """Returns the list of answers of a run or an evaluation.
+    """Returns the answer list of a run or an evaluation.
 
-    The list comes from the file `task.answer_list`, or else from the training answers, or else from the weights.
+    The list comes from the first available of: the file `task.answer_list`, the training answers, the weights.
 
     Args:
         settings: the task's settings.
-        training: questions of the training split; empty for an evaluation.
-        stored: list stored with the weights that the run starts from or evaluates; None if they have no list.
-        where: name of these weights, for messages.
+        training: questions of the training split; empty in an evaluation.
+        stored: answer list of the loaded weights; None if they have none.
+        where: name of the loaded weights, for messages.
 
     Raises:
-        ConfigError: if there is no list, its length is not `task.num_answers`, or it differs from the list stored with
-            the weights.
+        ConfigError: if there is no list, it does not have `task.num_answers` answers, or it differs from the list of
+            the loaded weights.
     """
     if settings.answer_list:
         found, origin = AnswerVocabulary.load(Path(settings.answer_list)), f"task.answer_list={settings.answer_list}"
@@ -67,7 +71,7 @@ def choose_answers(
 
 
 def keep_answers(folder: Path, answers: AnswerVocabulary) -> None:
-    """Writes the list of answers into a run's output folder, unless the folder has the same list already.
+    """Writes the answer list to a run's output folder; a folder with checkpoints must already have the same list.
 
     Raises:
         ConfigError: if the folder has checkpoints of a run with another list, or cannot be written.

@@ -1,4 +1,4 @@
-"""Normalises answers to questions, builds the list of a model's possible answers, and computes soft scores."""
+"""Normalises answers to questions, builds the list of possible answers, and computes soft scores."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.tasks.vqa.contractions import CONTRACTIONS
 
 MIN_OCCURRENCES = 9
-"""Default of `task.min_answer_occurrences`: listed answers are the main answer to at least this number of questions.
+"""Default of `task.min_answer_occurrences`: minimum number of training questions with a listed answer as main answer.
 
 With this value, VQAv2's training and validation splits give the usual list of 3,129 answers.
 """
@@ -30,14 +30,14 @@ _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "fou
 
 
 def strip_answer(answer: str) -> str:
-    """Returns an answer with line breaks and tabs replaced by spaces, and without white space around it."""
+    """Replaces line breaks and tabs in an answer by spaces, and strips white space at both ends."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalize_answer(answer: str) -> str:
-    """Returns the normal form in which the official evaluator compares answers.
+    """Returns an answer in normal form; the official evaluator compares answers in this form.
 
-    Removes punctuation, articles and capitals, adds apostrophes that contractions lack, and writes number words up to
+    Removes punctuation, articles and capitals, adds missing apostrophes to contractions, and writes number words up to
     ten as digits. For example, "The two dogs." becomes "2 dogs".
     """
     answer = strip_answer(answer)
@@ -54,10 +54,9 @@ def normalize_answer(answer: str) -> str:
 def accuracy_of_share(num_matches: int, num_answers: int) -> float:
     """Returns the accuracy, from 0 to 1, of an answer that `num_matches` of `num_answers` people gave.
 
-    The official accuracy is defined for ten people (Antol et al., 2015, arXiv:1505.00468): the mean of
-    min(1, matches / 3) over the ten ways to leave one person out. Its values are 0, .3, .6, .9 and 1. For another
-    number of people, the number of matches is first scaled to ten people; the only answer of one person then gives 1.
-    The official files always have ten.
+    The official accuracy is defined for ten people (Antol et al., 2015, arXiv:1505.00468). It is the mean of min(1,
+    matches / 3) over the ten subsets of nine people; possible values are 0, .3, .6, .9 and 1. For another number of
+    people, `num_matches` is first scaled to ten people. An answer of a single person therefore gives 1.
 
     Raises:
         ConfigError: if there are no answers.
@@ -70,21 +69,24 @@ def accuracy_of_share(num_matches: int, num_answers: int) -> float:
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Returns the accuracy of each answer that people gave, by the answer's normal form; used as training targets."""
+    """Returns the accuracy of each answer that people gave, by answer in normal form; used as training targets."""
     counts = Counter(map(normalize_answer, answers))
     return {answer: accuracy_of_share(count, len(answers)) for answer, count in counts.items()}
 
 
 def main_answer(answers: Sequence[str]) -> str:
-    """Returns the most frequent answer in normal form; among equally frequent answers, the first one."""
+    """Returns the most frequent answer in normal form; of equally frequent answers, the first."""
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
 class AnswerVocabulary:
-    """Holds the answers that a model chooses from; the label of an answer is its index in the list."""
+    """List of possible answers of a model; the label of an answer is its index in the list."""
 
     def __init__(self, answers: Iterable[str]) -> None:
-        """Stores the answers; the label of an answer is its index in `answers`.
+        """Stores and checks the answers.
+
+        Args:
+            answers: the answers, in the order of their labels.
 
         Raises:
             ConfigError: if an answer occurs twice or is not in normal form (`normalize_answer`).
@@ -109,24 +111,24 @@ class AnswerVocabulary:
 
     @cached_property
     def labels(self) -> Mapping[str, int]:
-        """Returns the label of each answer."""
+        """Returns the label of each answer, by answer."""
         return {answer: label for label, answer in enumerate(self.answers)}
 
     def digest(self) -> str:
-        """Returns a digest of the answers and their order, 16 hexadecimal digits."""
+        """Returns 16 hexadecimal digits of a hash of the answers, in the order of the labels."""
         return hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()[:16]
 
     def targets(self, answers: Sequence[str]) -> dict[int, float]:
-        """Returns the soft scores of people's answers by label; leaves out answers that are not in the list."""
+        """Returns the soft score of each answer of people, by label; leaves out answers that are not in the list."""
         return {self.labels[answer]: score for answer, score in soft_scores(answers).items() if answer in self.labels}
 
     @classmethod
     def build(cls, main_answers: Iterable[str], min_occurrences: int = MIN_OCCURRENCES) -> "AnswerVocabulary":
-        """Collects the answers that occur often enough, in the order of their first occurrence.
+        """Builds the list of frequent answers, in the order of their first occurrence.
 
         Args:
-            main_answers: the main answer of every training question (`multiple_choice_answer` in the official files).
-            min_occurrences: an answer is listed if it is the main answer to at least this number of questions.
+            main_answers: main answer of every training question (`multiple_choice_answer` in the official files).
+            min_occurrences: minimum number of questions with the answer as main answer.
 
         Raises:
             ConfigError: if no answer occurs often enough.
@@ -141,14 +143,14 @@ class AnswerVocabulary:
         return cls(answers)
 
     def save(self, path: Path) -> None:
-        """Writes one JSON object with `answer` and `label` per line, the format of BEiT-3's released list."""
+        """Writes one JSON object per line with the keys `answer` and `label`, like the reference's `answer2label.txt`."""
         with atomic_write(path) as file:
             for label, answer in enumerate(self.answers):
                 file.write(json.dumps({"answer": answer, "label": label}).encode() + b"\n")
 
     @classmethod
     def load(cls, path: Path) -> "AnswerVocabulary":
-        """Reads a list of answers: one JSON object with `answer` and `label` per line.
+        """Reads an answer list with one JSON object per line; the keys are `answer` and `label`.
 
         Raises:
             ConfigError: if the file cannot be read or a line has another format; the message names the line.

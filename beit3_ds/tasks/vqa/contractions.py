@@ -1,7 +1,7 @@
-"""Lists the contractions to which the official VQA evaluator adds a missing apostrophe.
+"""Lists contractions for which the official VQA evaluator adds a missing apostrophe.
 
-The entries are those of the evaluator's authors (Antol et al., 2015, arXiv:1505.00468), including the odd ones, because
-scores must agree. Entries with capitals are left out: words are compared in lower case, so these entries never match.
+The entries are copied from the evaluator (Antol et al., 2015, arXiv:1505.00468), including odd ones, because scores
+must agree. Entries with capitals are left out: words are compared in lower case, so these entries never match.
 """
 
 CONTRACTIONS = {
@@ -33,4 +33,4 @@ CONTRACTIONS = {
     **{"youd": "you'd", "youd've": "you'd've", "you'dve": "you'd've", "youll": "you'll", "youre": "you're"},
     **{"youve": "you've"},
 }
-"""Maps each word without its apostrophe, such as `dont`, to the contraction, such as `don't`."""
+"""Contraction of each word without apostrophe, such as `don't` for `dont`."""

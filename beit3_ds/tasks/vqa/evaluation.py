@@ -1,4 +1,4 @@
-"""Answers all questions of a split, scores the answers, and writes result files and a page."""
+"""Answers all questions of a split, computes metrics, and writes result files and a page."""
 
 # P pairs, A answers.
 
@@ -23,16 +23,16 @@ from beit3_ds.tasks.vqa.samples import VqaSamples
 from beit3_ds.tasks.vqa.score import ScoredQuestion, question_accuracy, score_questions
 
 SUBMISSION, RESULTS, PAGE = "submission.json", "results.json", "answers.html"
-"""Names of an evaluation's files: answers in the official format, metrics with all answers, and a page to read."""
+"""Names of the result files: answers in the official format, metrics with all answers, and an HTML page."""
 
 
 def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
     """Answers every question of a split; all ranks must call it.
 
     Returns:
-        On the main rank, three values per question: the label of the model's answer (`answer`), the binary cross
-        entropy summed over all answers (`loss`), and the target score of the model's answer (`score`). None on other
-        ranks.
+        Results per question on the main rank; None on other ranks. The results are the label of the model's answer
+        (`answer`), the binary cross entropy summed over all possible answers (`loss`), and the target score of the
+        model's answer (`score`).
     """
     results = SampleResults()
     for batch, logits_PA in evaluator.predict(evaluator.batches(split)):
@@ -47,18 +47,18 @@ def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
 
 
 class AnsweredSplit:
-    """Joins the questions of a split with the model's answers, on the main rank.
+    """Combines the questions of a split with the model's answers, on the main rank.
 
-    Methods name a question by its `place`: its index among the answered questions, from 0.
+    The argument `place` of the methods is the index of a question among the answered questions, from 0.
     """
 
     def __init__(self, batches: EvaluationBatches, results: GatheredResults, vocabulary: AnswerVocabulary) -> None:
-        """Stores the questions' source, the results and the list of answers.
+        """Stores the samples, the gathered results and the answer list.
 
         Args:
-            batches: the split's samples.
+            batches: samples of the split.
             results: result of `answer_split`.
-            vocabulary: the answers by label.
+            vocabulary: the answer list.
         """
         self._sources = batches.streams["pairs"].sources
         self._numbers = results.numbers.tolist()
@@ -72,24 +72,24 @@ class AnsweredSplit:
 
     @property
     def has_people(self) -> bool:
-        """Returns whether all questions have answers of people."""
+        """Returns whether all questions have answers that people gave."""
         return all(samples.questions.has_answers for samples in self._questions())
 
     def locate(self, place: int) -> tuple[VqaQuestions, int]:
-        """Returns the source of answered question number `place`, and the question's index in this source."""
+        """Returns the source of question number `place`, and the index of the question in this source."""
         samples, index = self._sources.locate(self._numbers[place])
         assert isinstance(samples, VqaSamples)
         return samples.questions, index
 
     def identifier(self, place: int) -> int | str:
-        """Returns the identifier of answered question number `place`."""
+        """Returns the id of question number `place`."""
         questions, index = self.locate(place)
         return questions.identifier(index)
 
     def metrics(self) -> dict[str, float]:
         """Returns the official accuracies in percent, and the means of the loss and of the target scores.
 
-        Returns an empty dictionary if a source lacks people's answers.
+        Returns an empty dictionary if a source has no answers of people.
         """
         if not self.has_people or not len(self):
             return {}
@@ -99,7 +99,9 @@ class AnsweredSplit:
         return found | score_questions(scored)
 
     def accuracy(self, place: int) -> float | None:
-        """Returns the official accuracy of answer number `place`, from 0 to 1; None without answers of people."""
+        """Returns the official accuracy of the answer to question number `place`, from 0 to 1; None without answers of
+        people.
+        """
         questions, index = self.locate(place)
         return question_accuracy(questions.answers(index), self.answers[place]) if questions.has_answers else None
 

@@ -1,4 +1,4 @@
-"""Reads the published files of VQAv2 and of Visual Genome's questions, and custom questions in JSON lines.
+"""Reads questions about images: VQAv2, Visual Genome, and custom questions in JSON lines.
 
 | format | questions | answers | image of a question |
 |---|---|---|---|
@@ -28,9 +28,9 @@ _ANNOTATIONS_FORM = "an object with 'annotations' (question_id, multiple_choice_
 
 
 class VqaQuestions(CollectedAnnotations):
-    """Holds questions about images, with people's answers if the split has them.
+    """Questions about images, with answers that people gave if the split has answers.
 
-    Each question is one sample, and `caption` returns its text. A question takes about 200 bytes in addition to its
+    Each question is one sample, and `caption` returns its text. A question takes about 200 bytes of memory besides its
     text.
     """
 
@@ -38,9 +38,9 @@ class VqaQuestions(CollectedAnnotations):
         """Creates an empty collection of questions.
 
         Args:
-            questions: path of the file of questions.
+            questions: path of the questions file.
             folder: folder of the images.
-            further_files: paths of the other files that the samples come from, which `files` also yields.
+            further_files: paths of other files with data of the samples; `files` also yields these.
         """
         super().__init__(questions, folder)
         self._further_files = further_files
@@ -53,8 +53,8 @@ class VqaQuestions(CollectedAnnotations):
         """Adds a question without answers.
 
         Args:
-            identifier: number or text that names the question in results.
-            image_number: number that `add_image` returned for its image, or `NO_IMAGE`.
+            identifier: id of the question in results.
+            image_number: number of the question's image, as returned by `add_image`; or `NO_IMAGE`.
             question: text of the question.
             line: line number of the question in its file, for messages; None if the file has no lines.
         """
@@ -65,8 +65,8 @@ class VqaQuestions(CollectedAnnotations):
         """Adds the answers to the first question that has none yet.
 
         Args:
-            answers: answers of people; ten in the official files.
-            main: main answer according to the file; if empty, the most frequent answer becomes the main answer.
+            answers: answers that people gave; ten in the official files.
+            main: main answer in the file; if empty, the most frequent answer becomes the main answer.
             question_type: type of the question, such as "what color"; empty if unknown.
             answer_type: type of the answer, such as "yes/no"; empty if unknown.
         """
@@ -79,7 +79,7 @@ class VqaQuestions(CollectedAnnotations):
         self._sample_types.append(self._type_numbers[types])
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the name, size in bytes and number of samples of the file of questions, then of the further files.
+        """Yields the name, size in bytes and number of samples of the questions file, then of the other files.
 
         Raises:
             ConfigError: if a file no longer exists.
@@ -89,25 +89,25 @@ class VqaQuestions(CollectedAnnotations):
             yield SourceFile(os.path.basename(path), num_bytes, 0)
 
     def identifier(self, index: int) -> int | str:
-        """Returns the question's identifier in its file; JSON lines without identifiers are numbered from 0."""
+        """Returns the id of a question in its file; JSON lines without ids are numbered from 0."""
         identifier: int | str = json.loads(self._identifiers[index])
         return identifier
 
     @property
     def num_answered(self) -> int:
-        """Returns the number of questions that have answers; these are the first questions."""
+        """Returns the number of questions with answers; these are the first questions of the collection."""
         return len(self._answers)
 
     @property
     def has_answers(self) -> bool:
-        """Returns whether all questions have answers; those of a test split have none."""
+        """Returns whether all questions have answers; questions of a test split have none."""
         return self.num_answered == len(self)
 
     def answers(self, index: int) -> list[str]:
-        """Returns the answers of people to a question.
+        """Returns the answers that people gave to a question.
 
         Raises:
-            ConfigError: if the split has no answers.
+            ConfigError: if a question of the collection has no answers.
         """
         self.check_has_answers()
         answers: list[str] = json.loads(self._answers[index])
@@ -118,10 +118,10 @@ class VqaQuestions(CollectedAnnotations):
         return self._types[self._sample_types[index]] if index < len(self._sample_types) else ("", "")
 
     def main_answers(self) -> Iterator[str]:
-        """Yields the main answer to every question, from which the list of answers is built.
+        """Yields the main answer to every question, for building the answer list.
 
         Raises:
-            ConfigError: if the split has no answers.
+            ConfigError: if a question of the collection has no answers.
         """
         self.check_has_answers()
         return (self._main_answers[index] for index in range(len(self)))
@@ -130,7 +130,7 @@ class VqaQuestions(CollectedAnnotations):
         """Checks that all questions have answers.
 
         Raises:
-            ConfigError: if a question has no answers; the message names the file of the questions.
+            ConfigError: if a question has no answers; the message names the questions file.
         """
         if not self.has_answers:
             raise ConfigError(
@@ -140,19 +140,18 @@ class VqaQuestions(CollectedAnnotations):
 
 
 def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -> VqaQuestions:
-    """Reads VQAv2 (Goyal et al., 2017, arXiv:1612.00837): one sample per question, in the order of the file.
+    """Reads a split of VQAv2 (Goyal et al., 2017, arXiv:1612.00837): one sample per question, in the order of the file.
 
     Args:
-        questions: official file of questions.
-        annotations: official file of answers; empty for a test split, which has none.
-        images: folder of the images. If that folder has the name of the split, such as `val2014`, its parent folder is
-            accepted too.
-        split: split in the names of the images, such as `val2014`; if empty, the value `data_subtype` in the file of
-            questions.
+        questions: path of the official questions file.
+        annotations: path of the official answers file; empty for a test split, which has no answers.
+        images: folder of the images, such as `val2014`, or the parent folder of `val2014`.
+        split: split in the names of the images, such as `val2014`; if empty, `data_subtype` in the questions file is
+            used.
 
     Raises:
-        ConfigError: if a file cannot be read or does not have the official form, a question occurs twice, a question
-            has no entry in `annotations`, or answers belong to no question; the message names the entry.
+        ConfigError: if a file cannot be read or does not have the official form, a question occurs twice, or the two
+            files have different questions; the message names the entry.
     """
     split = split or _split_of(questions)
     prefix = f"{split}/" if os.path.isdir(os.path.join(images, split)) else ""
@@ -172,7 +171,9 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
 
 
 def _split_of(questions: str) -> str:
-    """Returns the split that the names of the images contain; for questions of `test-dev2015` it is `test2015`."""
+    """Returns the split in the names of the images, from the questions file; questions of `test-dev2015` give
+    `test2015`.
+    """
     with reading_as(questions, _QUESTIONS_FORM):
         split = read_json_members(questions, "data_subtype").get("data_subtype")
     if not split or not isinstance(split, str):
@@ -213,17 +214,18 @@ def _add_annotations(samples: VqaQuestions, annotations: str, places: dict[objec
 
 
 def _one(texts: dict[str, str], text: object) -> str:
-    """Returns one shared string for all equal texts, to save memory."""
+    """Returns one shared string object for equal texts, to save memory."""
     return texts.setdefault(str(text), str(text))
 
 
 def read_visual_genome_questions(question_answers: str, image_data: str, folder: str) -> VqaQuestions:
-    """Reads the questions of Visual Genome (Krishna et al., 2017, arXiv:1602.07332), each with one answer.
+    """Reads the questions of Visual Genome (Krishna et al., 2017, arXiv:1602.07332); each question has one answer.
 
     Args:
-        question_answers: JSON list of images (`id`, `qas`: a list of `qa_id`, `question`, `answer`).
-        image_data: JSON list of images (`image_id`, `url`).
-        folder: folder that contains the image folders `VG_100K` and `VG_100K_2`.
+        question_answers: path of a JSON list of images with the keys `id` and `qas`. `qas` is a list of questions with
+            the keys `qa_id`, `question` and `answer`.
+        image_data: path of a JSON list of images with the keys `image_id` and `url`.
+        folder: folder with the image folders `VG_100K` and `VG_100K_2`.
 
     Raises:
         ConfigError: if a file cannot be read or does not have Visual Genome's form, or a question occurs twice.
@@ -245,17 +247,17 @@ def read_visual_genome_questions(question_answers: str, image_data: str, folder:
 
 
 def read_vqa_lines(path: str, folder: str) -> VqaQuestions:
-    """Reads questions from JSON lines.
+    """Reads questions about images from JSON lines.
 
     Args:
-        path: file with one object per line. Its keys are `question`, `image` (path in the folder), and optionally `id`,
-            `question_type` and `answer_type`. Either all lines or none have `answers` (a list of texts) or `answer`
-            (one text).
+        path: file with one JSON object per line. The keys are `question`, `image` (path in the folder), and optionally
+            `id`, `question_type` and `answer_type`. Either all lines or no lines have `answers` (a list of strings) or
+            `answer` (one string).
         folder: folder of the images.
 
     Raises:
-        ConfigError: if the file cannot be read, a key is missing or invalid, an id occurs twice, or only some questions
-            have answers; the message names the line.
+        ConfigError: if the file cannot be read, a line lacks a key or has an invalid value, an id occurs twice, or only
+            some questions have answers; the message names the line.
     """
     samples = VqaQuestions(path, folder)
     places: dict[object, int] = {}
@@ -280,7 +282,7 @@ def read_vqa_lines(path: str, folder: str) -> VqaQuestions:
 
 
 def _answers_of_line(line: Mapping[str, Any], where: str) -> list[str] | None:
-    """Returns the answers of a line; None if the line has no answers."""
+    """Returns the answers in a line; None if the line has no answers."""
     answers = line.get("answers", [line["answer"]] if "answer" in line else None)
     if answers is None:
         return None
@@ -293,7 +295,7 @@ def _answers_of_line(line: Mapping[str, Any], where: str) -> list[str] | None:
 
 
 def _check_new(places: dict[object, int], identifier: object, number: int, where: str) -> None:
-    """Stores where an identifier occurs; raises `ConfigError` if the identifier is repeated, or neither int nor str."""
+    """Stores where an id occurs; raises `ConfigError` if the id is repeated, or is neither int nor str."""
     if not isinstance(identifier, int | str):
         raise ConfigError(f"vqa: {where}: the id {identifier!r} is neither a number nor a text.")
     if identifier in places:

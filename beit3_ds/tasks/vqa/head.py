@@ -1,4 +1,4 @@
-"""Defines the head that scores answers to a question about an image, as the reference's VQAv2 model does."""
+"""Defines a head that scores answers to a question about an image, like the reference's VQAv2 model."""
 
 # P pairs, D hidden, A answers.
 
@@ -14,11 +14,11 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 ANSWER_SCORES = "answer_scores"
-"""Key in `PackedBatch.targets` of the target scores of answers, (questions, answers) float32 in [0, 1]."""
+"""Key in `PackedBatch.targets`: target score of each answer, (questions, answers) float32 in [0, 1]."""
 
 
 class Pooler(nn.Module):
-    """Applies LayerNorm, a linear layer and tanh to the CLS row of an image."""
+    """Applies LayerNorm, a linear layer and tanh to CLS rows."""
 
     def __init__(self, hidden_size: int, epsilon: float) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, h_PD: Tensor) -> Tensor:
-        """Returns the pooled features of CLS rows, (questions, hidden size)."""
+        """Returns the pooled features of CLS rows, (questions, hidden size) -> (questions, hidden size)."""
         pooled_PD: Tensor = self.dense(self.norm(h_PD)).tanh()
         return pooled_PD
 
@@ -35,17 +35,17 @@ class AnswerHead(Head):
     """Scores every answer from the image's CLS row, which has attended to the question (paper section 3.1).
 
     The layers are a pooler, a linear layer to 2 times the hidden size, LayerNorm, GELU, and a linear layer to the
-    answers. Every tensor-parallel rank has the whole head and computes the same scores. The batch's head rows are the
-    CLS rows of its pairs (`SequenceLayout.first_rows`).
+    answers. The head rows of a batch are the CLS rows of its pairs (`SequenceLayout.first_rows`). Parameters are
+    replicated on all tensor-parallel ranks, which compute equal scores.
     """
 
     def __init__(self, config: ModelConfig, num_answers: int, tensor: TensorParallel | None = None) -> None:
-        """Builds the layers of the head, with uninitialised parameters.
+        """Builds the head with uninitialised parameters.
 
         Args:
-            config: the model's sizes.
-            num_answers: number of answers in the list.
-            tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
+            config: the model's configuration.
+            num_answers: number of answers in the answer list.
+            tensor: the tensor-parallel group; unused, because the parameters are replicated.
         """
         super().__init__()
         width = 2 * config.hidden_size
@@ -55,18 +55,15 @@ class AnswerHead(Head):
         self.answers = nn.Linear(width, num_answers)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the sums of two terms, (2,) float32, or the logits of the answers.
+        """Returns two terms summed over questions, (2,) float32, or the logits, (questions, answers) float32.
 
         The first term is the binary cross entropy with soft targets, summed over answers. The second term is the target
-        score of the answer with the largest logit; it has no gradient.
+        score of the answer with the largest logit, without gradient.
 
         Args:
-            h_MD: the CLS row of the image of every pair, (questions, hidden size).
-            batch: the packed micro-batch, with `ANSWER_SCORES` if `with_loss`.
-            with_loss: True returns the sums, False the logits.
-
-        Returns:
-            The sums over questions, or the logits, (questions, answers) float32.
+            h_MD: CLS row of each pair's image, (questions, hidden size).
+            batch: the packed micro-batch; needs `ANSWER_SCORES` if `with_loss`.
+            with_loss: True returns the terms, False the logits.
         """
         hidden_P = self.hidden_norm(self.dense(self.pooler(h_MD)))
         logits_PA = self.answers(F.gelu(hidden_P)).float()

@@ -1,4 +1,4 @@
-"""Packs questions about images into one packed micro-batch."""
+"""Packs questions about images into one micro-batch."""
 
 # P pairs, A answers.
 
@@ -16,7 +16,7 @@ from beit3_ds.tasks.vqa.head import ANSWER_SCORES
 from beit3_ds.tasks.vqa.samples import VqaSample
 
 QUESTION_NUMBERS = "question_numbers"
-"""Key in `PackedBatch.targets` of the index of each question in its stream, (questions,) int64."""
+"""Key in `PackedBatch.targets`: index of each question in the stream, (questions,) int64."""
 
 _IMAGES_OF_PAIRS = next(i for i, part in enumerate(PARTS) if part.modality == "vision" and part.fused_expert)
 
@@ -31,16 +31,16 @@ def pack(
     embeds: bool,
     predicts: bool,
 ) -> PackedBatch:
-    """Packs each question with its image as one pair.
+    """Packs each question with its image as one image-text pair.
 
     Args:
-        samples: the questions with their images; may be empty.
+        samples: questions with images; may be empty.
         drop_path: value of `PackedBatch.drop_path`.
         sources: value of `PackedBatch.sources`.
-        model: sizes of the model.
-        num_answers: number of answers in the list.
-        embeds: whether this pipeline stage needs the images.
-        predicts: whether this pipeline stage needs the target scores.
+        model: the model's configuration.
+        num_answers: number of answers in the answer list.
+        embeds: whether to keep the pixels in the batch.
+        predicts: whether to keep the target scores in the batch.
     """
     batch = pack_inputs(
         num_images=0,

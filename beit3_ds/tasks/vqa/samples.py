@@ -1,4 +1,4 @@
-"""Opens questions about images, and prepares each as one image-text pair with target scores."""
+"""Opens questions about images, and prepares each question as one image-text pair with target scores."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ from beit3_ds.tasks.vqa.files import VqaQuestions, read_visual_genome_questions,
 from beit3_ds.tokenizers.text import TextTokenizer
 
 FORMATS = ("vqav2", "visual_genome_questions", "vqa_lines")
-"""Names of the source formats that this task reads: VQAv2, Visual Genome and JSON lines (`tasks/vqa/files.py`)."""
+"""Names of the source formats of this task: VQAv2, Visual Genome and JSON lines (`tasks/vqa/files.py`)."""
 
 
 class VqaSample(NamedTuple):
-    """Holds a tokenized question, its image, and the target scores of the answers."""
+    """Holds a tokenized question, its image, and the target score of each answer."""
 
     name: str
-    """File and number of the question, for messages."""
+    """File of the question and the question's number in the file, for messages."""
     number: int
-    """Index of the question in its stream, from 0."""
+    """Index of the question in the stream, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
-    """Token ids of the question, BOS and EOS included."""
+    """Token ids of the question, with BOS and EOS, (tokens,)."""
     scores: Tensor
-    """Target score of each answer, (answers,) float32; all zero if the question has no answers of people."""
+    """Target score of each answer, (answers,) float32; all zero if people gave no answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +46,15 @@ class VqaSamples:
     is_last_open: ClassVar[bool] = False
 
     questions: VqaQuestions
-    """Questions of the source, with people's answers if the split has them."""
+    """Questions of the source, with answers of people if the split has answers."""
     vocabulary: AnswerVocabulary
-    """Answers among which the model chooses."""
+    """List of possible answers of the model."""
     view: PairView
-    """Augments or resizes an image to the model's input."""
+    """Augments or resizes an image to the model's image size."""
     tokenizer: TextTokenizer
     """Converts questions to token ids."""
     length: int
-    """Largest number of tokens of a question, BOS and EOS included; further tokens are cut off."""
+    """Maximum number of tokens per question, with BOS and EOS; longer questions are cut off."""
 
     def __len__(self) -> int:
         """Returns the number of questions."""
@@ -65,19 +65,19 @@ class VqaSamples:
         return self.questions.files()
 
     def image_files(self) -> Iterable[str]:
-        """Returns the paths of all images that the questions name."""
+        """Returns the paths of the images of all questions."""
         return self.questions.image_files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the identifier of a question as bytes; a resumed run recognises the question by this identifier."""
+        """Returns the question's id as bytes; a resumed run recognises questions by these bytes."""
         return str(self.questions.identifier(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
-        """Returns the file and the number of a question, for messages."""
+        """Returns the question's file and the question's number in the file, for messages."""
         return self.questions.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of entries that were left out, and an example, by reason."""
+        """Returns the skipped entries of the source by reason: the number and an example."""
         return self.questions.skipped
 
     def prepare(self, index: int, key: SampleKey) -> VqaSample:
@@ -104,7 +104,7 @@ class VqaSamples:
 
 
 def open_questions(source: SourceConfig) -> VqaQuestions:
-    """Opens a source of questions and checks its entries before training starts.
+    """Opens a source of questions, and checks all entries and that all images exist.
 
     Raises:
         ConfigError: if a file cannot be read, an image is missing, or a question is empty; the message names the file
@@ -132,7 +132,7 @@ def open_questions(source: SourceConfig) -> VqaQuestions:
 def build_stream(
     config: RunConfig, opened: list[VqaQuestions], vocabulary: AnswerVocabulary, tokenizer: TextTokenizer, split: Split
 ) -> Stream:
-    """Builds the stream of a split from the opened questions of its sources."""
+    """Builds the stream of a split from the opened sources of questions."""
     view = build_pair_view(config, split)
     return Stream(
         ConcatSources(
@@ -154,8 +154,8 @@ def open_split(config: RunConfig, split: Split) -> list[VqaQuestions]:
     """Opens the questions of all sources of a split.
 
     Raises:
-        ConfigError: if `open_questions` raises it, if a training or validation question has no answers, or if two
-            sources of a validation or test split have a question with the same id.
+        ConfigError: if a source is invalid (`open_questions`), a training or validation question has no answers, or two
+            sources of a validation or test split share a question id.
     """
     sources = getattr(config.data.pairs, split)
     check_no_file_twice(sources)

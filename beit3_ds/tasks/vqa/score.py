@@ -1,4 +1,4 @@
-"""Computes the accuracy of answers as the official VQA evaluator computes it."""
+"""Computes the accuracy of answers like the official VQA evaluator (Antol et al., 2015, arXiv:1505.00468)."""
 
 import math
 from collections import defaultdict
@@ -9,26 +9,26 @@ from beit3_ds.tasks.vqa.answers import accuracy_of_share, normalize_answer, stri
 
 
 class ScoredQuestion(NamedTuple):
-    """Holds people's answers to a question, and the model's answer."""
+    """Holds the answers that people gave to a question, and the model's answer."""
 
     answers: Sequence[str]
     """Answers that people gave; ten in the official files."""
     prediction: str
     """Answer of the model."""
     question_type: str = ""
-    """Type of the question: in the official files its first words, such as `what color is the`; empty if unknown."""
+    """Type of the question: in the official files, its first words, such as `what color is the`; empty if unknown."""
     answer_type: str = ""
-    """Type of the answer: `yes/no`, `number` or `other` in the official files; empty if unknown."""
+    """Type of the answer: in the official files, `yes/no`, `number` or `other`; empty if unknown."""
 
 
 def question_accuracy(answers: Sequence[str], prediction: str) -> float:
     """Returns the accuracy of one predicted answer, from 0 to 1.
 
-    Answers are compared in normal form. If all people gave exactly the same answer, the texts are compared unchanged,
-    as in the official evaluator.
+    Answers are compared in normal form (`normalize_answer`). If all people gave the same answer, the texts are compared
+    without normalisation, as in the official evaluator.
 
     Raises:
-        ConfigError: if there are no answers.
+        ConfigError: if people gave no answers.
     """
     given = [strip_answer(answer) for answer in answers]
     prediction = strip_answer(prediction)
@@ -38,10 +38,10 @@ def question_accuracy(answers: Sequence[str], prediction: str) -> float:
 
 
 def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:
-    """Returns the mean accuracy in percent over all questions, per type of question, and per type of answer.
+    """Returns the mean accuracy in percent over all questions, per question type and per answer type.
 
-    The keys are `accuracy`, `accuracy/question/TYPE` and `accuracy/answer/TYPE`. Values are rounded to two decimals,
-    as in the official evaluator, and do not depend on the order of the questions.
+    The keys are `accuracy`, `accuracy/question/TYPE` and `accuracy/answer/TYPE`. As in the official evaluator, values
+    are rounded to two decimals. They do not depend on the order of the questions.
 
     Raises:
         ConfigError: if a question has no answers.

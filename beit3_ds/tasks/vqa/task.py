@@ -1,4 +1,4 @@
-"""Implements visual question answering as a task: a choice among the most frequent answers."""
+"""Implements visual question answering as classification over the most frequent answers (paper section 3.1)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -25,18 +25,18 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class VqaRankTask(RankTask):
-    """Implements visual question answering on one rank, with its opened questions."""
+    """Visual question answering on one rank, with opened questions."""
 
     settings: VqaConfig
     """The task's settings."""
     vocabulary: AnswerVocabulary | None
-    """Answers among which the model chooses; None on ranks that read no questions."""
+    """List of possible answers; None on ranks that read no questions."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Answers all questions of a split; returns the official accuracies if people's answers are known.
+        """Answers all questions of a split; returns the official accuracies, or no metrics without answers of people.
 
-        Questions whose answers are not in the list also count, although the model cannot answer them. The reference
-        leaves them out, so its accuracy can be higher.
+        Questions whose answers are not in the answer list also count, although the model cannot answer them. The
+        reference leaves them out, so its accuracy can be higher.
         """
         results = answer_split(evaluator, split)
         if results is None or not len(results):
@@ -50,7 +50,7 @@ class VqaRankTask(RankTask):
 
 
 class Vqa(Task):
-    """Trains a classifier that chooses the answer to a question about an image (VQAv2; paper section 3.1)."""
+    """Visual question answering, which classifies over the most frequent answers (VQAv2; paper section 3.1)."""
 
     Settings = VqaConfig
     settings: VqaConfig
@@ -58,24 +58,28 @@ class Vqa(Task):
     headline: ClassVar[Headline] = Headline("accuracy")
 
     def __init__(self, config: RunConfig) -> None:
-        """Loads the settings; `open` later determines the list of answers."""
+        """Loads the settings; `open` determines the answer list."""
         super().__init__(config)
         self._vocabulary: AnswerVocabulary | None = None
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns two terms: the binary cross entropy summed over answers, and the score of the model's answer."""
+        """Returns the binary cross entropy, summed over answers, and the target score of the model's answer."""
         return (
             Term("answers", "pairs", "questions: answers", unit="binary cross entropy, summed over answers (nats)"),
             Term("soft_accuracy", "pairs", "questions: score of the answer", weight=0.0, unit="share"),
         )
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> AnswerHead:
-        """Builds the pooler and the two-layer head over the answers, with uninitialised parameters."""
+        """Builds the head that scores answers, with uninitialised parameters."""
         return AnswerHead(model, self.settings.num_answers, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of the head's forward pass over `term_counts[0]` questions."""
+        """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
+
+        Args:
+            term_counts: number of questions, for each term.
+        """
         width = self.config.model.hidden_size
         return float(term_counts[0] * 2 * (width**2 + 2 * width**2 + 2 * width * self.settings.num_answers))
 
@@ -84,16 +88,16 @@ class Vqa(Task):
         return 3 * self.head_flops((self.config.data.pairs.samples_per_step, 0))
 
     def describe(self) -> dict[str, Any]:
-        """Returns the task's name and settings, and after `open` also the list of answers."""
+        """Returns the task's name and settings and, after `open`, the answer list."""
         answers = {} if self._vocabulary is None else {"answers": list(self._vocabulary)}
         return super().describe() | answers
 
     def open(self, share: RankShare) -> VqaRankTask:
-        """Opens the questions that a rank reads, and determines the list of answers.
+        """Opens the questions that a rank reads, and determines the answer list.
 
         Raises:
             ConfigError: if a file cannot be read, an image is missing, training or validation questions have no
-                answers, or the list of answers does not fit the head or the weights.
+                answers, or the answer list does not fit the head or the weights.
         """
         config, tokenizer = self.config, load_text_tokenizer(self.config)
         files = {"tokenizers.text.path": config.tokenizers.text.path}
