@@ -68,7 +68,7 @@ def _plain(caption: str) -> str:
 
 
 def _missing_part() -> str:
-    """Returns a message if a package or program needed by all official metrics is missing; otherwise an empty string."""
+    """Returns a message if a package or program for the official metrics is missing; otherwise an empty string."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return "pycocoevalcap is not installed: pip install beit3_ds[captioning]"
     if shutil.which("java") is None:

@@ -143,7 +143,7 @@ class AnswerVocabulary:
         return cls(answers)
 
     def save(self, path: Path) -> None:
-        """Writes one JSON object per line with the keys `answer` and `label`, like the reference's `answer2label.txt`."""
+        """Writes one JSON object per line with the keys `answer` and `label`, the format of `answer2label.txt`."""
         with atomic_write(path) as file:
             for label, answer in enumerate(self.answers):
                 file.write(json.dumps({"answer": answer, "label": label}).encode() + b"\n")
