@@ -11,9 +11,7 @@ def add_bench_command(subparsers: Subparsers) -> None:
     """Adds the subcommand `bench`, with one subcommand per benchmark."""
     bench = subparsers.add_parser("bench", help="measure speed, memory or precision beside a baseline")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
-    add_command(
-        benches, "attention", _run_attention, "compare ways to batch sequences of unequal lengths inside attention"
-    )
+    add_command(benches, "attention", _run_attention, "compare ways to batch sequences of unequal lengths in attention")
     _add_data(benches)
     _add_text(benches)
     _add_kernels(benches)
@@ -46,7 +44,7 @@ def _add_text(benches: Subparsers) -> None:
         type=real(Range(0, 1e6)),
         default=0,
         metavar="G",
-        help="also prepare G GB and measure memory meanwhile",
+        help="also prepare G GB and measure memory while doing so",
     )
     text.add_argument(
         "--processes", type=integer(PROCESSES), metavar="P", help="processes for --gigabytes (default: one per core)"
@@ -56,7 +54,7 @@ def _add_text(benches: Subparsers) -> None:
 
 def _add_kernels(benches: Subparsers) -> None:
     summary = "compare every op with its baselines: time, rate, share of the device's peak, memory"
-    details = "Forward and backward are measured; on a CPU, those of the implementations for CPUs."
+    details = "Measures forward and backward; on a CPU, measures the CPU implementations."
     kernels = add_command(benches, "kernels", _run_kernels, summary, details=details)
     kernels.add_argument(
         "--size", nargs="+", metavar="SIZE", help="sizes of the model (default: base; on a GPU base and giant)"
@@ -65,9 +63,7 @@ def _add_kernels(benches: Subparsers) -> None:
         "--samples", type=integer(Range(1, 2**24)), metavar="N", help="samples per stream (default: 4; on a GPU 16)"
     )
     kernels.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32; on a GPU bf16")
-    kernels.add_argument(
-        "--roofline", metavar="GPU", help="add the least times that this GPU's peak rates allow; they are modelled"
-    )
+    kernels.add_argument("--roofline", metavar="GPU", help="add the modelled minimum times at this GPU's peak rates")
     kernels.add_argument("--csv", metavar="FILE", help="also write all figures, with device and versions, to FILE")
 
 
@@ -103,7 +99,9 @@ def _add_parallel(benches: Subparsers) -> None:
 
 
 def _add_train(benches: Subparsers) -> None:
-    summary = "compare a training step with torchscale's BEiT-3 on the same batches: speed, memory, share of products"
+    summary = (
+        "compare a training step with torchscale's BEiT-3 on the same batches: speed, memory, share of matrix products"
+    )
     train = add_command(benches, "train", _run_train, summary)
     train.add_argument("--size", default="base", metavar="SIZE", help="size of the model (default: base)")
     train.add_argument(
@@ -113,7 +111,7 @@ def _add_train(benches: Subparsers) -> None:
     train.add_argument(
         "--to-longest",
         action="store_true",
-        help="let the reference pad texts to the longest of a batch; its users' code pads to the data's limit",
+        help="pad the reference's texts only to the longest text in a batch; by default to the maximum text length",
     )
     _add_json_argument(train)
 
@@ -130,7 +128,10 @@ def _add_finetune(benches: Subparsers) -> None:
         "--rounds", type=integer(Range(1)), default=7, metavar="N", help="measured rounds of a step (default: 7)"
     )
     finetune.add_argument(
-        "--image-size", type=integer(Range(1, 2**18)), metavar="PX", help="size of all images instead of the recipes'"
+        "--image-size",
+        type=integer(Range(1, 2**18)),
+        metavar="PX",
+        help="size of all images in pixels (default: as in the recipes)",
     )
     finetune.add_argument(
         "--tasks",
@@ -144,15 +145,13 @@ def _add_finetune(benches: Subparsers) -> None:
 
 
 def _add_checkpoint(benches: Subparsers) -> None:
-    summary = "compare saving, loading and exporting with DeepSpeed's own ways"
+    summary = "compare saving, loading and exporting with DeepSpeed's own functions"
     checkpoint = add_command(benches, "checkpoint", _run_checkpoint, summary)
     checkpoint.add_argument(
-        "--size", metavar="SIZE", help="size of the model (default: the largest that fits, as smaller ones measure)"
+        "--size", metavar="SIZE", help="size of the model (default: the largest that fits into memory and on the disk)"
     )
     checkpoint.add_argument("--ranks", type=integer(PROCESSES), default=2, metavar="N", help="processes (default: 2)")
-    checkpoint.add_argument(
-        "--folder", metavar="DIR", help="folder for its files, which it deletes at the end (default: here)"
-    )
+    checkpoint.add_argument("--folder", metavar="DIR", help="folder for temporary files (default: the current folder)")
     _add_json_argument(checkpoint)
 
 

@@ -16,13 +16,13 @@ def add_certify_command(subparsers: Subparsers) -> None:
         "--out",
         default="certificate",
         metavar="DIR",
-        help="folder for the report (default: certificate); results that it has are not measured again",
+        help="folder for the report (default: certificate); existing results in it are not measured again",
     )
     command.add_argument(
         "--minutes",
         type=real(Range(0.1, 1e5)),
         metavar="N",
-        help="time of this call; a second call continues (default: no limit)",
+        help="maximum minutes for this call; a later call continues (default: no limit)",
     )
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run only these sections")
     command.add_argument(

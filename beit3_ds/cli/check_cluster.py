@@ -57,8 +57,8 @@ def add_check_cluster_command(subparsers: Subparsers) -> None:
         "--expect-gbit",
         type=real(Range(0, 1e6)),
         metavar="G",
-        help="with --bandwidth: expected speed of a link in Gbit/s; less than half of it is a fault (default: half of "
-        "what the others reach, and 0.5)",
+        help="with --bandwidth: expected speed of a link in Gbit/s; a link below half of this speed is a fault "
+        "(default: the usual speed of the links, at least 1)",
     )
 
 

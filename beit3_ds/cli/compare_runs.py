@@ -18,7 +18,7 @@ def add_compare_runs_command(subparsers: Subparsers) -> None:
         "--tolerance",
         type=real(Range(0)),
         metavar="NATS",
-        help="exit with status 1 if the total losses of a step differ by more",
+        help="exit with status 1 if the total losses of any step differ by more than NATS",
     )
 
 

@@ -11,8 +11,8 @@ ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
 def add_compile_kernels_command(subparsers: Subparsers) -> None:
     """Adds the subcommand `compile-kernels`."""
-    summary = "compile the GPU kernels of a training ahead of time; no GPU is needed"
-    details = "Ranks that find them in TRITON_CACHE_DIR start in seconds instead of minutes."
+    summary = "compile a run's GPU kernels ahead of time; no GPU is needed"
+    details = "With these kernels in TRITON_CACHE_DIR, ranks start in seconds instead of minutes."
     command = add_command(subparsers, "compile-kernels", _compile_kernels, summary, details=details, writes_files=True)
     add_config_arguments(command)
     command.add_argument(

@@ -45,7 +45,7 @@ def add_export_command(subparsers: Subparsers) -> None:
     command.add_argument(
         "--best",
         action="store_true",
-        help="export the best checkpoint of a run with training.best_metric instead of its newest",
+        help="export the best checkpoint instead of the newest, of a run with training.best_metric",
     )
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 

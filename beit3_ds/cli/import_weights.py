@@ -17,7 +17,7 @@ def add_import_command(subparsers: Subparsers) -> None:
         subparsers, "import", _import, summary, details="Code inside the file is never run.", writes_files=True
     )
     command.add_argument(
-        "file", help="the released .pth file, or one that export wrote with --format; its tensors tell its kind"
+        "file", help="the released .pth file, or a file that export wrote with --format; the kind of file is detected"
     )
     command.add_argument(
         "out", help="the .safetensors file to write; for a tokenizer, the tokenizers.visual.path of a run"

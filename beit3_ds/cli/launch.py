@@ -48,14 +48,14 @@ def add_launch_command(subparsers: Subparsers) -> None:
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="show what would be started where, with which variables, but start nothing",
+        help="show which ranks would start on which machine, with which variables; start nothing",
     )
     command.add_argument(
         "--port",
         type=integer(Range(0, 65535)),
         default=0,
         metavar="N",
-        help="port of this machine, to which the others connect (default: any)",
+        help="port of this machine to which the other machines connect (default: any)",
     )
     _add_failure_arguments(command)
 

@@ -33,10 +33,10 @@ def _add_caption(subparsers: Subparsers) -> None:
         "--length-penalty",
         type=real(Range(0, 10)),
         default=0.6,
-        help="exponent of the length by which log-probabilities are divided (default: 0.6)",
+        help="log-probabilities are divided by the length to this power (default: 0.6)",
     )
     command.add_argument(
-        "--max-length", type=integer(Range(4, 2**18)), default=20, help="ids of the longest caption (default: 20)"
+        "--max-length", type=integer(Range(4, 2**18)), default=20, help="maximum token ids per caption (default: 20)"
     )
     _add_results(command)
 
@@ -48,7 +48,7 @@ def _add_answer(subparsers: Subparsers) -> None:
     command.add_argument("--image", help="file of the image")
     command.add_argument("--question", help="question about the image")
     command.add_argument("--file", help="JSON lines with 'question', 'image' and, if need be, 'id'")
-    command.add_argument("--images", metavar="FOLDER", help="folder of the file's images (default: that of the file)")
+    command.add_argument("--images", metavar="FOLDER", help="folder of the images (default: the folder of the file)")
     command.add_argument("--answers", metavar="FILE", help="list of answers (default: the list in the weights)")
     command.add_argument("--top", type=integer(_TOP), default=3, help="answers per question (default: 3)")
     _add_results(command)
@@ -95,7 +95,7 @@ def _add_segment(subparsers: Subparsers) -> None:
         type=real(Range(0.05, 20)),
         action="append",
         metavar="S",
-        help="scale at which images are segmented; several are averaged (default: those of the training run)",
+        help="scale at which images are segmented; several are averaged (default: as in the training run)",
     )
     command.add_argument("--flip", action="store_true", help="average with the flipped image")
     _add_results(command)
@@ -114,14 +114,14 @@ def _add_detect(subparsers: Subparsers) -> None:
         type=real(Range(0, 1)),
         default=0.3,
         metavar="P",
-        help="score from which detections are drawn and printed (default: 0.3)",
+        help="minimum score of detections that are drawn and printed (default: 0.3)",
     )
     command.add_argument(
         "--size",
         type=integer(Range(1, 2**14)),
         action="append",
         metavar="PIXELS",
-        help="side to which images are fitted; several give several views (default: that of the training run)",
+        help="side in pixels to which images are resized; may be given several times (default: as in the training run)",
     )
     command.add_argument("--flip", action="store_true", help="also detect in flipped images")
     _add_results(command)
@@ -142,7 +142,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _add_images(command: argparse.ArgumentParser) -> None:
-    command.add_argument("images", nargs="+", help="files of images, or folders, whose images are taken")
+    command.add_argument("images", nargs="+", help="image files, or folders of images")
 
 
 def _add_results(command: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from beit3_ds.config.numbers import Range
 
 def add_show_samples_command(subparsers: Subparsers) -> None:
     """Adds the subcommand `show-samples`."""
-    summary = "draw the first training samples of a run as the model gets them, with their targets"
+    summary = "draw the first training samples of a run after augmentation, with their targets"
     command = add_command(subparsers, "show-samples", _show_samples, summary, writes_files=True)
     add_config_arguments(command)
     command.add_argument(
