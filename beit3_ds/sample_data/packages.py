@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class PackageError(ValueError):
-    """Raised if a package is missing, ambiguous or has an unknown format."""
+    """Reports a package that is missing, ambiguous or of an unknown format."""
 
 
 @dataclass(frozen=True, kw_only=True)

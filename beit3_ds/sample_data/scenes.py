@@ -29,7 +29,7 @@ _OVERSAMPLING = 4
 
 
 class SceneObject(NamedTuple):
-    """A coloured shape in one quarter of a scene."""
+    """Describes a coloured shape in one quarter of a scene."""
 
     color: str
     shape: str
@@ -43,7 +43,7 @@ class SceneObject(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects of a drawn scene, in reading order."""
+    """Holds the objects of a drawn scene, in reading order."""
 
     objects: tuple[SceneObject, ...]
 
@@ -64,7 +64,7 @@ class Scene:
 
 
 class Question(NamedTuple):
-    """A question about a scene, and the only right answer."""
+    """Holds a question about a scene, and the only right answer."""
 
     question: str
     answer: str
@@ -75,7 +75,7 @@ class Question(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """A sentence about two images, and a function that decides whether it is true."""
+    """Holds a sentence about two images, and a function that decides whether the sentence is true."""
 
     sentence: str
     rule: Callable[[Scene, Scene], bool]

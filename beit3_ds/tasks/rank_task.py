@@ -95,7 +95,7 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RankTask:
-    """Base class for the part of a task that runs on one rank; holds the opened samples and files."""
+    """Defines the part of a task that runs on one rank; holds the opened samples and files."""
 
     dataset: StepDataset | None = None
     """Dataset of training steps; None on ranks that receive samples from another rank."""
@@ -179,7 +179,7 @@ class RankTask:
         and the model's state. A resumed run then repeats it exactly.
 
         Args:
-            evaluator: gives access to the model and the mesh.
+            evaluator: gives access to the model and the ranks.
             step: number of the step, from 0.
         """
 
@@ -188,10 +188,11 @@ class RankTask:
         checkpoint.
 
         The restored state must equal the state between `after_step` of step `done` - 1 and `before_step` of step
-        `done`. An evaluation between these two calls that a stop signal cancelled is repeated with this state.
+        `done`. The run may evaluate between these two calls. If a stop signal cancelled this evaluation, the resumed
+        run repeats it with the restored state.
 
         Args:
-            evaluator: gives access to the model and the mesh.
+            evaluator: gives access to the model and the ranks.
             done: number of finished steps.
         """
 
@@ -199,7 +200,7 @@ class RankTask:
         """Updates the task's own state after the optimizer step; all ranks call it.
 
         Args:
-            evaluator: gives access to the model and the mesh.
+            evaluator: gives access to the model and the ranks.
             is_skipped: whether the optimizer skipped the update because a loss or gradient was not finite.
         """
 
@@ -211,7 +212,7 @@ class RankTask:
         """Writes result files that other runs may read; all ranks call it after the last checkpoint.
 
         Args:
-            evaluator: gives access to the model and the mesh.
+            evaluator: gives access to the model and the ranks.
             folder: the run's output folder, for pages and pictures. If one of these cannot be written, the run
                 continues.
 
@@ -231,7 +232,7 @@ class RankTask:
         rank computes the metrics from the gathered rows.
 
         Args:
-            evaluator: gives access to the model and the mesh.
+            evaluator: gives access to the model and the ranks.
             split: "validation" or "test".
             folder: folder for result files and pages, which only the main rank writes; None writes no files.
 

@@ -29,7 +29,7 @@ class ShownSample:
     title: str
     """Question, statement or name of the sample."""
     lines: Mapping[str, str]
-    """Texts to show, such as the answers of the model and of people, by label."""
+    """Texts to show below the title, by label, such as the model's answer with the label `model`."""
     is_right: bool | None = None
     """Whether the model's answer is right; None if unknown."""
 

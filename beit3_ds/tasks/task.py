@@ -73,7 +73,7 @@ class NoSettings:
 
 
 class Task(ABC):
-    """Base class of tasks: defines the loss terms, the model and the costs from the configuration alone.
+    """Defines the loss terms, the model and the costs of a task, from the configuration alone.
 
     Attributes:
         config: configuration of the run.

@@ -8,7 +8,7 @@ from beit3_ds.config.numbers import Count, Decay, Positive, Range
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningConfig:
-    """Settings of masked fine-tuning and of caption generation; the defaults are the reference's."""
+    """Configures masked fine-tuning and caption generation; the defaults follow Microsoft's BEiT-3 code."""
 
     mask_ratio: Annotated[float, Range(0, 1, above=True)] = 0.7
     """Share of a caption's tokens that are masked and predicted in training, including the EOS at the end."""

@@ -49,7 +49,7 @@ def predict_split(
     """Predicts the masked words of every caption of a split, and may generate captions; all ranks must call it.
 
     Args:
-        evaluator: gives access to the model and the mesh.
+        evaluator: gives access to the model and the ranks.
         split: name of the split.
         label_smoothing: total probability of all wrong words in a smoothed label.
         search: settings of the beam search; None generates no captions.

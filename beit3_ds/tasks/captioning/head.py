@@ -23,8 +23,8 @@ CORRECT = "correct"
 class CaptionHead(Head):
     """Predicts tokens of captions; the vocabulary is split over the tensor-parallel group.
 
-    In training, the head rows of a batch are the masked tokens of captions. In generation, they are the rows that
-    predict the next words.
+    In training, the head reads the rows of the masked tokens. In generation, it reads the rows that predict the next
+    words.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class CaptionHead(Head):
 def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
     """Returns a step's loss without the tokens with the largest losses, and its right predictions, (2,) float32.
 
-    Some captions do not fit their images, so the reference drops these tokens late in training. The reference compares
-    the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not depend on
-    the layout of ranks.
+    Some captions do not fit their images, so Microsoft's BEiT-3 code drops these tokens late in training. That code
+    compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not
+    depend on the layout of ranks.
 
     Args:
         features: losses of all tokens of a step.

@@ -43,12 +43,12 @@ class DroppedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningRankTask(RankTask):
-    """Captioning on one rank, with opened images and captions."""
+    """Runs captioning on one rank; holds the opened images and captions."""
 
     settings: CaptioningConfig
     """The task's settings."""
     dropped: DroppedTokens
-    """Computes the loss of a step; the same object as in `Captioning.step_loss`."""
+    """Computes the loss of a step; `Captioning.step_loss` uses the same object."""
     tokenizer: TextTokenizer
     """Converts captions to token ids and back."""
 
@@ -92,7 +92,10 @@ def build_search(settings: CaptioningConfig) -> BeamSearch:
 
 
 class Captioning(Task):
-    """Captioning: predicts masked words of a caption from the image and the words before them (paper section 3.1)."""
+    """Defines captioning: the model predicts masked words from the image and the words before them.
+
+    Follows paper section 3.1.
+    """
 
     Settings = CaptioningConfig
     settings: CaptioningConfig
@@ -136,7 +139,7 @@ class Captioning(Task):
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of masked words, for each term.
+            term_counts: number of masked words, once per term; all entries are equal.
         """
         return 2 * term_counts[0] * self.config.model.hidden_size * self.config.model.text_vocab_size
 

@@ -23,7 +23,7 @@ _CUT_TOLERANCE = 1e-3  # pixels by which a crop must cut a box before its mask d
 
 
 class Window(NamedTuple):
-    """A rectangle of an image, and the size of the view that the rectangle is resized to."""
+    """Describes a rectangle of an image, and the size of the view that the rectangle is resized to."""
 
     left: float
     """Left edge of the rectangle, in pixels of the image."""

@@ -13,7 +13,8 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou, roi_align
 
 Pyramid = Mapping[int, Tensor]
-"""Feature maps of all images, (images, channels, rows, columns), by the stride of the level in pixels."""
+"""Type of a feature pyramid: maps the stride of each level, in pixels, to features (images, channels, rows, columns).
+"""
 
 BACKGROUND = -1
 """Object index of a box without a matching object."""

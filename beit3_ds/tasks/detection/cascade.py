@@ -82,7 +82,8 @@ class BoxStage(nn.Module):
 class Cascade(nn.Module):
     """Runs three box stages; each stage refines the boxes of the previous stage.
 
-    The backward pass scales the gradient of the pooled features by 1/3, the inverse number of stages.
+    The backward pass scales the gradient of the pooled features by 1/3. The trunk's gradient is then as large as with
+    one stage.
     """
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:

@@ -8,7 +8,7 @@ from beit3_ds.config import ConfigError
 
 
 class Category(NamedTuple):
-    """Category of objects, as listed in an annotation file."""
+    """Holds the id and the name of a category of objects."""
 
     identifier: int
     """Id of the category in annotation files. Ids may have gaps: COCO's 80 categories have ids up to 90."""
@@ -17,7 +17,7 @@ class Category(NamedTuple):
 
 
 class Categories:
-    """Categories of a run, sorted by id; the label of a category is its index in this order."""
+    """Holds the categories of a run, sorted by id; the label of a category is its index in this order."""
 
     def __init__(self, categories: Iterable[Category], where: str) -> None:
         """Sorts the categories by id.
@@ -56,7 +56,7 @@ class Categories:
 
     @cached_property
     def labels(self) -> Mapping[int, int]:
-        """Returns the label of each category by category id."""
+        """Maps category ids to labels."""
         return {category.identifier: label for label, category in enumerate(self._sorted)}
 
     @property
@@ -94,7 +94,7 @@ def read_categories(entries: Iterable[Any], where: str) -> Categories:
 
 
 def stored_categories(described: Mapping[str, Any] | None, where: str) -> Categories | None:
-    """Returns the categories in the task description of stored weights; None if it contains none.
+    """Returns the categories that are stored with weights; None if there are none.
 
     Args:
         described: result of `Detection.describe` in the run that trained the weights; None if unknown.

@@ -12,7 +12,7 @@ Sides = Annotated[int, Range(1, 2**15)]
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionConfig:
-    """Settings of object detection and instance segmentation (paper section 3.2)."""
+    """Configures object detection and instance segmentation (paper section 3.2)."""
 
     num_classes: Positive = 80
     """Number of categories in the annotation files (COCO: 80, Objects365: 365)."""

@@ -30,7 +30,7 @@ from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_p
 from beit3_ds.tasks.results import GatheredResults, SampleResults
 
 FILES = {"bbox": "boxes.json", "segm": "masks.json"}
-"""Names of the result files in COCO's format, by kind of result: "bbox" or "segm"."""
+"""Maps each kind of result, "bbox" or "segm", to the name of the result file in COCO's format."""
 CLASSES, PAGE = "classes.csv", "detections.html"
 """Names of the table of metrics per category, and of the result page."""
 

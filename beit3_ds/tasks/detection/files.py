@@ -54,7 +54,7 @@ class StoredObject(NamedTuple):
 
 
 class AnnotatedObjects:
-    """Images of an annotation file and their objects; sample `index` is image `index` of the file.
+    """Holds the images of an annotation file and their objects, in the order of the file.
 
     Training leaves out crowds, boxes without area and, if masks are read, objects without a mask. `skipped` counts
     them. An evaluation uses all annotations unchanged (`ground_truth`). All data are torch tensors, because data

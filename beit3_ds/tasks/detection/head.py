@@ -1,4 +1,7 @@
-"""Defines the detection head: a feature pyramid, a proposal network, three box stages and a mask head (section 3.2)."""
+"""Defines the detection head: feature pyramid, proposal network, three box stages and mask head.
+
+The head follows paper section 3.2.
+"""
 
 # T rows of the patches of all images, D hidden, I images or views.
 

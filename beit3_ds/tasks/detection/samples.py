@@ -75,7 +75,7 @@ class ObjectSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the annotations that training leaves out by reason: the number and an example."""
+        """Returns, per reason, the number of annotations that training leaves out and an example."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> DetectionSample:

@@ -100,7 +100,7 @@ def _values(
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    """Returns the mean of the defined values, None without any; COCO's code marks undefined values by -1."""
+    """Returns the mean of the values that are not -1, COCO's mark for undefined; None if all are undefined."""
     existing = values[values > _NO_VALUE]
     return float(np.mean(existing)) if existing.size else None
 

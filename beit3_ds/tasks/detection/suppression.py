@@ -27,15 +27,15 @@ class Suppression:
     """Suppresses overlapping boxes of an image, separately for each class."""
 
     method: SuppressionMethod
-    """Effect on a box that overlaps a better-scored box of its class with IoU u. `linear` multiplies its score by 1 - u
-    if u is at least `iou`. `gaussian` multiplies its score by exp(-u^2 / `sigma`). `hard` removes the box if u exceeds
+    """Effect on a box that overlaps a better-scored box of its class with IoU u. `linear` multiplies the score by 1 - u
+    if u is at least `iou`. `gaussian` multiplies the score by exp(-u^2 / `sigma`). `hard` removes the box if u exceeds
     `iou`."""
     iou: float
     """Minimum IoU for suppression by `linear` and `hard`."""
     sigma: float
     """Sigma of `gaussian`."""
     score_threshold: float
-    """Boxes are removed as soon as their score is not above this value."""
+    """A box is removed when its score is not above this value."""
     max_boxes: int
     """Maximum number of kept boxes."""
 

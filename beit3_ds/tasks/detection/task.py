@@ -35,7 +35,7 @@ from beit3_ds.tasks.task import Headline, Task, Term
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionRankTask(RankTask):
-    """Object detection on one rank, with opened images."""
+    """Runs object detection on one rank; holds the opened images."""
 
     settings: DetectionConfig
     """The task's settings."""
@@ -63,7 +63,7 @@ class DetectionRankTask(RankTask):
 
 
 class Detection(Task):
-    """Object detection and instance segmentation (COCO and Objects365; paper section 3.2)."""
+    """Defines object detection and instance segmentation (COCO and Objects365; paper section 3.2)."""
 
     Settings = DetectionConfig
     settings: DetectionConfig
@@ -105,7 +105,7 @@ class Detection(Task):
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of images, for each term; images have `model.image_size` pixels per side.
+            term_counts: number of images, once per term; images have `model.image_size` pixels per side.
         """
         return term_counts[0] * image_flops(self.config.model, self.settings)
 

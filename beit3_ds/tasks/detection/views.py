@@ -22,7 +22,7 @@ FLIPS = "flips"
 
 
 class View(NamedTuple):
-    """Size and flip of one view of an image."""
+    """Holds the size and the flip of one view of an image."""
 
     sample: int
     """Index of the image in the batch."""

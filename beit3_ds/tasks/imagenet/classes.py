@@ -12,7 +12,7 @@ from beit3_ds.data.files.names import iterate_names
 
 
 class ImageClass(NamedTuple):
-    """Key and name of an image class."""
+    """Holds the key and the name of an image class."""
 
     key: str
     """Short name of the class in data files, such as the WordNet id `n01440764`."""
@@ -21,7 +21,7 @@ class ImageClass(NamedTuple):
 
 
 class ClassList:
-    """List of image classes; the label of a class is its index in the list."""
+    """Holds the image classes; the label of a class is its index in the list."""
 
     def __init__(self, classes: Iterable[ImageClass], where: str = "classes") -> None:
         """Stores and checks the classes.
@@ -55,7 +55,7 @@ class ClassList:
 
     @cached_property
     def labels(self) -> Mapping[str, int]:
-        """Returns the label of each class by class key."""
+        """Maps class keys to labels."""
         return {found.key: label for label, found in enumerate(self.classes)}
 
     @property

@@ -14,24 +14,26 @@ _PLACE = "{name}"
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetConfig:
-    """Settings of image classification by class names or by a linear layer (paper section 3.2)."""
+    """Configures image classification by class names or by a linear layer (paper section 3.2)."""
 
     head: Literal["names", "linear"] = "names"
     """Head that classifies images. `names` compares the features of an image with the features of all class names, as
-    in the paper. `linear` applies a linear layer to the mean of the patches, as in the reference's fine-tuned models,
-    and reads no texts."""
+    in the paper. `linear` applies a linear layer to the mean of the patches, as in Microsoft's fine-tuned models, and
+    reads no texts."""
     num_classes: Positive = 1000
     """Number of classes; must equal the number of classes in the class file."""
     prompt: str = _PLACE
     """Template for the text of a class; `{name}` is replaced by the class name."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Share of the target probability that is spread evenly over all compared classes (reference: 0.1)."""
-    mixup: MixingStrength = 0.0
-    """Strength of mixup, which blends two images (Zhang et al., 2018, arXiv:1710.09412; reference: 0.8)."""
-    cutmix: MixingStrength = 0.0
-    """Strength of CutMix, which pastes a rectangle of a second image (Yun et al., 2019, arXiv:1905.04899; reference:
-    1.0). If both strengths are above 0, each mixed image uses one of the two methods at random, with equal probability.
+    """Share of the target probability that is spread evenly over all compared classes (Microsoft's BEiT-3 code: 0.1).
     """
+    mixup: MixingStrength = 0.0
+    """Strength of mixup, which blends two images (Zhang et al., 2018, arXiv:1710.09412; Microsoft's BEiT-3 code: 0.8).
+    """
+    cutmix: MixingStrength = 0.0
+    """Strength of CutMix, which pastes a rectangle of a second image (Yun et al., 2019, arXiv:1905.04899; Microsoft's
+    BEiT-3 code: 1.0). If both strengths are above 0, each mixed image uses one of the two methods at random, with equal
+    probability."""
     mixing_probability: Share = 1.0
     """Probability that a training image is mixed with another image of its source."""
 

@@ -31,7 +31,7 @@ _MAX_CLS_BYTES = 20
 
 
 class LabelledImages:
-    """Images of a source and their class labels; a label takes 4 bytes of memory."""
+    """Holds the images of a source and their class labels; a label takes 4 bytes of memory."""
 
     def __init__(self, source: ImageSource, labels: "array[int]") -> None:
         """Stores the image source and the class label of each image."""
@@ -44,7 +44,7 @@ class LabelledImages:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the skipped files, members and rows by reason: the number and an example."""
+        """Returns, per reason, the number of skipped files, members and rows and an example."""
         return self.source.skipped
 
     def files(self) -> Iterable[SourceFile]:
@@ -64,7 +64,8 @@ class LabelledImages:
 
         Args:
             index: index of the image.
-            min_side: as in `decoding.decode_image`.
+            min_side: minimum shorter side of the decoded image in pixels; a larger JPEG may be decoded at reduced size.
+                None decodes all pixels.
 
         Raises:
             BrokenRecordError: if the image cannot be read.
@@ -120,7 +121,7 @@ def read_class_tars(
 
 
 def _tar_label(key: str, number: int | None, name: str, classes: ClassList) -> int:
-    """Returns the label of a sample in a tar file, from the first of: its folder, its `cls` member, its name."""
+    """Returns the label of a sample in a tar file: from its folder, else its `cls` member, else its name."""
     folder, _, stem = key.rpartition("/")
     if folder or number is None:
         return classes.label(folder.rpartition("/")[2] or stem.partition("_")[0], name)

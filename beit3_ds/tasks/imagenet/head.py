@@ -1,4 +1,4 @@
-"""Defines a head that classifies images with a linear layer, like the reference's ImageNet models.
+"""Defines a head that classifies images with a linear layer, like the ImageNet model in Microsoft's BEiT-3 code.
 
 For classification by class names, as in the paper (section 3.2), the task uses `retrieval.head.ContrastiveHead`.
 """
@@ -24,7 +24,7 @@ CLASSES = "classes"
 class LinearClassHead(Head):
     """Classifies an image by LayerNorm and a linear layer on the mean of its patches.
 
-    The batch contains images without texts; its head rows are the patches of the images (`patch_rows`). Parameters are
+    The batch contains images without texts. The head reads only the rows of the patches (`patch_rows`). Parameters are
     replicated on all tensor-parallel ranks, which compute equal logits.
     """
 

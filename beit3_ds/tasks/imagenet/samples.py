@@ -92,7 +92,7 @@ class ClassImages:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the skipped files, members and rows of the source by reason: the number and an example."""
+        """Returns, per reason, the number of skipped files, members and rows of the source and an example."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> ClassImage:

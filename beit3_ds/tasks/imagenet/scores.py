@@ -56,7 +56,7 @@ def score_split(
     """Classifies all images of a split; all ranks must call it.
 
     Args:
-        evaluator: gives access to the model and the mesh.
+        evaluator: gives access to the model and the ranks.
         split: name of the split.
         texts: texts of all classes; empty for a linear head.
         batches: this rank's batches of class texts (`share_of_batches`).

@@ -32,7 +32,7 @@ _NUM_ON_PAGE = 60
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetRankTask(RankTask):
-    """Image classification on one rank, with opened images and class texts."""
+    """Runs image classification on one rank; holds the opened images and the class texts."""
 
     classes: ClassList
     """Keys and names of the classes."""
@@ -64,11 +64,11 @@ class ImagenetRankTask(RankTask):
 
 
 class Imagenet(Task):
-    """Image classification by comparison with class names, or by a linear layer.
+    """Defines image classification by comparison with class names, or by a linear layer.
 
     With the head `names`, every step encodes `data.texts.samples_per_step` class names, divided over ranks and
-    micro-batches. If this is the number of classes, the softmax is over all classes. If it is smaller, for example for
-    ImageNet-21K, each step draws that many classes and adds the classes of its images.
+    micro-batches. If this number equals the number of classes, the softmax is over all classes. If it is smaller, for
+    example for ImageNet-21K, each step draws that many classes and adds the classes of its images.
     """
 
     Settings = ImagenetConfig

@@ -32,7 +32,7 @@ _NO_LABEL = -1
 
 
 class Statements:
-    """Statements about two images each, with labels if the split has labels."""
+    """Holds statements about two images each, with labels if the split has labels."""
 
     def __init__(self, annotations: str, folder: str) -> None:
         """Creates an empty collection of statements.
@@ -174,7 +174,8 @@ class Statements:
         Args:
             index: index of the sample.
             side: 0 for the left image, 1 for the right image.
-            min_side: as in `decoding.decode_image`.
+            min_side: minimum shorter side of the decoded image in pixels; a larger JPEG may be decoded at reduced size.
+                None decodes all pixels.
 
         Raises:
             BrokenRecordError: if the image cannot be read or is outside the folder.

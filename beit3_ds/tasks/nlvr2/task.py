@@ -30,7 +30,7 @@ _SHOWN = 60
 
 @dataclass(frozen=True, kw_only=True)
 class StatementRankTask(RankTask):
-    """NLVR2 on one rank, with opened statements."""
+    """Runs NLVR2 on one rank; holds the opened statements."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Answers all statements of a split.
@@ -103,7 +103,7 @@ def _statements(samples: SourceSamples) -> Statements:
 
 
 class StatementTask(Task):
-    """NLVR2, the task of deciding whether a statement about two images is true (paper section 3.1)."""
+    """Defines NLVR2: the model decides whether a statement about two images is true (paper section 3.1)."""
 
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": FORMATS}
     headline: ClassVar[Headline] = Headline("accuracy")

@@ -11,7 +11,7 @@ from beit3_ds.parallel import Mesh
 from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, Encode, encode_images
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
-"""Stream of each loss term of pretraining, by term name; the order is that of the terms."""
+"""Maps the name of each loss term of pretraining to its stream, in the order of the terms."""
 
 
 @torch.no_grad()

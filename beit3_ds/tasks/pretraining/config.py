@@ -9,7 +9,7 @@ from beit3_ds.config.numbers import MaskRatio, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the four pretraining loss terms; each is 1 by default, because the paper gives no weights."""
+    """Sets the weights of the four pretraining loss terms; each is 1 by default, because the paper gives no weights."""
 
     image_mim: Weight = 1.0
     """Weight of the loss on masked patches of the stream "images"."""
@@ -23,7 +23,7 @@ class LossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
-    """Settings of masked data modeling of images, texts and image-text pairs (paper section 2.2)."""
+    """Configures masked data modeling of images, texts and image-text pairs (paper section 2.2)."""
 
     image_mask_ratio: MaskRatio = 0.4
     """Share of an image's patches that block-wise masking hides, the same for every image (paper: 40%)."""

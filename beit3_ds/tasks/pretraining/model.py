@@ -9,7 +9,7 @@ from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads
 
 
 class PretrainingModel(TaskModel):
-    """BEiT-3 with a MIM head and an MLM head on the output of the last layer."""
+    """Adds a MIM head and an MLM head to BEiT-3; the heads read the output of the last layer."""
 
     heads: MaskedModelingHeads | None
 

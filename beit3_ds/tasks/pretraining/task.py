@@ -28,7 +28,7 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingRankTask(RankTask):
-    """Pretraining on one rank, with tokenizers and opened samples."""
+    """Runs pretraining on one rank; holds the tokenizers and the opened samples."""
 
     model: ModelConfig
     """Model configuration with the vocabulary sizes."""
@@ -78,7 +78,7 @@ class PretrainingRankTask(RankTask):
 
 
 class Pretraining(Task):
-    """Pretraining by masked data modeling of images, texts and image-text pairs (paper section 2.2)."""
+    """Defines pretraining by masked data modeling of images, texts and image-text pairs (paper section 2.2)."""
 
     Settings = PretrainingConfig
     settings: PretrainingConfig
@@ -122,11 +122,10 @@ class Pretraining(Task):
         return head_flops(self.config.model, term_counts)
 
     def expected_head_flops(self) -> float:
-        """Returns the floating-point operations per step of the heads (forward and backward) and of the visual
-        tokenizer.
+        """Returns the floating-point operations per step of the heads (forward and backward) and the visual tokenizer.
 
-        If the tokenizer computes in float32 and the model in bf16, one operation of the tokenizer counts as 9. On an
-        H100, it takes about 9 times the time of a bf16 operation (modelled).
+        If the tokenizer computes in float32 and the model in bf16, one operation of the tokenizer counts as 9. A
+        float32 operation takes about 9 times as long as a bf16 operation on an H100 (modelled).
         """
         data, num_patches = self.config.data, self.config.model.num_patches
         images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())

@@ -1,4 +1,4 @@
-"""Computes the features of images and texts for a contrastive loss, like the reference's retrieval models."""
+"""Computes features of images and texts for a contrastive loss, like the retrieval models of Microsoft's code."""
 
 # I images, X texts, D hidden.
 
@@ -28,7 +28,7 @@ LARGEST_SCALE = 100.0
 
 
 class Temperature(nn.Module):
-    """Learned factor that scales similarities, at most `LARGEST_SCALE`.
+    """Learns the factor that scales similarities, at most `LARGEST_SCALE`.
 
     The parameter is log(factor) - `INITIAL_LOG_SCALE`, because bf16 has a finer resolution for small numbers. The name
     `bias` makes it start at 0 without weight decay. The shape is (1,), because DeepSpeed rejects parameters without
@@ -50,8 +50,7 @@ class ContrastiveHead(Head):
 
     Images and texts have separate linear layers without bias (paper section 3.1). The head returns features instead of
     a loss, because the loss compares all samples of a step (`Task.step_loss`). Parameters are replicated on all
-    tensor-parallel ranks. The head rows of a batch are the first rows of its images and texts
-    (`SequenceLayout.first_rows`).
+    tensor-parallel ranks. `SequenceLayout.first_rows` selects these rows.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel | None = None) -> None:

@@ -27,7 +27,7 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalRankTask(RankTask):
-    """Image-text retrieval on one rank, with opened images and captions."""
+    """Runs image-text retrieval on one rank; holds the opened images and captions."""
 
     shown_queries: int
     """Number of images, and number of captions, for which the result page shows retrieved candidates."""
@@ -65,12 +65,11 @@ class RetrievalRankTask(RankTask):
 
 
 class Retrieval(Task):
-    """Image-text retrieval: encodes images and texts separately, and trains with a contrastive loss over the whole
-    step.
+    """Defines image-text retrieval with separate encoding of images and texts (paper section 3.1).
 
-    A training sample is an image with one of its captions. Over n epochs, an image with n captions is trained with each
-    caption once. COCO has five captions per image, so five epochs equal one epoch of the reference, which lists an
-    image once per caption.
+    The contrastive loss compares all pairs of a step. A training sample is an image with one of its captions. Over n
+    epochs, an image with n captions is trained with each caption once. COCO has five captions per image, so five epochs
+    equal one epoch of Microsoft's BEiT-3 code, which lists an image once per caption.
     """
 
     Settings = RetrievalConfig
@@ -103,7 +102,7 @@ class Retrieval(Task):
         """Returns the floating-point operations of a forward pass of the two projections; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of pairs, for each term.
+            term_counts: number of pairs, once per term; all entries are equal.
         """
         return 4 * term_counts[0] * self.config.model.hidden_size**2
 

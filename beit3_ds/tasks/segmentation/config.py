@@ -17,7 +17,7 @@ _GROUPS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of Mask2Former's pixel decoder and query decoder (Cheng et al., 2022, arXiv:2112.01527)."""
+    """Sets the sizes of Mask2Former's pixel decoder and query decoder (Cheng et al., 2022, arXiv:2112.01527)."""
 
     hidden_size: Size = 256
     """Hidden size of the pixel decoder and the query decoder (ViT-Adapter: 1024). Must be at least 64, and a multiple
@@ -48,7 +48,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig:
-    """Settings of semantic segmentation (paper section 3.2); training crops have `model.image_size` pixels per side."""
+    """Configures semantic segmentation (paper section 3.2); training crops have `model.image_size` pixels per side."""
 
     num_classes: Annotated[int, Range(1, MAX_CLASSES)] = 150
     """Number of classes."""
@@ -85,7 +85,7 @@ class SegmentationConfig:
     scales: tuple[Annotated[float, Range(0.05, 20)], ...] = (1.0,)
     """Scales at which every image is evaluated; the scores of all scales are averaged."""
     flips: bool = False
-    """Whether an evaluation also averages in the scores of the horizontally flipped image, at each scale."""
+    """Whether an evaluation also segments the horizontally flipped image, at each scale, and averages the scores."""
     windows_per_batch: Positive = 4
     """Maximum number of windows per forward pass in an evaluation; has no effect on the metrics."""
     page_samples: Annotated[int, Range(0, 1000)] = 24

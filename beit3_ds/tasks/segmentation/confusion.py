@@ -12,7 +12,7 @@ from beit3_ds.tasks.segmentation.config import IGNORED
 
 @dataclass(frozen=True)
 class Confusion:
-    """Confusion matrix: counts pixels by true class and predicted class."""
+    """Counts pixels by true class and predicted class, as a confusion matrix."""
 
     counts_CC: Tensor
     """Number of pixels by true class (rows) and predicted class (columns), int64."""
@@ -45,9 +45,7 @@ class Confusion:
         return self.counts_CC.sum(1)
 
     def iou(self) -> Tensor:
-        """Returns the intersection over union of each class, (C,) float64; NaN if no pixel has or was predicted as the
-        class.
-        """
+        """Returns the intersection over union of each class, (C,) float64; NaN if neither true nor predicted."""
         intersection = self.counts_CC.diagonal().double()
         union = (self.pixels + self.counts_CC.sum(0) - self.counts_CC.diagonal()).double()
         return intersection / union

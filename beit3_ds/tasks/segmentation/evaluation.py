@@ -44,7 +44,7 @@ class SegmentedImages:
     shown: list[ShownImage] = field(default_factory=list)
     """Images for the result page."""
     label_maps: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Index of each image in the stream, and the uint8 bytes of a PNG of its predicted label map; empty without result
+    """For each image, the index in the stream and the predicted label map as PNG bytes (uint8); empty without result
     files."""
 
     def add(self, image: WholeImage, predicted: Tensor) -> None:
@@ -73,7 +73,7 @@ def segment_split(
     exact. Each rank sends its results once to the main rank, over the host group.
 
     Args:
-        evaluator: gives access to the model and the mesh.
+        evaluator: gives access to the model and the ranks.
         split: name of the split.
         windows: cuts images into windows and merges the windows' scores.
         patch_size: side of a patch in pixels.

@@ -40,7 +40,7 @@ _MODES = ("L", "P")  # one byte per pixel: a value, or an index into a palette
 
 
 class LabelMaps:
-    """Images of a source and their label maps; needs 12 bytes of memory per sample besides the paths."""
+    """Holds the images of a source and their label maps; needs 12 bytes of memory per sample besides the paths."""
 
     def __init__(
         self, images: ImageFolder, folder: str, num_classes: int, *, zero_is_ignored: bool, is_complete: bool = True
@@ -76,7 +76,7 @@ class LabelMaps:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the skipped files by reason: the number and an example."""
+        """Returns, per reason, the number of skipped files and an example."""
         return self.images.skipped
 
     def files(self) -> Iterator[SourceFile]:

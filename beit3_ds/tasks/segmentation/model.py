@@ -20,7 +20,7 @@ _HEAD = "heads."
 
 
 class SegmentationModel(TaskModel):
-    """BEiT-3's trunk with the segmentation head; all images of a micro-batch have one size.
+    """Combines BEiT-3's trunk with the segmentation head; all images of a micro-batch have one size.
 
     With an adapter, the trunk runs in groups of blocks. Each tensor-parallel rank runs the adapter on a part of the
     images. Before and after each group of blocks, the tensor-parallel ranks exchange the rows of all images

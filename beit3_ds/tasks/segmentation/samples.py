@@ -88,7 +88,7 @@ class SegmentationSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the skipped files by reason: the number and an example."""
+        """Returns, per reason, the number of skipped files and an example."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> LabelledCrop | WholeImage:

@@ -34,7 +34,7 @@ class ScaledImage(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Position and size of a window in a scaled image."""
+    """Holds the position and the size of a window in a scaled image."""
 
     scaled: ScaledImage
     """The scaled image."""

@@ -32,7 +32,7 @@ from beit3_ds.tasks.task import Headline, Task, Term
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRankTask(RankTask):
-    """Semantic segmentation on one rank, with opened images."""
+    """Runs semantic segmentation on one rank; holds the opened images."""
 
     windows: SlidingWindows
     """Cuts images into windows, and merges the windows' class scores."""
@@ -75,7 +75,7 @@ class SegmentationRankTask(RankTask):
 
 
 class Segmentation(Task):
-    """Semantic segmentation with a ViT-Adapter and Mask2Former (ADE20K; paper section 3.2).
+    """Defines semantic segmentation with a ViT-Adapter and Mask2Former (ADE20K; paper section 3.2).
 
     Each loss term is summed over the predictions before the first layer of the query decoder and after each layer. The
     class term is a weighted mean over all queries of a step. The mask terms are means over all target masks of a step.

@@ -8,7 +8,7 @@ from beit3_ds.config.numbers import Count, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokenizerSettings(TeacherConfig):
-    """Settings for training the visual tokenizer to reconstruct a teacher's features (BEiT v2, section 2.2)."""
+    """Configures how the visual tokenizer learns to reconstruct a teacher's features (BEiT v2, section 2.2)."""
 
     commitment_weight: Weight = 1.0
     """Weight of the commitment loss, beta in the paper."""

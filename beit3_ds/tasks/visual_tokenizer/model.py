@@ -16,7 +16,7 @@ from beit3_ds.tokenizers import VisualTokenizer
 
 
 class TokenizerModel(VisualTokenizer, StageModel):
-    """A `VisualTokenizer` with the two loss terms of BEiT v2 (section 2.2): feature distance and commitment.
+    """Trains a `VisualTokenizer` with the two loss terms of BEiT v2 (section 2.2): feature distance and commitment.
 
     Attributes:
         is_quantized: True gives the decoder codes; False, as in the first steps, gives it the encoder's vectors.

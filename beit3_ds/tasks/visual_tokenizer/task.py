@@ -35,7 +35,7 @@ _USAGE_IMAGES = 1024  # training images whose codes are counted at the end
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRankTask(RankTask):
-    """Training of the visual tokenizer on one rank, with the teacher and the opened samples."""
+    """Trains the visual tokenizer on one rank; holds the teacher and the opened samples."""
 
     run_config: RunConfig
     """Configuration of the run."""
@@ -61,10 +61,9 @@ class TokenizerRankTask(RankTask):
         return with_teacher_features(dataclasses.replace(batch, pixels=pixels, colors=None), self._features(pixels))
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Before step 0, computes the mean of the teacher's features; before the first quantized step, builds the
-        codebook.
+        """Computes the mean of the teacher's features before step 0, and initialises the codebook before quantization.
 
-        The first quantized step is step `continuous_steps`.
+        Quantization begins at step `continuous_steps`.
         """
         model = _tokenizer(evaluator)
         model.is_quantized = step >= self.continuous_steps
@@ -138,7 +137,10 @@ class TokenizerRankTask(RankTask):
 
 
 class VisualTokenizerTask(Task):
-    """Training of the visual tokenizer, which reconstructs a teacher's features from codes (BEiT v2, section 2.2)."""
+    """Defines the training of the visual tokenizer, which reconstructs a teacher's features from codes.
+
+    Follows BEiT v2 (Peng et al., 2022, arXiv:2208.06366, section 2.2).
+    """
 
     Settings = VisualTokenizerSettings
     settings: VisualTokenizerSettings

@@ -14,7 +14,7 @@ ANSWERS_FILE = "answers.jsonl"
 
 
 def read_stored_answers(described: Mapping[str, Any] | None) -> AnswerVocabulary | None:
-    """Returns the answer list in the task description of stored weights; None if it contains none.
+    """Returns the answer list that is stored with weights; None if there is none.
 
     Args:
         described: result of `Vqa.describe` in the run that trained the weights; None if unknown.

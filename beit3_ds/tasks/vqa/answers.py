@@ -14,7 +14,7 @@ from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.tasks.vqa.contractions import CONTRACTIONS
 
 MIN_OCCURRENCES = 9
-"""Default of `task.min_answer_occurrences`: minimum number of training questions with a listed answer as main answer.
+"""Default of `task.min_answer_occurrences`.
 
 With this value, VQAv2's training and validation splits give the usual list of 3,129 answers.
 """
@@ -80,7 +80,7 @@ def main_answer(answers: Sequence[str]) -> str:
 
 
 class AnswerVocabulary:
-    """List of possible answers of a model; the label of an answer is its index in the list."""
+    """Holds the possible answers of a model; the label of an answer is its index in the list."""
 
     def __init__(self, answers: Iterable[str]) -> None:
         """Stores and checks the answers.
@@ -111,7 +111,7 @@ class AnswerVocabulary:
 
     @cached_property
     def labels(self) -> Mapping[str, int]:
-        """Returns the label of each answer, by answer."""
+        """Maps answers to labels."""
         return {answer: label for label, answer in enumerate(self.answers)}
 
     def digest(self) -> str:
@@ -128,7 +128,7 @@ class AnswerVocabulary:
 
         Args:
             main_answers: main answer of every training question (`multiple_choice_answer` in the official files).
-            min_occurrences: minimum number of questions with the answer as main answer.
+            min_occurrences: how often a listed answer must occur in `main_answers` at least.
 
         Raises:
             ConfigError: if no answer occurs often enough.

@@ -33,4 +33,4 @@ CONTRACTIONS = {
     **{"youd": "you'd", "youd've": "you'd've", "you'dve": "you'd've", "youll": "you'll", "youre": "you're"},
     **{"youve": "you've"},
 }
-"""Contraction of each word without apostrophe, such as `don't` for `dont`."""
+"""Maps a word without apostrophe, such as `dont`, to the contraction, such as `don't`."""

@@ -28,7 +28,7 @@ _ANNOTATIONS_FORM = "an object with 'annotations' (question_id, multiple_choice_
 
 
 class VqaQuestions(CollectedAnnotations):
-    """Questions about images, with answers that people gave if the split has answers.
+    """Holds questions about images, with answers that people gave if the split has answers.
 
     Each question is one sample, and `caption` returns its text. A question takes about 200 bytes of memory besides its
     text.

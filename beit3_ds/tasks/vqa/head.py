@@ -1,4 +1,4 @@
-"""Defines a head that scores answers to a question about an image, like the reference's VQAv2 model."""
+"""Defines a head that scores answers to a question about an image, like the VQAv2 model in Microsoft's BEiT-3 code."""
 
 # P pairs, D hidden, A answers.
 
@@ -35,8 +35,8 @@ class AnswerHead(Head):
     """Scores every answer from the image's CLS row, which has attended to the question (paper section 3.1).
 
     The layers are a pooler, a linear layer to 2 times the hidden size, LayerNorm, GELU, and a linear layer to the
-    answers. The head rows of a batch are the CLS rows of its pairs (`SequenceLayout.first_rows`). Parameters are
-    replicated on all tensor-parallel ranks, which compute equal scores.
+    answers. `SequenceLayout.first_rows` selects the CLS rows. Parameters are replicated on all tensor-parallel ranks,
+    which compute equal scores.
     """
 
     def __init__(self, config: ModelConfig, num_answers: int, tensor: TensorParallel | None = None) -> None:

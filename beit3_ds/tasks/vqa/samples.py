@@ -77,7 +77,7 @@ class VqaSamples:
         return self.questions.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the skipped entries of the source by reason: the number and an example."""
+        """Returns, per reason, the number of skipped entries of the source and an example."""
         return self.questions.skipped
 
     def prepare(self, index: int, key: SampleKey) -> VqaSample:

@@ -25,7 +25,7 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class VqaRankTask(RankTask):
-    """Visual question answering on one rank, with opened questions."""
+    """Runs visual question answering on one rank; holds the opened questions."""
 
     settings: VqaConfig
     """The task's settings."""
@@ -35,8 +35,8 @@ class VqaRankTask(RankTask):
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Answers all questions of a split; returns the official accuracies, or no metrics without answers of people.
 
-        Questions whose answers are not in the answer list also count, although the model cannot answer them. The
-        reference leaves them out, so its accuracy can be higher.
+        Questions whose answers are not in the answer list also count, although the model cannot answer them.
+        Microsoft's BEiT-3 code leaves them out, so its accuracy can be higher.
         """
         results = answer_split(evaluator, split)
         if results is None or not len(results):
@@ -50,7 +50,7 @@ class VqaRankTask(RankTask):
 
 
 class Vqa(Task):
-    """Visual question answering, which classifies over the most frequent answers (VQAv2; paper section 3.1)."""
+    """Defines visual question answering as classification over frequent answers (VQAv2; paper section 3.1)."""
 
     Settings = VqaConfig
     settings: VqaConfig
@@ -78,7 +78,7 @@ class Vqa(Task):
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of questions, for each term.
+            term_counts: number of questions, once per term; all entries are equal.
         """
         width = self.config.model.hidden_size
         return float(term_counts[0] * 2 * (width**2 + 2 * width**2 + 2 * width * self.settings.num_answers))
