@@ -56,12 +56,12 @@ class Evaluator(Protocol):
 
     @property
     def validation(self) -> Iterable[PackedBatch]:
-        """Returns this rank's batches for the validation loss; `RankTask.prepare` has not prepared them yet."""
+        """Returns this rank's batches for the validation loss; `RankTask.prepare` has not been applied."""
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
         """Returns this rank's batches of a split; all ranks' batches together contain every sample once.
 
-        Batches are not yet prepared by `RankTask.prepare`. All ranks get the same number of batches, so some may be
+        `RankTask.prepare` has not been applied to the batches. All ranks get the same number of batches, so some may be
         empty. Each iteration starts worker processes and reads the samples again. `SampleResults` identifies a sample
         by its index in the stream (`SampleKey.index`).
         """
@@ -100,7 +100,8 @@ class RankTask:
     dataset: StepDataset | None = None
     """Dataset of training steps; None on ranks that receive samples from another rank."""
     validation: ValidationBatches | None = None
-    """Batches for the validation loss; None on ranks that receive them, and in tasks without validation loss."""
+    """Batches for the validation loss; None on ranks that receive batches from another rank, and in tasks without
+    validation loss."""
     evaluation: Mapping[Split, EvaluationBatches] = field(default_factory=dict)
     """All samples of each evaluated split; empty on ranks that receive samples from another rank."""
     sources: Mapping[str, SourceSamples] = field(default_factory=dict)
@@ -129,7 +130,7 @@ class RankTask:
             share: describes the samples that the rank reads.
             build_streams: opens the streams of a split, in the order of their rows in a batch.
             pack: packs prepared samples into a micro-batch.
-            views: views of each image in a batch: "model", "tokenizer" or "both".
+            views: which views of each image a batch contains: for the "model", for the visual "tokenizer", or "both".
             validation_loss: True computes the mean of each term over at most `TrainingConfig.loss_samples` samples per
                 stream, which stay in memory. False lets `evaluate` read all samples of a split.
             fields: values of further fields of the class.
@@ -164,7 +165,7 @@ class RankTask:
         """Moves the task's own tensors, such as a frozen network, to the device.
 
         Args:
-            mesh: mesh of all ranks; the task may divide work over them.
+            mesh: mesh of all ranks; the task may divide work over the ranks.
             device: device of this rank.
         """
 
@@ -176,7 +177,7 @@ class RankTask:
         """Prepares a training step; all ranks call it before each step.
 
         The call for step 0 comes before the evaluation at step 0. The preparation must depend only on the step number
-        and the model's state. A resumed run then repeats it exactly.
+        and the model's state. A resumed run then repeats the preparation exactly.
 
         Args:
             evaluator: gives access to the model and the ranks.
@@ -213,7 +214,7 @@ class RankTask:
 
         Args:
             evaluator: gives access to the model and the ranks.
-            folder: the run's output folder, for pages and pictures. If one of these cannot be written, the run
+            folder: the run's output folder, for pages and pictures. If a page or picture cannot be written, the run
                 continues.
 
         Returns:

@@ -7,16 +7,16 @@ through two classes:
     Task        built from the configuration alone, also by `beit3 check`: loss terms, model, costs
     RankTask    opened by each rank (`rank_task.py`): samples, preparation of micro-batches, evaluation, result files
 
-A task may keep state of its own, such as a codebook. It updates the state in `RankTask.before_step` and `after_step`,
-and reports figures about the state in `RankTask.figures`. The state must be in buffers of the task's model, because
-checkpoints contain those. A task may produce a result file at the end of a run (`RankTask.write_results`). When the run
-is started again, `Task.find_result` finds the file.
+A task may keep state of its own, such as a codebook. `RankTask.before_step` and `after_step` update the state, and
+`RankTask.figures` reports figures about it. The state must be in buffers of the task's model, because checkpoints
+contain these buffers. A task may write a result file at the end of a run (`RankTask.write_results`). When the run is
+started again, `Task.find_result` finds the file.
 
 For further needs, a task uses the following:
 
-    several sequences per sample                    `Stream.sequences_per_sample`; `pack` puts them where they belong
-    pooled rows                                     `PackedBatch.head_rows`; the head combines the rows that it reads
-    captions that see only the words before them    `PackedBatch.causal_captions`
+    several sequences per sample                    `Stream.sequences_per_sample`; `pack` orders the sequences
+    pooled rows                                     `PackedBatch.head_rows` selects the rows that the head reads
+    causal attention within captions                `PackedBatch.causal_captions`
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
     no text, no image, another image size           `model` in the configuration; the streams that the task opens;
                                                     `Task.inputs` if batches contain other inputs than the streams

@@ -23,8 +23,8 @@ CORRECT = "correct"
 class CaptionHead(Head):
     """Predicts tokens of captions; the vocabulary is split over the tensor-parallel group.
 
-    In training, the head reads the rows of the masked tokens. In generation, it reads the rows that predict the next
-    words.
+    In training, the head reads the rows of the masked tokens. In generation, the head reads the rows that predict the
+    next words.
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class CaptionHead(Head):
 
 
 def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
-    """Returns a step's loss without the tokens with the largest losses, and its right predictions, (2,) float32.
+    """Returns a step's loss without the worst-predicted tokens, and the number of right predictions, (2,) float32.
 
-    Some captions do not fit their images, so Microsoft's BEiT-3 code drops these tokens late in training. That code
-    compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not
-    depend on the layout of ranks.
+    Some captions do not fit their images, so Microsoft's BEiT-3 code drops tokens with large losses late in training.
+    That code compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss
+    does not depend on the layout of ranks.
 
     Args:
         features: losses of all tokens of a step.
         dropped_share: share of the tokens to drop.
 
     Returns:
-        The summed loss of the kept tokens, and the number of right predictions of all tokens. The sum is scaled:
-        divided by the number of all tokens, it is the mean over the kept tokens.
+        The summed loss of the kept tokens, and the number of right predictions of all tokens. The sum is scaled: the
+        sum divided by the number of all tokens is the mean over the kept tokens.
     """
     losses_M = features.rows[TOKEN_LOSSES]
     num_kept = int(len(losses_M) * (1 - dropped_share))

@@ -25,7 +25,7 @@ class CaptionScores(NamedTuple):
     """Holds the metrics of a split's captions."""
 
     scores: dict[str, float]
-    """Value of each computed metric, by name: CIDEr from 0 to 10, the others from 0 to 1."""
+    """Value of each computed metric, by name: CIDEr from 0 to 10, all other metrics from 0 to 1."""
     unavailable: dict[str, str]
     """Reason why a metric could not be computed, by metric name."""
 
@@ -41,8 +41,8 @@ def score_captions(
     Args:
         captions: caption of each image, by image id.
         references: captions that people wrote, by image id.
-        official: whether to compute the official metrics. With False, they are neither in `scores` nor in
-            `unavailable`.
+        official: whether to compute the official metrics. With False, the official metrics are neither in `scores` nor
+            in `unavailable`.
 
     Raises:
         ConfigError: if an image has no caption or no references.

@@ -82,8 +82,8 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
 def repeat_edges(x_BCHW: Tensor, extents: Sequence[tuple[int, int]]) -> Tensor:
     """Repeats the last row and column of each image into the padding of a feature map, (B, C, H, W).
 
-    RoIAlign repeats the edge of a map for boxes at the edge of an image. In a padded map, it would read zeros instead.
-    The features of such a box would then depend on the sizes of the other images.
+    RoIAlign repeats the edge of a map for boxes at the edge of an image. In a padded map, RoIAlign would read zeros
+    instead. The features of such a box would then depend on the sizes of the other images.
 
     Args:
         x_BCHW: features of all images, (B, C, H, W).

@@ -31,11 +31,11 @@ class DetectionConfig:
     """Maximum number of proposals per image after non-maximum suppression. In an evaluation, also the number of
     best-scored anchors per pyramid level that become proposals."""
     sampled_anchors: Positive = 256
-    """Number of anchors per image in the loss of the proposal network; at most half of them match an object. The losses
-    of an image are divided by this number, so they do not depend on the other images of a batch."""
+    """Number of anchors per image in the loss of the proposal network; at most half of the anchors match an object. The
+    losses of an image are divided by this number, so they do not depend on the other images of a batch."""
     sampled_boxes: Positive = 512
-    """Number of proposals per image in the loss of the box stages; at most a quarter of them match an object. The
-    losses of an image are divided by this number."""
+    """Number of proposals per image in the loss of the box stages; at most a quarter of the proposals match an object.
+    The losses of an image are divided by this number."""
     min_scale: Annotated[float, Range(0, 10, above=True)] = 0.1
     """Smallest factor of large-scale jitter (ViTDet: 0.1). An image is resized to fit a square with `model.image_size`
     times the factor as side, and is then cropped to at most `model.image_size` per side."""
@@ -54,7 +54,7 @@ class DetectionConfig:
     """Maximum number of detections per image; COCO's metrics count 100."""
     test_sizes: tuple[Sides, ...] = ()
     """In an evaluation, sides in pixels of the square that an image is resized to fit. Several sides give several
-    views: their boxes compete, and their masks are averaged. Empty uses `model.image_size`."""
+    views: boxes of all views compete, and masks are averaged. Empty uses `model.image_size`."""
     test_flip: bool = False
     """Whether an evaluation also uses a horizontally flipped copy of every view."""
     shown_score: Share = 0.3

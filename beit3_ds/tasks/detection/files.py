@@ -56,9 +56,9 @@ class StoredObject(NamedTuple):
 class AnnotatedObjects:
     """Holds the images of an annotation file and their objects, in the order of the file.
 
-    Training leaves out crowds, boxes without area and, if masks are read, objects without a mask. `skipped` counts
-    them. An evaluation uses all annotations unchanged (`ground_truth`). All data are torch tensors, because data
-    workers share tensors without copying. Each object takes about 45 bytes, plus 8 bytes per corner of a polygon.
+    Training leaves out crowds, boxes without area and, if masks are read, objects without a mask. `skipped` counts the
+    left-out objects. An evaluation uses all annotations unchanged (`ground_truth`). All data are torch tensors, because
+    data workers share tensors without copying. Each object takes about 45 bytes, plus 8 bytes per corner of a polygon.
     """
 
     def __init__(self, path: str, folder: str, collected: "_Collected") -> None:
@@ -94,7 +94,7 @@ class AnnotatedObjects:
         `images/v1/patch8/NAME.jpg`, but its archives contain `patch8/NAME.jpg`.
 
         Raises:
-            ConfigError: if images are missing; the message contains their number and the first one.
+            ConfigError: if images are missing; the message contains the number of missing images and the first one.
             StorageError: if the file system fails.
         """
         for self._num_parts in (0, 2, 1):

@@ -67,7 +67,7 @@ class DetectionHead(Head):
 
         Args:
             h_TD: rows of the patches of all images, in window order.
-            batch: the packed micro-batch. Its targets are objects, sizes and seeds of the images if `with_loss`,
+            batch: the packed micro-batch. The targets are objects, sizes and seeds of the images if `with_loss`,
                 otherwise the views of the samples.
             with_loss: True returns loss terms, False detections.
         """

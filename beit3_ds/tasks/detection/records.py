@@ -50,8 +50,8 @@ class DetectionRecord(NamedTuple):
     def entries(self, image_id: int, category_ids: Sequence[int], kind: str) -> list[dict[str, Any]]:
         """Returns the detections as entries of a COCO result file.
 
-        An entry has either a box or a mask. With both, COCO's evaluation would compute an object's size from the box
-        instead of the mask.
+        An entry has either a box or a mask. For an entry with box and mask, COCO's evaluation would compute the
+        object's size from the box instead of the mask.
 
         Args:
             image_id: id of the image.

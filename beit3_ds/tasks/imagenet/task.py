@@ -67,8 +67,8 @@ class Imagenet(Task):
     """Defines image classification by comparison with class names, or by a linear layer.
 
     With the head `names`, every step encodes `data.texts.samples_per_step` class names, divided over ranks and
-    micro-batches. If this number equals the number of classes, the softmax is over all classes. If it is smaller, for
-    example for ImageNet-21K, each step draws that many classes and adds the classes of its images.
+    micro-batches. If this number equals the number of classes, the softmax is over all classes. If the number is
+    smaller, for example for ImageNet-21K, each step draws that many classes and adds the classes of its images.
     """
 
     Settings = ImagenetConfig
@@ -111,7 +111,7 @@ class Imagenet(Task):
 
     @functools.cached_property
     def classes(self) -> ClassList:
-        """Returns the list of classes; the first call reads it from the class file.
+        """Returns the list of classes; the first call reads the list from the class file.
 
         Raises:
             ConfigError: if the file cannot be read, or does not have `task.num_classes` classes.

@@ -146,7 +146,7 @@ class Statements:
         """Checks that the images of all statements exist; lists each folder once and opens no image.
 
         Raises:
-            ConfigError: if images are missing; the message contains their number and the first one.
+            ConfigError: if images are missing; the message contains the number of missing images and the first one.
             StorageError: if the file system fails.
         """
         paths = [self.paths[number] for number in range(len(self.paths))]

@@ -18,7 +18,7 @@ class JudgedStatement(NamedTuple):
 def score_statements(statements: Iterable[JudgedStatement]) -> dict[str, float]:
     """Returns `accuracy`, the share of right answers, and `consistency`, the share of groups with right answers only.
 
-    Without statements, both are 0.
+    Without statements, `accuracy` and `consistency` are 0.
     """
     num_right, num_statements = 0, 0
     consistent: dict[str, bool] = {}

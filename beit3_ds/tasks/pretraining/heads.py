@@ -50,7 +50,7 @@ class MaskedModelingHeads(Head):
         Args:
             h_MD: normalised hidden states at masked positions, (rows, hidden size), in the order: patches of images,
                 patches of pairs, tokens of captions, tokens of texts.
-            batch: the packed micro-batch; it needs `VISUAL_CODES` if `with_loss`.
+            batch: the packed micro-batch; needs `VISUAL_CODES` if `with_loss`.
             with_loss: True returns the sums, False returns `Logits`.
         """
         image_mim, pair_mim, pair_mlm, text_mlm = batch.head_row_counts

@@ -69,8 +69,8 @@ def mask_tokens(
 
     A text of n tokens, with BOS and EOS, has round(n * ratio) predicted tokens: at least 1, at most n - 1. BOS is never
     predicted. Any EOS may be predicted, including an EOS between documents. A predicted token becomes the mask token
-    with probability 0.8 and a random piece with probability 0.1. With probability 0.1 it stays unchanged (Devlin et
-    al., 2018, arXiv:1810.04805, section 3.1).
+    with probability 0.8 and a random piece with probability 0.1. With probability 0.1, the token stays unchanged
+    (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
 
     Args:
         ids: BOS, pieces and EOS, (n,) int64, with n at least 2.

@@ -26,7 +26,7 @@ MASKED_PATCHES = "masked_patches"
 patches,) int64."""
 VISUAL_CODES = "visual_codes"
 """Key in `PackedBatch.targets`: codes of the masked patches, (masked patches,) int64, in the order of `MASKED_PATCHES`;
-`prepare_batch` computes them on the device."""
+`prepare_batch` computes the codes on the device."""
 
 
 def with_masks(

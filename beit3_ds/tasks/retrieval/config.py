@@ -11,7 +11,7 @@ class RetrievalConfig:
 
     mask_duplicates: bool = True
     """Whether to exclude false negatives: two pairs of a step with the same image or the same caption are then not
-    negatives of each other. Microsoft's BEiT-3 code does not exclude them. Two pairs with the same image are rare: they
-    occur at the border of two epochs, or if the sources list an image several times."""
+    negatives of each other. Microsoft's BEiT-3 code does not exclude false negatives. Two pairs with the same image
+    occur only at the border of two epochs, or if the sources list an image several times."""
     shown_queries: Count = 24
     """Number of images, and number of captions, for which the result page shows retrieved candidates."""

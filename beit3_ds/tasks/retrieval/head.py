@@ -30,9 +30,9 @@ LARGEST_SCALE = 100.0
 class Temperature(nn.Module):
     """Learns the factor that scales similarities, at most `LARGEST_SCALE`.
 
-    The parameter is log(factor) - `INITIAL_LOG_SCALE`, because bf16 has a finer resolution for small numbers. The name
-    `bias` makes it start at 0 without weight decay. The shape is (1,), because DeepSpeed rejects parameters without
-    dimensions.
+    The parameter is log(factor) - `INITIAL_LOG_SCALE`, because bf16 has a finer resolution for small numbers. Because
+    of the name `bias`, the parameter starts at 0 and has no weight decay. The shape is (1,), because DeepSpeed rejects
+    parameters without dimensions.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class ContrastiveHead(Head):
 
     Images and texts have separate linear layers without bias (paper section 3.1). The head returns features instead of
     a loss, because the loss compares all samples of a step (`Task.step_loss`). Parameters are replicated on all
-    tensor-parallel ranks. `SequenceLayout.first_rows` selects these rows.
+    tensor-parallel ranks. `SequenceLayout.first_rows` selects the CLS and BOS rows.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel | None = None) -> None:

@@ -76,7 +76,7 @@ class ResultFiles:
     """Writes the retrieval results of a split as JSON and as an HTML page."""
 
     stream: Stream
-    """Samples of the split; they provide names, captions and images."""
+    """Samples of the split, which provide names, captions and images."""
     retrieved: Retrieved
     """Features and ranks of all images and captions of the split."""
 

@@ -36,7 +36,7 @@ class RetrievalRankTask(RankTask):
         """Computes the recall at 1, 5 and 10 of a split, from images to captions and from captions to images.
 
         Every image and every caption is encoded once. The main rank gathers all features and computes the metrics. With
-        `folder`, it also writes the results as JSON and as a page.
+        `folder`, the main rank also writes the results as JSON and as a page.
 
         Returns:
             The metrics of `Retrieved.metrics` on the main rank; empty on other ranks.

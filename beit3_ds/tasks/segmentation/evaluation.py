@@ -77,7 +77,7 @@ def segment_split(
         split: name of the split.
         windows: cuts images into windows and merges the windows' scores.
         patch_size: side of a patch in pixels.
-        evaluation: images of each split; empty on ranks that do not read them.
+        evaluation: images of each split; empty on ranks that read no images.
         with_files: whether to keep label maps and images for result files.
 
     Returns:

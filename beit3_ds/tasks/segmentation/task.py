@@ -140,7 +140,7 @@ class Segmentation(Task):
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Returns the class names; the first call reads them from a file (`read_class_names`).
+        """Returns the class names; the first call reads the names from a file (`read_class_names`).
 
         Raises:
             ConfigError: if the file cannot be read, or does not have `task.num_classes` names.

@@ -170,7 +170,7 @@ class VisualTokenizerTask(Task):
         return {key: value for key, value in self._recipe().items() if key != "images.train"}
 
     def find_result(self) -> str | None:
-        """Returns one line about the tokenizer's file if it exists and has this run's recipe; otherwise None.
+        """Returns one line about the tokenizer's file if the file exists with this run's recipe; otherwise None.
 
         Raises:
             ConfigError: if the file has another recipe, or is not a tokenizer.
@@ -190,7 +190,7 @@ class VisualTokenizerTask(Task):
         )
 
     def build_head(self, model: Any, tensor: Any) -> Head:
-        """Raises an AssertionError, because the tokenizer is not a head of BEiT-3; `build_model` builds it."""
+        """Raises an AssertionError, because the tokenizer is not a head of BEiT-3 (`build_model`)."""
         raise AssertionError("the visual tokenizer has no head on BEiT-3")
 
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:

@@ -36,7 +36,7 @@ def choose_answers(
     Args:
         settings: the task's settings.
         training: questions of the training split; empty in an evaluation.
-        stored: answer list of the loaded weights; None if they have none.
+        stored: answer list of the loaded weights; None if the weights have no list.
         where: name of the loaded weights, for messages.
 
     Raises:

@@ -40,7 +40,7 @@ class VqaQuestions(CollectedAnnotations):
         Args:
             questions: path of the questions file.
             folder: folder of the images.
-            further_files: paths of other files with data of the samples; `files` also yields these.
+            further_files: paths of other files with data of the samples; `files` also yields these files.
         """
         super().__init__(questions, folder)
         self._further_files = further_files

@@ -41,7 +41,7 @@ def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:
     """Returns the mean accuracy in percent over all questions, per question type and per answer type.
 
     The keys are `accuracy`, `accuracy/question/TYPE` and `accuracy/answer/TYPE`. As in the official evaluator, values
-    are rounded to two decimals. They do not depend on the order of the questions.
+    are rounded to two decimals. The values do not depend on the order of the questions.
 
     Raises:
         ConfigError: if a question has no answers.

@@ -36,7 +36,7 @@ class VqaRankTask(RankTask):
         """Answers all questions of a split; returns the official accuracies, or no metrics without answers of people.
 
         Questions whose answers are not in the answer list also count, although the model cannot answer them.
-        Microsoft's BEiT-3 code leaves them out, so its accuracy can be higher.
+        Microsoft's BEiT-3 code leaves such questions out and can therefore report a higher accuracy.
         """
         results = answer_split(evaluator, split)
         if results is None or not len(results):
