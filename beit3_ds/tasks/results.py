@@ -40,7 +40,7 @@ class SampleResults:
         """Returns the rows of all ranks on the main rank, and None on other ranks; all ranks must call it.
 
         Exactly one rank must have added each sample; in a tensor-parallel group, only one rank adds rows. Every rank
-        sends its rows once to the main rank, over the host group.
+        sends its rows once to the main rank, over gloo.
         """
         parts = mesh.host.collect([torch.cat(self._numbers) if self._numbers else None, self._packed()])
         if parts is None:

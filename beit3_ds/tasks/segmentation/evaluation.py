@@ -70,7 +70,7 @@ def segment_split(
     """Segments all images of a split; all ranks must call it.
 
     Each data-parallel rank segments different images. Counts of pixels are integers, so their sum over all ranks is
-    exact. Each rank sends its results once to the main rank, over the host group.
+    exact. Each rank sends its results once to the main rank, over gloo.
 
     Args:
         evaluator: gives access to the model and the ranks.

@@ -1,4 +1,4 @@
-"""Writes the files of a trained visual tokenizer: the tokenizer, its recipe, and a picture of its codes."""
+"""Writes a trained visual tokenizer, its recipe (training settings), and a picture of its codes."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from beit3_ds.tokenizers.visual import serialize_visual_tokenizer
 def write_tokenizer(
     config: RunConfig, teacher_description: str, tensors: Mapping[str, Tensor], folder: ResultFolder
 ) -> dict[str, str]:
-    """Writes the tokenizer's file, its recipe, and a picture of its codes; a failure to write the picture is no error.
+    """Writes the tokenizer, its recipe (training settings) and, if possible, a picture of its codes.
 
     Args:
         config: configuration of the run.

@@ -104,7 +104,7 @@ class TokenizerRankTask(RankTask):
         return Figures({"codes_used": usage.num_codes, "code_perplexity": round(usage.perplexity)}, lines)
 
     def write_results(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
-        """Writes the tokenizer, its recipe and a picture of its codes.
+        """Writes the tokenizer, its recipe (training settings) and a picture of its codes.
 
         Returns:
             Entries for the run's summary, by name: the written files, and the usage of codes on training images. Empty
@@ -166,14 +166,16 @@ class VisualTokenizerTask(Task):
         self._teacher: Teacher | None = None
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the tokenizer's recipe without its training images, which may change when a run is resumed."""
+        """Returns the tokenizer's training settings without its training images, which may change when a run is
+        resumed.
+        """
         return {key: value for key, value in self._recipe().items() if key != "images.train"}
 
     def find_result(self) -> str | None:
-        """Returns one line about the tokenizer's file if the file exists with this run's recipe; otherwise None.
+        """Returns one line about the tokenizer's file if the file exists with this run's settings; otherwise None.
 
         Raises:
-            ConfigError: if the file has another recipe, or is not a tokenizer.
+            ConfigError: if the file was trained with other settings, or is not a tokenizer.
         """
         path = self.config.tokenizers.visual.path
         if not is_trained(_SECTION, path, self._recipe(), lambda: _read_known(path)):
@@ -284,7 +286,9 @@ def _planned_width(settings: VisualTokenizerSettings, config: RunConfig) -> int:
 
 
 def _read_known(path: str) -> Recipe:
-    """Reads the architecture from a tokenizer's own file, because imported tokenizers have no recipe file."""
+    """Reads the architecture from a tokenizer's own file, because imported tokenizers have no file of training
+    settings.
+    """
     trained = load_visual_tokenizer(path).config
     return {name: getattr(trained, name) for name in ("image_size", "patch_size", "codebook_size")}
 
