@@ -208,7 +208,7 @@ def build_pairs(packages: Path, out: Path) -> None:
         out: folder to write to.
     """
     samples = [sample for sample in map(_process, read_pairs(packages)) if sample]
-    # Faces with other meanings differ in few pixels, hence the high bounds.
+    # Emoji faces with different meanings differ in few pixels, so the thresholds are high.
     chosen = _choose(samples, NUM_PAIRS, duplicate=0.998)
     _write_split(out, "pair", "txt", _group(chosen, alike=0.965), PAIRS_VALIDATION_FRACTION)
 

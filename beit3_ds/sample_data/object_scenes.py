@@ -19,7 +19,7 @@ CATEGORY_IDS = {name: 3 * number + 2 for number, name in enumerate(SHAPES)}
 _OVERSAMPLING = 4
 _MOST_OBJECTS = 5
 _EMPTY_SHARE = 0.05  # images without objects
-_LEAST_VISIBLE = 0.35  # share of a shape that later shapes may not cover, else it is no object
+_LEAST_VISIBLE = 0.35  # minimum visible share of a shape; other shapes are no objects
 
 
 class DrawnShape(NamedTuple):

@@ -65,7 +65,7 @@ def predict_split(
         if logits_MV is None:
             continue
         captions = []
-        if search is not None:  # tensor-parallel ranks write them together
+        if search is not None:  # tensor-parallel ranks generate captions together
             assert isinstance(evaluator.model, TaskModel) and batch.pixels is not None and tokenizer is not None
             captions = generate(evaluator.model, batch.pixels, tokenizer, search)
         if evaluator.mesh.tensor.rank:
@@ -142,7 +142,7 @@ class DescribedSplit:
             found["word_accuracy"] = self._results.tensor("found").sum().item() / num_masked
         if self._search is None:
             return found
-        # A caption of max_length - 3 words counts as cut off, although it may have ended with EOS just there.
+        # A caption of max_length - 3 words counts as cut off, even if it ended with EOS at this length.
         is_short = self._results.tensor("length") < self._search.max_length - 3
         found["ended"] = is_short.double().mean().item()
         if all(self._references):

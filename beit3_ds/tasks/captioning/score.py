@@ -90,7 +90,7 @@ def _score(
 ) -> CaptionScores:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    # The tokenizer takes lines for captions, so no caption may be empty, and the order of images must not matter.
+    # The tokenizer reads one caption per line, so captions must not be empty. The order of images is fixed.
     keys = sorted(captions, key=lambda key: (str(type(key)), key))
     tokenizer = PTBTokenizer()
     ours = tokenizer.tokenize({key: [{"caption": " ".join(captions[key].split()) or "."}] for key in keys})

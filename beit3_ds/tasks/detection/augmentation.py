@@ -19,7 +19,7 @@ from beit3_ds.tasks.detection.objects import ImageObjects, empty_objects
 from beit3_ds.tasks.detection.segmentations import draw_in_box
 from beit3_ds.tasks.detection.views import Size
 
-_CUT_TOLERANCE = 1e-3  # pixels by which a crop must cut a box before its mask decides on the box
+_CUT_TOLERANCE = 1e-3  # pixels; if a crop cuts off more of a box, the box is recomputed from the mask
 
 
 class Window(NamedTuple):

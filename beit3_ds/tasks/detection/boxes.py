@@ -120,7 +120,7 @@ def pool_boxes(pyramid: Pyramid, boxes: Sequence[Tensor], size: int) -> Tensor:
         features = roi_align(
             pyramid[stride].float(), rois_R5[own], (size, size), 1 / stride, _SAMPLES_PER_BIN, aligned=True
         )
-        pooled = pooled.index_add(0, own, features)  # also with no box, so that every level stays in the graph
+        pooled = pooled.index_add(0, own, features)  # even without boxes, to keep every level in the autograd graph
     return pooled.to(first.dtype)
 
 

@@ -143,7 +143,7 @@ class DetectedSplit:
             of_images, of_objects = source.ground_truth()
             images += [image for image in of_images if image["id"] in wanted]
             annotations += [annotation for annotation in of_objects if annotation["image_id"] in wanted]
-        # COCO's code takes an object with id 0 for one that is not matched.
+        # COCO's code treats an object with id 0 as unmatched.
         return images, [_complete(annotation) | {"id": i} for i, annotation in enumerate(annotations, 1)]
 
 

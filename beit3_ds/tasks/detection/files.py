@@ -39,7 +39,7 @@ from beit3_ds.tasks.detection.views import Size
 FORM = "an object with 'images' (id, file_name, width, height), 'categories' (id, name) and 'annotations'"
 """Expected form of an annotation file, for messages."""
 
-_TOLERANCE = 1.0  # pixels by which a box may exceed its image without a note; COCO rounds
+_TOLERANCE = 1.0  # pixels by which a box may exceed its image without a warning, because COCO rounds
 
 
 class StoredObject(NamedTuple):
@@ -85,7 +85,7 @@ class AnnotatedObjects:
         self._boxes = torch.tensor(collected.boxes, dtype=torch.float32).view(-1, 4)[order]
         self._segments = _as_tensor(collected.segments)
         self._segment_ranges = _ranges(collected.segment_ends)[order] if collected.segment_ends else None
-        self._num_parts = 0  # of a path that are read, from its end; 0 reads all
+        self._num_parts = 0  # number of last parts of a path to use; 0 uses all parts
 
     def check_images(self) -> None:
         """Checks that every image exists; lists each folder once and opens no image.
@@ -315,7 +315,7 @@ def read_objects(path: str, folder: str, *, with_masks: bool) -> AnnotatedObject
             if key == "categories":
                 categories.append(entry)
             elif key == "annotations" and not collected.image_ids:
-                is_postponed = True  # the images, whose sizes an annotation needs, come later
+                is_postponed = True  # annotations need image sizes, but the images come later in the file
             else:
                 collected.add_list(key, entry)
         if not collected.image_ids:

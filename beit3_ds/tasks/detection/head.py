@@ -54,7 +54,7 @@ class DetectionHead(Head):
         self._window_size, self._patch_size = config.dense.window_size, config.patch_size
         channels = settings.pyramid_channels
         self.pyramid = SimpleFeaturePyramid(config.hidden_size, channels)
-        # The strides are those of patches of 16 pixels; other patches scale them.
+        # The pyramid's strides assume a patch size of 16; other patch sizes scale them.
         self._strides = {name: stride * config.patch_size // 16 for name, stride in self.pyramid.strides.items()}
         self.proposals = ProposalNetwork(channels, list(self._strides.values()), settings.anchor_scale)
         self.boxes = Cascade(channels, settings.box_width, num_classes)

@@ -14,7 +14,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.tasks.detection.box_masks import MASK_SIDE, masks_in_boxes
 
 _MIN_COORDINATES = 6  # of a polygon: three corners
-_LARGEST = 2.0**24  # pixels; coordinates beyond it are no coordinates
+_LARGEST = 2.0**24  # pixels; larger coordinates are invalid
 
 
 class Segmentation(NamedTuple):

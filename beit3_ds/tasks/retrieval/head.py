@@ -92,5 +92,5 @@ class _Limit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        # A clamp passes no gradient beyond its limit, so a scale that one update raised above the limit would stay.
+        # A clamp has no gradient above its limit, so a scale above the limit could never decrease.
         return torch.where(ctx.beyond & (dx < 0), 0, dx), None

@@ -51,7 +51,7 @@ def _block_ranks(score_BN: Tensor, matches: Sequence[Sequence[int]]) -> Tensor:
     pairs = [(row, column) for row, columns in enumerate(matches) for column in columns]
     rows, columns = torch.tensor(pairs, device=score_BN.device).unbind(1)
     best_B = torch.full_like(score_BN[:, 0], -torch.inf).scatter_reduce_(0, rows, score_BN[rows, columns], "amax")
-    # The negation counts scores that are no numbers as higher, so a broken model is never right.
+    # `not <` counts NaN scores as higher, so a broken model is never right.
     is_ahead_BN = ~(score_BN < (best_B - TIE)[:, None])
     is_ahead_BN[rows, columns] = False
     return is_ahead_BN.sum(1)

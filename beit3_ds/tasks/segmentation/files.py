@@ -35,7 +35,7 @@ NAMES_FILE = "objectInfo150.txt"
 MIN_SIDE, MAX_SIDE = 8, 16384
 """Minimum and maximum side of an image, in pixels."""
 
-_EXAMINED = 1000  # headers that a start reads; others are checked when their sample is read
+_EXAMINED = 1000  # headers that are checked at the start; other files are checked when they are read
 _MODES = ("L", "P")  # one byte per pixel: a value, or an index into a palette
 
 

@@ -50,7 +50,7 @@ class MaskLoss:
         """Builds transformers' Mask2Former loss on `device`; the loss has no parameters and one constant buffer."""
         config = mask2former_config(settings)
         self._loss: Any = mask2former_parts().Mask2FormerLoss(config, weight_dict={}).to(device)
-        self._loss.get_num_masks = _one  # so that its masks' losses are sums
+        self._loss.get_num_masks = _one  # makes the mask losses sums instead of means
         self._settings = settings
 
     def sums(self, layers: Sequence[QueryPredictions], labels: Tensor, seeds: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ class MaskLoss:
         sums = []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            for of in (layers[-1], *layers[:-1]):  # transformers' order, so that the draws are the same
+            for of in (layers[-1], *layers[:-1]):  # transformers' order, for equal random draws
                 found = self._loss(of.masks_BQHW, of.classes_BQX, [masks_NHW], [classes_N])
-                # Its cross entropy is a mean over the weights of the image's queries.
+                # transformers' cross entropy is a weighted mean over the queries of the image.
                 sums.append(torch.stack([found["loss_cross_entropy"] * weight, found["loss_mask"], found["loss_dice"]]))
         return torch.stack(sums).sum(0)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from beit3_ds.tasks.segmentation.config import IGNORED
 
-_GOLDEN = 0.618034  # hues of following classes are far apart
+_GOLDEN = 0.618034  # golden ratio: neighbouring classes get very different hues
 _UNKNOWN = (0, 0, 0)
-_SHARE = 0.8  # of the class's colour over the image
+_SHARE = 0.8  # opacity of the class colour over the image
 _ROW, _SWATCH, _MARGIN = 20, 14, 6  # pixels of the legend
 
 

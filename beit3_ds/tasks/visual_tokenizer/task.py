@@ -119,7 +119,7 @@ class TokenizerRankTask(RankTask):
         warning = usage.describe_if_low()
         if not evaluator.mesh.is_main:
             return {}
-        # Last, because a run whose tokenizer exists is finished.
+        # The tokenizer is written last, because a run counts as finished once the tokenizer exists.
         tensors = dict(evaluator.trained_tensors())
         results = write_tokenizer(self.run_config, self.teacher_description, tensors, folder)
         return results | {"codes": f"{usage} over training images"} | ({"warning": warning} if warning else {})

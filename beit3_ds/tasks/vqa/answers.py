@@ -22,7 +22,7 @@ With this value, VQAv2's training and validation splits give the usual list of 3
 _PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_MAX_PERIODS = 32  # the evaluator passes a flag of this value where `re.sub` takes the number of replacements
+_MAX_PERIODS = 32  # the evaluator passes re.UNICODE (32) to `re.sub` as the maximum number of replacements
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"} | {
     **{"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
