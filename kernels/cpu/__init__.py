@@ -1,1 +1,1 @@
-"""Provides the operations on a CPU with memory, chunks of rows and matrix products."""
+"""Provides memory, row chunks and matrix products to the operations on a CPU."""

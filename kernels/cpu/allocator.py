@@ -1,4 +1,4 @@
-"""Allocates the output tensors of the ops on a CPU."""
+"""Allocates the output tensors of operations on a CPU."""
 
 import ctypes
 import os
@@ -14,23 +14,23 @@ _LARGEST_INT = 2**31 - 1
 
 
 class Allocator:
-    """Allocates uninitialised tensors from PyTorch or, after `keep_freed_memory`, from its own memory mapping."""
+    """Allocates uninitialised tensors with PyTorch or, after `keep_freed_memory`, in a separate memory mapping."""
 
     def __init__(self) -> None:
-        """Starts without a memory mapping: PyTorch allocates all tensors until `keep_freed_memory` is called."""
+        """Starts without a memory mapping. PyTorch allocates all tensors until `keep_freed_memory` is called."""
         self.host_memory: HostMemory | None = None
 
     def keep_freed_memory(self, device: torch.device, lasting: int = 0) -> None:
-        """Lets this process keep freed memory and reuse it for all later allocations, if it trains on the CPU.
+        """Makes this process keep freed memory for later allocations, if the training runs on a CPU under Linux.
 
-        This allocator's tensors get their own address range, if the operating system grants one. PyTorch's own tensors
-        come from glibc, which then no longer returns freed memory to the system. The system would have to zero the
-        returned pages again in every step.
+        Without this, the operating system would zero the same pages again in every step. This allocator's tensors get
+        their own address range, if the operating system grants one. PyTorch's other tensors come from glibc, which no
+        longer returns freed memory to the system.
 
         Args:
-            device: device of the training. If it is not the CPU, the call does nothing.
-            lasting: total bytes of the tensors that stay until the end of a step, such as the weights' gradients; 0 if
-                there are few.
+            device: device of the training. For other devices than a CPU, the function does nothing.
+            lasting: total bytes of tensors that live until the end of a step, such as weight gradients; 0 if there are
+                few.
         """
         if device.type != "cpu" or sys.platform != "linux":
             return
@@ -49,10 +49,10 @@ class Allocator:
         """Returns an uninitialised, contiguous tensor on the device of `like`.
 
         Args:
-            like: gives the device, and the dtype if none is given.
-            shape: shape of the tensor.
-            dtype: dtype of the tensor.
-            lasting: whether the tensor stays until the end of a step, as a weight's gradient does.
+            like: tensor whose device is used, and whose dtype is the default.
+            shape: shape of the new tensor.
+            dtype: dtype of the new tensor; None means the dtype of `like`.
+            lasting: whether the new tensor lives until the end of a step, like a weight gradient.
         """
         dtype = like.dtype if dtype is None else dtype
         has_memory = type(like) in (Tensor, nn.Parameter)  # other subclasses may have none, as fake tensors
@@ -63,16 +63,16 @@ class Allocator:
         return like.new_empty(shape, dtype=dtype)
 
     def empty_like(self, x: Tensor, lasting: bool = False) -> Tensor:
-        """Returns an uninitialised, contiguous tensor with the shape, dtype and device of `x`."""
+        """Returns an uninitialised, contiguous tensor with the shape, dtype and device of `x` (see `empty`)."""
         return self.empty(x, *x.shape, lasting=lasting)
 
     def settle(self, x: Tensor, lasting: bool = False) -> Tensor:
-        """Returns a copy of `x` in the memory mapping, or `x` itself if the allocator has no mapping or x is on a GPU.
+        """Returns a copy of `x` in the memory mapping. Without a mapping, or on a GPU, returns `x` itself.
 
-        Use it for small tensors that stay during a step: in glibc's memory they would split the free space.
+        Use it for small tensors that live during a step, because in glibc's memory they would fragment the free space.
         """
         return x if self.host_memory is None or x.device.type != "cpu" else self.empty_like(x, lasting).copy_(x)
 
 
 ALLOCATOR = Allocator()
-"""Allocator of all ops; one per process, because glibc's settings apply to the whole process."""
+"""Allocator of all operations. A process has only one, because glibc's settings apply to the whole process."""

@@ -1,11 +1,13 @@
-"""Manages host memory for the tensors that each training step on a CPU allocates and frees.
+"""Manages memory for the tensors that every training step on a CPU allocates and frees again.
 
-Every step allocates the same gigabytes of rows and gradients. glibc fragments this memory: it pads each request for
+Every step needs the same gigabytes of rows and gradients. With glibc, this memory fragments. glibc pads requests for
 alignment, so a freed block does not fit the next request of the same size. Small lasting tensors also split the gaps
-between large ones. So rows and gradients get an address range of their own. Rows are allocated from its lower end and
-freed in the order of their allocation, or in reverse. Gradients of weights stay until the optimizer's update. They are
-allocated from the upper end, so at the end of the backward pass they reuse the memory of rows (BENCHMARKS.md). On a
-GPU, PyTorch's caching allocator does all this.
+between large tensors.
+
+So rows and gradients get their own address range. Rows are allocated at the lower end. They are freed in the order of
+allocation or in reverse order. Weight gradients live until the optimizer's update. They are allocated at the upper end,
+and at the end of the backward pass they reuse the memory of rows (BENCHMARKS.md). On a GPU, PyTorch's caching allocator
+does this work.
 """
 
 import math
@@ -20,20 +22,20 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
-"""Alignment of tensors in bytes, the same as PyTorch's own."""
+"""Alignment of tensors in bytes, equal to PyTorch's."""
 _MAP_NORESERVE = 0x4000
-"""Flag of Linux's mman.h; Python 3.11 has no name for it."""
+"""Flag MAP_NORESERVE from Linux's mman.h, which Python 3.11 does not define."""
 
 
 class Gaps:
-    """Tracks the gaps (free byte ranges) of an address range; no gap is empty, and no two gaps are adjacent."""
+    """Tracks the free byte ranges (gaps) of an address range. No gap is empty, and no two gaps are adjacent."""
 
     def __init__(self, size: int) -> None:
-        """Starts with one gap, the whole range [0, size)."""
+        """Starts with a single gap, [0, size)."""
         self._starts, self._stops = [0], [size]
 
     def take_low(self, size: int) -> int | None:
-        """Takes `size` bytes from the lower end of the lowest gap that is large enough.
+        """Allocates `size` bytes at the start of the lowest gap that is large enough.
 
         Returns:
             Address of the first byte; None if no gap is large enough.
@@ -45,10 +47,10 @@ class Gaps:
         return None
 
     def take_high(self, size: int, ceiling: int) -> int | None:
-        """Takes the highest `size` adjacent free bytes whose addresses are all below `ceiling`.
+        """Allocates the highest `size` adjacent free bytes below the address `ceiling`.
 
         Returns:
-            Address of the first byte; None if no gap is large enough.
+            Address of the first byte; None if no gap below `ceiling` is large enough.
         """
         for index in range(bisect_left(self._starts, ceiling) - 1, -1, -1):
             stop = min(self._stops[index], ceiling)
@@ -58,7 +60,7 @@ class Gaps:
         return None
 
     def give(self, start: int, size: int) -> None:
-        """Frees the bytes [start, start + size) and merges them with adjacent gaps."""
+        """Frees the bytes [start, start + size), and merges them with adjacent gaps."""
         index, stop = bisect_left(self._starts, start), start + size
         touches_next = index < len(self._starts) and self._starts[index] == stop
         touches_last = index > 0 and self._stops[index - 1] == start
@@ -67,7 +69,7 @@ class Gaps:
         self._stops[joined] = [max(stop, *self._stops[joined], stop)]
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Returns (start, stop) of every gap, in ascending order."""
+        """Returns (start, stop) of each gap in ascending order."""
         return list(zip(self._starts, self._stops, strict=True))
 
     def _cut(self, index: int, start: int, stop: int) -> None:
@@ -78,16 +80,16 @@ class Gaps:
 
 
 class HostMemory:
-    """Allocates tensors in a memory mapping, and frees their bytes when nothing refers to their storage.
+    """Allocates tensors in a memory mapping, and frees a tensor's bytes when its storage is no longer referenced.
 
-    The operating system provides each page at the first write, and the process keeps the page from then on.
+    The operating system provides each page at its first write. The process then keeps the page.
     """
 
     def __init__(self, size: int) -> None:
-        """Maps an address range for the tensors.
+        """Maps an address range for tensors.
 
         Args:
-            size: size of the range in bytes, the maximum of all tensors together.
+            size: size of the range in bytes, which limits the total size of all tensors.
 
         Raises:
             OSError: if the operating system refuses the mapping.
@@ -100,20 +102,17 @@ class HostMemory:
         self._freed: deque[tuple[int, int]] = deque()
 
     def expect(self, lasting: int) -> None:
-        """Reserves room for `lasting` bytes of tensors that stay until the end of a step.
-
-        Reserves 1/64 more, for the other tensors that end up between them.
-        """
+        """Reserves space for `lasting` bytes of tensors that live until the end of a step, plus 1/64 for others."""
         self._ceiling = max(self._ceiling, lasting + lasting // 64)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool) -> Tensor | None:
-        """Returns an uninitialised tensor with at least one element, or None if there is no room for it.
+        """Returns an uninitialised tensor, or None if there is no free space for it.
 
         Args:
-            shape: shape of the tensor.
+            shape: shape of the tensor; all sizes must be positive.
             dtype: dtype of the tensor.
-            lasting: whether the tensor stays until the end of a step. If so, it gets the highest free bytes below the
-                highest address used or reserved so far. Any other tensor gets the lowest free bytes.
+            lasting: whether the tensor lives until the end of a step. Then it gets the highest free bytes below the
+                highest address that was used or reserved so far. Otherwise it gets the lowest free bytes.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -1,8 +1,8 @@
-"""Computes the matrix products of linear layers on a CPU, and writes them into given memory.
+"""Computes the matrix products of linear layers on a CPU, and writes the results into given memory.
 
-PyTorch multiplies float32 matrices with MKL. oneDNN, which PyTorch uses for convolutions, is often 10 to 33 % faster on
-many rows (BENCHMARKS.md). This module expresses the product as oneDNN's 1 x 1 convolution that adds to its output: this
-convolution writes into given memory.
+PyTorch multiplies float32 matrices with MKL. oneDNN, which PyTorch uses for convolutions, is often 10 to 33 % faster
+for many rows (BENCHMARKS.md). Here oneDNN computes the product as a 1 x 1 convolution that adds to an existing output
+tensor.
 """
 
 # R rows, D input width, F output width.
@@ -15,22 +15,23 @@ from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 _FEWEST_ROWS = 256
-"""Minimum rows for which oneDNN is used. It first copies the matrix into its own format, too slow for fewer rows."""
+"""Minimum number of rows for oneDNN. It first copies the matrix into its own format, which is too slow for fewer rows.
+"""
 _FEWEST_ROWS_TRANSPOSED = 1024
-"""Minimum rows for which oneDNN is used if the matrix is transposed."""
+"""Minimum number of rows for oneDNN if the matrix is transposed."""
 _STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048
-"""Rows that are transposed at a time: `_STRIP`, or `_STRIP_OF_LONG_ROWS` if a row has at least `_LONG_ROW` columns. In
-long rows, the elements of one column compete for the same cache lines."""
+"""Rows per copy when a matrix is transposed: `_STRIP`, or `_STRIP_OF_LONG_ROWS` if rows have at least `_LONG_ROW`
+columns. In long rows, the elements of one column compete for the same cache lines."""
 
 
 def matmul(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Tensor:
-    """Writes x @ w.T + b into `out_RF` and returns it.
+    """Writes x @ w.T + b into `out_RF` and returns `out_RF`.
 
     Args:
-        x_RD: rows.
-        w_FD: matrix; either it or its transpose is contiguous.
-        b_F: bias, or None.
-        out_RF: output. x_RD, b_F and out_RF are contiguous and have the same dtype.
+        x_RD: rows, contiguous.
+        w_FD: matrix; the matrix or its transpose is contiguous.
+        b_F: bias, contiguous, or None.
+        out_RF: output, contiguous. All tensors have the same dtype.
     """
     if _takes_onednn(x_RD, w_FD):
         _add_by_onednn(x_RD, w_FD, b_F, out_RF.zero_())
@@ -59,7 +60,8 @@ def _add_by_onednn(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tenso
 def _transpose(x_RD: Tensor) -> Tensor:
     """Returns a contiguous copy of x.T.
 
-    Copies strips of rows, because PyTorch copies a whole transposed matrix with a single thread (BENCHMARKS.md).
+    The rows are copied in strips, because PyTorch copies a whole transposed matrix with one thread only
+    (BENCHMARKS.md).
     """
     out_DR = ALLOCATOR.empty(x_RD, x_RD.shape[1], len(x_RD))
     rows = _STRIP_OF_LONG_ROWS if x_RD.shape[1] >= _LONG_ROW else _STRIP
@@ -74,7 +76,7 @@ def _has_onednn() -> bool:
 
 
 def _check_onednn(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares oneDNN's products with plain PyTorch's, for a contiguous matrix and for a transposed one."""
+    """Compares oneDNN's products with plain PyTorch for a contiguous and for a transposed matrix."""
     generator = torch.Generator().manual_seed(0)
     x_RD, square, b_F = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, 16), (16, 16), (16,)))
     for w_FD in (square, square.t()):

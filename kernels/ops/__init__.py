@@ -1,1 +1,1 @@
-"""Defines the operations on packed rows, each with its PyTorch reference, registration and backward pass."""
+"""Defines the operations on packed rows, each with a PyTorch reference, a registration and a backward pass."""

@@ -1,8 +1,8 @@
-"""Computes GELU and sub-LN of whole rows in one pass, and their gradients in another.
+"""Computes GELU and sub-LN of whole rows in one pass, and their gradients in another pass.
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection. If ranks divide
-the rows, `sub_norm` computes it in several passes, with collectives between them. On a CPU `out_projection` computes
-both on row chunks; there only checks call these operators.
+the rows, `sub_norm` is used instead: it needs several passes with collectives between them. On a CPU, `out_projection`
+computes GELU and sub-LN on row chunks, and only checks call these operators.
 """
 
 # T packed rows, F width, E experts.
@@ -120,7 +120,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernels with PyTorch's operations on three experts, one of them without rows.
+    """Compares the kernels with PyTorch's operations for three experts, one of which has no rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -144,4 +144,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("activation_norm", check_kernels)
-"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""

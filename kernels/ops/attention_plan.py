@@ -1,4 +1,4 @@
-"""Groups the sequences of a micro-batch for attention: into buckets of rows on a CPU, into tiles on a GPU."""
+"""Groups the sequences of a micro-batch for attention: into padded buckets on a CPU, into tiles on a GPU."""
 
 # T packed rows, Q sequences, N tiles; a bucket holds n sequences of at most S rows.
 
@@ -11,62 +11,62 @@ from torch import Tensor
 from beit3_ds.device_copy import copy_to_device
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
-"""Row ranges [start, stop) of each sequence. For example, (((0, 197),), ((197, 394), (591, 612))) is a sequence of one
-range and a sequence of two."""
+"""Row ranges [start, stop) of each sequence. For example, (((0, 197),), ((197, 394), (591, 612))) contains a sequence
+with one range and a sequence with two ranges."""
 
 PADDING_ALLOWANCE = 1.5
 """Maximum ratio of the longest to the shortest sequence in a padded bucket (BENCHMARKS.md)."""
 
 CPU_ROWS = 256
-"""Maximum rows of a bucket of several sequences on a CPU. More rows are no faster, and PyTorch's buffers for a bucket
-add to peak memory (BENCHMARKS.md)."""
+"""Maximum rows of a bucket with several sequences on a CPU. More rows are not faster, and PyTorch's buffers for a
+bucket increase peak memory (BENCHMARKS.md)."""
 
 
 class Bucket(NamedTuple):
-    """Describes n sequences of similar length, which one call of scaled_dot_product_attention computes.
+    """Describes n sequences of similar length, for one call of scaled_dot_product_attention.
 
-    All sequences are padded to S rows, the length of the longest.
+    All sequences are padded to S rows, the length of the longest sequence.
     """
 
     rows: Tensor
-    """Numbers of the sequences' rows in the packed stream, sequence by sequence, int64. Shorter sequences are padded to
-    the length of the longest by repeating their own first row."""
+    """Row numbers of the sequences in the packed stream, sequence by sequence, int64. A shorter sequence is padded by
+    repeating its first row."""
     num_sequences: int
-    """Number of sequences, n."""
+    """Number of sequences n."""
     first_row: int | None
-    """First row number if all rows are consecutive in the stream, so that a view needs no copy; otherwise None."""
+    """First row number if all rows are consecutive in the stream, so that a view suffices; else None."""
     real: Tensor | None
-    """Ascending indices of the entries of `rows` that are not padding, int64; None if no entry is padding."""
+    """Ascending indices of the entries in `rows` that are not padding, int64; None if there is no padding."""
     key_mask: Tensor | None
-    """Attention mask, bool; None if all entries are True. Without a causal caption it is (sequences, 1, 1, keys), and
-    an entry is True if the key is not padding. With a causal caption it is (sequences, 1, queries, keys), and an entry
-    is True if, in addition, the query sees the key."""
+    """Attention mask, bool; None if all entries are True. Without causal captions the shape is (sequences, 1, 1, keys),
+    and an entry is True if the key is not padding. With causal captions the shape is (sequences, 1, queries, keys), and
+    the query must also see the key."""
 
 
 class AttentionPlan(NamedTuple):
-    """Holds the buckets into which a micro-batch's sequences are divided; depends on the sequences' ranges alone."""
+    """Holds the buckets of a micro-batch's sequences; depends only on the row ranges of the sequences."""
 
     buckets: tuple[Bucket, ...]
-    """Buckets. Every sequence that has rows is in exactly one of them."""
+    """Buckets. Each sequence with rows is in exactly one bucket."""
     output_rows: Tensor | None
-    """Position of each of the stream's T rows in the concatenated outputs of all buckets, (T,) int64; None if row i is
-    at position i for every i."""
+    """Position of each of the stream's T rows in the concatenated outputs of all buckets, (T,) int64. None if the
+    outputs are already in the order of the stream."""
 
 
 class TilePlan(NamedTuple):
-    """Holds the tables that tell the GPU kernels the rows of a micro-batch's Q sequences and N tiles."""
+    """Holds tables for the GPU kernels with the rows of a micro-batch's Q sequences and N tiles."""
 
     sequences_Q4: Tensor
-    """Start and length of each sequence's first range, then start and length of its second, (Q, 4) int32. If a sequence
-    has one range, the second length is 0."""
+    """Start and length of each sequence's first range, then of the second range, (Q, 4) int32. The second length is 0
+    for a sequence with one range."""
     tiles_N2: Tensor
-    """Each tile's sequence number and the position in that sequence at which the tile starts, (N, 2) int32. Tiles of
-    longer sequences come first."""
+    """Sequence number of each tile, and the tile's first position in that sequence, (N, 2) int32. Tiles of longer
+    sequences come first."""
 
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan:
-    """Divides every sequence into tiles of at most `tile_size` rows, and returns the tables on `device`."""
+    """Divides each sequence into tiles of at most `tile_size` rows; returns the tables on `device`."""
     sequences = [[(start, stop - start) for start, stop in (*sequence, (0, 0))[:2]] for sequence in ranges]
     assert all(len(sequence) in (1, 2) for sequence in ranges), "packed_attention: a sequence is one or two ranges"
     order = sorted(range(len(ranges)), key=lambda i: -_length(ranges[i]))
@@ -80,28 +80,28 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
 def plan_attention(
     ranges: Ranges, device: torch.device, causal_captions: bool = False, allowance: float = PADDING_ALLOWANCE
 ) -> AttentionPlan:
-    """Groups sequences of similar length into buckets; adjacent sequences of equal length get no padding.
+    """Groups sequences of similar length into buckets. Adjacent sequences of equal length need no padding.
 
     Args:
-        ranges: row ranges of every sequence.
-        device: device of the plan's tensors.
-        causal_captions: whether to mask pairs for captioning.
-        allowance: maximum ratio of the longest to the shortest sequence of a bucket; 1 pads nothing.
+        ranges: row ranges of each sequence.
+        device: device for the tensors of the plan.
+        causal_captions: whether captions have a causal mask.
+        allowance: maximum ratio of the longest to the shortest sequence in a bucket; 1 means no padding.
     """
     most_rows = CPU_ROWS if device.type == "cpu" else None
     return build_plan(ranges, bucket_by_length(ranges, allowance, most_rows), device, causal_captions)
 
 
 def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:
-    """Returns groups of sequence numbers; the sequences of a group have similar lengths.
+    """Returns groups of sequence numbers; the sequences in a group have similar lengths.
 
-    Adjacent sequences of equal length, such as images, form a separate group, because a view can batch them. Sequences
+    Adjacent sequences of equal length, such as images, form their own group, because a view can batch them. Sequences
     without rows are in no group.
 
     Args:
-        ranges: row ranges of every sequence.
-        allowance: maximum ratio of the longest to the shortest sequence of a group.
-        most_rows: maximum rows of a group of several sequences, padding included; None for no limit.
+        ranges: row ranges of each sequence.
+        allowance: maximum ratio of the longest to the shortest sequence in a group.
+        most_rows: maximum rows of a group with several sequences, including padding; None for no limit.
     """
     groups = _group_by_length(ranges, allowance)
     if most_rows is None:
@@ -126,9 +126,9 @@ def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
 
 
 def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
-    """Returns groups of two or more sequences of equal length whose rows follow each other without gaps.
+    """Returns groups of two or more sequences of equal length whose rows are adjacent in the stream.
 
-    Sequences of two ranges are in no group.
+    Sequences with two ranges are in no group.
     """
     runs: list[list[int]] = []
     for index, sequence in enumerate(ranges):
@@ -145,7 +145,7 @@ def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
 def build_plan(
     ranges: Ranges, groups: list[list[int]], device: torch.device, causal_captions: bool = False
 ) -> AttentionPlan:
-    """Builds a plan with one bucket per group of sequence numbers."""
+    """Builds a plan with one bucket for each group of sequence numbers."""
     buckets, order = [], []
     offset = 0
     for group in groups:
@@ -178,17 +178,17 @@ def _length(sequence: tuple[tuple[int, int], ...]) -> int:
 
 
 def image_rows(sequence: tuple[tuple[int, int], ...]) -> int:
-    """Returns the length of a sequence's first range, which the whole sequence sees under the captioning mask.
+    """Returns the length of a sequence's first range, which all rows of the sequence see under the captioning mask.
 
-    In a pair of an image and its caption, this range is the image.
+    In an image-caption pair, the first range is the image.
     """
     return _length(sequence[:1])
 
 
 def visible_rows(length: int, image_length: int, device: torch.device) -> Tensor:
-    """Returns the captioning mask, (length, length) bool: True where a query (row) sees a key (column).
+    """Returns the captioning mask, (length, length) bool, which is True where a query (row) sees a key (column).
 
-    Every query sees the first `image_length` keys. A query after them also sees all keys up to its own position.
+    Every query sees the first `image_length` keys. Later queries also see all keys up to their own position.
     """
     positions = torch.arange(length, device=device)
     return positions < (positions + 1).clamp(min=image_length).unsqueeze(1)

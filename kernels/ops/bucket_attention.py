@@ -1,4 +1,4 @@
-"""Computes packed attention with PyTorch's attention, one call per bucket of sequences of similar length."""
+"""Computes packed attention with PyTorch's attention: one call per bucket of sequences with similar lengths."""
 
 # T packed rows, H heads, K head width; a bucket holds n sequences of at most S rows.
 
@@ -15,7 +15,7 @@ from beit3_ds.kernels.ops.attention_plan import AttentionPlan, Bucket
 
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Runs one scaled_dot_product_attention per bucket and returns the outputs in the order of the stream's rows."""
+    """Runs scaled_dot_product_attention once per bucket; returns the outputs in the order of the stream's rows."""
     if q_THK.device.type == "cpu":
         return _AttendOnCPU.apply(q_THK, k_THK, v_THK, plan.buckets)
     outputs = [_attend_bucket(q_THK, k_THK, v_THK, bucket) for bucket in plan.buckets]
@@ -32,10 +32,10 @@ def _attend_bucket(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, bucket: Bucket) 
 
 
 class _AttendOnCPU(torch.autograd.Function):
-    """Runs PyTorch's attention operator for CPUs on every bucket, and saves packed rows only.
+    """Runs PyTorch's CPU attention operator on each bucket; saves only packed rows for the backward pass.
 
-    Autograd would save gathered and padded copies. This backward pass gathers packed rows again instead, and writes
-    every gradient once.
+    Autograd would save gathered and padded copies of the rows. This backward pass gathers the packed rows again, and
+    writes each gradient once.
     """
 
     @staticmethod
@@ -78,14 +78,14 @@ class _AttendOnCPU(torch.autograd.Function):
 
 
 def _additive_mask(bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
-    """Returns a mask that is 0 where a query sees a key and -inf elsewhere; None if every query sees all keys."""
+    """Returns a mask with 0 where a query sees a key and -inf elsewhere; None if all queries see all keys."""
     if bucket.key_mask is None:
         return None
     return torch.zeros_like(bucket.key_mask, dtype=dtype).masked_fill_(~bucket.key_mask, -torch.inf)
 
 
 def _write_rows(out_THK: Tensor, x_nHSK: Tensor, bucket: Bucket) -> None:
-    """Writes a bucket's rows to their places in the stream."""
+    """Writes the rows of a bucket to their positions in the stream."""
     rows, x_rHK = bucket.rows, x_nHSK.transpose(1, 2).flatten(0, 1)
     if bucket.first_row is not None:
         out_THK[bucket.first_row : bucket.first_row + len(rows)] = x_rHK

@@ -1,8 +1,8 @@
-"""Stores which implementation of each operator was the fastest, in one JSON file per GPU model and software versions.
+"""Stores the fastest implementation of each operator in a JSON file per GPU model and software versions.
 
-A case is an operator with the dtypes and sizes of its arguments. A file has one line per case:
-{"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file that ships with the package
-(`kernels/choices`) is read first, then the file that this machine wrote in Triton's cache folder.
+A case is an operator with the dtypes and sizes of its arguments. A file has one line per case: {"CASE": {"fastest":
+NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file shipped with the package (`kernels/choices`) is read first, then
+this machine's file in Triton's cache folder.
 """
 
 import contextlib
@@ -19,22 +19,22 @@ from typing import Any
 import torch
 
 SHIPPED = Path(__file__).parents[1] / "choices"
-"""Folder of the files that ship with the package."""
+"""Folder of the files that are shipped with the package."""
 
 
 class ChoiceFile:
     """Reads and extends the stored choices for one device.
 
-    If a file cannot be read or written, the operators are only measured again.
+    If a file cannot be read or written, the operators are measured again.
     """
 
     def __init__(self, name: str, folder: Path | None, shipped: Path = SHIPPED) -> None:
-        """Reads the file that ships with the package, and then the file that this machine wrote.
+        """Reads the file shipped with the package, then this machine's file.
 
         Args:
-            name: name of both files.
-            folder: folder of this machine's file; None keeps choices in memory only.
-            shipped: folder of the file that ships with the package.
+            name: name of the two files.
+            folder: folder of this machine's file; None keeps new choices in memory only.
+            shipped: folder of the shipped file.
         """
         self.path = None if folder is None else folder / name
         self._cases = _read(shipped / name)
@@ -42,19 +42,19 @@ class ChoiceFile:
             self._cases |= _read(self.path)
 
     def find(self, case: str) -> str | None:
-        """Returns the fastest implementation of a case; None if it was not measured."""
+        """Returns the name of the fastest implementation for a case; None if the case was not measured."""
         return self._cases[case]["fastest"] if case in self._cases else None
 
     def add(self, case: str, fastest: str, milliseconds: Mapping[Any, float]) -> None:
         """Adds a measurement to this machine's file.
 
-        Other processes may extend the file too, so it is read again and then replaced as a whole. If two processes
-        write at the same time, the measurement of one is lost, and a later run repeats it.
+        The file is read again and then replaced as a whole, because other processes may also extend it. If two
+        processes write at the same time, one measurement is lost, and a later run repeats it.
 
         Args:
-            case: the measured case.
+            case: measured case.
             fastest: name of the fastest implementation.
-            milliseconds: time of every implementation, by name.
+            milliseconds: milliseconds per call of each implementation, by name.
         """
         measured = {name: round(ms, 4) for name, ms in milliseconds.items()}
         self._cases[case] = {"fastest": fastest, "milliseconds": measured}
@@ -72,7 +72,7 @@ class ChoiceFile:
 
 
 def choice_file_of(device: torch.device) -> ChoiceFile:
-    """Opens the file for a CUDA device and the installed software versions; it is in Triton's cache folder."""
+    """Opens the file for a CUDA device and the installed software versions, in Triton's cache folder."""
     import triton  # needed on a GPU only
 
     return ChoiceFile(file_name(torch.cuda.get_device_name(device)), Path(triton.knobs.cache.dir) / "beit3_ds")
@@ -81,7 +81,7 @@ def choice_file_of(device: torch.device) -> ChoiceFile:
 def file_name(device: str) -> str:
     """Returns the name of the file for a device and the installed versions of torch, Triton and this package.
 
-    An example is "nvidia_h200-torch2.14.1-triton3.8.0-beit3_ds0.2.0.json".
+    Example: "nvidia_h200-torch2.14.1-triton3.8.0-beit3_ds0.2.0.json".
     """
     versions = [f"{name}{_version(name)}" for name in ("torch", "triton", "beit3_ds")]
     return re.sub(r"[^a-z0-9_.+-]+", "_", "-".join([device, *versions]).lower()) + ".json"
@@ -95,7 +95,7 @@ def _version(package: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Returns the valid cases of a file; empty if the file does not exist or is not a file of choices."""
+    """Returns the valid cases in a file; an empty dict if the file does not exist or is invalid."""
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

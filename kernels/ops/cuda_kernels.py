@@ -1,4 +1,4 @@
-"""Calls the kernels in CUDA C++ (`kernels/csrc`) if they were built (docs/kernels_cuda.md)."""
+"""Calls the CUDA C++ kernels (`kernels/csrc`) if they are built (docs/kernels_cuda.md)."""
 
 # T packed rows, D input width, F output width, H heads, K head width, N tiles.
 
@@ -25,17 +25,18 @@ _HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 def is_built() -> bool:
-    """Returns whether `BEIT3_BUILD_CUDA=1 pip install --no-build-isolation .` has built the kernels.
+    """Returns whether the kernels were built with `BEIT3_BUILD_CUDA=1 pip install --no-build-isolation .`.
 
-    Does not load them.
+    The kernels are not loaded.
     """
     return importlib.util.find_spec("beit3_ds.kernels.cuda_operators") is not None
 
 
 def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Returns whether `grouped_gemm` takes these rows and weights: half precision on a GPU, widths divisible by 8.
+    """Returns whether `grouped_gemm` supports these rows and weights: half precision on a GPU, and widths divisible by
+    8.
 
-    Returns False, with a warning, if the kernel is not built or fails its check at first use (`self_check`).
+    Returns False with a warning if the kernel is not built, or fails its check at the first use (`self_check`).
     """
     widths = weights[0].shape
     fits = x_TD.dtype in _HALF_PRECISIONS and len(weights) <= MAX_EXPERTS and all(n % 8 == 0 for n in widths)
@@ -45,20 +46,20 @@ def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
 def grouped_gemm(
     x_TD: Tensor, slices: Sequence[tuple[int, int]], weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Applies each expert's linear layer to its own rows, all in one launch; forward only.
+    """Applies each expert's linear layer to its own rows in one launch; has no backward pass.
 
-    Computes u[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert, and a = GELU(u), the exact (erf) GELU of u
-    after rounding to x's dtype.
+    Computes u[start:stop] = x[start:stop] @ w_FD.T + b_F for each expert. Then computes a = GELU(u), the exact (erf)
+    GELU of u after rounding to x's dtype.
 
     Args:
-        x_TD: packed rows, contiguous, bfloat16 or float16 (`runs_grouped_gemm`).
-        slices: row range [start, stop) of each expert; together they cover all rows in order.
-        weights: one contiguous matrix per expert, (F, D) for output width F and input width D, of x's dtype.
+        x_TD: packed rows, contiguous, bfloat16 or float16 (see `runs_grouped_gemm`).
+        slices: row range [start, stop) of each expert; the ranges cover all rows in order.
+        weights: one contiguous matrix (F, D) per expert in x's dtype, for output width F and input width D.
         biases: one vector (F,) per expert.
         gelu: whether to compute a.
 
     Returns:
-        u_TF and a_TF, of x's dtype; without `gelu`, a has no rows.
+        u_TF and a_TF in x's dtype; without `gelu`, a has no rows.
     """
     tiles_N3 = plan_row_tiles(tuple(slices), TILE_ROWS, x_TD.device)
     return _operators().grouped_gemm(x_TD, list(weights), list(biases), tiles_N3, TILE_ROWS, gelu)
@@ -80,9 +81,9 @@ def plan_row_tiles(slices: Sequence[tuple[int, int]], tile_rows: int, device: to
 
 
 def takes_attention(q_THK: Tensor) -> bool:
-    """Returns whether `packed_attention_forward` takes these queries.
+    """Returns whether `packed_attention_forward` supports these queries.
 
-    It takes half precision on a GPU with a head width that is a multiple of 8 and at most 128.
+    It needs half precision on a GPU, and a head width that is a multiple of 8 and at most 128.
     """
     return q_THK.is_cuda and q_THK.dtype in _HALF_PRECISIONS and q_THK.shape[2] % 8 == 0 and q_THK.shape[2] <= 128
 
@@ -96,24 +97,24 @@ def packed_attention_forward(
     tile_size: int,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the forward pass of `packed_attention` with the kernel in CUDA C++.
+    """Computes the forward pass of `packed_attention` with the CUDA C++ kernel.
 
     Args:
-        q_THK: queries that `takes_attention` accepts; q_THK, k_THK and v_THK are contiguous.
-        sequences_Q4: `TilePlan.sequences_Q4`.
-        tiles_N2: `TilePlan.tiles_N2`.
+        q_THK: queries that `takes_attention` accepts. q_THK, k_THK and v_THK are contiguous.
+        sequences_Q4: see `TilePlan.sequences_Q4`.
+        tiles_N2: see `TilePlan.tiles_N2`.
         tile_size: positions per tile, 64 or 128.
         causal_captions: whether the second range is a caption with a causal mask.
 
     Returns:
-        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32 for H heads and T rows. Rows that
-        belong to no sequence are undefined.
+        y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32 for H heads and T rows. Rows that are
+        in no sequence are undefined.
     """
     return _operators().packed_attention(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tile_size, causal_captions)
 
 
 def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares `grouped_gemm` with the reference on three experts, which have 150 rows, no rows and one row.
+    """Compares `grouped_gemm` with the reference for three experts with 150 rows, no rows and one row.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -134,7 +135,7 @@ def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
 
 
 GROUPED_GEMM = TrustedKernels("grouped_gemm in CUDA C++", check_grouped_gemm)
-"""Decides whether the kernel of `grouped_gemm` is used, by a check at its first use."""
+"""Decides whether `grouped_gemm` may use its kernel, by a check at the first use on a device."""
 
 
 @lru_cache

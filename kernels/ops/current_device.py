@@ -1,4 +1,4 @@
-"""Makes the device of a kernel's operands the current CUDA device, because Triton launches on the current one."""
+"""Makes the device of a kernel's operands the current CUDA device, because Triton launches kernels there."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,10 +8,9 @@ _UNCHANGED = nullcontext()
 
 
 def make_current(device: torch.device) -> AbstractContextManager[None]:
-    """Returns a context manager in which `device` is the current CUDA device; it changes nothing for another type.
+    """Returns a context manager that makes `device` the current CUDA device; does nothing for other types of devices.
 
-    PyTorch's own operations switch devices themselves, and threads of a backward pass run on the device of the
-    gradients.
+    PyTorch's own operations need no such context manager. In a backward pass, the gradients' device is already current.
     """
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return _UNCHANGED

@@ -1,4 +1,4 @@
-"""Looks up embeddings; the gradient is a dense table, even without ids."""
+"""Looks up embeddings. The gradient is a dense table, even if there are no ids."""
 
 # S ids, V rows of the table, D width.
 
@@ -13,14 +13,14 @@ from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
 
 def embedding(ids_S: Tensor, weight_VD: Tensor) -> Tensor:
-    """Returns the rows of a table that have the given ids; if there are no ids, the table's gradient is zeros.
+    """Returns the rows of a table with the given ids. Without ids, the gradient of the table is zero.
 
     Args:
         ids_S: row numbers, int64.
-        weight_VD: the table.
+        weight_VD: table.
 
     Returns:
-        One row per id, of the table's dtype.
+        One row per id, (S, D) in the table's dtype.
     """
     rows_SD: Tensor = _Embedding.apply(ids_S, weight_VD)
     return rows_SD

@@ -1,6 +1,6 @@
-"""Decides whether the row-streaming GPU kernels support given rows, and chooses how these kernels are compiled.
+"""Decides whether the row-streaming GPU kernels support some rows, and chooses how these kernels are compiled.
 
-A row-streaming kernel loads rows one after the other and computes no matrix product.
+A row-streaming kernel computes one row after the other, without a matrix product.
 """
 
 # T packed rows, D width.
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
 
 WIDEST = 8192
-"""Maximum columns of a row, because one program holds the whole row in registers."""
+"""Maximum columns per row, because one program holds a whole row in registers."""
 
 
 def row_lengths(stops: Sequence[int]) -> list[int]:
-    """Returns each expert's number of rows, given the stop of each expert's rows, e.g. [3, 2] for stops [3, 5]."""
+    """Returns the number of rows of each expert, from the stop row of each expert: [3, 2] for stops [3, 5]."""
     return [stop - start for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
 
 
@@ -30,7 +30,7 @@ def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
     """Returns whether the row-streaming GPU kernels support these rows: no float64, and at most WIDEST columns.
 
     Args:
-        x_TD: rows of the stream, float32 or of `dtype`.
+        x_TD: rows of the stream, in float32 or `dtype`.
         dtype: dtype of the parameters.
     """
     supported = dtype in SUPPORTED_DTYPES and x_TD.dtype in (dtype, torch.float32)
@@ -38,7 +38,7 @@ def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
 
 
 def row_tiling(x_TD: Tensor) -> "RowTiling":
-    """Returns how the row-streaming kernels are compiled for the width and the GPU of `x_TD`."""
+    """Returns how the row-streaming kernels are compiled and launched for the width and the GPU of `x_TD`."""
     from beit3_ds.kernels.triton.expert_rows_launch import choose_row_tiling  # Triton is needed on a GPU only
 
     return choose_row_tiling(architecture_of(x_TD.device), x_TD.shape[1])

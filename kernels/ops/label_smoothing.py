@@ -1,9 +1,9 @@
-"""Adds label smoothing to a cross entropy over a large vocabulary, without computing all logits.
+"""Adds label smoothing to a cross entropy over a large vocabulary, without all logits in memory.
 
-With smoothing e and V vocabulary entries, the labels give the target the probability 1 - e and every other entry
-e / (V - 1). The Kullback-Leibler divergence from these labels is the cross entropy, plus e / (V - 1) times
-(V * target logit - sum of all logits), plus a constant. The sum of all logits of a row is the row's product with the
-sum of the matrix's rows, so it costs little.
+With smoothing e and V vocabulary entries, the target has the probability 1 - e, and each other entry has e / (V - 1).
+The Kullback-Leibler divergence from these labels has three terms: the cross entropy, e / (V - 1) * (V * target logit -
+sum of all logits), and a constant. The sum of a row's logits is cheap: it is the product of the row with the sum of all
+rows of the matrix.
 """
 
 # M rows, D width, V vocabulary, U rows of the matrix in this shard.
@@ -17,23 +17,23 @@ from torch import Tensor
 
 
 class LabelSmoothing(NamedTuple):
-    """Describes smoothed labels over a vocabulary; this process may hold only a shard of the vocabulary."""
+    """Describes smoothed labels over a vocabulary. This process may hold only a shard of the vocabulary."""
 
     probability: float
-    """Total probability of all columns other than the target, e; 0 <= e < 1."""
+    """Total probability e of all entries except the target; 0 <= e < 1."""
     vocab_size: int
-    """Size of the whole vocabulary, V; at least 2."""
+    """Size V of the whole vocabulary; at least 2."""
     num_own: int
-    """Number of rows of this shard's matrix that belong to the vocabulary; the rows after them are padding."""
+    """Number of vocabulary entries in this shard's matrix; the rows after them are padding."""
 
     @property
     def share(self) -> float:
-        """Returns the probability of each column other than the target, e / (V - 1)."""
+        """Returns the probability of each entry except the target, e / (V - 1)."""
         return self.probability / (self.vocab_size - 1)
 
     @property
     def constant(self) -> float:
-        """Returns the negative entropy of the labels in nats, the part of the loss that does not depend on logits."""
+        """Returns the negative entropy of the labels in nats: the part of the loss without logits."""
         if self.probability == 0:
             return 0.0
         return (1 - self.probability) * math.log1p(-self.probability) + self.probability * math.log(self.share)
@@ -42,10 +42,7 @@ class LabelSmoothing(NamedTuple):
 def smoothed_cross_entropy_reference(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, probability: float
 ) -> Tensor:
-    """Returns the Kullback-Leibler divergence of each row from its smoothed labels, (M,) for M rows.
-
-    Computes it in plain PyTorch from the full logits.
-    """
+    """Returns each row's Kullback-Leibler divergence from smoothed labels, (M,), in plain PyTorch."""
     log_MV = F.log_softmax(F.linear(h_MD, w_VD, b_V).to(torch.promote_types(h_MD.dtype, torch.float32)), dim=1)
     label_MV = torch.full_like(log_MV, probability / (len(w_VD) - 1))
     label_MV.scatter_(1, target_M.unsqueeze(1), 1 - probability)
@@ -53,7 +50,7 @@ def smoothed_cross_entropy_reference(
 
 
 def sum_logits(h_MD: Tensor, w_UD: Tensor, b_U: Tensor, smoothing: LabelSmoothing, dtype: torch.dtype) -> Tensor:
-    """Returns the sum of each row's logits in this shard, (M,) for M rows; padding does not count."""
+    """Returns the sum of each row's logits in this shard, (M,), without padding."""
     own = slice(0, smoothing.num_own)
     return h_MD.to(dtype) @ w_UD[own].sum(0, dtype=dtype) + b_U[own].sum(dtype=dtype)
 
@@ -64,16 +61,15 @@ def add_smoothing_gradients(
     d_loss_M: Tensor,
     smoothing: LabelSmoothing,
 ) -> None:
-    """Adds the gradients of the smoothing term to those of the cross entropy, in place.
+    """Adds the gradients of the smoothing term in place to the gradients of the cross entropy.
 
-    The smoothing term of a row's loss is share * (V * target logit - sum of all logits), for V vocabulary entries.
+    The smoothing term of a row's loss is share * (V * target logit - sum of all logits), with V vocabulary entries.
 
     Args:
         gradients: gradients of h, w and b in this shard.
-        inputs: rows h, matrix w, bias b and the targets. A target is an index into w's rows; an index outside them
-            belongs to another shard.
-        d_loss_M: gradient of every row's loss.
-        smoothing: the labels.
+        inputs: rows h, matrix w, bias b and targets. A target is a row index of w; other values belong to other shards.
+        d_loss_M: gradient of each row's loss.
+        smoothing: smoothed labels.
     """
     (dh_MD, dw_UD, db_U), (h_MD, w_UD, _, target_M) = gradients, inputs
     own, dtype = slice(0, smoothing.num_own), d_loss_M.dtype

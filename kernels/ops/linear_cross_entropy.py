@@ -1,10 +1,10 @@
 """Fuses a linear layer with the cross entropy over a large vocabulary.
 
-The logits are computed in tiles of vocabulary columns, so all of them need not be in memory at once.
+The logits are computed in tiles of vocabulary columns, so that not all logits need to be in memory at once.
 
-On a CPU it runs PyTorch's matrix products and element-wise operations. On a GPU it runs PyTorch's matrix products and,
-between them, the operators `beit3_ds::logits_partials` and `beit3_ds::logits_gradient` (kernels of
-`triton/linear_cross_entropy.py`).
+On a CPU, the op uses PyTorch's matrix products and element-wise operations. On a GPU, it uses PyTorch's matrix products
+and the operators `beit3_ds::logits_partials` and `beit3_ds::logits_gradient`, with kernels in
+`triton/linear_cross_entropy.py`.
 """
 
 # M rows, D width, V vocabulary, N columns of a vocabulary tile, B tiles; K buffers of M x S elements, where S is the
@@ -33,17 +33,17 @@ def linear_cross_entropy_reference(h_MD: Tensor, w_VD: Tensor, b_V: Tensor, targ
 
 
 class Partials(NamedTuple):
-    """Holds, for each row, the values from which the cross entropy is computed, over one shard of the vocabulary.
+    """Holds for each row the values that determine the cross entropy, over one shard of the vocabulary.
 
-    All tensors are (M,) float32 for M rows. To combine shards, take the maximum of `largest` and multiply each shard's
-    `total` by exp(largest - maximum). Then sum the totals, the target logits and the logit sums. The loss is
-    log(total) + maximum - target_logit.
+    All tensors are (M,) float32 for M rows. To combine shards, take the maximum of `largest`, and multiply each shard's
+    `total` by exp(largest - maximum). Then add the totals, the target logits and the logit sums. The loss is log(total)
+    + maximum - target_logit.
     """
 
     largest: Tensor
-    """Largest logit of each row in this shard of the vocabulary."""
+    """Largest logit of each row in this shard."""
     total: Tensor
-    """Sum of exp(logit - largest) over each row's logits in this shard."""
+    """Sum of exp(logit - largest) over the logits of each row in this shard."""
     target_logit: Tensor
     """Logit of each row's target; 0 if the target is in another shard."""
     logit_sum: Tensor | None = None
@@ -59,25 +59,25 @@ def linear_cross_entropy(
     reduce: Callable[[Partials], Partials] | None = None,
     smoothing: LabelSmoothing | None = None,
 ) -> Tensor:
-    """Computes the cross entropy of each of M rows against its target, or its divergence from smoothed labels.
+    """Computes for each of M rows the cross entropy with its target, or the divergence from smoothed labels.
 
-    The vocabulary has V entries. With a chunk size, at most `chunk_size` x V logits exist at a time, in float32
-    (float64 for float64 input; on a GPU in h's dtype). Logits that fit are saved for the backward pass, which
-    recomputes the others. Without a chunk size all M x V logits are saved. On a GPU a graph can be differentiated only
-    once, because gradients overwrite the saved logits.
+    The vocabulary has V entries. With a chunk size, at most `chunk_size` x V logits exist at once, in float32 (float64
+    for float64 input; h's dtype on a GPU). The logits that fit are saved for the backward pass, and the others are
+    recomputed. Without a chunk size, all M x V logits are saved. On a GPU, a graph supports only one backward pass,
+    because gradients overwrite the saved logits.
 
     Args:
-        h_MD: rows; without rows all gradients are zeros.
-        w_VD: output matrix; saved for the backward pass as it is.
+        h_MD: rows; without rows, all gradients are zero.
+        w_VD: output matrix, which is saved for the backward pass without a copy.
         b_V: output bias.
-        target_M: targets, int64 in [0, V). If the vocabulary is sharded, a target outside [0, V) is in another shard.
-        chunk_size: rows whose logits over the whole vocabulary may exist at a time, or None.
-        reduce: reduces this shard's partials with those of the other shards; None if the vocabulary is not sharded.
-            With shards, the gradient for h is this shard's part.
+        target_M: targets, int64 in [0, V). With a sharded vocabulary, a target outside [0, V) belongs to another shard.
+        chunk_size: number of rows whose logits over the whole vocabulary may exist at once, or None.
+        reduce: combines this shard's partials with those of the other shards; None without shards. With shards, the
+            gradient of h is only this shard's part of the sum.
         smoothing: smoothed labels (`label_smoothing`); None for the cross entropy.
 
     Returns:
-        The loss of every row, (M,) float32.
+        Loss of each row, (M,) float32.
     """
     target_M = target_M.contiguous()
     return _LinearCrossEntropy.apply(h_MD, w_VD, b_V, target_M, chunk_size, reduce, KERNELS.accept(h_MD), smoothing)
@@ -106,7 +106,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("linear_cross_entropy", check_kernels)
-"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -151,19 +151,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def forward_plain(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, tiles: VocabularyTiles
 ) -> tuple[Partials, Tensor, Tensor]:
-    """Computes one shard's partials in PyTorch.
+    """Computes the partials of one vocabulary shard in PyTorch.
 
     Args:
         h_MD: rows.
         w_VD: this shard's rows of the output matrix.
         b_V: this shard's bias.
-        target_M: targets as indices into this shard. A target outside the shard contributes 0 as target logit.
-        tiles: this shard's vocabulary tiles.
+        target_M: targets as indices into this shard. For a target outside the shard, the target logit is 0.
+        tiles: vocabulary tiles of this shard.
 
     Returns:
-        The partials of the M rows, and two tensors for the backward pass. The first has K buffers, (K, M, stride), with
-        exp(logit - largest) of the tiles that are kept. The second has, for each of B tiles, the largest logit of every
-        row up to that tile, (B, M).
+        The partials of the M rows, and two tensors for the backward pass. The first is (K, M, stride): K buffers with
+        exp(logit - largest) for the tiles that are kept. The second is (B, M): for each of B tiles, the largest logit
+        of each row in all tiles up to this one.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)
@@ -192,13 +192,13 @@ def backward_plain(
 
     Args:
         h_MD: argument of `forward_plain`, like w_VD, b_V, target_M and tiles.
-        lse_M: log(sum exp(logits)) of every row over the whole vocabulary, float32.
+        lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32.
         kept_KMS: buffers returned by `forward_plain`; not changed.
         largest_BM: largest logits returned by `forward_plain`; not changed.
-        d_loss_M: gradient of every row's loss, float32.
+        d_loss_M: gradient of each row's loss, float32.
 
     Returns:
-        dh_MD (partial if w is a shard of the vocabulary), dw_VD and db_V.
+        dh_MD (this shard's part of the sum), dw_VD and db_V.
     """
     dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)  # in half precision the sum would be rounded once per tile
     dw_VD, db_V = ALLOCATOR.empty_like(w_VD, lasting=True), ALLOCATOR.empty_like(b_V, lasting=True)
@@ -222,7 +222,7 @@ def backward_plain(
 def _forward_kernels(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, tiles: VocabularyTiles
 ) -> tuple[Partials, Tensor]:
-    """Returns the partials, computed with the GPU kernels, and the buffer with the last tile's logits without bias."""
+    """Returns the partials from the GPU kernels, and the buffer with the last tile's logits without bias."""
     partials_3M = _no_partials(h_MD)
     kept_MS = h_MD.new_empty(len(h_MD), tiles.stride)
     for columns in tiles.columns:
@@ -242,7 +242,7 @@ def _backward_kernels(
     d_loss_M: Tensor,
     tiles: VocabularyTiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dh, dw and db, computed with the GPU kernels; overwrites the saved logits, `kept_MS`."""
+    """Returns dh, dw and db from the GPU kernels. Overwrites the saved logits, `kept_MS`."""
     dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)  # in half precision the sum would be rounded once per tile
     dw_VD, db_V = torch.empty_like(w_VD), torch.empty_like(b_V)
     d_loss_M = d_loss_M.contiguous()
@@ -265,7 +265,7 @@ def _fill_logits(logits_MN: Tensor, h_MD: Tensor, w_ND: Tensor, b_N: Tensor) -> 
 
 
 def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Updates the partials with one tile's logits, and replaces these logits by exp(logit - largest)."""
+    """Updates the partials with the logits of one tile, and replaces these logits with exp(logit - largest)."""
     largest_M, total_M, target_logit_M = partials_3M.unbind()
     index_M1, inside_M = _find(target_M, first, logits_MN)
     target_logit_M.add_(logits_MN.gather(1, index_M1).squeeze(1) * inside_M)
@@ -275,9 +275,10 @@ def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3
 
 
 def _find(target_M: Tensor, first: int, logits_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each row's target column in this tile, (rows, 1), and whether the target is in this tile, (rows,) bool.
+    """Returns the target column of each row in this tile, (rows, 1), and whether the target is in this tile, (rows,)
+    bool.
 
-    If a target is not in this tile, its column is arbitrary.
+    If a target is in another tile, the column is arbitrary.
     """
     local_M, width = target_M - first, logits_MN.shape[1]
     inside_M = (local_M >= 0) & (local_M < width)
@@ -299,7 +300,7 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "logits_partials", "CPU")
 def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Implements the operator on a CPU for checks; the model never calls it there."""
+    """Implements the operator on a CPU for checks only; the model does not call it."""
     _update_partials(logits_MN.to(partials_3M.dtype) + bias_N, target_M, first, partials_3M)
 
 
@@ -307,7 +308,7 @@ def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: in
 def _gradient_cpu(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
-    """Overwrites logits with gradients on a CPU, for checks; returns the sum of the gradients over the rows."""
+    """Overwrites logits with gradients on a CPU, for checks only; returns the sum of the gradients over rows."""
     d_MN = (logits_MN.to(lse_M.dtype) + bias_N).sub_(lse_M.unsqueeze(1)).exp_()
     index_M1, inside_M = _find(target_M, first, d_MN)
     d_MN.scatter_add_(1, index_M1, -inside_M.to(d_MN.dtype).unsqueeze(1)).mul_(d_loss_M.unsqueeze(1))
@@ -352,5 +353,5 @@ def _gradient_fake(
 
 
 def _loss_dtype(h_MD: Tensor) -> torch.dtype:
-    """Returns float32 for half precision, otherwise the dtype of `h`."""
+    """Returns float32 for half precision, else the dtype of `h`."""
     return torch.promote_types(h_MD.dtype, torch.float32)

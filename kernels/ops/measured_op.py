@@ -1,7 +1,7 @@
-"""Runs the fastest implementation of an operator; at the first use, times all implementations on the GPU.
+"""Runs the fastest implementation of an operator, which is found by timing all implementations at the first use.
 
-The choices are kept in memory and in a file (`choice_file`). With a backend other than `auto`, nothing is timed. Use
-one for comparisons, and for runs that must not depend on timings.
+The choices are stored in memory and in a file (`choice_file`). With a backend other than `auto`, nothing is timed. Use
+such a backend for comparisons, and for runs that must not depend on timings.
 """
 
 import functools
@@ -18,11 +18,11 @@ from beit3_ds.kernels.ops.choice_file import ChoiceFile, choice_file_of
 from beit3_ds.kernels.ops.current_device import make_current
 
 Backend = Literal["auto", "triton", "library", "cuda"]
-"""Implementation of operators on a GPU. `triton` stands for our Triton kernels, `library` for PyTorch's operations and
-the libraries that these call (cuBLAS, cuDNN), `cuda` for our kernels in CUDA C++, and `auto` for the fastest of all."""
+"""Selects the implementation of operators on a GPU. `triton`: this project's Triton kernels. `library`: PyTorch's
+operations, which call cuBLAS and cuDNN. `cuda`: this project's CUDA C++ kernels. `auto`: the fastest of all."""
 
 Name = Literal["triton", "cuda", "varlen", "library"]
-"""Name of an implementation; `varlen` is PyTorch's attention for sequences of different lengths."""
+"""Name of an implementation. `varlen` is PyTorch's attention for sequences of different lengths."""
 
 _ORDER: Mapping[Backend, tuple[Name, ...]] = {
     "auto": ("triton", "cuda", "varlen", "library"),
@@ -30,29 +30,29 @@ _ORDER: Mapping[Backend, tuple[Name, ...]] = {
     "library": ("varlen", "library"),
     "cuda": ("cuda", "triton", "library"),
 }
-"""Implementations that each backend may use. If an operator lacks the first one, the next in the order is used."""
+"""Implementations that each backend may use. If an operator lacks the first implementation, the next one is used."""
 
 
 class Choices:
-    """Chooses the implementation of every operator in this process."""
+    """Chooses the implementation of each operator in this process."""
 
     def __init__(
         self, time: Callable[[Callable[[], Any]], float], open_file: Callable[[torch.device], ChoiceFile]
     ) -> None:
-        """Stores the arguments; nothing is measured or read yet.
+        """Stores the arguments, without measuring or reading anything.
 
         Args:
             time: function that returns the milliseconds of a call on the current device.
             open_file: function that opens the file with the choices for a device.
         """
         self.backend: Backend = "auto"
-        """Backend in use; `use_backend` sets it."""
+        """Current backend, which `use_backend` sets."""
         self._time, self._open_file = time, open_file
         self._files: dict[torch.device, ChoiceFile] = {}
 
     @contextmanager
     def fixed(self, backend: Backend) -> Iterator[None]:
-        """Uses another backend inside a `with` block, e.g. to check or compare implementations."""
+        """Uses another backend inside a `with` block, for example to check or compare implementations."""
         before, self.backend = self.backend, backend
         try:
             yield
@@ -60,12 +60,12 @@ class Choices:
             self.backend = before
 
     def choose(self, device: torch.device, case: str, calls: Mapping[Name, Callable[[], Any]]) -> Name:
-        """Returns the name of the implementation to use; if the backend is `auto` and the case is new, times all.
+        """Returns the name of the implementation to use. With the backend `auto`, a new case is measured first.
 
         Args:
             device: device of the operands.
-            case: text that names the operator, and the dtypes, sizes and flags on which its speed depends.
-            calls: for each implementation that takes these operands, a function that calls it.
+            case: text with the operator, and the dtypes, sizes and flags that affect the speed.
+            calls: functions that call the implementations for these operands, by name.
         """
         available = [name for name in _ORDER[self.backend] if name in calls]
         if len(available) == 1 or self.backend != "auto":
@@ -93,9 +93,9 @@ class Choices:
 
 
 def _time_on_gpu(call: Callable[[], Any]) -> float:
-    """Returns the median milliseconds of repeated calls, without the time that Python needs to launch the kernels.
+    """Returns the median milliseconds of repeated calls, without the time that Python needs to launch kernels.
 
-    Before each call it clears the L2 cache. The GPU is busy with that while Python launches the kernels.
+    The L2 cache is cleared before each call. This keeps the GPU busy while Python launches the kernels.
     """
     from triton.testing import do_bench  # Triton is needed on a GPU only
 
@@ -103,16 +103,16 @@ def _time_on_gpu(call: Callable[[], Any]) -> float:
 
 
 CHOICES = Choices(_time_on_gpu, choice_file_of)
-"""Choices of implementations in this process."""
+"""Chosen implementations of all operators in this process."""
 
 
 def use_backend(backend: Backend) -> None:
-    """Sets the backend of all operators of this process from now on."""
+    """Sets the backend of all operators in this process."""
     CHOICES.backend = backend
 
 
 class MeasuredOp:
-    """Calls an operator by the implementation that `Choices` selects for its arguments."""
+    """Calls an operator with the implementation that `Choices` selects for the arguments."""
 
     def __init__(
         self,
@@ -125,17 +125,17 @@ class MeasuredOp:
         rehearse: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
         choices: Choices = CHOICES,
     ) -> None:
-        """Stores the arguments; nothing is measured yet.
+        """Stores the arguments, without measuring anything.
 
         Args:
-            name: name of the operator; its cases in the file begin with this name.
-            implementations: functions with the same arguments, by name; the first argument is a tensor.
-            accepts: for each implementation that does not take all arguments, a function of the arguments that returns
-                whether it takes them. The function may also check the implementation at its first use.
-            mutates: indices of the arguments that an implementation overwrites; measurements use copies of these.
-            ignores: indices of the arguments on which the speed does not depend.
-            rehearse: function that turns an implementation into the function that is timed. The latter may also run the
-                backward pass.
+            name: name of the operator, which is the start of the names of its cases.
+            implementations: functions with the same arguments, by name. The first argument is a tensor.
+            accepts: functions that return whether an implementation supports given arguments, by name. An
+                implementation without such a function supports all arguments. The function may also check the
+                implementation at its first use.
+            mutates: indices of arguments that an implementation overwrites; measurements use copies of them.
+            ignores: indices of arguments that do not affect the speed.
+            rehearse: converts an implementation to the function to time, which may also run the backward pass.
             choices: object that selects the implementation.
         """
         self._name, self._implementations = name, implementations
@@ -146,7 +146,7 @@ class MeasuredOp:
     def __call__(self, *arguments: Any) -> Any:
         """Runs the selected implementation on the device of the first argument.
 
-        The first call with new dtypes, sizes or flags may measure.
+        The first call with new dtypes, sizes or flags may measure all implementations.
         """
         device = arguments[0].device
         compared = arguments
@@ -172,7 +172,7 @@ class MeasuredOp:
 
 
 def _copy(x: Tensor) -> Tensor:
-    """Returns a copy with the same strides: `clone` alone would leave out the padding between rows.
+    """Returns a copy of `x` with the same strides, whereas `clone` would remove the padding between rows.
 
     The last row has padding too, because kernels may write there.
     """
@@ -182,10 +182,10 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _describe(argument: Any) -> Any:
-    """Returns the properties of an argument on which the speed depends: dtype and sizes of a tensor, or a flag's value.
+    """Returns the properties of an argument that affect the speed: dtype and sizes of a tensor, or the value of a flag.
 
-    The number of rows, a tensor's first size, is rounded up to a power of two, because it changes with every batch. A
-    list of tensors is described by its length and its first tensor, and a list of row numbers by its length.
+    The number of rows, a tensor's first size, changes with every batch, so it is rounded up to a power of two. A list
+    of tensors is described by its length and its first tensor. A list of row numbers is described by its length.
     """
     if isinstance(argument, Tensor):
         rows, *sizes = argument.shape

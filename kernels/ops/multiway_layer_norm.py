@@ -1,8 +1,8 @@
-"""Applies LayerNorm with one scale and shift per expert; its backward pass adds the residual's gradient.
+"""Applies LayerNorm with one scale and shift per expert. The backward pass also adds the residual's gradient.
 
-On a CPU it runs PyTorch's LayerNorm on each expert's rows. On a GPU it runs the operator
-`beit3_ds::multiway_layer_norm`: with the kernels of `triton/multiway_layer_norm.py`, one launch for all experts, or
-with PyTorch's LayerNorm if this is faster (`measured_op`).
+On a CPU, the op runs PyTorch's LayerNorm on the rows of each expert. On a GPU, it runs the operator
+`beit3_ds::multiway_layer_norm`. The operator uses one launch of a kernel in `triton/multiway_layer_norm.py` for all
+experts, or PyTorch's LayerNorm if this is faster (`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -41,22 +41,22 @@ def multiway_layer_norm_reference(
 def multiway_layer_norm(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalises every row, scales and shifts it with its expert's parameters, and also returns the stream itself.
+    """Normalises each row with its expert's scale and shift; also returns the stream.
 
-    A residual connection should use the returned stream, because the norm's backward pass then adds the
-    residual's gradient without a separate pass. The op saves x, two numbers per row, and the parameters themselves. An
-    expert without rows gets zero gradients.
+    A residual connection should use the returned stream: the backward pass of the norm then adds the residual's
+    gradient without a separate pass. The op saves x, two numbers per row, and the parameters without copies. An expert
+    without rows gets zero gradients.
 
     Args:
-        x_TD: packed rows, of the parameters' dtype or of float32.
-        slices: row range [start, stop) of each expert; together they cover all rows in order.
+        x_TD: packed rows, in the parameters' dtype or float32.
+        slices: row range [start, stop) of each expert; the ranges cover all rows in order.
         weights: one scale (D,) per expert.
-        biases: one shift (D,) per expert, of the scales' dtype.
-        epsilon: added to the variance.
+        biases: one shift (D,) per expert, in the scales' dtype.
+        epsilon: value added to the variance.
 
     Returns:
-        x_TD itself, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b in the parameters' dtype. Statistics are
-        computed in float32, or float64 for float64.
+        x_TD, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b in the parameters' dtype. Statistics are float32,
+        or float64 for float64 rows.
     """
     stops = tuple(stop for _, stop in slices)
     kernels = runs_kernels(x_TD, weights[0].dtype)
@@ -67,9 +67,9 @@ def multiway_layer_norm(
 def recomputable_rows(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> Recomputable:
-    """Returns an object that recomputes h_TD of `multiway_layer_norm`, bit for bit, from the same arguments.
+    """Returns an object that recomputes h_TD of `multiway_layer_norm` bit for bit from the same arguments.
 
-    The parameters themselves are saved, not copies: ZeRO-3 must gather them before the backward pass.
+    The parameters are saved without copies, because ZeRO-3 must gather them before the backward pass.
     """
     compute = partial(_recompute_rows, tuple(stop for _, stop in slices), epsilon)
     return Recomputable(RecomputeFunction(compute), (x_TD.detach(), *weights, *biases))
@@ -82,9 +82,9 @@ def _recompute_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *param
 
 
 def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `multiway_layer_norm` may use its GPU kernels; if not, it uses PyTorch's operations.
+    """Returns whether `multiway_layer_norm` may use its GPU kernels; otherwise it uses PyTorch's operations.
 
-    The kernels must support the rows (`fits_kernels`), and must pass their check at first use on the device
+    The kernels must support the rows (`fits_kernels`), and must pass their check at the first use on the device
     (`self_check`).
 
     Args:
@@ -97,13 +97,13 @@ def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
-    """Compares the operators with the reference, forward and backward, over three experts, one of them without rows.
+    """Compares the operators with the reference, forward and backward, for three experts, one of which has no rows.
 
     Args:
         device: device of the operators.
         dtype: dtype of the parameters and the normalised rows.
-        width: columns of a row, D.
-        stream: dtype of the packed rows; None for the parameters' dtype.
+        width: columns per row, D.
+        stream: dtype of the packed rows; None means the parameters' dtype.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -133,7 +133,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("multiway_layer_norm", check_kernels)
-"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
 
 
 class _MultiwayLayerNorm(torch.autograd.Function):
@@ -174,7 +174,7 @@ def _forward_plain(
     """Applies PyTorch's LayerNorm to chunks of each expert's rows, and copies each result while it is in the cache.
 
     Returns:
-        h_TD, then for each expert the mean and 1 / deviation of its rows, (rows, 1) each.
+        h_TD, then for each expert the mean and 1 / standard deviation of its rows, (rows, 1) each.
     """
     lengths, length = row_lengths(stops), chunk_rows(x_TD)
     h_TD = ALLOCATOR.empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)
@@ -198,7 +198,7 @@ def _backward_plain(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Returns dx_TD, then the gradients of all scales, then of all shifts, from the statistics of `_forward_plain`."""
+    """Returns dx_TD, then the gradients of all scales, then of all shifts; takes the statistics of `_forward_plain`."""
     lengths, dx_TD, length = row_lengths(stops), ALLOCATOR.empty_like(x_TD), chunk_rows(x_TD)
     d_parameters: list[list[Tensor]] = []
     parts = zip(
@@ -241,10 +241,10 @@ _LIBRARY.define(
 def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator in plain PyTorch; on a CPU only checks call it.
+    """Implements the operator in plain PyTorch. On a CPU, only checks call it.
 
     Returns:
-        h_TD; the mean and 1 / deviation of each of T rows, (2, T).
+        h_TD, and the mean and 1 / standard deviation of each of T rows, (2, T).
     """
     h_TD, *statistics = _forward_plain(x_TD, stops, weights, biases, epsilon)
     return h_TD, torch.stack((torch.cat(statistics[::2]), torch.cat(statistics[1::2]))).squeeze(2)
@@ -259,10 +259,10 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator in plain PyTorch; on a CPU only checks call it.
+    """Implements the operator in plain PyTorch. On a CPU, only checks call it.
 
     Returns:
-        dx_TD; the gradients of the scales and of the shifts, (2, E, D) for E experts of width D.
+        dx_TD, and the gradients of scales and shifts, (2, E, D) for E experts and width D.
     """
     parts = statistics_2T.unsqueeze(2).split(row_lengths(stops), dim=1)
     statistics = [statistic for part in parts for statistic in part.unbind()]
@@ -319,10 +319,10 @@ def _backward_fake(
 
 
 def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
-    """Returns the parameters in the dtype that PyTorch's layer norm needs for x.
+    """Returns the parameters in the dtype that PyTorch's LayerNorm needs for x.
 
-    For half-precision rows on a CPU that dtype is float32, because PyTorch then computes float32 statistics. For all
-    other rows it is the dtype of the rows.
+    For half-precision rows on a CPU, the dtype is float32, because PyTorch then computes float32 statistics. Otherwise
+    it is the dtype of the rows.
     """
     is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
     dtype = torch.float32 if is_half_on_cpu else x_TD.dtype
@@ -330,5 +330,5 @@ def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    """Returns float32 for half precision, otherwise the dtype of `x`."""
+    """Returns float32 for half precision, else the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)

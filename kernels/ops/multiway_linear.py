@@ -1,6 +1,6 @@
-"""Applies the linear layers of several experts, each to its own slice of one packed stream.
+"""Applies the linear layers of several experts, each to its own rows of one packed stream.
 
-On a CPU each expert's product is written into its rows of one output. On a GPU one launch of a kernel in
+On a CPU, each expert's product is written into its rows of a common output. On a GPU, one launch of a kernel in
 `triton/multiway_ffn.py` computes all experts, or cuBLAS computes one product per expert if this is faster
 (`measured_op`).
 """
@@ -25,7 +25,7 @@ from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_s
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 Slices = Sequence[tuple[int, int]]
-"""Row ranges [start, stop), one per expert, in ascending order; together they cover the stream."""
+"""Row range [start, stop) of each expert, in ascending order; the ranges cover the whole stream."""
 
 
 def multiway_linear_reference(
@@ -43,21 +43,21 @@ def multiway_linear(
     biases: Sequence[Tensor],
     recompute: Recomputable | None = None,
 ) -> Tensor:
-    """Applies each expert's linear layer to its own rows; all experts write into one output, without copies.
+    """Applies each expert's linear layer to its own rows; all experts write into one output without copies.
 
-    Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert. An expert without rows gets zero gradients,
+    Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for each expert. An expert without rows gets zero gradients,
     so every parameter takes part in every call.
 
     Args:
         x_TD: packed rows.
-        slices: row range [start, stop) of each expert; together they cover all rows in order.
-        weights: one matrix per expert, (F, D) for output width F and input width D, of x's dtype; saved for the
-            backward pass without a copy.
+        slices: row range [start, stop) of each expert; the ranges cover all rows in order.
+        weights: one matrix (F, D) per expert in x's dtype, for output width F and input width D. They are saved for the
+            backward pass without copies.
         biases: one vector (F,) per expert.
-        recompute: recomputes x in the backward pass, instead of saving it; None saves it.
+        recompute: recomputes x in the backward pass; None saves x instead.
 
     Returns:
-        y_TF, of x's dtype.
+        y_TF in x's dtype.
     """
     return _MultiwayLinear.apply(x_TD, recompute, ends_of(slices), *weights, *biases)
 
@@ -84,17 +84,17 @@ class _MultiwayLinear(torch.autograd.Function):
 
 
 def ends_of(slices: Slices) -> list[int]:
-    """Returns the stop of every slice, e.g. [197, 591] for ((0, 197), (197, 591)); operators take this form."""
+    """Returns the stop of each slice: [197, 591] for ((0, 197), (197, 591)). Operators take this form."""
     return [stop for _, stop in slices]
 
 
 def slices_of(ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns the slices that have these stops, e.g. [(0, 197), (197, 591)] for [197, 591]; inverts `ends_of`."""
+    """Returns the slices with these stops: [(0, 197), (197, 591)] for [197, 591]. Inverse of `ends_of`."""
     return list(pairwise([0, *ends]))
 
 
 def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
-    """Returns every row multiplied by its factor; returns `x_TD` itself if the factors are None."""
+    """Returns each row multiplied by its factor; without factors, returns `x_TD` itself."""
     return x_TD if factor_T is None else torch.mul(x_TD, factor_T.unsqueeze(1), out=ALLOCATOR.empty_like(x_TD))
 
 
@@ -212,7 +212,7 @@ def _weight_gradient_fake(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernels with the operators' CPU implementations on three experts, one of them without rows.
+    """Compares the kernels with the operators' CPU implementations for three experts, one of which has no rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -239,4 +239,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_linear", check_kernels)
-"""Decides whether the three operators may use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the three operators may use GPU kernels, by a check at their first use on a device."""

@@ -1,8 +1,8 @@
-"""Computes queries, keys and values of several experts, each from its own slice of one packed stream.
+"""Computes queries, keys and values of several experts, each from its own rows of one packed stream.
 
-The three layers keep their own parameters. On a GPU one launch of a kernel in `triton/multiway_qkv.py` computes all
+The three layers have separate parameters. On a GPU, one launch of a kernel in `triton/multiway_qkv.py` computes all
 layers and experts, or cuBLAS computes one product per layer and expert if this is faster (`measured_op`). The backward
-pass has one launch for the input's gradient, which is a sum over the layers, and one for the gradients of all weights.
+pass has one launch for the input gradient, which is a sum over layers, and one launch for all weight gradients.
 """
 
 # T packed rows, D input width, F output width of each layer; an expert owns rows [start, stop).
@@ -21,7 +21,7 @@ from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_s
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 NUM_LAYERS = 3
-"""Number of layers: queries, keys and values, in this order."""
+"""Number of linear layers: queries, keys and values, in this order."""
 
 
 def multiway_qkv_reference(
@@ -41,19 +41,19 @@ def multiway_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Applies each expert's layers for queries, keys and values to its own rows.
 
-    Computes y[start:stop] = x[start:stop] @ w.T + b for every layer and expert. An expert without rows gets zero
+    Computes y[start:stop] = x[start:stop] @ w.T + b for each layer and expert. An expert without rows gets zero
     gradients, so every parameter takes part in every call.
 
     Args:
         x_TD: packed rows.
-        slices: row range [start, stop) of each expert; together they cover all rows in order.
-        weights: matrices (F, D) of x's dtype: those of all experts for queries, then for keys, then for values. Saved
-            for the backward pass without a copy.
+        slices: row range [start, stop) of each expert; the ranges cover all rows in order.
+        weights: matrices (F, D) in x's dtype of all experts for queries, then for keys, then for values. They are saved
+            for the backward pass without copies.
         biases: vectors (F,) in the same order.
-        recompute: recomputes x in the backward pass, instead of saving it; None saves it.
+        recompute: recomputes x in the backward pass; None saves x instead.
 
     Returns:
-        q_TF, k_TF and v_TF, of x's dtype.
+        q_TF, k_TF and v_TF in x's dtype.
     """
     return _MultiwayQKV.apply(x_TD, recompute, ends_of(slices), *weights, *biases)
 
@@ -103,7 +103,7 @@ def _qkv(
 def _input_gradient(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
 ) -> Tensor:
-    """Adds up in the order in which autograd does for three layers: (values + keys) + queries."""
+    """Adds the layers' gradients in the same order as autograd: (values + keys) + queries."""
     (q, k, v), differentiate = _by_layer(weights), torch.ops.beit3_ds.multiway_input_gradient
     dx_TD: Tensor = differentiate(dv_TF, None, ends, v)
     for dy_TF, layer in ((dk_TF, k), (dq_TF, q)):
@@ -122,7 +122,7 @@ def _weight_gradient(dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, 
 def _input_gradient_in_place(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
 ) -> Tensor:
-    """Adds the products of keys and queries to that of values inside of cuBLAS, without a pass for the sum."""
+    """Lets cuBLAS add the products of keys and queries to the product of values, without separate additions."""
     layers, dx_TD = _by_layer(weights), dq_TF.new_empty(len(dq_TF), weights[0].shape[1])
     for expert, (start, stop) in enumerate(slices_of(ends)):
         rows_RD = dx_TD[start:stop]
@@ -202,7 +202,7 @@ def _weight_gradient_fake(
 
 
 def _by_layer(parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """Splits the parameters of all layers into those of queries, of keys and of values."""
+    """Splits the parameters of all layers into queries, keys and values."""
     num_experts = len(parameters) // NUM_LAYERS
     return [parameters[layer * num_experts : (layer + 1) * num_experts] for layer in range(NUM_LAYERS)]
 
@@ -212,7 +212,7 @@ def _halves(size: int) -> tuple[slice, slice]:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernels with the operators' CPU implementations on three experts, one of them without rows.
+    """Compares the kernels with the operators' CPU implementations for three experts, one of which has no rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -237,4 +237,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_qkv", check_kernels)
-"""Decides whether the three operators may use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the three operators may use GPU kernels, by a check at their first use on a device."""

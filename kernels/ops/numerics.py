@@ -1,4 +1,4 @@
-"""Bounds the errors of kernels: at most twice the error of a reference computed in the kernel's own dtype."""
+"""Limits the error of a kernel to twice the error of a reference that is computed in the kernel's dtype."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,31 +8,30 @@ from torch import Tensor
 from beit3_ds.kernels.triton.architecture import EMULATED
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""Type of a function from tensors of one floating dtype to its outputs, and to gradients if it computes them."""
+"""Type of a function that maps tensors of one floating dtype to its outputs, and optionally to gradients."""
 
 
 class WrongResultError(ArithmeticError):
-    """Reports that the error of a kernel's result exceeds its bound."""
+    """Reports that the error of a kernel's result exceeds its limit."""
 
 
 def check_against_reference(
     names: Sequence[str], results: Sequence[Tensor], reference: Function, inputs: Sequence[Tensor]
 ) -> None:
-    """Compares a kernel's results with its reference in float64.
+    """Compares the results of a kernel with a reference in float64.
 
-    The bound is twice the error of the reference in the kernel's dtype, plus eight float32 roundings of the largest
-    number involved. The second part is needed because the reference may be exact by chance on few values.
+    The limit is twice the error of the reference in the kernel's dtype, plus eight float32 roundings of the largest
+    number involved. The second term is needed because the reference may be exact by chance if there are few values.
 
     Args:
-        names: names of the results, for the message.
-        results: the kernel's results, of an input's dtype or float32.
-        reference: computes the same results.
-        inputs: the kernel's inputs. A residual stream among them may be float32 while the others have the kernel's
-            dtype.
+        names: names of the results, for the error message.
+        results: results of the kernel, in an input's dtype or float32.
+        reference: function that computes the same results from the inputs.
+        inputs: inputs of the kernel. A residual stream may be float32 if the other inputs have the kernel's dtype.
 
     Raises:
-        WrongResultError: if an error exceeds the bound, or a result has another shape or dtype. Never on an emulated
-            GPU, whose kernels compute nothing (`fake_driver`).
+        WrongResultError: if an error exceeds the limit, or a result has a wrong shape or dtype. Never raised on an
+            emulated GPU, whose kernels compute nothing (`fake_driver`).
     """
     if EMULATED.architecture is not None:
         return
@@ -53,7 +52,7 @@ def check_against_reference(
 def with_gradients(function: Callable[..., Tensor]) -> Function:
     """Returns a function that computes the output of `function` and the gradients of its input tensors.
 
-    The returned function takes the same input tensors, and after them the gradient of the output.
+    The returned function takes the same input tensors, followed by the gradient of the output.
     """
 
     def differentiated(*inputs: Tensor) -> tuple[Tensor, ...]:

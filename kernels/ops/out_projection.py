@@ -1,8 +1,8 @@
-"""Computes the end of an attention or FFN branch in one op: GELU, sub-LN, linear layer, bias, drop path and residual.
+"""Computes the end of an attention or FFN branch in one op: GELU, sub-LN, linear layer, bias, drop path, residual.
 
-The FFN uses the op with GELU, attention without. Of its activations, the op saves only its input and recomputes the
-others in the backward pass. On a CPU an expert's rows are normalised in chunks that fit into the cache and multiplied
-in larger row blocks. On a GPU one pass computes GELU and norm (`activation_norm`), and the kernels of
+The FFN uses the op with GELU, and attention uses it without. The op saves only its input, and recomputes the other
+activations in the backward pass. On a CPU, rows are normalised in chunks that fit into the cache, and multiplied in
+larger blocks. On a GPU, one pass computes GELU and norm (`activation_norm`), and the kernels in
 `triton/multiway_ffn.py` add bias and residual while the product is in registers.
 """
 
@@ -63,23 +63,22 @@ def out_projection(
 ) -> Tensor:
     """Computes residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
 
-    If ranks divide the width of x, call it without biases, residual and factor. The result is then partial: sum it over
-    the ranks, and add the rest with `residual_add`. A sub-LN then gathers two floats per row from every rank, and its
-    backward pass all-reduces two.
+    If ranks divide the width of x, call it without biases, residual and factor. Then the result is partial: sum it over
+    the ranks, and add the rest with `residual_add`. A sub-LN then gathers two floats per row from each rank, and
+    all-reduces two floats per row in the backward pass.
 
     Args:
-        activation: x_TF, and what `up_projection` has already computed from it. Only x_TF is saved for the backward
-            pass.
-        slices: row range [start, stop) of each expert; together they cover all rows in order.
-        weights: one matrix per expert, (D, F) for output width D and input width F, of x's dtype.
+        activation: input x_TF, and GELU(x_TF) if `up_projection` has computed it. Only x_TF is saved.
+        slices: row range [start, stop) of each expert; the ranges cover all rows in order.
+        weights: one matrix (D, F) per expert in x's dtype, for output width D and input width F.
         biases: one vector (D,) per expert, or none.
         gelu: whether to apply the exact (erf) GELU first.
-        norm: the sub-LN, or None. Its parameters themselves are saved, like weights.
-        residual_TD: the stream to which the branch is added, or None.
-        factor_T: factor of stochastic depth for every row of the branch, without a gradient; None for ones.
+        norm: sub-LN, or None. Its parameters are saved without copies, like the weights.
+        residual_TD: residual stream to which the branch is added, or None.
+        factor_T: factor of stochastic depth for each row of the branch, without a gradient; None means 1.
 
     Returns:
-        y_TD in the residual's dtype (x's or float32), or x's without a residual.
+        y_TD in the residual's dtype (x's dtype or float32); without a residual, in x's dtype.
     """
     form = _Form(ends_of(slices), gelu, norm, len(biases) > 0, residual_TD is not None)
     parameters = (*weights, *biases, *(() if norm is None else (*norm.scales, *norm.shifts)))
@@ -87,11 +86,11 @@ def out_projection(
 
 
 _MATMUL_ROWS = 2048
-"""Rows of a row block, which one product on a CPU multiplies. More rows need larger buffers; fewer are slower."""
+"""Rows that one matrix product on a CPU multiplies. More rows need larger buffers, and fewer rows are slower."""
 
 
 class _Parameters(NamedTuple):
-    """Holds a call's parameters, one tensor per expert in each tuple; a tuple is empty if the call has none of them."""
+    """Holds the parameters of a call, one tensor per expert in each tuple; missing parameters are an empty tuple."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
@@ -110,7 +109,7 @@ class _Form(NamedTuple):
 
     @property
     def has_whole_rows(self) -> bool:
-        """Returns whether this rank holds all columns of the rows or there is no sub-LN, so it needs no other rank."""
+        """Returns whether the op needs no other rank, because there is no sub-LN or this rank holds all columns."""
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: Sequence[Tensor]) -> _Parameters:
@@ -121,7 +120,7 @@ class _Form(NamedTuple):
 
 
 _SavedNorm = tuple[list[Tensor], tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Statistics that `_normalize` returns, and the scales and shifts of all experts."""
+"""Statistics from `_normalize`, and the scales and shifts of all experts."""
 
 
 class _OutProjection(torch.autograd.Function):
@@ -187,7 +186,7 @@ def _forward_cpu(
 def _backward_cpu(
     dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Returns the gradients of x, weights, biases, scales and shifts, given `dy_TD`, the gradient of the stream."""
+    """Returns the gradients of x, weights, biases, scales and shifts; `dy_TD` is the gradient of the stream."""
     dx_TF, of_weights = ALLOCATOR.empty_like(x_TF), [ALLOCATOR.empty_like(w, lasting=True) for w in weights]
     of_biases: list[list[Tensor]] = [[] for _ in weights]
     of_norms: list[list[Tensor]] = [[] for _ in weights]  # scale and shift
@@ -223,9 +222,9 @@ def _backward_cpu(
 def _normalize_cpu(
     x_RF: Tensor, form: _Form, i: int, keeps_activated: bool = False
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Returns GELU(x), LN(GELU(x)), and the mean and 1 / deviation of every row, by chunk.
+    """Returns GELU(x), LN(GELU(x)), and by chunk the mean and 1 / standard deviation of each row.
 
-    GELU(x) is overwritten unless `keeps_activated`. A step that `form` lacks returns its input.
+    GELU(x) is overwritten unless `keeps_activated` is true. A step that `form` lacks is skipped.
     """
     norm = form.norm
     n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF
@@ -245,17 +244,17 @@ def _normalize_cpu(
 
 
 def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
-    """Yields expert, first row and stop of every row block; an expert without rows has one empty block."""
+    """Yields expert, first row and stop row of each row block. An expert without rows has one empty block."""
     for i, (start, stop) in enumerate(slices_of(form.ends)):
         for first in range(start, max(stop, start + 1), _MATMUL_ROWS):
             yield i, first, min(first + _MATMUL_ROWS, stop)
 
 
 def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Computes LN(GELU(x)) by operators, and mean and reciprocal deviation of every row.
+    """Computes LN(GELU(x)) with operators, and the mean and 1 / standard deviation of each row.
 
-    The statistics are one tensor (2, T) for whole rows. If ranks divide the width of a row, it gathers two numbers per
-    row, and returns two tensors (T,).
+    The statistics are one tensor (2, T). If ranks divide the rows, they are two tensors (T,), and each rank gathers two
+    numbers per row from the others.
     """
     norm, ops = form.norm, torch.ops.beit3_ds
     assert norm is not None
@@ -268,7 +267,7 @@ def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequ
 
 
 def _renormalize(x_TF: Tensor, form: _Form, norm: _SavedNorm) -> Tensor:
-    """Returns LN(GELU(x)) again, without communication."""
+    """Recomputes LN(GELU(x)) without communication."""
     statistics, scales, shifts = norm
     if form.has_whole_rows:
         return _normalize(x_TF, form, scales, shifts)[0]
@@ -284,7 +283,7 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Returns the gradients of `_backward_cpu`; all-reduces two sums per row if ranks divide the width of a row."""
+    """Returns the same gradients as `_backward_cpu`. If ranks divide the rows, all-reduces two sums per row."""
     ops, ends = torch.ops.beit3_ds, form.ends
     if norm is None or form.norm is None:
         of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, _activate(x_TF, form.gelu), ends, form.has_biases)
@@ -310,7 +309,7 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y without those that are None; overwrites y unless dtypes differ."""
+    """Returns residual + factor * y, without terms that are None. Overwrites y unless the dtypes differ."""
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:
@@ -335,7 +334,7 @@ def _out_projection(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    """Computes the product, on a GPU one of cuBLAS per expert, and adds the stream in one pass."""
+    """Computes the product (on a GPU with cuBLAS, one per expert), then adds the stream in one pass."""
     y_TD = torch.ops.beit3_ds.multiway_linear(n_TF, ends, weights, biases)
     if residual_TD is None or factor_T is None:
         return _join(y_TD, residual_TD, factor_T)
@@ -364,7 +363,7 @@ def _out_projection_fake(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch on two experts, with a stream of the same dtype and of float32.
+    """Compares the kernel with plain PyTorch for two experts, with a stream in the same dtype and in float32.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -378,7 +377,7 @@ KERNELS: TrustedKernels = TrustedKernels("out_projection", check_kernels)
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch: once with bias, factor and residual, once as a product alone."""
+    """Compares the kernel with plain PyTorch: once with bias, factor and residual, and once without them."""
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
 
     slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""Computes attention within each sequence of a packed stream; a sequence consists of one or two row ranges.
+"""Computes attention within each sequence of a packed stream. A sequence has one or two row ranges.
 
-On a CPU it runs PyTorch's flash attention on buckets of sequences of similar length. On a GPU it runs the fastest
-implementation: the kernels of `triton/packed_attention.py`, those in CUDA C++, or PyTorch's attention.
+On a CPU, the op runs PyTorch's flash attention on buckets of sequences with similar lengths. On a GPU, it runs the
+fastest implementation: the kernels in `triton/packed_attention.py`, the CUDA C++ kernels, or PyTorch's attention.
 """
 
 # T packed rows, H heads, K head width, S rows of one sequence.
@@ -59,17 +59,17 @@ def packed_attention(
     *,
     causal_captions: bool = False,
 ) -> Tensor:
-    """Computes the attention of every row to all rows of its own sequence, scaled by 1 / sqrt(K).
+    """Computes the attention of each row to all rows of its own sequence; scores are scaled by 1 / sqrt(K).
 
     Args:
         q_THK: queries; k_THK and v_THK have the same shape and dtype.
-        ranges: the row ranges of each sequence; every row is in exactly one range.
-        causal_captions: whether to mask sequences of two ranges for captioning. Then rows of the first range (an image)
-            see that range only. Rows of the second range (its caption) see the first range, and the second up to
-            themselves. Sequences of one range stay bidirectional.
+        ranges: row ranges of each sequence. Each row is in exactly one range.
+        causal_captions: whether to mask sequences with two ranges for captioning. Then rows of the first range (an
+            image) see only this range. Rows of the second range (the caption) see the first range, themselves and
+            earlier rows of the second range. Sequences with one range stay bidirectional.
 
     Returns:
-        y_THK, the outputs of all heads of every row, in q's dtype.
+        y_THK, the outputs of all heads for each row, in q's dtype.
     """
     if not runs_kernels(q_THK):
         return _attend_in_buckets(q_THK, k_THK, v_THK, ranges, causal_captions)
@@ -79,10 +79,10 @@ def packed_attention(
 
 
 def runs_kernels(q_THK: Tensor) -> bool:
-    """Returns whether `packed_attention` may use its GPU kernels; if not, it uses PyTorch's operations.
+    """Returns whether `packed_attention` may use its GPU kernels; otherwise it uses PyTorch's operations.
 
-    The kernels support heads of at most 128 columns and every dtype except float64. They must also pass their check at
-    first use on the device (`self_check`).
+    The kernels support heads with at most 128 columns, and all dtypes except float64. They must also pass their check
+    at the first use on the device (`self_check`).
     """
     head_size = q_THK.shape[-1]
     return head_size <= _WIDEST_HEAD and KERNELS.accept(q_THK, head_size=head_size)
@@ -135,13 +135,13 @@ def _run_operator(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> None:
-    """Compares the kernels with the reference, forward and backward, on a pair of 149 rows and two short sequences.
+    """Compares the kernels with the reference, forward and backward, for a pair with 149 rows and two short sequences.
 
     Args:
         device: device of the kernels.
         dtype: dtype of queries, keys and values.
-        head_size: columns of a head, K.
-        cuda_cpp: whether the forward kernel is the one in CUDA C++.
+        head_size: columns per head, K.
+        cuda_cpp: whether to use the CUDA C++ kernel for the forward pass.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -153,11 +153,11 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
 
 
 KERNELS = TrustedKernels("packed_attention", check_kernels)
-"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
 
 
 def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-    """Compares PyTorch's attention for sequences of different lengths with the reference, as `check_kernels` does.
+    """Compares PyTorch's variable-length attention with the reference, on the sequences of `check_kernels`.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -166,7 +166,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> No
 
 
 VARLEN = TrustedKernels("PyTorch's varlen attention", check_varlen)
-"""Decides whether PyTorch's attention for sequences of different lengths may be used, by a check at the first use."""
+"""Decides whether PyTorch's variable-length attention may be used, by a check at the first use on a device."""
 
 
 def _compare(
@@ -181,7 +181,7 @@ def _compare(
 
 
 def _rehearse(attention: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Returns a function that runs an implementation, and also its backward pass if gradients are needed."""
+    """Returns a function that runs an implementation and, if gradients are needed, the backward pass."""
 
     def run(*arguments: Any) -> Any:
         *inputs, ranges, causal_captions, is_differentiated = arguments
@@ -237,7 +237,7 @@ def _forward_cpu(
     causal: bool,
     cuda_cpp: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator on a CPU for checks, sequence by sequence; the model never calls it there."""
+    """Implements the operator on a CPU, sequence by sequence, for checks only; the model does not call it."""
     y_THK = torch.empty_like(q_THK)
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_accumulator(q_THK))
     for rows, seen in _sequences(sequences_Q4, causal):
@@ -342,7 +342,9 @@ torch.library.register_autograd("beit3_ds::packed_attention", _differentiate, se
 
 
 def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor, Tensor]]:
-    """Returns each sequence's row numbers, (S,) int64, and its mask, (S, S) bool: True where a query sees a key."""
+    """Returns the row numbers of each sequence, (S,) int64, and a mask, (S, S) bool, that is True where a query sees a
+    key.
+    """
     result = []
     for start_1, length_1, start_2, length_2 in sequences_Q4.tolist():
         rows = torch.cat([torch.arange(start_1, start_1 + length_1), torch.arange(start_2, start_2 + length_2)])
@@ -351,5 +353,5 @@ def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    """Returns float32 for half precision, otherwise the dtype of `x`."""
+    """Returns float32 for half precision, else the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)

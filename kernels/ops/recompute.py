@@ -1,4 +1,4 @@
-"""Recomputes rows in the backward pass, so that layers need not save these rows."""
+"""Recomputes rows in the backward pass, so that layers need not save them."""
 
 # T packed rows, D width.
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 class RecomputeFunction:
-    """Recomputes rows from saved tensors, once for all layers that share the rows.
+    """Recomputes rows from saved tensors, once for all layers that use the rows.
 
-    It holds no tensors between two backward passes, so it does not keep memory that autograd frees.
+    The object holds no tensors between two backward passes, so it does not keep memory that autograd frees.
     """
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:
-        """Wraps `compute`, which computes the rows (T, D) from `Recomputable.tensors`."""
+        """Stores the function `compute`, which computes the rows (T, D) from `Recomputable.tensors`."""
         self._compute = compute
         self._num_users = self._num_waiting = 0
         self._rows_TD: Tensor | None = None
 
     def add_user(self) -> None:
-        """Counts one more layer that needs the rows in the backward pass."""
+        """Registers one more layer that needs the rows in the backward pass."""
         self._num_users += 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the rows (T, D). The first user's call computes them, and the last user's call releases them.
+        """Returns the rows (T, D). The first layer's call computes the rows, and the last layer's call releases them.
 
         Args:
             tensors: saved values of `Recomputable.tensors`.
@@ -45,11 +45,12 @@ class Recomputable(NamedTuple):
     function: RecomputeFunction
     """Function that computes the layer's input from `tensors`."""
     tensors: tuple[Tensor, ...]
-    """Arguments of the function, detached from autograd. They need no extra memory if another layer also saves them."""
+    """Arguments of the function, detached from autograd. They take no extra memory if another layer saves them anyway.
+    """
 
 
 def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:
-    """Returns what a layer saves for its backward pass: a function and its inputs, or None and the rows themselves."""
+    """Returns what a layer saves for the backward pass: a function and its arguments, or None and the rows."""
     if recompute is None:
         return None, (x_TD,)
     recompute.function.add_user()
@@ -57,7 +58,7 @@ def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[Recomput
 
 
 def restore_rows(function: RecomputeFunction | None, tensors: Sequence[Tensor]) -> Tensor:
-    """Returns a layer's input in the backward pass from the result of `rows_to_save`."""
+    """Returns a layer's input in the backward pass; takes the result of `rows_to_save`."""
     if function is None:
         (x_TD,) = tensors
         return x_TD

@@ -1,7 +1,7 @@
-"""Adds a branch to the residual stream after the branch's partial results were summed over the ranks.
+"""Adds a branch to the residual stream, after the branch's partial results were summed over the ranks.
 
-On a CPU it makes two passes of PyTorch over one new tensor. On a GPU it runs the operator `beit3_ds::residual_add`: in
-one pass with the kernels of `triton/residual_add.py`, or with PyTorch's operations if these are faster (`measured_op`).
+On a CPU, PyTorch makes two passes over one new tensor. On a GPU, the operator `beit3_ds::residual_add` makes one pass
+with a kernel in `triton/residual_add.py`, or uses PyTorch's operations if these are faster (`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -33,17 +33,17 @@ def residual_add_reference(
 def residual_add(
     residual_TD: Tensor, partial_TD: Tensor, slices: Slices, biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
-    """Computes y = residual + factor * (partial + bias of the row's expert), in the residual's dtype.
+    """Computes y = residual + factor * (partial + bias) in the residual's dtype, with the bias of each row's expert.
 
-    Call it after the reduction of a row-parallel layer, so that bias and factor are applied once, not once per rank.
-    The residual's gradient is y's gradient itself, not a copy. An expert without rows gets a zero gradient.
+    Call it after the reduction of a row-parallel layer, so that bias and factor are applied once and not once per rank.
+    The gradient of y is also the gradient of the residual, without a copy. An expert without rows gets a zero gradient.
 
     Args:
-        residual_TD: the stream, (T, D), float32 or of the branch's dtype.
-        partial_TD: the branch without its bias, (T, D).
-        slices: row range [start, stop) of each expert; together they cover all rows in order.
+        residual_TD: residual stream, (T, D), in float32 or the branch's dtype.
+        partial_TD: branch without its bias, (T, D).
+        slices: row range [start, stop) of each expert; the ranges cover all rows in order.
         biases: one vector (D,) per expert.
-        factor_T: factor of stochastic depth for each row's branch, without a gradient; None for 1.
+        factor_T: factor of stochastic depth for each row of the branch, without a gradient; None means 1.
 
     Returns:
         y_TD, a new tensor.
@@ -55,13 +55,13 @@ def residual_add(
 
 
 def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `residual_add` may use its GPU kernels; if not, it uses PyTorch's operations.
+    """Returns whether `residual_add` may use its GPU kernels; otherwise it uses PyTorch's operations.
 
-    The kernels must support the rows (`fits_kernels`), and must pass their check at first use on the device
+    The kernels must support the rows (`fits_kernels`), and must pass their check at the first use on the device
     (`self_check`).
 
     Args:
-        residual_TD: the stream.
+        residual_TD: residual stream.
         dtype: dtype of the branch.
     """
     if not fits_kernels(residual_TD, dtype):
@@ -70,13 +70,13 @@ def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
-    """Compares the operators with the reference, forward and backward, over three experts, one of them without rows.
+    """Compares the operators with the reference, forward and backward, for three experts, one of which has no rows.
 
     Args:
         device: device of the operators.
         dtype: dtype of the branch and the biases.
-        width: columns of a row, D.
-        stream: dtype of the residual; None for the branch's dtype.
+        width: columns per row, D.
+        stream: dtype of the residual stream; None means the branch's dtype.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -106,7 +106,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("residual_add", check_kernels)
-"""Decides whether both operators may use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -159,7 +159,7 @@ def _forward_plain(
 def _backward_plain(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_partial and one bias gradient per expert, both of `dtype`; without factors, d_partial has no rows."""
+    """Returns d_partial and one bias gradient per expert, in `dtype`. Without factors, d_partial has no rows."""
     d_partial_TD = dy_TD if factor_T is None else dy_TD * factor_T.unsqueeze(1)
     d_biases_ED = torch.stack([part.sum(0) for part in d_partial_TD.split(row_lengths(stops))]).to(dtype)
     return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED

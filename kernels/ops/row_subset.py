@@ -1,4 +1,4 @@
-"""Copies some rows out of a stream, so that layers process only these rows, and writes the results back."""
+"""Copies some rows out of a stream, so that layers compute only these rows, and writes the results back."""
 
 # T rows of the stream, K picked rows, D width.
 
@@ -12,30 +12,30 @@ from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
 
 def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies rows out of a stream.
+    """Copies some rows out of a stream.
 
     Args:
-        x_TD: the stream.
+        x_TD: stream.
         rows_K: distinct row numbers, int64.
 
     Returns:
-        The stream, which only `put_rows` may use, and the copied rows (K, D).
+        The stream, for `put_rows` only, and the copied rows (K, D).
     """
     stream_TD, x_KD = _TakeRows.apply(x_TD, rows_K)
     return stream_TD, x_KD
 
 
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
-    """Writes new rows into the places from which `take_rows` copied rows.
+    """Writes new rows to the positions from which `take_rows` has copied rows.
 
-    Use both functions together. The backward pass of `put_rows` leaves the new rows' gradient in the stream's gradient.
-    The backward pass of `take_rows` overwrites it there with the gradient of the copied rows. This saves two passes
-    over the rows, one that clears and one that adds.
+    Use the two functions together. In the backward pass, `put_rows` leaves the new rows' gradient in the stream's
+    gradient. Then `take_rows` overwrites it with the gradient of the copied rows. This saves two passes over the rows:
+    one that clears and one that adds.
 
     Args:
-        stream_TD: stream returned by `take_rows`.
-        y_KD: the new rows.
-        rows_K: row numbers given to `take_rows`.
+        stream_TD: stream that `take_rows` returned.
+        y_KD: new rows.
+        rows_K: row numbers, as passed to `take_rows`.
 
     Returns:
         A new stream (T, D).

@@ -1,4 +1,4 @@
-"""Checks kernels at their first use on a device, and switches them off with a warning if they fail."""
+"""Checks kernels at their first use on a device, and disables them with a warning if they fail."""
 
 import warnings
 from collections.abc import Callable, Hashable
@@ -12,29 +12,31 @@ from beit3_ds.kernels.ops.measured_op import CHOICES
 from beit3_ds.kernels.triton.architecture import is_on_gpu
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes that the GPU kernels support; float64 tensors use PyTorch's operations."""
+"""dtypes that the GPU kernels support; float64 tensors use PyTorch's operations."""
 
 
 class TrustedKernels:
     """Decides whether an op uses its kernels: they must pass a check at their first use.
 
-    The check runs once per process for every device, dtype and set of further properties. Ranks may decide differently,
-    because the kernels do not communicate and PyTorch computes equal results instead.
+    The check runs once per process for each device, dtype and set of properties. Ranks may decide differently: the
+    kernels do not communicate, and PyTorch computes the same results.
     """
 
     def __init__(self, op: str, check: Callable[..., None]) -> None:
-        """Stores the check of an op's kernels; nothing runs yet.
+        """Stores the check of an op's kernels without running it.
 
         Args:
             op: name of the op, for the warning.
-            check: called as check(device, dtype, **properties); runs the kernels on a small case, and raises if they
-                fail or a result is wrong.
+            check: function that is called as check(device, dtype, **properties). It runs the kernels on a small case,
+                and raises an error if they fail or a result is wrong.
         """
         self._op, self._check = op, check
         self._verdicts: dict[Hashable, bool] = {}
 
     def accept(self, x: Tensor, **properties: Hashable) -> bool:
-        """Returns whether to use the kernels: `x` is a GPU tensor of a supported dtype, and they pass their check."""
+        """Returns whether to use the kernels: `x` is a GPU tensor of a supported dtype, and the kernels pass their
+        check.
+        """
         return is_on_gpu(x) and x.dtype in SUPPORTED_DTYPES and self.are_trusted(x.device, x.dtype, **properties)
 
     def are_trusted(self, device: torch.device, dtype: torch.dtype, **properties: Hashable) -> bool:
@@ -55,12 +57,12 @@ class TrustedKernels:
 
 
 def passes_check(kernels: str, device: torch.device, check: Callable[[], None]) -> bool:
-    """Runs a check of kernels and returns whether it passed; warns with the reason if not.
+    """Runs a check of kernels and returns whether it passed; if not, a warning gives the reason.
 
     Args:
         kernels: name of the kernels and purpose of the check, for the warning.
         device: device of the kernels.
-        check: runs the kernels on a small case, and raises if they fail or a result is wrong.
+        check: function that runs the kernels on a small case, and raises an error if they fail or a result is wrong.
     """
     try:
         with make_current(device), torch.inference_mode(False), torch.enable_grad():

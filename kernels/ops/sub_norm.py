@@ -1,9 +1,9 @@
-"""Computes GELU and sub-LN before an output projection if ranks divide the width of a row.
+"""Computes GELU and sub-LN before an output projection, if ranks divide the width of a row.
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
-activations or attention's merged heads. Its statistics cover all columns of a row, so ranks exchange two numbers per
-row in forward and in backward. Only these numbers are saved for the backward pass. A rank that holds all columns uses
-`activation_norm`.
+activations, or attention's merged heads. The statistics cover all columns of a row, so ranks exchange two numbers per
+row in the forward pass and two in the backward pass. Only the statistics are saved for the backward pass. A rank that
+holds all columns uses `activation_norm` instead.
 """
 
 # T packed rows, F local width, P ranks that divide the width.
@@ -23,31 +23,32 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 class SubNorm(NamedTuple):
-    """Holds one LayerNorm per expert, and the collectives that it needs if P ranks divide the columns of a row."""
+    """Holds one LayerNorm per expert, and the collectives that are needed if P ranks divide the columns of a row."""
 
     scales: Sequence[Tensor]
-    """Scale of each expert's norm, (F,) each for this rank's F columns."""
+    """Scale of each expert's norm for this rank's F columns, (F,) each."""
     shifts: Sequence[Tensor]
-    """Shift of each expert's norm, (F,) each for this rank's F columns."""
+    """Shift of each expert's norm for this rank's F columns, (F,) each."""
     epsilon: float
-    """Epsilon that is added to the variance."""
+    """Value added to the variance."""
     width: int
-    """Number of columns of a row, over all ranks."""
+    """Columns per row over all ranks."""
     all_gather: Callable[[Tensor], Tensor] | None = None
-    """Function that stacks one tensor from each of P ranks into (P, ...); None if this rank holds all columns."""
+    """Function that gathers a tensor from each of P ranks into (P, ...); None if this rank holds all columns."""
     all_reduce: Callable[[Tensor], Tensor] | None = None
-    """Function that sums a tensor over the P ranks; None if this rank holds all columns."""
+    """Function that sums a tensor over P ranks; None if this rank holds all columns."""
 
     def join_statistics(self, mean_T: Tensor, squares_T: Tensor, local_width: int) -> tuple[Tensor, Tensor]:
-        """Returns the mean and 1 / deviation of each row over all columns; gathers two floats per row from every rank.
+        """Returns the mean and 1 / standard deviation of each row over all columns; gathers two floats per row from
+        each rank.
 
-        Combines the ranks' statistics about the common mean (Chan et al., 1979), which avoids the cancellation of
+        The ranks' statistics are combined about the common mean (Chan et al., 1979). This avoids the cancellation in
         E[x^2] - E[x]^2.
 
         Args:
-            mean_T: mean of each row's columns on this rank.
-            squares_T: sum of these columns' squared deviations from that mean.
-            local_width: number of columns on this rank; the same on every rank.
+            mean_T: mean of each row over this rank's columns.
+            squares_T: sum of the squared deviations from `mean_T` over this rank's columns.
+            local_width: number of columns on each rank.
         """
         if self.all_gather is not None:
             means_PT, squares_PT = self.all_gather(torch.stack([mean_T, squares_T])).unbind(1)
@@ -250,7 +251,7 @@ def _sub_norm_gradient_fake(dn_TF: Tensor, x_TF: Tensor, *rest: Any) -> Tensor:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype of statistics: float32 for half precision, otherwise the dtype of `x`."""
+    """Returns the dtype of statistics: float32 for half precision, else the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -259,13 +260,13 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _standardize(x_TF: Tensor, gelu: bool, mean_T: Tensor, rstd_T: Tensor) -> Tensor:
-    """Returns (GELU(x) - mean) * rstd in a new tensor."""
+    """Returns (GELU(x) - mean) * rstd as a new tensor."""
     a_TF = _widen(F.gelu(x_TF) if gelu else x_TF)
     return (a_TF - mean_T.unsqueeze(1)).mul_(rstd_T.unsqueeze(1))
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernels with the operators' CPU implementations on two experts, with and without GELU.
+    """Compares the kernels with the operators' CPU implementations for two experts, with and without GELU.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -296,7 +297,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("sub_norm", check_kernels)
-"""Decides whether the four operators may use their GPU kernels, by a check at the first use on a device."""
+"""Decides whether the four operators may use GPU kernels, by a check at their first use on a device."""
 
 
 def _check_norm(

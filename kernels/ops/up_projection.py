@@ -1,8 +1,8 @@
-"""Computes the FFN's first linear layer; on a GPU it also computes the GELU, unless a sub-LN follows.
+"""Computes the FFN's first linear layer; on a GPU also the GELU, unless a sub-LN follows.
 
-On a GPU the GELU is computed while the product is in registers (`triton/multiway_ffn.py`), or in a pass of its own if
-this is faster (`measured_op`). If a sub-LN follows, `out_projection` computes both in one pass. On a CPU it does so in
-buffers that fit into the cache.
+On a GPU, the GELU is computed while the product is in registers (`triton/multiway_ffn.py`), or in a separate pass if
+this is faster (`measured_op`). If a sub-LN follows, `out_projection` computes GELU and sub-LN in one pass. On a CPU,
+`out_projection` computes the GELU in buffers that fit into the cache.
 """
 
 # T packed rows, D input width, F output width (of this rank).
@@ -24,12 +24,12 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 class Activation(NamedTuple):
-    """Holds the input of an output projection; gradients flow through `x_TF` alone."""
+    """Holds the input of an output projection. Gradients flow through `x_TF` only."""
 
     x_TF: Tensor
-    """The FFN's up projection before the GELU, or attention's merged heads."""
+    """Output of the FFN's up projection before the GELU, or attention's merged heads."""
     a_TF: Tensor | None = None
-    """GELU(x_TF); None if it is not computed yet."""
+    """GELU(x_TF); None if it has not been computed."""
 
 
 def up_projection(
@@ -45,11 +45,11 @@ def up_projection(
 
     Args:
         h_TD: packed rows.
-        slices: row range [start, stop) of each expert; together they cover all rows in order.
-        weights: one matrix per expert, (F, D) for output width F and input width D, of h's dtype.
+        slices: row range [start, stop) of each expert; the ranges cover all rows in order.
+        weights: one matrix (F, D) per expert in h's dtype, for output width F and input width D.
         biases: one vector (F,) per expert.
         has_norm: whether a sub-LN follows.
-        recompute: recomputes h in the backward pass, instead of saving it; None saves it.
+        recompute: recomputes h in the backward pass; None saves h instead.
     """
     if has_norm or not KERNELS.accept(h_TD):
         return Activation(multiway_linear(h_TD, slices, weights, biases, recompute))
@@ -96,7 +96,7 @@ _LIBRARY.define("up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] 
 def _up_projection(
     h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Computes the product and the GELU one after the other."""
+    """Computes first the product and then the GELU."""
     x_TF = torch.ops.beit3_ds.multiway_linear(h_TD, ends, weights, biases)
     return x_TF, F.gelu(x_TF)
 
@@ -141,7 +141,7 @@ def _up_projection_fake(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch on three experts, one of them without rows.
+    """Compares the kernel with plain PyTorch for three experts, one of which has no rows.
 
     Raises:
         WrongResultError: if a result is wrong.

@@ -1,6 +1,6 @@
-"""Computes packed attention with PyTorch's flash attention for sequences of different lengths, without padding.
+"""Computes packed attention with PyTorch's variable-length flash attention, which needs no padding.
 
-`packed_attention` uses it on a GPU if it is faster than our kernels (`measured_op`).
+`packed_attention` uses it on a GPU if it is faster than this project's kernels (`measured_op`).
 """
 
 # T packed rows, H heads, K head width, Q sequences.
@@ -16,21 +16,21 @@ from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
 class VarlenPlan(NamedTuple):
-    """Holds the order in which the rows of each sequence follow each other; depends on the sequences' ranges alone."""
+    """Describes how to sort the stream's rows by sequence; depends only on the row ranges of the sequences."""
 
     rows: Tensor | None
-    """Number of the stream's row at each position of the order, int64; None if the stream has this order already."""
+    """Row number in the stream for each position in the sorted order, int64; None if the stream is already sorted."""
     positions: Tensor | None
-    """Position in the order of each of the stream's rows, int64; None if the stream has this order already."""
+    """Position in the sorted order for each row of the stream, int64; None if the stream is already sorted."""
     bounds: Tensor
-    """First position of every sequence, and then the number of all rows, int32."""
+    """First position of each sequence in the sorted order, then the total number of rows, int32."""
     longest: int
-    """Number of rows of the longest sequence."""
+    """Length of the longest sequence in rows."""
 
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
-    """Orders the stream's rows sequence by sequence; only pairs of an image and a caption need another order."""
+    """Sorts the rows of the stream by sequence. Only image-caption pairs make the order differ from the stream's."""
     lengths = [sum(stop - start for start, stop in sequence) for sequence in ranges]
     rows = torch.cat([torch.arange(start, stop) for sequence in ranges for start, stop in sequence])
     bounds = copy_to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
@@ -41,11 +41,12 @@ def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
 
 
 def varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges) -> Tensor:
-    """Computes bidirectional attention within each sequence, as `packed_attention` does.
+    """Computes bidirectional attention within each sequence, with the same result as `packed_attention`.
 
     Args:
-        q_THK: queries, like k_THK and v_THK in half precision on a GPU, with a head size up to 128 that 8 divides.
-        ranges: row ranges of each sequence; together they cover [0, T) once.
+        q_THK: queries on a GPU in half precision; k_THK and v_THK likewise. The head size is a multiple of 8, at most
+            128.
+        ranges: row ranges of each sequence. Each row is in exactly one range.
     """
     from torch.nn.attention.varlen import varlen_attn  # its import needs a build of PyTorch with flash attention
 

@@ -1,1 +1,1 @@
-"""Defines Triton kernels, launches them, and compiles them ahead of time."""
+"""Defines, launches and compiles Triton kernels."""

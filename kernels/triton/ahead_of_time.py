@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel for every architecture without a GPU and compares its machine code with `budgets.json`.
+"""Compiles all Triton kernels for all architectures without a GPU, and compares the machine code with `budgets.json`.
 
     python -m beit3_ds.kernels.triton.ahead_of_time            # compare
     python -m beit3_ds.kernels.triton.ahead_of_time --write    # store the results as new budgets of this Triton
 
-A budget states facts about machine code: registers, spills, shared memory, tensor-core instructions, access widths. It
-shows that a kernel compiles as intended, not how fast it is.
+A budget contains properties of machine code: registers, spills, shared memory, tensor-core instructions and access
+widths. The comparison shows that a kernel compiles as intended, but not how fast it is.
 """
 
 import argparse
@@ -45,8 +45,8 @@ SOURCES = (
     residual_add_launch.variants,
     linear_cross_entropy_launch.variants,
 )
-"""One function per file of kernels: it takes an architecture (80, 90 or 100) and returns the file's variants. Add the
-function of a new file here, and the budgets of its kernels to budgets.json."""
+"""One function per file of kernels. It takes an architecture (80, 90 or 100) and returns the file's kernel variants.
+Add the function of a new file here, and the budgets of its kernels to budgets.json."""
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -58,7 +58,7 @@ _GLOBAL_ACCESS = r"\b(?:LDG|STG|LDGSTS)\.[\w.]+"
 
 
 def all_variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of all kernels that are compiled for one architecture (80, 90 or 100)."""
+    """Returns the variants of all kernels for one architecture (80, 90 or 100)."""
     variants = [variant for source in SOURCES for variant in source(architecture)]
     assert len({variant.name for variant in variants}) == len(variants), "two variants share a name"
     return variants
@@ -104,7 +104,7 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
 
 
 def find_excess(report: Report, budget: Report | None, architecture: int) -> list[str]:
-    """Returns one message per property that exceeds the variant's budget or the hardware's limit."""
+    """Returns one message for each property that exceeds the variant's budget or the hardware limit."""
     problems = []
     if report.shared_memory > _SHARED_MEMORY[architecture]:
         problems.append(f"shared memory {report.shared_memory} > {_SHARED_MEMORY[architecture]} of sm_{architecture}")
@@ -122,10 +122,11 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compiles the selected variants, prints their properties, and compares these with the budgets or stores them.
+    """Compiles the selected variants, prints their properties, and compares them with the budgets or stores new
+    budgets.
 
     Returns:
-        Exit status: 1 if a variant exceeds its budget, otherwise 0.
+        Exit status: 1 if a variant exceeds its budget, else 0.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="store the results as new budgets")

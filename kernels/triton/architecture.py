@@ -1,4 +1,4 @@
-"""Says which tensors are on a GPU, and selects the GPU architecture whose kernel settings a device uses."""
+"""Determines whether a tensor is on a GPU, and which architecture's kernel settings a device uses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-"""Number of multiprocessors of an A100 (architecture 80), an H100 (90) and a B200 (100)."""
+"""Number of multiprocessors by architecture: A100 (80), H100 (90) and B200 (100)."""
 
 
 class EmulatedGPU:
-    """Makes the CPU count as a GPU, so that operators launch their kernels for CPU tensors (`fake_driver`)."""
+    """Lets the CPU count as a GPU, so that operators launch GPU kernels for CPU tensors (`fake_driver`)."""
 
     def __init__(self) -> None:
-        """Emulates nothing yet."""
+        """Starts without an emulated GPU."""
         self.architecture: int | None = None
-        """Architecture of the emulated GPU, 80, 90 or 100; None if the CPU is a CPU."""
+        """Architecture of the emulated GPU: 80, 90 or 100; None without emulation."""
 
     @contextmanager
     def set(self, architecture: int) -> Iterator[None]:
-        """Emulates a GPU of this architecture inside a `with` block."""
+        """Emulates a GPU with this architecture inside a `with` block."""
         before, self.architecture = self.architecture, architecture
         try:
             yield
@@ -29,16 +29,16 @@ class EmulatedGPU:
 
 
 EMULATED = EmulatedGPU()
-"""Emulated GPU of this process."""
+"""Emulated GPU of this process, if any."""
 
 
 def is_on_gpu(x: Tensor) -> bool:
-    """Returns whether kernels may compute this tensor: it is on a GPU, or on a CPU that emulates one."""
+    """Returns whether a tensor is on a GPU, or on a CPU that emulates a GPU."""
     return x.is_cuda or EMULATED.architecture is not None
 
 
 def architecture_of(device: torch.device) -> int:
-    """Returns the architecture whose kernel settings a device uses: 90 or 100, or 80 for all other GPUs and the CPU."""
+    """Returns the architecture whose kernel settings a device uses: 90, 100, or 80 for all other GPUs and the CPU."""
     if EMULATED.architecture is not None:
         return EMULATED.architecture
     if device.type != "cuda":

@@ -1,7 +1,7 @@
-"""Reads and writes `budgets.json`: properties of the machine code of every kernel variant, by version of Triton.
+"""Reads and writes `budgets.json`: properties of each kernel variant's machine code, by version of Triton.
 
-Triton's versions allocate registers differently, so a variant may spill under one and not under another. The choice of
-tile sizes leaves out what spills under the installed version (`spilling_variants`).
+Triton versions allocate registers differently, so a variant may spill registers in one version only. Tile sizes that
+spill in the installed version are not used (`spilling_variants`).
 """
 
 import json
@@ -14,12 +14,12 @@ BUDGETS = Path(__file__).with_name("budgets.json")
 
 
 class Report(NamedTuple):
-    """Lists properties of the machine code that one kernel variant compiles to."""
+    """Holds properties of the machine code of one kernel variant."""
 
     registers: int
-    """Registers per thread, at most 255."""
+    """Registers per thread; at most 255."""
     stack: int
-    """Bytes of stack per thread, used only for spilled registers."""
+    """Bytes of stack per thread, which only spilled registers use."""
     spills: int
     """Number of instructions that load or store local memory."""
     shared_memory: int
@@ -31,26 +31,26 @@ class Report(NamedTuple):
     wide_accesses: int
     """Number of instructions that load, store or copy 128 bits of global memory per thread."""
     narrow_accesses: int
-    """Number of instructions that access less than 128 bits of global memory: row statistics, and accesses that the
-    compiler could not vectorise."""
+    """Number of instructions that access less than 128 bits of global memory per thread. They access row statistics, or
+    data for which the compiler could not vectorise the access."""
 
 
 Budgets = Mapping[tuple[str, int], Report]
-"""Properties by name of the variant and architecture."""
+"""Reports by variant name and architecture."""
 
 
 def version_key(version: str) -> str:
-    """Returns major and minor number of a version of Triton, under which `budgets.json` stores its budgets."""
+    """Returns the major and minor number of a Triton version, for example "3.8"; `budgets.json` has these keys."""
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
 def stored_versions() -> list[str]:
-    """Returns the versions of Triton that have budgets, e.g. ["3.6", "3.8"], the oldest first."""
+    """Returns the Triton versions with stored budgets, the oldest first, for example ["3.6", "3.8"]."""
     return sorted(_stored(), key=_number)
 
 
 def read_budgets(version: str) -> dict[tuple[str, int], Report]:
-    """Returns the budgets for a version of Triton by variant name and architecture; empty if there are none."""
+    """Returns the budgets for a Triton version by variant name and architecture; an empty dict if there are none."""
     return {
         (name, int(architecture.removeprefix("sm_"))): Report(*values)
         for name, by_architecture in _stored().get(version_key(version), {}).items()
@@ -59,7 +59,7 @@ def read_budgets(version: str) -> dict[tuple[str, int], Report]:
 
 
 def write_budgets(version: str, reports: Budgets) -> None:
-    """Writes reports as the new budgets for a version of Triton, sorted by name; keeps those for other versions."""
+    """Writes new budgets for a Triton version, sorted by name. Budgets for other versions stay unchanged."""
     nested: dict[str, dict[str, Report]] = {}
     for (name, architecture), report in sorted(reports.items()):
         nested.setdefault(name, {})[f"sm_{architecture}"] = report
@@ -74,9 +74,9 @@ def write_budgets(version: str, reports: Budgets) -> None:
 
 @lru_cache
 def spilling_variants(version: str, architecture: int) -> frozenset[str]:
-    """Returns the names of the variants that spill registers on an architecture under a version of Triton.
+    """Returns the names of the variants that spill registers on an architecture with a Triton version.
 
-    A version without budgets counts as the newest older one that has them.
+    For a version without budgets, the newest older version with budgets counts.
     """
     older = [known for known in stored_versions() if _number(known) <= _number(version_key(version))]
     budgets = read_budgets(older[-1]) if older else {}

@@ -1,4 +1,4 @@
-"""Counts the Triton kernels that were found in Triton's cache, and those that were compiled."""
+"""Counts how many Triton kernels were found in Triton's cache, and how many were compiled."""
 
 import importlib.util
 import sys
@@ -8,24 +8,24 @@ from typing import Any
 
 
 class Compilations:
-    """Counts the kernels that Triton loads in this process."""
+    """Counts the kernels that Triton loads or compiles in this process."""
 
     def __init__(self, report: Callable[[str, float], None] = lambda name, seconds: None) -> None:
         """Sets all counts to 0.
 
         Args:
-            report: called after each compilation with the kernel's name and the seconds that it took.
+            report: called after each compilation with the name of the kernel and the seconds of the compilation.
         """
         self._report = report
         self.num_hits = 0
-        """Number of kernels that were in the cache."""
+        """Number of kernels found in the cache."""
         self.missed: Counter[str] = Counter()
-        """Number of compiled variants, by name of the kernel."""
+        """Number of compiled variants by kernel name."""
         self.seconds = 0.0
-        """Seconds of all compilations."""
+        """Total seconds of all compilations."""
 
     def start(self) -> None:
-        """Starts to count if this process has imported PyTorch and Triton is installed."""
+        """Starts counting, if this process has imported PyTorch and Triton is installed."""
         if "torch" in sys.modules and importlib.util.find_spec("triton") is not None:
             import triton  # absent from torch's builds for CPUs
 
@@ -33,7 +33,7 @@ class Compilations:
 
     @property
     def num_misses(self) -> int:
-        """Returns the number of kernels that were compiled."""
+        """Returns the number of compiled kernels."""
         return sum(self.missed.values())
 
     def describe(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Divides experts' rows among the programs of row-streaming kernels, and launches the sums over programs.
+"""Divides experts' rows among the programs of row-streaming kernels, and launches the kernel that sums over programs.
 
 A row-streaming kernel computes one row after the other, without a matrix product.
 """
@@ -19,46 +19,46 @@ from beit3_ds.kernels.triton.launch_sizes import ceil_div, next_power_of_2
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 NUM_EXPERTS = 3
-"""Number of experts for which the kernels have arguments. A call for fewer experts adds experts without rows."""
+"""Number of experts in the kernels' arguments. For a call with fewer experts, experts without rows are added."""
 
 _SUM_WARPS = 4
 
 
 class SumBlock(NamedTuple):
-    """Sets the block of partial sums that one loop step of the sum kernel adds."""
+    """Sets the size of the block of partial sums that the sum kernel adds in one loop step."""
 
     columns: int
-    """Columns of a block, for which one program computes the sums."""
+    """Columns per block; one program computes the sums of these columns."""
     programs: int
-    """Number of programs whose partial sums are in a block."""
+    """Number of programs whose partial sums are in one block."""
 
 
 _ROW_SUM_BLOCK = SumBlock(128, 16)
-"""Block of the sums of row-streaming kernels, which have many programs and rows of a few thousand columns."""
+"""Block for row-streaming kernels, which have many programs, and rows with a few thousand columns."""
 
 
 class RowTiling(NamedTuple):
     """Sets how row-streaming kernels are compiled and launched for one architecture and row width."""
 
     num_warps: int
-    """Warps per program; together they hold one row in registers."""
+    """Warps per program, which together hold one row in registers."""
     num_stages: int
-    """Number of rows that a program has in work: it computes one while it loads the next ones."""
+    """Number of rows in a program's pipeline: the program computes one row while it loads the next rows."""
     forward_programs: int
-    """Maximum number of programs of a forward launch. Each program computes its rows one after the other."""
+    """Maximum number of programs in a forward launch. Each program computes its rows one after the other."""
     backward_programs: int
-    """Maximum number of programs of a backward launch. It equals the number of programs that run at once, because each
+    """Maximum number of programs in a backward launch. No more programs are launched than can run at once, because each
     program writes float32 sums as wide as a row."""
 
 
 def choose_row_tiling(architecture: int, width: int) -> RowTiling:
-    """Returns the warps, pipeline stages and numbers of programs of the row-streaming kernels.
+    """Returns the warps, pipeline stages and numbers of programs for row-streaming kernels.
 
-    All compiled variants have no register spills; budgets.json records this.
+    No compiled variant spills registers, as budgets.json records.
 
     Args:
-        architecture: GPU architecture, 80, 90 or 100.
-        width: columns of a row, D; at most 8192, so that a thread holds at most 16 columns.
+        architecture: GPU architecture: 80, 90 or 100.
+        width: columns per row, D. At most 8192, so that a thread holds at most 16 columns.
     """
     block = next_power_of_2(width)
     num_warps = max(4, block // 512)
@@ -67,34 +67,34 @@ def choose_row_tiling(architecture: int, width: int) -> RowTiling:
 
 
 def row_constants(width: int, tiling: RowTiling) -> dict[str, int]:
-    """Returns the constexpr arguments that all row-streaming kernels take, by name."""
+    """Returns the constexpr arguments of all row-streaming kernels by name."""
     return {"D": width, "BLOCK": next_power_of_2(width), "STAGES": tiling.num_stages}
 
 
 def check_rows(*tensors: Tensor) -> None:
-    """Asserts that tensors are contiguous and small enough for 32-bit offsets, as the kernels assume."""
+    """Asserts that tensors are contiguous and need no offsets beyond 32 bits, as the kernels assume."""
     for x in tensors:
         assert x.is_contiguous(), "the kernels' strides are those of (T, D)"
         assert x.numel() < 2**31, f"{tuple(x.shape)} has offsets beyond 32 bits"
 
 
 class RowPrograms(NamedTuple):
-    """Divides rows among programs; each program gets at most `rows` consecutive rows of one expert."""
+    """Divides rows among programs. Each program gets at most `rows` consecutive rows of one expert."""
 
     rows: int
     """Maximum rows per program."""
     stops: tuple[int, ...]
-    """Stop of each expert's rows, for NUM_EXPERTS experts; expert 0 starts at row 0."""
+    """Stop row of each of NUM_EXPERTS experts. Expert 0 starts at row 0."""
     num_programs: int
-    """Number of programs, P."""
+    """Number of programs P."""
 
 
 def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
     """Divides rows among at most `most_programs` programs.
 
     Args:
-        stops: stop of each expert's rows; expert 0 starts at row 0.
-        most_programs: maximum number of programs; more than NUM_EXPERTS.
+        stops: stop row of each expert; expert 0 starts at row 0.
+        most_programs: maximum number of programs; must be larger than NUM_EXPERTS.
     """
     assert len(stops) <= NUM_EXPERTS < most_programs, f"{len(stops)} experts, {most_programs} programs"
     all_stops = (*stops, *[stops[-1]] * (NUM_EXPERTS - len(stops)))
@@ -105,7 +105,7 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
 
 
 def for_experts(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Extends a list of one parameter per expert to NUM_EXPERTS entries by repeating the last parameter."""
+    """Extends a list with one parameter per expert to NUM_EXPERTS entries by repeating the last parameter."""
     assert all(parameter.is_contiguous() for parameter in parameters), "a parameter is not contiguous"
     return [*parameters, *[parameters[-1]] * (NUM_EXPERTS - len(parameters))]
 
@@ -117,17 +117,17 @@ def sum_partials(
     dtype: torch.dtype,
     block: SumBlock = _ROW_SUM_BLOCK,
 ) -> Tensor:
-    """Adds the partial sums of each expert's programs; an expert without rows gets zeros.
+    """Adds the partial sums of all programs of an expert, for each expert. Without rows, an expert's sums are zero.
 
     Args:
         partial_SPD: S sums of width D from each of P programs, float32.
-        programs: the division of rows among these programs.
-        num_experts: number of experts, E.
+        programs: division of rows among the programs.
+        num_experts: number of experts E.
         dtype: dtype of the result.
-        block: how to compile the kernel.
+        block: size of the block that the kernel adds in one loop step.
 
     Returns:
-        The sums, (S, E, D).
+        Sums per expert, (S, E, D).
     """
     num_kinds, _, width = partial_SPD.shape
     sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
@@ -154,14 +154,14 @@ def build_row_variant(
     """Builds the variant of a row-streaming kernel for one dtype and width.
 
     Args:
-        architecture: GPU architecture, 80, 90 or 100.
-        op: name of the op, with which the variant's name begins.
-        kernel: the function decorated with `triton.jit`; its pointers to statistics and sums have float32 elements.
+        architecture: GPU architecture: 80, 90 or 100.
+        op: name of the op, which is the start of the variant's name.
+        kernel: function decorated with `triton.jit`. Its pointers to statistics and sums have float32 elements.
         element: element type of all other pointers: "bf16", "fp16" or "fp32".
-        width: columns of a row, D.
+        width: columns per row, D.
         constants: constexpr arguments besides `row_constants`.
         note: text at the end of the variant's name.
-        elements: element type by argument name, for pointers whose type is not `element`.
+        elements: element types of pointers that differ from `element`, by argument name.
     """
     tiling = choose_row_tiling(architecture, width)
     values = {**row_constants(width, tiling), **constants}
@@ -190,7 +190,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 def build_sum_variant(element: str, width: int, block: SumBlock) -> KernelVariant:
-    """Builds a variant of the sum kernel, given its output's element type and width."""
+    """Builds the variant of the sum kernel for one element type and width of the output."""
     return build_variant(
         f"expert_rows sum {element} D={width}",
         sum_kernel,

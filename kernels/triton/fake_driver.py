@@ -1,13 +1,13 @@
-"""Replaces the GPU by a driver that runs nothing, so that launches of kernels work on a machine without a GPU.
+"""Replaces the GPU with a fake driver, so that kernels can be launched on a machine without a GPU.
 
-Inside `fake_gpu` the operators treat CPU tensors as tensors of a GPU: they launch Triton kernels, whose results are
-undefined. There are two uses:
+Inside `fake_gpu`, operators treat CPU tensors as GPU tensors and launch Triton kernels, which do not run. So all
+results are undefined. There are two uses:
 
-* `fake_gpu(90, compiles=False)` measures the time that Python needs to launch the kernels of a layer or a step. Nothing
-  is compiled.
-* `fake_gpu(90, compiles=True)` fills Triton's cache (`TRITON_CACHE_DIR`) ahead of time: every launch compiles its
-  kernel, or finds it in the cache. The keys of the cache are those of a launch on such a GPU with the same version of
-  Triton. The self-checks of the operators also run and compile.
+* `fake_gpu(90, compiles=False)` measures the time that Python needs to launch the kernels of a layer or a step. No
+  kernel is compiled.
+* `fake_gpu(90, compiles=True)` fills Triton's cache (`TRITON_CACHE_DIR`) ahead of time. Every launch compiles its
+  kernel, or finds the kernel in the cache. The cache keys are the same as on a GPU of this architecture with the same
+  version of Triton. The self-checks of the operators are also launched and compiled.
 
 Example:
     with fake_gpu(90, compiles=True) as gpu:
@@ -32,11 +32,11 @@ from beit3_ds.kernels.triton.architecture import EMULATED
 from beit3_ds.kernels.triton.launchers import store_launcher
 
 _SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Maximum bytes of shared memory per program, by architecture."""
+"""Maximum bytes of shared memory per program by architecture."""
 
 
 class FakeGPU:
-    """Counts what was launched and compiled for an emulated GPU. Triton uses it as its driver."""
+    """Acts as Triton's driver for an emulated GPU; counts launches and compilations."""
 
     def __init__(self, architecture: int) -> None:
         """Sets all counts to 0.
@@ -46,33 +46,33 @@ class FakeGPU:
         """
         self.architecture = architecture
         self.launches: Counter[str] = Counter()
-        """Number of launches, by name of the kernel."""
+        """Number of launches by kernel name."""
         self.kernels: set[str] = set()
-        """Keys in Triton's cache of all kernels that were launched; empty if launches do not compile."""
+        """Cache keys of all launched kernels; empty if launches do not compile."""
         self.num_launchers = 0
-        """Number of launchers that were built into Triton's cache (`launchers`)."""
+        """Number of launchers written to Triton's cache (`launchers`)."""
         self.utils = self
-        """Triton asks this attribute of a driver to load machine code."""
+        """Object that Triton uses to load machine code."""
         self._device = object()  # Triton keeps kernels per device, so these kernels are used by this object alone
 
     def get_current_target(self) -> GPUTarget:
-        """Returns the target of compilations."""
+        """Returns the compilation target."""
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> Hashable:
-        """Returns the key under which Triton keeps compiled kernels."""
+        """Returns the key for which Triton stores compiled kernels."""
         return self._device
 
     def get_current_stream(self, device: Hashable) -> int:
-        """Returns the default stream."""
+        """Returns 0, the default stream."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Returns the CPU, where all tensors are."""
+        """Returns the CPU, which holds all tensors."""
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable[..., Any]:
-        """Returns a function that calls a kernel once and reports a time of 1 ms."""
+        """Returns a function that calls a kernel once and returns 1 ms as its time."""
 
         def benchmark(call: Callable[[], Any], *, quantiles: Any = None, **options: Any) -> Any:
             call()
@@ -81,15 +81,15 @@ class FakeGPU:
         return benchmark
 
     def get_device_properties(self, device: Hashable) -> dict[str, int]:
-        """Returns the properties that Triton checks before it loads a kernel."""
+        """Returns the device properties that Triton checks before it loads a kernel."""
         return {"max_shared_mem": _SHARED_MEMORY[self.architecture]}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: Hashable) -> tuple[None, None, int, int, int]:
-        """Loads nothing. Returns module, function, registers, spills, and the maximum threads per program."""
+        """Returns module, function, registers, spills and maximum threads per program, without loading a kernel."""
         return None, None, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Returns a function that counts a launch of a compiled kernel; stores the launcher that a GPU would need."""
+        """Returns a function that counts launches of a compiled kernel; stores the launcher that a GPU would need."""
         self.kernels.add(metadata.hash)
         self.num_launchers += store_launcher(source, metadata)
         return _Launcher(self.launches, metadata.name)
@@ -104,7 +104,7 @@ class _Launcher:
 
 
 class _EmptyKernel:
-    """Takes the place of a compiled kernel; a launch does nothing but count."""
+    """Replaces a compiled kernel; a launch only increases a count."""
 
     function = packed_metadata = None
 
@@ -112,19 +112,19 @@ class _EmptyKernel:
         self.run = _Launcher(launches, name)
 
     def launch_metadata(self, *arguments: Any) -> None:
-        """Returns None, as without a hook that observes launches."""
+        """Returns None, as if no hook observed launches."""
 
 
 @contextmanager
 def fake_gpu(architecture: int, *, compiles: bool) -> Iterator[FakeGPU]:
-    """Treats CPU tensors as tensors of a GPU inside a `with` block, and launches nothing (see the top of this file).
+    """Makes operators treat CPU tensors as GPU tensors inside a `with` block; no kernel runs.
 
-    The backend is `triton`; `use_backend` or `CHOICES.fixed` may set another one inside. Other threads see the emulated
-    GPU too.
+    The backend is `triton`, unless `use_backend` or `CHOICES.fixed` sets another one inside the block. The block also
+    affects other threads. See the module's docstring for uses.
 
     Args:
-        architecture: architecture of the GPU, 80, 90 or 100.
-        compiles: whether launches compile their kernels; otherwise only their time in Python is spent.
+        architecture: architecture of the emulated GPU: 80, 90 or 100.
+        compiles: whether launches compile their kernels.
 
     Yields:
         The counts of launches and compilations.
@@ -159,7 +159,9 @@ def fake_gpu(architecture: int, *, compiles: bool) -> Iterator[FakeGPU]:
 
 
 def _run_gpu_implementations_on_cpu() -> torch.library.Library:
-    """Runs GPU implementations of this project's operators for CPU tensors, until the result is destroyed."""
+    """Makes CPU tensors use the GPU implementations of this project's operators, until the returned library is
+    destroyed.
+    """
     library = torch.library.Library("beit3_ds", "IMPL", "CPU")
     for name in torch._C._dispatch_get_all_op_names():
         is_ours = name.startswith("beit3_ds::")

@@ -1,7 +1,7 @@
-"""Launches kernels with little time in Python, and chooses the fastest of several settings at a kernel's first launch.
+"""Launches kernels with little Python time, and chooses the fastest settings at a kernel's first launch.
 
-At every launch Triton binds all arguments, and derives from types, values and alignment which compiled variant to run.
-That takes longer than many kernels do on a GPU. `KernelLauncher` leaves it to Triton at a variant's first launch only.
+At every launch, Triton binds all arguments and selects the compiled variant from types, values and alignment. This
+takes longer than many kernels run. `KernelLauncher` lets Triton do this only at the first launch of a variant.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,16 +18,16 @@ from beit3_ds.kernels.triton.architecture import is_on_gpu
 _Settings = TypeVar("_Settings")
 
 _ALIGNMENT = 16
-"""Divisor of an address, in bytes, for which Triton compiles another variant than for other addresses."""
+"""Alignment in bytes for which Triton compiles a special variant."""
 
 _LEAST_ROW_CLASS = 11
-"""Row numbers up to 2 ** 11 are in one class: such launches are short with any settings."""
+"""Row counts up to 2 ** 11 are in one class, because such launches are short with any settings."""
 
 _dtype_of = attrgetter("dtype")
 
 
 class _Variant(NamedTuple):
-    """Holds a compiled variant of a kernel, ready to be launched."""
+    """Holds a compiled kernel variant that is ready to launch."""
 
     run: Callable[..., Any]
     function: Any
@@ -35,13 +35,13 @@ class _Variant(NamedTuple):
 
 
 class KernelLauncher:
-    """Launches one kernel whose arguments are tensors, then numbers that Triton does not specialise, then constants."""
+    """Launches one kernel. Its arguments are tensors, then numbers that Triton does not specialise, then constants."""
 
     def __init__(self, kernel: Any) -> None:
-        """Stores the kernel; nothing is compiled yet.
+        """Stores the kernel without compiling it.
 
         Args:
-            kernel: the function decorated with `triton.jit`.
+            kernel: function decorated with `triton.jit`.
         """
         self.kernel = kernel
         self.name: str = kernel.__name__
@@ -58,15 +58,16 @@ class KernelLauncher:
         num_warps: int,
         num_stages: int = 3,
     ) -> None:
-        """Launches the kernel on the current device; on a CPU that is no GPU's emulation, Triton's interpreter runs it.
+        """Launches the kernel on the current GPU. On a CPU without an emulated GPU, Triton's interpreter runs the
+        kernel.
 
         Args:
             grid: number of programs along each of one to three axes.
-            tensors: the kernel's first arguments, contiguous.
-            numbers: the integers that follow; each fits into 32 bits and is named in `do_not_specialize`.
-            constants: values of the constexpr arguments that follow.
+            tensors: first arguments of the kernel, contiguous.
+            numbers: integer arguments after the tensors. Each fits into 32 bits and is listed in `do_not_specialize`.
+            constants: values of the constexpr arguments after the numbers.
             num_warps: warps per program.
-            num_stages: number of loop steps whose loads from memory overlap.
+            num_stages: number of loop steps whose memory loads overlap (software pipelining).
         """
         arguments = (*tensors, *numbers, *constants)
         if not is_on_gpu(tensors[0]):
@@ -87,7 +88,7 @@ class KernelLauncher:
 
 
 def _find_unaligned(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Returns the indices of tensors whose address is not a multiple of 16."""
+    """Returns the indices of the tensors whose address is not a multiple of 16 bytes."""
     addresses = [*map(Tensor.data_ptr, tensors)]
     if reduce(or_, addresses) % _ALIGNMENT == 0:
         return ()
@@ -95,10 +96,10 @@ def _find_unaligned(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 class Tuner:
-    """Chooses the fastest settings of a kernel for every case, by measurements at the first launch of the case."""
+    """Chooses the fastest settings of a kernel for each case, by measuring at the first launch of the case."""
 
     def __init__(self) -> None:
-        """Measures nothing yet."""
+        """Starts without any choices."""
         self._chosen: dict[Hashable, Any] = {}
 
     def choose(
@@ -107,12 +108,12 @@ class Tuner:
         settings: Callable[[], Sequence[_Settings]],
         launch: Callable[[_Settings], None],
     ) -> _Settings:
-        """Returns the settings for which `launch` is fastest on the current device.
+        """Returns the settings with which `launch` is fastest on the current device.
 
         Args:
-            case: all that the speed depends on: kernel, dtypes, constants, class of rows (`row_class`).
-            settings: function that returns the settings to choose from.
-            launch: function that launches the kernel with given settings; it may be called many times.
+            case: everything that affects the speed: kernel, dtypes, constants, class of the row count (`row_class`).
+            settings: function that returns the candidate settings.
+            launch: function that launches the kernel with given settings; may be called many times.
 
         Raises:
             TritonError: if no settings fit the device.
@@ -126,7 +127,7 @@ class Tuner:
 
 
 def row_class(num_rows: int) -> int:
-    """Returns the class of a number of rows, for `Tuner`: all numbers up to 2048, up to 4096, up to 8192, and so on."""
+    """Returns the class of a row count for `Tuner`: up to 2048 rows, up to 4096 rows, up to 8192 rows, and so on."""
     return max(_LEAST_ROW_CLASS, (num_rows - 1).bit_length())
 
 

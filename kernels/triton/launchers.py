@@ -1,7 +1,7 @@
-"""Stores what older versions of Triton build with a C compiler at the first launch on a GPU: launchers in C.
+"""Stores the C launchers that older versions of Triton compile at the first launch on a GPU.
 
-Triton 3.6 builds one extension module per signature of a kernel, and one with utilities. Triton 3.8 has one launcher
-for all kernels, so nothing is stored for it.
+Triton 3.6 builds one extension module per kernel signature, and one module with utilities. Triton 3.8 uses one launcher
+for all kernels, so it needs nothing here.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ _LIBRARY = "libcuda.so.1"
 
 
 def store_launcher(source: Any, metadata: Any) -> bool:
-    """Builds a kernel's launcher into Triton's cache, where no GPU's driver is installed.
+    """Builds the launcher of a kernel into Triton's cache, on a machine without a GPU driver.
 
     Args:
-        source: the kernel with its signature and constants, as Triton passes it to a driver's `launcher_cls`.
+        source: kernel with its signature and constants, as Triton passes it to a driver's `launcher_cls`.
         metadata: properties of the compiled kernel.
 
     Returns:
-        Whether something was built. False if it was in the cache, or if this version of Triton needs none.
+        Whether a launcher was built. False if it was in the cache already, or if this version of Triton needs none.
     """
     if not hasattr(driver, "make_launcher"):
         return False
@@ -59,10 +59,10 @@ def _store(name: str, code: str) -> bool:
 
 @cache
 def _stub_folder() -> tempfile.TemporaryDirectory[str]:
-    """Returns a folder with an empty library of the driver's name, which only the linker reads.
+    """Returns a folder with an empty library that has the name of the GPU driver's library, for the linker only.
 
     Raises:
-        RuntimeError: if there is no C compiler.
+        RuntimeError: if no C compiler is installed.
     """
     compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
     if compiler is None:

@@ -1,4 +1,4 @@
-"""Launches the cross entropy's kernels and lists their variants for ahead-of-time compilation."""
+"""Launches the kernels of the cross entropy, and lists their variants for ahead-of-time compilation."""
 
 # M rows, N logits of a row, G groups of rows.
 
@@ -16,24 +16,24 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class LogitsTiling(NamedTuple):
-    """Sets how both kernels of the cross entropy are compiled."""
+    """Sets how the two kernels of the cross entropy are compiled."""
 
     partials_block: int
-    """Number of a row's logits that one loop step of `partials_kernel` reads."""
+    """Number of logits of a row that `partials_kernel` reads per loop step."""
     gradient_block: int
-    """Number of columns of one program of `gradient_kernel`."""
+    """Number of columns per program of `gradient_kernel`."""
     gradient_rows: int
-    """Number of rows that one loop step of `gradient_kernel` computes."""
+    """Number of rows that `gradient_kernel` computes per loop step."""
     gradient_programs: int
-    """Approximate number of programs of `gradient_kernel`. An H100 runs this many at once."""
+    """Approximate number of programs of `gradient_kernel`, as many as an H100 runs at once."""
     num_stages: int
-    """Number of loop steps whose loads from memory overlap (software pipelining)."""
+    """Number of loop steps whose memory loads overlap (software pipelining)."""
 
 
 def choose_tiling(dtype: torch.dtype) -> LogitsTiling:
     """Returns the block sizes and pipeline stages of the cross entropy's two kernels, for logits of `dtype`.
 
-    A warp accesses 512 consecutive bytes. All compiled variants have no register spills; budgets.json records this.
+    A warp accesses 512 consecutive bytes. No compiled variant spills registers, as budgets.json records.
     """
     return LogitsTiling(4096, 512 // dtype.itemsize, 8, 528, 3)
 
@@ -44,16 +44,16 @@ PARTIALS_WARPS, GRADIENT_WARPS = 8, 4
 def partials(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor, tiling: LogitsTiling
 ) -> None:
-    """Updates the partials of every row with the logits of one vocabulary tile.
+    """Updates the partial results of each row with the logits of one vocabulary tile.
 
     Args:
         logits_MN: logits without the bias; the row stride is a multiple of ALIGNMENT elements.
         bias_N: bias of the logits.
-        target_M: target of every row, int64.
-        first: target that column 0 stands for.
-        partials_3M: largest logit, sum of exp(logit - largest) and target's logit of every row; float32, contiguous,
-            updated in place.
-        tiling: how to compile the kernel.
+        target_M: target of each row, int64.
+        first: vocabulary index of column 0.
+        partials_3M: partial results, updated in place: largest logit, sum of exp(logit - largest), and target logit of
+            each row. float32, contiguous.
+        tiling: compile settings of the kernel.
     """
     stride = _stride(logits_MN)
     if len(logits_MN) == 0:
@@ -77,15 +77,16 @@ def gradient(
     d_loss_M: Tensor,
     tiling: LogitsTiling,
 ) -> Tensor:
-    """Replaces the logits of one vocabulary tile by their gradients.
+    """Replaces the logits of one vocabulary tile with their gradients.
 
     Args:
-        logits_MN: logits without the bias. This and bias_N, target_M, first and tiling are as in `partials`.
-        lse_M: log(sum exp(logits)) over the whole vocabulary, float32, contiguous.
-        d_loss_M: gradient of every row's loss, float32, contiguous.
+        logits_MN: logits without the bias, overwritten with gradients. Like bias_N, target_M, first and tiling, an
+            argument of `partials`.
+        lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32, contiguous.
+        d_loss_M: gradient of each row's loss, float32, contiguous.
 
     Returns:
-        The sum of the gradients over the rows, (N,) float32. It is computed without atomics, so it is deterministic.
+        Sum of the gradients over rows, (N,) float32. It is computed without atomics, so it is deterministic.
     """
     (num_rows, width), stride = logits_MN.shape, _stride(logits_MN)
     assert all(x.is_contiguous() for x in (target_M, lse_M, d_loss_M)), "linear_cross_entropy: rows are not contiguous"
@@ -110,7 +111,7 @@ _GRADIENT = KernelLauncher(gradient_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation, one per kernel and dtype; sizes are not constexpr."""
+    """Returns the variants for ahead-of-time compilation: one per kernel and dtype, because sizes are not constexpr."""
     result = []
     for element, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         tiling = choose_tiling(dtype)

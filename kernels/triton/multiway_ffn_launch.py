@@ -27,37 +27,37 @@ from beit3_ds.kernels.triton.weight_gradient import weight_gradient_kernel
 
 
 class MatmulTiles(NamedTuple):
-    """Sets how a kernel with a matrix product is compiled; each program computes one tile of the product."""
+    """Sets how a kernel with a matrix product is compiled. Each program computes one tile of the product."""
 
     rows: int
-    """Rows of a tile."""
+    """Rows per tile."""
     columns: int
-    """Columns of a tile."""
+    """Columns per tile."""
     depth: int
-    """Number of terms that one loop step adds to every sum of the product."""
+    """Size of the summed dimension that one loop step covers."""
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Number of loop steps whose loads from memory overlap (software pipelining)."""
+    """Number of loop steps whose memory loads overlap (software pipelining)."""
 
     def describe(self) -> str:
-        """Returns the sizes as the names of variants have them, e.g. "128x64x64 x4"."""
+        """Returns the tile sizes and stages as in variant names, for example "128x64x64 x4"."""
         return f"{self.rows}x{self.columns}x{self.depth} x{self.num_stages}"
 
 
 GROUP = 8
-"""Number of row tiles whose programs run together, so that they share columns of the weights in the L2 cache."""
+"""Number of row tiles whose programs run together, to share columns of the weights in the L2 cache."""
 
 
 @lru_cache
 def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
     """Returns the tile sizes that a kernel may use. On a GPU, tuning selects the fastest; elsewhere the first is used.
 
-    They are the candidates that spill no registers under the installed version of Triton, as budgets.json records.
+    These are the candidates that spill no registers with the installed version of Triton, as budgets.json records.
 
     Args:
         kernel: a kernel of multiway_ffn.py.
-        architecture: GPU architecture, 80, 90 or 100 (`architecture_of`).
+        architecture: GPU architecture: 80, 90 or 100 (`architecture_of`).
         dtype: dtype of the operands. float32 is multiplied exactly, not on tensor cores.
     """
     operators = ("linear", "out_projection") if kernel is projection_kernel else (kernel.__name__[: -len("_kernel")],)
@@ -68,7 +68,7 @@ def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Mat
 
 
 def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
-    """Returns the tile sizes that are compiled ahead of time; the arguments are those of `choose_tiles`."""
+    """Returns the tile sizes that are compiled ahead of time. The arguments are the same as for `choose_tiles`."""
     if dtype == torch.float32:
         num_warps = 8 if kernel is weight_gradient_kernel and architecture == 80 else 4  # 4 would spill
         return [MatmulTiles(64, 64, 32, num_warps, 2)]
@@ -88,9 +88,9 @@ def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequ
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
     Args:
-        x_TD: rows; rows, weights and biases are bfloat16, float16 or float32. All tensors of this file are contiguous.
+        x_TD: rows in bfloat16, float16 or float32, the dtype of all tensors. All tensors of this file are contiguous.
         slices: row range of each expert.
-        weights: one matrix per expert, (F, D) for output width F and input width D.
+        weights: one matrix (F, D) per expert, for output width F and input width D.
         biases: one vector (F,) per expert; empty for none.
     """
     return out_projection(x_TD, slices, weights, biases, None, None)
@@ -104,15 +104,15 @@ def out_projection(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    """Computes y_TD = residual + factor * (a @ w_DF.T + b).
+    """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert.
 
     Args:
-        a_TF: rows.
+        a_TF: input rows.
         slices: row range of each expert.
-        weights: one matrix per expert, (D, F) for output width D and input width F.
+        weights: one matrix (D, F) per expert, for output width D and input width F.
         biases: one vector (D,) per expert; empty for none.
-        residual_TD: stream to add, which gives y its dtype, or None.
-        factor_T: drop-path factor of each row, of any floating dtype, or None.
+        residual_TD: residual stream to add, or None. The output has its dtype.
+        factor_T: drop-path factor of each row in any floating dtype, or None.
     """
     y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
     tensors = (
@@ -131,12 +131,12 @@ def out_projection(
 def up_projection(
     h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Computes each expert's first linear layer and the exact GELU: u_TF = h @ w.T + b and a_TF = gelu(u_TF).
+    """Computes the first linear layer of each expert, u_TF = h @ w.T + b, and the exact GELU, a_TF = gelu(u_TF).
 
     Args:
-        h_TD: rows.
+        h_TD: input rows.
         slices: row range of each expert.
-        weights: one matrix per expert, (F, D) for output width F and input width D.
+        weights: one matrix (F, D) per expert, for output width F and input width D.
         biases: one vector (F,) per expert; empty for none.
     """
     (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
@@ -148,13 +148,13 @@ def up_projection(
 
 
 def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weights: Sequence[Tensor]) -> Tensor:
-    """Computes dx_TF = factor * dy_TD @ w_DF, the gradient of a linear layer's input.
+    """Computes the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
 
     Args:
         dy_TD: gradient of the layer's output.
         factor_T: factor of each row, or None.
         slices: row range of each expert.
-        weights: one matrix per expert, (D, F) for output width D and input width F.
+        weights: one matrix (D, F) per expert, for output width D and input width F.
     """
     dx_TF = dy_TD.new_empty(dy_TD.shape[0], weights[0].shape[1])
     tensors = (dy_TD, dy_TD if factor_T is None else factor_T, *for_experts(weights), dx_TF)
@@ -164,11 +164,11 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation, for the shapes of the models base, large and giant.
+    """Returns the variants for ahead-of-time compilation, for the shapes of base, large and giant.
 
-    Giant's FFN kernels are compiled with all tile sizes, all others with the first tile sizes only. The default tests
-    compile only some variants of giant, with the first tile sizes: the up projection for all architectures, and the
-    output projection for sm_90.
+    Giant's FFN kernels have variants with all tile sizes; other kernels have only the first tile sizes. The default
+    tests compile only some variants of giant with the first tile sizes: the up projection for all architectures, and
+    the output projection for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in SIZES:
@@ -192,10 +192,10 @@ SIZES = (
     ("fp16", 1024, 4096),
     ("fp32", 768, 3072),
 )
-"""Element type, hidden size and FFN width of the variants for ahead-of-time compilation: base, large and giant."""
+"""Element type, hidden size and FFN hidden size of variants for ahead-of-time compilation: base, large and giant."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Dtype by element type."""
+"""dtype by name of the element type."""
 _ELEMENTS = {dtype: element for element, dtype in DTYPES.items()}
 _COMMON = ("up_projection", "out_projection")
 _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
@@ -203,9 +203,9 @@ _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
 
 
 def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
-    """Returns (name, kernel, constexpr arguments) of one block's kernels.
+    """Returns (name, kernel, constexpr arguments) for the kernels of one block.
 
-    They are attention's projection, the FFN's two projections, and the gradient of their inputs.
+    The kernels compute attention's output projection, the two projections of the FFN, and an input gradient.
     """
     plain = {"RESIDUAL": False, "FACTOR": False}
     whole = dict.fromkeys(("BIAS", "RESIDUAL", "FACTOR"), True)
@@ -226,16 +226,16 @@ def build_tile_variant(
     is_common: bool,
     float32: Sequence[str] = (),
 ) -> KernelVariant:
-    """Builds the variant of a kernel with a matrix product, for one dtype, widths and tile sizes.
+    """Builds the variant of a kernel with a matrix product, for one dtype, two widths and tile sizes.
 
     Args:
-        name: name of the product and the dtype, with which the variant's name begins.
-        kernel: the function decorated with `triton.jit`.
-        element: element type of all other pointers: "bf16", "fp16" or "fp32".
+        name: name of the product and dtype, which is the start of the variant's name.
+        kernel: function decorated with `triton.jit`.
+        element: element type of all pointers that are not in `float32`: "bf16", "fp16" or "fp32".
         constants: constexpr arguments besides the tile sizes.
-        tiles: the tile sizes.
+        tiles: tile sizes.
         is_common: see `KernelVariant`.
-        float32: names of further pointers to float32.
+        float32: names of pointers with float32 elements.
     """
     values = {**constants, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "GROUP": GROUP}
     types = {argument: f"*{element}" for argument in kernel.arg_names if argument.endswith("_ptr")}
@@ -280,15 +280,15 @@ def launch_tiles(
     constants: tuple[int, ...],
     numbers: tuple[int, ...] = (),
 ) -> None:
-    """Launches a kernel with a matrix product, with the fastest of its tile sizes.
+    """Launches a kernel that computes a matrix product, with the fastest of its tile sizes.
 
     Args:
-        launcher: the kernel.
-        grid: returns the numbers of programs, given the tile sizes.
-        tensors: the kernel's first arguments; the dtype of the first one selects the tile sizes.
-        slices: row range of each expert; their stops are the arguments after the tensors.
+        launcher: launcher of the kernel.
+        grid: returns the grid of programs for given tile sizes.
+        tensors: first arguments of the kernel. The dtype of the first tensor determines the candidate tile sizes.
+        slices: row range of each expert. The stops are the arguments after the tensors.
         constants: constexpr arguments before the tile sizes.
-        numbers: arguments between the stops and the constants.
+        numbers: integer arguments between the stops and the constants.
     """
     assert all(map(Tensor.is_contiguous, tensors)), "multiway FFN: the kernels' strides are those of contiguous rows"
     x, stops = tensors[0], build_stops(slices)

@@ -1,4 +1,4 @@
-"""Launches the LayerNorm kernels and lists their variants for ahead-of-time compilation."""
+"""Launches the kernels of the multiway LayerNorm, and lists their variants for ahead-of-time compilation."""
 
 # T packed rows, D width, E experts, P programs.
 
@@ -34,16 +34,16 @@ def forward(
     """Applies each expert's LayerNorm to its rows.
 
     Args:
-        x_TD: contiguous rows, of float32 or the parameters' dtype.
-        stops: stop of each expert's rows; expert 0 starts at row 0.
-        weights: one scale (D,) per expert; h gets their dtype.
+        x_TD: rows, contiguous, in float32 or in the parameters' dtype.
+        stops: stop row of each expert; expert 0 starts at row 0.
+        weights: one scale (D,) per expert; h has their dtype.
         biases: one shift (D,) per expert.
-        epsilon: added to the variance.
-        tiling: how to compile the kernel.
-        gelu: whether to normalise GELU(x).
+        epsilon: value added to the variance.
+        tiling: compile and launch settings of the kernel.
+        gelu: whether to normalise GELU(x) instead of x.
 
     Returns:
-        h_TD; the mean of every row and 1 / its deviation, (2, T) float32.
+        h_TD, and the statistics (2, T) float32: the mean of each row, then 1 / standard deviation.
     """
     h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
     statistics_2T = x_TD.new_empty(2, len(x_TD), dtype=torch.float32)
@@ -72,17 +72,17 @@ def backward(
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of rows, scales and shifts, without atomics, so the result is deterministic.
+    """Computes the gradients of rows, scales and shifts, without atomics, so the results are deterministic.
 
     Args:
         dh_TD: gradient of h, contiguous.
-        d_residual_TD: gradient of the residual stream, contiguous, which is added to dx; or None.
+        d_residual_TD: gradient of the residual stream, contiguous, to add to dx; or None.
         x_TD: argument of `forward`, like stops, weights, tiling and gelu.
         statistics_2T: statistics returned by `forward`.
-        in_place: whether to write dx over dh.
+        in_place: whether dx overwrites dh.
 
     Returns:
-        dx_TD; the gradients of the scales and of the shifts, (2, E, D) of the scales' dtype.
+        dx_TD, and the gradients of scales and shifts, (2, E, D) in the scales' dtype.
     """
     dx_TD = dh_TD if in_place else torch.empty_like(x_TD)
     programs = deal_rows(stops, tiling.backward_programs)
@@ -105,7 +105,7 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of both kernels for ahead-of-time compilation, for widths of the stream and of the FFN."""
+    """Returns the variants of the two kernels for ahead-of-time compilation, for stream and FFN widths."""
     cases = [("bf16", width) for width in (768, 1024, 1408)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp32", 768)]
     # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.

@@ -1,4 +1,4 @@
-"""Launches the kernels of queries, keys and values, and lists variants for ahead-of-time compilation."""
+"""Launches the kernels of queries, keys and values, and lists their variants for ahead-of-time compilation."""
 
 # T packed rows, D input width, F output width of each of the three layers.
 
@@ -15,16 +15,16 @@ from beit3_ds.kernels.triton.sub_norm_launch import Slices, count_row_tiles
 from beit3_ds.kernels.triton.variant import KernelVariant
 
 NUM_LAYERS = 3
-"""Number of layers: queries, keys and values, in this order."""
+"""Number of linear layers: queries, keys and values, in this order."""
 
 
 def qkv(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies each expert's three layers to its own rows, and returns q_TF, k_TF and v_TF.
+    """Applies each expert's three linear layers to its own rows; returns q_TF, k_TF and v_TF.
 
     Args:
-        x_TD: rows; rows, weights and biases are bfloat16, float16 or float32. All tensors of this file are contiguous.
+        x_TD: rows in bfloat16, float16 or float32, the dtype of all tensors. All tensors of this file are contiguous.
         slices: row range of each expert.
         weights: matrices (F, D) of all experts for queries, then for keys, then for values.
         biases: vectors (F,) in the same order.
@@ -38,12 +38,12 @@ def qkv(
 
 
 def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Sequence[Tensor]) -> Tensor:
-    """Computes dx_TD = dq @ w_q + dk @ w_k + dv @ w_v, the gradient of the layers' common input.
+    """Computes the gradient of the common input of the three layers: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
 
     Args:
         gradients: dq, dk and dv, (T, F) each.
         slices: row range of each expert.
-        weights: matrices (F, D), as in `qkv`.
+        weights: matrices (F, D), in the same order as for `qkv`.
     """
     out_width, in_width = weights[0].shape
     dx_TD = gradients[0].new_empty(len(gradients[0]), in_width)
@@ -53,7 +53,9 @@ def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Seq
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation: giant with all tile sizes, all others with the first only."""
+    """Returns the variants for ahead-of-time compilation: all tile sizes for giant, the first tile sizes for other
+    sizes.
+    """
     return [
         products.build_tile_variant(
             f"{kernel.__name__.removesuffix('_kernel')} {element}",
@@ -71,7 +73,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 def _for_layers(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Repeats parameters of each layer until it has the number of experts that the kernels take."""
+    """Extends the parameters of each layer to the number of experts in the kernels' arguments."""
     num_experts = len(parameters) // NUM_LAYERS
     layers = [parameters[start : start + num_experts] for start in range(0, len(parameters), num_experts)]
     return [parameter for layer in layers for parameter in for_experts(layer)]

@@ -21,18 +21,18 @@ class KernelConfig(NamedTuple):
     """Sets how one of the attention kernels is compiled."""
 
     block: int
-    """Positions per loop step: queries in `key_value_gradient_kernel`, keys in the two other kernels."""
+    """Positions per loop step: queries in `key_value_gradient_kernel`, keys in the other two kernels."""
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Number of loop steps whose loads from memory overlap (software pipelining)."""
+    """Number of loop steps whose memory loads overlap (software pipelining)."""
 
 
 class AttentionTiling(NamedTuple):
     """Sets how the three attention kernels are compiled for one architecture, head width and dtype."""
 
     tile: int
-    """Positions per program: keys in `key_value_gradient_kernel`, queries in the two other kernels."""
+    """Positions per program: keys in `key_value_gradient_kernel`, queries in the other two kernels."""
     forward: KernelConfig
     query_gradient: KernelConfig
     key_value_gradient: KernelConfig
@@ -42,12 +42,12 @@ class AttentionTiling(NamedTuple):
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Returns the tile sizes and compile settings of the three attention kernels.
 
-    They are the first candidates that spill no registers under the installed version of Triton (budgets.json).
+    They are the first candidates that spill no registers with the installed version of Triton (budgets.json).
 
     Args:
-        architecture: GPU architecture, 80, 90 or 100. 80 also serves others with at least 99 KB of shared memory per
-            program.
-        head_size: columns of a head, K; at most 128.
+        architecture: GPU architecture: 80, 90 or 100. Other GPUs with at least 99 KB of shared memory per program use
+            80.
+        head_size: columns per head, K; at most 128.
         dtype: dtype of q, k and v. float32 is multiplied exactly, not on tensor cores.
     """
     candidates = candidate_tilings(architecture, head_size, dtype)
@@ -71,7 +71,9 @@ def _configs(tiling: AttentionTiling) -> tuple[KernelConfig, KernelConfig, Kerne
 
 
 def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> list[AttentionTiling]:
-    """Returns the tilings that are compiled ahead of time, the preferred one first; arguments as in `choose_tiling`."""
+    """Returns the tilings that are compiled ahead of time, the preferred first. Arguments are the same as for
+    `choose_tiling`.
+    """
     if dtype == torch.float32:
         return [
             AttentionTiling(32, KernelConfig(32, 8, stages), KernelConfig(16, 8, stages), KernelConfig(32, 8, stages))
@@ -90,9 +92,9 @@ def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> 
 
 
 def column_blocks(head_size: int) -> tuple[int, int]:
-    """Returns the widths of the two column blocks, A and B, that together cover a head, e.g. (64, 32) for 88 columns.
+    """Returns the widths of the two column blocks, A and B, that together cover a head: (64, 32) for 88 columns.
 
-    Each width is a power of two and at least 16. B is 0 if two blocks have no fewer columns than one.
+    Each width is a power of two and at least 16. B is 0 if two blocks would not be narrower than one.
     """
     whole = max(16, next_power_of_2(head_size))
     block_a = whole // 2
@@ -109,17 +111,17 @@ def forward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the attention outputs and each query's log-sum-exp.
+    """Computes the attention output and the log-sum-exp of each query.
 
     Args:
-        q_THK: queries; q_THK, k_THK and v_THK are contiguous.
-        sequences_Q4: start and length of both row ranges of every sequence, int32.
-        tiles_N2: sequence and first position of every tile of `tiling.tile` positions, int32.
-        tiling: how to compile the kernel.
+        q_THK: queries. q_THK, k_THK and v_THK are contiguous.
+        sequences_Q4: start and length of the first, then of the second row range of each sequence, int32.
+        tiles_N2: sequence and first position of each tile of `tiling.tile` positions, int32.
+        tiling: compile settings of the kernels.
         causal_captions: whether the second range is a caption with a causal mask.
 
     Returns:
-        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows that belong to no sequence are
+        y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32. Rows that are in no sequence are
         undefined.
     """
     y_THK = torch.empty_like(q_THK)
@@ -141,7 +143,7 @@ def backward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes dq, dk and dv, without atomics, so the result is deterministic.
+    """Computes dq, dk and dv without atomics, so the results are deterministic.
 
     Args:
         dy_THK: gradient of y_THK.
@@ -158,7 +160,7 @@ def backward(
 
 
 def constants(num_heads: int, head_size: int, tile: int, block: int, causal_captions: bool) -> dict[str, Any]:
-    """Returns the constexpr arguments that the three attention kernels take, by name."""
+    """Returns the constexpr arguments of the three attention kernels by name."""
     block_a, block_b = column_blocks(head_size)
     return {
         "H": num_heads,
@@ -175,8 +177,7 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants of the attention kernels for ahead-of-time compilation.
 
-    Their head widths are 88 (giant), 64 (all other model sizes), 128, and those of heads that position terms widen: 96
-    and 120.
+    The head widths are 88 (giant), 64 (all other model sizes) and 128. Position terms widen heads to 96 and 120.
     """
     return [
         variant
@@ -199,7 +200,7 @@ _CASES = (
     (torch.float32, 96, False),
     (torch.float32, 128, False),
 )
-"""Dtype, columns of a head, and whether captions have a causal mask, of the variants for ahead-of-time compilation."""
+"""Variants for ahead-of-time compilation: dtype, columns per head, and whether captions have a causal mask."""
 
 
 def _case_variants(
@@ -261,7 +262,7 @@ def _launch(
 
 
 def _settings(config: KernelConfig) -> list[KernelConfig]:
-    """Returns settings with other numbers of stages. The block size is the same, so results are the same."""
+    """Returns settings with different numbers of stages. The block size stays the same, so the results are the same."""
     return [config._replace(num_stages=config.num_stages + change) for change in (-1, 0, 1)]
 
 

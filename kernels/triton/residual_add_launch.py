@@ -1,4 +1,4 @@
-"""Launches the kernels that add a branch and lists their variants for ahead-of-time compilation."""
+"""Launches the kernels that add a branch to the residual stream, and lists variants for ahead-of-time compilation."""
 
 # T packed rows, D width, E experts, P programs.
 
@@ -29,15 +29,15 @@ def forward(
     factor_T: Tensor | None,
     tiling: RowTiling,
 ) -> Tensor:
-    """Returns y_TD = residual + factor * (partial + bias of the row's expert).
+    """Returns y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
     Args:
-        residual_TD: the stream, contiguous.
-        partial_TD: the branch without its bias, contiguous.
-        stops: stop of each expert's rows; expert 0 starts at row 0.
+        residual_TD: residual stream, contiguous.
+        partial_TD: branch without its bias, contiguous.
+        stops: stop row of each expert; expert 0 starts at row 0.
         biases: one vector (D,) per expert.
-        factor_T: factor of each row, contiguous; None for 1.
-        tiling: how to compile the kernel.
+        factor_T: factor of each row, contiguous; None means 1.
+        tiling: compile and launch settings of the kernel.
     """
     y_TD = torch.empty_like(residual_TD)
     programs = deal_rows(stops, tiling.forward_programs)
@@ -57,17 +57,17 @@ def forward(
 def backward(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of the branch and of the biases, without atomics, so the result is deterministic.
+    """Computes the gradients of the branch and of the biases, without atomics, so the results are deterministic.
 
     Args:
         dy_TD: gradient of y, contiguous.
-        stops: stop of each expert's rows; expert 0 starts at row 0.
-        factor_T: factor of each row, contiguous; None for 1.
-        tiling: how to compile the kernel.
+        stops: stop row of each expert; expert 0 starts at row 0.
+        factor_T: factor of each row, contiguous; None means 1.
+        tiling: compile and launch settings of the kernel.
         dtype: dtype of the branch and of the results.
 
     Returns:
-        d_partial_TD, which has no rows if `factor_T` is None; the gradients of the biases, (E, D).
+        d_partial_TD, without rows if `factor_T` is None, and the gradients of the biases, (E, D).
     """
     d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
     programs = deal_rows(stops, tiling.backward_programs)
@@ -90,7 +90,7 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of both kernels for ahead-of-time compilation, for the stream's widths and dtypes."""
+    """Returns the variants of the two kernels for ahead-of-time compilation, for widths and dtypes of the stream."""
     cases = [
         ("bf16", 768),
         ("bf16", 1024),

@@ -1,4 +1,4 @@
-"""Launches the kernels of sub-LayerNorms, and prepares the arguments of launches over tiles of experts' rows."""
+"""Launches the kernels of sub-LayerNorms, and prepares launches over tiles of experts' rows."""
 
 # T packed rows, F columns of this rank (tensor-parallel ranks may divide a row).
 
@@ -20,14 +20,14 @@ from beit3_ds.kernels.triton.sub_norm import (
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 Slices = Sequence[tuple[int, int]]
-"""Row ranges [start, stop), one per expert and at most three, in ascending order; together they cover the stream."""
+"""Row range [start, stop) of each of one to three experts, in ascending order. The ranges cover the whole stream."""
 
 Norm = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
-"""Type of a sub-LN: mean and 1 / deviation of each row over all ranks' columns, float32; then one scale and one shift
-per expert, for this rank's columns."""
+"""Type of a sub-LN. First the mean and 1 / standard deviation of each row over the columns of all ranks, float32. Then
+one scale and one shift per expert, for this rank's columns."""
 
 BLOCK = {"ROWS": 16, "COLUMNS": 128}
-"""Size of the block that a program of 4 warps computes: 16 values per thread, loaded 8 at a time."""
+"""Size of the block that a program with 4 warps computes: 16 values per thread, loaded 8 at a time."""
 
 SPAN = 128
 """Number of rows over which one program sums the gradients of a norm's scale and shift."""
@@ -36,7 +36,7 @@ NUM_WARPS = 4
 
 
 def build_stops(slices: Slices) -> tuple[int, int, int]:
-    """Returns the stop of each expert's rows for three experts; with fewer experts, the last stop is repeated."""
+    """Returns the stop row of each of three experts. With fewer experts, the last stop is repeated."""
     assert 1 <= len(slices) <= 3, f"multiway FFN: the kernels take one to three experts, not {len(slices)}"
     stops = [stop for _, stop in slices]
     first, second, third = stops + stops[-1:] * (3 - len(stops))
@@ -44,16 +44,16 @@ def build_stops(slices: Slices) -> tuple[int, int, int]:
 
 
 def count_row_tiles(slices: Slices, rows: int) -> int:
-    """Returns the number of tiles of at most `rows` rows; no tile spans two experts."""
+    """Returns the number of tiles with at most `rows` rows of one expert each."""
     return sum(ceil_div(stop - start, rows) for start, stop in slices)
 
 
 def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Computes each row's mean_T and squares_T, the sum of squared deviations from the mean, in float32.
+    """Computes for each row the mean and the sum of squared deviations from the mean, (T,) float32 each.
 
     Args:
-        x_TF: rows; contiguous, like all tensors of this file.
-        gelu: whether to compute the statistics of gelu(x).
+        x_TF: rows. All tensors of this file are contiguous.
+        gelu: whether to compute the statistics of gelu(x) instead of x.
     """
     num_rows, width = x_TF.shape
     mean_T, squares_T = (x_TF.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
@@ -64,12 +64,12 @@ def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
-    """Recomputes LN(gelu(x)), gelu(x) or LN(x), which the weight gradient needs and the forward pass did not save.
+    """Recomputes LN(gelu(x)), gelu(x) or LN(x) for the weight gradient, because the forward pass did not save it.
 
     Args:
         x_TF: rows.
         gelu: whether to apply the exact GELU first.
-        norm: the sub-LN, or None.
+        norm: sub-LN, or None.
         slices: row range of each expert.
     """
     n_TF = torch.empty_like(x_TF)
@@ -82,19 +82,19 @@ def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Te
 def norm_gradient_sums(
     dn_TF: Tensor, x_TF: Tensor, gelu: bool, norm: Norm, slices: Slices
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Computes a sub-LN's parameter gradients, and the sums over this rank's columns that its input gradient needs.
+    """Computes a sub-LN's parameter gradients, and row sums over this rank's columns for the input gradient.
 
     Args:
         dn_TF: gradient of the norm's output.
-        x_TF: the norm's input, or the input of the GELU before it.
+        x_TF: input of the norm, or of the GELU before the norm.
         gelu: whether a GELU precedes the norm.
-        norm: the sub-LN.
-        slices: row range of each expert; an expert without rows gets zeros.
+        norm: sub-LN.
+        slices: row range of each expert; an expert without rows gets zero gradients.
 
     Returns:
-        sums_2T, float32: sum(dn * scale) and sum(dn * scale * xhat) of each row, to be summed over the ranks that hold
-        other columns. Then the gradients of each expert's scale_F and of its shift_F, of x's dtype. xhat is the
-        standardised row. All results are deterministic.
+        sums_2T, float32, the row sums of dn * scale and of dn * scale * xhat, where xhat is the standardised row. Add
+        them over the ranks that hold the other columns. Then the gradients of each expert's scale_F, and of each
+        expert's shift_F, in x's dtype. All results are deterministic.
     """
     (num_rows, width), (mean_T, rstd_T, scales, _) = x_TF.shape, norm
     row_tiles = [count_row_tiles(slices[:index], SPAN) for index in range(len(slices) + 1)]
@@ -116,18 +116,19 @@ def norm_gradient(
     total_width: int,
     slices: Slices,
 ) -> Tensor:
-    """Computes dx_TF, the gradient through the sub-LN and the GELU before it, and writes dx_TF over dn_TF.
+    """Computes the gradient of the input of a sub-LN and of the GELU before it; overwrites dn_TF with the result,
+    dx_TF.
 
     dx = gelu'(x) * rstd * (dn * scale - sums[0] / total_width - xhat * sums[1] / total_width), where xhat is the
     standardised row.
 
     Args:
-        dn_TF: gradient of the norm's output; without a norm, of the GELU's output.
-        x_TF: the norm's input, or the input of the GELU before it.
+        dn_TF: gradient of the norm's output; without a norm, gradient of the GELU's output.
+        x_TF: input of the norm, or of the GELU before the norm.
         gelu: whether a GELU precedes the norm.
-        norm: the sub-LN, or None.
-        sums_2T: sums of `norm_gradient_sums` over all ranks; None without a norm.
-        total_width: columns of a row over all ranks.
+        norm: sub-LN, or None.
+        sums_2T: row sums of `norm_gradient_sums`, added over all ranks; None without a norm.
+        total_width: columns per row over all ranks.
         slices: row range of each expert.
     """
     assert (norm is None) == (sums_2T is None), "multiway FFN: sums belong to a norm"
@@ -140,7 +141,7 @@ def norm_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the sub-LN kernels for ahead-of-time compilation; all architectures have the same."""
+    """Returns the variants of the sub-LN kernels for ahead-of-time compilation, equal for all architectures."""
     result = []
     for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}
@@ -169,8 +170,8 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 _ELEMENTS = ("x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
-"""Arguments whose elements have the dtype of the rows, given by name or by the first five letters. The elements of all
-other pointers are float32."""
+"""Names, or first five letters, of arguments whose elements have the rows' dtype. All other pointers have float32
+elements."""
 
 
 _ROW_STATISTICS = KernelLauncher(row_statistics_kernel)
@@ -187,7 +188,7 @@ def _launch(
     constants: tuple[int, ...],
     rows: int,
 ) -> None:
-    """Launches a kernel whose programs take tiles of `rows` rows and BLOCK["COLUMNS"] columns."""
+    """Launches a kernel whose programs compute tiles of `rows` rows and BLOCK["COLUMNS"] columns."""
     assert all(map(Tensor.is_contiguous, tensors)), "sub-LN: the kernels' strides are those of contiguous rows"
     grid = (count_row_tiles(slices, rows), ceil_div(width, BLOCK["COLUMNS"]))
     if grid[0]:

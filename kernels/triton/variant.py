@@ -1,4 +1,4 @@
-"""Describes variants of Triton kernels: a kernel with the argument types and constants for which it is compiled."""
+"""Defines kernel variants: a Triton kernel with the argument types and constants for one compilation."""
 
 from typing import Any, NamedTuple
 
@@ -6,26 +6,27 @@ from typing import Any, NamedTuple
 class KernelVariant(NamedTuple):
     """Holds a kernel with the argument types and constants for which `ahead_of_time` compiles it.
 
-    They are the same as in a launch on a GPU.
+    The types and constants are the same as in a launch on a GPU.
     """
 
     name: str
-    """Unique name, made of the file, the kernel, the dtype and sizes, e.g. "packed_attention forward bf16 K=88". It is
-    the variant's key in budgets.json."""
+    """Unique name from file, kernel, dtype and sizes, for example "packed_attention forward bf16 K=88". The name is the
+    variant's key in budgets.json."""
     kernel: Any
-    """Kernel, a function decorated with `triton.jit`."""
+    """Function decorated with `triton.jit`."""
     signature: dict[str, str]
-    """Type of every argument in order: "*bf16", "i32", ..., or "constexpr"."""
+    """Type of each argument in order: for example "*bf16", "i32" or "constexpr"."""
     constants: dict[str, Any]
     """Values of the constexpr arguments."""
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Number of loop steps whose loads from memory overlap (software pipelining)."""
+    """Number of loop steps whose memory loads overlap (software pipelining)."""
     is_common: bool = True
-    """Whether the default tests compile this variant; the slow tests compile all."""
+    """Whether the default tests compile this variant; the slow tests compile all variants."""
     is_memory_bound: bool = False
-    """Whether the kernel only streams rows: it has no products, and every access to rows must be 128 bits wide."""
+    """Whether the kernel only streams rows, without matrix products. Then every access to rows must be 128 bits wide.
+    """
 
 
 def build_variant(
@@ -39,13 +40,13 @@ def build_variant(
     is_common: bool = True,
     is_memory_bound: bool = False,
 ) -> KernelVariant:
-    """Builds a variant whose signature has the order of the kernel's arguments.
+    """Builds a variant whose signature follows the order of the kernel's arguments.
 
     Args:
         name: see `KernelVariant`.
-        kernel: the function decorated with `triton.jit`.
-        types: type of every argument that is not constexpr.
-        constants: value of every constexpr argument.
+        kernel: function decorated with `triton.jit`.
+        types: type of each argument that is not constexpr, by name.
+        constants: value of each constexpr argument, by name.
         num_warps: see `KernelVariant`.
         num_stages: see `KernelVariant`.
         is_common: see `KernelVariant`.

@@ -17,35 +17,35 @@ from beit3_ds.kernels.triton.variant import KernelVariant
 from beit3_ds.kernels.triton.weight_gradient import weight_gradient_kernel
 
 NUM_LAYERS = 3
-"""Number of layers for which the kernel has arguments."""
+"""Number of layers in the kernel's arguments."""
 
 SUM_BLOCK = SumBlock(512, 4)
-"""Block of the sums over shares: there are few shares, and as many columns as a weight has elements."""
+"""Block for sums over shares: there are few shares, but as many columns as a weight has elements."""
 
 _MOST_SHARES = 16
 _ROUNDING = 64
 _PROGRAM_ROWS = 5
-"""Time to write and add up the partial sums of one program, in rows that all programs multiply meanwhile (modelled: two
-passes over 64 KB at 3.35 TB/s, and 128 rows per microsecond)."""
+"""Modelled time to write and add one program's partial sums. The unit is the time in which all programs multiply one
+row. The model assumes two passes over 64 KB at 3.35 TB/s, and 128 rows per microsecond."""
 
 
 def weight_gradient(
     gradients: Sequence[Tensor], factor_T: Tensor | None, x_TI: Tensor, slices: Slices, with_bias: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Computes each expert's dW = (factor * dy)[rows].T @ x[rows] and db, the sum of (factor * dy)[rows].
+    """Computes for each expert dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    The results are deterministic, but the order of sums depends on the numbers of rows.
+    The results are deterministic, but the order of summation depends on the numbers of rows.
 
     Args:
-        gradients: gradient of each layer's output, (T, OUT) each; the layers share their input. At most NUM_LAYERS.
+        gradients: gradient of each layer's output, (T, OUT) each. At most NUM_LAYERS layers, which share their input.
         factor_T: factor of each row, or None.
         x_TI: input of the layers.
-        slices: row range of each expert; one without rows gets zeros.
-        with_bias: whether to return db.
+        slices: row range of each expert; an expert without rows gets zero gradients.
+        with_bias: whether to compute db.
 
     Returns:
-        dW (OUT, IN) of all experts of the first layer, of the second, ...; then db (OUT,) in the same order, or nothing
-        without `with_bias`. All are parts of one tensor.
+        dW (OUT, IN) of all experts of the first layer, then of the second layer, and so on. Then db (OUT,) in the same
+        order, or an empty list without `with_bias`. All results are parts of one tensor.
     """
     dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
     out_width, stops = dy_TO.shape[1], build_stops(slices)
@@ -79,26 +79,27 @@ _WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
 
 
 def splits_rows(tiles: int, architecture: int) -> bool:
-    """Returns whether rows are divided into shares: if programs for all rows would be too few for a GPU.
+    """Returns whether to divide rows into shares, because otherwise too few programs would run for a GPU.
 
-    It does not depend on the number of rows, so that batches of different sizes use the same compiled kernel.
+    The result does not depend on the number of rows, so that batches of different sizes use the same compiled kernel.
 
     Args:
         tiles: number of tiles of all layers' weights.
-        architecture: GPU architecture, 80, 90 or 100.
+        architecture: GPU architecture: 80, 90 or 100.
     """
     return tiles < 4 * NUM_MULTIPROCESSORS[architecture]
 
 
 def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) -> int:
-    """Returns the maximum number of rows of a share, which makes a launch's modelled time shortest.
+    """Returns the maximum number of rows per share that minimises the modelled time of a launch.
 
-    Programs run in waves of one per multiprocessor, and each takes as long as its rows, plus the time of adding up.
+    In the model, programs run in waves with one program per multiprocessor. A wave takes the time of its rows, and each
+    program adds the time for its partial sums.
 
     Args:
         lengths: number of rows of each expert.
         tiles: number of tiles of all layers' weights.
-        multiprocessors: multiprocessors of the GPU.
+        multiprocessors: number of multiprocessors of the GPU.
     """
     total = sum(lengths)
 
@@ -113,8 +114,8 @@ def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) 
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants for ahead-of-time compilation, for the layers of base, large and giant.
 
-    Giant's FFN is compiled with all tile sizes, all others with the first only. The default tests compile giant's FFN
-    with the first tile sizes for sm_90.
+    Giant's FFN layers have variants with all tile sizes; other layers have only the first tile sizes. The default tests
+    compile giant's FFN layers with the first tile sizes for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in products.SIZES:
