@@ -1,4 +1,4 @@
-"""Defines a run's configuration as frozen dataclasses, and loads one JSON file per run strictly."""
+"""Defines the frozen dataclasses that configure a run, and loads them from one JSON file."""
 
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
 from beit3_ds.config.dense import DenseConfig

@@ -1,4 +1,4 @@
-"""Defines the command-line arguments that several commands share, and argument types for numbers in a range."""
+"""Defines command-line arguments that several commands share, and argparse types for numbers in a range."""
 
 import argparse
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from beit3_ds.config.strict import ConfigError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Parses a command line; reports a mistake as a one-line `ConfigError` without the list of all options."""
+    """Parses a command line, and reports a mistake as a one-line `ConfigError` instead of argparse's usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises a `ConfigError` with argparse's message about a mistake."""
+        """Raises a `ConfigError` with argparse's message and a hint to use `--help`."""
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `config` and the repeatable `--set KEY=VALUE`, the arguments of `load_run_config`."""
+    """Adds the arguments `config` and `--set KEY=VALUE`, whose values go to `load_run_config`."""
     parser.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
     parser.add_argument(
         "--set",
@@ -61,5 +61,10 @@ def _check(value: float, allowed: Range) -> float:
 
 
 def add_force_argument(parser: argparse.ArgumentParser, text: str) -> None:
-    """Adds the option `--force`, with the help `text`, to a command that otherwise keeps an existing result."""
+    """Adds the option `--force`, which makes a command overwrite an existing result.
+
+    Args:
+        parser: parser of the command.
+        text: help text of the option.
+    """
     parser.add_argument("--force", action="store_true", help=text)

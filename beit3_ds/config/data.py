@@ -1,4 +1,4 @@
-"""Defines the configuration of the three data streams, their augmentation, and the tokenizers."""
+"""Defines the configuration of the three data streams, the augmentation and the tokenizers."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -9,43 +9,45 @@ from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m")
-"""Formats of captioned images in which a source's path is an annotation file and its images are in a folder."""
+"""Formats of captioned images that consist of an annotation file and a folder of images."""
 
 IMAGE_FORMATS = ("tar", "folder", *ANNOTATION_FORMATS)
-"""All formats of images with or without captions; other formats belong to single tasks (`Task.formats`)."""
+"""All formats of images, with or without captions, that every task can read; tasks may add formats (`Task.formats`)."""
 
 Split = Literal["train", "validation", "test"]
-"""Split of a stream's sources; only `beit3 evaluate` reads `test`."""
+"""Name of a split of the data. Only `beit3 evaluate` reads `test`."""
 
 TextLength = Annotated[int, Range(4, 2**18)]
-"""Maximum number of tokens per text; at least 4, for BOS, EOS, one masked and one visible token."""
+"""Maximum number of tokens per text. At least 4: BOS, EOS, one masked token and one visible token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Configures a source of samples, which has one format. In JSON, a string S is short for {"path": S}."""
+    """Configures one source of samples. In JSON, the string "S" is short for {"path": "S"}."""
 
     SHORTHAND: ClassVar[str] = "path"
 
     path: PathString
-    """File, folder or glob pattern, relative to the working directory; `~` is the home folder."""
+    """File, folder or glob pattern, relative to the working directory. A leading `~` is the home folder."""
     format: str | None = None
-    """Format of images and pairs. `tar` is WebDataset shards, and `folder` is image files with captions beside them.
-    `coco`, `visual_genome` (path of region_descriptions.json, with image_data.json beside it), `sbu`,
-    `conceptual_captions` and `conceptual_12m` are the annotation files of these corpora
-    (beit3_ds/data/images/annotations.py). Some tasks have formats of their own (docs/tasks.md). None selects `folder`
-    for a folder, else `tar`. Texts must have None: the names of their files tell their format
+    """Format of the images or pairs: `tar` for WebDataset shards, `folder` for image files with captions beside them,
+    or the name of a corpus with an annotation file (`coco`, `visual_genome`, `sbu`, `conceptual_captions`,
+    `conceptual_12m`; see beit3_ds/data/images/annotations.py). For `visual_genome`, `path` is region_descriptions.json,
+    and image_data.json must be in the same folder. Some tasks add formats (docs/tasks.md). None selects `folder` if
+    `path` is a folder, and `tar` otherwise. Must be None for texts, whose format follows from the file name
     (beit3_ds/data/text/formats.py)."""
     images: PathString = ""
-    """Folder of the images that an annotation file names, or a pattern of tars with these images (`coco/*.tar`)."""
+    """Folder of the images that the annotation file names, or a pattern of tar files that contain them (`coco/*.tar`).
+    """
     annotations: PathString = ""
-    """Second annotation file, such as the answers to the questions in `path`. Only for a task's own formats."""
+    """Second annotation file, for example the answers to the questions in `path`. Only formats of single tasks use it.
+    """
     split: str = ""
-    """Part of the file to read, such as "val" of a Karpathy split; empty reads the whole file. Only for a task's own
-    formats."""
+    """Part of the annotation file to read, such as "val" of a Karpathy split. Empty reads the whole file. Only formats
+    of single tasks use it."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
-    """Weight of this source: its share of the stream's samples is its weight divided by the sum of all weights. Without
-    weights, every sample of the stream is used once per epoch."""
+    """Sampling weight. The source supplies the fraction weight / (sum of all weights) of the stream's samples. Without
+    weights, each sample of the stream is used once per epoch."""
 
     def __post_init__(self) -> None:
         if self.is_of_task:
@@ -69,28 +71,28 @@ class SourceConfig:
 
     @property
     def is_of_task(self) -> bool:
-        """Returns whether the source has a task's own format, so that only this task can read it."""
+        """Returns whether the source's format belongs to a single task; other tasks cannot read it."""
         return self.format is not None and self.format not in IMAGE_FORMATS
 
     def paths(self) -> tuple[str, ...]:
-        """Returns all paths of files and folders, and all patterns, that the source's keys contain."""
+        """Returns the source's paths and patterns: `path`, `annotations` and `images`, without empty ones."""
         return tuple(path for path in (self.path, self.annotations, self.images) if path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """Configures one of the three streams of samples: its sources, and its samples per step."""
+    """Configures one data stream (images, pairs or texts): its sources and its samples per step."""
 
     train: tuple[SourceConfig, ...] = ()
-    """Training sources; may be empty if `samples_per_step` is 0. Without weights, all samples are shuffled as one set.
-    With weights, each source has its own epochs, and its weight decides how often it is used."""
+    """Training sources; may be empty if `samples_per_step` is 0. Without weights, the samples of all sources are
+    shuffled together. With weights, each source has its own epochs."""
     validation: tuple[SourceConfig, ...] = ()
-    """Validation sources, without weights. If empty, the stream is not evaluated."""
+    """Validation sources; must have no weights. If empty, the stream is not evaluated."""
     test: tuple[SourceConfig, ...] = ()
-    """Test sources, which only `beit3 evaluate --split test` reads; they must have no weights."""
+    """Test sources; must have no weights. Only `beit3 evaluate --split test` reads them."""
     samples_per_step: Annotated[int, Range(0, 2**24)]
-    """Number of samples of this stream in one optimizer step, over all ranks (paper: 2048). With 0 the run does not
-    train on the stream."""
+    """Number of samples of this stream per optimizer step, summed over all ranks (paper: 2048). 0 excludes the stream
+    from training."""
 
     def __post_init__(self) -> None:
         if self.samples_per_step and not self.train:
@@ -111,16 +113,16 @@ class StreamConfig:
 
     @property
     def is_used(self) -> bool:
-        """Returns whether the run trains on the stream or evaluates it."""
+        """Returns whether the stream is used for training, validation or testing."""
         return bool(self.samples_per_step or self.validation or self.test)
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """Returns the sources of all splits."""
+        """Returns the sources of the training, validation and test splits, in this order."""
         return (*self.train, *self.validation, *self.test)
 
     def weights(self) -> tuple[float, ...] | None:
-        """Returns the weights of the training sources; None if the sources have no weights."""
+        """Returns the weights of the training sources, or None if the sources have no weights."""
         weights = tuple(source.weight for source in self.train if source.weight is not None)
         return weights or None
 
@@ -131,68 +133,70 @@ def _no_stream() -> StreamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Configures the data of a run: its streams, augmentation, order and reading (paper sections 2.2 and 2.3)."""
+    """Configures a run's data streams, augmentation, sample order and data workers (paper, sections 2.2 and 2.3)."""
 
     images: StreamConfig = field(default_factory=_no_stream)
-    """Images without texts, for MIM. Leave out the section of any stream that the run does not use."""
+    """Images without texts, for masked image modeling. Unused streams may be left out of the file."""
     pairs: StreamConfig = field(default_factory=_no_stream)
-    """Images with captions, for MIM and MLM."""
+    """Images with captions, for masked image modeling and masked language modeling."""
     texts: StreamConfig = field(default_factory=_no_stream)
-    """Texts without images, for MLM."""
+    """Texts without images, for masked language modeling."""
     text_length: TextLength = 128
-    """Maximum number of tokens per text sample, BOS and EOS included. The paper does not give it; 128 is near the rows
-    of an image."""
+    """Maximum number of tokens per sample of the stream "texts", including BOS and EOS. The paper gives no value; 128
+    is close to the 197 rows of an image."""
     document_separator: bool = True
-    """Whether EOS separates documents that share a sequence of the stream "texts", as in RoBERTa; False concatenates
-    them without a separator. A document is a JSON object, or in plain text the lines between two blank lines."""
+    """Whether to put EOS between two documents in one sequence of the stream "texts", as RoBERTa does. A document is
+    one JSON object, or the lines between two blank lines of a plain text file."""
     pair_text_length: TextLength = 64
-    """Maximum number of tokens per caption, BOS and EOS included (the value of the released models in fine-tuning)."""
+    """Maximum number of tokens per caption, including BOS and EOS (64 in the reference's fine-tuning)."""
     min_crop_scale: Annotated[float, Range(0, 1, above=True)] = 0.2
-    """Smallest share of the image's area that a random crop keeps (BEiT v2's value; the paper does not give it)."""
+    """Smallest fraction of an image's area that a random crop keeps. The paper gives no value; 0.2 is from BEiT v2."""
     color_jitter: Share = 0.4
-    """Strength of brightness, contrast and saturation jitter (paper: "color jittering"; BEiT's value)."""
+    """Strength of the brightness, contrast and saturation jitter. The paper gives no value; 0.4 is from BEiT."""
     flip_probability: Share = 0.5
-    """Probability of a horizontal flip of images without texts."""
+    """Probability of flipping an image of the stream "images" horizontally."""
     pair_flip_probability: Share = 0.5
-    """Probability of a horizontal flip of images with captions, as in the paper. With 0, "left" and "right" in captions
-    stay correct."""
+    """Probability of flipping an image of the stream "pairs" horizontally. Set it to 0 if captions contain "left" or
+    "right", because flips make them wrong."""
     rand_augment_operations: Annotated[int, Range(0, 100)] = 0
-    """Number of random operations per training image (RandAugment; the reference's fine-tuning: 2). Pretraining ignores
-    it."""
+    """Number of RandAugment operations per training image (2 in the reference's fine-tuning). No effect in pretraining.
+    """
     rand_augment_magnitude: Annotated[float, Range(0, 10)] = 7.0
-    """Strength of RandAugment's operations, from 0 to 10."""
+    """Strength of the RandAugment operations, from 0 to 10."""
     random_erasing: Share = 0.0
-    """Probability that a rectangle of a training image is replaced by noise. Pretraining ignores it."""
+    """Probability of replacing a rectangle of a training image with noise. No effect in pretraining."""
     cache_dir: PathString | None = None
-    """Folder to which `beit3 prepare` writes shard indices, tables of annotations and token files. With None, every
-    start of a run scans shards and keeps annotations and tokens in memory, which suits a small corpus."""
+    """Folder to which `beit3 prepare` writes shard indices, annotation tables and token files. With None, each start of
+    a run scans the data again and keeps the results in memory, which suits small corpora."""
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
-    """How an epoch is shuffled. `shuffled` shuffles it as a whole, so reads jump between shards. `shard_sequential`
-    reads only a few shards at a time: it shuffles blocks of `block_samples` neighbouring samples, then all samples of
-    `window_blocks` consecutive blocks. Use it for storage that reads ahead, and for corpora with more shards than a
-    process may keep open. Do not use it if neighbouring samples are alike, as in shards sorted by class."""
+    """How an epoch is shuffled. `shuffled` shuffles all samples together, so reads jump between shards.
+    `shard_sequential` shuffles blocks of `block_samples` neighbouring samples, and then the samples within each window
+    of `window_blocks` blocks. It reads a few shards at a time, which suits storage with read-ahead and corpora with
+    more shards than a process may open. Do not use it if neighbouring samples are alike, as in shards sorted by class.
+    """
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Number of neighbouring samples per block with `order` "shard_sequential"; choose at most the size of a shard."""
+    """Number of samples per block if `order` is "shard_sequential"; at most the number of samples per shard is best."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
-    """Number of blocks that are shuffled together with `order` "shard_sequential". A window should hold many steps."""
+    """Number of blocks that are shuffled together if `order` is "shard_sequential". A window should contain many steps.
+    """
     num_workers: Annotated[int, Range(0, 1024)] = 2
-    """Number of processes per rank that prepare steps; with 0 the training process prepares them."""
+    """Number of data worker processes per rank. With 0, the training process prepares the data."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2
-    """Maximum number of steps that each worker prepares ahead; `prefetch_gib` may allow fewer."""
+    """Maximum number of steps that each data worker prepares ahead. The limit `prefetch_gib` may reduce it."""
     prefetch_gib: Annotated[float, Range(0.001, 2**20)] = 8.0
-    """Maximum shared memory for the prefetched steps of one rank, in GiB. If num_workers x prefetch_steps steps need
-    more, fewer steps are prepared ahead. With the default, 8 ranks of a node take at most 64 GiB, which is the usual
-    size of /dev/shm on a node with 128 GiB."""
+    """Maximum shared memory, in GiB, for the prefetched steps of one rank. If num_workers x prefetch_steps steps need
+    more, fewer steps are prefetched. With the default, 8 ranks on a node use at most 64 GiB, the usual size of /dev/shm
+    on a node with 128 GiB."""
     max_open_files: Annotated[int, Range(1, 2**20)] = 4096
-    """Maximum number of shards that each process keeps open. Worker processes raise their limit of open files (`ulimit
-    -n`) to twice this number if they may. A process keeps at most half of its limit open."""
+    """Maximum number of shards that each process keeps open. Data workers raise their limit of open files (`ulimit -n`)
+    to twice this number if the system permits. A process uses at most half of its limit for shards."""
     timeout_seconds: Seconds = 600
-    """Longest wait of a rank for the data of one step or one validation batch, in seconds. After that, the run saves a
-    checkpoint, prints the name of the missing data, and ends. Choose less than parallel.timeout_seconds. Workers that
-    die, or are stopped for 10 seconds, are replaced earlier."""
+    """Maximum time, in seconds, that a rank waits for the data of one step or one validation batch. After that, the run
+    saves a checkpoint, names the missing data and ends. Should be less than parallel.timeout_seconds. Workers that die,
+    or are suspended for 10 seconds, are replaced earlier."""
     max_broken_records: Count = 100
-    """Maximum number of broken records that a run skips; with more, the run lists them and ends. A record counts once
-    per run."""
+    """Maximum number of broken records that a run skips. With more, the run lists them and ends. Each record counts
+    once per run."""
 
     def __post_init__(self) -> None:
         for source in self.texts.sources:
@@ -203,50 +207,50 @@ class DataConfig:
                 )
 
     def blocks(self) -> tuple[int, int] | None:
-        """Returns the samples per block and blocks per window; None if an epoch is shuffled as a whole."""
+        """Returns `block_samples` and `window_blocks`, or None if `order` is "shuffled"."""
         return None if self.order == "shuffled" else (self.block_samples, self.window_blocks)
 
     @property
     def has_images(self) -> bool:
-        """Returns whether the run trains on or evaluates images or pairs; pretraining then needs a visual tokenizer."""
+        """Returns whether the run uses images or pairs; pretraining then needs a visual tokenizer."""
         return self.images.is_used or self.pairs.is_used
 
     @property
     def has_texts(self) -> bool:
-        """Returns whether the run trains on or evaluates texts or pairs, which need a text tokenizer."""
+        """Returns whether the run uses texts or pairs, which need a text tokenizer."""
         return self.texts.is_used or self.pairs.is_used
 
     def streams(self) -> dict[str, StreamConfig]:
-        """Returns the streams by name, in the order of the packed batch."""
+        """Returns the three streams by name, in the order images, pairs, texts."""
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
 
     def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
-        """Returns a short name of each source of a split (`short_source_names`), by stream."""
+        """Returns short names of the sources of one split, as a list per stream (`short_source_names`)."""
         streams = self.streams().items()
         return {name: short_source_names([source.path for source in getattr(of, split)]) for name, of in streams}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizerConfig:
-    """Configures the SentencePiece model that tokenizes texts, and its training by `beit3 train-text-tokenizer`."""
+    """Configures the SentencePiece text tokenizer and its training by `beit3 train-text-tokenizer`."""
 
     path: PathString = ""
-    """Path of the .spm file, which `beit3 train-text-tokenizer` writes and pretraining reads. May be empty for a run
-    without texts and pairs."""
+    """Path of the .spm file. `beit3 train-text-tokenizer` writes the file, and pretraining reads it. May be empty in a
+    run without texts and pairs."""
     vocab_size: Annotated[int, Range(8, 2**24 - 2)] = 64000
-    """Number of pieces that SentencePiece learns, including its <unk>, <s> and </s>. The reference has 64000, which
-    makes <mask> id 64001."""
+    """Number of pieces that SentencePiece learns, including <unk>, <s> and </s>. With the reference's 64000, <mask> has
+    id 64001."""
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
-    """Share of the characters in the corpus that get a piece of their own; the rarest characters get none."""
+    """Fraction of the corpus's characters that the vocabulary covers; the rarest characters become <unk>."""
     max_sentences: Annotated[int, Range(101, 2**40)] = 10_000_000
-    """Maximum number of lines to train on, drawn at random from the whole corpus. SentencePiece needs more than 100."""
+    """Maximum number of training lines, drawn at random from the whole corpus. SentencePiece needs more than 100."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizersConfig:
-    """Configures the two tokenizers of a run."""
+    """Configures the text tokenizer and the visual tokenizer of a run."""
 
     text: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
-    """Tokenizer of texts; a run without texts and pairs may leave it out."""
+    """Text tokenizer; may be left out in a run without texts and pairs."""
     visual: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
-    """Tokenizer of images; a run without images and pairs may leave it out."""
+    """Visual tokenizer; may be left out in a run without images and pairs."""

@@ -1,4 +1,4 @@
-"""Checks DeepSpeed's keys in a run's file, and builds the configuration of DeepSpeed's engine from them."""
+"""Checks the DeepSpeed keys of a run's file, and builds the configuration for `deepspeed.initialize` from them."""
 
 import os
 from collections.abc import Mapping
@@ -10,19 +10,23 @@ from beit3_ds.config.key_specs import read_key
 from beit3_ds.config.strict import check_known_keys
 
 OWN_SECTION = "beit3_ds"
-"""The key of this project's section in a DeepSpeed JSON file."""
+"""Key of this project's section in the JSON file; all other top-level keys are DeepSpeed's."""
 
 FILE_MONITORS = {"csv_monitor": "csv", "tensorboard": "tensorboard"}
-"""DeepSpeed's monitors that write files, with the default folder of each."""
+"""Maps each DeepSpeed monitor that writes files to the default name of its folder."""
 
 _MONITORS_FOLDER = "logs"
 
 
 def read_deepspeed_keys(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Checks all keys except this project's own section, and returns them in the form that DeepSpeed expects.
+    """Checks the DeepSpeed keys of a run's file, and returns them in the form that DeepSpeed expects.
+
+    Args:
+        mapping: the JSON object at the top of the file; this project's section "beit3_ds" is skipped.
+        where: name of the object in error messages.
 
     Raises:
-        ConfigError: if DeepSpeed does not know a key, this project does not support it, or its value is invalid.
+        ConfigError: if a key is unknown, is not supported by this project, or has an invalid value.
     """
     check_known_keys(mapping, [*DEEPSPEED_KEYS, OWN_SECTION], where)
     return {key: read_key(DEEPSPEED_KEYS[key], value, key) for key, value in mapping.items() if key != OWN_SECTION}
@@ -31,10 +35,20 @@ def read_deepspeed_keys(mapping: Mapping[str, Any], where: str) -> dict[str, Any
 def engine_config(
     mapping: Mapping[str, Any], samples_per_step: int, data_parallel_size: int, output_dir: str
 ) -> dict[str, Any]:
-    """Builds the configuration for `deepspeed.initialize` from the user's keys and the run's settings.
+    """Builds the configuration for `deepspeed.initialize`.
 
-    This project's schedule runs the micro-batches, so the engine's `gradient_accumulation_steps` is always 1. Its batch
-    size is the largest share of a rank, and appears only in its log. Monitors write into the run's output folder.
+    The result differs from the user's keys in three ways:
+
+    * `gradient_accumulation_steps` is 1, because this project's schedule runs the micro-batches.
+    * `train_micro_batch_size_per_gpu` is the largest number of samples of a rank per step. Only DeepSpeed's log uses
+      it.
+    * Monitors write below `output_dir`.
+
+    Args:
+        mapping: the checked DeepSpeed keys of the run's file.
+        samples_per_step: samples per optimizer step, over all ranks.
+        data_parallel_size: number of data-parallel ranks.
+        output_dir: the run's output folder.
     """
     config = {
         **{key: value for key, value in mapping.items() if key != "train_batch_size"},

@@ -1,8 +1,8 @@
-"""Lists every key of DeepSpeed 0.19.8's configuration with its accepted values, or the reason why it is refused.
+"""Lists every key of DeepSpeed 0.19.8's configuration, with its accepted values or the reason for refusing it.
 
-Tests train, save, export, load and resume with the `samples` of every accepted key that may change the training state
-(tests/checkpoint/test_deepspeed_keys.py). Keys without effect in this project are refused too. `deepspeed_rules`
-contains the rules between keys.
+Keys that have no effect in this project are refused. Rules that involve several keys are in `deepspeed_rules`. If a key
+may change the training state, tests train, save, export, load and resume with each of its `samples`
+(tests/checkpoint/test_deepspeed_keys.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -193,31 +193,31 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
         Refused(reason=_NO_EFFECT),
     ),
 }
-"""DeepSpeed's top-level keys, each with its accepted values."""
+"""Maps each top-level DeepSpeed key to its accepted values or the reason for refusing it."""
 
 
 class AcceptedKey(NamedTuple):
-    """Describes a DeepSpeed key that a run's file may contain."""
+    """Describes one accepted DeepSpeed key: where it is in the file, and its valid values."""
 
     path: tuple[str, ...]
-    """Names of the enclosing sections from the top of the file, then the key's own name."""
+    """Names of the enclosing sections, outermost first, followed by the name of the key."""
     spec: Spec
 
     @property
     def name(self) -> str:
-        """Returns the path joined by dots, as used in messages and `--set`."""
+        """Returns the key's path joined by dots, such as "zero_optimization.stage"."""
         return ".".join(self.path)
 
 
 def accepted_keys() -> Iterator[AcceptedKey]:
-    """Yields every key, at every level, that accepts more than one value."""
+    """Yields every DeepSpeed key, at every level, that accepts more than one value."""
     for path, spec in _walk(DEEPSPEED_KEYS, ()):
         if isinstance(spec, Spec) and not isinstance(spec, Fixed):
             yield AcceptedKey(path, spec)
 
 
 def unused_keys(deepspeed: Mapping[str, Any]) -> list[str]:
-    """Returns the names of a run's keys that have no effect in its ZeRO stage."""
+    """Returns the dotted names of the given DeepSpeed keys that have no effect in the run's ZeRO stage."""
     stage = DeepSpeedOptions(deepspeed).zero_stage
     return [key.name for key in accepted_keys() if stage not in key.spec.stages and _is_given(deepspeed, key.path)]
 

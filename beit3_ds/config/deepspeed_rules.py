@@ -1,4 +1,4 @@
-"""Checks the rules between DeepSpeed's keys, and between them and the run's own keys."""
+"""Checks combinations of DeepSpeed keys, and their combination with the run's optimizer and layout."""
 
 from beit3_ds.config.deepspeed_options import DeepSpeedOptions
 from beit3_ds.config.parallel import ParallelConfig
@@ -7,17 +7,18 @@ from beit3_ds.config.training import TrainingConfig
 
 
 def check_deepspeed_rules(options: DeepSpeedOptions, training: TrainingConfig, parallel: ParallelConfig) -> None:
-    """Checks that DeepSpeed's keys work with each other and with the run's optimizer and layout.
+    """Checks that the DeepSpeed options work with each other, with the optimizer and with the layout.
 
-    Combinations are refused if DeepSpeed refuses them, if gradients would be wrong, or if the state could not be saved.
+    A combination is invalid if DeepSpeed refuses it, if gradients would be wrong, or if checkpoints could not save the
+    optimizer state.
 
     Args:
         options: the run's DeepSpeed options.
-        training: gives the optimizer.
-        parallel: gives the layout.
+        training: the section "training", which names the optimizer.
+        parallel: the section "parallel", which gives the layout.
 
     Raises:
-        ConfigError: if keys do not work together; the message names the key to leave out.
+        ConfigError: if a combination is invalid; the message names the key to leave out.
     """
     _check_types(options)
     _check_offloading(options)

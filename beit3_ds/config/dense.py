@@ -1,4 +1,4 @@
-"""Defines the "model.dense" section: a backbone for detection and segmentation of large images."""
+"""Defines the section "model.dense", which configures a backbone for detection and segmentation."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,22 +9,26 @@ from beit3_ds.config.strict import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """Configures the backbone for dense tasks, whose images differ in size and have no CLS row."""
+    """Configures a backbone for detection and segmentation. Image sizes may differ, and there is no CLS row."""
 
     window_size: Annotated[int, Range(0, 1024)] = 0
-    """Patches on a side of the windows in which blocks attend (ViTDet: 14); 0 lets all blocks attend globally."""
+    """Side of an attention window in patches (ViTDet: 14). With 0, all blocks attend globally."""
     global_blocks: tuple[Annotated[int, Range(0, 1000)], ...] = ()
-    """Indices, from 0, of the blocks that attend to the whole image although `window_size` is set. ViTDet (Li et al.,
-    2022, arXiv:2203.16527, section 3) uses the last block of each quarter, e.g. [2, 5, 8, 11] of 12."""
+    """Indices, from 0, of the blocks that attend to the whole image. All other blocks attend within windows. ViTDet (Li
+    et al., 2022, arXiv:2203.16527, section 3) uses the last block of each quarter, such as [2, 5, 8, 11] of 12 blocks.
+    Requires `window_size`."""
     relative_positions: bool = False
-    """Whether attention adds decomposed relative positions (Li et al., 2021, arXiv:2112.01526), which start at zero.
-    Their tables cover a window, or in global blocks an image of `model.image_size`."""
+    """Whether attention adds decomposed relative position biases (Li et al., 2021, arXiv:2112.01526), initialized to
+    zero. Their tables cover one window, or in global blocks an image of size `model.image_size`."""
 
     def check(self, num_layers: int) -> None:
-        """Checks the blocks against the number of blocks of the model.
+        """Checks `global_blocks` against the model's number of blocks.
+
+        Args:
+            num_layers: number of blocks of the model.
 
         Raises:
-            ConfigError: if `global_blocks` names a block twice or a block that does not exist, or has no effect.
+            ConfigError: if an index is repeated or out of range, or if `global_blocks` is given without `window_size`.
         """
         blocks = self.global_blocks
         if blocks and not self.window_size:
@@ -39,5 +43,7 @@ class DenseConfig:
             )
 
     def block_window(self, layer: int) -> int:
-        """Returns the window size of block `layer` (0-based); 0 if the block attends to the whole image."""
+        """Returns the window size, in patches, of block `layer` (0-based), or 0 if the block attends to the whole
+        image.
+        """
         return 0 if layer in self.global_blocks else self.window_size

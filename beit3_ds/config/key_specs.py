@@ -1,4 +1,4 @@
-"""Defines the entries of the tables of DeepSpeed keys (`deepspeed_keys`); each entry checks the value of one key."""
+"""Defines the entry types of the tables of DeepSpeed keys; each entry checks the value of one key."""
 
 import json
 import os
@@ -12,35 +12,39 @@ from beit3_ds.config.numbers import Range
 from beit3_ds.config.strict import ConfigError, check_known_keys, is_plain_text, show
 
 ALL_STAGES = (0, 1, 2, 3)
-"""Every stage of ZeRO."""
+"""All ZeRO stages."""
 
 _LONGEST_NAME = 255
-"""Maximum bytes that file systems allow in one name."""
+"""Maximum length of a file name in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(ABC):
-    """Describes the valid values of an accepted key."""
+    """Describes an accepted DeepSpeed key: its valid values and its effect."""
 
     effect: str
-    """Description of the key's effect, for the documentation."""
+    """Description of the key's effect, used in the documentation."""
     stages: tuple[int, ...] = ALL_STAGES
-    """ZeRO stages in which the key has an effect; in other stages `beit3 check` reports that it has none."""
+    """ZeRO stages in which the key has an effect. In other stages, `beit3 check` reports the key as unused."""
     samples: tuple[Any, ...] = ()
-    """Values of the key that tests train with."""
+    """Values of the key with which the tests train."""
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:
         """Checks a value, and returns it in the form that DeepSpeed expects.
 
+        Args:
+            value: JSON value of the key.
+            where: dotted name of the key, for messages.
+
         Raises:
-            ConfigError: if the value is invalid; the message names key, value, rule and a valid value.
+            ConfigError: if the value is invalid; the message describes the valid values.
         """
 
     @property
     @abstractmethod
     def rule(self) -> str:
-        """Returns a description of the valid values that completes the sentence "expected ..."."""
+        """Returns a description of the valid values, which error messages put after "expected"."""
 
     def _refuse(self, value: Any, where: str) -> ConfigError:
         if value == "auto":
@@ -53,54 +57,54 @@ class Spec(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Flag(Spec):
-    """Describes a key that is true or false."""
+    """Describes a key whose value is true or false."""
 
     samples: tuple[Any, ...] = (True, False)
 
     def read(self, value: Any, where: str) -> bool:
-        """Checks that the value is true or false, and returns it."""
+        """Checks that the value is a bool, and returns it."""
         if not isinstance(value, bool):
             raise self._refuse(value, where)
         return value
 
     @property
     def rule(self) -> str:
-        """Returns "true or false", for messages that begin with "expected"."""
+        """Returns "true or false"."""
         return "true or false"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Spec):
-    """Describes a key with a single accepted value."""
+    """Describes a key that accepts only one value."""
 
     value: Any
     reason: str
-    """Reason why other values are refused: their consequence, or an alternative."""
+    """Reason for refusing other values, used in error messages."""
     effect: str = ""
 
     def read(self, value: Any, where: str) -> Any:
-        """Checks that the value is the accepted one, and returns it."""
+        """Checks that the value is the only accepted one, and returns it."""
         if isinstance(value, bool) != isinstance(self.value, bool) or value != self.value:
             raise ConfigError(f"{where}: {show(value)} is not supported, only {self.rule}, because {self.reason}")
         return value
 
     @property
     def rule(self) -> str:
-        """Returns the accepted value as JSON, for messages."""
+        """Returns the only accepted value as JSON."""
         return json.dumps(self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Number(Spec):
-    """Describes a key whose value is a number in a range; an integer may be written as 5e8, as in DeepSpeed."""
+    """Describes a key whose value is a number in a range. Integers may be written as 5e8, as in DeepSpeed."""
 
     range: Range
     whole: bool = True
-    """Whether the number must be an integer."""
+    """Whether the value must be an integer."""
     multiple_of: int = 1
 
     def read(self, value: Any, where: str) -> int | float:
-        """Checks the value and returns it, as an int if it must be whole, otherwise as a float."""
+        """Checks the value, and returns it as an int if `whole` is set and as a float otherwise."""
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in self.range:
             raise self._refuse(value, where)
         if not self.whole:
@@ -111,7 +115,7 @@ class Number(Spec):
 
     @property
     def rule(self) -> str:
-        """Returns the valid numbers in words, such as "an integer between 1 and 8", for messages."""
+        """Returns the valid numbers in words, such as "an integer between 1 and 8"."""
         kind = "an integer" if self.whole else "a number"
         multiple = f", a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
         return f"{kind} {self.range}{multiple}"
@@ -119,21 +123,21 @@ class Number(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Spec):
-    """Describes a key with a few accepted values."""
+    """Describes a key that accepts a few listed values."""
 
     values: tuple[str | int, ...]
     reason: str = ""
-    """Reason why a value that DeepSpeed knows is not accepted."""
+    """Reason for refusing a value that DeepSpeed itself accepts; empty if there is none."""
 
     def read(self, value: Any, where: str) -> str | int:
-        """Checks that the value is one of the accepted ones, and returns it."""
+        """Checks that the value is an accepted one, and returns it."""
         if isinstance(value, bool) or not isinstance(value, str | int) or value not in self.values:
             raise self._refuse(value, where)
         return value
 
     @property
     def rule(self) -> str:
-        """Returns the accepted values in words, such as '"fp32" or "bf16"', for messages."""
+        """Returns the accepted values in words, such as '"fp32" or "bf16"'."""
         *first, last = map(json.dumps, self.values)
         values = f"{', '.join(first)} or {last}" if first else last
         return f"{values} ({self.reason})" if self.reason else values
@@ -141,17 +145,15 @@ class Choice(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Spec):
-    """Describes a key whose value is a printable text, not empty; parts between slashes have at most 255 bytes.
-
-    A text with `is_folder_name` names one folder and has no slashes.
-    """
+    """Describes a key whose value is a non-empty printable string, such as a name or a relative path."""
 
     is_folder_name: bool = False
     is_inner_path: bool = False
-    """Whether the text must be a relative path below another folder: without `..`, and without `~` in front."""
+    """Whether the string must be a path inside another folder. Then it may not contain `..` or begin with `/` or `~`.
+    """
 
     def read(self, value: Any, where: str) -> str:
-        """Checks that the value is a valid text, and returns it."""
+        """Checks that the value is a valid string, and returns it."""
         if not isinstance(value, str) or not value or value == "auto" or not is_plain_text(value):
             raise self._refuse(value, where)
         if max(len(part.encode()) for part in value.split(os.sep)) > _LONGEST_NAME:
@@ -164,7 +166,7 @@ class Text(Spec):
 
     @property
     def rule(self) -> str:
-        """Returns the valid texts in words, such as "the name of one folder", for messages."""
+        """Returns the valid strings in words, such as "the name of one folder"."""
         return (
             "the name of one folder"
             if self.is_folder_name
@@ -176,22 +178,22 @@ class Text(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """Describes a key of DeepSpeed that this project refuses."""
+    """Describes a DeepSpeed key that this project does not accept."""
 
     reason: str
-    """Reason why the key is refused, and an alternative."""
+    """Reason for refusing the key, with an alternative."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Describes a JSON object with its own keys."""
+    """Describes a key whose value is a JSON object with known keys."""
 
     keys: Mapping[str, "Spec | Refused | Section"]
     example: str
-    """Example of a valid object, for error messages."""
+    """Example of a valid JSON object, used in error messages."""
 
     def read(self, value: Any, where: str) -> dict[str, Any]:
-        """Checks a JSON object and the values of its keys, and returns it in the form that DeepSpeed expects."""
+        """Checks a JSON object and its keys, and returns it in the form that DeepSpeed expects."""
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a JSON object such as {self.example}, got {show(value)}.")
         check_known_keys(value, self.keys, where)
@@ -199,7 +201,12 @@ class Section:
 
 
 def read_key(spec: Spec | Refused | Section, value: Any, where: str) -> Any:
-    """Checks the value of one key, and returns it in the form that DeepSpeed expects.
+    """Checks the value of one DeepSpeed key, and returns it in the form that DeepSpeed expects.
+
+    Args:
+        spec: table entry of the key.
+        value: JSON value of the key.
+        where: dotted name of the key, for messages.
 
     Raises:
         ConfigError: if the value is invalid or the key is refused.

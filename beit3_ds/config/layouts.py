@@ -1,4 +1,4 @@
-"""Checks whether a run's configuration fits a number of ranks, and finds similar configurations that fit."""
+"""Checks whether a configuration fits a number of ranks, and suggests similar layouts that fit."""
 
 import dataclasses
 import math
@@ -13,18 +13,18 @@ _SUGGESTIONS = 3
 
 
 def check_layout(config: RunConfig, world_size: int) -> int:
-    """Checks that the ranks, the model, the micro-batches and the samples of a run fit together.
+    """Checks that a run's parallel sizes, model, micro-batches and samples per step fit `world_size` ranks.
 
     Args:
         config: the run's configuration.
         world_size: total number of ranks.
 
     Returns:
-        The number of data-parallel ranks.
+        Number of data-parallel ranks.
 
     Raises:
-        ConfigError: if they do not fit together; the message names the broken rule, and similar layouts of
-            `world_size` ranks that fit.
+        ConfigError: if the layout is invalid; the message names the broken rule and similar layouts that fit
+            `world_size` ranks.
     """
     try:
         data_parallel_size = _check(config, world_size)
@@ -36,7 +36,9 @@ def check_layout(config: RunConfig, world_size: int) -> int:
 
 
 def fits_layout(config: RunConfig, world_size: int) -> bool:
-    """Returns whether `check_layout` accepts `world_size` ranks; does not search for similar layouts."""
+    """Returns whether `check_layout` accepts the configuration on `world_size` ranks. Faster, because it suggests
+    nothing.
+    """
     try:
         config.step_shares(_check(config, world_size)).check_batch_keys(config.deepspeed)
     except ConfigError:
@@ -45,7 +47,7 @@ def fits_layout(config: RunConfig, world_size: int) -> bool:
 
 
 def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
-    """Returns at most three configurations whose layouts fit `world_size` ranks, the most similar one first."""
+    """Returns up to three configurations with similar layouts that fit `world_size` ranks, the most similar first."""
     keys = {key: value for key, value in config.deepspeed.items() if key not in BATCH_KEYS}
     asked = dataclasses.replace(config, deepspeed=keys)
     fitting = [candidate for candidate in _candidates(asked, world_size) if fits_layout(candidate, world_size)]
@@ -82,7 +84,11 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
 
 
 def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[float, int]:
-    """Returns the distance of two layouts: the number of doublings between their sizes, then a number to break ties."""
+    """Returns how much the layout of `other` differs from that of `config`, as a sort key.
+
+    The first number counts doublings of the parallel sizes; a doubling of the micro-batches counts a quarter, and
+    uneven shares count one. The second number breaks ties in favour of less model parallelism.
+    """
 
     def doublings(a: int, b: int) -> float:
         return abs(math.log2(a / b))

@@ -1,4 +1,4 @@
-"""Defines the "model" section: the shape of the Multiway Transformer, and its named sizes."""
+"""Defines the section "model": the architecture of the Multiway Transformer, with named sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,84 +32,89 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
         "patch_size": 14,
     },
 }
-"""Values of the fields that `"size": NAME` sets. "giant" is from the paper's Table 2 (224 px), "base" and "large" are
-those of the released models."""
+"""Field values that `"size": NAME` expands to. "giant" is from the paper's Table 2 (224 px); "base" and "large" are the
+released models."""
 
 
 InputKind = Literal["images", "pairs", "texts"]
-"""Kind of an input: images without text, image-text pairs, or texts without image."""
+"""Kind of input: images without text, image-text pairs, or texts without image."""
 
 INPUT_KINDS: tuple[InputKind, ...] = ("images", "pairs", "texts")
-"""All kinds of input, in the order of `ModelConfig.inputs`."""
+"""All kinds of input, in the order in which `ModelConfig.inputs` stores them."""
 
 FIELDS_WITHOUT_TENSORS = frozenset(
     {"drop_path_rate", "cross_entropy_chunk_size", "initial_embedding_std", "layer_norm_epsilon"}
 )
-"""Fields of `ModelConfig` that change neither the names nor the shapes of the model's tensors."""
+"""Fields of `ModelConfig` that affect neither names nor shapes of the model's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Configures BEiT-3 with two masked-modeling heads (paper, section 2.1); `inputs` selects the parts to build."""
+    """Configures BEiT-3 and its two masked-modeling heads (paper, section 2.1); `inputs` selects the parts to build."""
 
     num_layers: Layers
     """Number of Multiway blocks."""
     hidden_size: Size
-    """Hidden size D: number of features of each row between the layers."""
+    """Hidden size D: number of features per row."""
     ffn_hidden_size: Size
-    """Hidden size F inside every feed-forward expert."""
+    """Hidden size F of each feed-forward expert."""
     num_attention_heads: Size
     """Number of attention heads; must divide `hidden_size`."""
     patch_size: Size
-    """Pixels on a side of one image patch; must divide `image_size`."""
+    """Side of an image patch in pixels; must divide `image_size`."""
     image_size: Size = 224
-    """Pixels on a side of the model's input images."""
+    """Side of the model's square input images in pixels."""
     layout: Literal["shared", "decoupled"] = "shared"
-    """Which attention weights the modalities share. In `shared`, the paper's layout, they share all attention weights.
-    In `decoupled`, the released models' layout, vision and language have their own projections and norms, and one
-    softmax."""
+    """Which attention weights the modalities share. `shared`, the paper's layout, has one set of attention weights for
+    all modalities. `decoupled`, the layout of the released models, has separate projections and norms for vision and
+    language, with one softmax over all tokens."""
     num_vision_language_layers: Annotated[int, Range(0, 1000)] = 3
-    """Number of last blocks that have a vision-language expert for pairs (paper: 3); must be 0 in `decoupled`."""
+    """Number of top blocks that have a vision-language expert for pairs (paper: 3); must be 0 in the `decoupled`
+    layout."""
     sub_layernorm: bool = False
-    """Whether to add Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423), as in the
-    released models. The paper does not mention them, so the default is off."""
+    """Whether to add the inner LayerNorms and the initialization of Magneto (Wang et al., 2022, arXiv:2210.06423), as
+    the released models do. Off by default, because the paper does not mention them."""
     initial_embedding_std: StandardDeviation = 0.02
-    """Standard deviation of the normal distribution of initial embeddings, truncated at one standard deviation; BEiT
-    uses 0.02. With `sub_layernorm`, a small model trained from scratch learns much faster with about 0.4."""
+    """Standard deviation of the initial embeddings, which are drawn from a normal distribution truncated at one
+    standard deviation (BEiT: 0.02). With `sub_layernorm`, a small model trained from scratch learns much faster with
+    about 0.4."""
     layer_norm_epsilon: Epsilon = 1e-5
-    """Constant added to the variance in every LayerNorm."""
+    """Epsilon that every LayerNorm adds to the variance."""
     drop_path_rate: Decay = 0.0
-    """Stochastic-depth rate of the last block; the rates rise linearly from 0 in the first block (paper, appendix:
-    0.1)."""
+    """Stochastic-depth rate of the last block (paper, appendix: 0.1). The rates rise linearly from 0 in the first
+    block."""
     text_vocab_size: Vocabulary = 64010
-    """Number of rows of the word embedding and of the MLM head. The reference rounds its 64002 ids up to 64010."""
+    """Number of rows of the word embedding and of the MLM head. The reference pads its 64002 ids to 64010."""
     visual_vocab_size: Vocabulary = 8192
-    """Number of rows of the MIM head; must equal the number of codes of the visual tokenizer."""
+    """Number of classes of the MIM head; must equal the visual tokenizer's `codebook_size`."""
     max_text_length: Annotated[int, Range(4, 2**18)] = 128
-    """Number of text positions: the maximum number of tokens of a text, BOS and EOS included."""
+    """Number of text positions, which is the maximum number of tokens per text, including BOS and EOS."""
     tie_word_embeddings: bool = False
-    """Whether the MLM head uses the word embedding as its matrix; off by default, as in the released models. It has no
-    effect in a model whose only inputs are images."""
+    """Whether the MLM head uses the word embedding as its weight matrix. The released models do not. No effect if
+    `inputs` is ["images"]."""
     final_norm: bool = True
-    """Whether a LayerNorm follows the last block; turn it off only for fine-tuned models without this norm."""
+    """Whether a LayerNorm follows the last block. Turn it off only for fine-tuned models that lack this norm."""
     inputs: tuple[InputKind, ...] = INPUT_KINDS
-    """Kinds of input that the model takes, in any order. Only their experts, embeddings and norms are built.
-    `["images"]` is a vision encoder, `["texts"]` a language encoder, `["pairs"]` a fusion encoder, and `["images",
-    "texts"]` a dual encoder (paper, figure 3)."""
+    """Kinds of input that the model accepts, in any order. Only the experts, embeddings and norms that these inputs
+    need are built. `["images"]` gives a vision encoder, `["texts"]` a language encoder, `["pairs"]` a fusion encoder,
+    and `["images", "texts"]` a dual encoder (paper, figure 3)."""
     dense: DenseConfig | None = None
-    """Settings of a backbone for detection and segmentation, which takes images of any size (docs/dense.md); null
-    builds the model of pretraining. Requires `inputs` = ["images"]."""
+    """Configures a backbone for detection and segmentation, which accepts images of any size (docs/dense.md). Requires
+    `inputs` = ["images"]. None builds the pretraining model."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
-    """Maximum number of text positions whose MLM logits are in memory at a time; each has text_vocab_size logits."""
+    """Maximum number of text positions whose MLM logits are in memory at the same time. Each position has
+    `text_vocab_size` logits."""
 
     @property
     def head_size(self) -> int:
-        """Returns the number of features of one attention head."""
+        """Returns the number of features per attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_pipeline_layers(self) -> int:
-        """Returns the number of layers to divide over pipeline stages: embeddings, blocks, and final norm with head."""
+        """Returns the number of layers that pipeline stages divide: the embeddings, the blocks, and the final norm with
+        the head.
+        """
         return self.num_layers + 2
 
     @property
@@ -119,36 +124,40 @@ class ModelConfig:
 
     @property
     def num_patches(self) -> int:
-        """Returns the number of patches per image."""
+        """Returns the number of patches of an image of `image_size`."""
         return self.grid_size**2
 
     @property
     def image_rows(self) -> int:
-        """Returns the rows of an image of the model's image size: its patches, and CLS unless `dense` is set."""
+        """Returns the number of rows of an image of `image_size`: one per patch, plus CLS unless `dense` is set."""
         return self.num_patches + (self.dense is None)
 
     @property
     def window_size(self) -> int:
-        """Returns the window size by which patches are ordered (`dense.window_size`); 0 without windows."""
+        """Returns `dense.window_size`, in patches, or 0 without `dense`. Patches are ordered by window if it is
+        positive.
+        """
         return 0 if self.dense is None else self.dense.window_size
 
     def block_window(self, layer: int) -> int:
-        """Returns the window size of block `layer` (0-based) in patches; 0 if it attends to whole sequences."""
+        """Returns the attention window size of block `layer` (0-based) in patches, or 0 if the block has no windows."""
         return 0 if self.dense is None else self.dense.block_window(layer)
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Returns the modalities of the inputs in the order of the packed batch; pairs have both modalities."""
+        """Returns the modalities of the inputs, "vision" before "language". Pairs count for both modalities."""
         kinds = {"vision": ("images", "pairs"), "language": ("texts", "pairs")}
         return tuple(modality for modality in kinds if any(kind in self.inputs for kind in kinds[modality]))
 
     @property
     def has_tied_table(self) -> bool:
-        """Returns whether the model has a word embedding and the MLM head uses it as its matrix."""
+        """Returns whether the MLM head uses the word embedding as its weight matrix; False without language inputs."""
         return self.tie_word_embeddings and "language" in self.modalities
 
     def experts(self, layer: int) -> tuple[str, ...]:
-        """Returns the feed-forward experts of block `layer` (0-based) by name, in the order of the packed batch."""
+        """Returns the names of the feed-forward experts of block `layer` (0-based), in the order of their rows in the
+        batch.
+        """
         if layer < self.num_layers - self.num_vision_language_layers:
             return self.modalities
         owners = {"vision": "images", "vision_language": "pairs", "language": "texts"}
@@ -156,7 +165,9 @@ class ModelConfig:
 
     @property
     def attention_experts(self) -> tuple[str, ...]:
-        """Returns the names of the sets of attention weights: one set for all rows, or one set per modality."""
+        """Returns the names of the sets of attention weights: "shared", or one name per modality in the decoupled
+        layout.
+        """
         return ("shared",) if self.layout == "shared" else self.modalities
 
     def __post_init__(self) -> None:
@@ -198,7 +209,11 @@ class ModelConfig:
 
 
 def load_model_section(mapping: Any, where: str) -> ModelConfig:
-    """Loads the "model" section and expands `"size": NAME` to the fields in `MODEL_SIZES`.
+    """Loads the section "model", and expands `"size": NAME` to the field values in `MODEL_SIZES`.
+
+    Args:
+        mapping: JSON value of the section.
+        where: dotted name of the section, for messages.
 
     Raises:
         ConfigError: if the size or a key is unknown, a value is invalid, or values contradict each other.

@@ -1,4 +1,4 @@
-"""Defines the "parallel" section: how ranks divide the model and the samples."""
+"""Defines the section "parallel": how ranks divide the model and the samples."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from beit3_ds.config.strict import ConfigError
 
 
 class RankCoords(NamedTuple):
-    """Holds a rank's coordinates on the three axes of the mesh: pipeline, data and tensor."""
+    """Holds a rank's coordinates on the pipeline, data and tensor axes of the mesh."""
 
     pipeline: int
     data: int
@@ -21,30 +21,29 @@ class RankCoords(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Configures the mesh of ranks, pipeline x data x tensor; the number of ranks gives the data-parallel size."""
+    """Configures the mesh of ranks: pipeline x data x tensor. The data-parallel size follows from the other sizes."""
 
     tensor_parallel_size: Ranks = 1
-    """Number of ranks that divide the attention heads, the FFN hidden size and the vocabulary of every layer
-    (Megatron-LM: Shoeybi et al., 2019, arXiv:1909.08053). They communicate in every layer, so they should share a
-    node."""
+    """Number of ranks over which each layer's attention heads, FFN hidden size and vocabulary are divided (Megatron-LM:
+    Shoeybi et al., 2019, arXiv:1909.08053). These ranks communicate in every layer, so they should be on one node."""
     sequence_parallel: bool = False
-    """Whether tensor-parallel ranks divide the rows outside attention and FFN (Korthikanti et al., 2022,
-    arXiv:2205.05198). This saves activation memory and sends the same number of bytes. Off by default, because sums are
+    """Whether tensor-parallel ranks also divide the rows between attention and FFN (Korthikanti et al., 2022,
+    arXiv:2205.05198). Saves activation memory and sends the same number of bytes. Off by default, because sums are
     rounded differently."""
     pipeline_parallel_size: Ranks = 1
-    """Number of pipeline stages that divide the list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). There
-    must be at least this number of micro-batches (`gradient_accumulation_steps`)."""
+    """Number of pipeline stages over which the layers are divided (1F1B: Narayanan et al., 2021, arXiv:2104.04473).
+    Must not exceed the number of micro-batches (`gradient_accumulation_steps`)."""
     virtual_pipeline_parallel_size: Ranks = 1
-    """Number of model chunks per stage, interleaved with those of other stages. A value v divides the time in which
-    stages idle by v, and multiplies the number of messages by v. With v > 1, the number of stages must divide the
-    number of micro-batches."""
+    """Number of model chunks per pipeline stage, for the interleaved schedule. A value v divides the idle time of the
+    stages by v, and multiplies the number of messages by v. With v > 1, the number of stages must divide the number of
+    micro-batches."""
     timeout_seconds: Seconds = 1800
-    """Longest time, in seconds, that a rank waits for another rank before the run ends. It must exceed the time of the
-    slowest checkpoint and the slowest evaluation."""
+    """Maximum time, in seconds, that a rank waits for another rank before the run ends. Must exceed the time of the
+    slowest checkpoint and of the slowest evaluation."""
     heartbeat_timeout_seconds: Seconds = 60
-    """Longest time, in seconds, without a heartbeat of a rank before the run ends. Heartbeats end if the rank's
-    process, its host or the link is down. A separate thread sends six heartbeats in this time. Choose a longer time
-    than a busy host may delay this thread."""
+    """Maximum time, in seconds, without a heartbeat from a rank before the run ends. Heartbeats stop if the rank's
+    process, host or network link fails. A separate thread of each rank sends six heartbeats in this time. Choose a time
+    longer than any delay of this thread on a busy host."""
 
     def __post_init__(self) -> None:
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
@@ -55,19 +54,19 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Returns the number of ranks that together hold one copy of the model: tensor x pipeline."""
+        """Returns the number of ranks per copy of the model: tensor-parallel size x pipeline-parallel size."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def num_chunks(self) -> int:
-        """Returns the number of model chunks: stages x chunks per stage."""
+        """Returns the total number of model chunks: pipeline stages x chunks per stage."""
         return self.pipeline_parallel_size * self.virtual_pipeline_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Returns the data-parallel size: `world_size` divided by `model_parallel_size`.
+        """Returns the data-parallel size: `world_size` / `model_parallel_size`.
 
         Raises:
-            ConfigError: if the division leaves a remainder.
+            ConfigError: if `model_parallel_size` does not divide `world_size`.
         """
         if world_size % self.model_parallel_size:
             fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
@@ -79,26 +78,30 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
     def rank_coords(self, rank: int, world_size: int) -> RankCoords:
-        """Returns a rank's coordinates on the mesh.
+        """Returns the mesh coordinates of a rank.
 
-        Consecutive ranks form a tensor-parallel group, because these communicate most. Ranks of different stages are
-        farthest apart.
+        Consecutive ranks form a tensor-parallel group, because they communicate most. Pipeline stages are farthest
+        apart.
         """
         pipeline, rest = divmod(rank, world_size // self.pipeline_parallel_size)
         return RankCoords(pipeline, *divmod(rest, self.tensor_parallel_size))
 
     def check_model(self, model: ModelConfig, micro_batches: int) -> None:
-        """Checks that the layout fits the model and the number of micro-batches of a step.
+        """Checks that the parallel sizes fit the model and the number of micro-batches per step.
+
+        Args:
+            model: configuration of the model.
+            micro_batches: number of micro-batches per rank and step.
 
         Raises:
-            ConfigError: if it does not; the message names the rule and the sizes that fit.
+            ConfigError: if they do not fit; the message names the broken rule and sizes that fit.
         """
         fault = self.find_fault(model, micro_batches)
         if fault is not None:
             raise ConfigError(fault)
 
     def find_fault(self, model: ModelConfig, micro_batches: int) -> str | None:
-        """Returns a message about the first rule that the layout breaks (`check_model`); None if it fits."""
+        """Returns an error message about the first rule of `check_model` that is broken, or None if the sizes fit."""
         tensor, stages, virtual = (
             self.tensor_parallel_size,
             self.pipeline_parallel_size,

@@ -1,4 +1,4 @@
-"""Computes how many steps the data workers of a rank may prepare ahead within a limit on shared memory."""
+"""Computes how many steps a rank's data workers may prepare ahead within a limit on shared memory."""
 
 from dataclasses import dataclass
 
@@ -8,34 +8,34 @@ from beit3_ds.config.strict import ConfigError
 _GIB = 1 << 30
 _CHANNELS, _ID_BYTES = 3, 8  # ids are sent as int64
 _TASKS_OF_BYTES = ("pretraining", "visual_tokenizer")
-"""Tasks whose workers send pixels of 8 bits; others send float32 (`data.images.one_view`)."""
+"""Tasks whose data workers send pixels as uint8; workers of other tasks send float32 (`data.images.one_view`)."""
 _PATCH_BYTES = 1 + 2 * _ID_BYTES  # of the mask, and of the positions of a masked patch
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchPlan:
-    """Describes the data workers of one rank, and the steps that they prepare ahead in shared memory."""
+    """Holds the number of data workers of one rank and the number of steps that they prepare ahead."""
 
     step_bytes: int
-    """Bytes of one finished step on one rank."""
+    """Size of one prepared step of one rank in bytes."""
     num_workers: int
-    """Number of worker processes; 0 prepares steps in the training process, without shared memory."""
+    """Number of data worker processes. With 0, the training process prepares the steps, without shared memory."""
     steps_per_worker: int
-    """Steps that each worker prepares ahead."""
+    """Number of steps that each data worker prepares ahead."""
 
     @property
     def num_bytes(self) -> int:
-        """Returns the bytes of shared memory that one rank uses when all its prefetched steps are finished."""
+        """Returns the maximum shared memory for one rank's prefetched steps, in bytes."""
         return self.num_workers * self.steps_per_worker * self.step_bytes
 
 
 def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both") -> PrefetchPlan:
-    """Computes the numbers of workers and of prefetched steps that `data.prefetch_gib` allows.
+    """Computes the numbers of data workers and prefetched steps per rank within the limit `data.prefetch_gib`.
 
     Args:
         config: the run's configuration.
-        data_parallel_size: ranks that share a step.
-        views: which resized copies of an image the rank keeps: those for "model", for "tokenizer" or for "both".
+        data_parallel_size: number of data-parallel ranks, which divide each step.
+        views: which resized copies of each image the rank needs: "model", "tokenizer" or "both".
 
     Raises:
         ConfigError: if a single step exceeds the limit.
@@ -55,12 +55,12 @@ def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both
 
 
 def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") -> int:
-    """Returns the bytes of one finished step on the rank with the largest share, if all texts have full length.
+    """Returns an upper bound on the size, in bytes, of one prepared step of one rank.
 
     Args:
         config: the run's configuration.
-        data_parallel_size: ranks that share a step.
-        views: which resized copies of an image the rank keeps: those for "model", for "tokenizer" or for "both".
+        data_parallel_size: number of data-parallel ranks, which divide each step.
+        views: which resized copies of each image the rank needs: "model", "tokenizer" or "both".
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
     data, model = config.data, config.backbone
@@ -73,7 +73,12 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
-    """Returns the bytes of an image's resized copies: the one for "model", the one for "tokenizer", or "both"."""
+    """Returns the size, in bytes, of an image's resized copies.
+
+    Args:
+        config: the run's configuration.
+        views: which resized copies to count: "model", "tokenizer" or "both".
+    """
     pixel_bytes = 1 if config.task.name in _TASKS_OF_BYTES else 4
     sizes = {"tokenizer": config.tokenizers.visual.image_size}
     if config.backbone is not None:

@@ -1,4 +1,4 @@
-"""Lists the keys of a run's file that had other names or sections in version 0.1."""
+"""Lists the configuration keys that version 0.1 had under other names or in other sections."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ RENAMED_KEYS = {
     "initial_weights": "init_from",
     "kernels": "kernel_backend",
 }
-"""Maps old names of keys to new names; the error about an old name gives the new name (docs/configuration.md)."""
+"""Maps old key names to new ones. Error messages about an old name give the new name (docs/configuration.md)."""
 
 MOVED_KEYS = {
     "image_mask_ratio": "data",
@@ -18,7 +18,7 @@ MOVED_KEYS = {
     "text_masking": "data",
     "loss_weights": "training",
 }
-"""Maps each key that moved to the section "task" to its old section; the error about an old place gives the new one."""
+"""Maps each key that moved into the section "task" to its former section."""
 
 TOKENIZER_KEYS = {
     **{key: f"task.{key}" for key in ("commitment_weight", "teacher", "teacher_weights", "teacher_stage")},
@@ -29,11 +29,13 @@ TOKENIZER_KEYS = {
     "save_interval": "training.save_interval",
     "bf16": "bf16.enabled",
 }
-"""Maps each key that was once in "tokenizers.visual" to its new name in the file of the tokenizer's run."""
+"""Maps each key that was removed from "tokenizers.visual" to its name in the configuration of a tokenizer's run."""
 
 
 def with_new_keys(config: Any) -> Any:
-    """Returns the configuration of an old checkpoint with the current names and sections of its keys."""
+    """Returns the configuration from an old checkpoint, with all keys under their current names and in their current
+    sections.
+    """
     renamed = _rename(config)
     if not isinstance(renamed, dict):
         return renamed
@@ -46,7 +48,7 @@ def with_new_keys(config: Any) -> Any:
 
 
 def without_tokenizer_keys(visual: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a "tokenizers.visual" section of version 0.1 without the keys of the tokenizer's training."""
+    """Returns a "tokenizers.visual" section of version 0.1 without keys that configured the tokenizer's training."""
     return {key: value for key, value in visual.items() if key not in TOKENIZER_KEYS}
 
 

@@ -1,4 +1,4 @@
-"""Reads a run's JSON file: DeepSpeed's keys at the top and a "beit3_ds" section."""
+"""Loads a run's JSON file: DeepSpeed's keys at the top level, and this project's section "beit3_ds"."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ from beit3_ds.config.task import TaskConfig, load_task_section
 from beit3_ds.config.training import TrainingConfig
 
 SECTIONS = ("model", "data", "tokenizers", "training", "parallel", "task")
-"""Sections inside "beit3_ds"."""
+"""Valid sections inside "beit3_ds"."""
 _OPTIONAL_SECTIONS = ("model", "parallel", "task")
 
 _MAX_BYTES = 1 << 23
 _MAX_SHOWN = 200
-"""Maximum number of characters of a `--set` that a message repeats."""
+"""Maximum number of characters of a `--set` argument that an error message quotes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Holds the complete configuration of a run: all sections and DeepSpeed's keys."""
+    """Holds the complete configuration of a run."""
 
     backbone: ModelConfig | None
-    """The section "model"; None in a run that does not train BEiT-3, such as a run of the visual tokenizer."""
+    """The section "model"; None if the run trains no BEiT-3 model, such as a run of the task `visual_tokenizer`."""
     data: DataConfig
     tokenizers: TokenizersConfig
     training: TrainingConfig
@@ -51,11 +51,11 @@ class RunConfig:
     gradient_accumulation_steps: int
     """Number of micro-batches per rank and optimizer step."""
     deepspeed: Mapping[str, Any]
-    """DeepSpeed's own keys in the file."""
+    """DeepSpeed's keys of the file, checked."""
 
     @property
     def model(self) -> ModelConfig:
-        """Returns the configuration of BEiT-3.
+        """Returns the section "model", the configuration of BEiT-3.
 
         Raises:
             ConfigError: if the file has no section "model".
@@ -66,7 +66,7 @@ class RunConfig:
 
     @property
     def options(self) -> DeepSpeedOptions:
-        """Returns the run's DeepSpeed options: ZeRO stage, offloading and data types."""
+        """Returns the run's DeepSpeed options, such as the ZeRO stage and the data types."""
         return DeepSpeedOptions(self.deepspeed)
 
     @property
@@ -75,10 +75,10 @@ class RunConfig:
         return sum(stream.samples_per_step for stream in self.data.streams().values())
 
     def step_shares(self, data_parallel_size: int) -> StepShares:
-        """Divides every stream's samples per step over ranks and micro-batches, as evenly as possible.
+        """Returns how each stream's samples per step are divided over data-parallel ranks and micro-batches.
 
         Raises:
-            ConfigError: if there are fewer samples than ranks.
+            ConfigError: if a step has fewer samples than there are data-parallel ranks.
         """
         shares = StepShares(
             samples=MicroBatchSize(*(stream.samples_per_step for stream in self.data.streams().values())),
@@ -89,30 +89,29 @@ class RunConfig:
         return shares
 
     def check_engine(self) -> None:
-        """Checks that the DeepSpeed options work with this layout and optimizer (`check_deepspeed_rules`).
+        """Checks that the DeepSpeed options work with each other, with the layout and with the optimizer.
 
         Raises:
-            ConfigError: if options do not work together; the message names the option to leave out.
+            ConfigError: if they do not; the message names the option to leave out.
         """
         check_deepspeed_rules(self.options, self.training, self.parallel)
 
     def engine_config(self, data_parallel_size: int) -> dict[str, Any]:
-        """Returns the configuration for DeepSpeed's engine, in which `gradient_accumulation_steps` is always 1."""
+        """Returns the configuration for `deepspeed.initialize` (`beit3_ds.config.deepspeed.engine_config`)."""
         return engine_config(self.deepspeed, self.samples_per_step, data_parallel_size, self.training.output_dir)
 
 
 def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
-    """Reads and checks a run's JSON file.
+    """Loads and checks a run's JSON file.
 
     Args:
         path: path of the file.
-        changes: strings `KEY=VALUE`, which are applied in order before the checks. KEY is a dotted path from the top of
-            the file or inside "beit3_ds", such as `training.total_steps=100`. VALUE is JSON, or a string without
-            quotes.
+        changes: strings KEY=VALUE, applied in order before the checks. KEY is a dotted path from the top of the file or
+            from the section "beit3_ds", such as "training.total_steps". VALUE is JSON, or a string without quotes.
 
     Raises:
-        ConfigError: if the file cannot be read or is invalid JSON, a key at any level is unknown, a value is invalid,
-            or values do not fit each other.
+        ConfigError: if the file cannot be read, is not valid JSON, or has an unknown key, an invalid value or values
+            that contradict each other.
     """
     path = Path(expand_home(str(path), "the path of the config file"))
     try:
@@ -138,7 +137,7 @@ def build_run_config(mapping: Any) -> RunConfig:
     """Builds and checks a run's configuration from the parsed JSON object.
 
     Raises:
-        ConfigError: if a key at any level is unknown, a value is invalid, or values do not fit each other.
+        ConfigError: if a key is unknown, a value is invalid, or values contradict each other.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"expected a JSON object at the top, got {show(mapping)}.")
@@ -217,7 +216,12 @@ _SECTION_CLASSES: dict[str, type] = {
 
 
 def _find_key(name: str, known: Sequence[str]) -> str:
-    """Returns a hint for an unknown first key of `--set`, which may be misspelt or lack its section."""
+    """Returns a hint for an unknown key of `--set`, which may be misspelt or lack its section.
+
+    Args:
+        name: first part of the unknown dotted key.
+        known: valid keys at the top of the file, and sections.
+    """
     inside = {key: f"{section}.{key}" for section, cls in _SECTION_CLASSES.items() for key in cls.__annotations__}
     near = inside.get(name) or nearest(name, known)
     if near is None and (key := nearest(name, inside)):

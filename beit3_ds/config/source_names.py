@@ -1,4 +1,4 @@
-"""Builds short names of the sources of a stream, for metrics and tables."""
+"""Derives short names of data sources from their paths, for metrics and tables."""
 
 import re
 from collections import Counter
@@ -10,12 +10,12 @@ _EXTENSIONS = re.compile(r"(\.(tar|txt|json|jsonl|ndjson|jsonlines|tsv|csv|gz|zs
 
 
 def short_source_names(paths: Sequence[str]) -> list[str]:
-    """Returns a unique short name for each path: its last part, preceded by folders if another path ends with that too.
+    """Returns a unique short name per path: the file name, with parent folders where file names are equal.
 
-    Names consist of letters, digits, dots and underscores. If two names would be equal, the second one gets a number.
+    Names contain only letters, digits, dots and underscores. Names that would still be equal get a number.
 
     Args:
-        paths: paths of files or folders, or patterns.
+        paths: paths of files or folders, or glob patterns.
     """
     parts = [[part for part in PurePath(path).parts if part not in ("/", ".", "..")] or ["source"] for path in paths]
     depths = [1] * len(paths)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from beit3_ds.config.strict import ConfigError
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
-"""DeepSpeed's batch sizes, which are derived from the streams and the layout."""
+"""DeepSpeed keys for batch sizes. They may be left out, because streams and layout determine them."""
 
 
 class MicroBatchSize(NamedTuple):
-    """Holds the number of samples of each stream, for example in one micro-batch of one rank."""
+    """Holds a number of samples per stream, for example those of one micro-batch."""
 
     images: int
     pairs: int
@@ -20,62 +20,63 @@ class MicroBatchSize(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepShares:
-    """Describes how the samples of one step are divided over ranks and micro-batches, as evenly as possible.
+    """Divides the samples of one step over ranks and micro-batches as evenly as possible.
 
-    The samples of one stream after the other are dealt to the ranks in turn, like cards to players. Each rank deals its
-    samples to its micro-batches in the same way. So two ranks, or two micro-batches of a rank, differ by at most one
-    sample. Uneven shares do not change the loss, because every term is divided by its count over the whole step.
+    Samples are dealt to the ranks in turn, like cards, one stream after the other. Each rank deals its samples to its
+    micro-batches in the same way. The numbers of samples of two ranks differ by at most one, and so do those of a
+    rank's micro-batches. Uneven shares do not change the loss, because each loss term is divided by its count over the
+    whole step.
     """
 
     samples: MicroBatchSize
-    """Number of samples of each stream in one step, over all ranks."""
+    """Number of samples of each stream per step, summed over all ranks."""
     num_ranks: int
     """Number of data-parallel ranks."""
     num_micro_batches: int
-    """Number of micro-batches per rank, equal on all ranks; some micro-batches may be empty."""
+    """Number of micro-batches per rank and step; some may be empty."""
 
     @property
     def is_even(self) -> bool:
-        """Returns whether all micro-batches of all ranks have equal numbers of samples."""
+        """Returns whether all micro-batches of all ranks have the same number of samples of each stream."""
         return not any(samples % (self.num_ranks * self.num_micro_batches) for samples in self.samples)
 
     @property
     def largest_rank(self) -> int:
-        """Returns the largest number of samples that any rank has per step, over all streams."""
+        """Returns the largest number of samples that a rank has per step, summed over the streams."""
         return -(-sum(self.samples) // self.num_ranks)
 
     @property
     def smallest_rank(self) -> int:
-        """Returns the smallest number of samples that any rank has per step, over all streams."""
+        """Returns the smallest number of samples that a rank has per step, summed over the streams."""
         return sum(self.samples) // self.num_ranks
 
     @property
     def upper_bound(self) -> MicroBatchSize:
-        """Returns, for each stream, the largest number of samples in any micro-batch.
+        """Returns the largest number of samples per micro-batch, for each stream separately.
 
-        The largest numbers of different streams need not occur in the same micro-batch.
+        No single micro-batch need reach the largest number in all streams.
         """
         parts = self.num_ranks * self.num_micro_batches
         return MicroBatchSize(*(-(-samples // parts) for samples in self.samples))
 
     def rank_samples(self, rank: int) -> MicroBatchSize:
-        """Returns the number of samples of each stream that one data-parallel rank has in one step."""
+        """Returns the number of samples of each stream that a data-parallel rank has per step."""
         return _deal(self.samples, self.num_ranks, rank)
 
     def divide_rank(self, samples: MicroBatchSize) -> list[MicroBatchSize]:
-        """Returns the number of samples of each stream in each micro-batch of a rank.
+        """Returns the number of samples of each stream in each micro-batch of one rank.
 
         Args:
-            samples: number of samples of each stream that the rank has in one step (`rank_samples`).
+            samples: number of samples of each stream that the rank has per step (`rank_samples`).
         """
         return [_deal(samples, self.num_micro_batches, number) for number in range(self.num_micro_batches)]
 
     def slots(self, rank: int) -> list[dict[str, range]]:
-        """Returns the slots of each stream in each micro-batch of one rank.
+        """Returns the slots of each stream in each micro-batch of one data-parallel rank.
 
-        The slots of a stream number its samples within a step. The first numbers belong to micro-batch 0 of rank 0, the
-        next ones to micro-batch 0 of rank 1, and so on; micro-batch 1 of all ranks follows. With even shares of k
-        samples, micro-batch m of rank r of R begins at slot (m*R + r)*k.
+        A slot is the number of a sample within a stream's samples of one step. Slots are assigned to micro-batch 0 of
+        ranks 0, 1, and so on, then to micro-batch 1 of all ranks. With k samples per micro-batch and R ranks,
+        micro-batch m of rank r begins at slot (m*R + r)*k.
         """
         sizes = [self.divide_rank(self.rank_samples(other)) for other in range(self.num_ranks)]
         found: list[dict[str, range]] = []
@@ -103,13 +104,13 @@ class StepShares:
             )
 
     def check_batch_keys(self, deepspeed: Mapping[str, Any]) -> None:
-        """Checks that DeepSpeed's own batch sizes, if the file has them, agree with the streams and the layout.
+        """Checks that DeepSpeed's batch-size keys, if present, agree with the streams and the layout.
 
         Args:
             deepspeed: the run's DeepSpeed keys.
 
         Raises:
-            ConfigError: if they do not; the message names the values and the key to leave out.
+            ConfigError: if a batch size disagrees; the message names the key to leave out.
         """
         total, parts = sum(self.samples), self.num_ranks * self.num_micro_batches
         division = f"{total} samples per step / ({self.num_ranks} ranks x {self.num_micro_batches} micro-batches)"
@@ -133,11 +134,11 @@ class StepShares:
 
 
 def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
-    """Returns the number of samples of each stream that one of `num_hands` receivers gets if all are dealt in turn.
+    """Returns the number of samples of each stream that one receiver gets if all samples are dealt in turn.
 
     Args:
         samples: number of samples of each stream to deal.
-        num_hands: number of receivers, which are ranks or micro-batches.
+        num_hands: number of receivers (ranks or micro-batches).
         hand: index of the receiver, from 0.
     """
     counts, dealt = [], 0

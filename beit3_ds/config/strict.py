@@ -1,4 +1,4 @@
-"""Loads frozen dataclasses from JSON; every unknown key, wrong type and missing value is an error."""
+"""Builds frozen dataclasses from JSON, and rejects unknown keys, wrong types and missing values."""
 
 import dataclasses
 import difflib
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 _LONGEST_LINE = 4000
 _MAX_SHOWN = 80
-"""Maximum number of characters of a value that a message repeats."""
+"""Maximum number of characters of a value that an error message quotes."""
 
 
 class ConfigError(ValueError):
-    """Reports an invalid configuration or input; the message names the values, the rule and a way out.
+    """Reports an invalid configuration or input to the user.
 
-    The first argument is the message; further arguments are lines of a list below it. Unprintable characters are
-    escaped.
+    The first argument is the message. Further arguments are printed as indented lines below it. Unprintable characters
+    are escaped.
     """
 
     def __str__(self) -> str:
@@ -31,19 +31,23 @@ class ConfigError(ValueError):
 
 
 class FilePath:
-    """Marks a string field as a path or pattern; it must not be empty, and may begin with `~` for the home folder."""
+    """Marks a string field as a non-empty path or pattern, in which a leading `~` is the home folder."""
 
 
 PathString = Annotated[str, FilePath()]
-"""A path or pattern in a configuration; environment variables in it are not replaced."""
+"""Path or glob pattern. Environment variables are not expanded."""
 
 
 def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Checks that all keys of `mapping` are in `known`.
+    """Checks that `mapping` has no key outside `known`.
+
+    Args:
+        mapping: JSON object to check.
+        known: valid keys.
+        where: dotted name of the object, for messages.
 
     Raises:
-        ConfigError: if a key is unknown or is the old name of a renamed key; the message names the section `where` and
-            the most similar valid keys.
+        ConfigError: if a key is unknown or has been renamed; the message suggests the most similar valid key.
     """
     known = list(known)
     for key in mapping:
@@ -64,17 +68,22 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the known name that is most similar to `name`, ignoring case; None if none is similar."""
+    """Returns the name in `known` that is most similar to `name`, ignoring case, or None if none is similar."""
     names = {known_name.casefold(): known_name for known_name in known}
     near = difflib.get_close_matches(name.casefold(), list(names), n=1, cutoff=0.6)
     return names[near[0]] if near else None
 
 
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
-    """Builds the dataclass `cls` from a JSON object, recursing into nested dataclasses.
+    """Builds the dataclass `cls`, and the dataclasses nested in it, from a JSON object.
 
-    A number must be in the `Range` of its field's annotation. If a nested dataclass has a class variable SHORTHAND, a
-    string stands for an object with this one field.
+    Numbers must be in the `Range` of their field's annotation. If a nested dataclass has a class variable SHORTHAND, a
+    string is accepted as the value of the field that SHORTHAND names.
+
+    Args:
+        cls: dataclass to build.
+        mapping: JSON value of the section.
+        where: dotted name of the section, for messages.
 
     Raises:
         ConfigError: if a key is unknown or missing, or a value has the wrong type or is out of range.
@@ -94,7 +103,7 @@ def load_section(cls: type[T], mapping: Any, where: str) -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Returns a JSON value as a value of a field's type; lists become tuples, and integers are accepted as floats."""
+    """Converts a JSON value to the type of a field: lists become tuples, and integers may become floats."""
     origin = get_origin(hint)
     if origin is Annotated:
         base, *marks = get_args(hint)
@@ -144,7 +153,7 @@ def _check_mark(mark: Any, value: Any, where: str) -> Any:
 
 
 def _remedy(hint: Any, value: Any) -> str:
-    """Returns a hint about what to write instead of a wrong value; empty if the intention is not clear."""
+    """Returns a hint on how to correct a value of the wrong type, or an empty string if the intention is unclear."""
     if hint is int and isinstance(value, float) and value.is_integer():
         return f" Write {int(value)}."
     if hint is str and isinstance(value, int | float):
@@ -153,7 +162,11 @@ def _remedy(hint: Any, value: Any) -> str:
 
 
 def expand_home(path: str, where: str) -> str:
-    """Returns a path with `~` and `~name` replaced by the home folder.
+    """Replaces a leading `~` or `~name` in a path with the home folder.
+
+    Args:
+        path: path or glob pattern.
+        where: dotted name of the value, for messages.
 
     Raises:
         ConfigError: if the path is empty or the user is unknown.
@@ -167,10 +180,14 @@ def expand_home(path: str, where: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parses JSON, in which an object must not repeat a key; NaN and infinities are left to later checks.
+    """Parses JSON, and rejects objects that repeat a key. Accepts NaN and infinities, which `check_plain` rejects.
+
+    Args:
+        text: text to parse.
+        where: name of the text, for messages.
 
     Raises:
-        ConfigError: if the text is invalid; the message names the mistake and its place in the text.
+        ConfigError: if the text is not valid; the message names the mistake and its position.
     """
     try:
         return _parse(text, where)
@@ -179,10 +196,10 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def parse_json_or_text(text: str, where: str) -> Any:
-    """Parses JSON; returns the text itself if it is not JSON, so that strings need no quotes.
+    """Parses `text` as JSON, and returns `text` unchanged if it is not JSON.
 
     Raises:
-        ConfigError: if an object repeats a key, or numbers or nesting are too large.
+        ConfigError: if an object repeats a key, an integer is too large, or nesting is too deep.
     """
     try:
         return _parse(text, where)
@@ -204,10 +221,14 @@ def _parse(text: str, where: str) -> Any:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Checks that a value contains no NaN, infinity, integer beyond 64 bits or unprintable string, at any depth.
+    """Checks that a JSON value contains no NaN, infinity, integer beyond 64 bits or unprintable string, at any depth.
+
+    Args:
+        value: parsed JSON value.
+        where: dotted name of the value, for messages.
 
     Raises:
-        ConfigError: if it does; the message names the key.
+        ConfigError: if it contains one; the message names the key.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -225,7 +246,7 @@ def check_plain(value: Any, where: str) -> None:
 
 
 def is_plain_text(value: str) -> bool:
-    """Returns whether a string can be a path or a name: it has no control character and no half of a surrogate pair."""
+    """Returns whether a string can be a path or a name: it contains no control characters and no surrogates."""
     return not any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -244,7 +265,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def show(value: Any) -> str:
-    """Returns a short description of a value and its type, for messages."""
+    """Returns the type and the abbreviated representation of a value, for messages."""
     text = show_number(value) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
     text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
     return f"{type(value).__name__} {text}"

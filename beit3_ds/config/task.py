@@ -1,4 +1,4 @@
-"""Defines the section "task" of a run's file, which names the task and contains its settings."""
+"""Defines the section "task", which selects the run's task and contains the task's settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,15 +11,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Holds the name and the settings of the task that a run trains."""
+    """Holds the name and the settings of a run's task."""
 
     name: str = "pretraining"
-    """Name of a folder in `beit3_ds/tasks`, or the dotted name of a module that defines a task."""
+    """Name of a folder in `beit3_ds/tasks`, or dotted name of a module that defines a task."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of the section other than `name`, which the task checks and reads (`load`)."""
+    """All keys of the section except `name`. The task checks them when it calls `load`."""
 
     def load(self, cls: type[T]) -> T:
-        """Builds the task's own dataclass from the section's keys other than `name`.
+        """Builds the task's own settings dataclass from `settings`.
 
         Raises:
             ConfigError: if a key is unknown or missing, or a value is invalid.
@@ -28,10 +28,14 @@ class TaskConfig:
 
 
 def load_task_section(mapping: Any, where: str) -> TaskConfig:
-    """Reads the section "task"; the task itself checks its settings later (`TaskConfig.load`).
+    """Loads the section "task" without checking the task's settings; `TaskConfig.load` checks them later.
+
+    Args:
+        mapping: JSON value of the section.
+        where: dotted name of the section, for messages.
 
     Raises:
-        ConfigError: if the section is not an object or its name is not a string.
+        ConfigError: if the section is not an object, or its name is not a non-empty string.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a JSON object, got {show(mapping)}.")

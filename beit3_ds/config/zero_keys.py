@@ -1,10 +1,10 @@
-"""Lists the keys of DeepSpeed 0.19.8's section `zero_optimization`; `deepspeed_keys` lists the others."""
+"""Lists the keys of DeepSpeed 0.19.8's section `zero_optimization`; other keys are in `deepspeed_keys`."""
 
 from beit3_ds.config.key_specs import Choice, Fixed, Flag, Number, Refused, Section
 from beit3_ds.config.numbers import Range
 
 _LARGEST_BUCKET = 2**31 - 2
-"""Largest bucket in elements; DeepSpeed allocates a whole bucket, which takes 8 GiB in float32 at this size."""
+"""Maximum bucket size in elements. DeepSpeed allocates whole buckets, and this one takes 8 GiB in float32."""
 
 REMOVED = "DeepSpeed 0.19 removed it. Leave it out."
 OWN_CHECKPOINTS = "checkpoints are this project's own (docs/checkpoints.md). Leave it out."
@@ -189,4 +189,4 @@ ZERO = Section(
         },
     },
 )
-"""Keys of the section `zero_optimization`, each with its accepted values or the reason why it is refused."""
+"""Maps each key of the section `zero_optimization` to its accepted values or the reason for refusing it."""
