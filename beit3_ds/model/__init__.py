@@ -1,4 +1,4 @@
-"""Implements the Multiway Transformer as plain PyTorch modules that process packed batches, without DeepSpeed."""
+"""Implements BEiT-3 as plain PyTorch modules over packed batches, without DeepSpeed."""
 
 from beit3_ds.model.beit3 import BEiT3
 from beit3_ds.model.features import Features

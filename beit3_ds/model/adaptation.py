@@ -1,21 +1,23 @@
-"""Adapts the weights of one model to another model that differs in a few settings.
+"""Adapts stored weights to a model whose configuration differs in some settings.
 
     image_size                   patch positions are interpolated
-    patch_size                   the kernel of the patch projection is resampled, and patch positions are interpolated
-    dense                        not null: CLS and mask token are dropped, and relative positions that the weights lack
-                                 are zero; other windows: relative positions are interpolated
-    max_text_length              shorter: the first positions are kept; longer: added positions get initial values
-    layout                       shared -> decoupled: vision and language each get a copy
-    num_vision_language_layers   more: each new expert is a copy of its block's vision expert, which processes most
-                                 rows of a pair; fewer: the experts of the other blocks are dropped
-    final_norm                   false: the norm is dropped, as for the reference's VQAv2 and ImageNet models; true: the
-                                 norm gets initial values if the weights have none
-    inputs                       fewer: tensors that the remaining inputs do not need are not read; more: the weights
-                                 must hold the tensors that the added inputs need
-    tie_word_embeddings          true -> false: the word table stays in the embeddings, and a head that predicts words
-                                 gets initial values
+    patch_size                   the patch projection kernel is resampled, and patch positions are interpolated
+    dense                        added: CLS and mask token are dropped, and missing relative positions are zero
+                                 other windows: relative positions are interpolated
+    max_text_length              shorter: only the first positions are kept
+                                 longer: new positions get initial values
+    layout                       shared to decoupled: vision and language each get a copy
+    num_vision_language_layers   more: each new expert is a copy of its block's vision expert, because most rows
+                                 of a pair are image rows
+                                 fewer: the surplus experts are dropped
+    final_norm                   false: the norm is dropped, as in the reference's VQAv2 and ImageNet models
+                                 true: the norm gets initial values if the weights have none
+    inputs                       fewer: tensors that the remaining inputs do not need are not read
+                                 more: the weights must contain the tensors that the added inputs need
+    tie_word_embeddings          true to false: the embeddings keep the word table, and the MLM head gets initial
+                                 values
 
-No other setting that changes tensors may differ.
+All other settings that affect tensors must be equal.
 """
 
 import dataclasses
@@ -47,10 +49,10 @@ from beit3_ds.model.pretrained import (
 )
 
 TEXT_POSITION = "embeddings.text_position"
-"""Name of the table of text positions, the only tensor whose shape depends on `max_text_length`."""
+"""Name of the text position table. Only this tensor's shape depends on `max_text_length`."""
 
 _MAPPED_BYTES = 2**26
-"""Number of bytes that are read between two releases of the file's pages."""
+"""Number of bytes to read before the file's memory-mapped pages are released."""
 _ADAPTABLE = frozenset(
     {"image_size", "patch_size", "dense", "max_text_length", "layout", "num_vision_language_layers", "final_norm"}
     | {"inputs"}
@@ -59,60 +61,60 @@ _DECOUPLED = re.compile(r"(.*\.attention\..*|norm\..*)_(vision|language)")
 _EXPERT = re.compile(r"blocks\.(\d+)\.ffn\..*?_(vision_language|vision|language)")
 _RELATIVE_POSITION = re.compile(r"blocks\.(\d+)\.attention\.relative_position\.(rows|columns)")
 _TOKENS = frozenset({"embeddings.cls_token", "embeddings.mask_token"})
-"""Names of the embedding tensors that a model with `dense` lacks."""
+"""Names of the embedding tensors that do not exist in a model with `dense`."""
 _TABLES = {
     "vision": frozenset(
         f"embeddings.{name}" for name in ("patch.weight", "patch.bias", "cls_token", "mask_token", "image_position")
     ),
     "language": frozenset({"embeddings.word.weight", TEXT_POSITION}),
 }
-"""Names of the embedding tensors, by modality."""
+"""Names of the embedding tensors of each modality."""
 
 
 class StoredWeights(Protocol):
-    """Declares the interface of weights on disk: exported weights, imported weights or a checkpoint."""
+    """Declares the interface for reading weights from disk: exported or imported weights, or a checkpoint."""
 
     @property
     def path(self) -> Path:
-        """Returns the file or folder of the weights."""
+        """Returns the path of the weights, a file or a folder."""
 
     @property
     def model(self) -> ModelConfig:
-        """Returns the configuration of the model."""
+        """Returns the configuration of the stored model."""
 
     def names(self) -> list[str]:
         """Returns the names of all tensors."""
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the logical shape of a tensor: its shape without any parallelism."""
+        """Returns the logical shape of a tensor, which is its shape without tensor parallelism."""
 
     def read(self, name: str, part: Any = None) -> Tensor:
-        """Returns a whole tensor, or only the rows and columns that `part` selects (`matrix_part`)."""
+        """Returns a tensor, or the rows and columns of the tensor that `part` selects (`matrix_part`)."""
 
     def release_pages(self) -> None:
-        """Frees the memory of all file pages that were read so far."""
+        """Frees the memory of all file pages that have been read."""
 
 
 class AdaptedWeights:
-    """Adapts stored weights to another model configuration; `read` computes each tensor on demand.
+    """Adapts stored weights to another model configuration. `read` computes each tensor on demand.
 
     Attributes:
-        path: file or folder of the weights.
+        path: path of the weights, a file or a folder.
         model: configuration to which the weights are adapted.
-        changes: one sentence per adapted setting; empty if nothing is adapted.
+        changes: one sentence per adapted setting; empty if the configurations are equal.
     """
 
     def __init__(self, weights: StoredWeights, model: ModelConfig, where: str, *, seed: int = 0) -> None:
-        """Compares the stored configuration with `model` and lists the changes; reads no tensors.
+        """Compares the stored configuration with `model`. Reads no tensors.
 
         Args:
             weights: the stored weights.
-            model: configuration of the model to fill.
-            where: name of the weights in messages.
-            seed: seed of the initial values of added text positions.
+            model: configuration to which the weights are adapted.
+            where: name of the weights, for messages.
+            seed: seed of the initial values of new text positions.
 
         Raises:
-            ConfigError: if a setting differs that cannot be adapted; the message names every such setting.
+            ConfigError: if a setting differs that cannot be adapted; the message lists all such settings.
         """
         self.path, self.model = weights.path, model
         self._weights, self._seed = weights, seed
@@ -121,17 +123,17 @@ class AdaptedWeights:
         self._held = {name for name in weights.names() if not name.startswith(EXTRA_PREFIX)}
 
     def check(self, wanted: Mapping[str, torch.Size]) -> list[str]:
-        """Checks that the adapted tensors have the names and shapes of the model's parameters.
+        """Checks names and shapes of the adapted tensors against the model's parameters.
 
         Args:
-            wanted: shape of every parameter of the model, by name.
+            wanted: shape of each model parameter, by name.
 
         Returns:
-            Names of the final-norm and head tensors that the weights lack.
+            Names of the head and final-norm parameters that the weights lack.
 
         Raises:
-            ConfigError: if the weights lack tensors that an input of the model needs, or if `check_tensors` finds a
-                missing tensor, an unknown tensor or a wrong shape.
+            ConfigError: if the weights lack another parameter, or if `check_tensors` finds an unknown tensor or a wrong
+                shape.
         """
         wanted = {name: shape for name, shape in wanted.items() if not self._starts_at_zero(name)}
         self._check_inputs(wanted)
@@ -142,7 +144,7 @@ class AdaptedWeights:
         return check_tensors(str(self.path), found | {name: self._weights.shape(name) for name in unknown}, wanted)
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns an adapted tensor, or only the rows and columns that `part` selects (`matrix_part`)."""
+        """Returns an adapted tensor, or the rows and columns of it that `part` selects (`matrix_part`)."""
         relative = _RELATIVE_POSITION.fullmatch(name)
         if name not in (IMAGE_POSITION, PATCH_WEIGHT, TEXT_POSITION) and not relative:
             return self._weights.read(self._source(name), part)
@@ -154,9 +156,10 @@ class AdaptedWeights:
         return tensor if part is None else matrix_part(tensor, part)
 
     def _resample(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns a tensor in its new shape, which depends on the size of images, patches, windows or texts.
+        """Resizes a tensor whose shape depends on the sizes of images, patches, windows or texts.
 
-        A tensor whose size does not change keeps its shape, so that a wrong one is found.
+        If the two configurations have equal sizes, the tensor is returned unchanged, so that a wrong shape is detected
+        later.
         """
         stored = self._weights.model
         if name == IMAGE_POSITION:
@@ -175,15 +178,15 @@ class AdaptedWeights:
         return torch.cat([tensor[: self.model.max_text_length], further])
 
     def _starts_at_zero(self, name: str) -> bool:
-        """Returns whether a tensor holds relative positions that the weights lack."""
+        """Returns whether the tensor is a table of relative positions that the stored weights lack."""
         return bool(_RELATIVE_POSITION.fullmatch(name)) and name not in self._held
 
     def release_pages(self) -> None:
-        """Frees the memory of all file pages that were read so far (`PretrainedWeights.release_pages`)."""
+        """Frees the memory of all file pages that have been read (`PretrainedWeights.release_pages`)."""
         self._weights.release_pages()
 
     def _source(self, name: str) -> str:
-        """Maps the name of a model tensor to the name of the stored tensor that provides its values."""
+        """Returns the name of the stored tensor from which the model tensor `name` is computed."""
         if self._weights.model.layout != self.model.layout:
             decoupled = _DECOUPLED.fullmatch(name)
             name = f"{decoupled[1]}_shared" if decoupled else name
@@ -193,7 +196,7 @@ class AdaptedWeights:
         return name
 
     def _is_dropped(self, name: str) -> bool:
-        """Returns whether a stored tensor is left out because the model lacks its part, such as an expert."""
+        """Returns whether the model has no use for a stored tensor, for example for an expert that the model lacks."""
         if name.startswith("norm.") and not self.model.final_norm:
             return True
         if name in _TOKENS or _RELATIVE_POSITION.fullmatch(name):
@@ -205,10 +208,10 @@ class AdaptedWeights:
         return any(name in names and modality not in self.model.modalities for modality, names in _TABLES.items())
 
     def _check_inputs(self, wanted: Iterable[str]) -> None:
-        """Checks that the weights have the tensors for all inputs of the model (images, pairs, texts).
+        """Checks that the stored weights contain the tensors that the model's inputs need.
 
         Raises:
-            ConfigError: if tensors for an input are missing; the message counts them and names one.
+            ConfigError: if tensors are missing; the message gives their number and one example.
         """
         if self._weights.model.inputs == INPUT_KINDS:
             return
@@ -223,12 +226,12 @@ class AdaptedWeights:
 
 
 def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
-    """Copies weights into a model's parameters, one parameter at a time.
+    """Copies adapted weights into a model's parameters, one parameter at a time.
 
-    If the weights lack a head or the final norm, its parameters get initial values and a warning names them.
+    If the weights have no head or no final norm, these parameters get initial values and a warning lists them.
 
     Raises:
-        ConfigError: if the weights do not match their configuration.
+        ConfigError: if tensors are missing or have the wrong shape.
     """
     parameters = dict(model.named_parameters())
     absent = weights.check({name: parameter.shape for name, parameter in parameters.items()})
@@ -308,7 +311,7 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
 
 
 def _has_fused_expert(model: ModelConfig, layer: int) -> bool:
-    """Returns whether `num_vision_language_layers` gives a block a vision-language expert; ignores `inputs`."""
+    """Returns whether a block is one of the top blocks with a vision-language expert, regardless of `inputs`."""
     return layer >= model.num_layers - model.num_vision_language_layers
 
 

@@ -1,4 +1,4 @@
-"""Implements the self-attention that all modalities share (paper section 2.1)."""
+"""Implements multi-head self-attention, shared by all modalities (paper, section 2.1)."""
 
 # T packed rows, D hidden, H heads, K head width.
 
@@ -22,22 +22,21 @@ from beit3_ds.model.multiway import (
 from beit3_ds.parallel import TensorParallel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Type of a function that computes the outputs of all heads from queries, keys and values. Each tensor is (rows, heads,
-head width)."""
+"""Function that computes attention outputs from queries, keys and values. All tensors are (rows, heads, head width)."""
 
 
 class MultiwayAttention(nn.Module):
-    """Applies pre-norm self-attention within each sequence.
+    """Applies pre-norm self-attention within each sequence, and adds the result to the residual stream.
 
-    The image and caption of a pair form one sequence. Attention is bidirectional, except in pairs with causal captions
+    The image and caption of a pair form one sequence. Attention is bidirectional, except with causal captions
     (`SequenceLayout.causal_captions`).
 
-    In the `shared` layout all rows use the same weights. In the `decoupled` layout vision and language rows have
-    separate projections and norms, but attend to each other. With `sub_layernorm` the concatenated heads are normalised
-    before the output projection (Magneto, arXiv:2210.06423).
+    In the `shared` layout, all rows use the same weights. In the `decoupled` layout, vision rows and language rows have
+    separate projections and norms, but attend to each other. With `sub_layernorm`, a LayerNorm over the concatenated
+    heads precedes the output projection (Magneto, arXiv:2210.06423).
 
-    The heads are split over the tensor-parallel group. Forward and backward each exchange the T rows of hidden size D
-    (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
+    Heads are split over the tensor-parallel group. The forward pass and the backward pass each exchange T rows of
+    hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`). A sub-LayerNorm adds two floats per row.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
@@ -63,11 +62,11 @@ class MultiwayAttention(nn.Module):
         """Computes attention, adds it to the residual stream, and returns this rank's rows of the stream, (T, D).
 
         Args:
-            x_TD: this rank's rows of the stream.
-            factor_T: stochastic-depth factor of each of these rows; None without stochastic depth.
-            layout: row ranges of each sequence and each expert.
-            attend: function that computes the outputs of this rank's heads, (T, H, K), from queries, keys and values,
-                (T, H, K) each. None uses attention within each sequence of `layout`.
+            x_TD: this rank's rows of the residual stream.
+            factor_T: stochastic-depth factor of each row of `x_TD`; None without stochastic depth.
+            layout: row ranges of the sequences and of the experts.
+            attend: function that computes this rank's heads from queries, keys and values; all are (T, H, K). None
+                computes attention within the sequences of `layout`.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)

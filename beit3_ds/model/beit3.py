@@ -1,4 +1,4 @@
-"""Implements BEiT-3 as an ordered list of layers over one packed stream."""
+"""Implements BEiT-3 as an ordered list of layers on a packed residual stream."""
 
 # T packed rows, M rows that the head reads, D hidden.
 
@@ -24,13 +24,14 @@ from beit3_ds.parallel import TensorParallel
 
 
 class BEiT3(nn.Module):
-    """Implements the Multiway Transformer with its final norm (paper section 2), or some of its layers.
+    """Implements the Multiway Transformer with its final norm (paper, section 2), or some of its layers.
 
     Layer 0 holds the embeddings, layers 1 to L are the blocks, and layer L + 1 holds the final norm. A task adds its
-    head to layer L + 1. `ModelConfig.num_pipeline_layers` is the number of these layers. Layers exchange only the
-    residual stream x_TD, so a pipeline can cut the model between any two layers. Modules store nothing about a batch,
-    and the forward pass draws no random numbers. Parameter names do not depend on which layers this rank holds.
-    `initialize_parameters` sets the parameters; before, they are uninitialised.
+    head to layer L + 1. Layers pass on only the residual stream x_TD, so a pipeline can cut the model between any two
+    layers.
+
+    Modules store nothing about a batch, and the forward pass draws no random numbers. Parameter names do not depend on
+    the layers that a rank holds. Parameters are uninitialized until `initialize_parameters` is called.
     """
 
     def __init__(
@@ -42,14 +43,14 @@ class BEiT3(nn.Module):
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
-        """Builds the layers that this rank holds.
+        """Builds the layers of this rank.
 
         Args:
-            config: sizes and layout.
-            tensor: the tensor-parallel group; None for a group of this process alone.
-            layers: range of layers of each model chunk that this pipeline stage holds; None builds all layers.
+            config: architecture of the model.
+            tensor: the tensor-parallel group; None without tensor parallelism.
+            layers: layers of this pipeline stage, as one range per model chunk. None builds all layers.
             activation_checkpointing: which activations the backward pass recomputes.
-            fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
+            fp32_residual_connection: whether the residual stream is float32 even if parameters are bf16.
         """
         super().__init__()
         self.config = config
@@ -89,30 +90,30 @@ class BEiT3(nn.Module):
         num_vision_language_layers: int | None = None,
         inputs: Sequence[InputKind] | None = None,
     ) -> Self:
-        """Loads exported or imported weights as a plain model on one device, in evaluation mode.
+        """Loads exported or imported weights as a model on one device, in evaluation mode.
 
-        Parameters are filled one by one, so memory stays near one copy of the model. Tensors of a task's head are
-        ignored unless the class has that head. A head or a final norm that the file lacks gets initial values, and a
-        warning names it; fine-tuned releases lack some of them.
+        Parameters are filled one by one, so peak memory is close to one copy of the model. A task's head in the file is
+        ignored unless the class has this head. If the file lacks a head or final norm that the class has, it gets
+        initial values, and a warning lists them.
+
+        From `image_size` on, arguments replace stored settings, and None keeps them (`model.adaptation`).
 
         Args:
-            path: output of `beit3 export` or `beit3 import`: a .safetensors file, or a folder of them.
+            path: .safetensors file or folder that `beit3 export` or `beit3 import` wrote.
             dtype: dtype of the parameters and of the computation.
             device: device of the parameters.
-            image_size: side of the input images in pixels; positions are interpolated. For this and all following
-                arguments, None keeps the stored value (`model.adaptation`).
-            patch_size: pixels on a side of a patch; the kernel of the patch projection is resampled.
-            dense: settings of a backbone for images of any size; `inputs` must be ("images",) then.
-            max_text_length: tokens of the longest input text; added positions get initial values.
-            layout: "decoupled" gives vision and language each a copy of the shared attention and norms.
-            num_vision_language_layers: number of top blocks with a vision-language expert; a new expert is a copy of
-                the vision expert.
-            inputs: kinds of input that the model accepts: a subset of "images", "pairs" and "texts". Tensors that only
-                other inputs need are neither built nor read; ("images",) gives a vision encoder.
+            image_size: side of the input images in pixels. Positions are interpolated.
+            patch_size: side of a patch in pixels. The patch projection kernel is resampled.
+            dense: settings of a backbone for images of any size; requires `inputs` = ("images",).
+            max_text_length: maximum number of tokens per text. New positions get initial values.
+            layout: "decoupled" copies the shared attention and norms for vision and for language.
+            num_vision_language_layers: number of top blocks with a vision-language expert. New experts are copies of
+                the vision experts.
+            inputs: kinds of input that the model accepts, a subset of "images", "pairs" and "texts". Tensors that only
+                other inputs need are neither built nor read. ("images",) gives a vision encoder.
 
         Raises:
-            ConfigError: if the weights do not exist, do not match their configuration, or cannot be adapted to the
-                settings.
+            ConfigError: if the weights do not exist, do not match their configuration, or cannot be adapted.
         """
         settings: dict[str, Any] = {
             "image_size": image_size,
@@ -135,17 +136,17 @@ class BEiT3(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Builds a model in evaluation mode and fills its parameters with stored weights, adapted to new settings.
+        """Builds a model in evaluation mode, and fills it with stored weights adapted to new settings.
 
         Args:
             stored: weights on disk.
-            build: function that builds the model, such as a `TaskModel` with its head, for a configuration.
-            settings: new values for fields of the stored configuration, by name; None keeps the stored value.
+            build: function that builds the model, for example a `TaskModel` with a head, from a configuration.
+            settings: new values of configuration fields, by name; None keeps the stored value.
             dtype: dtype of the parameters and of the computation.
             device: device of the parameters.
 
         Raises:
-            ConfigError: if the weights do not match their configuration or cannot be adapted to the settings.
+            ConfigError: if the weights do not match their configuration, or cannot be adapted to the settings.
         """
         changes = {name: value for name, value in settings.items() if value is not None}
         weights = AdaptedWeights(stored, dataclasses.replace(stored.model, **changes), str(stored.path))
@@ -162,39 +163,39 @@ class BEiT3(nn.Module):
         texts: Sequence[TokenIds] | None = None,
         pairs: tuple[Tensor, Sequence[TokenIds]] | None = None,
     ) -> Features:
-        """Computes the features of images, texts and pairs in one packed batch; gradients can flow through it.
+        """Computes the features of images, texts and pairs in one packed batch. Supports gradients.
 
         Args:
             images: RGB images, (images, 3, image_size, image_size) floats in [-1, 1].
-            texts: token ids of each text, BOS and EOS included; at most `max_text_length` ids.
+            texts: token ids of each text, including BOS and EOS; at most `max_text_length` ids.
             pairs: images as above, and the token ids of one caption per image.
 
         Returns:
-            Features after the final norm; empty for kinds of input that are not given.
+            Features after the final norm; empty tensors for kinds of input that are not given.
 
         Raises:
-            ConfigError: if there are no inputs, or if the model does not accept the image size, the text length or the
-                token ids of an input.
+            ConfigError: if no input is given, or an input's image size, text length or token ids are invalid.
         """
         assert self.embeddings is not None, "a stage of a pipeline cannot encode alone"
         batch = pack_inputs(self.config, images, texts, pairs, next(self.embeddings.parameters()).device)
         return unpack_features(self.run_layers(batch), batch)
 
     def forward(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
-        """Runs one micro-batch through all layers, or through the consecutive layers `layers` (`run_layers`)."""
+        """Runs one micro-batch through all layers, or through the consecutive layers in `layers` (`run_layers`)."""
         return self.run_layers(batch, x_TD, layers)
 
     def run_layers(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
-        """Runs one micro-batch through all layers, or through the consecutive layers `layers`.
+        """Runs one micro-batch through all layers, or through the consecutive layers in `layers`.
 
         Args:
             batch: the packed micro-batch.
-            x_TD: this rank's rows of the stream before `layers`; None if `layers` begins with the embeddings.
-            layers: the layers to run; None runs all layers.
+            x_TD: this rank's rows of the residual stream before `layers`; None if `layers` starts with the embeddings.
+            layers: layers to run; None runs all layers.
 
         Returns:
-            This rank's rows of the stream after `layers`, (T, D). After the last layer, every tensor-parallel rank gets
-            the normalised rows: all, (T, D), or only those in `PackedBatch.head_rows`, (M, D), if the batch sets it.
+            This rank's rows of the residual stream, (T, D). If the last layer is run, the rows after the final norm
+            instead, on every tensor-parallel rank: all rows, (T, D), or the rows in `PackedBatch.head_rows`, (M, D), if
+            the batch sets it.
         """
         layers = layers or self.all_layers
         if layers.start == 0:
@@ -211,12 +212,14 @@ class BEiT3(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Returns the dtype of the residual stream x_TD between layers."""
+        """Returns the dtype of the residual stream x_TD."""
         dtype = next(self.parameters()).dtype
         return stream_dtype(dtype) if self.fp32_residual_connection else dtype
 
     def tie_word_embeddings(self) -> None:
-        """Does nothing, because the backbone has no head; `TaskModel` shares the word table with its head here."""
+        """Does nothing, because the backbone has no head. `TaskModel` overrides it to share the word table with its
+        head.
+        """
 
     def _run_block(self, block: nn.Module, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool) -> Tensor:
         if self.recompute_blocks and torch.is_grad_enabled():
@@ -224,7 +227,7 @@ class BEiT3(nn.Module):
         return block(x_TD, batch, only_head_rows)
 
     def _finish(self, x_TD: Tensor, batch: PackedBatch, *, has_picked: bool) -> Tensor:
-        """Gathers the rows that the head reads, (M, D), or all rows, (T, D), and applies the final norm to them."""
+        """Gathers the rows that the head reads, (M, D), or all rows, (T, D), and applies the final norm."""
         picked = batch.picked_rows
         rows = batch if picked is None else picked
         x_MD = self.tensor.gather_rows(x_TD, rows.num_rows if has_picked else batch.num_rows)

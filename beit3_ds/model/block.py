@@ -15,18 +15,19 @@ from beit3_ds.model.ffn import MultiwayFFN
 from beit3_ds.parallel import TensorParallel
 
 _LEAST_DROPPED, _LEAST_DROPPED_ON_CPU = 1 / 8, 1 / 32
-"""Smallest share of dropped rows at which a branch skips them, on GPUs and on CPUs. Below this share, copying the kept
-rows costs more than computing all rows.
+"""Smallest fraction of dropped rows at which a branch skips them, on GPUs and on CPUs.
 
-The CPU value was measured, the GPU value was modelled (BENCHMARKS.md)."""
+Below this fraction, copying the kept rows costs more than computing all rows. The CPU value was measured, and the GPU
+value was modelled (BENCHMARKS.md).
+"""
 
 
 class Block(nn.Module):
-    """Computes x += drop_path(attention(x)), then x += drop_path(ffn(x)); both branches normalise their input.
+    """Computes x += drop_path(attention(x)) and then x += drop_path(ffn(x)), each with a pre-norm.
 
-    The batch contains the random draws of stochastic depth (paper section 2.3); the image and caption of a pair share
-    one draw. So the forward pass is deterministic and may be recomputed or reordered. A branch skips dropped sequences
-    if this saves time (`computed_sequences`).
+    The random draws of stochastic depth (paper, section 2.3) are part of the batch, so the forward pass is
+    deterministic and may be recomputed. The image and caption of a pair share one draw. A branch skips dropped
+    sequences if this saves time (`computed_sequences`).
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
@@ -36,14 +37,14 @@ class Block(nn.Module):
         self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool = False) -> Tensor:
-        """Runs the block and returns this rank's rows of the stream, or its share of the rows that the head reads.
+        """Runs the block, and returns this rank's rows of the residual stream, or of the rows that the head reads.
 
         Args:
-            x_TD: this rank's rows of the stream.
-            batch: the packed micro-batch, with row ranges of sequences and experts, and stochastic-depth factors.
-            only_head_rows: whether to return only the rows of `PackedBatch.head_rows`, because only the task's head
-                follows. The FFN then computes only these rows. With sequence parallelism the rows are gathered and
-                split again (`TensorParallel.gather_rows`, `scatter_rows`).
+            x_TD: this rank's rows of the residual stream.
+            batch: the packed micro-batch.
+            only_head_rows: whether to compute and return only the rows in `PackedBatch.head_rows`, for the last block.
+                With sequence parallelism, the rows are gathered and split again (`TensorParallel.gather_rows`,
+                `scatter_rows`).
         """
         x_TD = self._residual_add(0, x_TD, batch)
         if not only_head_rows:
@@ -64,7 +65,14 @@ class Block(nn.Module):
         return put_rows(x_TD, y_KD, rows_K)
 
     def _factors(self, x_TD: Tensor, batch: PackedBatch, branch: int, rows: Tensor | None = None) -> Tensor | None:
-        """Returns the stochastic-depth factor of each row of this rank; `rows` selects rows of the stream before."""
+        """Returns the stochastic-depth factor of each row of this rank; None without stochastic depth.
+
+        Args:
+            x_TD: tensor that gives the dtype.
+            batch: the packed micro-batch.
+            branch: 0 for attention, 1 for the FFN.
+            rows: indices of the rows to select from the packed batch; None selects all rows.
+        """
         factor_T = batch.row_factors(self.layer, branch, x_TD.dtype)
         if factor_T is None:
             return None
@@ -72,7 +80,9 @@ class Block(nn.Module):
 
 
 def computed_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
-    """Returns the sequences that a branch computes; None if it computes all, because skipping some would save no time.
+    """Returns the sequences that a branch computes, or None if it computes all sequences.
+
+    A branch computes all sequences if skipping the dropped ones would not save time.
 
     Args:
         batch: the packed micro-batch.

@@ -1,4 +1,4 @@
-"""Embeds patches, words and positions into the packed stream."""
+"""Embeds image patches and text tokens, with their positions, as rows of the residual stream."""
 
 # T packed rows, D hidden, B images with pixels, N patches per image, P values per patch, S text tokens.
 
@@ -13,15 +13,15 @@ from beit3_ds.pixels import to_floats
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of a float32 residual stream for parameters of `dtype`: float32, or float64 for float64."""
+    """Returns the dtype of a residual stream in full precision: float32, or float64 if `dtype` is float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class PatchProjection(nn.Conv2d):
-    """Projects non-overlapping image patches with a matrix product, which equals a strided convolution."""
+    """Projects non-overlapping image patches by a matrix product that is equivalent to a strided convolution."""
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Returns the embeddings of each image's patches in row order, (images, patches, hidden size)."""
+        """Returns the embeddings of each image's patches in row-major order, (images, patches, hidden size)."""
         size = self.kernel_size[0]
         patches = pixels_BCHW.to(self.weight.dtype).unflatten(3, (-1, size)).unflatten(2, (-1, size))
         rows_BNP = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -29,13 +29,15 @@ class PatchProjection(nn.Conv2d):
 
 
 class Embeddings(nn.Module):
-    """Embeds images (patch convolution, CLS first, mask token for masked patches) and texts (word table).
+    """Embeds images (CLS and projected patches) and texts (word embedding), and adds learned positions.
 
-    Each modality has a table of learned positions; in a pair, the positions of image and caption both start at 0. BOS
-    is the CLS token of a text. There is no token-type embedding, because experts already tell the modalities apart. The
-    word table is split over the tensor-parallel group, and forward all-reduces the embeddings of all text tokens. Each
-    rank embeds all rows and keeps its own rows (`TensorParallel.scatter_rows`). A modality that none of
-    `ModelConfig.inputs` contains gets no parameters.
+    Masked patches are replaced by the mask token. Each modality has its own position table, so the positions of a
+    pair's image and caption each start at 0. BOS serves as a text's CLS token. There is no token-type embedding,
+    because experts already distinguish the modalities.
+
+    The word embedding is split over the tensor-parallel group, and the forward pass all-reduces the embeddings of all
+    text tokens. Each rank embeds all rows and keeps its own (`TensorParallel.scatter_rows`). Parameters are built only
+    for the modalities of `ModelConfig.inputs`.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:
@@ -52,7 +54,7 @@ class Embeddings(nn.Module):
             self.text_position = nn.Parameter(torch.empty(config.max_text_length, hidden))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Embeds a batch and returns this rank's rows of the residual stream: image rows first, then text rows.
+        """Embeds a batch, and returns this rank's rows of the residual stream: image rows, then text rows.
 
         Raises:
             ConfigError: if the batch has a kind of input that the model does not accept.
@@ -74,16 +76,16 @@ class Embeddings(nn.Module):
         return self.embed_tokens(batch.token_ids, batch.text_positions)
 
     def embed_tokens(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
-        """Returns the word embedding plus the position embedding of each token, (tokens, hidden size)."""
+        """Returns the sum of word embedding and position embedding of each token, (tokens, hidden size)."""
         # index_select has a gradient of zeros for zero rows, so the tables take part even without texts.
         return self.word(ids_S) + self.text_position.index_select(0, positions_S)
 
 
 def check_inputs(config: ModelConfig, batch: PackedBatch) -> None:
-    """Checks that a model accepts every kind of input (images, pairs, texts) in a batch.
+    """Checks that a model accepts all kinds of input (images, pairs, texts) in a batch.
 
     Raises:
-        ConfigError: if the model does not accept a kind of input; the message names the kind.
+        ConfigError: if it does not; the message names the kind of input.
     """
     counts = {"images": batch.num_images, "pairs": batch.num_pairs, "texts": batch.num_texts}
     for kind, count in counts.items():

@@ -1,4 +1,4 @@
-"""Packs images, texts and pairs into a batch for a trained model, and unpacks their features from its output."""
+"""Packs images, texts and pairs into a batch for inference, and splits the output into features per input."""
 
 # I images, P pairs, X texts, N patches per image, L tokens of a text, D hidden, S image size.
 
@@ -13,27 +13,27 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig
 
 _LARGEST_PIXEL = 8.0
-"""Largest valid absolute pixel value. It exceeds 1, so that pixels which an optimisation has changed are valid. Larger
-values show that the pixels were not normalised."""
+"""Largest absolute pixel value that is accepted. Larger values mean that the pixels were not normalized. The limit
+exceeds 1, because adversarial or optimized images may leave [-1, 1]."""
 _PIXEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN_LETTERS = 60
 _TOKENISE = "A text becomes [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]."
 
 TokenIds = Sequence[int] | Tensor
-"""Token ids of one text, BOS and EOS included."""
+"""Token ids of one text, including BOS and EOS."""
 
 
 class Features(NamedTuple):
-    """Holds the output of the last layer after the final norm."""
+    """Holds the features of images, texts and pairs after the final norm."""
 
     images: Tensor
-    """Features of each image, (images, 1 + patches, hidden size): CLS, then the patches in row order."""
+    """Features of each image, (images, 1 + patches, hidden size): CLS, then the patches in row-major order."""
     texts: tuple[Tensor, ...]
-    """Features of each text, (tokens, hidden size); the first row is BOS, the CLS token of a text."""
+    """Features of each text, (tokens, hidden size). The first row, BOS, serves as CLS."""
     pair_images: Tensor
-    """Features of each pair's image, (pairs, 1 + patches, hidden size); the image attended to its caption."""
+    """Features of each pair's image, (pairs, 1 + patches, hidden size). The image attends to its caption."""
     pair_texts: tuple[Tensor, ...]
-    """Features of each pair's caption, (tokens, hidden size); the caption attended to its image."""
+    """Features of each pair's caption, (tokens, hidden size). The caption attends to its image."""
 
 
 def pack_inputs(
@@ -43,11 +43,10 @@ def pack_inputs(
     pairs: tuple[Tensor, Sequence[TokenIds]] | None,
     device: torch.device,
 ) -> PackedBatch:
-    """Checks the inputs of `BEiT3.encode` and packs them into one batch on `device`, without masked patches.
+    """Checks the inputs of `BEiT3.encode`, and packs them into one batch on `device`, without masked patches.
 
     Raises:
-        ConfigError: if there are no inputs, or if the model does not accept the image size, the text length or the
-            token ids of an input.
+        ConfigError: if no input is given, or an input's image size, text length or token ids are invalid.
     """
     pair_images, captions = _check_pairs(pairs)
     pixels = [_check_pixels(config, name, x) for name, x in (("images", images), ("pairs", pair_images))]
@@ -165,6 +164,6 @@ def _check_text(config: ModelConfig, name: str, ids: Any) -> Tensor:
 
 
 def _describe(value: Any) -> str:
-    """Returns the type and the shortened repr of a value, for error messages."""
+    """Returns the type and the abbreviated repr of a value, for error messages."""
     text = " ".join(repr(value).split())  # a tensor has many lines
     return f"{type(value).__name__} {text if len(text) <= _SHOWN_LETTERS else f'{text[:_SHOWN_LETTERS]}...'}"

@@ -1,4 +1,4 @@
-"""Implements the pool of modality experts (paper section 2.1)."""
+"""Implements the feed-forward experts of a block (paper, section 2.1)."""
 
 # T packed rows, D hidden.
 
@@ -16,13 +16,15 @@ from beit3_ds.parallel import TensorParallel
 
 
 class MultiwayFFN(nn.Module):
-    """Applies one pre-norm feed-forward network per expert; the position of a row selects its expert.
+    """Applies a pre-norm feed-forward network per expert, and adds the result to the residual stream.
 
-    With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). Forward
-    saves only one tensor as wide as the FFN, the input of GELU; backward recomputes the others.
+    A row's position in the packed batch selects its expert. With `sub_layernorm`, a LayerNorm precedes the second
+    linear layer (Magneto, arXiv:2210.06423). The forward pass saves only one tensor of width F, the input of GELU. The
+    backward pass recomputes the others.
 
-    The width of every expert is split over the tensor-parallel group. Forward and backward each exchange the T rows of
-    hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
+    The hidden size F of every expert is split over the tensor-parallel group. The forward pass and the backward pass
+    each exchange T rows of hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`). A sub-LayerNorm adds two
+    floats per row.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
@@ -39,9 +41,9 @@ class MultiwayFFN(nn.Module):
         """Computes the FFN, adds it to the residual stream, and returns this rank's rows of the stream, (T, D).
 
         Args:
-            x_TD: this rank's rows of the stream, or this rank's share of rows picked for the head.
-            factor_T: stochastic-depth factor of each of these rows; None without stochastic depth.
-            layout: row range of each expert.
+            x_TD: this rank's rows of the residual stream, or of the rows that the head reads.
+            factor_T: stochastic-depth factor of each row of `x_TD`; None without stochastic depth.
+            layout: row ranges of the experts.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)

@@ -1,4 +1,4 @@
-"""Counts floating-point operations per layer, to compute MFU and to cut the model into pipeline stages."""
+"""Counts floating-point operations per layer, for MFU and for balancing pipeline stages."""
 
 from typing import NamedTuple
 
@@ -7,27 +7,27 @@ from beit3_ds.config import ModelConfig
 
 
 class Work(NamedTuple):
-    """Holds the sizes that determine the number of operations of a forward pass."""
+    """Holds the quantities that determine the floating-point operations of a forward pass."""
 
     rows: float
-    """Number of packed rows, T."""
+    """Number of packed rows (T)."""
     attended: float
-    """Number of (query, key) pairs: the sum of the squared lengths of all sequences, minus masked pairs."""
+    """Number of (query, key) pairs in global attention: the squared lengths of all sequences, minus masked pairs."""
     windowed: float
     """Number of (query, key) pairs in blocks with windows (`model.dense`); equal to `attended` without windows."""
     patches: float
-    """Number of patches, masked ones included."""
+    """Number of patches, including masked ones."""
     head: float
-    """Number of operations of the task's head (`Task.head_flops`)."""
+    """Floating-point operations of the task's head (`Task.head_flops`)."""
 
 
 def work_of(batch: PackedBatch, head: float, window_size: int = 0) -> Work:
     """Returns the `Work` of one micro-batch.
 
     Args:
-        batch: the micro-batch.
-        head: number of operations of the task's head.
-        window_size: `ModelConfig.window_size`.
+        batch: the packed micro-batch.
+        head: floating-point operations of the task's head.
+        window_size: side of an attention window in patches (`ModelConfig.window_size`); 0 without windows.
     """
     attended, windowed = (
         sum(sum(stop - start for start, stop in sequence) ** 2 for sequence in batch.layout.attention_ranges(size))
@@ -41,11 +41,11 @@ def work_of(batch: PackedBatch, head: float, window_size: int = 0) -> Work:
 
 
 def layer_flops(config: ModelConfig, work: Work) -> list[float]:
-    """Returns the forward operations of each layer: embeddings, blocks, head; a multiply-add counts as 2.
+    """Returns the forward floating-point operations of each layer: embeddings, blocks, head.
 
-    Counts only matrix products, as usual for model FLOPs utilisation. Dropped sequences count too, although `Block` may
-    skip them. Every row passes through one expert per block, so all blocks with equal windows cost the same. Products
-    of relative positions do not count.
+    Counts only matrix products, as is usual for model FLOPs utilization (MFU). A multiply-add counts as two operations.
+    Sequences dropped by stochastic depth are counted although `Block` may skip them, and products with relative
+    positions are not counted. All blocks with equal windows cost the same, because every row uses one expert per block.
     """
     hidden = config.hidden_size
     embeddings = 2 * work.patches * 3 * config.patch_size**2 * hidden
@@ -55,10 +55,10 @@ def layer_flops(config: ModelConfig, work: Work) -> list[float]:
 
 
 def attention_flops(config: ModelConfig, rows: float, attended: float) -> float:
-    """Returns the forward operations of one attention layer; `rows` and `attended` are fields of `Work`."""
+    """Returns the forward floating-point operations of one attention layer; for the arguments see `Work`."""
     return 2 * rows * 4 * config.hidden_size**2 + 4 * attended * config.hidden_size
 
 
 def ffn_flops(config: ModelConfig, rows: float) -> float:
-    """Returns the forward operations of one FFN over `rows` rows."""
+    """Returns the forward floating-point operations of one FFN on `rows` rows."""
     return 2 * rows * 2 * config.hidden_size * config.ffn_hidden_size

@@ -1,4 +1,4 @@
-"""Computes initial values from the seed and the parameter's name only, so every layout gets the same values."""
+"""Computes initial values from the seed and the parameter's name, so that they do not depend on the layout."""
 
 import hashlib
 import math
@@ -11,7 +11,8 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import logical_part, logical_shape, own_part
 
 STANDARD_DEVIATION = 0.02
-"""Standard deviation of BEiT's initial values outside the embeddings, drawn from a normal truncated at +-0.02."""
+"""Standard deviation of BEiT's initial values outside the embeddings; the normal distribution is truncated at +-0.02.
+"""
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _OUTPUT_MATRIX = re.compile(r"\.(out_proj|fc2)\.weight")
@@ -19,7 +20,7 @@ _MAGNETO_GAINED = re.compile(r"\.(v_proj|out_proj|fc1|fc2)\.weight")
 
 
 def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fills every parameter of `model` with this rank's part of its initial value; leaves padding unchanged."""
+    """Fills each parameter of `model` with this rank's part of its initial value. Padding rows are left unchanged."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = initial_value(name, logical_shape(parameter), config, seed)
@@ -27,19 +28,22 @@ def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> N
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """Returns the initial value of one parameter, float32 on the CPU.
+    """Returns the whole initial value of one parameter, float32 on the CPU.
 
-    BEiT initialisation (paper section 2.3) draws matrices, convolution, tables and tokens from a truncated normal. Its
-    standard deviation is 0.02, or `config.initial_embedding_std` for embeddings. In the l-th block, from 1, the
-    attention output matrix and the second FFN matrix are divided by sqrt(2 l). With `sub_layernorm` the matrices of
-    blocks follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with gain sqrt(log(2 L)) for the value
-    projection, the attention output and the FFN, where L is the number of blocks. Biases and relative positions are 0,
-    and norm weights are 1.
+    BEiT's initialization (paper, section 2.3) draws weights from a truncated normal distribution. The standard
+    deviation is 0.02, or `config.initial_embedding_std` for embeddings. In block l (from 1), the attention output
+    projection and the second FFN layer are divided by sqrt(2 l).
+
+    With `sub_layernorm`, the weight matrices of blocks follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with
+    gain sqrt(log(2 L)) for the value projection, the attention output projection and the FFN. L is the number of
+    blocks.
+
+    Biases and relative positions are 0, and norm weights are 1.
 
     Args:
-        name: logical name, e.g. `blocks.3.ffn.fc2.weight_vision`.
+        name: logical name, such as `blocks.3.ffn.fc2.weight_vision`.
         shape: logical shape.
-        config: sizes, and the choice between the two schemes.
+        config: architecture of the model.
         seed: seed of the run.
     """
     leaf = name.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""Implements linear layers and norms per expert, applied to the expert's slice of the packed stream."""
+"""Implements linear layers and norms with one set of parameters per expert, each applied to the expert's rows."""
 
 # T packed rows, D input width, F output width.
 
@@ -20,13 +20,13 @@ from beit3_ds.parallel import TensorParallel, split_parameter
 
 
 class ColumnParallelMultiwayLinear(nn.Module):
-    """Holds one linear layer per expert (paper section 2.1); output features are split over tensor-parallel ranks.
+    """Holds one linear layer per expert, with output features split over tensor-parallel ranks (paper, section 2.1).
 
-    A subclass or the parent module applies it, and a RowParallelMultiwayLinear follows. Pass the input through
-    `TensorParallel.gather_from` once for all layers that share this input. The layer itself sends nothing. Its
-    parameters are `weight_EXPERT` and `bias_EXPERT`. The module registers them itself, without child modules, so that
-    one ZeRO-3 hook gathers all of them. `initialization.initialize_parameters` sets them; before, they are
-    uninitialised.
+    A subclass or the parent module applies the layer, and a RowParallelMultiwayLinear follows. Pass the input through
+    `TensorParallel.gather_from` first, once for all layers that share it; the layer itself does not communicate.
+
+    The parameters are `weight_EXPERT` and `bias_EXPERT`. They belong to this module instead of child modules, so that
+    ZeRO-3 gathers all of them in one hook. They are uninitialized until `initialize_parameters` is called.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:
@@ -38,27 +38,27 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
     def weights(self) -> tuple[Tensor, ...]:
-        """Returns the matrices (F, D) of all experts."""
+        """Returns the weight matrix (F, D) of each expert."""
         return _weights(self)
 
     def biases(self) -> tuple[Tensor, ...]:
-        """Returns the vectors (F,) of all experts."""
+        """Returns the bias (F,) of each expert."""
         return _biases(self)
 
 
 class UpProjection(ColumnParallelMultiwayLinear):
-    """Implements the first linear layer of the FFN; its GPU kernel also applies GELU."""
+    """Implements the first linear layer of the FFN. A GPU kernel may fuse GELU into it."""
 
     def forward(
         self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None, *, has_norm: bool
     ) -> Activation:
-        """Returns this rank's output features of all rows, as the input of a RowParallelMultiwayLinear with `gelu`.
+        """Returns this rank's output features of all rows, as input for RowParallelMultiwayLinear with `gelu=True`.
 
         Args:
             x_TD: all rows.
-            layout: row range of each expert.
+            layout: row ranges of the experts.
             recompute: recomputes x in the backward pass; None saves x instead.
-            has_norm: whether a sub-LN follows.
+            has_norm: whether a sub-LayerNorm follows.
         """
         return up_projection(
             x_TD,
@@ -71,12 +71,11 @@ class UpProjection(ColumnParallelMultiwayLinear):
 
 
 class RowParallelMultiwayLinear(nn.Module):
-    """Ends a branch with one linear layer per expert, with input features split over the tensor-parallel group.
+    """Applies one linear layer per expert, with input features split over tensor-parallel ranks, and adds the residual.
 
-    Applies GELU and sub-LN to its input, if requested, and adds the output to the residual stream. Communicates like
-    `TensorParallel.reduce_scatter_to`; with a sub-LN, forward and backward also send two floats per row. Every rank
-    holds the whole bias, which is added once, after the reduction. Parameters have the same names as in
-    ColumnParallelMultiwayLinear.
+    Can apply GELU and a sub-LayerNorm to its input. Communicates like `TensorParallel.reduce_scatter_to`; a
+    sub-LayerNorm adds two floats per row in the forward pass and in the backward pass. Each rank holds the whole bias,
+    which is added once, after the reduction. Parameters are named as in ColumnParallelMultiwayLinear.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:
@@ -97,15 +96,15 @@ class RowParallelMultiwayLinear(nn.Module):
         gelu: bool = False,
         norm: SubNorm | None = None,
     ) -> Tensor:
-        """Returns this rank's rows of the stream after the branch, (T, D).
+        """Returns this rank's rows of the residual stream after the branch, (T, D).
 
         Args:
             activation: this rank's input features of all rows.
-            residual_TD: this rank's rows of the stream.
-            factor_T: stochastic-depth factor of each row of this rank; None without stochastic depth.
-            layout: row range of each expert.
+            residual_TD: this rank's rows of the residual stream before the branch.
+            factor_T: stochastic-depth factor of each of these rows; None without stochastic depth.
+            layout: row ranges of the experts.
             gelu: whether to apply GELU to the input.
-            norm: sub-LN to apply to the input; None applies no norm.
+            norm: sub-LayerNorm to apply to the input; None applies no norm.
         """
         slices = layout.expert_slices(self.experts)
         if self.tensor.size == 1:
@@ -119,15 +118,12 @@ class RowParallelMultiwayLinear(nn.Module):
 
 
 class NormOutput(NamedTuple):
-    """Holds the stream, its normalised rows, and the parameters from which these rows can be recomputed.
-
-    Another module of the same block saves the parameters for backward.
-    """
+    """Holds the output of a MultiwayLayerNorm, and what is needed to recompute it in the backward pass."""
 
     stream_TD: Tensor
-    """Input of the norm, for the residual connection; the norm's backward pass adds the gradient of this tensor."""
+    """Input of the norm, for the residual connection. The norm's backward pass adds the gradient of this tensor."""
     h_TD: Tensor
-    """Normalised rows."""
+    """Normalized rows."""
     scales: tuple[Tensor, ...]
     """Weight of each expert."""
     shifts: tuple[Tensor, ...]
@@ -135,16 +131,16 @@ class NormOutput(NamedTuple):
 
 
 class MultiwayLayerNorm(nn.Module):
-    """Applies one LayerNorm per expert; its parameters `weight_EXPERT` and `bias_EXPERT` are uninitialised."""
+    """Applies one LayerNorm per expert, with parameters `weight_EXPERT` and `bias_EXPERT`."""
 
     def __init__(self, hidden_size: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel) -> None:
-        """Builds the norms.
+        """Builds the norms with uninitialized parameters.
 
         Args:
-            hidden_size: width of a row.
-            epsilon: added to the variance.
+            hidden_size: number of features per row.
+            epsilon: epsilon added to the variance.
             experts: names of the experts.
-            tensor: the tensor-parallel group, which may split the rows.
+            tensor: the tensor-parallel group, which splits the rows under sequence parallelism.
         """
         super().__init__()
         self.epsilon, self.experts, self.tensor = epsilon, experts, tensor
@@ -153,26 +149,27 @@ class MultiwayLayerNorm(nn.Module):
             self.register_parameter(f"bias_{expert}", nn.Parameter(torch.empty(hidden_size)))
 
     def forward(self, x_TD: Tensor, slices: Sequence[tuple[int, int]]) -> NormOutput:
-        """Normalises every row and scales it with the parameters of its expert.
+        """Normalizes each row with the parameters of the row's expert.
 
-        With sequence parallelism backward all-reduces the gradients of the parameters (`TensorParallel.share`).
+        With sequence parallelism, the backward pass all-reduces the gradients of the parameters
+        (`TensorParallel.share`).
 
         Args:
-            x_TD: this rank's rows of the stream, or gathered rows.
-            slices: the experts' row ranges in x, in the order of `experts`.
+            x_TD: this rank's rows of the residual stream, or all rows.
+            slices: row range in `x_TD` of each expert, in the order of `experts`.
         """
         parameters = self.tensor.share(*_weights(self), *_biases(self))
         weights, biases = parameters[: len(slices)], parameters[len(slices) :]
         return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), weights, biases)
 
     def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
-        """Returns an object that recomputes the normalised rows for later layers; None with sequence parallelism.
+        """Returns an object with which later layers recompute the normalized rows, or None with sequence parallelism.
 
-        With sequence parallelism, recomputed rows would have to be gathered a second time.
+        With sequence parallelism, the recomputed rows would have to be gathered again.
 
         Args:
-            output: result of `forward`.
-            slices: the experts' row ranges, as in `forward`.
+            output: output of `forward`.
+            slices: row ranges of the experts, as in `forward`.
         """
         if self.tensor.divides_rows:
             return None
@@ -180,17 +177,17 @@ class MultiwayLayerNorm(nn.Module):
 
 
 class MultiwaySubLayerNorm(nn.Module):
-    """Holds the parameters of a sub-LN, whose width is split over the tensor-parallel group.
+    """Holds the parameters of a sub-LayerNorm, split over tensor-parallel ranks; RowParallelMultiwayLinear applies it.
 
-    RowParallelMultiwayLinear applies the norm. The parameters `weight_EXPERT` and `bias_EXPERT` are uninitialised.
+    The parameters are `weight_EXPERT` and `bias_EXPERT`.
     """
 
     def __init__(self, width: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel) -> None:
-        """Builds the parameters.
+        """Creates the parameters, uninitialized.
 
         Args:
-            width: width of a row over all ranks.
-            epsilon: added to the variance.
+            width: number of features per row, over all ranks.
+            epsilon: epsilon added to the variance.
             experts: names of the experts.
             tensor: the tensor-parallel group.
         """
@@ -202,7 +199,7 @@ class MultiwaySubLayerNorm(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, width))
 
     def forward(self) -> SubNorm:
-        """Returns the norm, which RowParallelMultiwayLinear applies."""
+        """Returns the norm in the form that RowParallelMultiwayLinear applies."""
         is_divided = self.tensor.size > 1
         return SubNorm(
             _weights(self),

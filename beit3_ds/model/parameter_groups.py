@@ -1,4 +1,4 @@
-"""Chooses weight decay, learning rate and freezing of each parameter by its logical name."""
+"""Determines weight decay, learning-rate factor and freezing of each parameter from its logical name."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,23 +18,24 @@ _HEAD = "heads."
 
 
 class ParameterGroup(NamedTuple):
-    """Holds the settings of an optimizer group; parameters with equal settings form one group."""
+    """Holds the settings of an optimizer group. Parameters with equal settings form one group."""
 
     weight_decay: float
     """Decoupled weight decay."""
     lr_scale: float
-    """Factor of the schedule's learning rate; 0 for frozen parameters."""
+    """Factor on the learning rate of the schedule; 0 for frozen parameters."""
 
     @property
     def is_frozen(self) -> bool:
-        """Returns whether the parameters of the group are frozen."""
+        """Returns whether the group's parameters are frozen."""
         return self.lr_scale == 0
 
 
 def decays(name: str) -> bool:
-    """Returns whether weight decay applies to a parameter: all except biases, norms, positions, tokens and queries.
+    """Returns whether weight decay applies to a parameter, given its logical name.
 
-    The rule uses names instead of shapes, because ZeRO-3 changes the shapes of the parameters that it partitions.
+    It applies to all parameters except biases, norms, positions, CLS and mask tokens, and queries. The rule uses names
+    instead of shapes, because ZeRO-3 changes the shapes of partitioned parameters.
     """
     return not _NO_DECAY.search(name)
 
@@ -42,12 +43,12 @@ def decays(name: str) -> bool:
 def layer_number(name: str, num_layers: int) -> int:
     """Returns the layer number of a parameter for layer-wise learning-rate decay.
 
-    As in the reference, embeddings are layer 0 and block i is layer i + 1. The final norm and the head are layer
+    As in the reference, the embeddings are layer 0, and block i is layer i + 1. The final norm and the head are layer
     `num_layers` + 1.
 
     Args:
-        name: logical name, e.g. `blocks.3.ffn.fc2.weight_vision`.
-        num_layers: blocks of the model.
+        name: logical name, such as `blocks.3.ffn.fc2.weight_vision`.
+        num_layers: number of blocks of the model.
     """
     if block := _BLOCK.match(name):
         return int(block[1]) + 1
@@ -57,9 +58,9 @@ def layer_number(name: str, num_layers: int) -> int:
 def parameter_group(name: str, config: RunConfig) -> ParameterGroup:
     """Returns the optimizer settings of a parameter, given its logical name.
 
-    The learning rate of layer l is multiplied by `layer_decay` to the power of (`num_layers` + 1 - l). The learning
-    rate of the head is also multiplied by `head_learning_rate_scale` (ELECTRA, Clark et al., 2020, arXiv:2003.10555;
-    BEiT, arXiv:2106.08254).
+    The learning rate of layer l is multiplied by `layer_decay` ** (`num_layers` + 1 - l), as in ELECTRA (Clark et al.,
+    2020, arXiv:2003.10555) and BEiT (arXiv:2106.08254). `head_learning_rate_scale` also multiplies the learning rate of
+    the head.
     """
     training, num_layers = config.training, 0 if config.backbone is None else config.backbone.num_layers
     if is_frozen(name, training.frozen):
@@ -71,20 +72,20 @@ def parameter_group(name: str, config: RunConfig) -> ParameterGroup:
 
 
 def is_frozen(name: str, patterns: Iterable[str]) -> bool:
-    """Returns whether a parameter's logical name matches any of the patterns from `training.frozen`."""
+    """Returns whether a parameter's logical name matches a pattern of `training.frozen`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[ParameterGroup, list[T]]:
-    """Divides parameters into optimizer groups with equal settings; no group is empty.
+    """Divides parameters into optimizer groups with equal settings. No group is empty.
 
     Args:
-        parameters: the parameters, or other values to group, by logical name.
+        parameters: parameters, or other values to group, by the parameters' logical names.
         config: the run's configuration.
 
     Returns:
-        The values of each group, in the order of `parameters`. Groups are sorted by weight decay, then by
-        learning-rate factor, both descending.
+        Values of each group, in the order of `parameters`. Groups are sorted by weight decay and then by learning-rate
+        factor, in descending order.
     """
     groups: dict[ParameterGroup, list[T]] = {}
     for name, value in parameters.items():
@@ -93,7 +94,7 @@ def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[Par
 
 
 def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> list[tuple[ParameterGroup, list[T]]]:
-    """Splits the largest groups in half until there are `number` groups; all parameters keep their settings.
+    """Splits the largest groups in half until there are `number` groups. All parameters keep their settings.
 
     Raises:
         ConfigError: if there are fewer than `number` parameters.
@@ -114,15 +115,15 @@ def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> l
 
 
 def check_frozen(patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Checks that every pattern of `training.frozen` matches a parameter, and that some parameter is still trained.
+    """Checks that each pattern of `training.frozen` matches a parameter, and that not all parameters are frozen.
 
     Args:
-        patterns: the patterns.
+        patterns: patterns of `training.frozen`.
         names: logical names of all parameters.
 
     Raises:
-        ConfigError: if a pattern matches no parameter (the message names the pattern and the model's modules), or if
-            the patterns freeze every parameter.
+        ConfigError: if a pattern matches no parameter (the message lists the model's modules), or if all parameters are
+            frozen.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -1,6 +1,6 @@
-"""Reads a model's weights from a safetensors file, or from a folder of such files with a Hugging Face index.
+"""Reads model weights from a safetensors file, or from a folder of them with a Hugging Face index.
 
-Tensors are stored under their logical names. The header of every file holds the configuration of the model.
+Tensors are stored under their logical names. The header of each file contains the model's configuration.
 """
 
 import dataclasses
@@ -22,28 +22,28 @@ from beit3_ds.safetensors_header import check_safetensors
 from beit3_ds.untrusted_json import MAX_JSON_BYTES, check_count, check_object, check_text, parse_untrusted_json
 
 INDEX_NAME = "model.safetensors.index.json"
-"""File name of the index in a folder of weights; the index maps each tensor to its file."""
+"""Name of the index in a folder of weights. The index maps each tensor to its file."""
 EXTRA_PREFIX = "released."
-"""Name prefix of imported tensors that only the released code uses; the model does not contain them."""
+"""Name prefix of imported tensors that only the released code uses. The model has no such parameters."""
 
 IMAGE_POSITION = "embeddings.image_position"
-"""Name of the table of patch positions, the only tensor whose shape depends on `image_size`."""
+"""Name of the image position table. Only this tensor's shape depends on `image_size`."""
 
 REPLACEABLE = ("heads.", "norm.")
-"""Name prefixes of tensors that fine-tuned weights may lack or replace: heads and final norm."""
+"""Name prefixes of tensors that a weights file may lack: heads and the final norm."""
 _METADATA_KEY = "beit3_ds"
 _FORMAT_VERSION = 1
 
 
 class PretrainedWeights:
-    """Reads exported or imported weights from disk, tensor by tensor on demand.
+    """Reads exported or imported weights from disk, one tensor at a time.
 
     Attributes:
-        path: file or folder.
+        path: path of the weights, a file or a folder.
         model: configuration of the model, with the requested image size.
-        step: number of optimizer updates that produced the weights; 0 if unknown.
-        task: name and settings of the head's task, in the form of `Task.describe`. None in files of older versions,
-            which hold pretraining weights.
+        step: number of optimizer steps that produced the weights; 0 if unknown.
+        task: name and settings of the head's task, as from `Task.describe`. None in files of older versions, which
+            contain pretraining weights.
     """
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
@@ -51,10 +51,11 @@ class PretrainedWeights:
 
         Args:
             path: a .safetensors file, or a folder with an index.
-            image_size: image side in pixels to which positions are interpolated; None keeps the stored size.
+            image_size: side of an image in pixels to which image positions are interpolated; None keeps the stored
+                size.
 
         Raises:
-            ConfigError: if the weights cannot be read, or another program wrote them.
+            ConfigError: if the weights cannot be read, or were written by another program.
         """
         self.path = Path(path)
         self._files = _weight_files(self.path)
@@ -68,37 +69,37 @@ class PretrainedWeights:
             self.model = dataclasses.replace(self.model, image_size=image_size)
 
     def _open_files(self) -> dict[str, tuple[Any, str]]:
-        """Opens the files, and maps the current name of every tensor to its file reader and stored name."""
+        """Opens the files, and maps each tensor's current name to its file reader and its stored name."""
         readers = [_open(file) for file in self._files]
         return {name: (reader, stored) for reader in readers for name, stored in stored_names(reader.keys()).items()}
 
     def release_pages(self) -> None:
-        """Maps the files again, so that pages read so far no longer count as memory of this process.
+        """Remaps the files, so that pages read so far no longer count as memory of this process.
 
-        Pages stay in memory while a tensor that uses them exists.
+        Pages that an existing tensor uses stay in memory.
         """
         self._places.clear()
         self._places = self._open_files()
 
     def names(self) -> list[str]:
-        """Returns the names of all tensors, including names that begin with `EXTRA_PREFIX`."""
+        """Returns the names of all tensors, including those with the prefix `EXTRA_PREFIX`."""
         return list(self._places)
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the logical shape of a tensor: its shape without any parallelism."""
+        """Returns the logical shape of a tensor, which is its shape without tensor parallelism."""
         return self.read(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the dtype of a tensor on disk."""
+        """Returns the stored dtype of a tensor."""
         return self.read(name).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a memory-mapped tensor, or a part of it; the values are read from disk when they are used.
+        """Returns a memory-mapped tensor, or a part of it. Values are read from disk when they are used.
 
         Args:
-            name: one of `names()`.
-            part: rows [top, bottom) and columns [left, right) of the tensor viewed as a matrix (`matrix_part`); None
-                returns the whole tensor in its logical shape.
+            name: name of the tensor.
+            part: (top, bottom, left, right), which selects rows [top, bottom) and columns [left, right) of the tensor
+                as a matrix (`matrix_part`). None returns the whole tensor in its logical shape.
 
         Raises:
             ConfigError: if the tensor does not exist.
@@ -113,18 +114,17 @@ class PretrainedWeights:
 
 
 def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs_head: bool = False) -> None:
-    """Checks that a run may use stored weights: their head, if any, must belong to the run's task.
-
-    A run of any task may start from weights of pretraining, and from weights without a head.
+    """Checks that the task of stored weights is the run's task, or pretraining.
 
     Args:
-        stored: name and settings of the task of the weights; None for weights without a head or of older versions.
+        stored: name and settings of the task that the weights belong to; None counts as pretraining.
         task: name of the run's task.
-        where: name of the weights, for the message.
-        needs_head: whether the weights must contain the task's head, as an evaluation requires.
+        where: name of the weights, for messages.
+        needs_head: whether the weights must contain the task's head, as for an evaluation. Pretraining weights are then
+            invalid for other tasks.
 
     Raises:
-        ConfigError: if the head belongs to another task; the message names both tasks.
+        ConfigError: if the weights belong to another task; the message names the two tasks.
     """
     theirs = "pretraining" if stored is None else stored["name"]
     if theirs == task or (theirs == "pretraining" and not needs_head):
@@ -141,11 +141,11 @@ def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs
 
 
 def weights_metadata(model: ModelConfig, step: int, task: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Returns the header of every file of exported weights.
+    """Returns the safetensors metadata for each file of exported weights.
 
     Args:
         model: configuration of the model.
-        step: number of optimizer updates that produced the weights.
+        step: number of optimizer steps that produced the weights.
         task: name and settings of the head's task; None if unknown.
     """
     header: dict[str, Any] = {"format_version": _FORMAT_VERSION, "model": dataclasses.asdict(model), "step": step}
@@ -155,7 +155,7 @@ def weights_metadata(model: ModelConfig, step: int, task: Mapping[str, Any] | No
 
 
 def parse_task(value: Any) -> dict[str, Any] | None:
-    """Checks the task in a file header and returns its name and settings; None if the header names no task.
+    """Checks and returns the task in a file header, a JSON object with a name, or None if the header has no task.
 
     Raises:
         TypeError: if the task is not a JSON object with a name.
@@ -174,9 +174,9 @@ def is_pretrained_file(file: Path) -> bool:
 
 
 def matrix_part(tensor: Tensor, part: tuple[int, int, int, int]) -> Tensor:
-    """Reshapes a tensor to a matrix and returns rows [top, bottom) and columns [left, right) without a copy.
+    """Views a tensor as a matrix, and returns rows [top, bottom) and columns [left, right) without copying.
 
-    The first dimension becomes the rows, all other dimensions together become the columns. A vector has one column.
+    The first dimension becomes the rows, and all other dimensions together become the columns. A vector has one column.
 
     Args:
         tensor: a contiguous tensor.
@@ -187,20 +187,18 @@ def matrix_part(tensor: Tensor, part: tuple[int, int, int, int]) -> Tensor:
 
 
 def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> list[str]:
-    """Checks the tensors in a file of weights against the parameters of a model.
-
-    Ignores heads in the file that the model does not have.
+    """Checks the tensors of a weights file against the parameters of a model. Ignores heads that the model lacks.
 
     Args:
-        where: name of the file, for the message.
-        found: shape of every tensor in the file, by name.
-        wanted: shape of every parameter of the model, by name.
+        where: name of the file, for messages.
+        found: shape of each tensor in the file, by name.
+        wanted: shape of each parameter of the model, by name.
 
     Returns:
-        Names of the final-norm and head parameters that the file lacks, as some fine-tuned releases do.
+        Names of the head and final-norm parameters that the file lacks, as some fine-tuned releases do.
 
     Raises:
-        ConfigError: if a parameter outside heads and final norm is missing, a tensor is unknown, or a shape differs.
+        ConfigError: if another parameter is missing, a tensor is unknown, or a shape differs.
     """
     missing = [name for name in wanted if name not in found]
     absent = [name for name in missing if name.startswith(REPLACEABLE)]

@@ -1,4 +1,4 @@
-"""Defines the model interface that the pipeline schedule and the engine use for every task."""
+"""Defines the model interface of the pipeline schedule and the engine, common to all tasks."""
 
 # T packed rows, D hidden.
 
@@ -13,16 +13,16 @@ from beit3_ds.parallel import VocabParallelHead
 
 
 class LossOutput(NamedTuple):
-    """Holds the loss of one micro-batch and the sums of its terms."""
+    """Holds the loss of one micro-batch and the sum of each loss term."""
 
     total: Tensor
-    """Loss to differentiate: the sum of all terms times their loss factors, float32 scalar."""
+    """Loss to differentiate: the sum of all terms, each multiplied by its loss factor; float32 scalar."""
     sums: Tensor
-    """Sum of each of the task's terms, one float32 per term, detached."""
+    """Sum of each loss term, one float32 per term, detached."""
 
 
 class StageModel(nn.Module, ABC):
-    """Holds the layers of one pipeline stage; a model without a pipeline is one stage."""
+    """Holds the layers of one pipeline stage. Without a pipeline, the whole model is one stage."""
 
     @abstractmethod
     def forward(
@@ -32,22 +32,23 @@ class StageModel(nn.Module, ABC):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Runs one micro-batch through all layers, or through the consecutive layers `layers`.
+        """Runs one micro-batch through all layers, or through the consecutive layers in `layers`.
 
         Args:
-            batch: the packed micro-batch, with targets if `loss_factors` is given.
-            loss_factors: factor by which the sum of each loss term is multiplied, float32: the term's weight divided by
-                its count in the whole step (`training.loss.build_loss_factors`). None returns predictions.
-            x_TD: the stream before `layers`; None if `layers` begins with the first layer.
-            layers: the layers to run; None runs all layers.
+            batch: the packed micro-batch, including targets if `loss_factors` is given.
+            loss_factors: factor on the sum of each loss term, float32: the term's weight divided by its count in the
+                whole step (`training.loss.build_loss_factors`). None returns predictions instead of a loss.
+            x_TD: residual stream before `layers`; None if `layers` starts with the first layer.
+            layers: layers to run; None runs all layers.
 
         Returns:
-            The stream after `layers`; after the last layer a `LossOutput`, `StepFeatures` or the task's predictions.
+            The residual stream after `layers`. If the last layer is run, a `LossOutput`, `StepFeatures` or the task's
+            predictions instead.
         """
 
     @abstractmethod
     def initialize(self, seed: int) -> None:
-        """Fills every parameter with its initial value, which depends only on the seed and the parameter's name."""
+        """Fills each parameter with its initial value, which depends only on the seed and the parameter's name."""
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -56,15 +57,15 @@ class StageModel(nn.Module, ABC):
 
     @property
     def stream_size(self) -> int:
-        """Returns the width of the residual stream; 0 for a model that cannot be cut into pipeline stages."""
+        """Returns the width of the residual stream, or 0 for a model that cannot be divided into pipeline stages."""
         return 0
 
     @property
     def owned_table(self) -> nn.Parameter | None:
-        """Returns the tied word table if this stage holds the embeddings; None otherwise."""
+        """Returns the tied word table if this stage holds the embeddings, and None otherwise."""
         return None
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Returns the layer of this stage's head whose weight is tied to the word table; None if there is none."""
+        """Returns the layer of the head whose weight is the tied word table, or None if this stage has none."""
         return None

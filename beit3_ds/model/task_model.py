@@ -1,4 +1,4 @@
-"""Adds a task's head, which computes loss terms or predictions, to BEiT-3."""
+"""Adds a task's head to BEiT-3. The head computes loss terms or predictions."""
 
 # T packed rows, M rows that the head reads, D hidden.
 
@@ -18,34 +18,36 @@ from beit3_ds.parallel import TensorParallel, VocabParallelHead
 
 
 class Head(nn.Module, ABC):
-    """Computes a task's loss terms or predictions at the end of the model's last layer."""
+    """Computes a task's loss terms or predictions after the model's final norm."""
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Returns the layer that predicts words, whose weight may be tied to the word table; None if there is none."""
+        """Returns the layer that predicts words, whose weight may be tied to the word embedding, or None if there is
+        none.
+        """
         return None
 
     @abstractmethod
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Computes the sums of the task's loss terms, or its predictions.
+        """Computes the sum of each loss term, or the task's predictions.
 
         Args:
-            h_MD: the rows that the head reads, after the final norm; the same on all tensor-parallel ranks.
-            batch: the packed micro-batch, with the task's targets if `with_loss` is True.
-            with_loss: True for the loss, False for predictions.
+            h_MD: rows that the head reads, after the final norm; equal on all tensor-parallel ranks.
+            batch: the packed micro-batch, including the task's targets if `with_loss` is True.
+            with_loss: whether to return loss terms instead of predictions.
 
         Returns:
-            Without loss, the task's predictions. With loss, one differentiable float32 sum per loss term. A task whose
-            loss compares samples with each other, such as a contrastive loss, returns `StepFeatures` instead.
+            Without loss, the task's predictions. With loss, one differentiable float32 sum per loss term. If the loss
+            compares samples with each other, such as a contrastive loss, `StepFeatures` instead.
         """
 
 
 class TaskModel(BEiT3, StageModel):
-    """Extends BEiT-3 with the head of a task, at the end of the last layer.
+    """Extends BEiT-3 with a task's head, in the last layer.
 
-    The parameters of the head have the prefix `heads.`. They are split, saved and loaded like all other parameters.
-    With `tie_word_embeddings`, the head uses the word table of the embeddings as its weight. If another pipeline stage
-    holds the embeddings, the weight is a buffer that receives the table from that stage.
+    The names of the head's parameters begin with `heads.`. These parameters are split, saved and loaded like all
+    others. With `tie_word_embeddings`, the head's weight is the word table of the embeddings. If another pipeline stage
+    holds the embeddings, the head's weight is a buffer that receives the table from that stage.
     """
 
     def __init__(
@@ -58,15 +60,15 @@ class TaskModel(BEiT3, StageModel):
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
-        """Builds the layers that this rank holds; adds the head if the last layer is one of them.
+        """Builds the layers of this rank, including the head if the last layer is one of them.
 
         Args:
-            build_head: function that builds the head for a configuration and a tensor-parallel group.
-            config: sizes and layout.
-            tensor: the tensor-parallel group; None for a group of this process alone.
-            layers: range of layers of each model chunk that this pipeline stage holds; None builds all layers.
+            build_head: function that builds the head from a configuration and a tensor-parallel group.
+            config: architecture of the model.
+            tensor: the tensor-parallel group; None without tensor parallelism.
+            layers: layers of this pipeline stage, as one range per model chunk. None builds all layers.
             activation_checkpointing: which activations the backward pass recomputes.
-            fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
+            fp32_residual_connection: whether the residual stream is float32 even if parameters are bf16.
         """
         super().__init__(
             config, tensor, layers, activation_checkpointing, fp32_residual_connection=fp32_residual_connection
@@ -83,9 +85,9 @@ class TaskModel(BEiT3, StageModel):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Runs one micro-batch through all layers and the head, or through the consecutive layers `layers`.
+        """Runs one micro-batch through all layers and the head, or through the consecutive layers in `layers`.
 
-        Arguments and results are described in `StageModel.forward`.
+        For arguments and results see `StageModel.forward`.
         """
         h_MD = self.run_layers(batch, x_TD, layers)
         if layers is not None and self.all_layers[-1] not in layers:
@@ -97,28 +99,28 @@ class TaskModel(BEiT3, StageModel):
         return LossOutput((output * loss_factors).sum(), output.detach())
 
     def initialize(self, seed: int) -> None:
-        """Fills every parameter with its initial value (`initialize_parameters`)."""
+        """Fills each parameter with its initial value (`initialize_parameters`)."""
         initialize_parameters(self, self.config, seed)
 
     @property
     def stream_size(self) -> int:
-        """Returns the width of the residual stream between layers."""
+        """Returns the width of the residual stream, which is the hidden size."""
         return self.config.hidden_size
 
     @property
     def owned_table(self) -> nn.Parameter | None:
-        """Returns the word table if it is tied to the head and this stage holds the embeddings; None otherwise."""
+        """Returns the word table if it is tied to the head and this stage holds the embeddings, and None otherwise."""
         if not self.config.has_tied_table or self.embeddings is None:
             return None
         return self.embeddings.word.weight
 
     def tie_word_embeddings(self) -> None:
-        """Makes the head use the word table of the embeddings as its weight, if `tie_word_embeddings` is set."""
+        """Makes the embeddings' word table the weight of the head's word layer, if `tie_word_embeddings` is set."""
         table = self.tied_table
         if table is not None:
             table.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Returns the layer of this stage's head whose weight is tied to the word table; None if there is none."""
+        """Returns the layer of the head whose weight is the tied word table, or None if this stage has none."""
         return self.heads.word_table if self.config.has_tied_table and self.heads is not None else None

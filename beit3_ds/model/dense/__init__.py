@@ -1,1 +1,1 @@
-"""Implements the parts of a backbone for detection and segmentation that pretraining does not need."""
+"""Implements parts of the backbone that only detection and segmentation use."""

@@ -1,4 +1,4 @@
-"""Turns the rows of a stream of patches into feature maps, and back."""
+"""Converts between rows of patches and two-dimensional feature maps."""
 
 # T patches of all images, B images, D width, H and W rows and columns of the largest grid.
 
@@ -8,11 +8,11 @@ from beit3_ds.patch_grids import Grids, canvas_grid, patch_places
 
 
 def to_canvas(x_TD: Tensor, grids: Grids, window_size: int) -> Tensor:
-    """Returns the feature map of each image, (B, D, H, W), zero outside of its grid.
+    """Returns the feature map of each image, (B, D, H, W); cells outside an image's grid are zero.
 
     Args:
         x_TD: rows of the patches of all images, in window order.
-        grids: grid of each image; H and W are the largest height and width.
+        grids: rows and columns of each image's patch grid. H and W are the largest numbers of rows and columns.
         window_size: `ModelConfig.dense.window_size`, which determines the order of the rows.
     """
     height, width = canvas_grid(grids)
@@ -23,7 +23,7 @@ def to_canvas(x_TD: Tensor, grids: Grids, window_size: int) -> Tensor:
 
 
 def from_canvas(maps_BDHW: Tensor, grids: Grids, window_size: int) -> Tensor:
-    """Returns the rows of the patches of all images, in window order, (T, D); the inverse of `to_canvas`."""
+    """Returns the rows of the patches of all images in window order, (T, D); inverse of `to_canvas`."""
     places = patch_places(grids, window_size, maps_BDHW.device)
     height, width = maps_BDHW.shape[2:]
     index_T = (places.image_T * height + places.row_T) * width + places.column_T

@@ -1,4 +1,4 @@
-"""Embeds the patches of images of any size, window by window."""
+"""Embeds the patches of images of any size, in window order."""
 
 # T patches of all images, B images, H and W pixels of the padded images, P values per patch, D hidden,
 # S patches per side of a grid of positions.
@@ -19,7 +19,7 @@ from beit3_ds.patch_grids import Grids, PatchPlaces, patch_places
 
 
 class PatchRowProjection(nn.Conv2d):
-    """Projects patches that are already cut and ordered; it has the parameters of `PatchProjection`."""
+    """Projects patches that are already cut out and ordered, with the same parameters as `PatchProjection`."""
 
     def forward(self, patches_TP: Tensor) -> Tensor:
         """Returns the embedding of each patch, (T, D)."""
@@ -27,12 +27,13 @@ class PatchRowProjection(nn.Conv2d):
 
 
 class DenseEmbeddings(nn.Module):
-    """Embeds images of any size whose sides the patch size divides, without a CLS row.
+    """Embeds images of any size without a CLS row; the patch size must divide the images' sides.
 
-    The patches follow each other window by window (`patch_grids`), so blocks with windows permute nothing. The table of
-    positions has S x S rows, S = `ModelConfig.grid_size`. An image of at most S patches per side takes the positions in
-    the top left corner of that grid, as if it were padded to the model's image size. For a larger image, the table is
-    resampled bicubically to the image's longer side. Each tensor-parallel rank embeds all rows and keeps its own.
+    Patches are ordered window by window (`patch_grids`), so blocks with windows need no permutation.
+
+    The position table covers S x S patches, where S is `ModelConfig.grid_size`. Smaller images use the table's top left
+    corner, as if they were padded to the model's image size. For larger images, the table is resampled bicubically to
+    the longer side. Each tensor-parallel rank embeds all rows and keeps its own.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:
@@ -44,10 +45,10 @@ class DenseEmbeddings(nn.Module):
         self.image_position = nn.Parameter(torch.empty(config.num_patches, config.hidden_size))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Embeds a batch and returns this rank's rows of the residual stream.
+        """Embeds a batch, and returns this rank's rows of the residual stream.
 
         Raises:
-            ConfigError: if the batch has texts, or images of one size instead of `PackedBatch.image_grids`.
+            ConfigError: if the batch contains texts, or does not set `PackedBatch.image_grids`.
         """
         if batch.num_sequences != len(batch.image_grids):
             raise ConfigError(
@@ -79,9 +80,9 @@ class DenseEmbeddings(nn.Module):
 
 
 def resample_table(table_SD: Tensor, side: int) -> Tensor:
-    """Resamples a square table of positions bicubically, from (S * S, D) to (side * side, D).
+    """Resamples a square position table bicubically, from (S * S, D) to (side * side, D).
 
-    It multiplies by matrices of weights, so its gradient needs no atomic additions.
+    Resampling is a product with weight matrices, so its backward pass needs no atomic additions and is deterministic.
     """
     old = round(len(table_SD) ** 0.5)
     weights = _resampling_weights(old, side).to(table_SD)
@@ -91,7 +92,7 @@ def resample_table(table_SD: Tensor, side: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _resampling_weights(old: int, new: int) -> Tensor:
-    """Returns the matrix (new, old) that resamples one side bicubically, float64."""
+    """Returns the float64 matrix (new, old) that resamples one side bicubically."""
     columns = F.interpolate(
         torch.eye(old, dtype=torch.float64)[None, :, :, None], (new, 1), mode="bicubic", align_corners=False
     )
@@ -99,6 +100,6 @@ def _resampling_weights(old: int, new: int) -> Tensor:
 
 
 def _cut_patches(pixels_BCHW: Tensor, size: int, places: PatchPlaces) -> Tensor:
-    """Returns the values of each patch in the order of the stream, (T, P)."""
+    """Returns the pixels of each patch in the order of the residual stream, (T, P)."""
     patches = pixels_BCHW.unflatten(3, (-1, size)).unflatten(2, (-1, size))
     return patches.permute(0, 2, 4, 1, 3, 5)[tuple(places)].flatten(1)

@@ -1,4 +1,4 @@
-"""Implements ViTDet's simple feature pyramid, which makes maps of several strides from one map."""
+"""Implements ViTDet's simple feature pyramid, which computes maps of several strides from one map."""
 
 # B images, D hidden, C output channels, H and W rows and columns of the grid of patches.
 
@@ -17,32 +17,31 @@ _PATCH = 16  # pixels on a side of the patches for which strides are named
 
 
 class MapLayerNorm(nn.LayerNorm):
-    """Normalises the channels at each place of a feature map, (B, C, H, W)."""
+    """Applies LayerNorm over the channels of each cell of a feature map, (B, C, H, W)."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Returns the normalised map, of the same shape."""
+        """Returns the normalized map, in the shape of the input."""
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Makes maps of strides 4, 8, 16, 32 and 64 from the map of patches of 16 pixels (Li et al., 2022, section 3).
+    """Computes maps of strides 4, 8, 16, 32 and 64 from the backbone's map of stride 16 (ViTDet, section 3).
 
-    Two transposed convolutions, one, none, and a max pooling change the resolution. Then a 1 x 1 and a 3 x 3
-    convolution, each followed by a LayerNorm over the channels, give each map its output channels. The map of stride 64
-    is a max pooling of the map of stride 32. Source: "Exploring Plain Vision Transformer Backbones for Object
-    Detection", arXiv:2203.16527.
+    Two transposed convolutions give stride 4, one gives stride 8, and max pooling gives stride 32. Each map then passes
+    a 1 x 1 and a 3 x 3 convolution to C channels, each followed by a LayerNorm over the channels. Max pooling of the
+    map of stride 32 gives stride 64. Source: Li et al., 2022, arXiv:2203.16527.
     """
 
     strides: ClassVar[Mapping[str, int]] = {"4": 4, "8": 8, "16": 16, "32": 32, "pool": 64}
-    """Pixels per place of each map for patches of 16 pixels, by the map's name."""
+    """Stride of each map in pixels, by the map's name, for patches of 16 pixels."""
 
     def __init__(self, hidden_size: int, out_channels: int = 256, epsilon: float = 1e-6) -> None:
-        """Builds the layers.
+        """Builds the layers of all maps.
 
         Args:
-            hidden_size: width of the backbone, D; 4 must divide it.
-            out_channels: channels of each map, C.
-            epsilon: added to the variance in every LayerNorm.
+            hidden_size: hidden size D of the backbone; must be divisible by 4.
+            out_channels: number of channels C of each map.
+            epsilon: epsilon of every LayerNorm.
         """
         super().__init__()
         self.out_channels = out_channels
@@ -67,12 +66,12 @@ class SimpleFeaturePyramid(nn.Module):
         )
 
     def forward(self, x_BDHW: Tensor, grids: Grids = ()) -> "OrderedDict[str, Tensor]":
-        """Returns the maps by name, from fine to coarse, in the form that torchvision's detection heads take.
+        """Returns the maps by name, finest first, in the form that torchvision's detection heads expect.
 
         Args:
-            x_BDHW: map of the backbone's last layer (`dense.canvas.to_canvas`), or a map without images.
-            grids: grid of each image, if they differ. The maps are then zero outside of their images, and inside they
-                do not depend on the size of the largest grid. Empty if all images fill the map.
+            x_BDHW: map of the backbone's last layer (`dense.canvas.to_canvas`); may contain no images.
+            grids: rows and columns of each image's patch grid, if they differ. Maps are then zero outside each image,
+                and values inside do not depend on the other images. Empty if every image fills the map.
         """
         maps = OrderedDict()
         for name, layers in self.maps.items():
@@ -87,9 +86,9 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 def _inside(grids: Grids, stride: int, x_BDHW: Tensor) -> Tensor | None:
-    """Returns True for the places of a map with a given stride inside each image, (B, 1, h, w).
+    """Returns a mask that is True for the cells inside each image, (B, 1, h, w), for a map of a given stride.
 
-    Returns None if all images fill the map.
+    Returns None if every image fills the map.
     """
     height, width = x_BDHW.shape[2:]
     if all(grid == (height, width) for grid in grids):
@@ -119,5 +118,5 @@ def _output_layers(channels: int, out_channels: int, epsilon: float) -> dict[str
 
 
 def _named(**layers: nn.Module) -> nn.Sequential:
-    """Returns layers in sequence; initial values and weight decay recognise norms by these names."""
+    """Returns layers in sequence, under names by which weight decay and initialization recognize norms."""
     return nn.Sequential(OrderedDict(layers))

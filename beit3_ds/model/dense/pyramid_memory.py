@@ -1,17 +1,17 @@
-"""Estimates the memory that autograd keeps of a simple feature pyramid, for `beit3 check`."""
+"""Estimates the activation memory of a simple feature pyramid, for `beit3 check`."""
 
 _STATISTIC, _INDEX = 4, 8  # bytes
 
 
 def pyramid_memory(hidden_size: int, channels: int, element_size: int) -> float:
-    """Returns the bytes per patch that autograd keeps of `SimpleFeaturePyramid`, its four maps with layers included.
+    """Returns the bytes per patch that autograd saves for `SimpleFeaturePyramid`, and that the maps take.
 
-    Counts the inputs of convolutions, activations and norms, the statistics of norms and the indices of max pooling,
-    for images that fill the maps.
+    Counts the inputs of convolutions, activations and norms, the statistics of norms and the indices of max pooling.
+    Assumes images that fill the maps.
 
     Args:
-        hidden_size: width of the backbone.
-        channels: channels of each map.
+        hidden_size: hidden size of the backbone.
+        channels: number of channels of each map.
         element_size: bytes per element of an activation.
     """
     # Each map's cells per patch, and the elements per patch that enter its first convolution to `channels` channels.

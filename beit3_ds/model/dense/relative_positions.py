@@ -1,4 +1,4 @@
-"""Adds decomposed relative positions to the scores of attention, by wider queries and keys instead of a bias tensor."""
+"""Adds decomposed relative positions to attention scores by widening queries and keys, without a bias tensor."""
 
 # T packed rows, H heads of this rank, K head width, A places along an axis of the largest window or image, J places
 # along both axes, W = K + J rounded up to a multiple of 8, L = 2 S - 1 distances in a table, S its largest extent.
@@ -18,27 +18,30 @@ from beit3_ds.parallel import TensorParallel
 from beit3_ds.patch_grids import Grids, patch_places
 
 _ALIGNMENT = 8
-"""Multiple of the head width with which GPUs load 128 bits at once in half precision."""
+"""Head widths that are multiples of this number let GPUs load 128 bits at once in half precision."""
 
 
 class RelativePositions(nn.Module):
     """Widens queries and keys so that their products include decomposed relative positions.
 
-    The score of a query at (i, j) and a key at (k, l) is q k / sqrt(K) + q rows[i - k] + q columns[j - l] (Li et al.,
-    2021, MViTv2, arXiv:2112.01526, section 4.1; as in ViTDet and SAM, q is not scaled in the added products). Both sums
-    are products with one-hot vectors of the key's row and column, so a wider query [q, q rows, q columns] and a wider
-    key [k, one-hot row, one-hot column] give the same score without a bias tensor, in any attention kernel.
+    The score of a query at row i, column j and a key at row k, column l is q k / sqrt(K) + q rows[i - k] + q columns[j
+    - l] (MViTv2: Li et al., 2021, arXiv:2112.01526, section 4.1). The added products are not scaled, as in ViTDet and
+    SAM.
 
-    All heads share both tables, whose values start at zero. An image larger than the table resamples it linearly. The
-    backward pass all-reduces the gradients of both tables over the tensor-parallel ranks, which hold different heads.
+    The wide query is [q, q rows, q columns], and the wide key is [k, one-hot row, one-hot column]. Their product is the
+    score above, so any attention kernel can compute it.
+
+    All heads share the tables `rows` and `columns`, which are initialized to zero. For images larger than the tables,
+    the tables are resampled linearly. The backward pass all-reduces the tables' gradients over the tensor-parallel
+    ranks, because each rank has other heads.
     """
 
     def __init__(self, side: int, head_size: int, tensor: TensorParallel) -> None:
-        """Builds the tables with uninitialised values.
+        """Builds the two tables, uninitialized.
 
         Args:
-            side: patches on a side of the window or image that the tables cover, S.
-            head_size: width of a head, K.
+            side: side of the window or image that the tables cover, in patches (S).
+            head_size: width of a head (K).
             tensor: the tensor-parallel group, which splits the heads.
         """
         super().__init__()
@@ -49,11 +52,13 @@ class RelativePositions(nn.Module):
     def forward(
         self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, grids: Grids, order: int, window_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns wider queries, keys and values, (T, H, W) each; attention's output is in its first K columns.
+        """Returns wide queries, keys and values, (T, H, W) each. Attention's output is in its first K columns.
 
         Args:
-            q_THK: queries; k_THK and v_THK have the same shape.
-            grids: grid of each image.
+            q_THK: queries.
+            k_THK: keys.
+            v_THK: values.
+            grids: rows and columns of each image's patch grid.
             order: window size by which the rows are ordered (`ModelConfig.dense.window_size`).
             window_size: window size of this layer; 0 if it attends to whole images.
         """
@@ -70,7 +75,7 @@ class RelativePositions(nn.Module):
         return F.pad(wide_q, padding), F.pad(wide_k, padding), F.pad(v_THK, (0, width - head_size))
 
     def _products(self, q_THK: Tensor, axes: tuple["_AxisPlaces", "_AxisPlaces"]) -> Tensor:
-        """Returns the products of each query with its relative positions along both axes, (T, H, J)."""
+        """Returns the products of each query with the table rows for every distance along the two axes, (T, H, J)."""
         tables: list[Tensor] = []
         entries: list[Tensor] = []
         for table, places in zip((self.rows, self.columns), axes, strict=True):
@@ -84,7 +89,7 @@ class RelativePositions(nn.Module):
 
 
 class _Pick(torch.autograd.Function):
-    """Picks some columns of each row; unlike `gather`, it saves no input."""
+    """Selects columns of each row; unlike `gather`, it does not save the input for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x_THL: Tensor, columns_TJ: Tensor) -> Tensor:
@@ -101,30 +106,33 @@ class _Pick(torch.autograd.Function):
 
 
 def wide_head_size(head_size: int, extents: tuple[int, int]) -> int:
-    """Returns the width W of the wider queries and keys, for windows or images of the given rows and columns."""
+    """Returns the width W of the wide queries and keys, given the rows and columns of the largest window or image."""
     return -(-(head_size + sum(extents)) // _ALIGNMENT) * _ALIGNMENT
 
 
 def covered_extent(config: ModelConfig, layer: int) -> int:
-    """Returns the patches on a side of the window or image that the tables of block `layer` (0-based) cover."""
+    """Returns the side, in patches, of the window or image that the relative positions of block `layer` (0-based)
+    cover.
+    """
     return config.block_window(layer) or config.grid_size
 
 
 def resample_distances(table_LK: Tensor, side: int) -> Tensor:
-    """Resamples a table of relative positions linearly, from L rows to 2 * side - 1 rows, as ViTDet and SAM do."""
+    """Resamples a table of relative positions linearly, from L to 2 * side - 1 rows, as ViTDet and SAM do."""
     weights = _resampling_weights(len(table_LK), 2 * side - 1)
     return weights.to(table_LK, non_blocking=True) @ table_LK
 
 
 class _AxisPlaces(NamedTuple):
-    """Holds the relative places of patches along one axis, rows or columns; A is the largest extent."""
+    """Holds the positions of patches along one axis (rows or columns) as table indices and one-hot vectors."""
 
     entries_TA: Tensor
-    """Entry, in the concatenated tables, of the distance from each patch to each place of its window, int64."""
+    """Index in the concatenated tables of the distance from each patch to each position in its window or image, int64.
+    """
     one_hot_TA: Tensor
-    """One-hot vector of each patch's place in its window, bool."""
+    """One-hot vector of each patch's position in its window or image, bool."""
     larger: tuple[int, ...]
-    """Extents of images for which the table is resampled, because they exceed it."""
+    """Sides of images that exceed the table, in patches; the table is resampled for each of them."""
 
 
 @lru_cache(maxsize=32)  # the same for all layers of one kind
@@ -150,7 +158,7 @@ def _axis_places(grids: Grids, order: int, window_size: int, side: int, axis: in
 
 @lru_cache(maxsize=32)
 def _resampling_weights(old: int, new: int) -> Tensor:
-    """Returns the matrix (new, old) that resamples a table linearly, float64."""
+    """Returns the float64 matrix (new, old) that resamples a table linearly."""
     return F.interpolate(torch.eye(old, dtype=torch.float64)[None], new, mode="linear", align_corners=False)[
         0
     ].T.contiguous()

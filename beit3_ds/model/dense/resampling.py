@@ -1,4 +1,4 @@
-"""Resamples the tensors of a model that depend on the sizes of images, patches and windows."""
+"""Resamples the tensors whose shape depends on the sizes of images, patches or windows."""
 
 # S places per side of a grid of positions, D hidden, P pixels per side of a patch, K head width.
 
@@ -12,16 +12,18 @@ from beit3_ds.model.dense.relative_positions import covered_extent, resample_dis
 from beit3_ds.positions import interpolate_positions
 
 PATCH_WEIGHT = "embeddings.patch.weight"
-"""Name of the kernel of the patch projection, whose shape depends on `patch_size`."""
+"""Name of the patch projection kernel, whose shape depends on `patch_size`."""
 
 
 def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -> Tensor:
-    """Resamples a table of image positions bicubically; a model with `dense` has no row for CLS.
+    """Resamples a table of image positions bicubically to the patch grid of another model.
+
+    The row of CLS comes first. It is dropped if the other model has `dense`.
 
     Args:
-        table: rows of CLS and of S * S patches, or of the patches alone, (rows, D).
-        stored: configuration of the model to which the table belongs.
-        model: configuration of the model that needs another table.
+        table: position table, (1 + S * S, D), or (S * S, D) if `stored` has `dense`.
+        stored: configuration of the table's model.
+        model: configuration of the other model.
     """
     is_same_grid = stored.grid_size == model.grid_size
     if model.dense is None:
@@ -33,11 +35,11 @@ def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -
 
 
 def resample_patch_weight(weight: Tensor, patch_size: int) -> Tensor:
-    """Resamples the kernel of the patch projection, (D, 3, P, P), to patches of another size.
+    """Resamples the patch projection kernel, (D, 3, P, P), to another patch size.
 
-    A patch and its bicubically resampled copy have equal embeddings if the resampling loses nothing: the new kernel is
-    the pseudo-inverse of the transposed resampling matrix times the old kernel (Beyer et al., 2023, FlexiViT,
-    arXiv:2212.08013, section 3.4). A bicubically resampled kernel would change both scale and direction.
+    The new kernel is the old one times the pseudo-inverse of the transposed bicubic resampling (FlexiViT: Beyer et al.,
+    2023, arXiv:2212.08013, section 3.4). A resized patch then keeps its embedding, up to what resizing loses.
+    Resampling the kernel bicubically would change scale and direction of the embeddings.
     """
     old = weight.shape[-1]
     if old == patch_size:
@@ -51,11 +53,11 @@ def resample_patch_weight(weight: Tensor, patch_size: int) -> Tensor:
 
 
 def resample_relative_positions(table: Tensor, model: ModelConfig, layer: int) -> Tensor:
-    """Resamples a block's table of relative positions, (distances, K), linearly to the extent of its windows or image.
+    """Resamples a block's table of relative positions, (distances, K), linearly to the block's window or image size.
 
     Args:
-        table: the table.
-        model: configuration of the model that needs the table.
+        table: table to resample.
+        model: configuration that gives the new size.
         layer: index of the block, from 0.
     """
     extent = covered_extent(model, layer)

@@ -1,8 +1,8 @@
-"""Searches for the most likely captions of images, exactly as the reference's captioning does.
+"""Finds likely captions of images by beam search, like the reference's captioning.
 
-A caption consists of BOS, its words and a placeholder. The placeholder is a mask token, at which the model predicts the
-next word. The score of a caption is the sum of the log-probabilities of its words and of EOS, divided by
-length ** length_penalty. The length counts BOS, the words and the placeholder.
+A sequence consists of BOS, words, and a mask token at which the model predicts the next word. The score of a caption is
+the summed log-probability of its words and EOS, divided by length ** length_penalty. The length counts BOS, the words
+and the mask token.
 """
 
 # I images, B beams, R captions, V vocabulary.
@@ -19,19 +19,19 @@ from beit3_ds.model.generation.decoder import CaptionDecoder
 from beit3_ds.model.task_model import TaskModel
 
 _CANDIDATES_PER_BEAM = 3
-"""Number of continuations per beam that each step considers, as in the reference."""
+"""Number of candidate words per beam and step, as in the reference."""
 
 
 class SpecialIds(Protocol):
-    """Declares the ids of the special tokens; `TextTokenizer` provides them."""
+    """Declares the ids of the special tokens, which `TextTokenizer` provides."""
 
     @property
     def bos_id(self) -> int:
-        """Returns the id of BOS, the first token of every caption."""
+        """Returns the id of BOS, which begins every caption."""
 
     @property
     def eos_id(self) -> int:
-        """Returns the id of EOS, the last token of every caption."""
+        """Returns the id of EOS, which ends every caption."""
 
     @property
     def mask_id(self) -> int:
@@ -40,14 +40,14 @@ class SpecialIds(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearch:
-    """Configures the search; the defaults equal the reference's captioning settings."""
+    """Configures the beam search; the defaults are the reference's captioning settings."""
 
     num_beams: int = 3
-    """Number of unfinished captions kept per image; 1 is greedy search."""
+    """Number of unfinished captions to keep per image; 1 is greedy search."""
     length_penalty: float = 0.6
-    """Exponent of the length in the score of a caption; larger values favour long captions."""
+    """Exponent of the length in a caption's score. Larger values favour longer captions."""
     max_length: int = 20
-    """Maximum number of ids of a caption, including BOS, the placeholder and EOS: at most `max_length` - 3 words."""
+    """Maximum number of tokens, counting BOS, EOS and the mask token. A caption has at most `max_length` - 3 words."""
 
     def __post_init__(self) -> None:
         if self.num_beams < 1 or self.max_length < 4:
@@ -61,27 +61,27 @@ class Caption(NamedTuple):
     """Holds a generated caption and its score."""
 
     ids: tuple[int, ...]
-    """Ids of the words, without BOS, placeholder and EOS."""
+    """Token ids of the words, without BOS and EOS."""
     score: float
-    """Log-probability divided by length ** length_penalty."""
+    """Summed log-probability divided by length ** length_penalty."""
 
 
 @torch.no_grad()
 def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamSearch | None = None) -> list[Caption]:
-    """Returns the best caption of every image.
+    """Returns the best caption of each image.
 
-    Each image is encoded once, and images with complete captions need no further computation. A caption does not depend
-    on the other images.
+    Each image is encoded once. Images whose search has ended are no longer computed. A caption does not depend on the
+    other images.
 
     Args:
-        model: a model in evaluation mode, with all layers and a head that predicts words; must accept pairs.
+        model: model with all layers and a head that predicts words, in evaluation mode; must accept pairs.
         pixels: images, (images, 3, image_size, image_size) in [-1, 1], on the model's device.
-        tokens: ids of BOS, EOS and the mask token, such as a `TextTokenizer`.
-        search: beams, length penalty and maximum length; None is `BeamSearch()`.
+        tokens: ids of the special tokens, such as a `TextTokenizer`.
+        search: settings of the beam search; None uses `BeamSearch()`.
 
     Raises:
-        ConfigError: if the model does not accept pairs or has no head that predicts words. Also if `max_length` exceeds
-            its text positions, or if its vocabulary is smaller than the number of candidates per step.
+        ConfigError: if the model does not accept pairs or does not predict words, if `max_length` exceeds the model's
+            text positions, or if there are more candidates per step than words in the vocabulary.
     """
     search = search or BeamSearch()
     _check(model, search)
@@ -112,7 +112,7 @@ def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamS
 
 
 class _ImageSearch:
-    """Keeps the beams and the best complete caption of one image."""
+    """Holds the beams and the best complete caption of one image."""
 
     def __init__(self, search: BeamSearch, eos_id: int) -> None:
         self.scores, self.parents = [0.0], [0]
@@ -122,15 +122,15 @@ class _ImageSearch:
 
     @property
     def last_words(self) -> list[int]:
-        """Returns the newest word of every beam."""
+        """Returns the last word of each beam."""
         return [words[-1] for words in self._words]
 
     def advance(self, scores: Sequence[float], indices: Sequence[int], vocab_size: int) -> bool:
-        """Extends the beams by the best candidates, and returns whether the search of this image continues.
+        """Extends the beams by the best candidates, and returns whether the search continues.
 
         Args:
-            scores: log-probability of each candidate, summed over all its words, in descending order.
-            indices: for each candidate, beam * vocab_size + word.
+            scores: summed log-probability of each candidate, in descending order.
+            indices: beam * vocab_size + word of each candidate.
             vocab_size: size of the vocabulary.
         """
         limit = self._search.max_length
@@ -156,9 +156,9 @@ class _ImageSearch:
 
 
 def _places_of_active(is_active: Sequence[bool]) -> list[int]:
-    """Returns the indices of the unfinished images in a new order, without gaps.
+    """Returns the indices of the unfinished images in an order that moves as few images as possible.
 
-    Images from the end move to the places of finished images, and all others keep their places.
+    Images from the end fill the positions of finished images. All other images keep their positions.
     """
     order = list(range(len(is_active)))
     for place in reversed(order.copy()):

@@ -1,8 +1,7 @@
-"""Predicts the next words of captions with cached keys and values, so every image and word is computed only once.
+"""Predicts the next words of captions, with a cache of keys and values of the images and words so far.
 
-A word attends to its image and to earlier words (`SequenceLayout.causal_captions`), so keys and values of images and of
-earlier words never change. Images are encoded as pairs with empty captions, because pairs use other experts than images
-alone.
+A word attends to its image and to earlier words (`SequenceLayout.causal_captions`), so cached keys and values never
+change. Images are encoded as pairs with empty captions, because images of pairs use other experts than single images.
 """
 
 # I images, B beams, R = I * B captions, N rows per image, L words so far (BOS included), D hidden, H heads,
@@ -23,21 +22,22 @@ from beit3_ds.model.task_model import TaskModel
 class CaptionDecoder:
     """Holds the cached keys and values of images and of their unfinished captions.
 
-    Every image has the same number of captions (beams). The captions of one image are consecutive and share the keys
-    and values of the image.
+    All images have the same number of captions (beams). The captions of one image are consecutive and share the image's
+    keys and values.
     """
 
     def __init__(self, model: TaskModel, pixels: Tensor, mask_id: int) -> None:
-        """Encodes the images and caches their keys and values.
+        """Encodes the images, and caches their keys and values.
+
+        Under tensor parallelism, all ranks must make the same calls. Sequence parallelism is not supported.
 
         Args:
-            model: a model with all layers and a head that predicts words; must accept pairs. Under tensor parallelism,
-                all ranks make the same calls. Sequence parallelism is not supported.
+            model: model with all layers and a head that predicts words; must accept pairs.
             pixels: images, (images, 3, image_size, image_size) in [-1, 1], on the model's device.
             mask_id: id of the mask token, at which the model predicts the next word.
 
         Raises:
-            ConfigError: if the model does not accept pairs or has no head that predicts words.
+            ConfigError: if the model does not accept pairs or does not predict words.
         """
         words = None if model.heads is None else model.heads.word_table
         if words is None or "pairs" not in model.config.inputs or model.embeddings is None:
@@ -55,10 +55,10 @@ class CaptionDecoder:
         self._encode_images(pixels)
 
     def next_words(self, ids_R: Tensor) -> Tensor:
-        """Appends a word to every caption, and returns the log-probabilities of the word after it.
+        """Appends a word to each caption, and returns the log-probabilities of the following word.
 
         Args:
-            ids_R: id to append to each caption. The first call must pass BOS for one caption per image.
+            ids_R: token id to append to each caption. In the first call, BOS for one caption per image.
 
         Returns:
             Log-probabilities, (captions, vocabulary) float32.
@@ -77,10 +77,10 @@ class CaptionDecoder:
         return self._predict(x_SD[1::2])
 
     def select(self, rows: Sequence[int]) -> None:
-        """Replaces all captions with copies of selected captions; all images must get the same number of captions.
+        """Replaces the captions by copies of selected captions. All images must get the same number of captions.
 
         Args:
-            rows: for each new caption, the index of the caption to copy.
+            rows: index of the caption to copy, for each new caption.
         """
         index = torch.tensor(rows, dtype=torch.int64, device=self._captions[0][0].device)
         self._captions = [
@@ -88,11 +88,11 @@ class CaptionDecoder:
         ]
 
     def drop_images(self, order: Sequence[int]) -> None:
-        """Keeps the caches of the images in `order` and drops all other images; call `select` next.
+        """Keeps the cached keys and values of the images in `order`, and drops the other images. Call `select` next.
 
         Args:
-            order: index of the image to keep at each place. If image i is kept, entry i is i. If image i is dropped,
-                entry i is the index of a later image, at least len(order), which moves to place i.
+            order: index of the image to keep at each position. A kept image may move only if its index is at least
+                len(order); then it takes the position of a dropped image.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):
@@ -132,9 +132,10 @@ class CaptionDecoder:
         self._captions = [(keys, keys) for keys in empty]
 
     def _attend_to_cache(self, number: int) -> tuple[Callable[..., Tensor], list[tuple[Tensor, Tensor]]]:
-        """Returns an attention function for block `number`, and a list that receives the captions' keys and values.
+        """Returns an attention function for block `number`, and a list that it fills with the captions' keys and
+        values.
 
-        The function attends from the newest word and the mask token of every caption to the image and the caption.
+        The function computes attention of each caption's last word and mask token to the image and the caption.
         """
         image_keys, image_values = self._images[number]
         old_keys, old_values = self._captions[number]
@@ -162,20 +163,20 @@ class CaptionDecoder:
 def attend_to_image_and_caption(
     q_RH2K: Tensor, image_keys: Tensor, image_values: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Computes causal attention of the last two rows of each caption to its image and the caption itself.
+    """Computes causal attention of each caption's last two rows to the image and the caption.
 
-    All captions of an image are multiplied with the image's keys at once, so these keys and values are neither copied
-    nor read more than once. There are I images of N rows and R captions of L + 1 rows; H heads have K columns each.
+    All captions of an image use its keys and values in one product, so these are neither copied nor read twice. There
+    are I images of N rows, and R captions of L + 1 rows; H heads have K columns each.
 
     Args:
-        q_RH2K: queries of the last two rows of each caption: the newest word, and the mask token after it.
+        q_RH2K: queries of each caption's last word and of the mask token after it.
         image_keys: keys of the images, (I, H, N, K).
         image_values: values of the images, (I, H, N, K).
         keys: keys of the captions, including the last two rows, (R, H, L + 1, K).
         values: values of the captions, including the last two rows, (R, H, L + 1, K).
 
     Returns:
-        The outputs of the last two rows of each caption, (R, H, 2, K).
+        Attention outputs of the last two rows of each caption, (R, H, 2, K).
     """
     num_images, num_rows = len(image_keys), image_keys.shape[2]
     beams = len(q_RH2K) // num_images
@@ -196,5 +197,5 @@ def attend_to_image_and_caption(
 
 
 def _by_sequence(x_THK: Tensor, count: int) -> Tensor:
-    """Returns packed rows of `count` sequences of equal length as a view, (sequences, H, rows, K)."""
+    """Views the packed rows of `count` sequences of equal length as (sequences, H, rows, K)."""
     return x_THK.unflatten(0, (count, -1)).transpose(1, 2)

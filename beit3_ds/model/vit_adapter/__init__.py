@@ -1,4 +1,4 @@
-"""Adapts a plain Vision Transformer to dense prediction: ViT-Adapter (Chen et al., 2022, arXiv:2205.08534)."""
+"""Implements ViT-Adapter, which adapts a plain Vision Transformer to dense prediction (arXiv:2205.08534)."""
 
 from beit3_ds.model.vit_adapter.adapter import ViTAdapter
 from beit3_ds.model.vit_adapter.config import AdapterConfig

@@ -1,4 +1,4 @@
-"""Implements a ViT-Adapter: a spatial prior, interactions with the trunk, and four output maps (section 3.2)."""
+"""Implements ViT-Adapter: a spatial prior, interactions with the ViT, and four output maps (section 3.2)."""
 
 # B images, N patches, L rows of the spatial pyramid, D hidden, E extractors.
 
@@ -16,15 +16,17 @@ from beit3_ds.model.vit_adapter.interaction import Geometry, Interaction
 from beit3_ds.model.vit_adapter.spatial_prior import BuildNorm, SpatialPrior, as_map, group_norm
 
 RunBlocks = Callable[[Tensor, range], Tensor]
-"""Function that runs some of the trunk's blocks, numbered from 0, over patches in row order, (B, N, D)."""
+"""Function that runs a range of the ViT's blocks (0-based) on patches in row-major order, (B, N, D)."""
 
 
 class ViTAdapter(nn.Module):
-    """Gives a plain Vision Transformer four feature maps, with 1/4 to 1/32 of the image's height and width.
+    """Computes four feature maps around a plain ViT, with 1/4 to 1/32 of the image's height and width.
 
-    Convolutions compute a spatial pyramid. Before each group of trunk blocks the patches read the pyramid (injector),
-    and after it the pyramid reads the patches (extractor), both by deformable attention. The trunk's blocks belong to
-    the caller. All images of a call have one size. Forward draws nothing and sends nothing.
+    Convolutions compute a feature pyramid. Before each group of ViT blocks, the patches attend to the pyramid
+    (injector). After the group, the pyramid attends to the patches (extractor). These attentions are deformable. The
+    caller owns and runs the ViT's blocks.
+
+    All images of a call have the same size. The forward pass draws no random numbers and does not communicate.
     """
 
     def __init__(
@@ -36,17 +38,17 @@ class ViTAdapter(nn.Module):
         *,
         recomputes: bool = False,
     ) -> None:
-        """Builds the adapter with parameters that `adapter_initial_value` describes.
+        """Builds the adapter with uninitialized parameters; for initial values see `adapter_initial_value`.
 
         Args:
-            config: the adapter's sizes.
-            hidden_size: width D of the trunk.
-            num_layers: number of the trunk's blocks.
-            build_norm: builds the norms over channels in the spatial prior and after the output maps.
+            config: sizes of the adapter.
+            hidden_size: hidden size D of the ViT.
+            num_layers: number of blocks of the ViT.
+            build_norm: function that builds the norms of the spatial prior and of the output maps.
             recomputes: whether the backward pass recomputes injectors and extractors.
 
         Raises:
-            ConfigError: if the sizes do not fit the trunk.
+            ConfigError: if the sizes do not fit the ViT.
         """
         super().__init__()
         config.check(hidden_size, num_layers)
@@ -60,7 +62,7 @@ class ViTAdapter(nn.Module):
 
     @property
     def num_extractors(self) -> int:
-        """Returns the number of extractors, E, each with a stochastic-depth factor."""
+        """Returns the number of extractors (E). Each of them has a stochastic-depth factor."""
         return sum(interaction.num_extractors for interaction in self._ordered())
 
     def _ordered(self) -> list[Interaction]:
@@ -74,14 +76,14 @@ class ViTAdapter(nn.Module):
         run_blocks: RunBlocks,
         factors_BE: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Runs the trunk's blocks with the adapter around them.
+        """Runs the ViT's blocks with the adapter around them, and returns four feature maps.
 
         Args:
             pixels_B3HW: images of one size, in [-1, 1].
-            x_BND: embedded patches with positions, in row order.
+            x_BND: embedded patches with positions, in row-major order.
             grid: rows and columns of the patch grid.
-            run_blocks: runs a range of blocks over the patches.
-            factors_BE: stochastic-depth factors of the extractors' FFNs; None without stochastic depth.
+            run_blocks: function that runs a range of the ViT's blocks on the patches.
+            factors_BE: stochastic-depth factor of each extractor's FFN, for each image; None without stochastic depth.
 
         Returns:
             Maps with 1/4, 1/8, 1/16 and 1/32 of the image's height and width, each (B, D, rows, columns).
@@ -104,7 +106,7 @@ class ViTAdapter(nn.Module):
 
 
 class OutputMaps(nn.Module):
-    """Makes the four output maps from the spatial pyramid and the trunk's rows."""
+    """Computes the four output maps from the feature pyramid and the patches."""
 
     def __init__(self, hidden_size: int, build_norm: BuildNorm, *, adds_trunk_features: bool) -> None:
         super().__init__()
@@ -118,13 +120,13 @@ class OutputMaps(nn.Module):
     def forward(
         self, c1_BDHW: Tensor, c_BLD: Tensor, trunk: Sequence[Tensor], geometry: Geometry
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the four maps, the finest first.
+        """Returns the four output maps, finest first.
 
         Args:
             c1_BDHW: finest map of the spatial prior.
-            c_BLD: rows of the pyramid after the last extractor.
-            trunk: patches after each interaction, (B, N, D) each. The finest map gets those of an early interaction,
-                the coarsest map those of the last one.
+            c_BLD: pyramid rows after the last extractor.
+            trunk: patches after each interaction, (B, N, D) each. The finest map adds patches of an early interaction,
+                and the coarsest map those of the last one.
             geometry: sizes of the maps.
         """
         lengths = [rows * columns for rows, columns in geometry.pyramid]

@@ -1,4 +1,4 @@
-"""Defines the sizes of a ViT-Adapter."""
+"""Defines the configuration of a ViT-Adapter."""
 
 import itertools
 from dataclasses import dataclass
@@ -13,33 +13,38 @@ class AdapterConfig:
     """Configures a ViT-Adapter (Chen et al., 2022, arXiv:2205.08534, section 3 and table 2)."""
 
     conv_channels: Size = 64
-    """Channels C of the spatial prior's first convolutions. Its later convolutions have 2 C, then 4 C channels."""
+    """Number of channels C of the spatial prior's first convolutions. Later convolutions have 2 C and 4 C channels."""
     num_interactions: Positive = 4
-    """Number of interactions with the trunk; each is before and after an equal share of the blocks."""
+    """Number of interactions with the ViT. Each surrounds an equal share of the ViT's blocks."""
     num_extra_extractors: Annotated[int, Range(0, 16)] = 2
-    """Number of further extractors after the last block."""
+    """Number of additional extractors after the last block."""
     num_heads: Positive = 16
     """Number of heads of the deformable attention."""
     num_points: Positive = 4
-    """Number of sampled points per query, head and level."""
+    """Number of sampling points per query, head and level."""
     value_ratio: Annotated[float, Range(0, 4, above=True)] = 0.5
-    """Width of the deformable attention's values, divided by the hidden size."""
+    """Width of the deformable attention's values, as a fraction of the hidden size."""
     ffn_ratio: Annotated[float, Range(0, 4, above=True)] = 0.25
-    """Hidden width of the extractors' FFN, divided by the hidden size."""
+    """Hidden size of the extractors' FFN, as a fraction of the hidden size."""
     initial_scale: Annotated[float, Range(0, 1)] = 0.0
-    """Initial value of the factor of each injector's output; 0 leaves the pretrained trunk unchanged at the start."""
+    """Initial factor on each injector's output. With 0, the adapter does not change the pretrained ViT at the start."""
     adds_trunk_features: bool = True
-    """Whether the trunk's own rows, resized, are added to the four output maps."""
+    """Whether the ViT's patch features, resized, are added to the four output maps."""
 
     def value_size(self, hidden_size: int) -> int:
-        """Returns the width of the values of all heads."""
+        """Returns the total width of the deformable attention's values, over all heads."""
         return int(hidden_size * self.value_ratio)
 
     def check(self, hidden_size: int, num_layers: int) -> None:
-        """Checks that the sizes fit a trunk.
+        """Checks the adapter's sizes against a ViT.
+
+        Args:
+            hidden_size: hidden size of the ViT.
+            num_layers: number of blocks of the ViT.
 
         Raises:
-            ConfigError: if heads do not divide the width of the values, or there are fewer blocks than interactions.
+            ConfigError: if `num_heads` does not divide the width of the values, or there are fewer blocks than
+                interactions.
         """
         if not self.value_size(hidden_size) or self.value_size(hidden_size) % self.num_heads:
             raise ConfigError(
@@ -53,9 +58,9 @@ class AdapterConfig:
             )
 
     def block_ranges(self, num_layers: int) -> list[range]:
-        """Returns the blocks between the injector and the extractor of each interaction, as numbers from 0.
+        """Returns the range of blocks (0-based) that each interaction surrounds.
 
-        If the interactions do not divide the blocks, earlier interactions have one block more than later ones.
+        If the blocks cannot be divided evenly, earlier interactions have one block more than later ones.
         """
         each, more = divmod(num_layers, self.num_interactions)
         starts = [number * each + min(number, more) for number in range(self.num_interactions + 1)]

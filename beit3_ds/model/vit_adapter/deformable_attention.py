@@ -1,4 +1,4 @@
-"""Implements multi-scale deformable attention with plain PyTorch operators (Zhu et al., 2021, arXiv:2010.04159)."""
+"""Implements multi-scale deformable attention in plain PyTorch (Zhu et al., 2021, arXiv:2010.04159)."""
 
 # B images, Q queries, S rows of all value maps, G value maps (levels), P points, D hidden, V value width of all heads,
 # H heads, K value width of one head.
@@ -11,26 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GridSize = tuple[int, int]
-"""Rows and columns of a map."""
+"""Rows and columns of a feature map."""
 
 
 class DeformableAttention(nn.Module):
-    """Lets each query read a few points of several maps, around its own place in the image.
+    """Attends from each query to a few sampling points around the query's own position in several feature maps.
 
-    Each query predicts, per head, level and point, an offset in cells of that level's map and a weight; the weights of
-    a head add up to 1. Values are read by bilinear interpolation, and are zero outside the map. A batch may have no
-    images. Sends nothing.
+    Each query predicts an offset, in cells of the map, and a weight for each head, map (level) and point. The weights
+    of a head sum to 1. Values are interpolated bilinearly, and are zero outside the map. The batch may be empty. Does
+    not communicate.
     """
 
     def __init__(self, hidden_size: int, value_size: int, num_heads: int, num_levels: int, num_points: int) -> None:
         """Builds the four linear layers.
 
         Args:
-            hidden_size: width D of queries, of the rows that are read, and of the output.
-            value_size: width V of the values of all heads; the heads must divide it.
+            hidden_size: width D of queries, map rows and outputs.
+            value_size: total width V of the values of all heads; must be divisible by `num_heads`.
             num_heads: number of heads.
-            num_levels: number of maps that are read.
-            num_points: number of points per query, head and level.
+            num_levels: number of feature maps.
+            num_points: number of sampling points per query, head and map.
         """
         super().__init__()
         assert value_size % num_heads == 0, f"{num_heads} heads do not divide {value_size} features"
@@ -41,13 +41,13 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(value_size, hidden_size)
 
     def forward(self, query_BQD: Tensor, places_Q2: Tensor, rows_BSD: Tensor, sizes: Sequence[GridSize]) -> Tensor:
-        """Returns the output of each query, (B, Q, D).
+        """Returns the attention output of each query, (B, Q, D).
 
         Args:
             query_BQD: queries.
-            places_Q2: column and row of each query in the image, as shares of its width and height, (Q, 2).
-            rows_BSD: the maps that are read, each in row order, one after the other.
-            sizes: rows and columns of each map.
+            places_Q2: column and row of each query, as fractions of the image's width and height.
+            rows_BSD: cells of all feature maps, in row-major order, one map after the other.
+            sizes: rows and columns of each feature map.
         """
         shape = (self.num_heads, self.num_levels, self.num_points)
         values_BSHK = self.value_proj(rows_BSD).unflatten(2, (self.num_heads, -1))
@@ -60,12 +60,13 @@ class DeformableAttention(nn.Module):
 
 
 def sample_maps(values_BSHK: Tensor, sizes: Sequence[GridSize], points_BQHGP2: Tensor, weights_BQHGP: Tensor) -> Tensor:
-    """Returns the weighted sum of values at points of several maps, (B, Q, H * K).
+    """Returns the weighted sum of the values at the sampling points of several feature maps, (B, Q, H * K).
 
     Args:
-        values_BSHK: values of all maps, each in row order, one after the other.
-        sizes: rows and columns of each map.
-        points_BQHGP2: column and row of each point, as shares of the map's width and height; values outside are 0.
+        values_BSHK: values of all feature maps, in row-major order, one map after the other.
+        sizes: rows and columns of each feature map.
+        points_BQHGP2: column and row of each point, as fractions of the map's width and height. Values outside the map
+            are 0.
         weights_BQHGP: weight of each point.
     """
     lengths = [rows * columns for rows, columns in sizes]
@@ -83,14 +84,14 @@ def sample_maps(values_BSHK: Tensor, sizes: Sequence[GridSize], points_BQHGP2: T
 
 
 def grid_places(sizes: Sequence[GridSize], device: torch.device) -> Tensor:
-    """Returns the centre of each cell of several grids over one image, column first, as shares of width and height.
+    """Returns the cell centres of several grids on one image, as fractions of the image's width and height.
 
     Args:
         sizes: rows and columns of each grid.
         device: device of the result.
 
     Returns:
-        The centres in row order, one grid after the other, (cells, 2) float32.
+        Column and row of each centre, in row-major order, one grid after the other, (cells, 2) float32.
     """
     places = []
     for rows, columns in sizes:
@@ -101,9 +102,9 @@ def grid_places(sizes: Sequence[GridSize], device: torch.device) -> Tensor:
 
 
 def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
-    """Returns the initial bias of `sampling_offsets`: head h looks in direction h, point p at p + 1 cells.
+    """Returns the initial bias of `sampling_offsets`: point p of head h is p + 1 cells away in direction h.
 
-    The offsets of a head touch the sides of a square around the query.
+    The points with the same p lie on a square around the query.
     """
     angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
     directions = torch.stack([angles.cos(), angles.sin()], -1)

@@ -1,4 +1,4 @@
-"""Computes initial values of a ViT-Adapter's parameters."""
+"""Computes the initial values of a ViT-Adapter's parameters."""
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +10,20 @@ from beit3_ds.model.vit_adapter.deformable_attention import ring_offsets
 def adapter_initial_value(
     name: str, shape: torch.Size, config: AdapterConfig, generator: torch.Generator
 ) -> Tensor | None:
-    """Returns the initial value of a parameter where it differs from that of a norm, a bias or a linear layer.
+    """Returns the initial value of a parameter that needs a special one, as in the original code, and None otherwise.
 
-    Injectors start with the factor `AdapterConfig.initial_scale`; sampled points start on rings around each query, with
-    equal weights; convolutions start from Kaiming's normal distribution by their outputs, and level vectors from a
-    standard normal one, as in the original code.
+    Injector factors start at `AdapterConfig.initial_scale`. Sampling points start on rings around each query, with
+    equal weights. Convolutions use Kaiming normal initialization (fan-out). Level embeddings are drawn from a standard
+    normal distribution. Projections of deformable attention use Xavier uniform initialization.
 
     Args:
         name: name of the parameter within the adapter, such as `interactions.0.injector.gamma`.
-        shape: its shape.
+        shape: shape of the parameter.
         config: sizes of the adapter.
-        generator: generator of random values.
+        generator: generator of random numbers.
 
     Returns:
-        The value, float32 on the CPU; None for all other parameters.
+        Initial value, float32 on the CPU. None for parameters of norms, for biases and for other linear layers.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "gamma":

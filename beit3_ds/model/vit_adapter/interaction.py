@@ -18,33 +18,33 @@ _EPSILON = 1e-6
 
 
 class Geometry(NamedTuple):
-    """Holds the sizes and cell centres of the maps of one image size."""
+    """Holds the sizes of the patch grid and the pyramid maps, and the centres of their cells."""
 
     patches: GridSize
     """Rows and columns of the patch grid."""
     pyramid: Sequence[GridSize]
-    """Rows and columns of each map of the spatial pyramid."""
+    """Rows and columns of each map of the feature pyramid."""
     patch_places: Tensor
-    """Centres of the patches, (N, 2)."""
+    """Column and row of each patch centre, as fractions of the image, (N, 2)."""
     pyramid_places: Tensor
-    """Centres of the pyramid's cells, (L, 2)."""
+    """Column and row of each pyramid cell's centre, as fractions of the image, (L, 2)."""
 
     @classmethod
     def of(cls, patches: GridSize, pyramid: Sequence[GridSize], device: torch.device) -> "Geometry":
-        """Computes the centres for these sizes."""
+        """Builds the geometry from the sizes, and computes the cell centres."""
         return cls(patches, pyramid, grid_places([patches], device), grid_places(pyramid, device))
 
 
 class RowNorm(nn.LayerNorm):
-    """Normalises rows in the dtype of its parameters, because autocast on a CPU takes no other."""
+    """Applies LayerNorm in the dtype of its parameters, because autocast on a CPU does not accept mixed dtypes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the normalised rows, of the same shape."""
+        """Returns the normalized rows, in the shape of the input."""
         return super().forward(x.to(self.weight.dtype))
 
 
 class Injector(nn.Module):
-    """Adds to each patch what it reads from the spatial pyramid, times a learned factor per feature."""
+    """Lets the patches attend to the feature pyramid, and adds the result times a learned factor per feature."""
 
     def __init__(self, hidden_size: int, config: AdapterConfig) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class Injector(nn.Module):
         self.gamma = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, x_BND: Tensor, c_BLD: Tensor, geometry: Geometry) -> Tensor:
-        """Returns the patches, (B, N, D) in row order, after they have read the pyramid's rows c."""
+        """Returns the patches, (B, N, D) in row-major order, after attention to the pyramid rows `c_BLD`."""
         read_BND = self.attn(self.query_norm(x_BND), geometry.patch_places, self.feat_norm(c_BLD), geometry.pyramid)
         return x_BND + (self.gamma * read_BND).to(x_BND.dtype)
 
 
 class Extractor(nn.Module):
-    """Adds to each cell of the spatial pyramid what it reads from the patches, then applies a ConvFFN."""
+    """Lets the feature pyramid attend to the patches, and then applies a ConvFFN to the pyramid."""
 
     def __init__(self, hidden_size: int, config: AdapterConfig) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ class Extractor(nn.Module):
         self.ffn = ConvFFN(hidden_size, max(1, int(hidden_size * config.ffn_ratio)))
 
     def forward(self, c_BLD: Tensor, x_BND: Tensor, geometry: Geometry, factor_B: Tensor | None) -> Tensor:
-        """Returns the pyramid's rows, (B, L, D), after they have read the patches.
+        """Returns the pyramid rows, (B, L, D), after attention to the patches and the FFN.
 
         Args:
-            c_BLD: rows of the pyramid.
-            x_BND: patches in row order.
-            geometry: sizes of both.
+            c_BLD: pyramid rows.
+            x_BND: patches in row-major order.
+            geometry: sizes of the patch grid and the pyramid.
             factor_B: stochastic-depth factor of the FFN for each image; None without stochastic depth.
         """
         patches = [geometry.patches]
@@ -86,7 +86,7 @@ class Extractor(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Applies an FFN with a depthwise 3 x 3 convolution over each map of the pyramid before the GELU."""
+    """Applies an FFN that has a depthwise 3 x 3 convolution on each pyramid map before the GELU."""
 
     def __init__(self, hidden_size: int, ffn_size: int) -> None:
         super().__init__()
@@ -95,14 +95,19 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(ffn_size, hidden_size)
 
     def forward(self, c_BLD: Tensor, sizes: Sequence[GridSize]) -> Tensor:
-        """Returns the output for each row, (B, L, D); `sizes` are the rows and columns of each map."""
+        """Returns the output for each pyramid row, (B, L, D).
+
+        Args:
+            c_BLD: pyramid rows.
+            sizes: rows and columns of each pyramid map.
+        """
         parts = self.fc1(c_BLD).split([rows * columns for rows, columns in sizes], dim=1)
         mixed = [as_rows(self.dwconv(as_map(part, size))) for part, size in zip(parts, sizes, strict=True)]
         return self.fc2(F.gelu(torch.cat(mixed, 1)))
 
 
 class Interaction(nn.Module):
-    """Holds an injector and an extractor around a group of trunk blocks; the last one has further extractors."""
+    """Holds the injector and the extractors around a group of ViT blocks."""
 
     def __init__(self, hidden_size: int, config: AdapterConfig, num_extra_extractors: int) -> None:
         super().__init__()
@@ -113,21 +118,21 @@ class Interaction(nn.Module):
 
     @property
     def num_extractors(self) -> int:
-        """Returns the number of extractors, each with a stochastic-depth factor."""
+        """Returns the number of extractors. Each of them has a stochastic-depth factor."""
         return 1 + len(self.extra_extractors)
 
     def inject(self, x_BND: Tensor, c_BLD: Tensor, geometry: Geometry) -> Tensor:
-        """Returns the patches before the group of blocks, (B, N, D) in row order."""
+        """Returns the patches for the group of blocks, (B, N, D) in row-major order, after the injector."""
         return self.injector(x_BND, c_BLD, geometry)
 
     def extract(self, c_BLD: Tensor, x_BND: Tensor, geometry: Geometry, factors: Sequence[Tensor | None]) -> Tensor:
-        """Returns the rows of the pyramid after the group of blocks, (B, L, D).
+        """Returns the pyramid rows after all extractors, (B, L, D).
 
         Args:
-            c_BLD: rows of the pyramid.
-            x_BND: patches after the blocks, in row order.
-            geometry: sizes of both.
-            factors: stochastic-depth factors (B,) of each extractor, or None.
+            c_BLD: pyramid rows.
+            x_BND: patches after the group of blocks, in row-major order.
+            geometry: sizes of the patch grid and the pyramid.
+            factors: stochastic-depth factors, (B,), for each extractor; None without stochastic depth.
         """
         for extractor, factor_B in zip((self.extractor, *self.extra_extractors), factors, strict=True):
             c_BLD = extractor(c_BLD, x_BND, geometry, factor_B)

@@ -1,4 +1,4 @@
-"""Implements the spatial prior of a ViT-Adapter: convolutions over the image (section 3.3)."""
+"""Implements the spatial prior of a ViT-Adapter, a convolutional network on the image (section 3.3)."""
 
 # B images, D hidden, L rows of the three coarser maps.
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from beit3_ds.model.vit_adapter.deformable_attention import GridSize
 
 BuildNorm = Callable[[int], nn.Module]
-"""Function that builds a norm over the channels of a map."""
+"""Function that builds a norm for feature maps with a given number of channels."""
 
 _MOST_GROUPS = 32
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Builds a GroupNorm with at most 32 groups of equal size and at least two channels per group.
+    """Builds a GroupNorm with at most 32 equal groups of at least two channels.
 
-    The original uses a batch norm over all ranks. Its results depend on how ranks and micro-batches cut a step, and
-    its running statistics would be state outside the optimizer.
+    The original code uses a batch norm over all ranks. A batch norm would make results depend on how a step is divided
+    over ranks and micro-batches, and would have running statistics to save.
     """
     most = max(1, min(_MOST_GROUPS, channels // 2))  # a group of one value, in a map of one cell, has no variance
     groups = max(number for number in range(1, most + 1) if channels % number == 0)
@@ -28,26 +28,27 @@ def group_norm(channels: int) -> nn.Module:
 
 
 class MapNorm(nn.GroupNorm):
-    """Normalises maps in the dtype of its parameters, because autocast on a CPU takes no other."""
+    """Applies GroupNorm in the dtype of its parameters, because autocast on a CPU does not accept mixed dtypes."""
 
     def forward(self, x_BDHW: Tensor) -> Tensor:
-        """Returns the normalised maps, of the same shape."""
+        """Returns the normalized maps, in the shape of the input."""
         return super().forward(x_BDHW.to(self.weight.dtype))
 
 
 class SpatialPrior(nn.Module):
-    """Turns images into four maps with 1/4, 1/8, 1/16 and 1/32 of their height and width.
+    """Computes four feature maps with 1/4, 1/8, 1/16 and 1/32 of the image's height and width.
 
-    The three coarser maps get a learned vector per level, and become the rows that injectors and extractors work on.
+    The three coarser maps, each with a learned level embedding added, form the feature pyramid of injectors and
+    extractors.
     """
 
     def __init__(self, hidden_size: int, channels: int, build_norm: BuildNorm = group_norm) -> None:
         """Builds the convolutions.
 
         Args:
-            hidden_size: width D of the maps.
-            channels: channels of the first convolutions.
-            build_norm: builds the norms that follow the convolutions.
+            hidden_size: number of channels D of the output maps.
+            channels: number of channels of the first convolutions.
+            build_norm: function that builds the norm after each convolution.
         """
         super().__init__()
         self.stem1 = _convolution(3, channels, 2, build_norm)
@@ -70,8 +71,8 @@ class SpatialPrior(nn.Module):
             pixels_B3HW: images in [-1, 1].
 
         Returns:
-            The finest map, (B, D, height / 4, width / 4); the rows of the other maps in row order, the finest first,
-            (B, L, D); and the rows and columns of these maps.
+            The finest map, (B, D, height / 4, width / 4). The cells of the other maps in row-major order, finest map
+            first, (B, L, D). The rows and columns of each of the other maps.
         """
         x1 = self.pool(self.stem3(self.stem2(self.stem1(pixels_B3HW))))
         x2 = self.conv2(x1)
@@ -83,16 +84,16 @@ class SpatialPrior(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int, stride: int, build_norm: BuildNorm) -> nn.Sequential:
-    """Builds a 3 x 3 convolution, a norm and a ReLU; weight decay recognises the norm by its name."""
+    """Builds a 3 x 3 convolution, a norm and a ReLU. Weight decay recognizes the norm by the layer's name."""
     convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
     return nn.Sequential(OrderedDict(conv=convolution, norm=build_norm(outputs), relu=nn.ReLU()))
 
 
 def as_rows(maps_BDHW: Tensor) -> Tensor:
-    """Returns the cells of maps as rows in row order, (B, rows * columns, D)."""
+    """Flattens maps to rows in row-major order, (B, rows * columns, D)."""
     return maps_BDHW.flatten(2).transpose(1, 2)
 
 
 def as_map(rows_BND: Tensor, size: GridSize) -> Tensor:
-    """Returns rows in row order as maps, (B, D, rows, columns)."""
+    """Reshapes rows in row-major order to maps, (B, D, rows, columns)."""
     return rows_BND.transpose(1, 2).unflatten(2, size)
