@@ -1,4 +1,4 @@
-"""Provides the mesh of ranks, its collectives and tensor-parallel layers, independent of BEiT-3."""
+"""Provides the mesh of ranks, its collectives, and tensor-parallel layers. Independent of BEiT-3."""
 
 from beit3_ds.parallel.broadcast_batches import BroadcastBatches
 from beit3_ds.parallel.divided_samples import DividedSamples, sum_gradients

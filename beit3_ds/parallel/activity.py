@@ -1,4 +1,4 @@
-"""Records the step and phase of a rank's main thread; the watchdog reports them to the other ranks."""
+"""Records the step and phase of a rank's main thread, which the watchdog reports to other ranks."""
 
 import sys
 import threading
@@ -6,28 +6,28 @@ import time
 from types import FrameType
 
 _UNMEASURED = ("starting", "reading data", "saving")
-"""Phases that may last much longer than a step."""
+"""Phases that may take much longer than a step."""
 
 
 class Activity:
-    """Holds the current step and phase of the main thread, which calls `begin` at every change."""
+    """Holds the current step and phase of the main thread, which calls `begin` whenever they change."""
 
     def __init__(self) -> None:
         self.step, self.phase = 0, "starting"
         self.changes = 0
-        """Number of phases begun so far; if this number stops growing, the rank may be stalled."""
+        """Number of phases so far. A rank may be stalled if this number stops increasing."""
         self.longest_seconds = 0.0
-        """Duration of the longest phase so far that is a part of a step or of an evaluation."""
+        """Duration of the longest phase of a step or an evaluation so far, in seconds."""
         self._begun_at = time.monotonic()
         self.lost_contact = False
-        """Whether a collective has failed and the main thread waits until rank 0 finds the reason."""
+        """Whether a collective has failed, so that the main thread waits for rank 0 to find the cause."""
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Begins a phase.
 
         Args:
-            phase: description for people, such as "reading data".
-            step: number of the step, from 1; None keeps the current one.
+            phase: description of the phase for messages, such as "reading data".
+            step: number of the step, from 1; None keeps the current number.
         """
         now = time.monotonic()
         if self.phase not in _UNMEASURED:
@@ -38,10 +38,10 @@ class Activity:
         self.changes += 1  # last, so that a reader of the new number also reads the new phase
 
     def waits_for_ranks(self) -> bool:
-        """Returns whether this rank waits for other ranks: a thread is in a collective, or a collective has failed.
+        """Returns whether this rank waits for other ranks, because it is in a collective or a collective has failed.
 
-        It inspects Python's stacks, because NCCL's kernels keep a waiting GPU busy. It includes torch's threads of
-        backward passes, which `threading` does not list.
+        Inspects the Python stacks of all threads, including torch's backward threads, which `threading` does not list.
+        GPU load cannot show a wait, because NCCL's kernels keep a waiting GPU busy.
         """
         if self.lost_contact:
             return True

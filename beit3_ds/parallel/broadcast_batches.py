@@ -1,4 +1,4 @@
-"""Broadcasts batches from the ranks that read data to all ranks of a copy of the model."""
+"""Broadcasts batches from the ranks that read data to all ranks of a model copy."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -9,48 +9,50 @@ from beit3_ds.storage_error import StorageError
 
 
 class Shareable(Protocol):
-    """Defines the interface of an item, such as a batch, that ranks send to each other with or without pixels."""
+    """Declares the interface of items, such as batches, that ranks send to each other."""
 
     def without_pixels(self) -> Self:
-        """Returns the item without pixels, for stages that hold neither the embeddings nor the head."""
+        """Returns the item without pixels, for pipeline stages that hold neither the embeddings nor the head."""
 
     def fingerprint(self) -> str:
-        """Returns a digest of the item; two ranks that read the same samples get the same digest."""
+        """Returns a digest of the samples' identity, equal on all ranks that read the same samples."""
 
     def as_value(self) -> Any:
-        """Returns the item as a value that `HostGroup` can send."""
+        """Converts the item to a value that `HostGroup` can send."""
 
     @classmethod
     def from_value(cls, value: Any) -> Self:
-        """Rebuilds the item from a value that `as_value` returned."""
+        """Rebuilds an item from the value that `as_value` returned."""
 
 
 DataError = ConfigError | StorageError
-"""Types of errors in the data; all ranks of a copy of the model raise the error of a reading rank."""
+"""Errors in reading data. If one rank raises such an error, all ranks of the model copy raise it."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 
 
 class BroadcastBatches(Generic[ItemT]):
-    """Yields items on all ranks of a copy of the model, although only some ranks read data (`Mesh.is_reader`).
+    """Yields items on all ranks of a model copy, although only some ranks read data (`Mesh.is_reader`).
 
-    Tensor-parallel rank 0 of the first and of the last stage read items, and compare digests of the samples. The first
-    stage sends its items without pixels to the stages in between. Tensor-parallel rank 0 of each stage sends its items
-    to its peers. All ranks must call `next` equally often. An error in the data of one rank is raised on all ranks.
+    Tensor-parallel rank 0 of the first and of the last stage read items, and compare digests of their samples. The
+    first stage sends its items, without pixels, to the stages in between. Tensor-parallel rank 0 of each stage sends
+    its items to the other tensor-parallel ranks.
+
+    All ranks must iterate equally often. An error in reading data on one rank is raised on all ranks.
     """
 
     def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:
-        """Stores the arguments; reading begins with the first item.
+        """Stores the arguments. Reading begins with the first item.
 
         Args:
-            items: items that a reading rank reads; other ranks do not iterate over them.
-            mesh: ranks that share the items.
+            items: items to read; only reading ranks iterate over them.
+            mesh: mesh that contains this rank's model copy.
             item_type: type of the items.
         """
         self._items, self._mesh, self._type = items, mesh, item_type
 
     def __iter__(self) -> Iterator[ItemT]:
-        """Yields this stage's items: with pixels on the first and last stage, without pixels on the stages between."""
+        """Yields this stage's items, with pixels on the first and last stage and without pixels on other stages."""
         if self._mesh.model_parallel_size == 1:
             yield from self._items
             return

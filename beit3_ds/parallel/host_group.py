@@ -1,4 +1,4 @@
-"""Exchanges values in host memory between ranks (counts, decisions, names, batches), never device tensors."""
+"""Exchanges host values between ranks, such as counts, decisions, names and batches, but no device tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,32 +12,32 @@ from torch import Tensor
 from beit3_ds.parallel.host_value import as_bytes, pack, unpack, unpack_tensors
 
 _FIRST_BYTES = 1024
-"""Bytes of the first message that carries a value; a short value needs no second message."""
+"""Size in bytes of a value's first message. A short value needs no second message."""
 _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
 class HostGroup:
-    """Exchanges values in host memory between ranks over gloo; a group of one rank sends nothing.
+    """Exchanges values in host memory between ranks over gloo. A group of one rank sends nothing.
 
-    NCCL's groups reject CPU tensors, so host values need a group of their own. A process has one `HostGroup` over all
-    ranks, `Mesh.host`; the axes of the mesh use its subgroups (`among`). Every other thread that communicates needs its
-    own group (`build_host_group`).
+    Host values need their own process group, because NCCL rejects CPU tensors. Each process has one `HostGroup` over
+    all ranks, `Mesh.host`, and subgroups of it for the axes of the mesh (`among`). Any other thread that communicates
+    needs its own group (`build_host_group`).
 
-    Messages run along binomial trees. A sum over P ranks needs 2 log2(P) consecutive messages, 18 with 512 ranks, and a
-    rank connects to at most log2(P) others. Gloo's own all-reduce is a ring of 2 P messages, and connects all pairs.
-    Sums are bitwise equal on all ranks.
+    Messages follow binomial trees. A sum over P ranks takes 2 log2(P) consecutive messages (18 for 512 ranks), and each
+    rank connects to at most log2(P) others. In contrast, gloo's all-reduce takes 2 P messages in a ring and connects
+    all pairs. Sums are bitwise equal on all ranks.
 
-    All ranks of a group must call its methods in the same order. Values are those of `host_value.pack`; nothing is
-    pickled. After the group's time-out an operation fails with gloo's RuntimeError.
+    All ranks of a group must call the methods in the same order. Values must be of the types that `host_value.pack`
+    accepts; nothing is pickled. An operation that exceeds the group's timeout raises gloo's RuntimeError.
     """
 
     group: dist.ProcessGroup | None = None
-    """Gloo process group that carries the messages; None for a single process."""
+    """Gloo process group that sends the messages; None for a single process."""
     ranks: tuple[int, ...] = (0,)
-    """Ranks of this `HostGroup`, as numbered in `group`. The methods number these ranks from 0, in this order."""
+    """Members of this group, as ranks in `group`. Methods number the members from 0 in this order."""
     rank: int = 0
-    """Index of this rank in `ranks`."""
+    """Number of this rank within this group."""
 
     @property
     def size(self) -> int:
@@ -45,16 +45,16 @@ class HostGroup:
         return len(self.ranks)
 
     def among(self, ranks: Iterable[int]) -> "HostGroup":
-        """Returns the subgroup of the given ranks, which must include this rank; sends nothing.
+        """Returns the subgroup of the given ranks, which must include this rank. Sends nothing.
 
         Args:
-            ranks: ranks as numbered in this group; the subgroup numbers them from 0 in this order.
+            ranks: members of the subgroup, as numbered in this group. The subgroup numbers them from 0 in this order.
         """
         chosen = tuple(ranks)
         return HostGroup(self.group, tuple(self.ranks[rank] for rank in chosen), chosen.index(self.rank))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Returns the sum of the CPU tensors `values` of all ranks; shape and dtype must be equal on all ranks."""
+        """Returns the sum of a CPU tensor over all ranks. Shapes and dtypes must be equal on all ranks."""
         _check_host(values)
         total = values.clone(memory_format=torch.contiguous_format)
         if self.size > 1 and total.numel():
@@ -63,13 +63,13 @@ class HostGroup:
         return total
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks, in rank order, on every rank."""
+        """Returns the values of all ranks in rank order, on every rank."""
         if self.size == 1:
             return [value]
         return list(self.broadcast(self.collect(value)))
 
     def collect(self, value: Any) -> list[Any] | None:
-        """Returns the values of all ranks, in rank order, on rank 0; returns None on other ranks."""
+        """Returns the values of all ranks in rank order on rank 0, and None on other ranks."""
         held: list[Any] = [value]
         for distance in self._distances():
             if self.rank & distance:
@@ -80,7 +80,7 @@ class HostGroup:
         return held
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
-        """Returns the value of rank `src` on every rank of the group."""
+        """Returns the value of rank `src`, on every rank."""
         if self.size == 1:
             return value
         src %= self.size
@@ -94,15 +94,15 @@ class HostGroup:
         return value if number == 0 else unpack(header, tensors)
 
     def barrier(self) -> None:
-        """Waits until all ranks of the group have called it."""
+        """Waits until all ranks of the group have called this method."""
         self.sum(torch.zeros(1, dtype=torch.uint8))
 
     def _distances(self) -> list[int]:
-        """Returns the rank distance in each round of a binomial tree: 1, 2, 4, and so on."""
+        """Returns the distance between communicating ranks in each round of a binomial tree: 1, 2, 4, and so on."""
         return [1 << number for number in range((self.size - 1).bit_length())]
 
     def _reduce(self, total: Tensor) -> None:
-        """Adds the tensors of all ranks into rank 0's tensor; the tensors of other ranks become partial sums."""
+        """Sums the tensors of all ranks into rank 0's tensor. Other ranks' tensors are overwritten with partial sums."""
         arriving = torch.empty_like(total)
         for distance in self._distances():
             if self.rank & distance:
@@ -113,7 +113,7 @@ class HostGroup:
                 total += arriving
 
     def _spread(self, values: Tensor) -> None:
-        """Overwrites the tensor of every rank with rank 0's tensor, which has equal size."""
+        """Overwrites each rank's tensor with rank 0's tensor of equal size."""
         for distance in reversed(self._distances()):
             if self.rank % (2 * distance) == distance:
                 self._receive(values, self.rank - distance)
@@ -159,10 +159,10 @@ class HostGroup:
 
 
 def build_host_group(timeout: timedelta) -> HostGroup:
-    """Builds a group over all ranks of the initialised default process group. All ranks must call this function.
+    """Builds a `HostGroup` over all ranks of the default process group. All ranks must call this function.
 
     Args:
-        timeout: longest time that an operation may wait.
+        timeout: maximum time that an operation may wait.
     """
     if dist.get_world_size() == 1:
         return HostGroup()

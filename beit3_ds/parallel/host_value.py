@@ -1,4 +1,4 @@
-"""Converts plain values to JSON and tensors, to send them to another rank, and back; nothing is pickled."""
+"""Converts plain values to JSON and tensors for sending to another rank, and back. Nothing is pickled."""
 
 import json
 from typing import Any
@@ -16,14 +16,14 @@ _DTYPES = {
 
 
 def pack(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Splits a value into JSON and a list of its CPU tensors, made contiguous.
+    """Splits a value into JSON and a list of contiguous CPU tensors.
 
     Args:
-        value: None, a bool, an int, a float, a string or a tensor. Also a list, tuple, `torch.Size` or dict of such
-            values, with strings as keys. NaN, infinities and strings of invalid Unicode are preserved.
+        value: None, a bool, an int, a float, a string, a tensor, or a list, tuple, `torch.Size` or dict of such values.
+            Dict keys must be strings. NaN, infinities and strings with invalid Unicode are preserved.
 
     Raises:
-        TypeError: for a value of any other type, or a tensor that is not on the CPU.
+        TypeError: if a value has another type, or a tensor is not on the CPU.
     """
     tensors: list[Tensor] = []
     body = _to_json(value, tensors)
@@ -32,19 +32,19 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def unpack_tensors(header: bytes) -> list[Tensor]:
-    """Returns uninitialised tensors with the shapes and dtypes that the JSON of `pack` lists."""
+    """Returns uninitialized tensors with the shapes and dtypes listed in the JSON from `pack`."""
     kinds, _ = json.loads(header)
     return [torch.empty(shape, dtype=_DTYPES[dtype]) for dtype, *shape in kinds]
 
 
 def unpack(header: bytes, tensors: list[Tensor]) -> Any:
-    """Rebuilds a value from the results of `pack`; tuples and `torch.Size` keep their types."""
+    """Rebuilds a value from the JSON and the tensors that `pack` returned."""
     _, body = json.loads(header)
     return _from_json(body, tensors)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Returns the memory of a contiguous tensor as a uint8 tensor of shape (bytes,), without a copy."""
+    """Views the memory of a contiguous tensor as a one-dimensional uint8 tensor, without copying."""
     # A tensor of one element or none counts as contiguous whatever its stride is. A view as bytes needs stride 1.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Arranges ranks on the axes pipeline, data and tensor, and holds the process groups along these axes."""
+"""Arranges ranks on the pipeline, data and tensor axes, and holds the process groups along these axes."""
 
 import hashlib
 import socket
@@ -23,59 +23,59 @@ _LISTED = 8  # a message names at most this many hosts
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Arranges ranks on the axes pipeline x data x tensor, with groups along each axis; a single rank by default.
+    """Holds this rank's position on the axes pipeline x data x tensor, and the process groups along them.
 
-    Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank. So
-    tensor-parallel peers, which communicate most, are neighbours on one node.
+    By default, the mesh has a single rank. Global rank = (pipeline rank * data_parallel_size + data rank) *
+    tensor_parallel_size + tensor rank. Tensor-parallel ranks communicate most, so they are neighbours on one node.
 
-    Process groups and the methods `sum_*` accept only tensors on this rank's device, because NCCL rejects CPU tensors.
-    Host values go through `host`, `data_host`, `tensor.host` or `pipeline.host`.
+    Process groups and the `sum_*` methods accept only tensors on this rank's device, because NCCL rejects CPU tensors.
+    Host values are exchanged through `host`, `data_host`, `tensor.host` and `pipeline.host`.
     """
 
     host: HostGroup = field(default_factory=HostGroup)
-    """Group in which all ranks exchange values in host memory, such as counts and names."""
+    """Group of all ranks for values in host memory, such as counts and names."""
     data_host: HostGroup = field(default_factory=HostGroup)
-    """Group in which the ranks of `data_parallel_group` exchange values in host memory."""
+    """Group of the ranks of `data_parallel_group` for values in host memory."""
 
     data_parallel_group: dist.ProcessGroup | None = None
-    """Process group of the ranks that hold the same part of the model and different samples."""
+    """Process group of the ranks that hold the same part of the model and process different samples."""
     data_parallel_rank: int = 0
     """This rank's number in `data_parallel_group`."""
     data_parallel_size: int = 1
     """Number of ranks in `data_parallel_group`."""
     model_parallel_group: dist.ProcessGroup | None = None
-    """Process group of the ranks that together hold one copy of the model, over all tensor and pipeline ranks."""
+    """Process group of the ranks that together hold one copy of the model (all tensor and pipeline ranks)."""
     tensor: TensorParallel = field(default_factory=TensorParallel)
-    """Group of the ranks that hold different parts of every layer and the same samples."""
+    """Group of the ranks that hold different parts of each layer and process the same samples."""
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)
-    """Group of the ranks that hold different layers and the same samples."""
+    """Group of the ranks that hold different layers and process the same samples."""
     all_coords: tuple[RankCoords, ...] = (RankCoords(0, 0, 0),)
-    """Coordinates of each global rank."""
+    """Mesh coordinates of each global rank."""
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
-    """Name of each global rank's host."""
+    """Host name of each global rank."""
     store: dist.Store | None = None
-    """Store of the process group; this reference keeps the Python object alive, which torch's groups do not."""
+    """Store of the process group. This reference keeps the Python object alive; torch's groups do not."""
     activity: Activity = field(default_factory=Activity)
-    """Step and phase of this rank; `runtime.Watchdog` reports them to the other ranks."""
+    """Step and phase of this rank, which `runtime.Watchdog` reports to other ranks."""
 
     @property
     def coords(self) -> RankCoords:
-        """Returns the coordinates of this rank."""
+        """Returns the mesh coordinates of this rank."""
         return RankCoords(self.pipeline.rank, self.data_parallel_rank, self.tensor.rank)
 
     @property
     def is_main(self) -> bool:
-        """Returns whether this rank is the main rank, global rank 0; only it prints and writes reports."""
+        """Returns whether this is global rank 0, the only rank that prints and writes reports."""
         return self.pipeline.is_first and self.data_parallel_rank == 0 and self.tensor.rank == 0
 
     @property
     def is_reader(self) -> bool:
-        """Returns whether this rank reads data: true on tensor-parallel rank 0 of the first and the last stage."""
+        """Returns whether this rank reads data: tensor-parallel rank 0 of the first and of the last stage."""
         return (self.pipeline.is_first or self.pipeline.is_last) and self.tensor.rank == 0
 
     @property
     def model_parallel_size(self) -> int:
-        """Returns the number of ranks that hold one copy of the model."""
+        """Returns the number of ranks that together hold one copy of the model."""
         return self.pipeline.size * self.tensor.size
 
     @property
@@ -84,43 +84,41 @@ class Mesh:
         return self.data_parallel_size * self.model_parallel_size
 
     def describe_layout(self) -> str:
-        """Returns the number of ranks along each axis as text for people."""
+        """Returns the number of ranks along each axis as text."""
         axes = f"{self.data_parallel_size} data-parallel x {self.tensor.size} tensor-parallel ranks"
         return axes if self.pipeline.size == 1 else f"{self.pipeline.size} stages of {axes}"
 
     def describe(self, rank: int) -> str:
-        """Returns the number, the coordinates and the host of a global rank as text for messages."""
+        """Returns the number, coordinates and host of a global rank as text for messages."""
         return f"rank {rank} ({self.all_coords[rank]}, host {self.hosts[rank]})"
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """Sums a device tensor over the data-parallel ranks; sends values.numel() elements."""
+        """Sums a device tensor over the data-parallel ranks (one all-reduce of the tensor)."""
         if self.data_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.data_parallel_group)
         return values
 
     def sum_over_model(self, values: Tensor) -> Tensor:
-        """Sums a device tensor over the ranks of one copy of the model; sends values.numel() elements."""
+        """Sums a device tensor over the ranks of one copy of the model (one all-reduce of the tensor)."""
         if self.model_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.model_parallel_group)
         return values
 
     def sum_over_all(self, values: Tensor) -> Tensor:
-        """Sums a device tensor over all ranks; sends values.numel() elements."""
+        """Sums a device tensor over all ranks (one all-reduce of the tensor)."""
         if self.num_ranks > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def gather_rows_over_data(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Gathers the rows of `x` from all data-parallel ranks and concatenates them in rank order.
-
-        Each rank sends max(lengths) rows.
+        """Concatenates the rows of `x` from all data-parallel ranks in rank order. Each rank sends max(lengths) rows.
 
         Args:
-            x: device tensor with the rows of this rank; only the first dimension may differ between ranks.
-            lengths: number of rows of each data-parallel rank.
+            x: device tensor with this rank's rows; only the first dimension may differ between ranks.
+            lengths: number of rows on each data-parallel rank.
         """
         if self.data_parallel_size == 1:
             return x
@@ -133,7 +131,7 @@ class Mesh:
         return torch.cat([piece[:length] for piece, length in pieces])
 
     def name_ranks(self, ranks: Iterable[int]) -> str:
-        """Lists global ranks by host as text for messages, such as "ranks 4-7 (host b), rank 9 (host c)"."""
+        """Lists global ranks by host, as text for messages, such as "ranks 4-7 (host b), rank 9 (host c)"."""
         by_host: dict[str, list[int]] = {}
         for rank in ranks:
             by_host.setdefault(self.hosts[rank], []).append(rank)
@@ -142,7 +140,7 @@ class Mesh:
         return ", ".join(names[:_LISTED]) + more
 
     def check_agreement(self, what: str, value: str, way_out: str) -> None:
-        """Checks that one setting has the same value on all ranks; sends a digest of 8 bytes per rank.
+        """Checks that a setting is equal on all ranks. Gathers 8 bytes per rank.
 
         Args:
             what: name of the setting, for the message.
@@ -150,8 +148,7 @@ class Mesh:
             way_out: sentence that tells the user what to do.
 
         Raises:
-            ConfigError: on all ranks, if the value differs between ranks; the message names the ranks that differ from
-                rank 0.
+            ConfigError: on all ranks, if the setting differs; the message names the ranks that differ from rank 0.
         """
         if self.num_ranks == 1:
             return
@@ -164,35 +161,35 @@ class Mesh:
             )
 
     def barrier(self) -> None:
-        """Waits until all ranks have called this method; does not wait for work on their devices."""
+        """Waits until all ranks have called this method. Does not wait for work on the devices."""
         self.host.barrier()
 
     def close(self) -> None:
-        """Waits for all ranks, then leaves the process group.
+        """Waits for all ranks, and then leaves the process group.
 
-        The wait ensures that no rank still uses the store, which rank 0 may hold, after rank 0 has ended.
+        Rank 0 may hold the store. Without the wait, it could end while other ranks still use the store.
         """
         self.barrier()
         self.leave()
 
     def leave(self) -> None:
-        """Leaves the process group at once; otherwise the group's threads would abort the process at exit."""
+        """Leaves the process group at once. Without this, the group's threads would abort the process at exit."""
         dist.destroy_process_group()
 
 
 class ModelParallelUnit:
-    """Describes the mesh to DeepSpeed through its `mpu` interface, whose method names come from Megatron-LM.
+    """Describes the mesh to DeepSpeed through the `mpu` interface, whose method names come from Megatron-LM.
 
-    DeepSpeed sums gradient norms over the "model parallel" group: parameters marked `tensor_model_parallel` from all
-    ranks, and all others from model-parallel rank 0. So the group has all ranks of one copy of the model, pipeline
-    stages included, and the rank is the tensor-parallel rank. The size is the tensor-parallel size.
+    DeepSpeed sums gradient norms over the "model parallel" group. It counts parameters marked `tensor_model_parallel`
+    on all ranks, and other parameters only on model-parallel rank 0. So the group contains all ranks of one copy of the
+    model, including all pipeline stages, but rank and size are those of tensor parallelism.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        """Returns the group of ranks that hold the same part of the model."""
+        """Returns the group of the ranks that hold the same part of the model."""
         return self._mesh.data_parallel_group
 
     def get_data_parallel_rank(self) -> int:
@@ -200,15 +197,15 @@ class ModelParallelUnit:
         return self._mesh.data_parallel_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Returns the number of ranks in the data-parallel group."""
+        """Returns the number of data-parallel ranks."""
         return self._mesh.data_parallel_size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """Returns the group of ranks that hold one copy of the model."""
+        """Returns the group of the ranks that together hold one copy of the model."""
         return self._mesh.model_parallel_group
 
     def get_model_parallel_rank(self) -> int:
-        """Returns the tensor-parallel rank; DeepSpeed counts replicated parameters only where this rank is 0."""
+        """Returns the tensor-parallel rank. DeepSpeed counts replicated parameters only on rank 0."""
         return self._mesh.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
@@ -217,14 +214,16 @@ class ModelParallelUnit:
 
 
 def build_mesh(parallel: ParallelConfig, store: dist.Store | None = None) -> Mesh:
-    """Builds the mesh over all ranks of the initialised process group. All ranks call this and exchange host names.
+    """Builds the mesh over all ranks of the default process group. All ranks must call this function.
+
+    Gathers the host names of all ranks.
 
     Args:
-        parallel: the layout and the time-out.
+        parallel: parallel sizes and timeout.
         store: store of the process group, to keep alive if it is a Python object; None otherwise.
 
     Raises:
-        ConfigError: if the layout does not divide the number of ranks.
+        ConfigError: if the parallel sizes do not divide the number of ranks.
     """
     world_size = dist.get_world_size()
     data_size = parallel.data_parallel_size(world_size)
@@ -263,9 +262,8 @@ def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
     """Creates one process group per row, and returns the group that contains this rank. All ranks must call it.
 
     Args:
-        rows: global ranks of each group; every rank is in exactly one row.
-        timeout: longest time of a collective. A new group does not inherit the default group's time-out: torch would
-            use half an hour.
+        rows: global ranks of each group; each rank is in exactly one row.
+        timeout: maximum time of a collective. New groups do not inherit the default group's timeout.
     """
     groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows.tolist()]
     (own,) = (group for group, ranks in zip(groups, rows.tolist(), strict=True) if dist.get_rank() in ranks)
@@ -274,7 +272,7 @@ def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
 
 
 def _group_of_one() -> dist.ProcessGroup:
-    """Returns a group of this rank alone; unlike real groups, it is made without the other ranks, and sends nothing."""
+    """Returns a group of this rank only. Building it involves no other rank, and it sends nothing."""
     group = dist.new_group([dist.get_rank()], backend="fake", use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -10,17 +10,17 @@ from torch import Tensor
 from beit3_ds.parallel.host_group import HostGroup
 
 ChannelKey = tuple[bool, bool]
-"""Two flags that describe a message: whether it is an activation (not a gradient), and whether it goes to a stage with
-a higher number."""
+"""Kind and direction of a message: whether it is an activation (otherwise a gradient), and whether the receiving stage
+has the higher number."""
 
 
 @dataclass(frozen=True)
 class PipelineParallel:
-    """Describes this rank's pipeline stage and its process groups; a pipeline of one stage sends nothing.
+    """Describes this rank's pipeline stage and the process groups between stages. A single stage sends nothing.
 
-    The stages form a ring. Activations go to the next stage, and with several model chunks also from the last stage to
-    the first. Gradients go in the opposite direction. Each kind and direction of messages has its own process group, so
-    that two neighbours can send to each other at the same time.
+    The stages form a ring. Activations go to the next stage, and with several model chunks per stage also from the last
+    stage to the first. Gradients go in the opposite direction. Each kind and direction of message has its own process
+    group, so two neighbours can send to each other at the same time.
     """
 
     ranks: tuple[int, ...] = (0,)
@@ -28,9 +28,9 @@ class PipelineParallel:
     rank: int = 0
     """Stage of this rank, from 0."""
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
-    """Process group for each kind and direction of messages; it carries device tensors."""
+    """Process group for each kind and direction of message; accepts device tensors only."""
     host: HostGroup = field(default_factory=HostGroup)
-    """Group in which the stages of this pipeline exchange values in host memory; ranks are in the order of stages."""
+    """Group of this pipeline's stages, in order, for values in host memory."""
 
     @property
     def size(self) -> int:
@@ -39,21 +39,21 @@ class PipelineParallel:
 
     @property
     def is_first(self) -> bool:
-        """Returns whether this stage holds the embeddings."""
+        """Returns whether this is the first stage, which holds the embeddings."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Returns whether this stage holds the head."""
+        """Returns whether this is the last stage, which holds the head."""
         return self.rank == self.size - 1
 
     def send(self, x: Tensor, *, forward: bool) -> "Message":
-        """Starts sending an activation to the next stage, or a gradient to the previous stage; returns at once."""
+        """Starts sending an activation to the next stage (`forward`) or a gradient to the previous stage."""
         work = dist.isend(x, group=self._channel(forward, self.rank, self._next(forward)), dst=self._peer(forward))
         return Message(x, work)
 
     def receive(self, x: Tensor, *, forward: bool) -> "Message":
-        """Starts receiving an activation from the previous stage, or a gradient from the next stage, into `x`."""
+        """Starts receiving into `x` an activation of the previous stage (`forward`) or a gradient of the next stage."""
         source = self._next(not forward)
         work = dist.irecv(x, group=self._channel(forward, source, self.rank), src=self.ranks[source])
         return Message(x, work)
@@ -70,18 +70,18 @@ class PipelineParallel:
 
 @dataclass(frozen=True)
 class Message:
-    """Tracks a tensor that is being sent or received."""
+    """Holds a tensor that is being sent or received."""
 
     tensor: Tensor
-    """Tensor that is sent, which must exist until it has been sent, or tensor that receives the data."""
+    """Tensor to send, which must exist until it is sent, or tensor to receive into."""
     work: Any
 
     def has_left(self) -> bool:
-        """Returns whether the transfer is complete, so the tensor may be freed; with gloo, True only after `wait`."""
+        """Returns whether the transfer is complete, so that the tensor may be freed. With gloo, True only after `wait`."""
         return bool(self.work.is_completed())
 
     def wait(self) -> Tensor:
-        """Waits until the tensor is sent or received, and returns it."""
+        """Waits until the tensor has been sent or received, and returns it."""
         self.work.wait()
         return self.tensor
 
@@ -89,13 +89,13 @@ class Message:
 def build_pipeline_parallel(
     rows: Tensor, rank: int, host: HostGroup, own_group: Callable[[Tensor], dist.ProcessGroup]
 ) -> PipelineParallel:
-    """Builds this rank's pipeline with its process groups; every rank must call this function.
+    """Builds this rank's pipeline and its process groups. All ranks must call this function.
 
     Args:
-        rows: global ranks, one pipeline per row, ordered by stage.
+        rows: global ranks of each pipeline, one pipeline per row, in the order of stages.
         rank: stage of this rank.
-        host: group in which all ranks exchange values in host memory.
-        own_group: function that builds one process group per row and returns the group of this rank.
+        host: group of all ranks for values in host memory.
+        own_group: function that builds one process group per row and returns this rank's group.
     """
     if rows.shape[1] == 1:
         return PipelineParallel()

@@ -1,11 +1,11 @@
 """Provides the tensor-parallel group, its differentiable collectives and split parameters, as in Megatron-LM.
 
-Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3, and for sequence parallelism Korthikanti et al., 2022,
+Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3. Sequence parallelism follows Korthikanti et al., 2022,
 arXiv:2205.05198, section 4.2.
 
-The residual stream is (T, D): packed tokens by hidden size. Between the tensor-parallel layers every rank holds all T
-rows. With sequence parallelism, rank r of P ranks holds rows [r * n, (r + 1) * n), and zeros pad the stream to P * n
-rows.
+The residual stream is (T, D): packed tokens by hidden size. Between tensor-parallel layers, every rank holds all T
+rows. With sequence parallelism, rank r of P holds only rows [r * n, (r + 1) * n), and the stream is padded with zeros
+to P * n rows.
 """
 
 # T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.
@@ -28,63 +28,63 @@ _VOCAB_ALIGNMENT = 64  # rows; keeps matrix products of shards at the tile sizes
 
 @dataclass(frozen=True)
 class Split:
-    """Describes this rank's part of a parameter: indices [start, stop) of the unsplit tensor along `dim`."""
+    """Describes this rank's part of a split parameter: indices [start, stop) of the whole tensor along `dim`."""
 
     dim: int
     start: int
     stop: int
     size: int
-    """Size of the unsplit tensor along `dim`."""
+    """Size of the whole tensor along `dim`."""
     padding: int = 0
-    """Number of padding indices at the end of this rank's tensor, along `dim`."""
+    """Number of padding indices at the end of this rank's tensor along `dim`."""
 
     @property
     def local_size(self) -> int:
-        """Returns the size of this rank's tensor along `dim`, with padding."""
+        """Returns the size of this rank's tensor along `dim`, including padding."""
         return self.stop - self.start + self.padding
 
     def take(self, whole: Tensor) -> Tensor:
-        """Returns a view of this rank's part of the unsplit tensor; the part has no padding."""
+        """Returns a view of this rank's part of the whole tensor, without padding."""
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
     def trim(self, local: Tensor) -> Tensor:
-        """Returns a view of this rank's tensor without its padding."""
+        """Returns a view of this rank's tensor without padding."""
         return local.narrow(self.dim, 0, self.stop - self.start)
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Describes this rank's tensor-parallel group of P ranks. A group of size 1 is valid and sends nothing."""
+    """Describes this rank's tensor-parallel group of P ranks. A group of size 1 sends nothing."""
 
     group: dist.ProcessGroup | None = None
     """Process group for device tensors; None if P is 1."""
     rank: int = 0
     """Rank within the group."""
     size: int = 1
-    """Number of ranks in the group, P."""
+    """Number of ranks in the group (P)."""
     host: HostGroup = field(default_factory=HostGroup)
-    """Group in which the P ranks exchange values in host memory; `group` accepts only device tensors."""
+    """Group of the P ranks for values in host memory."""
     sequence_parallel: bool = False
-    """Whether the ranks split the rows of the stream between the tensor-parallel layers."""
+    """Whether ranks divide the rows of the residual stream between tensor-parallel layers."""
 
     @property
     def divides_rows(self) -> bool:
-        """Returns whether each rank holds only its own share of the rows between the tensor-parallel layers."""
+        """Returns whether each rank holds only its own rows between tensor-parallel layers."""
         return self.sequence_parallel and self.size > 1
 
     def own_row_range(self, num_rows: int) -> tuple[int, int]:
-        """Returns the range [start, stop) of this rank's rows; the part beyond `num_rows` is padding."""
+        """Returns the range [start, stop) of this rank's rows. Rows from `num_rows` on are padding."""
         if not self.divides_rows:
             return 0, num_rows
         part = -(-num_rows // self.size)
         return self.rank * part, (self.rank + 1) * part
 
     def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]:
-        """Clips row ranges to this rank's rows, and numbers these from 0; padding rows belong to the last range.
+        """Converts row ranges of the whole stream to ranges within this rank's rows. The last range includes padding.
 
         Args:
-            slices: row ranges [start, stop) of the whole stream, which cover [0, num_rows) in order.
-            num_rows: number of rows of the whole stream, T.
+            slices: consecutive row ranges [start, stop) that cover [0, num_rows).
+            num_rows: number of rows of the whole stream (T).
         """
         if not self.divides_rows:
             return list(slices)
@@ -94,9 +94,10 @@ class TensorParallel:
         return list(itertools.pairwise(own))
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Returns this rank's rows of a replicated tensor; forward and backward send nothing.
+        """Returns this rank's rows of a replicated tensor. Neither pass communicates.
 
-        With sequence parallelism they are padded with zeros, so that every rank has the same number of rows.
+        With sequence parallelism, rows are padded with zeros to the same number on every rank. Otherwise returns all
+        rows.
         """
         if not self.divides_rows:
             return x
@@ -104,54 +105,56 @@ class TensorParallel:
         return _pad_rows(x[start:stop], stop - start)
 
     def scatter_rows(self, x: Tensor) -> Tensor:
-        """Splits the rows of a replicated tensor over the ranks and returns this rank's rows.
+        """Splits the rows of a replicated tensor over the ranks, and returns this rank's rows.
 
-        With sequence parallelism backward all-gathers all rows, padding included. Otherwise this is the identity.
+        With sequence parallelism, the backward pass all-gathers all rows, including padding. Otherwise this is the
+        identity.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
     def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
-        """Gathers the rows of all ranks for a computation that every rank repeats on all rows.
+        """Gathers the rows of all ranks, for a computation that every rank repeats on all rows.
 
-        With sequence parallelism forward all-gathers all rows, padding included. Otherwise this is the identity.
+        With sequence parallelism, the forward pass all-gathers all rows, including padding. Otherwise this is the
+        identity.
         """
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 
     def gather_from(self, x: Tensor, num_rows: int) -> Tensor:
-        """Gathers all rows of the stream as input of tensor-parallel layers; backward sums the gradients.
+        """Gathers all rows of the stream as input of tensor-parallel layers. The backward pass sums the gradients.
 
-        With sequence parallelism forward all-gathers and backward reduce-scatters all rows, padding included. Otherwise
-        this is `copy_to`.
+        With sequence parallelism, the forward pass all-gathers and the backward pass reduce-scatters all rows,
+        including padding. Otherwise this is `copy_to`.
         """
         return _GatherFrom.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
     def reduce_scatter_to(self, x: Tensor) -> Tensor:
-        """Sums the partial results of all ranks and returns this rank's rows of the sum.
+        """Sums the partial results of all ranks, and returns this rank's rows of the sum.
 
-        With sequence parallelism forward reduce-scatters and backward all-gathers all rows, padding included. Otherwise
-        this is `reduce_from`.
+        With sequence parallelism, the forward pass reduce-scatters and the backward pass all-gathers all rows,
+        including padding. Otherwise this is `reduce_from`.
         """
         return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Returns replicated parameters unchanged; backward sums their gradients over the ranks.
+        """Returns replicated parameters unchanged. The backward pass sums their gradients over the ranks.
 
-        With sequence parallelism backward all-reduces all gradients in one message; otherwise nothing is sent. Under
-        ZeRO-3 the parameters stay gathered until backward, so use this for small ones only.
+        With sequence parallelism, the backward pass all-reduces all gradients in one message. Otherwise nothing is
+        sent. Use it only for small parameters, because ZeRO-3 keeps them gathered until the backward pass.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
     def split(self, size: int, dim: int = 0) -> Split:
-        """Splits dimension `dim` evenly over the ranks and returns this rank's part; the ranks must divide `size`."""
+        """Splits dimension `dim` evenly over the ranks, and returns this rank's part. P must divide `size`."""
         assert size % self.size == 0, f"{self.size} tensor-parallel ranks do not divide {size}"
         part = size // self.size
         return Split(dim, self.rank * part, (self.rank + 1) * part, size)
 
     def split_vocabulary(self, size: int) -> Split:
-        """Splits the rows of a vocabulary over the ranks and returns this rank's part.
+        """Splits the rows of a vocabulary over the ranks, and returns this rank's part.
 
-        Each of P ranks holds ceil(size / P) rows, rounded up to a multiple of 64 if size is at least 64 P. Rows beyond
-        the vocabulary are padding. All ranks hold equally many rows, so that ZeRO keeps replicated parameters bitwise
+        Each rank holds ceil(size / P) rows, rounded up to a multiple of 64 if `size` is at least 64 P. Rows beyond the
+        vocabulary are padding. All ranks hold the same number of rows, so that ZeRO keeps replicated parameters bitwise
         equal.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
@@ -161,27 +164,27 @@ class TensorParallel:
         return Split(0, start, stop, size, part - (stop - start))
 
     def copy_to(self, x: Tensor) -> Tensor:
-        """Passes a replicated tensor to tensor-parallel layers (operator f of section 3).
+        """Passes a replicated tensor to tensor-parallel layers (operator f in section 3).
 
-        Forward is the identity and sends nothing; backward all-reduces x.numel() elements.
+        The forward pass is the identity. The backward pass all-reduces x.numel() elements.
         """
         return x if self.size == 1 else _CopyTo.apply(x, self.group)
 
     def reduce_from(self, x: Tensor) -> Tensor:
-        """Sums the partial results of tensor-parallel layers over the ranks (operator g of section 3).
+        """Sums the partial results of tensor-parallel layers over the ranks (operator g in section 3).
 
-        Forward all-reduces x.numel() elements; backward is the identity and sends nothing.
+        The forward pass all-reduces x.numel() elements. The backward pass is the identity.
         """
         return x if self.size == 1 else _ReduceFrom.apply(x, self.group)
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """All-reduces `x` in place, without a gradient, and returns it; sends x.numel() elements."""
+        """All-reduces `x` in place, without gradient, and returns it."""
         if self.size > 1 and x.numel():
             dist.all_reduce(x, op=op, group=self.group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Stacks the equally shaped tensors of all ranks, without gradients; sends x.numel() elements."""
+        """Stacks the tensors of all ranks, which must have equal shapes, without gradient."""
         parts = [x] if self.size == 1 else [torch.empty_like(x) for _ in range(self.size)]
         if self.size > 1 and x.numel():
             dist.all_gather(parts, x.contiguous(), group=self.group)
@@ -189,14 +192,14 @@ class TensorParallel:
 
 
 def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn.Parameter:
-    """Builds a parameter for this rank's part of a tensor; sets only the padding and leaves the rest uninitialised.
+    """Builds this rank's part of a split parameter. Only the padding is initialized.
 
-    The parameter gets the attribute `parallel_split`. Its attribute `tensor_model_parallel` makes DeepSpeed count all
-    ranks' parts in the gradient norm.
+    The attribute `parallel_split` of the parameter describes the split. The attribute `tensor_model_parallel` makes
+    DeepSpeed count the parts of all ranks in the gradient norm.
 
     Args:
         split: this rank's part.
-        shape: shape of the unsplit tensor.
+        shape: shape of the whole tensor.
         padding_value: value of the padding.
     """
     local = list(shape)
@@ -211,16 +214,17 @@ def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn
 
 
 def is_split(parameter: nn.Parameter) -> bool:
-    """Returns whether the tensor-parallel ranks hold different parts of a parameter."""
+    """Returns whether tensor-parallel ranks hold different parts of a parameter."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
 def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> torch.Size:
-    """Returns the logical shape of a parameter: its shape without any parallelism.
+    """Returns the logical shape of a parameter, which is its shape without tensor parallelism.
 
     Args:
         parameter: this rank's parameter.
-        local: shape of this rank's part. None uses `parameter.shape`, which is wrong under ZeRO-3.
+        local: shape of this rank's part; None uses `parameter.shape`. Required under ZeRO-3, which changes
+            `parameter.shape`.
     """
     split: Split | None = getattr(parameter, "parallel_split", None)
     shape = list(parameter.shape if local is None else local)
@@ -230,18 +234,23 @@ def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> t
 
 
 def own_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Returns a view of this rank's part of `whole`, the unsplit values of `parameter`; the part has no padding."""
+    """Returns a view of this rank's part of the whole tensor `whole`, without padding.
+
+    Args:
+        parameter: parameter that defines the split.
+        whole: values of the whole tensor.
+    """
     split: Split | None = getattr(parameter, "parallel_split", None)
     return whole if split is None else split.take(whole)
 
 
 def logical_part(parameter: nn.Parameter, local: Tensor | None = None) -> Tensor:
-    """Returns a view of this rank's parameter, or of `local`, without padding; it has the shape of `own_part`.
+    """Returns a view of this rank's part of a parameter without padding, in the shape of `own_part`.
 
     Args:
-        parameter: parameter whose split defines the padding.
-        local: tensor to view instead of the parameter, such as its gradient, or its values under ZeRO-3. It has the
-            shape of this rank's part with padding. None uses the parameter.
+        parameter: parameter that defines the split and the padding.
+        local: tensor to view instead of the parameter, such as the gradient, or the values under ZeRO-3. Has the shape
+            of this rank's part with padding. None uses the parameter.
     """
     local = parameter if local is None else local
     split: Split | None = getattr(parameter, "parallel_split", None)

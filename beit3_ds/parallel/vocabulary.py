@@ -1,4 +1,4 @@
-"""Provides an embedding and a cross-entropy head whose vocabulary is split over the tensor-parallel ranks."""
+"""Provides an embedding and a cross-entropy head whose vocabulary is split over tensor-parallel ranks."""
 
 # S tokens, M rows, D hidden, V rows of this rank's part of the vocabulary, padding included.
 
@@ -17,16 +17,16 @@ from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 PADDING_BIAS = -1e4
 """Bias of a head's padding rows, whose weights are 0.
 
-It fits into half precision, and exp(padding logit - real logit) is exactly 0. So padding rows add nothing to the cross
-entropy and have no gradient.
+The value fits in half precision, and is low enough that padding rows add exactly 0 to the cross entropy and get no
+gradient.
 """
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Looks up embeddings in a table whose rows are split over the tensor-parallel group.
+    """Looks up embeddings in a table whose rows are split over tensor-parallel ranks.
 
-    Forward all-reduces the embeddings of all tokens; backward sends nothing. Only the padding of `weight` is
-    initialised.
+    The forward pass all-reduces the embeddings of all tokens, and the backward pass does not communicate. Only the
+    padding of `weight` is initialized.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tensor: TensorParallel) -> None:
@@ -35,7 +35,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = split_parameter(self.split, vocab_size, hidden_size)
 
     def forward(self, ids_S: Tensor) -> Tensor:
-        """Returns the embeddings of int64 token ids, (tokens, hidden size)."""
+        """Returns the embedding of each int64 token id, (tokens, hidden size)."""
         if self.tensor.size == 1:
             return embedding(ids_S, self.weight)
         local_S = ids_S - self.split.start
@@ -45,18 +45,18 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class RowLosses(NamedTuple):
-    """Holds the loss of each row, and whether the row's prediction is correct."""
+    """Holds the loss of each row, and whether each row's prediction is correct."""
 
     loss: Tensor
-    """Cross entropy of each row, or its divergence from smoothed labels, float32."""
+    """Cross entropy of each row, possibly with label smoothing, float32."""
     correct: Tensor
-    """Whether each row's target has the row's largest logit, bool."""
+    """Whether the target has the largest logit of its row, bool."""
 
 
 class VocabParallelHead(nn.Module):
-    """Computes logits or cross entropies over a vocabulary that is split over the tensor-parallel group.
+    """Computes logits or cross entropies over a vocabulary that is split over tensor-parallel ranks.
 
-    Only the padding rows of the linear layer are initialised: their weights are 0, and their bias is `PADDING_BIAS`.
+    Only the padding rows are initialized: their weights are 0, and their bias is `PADDING_BIAS`.
     """
 
     def __init__(
@@ -67,16 +67,15 @@ class VocabParallelHead(nn.Module):
         tensor: TensorParallel,
         label_smoothing: float = 0.0,
     ) -> None:
-        """Builds the head.
+        """Builds the linear layer from rows to logits.
 
         Args:
-            hidden_size: width of an input row, D.
+            hidden_size: number of features D of an input row.
             vocab_size: size of the whole vocabulary.
-            chunk_size: largest number of rows whose logits are in memory at a time. None keeps all logits for the
-                backward pass, which is faster for a small vocabulary.
+            chunk_size: maximum number of rows whose logits are in memory at the same time. None keeps all logits for
+                the backward pass, which is faster for small vocabularies.
             tensor: the tensor-parallel group.
-            label_smoothing: total label probability of all columns other than the target; 0 gives the plain cross
-                entropy.
+            label_smoothing: total probability of all labels other than the target; 0 disables label smoothing.
         """
         super().__init__()
         self.label_smoothing = label_smoothing
@@ -85,7 +84,7 @@ class VocabParallelHead(nn.Module):
         self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
 
     def tie_weight(self, weight: nn.Parameter | None) -> None:
-        """Replaces the weight matrix with another module's parameter, or with an unsaved buffer if `weight` is None."""
+        """Replaces the weight matrix by another module's parameter, or by an unsaved buffer if `weight` is None."""
         own = self.weight
         del self.weight
         if weight is None:
@@ -94,13 +93,13 @@ class VocabParallelHead(nn.Module):
             self.weight = weight
 
     def forward(self, h_MD: Tensor, target_M: Tensor) -> RowLosses:
-        """Returns the loss of each row, and whether its prediction is correct; equal on all ranks.
+        """Returns the loss of each row, and whether each prediction is correct. Equal on all ranks.
 
-        Forward all-reduces three floats per row, or four with label smoothing. Backward all-reduces the gradient of the
-        rows.
+        The forward pass all-reduces three floats per row, or four with label smoothing. The backward pass all-reduces
+        the gradient of the rows.
 
         Args:
-            h_MD: input rows, the same on all ranks.
+            h_MD: input rows, equal on all ranks.
             target_M: target of each row, int64 in [0, vocabulary).
         """
         joined: list[Partials] = []
@@ -117,9 +116,9 @@ class VocabParallelHead(nn.Module):
         return RowLosses(loss_M, joined[0].target_logit >= joined[0].largest)
 
     def logits(self, h_MD: Tensor) -> Tensor:
-        """Returns the logits of each row over the whole vocabulary, (rows, vocabulary), on all ranks.
+        """Returns each row's logits over the whole vocabulary, (rows, vocabulary), on all ranks.
 
-        Forward all-reduces all logits. Gradients are not reduced, so use this for predictions only.
+        All-reduces all logits. For predictions only, because gradients are not reduced.
         """
         local_MV = F.linear(h_MD, self.weight, self.bias)
         if self.tensor.size == 1:

@@ -1,4 +1,5 @@
-"""Cuts the layers into stages and schedules their micro-batches.
+"""Divides the layers into pipeline stages, and schedules the micro-batches.
 
-`schedule_1f1b` and `stages` are pure functions of sizes. `schedule`, `deepspeed_compat` and `tied` import DeepSpeed.
+The modules `schedule_1f1b` and `stages` are pure functions of sizes. `schedule`, `deepspeed_compat` and `tied` import
+DeepSpeed.
 """

@@ -1,8 +1,9 @@
-"""Differentiates terms that compare all samples of a step, such as a contrastive loss, one micro-batch at a time.
+"""Differentiates losses over all samples of a step, such as a contrastive loss, one micro-batch at a time.
 
-Follows GradCache (Gao et al., 2021, arXiv:2101.06983). A first pass computes the features of every micro-batch, without
-gradients. The loss of the whole step is differentiated by these features. A second pass backpropagates the product
-<features, gradient> of each micro-batch. So a step needs the memory of one micro-batch plus the features.
+Follows GradCache (Gao et al., 2021, arXiv:2101.06983). A first pass without gradients computes the features of all
+micro-batches. The loss of the whole step is differentiated with respect to the features. A second pass backpropagates
+the inner product of features and these gradients for each micro-batch. So a step needs the memory of one micro-batch
+and of the features.
 """
 
 # n rows of this rank, N rows of all data-parallel ranks, K terms.
@@ -17,34 +18,33 @@ from beit3_ds.parallel import Mesh
 
 
 class CoupledStep:
-    """Computes a step's loss terms and their gradients with respect to the features; runs on the last stage.
+    """Computes loss terms over a whole step, and their gradients with respect to the features, on the last stage.
 
-    Every data-parallel rank gathers all features and computes the whole loss.
+    Each data-parallel rank gathers all features and computes the whole loss.
     """
 
     def __init__(self, step_loss: StepLoss, mesh: Mesh, loss_factors: Tensor, num_micro_batches: int) -> None:
-        """Stores the arguments; computes and sends nothing.
+        """Stores the arguments. Computes and sends nothing.
 
         Args:
-            step_loss: sums of the terms over a whole step.
-            mesh: the ranks.
-            loss_factors: factor of the sum of each term, (K,) float32 (`training.loss.build_loss_factors`).
-            num_micro_batches: micro-batches of each rank.
+            step_loss: function that computes the sum of each loss term over a whole step.
+            mesh: mesh of all ranks.
+            loss_factors: factor on the sum of each term, (K,) float32 (`training.loss.build_loss_factors`).
+            num_micro_batches: number of micro-batches per rank.
         """
         self._step_loss, self._mesh = step_loss, mesh
         self._loss_factors, self._num_micro_batches = loss_factors, num_micro_batches
         self._gradients: list[StepFeatures] = []
         self.sums = torch.zeros_like(loss_factors)
-        """This rank's sum of each term: the sum of the whole step on the first data-parallel rank, zeros on the
-        others."""
+        """Sum of each term over the whole step on the first data-parallel rank, and zeros on the other ranks."""
 
     def differentiate(self, micro_batches: Sequence[StepFeatures]) -> None:
-        """Computes the terms and their gradients, given this rank's features; all data-parallel ranks call it.
+        """Computes the loss terms and their gradients. All data-parallel ranks must call this method.
 
-        Sends the number of rows and the rows of every tensor to all data-parallel ranks.
+        Each rank sends its features to all data-parallel ranks.
 
         Args:
-            micro_batches: features of each of this rank's micro-batches; may still be attached to an autograd graph.
+            micro_batches: features of each of this rank's micro-batches; may be attached to an autograd graph.
         """
         whole, own = gather_features(micro_batches, self._mesh)
         with torch.enable_grad():
@@ -66,13 +66,13 @@ class CoupledStep:
         ]
 
     def total(self, number: int, features: StepFeatures) -> Tensor:
-        """Returns the inner product of features and their gradients; its backward pass gives the loss's gradients.
+        """Returns the inner product of features and their gradients, whose backward pass gives the loss's gradients.
 
-        A step of one micro-batch needs no first pass: its features are differentiated here, and the graph is kept.
+        A step with one micro-batch needs no first pass: `differentiate` is called here.
 
         Args:
-            number: number of the micro-batch.
-            features: features of the micro-batch, attached to its autograd graph.
+            number: index of the micro-batch, from 0.
+            features: features of the micro-batch, attached to an autograd graph.
         """
         if not self._gradients:
             assert self._num_micro_batches == 1, "the first pass must come before"
@@ -86,23 +86,24 @@ class CoupledStep:
 
 
 def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: Mesh) -> Tensor:
-    """Returns each term's sum over the samples of all data-parallel ranks, (terms,); zeros except on the first rank.
+    """Returns the sum of each loss term over all data-parallel ranks, (terms,), and zeros except on the first rank.
 
-    All data-parallel ranks of the last stage call it, and gather all feature tensors.
+    All data-parallel ranks of the last stage must call this function. Gathers all features.
 
     Args:
-        step_loss: sums of the terms over a whole step.
+        step_loss: function that computes the sum of each loss term over a whole step.
         micro_batches: features of this rank's batches, at least one.
-        mesh: the ranks.
+        mesh: mesh of all ranks.
     """
     whole, _ = gather_features(micro_batches, mesh)
     return _share(step_loss(whole), mesh)
 
 
 def gather_features(micro_batches: Sequence[StepFeatures], mesh: Mesh) -> tuple[StepFeatures, dict[str, slice]]:
-    """Gathers detached features of all data-parallel ranks, and returns them with this rank's slice of each tensor.
+    """Gathers the features of all data-parallel ranks, detached, and returns this rank's slice of each tensor too.
 
-    Rows are in rank order, and ranks may have different numbers of rows. All data-parallel ranks call it.
+    Rows are in rank order, and ranks may have different numbers of rows. All data-parallel ranks must call this
+    function.
     """
     first = micro_batches[0]
     joined = {name: torch.cat([features.rows[name].detach() for features in micro_batches]) for name in first.rows}

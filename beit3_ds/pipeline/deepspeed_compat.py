@@ -1,6 +1,6 @@
-"""Contains the workarounds that rely on internals of DeepSpeed; each has a test that fails without it.
+"""Contains the workarounds that depend on DeepSpeed's internals. Each has a test that fails without it.
 
-Importing this module checks the version of DeepSpeed. Other modules ensure what DeepSpeed needs besides:
+Importing this module checks DeepSpeed's version. Other modules meet DeepSpeed's further requirements:
 
     gradient accumulation   always 1 in the engine (`RunConfig.engine_config`)
     norms                   `ModelParallelUnit` names the ranks over which DeepSpeed sums them
@@ -37,10 +37,10 @@ if deepspeed.__version__ != TESTED_DEEPSPEED:
 
 
 def gather_blocks_whole(model: nn.Module) -> None:
-    """Makes ZeRO-3 gather all parameters of a block together, before its forward and before its backward pass.
+    """Makes ZeRO-3 gather all parameters of a block together, before its forward pass and before its backward pass.
 
-    So modules of a block may save each other's parameters for the backward pass. DeepSpeed would gather the parameters
-    of every linear layer and norm separately, with hooks that take longer than the kernels of small models.
+    Modules of a block can then save each other's parameters for the backward pass. DeepSpeed would gather the
+    parameters of each linear layer and norm separately, in hooks that take longer than the kernels of small models.
     """
     for module in model.modules():
         if isinstance(module, Block):
@@ -48,7 +48,7 @@ def gather_blocks_whole(model: nn.Module) -> None:
 
 
 def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
-    """Replaces the functions of this stage's DeepSpeed engine that do not fit the mesh, such as gradient norms."""
+    """Replaces functions of the DeepSpeed engine that do not fit the mesh, such as the gradient norm."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         if mesh.data_parallel_size == 1:
@@ -67,9 +67,9 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 
 @contextmanager
 def zero1_adds_up_in_float32() -> Iterator[None]:
-    """Makes an engine built in this context use ZeRO's own optimizer for stage 1 in bf16 with float32 sums.
+    """Makes engines built in this context use ZeRO's own optimizer for stage 1 with bf16 and float32 gradient sums.
 
-    DeepSpeed would choose its BF16_Optimizer, which ignores `overlap_comm` and `reduce_bucket_size`.
+    DeepSpeed would use BF16_Optimizer, which ignores `overlap_comm` and `reduce_bucket_size`.
     """
     chosen = DeepSpeedEngine._do_optimizer_sanity_check
 
@@ -85,7 +85,7 @@ def zero1_adds_up_in_float32() -> Iterator[None]:
 
 
 def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
-    """Keeps the float32 sums of gradients between the micro-batches of a step; ZeRO-1 would clear them too early."""
+    """Keeps the float32 gradient sums between the micro-batches of a step; ZeRO-1 would clear them too early."""
     clear_marks = optimizer.clear_backward_seen_flag
 
     def clear_marks_alone() -> None:
@@ -96,29 +96,30 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
 
 
 def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
-    """Clears ZeRO-3's gradient buffer before a step in which this stage runs several model chunks.
+    """Clears ZeRO-3's gradient buffer at the start of a step, if the stage has several model chunks.
 
-    The first backward pass of a step overwrites only its own chunk's part of the buffer. The gradients of other chunks
+    The first backward pass of a step overwrites only its own chunk's part of the buffer. Gradients of other chunks
     would be added to those of the previous step.
 
     Args:
-        engine: the engine of this stage.
-        num_chunks: model chunks of this stage; each has its own backward pass.
+        engine: DeepSpeed engine of this stage.
+        num_chunks: number of model chunks of this stage. Each has its own backward pass.
     """
     if num_chunks > 1 and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
-    """Runs one backward pass of a step, in any order of forward and backward passes.
+    """Runs one backward pass, independent of the order of forward and backward passes.
 
-    ZeRO clears its flags of a backward pass only when a forward pass begins. In 1F1B backward passes may follow each
-    other, so this function clears the flags.
+    ZeRO clears its flags for a backward pass only at the start of a forward pass. In 1F1B, backward passes may follow
+    each other, so this function clears the flags.
 
     Args:
-        engine: an engine with gradient accumulation 1.
-        loss: scalar output of the forward pass to differentiate.
-        is_last: whether this is the last backward pass of the step on this rank; ZeRO-0 and 1 reduce gradients in it.
+        engine: DeepSpeed engine with gradient accumulation 1.
+        loss: scalar output of a forward pass.
+        is_last: whether this is the last backward pass of the step on this rank, in which ZeRO-0 and ZeRO-1 reduce
+            gradients.
     """
     engine.set_gradient_accumulation_boundary(is_last)
     if hasattr(engine.optimizer, "clear_backward_seen_flag"):
@@ -130,7 +131,7 @@ def clip_gradients(engine: DeepSpeedEngine, norm: float) -> None:
     """Clips gradients in place to the engine's `gradient_clipping`.
 
     Args:
-        engine: an engine in float32 without ZeRO; with other optimizers the update clips.
+        engine: DeepSpeed engine in float32 without ZeRO; other engines clip in their update.
         norm: norm of all gradients.
     """
     limit = engine.gradient_clipping()
@@ -139,9 +140,9 @@ def clip_gradients(engine: DeepSpeedEngine, norm: float) -> None:
 
 
 def begin_update(engine: DeepSpeedEngine) -> None:
-    """Marks the gradients of split parameters as `tensor_model_parallel`, like the parameters.
+    """Marks the gradients of split parameters as `tensor_model_parallel`.
 
-    In bf16 without ZeRO, DeepSpeed looks for this mark when it computes the gradient norm.
+    DeepSpeed needs this mark for the gradient norm in bf16 without ZeRO.
     """
     for parameter in engine.module.parameters():
         if parameter.grad is not None and is_split(parameter):
@@ -149,17 +150,17 @@ def begin_update(engine: DeepSpeedEngine) -> None:
 
 
 def skip_update(engine: DeepSpeedEngine) -> None:
-    """Drops the gradients of a step and counts the step, as DeepSpeed's other optimizers do for a non-finite norm.
+    """Drops the gradients of a step with a non-finite norm and counts the step, as DeepSpeed's other optimizers do.
 
     Args:
-        engine: an engine in float32 without ZeRO.
+        engine: DeepSpeed engine in float32 without ZeRO.
     """
     engine.zero_grad()
     engine.global_steps += 1
 
 
 def _judge_gradients_by_norm(optimizer: Any) -> None:
-    """Makes only the gradient norm decide whether an update is skipped, so that gradients are read once."""
+    """Makes the gradient norm alone decide whether an update is skipped, so that gradients are read only once."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.check_grad_overflow = True
         optimizer.check_overflow = lambda partition_gradients=True: None
@@ -168,9 +169,9 @@ def _judge_gradients_by_norm(optimizer: Any) -> None:
 
 
 def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> Tensor:
-    """Returns the 2-norm of all gradients over all ranks; sends one element.
+    """Returns the 2-norm of all gradients over all ranks. All-reduces one element.
 
-    DeepSpeed would send one element per sub-group, and stages may have different numbers of sub-groups.
+    DeepSpeed would all-reduce one element per sub-group, but stages may have different numbers of sub-groups.
     """
     counted = [g for p, g in _gradient_partitions(optimizer) if is_split(p) or mesh.tensor.rank == 0]
     gradients = [gradient for gradient in counted if isinstance(gradient, Tensor)]
@@ -185,7 +186,7 @@ def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -
 
 
 def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[nn.Parameter, Tensor | float]]:
-    """Yields every parameter with this rank's part of its gradient, or the norm of an offloaded gradient."""
+    """Yields each parameter with this rank's part of the gradient, or with the gradient's norm if it is offloaded."""
     for index, parameters in enumerate(optimizer.fp16_groups):
         if optimizer.offload_optimizer:
             norms = optimizer.norm_for_param_grads
@@ -195,8 +196,10 @@ def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[t
 
 
 def _compare_traces_among_data_parallel_ranks(mesh: Mesh) -> None:
-    """Makes ZeRO-3 compare its order of modules only among data-parallel ranks, because stages hold different
-    modules."""
+    """Restricts ZeRO-3's check that ranks run modules in the same order to data-parallel ranks.
+
+    Ranks of different stages hold different modules.
+    """
 
     def check(values: Sequence[int]) -> None:
         if mesh.data_parallel_size == 1:

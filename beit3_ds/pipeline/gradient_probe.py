@@ -1,4 +1,4 @@
-"""Finds the micro-batches whose gradients are not finite on this rank."""
+"""Finds the micro-batches with non-finite gradients on this rank."""
 
 from collections.abc import Iterable
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class GradientProbe:
-    """Sums every gradient when it is computed, before it is accumulated or reduced over ranks.
+    """Sums each gradient when it is computed, before it is accumulated or reduced over ranks.
 
-    A NaN in a gradient makes its sum NaN, so the probe can name the rank and the micro-batch. The sums stay on the
-    device until `find_non_finite`. The probe reads each gradient once and sends nothing.
+    A NaN in a gradient makes the sum NaN, which identifies the rank and the micro-batch. The sums stay on the device
+    until `find_non_finite` is called. The probe reads each gradient once and does not communicate.
     """
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class GradientProbe:
         self._current: list[Tensor] = []
 
     def watch(self, leaves: Iterable[Tensor]) -> None:
-        """Registers on every leaf tensor a hook that sums its gradient; hooks registered later run after this hook."""
+        """Registers a hook on each leaf tensor that sums the tensor's gradient. Hooks registered later run later."""
         for leaf in leaves:
             leaf.register_hook(self._note)
 
@@ -27,11 +27,11 @@ class GradientProbe:
         self._sums = {}
 
     def begin_backward(self, micro_batch: int) -> None:
-        """Sets the index of the micro-batch, within the step, to which the next backward pass belongs."""
+        """Sets the index, within the step, of the micro-batch of the next backward pass."""
         self._current = self._sums.setdefault(micro_batch, [])
 
     def find_non_finite(self) -> list[int]:
-        """Returns the micro-batches of the last step that have a non-finite gradient on this rank."""
+        """Returns the indices of the last step's micro-batches that have a non-finite gradient on this rank."""
         return [number for number, sums in self._sums.items() if not torch.stack(sums).isfinite().all()]
 
     def _note(self, gradient: Tensor) -> None:

@@ -1,8 +1,7 @@
-"""Makes DeepSpeed's gradient norm a value of the host as soon as it is computed, so that a step waits only once.
+"""Copies DeepSpeed's gradient norm to the host as soon as it is computed, so that a step waits for the device once.
 
-DeepSpeed's optimizers would wait for the device several times: for constants that they copy to it, for their checks of
-the norm, and, without ZeRO, once per parameter. The last wait would come after the update was queued, so it would last
-until the end of the update.
+DeepSpeed's optimizers would wait several times: to copy constants to the device, to check the norm, and, without ZeRO,
+once per parameter. The last wait would come after the update was queued, and would last until the update is done.
 """
 
 from collections.abc import Sequence
@@ -21,11 +20,11 @@ from torch import Tensor
 
 
 def keep_norm_on_host(engine: DeepSpeedEngine) -> None:
-    """Replaces functions of the engine's optimizer, so that it reads the norm from the device once and keeps it.
+    """Makes the engine's optimizer read the gradient norm from the device once, and keep it on the host.
 
-    Call it after `deepspeed_compat.adapt_engine`, which replaces ZeRO-3's norm. An optimizer in float32 without ZeRO
-    computes no norm (`training.engine.apply_update` does). The replaced functions of DeepSpeed's modules have an effect
-    on the whole process.
+    Call it after `deepspeed_compat.adapt_engine`, which replaces ZeRO-3's norm. Has no effect in float32 without ZeRO,
+    where `training.engine.apply_update` computes the norm. Some of the replaced functions belong to DeepSpeed's
+    modules, so the change affects the whole process.
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -41,7 +40,9 @@ def keep_norm_on_host(engine: DeepSpeedEngine) -> None:
 
 
 def _mark_non_finite(norm: Tensor, device: Any = None) -> None:
-    """Replaces a norm that is not finite by -1, DeepSpeed's sign of an invalid norm, without a constant to copy."""
+    """Replaces a non-finite norm with -1, DeepSpeed's mark of an invalid norm, without copying a constant to the
+    device.
+    """
     norm.masked_fill_(~norm.isfinite(), -1.0)
 
 
@@ -56,6 +57,10 @@ def _sum_of_squares(gradients: Sequence[Tensor], mpu: Any) -> Tensor:
 
 
 def _read_norm(norm_list: Sequence[Tensor | float]) -> float:
-    """Returns the norm of all groups, given `_sum_of_squares` of each; 0.0 stands for a group without gradients."""
+    """Returns the norm over all groups.
+
+    Args:
+        norm_list: result of `_sum_of_squares` for each group, or 0.0 for a group without gradients.
+    """
     groups = [total.double() for total in norm_list if isinstance(total, Tensor)]
     return float(torch.stack(groups).sum().sqrt())

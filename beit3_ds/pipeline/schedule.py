@@ -1,6 +1,6 @@
 """Runs the micro-batches of a step through the model, with or without pipeline stages.
 
-DeepSpeed's engine therefore never accumulates gradients itself: its `gradient_accumulation_steps` is always 1.
+DeepSpeed's engine does not accumulate gradients: its `gradient_accumulation_steps` is always 1.
 """
 
 # T packed rows of this rank, D hidden, K terms.
@@ -25,14 +25,15 @@ from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.pipeline.tied import TiedWordEmbedding
 
 Prepare = Callable[[PackedBatch], PackedBatch]
-"""Function that moves a micro-batch to the device and adds missing targets for the head (`RankTask.prepare`)."""
+"""Function that moves a micro-batch to the device and adds missing targets (`RankTask.prepare`)."""
 
 
 class Schedule:
     """Runs the micro-batches of a step through this stage's layers, in 1F1B order.
 
-    Neighbouring stages exchange the stream of each micro-batch, (rows, hidden size), and its gradient. With sequence
-    parallelism each tensor-parallel rank sends its own rows. A stage computes while it sends and receives.
+    Neighbouring stages exchange the residual stream of each micro-batch, (rows, hidden size), and the stream's
+    gradient. With sequence parallelism, each tensor-parallel rank sends its own rows. A stage computes while it sends
+    and receives.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Schedule:
         """Registers the gradient probe and the tied word table on the engine's model.
 
         Args:
-            engine: engine of this stage's `StageModel`, with gradient accumulation 1.
+            engine: DeepSpeed engine of this stage's `StageModel`, with gradient accumulation 1.
             chunks: model chunks of all stages, in order (`stages.cut_layers`).
-            mesh: the ranks.
-            step_loss: sums of terms that compare all samples of a step (`Task.step_loss`); None if no term does.
+            mesh: mesh of all ranks.
+            step_loss: function for loss terms that compare all samples of a step (`Task.step_loss`); None if there are
+                none.
         """
         self.step_loss = step_loss
         self.engine, self.chunks, self.mesh = engine, tuple(chunks), mesh
@@ -56,29 +58,29 @@ class Schedule:
         self._dtype, self._hidden_size = engine.module.stream_dtype, engine.module.stream_size
         self.sending: list[Message] = []
         self.own_work = Stopwatch(engine.device)
-        """Measures the parts of a step without collectives (`training.stragglers`)."""
+        """Measures the parts of a step without collectives, to find slow ranks (`training.stragglers`)."""
 
     @property
     def forward_is_own(self) -> bool:
-        """Returns whether a forward pass needs no other rank, which is so without tensor parallelism and ZeRO-3."""
+        """Returns whether a forward pass needs no other rank: true without tensor parallelism and without ZeRO-3."""
         return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 
     def accumulate_gradients(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
     ) -> Tensor:
-        """Runs forward and backward of every micro-batch of one optimizer step; the caller does the update.
+        """Runs the forward and backward passes of all micro-batches of one step. The caller updates the parameters.
 
-        Data-parallel ranks reduce gradients after every micro-batch (ZeRO-2 and 3) or after the last one (ZeRO-0 and
-        1). Every rank must have the same number of micro-batches.
+        Data-parallel ranks reduce gradients after each micro-batch (ZeRO-2 and ZeRO-3) or after the last one (ZeRO-0
+        and ZeRO-1). All ranks must have the same number of micro-batches.
 
         Args:
-            micro_batches: at least one; the same on all stages of a pipeline.
-            loss_factors: factor of the sum of each term, (K,) float32. The factors contain the counts of the whole
-                step, so the gradients of micro-batches add up however the step is cut.
+            micro_batches: micro-batches of the step, at least one; equal on all stages of a pipeline.
+            loss_factors: factor on the sum of each loss term, (K,) float32. Each factor divides by the term's count in
+                the whole step, so the gradient does not depend on how the step is divided into micro-batches.
             prepare: function applied to each micro-batch before its first use.
 
         Returns:
-            This rank's sum of each of the task's terms, (K,) float32; zeros on stages before the last.
+            This rank's sum of each loss term, (K,) float32; zeros except on the last stage.
         """
         pipeline = self.mesh.pipeline
         actions = schedule_1f1b(len(micro_batches), pipeline.rank, pipeline.size, len(self.model_chunks))
@@ -100,9 +102,9 @@ class Schedule:
     def _couple(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
     ) -> CoupledStep | None:
-        """Runs the first pass of a step with terms that compare all its samples; returns None without such terms.
+        """Runs the first pass of a step whose loss compares all samples. Returns None if the loss does not.
 
-        A single micro-batch needs no first pass, which would keep ZeRO-3 from prefetching.
+        A single micro-batch needs no first pass.
         """
         if self.step_loss is None:
             return None
@@ -121,17 +123,17 @@ class Schedule:
         prepare: Prepare,
         activity: str = "evaluation",
     ) -> Iterator[tuple[PackedBatch, Any]]:
-        """Runs batches forward through all stages, in evaluation mode.
+        """Runs batches forward through all stages in evaluation mode.
 
         Args:
-            batches: batches, the same on all stages of a pipeline.
-            loss_factors: factor of the sum of each term, (K,) float32; None yields predictions.
-            prepare: function applied to each batch first.
-            activity: name of the phase for `Mesh.activity`, which the watchdog reports.
+            batches: batches to run; equal on all stages of a pipeline.
+            loss_factors: factor on the sum of each loss term, (K,) float32; None yields predictions instead of a loss.
+            prepare: function applied to each batch before its use.
+            activity: name of the phase that the watchdog reports.
 
         Yields:
-            Each prepared batch, with its `LossOutput`, `StepFeatures` or predictions on the last stage and None
-            elsewhere.
+            Each prepared batch with its output: `LossOutput`, `StepFeatures` or predictions on the last stage, and None
+                on other stages.
         """
         self.tied.synchronize()
         self.engine.eval()
@@ -156,7 +158,7 @@ class Schedule:
         return output
 
     def is_first(self, chunk: int) -> bool:
-        """Returns whether a model chunk of this stage begins with the embeddings."""
+        """Returns whether a model chunk of this stage starts with the embeddings."""
         return self.model_chunks[chunk].start == 0
 
     def is_last(self, chunk: int) -> bool:
@@ -164,10 +166,15 @@ class Schedule:
         return self.model_chunks[chunk].stop == self.chunks[-1].stop
 
     def receive(self, chunk: int, batch: PackedBatch, *, forward: bool) -> Message | None:
-        """Starts receiving what a pass through a chunk needs from another stage: the stream (T, D), or its gradient.
+        """Starts receiving the residual stream (T, D), or its gradient, for one pass through a model chunk.
+
+        Args:
+            chunk: index of the model chunk within the stage.
+            batch: the packed micro-batch.
+            forward: whether the pass is a forward pass, which receives the stream.
 
         Returns:
-            The message to wait for; None if the pass needs nothing from another stage.
+            The message to wait for, or None if the pass needs nothing from another stage.
         """
         if self.is_first(chunk) if forward else self.is_last(chunk):
             return None
@@ -176,7 +183,7 @@ class Schedule:
         return self.mesh.pipeline.receive(x_TD, forward=forward)
 
     def send(self, x_TD: Tensor, *, forward: bool) -> None:
-        """Starts sending the stream to the next stage, or its gradient to the previous one."""
+        """Starts sending the residual stream to the next stage (`forward`), or its gradient to the previous stage."""
         self.sending = [message for message in self.sending if not message.has_left()]
         self.sending.append(self.mesh.pipeline.send(x_TD.detach().contiguous(), forward=forward))
 
@@ -187,7 +194,7 @@ class Schedule:
 
 
 class _Step:
-    """Holds the micro-batches of one step that are in flight on this stage."""
+    """Holds the micro-batches of one step that this stage has begun and not completed."""
 
     def __init__(
         self,
@@ -250,14 +257,14 @@ class _Step:
 
 
 class _Pending:
-    """Holds what the backward pass needs from its forward pass."""
+    """Holds what a backward pass needs from its forward pass."""
 
     def __init__(self, x_TD: Tensor | None, loss: Tensor, gradient: list[Tensor]) -> None:
         self.x_TD, self.loss, self.gradient = x_TD, loss, gradient
 
 
 class _TakeGradient(torch.autograd.Function):
-    """Returns a scalar loss whose backward pass uses the gradient that the next stage has sent."""
+    """Returns a scalar whose backward pass yields the gradient that the next stage has sent."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, gradient: list[Tensor]) -> Tensor:

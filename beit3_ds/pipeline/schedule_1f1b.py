@@ -1,27 +1,27 @@
-"""Computes the order of a pipeline stage's passes, as a pure function of sizes."""
+"""Computes the order of a pipeline stage's forward and backward passes, as a pure function of sizes."""
 
 from typing import NamedTuple
 
 
 class Action(NamedTuple):
-    """Names the forward or backward pass of one micro-batch through one model chunk of a stage."""
+    """Describes one forward or backward pass of a micro-batch through a model chunk."""
 
     forward: bool
     micro_batch: int
     chunk: int
-    """Index of the model chunk among those of the stage, from 0."""
+    """Index of the model chunk within the stage, from 0."""
 
 
 def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_chunks: int = 1) -> list[Action]:
-    """Returns the order of a stage's passes: one forward, one backward (1F1B), interleaved for several model chunks.
+    """Returns the order of a stage's passes in the 1F1B schedule, interleaved if stages have several model chunks.
 
-    Forward and backward passes alternate after a warm-up of forward passes, so few activations are kept. See Narayanan
-    et al., 2021, arXiv:2104.04473, section 2.2.
+    After a warm-up of forward passes, forward and backward passes alternate, so few activations are kept (Narayanan et
+    al., 2021, arXiv:2104.04473, section 2.2).
 
     Args:
-        num_micro_batches: micro-batches of one step; a multiple of `num_stages` if `num_chunks` exceeds 1.
+        num_micro_batches: number of micro-batches per step. If `num_chunks` exceeds 1, a multiple of `num_stages`.
         stage: index of the stage, from 0.
-        num_stages: number of stages of the pipeline.
+        num_stages: number of pipeline stages.
         num_chunks: number of model chunks per stage.
     """
     assert num_chunks == 1 or num_micro_batches % num_stages == 0, "interleaving needs a multiple of the stages"
@@ -37,7 +37,10 @@ def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_chunk
 
 
 def _action(forward: bool, k: int, num_stages: int, num_chunks: int) -> Action:
-    """Returns the k-th pass of a direction; each group of `num_stages` micro-batches visits chunk after chunk."""
+    """Returns a stage's k-th forward pass, or its k-th backward pass.
+
+    Each group of `num_stages` micro-batches passes one model chunk after the other.
+    """
     if num_chunks == 1:
         return Action(forward, k, 0)
     group, place = divmod(k, num_stages * num_chunks)

@@ -1,4 +1,4 @@
-"""Cuts the ordered list of layers into the model chunks that the stages of a pipeline hold."""
+"""Divides the ordered list of layers into model chunks, and assigns these to pipeline stages."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -9,31 +9,36 @@ from beit3_ds.patch_grids import window_ranges
 
 
 def cut_layers(config: RunConfig, head_flops: float) -> list[range]:
-    """Cuts the layers (embeddings, blocks, head) into `parallel.num_chunks` model chunks of nearly equal work.
+    """Divides the layers (embeddings, blocks, head) into `parallel.num_chunks` model chunks of nearly equal cost.
 
-    Stage s of S holds the chunks s, S + s, 2 S + s, ... (`stage_layers`). Costs are those of the expected tokens of a
-    step.
+    Of S stages, stage s holds chunks s, S + s, 2 S + s, and so on (`stage_layers`). Costs are operations for the
+    expected tokens of a step.
 
     Args:
         config: the run's configuration.
-        head_flops: operations of the last layer in one step (`Task.expected_head_flops`).
+        head_flops: floating-point operations of the last layer per step (`Task.expected_head_flops`).
     """
     return cut(layer_costs(config, head_flops), config.parallel.num_chunks)
 
 
 def stage_layers(chunks: Sequence[range], stage: int, num_stages: int) -> list[range]:
-    """Returns the model chunks that one stage holds, in the order of the forward pass."""
+    """Returns the model chunks of one stage, in the order of the forward pass."""
     return list(chunks[stage::num_stages])
 
 
 def layer_costs(config: RunConfig, head_flops: float) -> list[float]:
-    """Returns the forward and backward operations of each layer in one step; `head_flops` is the last layer's value."""
+    """Returns the floating-point operations of each layer per step, forward and backward.
+
+    Args:
+        config: the run's configuration.
+        head_flops: floating-point operations of the last layer per step.
+    """
     costs = [3 * flops for flops in layer_flops(config.model, _expected_work(config))]
     return [*costs[:-1], head_flops]
 
 
 def _expected_work(config: RunConfig) -> Work:
-    """Returns the rows, (query, key) pairs and patches of one step, if all texts have full length."""
+    """Returns the rows, (query, key) pairs and patches of one step, assuming that all texts have full length."""
     data, num_patches = config.data, config.model.num_patches
     images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
     image_length, caption_length, text_length = config.model.image_rows, data.pair_text_length, data.text_length
@@ -47,13 +52,13 @@ def _expected_work(config: RunConfig) -> Work:
 
 
 def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
-    """Cuts a list of costs into consecutive chunks so that the largest sum of a chunk is as small as possible.
+    """Divides a list into consecutive chunks such that the largest chunk cost is as small as possible.
 
-    Among equally good cuts it chooses the one with the smallest sum of squared sums.
+    Among equally good divisions, chooses the one with the smallest sum of squared chunk costs.
 
     Args:
         costs: cost of each item, at least 0.
-        num_chunks: number of chunks, from 1 to the number of items; each gets at least one item.
+        num_chunks: number of chunks, from 1 to the number of items. Each chunk gets at least one item.
     """
     assert 1 <= num_chunks <= len(costs), f"cannot cut {len(costs)} layers into {num_chunks} chunks"
     prefix = [0.0]
@@ -73,7 +78,7 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """Cuts the layers from `start` on into chunks; returns the least sum of squared costs and each chunk's end."""
+        """Divides the layers from `start` on; returns the smallest sum of squared costs and the end of each chunk."""
         ends = [len(costs)] if chunks == 1 else range(start + 1, len(costs) - chunks + 2)
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())
         for end in ends:

@@ -1,4 +1,4 @@
-"""Measures how long this rank works without waiting for others."""
+"""Measures how long this rank works without waiting for other ranks."""
 
 import time
 from collections.abc import Iterator
@@ -8,13 +8,17 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of several pieces of work on the host, or on a GPU between events.
+    """Accumulates the time of several pieces of work, on the host or, with events, on a GPU.
 
-    The device is synchronized only in `take`.
+    Only `take` synchronizes the device.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Starts at zero seconds; `device` is the device that does the measured work."""
+        """Starts at zero seconds.
+
+        Args:
+            device: device that does the measured work.
+        """
         self._is_on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -34,7 +38,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - begin
 
     def take(self) -> float:
-        """Returns the seconds measured since the last call; on a GPU, first waits until the measured work has ended."""
+        """Returns the accumulated seconds and resets them to zero. On a GPU, waits until the measured work is done."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000

@@ -11,10 +11,10 @@ from beit3_ds.parallel import Mesh, Message
 class TiedWordEmbedding:
     """Keeps the last stage's copy of the word table equal to the first stage's parameter.
 
-    The first stage owns the table: it trains and saves it. The head of the last stage has a copy that DeepSpeed does
-    not know, and sums its gradient in float32 over the micro-batches. The last stage sends the sum before the first
-    stage's last backward pass, which adds it to its own gradient. Each step and evaluation begins by sending this
-    rank's part of the table. Without a pipeline nothing is sent.
+    The first stage trains and saves the table. The last stage's head has a copy that DeepSpeed does not manage, and
+    sums the copy's gradient in float32 over the micro-batches. The last stage sends this sum to the first stage, which
+    adds it to the table's gradient in the last backward pass of the step. Each step and each evaluation begins with
+    sending this rank's part of the table to the last stage. Without a pipeline, nothing is sent.
     """
 
     def __init__(self, model: StageModel, mesh: Mesh) -> None:
@@ -34,11 +34,11 @@ class TiedWordEmbedding:
 
     @property
     def copies(self) -> list[Tensor]:
-        """Returns the last stage's copy of the table in a list; an empty list on other stages."""
+        """Returns a list with the last stage's copy of the table; empty on other stages."""
         return [] if self._copy is None else [self._copy]
 
     def synchronize(self) -> None:
-        """Sends the word table from the first to the last stage; under ZeRO-3 data-parallel ranks gather it first."""
+        """Sends the word table from the first to the last stage. Under ZeRO-3, data-parallel ranks gather it first."""
         if self._owned is not None:
             with deepspeed.zero.GatheredParameters([self._owned]), torch.no_grad():
                 # Travels backward around the ring, after the last gradient of the previous step.
@@ -49,14 +49,14 @@ class TiedWordEmbedding:
             self._sum.zero_()
 
     def before_backward(self, *, is_last: bool) -> None:
-        """Receives the copy's gradient if `is_last` is True; call this before every backward pass of the step."""
+        """Receives the gradient of the copy if `is_last` is True. Call this before each backward pass of a step."""
         if is_last and self._owned is not None:
             # Travels forward around the ring, after the last activation of the step.
             gradient = torch.empty(self._shape, dtype=torch.float32, device=self._owned.device)
             self._arrived = self._pipeline.receive(gradient, forward=True).wait()
 
     def after_backward(self, *, is_last: bool) -> list[Message]:
-        """Sums the gradient of the copy after each backward pass, and starts sending the sum after the last one."""
+        """Adds up the copy's gradient after each backward pass, and starts sending the sum if `is_last` is True."""
         if self._copy is None:
             return []
         if self._copy.grad is not None:  # None after a model chunk without the head

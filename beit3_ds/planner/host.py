@@ -1,4 +1,4 @@
-"""Models what one node needs in addition to its GPUs: memory, shared memory and file system calls.
+"""Models what a node needs besides its GPUs: memory, shared memory and file reads.
 
 docs/traffic_and_memory.md explains the figures.
 """
@@ -25,19 +25,19 @@ class HostRequirements(NamedTuple):
     shm: int
     """Bytes of /dev/shm for the prefetched steps of the node's ranks."""
     ranks: int
-    """Bytes of the ranks' processes and their libraries, without the memory that CUDA adds."""
+    """Bytes of the rank processes with their libraries, without CUDA."""
     workers: int
-    """Bytes of the data workers: libraries, one step per worker, and a micro-batch while it is packed."""
+    """Bytes of the data workers: libraries, one step per worker, and the micro-batch that is being packed."""
     validation: int
     """Bytes of the validation batches that the ranks keep in memory."""
     checkpoint: int
-    """Bytes of the copy of the training state from which checkpoints are written while training continues."""
+    """Bytes of the copies of the training state that are written to checkpoints while training continues."""
     offloaded: int
     """Bytes of master weights, moments, gradients and parameters that DeepSpeed offloads to the host."""
     pinned: int
-    """Bytes of `offloaded` that DeepSpeed pins, so that the operating system never pages them out."""
+    """Bytes of `offloaded` that DeepSpeed pins (page-locked memory)."""
     num_workers: int
-    """Number of data workers of all ranks of the node."""
+    """Number of data workers on the node."""
     images_per_step: int
     """Number of images that the node's ranks decode per step."""
     records_per_step: int
@@ -45,20 +45,20 @@ class HostRequirements(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Returns the total memory of the node in bytes, /dev/shm included."""
+        """Returns the total memory of the node in bytes, including /dev/shm."""
         return self.shm + self.ranks + self.workers + self.validation + self.checkpoint + self.offloaded
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSize:
-    """Holds the memory of a node; a size that is unknown is None."""
+    """Holds the available memory of a node. Unknown sizes are None."""
 
     memory: int | None = None
-    """Bytes of memory that the run's processes may take."""
+    """Bytes of memory that the run's processes may use."""
     shm: int | None = None
     """Bytes of /dev/shm."""
     name: str = "a node"
-    """Name of the node in messages."""
+    """Name of the node, for messages."""
 
 
 def host_requirements(config: RunConfig, world_size: int, ranks_per_node: int) -> HostRequirements:
@@ -66,11 +66,11 @@ def host_requirements(config: RunConfig, world_size: int, ranks_per_node: int) -
 
     Args:
         config: the run's configuration.
-        world_size: number of ranks.
-        ranks_per_node: number of consecutive ranks on every node; the last node may have fewer.
+        world_size: total number of ranks.
+        ranks_per_node: number of consecutive ranks per node; the last node may have fewer.
 
     Raises:
-        ConfigError: if the layout does not divide the ranks, or a step exceeds `data.prefetch_gib`.
+        ConfigError: if the parallel sizes do not divide the ranks, or a step exceeds `data.prefetch_gib`.
     """
     state_bytes = {
         stage: _state_bytes(config, world_size, stage) for stage in range(config.parallel.pipeline_parallel_size)
@@ -85,9 +85,14 @@ def host_requirements(config: RunConfig, world_size: int, ranks_per_node: int) -
 def check_node(requirements: HostRequirements, config: RunConfig, size: NodeSize) -> None:
     """Checks that a node has enough memory for the run.
 
+    Args:
+        requirements: memory that the node needs.
+        config: the run's configuration.
+        size: memory that the node has.
+
     Raises:
-        ConfigError: if memory is too small; the message names the needed and available memory, and keys that lower the
-            need.
+        ConfigError: if memory is too small; the message gives the needed and the available memory, and the keys that
+            reduce the need.
     """
     if size.shm is not None and requirements.shm > size.shm:
         raise ConfigError(
@@ -105,13 +110,13 @@ def check_node(requirements: HostRequirements, config: RunConfig, size: NodeSize
 
 
 def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_node: int, step_seconds: float) -> str:
-    """Formats a table of one node's requirements.
+    """Formats one node's requirements as a table.
 
     Args:
         config: the run's configuration.
         requirements: requirements of the node.
-        ranks_per_node: ranks on the node.
-        step_seconds: assumed time of one step.
+        ranks_per_node: number of ranks on the node.
+        step_seconds: assumed time per step in seconds.
     """
     plan = "prepared and mapped, shared through the page cache"
     unprepared = "in every rank and worker: set data.cache_dir and run `beit3 prepare`"
@@ -139,11 +144,11 @@ def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_n
 
 
 class _Kind(NamedTuple):
-    """Identifies the ranks with equal memory: they share a pipeline stage and read the same views of images."""
+    """Identifies ranks that need equal memory: same pipeline stage, and same views of images."""
 
     stage: int
     views: str
-    """Views of images that the rank reads: "both", "model" or "tokenizer"; empty if the rank reads no data."""
+    """Resized copies of images that the rank reads: "both", "model" or "tokenizer"; empty if it reads no data."""
 
 
 def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:
@@ -176,7 +181,7 @@ def _node_requirements(
 
 
 def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan) -> int:
-    """Returns the modelled bytes of one rank's data workers: each holds libraries, a step and a micro-batch."""
+    """Returns the modelled bytes of one rank's data workers. Each holds libraries, one step and one micro-batch."""
     both = step_bytes(config, data_parallel_size, "both")
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 
@@ -188,7 +193,7 @@ def _validation_bytes(config: RunConfig, data_parallel_size: int, views: str) ->
 
 
 def _state_bytes(config: RunConfig, world_size: int, stage: int) -> tuple[int, int, int]:
-    """Returns three byte counts of one rank of a stage: copied for checkpoints, offloaded to the host, and pinned."""
+    """Returns the bytes that one rank of a stage copies for checkpoints, offloads to the host, and pins."""
     memory: Memory | ModelState
     if config.backbone is None:
         memory = model_state(config, world_size)

@@ -1,4 +1,4 @@
-"""Models the memory of one rank by the formulas of docs/traffic_and_memory.md."""
+"""Models the memory of one rank with the formulas of docs/traffic_and_memory.md."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,26 +16,26 @@ _INDEX = 8  # bytes of a row number
 
 
 class Memory(NamedTuple):
-    """Holds the modelled memory of one rank, in bytes, at the peak of a step's forward and backward passes."""
+    """Holds the modelled memory of one rank in bytes, at the peak of a step's forward and backward passes."""
 
     parameters: int
-    """Bytes of the rank's parameters; under ZeRO-3, of its partition and of the persistent parameters."""
+    """Bytes of the parameters. Under ZeRO-3, of the rank's partition and the persistent parameters."""
     gradients: int
-    """Bytes of the sums of earlier micro-batches' gradients, which exist while a later micro-batch is computed."""
+    """Bytes of the gradient sums that are kept between micro-batches."""
     optimizer: int
-    """Bytes of float32 master weights, Adam's two moments and, with `training.ema_decay`, averages of the weights."""
+    """Bytes of float32 master weights, Adam's two moments, and the weight average (`training.ema_decay`), if any."""
     buckets: int
-    """Bytes of DeepSpeed's fixed-size buffers, in which gradients wait to be reduced."""
+    """Bytes of DeepSpeed's fixed-size buffers for gradients to be reduced."""
     gathered: int
-    """Maximum bytes of the unpartitioned parameters that ZeRO-3 has gathered at one time."""
+    """Maximum bytes of whole parameters that ZeRO-3 holds gathered at the same time."""
     activations: int
-    """Bytes of the tensors that autograd keeps for the backward passes of all micro-batches in flight."""
+    """Bytes of the tensors that autograd saves for the backward passes of all micro-batches in flight."""
     recomputed: int
-    """Bytes of the additional tensors during the recomputation of one block."""
+    """Bytes of the additional tensors while one block is recomputed."""
 
     @property
     def total(self) -> int:
-        """Returns the total bytes."""
+        """Returns the sum of all parts in bytes."""
         return sum(self)
 
 
@@ -44,9 +44,8 @@ def rank_memory(rank_model: RankModel, workloads: Sequence[Workload], data_rank:
 
     Args:
         rank_model: the rank's part of the model.
-        workloads: micro-batches of one step.
-        data_rank: the rank's number among the data-parallel ranks. It matters under ZeRO-2, because these ranks then
-            keep unequal parts of the gradients.
+        workloads: sizes of the micro-batches of one step.
+        data_rank: data-parallel rank. It matters only under ZeRO-2, where ranks keep unequal parts of the gradients.
     """
     return Memory(
         parameters=_parameters(rank_model),
@@ -134,7 +133,7 @@ def _numel(rank_model: RankModel) -> int:
 
 
 def activation_peak(rank_model: RankModel, workloads: Sequence[Workload]) -> int:
-    """Returns the maximum bytes that autograd keeps at any time during the pipeline schedule of one step."""
+    """Returns the maximum bytes of saved activations at any point of the pipeline schedule of one step."""
     live, peak = 0, 0
     for action in schedule_1f1b(len(workloads), rank_model.stage, rank_model.num_stages, len(rank_model.chunks)):
         kept = chunk_activations(rank_model, rank_model.chunks[action.chunk], workloads[action.micro_batch])
@@ -144,7 +143,7 @@ def activation_peak(rank_model: RankModel, workloads: Sequence[Workload]) -> int
 
 
 def chunk_activations(rank_model: RankModel, chunk: range, workload: Workload) -> int:
-    """Returns the bytes that autograd keeps from one micro-batch's forward pass through one model chunk."""
+    """Returns the bytes that autograd saves in one micro-batch's forward pass through one model chunk."""
     model = rank_model.config.model
     mode = rank_model.config.training.activation_checkpointing
     kept = sum(block_activations(rank_model, chunk, layer, workload, mode) for layer in rank_model.blocks_of(chunk))
@@ -156,13 +155,13 @@ def chunk_activations(rank_model: RankModel, chunk: range, workload: Workload) -
 
 
 def block_activations(rank_model: RankModel, chunk: range, layer: int, workload: Workload, checkpointing: str) -> int:
-    """Returns the bytes that autograd keeps for one micro-batch in one block, without parameters and row numbers.
+    """Returns the bytes that autograd saves for one micro-batch in one block, except parameters and row indices.
 
     Args:
         rank_model: the rank's part of the model.
-        chunk: model chunk that holds the block.
-        layer: number of the block in the list of layers, from 1, because layer 0 holds the embeddings.
-        workload: the micro-batch.
+        chunk: model chunk that contains the block.
+        layer: number of the block in the list of layers, from 1; layer 0 is the embeddings.
+        workload: sizes of the micro-batch.
         checkpointing: value of `training.activation_checkpointing`.
     """
     model = rank_model.config.model
@@ -175,7 +174,7 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
 
 
 def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
-    """Returns the bytes that one branch, attention or FFN, keeps for its norms and its factors of stochastic depth."""
+    """Returns the bytes that attention or FFN saves for its norms and its stochastic-depth factors."""
     model, size, ranks = rank_model.config.model, rank_model.element_size, rank_model.tensor.size
     own = _own_rows(rank_model, rows)
     kept = own * (model.hidden_size * rank_model.stream_size + 2 * _STATISTIC + rank_model.stream_size * drops)
@@ -190,9 +189,9 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
 
 
 def _attention_core(rank_model: RankModel, rows: BlockRows, layer: int) -> int:
-    """Returns the bytes of queries, keys, values, attention's output and the log-sum-exp of the scores.
+    """Returns the bytes of the saved queries, keys, values, attention output and log-sum-exp of the scores.
 
-    With relative positions all four are wider, and the narrower queries and outputs are kept too.
+    With relative positions, the first four are wider, and the original queries and the narrow output are saved too.
     """
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size
@@ -205,7 +204,7 @@ def _attention_core(rank_model: RankModel, rows: BlockRows, layer: int) -> int:
 
 
 def _ffn_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns the bytes that the FFN keeps besides `_branch`: the input of the GELU, because the rest is recomputed."""
+    """Returns the bytes of the input of GELU. The FFN saves nothing else besides `_branch`, and recomputes the rest."""
     return rows.ffn * rank_model.config.model.ffn_hidden_size // rank_model.tensor.size * rank_model.element_size
 
 
@@ -231,7 +230,7 @@ def _head_activations(rank_model: RankModel, workload: Workload) -> int:
 
 
 def _kept_logits(rank_model: RankModel, rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the bytes of the buffers for logits, and of each row's largest logit after each vocabulary tile."""
+    """Returns the bytes of the logit buffers, and of each row's maximum logit per vocabulary tile."""
     tiles = divide_for_cpu(rows, rank_model.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
     return rows * (tiles.num_buffers * tiles.stride + len(tiles.columns)) * _STATISTIC
 

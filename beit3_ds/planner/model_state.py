@@ -1,4 +1,4 @@
-"""Models the training state of one rank, without activations, for a model other than BEiT-3."""
+"""Models the training state of one rank, without activations, for models other than BEiT-3."""
 
 from typing import NamedTuple
 
@@ -11,24 +11,24 @@ _SIZES = {"fp32": 4, "bf16": 2}
 
 
 class ModelState(NamedTuple):
-    """Holds the bytes of one rank's training state; activations and DeepSpeed's buffers are not modelled."""
+    """Holds the size of one rank's training state in bytes, without activations and DeepSpeed's buffers."""
 
     numel: int
-    """Number of parameters of the whole model."""
+    """Number of elements of all parameters of the whole model."""
     parameters: int
-    """Bytes of the rank's parameters; under ZeRO-3 of its partition."""
+    """Bytes of the parameters. Under ZeRO-3, of the rank's partition."""
     gradients: int
     """Bytes of the gradients that the rank keeps until the update."""
     optimizer: int
-    """Bytes of master weights and Adam's two moments in float32."""
+    """Bytes of float32 master weights and Adam's two moments."""
 
     @property
     def total(self) -> int:
-        """Returns the total bytes of parameters, gradients and optimizer state."""
+        """Returns the sum of parameters, gradients and optimizer state in bytes."""
         return self.parameters + self.gradients + self.optimizer
 
     def describe(self) -> str:
-        """Formats the state of a rank as a table."""
+        """Formats the training state as a table."""
         rows = {
             "modelled, of one rank": "training state",
             "parameters, millions": f"{self.numel / 1e6:,.1f}",
@@ -42,10 +42,14 @@ class ModelState(NamedTuple):
 
 
 def model_state(config: RunConfig, world_size: int) -> ModelState:
-    """Models the training state of one rank from the number of parameters; builds the model on the meta device.
+    """Models the training state of one rank from the model's number of parameters.
+
+    Args:
+        config: the run's configuration.
+        world_size: total number of ranks.
 
     Raises:
-        ConfigError: if the layout does not divide the ranks.
+        ConfigError: if the parallel sizes do not divide the ranks.
     """
     ranks, options = config.parallel.data_parallel_size(world_size), config.options
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Models the cost of float32 in a bf16 run: a float32 residual stream, and float32 sums of gradients."""
+"""Models what float32 costs in a bf16 run, for the residual stream and for gradient sums."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,35 +11,35 @@ from beit3_ds.planner.traffic import step_traffic
 from beit3_ds.planner.workload import expected_workloads
 
 BANDWIDTH = 3.35e12
-"""Memory bandwidth of modelled times in bytes per second, from the data sheet of an H100 SXM."""
+"""Assumed memory bandwidth in bytes per second, from the data sheet of the H100 SXM."""
 
 _FORWARD_PASSES = 3
-"""Number of times that a branch's forward pass reads or writes all rows of the residual stream: its norm reads it, and
-its last operation reads and writes it."""
+"""Number of times that a branch's forward pass reads or writes the whole residual stream. The norm reads it, and the
+last operation reads and writes it."""
 _BACKWARD_PASSES = 4
-"""Number of times that a branch's backward pass reads or writes all rows of the stream or of its gradient: its norm
-reads both and writes one, and its last operation reads one."""
+"""Number of times that a branch's backward pass reads or writes the whole residual stream or its gradient. The norm
+reads the stream and the gradient and writes the gradient, and the last operation reads the gradient."""
 
 
 class PrecisionCost(NamedTuple):
     """Holds the modelled cost of one choice of dtypes, for the rank that needs the most memory."""
 
     memory: int
-    """Total bytes of the rank's memory."""
+    """Memory of the rank in bytes."""
     sent: float
     """Bytes that the rank sends per step, over all axes."""
     seconds: float
-    """Seconds per step to read and write the stream and the sums of gradients at full memory bandwidth."""
+    """Seconds per step for reading and writing the residual stream and the gradient sums at full memory bandwidth."""
 
 
 def describe_precision(config: RunConfig, world_size: int) -> str:
-    """Formats a table of costs with float32 and with bf16, for the residual stream and for the sums of gradients.
+    """Formats a table that compares float32 and bf16 for the residual stream and for gradient sums.
 
-    The table is for bf16 runs; for a float32 run it is "".
+    Returns an empty string unless the run uses bf16.
 
     Args:
         config: the run's configuration.
-        world_size: number of ranks.
+        world_size: total number of ranks.
     """
     if not config.options.is_bf16:
         return ""

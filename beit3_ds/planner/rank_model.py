@@ -1,4 +1,4 @@
-"""Builds one rank's part of a model without storage; traffic and memory follow from its shapes."""
+"""Builds one rank's part of a model without storage. Traffic and memory are computed from its shapes."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from beit3_ds.planner.workload import BlockRows, Workload
 from beit3_ds.tasks import build_task
 
 _SIZES = {"fp32": 4, "bf16": 2}
-"""Bytes per element of a dtype, by DeepSpeed's name of the dtype."""
+"""Bytes per element of each dtype, by DeepSpeed's name."""
 
 _ZERO_DEFAULTS = {
     "reduce_bucket_size": 500_000_000,
@@ -28,22 +28,22 @@ _ZERO_DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RankModel:
-    """Holds one rank's part of the model, on the meta device, and the sizes of the mesh around it."""
+    """Holds one rank's part of the model, on the meta device, and the sizes of the mesh."""
 
     config: RunConfig
     """The run's configuration."""
     model: TaskModel
-    """This rank's layers, each with only this rank's tensor-parallel part."""
+    """This rank's layers, with this rank's tensor-parallel part of each."""
     tensor: TensorParallel
-    """This rank's place among the tensor-parallel ranks, without a process group, so that nothing can be sent."""
+    """This rank's tensor-parallel rank and size, without a process group."""
     data_parallel_size: int
-    """Number of ranks that hold the same part of the model."""
+    """Number of data-parallel ranks."""
     stage: int
-    """Pipeline stage, from 0."""
+    """Index of the pipeline stage, from 0."""
     chunks: tuple[range, ...]
-    """Model chunks of the stage: ranges in the ordered list of layers."""
+    """Model chunks of the stage, as ranges in the list of layers."""
     groups: tuple[tuple[nn.Parameter, ...], ...]
-    """Parameter groups of the optimizer, in the optimizer's order (`group_parameters`); no group is empty."""
+    """Parameter groups of the optimizer, in the optimizer's order (`group_parameters`). No group is empty."""
 
     @property
     def num_stages(self) -> int:
@@ -57,46 +57,48 @@ class RankModel:
 
     @property
     def is_first(self) -> bool:
-        """Returns whether the stage holds the embeddings."""
+        """Returns whether this is the first stage, which holds the embeddings."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
-        """Returns whether the stage holds the heads."""
+        """Returns whether this is the last stage, which holds the head."""
         return self.stage == self.num_stages - 1
 
     @property
     def element_size(self) -> int:
-        """Returns the bytes per element of parameters, matrix products and their inputs: 2 in bf16, otherwise 4."""
+        """Returns the bytes per element of parameters and of the inputs of matrix products: 2 in bf16, otherwise 4."""
         return _SIZES[self.config.options.precision]
 
     @property
     def stream_size(self) -> int:
-        """Returns the bytes per element of the residual stream between the layers."""
+        """Returns the bytes per element of the residual stream."""
         return 4 if self.config.training.fp32_residual_connection else self.element_size
 
     @property
     def gradient_size(self) -> int:
-        """Returns the bytes per element of the gradient sums of micro-batches (`data_types.grad_accum_dtype`)."""
+        """Returns the bytes per element of gradient sums (`data_types.grad_accum_dtype`)."""
         return _SIZES[self.config.options.grad_accum_dtype]
 
     @property
     def reduced_size(self) -> int:
-        """Returns the bytes per element of gradients that data-parallel ranks send (`communication_data_type`)."""
+        """Returns the bytes per element of the gradients that data-parallel ranks send (`communication_data_type`)."""
         return _SIZES[self.config.options.communication_data_type]
 
     @property
     def zero_stage(self) -> int:
-        """Returns the stage of ZeRO, 0 to 3."""
+        """Returns the ZeRO stage, 0 to 3."""
         return self.config.options.zero_stage
 
     def zero_elements(self, key: str) -> int:
-        """Returns the value of a key of `zero_optimization` that counts elements; if unset, DeepSpeed's default."""
+        """Returns the value, in elements, of a key of `zero_optimization`, or DeepSpeed's default if the key is not
+        set.
+        """
         return int(self.config.options.zero.get(key, _ZERO_DEFAULTS[key]))
 
     @property
     def tied_elements(self) -> int:
-        """Returns this rank's number of elements of the word table that first and last stage share; 0 if not shared."""
+        """Returns the elements of this rank's word table if the first and last stage share it, and 0 otherwise."""
         model = self.config.model
         if not model.has_tied_table or self.num_stages == 1:
             return 0
@@ -104,26 +106,32 @@ class RankModel:
         return split.local_size * model.hidden_size
 
     def blocks_of(self, chunk: range) -> range:
-        """Returns the numbers of one model chunk's blocks in the list of all layers; blocks are layers 1 to L."""
+        """Returns the numbers of a model chunk's blocks in the list of layers, where blocks are layers 1 to L."""
         return range(max(chunk.start, 1), min(chunk.stop, self.config.model.num_layers + 1))
 
     def block_rows(self, chunk: range, layer: int, workload: Workload) -> BlockRows:
-        """Returns the numbers of rows that a block computes; `layer` is the block's number in the list of layers."""
+        """Returns the numbers of rows that one block computes.
+
+        Args:
+            chunk: model chunk that contains the block.
+            layer: number of the block in the list of layers, from 1.
+            workload: sizes of the micro-batch.
+        """
         rows = workload.every_row
         if workload.kept_rows and not self.tensor.divides_rows:
             rows = workload.kept_rows[layer - 1]
         return rows._replace(ffn=workload.masked) if self.cuts_rows(chunk, layer) else rows
 
     def cuts_rows(self, chunk: range, layer: int) -> bool:
-        """Returns whether a block's FFN computes only masked rows; true for the last block if the heads follow it.
+        """Returns whether a block's FFN computes only masked rows: true for the last block if the head follows it.
 
-        The heads of a model with `dense` read all rows.
+        False in a model with `dense`, because its heads read all rows.
         """
         model = self.config.model
         return model.dense is None and layer == model.num_layers and chunk.stop == model.num_pipeline_layers
 
     def parameters_of(self, chunk: range) -> list[nn.Parameter]:
-        """Returns the parameters that a pass through one model chunk uses, in the model's order, each once."""
+        """Returns the parameters of one model chunk in the model's order, without duplicates."""
         modules: list[nn.Module] = []
         if chunk.start == 0 and self.model.embeddings is not None:
             modules.append(self.model.embeddings)
@@ -138,12 +146,12 @@ def build_rank_model(config: RunConfig, world_size: int, stage: int = 0, tensor_
 
     Args:
         config: the run's configuration.
-        world_size: number of ranks.
+        world_size: total number of ranks.
         stage: pipeline stage of the rank.
-        tensor_rank: number of the rank among its tensor-parallel ranks.
+        tensor_rank: tensor-parallel rank.
 
     Raises:
-        ConfigError: if the layout does not divide the ranks.
+        ConfigError: if the parallel sizes do not divide the ranks.
     """
     parallel = config.parallel
     data_parallel_size = parallel.data_parallel_size(world_size)

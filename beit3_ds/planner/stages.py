@@ -1,4 +1,4 @@
-"""Formats the modelled cost of every pipeline stage as a table."""
+"""Formats the modelled cost of each pipeline stage as a table."""
 
 from beit3_ds.config import RunConfig
 from beit3_ds.pipeline.stages import cut_layers, layer_costs
@@ -13,14 +13,16 @@ _DATA_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 
 def describe_stages(config: RunConfig, world_size: int) -> str:
-    """Formats a table with one column per stage: layers, parameters, and its first rank's modelled memory and traffic.
+    """Formats a table with the layers, parameters, modelled memory and modelled traffic of each stage.
+
+    Memory and traffic are those of the stage's first rank.
 
     Args:
         config: the run's configuration.
-        world_size: number of ranks.
+        world_size: total number of ranks.
 
     Raises:
-        ConfigError: if the layout does not divide the ranks, or there are fewer samples than data-parallel ranks.
+        ConfigError: if the parallel sizes do not divide the ranks, or there are fewer samples than data-parallel ranks.
     """
     stages = range(config.parallel.pipeline_parallel_size)
     columns = [_stage_rows(build_rank_model(config, world_size, stage)) for stage in stages]
@@ -66,10 +68,10 @@ def _name_layers(chunk: range, config: RunConfig) -> str:
 
 
 def bubble_share(config: RunConfig) -> float:
-    """Returns the share of a step in which a stage of an even pipeline idles while the pipeline fills and empties.
+    """Returns the fraction of a step in which stages of equal cost idle while the pipeline fills and drains.
 
-    It is (S - 1) / (V m + S - 1) with S stages, m micro-batches and V model chunks per stage (Narayanan et al., 2021,
-    arXiv:2104.04473, section 2.2).
+    The fraction is (S - 1) / (V m + S - 1) with S stages, m micro-batches and V model chunks per stage (Narayanan et
+    al., 2021, arXiv:2104.04473, section 2.2).
     """
     stages, stage_chunks = config.parallel.pipeline_parallel_size, config.parallel.virtual_pipeline_parallel_size
     if stages == 1:
@@ -78,7 +80,7 @@ def bubble_share(config: RunConfig) -> float:
 
 
 def imbalance(config: RunConfig) -> float:
-    """Returns by which share the slowest stage works longer than the average stage, e.g. 0.1 for 10 % longer."""
+    """Returns the relative excess of the slowest stage's work over the average, such as 0.1 for 10 % more."""
     stages = config.parallel.pipeline_parallel_size
     head_flops = build_task(config).expected_head_flops()
     costs, chunks = layer_costs(config, head_flops), cut_layers(config, head_flops)

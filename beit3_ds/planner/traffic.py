@@ -1,4 +1,4 @@
-"""Models the number and the bytes of one rank's communication calls in one step (docs/traffic_and_memory.md)."""
+"""Models how many communication calls one rank makes per step, and their bytes (docs/traffic_and_memory.md)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -13,38 +13,49 @@ _ALLREDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once with
 
 
 class Volume(NamedTuple):
-    """Counts one rank's calls of one operation, such as all-reduce, along one axis of the mesh, and their bytes."""
+    """Holds the number of one rank's calls of one communication operation along one axis, and their bytes."""
 
     calls: int
     """Number of calls."""
     num_bytes: int
-    """Total bytes of the calls' tensors. For an all-gather they are the outputs, for a reduce-scatter the inputs."""
+    """Total bytes of the calls' tensors: outputs for an all-gather, inputs for a reduce-scatter."""
 
 
 class Traffic:
-    """Counts one rank's communication calls and their bytes, by axis of the mesh and by operation.
+    """Counts one rank's communication calls and their bytes, by mesh axis and operation.
 
-    Axes are `data`, `tensor`, `pipeline`, `model` (the ranks of one copy of the model) and `world`. Operations are
-    "all-reduce", "all-gather", "reduce-scatter", "send" and "receive". Calls over a single rank are left out.
+    Axes are "data", "tensor", "pipeline", "model" (the ranks of one copy of the model) and "world". Operations are
+    "all-reduce", "all-gather", "reduce-scatter", "send" and "receive". Calls among a single rank are not counted.
     """
 
     def __init__(self, rank_model: RankModel) -> None:
-        """Starts without traffic, and takes the sizes of the axes from `rank_model`."""
+        """Starts with zero traffic.
+
+        Args:
+            rank_model: the rank's part of the model, which gives the sizes of the axes.
+        """
         data, model = rank_model.data_parallel_size, rank_model.model_parallel_size
         self.sizes = {"data": data, "tensor": rank_model.tensor.size, "model": model, "world": data * model}
         self.sizes["pipeline"] = rank_model.num_stages
         self.volumes: dict[tuple[str, str], Volume] = {}
 
     def add(self, axis: str, kind: str, num_bytes: int, calls: int = 1) -> None:
-        """Adds `calls` calls of the operation `kind` along one axis; their tensors have `num_bytes` bytes in total."""
+        """Adds calls of one operation along one axis.
+
+        Args:
+            axis: axis of the mesh.
+            kind: operation, such as "all-reduce".
+            num_bytes: total bytes of the calls' tensors.
+            calls: number of calls.
+        """
         if self.sizes[axis] > 1 and calls:
             old = self.volumes.get((axis, kind), Volume(0, 0))
             self.volumes[axis, kind] = Volume(old.calls + calls, old.num_bytes + num_bytes)
 
     def sent_bytes(self, axis: str, kind: str | None = None) -> float:
-        """Returns the bytes that this rank sends along one axis, if collectives use rings.
+        """Returns the bytes that this rank sends along one axis, assuming ring algorithms.
 
-        Over P ranks an all-gather or a reduce-scatter sends (P - 1) / P of the tensor, and an all-reduce sends twice as
+        Among P ranks, an all-gather or a reduce-scatter sends (P - 1) / P of the tensor, and an all-reduce twice as
         much.
 
         Args:
@@ -61,13 +72,12 @@ class Traffic:
 
 
 def step_traffic(rank_model: RankModel, workloads: Sequence[Workload], step: int = 1) -> Traffic:
-    """Models the traffic of one rank in one optimizer step (`Schedule.accumulate_gradients` and `apply_update`).
+    """Models the communication of one rank in one step, gradients and update included.
 
     Args:
         rank_model: the rank's part of the model.
-        workloads: the rank's micro-batches.
-        step: number of earlier steps since the engine was built. In the first steps ZeRO-3 still learns the order of
-            the modules.
+        workloads: sizes of the rank's micro-batches.
+        step: number of steps before this one. In its first steps, ZeRO-3 still records the order of the modules.
     """
     traffic = Traffic(rank_model)
     for workload in workloads:
@@ -98,13 +108,13 @@ def _add_tensor_traffic(traffic: Traffic, rank_model: RankModel, chunk: range, w
 
 
 def _branch_bytes(rank_model: RankModel, rows: int) -> int:
-    """Returns the bytes of `rows` rows of a branch's input, with the padding of sequence parallelism."""
+    """Returns the bytes of `rows` rows of a branch's input, including the padding of sequence parallelism."""
     rows = padded(rows, rank_model.tensor.size) if rank_model.tensor.divides_rows else rows
     return rows * rank_model.config.model.hidden_size * rank_model.element_size
 
 
 def _stream_bytes(rank_model: RankModel, rows: int) -> int:
-    """Returns the bytes of `rows` rows of the residual stream, whose elements may be wider than those of a branch."""
+    """Returns the bytes of `rows` rows of the residual stream, including the padding of sequence parallelism."""
     return _branch_bytes(rank_model, rows) // rank_model.element_size * rank_model.stream_size
 
 
@@ -131,7 +141,16 @@ def _add_block(traffic: Traffic, rank_model: RankModel, chunk: range, layer: int
 def _residual_add(
     traffic: Traffic, rank_model: RankModel, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
-    """Adds a branch's tensor-parallel traffic: `enters` sends of its input, and `leaves` sums of its output."""
+    """Adds a branch's tensor-parallel traffic, forward and backward.
+
+    Args:
+        traffic: counts to add to.
+        rank_model: the rank's part of the model.
+        experts: names of the branch's experts.
+        rows: number of rows that the branch computes.
+        enters: number of forward computations of the branch's input, including recomputation.
+        leaves: number of forward computations of the branch's output, including recomputation.
+    """
     model, stream = rank_model.config.model, _branch_bytes(rank_model, rows)
     if rank_model.tensor.divides_rows:
         if rows:
@@ -199,7 +218,16 @@ def _reduce(
     element_size: int,
     is_full: Callable[[int, int], bool],
 ) -> None:
-    """Adds the reductions of gradient buckets; `is_full(held, next)` says whether a bucket is reduced now."""
+    """Adds the reductions of gradient buckets.
+
+    Args:
+        traffic: counts to add to.
+        kind: operation, "all-reduce" or "reduce-scatter".
+        parameters: parameters in the order in which their gradients fill buckets.
+        element_size: bytes per element of a sent gradient.
+        is_full: function of the elements in the bucket and those of the next gradient that decides whether to reduce
+            the bucket first.
+    """
     ranks = traffic.sizes["data"] if kind == "reduce-scatter" else 1
     calls, held, elements = 0, 0, 0
     for parameter in parameters:
@@ -212,7 +240,7 @@ def _reduce(
 
 
 def _add_update(traffic: Traffic, rank_model: RankModel) -> None:
-    """Adds the traffic of the gradient norm and, under ZeRO-1 and ZeRO-2, of gathering the new weights."""
+    """Adds the traffic of the gradient norm and, under ZeRO-1 and ZeRO-2, of gathering the updated parameters."""
     stage, groups = rank_model.zero_stage, len(rank_model.groups)
     if stage == 3:
         traffic.add("world", "all-reduce", 4)

@@ -1,4 +1,4 @@
-"""Holds the sizes of one micro-batch on which its traffic and memory depend."""
+"""Computes the sizes of a micro-batch that determine its traffic and memory."""
 
 from typing import NamedTuple
 
@@ -15,44 +15,44 @@ from beit3_ds.tasks.pretraining.targets import with_masks
 
 
 class BlockRows(NamedTuple):
-    """Holds how many rows of a micro-batch one block computes."""
+    """Holds the numbers of a micro-batch's rows that one block computes."""
 
     attention: int
-    """Number of rows of the residual stream that attention computes."""
+    """Number of rows in attention."""
     attended: int
-    """Number of rows in all buckets of an `AttentionPlan` (`kernels.ops.attention_plan`), padding included."""
+    """Number of rows in all buckets of an `AttentionPlan` (`kernels.ops.attention_plan`), including padding."""
     ffn: int
-    """Number of rows that the FFN computes."""
+    """Number of rows in the FFN."""
 
 
 class Workload(NamedTuple):
-    """Holds the sizes of one micro-batch on which its traffic and memory depend."""
+    """Holds the sizes of a micro-batch that determine its traffic and memory."""
 
     rows: int
-    """Number of packed rows, T."""
+    """Number of packed rows (T)."""
     tokens: int
-    """Number of tokens of all captions and texts, S."""
+    """Number of tokens of all captions and texts (S)."""
     images: int
-    """Number of images, B, images of pairs included."""
+    """Number of images (B), including images of pairs."""
     masked_patches: int
-    """Number of masked patches, which are the rows of the MIM head."""
+    """Number of masked patches, which is the number of rows of the MIM head."""
     masked_tokens: int
-    """Number of masked text tokens, which are the rows of the MLM head."""
+    """Number of masked text tokens, which is the number of rows of the MLM head."""
     drops: bool
-    """Whether branches are multiplied by factors of stochastic depth."""
+    """Whether the model uses stochastic depth."""
     every_row: BlockRows
-    """Numbers of rows of a block that computes every row."""
+    """Numbers of rows in a block that skips no rows."""
     kept_rows: tuple[BlockRows, ...] = ()
-    """Numbers of rows of each block when dropped branches are skipped; empty without stochastic depth."""
+    """Numbers of rows in each block that skips dropped branches; empty without stochastic depth."""
 
     @property
     def masked(self) -> int:
-        """Returns the number of rows at masked positions, M."""
+        """Returns the number of masked rows (M)."""
         return self.masked_patches + self.masked_tokens
 
 
 def workload_of(batch: PackedBatch) -> Workload:
-    """Returns the workload of one micro-batch."""
+    """Returns the `Workload` of a packed micro-batch."""
     image_mim, text_mlm, pair_mim, pair_mlm = batch.term_counts
     num_layers = 0 if batch.drop_path is None else batch.drop_path.shape[1]
     return Workload(
@@ -79,12 +79,12 @@ def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
 
 
 def expected_workloads(config: RunConfig, data_parallel_size: int) -> list[Workload]:
-    """Returns the workloads of one step's micro-batches, for the data-parallel rank with the most samples.
+    """Returns the workloads of one step's micro-batches on the data-parallel rank with the most samples.
 
-    All texts have full length, and no branch is dropped.
+    Assumes that all texts have full length and that no branch is dropped.
 
     Raises:
-        ConfigError: if there are fewer samples than ranks.
+        ConfigError: if a step has fewer samples than there are data-parallel ranks.
     """
     shares = config.step_shares(data_parallel_size)
     sizes = shares.divide_rank(shares.rank_samples(0))

@@ -1,4 +1,4 @@
-"""Simulates, without tensors, which parameters DeepSpeed's coordinator gathers under ZeRO-3, and when."""
+"""Simulates which parameters DeepSpeed's ZeRO-3 gathers, and when, without any tensors."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from beit3_ds.planner.rank_model import RankModel
 
 
 def persistent_parameters(rank_model: RankModel) -> list[nn.Parameter]:
-    """Returns the parameters that ZeRO-3 does not partition, because they are small; every rank keeps them."""
+    """Returns the small parameters that ZeRO-3 does not partition; every rank keeps them whole."""
     if rank_model.zero_stage != 3:
         return []
     threshold = rank_model.zero_elements("stage3_param_persistence_threshold")
@@ -18,22 +18,24 @@ def persistent_parameters(rank_model: RankModel) -> list[nn.Parameter]:
 
 
 def padded(numel: int, ranks: int) -> int:
-    """Returns `numel`, rounded up to a multiple of `ranks`."""
+    """Returns `numel` rounded up to a multiple of `ranks`."""
     return -(-numel // ranks) * ranks
 
 
 class Zero3Replay:
-    """Simulates which parameters one rank gathers in each step.
+    """Simulates which parameters one rank gathers in each step under ZeRO-3.
 
-    It replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8). All
-    parameters of a block (`deepspeed_compat.gather_blocks_whole`), and the own parameters of every other module, are
-    gathered before its forward and backward passes, and released after each. Once the coordinator knows the order of
-    modules, it gathers up to `stage3_prefetch_bucket_size` elements ahead. It then also keeps parameters whose next use
-    is at most `stage3_max_reuse_distance` elements away. A pass that leaves the order, as in a pipeline, is recorded.
+    Replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` of DeepSpeed 0.19.8. Parameters
+    are gathered before each forward or backward pass of their module, and released after it. A block gathers all its
+    parameters together (`deepspeed_compat.gather_blocks_whole`); other modules gather only parameters of their own.
+
+    Once the coordinator has recorded the order of modules, it prefetches up to `stage3_prefetch_bucket_size` elements,
+    and keeps parameters that are used again within `stage3_max_reuse_distance` elements. When a pass leaves the
+    recorded order, as in a pipeline, the order is recorded again.
     """
 
     def __init__(self, rank_model: RankModel) -> None:
-        """Starts with every parameter partitioned, as the engine does.
+        """Starts with all parameters partitioned, like the engine.
 
         Args:
             rank_model: the rank's part of the model.
@@ -59,10 +61,10 @@ class Zero3Replay:
         self._begin_pass()
 
     def run_step(self, num_micro_batches: int) -> tuple[int, int]:
-        """Replays one optimizer step.
+        """Simulates one optimizer step.
 
         Returns:
-            Number of all-gather calls in the step, and number of gathered elements, padding included.
+            Number of all-gather calls, and number of gathered elements, including padding.
         """
         self.calls, self.elements = 0, 0
         rank_model = self.rank_model
@@ -120,7 +122,7 @@ class Zero3Replay:
         self._release_backward(module)
 
     def _step(self) -> None:
-        """Replays the optimizer's step: updates partitions, then gathers persistent parameters, one in each call."""
+        """Simulates the optimizer's step, after which each persistent parameter is gathered in a call of its own."""
         self._inflight.clear()
         self._active.clear()
         for p in self.rank_model.model.parameters():
@@ -146,7 +148,9 @@ class Zero3Replay:
         return [module for module in modules if module is not None]
 
     def _is_input(self, module: nn.Module) -> bool:
-        """Returns whether no input of a module needs a gradient, so that DeepSpeed's hook after backward never runs."""
+        """Returns whether no input of a module needs a gradient. DeepSpeed's hook after the backward pass then never
+        runs.
+        """
         embeddings = self.rank_model.model.embeddings
         return embeddings is not None and module in (embeddings, *embeddings.children())
 
@@ -159,7 +163,7 @@ class Zero3Replay:
         self._num_available = 0
 
     def _reset(self) -> None:
-        """Replays `reset_step`, which comes before each forward pass."""
+        """Simulates `reset_step`, which DeepSpeed calls before each forward pass."""
         self._clear_inflight()
         if self._mode == "record":
             self._trace = [
@@ -268,7 +272,10 @@ class Zero3Replay:
                 self._whole -= self._padded(parameter)
 
     def _kept_for_reuse(self, module: nn.Module) -> set[int]:
-        """Returns the ids of parameters that stay gathered after a module, as DeepSpeed's cached decision says."""
+        """Returns the ids of the parameters that stay gathered after a module has run.
+
+        The result is cached per module and position, as in DeepSpeed.
+        """
         key = module, self._step_id
         if key not in self._kept:
             kept = {id(p) for p in self._own(module) if id(p) in self._persistent}
@@ -288,7 +295,7 @@ class Zero3Replay:
         return used
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        """Returns the parameters that are gathered for a module: all of a block, otherwise without the children's."""
+        """Returns the parameters that are gathered for a module: all of a block's, else the module's own."""
         # Modules are asked for them millions of times, and torch builds the list from dictionaries.
         if module not in self._owned:
             self._owned[module] = list(module.parameters(recurse=module in self._blocks))
