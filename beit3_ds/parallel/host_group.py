@@ -102,7 +102,7 @@ class HostGroup:
         return [1 << number for number in range((self.size - 1).bit_length())]
 
     def _reduce(self, total: Tensor) -> None:
-        """Sums the tensors of all ranks into rank 0's tensor. Other ranks' tensors are overwritten with partial sums."""
+        """Sums the tensors of all ranks into rank 0's tensor, and overwrites other ranks' tensors with partial sums."""
         arriving = torch.empty_like(total)
         for distance in self._distances():
             if self.rank & distance:

@@ -53,7 +53,7 @@ class PipelineParallel:
         return Message(x, work)
 
     def receive(self, x: Tensor, *, forward: bool) -> "Message":
-        """Starts receiving into `x` an activation of the previous stage (`forward`) or a gradient of the next stage."""
+        """Starts receiving into `x` the previous stage's activation (`forward`) or the next stage's gradient."""
         source = self._next(not forward)
         work = dist.irecv(x, group=self._channel(forward, source, self.rank), src=self.ranks[source])
         return Message(x, work)

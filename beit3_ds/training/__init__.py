@@ -1,1 +1,1 @@
-"""Trains any task: loss, optimizer, engine, loop, evaluation and reports."""
+"""Trains a model for any task: loss, optimizer, engine, training loop, evaluation and reports."""

@@ -18,17 +18,18 @@ _BLOCK_BYTES, _BLOCKS = 1 << 20, 64
 
 
 def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
-    """Checks that all ranks found the same files in every source; otherwise their samples of a step would differ.
+    """Checks that all ranks found the same files in every data source, so that they read the same samples.
 
-    Compares digests of the names, sizes and sample counts of all files. All ranks call it. Sends one digest per rank
-    and the list of files of each source that differs.
+    Compares digests of the names, sizes and sample counts of all files. All ranks must call this function. Each rank
+    sends one digest, and the file lists of sources that differ.
 
     Args:
-        mesh: the ranks.
-        sources: sources that this rank reads, by their names in the config; empty on ranks that read none.
+        mesh: mesh of all ranks.
+        sources: sources that this rank reads, by name; empty on ranks that read no data.
 
     Raises:
-        ConfigError: on all ranks, if sources differ; the message names host, source, counts and the first other file.
+        ConfigError: on all ranks, if sources differ; the message names the hosts, the sources and the first file that
+            differs.
     """
     own = {name: fingerprint(source) for name, source in sources.items()}
     digests = mesh.host.gather(hashlib.sha256(json.dumps(own).encode()).hexdigest() if own else None)
@@ -64,16 +65,17 @@ def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
 
 
 def check_same_files(mesh: Mesh, paths: Mapping[str, str | None]) -> None:
-    """Checks that files have the same content on all ranks. All ranks call it; sends 8 bytes per rank and file.
+    """Checks that files have the same content on all ranks. Gathers 8 bytes per rank and file.
 
-    Compares files of more than 256 MiB by their size and by 64 blocks of 1 MiB, spread over the file.
+    Files of more than 256 MiB are compared by size and by 64 blocks of 1 MiB spread over the file. All ranks must call
+    this function.
 
     Args:
-        mesh: the ranks.
-        paths: files or folders by their config keys; None for a key that is not set.
+        mesh: mesh of all ranks.
+        paths: path of each file or folder, by configuration key; None for keys that are not set.
 
     Raises:
-        ConfigError: on all ranks, if files differ; the message names the key, the path and the ranks.
+        ConfigError: on all ranks, if a file differs; the message names the key, the path and the ranks.
     """
     if mesh.num_ranks == 1:
         return

@@ -1,4 +1,4 @@
-"""Finds the best evaluation of a run, to keep its checkpoint and to stop a run that no longer improves."""
+"""Records the best evaluation of a run, to keep its checkpoint and for early stopping."""
 
 import math
 from collections.abc import Mapping
@@ -10,21 +10,21 @@ from beit3_ds.tasks import Task
 
 
 class BestCheckpoint:
-    """Records the best evaluation so far, over all restarts of a run.
+    """Records the best evaluation so far, across restarts of the run.
 
     Attributes:
-        metric: name of the compared metric; None compares nothing.
-        step: updates done at the best evaluation; None before the first.
-        value: the metric at `step`.
+        metric: name of the compared metric; None disables the comparison.
+        step: number of steps done at the best evaluation; None before the first evaluation.
+        value: value of the metric at `step`.
     """
 
     def __init__(self, config: TrainingConfig, *, is_higher_better: bool, data: Mapping[str, Any]) -> None:
-        """Starts from the best evaluation that a resumed checkpoint records, if any.
+        """Restores the best evaluation from a resumed checkpoint, if it has one.
 
         Args:
-            config: holds `best_metric` and `early_stop_evaluations`.
-            is_higher_better: whether a larger value of the metric is better.
-            data: data of the resumed checkpoint (`Index.data`); a record of another metric is ignored.
+            config: section "training", which has `best_metric` and `early_stop_evaluations`.
+            is_higher_better: whether larger values of the metric are better.
+            data: `Index.data` of the resumed checkpoint. An entry for another metric is ignored.
         """
         self.metric, self._is_higher_better = config.best_metric, is_higher_better
         self._patience = config.early_stop_evaluations
@@ -36,11 +36,11 @@ class BestCheckpoint:
         self._evaluations_since: int = state.get("evaluations_since", 0)
 
     def add(self, step: int, record: Mapping[str, Any]) -> bool:
-        """Compares one evaluation with the best one; returns whether it is better.
+        """Compares an evaluation with the best one so far, and returns whether it is better.
 
         Args:
-            step: updates done.
-            record: the evaluation's means and metrics by name, the same on all ranks.
+            step: number of steps done.
+            record: means and metrics of the evaluation by name, equal on all ranks.
 
         Raises:
             ConfigError: if the evaluation lacks the metric `training.best_metric`.
@@ -63,28 +63,28 @@ class BestCheckpoint:
 
     @property
     def is_exhausted(self) -> bool:
-        """Returns whether `training.early_stop_evaluations` evaluations in a row brought no improvement."""
+        """Returns whether the last `training.early_stop_evaluations` evaluations brought no improvement."""
         return self._patience is not None and self._evaluations_since >= self._patience
 
     @property
     def may_be_exhausted_next(self) -> bool:
-        """Returns whether the run will stop early unless the next evaluation is better than the best one."""
+        """Returns whether the run stops early unless the next evaluation improves the metric."""
         return self._patience is not None and self._evaluations_since + 1 >= self._patience
 
     def state(self) -> dict[str, Any]:
-        """Returns the best evaluation as an entry "best" of `Index.data`; {} before the first evaluation."""
+        """Returns the entry for `Index.data` that records the best evaluation; empty before the first evaluation."""
         if self.step is None:
             return {}
         fields = {"metric": self.metric, "step": self.step, "value": self.value}
         return {BEST: fields | {"evaluations_since": self._evaluations_since}}
 
     def describe(self) -> str:
-        """Returns the best evaluation in a few words."""
+        """Returns the metric, its best value and the step as short text."""
         return f"{self.metric} {self.value:.4f} after step {self.step}"
 
 
 def direction_of(task: Task) -> bool:
-    """Returns whether a larger value of `training.best_metric` is better; False if no metric is set.
+    """Returns whether larger values of `training.best_metric` are better; False if it is not set.
 
     Raises:
         ConfigError: if the task has no such metric, or no stream has validation data.

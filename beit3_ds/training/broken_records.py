@@ -1,4 +1,4 @@
-"""Counts the distinct records of a run that could not be read, over all epochs, ranks and restarts."""
+"""Counts the distinct records that a run could not read, over all epochs, ranks and restarts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,23 +15,23 @@ from beit3_ds.training.loss import count_terms
 
 _LONGEST_LINE = 4000
 BROKEN_RECORDS = "broken_records"
-"""Key in `Index.data` under which a checkpoint lists the broken records."""
+"""Key in `Index.data` under which a checkpoint stores the broken records."""
 
 
 class BrokenRecords:
     """Collects broken records from the ranks of a group, and raises an error if there are too many.
 
-    A record is identified by its file and its name in that file, which never change. So a record that is read again in
-    another epoch, on another rank or in a resumed run counts once.
+    Records are identified by their file and their name in the file. A record that is read again, in another epoch, on
+    another rank or after a restart, counts once.
     """
 
     def __init__(self, limit: int, group: HostGroup, known: Mapping[str, str] | None = None) -> None:
-        """Starts from the broken records of a checkpoint.
+        """Starts with the broken records of a checkpoint, if given.
 
         Args:
-            limit: largest number of distinct broken records (`data.max_broken_records`).
-            group: the ranks that share their broken records; each reads other records.
-            known: records found before; maps each name to the line that describes its error.
+            limit: maximum number of distinct broken records (`data.max_broken_records`).
+            group: ranks that share their broken records; each reads different records.
+            known: records found before the restart, as error descriptions by record name.
         """
         self._limit, self._host = limit, group
         self._lines = dict(known or {})
@@ -42,29 +42,29 @@ class BrokenRecords:
         return len(self._lines)
 
     def state(self) -> dict[str, str]:
-        """Returns the records found so far; pass them as `known` when the run resumes."""
+        """Returns all broken records as error descriptions by record name, for a checkpoint."""
         return dict(self._lines)
 
     def unknown(self, met: Mapping[str, str]) -> dict[str, str]:
-        """Returns the entries of `met` whose records no rank has found before.
+        """Returns the entries of `met` for records that no rank has found before.
 
         Args:
-            met: broken records that this rank has just found; maps each name to the line that describes its error.
+            met: broken records that this rank has just found, as error descriptions by record name.
         """
         return {name: line for name, line in met.items() if name not in self._lines}
 
     def add(self, new: Mapping[str, str], where: str) -> list[str]:
-        """Shares newly found records with all ranks of the group, which all call it.
+        """Shares newly found broken records with all ranks of the group, which must all call this method.
 
         Args:
             new: result of `unknown` on this rank.
-            where: time or place in the text of the error, such as "by step 3".
+            where: time or place for the error message, such as "by step 3".
 
         Returns:
-            Lines of the records that no rank had found before, sorted by name; the same on all ranks.
+            Descriptions of the records that no rank had found before, sorted by name, equal on all ranks.
 
         Raises:
-            ConfigError: on all ranks, with all lines, if the total exceeds the limit.
+            ConfigError: on all ranks, if the total exceeds the limit; the message lists all records.
         """
         found: dict[str, str] = {}
         for other in self._host.gather(dict(new)):
@@ -80,21 +80,22 @@ class BrokenRecords:
 
 
 class StepCounts:
-    """Sums each term's count of samples or positions in a step over all ranks, before any forward pass."""
+    """Sums the number of predictions per loss term over all ranks, before the forward pass of a step."""
 
     def __init__(self, records: BrokenRecords, mesh: Mesh) -> None:
         self.records, self._mesh = records, mesh
 
     def agree(self, step_batch: StepBatch) -> tuple[Tensor, list[str]]:
-        """Sums each term's count of samples or positions in a step over all ranks, and shares new broken records.
+        """Sums the number of predictions per loss term over all ranks, and shares new broken records.
 
-        Sends one integer per term and one more, and then the new records if there are any.
+        Sends one integer per term and one more, and the new broken records, if any.
 
         Returns:
-            Count of each term over all ranks, (terms,) int64; one line per broken record that no rank had found before.
+            Number of predictions per term over all ranks, (terms,) int64, and the description of each broken record
+            that no rank had found before.
 
         Raises:
-            ConfigError: on all ranks at the same step, if too many records are broken.
+            ConfigError: on all ranks at the same step, if there are too many broken records.
         """
         new = self.records.unknown(step_batch.broken_records)
         own = torch.cat([count_terms(step_batch), torch.tensor([len(new)])])
@@ -104,10 +105,10 @@ class StepCounts:
 
 
 def records_from(data: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the broken records that a checkpoint lists in `Index.data`; checkpoints of older versions have none.
+    """Returns the broken records stored in a checkpoint's `Index.data`; empty for checkpoints of older versions.
 
     Raises:
-        ConfigError: if they are not texts by name, because the checkpoint was edited.
+        ConfigError: if the entry is not a mapping of names to texts, because the checkpoint was edited.
     """
     records = data.get(BROKEN_RECORDS, {})
     if not (isinstance(records, Mapping) and all(isinstance(line, str) for line in records.values())):
@@ -119,12 +120,12 @@ def records_from(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def format_new_records(lines: Sequence[str], total: int, limit: int) -> list[str]:
-    """Returns one line per newly found broken record, with its number and the limit, for the log of the run.
+    """Formats one log line per newly found broken record, with its number and the limit.
 
     Args:
-        lines: descriptions of the errors of the new records.
-        total: number of broken records found so far, including the new ones.
-        limit: largest number of broken records (`data.max_broken_records`).
+        lines: descriptions of the new broken records.
+        total: number of broken records so far, including the new ones.
+        limit: maximum number of broken records (`data.max_broken_records`).
     """
     first = total - len(lines)
     return [f"left out broken record {first + i + 1} of at most {limit}: {line}" for i, line in enumerate(lines)]

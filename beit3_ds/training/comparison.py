@@ -1,4 +1,4 @@
-"""Compares the loss curves of two runs, for example to check that two layouts train equally."""
+"""Compares the loss curves of two runs, for example of one configuration under two layouts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +12,23 @@ from beit3_ds.training.progress import OTHER_FIGURES
 
 @dataclass(frozen=True)
 class Comparison:
-    """Holds the training losses of two runs at the steps that both recorded."""
+    """Holds the training losses of two runs at the steps that both runs recorded."""
 
     names: tuple[str, str]
     """Output folders of the two runs."""
     steps: tuple[int, ...]
-    """Number of updates done at each compared step."""
+    """Compared steps, as numbers of steps done."""
     losses: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
-    """Maps "loss", and each term that both runs have, to the values of both runs at `steps`, in nats."""
+    """Losses of the first and of the second run at `steps`, by name. The names are "loss" and the terms that both runs
+    recorded."""
 
     def largest_difference(self, name: str) -> tuple[float, int]:
-        """Returns the largest absolute difference of a loss, in nats, and its step."""
+        """Returns the largest absolute difference of a loss between the two runs, and its step."""
         first, second = self.losses[name]
         return max((abs(a - b), step) for a, b, step in zip(first, second, self.steps, strict=True))
 
     def describe(self) -> str:
-        """Returns one line per loss, with the largest difference between the two runs and its step."""
+        """Returns one line per loss with the largest difference between the two runs and its step."""
         lines = [f"{self.names[0]} and {self.names[1]}: {len(self.steps)} steps in common"]
         for name in self.losses:
             difference, step = self.largest_difference(name)
@@ -36,14 +37,14 @@ class Comparison:
 
 
 def compare_runs(first: Path, second: Path) -> Comparison:
-    """Reads the recorded losses of two runs and pairs them by step.
+    """Reads the recorded losses of two runs, and pairs them by step.
 
     Args:
-        first: `training.output_dir` of one run.
-        second: `training.output_dir` of the other run.
+        first: output folder of one run (`training.output_dir`).
+        second: output folder of the other run.
 
     Raises:
-        ConfigError: if a folder has no records, or the runs have no step in common.
+        ConfigError: if a folder has no records, or the runs recorded no common step.
     """
     rows = [_train_records(folder) for folder in (first, second)]
     steps = sorted(rows[0].keys() & rows[1].keys())
@@ -68,11 +69,11 @@ def _train_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draws the loss of both runs over the steps, and below it the absolute difference of each term.
+    """Draws the losses of two runs over the steps, and below them the absolute difference of each term.
 
     Args:
-        comparison: losses of two runs.
-        path: PNG file to write.
+        comparison: losses of the two runs.
+        path: path of the PNG file to write.
     """
     figure, (top, bottom) = new_figure(2, 1, (9, 7))
     for name, values, style in zip(comparison.names, comparison.losses["loss"], ("-", "--"), strict=True):

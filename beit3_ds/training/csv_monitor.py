@@ -1,7 +1,7 @@
-"""Writes the CSV files of DeepSpeed's CSV monitor; each stays a valid table if a run is resumed or a disk fails.
+"""Writes the files of DeepSpeed's CSV monitor. They stay valid tables if a run is resumed or the disk fails.
 
-DeepSpeed's own writer fails the run on a full disk, writes a header to every file once per process, and keeps the old
-rows of steps that a resumed run repeats.
+DeepSpeed's own writer has three faults: it ends the run if the disk is full, writes the header again in each process,
+and keeps the rows of steps that a resumed run repeats.
 """
 
 import csv
@@ -14,21 +14,25 @@ from beit3_ds.retrying.file import RetryingFile
 
 
 class CsvMonitor:
-    """Appends the values of named figures to CSV files, one per figure, with DeepSpeed's names of files and columns."""
+    """Appends figures (named numbers such as losses) to CSV files, one file per figure.
+
+    Names of files and columns are those of DeepSpeed's CSV monitor.
+    """
 
     def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
         """Stores the arguments.
 
         Args:
-            folder: folder of the files.
-            report: receives a line when the first file cannot be written, and when all files are complete again.
+            folder: folder of the CSV files.
+            report: function that receives one line when a file cannot be written, and one when all files are complete
+                again.
         """
         self._folder, self._report = folder, report
         self._files: dict[str, RetryingFile] = {}
         self._has_failed = False
 
     def write_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
-        """Appends a row (step, value) for each event (name, value, step)."""
+        """Appends a row (step, value) to the file of each event (name, value, step)."""
         for name, value, step in events:
             table = name.replace("/", "_").replace(" ", "_")
             rows = [[step, value]] if table in self._files else [["step", name.rpartition("/")[2]], [step, value]]
@@ -38,7 +42,7 @@ class CsvMonitor:
         self._report_changes()
 
     def forget_after(self, step: int) -> None:
-        """Deletes the rows of steps after `step`, because a resumed run repeats these steps; -1 deletes all rows."""
+        """Deletes the rows of steps after `step`, which a resumed run repeats. With -1, deletes all rows."""
         for path in sorted(self._folder.glob("*.csv")):
             rows = _read_own_rows(path)
             if rows is not None:
@@ -48,7 +52,7 @@ class CsvMonitor:
         self._report_changes()
 
     def retry(self) -> bool:
-        """Writes the rows that are missing; returns whether all files are complete."""
+        """Writes rows that could not be written before, and returns whether all files are complete."""
         for file in self._files.values():
             file.retry()
         self._report_changes()
@@ -60,7 +64,7 @@ class CsvMonitor:
         return self._files[table]
 
     def _report_changes(self) -> None:
-        """Reports once for all files, because one disk holds all of them."""
+        """Reports failures once for all files, because all files are on one disk."""
         failed = [file.path.name for file in self._files.values() if file.has_failed]
         if failed and not self._has_failed:
             self._report(
@@ -73,7 +77,7 @@ class CsvMonitor:
 
 
 def _say_nothing(line: str) -> None:
-    """Ignores a line about one file, because `CsvMonitor` reports once for all files."""
+    """Ignores messages about a single file, because `CsvMonitor` reports for all files together."""
 
 
 def _format(rows: Sequence[Sequence[Any]]) -> bytes:
@@ -83,7 +87,7 @@ def _format(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _read_own_rows(path: Path) -> list[list[str]] | None:
-    """Returns the rows of a table that the monitor wrote, header first; None if the file has another origin."""
+    """Returns the rows of a CSV file, header first, or None if this monitor did not write the file."""
     if not path.is_file():
         return None
     try:

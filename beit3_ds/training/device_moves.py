@@ -1,4 +1,4 @@
-"""Moves micro-batches to the device, each while the device computes the one before."""
+"""Copies micro-batches to the device while the device computes the previous one."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -10,10 +10,10 @@ from beit3_ds.batch import PackedBatch
 
 
 class DeviceMoves:
-    """Moves announced micro-batches to the device on a stream of their own, one micro-batch ahead.
+    """Copies announced micro-batches to the device on a separate CUDA stream, one micro-batch ahead.
 
-    So the device holds the tensors of at most one micro-batch that it does not compute yet. Without such a stream, on a
-    CPU, a micro-batch is moved when it is taken.
+    The device then holds the tensors of at most one micro-batch that is not being computed yet. On a CPU, there is no
+    such stream, and a micro-batch is moved when `take` is called.
     """
 
     def __init__(self, device: torch.device, side: Any = None, current: Callable[[], Any] = lambda: None) -> None:
@@ -21,22 +21,23 @@ class DeviceMoves:
 
         Args:
             device: device of the model.
-            side: stream for the moves, such as a `torch.cuda.Stream`; None moves nothing ahead.
-            current: returns the stream on which the model computes.
+            side: stream for the copies, such as a `torch.cuda.Stream`; None copies nothing ahead.
+            current: function that returns the stream on which the model computes.
         """
         self._device, self._side, self._current = device, side, current
         self._announced: deque[PackedBatch] = deque()
         self._ahead: tuple[PackedBatch, PackedBatch] | None = None
 
     def announce(self, batches: Iterable[PackedBatch]) -> None:
-        """Names the micro-batches that will be taken next, in this order, and starts to move the first of them."""
+        """Sets the micro-batches that `take` will be called with, in order, and starts copying the first of them."""
         self._announced = deque(batches)
         self._start_next()
 
     def take(self, batch: PackedBatch) -> PackedBatch:
-        """Returns a micro-batch on the device, and starts to move the next one if `batch` was moved ahead.
+        """Returns a micro-batch on the device, and starts copying the next one.
 
-        The host does not wait. The device computes nothing of the batch before its tensors have arrived.
+        If `batch` was not announced, it is copied now. The host does not wait for the copy. The device waits for it
+        before it uses the batch.
         """
         if self._ahead is None or self._ahead[0] is not batch:
             return batch.to(self._device)
@@ -57,7 +58,7 @@ class DeviceMoves:
 
 
 def build_device_moves(device: torch.device) -> DeviceMoves:
-    """Builds the moves to a device; only CUDA devices get a stream for them."""
+    """Builds the `DeviceMoves` of a device, with a separate stream if it is a CUDA device."""
     if device.type != "cuda":
         return DeviceMoves(device)
     return DeviceMoves(device, torch.cuda.Stream(device), lambda: torch.cuda.current_stream(device))

@@ -1,4 +1,4 @@
-"""Describes what a config would train and what it would cost, without reading data or starting processes."""
+"""Describes what a configuration would train and what it would cost, without reading data or starting processes."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -31,18 +31,18 @@ def describe_dry_run(
     node: NodeSize | None = None,
     step_seconds: float = 1.0,
 ) -> str:
-    """Checks a config for `world_size` ranks and returns a text that describes the run.
+    """Checks a configuration for `world_size` ranks, and returns a description of the run.
 
-    Builds the model on the meta device. The text ends with modelled tables: memory and traffic of every pipeline stage
-    (`planner.describe_stages`), the costs of a bf16 run's precision (`planner.describe_precision`), and the
-    requirements of a node beside its GPUs (`planner.describe_host`).
+    The description ends with modelled tables: memory and traffic of each pipeline stage (`planner.describe_stages`),
+    the cost of float32 in a bf16 run (`planner.describe_precision`), and what a node needs besides GPUs
+    (`planner.describe_host`). The model is built on the meta device.
 
     Args:
         config: the run's configuration.
-        world_size: number of ranks.
-        ranks_per_node: ranks per node; None takes 8, or `world_size` if that is smaller.
-        node: memory of a node; None skips the memory check, for a run on other machines.
-        step_seconds: assumed time of one step, from which rates are computed.
+        world_size: total number of ranks.
+        ranks_per_node: number of ranks per node; None uses 8, or `world_size` if it is smaller.
+        node: memory of a node; None skips the memory check.
+        step_seconds: assumed time per step in seconds, from which rates are computed.
 
     Raises:
         ConfigError: if the layout is invalid (`check_layout`), a package is not installed, the output folder cannot be
@@ -89,7 +89,7 @@ def describe_dry_run(
 
 
 def _describe_shares(shares: StepShares) -> str:
-    """Describes micro-batch sizes; if uneven, also samples per rank and the share of time spent waiting."""
+    """Describes the sizes of micro-batches; if uneven, also the samples per rank and the fraction of idle time."""
     per_rank = {shares.rank_samples(rank) for rank in range(shares.num_ranks)}
     sizes = [size for samples in per_rank for size in shares.divide_rank(samples)]
     counts = zip(MicroBatchSize._fields, zip(*sizes, strict=True), strict=True)

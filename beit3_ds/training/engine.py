@@ -1,4 +1,4 @@
-"""Builds DeepSpeed's engine and applies updates; no other module initialises DeepSpeed."""
+"""Builds DeepSpeed's engine and applies updates. No other module calls `deepspeed.initialize`."""
 
 import functools
 import math
@@ -24,14 +24,14 @@ from beit3_ds.training.optimizer import allocate_moments, build_optimizer, freez
 
 
 def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
-    """Builds this rank's part of the model with its initial values, in float32 and in host memory.
+    """Builds this rank's part of the model with initial values, in float32 and in host memory.
 
-    The engine partitions it further over the data-parallel ranks.
+    The engine then partitions this part over the data-parallel ranks, under ZeRO.
 
     Args:
-        task: the task of the run.
-        tensor: tensor-parallel group; None for a single process.
-        layers: layers of each model chunk of this stage; None for all layers.
+        task: the run's task.
+        tensor: the tensor-parallel group; None for a single process.
+        layers: layers of this pipeline stage, as one range per model chunk; None builds all layers.
     """
     model = task.build_model(tensor, layers)
     model.initialize(task.config.training.seed)
@@ -39,12 +39,13 @@ def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequen
 
 
 def build_schedule(task: Task, mesh: Mesh, *, trains: bool = True) -> Schedule:
-    """Builds this rank's part of the model, its engine, and the schedule that runs micro-batches through it.
+    """Builds this rank's part of the model, its DeepSpeed engine, and the schedule that runs micro-batches.
 
     Args:
-        task: the task of the run.
-        mesh: the mesh of ranks.
-        trains: whether updates follow. An evaluation needs no memory for gradients and moments.
+        task: the run's task.
+        mesh: mesh of all ranks.
+        trains: whether the engine will update parameters. An engine for evaluation needs no memory for gradients and
+            moments.
     """
     chunks = cut_layers(task.config, task.expected_head_flops()) if task.has_backbone else [range(1)]
     model = build_model(task, mesh.tensor, stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size))
@@ -57,8 +58,14 @@ def build_schedule(task: Task, mesh: Mesh, *, trains: bool = True) -> Schedule:
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: bool = True) -> deepspeed.DeepSpeedEngine:
     """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters.
 
-    With `trains`, the moments of torch's AdamW are allocated here; under ZeRO, and with apex, they are allocated in the
-    first update. An engine that does not train has no moments. Sets `training.kernel_backend` for the whole process.
+    Also sets `training.kernel_backend` for the whole process. Without ZeRO, the moments of PyTorch's AdamW are
+    allocated here; otherwise the first update allocates them.
+
+    Args:
+        config: the run's configuration.
+        model: this rank's part of the model.
+        mesh: mesh of all ranks.
+        trains: whether the engine will update parameters. An engine for evaluation has no moments.
     """
     use_backend(config.training.kernel_backend)
     gradient_bytes = _gradient_bytes(config, model) if trains else 0
@@ -84,21 +91,23 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
 
 
 def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
-    """Returns the bytes of the gradients kept until the update; 0 under ZeRO-1 to 3, which partition them earlier."""
+    """Returns the bytes of the gradients that are kept until the update, or 0 under ZeRO, which partitions them
+    earlier.
+    """
     if config.options.zero_stage:
         return 0
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
-    """Clips the accumulated gradients, updates the parameters and clears the gradients.
+    """Clips the accumulated gradients, updates the parameters, and clears the gradients.
 
     If a gradient is not finite on any rank, all ranks skip the update and clear the gradients. Weights, moments and
-    AdamW's step count do not change.
+    AdamW's step count then stay unchanged.
 
     Returns:
-        Global 2-norm of the gradients before clipping, over all parts of the model; the same on all ranks. Infinity or
-        NaN if the update was skipped.
+        2-norm of the gradients of the whole model before clipping, equal on all ranks. Infinity or NaN if the update
+        was skipped.
     """
     norm = None
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
@@ -113,7 +122,9 @@ def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
 
 
 def _gradient_norm(model: nn.Module, mesh: Mesh) -> torch.Tensor:
-    """Returns the 2-norm of the gradients of the whole model; counts replicated parameters once. Sends one element."""
+    """Returns the 2-norm of the gradients of the whole model, counting replicated parameters once. All-reduces one
+    element.
+    """
     counted = [p.grad for p in model.parameters() if p.grad is not None and (is_split(p) or mesh.tensor.rank == 0)]
     norm = torch.nn.utils.get_total_norm(counted).to(compute_device())  # without gradients it is on the CPU
     return mesh.sum_over_model(norm.square()).sqrt()

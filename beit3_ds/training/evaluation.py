@@ -1,4 +1,4 @@
-"""Evaluates a model: mean loss terms over the validation samples, and the task's own metrics."""
+"""Evaluates a model: means of the loss terms over validation samples, and the task's own metrics."""
 
 # K terms of the task.
 
@@ -17,10 +17,10 @@ from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks import Evaluator, RankTask, Term
 
 SourceNames = Mapping[str, Sequence[str]]
-"""Short names of the validation sources of each stream, in the order of the configuration."""
+"""Short names of each stream's validation sources, in the order of the configuration."""
 
 VALIDATION_FOLDER = "validation"
-"""Name of the folder inside the output folder that holds the result files of the last evaluation."""
+"""Name of the subfolder of the output folder for the result files of the last evaluation."""
 
 
 def evaluate(
@@ -32,27 +32,27 @@ def evaluate(
     device: torch.device,
     source_names: SourceNames,
 ) -> dict[str, float]:
-    """Returns the mean of each term over the validation batches of all ranks.
+    """Returns the mean of each loss term over the validation batches of all ranks.
 
-    Every rank has the same number of batches. Terms that compare samples (`Task.step_loss`) are computed over all
-    samples of a source, after their features are gathered. Sends 2 x K x S elements for K terms, where S is the largest
-    number of sources in any stream.
+    All ranks must have the same number of batches. Terms that compare samples with each other (`Task.step_loss`) are
+    computed over all samples of a source, whose features are gathered first. Sends 2 x K x S elements for K terms and S
+    sources, where S is the largest number of sources of a stream.
 
     Args:
-        schedule: computes the forward passes.
-        batches: this rank's batches; each holds samples of one source of each stream (`PackedBatch.sources`).
-        prepare: function that moves each batch to the device and adds targets before the forward pass.
+        schedule: schedule that runs the forward passes.
+        batches: this rank's batches. Each contains samples of one source per stream (`PackedBatch.sources`).
+        prepare: function that moves a batch to the device and adds targets.
         terms: loss terms of the task.
-        mesh: the ranks.
+        mesh: mesh of all ranks.
         device: this rank's device.
-        source_names: names of the sources of each stream.
+        source_names: names of each stream's sources.
 
     Raises:
         StopRequestedError: on all ranks, if `batches` raises it (`StoppableBatches`).
 
     Returns:
         Means by term name, without terms of count 0. If a term's stream has several sources, also the mean over each
-        source under "TERM/SOURCE".
+        source, under "TERM/SOURCE".
     """
     num_sources = max((len(names) for names in source_names.values()), default=0)
     sums = torch.zeros(len(terms), max(1, num_sources), dtype=torch.float64)
@@ -84,12 +84,12 @@ def evaluate(
 
 
 def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeatures]], mesh: Mesh) -> Tensor:
-    """Returns this rank's share of each term's sum over each source, (terms, sources) float64, on the CPU.
+    """Returns this rank's share of each term's sum over each source, (terms, sources) float64 on the CPU.
 
     Args:
-        step_loss: sums of the terms over a whole step.
-        features: features of this rank's batches of each source; at least one batch in total.
-        mesh: the ranks.
+        step_loss: function that computes the sum of each loss term from features.
+        features: features of this rank's batches, one list per source; at least one batch in total.
+        mesh: mesh of all ranks.
     """
     nothing = next(own[0] for own in features if own).take(slice(0))  # other ranks may have samples of a source
     with torch.no_grad():
@@ -100,29 +100,29 @@ def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeat
 def evaluate_split(
     rank_task: RankTask, evaluator: Evaluator, split: Split, folder: ResultFolder | None
 ) -> dict[str, float]:
-    """Computes the task's metrics on a split and returns them on all ranks; all ranks call it.
+    """Computes the task's metrics on a split, and returns them on all ranks. All ranks must call this function.
 
     Args:
-        rank_task: the task, opened for this rank.
-        evaluator: the model and its ranks.
+        rank_task: the task on this rank, with its files open.
+        evaluator: the model and its mesh.
         split: split to evaluate.
-        folder: folder for result files and pages, which the main rank writes; None writes none.
+        folder: folder in which the main rank writes result files and pages; None writes none.
 
     Raises:
-        StopRequestedError: on all ranks, if one of them was asked to stop.
+        StopRequestedError: on all ranks, if a rank received a stop signal.
     """
     metrics: dict[str, float] = evaluator.mesh.host.broadcast(rank_task.evaluate(evaluator, split, folder))
     return metrics
 
 
 def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) -> dict[str, float]:
-    """Returns the mean of each of the K terms over all ranks, without terms of count 0; sends 3 x K elements.
+    """Returns the mean of each loss term over all ranks, by name, without terms of count 0. Sends 3 x K elements.
 
     Args:
-        sums: term sums of this data-parallel rank, (K,); valid on the last stage.
-        counts: term counts of this data-parallel rank, (K,); valid on all stages.
-        terms: loss terms of the task.
-        mesh: the ranks.
+        sums: sum of each term on this data-parallel rank, (K,); used on the last stage only.
+        counts: count of each term on this data-parallel rank, (K,); used on all stages.
+        terms: the K loss terms of the task.
+        mesh: mesh of all ranks.
     """
     sums, counts = _sum_over_ranks(sums.double().cpu(), counts.double().cpu(), mesh)
     means = zip(terms, sums.tolist(), counts.tolist(), strict=True)
@@ -130,6 +130,6 @@ def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) 
 
 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
-    """Adds the last stage's sums and the counts over all data-parallel ranks; returns both in one stacked tensor."""
+    """Returns the last stage's sums and the counts, each summed over all data-parallel ranks, in one stacked tensor."""
     sums = mesh.pipeline.host.broadcast(sums, src=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))

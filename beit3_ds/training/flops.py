@@ -1,15 +1,15 @@
-"""Finds the device's peak FLOP/s, the denominator of model FLOPs utilisation (MFU)."""
+"""Determines a device's peak FLOP/s, the denominator of model FLOPs utilization (MFU)."""
 
 import time
 
 import torch
 
 _PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-"""Dense bf16 peaks from NVIDIA's data sheets, in FLOP/s, by a word in the device name."""
+"""Dense bf16 peak in FLOP/s from NVIDIA's data sheets, by a word in the device name."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the peak FLOP/s of a device: NVIDIA's bf16 figure on known GPUs, otherwise a measured matmul rate."""
+    """Returns the peak FLOP/s of a device: NVIDIA's bf16 figure for known GPUs, otherwise a measured matmul rate."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for word, peak in _PEAK_BF16.items():

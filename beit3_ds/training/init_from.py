@@ -1,4 +1,4 @@
-"""Starts a run from the weights of another run."""
+"""Initializes a run with the weights of another run."""
 
 import re
 from pathlib import Path
@@ -15,14 +15,14 @@ from beit3_ds.tasks import build_task
 
 
 class InitialWeights:
-    """Adapts the weights of a file to the model of a run; `model.adaptation` lists the settings that may differ."""
+    """Adapts the weights of a file to a run's model. `model.adaptation` lists the settings that may differ."""
 
     def __init__(self, path: str | Path, config: RunConfig) -> None:
-        """Reads the names and shapes of the tensors and checks them.
+        """Reads the names and shapes of the tensors, and checks them against the model.
 
         Args:
             path: file or folder written by `beit3 export` or `beit3 import`.
-            config: the run's configuration; tensors that the weights lack get initial values from its seed.
+            config: the run's configuration. Its seed gives the initial values of tensors that the file lacks.
 
         Raises:
             ConfigError: if the weights cannot be read, belong to another task, or cannot be adapted to the model.
@@ -34,19 +34,21 @@ class InitialWeights:
         with torch.device("meta"):
             wanted = {name: parameter.shape for name, parameter in build_task(config).build_model().named_parameters()}
         self.absent = self.weights.check(wanted)
-        """Tensors of the final norm and the heads that the file lacks; they keep their initial values."""
+        """Names of the head and final-norm parameters that the file lacks; they keep their initial values."""
 
         has_heads = not any(name.startswith("heads.") for name in self.absent)
         self.task = stored.task if has_heads else None
-        """Name and settings of the task whose head the run starts from; None if the head gets initial values."""
+        """Name and settings of the task whose head the file provides; None if the head keeps its initial values."""
         self._names = wanted.keys() - set(self.absent)
 
     def load(self, state: EngineState) -> None:
-        """Replaces initial values in the engine by the stored weights; each rank reads its own. All ranks call it."""
+        """Replaces initial values in the engine with the stored weights. All ranks must call this; each reads its own
+        part.
+        """
         state.load_weights(self._read, self._names)
 
     def describe(self) -> str:
-        """Returns one line that says which weights the run starts from."""
+        """Returns one line that names the file, the adaptations and the parameters that keep initial values."""
         notes = list(self.weights.changes)
         if self.absent:
             modules = dict.fromkeys(re.sub(r"\.(weight|bias)(_\w+)?$", "", name) for name in self.absent)
@@ -60,10 +62,10 @@ class InitialWeights:
 
 
 def open_initial_weights(config: RunConfig) -> InitialWeights | None:
-    """Opens the weights that `training.init_from` names; returns None if it is not set.
+    """Opens the weights of `training.init_from`, or returns None if it is not set.
 
     Raises:
-        ConfigError: if the weights cannot be read or cannot be adapted to the model.
+        ConfigError: if the weights cannot be read, belong to another task, or cannot be adapted to the model.
     """
     path = config.training.init_from
     return InitialWeights(path, config) if path else None

@@ -1,8 +1,8 @@
-"""Fills Triton's cache with the kernels of a training, on a machine without a GPU.
+"""Compiles the Triton kernels of a run into Triton's cache, on a machine without a GPU.
 
-The backbone of the run, with one layer of each kind, trains and predicts on a few rows of undefined content under a
-driver that compiles launches and runs nothing (`fake_driver`). So the kernels, and their keys in the cache, are those
-of the run on such a GPU with the same versions of Triton and this package. Kernels do not depend on numbers of rows.
+A small copy of the run's model, with one layer of each kind, trains and predicts on a few rows. A fake GPU driver
+compiles each launched kernel without running it (`fake_driver`). The cache is valid for runs on such a GPU with the
+same versions of Triton and of this package. Kernels do not depend on the number of rows.
 """
 
 import time
@@ -29,16 +29,16 @@ _HEAD_ROWS, _TEXT_LENGTH = 5, 7
 
 
 class FilledCache(NamedTuple):
-    """Describes Triton's cache after it was filled for a training."""
+    """Describes Triton's cache after the kernels of a run were compiled into it."""
 
     num_kernels: int
-    """Number of kernels that the training launches."""
+    """Number of kernels that the run launches."""
     num_compiled: int
-    """Number of these that were not in the cache."""
+    """Number of these kernels that had to be compiled, because the cache lacked them."""
     seconds: float
-    """Seconds that filling took."""
+    """Duration of the compilation in seconds."""
     num_bytes: int
-    """Size of the cache, with kernels of other trainings."""
+    """Size of the whole cache in bytes, including kernels of other runs."""
     folder: Path
     """Folder of the cache."""
 
@@ -46,16 +46,16 @@ class FilledCache(NamedTuple):
 def fill_cache(
     config: RunConfig, architecture: int, folder: Path | None, report: Callable[[str, float], None]
 ) -> FilledCache:
-    """Compiles all kernels that a training launches, with all tile sizes that are tuned, and those of self-checks.
+    """Compiles all kernels that a run launches, with all tile sizes that autotuning tries, into Triton's cache.
 
     Args:
-        config: the training.
-        architecture: GPU architecture, 80, 90 or 100.
-        folder: folder of the cache; None for Triton's own (`TRITON_CACHE_DIR`).
-        report: called after each compilation with the kernel's name and the seconds that it took.
+        config: the run's configuration.
+        architecture: GPU architecture: 80, 90 or 100.
+        folder: folder of the cache; None uses Triton's own (`TRITON_CACHE_DIR`).
+        report: function called after each compilation with the kernel's name and the seconds that it took.
 
     Raises:
-        ConfigError: if Triton is not installed, the folder cannot be written, or the training runs no kernels.
+        ConfigError: if Triton is not installed, the folder cannot be written, or the run uses no Triton kernels.
     """
     try:
         import triton
@@ -85,7 +85,7 @@ def fill_cache(
 
 
 def launch_kernels(config: RunConfig) -> None:
-    """Trains and predicts on a small batch, so that each kernel of the training is launched; results are undefined."""
+    """Trains and predicts on a small batch, so that each kernel of the run is launched. Results are undefined."""
     shared = config.model.num_vision_language_layers
     model_config = replace(config.model, num_layers=2, num_vision_language_layers=min(1, shared))
     task = build_task(replace(config, backbone=model_config))
@@ -110,7 +110,9 @@ def _train(model: TaskModel, batch: PackedBatch) -> None:
 
 
 def _build_batch(task: Task) -> PackedBatch:
-    """Returns a batch with one of each of the task's inputs, and with factors of stochastic depth if the run has it."""
+    """Returns a batch with one input of each kind that the task uses, with stochastic-depth factors if the run has
+    them.
+    """
     model = task.config.model
     num_images, num_pairs, num_texts = (int(kind in task.inputs) for kind in ("images", "pairs", "texts"))
     text, num_pixels = np.full(_TEXT_LENGTH, 3), num_images + num_pairs
@@ -128,7 +130,7 @@ def _build_batch(task: Task) -> PackedBatch:
 
 @contextmanager
 def _tensor_parallel(parallel: ParallelConfig) -> Iterator[TensorParallel]:
-    """Yields a tensor-parallel group of the run's size, whose collectives leave results undefined."""
+    """Yields a tensor-parallel group of the run's size, whose collectives do nothing and leave results undefined."""
     size = parallel.tensor_parallel_size
     if size == 1:
         yield TensorParallel()

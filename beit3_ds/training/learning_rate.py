@@ -1,4 +1,4 @@
-"""Computes the learning rate of a run: linear warmup, then a cosine or a straight line."""
+"""Computes the learning rate of each step: a linear warmup, then a cosine or a straight line."""
 
 import math
 
@@ -7,7 +7,7 @@ from beit3_ds.config.training import LearningRateDecay
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Returns the learning rate of a run in `step`, counted from 0 (paper section 2.3)."""
+    """Returns the run's learning rate in step `step`, counted from 0 (paper, section 2.3)."""
     return warmup_then_decay(
         step,
         peak=config.learning_rate,
@@ -27,18 +27,18 @@ def warmup_then_decay(
     total_steps: int,
     decay: LearningRateDecay = "cosine",
 ) -> float:
-    """Returns the learning rate of one step of a schedule: linear warmup, then half a cosine or a straight line.
+    """Returns the learning rate of one step: a linear warmup, then half a cosine or a straight line.
 
-    The first step has rate peak / warmup_steps, the last warmup step has the peak, and the last step of the schedule
-    has the minimum. So no step has rate 0. The schedule of BEiT v2 is one step later: its first step has rate 0, and
-    its last step is above the minimum by less than the decay of one step.
+    The first step has rate peak / warmup_steps, the last warmup step has the peak, and the last step has the minimum,
+    so no step has rate 0. BEiT v2's schedule is shifted by one step: its first step has rate 0, and its last step does
+    not quite reach the minimum.
 
     Args:
-        step: number of the step, from 0.
-        peak: largest rate.
-        minimum: rate of step total_steps - 1 and of every later step.
-        warmup_steps: steps of the linear rise; with 0, the schedule starts with the decay.
-        total_steps: steps of the schedule.
+        step: index of the step, from 0.
+        peak: largest learning rate.
+        minimum: learning rate of step total_steps - 1 and later.
+        warmup_steps: number of steps of the linear warmup; with 0, the decay starts at once.
+        total_steps: number of steps of the schedule.
         decay: curve after the warmup.
     """
     if step < warmup_steps:

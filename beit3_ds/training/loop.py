@@ -33,17 +33,17 @@ from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.step_feed import StepFeed
 
 EVALUATION_DUE = "evaluation_due"
-"""Key in `Index.data` that marks a checkpoint whose weights must still be evaluated, because a stop signal came before
-the end of the evaluation. The next start evaluates them first, so that the metrics are complete."""
+"""Key in `Index.data` that marks a checkpoint whose evaluation was cancelled by a stop signal. The next start evaluates
+the checkpoint first, so that no evaluation is missing."""
 
 
 class Resumption(NamedTuple):
-    """Names the step and the checkpoint from which a run starts."""
+    """Holds the step and the checkpoint from which a run continues."""
 
     first_step: int
-    """Number of updates already done; 0 without a checkpoint."""
+    """Number of steps done; 0 without a checkpoint."""
     checkpoint: Index | None
-    """Index of the checkpoint; its `data` gives the position in the data. None without a checkpoint."""
+    """Index of the checkpoint, which contains the data position; None without a checkpoint."""
 
 
 def resume(
@@ -54,11 +54,10 @@ def resume(
     mesh: Mesh,
     total_steps: int,
 ) -> Resumption:
-    """Loads the newest undamaged checkpoint, if any, and deletes the metrics of later steps; all ranks call it.
+    """Loads the newest valid checkpoint, if any, and deletes the metrics of later steps. All ranks must call it.
 
     Raises:
-        ConfigError: if the checkpoint holds another model, was trained with other tokenizers, or has more than
-            `total_steps` updates.
+        ConfigError: if the checkpoint has another model, other tokenizers, or more than `total_steps` steps.
     """
     newest = store.agree_on_newest()
     if newest and newest.step > total_steps:
@@ -85,27 +84,26 @@ def resume(
 
 
 def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
-    """Trains from `run.first_step` to the end; reports progress, evaluates and saves on the way.
+    """Trains from `run.first_step` to the end, with progress reports, evaluations and checkpoints.
 
-    When any rank receives a stop signal, all ranks finish their current step, save and return. This takes at most one
-    step, the current save and one more save. A rank that waits for data stops waiting. An evaluation ends between two
-    batches, and the next start repeats it. If the signal comes before the first step, all ranks return at once.
+    When a rank receives a stop signal, all ranks finish the current step, save a checkpoint and return. This takes at
+    most one step and two saves. A rank that waits for data stops waiting. An evaluation stops between two batches, and
+    the next start repeats it. If the signal arrives before the first step, all ranks return at once.
 
     Args:
-        run: the parts of the run.
-        steps: this rank's share of every step from `first_step` on.
-        signals: signals that this rank receives.
+        run: parts of the run.
+        steps: this rank's share of each step, from `run.first_step` on.
+        signals: stop signals that this rank receives.
 
     Returns:
-        True if the run is finished; False if it was stopped earlier.
+        True if the run is finished, and False if a signal stopped it.
 
     Raises:
-        ConfigError: if too many records are broken, the last checkpoint cannot be written, or a rank gets no data. In
-            the last case the state after the last finished step is saved first.
-        StorageError: if a rank gets no data because a file system fails; the state is saved first too. Also if a save
-            does not end in time.
-        NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
-            newest checkpoint then holds the weights from before these steps.
+        ConfigError: if there are too many broken records, the last checkpoint cannot be written, or a rank gets no
+            data. In the last case, the state after the last finished step is saved first.
+        StorageError: if a file system fails while a rank reads data, after the state is saved, or if a save times out.
+        NonFiniteLossError: if `training.max_skipped_steps` consecutive steps have a non-finite loss or gradient. The
+            newest checkpoint then contains the weights before these steps.
     """
     stop = DistributedStopSignals(signals, run.mesh)
     if stop.synchronize() and run.first_step < run.config.training.total_steps:
@@ -175,10 +173,10 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
 
 
 def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
-    """Repeats the evaluation of the resumed step if a stop cancelled it, and saves its result.
+    """Repeats the evaluation of the resumed step if a stop signal cancelled it, and saves the result.
 
     Returns:
-        False if the resumed step still lacks its evaluation; otherwise True.
+        Whether the resumed step has been evaluated.
     """
     if not run.data.get(EVALUATION_DUE):
         return True
@@ -192,7 +190,7 @@ def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
 
 
 def _prepare_step(run: Run, stop: DistributedStopSignals, step: int) -> bool:
-    """Lets the task prepare a step. If a stop signal cancels the preparation, synchronizes `stop` and returns False."""
+    """Lets the task prepare a step. If a stop signal cancels this, synchronizes `stop` and returns False."""
     try:
         run.rank_task.before_step(run, step)
     except StopRequestedError:
@@ -221,7 +219,7 @@ def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int, *
 
     Raises:
         ConfigError: if the last checkpoint was not written, or a rank got no data.
-        StorageError: if a rank got no data because its file system failed.
+        StorageError: if a rank got no data because a file system failed.
     """
     run.store.finish()
     outcomes = _report_saves(run)
@@ -242,23 +240,24 @@ def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int, *
 
 
 def _data_state(run: Run, done: int, *, is_evaluated: bool = True) -> dict[str, Any]:
-    """Returns `Index.data` for a checkpoint after `done` steps, such as the data position; for the main rank."""
+    """Returns `Index.data` for a checkpoint after `done` steps, such as the data position. Used on the main rank."""
     state: dict[str, Any] = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
     state |= {BROKEN_RECORDS: run.broken_records.state()} | run.best.state()
     return state if is_evaluated else state | {EVALUATION_DUE: True}
 
 
 def _report_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:
-    """Counts a skipped step and reports which ranks had gradients that were not finite."""
+    """Counts a skipped step, and reports the ranks with non-finite gradients."""
     record = skipped.add(step_batch, update.grad_norm, run.schedule.probe)
     _record(run, record)
     _say(run, skipped.describe(record))
 
 
 def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, must_save: bool) -> NoReturn:
-    """Ends a diverged run; first saves the weights before the skipped steps, unless a checkpoint has them already.
+    """Ends a diverged run, and saves the weights before the skipped steps unless a checkpoint has them.
 
-    A second checkpoint of the same weights is not written, because repeated restarts would delete all older ones.
+    A second checkpoint of these weights is not written, because repeated restarts would then delete all older
+    checkpoints.
     """
     if must_save:
         run.store.save(run.state, done, _data_state(run, done))
@@ -274,7 +273,7 @@ def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, must_save: bool
 
 
 def _report_saves(run: Run) -> list[SaveOutcome]:
-    """Reports and returns the outcomes of the saves that ended since the last call."""
+    """Reports and returns the outcomes of the saves that have ended since the last call."""
     outcomes = run.store.take_outcomes()
     for outcome in outcomes:
         if outcome.error:
@@ -289,17 +288,17 @@ def _report_saves(run: Run) -> list[SaveOutcome]:
 
 
 def _fetch_next(run: Run, feed: StepFeed, done: int) -> None:
-    """Fetches the data of the step after `done` steps, if there is one, and starts to move them to the device."""
+    """Fetches the data of the step after `done` steps, if there is one, and starts copying it to the device."""
     if done < run.config.training.total_steps:
         feed.fetch()
         run.moves.announce(feed.upcoming)
 
 
 def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float, fetch_next: Callable[[], None]) -> Update:
-    """Computes a step and updates the weights; before the update, fetches the data of the next step.
+    """Computes the gradients of a step, fetches the data of the next step, and updates the weights.
 
-    A GPU still computes the gradients then. So it hides the wait for the data, and their way to other ranks and to the
-    GPU. All ranks have the next step, or know that one has not, before any rank starts it.
+    A GPU is still computing the gradients while the data is fetched, which hides the wait for the data and its
+    transfer. All ranks learn whether each rank has the next step before any rank starts it.
     """
     set_learning_rate(run.engine.optimizer, rate)
     mesh = run.mesh
@@ -327,11 +326,12 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
 
 
 def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, bool]:
-    """Evaluates the weights after `done` steps and records the result, unless the run stops; all ranks call it.
+    """Evaluates the weights after `done` steps and records the result. All ranks must call it.
+
+    A stop signal cancels the evaluation between two batches; `stop` is then synchronized.
 
     Returns:
-        Whether the weights were evaluated, and whether the evaluation is better than all earlier ones
-        (`training.best_metric`). A stop signal cancels an evaluation between two batches; `stop` is then synchronized.
+        Whether the weights were evaluated, and whether the evaluation is the best so far (`training.best_metric`).
     """
     if stop.must_stop:
         return False, False
@@ -343,16 +343,13 @@ def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, 
 
 
 def _evaluate_and_record(run: Run, done: int) -> bool:
-    """Evaluates loss terms and task metrics and records them.
-
-    Writes result files after the last step only.
+    """Evaluates loss terms and task metrics, and records them. Writes result files after the last step only.
 
     Returns:
-        Whether the evaluation is better than all earlier ones (`training.best_metric`); False for the initial weights,
-        whose evaluation is never compared.
+        Whether the evaluation is the best so far (`training.best_metric`); False for the initial weights.
 
     Raises:
-        StopRequestedError: on all ranks, if one of them received a stop signal.
+        StopRequestedError: on all ranks, if a rank received a stop signal.
     """
     names = run.config.data.source_names()
     is_last = done == run.config.training.total_steps or (done > 0 and run.best.may_be_exhausted_next)
@@ -370,7 +367,7 @@ def _evaluate_and_record(run: Run, done: int) -> bool:
 
 
 def _record(run: Run, record: dict[str, Any]) -> None:
-    """Writes a record to metrics.jsonl and sends it to DeepSpeed's monitors; a full disk only delays both."""
+    """Writes a record to metrics.jsonl and to DeepSpeed's monitors. If the disk is full, they are written later."""
     if not run.mesh.is_main:
         return
     run.metrics_log.append(record)

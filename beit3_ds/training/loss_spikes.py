@@ -1,4 +1,4 @@
-"""Finds steps whose loss is far above the losses before them."""
+"""Finds steps with a loss far above the losses of the steps before."""
 
 from collections import deque
 from typing import Any
@@ -13,11 +13,11 @@ _DEVIATIONS_PER_SPREAD = 1.4826  # of a normal distribution
 
 
 class LossSpikes:
-    """Compares each step's loss with the median of the last 100, in units of their spread.
+    """Compares the loss of each step with the median of the last 100 losses.
 
-    The spread is the median absolute deviation, scaled to the standard deviation of a normal distribution. One spike
-    hardly changes it, so later spikes are still found. Spikes are only reported and counted; the count restarts with
-    the process.
+    A spike exceeds the median by more than 6 spreads and by more than 2 %. The spread is the median absolute deviation,
+    scaled to the standard deviation of a normal distribution; a single spike hardly changes it. Spikes are only
+    reported and counted. The count restarts with the process.
     """
 
     def __init__(self) -> None:
@@ -28,10 +28,10 @@ class LossSpikes:
         """Finds spikes among the losses of the next steps.
 
         Args:
-            losses: pairs of a step, counted from 1, and its finite loss, in order.
+            losses: pairs of step (from 1) and finite loss, in order.
 
         Returns:
-            One record of metrics.jsonl per spike.
+            One record for metrics.jsonl per spike.
         """
         found = []
         for step, loss in losses:
@@ -47,7 +47,7 @@ class LossSpikes:
 
 
 def format_spike(record: dict[str, Any]) -> str:
-    """Formats the record of a spike as one readable line."""
+    """Formats the record of a loss spike as one line."""
     return (
         f"loss spike at step {record['step']}: loss {record['loss']:.3f}, median of up to {WINDOW} steps before "
         f"{record['median']:.3f}, spread {record['spread']:.3f}. Its samples are those of step {record['step']} in any "

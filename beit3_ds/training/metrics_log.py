@@ -1,4 +1,4 @@
-"""Keeps the metrics of a run in OUTPUT_DIR/metrics.jsonl, one JSON object per line."""
+"""Stores the metrics of a run in OUTPUT_DIR/metrics.jsonl, one JSON object per line."""
 
 import itertools
 import json
@@ -12,34 +12,39 @@ from beit3_ds.untrusted_json import check_count, check_object, parse_untrusted_j
 
 
 class MetricsLog:
-    """Appends records and reads them back; each record has a "step".
+    """Appends records, each with a "step", to a file and reads them back.
 
-    A failing disk does not end the run: records that cannot be written are kept in memory, and written together with a
-    later record or by `retry`.
+    A failing disk does not end the run. Records that cannot be written stay in memory, and are written with a later
+    record or by `retry`.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None] = print) -> None:
-        """Stores the path; `report` receives a line when writing fails, and one when it succeeds again."""
+        """Stores the arguments.
+
+        Args:
+            path: path of the file.
+            report: function that receives one line when writing fails, and one when it succeeds again.
+        """
         self.path, self._report = path, report
         self._file = RetryingFile(path, report)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Appends one record to the file."""
+        """Appends one record to the file, or keeps it in memory if the file cannot be written."""
         self._file.append(f"{json.dumps(record)}\n".encode())
 
     def retry(self) -> bool:
-        """Writes the records that are missing in the file; returns whether the file is complete."""
+        """Writes the records that are missing in the file, and returns whether the file is complete."""
         return self._file.retry()
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns all complete records, also those that could not be written yet.
+        """Returns all valid records, including those that could not be written yet.
 
-        Ignores other lines, such as a line truncated by a kill.
+        Other lines are ignored, such as a last line that was cut off when the process was killed.
         """
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def figures(self) -> list[dict[str, Any]]:
-        """Returns "step", "kind" and all numbers of each record with a "kind", such as "train"; leaves out the rest."""
+        """Returns the "step", the "kind" and all numbers of each record that has a "kind", such as "train"."""
         records = [record for record in self.records() if isinstance(record.get("kind"), str)]
         return [
             {
@@ -51,9 +56,9 @@ class MetricsLog:
         ]
 
     def forget_after(self, step: int) -> None:
-        """Deletes the records of steps after `step`, because a resumed run repeats these steps.
+        """Deletes the records of steps after `step`, which a resumed run repeats.
 
-        Keeps lines that are not valid records.
+        Lines that are not valid records are kept.
         """
         lines = self._lines()
         kept = [line for line in lines if (record := _parse(line)) is None or record["step"] <= step]
@@ -61,11 +66,10 @@ class MetricsLog:
             self._file.replace("".join(f"{line}\n" for line in kept).encode("utf-8", "surrogateescape"))
 
     def move_aside(self) -> Path | None:
-        """Renames the file of an earlier run when a new run starts.
+        """Renames the file of an earlier run when a new run starts, and returns the new path.
 
-        Returns:
-            The new path. None if there is no file, or if the file cannot be renamed; the latter is reported, and new
-            records then follow the old ones.
+        Returns None if there is no such file. Also returns None, after a report, if the file cannot be renamed; new
+        records then follow the old ones.
         """
         if not self._lines():
             return None
@@ -88,7 +92,7 @@ class MetricsLog:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """Parses one line of the file; returns None if the line is not a valid record."""
+    """Parses one line of the file, and returns None if the line is not a valid record."""
     try:
         record: dict[str, Any] = check_object(parse_untrusted_json(line, has_constants=True))
         check_count(record["step"])

@@ -1,4 +1,4 @@
-"""Runs a loaded model over the samples of a split, without training."""
+"""Runs a loaded model on the samples of a split, without training."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,51 +19,51 @@ from beit3_ds.training.split_batches import iterate_together
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEvaluator:
-    """Provides a loaded model, its ranks and batches to a task's evaluation (`tasks.Evaluator`)."""
+    """Provides a loaded model, its mesh and batches to a task's evaluation (`tasks.Evaluator`)."""
 
     schedule: Schedule
     mesh: Mesh
     device: torch.device
     terms: tuple[Term, ...]
     rank_task: RankTask
-    """The task on this rank, with the files of the split open."""
+    """The task on this rank, with the split's files open."""
     weights: AdaptedWeights
-    """Reader of the weights on disk, from which the model was loaded."""
+    """Weights on disk from which the model was loaded."""
     validation: Iterable[PackedBatch]
-    """Batches over which `mean_terms` averages; empty in a task that evaluates whole splits."""
+    """Batches that `mean_terms` averages over; empty in tasks that evaluate whole splits."""
     splits: Mapping[Split, Iterable[PackedBatch]]
-    """This rank's batches of all samples, by split."""
+    """This rank's batches of all samples of each split."""
     is_stopping: Callable[[], bool]
-    """Returns whether this rank has received a stop signal."""
+    """Function that returns whether this rank has received a stop signal."""
 
     @property
     def model(self) -> StageModel:
-        """Returns the layers of this stage."""
+        """Returns the layers of this pipeline stage."""
         module: StageModel = self.schedule.engine.module
         return module
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
-        """Returns this rank's share of all samples of a split."""
+        """Returns this rank's share of the samples of a split."""
         return self.splits[split]
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """Returns a batch on the device, with the targets that the head needs."""
+        """Moves a batch to the device, and adds the targets that the head needs."""
         return self.rank_task.prepare(batch, self.device)
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch with the head's predictions; these are None on all stages but the last.
+        """Yields each prepared batch with the head's predictions, or with None except on the last stage.
 
         Raises:
-            StopRequestedError: on all ranks, if one of them was asked to stop.
+            StopRequestedError: on all ranks, if a rank received a stop signal.
         """
         together = iterate_together(batches, self.mesh, self.is_stopping)
         yield from self.schedule.run_forward(together, None, self.prepare)
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (name, tensor) for each parameter of this stage, read from disk in float32."""
+        """Yields the name and the float32 tensor of each parameter of this stage, read from disk."""
         for name, _ in self.model.named_parameters():
             yield name, self.weights.read(name).float()
 
     def mean_terms(self, source_names: SourceNames) -> dict[str, float]:
-        """Returns the mean of each term over `validation` (`evaluate`); all ranks call it."""
+        """Returns the mean of each loss term over `validation` (`evaluate`). All ranks must call this method."""
         return evaluate(self.schedule, self.validation, self.prepare, self.terms, self.mesh, self.device, source_names)

@@ -1,4 +1,4 @@
-"""Sends the figures of a run (named numbers such as losses) to DeepSpeed's monitors; no monitor can fail the run."""
+"""Sends the figures of a run (named numbers such as losses) to DeepSpeed's monitors. No monitor can end the run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from beit3_ds.training.csv_monitor import CsvMonitor
 from beit3_ds.training.tensorboard_monitor import TensorBoardMonitor
 
 Event = tuple[str, Any, int]
-"""Figure of a run as (name, value, step), such as ("train/loss", 2.5, 100)."""
+"""A figure of a run as (name, value, step), such as ("train/loss", 2.5, 100)."""
 
 
 class _Part(Protocol):
@@ -20,15 +20,15 @@ class _Part(Protocol):
 class RunMonitor:
     """Replaces `engine.monitor`, through which this program and DeepSpeed's engine report figures.
 
-    Figures that a monitor cannot take are kept, and sent with later ones or by `retry`.
+    Figures that a monitor does not accept are kept, and sent with later figures or by `retry`.
     """
 
     def __init__(self, master: Any, report: Callable[[str], None]) -> None:
         """Takes over the monitors that DeepSpeed has built.
 
         Args:
-            master: `MonitorMaster`, which has monitors on the main rank only.
-            report: receives a line when a monitor fails, and when it works again.
+            master: DeepSpeed's `MonitorMaster`, which has monitors only on the main rank.
+            report: function that receives one line when a monitor fails, and one when it works again.
         """
         self.enabled = bool(master.enabled)
         self._csv: CsvMonitor | None = None
@@ -43,22 +43,22 @@ class RunMonitor:
                 self._parts.append(_Service(name, service, report))
 
     def write_events(self, events: Sequence[Event]) -> None:
-        """Sends figures to all monitors; raises no error."""
+        """Sends figures to all monitors. Raises no error if a monitor fails."""
         for part in self._parts:
             part.write_events(events)
 
     def forget_after(self, step: int) -> None:
-        """Deletes the figures of later steps from CSV files (`CsvMonitor.forget_after`)."""
+        """Deletes the figures of steps after `step` from CSV files (`CsvMonitor.forget_after`)."""
         if self._csv is not None:
             self._csv.forget_after(step)
 
     def retry(self) -> bool:
-        """Sends the figures that monitors lack; returns whether all monitors have all figures now."""
+        """Sends the figures that monitors lack, and returns whether all monitors have all figures."""
         return sum(not part.retry() for part in self._parts) == 0  # `all` would stop at the first failure
 
 
 class _Service:
-    """Sends figures to an online service (wandb or comet) one by one, in order."""
+    """Sends figures to an online service (wandb or comet), one by one and in order."""
 
     def __init__(self, name: str, service: Any, report: Callable[[str], None]) -> None:
         self._name, self._service, self._report = name, service, report

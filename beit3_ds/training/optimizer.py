@@ -1,4 +1,4 @@
-"""Builds AdamW with one parameter group per combination of weight decay and learning rate (paper section 2.3)."""
+"""Builds AdamW with one parameter group per combination of weight decay and learning rate (paper, section 2.3)."""
 
 import importlib
 import importlib.util
@@ -16,7 +16,7 @@ def check_optimizer(config: TrainingConfig) -> None:
     """Checks that the configured optimizer is installed.
 
     Raises:
-        ConfigError: if the optimizer is not installed; the message names the package to install.
+        ConfigError: if it is not; the message names the package to install.
     """
     if config.optimizer == "apex_fused_adam":
         _find_fused_adam()
@@ -27,14 +27,14 @@ def _find_fused_adam() -> Any:
 
 
 def find_apex(part: str, asked_for: str) -> Any:
-    """Imports a submodule of NVIDIA's apex and returns it.
+    """Imports and returns a submodule of NVIDIA Apex.
 
     Args:
         part: name of the submodule.
-        asked_for: setting that needs the part, for the error message.
+        asked_for: setting that needs the submodule, for the error message.
 
     Raises:
-        ConfigError: if apex is not installed, or is the unrelated PyPI package of that name.
+        ConfigError: if Apex is not installed, or the installed package is PyPI's unrelated `apex`.
     """
     try:
         return importlib.import_module(f"apex.{part}")
@@ -47,10 +47,10 @@ def find_apex(part: str, asked_for: str) -> Any:
 
 
 def allocate_moments(optimizer: torch.optim.AdamW) -> None:
-    """Allocates AdamW's moments before the first update, as zeros, to reduce memory fragmentation.
+    """Allocates AdamW's moments as zeros before the first update, which reduces memory fragmentation.
 
-    AdamW allocates them in the first update by default. They would then fill gaps between freed activations, and the
-    activations of the next step would need new memory.
+    By default, AdamW allocates the moments in the first update. They would then fill gaps between freed activations,
+    and the activations of the next step would need new memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -63,14 +63,15 @@ def allocate_moments(optimizer: torch.optim.AdamW) -> None:
 def build_optimizer(model: nn.Module, config: RunConfig, largest: Callable[[int], int] = int) -> torch.optim.Optimizer:
     """Builds AdamW with one parameter group per combination of weight decay and learning rate (`parameter_group`).
 
-    Each group has the key `lr_scale`, by which `set_learning_rate` multiplies its learning rate. Unless
-    `training.optimizer` selects apex, this is torch's fused AdamW, ten times faster than the plain one even on a CPU.
+    Each group has a key `lr_scale`, a factor on the learning rate (`set_learning_rate`). The optimizer is PyTorch's
+    fused AdamW unless `training.optimizer` selects Apex. Fused AdamW is ten times as fast as the default one, even on a
+    CPU.
 
     Args:
         model: this rank's part of the model.
         config: the run's configuration.
-        largest: function that returns the maximum of a number over all pipeline stages. All stages must have equally
-            many groups, because DeepSpeed sums the gradient norm over the stages group by group.
+        largest: function that returns the maximum of a number over all pipeline stages. All stages need the same number
+            of groups, because DeepSpeed sums the gradient norm over the stages group by group.
 
     Raises:
         ConfigError: if the configured optimizer is not installed.
@@ -91,10 +92,10 @@ def build_optimizer(model: nn.Module, config: RunConfig, largest: Callable[[int]
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Sets the learning rate of every group to `rate` times the group's `lr_scale`.
+    """Sets the learning rate of each parameter group to `rate` times the group's `lr_scale`.
 
     Args:
-        optimizer: AdamW of `build_optimizer`, or DeepSpeed's optimizer around it.
+        optimizer: optimizer from `build_optimizer`, or DeepSpeed's wrapper around it.
         rate: learning rate of the schedule.
     """
     for group in optimizer.param_groups:
@@ -102,11 +103,11 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 
 def freeze_parameters(model: nn.Module, config: RunConfig) -> None:
-    """Makes the gradients of frozen parameters zero, so that the gradient norm and the moments ignore them.
+    """Sets the gradients of frozen parameters to zero, so that they do not affect the gradient norm and the moments.
 
-    Frozen parameters stay in the optimizer with learning rate 0. So every ZeRO stage and layout partitions, saves and
-    loads them like all others, and every parameter takes part in every micro-batch, as ZeRO-3 requires. Call it after
-    all other hooks on gradients are registered; hooks run in the order in which they were registered.
+    Frozen parameters stay in the optimizer, with learning rate 0. All ZeRO stages and layouts therefore partition, save
+    and load them like other parameters. Call this function after all other gradient hooks are registered, because hooks
+    run in the order of registration.
     """
     for name, parameter in model.named_parameters():
         if parameter_group(name, config).is_frozen:

@@ -11,13 +11,13 @@ from beit3_ds.tasks import Term
 
 
 def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], terms: Sequence[Term], path: Path) -> None:
-    """Draws each term in training and validation, with its baseline as a dashed line, into a PNG file.
+    """Draws each loss term in training and validation to a PNG file, with a dashed line for the term's baseline.
 
     Args:
         records: metrics of the run.
-        baselines: best loss of a predictor that ignores its input, by term.
+        baselines: best possible loss without looking at the input, by term.
         terms: loss terms of the task.
-        path: PNG file to write.
+        path: path of the PNG file to write.
     """
     columns = min(2, len(terms))
     rows = -(-len(terms) // columns)

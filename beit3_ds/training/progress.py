@@ -1,4 +1,4 @@
-"""Collects the figures of training steps and formats them as progress lines."""
+"""Collects the figures of training steps, and formats them as progress lines."""
 
 import math
 import resource
@@ -17,20 +17,20 @@ from beit3_ds.training.evaluation import mean_terms
 
 
 class Update(NamedTuple):
-    """Holds the results of one step."""
+    """Holds the results of one training step."""
 
     sums: Tensor
-    """Sum of each term on this rank, (terms,) float32."""
+    """Sum of each loss term on this rank, (terms,) float32."""
     grad_norm: float
-    """Global norm of the gradients before clipping; not finite if the update was skipped."""
+    """Norm of all gradients before clipping; not finite if the update was skipped."""
     learning_rate: float
     """Learning rate of the step."""
     loss: Tensor
-    """This rank's share of the loss, a scalar; the sum over all ranks is the loss of the step."""
+    """This rank's share of the loss, a scalar. The sum over all ranks is the loss of the step."""
 
     @property
     def is_skipped(self) -> bool:
-        """Returns whether the update was skipped; equal on all ranks."""
+        """Returns whether the update was skipped, which is equal on all ranks."""
         return not math.isfinite(self.grad_norm)
 
 
@@ -38,29 +38,29 @@ OTHER_FIGURES = frozenset(
     {"step", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "mfu", "memory_gib", "data_wait"}
     | {"seconds_left", "broken_records", "skipped_steps", "loss_spikes"}
 )
-"""Keys of a progress record other than the loss and the terms of the task."""
+"""Keys of a progress record that are not losses."""
 
 
 @dataclass
 class Interval:
-    """Holds sums over this rank's steps since the last progress line."""
+    """Holds the figures of this rank's steps since the last progress line."""
 
     steps: int = 0
     updates: list[tuple[int, Update]] = field(default_factory=list)
-    """Updates that were not skipped, each with its step, counted from 1."""
+    """Steps whose update was not skipped, each as the step's number (from 1) and its `Update`."""
     seconds: float = 0.0
     data_seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0
     sums: float | Tensor = 0.0
-    """Sum of each term, (terms,) float64, on the device of the updates; 0.0 before the first update."""
+    """Sum of each loss term, (terms,) float64, on the device of the updates; 0.0 before the first update."""
     counts: float | Tensor = 0.0
-    """Count of the samples or positions in each sum, (terms,) float64; 0.0 before the first update."""
+    """Number of predictions per loss term, (terms,) float64; 0.0 before the first update."""
 
 
 class Progress:
-    """Adds up the figures of the steps between two progress lines, and returns them as a record."""
+    """Accumulates the figures of the steps between two progress lines, and returns them as a record."""
 
     def __init__(
         self,
@@ -74,10 +74,10 @@ class Progress:
 
         Args:
             terms: loss terms of the task.
-            flops_of: returns the operations of a micro-batch, forward and backward.
-            total_steps: steps of the run, from which the remaining time is computed.
-            peak_flops: peak FLOP/s of one rank's device, of which MFU is the fraction reached.
-            mesh: the ranks whose figures are summed.
+            flops_of: function that returns the floating-point operations of a micro-batch, forward and backward.
+            total_steps: total number of steps of the run, for the remaining time.
+            peak_flops: peak FLOP/s of one rank's device, for MFU.
+            mesh: mesh of all ranks, over which figures are summed.
         """
         self.terms, self.flops_of = terms, flops_of
         self.total_steps, self.peak_flops, self.mesh = total_steps, peak_flops, mesh
@@ -85,13 +85,11 @@ class Progress:
 
     @property
     def has_updates(self) -> bool:
-        """Returns whether any step of the interval was not skipped, so that there are losses to report."""
+        """Returns whether the interval has a step that was not skipped, so that there is a loss to report."""
         return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:
-        """Adds a finished step.
-
-        The time and work of a skipped step count, but its losses do not.
+        """Adds a finished step. The losses of a skipped step are not counted, but its time and work are.
 
         Args:
             step_batch: this rank's samples of the step.
@@ -114,13 +112,13 @@ class Progress:
                 interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 
     def losses(self) -> list[tuple[int, float]]:
-        """Returns (step, loss) of each step of the interval, without skipped steps; sends one number per step."""
+        """Returns the number and the loss of each step that was not skipped. Sends one number per step."""
         losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
         steps = [step for step, _ in self.interval.updates]
         return list(zip(steps, self.mesh.host.sum(losses).tolist(), strict=True))
 
     def report(self, step: int) -> dict[str, Any]:
-        """Returns the figures of the interval over all ranks as a record of metrics.jsonl, and starts a new interval.
+        """Returns the interval's figures over all ranks as a record for metrics.jsonl, and starts a new interval.
 
         Args:
             step: number of steps done.
@@ -148,7 +146,7 @@ class Progress:
 
 
 def format_line(record: dict[str, Any], total_steps: int, terms: Sequence[Term]) -> str:
-    """Formats a training record as one readable progress line."""
+    """Formats a training record as one progress line."""
     shown = "  ".join(f"{term.name} {record[term.name]:.3f}" for term in terms if term.name in record)
     broken = f" | broken records {record['broken_records']}" if record.get("broken_records") else ""
     left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
@@ -164,9 +162,9 @@ def format_line(record: dict[str, Any], total_steps: int, terms: Sequence[Term])
 
 
 def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
-    """Formats validation means and metrics as one line.
+    """Formats validation losses and metrics as one line.
 
-    After a total, the values of its parts follow in parentheses: "accuracy 0.700 (number 0.500, other 0.800)".
+    Values per source or per kind follow in parentheses: "accuracy 0.700 (number 0.500, other 0.800)".
     """
     shown = []
     metrics = [key for key in record if key not in ("step", "kind") and "/" not in key]
@@ -178,7 +176,7 @@ def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
 
 
 def peak_memory_gib() -> float:
-    """Returns the peak memory of this rank in GiB: memory of the GPU if there is one, else of the process."""
+    """Returns the peak memory of this rank in GiB: allocated GPU memory, or without a GPU the process's memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""Writes the report of a finished run: plot, pages of the task and a summary."""
+"""Writes the report of a finished run: a plot, the task's pages and a summary."""
 
 import functools
 import json
@@ -17,9 +17,9 @@ from beit3_ds.training.run import Run
 
 
 def report(run: Run, signals: StopSignals) -> None:
-    """Writes the report of a finished run, computed with the averaged weights if there are any. All ranks call it.
+    """Writes the report of a finished run, with averaged weights if the run has them. All ranks must call it.
 
-    A stop signal ends the computation between two batches. The next start of the same command then writes the report.
+    A stop signal ends the computation between two batches. Starting the same command again then writes the report.
     """
     try:
         with run.state.averaged_weights():
@@ -34,12 +34,12 @@ def report(run: Run, signals: StopSignals) -> None:
 def write_report(run: Run) -> None:
     """Writes the task's results, losses.png, the task's pages and summary.json, and prints the summary.
 
-    If a picture, a page or the summary cannot be written, this prints one line and the run still counts as finished.
-    All ranks call it, because all of them take part in the forward pass and the baselines.
+    If the plot, a page or the summary cannot be written, prints a warning instead of an error. All ranks must call this
+    function, because all take part in the forward passes.
 
     Raises:
-        StorageError: if a result of the task cannot be written.
-        StopRequestedError: on all ranks, if one of them received a stop signal.
+        StorageError: if the task's results cannot be written.
+        StopRequestedError: on all ranks, if a rank received a stop signal.
     """
     folder = run.results
     results = run.rank_task.write_results(run, folder)
@@ -61,7 +61,7 @@ def write_report(run: Run) -> None:
 
 
 def write_missing(run: Run) -> None:
-    """Writes again what could not be written before, and prints what is still missing; calls no other rank."""
+    """Writes what could not be written before, and warns about what is still missing. Does not communicate."""
     run.results.retry()
     missing = [str(path) for path in run.results.missing]
     if not run.metrics_log.retry():
@@ -73,11 +73,11 @@ def write_missing(run: Run) -> None:
 
 
 def format_summary(summary: dict[str, Any], losses: Collection[str]) -> str:
-    """Formats the summary as a readable table; it names only files that were written.
+    """Formats the summary as a table, followed by the paths of the files that were written.
 
     Args:
         summary: content of summary.json.
-        losses: names of the loss terms. Changes of loss terms are shown in percent, changes of metrics as differences.
+        losses: names of the loss terms, whose change is shown in percent. For other metrics, the difference is shown.
     """
     lines = [f"\nFinished {summary['steps']} steps."]
     wide = max([10, *map(len, summary["validation"])])

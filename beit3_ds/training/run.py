@@ -1,4 +1,4 @@
-"""Holds the parts of a training run that the training loop, its evaluations and its report use."""
+"""Holds the parts of a training run that the training loop, evaluations and reports use."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from beit3_ds.training.stragglers import Stragglers
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Holds the parts of a run that the training loop uses; `train.build_run` builds it."""
+    """Holds the parts of a training run. `train.build_run` builds it."""
 
     config: RunConfig
     schedule: Schedule
@@ -46,58 +46,58 @@ class Run:
     """The task on this rank, with its files open."""
     validation: Iterable[PackedBatch]
     read_validation: Callable[[], None]
-    """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
+    """Function that reads this rank's validation batches. Returns early after a stop signal."""
     splits: Mapping[Split, Iterable[PackedBatch]]
-    """All batches of each split that the task evaluates; each iteration reads them from disk again."""
+    """This rank's batches of each split that the task evaluates; each iteration reads them from disk again."""
     store: CheckpointStore
     results: ResultFolder
-    """The output folder, into which the main rank writes pages and pictures."""
+    """Output folder, to which the main rank writes pages and pictures."""
     metrics_log: MetricsLog
     progress: Progress
     stragglers: Stragglers
     first_step: int
-    """Number of updates done before this process started."""
+    """Number of steps done before this process started."""
     broken_records: BrokenRecords
-    """Broken records found by this run so far, also those found before the run was resumed."""
+    """Broken records found so far, including those before a restart."""
     best: BestCheckpoint
-    """The best evaluation of this run so far, also counting evaluations before the run was resumed."""
+    """Best evaluation so far, including evaluations before a restart."""
     order: RunOrder | None
-    """Order of the samples; None on ranks that receive their samples from others."""
+    """Order of the samples; None on ranks that receive their samples from other ranks."""
     data: Mapping[str, Any]
-    """Position in the data and related state of the resumed checkpoint (`Index.data`); empty without a checkpoint."""
+    """`Index.data` of the resumed checkpoint, such as the data position; empty without a checkpoint."""
     is_stopping: Callable[[], bool]
-    """Returns whether this rank has received a stop signal."""
+    """Function that returns whether this rank has received a stop signal."""
 
     @property
     def engine(self) -> DeepSpeedEngine:
-        """Returns DeepSpeed's engine, which wraps the layers of this stage."""
+        """Returns DeepSpeed's engine around the layers of this pipeline stage."""
         return self.schedule.engine
 
     @property
     def model(self) -> StageModel:
-        """Returns the layers of this stage."""
+        """Returns the layers of this pipeline stage."""
         model: StageModel = self.engine.module
         return model
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """Moves a micro-batch to the device and adds the targets that the head needs."""
+        """Moves a micro-batch to the device, and adds the targets that the head needs."""
         return self.rank_task.prepare(self.moves.take(batch), self.device)
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
-        """Returns this rank's share of all samples of a split."""
+        """Returns this rank's share of the samples of a split."""
         return self.splits[split]
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch with the head's predictions; these are None on all stages but the last.
+        """Yields each prepared batch with the head's predictions, or with None except on the last stage.
 
         Raises:
-            StopRequestedError: on all ranks, if one of them was asked to stop.
+            StopRequestedError: on all ranks, if a rank received a stop signal.
         """
         together = iterate_together(batches, self.mesh, self.is_stopping)
         yield from self.schedule.run_forward(together, None, self.prepare)
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) for each float32 weight and each buffer of the newest checkpoint, on the CPU."""
+        """Yields the name and tensor of each float32 weight and each buffer in the newest checkpoint, on the CPU."""
         path = self.store.newest_path()
         assert path is not None, "a run ends with a checkpoint"
         folder = CheckpointFolder(path)

@@ -1,4 +1,4 @@
-"""Counts steps whose update was skipped because a loss or gradient was not finite, and finds the ranks at fault."""
+"""Counts steps that were skipped because a loss or gradient was not finite, and finds the ranks that caused it."""
 
 from typing import Any
 
@@ -10,39 +10,40 @@ _LISTED = 8  # ranks, and samples per rank, in printed lines; the record has all
 
 
 class NonFiniteLossError(RuntimeError):
-    """Reports too many skipped steps in a row: training has diverged, or a device is faulty."""
+    """Reports too many consecutive skipped steps, because training has diverged or a device is faulty."""
 
 
 class SkippedSteps:
-    """Counts skipped steps and finds the ranks that caused them; all ranks call every method together."""
+    """Counts skipped steps, and finds the ranks that caused them. All ranks must call all methods together."""
 
     def __init__(self, limit: int, mesh: Mesh) -> None:
-        """Starts the counts at 0.
+        """Starts with counts of zero.
 
         Args:
-            limit: number of skipped steps in a row at which the run stops (`training.max_skipped_steps`).
-            mesh: the ranks.
+            limit: number of consecutive skipped steps at which the run stops (`training.max_skipped_steps`).
+            mesh: mesh of all ranks.
         """
         self.limit, self._mesh = limit, mesh
         self.total, self.in_a_row = 0, 0
 
     @property
     def are_too_many(self) -> bool:
-        """Returns whether the number of skipped steps in a row has reached the limit, so the run must stop."""
+        """Returns whether the number of consecutive skipped steps has reached the limit."""
         return self.in_a_row >= self.limit
 
     def note_update(self) -> None:
-        """Sets the number of skipped steps in a row to 0; call it after an update."""
+        """Resets the number of consecutive skipped steps. Call this after each update."""
         self.in_a_row = 0
 
     def add(self, step_batch: StepBatch, grad_norm: float, probe: GradientProbe) -> dict[str, Any]:
-        """Counts a skipped step and finds the ranks whose own gradients were not finite, with their samples.
+        """Counts a skipped step, and finds the ranks with non-finite gradients of their own.
 
         Sends the sample names of these ranks to all ranks.
 
         Returns:
-            Record of metrics.jsonl. "ranks" lists each such rank's number, name and micro-batches with their samples.
-            It is empty if the gradients of each rank were finite and only their sum was not.
+            Record for metrics.jsonl. Its "ranks" lists the number and name of each of these ranks, and the
+            micro-batches with their samples. The list is empty if all ranks had finite gradients but the sum was not
+            finite.
         """
         self.total += 1
         self.in_a_row += 1
@@ -64,7 +65,7 @@ class SkippedSteps:
         }
 
     def describe(self, record: dict[str, Any]) -> str:
-        """Formats the record of `add` as readable lines."""
+        """Formats the record returned by `add` as readable lines."""
         lines = [
             f"WARNING: step {record['step']} is skipped on all ranks, {record['in_a_row']} in a row (the run stops at "
             f"training.max_skipped_steps={self.limit}): the gradients' norm is {record['grad_norm']}. Weights and "

@@ -13,52 +13,53 @@ from beit3_ds.storage_error import StorageError
 
 
 class SplitBatches:
-    """Iterates over this rank's batches of a split, on all ranks together; some ranks receive what others read.
+    """Iterates over this rank's batches of a split, together with all other ranks.
 
-    Before each batch the ranks exchange three integers each to check that all of them have a batch. So an error or a
-    stop signal on one rank ends the evaluation on all ranks, and no rank waits in a collective.
+    Ranks that do not read data receive their batches from ranks that do. Before each batch, all ranks exchange three
+    integers to check that each has a batch. An error or a stop signal on one rank therefore ends the iteration on all
+    ranks, and no rank waits in a collective forever.
     """
 
     def __init__(self, own: EvaluationBatches | None, mesh: Mesh, limits: WaitLimits) -> None:
-        """Stores the arguments; reading begins with the iteration.
+        """Stores the arguments. Reading begins with the iteration.
 
         Args:
-            own: batches that this rank reads; None on ranks that receive them.
-            mesh: the ranks.
-            limits: longest waits for a batch.
+            own: batches that this rank reads; None on ranks that receive their batches.
+            mesh: mesh of all ranks.
+            limits: maximum waiting times for a batch.
         """
         self._own, self._mesh, self._limits = own, mesh, limits
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yields the batches.
+        """Yields this rank's batches.
 
         Raises:
-            ConfigError: on all ranks, if one of them cannot read a sample.
+            ConfigError: on all ranks, if a rank cannot read a sample.
             StorageError: on all ranks, if a file system fails.
-            StopRequestedError: on all ranks, if one of them was asked to stop.
+            StopRequestedError: on all ranks, if a rank received a stop signal.
         """
         read: Iterable[PackedBatch] = () if self._own is None else _Reading(self._own, self._limits)
         return iterate_together(BroadcastBatches(read, self._mesh, PackedBatch), self._mesh, self._limits.is_stopping)
 
 
 class StoppableBatches:
-    """Iterates over this rank's batches on all ranks together, so that a stop signal ends the iteration on all ranks.
+    """Iterates over this rank's batches together with all other ranks, and stops on all ranks after a stop signal.
 
-    Before each batch the ranks exchange three integers each.
+    Before each batch, all ranks exchange three integers.
     """
 
     def __init__(self, batches: Iterable[PackedBatch], mesh: Mesh, is_stopping: Callable[[], bool]) -> None:
         """Stores the arguments.
 
         Args:
-            batches: the same number of batches on all ranks.
-            mesh: the ranks.
-            is_stopping: returns whether this process was asked to stop.
+            batches: this rank's batches; all ranks must have the same number.
+            mesh: mesh of all ranks.
+            is_stopping: function that returns whether this rank has received a stop signal.
         """
         self._batches, self._mesh, self._is_stopping = batches, mesh, is_stopping
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yields the batches; an error or a stop signal of one rank raises on all ranks (`iterate_together`)."""
+        """Yields the batches. An error or a stop signal on one rank is raised on all ranks (`iterate_together`)."""
         return iterate_together(self._batches, self._mesh, self._is_stopping)
 
 
@@ -76,16 +77,16 @@ class _Reading:
 def iterate_together(
     batches: Iterable[PackedBatch], mesh: Mesh, is_stopping: Callable[[], bool]
 ) -> Iterator[PackedBatch]:
-    """Yields this rank's batches while every rank has one; all ranks call it.
+    """Yields this rank's batches as long as all ranks have one. All ranks must call this function.
 
     Args:
-        batches: the same number of batches on all ranks.
-        mesh: the ranks.
-        is_stopping: returns whether this process was asked to stop.
+        batches: this rank's batches; all ranks must have the same number.
+        mesh: mesh of all ranks.
+        is_stopping: function that returns whether this rank has received a stop signal.
 
     Raises:
-        ConfigError, StorageError: on all ranks, if reading a batch raises it on one of them.
-        StopRequestedError: on all ranks, if one of them was asked to stop.
+        ConfigError, StorageError: on all ranks, if a rank raises one of them while reading a batch.
+        StopRequestedError: on all ranks, if a rank received a stop signal.
     """
     iterator = iter(batches)
     while True:

@@ -1,4 +1,4 @@
-"""Checks software, device and output folder before any data is read, for a run and for `beit3 check`."""
+"""Checks software, device and output folder before data is read, for training and for `beit3 check`."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ def check_software(config: RunConfig) -> None:
     """Checks that the packages and kernels that a run needs are installed.
 
     Raises:
-        ConfigError: if something is not installed; the message names the package or kernels to install.
+        ConfigError: if one is not; the message names what to install.
     """
     check_optimizer(config.training)
     _check_kernels_are_built(config.training)
@@ -33,10 +33,10 @@ def check_software(config: RunConfig) -> None:
 
 
 def check_device(config: TrainingConfig) -> None:
-    """Checks that this machine has the device that the configured kernels need.
+    """Checks that this machine has the device that `training.kernel_backend` needs.
 
     Raises:
-        ConfigError: if the device is missing; the message names the setting to leave out.
+        ConfigError: if it does not; the message names the setting to leave out.
     """
     if config.kernel_backend == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -46,7 +46,7 @@ def check_device(config: TrainingConfig) -> None:
 
 
 def check_frozen_patterns(task: Task) -> None:
-    """Checks `training.frozen` against the names of the model's parameters.
+    """Checks the patterns of `training.frozen` against the model's parameter names.
 
     Raises:
         ConfigError: if a pattern matches no parameter, or the patterns match all parameters.
@@ -57,10 +57,10 @@ def check_frozen_patterns(task: Task) -> None:
 
 
 def check_output_dir(folder: Path) -> None:
-    """Checks that an output folder can be created and written; creates nothing.
+    """Checks that an output folder can be created and written to. Creates nothing.
 
     Raises:
-        ConfigError: if the folder cannot be used; the message names the folder or file at fault.
+        ConfigError: if it cannot; the message names the folder or file that prevents it.
     """
     nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():
@@ -70,10 +70,10 @@ def check_output_dir(folder: Path) -> None:
 
 
 def prepare_output_dir(folder: Path) -> None:
-    """Creates the output folder and tests that it can be written.
+    """Creates the output folder, and tests writing to it.
 
     Raises:
-        ConfigError: if it cannot be created or written.
+        ConfigError: if the folder cannot be created or written to.
     """
     check_output_dir(folder)
     try:

@@ -1,4 +1,4 @@
-"""Describes versions, hosts, devices, layout and steps of a run in one line at its start."""
+"""Describes a run's versions, hosts, devices, layout and steps in one line at its start."""
 
 import subprocess
 from collections import Counter
@@ -15,14 +15,14 @@ from beit3_ds.parallel import Mesh
 
 
 def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: torch.device, first_step: int) -> str:
-    """Returns one line that describes the run on all ranks; all ranks call it, and each sends a few words.
+    """Returns one line that describes the run. All ranks must call this function, and each sends a short text.
 
     Args:
-        config: configuration of the run.
-        mesh: the ranks.
+        config: the run's configuration.
+        mesh: mesh of all ranks.
         state: engine state of this rank.
         device: device of this rank.
-        first_step: number of steps already done.
+        first_step: number of steps done.
     """
     elements = sum(tensor.shape.numel() for tensor in state.local_tensors.values())
     own = (_describe_device(device), elements if mesh.coords == (mesh.pipeline.rank, 0, 0) else 0)
@@ -67,7 +67,7 @@ def _describe_device(device: torch.device) -> str:
 
 
 def _find_commit() -> str:
-    """Returns the commit of the sources in parentheses; an empty text if they are not in a repository."""
+    """Returns the Git commit of the source code in parentheses, or an empty string outside a repository."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""

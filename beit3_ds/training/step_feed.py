@@ -10,19 +10,19 @@ from beit3_ds.storage_error import StorageError
 
 
 class StepFeed:
-    """Fetches steps and keeps any error until all ranks agree on it (`DistributedStopSignals.synchronize`).
+    """Fetches the data of steps, and keeps errors until all ranks know of them (`DistributedStopSignals.synchronize`).
 
     Attributes:
-        error: reason why this rank has no data; None if it has data.
+        error: error because of which this rank has no data; None if there is none.
     """
 
     def __init__(self, steps: Iterable[StepBatch], activity: Activity, first_step: int) -> None:
-        """Prepares to fetch; reads nothing.
+        """Stores the arguments. Reads no data.
 
         Args:
             steps: this rank's steps, from `first_step` on.
-            activity: receives the current activity of this rank.
-            first_step: number of updates already done.
+            activity: record of this rank's current phase, which is updated.
+            first_step: number of steps done.
         """
         self._steps: Iterator[StepBatch] = iter(steps)
         self._activity, self._next_step = activity, first_step
@@ -31,7 +31,7 @@ class StepFeed:
 
     @property
     def has_step(self) -> bool:
-        """Returns whether a step is ready; False after an error or a stop signal."""
+        """Returns whether a step has been fetched; False after an error or a stop signal."""
         return self._fetched is not None
 
     @property
@@ -41,37 +41,37 @@ class StepFeed:
 
     @property
     def upcoming_seconds(self) -> float:
-        """Returns the seconds that the last `fetch` waited, if its step was not taken yet; otherwise 0."""
+        """Returns the seconds that fetching the next step took, or 0 if no step is fetched."""
         return 0.0 if self._fetched is None else self._fetched[1]
 
     def fetch(self) -> None:
-        """Waits for the data of the next step and keeps them for `take`, or keeps the error in `error`."""
+        """Waits for the data of the next step and keeps it for `take`. An error is stored in `error`."""
         start = time.perf_counter()
         self._next_step += 1
         self._activity.begin("reading data", self._next_step)
         self.attempt(lambda: self._fetch(start))
 
     def take(self) -> tuple[StepBatch, float]:
-        """Returns the fetched step, and the seconds that `fetch` waited."""
+        """Returns the fetched step, and the seconds that `fetch` waited for it."""
         assert self._fetched is not None, "fetch first"
         fetched, self._fetched = self._fetched, None
         return fetched
 
     def attempt(self, read: Callable[[], None]) -> None:
-        """Calls `read`, which reads data, and keeps its error in `error` for `raise_error`."""
+        """Calls `read`, a function that reads data, and stores an error in `error`."""
         try:
             read()
         except (ConfigError, StorageError) as error:
             self.error = error
 
     def raise_error(self, is_storage: bool) -> None:
-        """Raises this rank's error, or an error that refers to another rank; call it after all ranks agreed to end.
+        """Raises this rank's error, or an error that refers to another rank. Call it once all ranks have agreed to end.
 
         Args:
-            is_storage: True if a file system failed on the rank without data.
+            is_storage: whether the cause is a failed file system.
 
         Raises:
-            ConfigError: if a rank has no data for another reason than its file system.
+            ConfigError: if a rank has no data for another reason.
             StorageError: if a file system failed.
         """
         if self.error is not None:

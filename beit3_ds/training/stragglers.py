@@ -1,4 +1,4 @@
-"""Finds ranks that are slower than the others."""
+"""Finds ranks that are slower than other ranks."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,13 +16,13 @@ _MEASURES = {"work": "its own work", "data": "its data"}
 
 
 class TimedSteps:
-    """Iterates over the steps that this rank reads, and measures how long it waits for each step."""
+    """Iterates over the steps that this rank reads, and measures the wait for each step."""
 
     def __init__(self, steps: Iterable[StepBatch]) -> None:
         self._steps, self.stopwatch = steps, Stopwatch(torch.device("cpu"))
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """Yields the steps; the stopwatch runs during each wait."""
+        """Yields the steps. The stopwatch measures each wait."""
         iterator = iter(self._steps)
         while True:
             with self.stopwatch.running():
@@ -35,33 +35,41 @@ class TimedSteps:
 class Stragglers:
     """Compares the times that ranks spend before they wait for each other.
 
-    Times of whole steps show no straggler, because ranks wait for each other and all take equally long. Two times are
-    compared, among the ranks of one stage, which do the same work:
+    The duration of a whole step shows no straggler, because all ranks wait for the slowest. Two other times are
+    compared among the ranks of each pipeline stage, which do the same work:
 
-    * "data": how long a rank that reads waits for its worker processes and disks.
-    * "work": how long a rank moves batches to the device and encodes images as visual tokens. Under ZeRO-0 to 2
-      without tensor parallelism, the forward passes of the model count too. Other passes wait for other ranks.
+    * "data": the time that a reading rank waits for its data workers and disks.
+    * "work": the time to move batches to the device and to encode images as visual tokens. Under ZeRO-0 to 2 without
+      tensor parallelism, this includes the model's forward passes. All other passes wait for other ranks.
 
-    The comparison finds a device or host that is always slow, and a rank with more work. It does not find slowness
-    only in backward passes, in the update or on the network. Under ZeRO-3 or tensor parallelism, it finds nothing on
-    stages without heads.
+    The comparison finds devices and hosts that are always slow, and ranks with more work. It does not find slow
+    backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, it finds nothing on stages without the
+    head.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:
-        """Keeps the stopwatches of this rank, which the schedule and `TimedSteps` start and stop."""
+        """Stores the mesh and the stopwatches of this rank.
+
+        Args:
+            mesh: mesh of all ranks.
+            work: stopwatch of the schedule.
+            data: stopwatch of `TimedSteps`.
+        """
         self._mesh, self._stopwatches = mesh, (work, data)
 
     def report(self, steps: int, step_seconds: float) -> tuple[dict[str, Any], list[str]]:
-        """Compares the times since the last report. All ranks must call this function; sends 2 numbers per rank.
+        """Compares the times since the last report. All ranks must call this method. Sends 2 numbers per rank.
+
+        A rank is a straggler if its time exceeds the median of its stage by more than 50 % and by more than 5 % of the
+        step time.
 
         Args:
             steps: number of steps since the last report.
             step_seconds: mean seconds per step.
 
         Returns:
-            Figures for metrics.jsonl, and lines about stragglers. For each measure, the figures are the slowest rank
-            relative to the median of its stage, its seconds per step, and that median. A rank is a straggler if its
-            time exceeds the median by more than half of the median and by more than 5 % of the step time.
+            Figures for metrics.jsonl, and one line per straggler. For each of the two times, the figures are the
+            slowest rank compared with its stage's median, that rank's seconds per step, and the median.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])

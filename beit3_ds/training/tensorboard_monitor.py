@@ -1,6 +1,6 @@
 """Writes the event file of DeepSpeed's TensorBoard monitor, and completes it once a failed disk works again.
 
-TensorBoard's own writer ends its thread at the first error; each later figure then raises that error.
+TensorBoard's own writer stops at the first error, and raises the error again for each later figure.
 """
 
 import io
@@ -13,14 +13,14 @@ from beit3_ds.retrying.file import RetryingFile
 
 
 class TensorBoardMonitor:
-    """Appends figures (named numbers such as losses) to an event file."""
+    """Appends figures (named numbers such as losses) to a TensorBoard event file."""
 
     def __init__(self, summary_writer: Any, report: Callable[[str], None]) -> None:
-        """Closes DeepSpeed's writer, which has begun the file, and continues the file.
+        """Closes DeepSpeed's writer, and continues the event file that it has begun.
 
         Args:
             summary_writer: `torch.utils.tensorboard.SummaryWriter`.
-            report: receives a line when the file cannot be written, and when it is complete again.
+            report: function that receives one line when the file cannot be written, and one when it is complete again.
         """
         summary_writer.flush()
         path = Path(summary_writer.file_writer.event_writer._file_name)
@@ -28,7 +28,7 @@ class TensorBoardMonitor:
         self._file = RetryingFile(path, report, has_lines=False)
 
     def write_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
-        """Appends each event (name, value, step)."""
+        """Appends one scalar per event (name, value, step)."""
         from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
         from torch.utils.tensorboard.summary import scalar
@@ -41,5 +41,5 @@ class TensorBoardMonitor:
         self._file.append(content.getvalue())
 
     def retry(self) -> bool:
-        """Writes the events that are missing; returns whether the file is complete."""
+        """Writes events that could not be written before, and returns whether the file is complete."""
         return self._file.retry()
