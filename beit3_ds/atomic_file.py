@@ -1,4 +1,4 @@
-"""Writes files atomically: a reader finds the old file or the complete new one."""
+"""Writes files atomically: readers see either the old file or the complete new file."""
 
 import hashlib
 import os
@@ -14,8 +14,8 @@ _LONG_NAME = 107  # bytes; file systems allow 255, of which a host's name may ta
 def bounded_name(name: str) -> str:
     """Returns a file name of at most 113 bytes, which leaves room for suffixes such as a host name and `.tmp`.
 
-    A name of up to 107 bytes is returned unchanged. A longer name is cut and ends with a digest of the whole name, so
-    that two names with the same beginning stay different.
+    Names of up to 107 bytes are returned unchanged. Longer names are cut and end with a digest of the whole name, so
+    that names with equal beginnings stay different.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= _LONG_NAME:
@@ -26,13 +26,17 @@ def bounded_name(name: str) -> str:
 
 @contextmanager
 def atomic_write(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
-    """Opens a temporary file for writing, and renames it to `path` once it is complete.
+    """Opens a temporary file for writing, and renames it to `path` when the `with` block ends.
 
-    After an error, or if `keep` is false, deletes the temporary file instead. So a reader sees the old file or the
-    complete new one, even if this process is killed. The permissions of the new file follow the umask.
+    Readers see either the old file or the complete new file, even if this process is killed. After an error, the
+    temporary file is deleted. The permissions of the new file follow the umask.
+
+    Args:
+        path: path of the file.
+        keep: False deletes the temporary file instead of renaming it.
 
     Raises:
-        OSError: if the file cannot be written; the old file is still there.
+        OSError: if the file cannot be written; the old file is unchanged.
     """
     temporary = path.with_name(f"{bounded_name(path.name)}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:

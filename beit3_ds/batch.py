@@ -1,13 +1,13 @@
-"""Defines the packed micro-batch, which the data loader builds and which model, pipeline and task use.
+"""Defines the packed micro-batch, which data workers build and model, pipeline and tasks use.
 
-A micro-batch is one stream of T rows, one per token, ordered by modality and without padding:
+A micro-batch is a sequence of T rows, one per token, ordered by modality and without padding:
 
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
 
-The letters are the rows at which the four ranges stop. So every expert works on one range of rows
-(`PackedBatch.expert_slices`). An image or a text is one range of rows. A pair is two ranges, its image and its text
-(`PackedBatch.sequence_ranges`). Sequences are numbered in the order images, pairs, texts.
+Each letter is the row at which a range stops. Each expert works on one range of rows (`PackedBatch.expert_slices`). An
+image or a text is one range of rows, and a pair is two: its image and its text (`PackedBatch.sequence_ranges`).
+Sequences are numbered in the order images, pairs, texts.
 """
 
 # I images, P pairs, X texts, B = I + P images with pixels, Q = I + P + X sequences, N patches per image,
@@ -31,52 +31,49 @@ from beit3_ds.patch_grids import Grids
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch(RowLayout):
-    """Holds one micro-batch of images, pairs and texts; any of the three may be absent."""
+    """Holds one micro-batch of images, image-text pairs and texts. Each kind may be absent."""
 
     num_images: int
-    """Number of images without texts, I."""
+    """Number of images without text (I)."""
     num_pairs: int
-    """Number of pairs of an image and a caption, P."""
+    """Number of image-text pairs (P)."""
     caption_lengths: tuple[int, ...]
-    """Number of tokens of each pair's caption, BOS and EOS included."""
+    """Number of tokens of each pair's caption, including BOS and EOS."""
     text_lengths: tuple[int, ...]
-    """Number of tokens of each text without an image, BOS and EOS included."""
+    """Number of tokens of each text without image, including BOS and EOS."""
     pixels: Tensor | None
-    """Preprocessed images, (images, 3, image_size, image_size): images without texts, then the images of pairs. They
-    are uint8, or float32 in [-1, 1]; `pixels.to_floats` gives the values that networks read. Images of different sizes
-    (`image_grids`) are padded at the right and at the bottom. None on pipeline stages that do not embed."""
+    """Preprocessed images, (images, 3, image_size, image_size): first images without text, then images of pairs. uint8,
+    or float32 in [-1, 1]; `pixels.to_floats` converts them for the model. Images of different sizes (`image_grids`) are
+    padded at the right and the bottom. None on pipeline stages that do not hold the embeddings."""
     patch_mask: Tensor
-    """True for patches that the mask token replaces, (images, patches) bool."""
+    """Whether each patch is replaced by the mask token, (images, patches) bool."""
     token_ids: Tensor
-    """Token ids of all captions, then of all texts, in one int64 vector."""
+    """Token ids of all captions and then of all texts, (tokens,) int64."""
     image_grids: Grids = ()
-    """Patches per column and per row of each image, for a model with `model.dense`, whose images have any size and no
-    CLS row; the batch then has no pairs and no texts. Empty if all images have the model's image size."""
+    """Rows and columns of each image's patch grid, for a model with `model.dense`, whose images may have any size and
+    have no CLS row. The batch then has no pairs and texts. Empty if all images have the model's image size."""
     colors: Tensor | None = None
-    """Changes of the colours of each image of 8 bits (`pixels.change_colors`), (images, 3, 3) float32; None changes
-    nothing."""
+    """Colour changes of each uint8 image (`pixels.change_colors`), (images, 3, 3) float32; None changes nothing."""
     causal_captions: bool = False
-    """Whether attention in pairs is masked for captioning. Then image rows see their image, and caption rows see their
-    image and the caption up to themselves."""
+    """Whether attention in pairs is masked for captioning. Image rows then attend only to the image. Caption rows
+    attend to the image, to earlier caption rows and to themselves."""
     drop_path: Tensor | None = None
-    """Stochastic depth's factor for each sequence, layer and branch, (sequences, layers, 2) float32. It is 0 if the
-    branch is dropped, otherwise 1 / (1 - rate). None if nothing is dropped (evaluation, or a rate of 0)."""
+    """Stochastic-depth factor of each sequence, layer and branch, (sequences, layers, 2) float32: 0 if the branch is
+    dropped, and 1 / (1 - rate) otherwise. None without stochastic depth, such as in evaluations."""
     head_rows: Tensor | None = None
-    """Indices in the stream of the rows that the task's head reads, ascending, int64; None if it reads all rows."""
+    """Indices of the rows that the task's head reads, ascending, int64; None if it reads all rows."""
     head_row_counts: tuple[int, ...] = ()
-    """Number of `head_rows` in each of the four row ranges in `layout.PARTS`; empty if the head reads all rows."""
+    """Number of `head_rows` in each of the four row ranges (`layout.PARTS`); empty if the head reads all rows."""
     term_counts: tuple[int, ...] = ()
-    """Number of samples or positions over which each of the task's terms (losses and metrics) is summed in this
-    micro-batch, in the order of `Task.terms`."""
+    """Number of predictions in this micro-batch for each loss term, in the order of `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors that the task's head needs in addition to its rows, by the task's names for them; empty on stages without
-    the head. Tensors of integers and booleans, but not 8-bit images, are compared between the stages of a pipeline that
-    read them."""
+    """Additional inputs of the task's head, by name; empty on pipeline stages without the head. Stages that read the
+    same samples compare integer and bool tensors among them, but not uint8 images."""
     sample_names: tuple[str, ...] = ()
-    """Name of each sequence's sample, for logs and messages; empty if the samples have no names."""
+    """Name of each sequence's sample, for logs and messages; empty if samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)
-    """For each data stream by name, the index of the one source from which its samples in this batch come. Empty if the
-    samples of a stream may come from several sources."""
+    """Index of the data source of each stream's samples, by stream name. Empty if a stream's samples may come from
+    several sources."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs
@@ -93,22 +90,22 @@ class PackedBatch(RowLayout):
 
     @property
     def num_texts(self) -> int:
-        """Returns the number of texts without images, X."""
+        """Returns the number of texts without image (X)."""
         return len(self.text_lengths)
 
     @property
     def num_sequences(self) -> int:
-        """Returns the number of sequences (images, pairs and texts), Q."""
+        """Returns the number of sequences: images, pairs and texts (Q)."""
         return self.num_images + self.num_pairs + self.num_texts
 
     @property
     def image_length(self) -> int:
-        """Returns the number of rows per image: one for CLS, and one per patch; invalid with `image_grids`."""
+        """Returns the number of rows per image, one for CLS and one per patch. Invalid with `image_grids`."""
         return 1 + self.patch_mask.shape[1]
 
     @cached_property
     def layout(self) -> SequenceLayout:
-        """Returns the layout of the stream, from which the rows of every sequence and every expert follow."""
+        """Returns the layout of the rows, which gives the rows of each sequence and each expert."""
         return SequenceLayout(
             self.num_images,
             self.caption_lengths,
@@ -120,31 +117,31 @@ class PackedBatch(RowLayout):
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Returns the number of rows in each of the four row ranges in `layout.PARTS`."""
+        """Returns the number of rows in each of the four row ranges (`layout.PARTS`)."""
         return self.layout.part_rows
 
     @cached_property
     def picked_rows(self) -> PickedRows | None:
-        """Returns the rows that the task's head reads; None if it reads all rows."""
+        """Returns the rows that the task's head reads, or None if it reads all rows."""
         return None if self.head_rows is None else PickedRows(self.head_rows, self.head_row_counts)
 
     @property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Returns the row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
+        """Returns the row ranges [start, stop) of each sequence: one range, or two for a pair (image, caption)."""
         return self.layout.sequence_ranges
 
     def kept_sequences(self, layer: int, branch: int) -> KeptSequences:
         """Returns the sequences for which stochastic depth keeps a branch.
 
         Args:
-            layer: number of the layer, from 0.
+            layer: index of the block, from 0.
             branch: 0 for attention, 1 for the FFN.
         """
         return self.layout.keep(self._keeps[:, layer, branch].tolist())
 
     @cached_property
     def dropped_rows(self) -> list[list[int]]:
-        """Returns, for each layer, how many rows stochastic depth drops in attention and in the FFN."""
+        """Returns the number of rows that stochastic depth drops in attention and in the FFN of each block."""
         lengths = [sum(stop - start for start, stop in ranges) for ranges in self.sequence_ranges]
         lengths_Q = torch.tensor(lengths, dtype=torch.int64)
         rows: list[list[int]] = torch.where(self._keeps, 0, lengths_Q[:, None, None]).sum(0).tolist()
@@ -152,13 +149,13 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def _keeps(self) -> Tensor:
-        """Returns whether each branch of each sequence is kept, in host memory; `to` keeps the value."""
+        """Returns whether stochastic depth keeps each branch of each sequence, as a CPU tensor."""
         assert self.drop_path is not None, "nothing is dropped"
         return self.drop_path.cpu() != 0
 
     @cached_property
     def row_sequence(self) -> Tensor:
-        """Returns the index of the sequence to which each row belongs, (rows,) int64."""
+        """Returns the index of each row's sequence, (rows,) int64."""
         sequences = torch.arange(self.num_sequences)
         num_pixels = self.num_images + self.num_pairs
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
@@ -168,7 +165,7 @@ class PackedBatch(RowLayout):
 
     @property
     def num_patches(self) -> int:
-        """Returns the number of patches of all images, masked ones included."""
+        """Returns the total number of patches of all images, including masked ones."""
         if self.image_grids:
             return self.num_rows
         return self.patch_mask.numel()
@@ -180,12 +177,12 @@ class PackedBatch(RowLayout):
         return torch.tensor([height * width for height, width in self.image_grids])
 
     def row_factors(self, layer: int, branch: int, dtype: torch.dtype) -> Tensor | None:
-        """Returns stochastic depth's factor of each row, (rows,); None if nothing is dropped.
+        """Returns the stochastic-depth factor of each row, (rows,), or None without stochastic depth.
 
-        The first call computes the factors of all layers at once.
+        The first call computes the factors of all layers.
 
         Args:
-            layer: number of the layer, from 0.
+            layer: index of the block, from 0.
             branch: 0 for attention, 1 for the FFN.
             dtype: dtype of the factors.
         """
@@ -205,24 +202,26 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def text_positions(self) -> Tensor:
-        """Returns the position of each token in its caption or text, counted from 0, (tokens,) int64."""
+        """Returns the position of each token in its caption or text, from 0, (tokens,) int64."""
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return copy_to_device(torch.arange(len(starts)) - starts, self.token_ids.device)
 
     def with_targets(self, targets: Mapping[str, Tensor]) -> "PackedBatch":
-        """Returns the batch with other targets; it keeps the derived values that `to` carries to a device."""
+        """Returns the batch with new targets, and with the values that `to` has already derived from the batch."""
         return self._with_derived_values(dataclasses.replace(self, targets=targets))
 
     def without_pixels(self) -> "PackedBatch":
-        """Returns the batch without pixels and targets, for stages of a pipeline that neither embed nor predict."""
+        """Returns the batch without pixels and targets, for pipeline stages that hold neither the embeddings nor the
+        head.
+        """
         return dataclasses.replace(self, pixels=None, targets={})
 
     def fingerprint(self) -> str:
-        """Returns a digest of the micro-batch, with which ranks check that they read the same samples.
+        """Returns a digest by which ranks check that they read the same samples.
 
-        It covers the sequences, sample names, token ids, masks, head rows, stochastic-depth factors and integer
-        targets, but not the pixels.
+        Covers the sequences, sample names, token ids, masks, head rows, stochastic-depth factors and integer targets,
+        but not the pixels.
         """
         digest = hashlib.sha256(
             repr(
@@ -238,19 +237,19 @@ class PackedBatch(RowLayout):
         return digest.hexdigest()
 
     def as_value(self) -> dict[str, Any]:
-        """Returns all fields in the form that `parallel.HostGroup` sends: numbers, strings, tuples and host tensors."""
+        """Returns all fields as a dict that `parallel.HostGroup` can send."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_value(cls, value: dict[str, Any]) -> "PackedBatch":
-        """Rebuilds a batch from the fields that `as_value` returned."""
+        """Rebuilds a batch from the dict that `as_value` returned."""
         return cls(**value)
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Returns the batch with all its tensors on `device`, without waiting for the device (`copy_to_device`).
+        """Returns the batch with all tensors on `device`, without waiting for the device (`copy_to_device`).
 
-        The values that later code derives from the batch, such as the sequences that stochastic depth keeps, are
-        derived here, in host memory. So a step never reads them back from the device.
+        Also computes, in host memory, the values that later code derives from the batch, such as the sequences that
+        stochastic depth keeps. A step therefore never reads them back from the device.
         """
         if self.token_ids.device == device:
             return self
@@ -263,12 +262,12 @@ class PackedBatch(RowLayout):
         return self._with_derived_values(dataclasses.replace(self, targets=targets, **moved))
 
     def tensors(self) -> list[Tensor]:
-        """Returns all tensors of the batch, those derived by `to` included."""
+        """Returns all tensors of the batch, including those that `to` derives."""
         values = [*vars(self).values(), *self.targets.values()]
         return [value for value in values if isinstance(value, Tensor)]
 
     def _with_derived_values(self, copy: "PackedBatch") -> "PackedBatch":
-        """Gives a copy of this batch with the same sequences the derived values of this one, on its own device."""
+        """Copies this batch's derived values to another batch with the same sequences, on that batch's device."""
         device = copy.token_ids.device
         vars(copy).update(layout=self.layout)
         vars(copy).update({name: copy_to_device(getattr(self, name), device) for name in _DERIVED_TENSORS})
@@ -282,31 +281,31 @@ _DERIVED_TENSORS = ("row_sequence", "text_positions")
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """Holds the micro-batches that one rank computes in one optimizer step."""
+    """Holds one rank's micro-batches of one optimizer step."""
 
     step: int
-    """Number of the optimizer step, from 0."""
+    """Index of the optimizer step, from 0."""
     micro_batches: tuple[PackedBatch, ...]
-    """Micro-batches of this rank; every rank has the same number."""
+    """Micro-batches of this rank. All ranks have the same number."""
     broken_records: dict[str, str] = field(default_factory=dict)
-    """One-line error message of every broken record in this rank's share, by the record's name. The micro-batches do
-    not contain these records."""
+    """One-line error message of each broken record in this rank's share, by record name. These records are not in the
+    micro-batches."""
 
     def without_pixels(self) -> "StepBatch":
-        """Returns the step with micro-batches that have no pixels and no targets (`PackedBatch.without_pixels`)."""
+        """Returns the step with all micro-batches stripped of pixels and targets (`PackedBatch.without_pixels`)."""
         return dataclasses.replace(self, micro_batches=tuple(batch.without_pixels() for batch in self.micro_batches))
 
     def fingerprint(self) -> str:
-        """Returns the number of the step and the `PackedBatch.fingerprint` of every micro-batch."""
+        """Returns the step's index and the fingerprint of each micro-batch, by which ranks compare their samples."""
         return f"step {self.step}: {[batch.fingerprint() for batch in self.micro_batches]}"
 
     def as_value(self) -> dict[str, Any]:
-        """Returns all fields in the form that `parallel.HostGroup` sends."""
+        """Returns all fields as a dict that `parallel.HostGroup` can send."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"micro_batches": tuple(batch.as_value() for batch in self.micro_batches)}
 
     @classmethod
     def from_value(cls, value: dict[str, Any]) -> "StepBatch":
-        """Rebuilds a step from the fields that `as_value` returned."""
+        """Rebuilds a step from the dict that `as_value` returned."""
         batches = tuple(PackedBatch.from_value(batch) for batch in value["micro_batches"])
         return cls(**value | {"micro_batches": batches})

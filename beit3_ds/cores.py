@@ -12,26 +12,26 @@ _CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
 
 
 def count_cores() -> int:
-    """Returns the number of cores that this process may use.
+    """Returns the number of CPU cores that this process may use.
 
-    It is the number of cores in its affinity, or its container's CPU quota if that is lower.
+    This is the number of cores in the process's affinity, or the container's CPU quota if that is lower.
     """
     return min(len(os.sched_getaffinity(0)), cpu_quota() or math.inf)  # type: ignore[return-value]
 
 
 def describe_cores() -> dict[str, Any]:
-    """Returns this rank's core numbers and CPU quota as JSON values, for other ranks."""
+    """Returns this rank's core numbers and CPU quota as JSON values, to send to other ranks."""
     return {"affinity": sorted(os.sched_getaffinity(0)), "quota": cpu_quota()}
 
 
 def divide_cores(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[int]:
-    """Returns the number of threads that each rank should use, so that the ranks of a host do not compete for cores.
+    """Returns the number of threads for each rank, such that ranks on one host do not compete for cores.
 
-    A core that several ranks may use is shared equally among them. A rank that its launcher has bound to its own cores
-    keeps them all.
+    A core that several ranks may use is shared equally among them. If the launcher has bound a rank to cores, the rank
+    uses all of them.
 
     Args:
-        ranks: host name and result of `describe_cores` of every rank.
+        ranks: host name and result of `describe_cores` for each rank.
     """
     users = Counter((host, core) for host, own in ranks for core in own["affinity"])
     ranks_on_host = Counter(host for host, _ in ranks)
@@ -44,11 +44,11 @@ def divide_cores(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[int]:
 
 
 def cpu_quota(root: Path = _CGROUP_ROOT, membership: Path = _CGROUP_OF_PROCESS) -> int | None:
-    """Returns the number of cores that this process's control groups grant, rounded up; None without a limit.
+    """Returns the number of cores that this process's control groups permit, rounded up, or None without a limit.
 
     Args:
         root: mount point of the control groups.
-        membership: file that names the groups of this process.
+        membership: file that lists the control groups of this process.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -69,7 +69,7 @@ def cpu_quota(root: Path = _CGROUP_ROOT, membership: Path = _CGROUP_OF_PROCESS) 
 
 
 def _read_quota(group: Path) -> list[float]:
-    """Returns the quota of one control group (version 2's cpu.max, or version 1) in cores; empty without a quota."""
+    """Returns a list with the quota of one control group (version 1 or 2) in cores; empty without a quota."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()

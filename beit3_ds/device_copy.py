@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 HOST = torch.device("cpu")
-"""Host memory."""
+"""Device of tensors in host memory."""
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on `device`; the host does not wait for the device, which copies the memory in stream order.
+    """Returns a tensor on `device`. The host does not wait for the copy, which follows in stream order.
 
-    A tensor in host memory is first copied to pinned memory, which torch's allocator keeps until the device has read
-    it. From other memory, the copy would begin only after all queued work of the device.
+    A host tensor is first copied to pinned memory, which torch's allocator keeps until the device has read it. Without
+    pinned memory, the host would wait until the device has finished all queued work.
     """
     if tensor.device != HOST or device == HOST or device.type == "meta":
         return tensor.to(device)

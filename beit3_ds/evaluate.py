@@ -58,24 +58,28 @@ METRICS_FILE = "metrics.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Holds the inputs of this rank, opened and checked before a process group exists."""
+    """Holds this rank's inputs, which are opened and checked before a process group exists."""
 
     task: Task
     rank_task: RankTask
     weights: AdaptedWeights
     step: int
-    """Number of optimizer updates that produced the weights; 0 if unknown."""
+    """Number of optimizer steps that produced the weights; 0 if unknown."""
     folder: ResultFolder
-    """Folder into which the results are written."""
+    """Folder for the results."""
 
 
 def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
-    """Evaluates weights on a split of the configuration's data and writes the results.
+    """Evaluates weights on a split of the configuration's data, and writes the results.
+
+    Args:
+        config: the run's configuration.
+        options: parsed command-line options (`add_options`).
 
     Raises:
         ConfigError: if the configuration, a data file or the weights are invalid, or the weights belong to another
             task.
-        StoppedBySignal: if a rank received a stop signal; no metrics are written then.
+        StoppedBySignal: if a rank received a stop signal; no metrics are then written.
     """
     rank, stopped_by = read_launch(os.environ).rank, None
     with StopSignals().handling() as signals, stop_deadline(rank, signals) as deadline:
@@ -104,11 +108,15 @@ def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
-    """Opens the weights, and this rank's share of the samples of the split.
+    """Opens the weights, and this rank's share of the split's samples.
+
+    Args:
+        config: the run's configuration.
+        options: parsed command-line options (`add_options`).
 
     Raises:
-        ConfigError: if the weights or samples cannot be read, the weights do not fit the configuration, or the split
-            has no sources.
+        ConfigError: if weights or samples cannot be read, the weights do not fit the configuration, or the split has no
+            sources.
     """
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)
@@ -157,7 +165,14 @@ def _open_weights(path: str, *, averages: bool, best: bool) -> PretrainedWeights
 def build_evaluator(
     config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals, split: Split
 ) -> ModelEvaluator:
-    """Builds this rank's evaluator, which holds its part of the model with loaded weights; all ranks call it.
+    """Builds this rank's evaluator, with weights loaded into its part of the model. All ranks must call this function.
+
+    Args:
+        config: the run's configuration.
+        inputs: this rank's inputs.
+        mesh: mesh of all ranks.
+        signals: stop signals that this rank receives.
+        split: split to evaluate.
 
     Raises:
         ConfigError: if ranks have different configurations, files or weights.
@@ -218,7 +233,7 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
 
 
 def format_metrics(content: Mapping[str, Any]) -> str:
-    """Returns the metrics of an evaluation as a table."""
+    """Formats the content of the metrics file as a table."""
     metrics = content["metrics"]
     title = f"{content['task']} on {content['split']}, weights {content['weights']} (step {content['step']})"
     if not metrics:
@@ -228,7 +243,7 @@ def format_metrics(content: Mapping[str, Any]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of an evaluation to a parser."""
+    """Adds the command-line options of an evaluation to a parser."""
     parser.add_argument(
         "--weights", required=True, help="exported or imported weights, a checkpoint, or a run's folder"
     )
@@ -241,7 +256,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line of one rank and returns the exit status (`run_rank_program`)."""
+    """Runs the command line on one rank, and returns the exit status (`run_rank_program`)."""
     return run_rank_program(evaluate_weights, "beit3_ds.evaluate", __doc__, add_options, arguments)
 
 

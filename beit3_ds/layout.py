@@ -1,11 +1,11 @@
-"""Maps the rows of a packed stream to experts and sequences.
+"""Maps the rows of a packed micro-batch to experts and sequences.
 
-A stream is ordered by modality and has no padding:
+Rows are ordered by modality, without padding:
 
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
 
-The letters are the rows at which the four ranges stop; T is the number of rows.
+Each letter is the row at which a range stops. T is the number of rows.
 """
 
 # T rows; I images without texts, P pairs, X texts without images; Q = I + P + X sequences, numbered in this order.
@@ -24,13 +24,13 @@ from beit3_ds.patch_grids import Grids, window_ranges
 
 
 class Part(NamedTuple):
-    """Describes one of the four consecutive row ranges of a packed stream, e.g. the images of pairs."""
+    """Describes one of the four consecutive row ranges of a micro-batch, such as the images of pairs."""
 
     modality: str
-    """Modality of the rows, "vision" or "language", which is also the name of the modality's expert."""
+    """Modality of the rows, "vision" or "language". The modality's expert has the same name."""
     fused_expert: str | None
-    """Expert that computes these rows in layers with a fused expert: "vision_language" for the rows of pairs. None for
-    rows of images and texts alone, which the expert of their modality computes in every layer."""
+    """Expert for these rows in layers with a vision-language expert: "vision_language" for rows of pairs. None for
+    other rows, which use their modality's expert in all layers."""
 
 
 PARTS = (
@@ -39,40 +39,40 @@ PARTS = (
     Part("language", "vision_language"),
     Part("language", None),
 )
-"""The four row ranges of a packed stream, in row order: images, images of pairs, texts of pairs, texts.
+"""The four row ranges of a packed micro-batch, in row order: images, images of pairs, texts of pairs, texts.
 
-A third modality with its own fused expert can be added at the end, as (language, fused), (modality, fused),
-(modality, None). Then the rows of every expert are still consecutive."""
+A third modality with its own fused expert would be appended as (language, fused), (modality, fused), (modality, None).
+The rows of each expert would still be consecutive.
+"""
 
 
 class RowLayout(ABC):
-    """Declares the number of rows in each of the four row ranges of a stream, and derives the rows of each expert."""
+    """Declares the number of rows in each of the four row ranges, and computes the row range of each expert."""
 
     @property
     @abstractmethod
     def part_rows(self) -> tuple[int, ...]:
-        """Returns the number of rows in each of the four row ranges in `PARTS`."""
+        """Returns the number of rows in each of the four row ranges (`PARTS`)."""
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Returns the row at which each of the four row ranges in `PARTS` stops; the last is the number of rows."""
+        """Returns the row at which each of the four row ranges (`PARTS`) stops; the last is the number of rows."""
         return tuple(accumulate(self.part_rows))
 
     @property
     def num_rows(self) -> int:
-        """Returns the number of rows of the stream, T."""
+        """Returns the number of rows (T)."""
         return sum(self.part_rows)
 
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
-        """Returns the row range [start, stop) of each expert, in row order; an expert without rows gets an empty range.
+        """Returns the row range [start, stop) of each expert, in row order. Ranges may be empty.
 
-        The rows of each entry of `PARTS` belong to its fused expert if the layer has that expert, otherwise to the
-        expert of its modality. A layer lacks both experts if no input of the model needs them (`ModelConfig.inputs`);
-        then the stream must have no such rows.
+        Each of the four row ranges belongs to its fused expert if the layer has that expert, and otherwise to its
+        modality's expert. If the layer has neither, because of `ModelConfig.inputs`, the range must be empty.
 
         Args:
-            experts: names of the layer's experts in the order of their rows. Examples are ("shared",), which takes all
-                rows, ("vision", "language"), and ("vision", "vision_language", "language").
+            experts: names of the layer's experts, in row order: ("shared",) for all rows, ("vision", "language"), or
+                ("vision", "vision_language", "language"), for example.
         """
         if experts not in self._known_slices:  # every layer asks several times
             self._known_slices[experts] = self._find_slices(experts)
@@ -100,41 +100,41 @@ class RowLayout(ABC):
 
 @dataclass(frozen=True)
 class PickedRows(RowLayout):
-    """Describes rows that are picked one by one from a stream, such as those that a task's head reads."""
+    """Describes rows that are selected from a micro-batch one by one, such as those that a task's head reads."""
 
     rows: Tensor
-    """Indices of the picked rows in the stream, ascending, int64."""
+    """Indices of the selected rows in the micro-batch, ascending, int64."""
     counts: tuple[int, ...]
-    """Number of picked rows in each of the four row ranges in `PARTS`."""
+    """Number of selected rows in each of the four row ranges (`PARTS`)."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Returns the number of picked rows in each of the four row ranges in `PARTS`."""
+        """Returns the number of selected rows in each of the four row ranges (`PARTS`)."""
         return self.counts
 
 
 @dataclass(frozen=True)
 class SequenceLayout(RowLayout):
-    """Describes a stream that consists of complete images, pairs and texts."""
+    """Describes the rows of a micro-batch that consists of complete images, pairs and texts."""
 
     num_images: int
-    """Number of images without captions, I."""
+    """Number of images without text (I)."""
     caption_lengths: tuple[int, ...]
     """Number of tokens of each pair's caption."""
     text_lengths: tuple[int, ...]
-    """Number of tokens of each text without an image."""
+    """Number of tokens of each text without image."""
     image_length: int
     """Number of rows per image."""
     causal_captions: bool = False
-    """Whether attention in pairs is masked for captioning. Then image rows see their image, and caption rows see their
-    image and the caption up to themselves. Texts without images are never masked."""
+    """Whether attention in pairs is masked for captioning. Image rows then attend only to the image. Caption rows
+    attend to the image, to earlier caption rows and to themselves. Texts without image are never masked."""
     image_grids: Grids = ()
-    """Patches per column and per row of each image, for images of any size without CLS rows (`patch_grids`). If it is
-    not empty, there are no pairs and texts, and `image_length` has no effect."""
+    """Rows and columns of each image's patch grid, for images of any size without CLS rows (`patch_grids`). If not
+    empty, there are no pairs and texts, and `image_length` is ignored."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Returns the number of rows in each of the four row ranges in `PARTS`."""
+        """Returns the number of rows in each of the four row ranges (`PARTS`)."""
         if self.image_grids:
             return (sum(height * width for height, width in self.image_grids), 0, 0, 0)
         return (
@@ -145,16 +145,16 @@ class SequenceLayout(RowLayout):
         )
 
     def attention_ranges(self, window_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Returns the row ranges in which a layer attends: those of the sequences, or of the windows of each image.
+        """Returns the row ranges within which a layer attends: those of each sequence, or of each window of the images.
 
         Args:
-            window_size: patches on a side of the layer's windows; 0 returns `sequence_ranges`.
+            window_size: side of the layer's windows in patches; 0 returns `sequence_ranges`.
         """
         return window_ranges(self.image_grids, window_size) if window_size else self.sequence_ranges
 
     @cached_property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Returns the row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
+        """Returns the row ranges [start, stop) of each sequence: one range, or two for a pair (image, caption)."""
         if self.image_grids:
             return window_ranges(self.image_grids, 0)
         a, b, _, _ = self.boundaries
@@ -170,10 +170,10 @@ class SequenceLayout(RowLayout):
         return tuple(ranges)
 
     def first_rows(self, *parts: int) -> PickedRows:
-        """Returns the first row of every image or text in some of the row ranges: CLS of images, BOS of texts.
+        """Returns the first row of each image (CLS) or text (BOS) in the given row ranges.
 
         Args:
-            parts: indices of these row ranges in `PARTS`, ascending.
+            parts: indices of the row ranges in `PARTS`, ascending.
         """
         image = (self.image_length,)
         lengths = (image * self.num_images, image * len(self.caption_lengths), self.caption_lengths, self.text_lengths)
@@ -185,10 +185,10 @@ class SequenceLayout(RowLayout):
         return PickedRows(torch.tensor(rows, dtype=torch.int64), counts)
 
     def keep(self, kept: Sequence[bool]) -> "KeptSequences":
-        """Returns the sequences to keep as a smaller stream; they stay in their order.
+        """Returns the sequences to keep as a smaller layout, in their order.
 
         Args:
-            kept: whether to keep each sequence, one value per sequence.
+            kept: whether to keep each sequence.
         """
         pairs = self.num_images + len(self.caption_lengths)
         layout = SequenceLayout(
@@ -210,9 +210,9 @@ class SequenceLayout(RowLayout):
 
 @dataclass(frozen=True)
 class KeptSequences:
-    """Describes the sequences of a stream that stochastic depth keeps, as a smaller stream."""
+    """Describes the sequences that stochastic depth keeps, as a smaller layout."""
 
     rows: Tensor
-    """Indices in the whole stream of the rows of kept sequences, ascending, int64, in host memory."""
+    """Indices in the micro-batch of the kept sequences' rows, ascending, int64, in host memory."""
     layout: SequenceLayout
-    """Layout of the smaller stream, which consists of these rows."""
+    """Layout of the kept sequences' rows."""

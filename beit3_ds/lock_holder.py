@@ -1,4 +1,4 @@
-"""Describes the process that holds a lock on a folder or a file, as the lock's file names it."""
+"""Describes the process that holds a lock, as stored in the lock file."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ _LONGEST_COMMAND = 200
 
 
 class Holder(NamedTuple):
-    """Describes the process that holds a lock, as written in the lock's file."""
+    """Describes the process that holds a lock, as stored in the lock file."""
 
     host: str
     pid: int
@@ -23,21 +23,21 @@ class Holder(NamedTuple):
     """Local time at which the process took the lock."""
     command: str
     boot: str
-    """Identifier of the boot of the holder's host. Two processes of the same boot always see each other's locks."""
+    """Boot ID of the process's host. Processes on one boot of a host always see each other's locks."""
     is_stopping: bool
-    """Whether the process has received a stop signal and will end soon."""
+    """Whether the process has received a stop signal and will soon end."""
 
     def describe(self) -> str:
-        """Returns the holder in words, printable and of bounded length."""
+        """Returns a description of the process for messages, printable and of limited length."""
         command = printable(self.command, _LONGEST_COMMAND)
         return f"process {self.pid} on host {printable(self.host, 100)} ({command}), since {printable(self.since, 40)}"
 
 
 def this_process(command: str | None) -> Holder:
-    """Returns the description of this process, which has received no stop signal yet.
+    """Returns the description of this process, before any stop signal.
 
     Args:
-        command: what the process does; None takes its command line.
+        command: what the process does; None uses the process's command line.
     """
     return Holder(
         host=socket.gethostname(),
@@ -50,12 +50,12 @@ def this_process(command: str | None) -> Holder:
 
 
 def describe_holder(holder: Holder | None) -> str:
-    """Returns a holder in words, also one that the file does not name."""
+    """Returns a description of a lock's holder for messages. None means that the lock file does not name the holder."""
     return "another process, which has not written its name" if holder is None else holder.describe()
 
 
 def parse_holder(text: bytes) -> Holder | None:
-    """Reads a holder from the content of a lock's file; returns None if the content is not valid."""
+    """Parses the content of a lock file, and returns None if it is invalid."""
     try:
         fields = check_object(parse_untrusted_json(text))
         return Holder(

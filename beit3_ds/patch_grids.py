@@ -1,8 +1,9 @@
-"""Orders the patches of images window by window, so that every attention window is one range of rows.
+"""Orders the patches of images window by window, so that each attention window is one range of rows.
 
-An image is a grid of patches of any height and width. It is cut into square windows from its top left corner: first all
-whole windows in row order, then the narrower windows at the right edge, the lower windows at the bottom edge, and the
-window in the corner. Inside a window the patches are in row order. Windows at the border contain real patches only.
+An image is a grid of patches of any height and width. The grid is divided into square windows from its top left corner.
+All full windows come first, in row-major order. They are followed by the narrower windows at the right edge, the lower
+windows at the bottom edge, and the corner window. Within a window, patches are in row-major order. Windows contain no
+padding.
 """
 
 # T patches of all images.
@@ -18,18 +19,18 @@ from torch import Tensor
 from beit3_ds.device_copy import copy_to_device
 
 Grid = tuple[int, int]
-"""Number of patches of an image per column and per row: the height and the width of its grid."""
+"""Height and width of an image's patch grid, in patches."""
 Grids = tuple[Grid, ...]
-"""Grid of each image."""
+"""Height and width of each image's patch grid, in patches."""
 
 
 class Window(NamedTuple):
-    """Describes a rectangle of patches of one image."""
+    """Describes a rectangle of patches in one image's patch grid."""
 
     top: int
-    """First row of the grid."""
+    """First row of the rectangle."""
     left: int
-    """First column of the grid."""
+    """First column of the rectangle."""
     height: int
     """Number of rows."""
     width: int
@@ -37,22 +38,22 @@ class Window(NamedTuple):
 
 
 class PatchPlaces(NamedTuple):
-    """Holds the place of every patch of a stream, in the order of the stream."""
+    """Holds the image, grid row and grid column of each patch, in window order."""
 
     image_T: Tensor
-    """Number of the patch's image, int64."""
+    """Index of each patch's image, int64."""
     row_T: Tensor
-    """Row of the patch in the grid of its image, int64."""
+    """Row of each patch in the grid of the patch's image, int64."""
     column_T: Tensor
-    """Column of the patch in the grid of its image, int64."""
+    """Column of each patch in the grid of the patch's image, int64."""
 
 
 def image_windows(grid: Grid, window_size: int) -> list[Window]:
-    """Cuts a grid into windows, in the order in which their patches follow each other.
+    """Divides a patch grid into windows, in window order.
 
     Args:
         grid: height and width of the grid.
-        window_size: patches on a side of a window; 0 makes the whole image one window.
+        window_size: side of a window in patches; 0 returns one window for the whole image.
     """
     height, width = grid
     if not window_size:
@@ -68,11 +69,12 @@ def image_windows(grid: Grid, window_size: int) -> list[Window]:
 
 @lru_cache(maxsize=64)
 def window_ranges(grids: Grids, window_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Returns the row range [start, stop) of each window of each image, as `SequenceLayout.sequence_ranges` does.
+    """Returns the row range [start, stop) of each window of each image, in the form of
+    `SequenceLayout.sequence_ranges`.
 
     Args:
-        grids: grid of each image.
-        window_size: patches on a side of a window; 0 returns one range per image.
+        grids: height and width of each image's patch grid.
+        window_size: side of a window in patches; 0 returns one range per image.
     """
     sizes = [window.height * window.width for grid in grids for window in image_windows(grid, window_size)]
     return tuple((borders,) for borders in pairwise(accumulate(sizes, initial=0)))
@@ -80,7 +82,7 @@ def window_ranges(grids: Grids, window_size: int) -> tuple[tuple[tuple[int, int]
 
 @lru_cache(maxsize=16)  # the same for all layers of a micro-batch
 def patch_places(grids: Grids, window_size: int, device: torch.device) -> PatchPlaces:
-    """Returns the place of every patch, in window order, on `device`."""
+    """Returns the image, grid row and grid column of each patch, in window order, on `device`."""
     parts = [
         _window_places(image, window) for image, grid in enumerate(grids) for window in image_windows(grid, window_size)
     ]
@@ -89,7 +91,7 @@ def patch_places(grids: Grids, window_size: int, device: torch.device) -> PatchP
 
 
 def canvas_grid(grids: Iterable[Grid]) -> Grid:
-    """Returns the smallest grid that contains all `grids`; (1, 1) without grids."""
+    """Returns the smallest grid that contains all grids; (1, 1) if there are none."""
     grids = [(1, 1), *grids]
     return max(height for height, _ in grids), max(width for _, width in grids)
 

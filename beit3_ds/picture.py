@@ -1,4 +1,4 @@
-"""Draws the pictures of a run."""
+"""Creates and saves matplotlib figures."""
 
 import os
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from beit3_ds.atomic_file import atomic_write
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """Returns a matplotlib figure and its subplots, which share the x axis; needs no backend and no display.
+    """Returns a matplotlib figure and its subplots, which share the x axis. Needs no display.
 
-    `pyplot` is not used, because it loads the backend in MPLBACKEND, which notebooks set.
+    Does not use `pyplot`, which loads the backend named in MPLBACKEND; notebooks set this variable.
 
     Args:
-        rows: rows of subplots.
-        columns: columns of subplots.
-        size: width and height in inches.
+        rows: number of rows of subplots.
+        columns: number of columns of subplots.
+        size: width and height of the figure in inches.
     """
     with _without_backend_choice():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,7 +30,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any,
 
 @contextmanager
 def _without_backend_choice() -> Iterator[None]:
-    """Hides MPLBACKEND, because matplotlib checks its value on import even if it loads no backend."""
+    """Hides MPLBACKEND in the `with` block, because matplotlib checks its value on import."""
     name = os.environ.pop("MPLBACKEND", None)
     try:
         yield
@@ -40,7 +40,7 @@ def _without_backend_choice() -> Iterator[None]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure of `new_figure` as a PNG file, atomically.
+    """Writes a figure from `new_figure` to a PNG file, atomically.
 
     Raises:
         OSError: if the file cannot be written.

@@ -1,7 +1,8 @@
-"""Converts 8-bit images to the values that networks read, on any device.
+"""Converts uint8 images to floats for the model, on any device.
 
-Data workers, processes and the bus to the device carry 8 bits per value, a quarter of float32. The elementwise
-operations here give bitwise the same values on the CPU for one image and for many.
+Images are sent between processes and to the device as uint8, which takes a quarter of the bytes of float32. The
+operations are elementwise. On the CPU, the result for an image does not depend on the other images of the batch, bit
+for bit.
 """
 
 # B images, S pixels on a side.
@@ -10,11 +11,11 @@ from torch import Tensor
 
 
 def to_floats(pixels_B3SS: Tensor, colors_B33: Tensor | None = None) -> Tensor:
-    """Returns images as float32 in [-1, 1], (images, 3, size, size); images that are floats already stay unchanged.
+    """Returns images as float32 in [-1, 1], (images, 3, size, size). Float images are returned unchanged.
 
     Args:
-        pixels_B3SS: RGB images, (images, 3, size, size): 8-bit values, or floats in [-1, 1].
-        colors_B33: changes of the colours of 8-bit images (`change_colors`); None changes nothing.
+        pixels_B3SS: RGB images, (images, 3, size, size): uint8, or floats in [-1, 1].
+        colors_B33: colour changes of uint8 images (`change_colors`); None changes nothing.
     """
     if pixels_B3SS.is_floating_point():
         return pixels_B3SS
@@ -23,13 +24,13 @@ def to_floats(pixels_B3SS: Tensor, colors_B33: Tensor | None = None) -> Tensor:
 
 
 def change_colors(values_B3SS: Tensor, colors_B33: Tensor) -> Tensor:
-    """Changes the colours of each image three times in a row, in place, and returns the same tensor.
+    """Applies three colour changes to each image in place, and returns the same tensor.
 
-    A change maps a value x with the pixel's grey g to factor * x + weight * g + offset, and clamps it to [0, 255].
+    A change maps a value x of a pixel with grey value g to factor * x + weight * g + offset, clamped to [0, 255].
 
     Args:
         values_B3SS: RGB images, float32 in [0, 255].
-        colors_B33: three changes per image, (images, 3, 3) float32, each a factor, a weight of the grey and an offset.
+        colors_B33: three changes per image, (images, 3, 3) float32; each change is (factor, weight, offset).
     """
     for change_B3 in colors_B33.unbind(1):
         factor_B1, weight_B1, offset_B1 = change_B3.view(-1, 3, 1, 1, 1).unbind(1)
@@ -39,6 +40,6 @@ def change_colors(values_B3SS: Tensor, colors_B33: Tensor) -> Tensor:
 
 
 def grey(values_B3SS: Tensor) -> Tensor:
-    """Returns RGB images in greyscale, (images, size, size), with ITU-R 601 luma weights, like Pillow."""
+    """Returns RGB images in greyscale, (images, size, size), with the ITU-R 601 luma weights that Pillow uses."""
     red_BSS, green_BSS, blue_BSS = values_B3SS.unbind(1)
     return (red_BSS * 0.299).add_(green_BSS, alpha=0.587).add_(blue_BSS, alpha=0.114)

@@ -1,4 +1,4 @@
-"""Resamples learned position embeddings of image patches to another grid size."""
+"""Resamples position embeddings of image patches to another grid size."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,12 @@ from torch import Tensor
 def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
     """Resamples a table of image positions bicubically, from (1, 1 + g*g, D) to (1, 1 + grid_size*grid_size, D).
 
-    g is the number of patches per image side in the given table, and D is the width of a row. The first row, the
-    position of the class token, stays unchanged. The computation is in float32, and the result has the dtype of
-    `positions`. A table that already has this grid is returned unchanged.
+    The first row, the position of CLS, is unchanged. Computes in float32, and returns the dtype of `positions`. A table
+    of the new size is returned unchanged.
+
+    Args:
+        positions: table of image positions, for g patches along one side of an image.
+        grid_size: new number of patches along one side.
     """
     old_size = grid_size_of(positions)
     if old_size == grid_size:
@@ -21,5 +24,5 @@ def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
 
 
 def grid_size_of(positions: Tensor) -> int:
-    """Returns the number of patches per image side, g, of a table of image positions, (1, 1 + g*g, width)."""
+    """Returns the number of patches along one side of an image, g, for a position table of shape (1, 1 + g*g, D)."""
     return round((positions.shape[1] - 1) ** 0.5)

@@ -1,4 +1,4 @@
-"""Preprocesses an image for a model exactly as training preprocesses validation images."""
+"""Preprocesses an image for a model exactly as validation images are preprocessed during training."""
 
 from pathlib import Path
 
@@ -12,20 +12,20 @@ from beit3_ds.regular_file import read_regular
 
 
 def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop: bool = True) -> Tensor:
-    """Converts an image to the pixels that `BEiT3.encode` takes, exactly as for validation images.
+    """Converts an image to the pixels that `BEiT3.encode` expects, exactly as for validation images.
 
-    Rotates the image by its EXIF orientation and converts it to RGB: transparent parts become white, and 16 bits are
-    scaled to 8. Then crops the largest centred square and resizes it bicubically with antialiasing. Finally normalises
-    with mean and standard deviation 0.5.
+    Applies the EXIF orientation and converts to RGB: transparent parts become white, and 16-bit values are scaled to 8
+    bits. Then crops the largest centred square, resizes it bicubically with antialiasing, and normalizes with mean 0.5
+    and standard deviation 0.5.
 
     Args:
-        image: path of an image file, its bytes, or an image that Pillow has opened.
-        image_size: pixels per side, `model.config.image_size`.
-        crop: whether to crop the square first, as for pretraining and ImageNet. False squeezes the whole image into a
+        image: path of an image file, its bytes, or an opened Pillow image.
+        image_size: side of the result in pixels, `model.config.image_size`.
+        crop: whether to crop to a square, as in pretraining and for ImageNet. False resizes the whole image to a
             square, as the vision-language tasks do.
 
     Returns:
-        Pixels, (3, image_size, image_size) float32 in [-1, 1]; `torch.stack` joins several into a batch.
+        Pixels, (3, image_size, image_size) float32 in [-1, 1]. `torch.stack` joins several to a batch.
 
     Raises:
         OSError: if the file cannot be read, is a pipe or a device, or has more than 256 MiB.
@@ -39,10 +39,10 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop
 
 
 def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
-    """Decodes an image upright and in RGB: transparent parts become white, and 16 bits are scaled to 8.
+    """Decodes an image upright and in RGB. Transparent parts become white, and 16-bit values are scaled to 8 bits.
 
     Args:
-        image: path of an image file, its bytes, or an image that Pillow has opened.
+        image: path of an image file, its bytes, or an opened Pillow image.
 
     Raises:
         OSError: if the file cannot be read, is a pipe or a device, or has more than 256 MiB.

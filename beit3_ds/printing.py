@@ -1,15 +1,16 @@
-"""Makes texts from files, file names and other machines printable."""
+"""Escapes unprintable characters in texts from files, file names and other machines."""
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """Returns a path or a message as one line, with escapes for all characters that do not print.
+    """Returns a path or message as one line, with all unprintable characters escaped.
 
-    Escapes control characters, with which a file's name could move the cursor; invisible characters, which could
-    reverse the direction of a line; and bytes that are not UTF-8.
+    Escapes control characters, which could move the cursor, invisible characters, which could reverse the direction of
+    a line, and bytes that are not UTF-8.
 
     Args:
-        text: the text.
-        limit: maximum number of characters to keep. A longer text loses its middle. None keeps all characters.
+        text: text to escape.
+        limit: maximum number of characters to keep. Longer texts are abbreviated in the middle. None keeps all
+            characters.
     """
     if limit is not None and len(text) > limit:
         text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"

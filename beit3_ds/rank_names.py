@@ -1,10 +1,10 @@
-"""Names groups of ranks in messages."""
+"""Formats lists of ranks for messages."""
 
 from collections.abc import Iterable
 
 
 def join_ranks(ranks: Iterable[int]) -> str:
-    """Names ranks in ascending order, as "rank 3" or "ranks 0-2, 5"."""
+    """Formats ranks in ascending order, such as "rank 3" or "ranks 0-2, 5"."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and spans[-1][1] == rank - 1:

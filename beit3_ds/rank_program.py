@@ -1,4 +1,4 @@
-"""Runs the command line of a program that the `deepspeed` launcher starts on every rank."""
+"""Runs the command line of a program that the `deepspeed` launcher starts on each rank."""
 
 import argparse
 import os
@@ -25,20 +25,20 @@ def run_rank_program(
     add_options: Callable[[argparse.ArgumentParser], None],
     arguments: Sequence[str] | None,
 ) -> int:
-    """Runs the command line of one rank and returns the exit status.
+    """Runs the command line of a program on one rank, and returns the exit status.
 
-    Output that cannot be printed neither ends the program nor changes its status (`keep_standard_streams`).
+    If output cannot be printed, the program continues and its exit status does not change (`keep_standard_streams`).
 
     Args:
-        program: does this rank's work; takes the configuration and the options of the command line.
-        name: module name in the help text.
-        description: description in the help text.
-        add_options: adds the program's own options to a parser.
-        arguments: command-line arguments; None takes the process's own.
+        program: function that does this rank's work, given the configuration and the parsed options.
+        name: name of the module, for the help text.
+        description: description for the help text.
+        add_options: function that adds the program's own options to a parser.
+        arguments: command-line arguments; None uses those of the process.
 
     Returns:
-        0 for success; 2 after one line about an error that the user can fix; 1 after one line about a file system that
-        fails; 128 + n after one line about stop signal n that came when there was nothing to save.
+        0 for success, 2 for an error that the user can fix, 1 for a failing file system, and 128 + n if stop signal n
+        arrived before there was anything to save. Every error is printed as one line.
     """
     streams = keep_standard_streams()
     parser = OneLineParser(prog=name, description=description)

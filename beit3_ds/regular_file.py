@@ -1,4 +1,4 @@
-"""Opens regular files and nothing else, so that an untrusted path cannot make the program wait for a pipe."""
+"""Opens regular files only, so that an untrusted path cannot make the program wait for a pipe."""
 
 import os
 import stat
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def open_regular(path: str | Path, *, follow_links: bool = True) -> int:
-    """Opens a regular file for reading and returns its descriptor.
+    """Opens a regular file for reading, and returns the file descriptor.
 
     Args:
         path: path of the file.
         follow_links: whether the last part of the path may be a symbolic link.
 
     Raises:
-        OSError: if there is no such file, or it is a folder, a pipe, a socket or a device.
+        OSError: if the file does not exist, or is a folder, pipe, socket or device.
     """
     links = 0 if follow_links else os.O_NOFOLLOW
     # Opening a pipe would wait for its other end.
@@ -28,10 +28,15 @@ def open_regular(path: str | Path, *, follow_links: bool = True) -> int:
 
 
 def read_regular(path: str | Path, limit: int, *, follow_links: bool = True) -> bytes:
-    """Returns the content of a regular file of at most `limit` bytes.
+    """Returns the content of a regular file.
+
+    Args:
+        path: path of the file.
+        limit: maximum size in bytes.
+        follow_links: whether the last part of the path may be a symbolic link.
 
     Raises:
-        OSError: if the file is longer, does not exist, or is a folder, a pipe, a socket or a device.
+        OSError: if the file is larger than `limit`, does not exist, or is a folder, pipe, socket or device.
     """
     with open(open_regular(path, follow_links=follow_links), "rb") as file:
         is_longer = os.fstat(file.fileno()).st_size > limit

@@ -1,4 +1,4 @@
-"""Reads the header of safetensors files, and checks it before this program or the library reads tensors."""
+"""Reads and checks the header of a safetensors file, before any code reads the tensors."""
 
 import os
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Torch dtypes by their names in safetensors files."""
+"""PyTorch dtypes, by their names in safetensors files."""
 METADATA_KEY = "__metadata__"
 
 _LENGTH_BYTES = 8
@@ -44,18 +44,18 @@ class StoredTensor(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Position of the tensor's first byte in the file."""
+    """Offset of the tensor's first byte in the file."""
 
 
 class Header(NamedTuple):
-    """Holds a checked header, whose tensors fill the rest of the file without gaps and without overlaps."""
+    """Holds a checked header. The tensors fill the rest of the file without gaps or overlaps."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
 
 
 def check_safetensors(path: str | Path) -> Header:
-    """Returns the checked header of a safetensors file, without reading its tensors.
+    """Reads and checks the header of a safetensors file, without reading the tensors.
 
     Raises:
         OSError: if the path is not a regular file or cannot be read.
@@ -69,12 +69,15 @@ def check_safetensors(path: str | Path) -> Header:
 
 
 def read_header(descriptor: int) -> Header:
-    """Returns the checked header of an open safetensors file.
+    """Reads and checks the header of an open safetensors file.
+
+    Args:
+        descriptor: file descriptor.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: with the reason in a few words, if a field has another type or value than the format allows, or the
-            file is longer or shorter than the header says.
+        ValueError: if a field has an invalid type or value, or the file's size does not match the header; the message
+            gives the reason.
     """
     size = os.fstat(descriptor).st_size
     prefix = os.pread(descriptor, _LENGTH_BYTES, 0)

@@ -59,16 +59,16 @@ from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
 
 def train_run(config: RunConfig, *, force: bool = False) -> None:
-    """Trains the task of a run to the end and writes its report; resumes from the newest complete checkpoint, if any.
+    """Trains a run's task to the end and writes the report. Resumes from the newest complete checkpoint, if any.
 
-    SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops the run early, with a checkpoint and without a report
-    (`training.loop.train`). If the task's result exists already (`Task.find_result`), prints one line about it and
-    returns, so a job script can be submitted again.
+    SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops the run early, with a checkpoint but without a report
+    (`training.loop.train`). If the task's result already exists (`Task.find_result`), prints one line and returns, so
+    that a job script can be submitted again.
 
     Args:
-        config: configuration of the run.
-        force: whether to train again if the run is finished: its result exists, or its checkpoint of the last step. The
-            folder of checkpoints is then renamed.
+        config: the run's configuration.
+        force: whether to train again if the run is finished, that is, if its result or its last checkpoint exists. The
+            checkpoint folder is then renamed.
 
     Raises:
         ConfigError: if the configuration, a data file, a checkpoint or a file of the task is invalid.
@@ -101,24 +101,24 @@ def train_run(config: RunConfig, *, force: bool = False) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Holds the inputs of this rank, opened and checked before a process group exists."""
+    """Holds this rank's inputs, which are opened and checked before a process group exists."""
 
     coords: RankCoords
-    """Coordinates of this rank on the mesh."""
+    """Mesh coordinates of this rank."""
     task: Task
-    """The task of the run."""
+    """The run's task."""
     rank_task: RankTask
     """The task on this rank, with its files open."""
     initial_weights: InitialWeights | None
-    """Weights that a run without a checkpoint starts from; None draws initial values from the seed."""
+    """Weights from which a run without a checkpoint starts; None draws initial values from the seed."""
 
 
 def check_start(config: RunConfig) -> None:
-    """Checks what can be checked before the output folder is locked and files are opened; creates the output folder.
+    """Makes all checks that need no open files, and creates the output folder.
 
     Raises:
-        ConfigError: if the layout is invalid, or the machine has too little memory for its ranks. Also if the optimizer
-            is not installed, the kernels are not built, or the output folder cannot be written.
+        ConfigError: if the layout is invalid, the machine has too little memory for its ranks, the optimizer or the
+            kernels are not installed, or the output folder cannot be written.
     """
     launch = read_launch(os.environ)
     check_layout(config, launch.world_size)
@@ -132,7 +132,7 @@ def check_start(config: RunConfig) -> None:
 
 
 def open_inputs(config: RunConfig) -> Inputs:
-    """Opens the files that this rank reads, after `check_start`.
+    """Opens the files that this rank reads. Call `check_start` first.
 
     Raises:
         ConfigError: if a file cannot be read or does not fit the model.
@@ -159,7 +159,14 @@ def share_of(
     data_parallel_size: int,
     splits: tuple[Split, ...] = RankShare.splits,
 ) -> RankShare:
-    """Returns which samples of the given splits a rank reads, and whether its pipeline stage embeds or predicts."""
+    """Returns which samples a rank reads, and whether the rank's pipeline stage holds the embeddings or the head.
+
+    Args:
+        coords: mesh coordinates of the rank.
+        parallel: the section "parallel", which gives the number of stages.
+        data_parallel_size: number of data-parallel ranks.
+        splits: splits to read.
+    """
     embeds, predicts = coords.pipeline == 0, coords.pipeline == parallel.pipeline_parallel_size - 1
     return RankShare(
         data_parallel_rank=coords.data,
@@ -172,7 +179,7 @@ def share_of(
 
 
 def _check_this_node(config: RunConfig, launch: Launch) -> None:
-    """Checks that this machine has enough memory for its ranks, if the launcher gives their number."""
+    """Checks that this machine has enough memory for its ranks, if the launcher provides their number."""
     ranks_here = 1 if launch.world_size == 1 else launch.local_size
     if ranks_here:
         check_node(host_requirements(config, launch.world_size, ranks_here), config, measure_node())
@@ -181,10 +188,14 @@ def _check_this_node(config: RunConfig, launch: Launch) -> None:
 def build_run(
     config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals, *, force: bool = False
 ) -> tuple[Run, Iterable[StepBatch]]:
-    """Builds and resumes a run; returns it with the remaining steps of this rank. All ranks must call this function.
+    """Builds and resumes a run, and returns it with this rank's remaining steps. All ranks must call this function.
 
-    If `force` is true and a checkpoint of the last step exists, the folder of checkpoints is renamed, and the run
-    starts at step 0.
+    Args:
+        config: the run's configuration.
+        inputs: this rank's inputs.
+        mesh: mesh of all ranks.
+        signals: stop signals that this rank receives.
+        force: whether to rename the checkpoint folder and start at step 0 if the last step has a checkpoint.
 
     Raises:
         ConfigError: if ranks have different configurations or files, or a checkpoint does not fit the model.
@@ -292,7 +303,7 @@ def _read_validation(validation: ValidationBatches | None, limits: WaitLimits) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line of one rank and returns the exit status (`run_rank_program`)."""
+    """Runs the command line on one rank, and returns the exit status (`run_rank_program`)."""
     keep_standard_streams(reports_closed_pipe=True)
     return run_rank_program(
         lambda config, options: train_run(config, force=options.force),

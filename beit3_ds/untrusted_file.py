@@ -1,4 +1,4 @@
-"""Reads files of tensors from other projects without running any code in them."""
+"""Reads files of tensors from other projects without running code in them."""
 
 import argparse
 import os
@@ -20,34 +20,34 @@ _MAX_PICKLE_BYTES = 1 << 23  # of names, shapes and options; files of a thousand
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Reads the tensors of a .safetensors file or a torch file, without running any code in the file.
+    """Reads the tensors of a .safetensors or PyTorch file without running code in the file.
 
-    Using a tensor reads its pages from disk, so that a large file need not fit in memory. Only torch's format before
-    version 1.6 is read whole.
+    Tensors are memory-mapped, so a large file need not fit in memory. Only PyTorch files from before version 1.6 are
+    read whole.
 
     Args:
-        path: a .safetensors file, or a torch file that holds tensors by name at its top or under "state_dict" or
+        path: a .safetensors file, or a PyTorch file with a dict of tensors at the top level or under "state_dict" or
             "model".
 
     Raises:
-        ConfigError: if the file cannot be read, holds objects that are not plain data, or holds no tensors by name.
+        ConfigError: if the file cannot be read, contains objects other than plain data, or contains no dict of tensors.
     """
     return read_tensors_with_note(path, None)[0]
 
 
 def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict[str, Tensor], str | None]:
-    """Reads the tensors of a file as `read_tensors` does, and one text that the file stores with them.
+    """Reads the tensors of a file, like `read_tensors`, and one text stored with them.
 
     Args:
-        path: the file, as for `read_tensors`.
-        note_key: key of the text in the metadata of a .safetensors file, or at the top level of a torch file. None
+        path: a file, as for `read_tensors`.
+        note_key: key of the text, in the metadata of a .safetensors file or at the top level of a PyTorch file. None
             reads no text.
 
     Returns:
-        The tensors, and the text or None if there is none.
+        The tensors by name, and the text, or None if there is none.
 
     Raises:
-        ConfigError: if the file cannot be read, holds objects that are not plain data, or holds no tensors by name.
+        ConfigError: if the file cannot be read, contains objects other than plain data, or contains no dict of tensors.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -91,7 +91,7 @@ def _load_torch(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses an archive that torch would decompress, or whose description of the tensors is too large."""
+    """Rejects archives that torch would decompress, and archives with a too large description of the tensors."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:

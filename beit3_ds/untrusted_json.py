@@ -1,4 +1,4 @@
-"""Parses JSON that others wrote; refuses repeated keys, NaN, integers beyond 64 bits and texts that are too large."""
+"""Parses JSON from other programs, and rejects repeated keys, NaN, integers beyond 64 bits and too large texts."""
 
 import json
 from typing import Any, NoReturn
@@ -14,16 +14,16 @@ _MOST_DIGITS = 20
 
 
 def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_constants: bool = False) -> Any:
-    """Parses a JSON text in UTF-8 and returns its value.
+    """Parses an untrusted JSON text.
 
     Args:
-        text: the JSON text.
-        limit: maximum length of `text`, in bytes or, for a string, in characters.
-        has_constants: whether NaN and the infinities may be values, as in our own files of measured values.
+        text: JSON text, as a string or in UTF-8.
+        limit: maximum length in bytes or, for a string, in characters.
+        has_constants: whether to accept NaN and infinities.
 
     Raises:
-        ValueError: with the reason in a few words, if the text is too long, is not JSON or nests too deep. Also if it
-            holds a key twice, an integer beyond 64 bits, or NaN or an infinity without `has_constants`.
+        ValueError: if the text is too long, is not JSON or is nested too deep, or contains a repeated key, an integer
+            beyond 64 bits or a constant that is not accepted; the message gives the reason.
     """
     check_json_size(text, limit)
     try:
@@ -41,10 +41,10 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
 
 
 def check_json_size(text: bytes | str, limit: int) -> None:
-    """Checks the size of a JSON text and its number of lists and objects, so that parsing takes bounded memory.
+    """Checks the size of a JSON text and its number of lists and objects, which limits the memory for parsing.
 
     Raises:
-        ValueError: if the text is longer than `limit`, or has far more lists or objects than usual for its size.
+        ValueError: if the text is longer than `limit`, or has too many lists or objects for its size.
     """
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON exceed the limit of {limit}")
@@ -56,10 +56,10 @@ def check_json_size(text: bytes | str, limit: int) -> None:
 
 
 def check_count(value: Any) -> int:
-    """Returns the value if it is an integer of at least 0.
+    """Checks that a value is an integer of at least 0, and returns it.
 
     Raises:
-        ValueError: for every other value, such as -1, true and 1.0.
+        ValueError: for any other value, including true and 1.0.
     """
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:40]!r} is no integer from 0 on")
@@ -67,7 +67,7 @@ def check_count(value: Any) -> int:
 
 
 def check_text(value: Any) -> str:
-    """Returns the value if it is a string.
+    """Checks that a value is a string, and returns it.
 
     Raises:
         ValueError: for a value of another type.
@@ -78,7 +78,7 @@ def check_text(value: Any) -> str:
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Returns the value if it is a JSON object (a dictionary).
+    """Checks that a value is a JSON object (a dict), and returns it.
 
     Raises:
         ValueError: for a value of another type.
@@ -89,7 +89,7 @@ def check_object(value: Any) -> dict[str, Any]:
 
 
 def check_list(value: Any, length: int | None = None) -> list[Any]:
-    """Returns the value if it is a list and has `length` values; a `length` of None allows any number.
+    """Checks that a value is a list of `length` values, or of any length if `length` is None, and returns it.
 
     Raises:
         ValueError: for a value of another type, or a list of another length.

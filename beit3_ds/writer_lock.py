@@ -1,4 +1,4 @@
-"""Lets one process at a time write a folder or a file, on one host or on several with shared storage."""
+"""Ensures that only one process at a time writes to a folder or file, even on storage shared by several hosts."""
 
 import contextlib
 import errno
@@ -21,10 +21,11 @@ from beit3_ds.lock_holder import Holder, describe_holder, parse_holder, this_pro
 from beit3_ds.storage_error import StorageError
 
 WAIT_SECONDS = 120.0
-"""Longest wait for a holder that stops or gives no sign of life; an NFS server keeps a crashed host's lock for 90 s."""
+"""Maximum wait, in seconds, for a holder that is stopping or shows no sign of life. An NFS server keeps the lock of a
+crashed host for 90 s."""
 SILENT_SECONDS = 8.0
-"""Seconds without a sign of life after which a holder counts as gone, if the file system's lock does not show whether
-it still holds the lock. An NFS client may show a new time of a file several seconds late."""
+"""Seconds without a sign of life after which a holder counts as gone, if the file system cannot tell. An NFS client may
+see a new file time several seconds late."""
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 0.6  # until the first message of a wait, so that a new holder has written its name
@@ -36,7 +37,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class WaitStoppedError(Exception):
-    """Reports that a process received a stop signal while it waited for another one to release a lock."""
+    """Reports that a stop signal arrived while this process waited for a lock."""
 
 
 def _never() -> bool:
@@ -44,20 +45,22 @@ def _never() -> bool:
 
 
 class WriterLock:
-    """Holds the only right to write a folder or a file during a `with` block.
+    """Gives this process the exclusive right to write to a folder or file during a `with` block.
 
-    The lock belongs to a small file, which names the holder and is deleted after the block. The kernel releases the
-    lock however the process ends, and an NFS server once a host has crashed. There are two ways to lock:
+    The lock is on a small lock file, which names the holder and is deleted after the block. The kernel releases the
+    lock when the process ends in any way, and an NFS server releases it after a host has crashed. One of two kinds of
+    lock is used:
 
-    * flock on a file that is open for reading only, so that the disk can still be mounted read-only. Forked processes
-      inherit such a lock: a data worker that outlives its killed rank would keep it. They therefore close the file.
-    * A POSIX record lock, on file systems that refuse flock without a file that is open for writing, as NFS does. A
-      process loses it if any of its code opens and closes the file. Therefore a thread of the holder takes the lock
-      again every second.
+    * flock on a file that is open for reading only, which still permits remounting the disk read-only. Forked processes
+      inherit such a lock, and a data worker that outlives its rank would keep it. Forked processes therefore close the
+      file.
+    * A POSIX record lock, if the file system requires a writable file for flock, as NFS does. A process loses a record
+      lock when any of its code opens and closes the file. A thread of the holder therefore takes the lock again every
+      second.
 
-    In both cases a thread of the holder sets the file's time every second, as a sign of life. A process that finds the
-    lock taken is refused at once if the holder is alive, and waits for the lock otherwise. On a file system without
-    locks, only this sign of life shows that there is a holder.
+    This thread also updates the file's time every second, as a sign of life. A process that finds the lock taken is
+    refused at once if the holder is alive, and waits otherwise. On file systems without locks, only the sign of life
+    shows that there is a holder.
     """
 
     def __init__(
@@ -70,16 +73,18 @@ class WriterLock:
         is_stopping: Callable[[], bool] = _never,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        """Stores the arguments; entering the `with` block takes the lock.
+        """Stores the arguments. Entering the `with` block takes the lock.
 
         Args:
-            path: the lock's file; its folder must exist.
+            path: path of the lock file; its folder must exist.
             target: what the lock protects, such as "training.output_dir=runs/a", for messages.
             way_out: what a refused user can do, such as "choose another training.output_dir".
-            command: what the process does, for the message that another process prints; None takes its command line.
-            is_stopping: returns whether this process has received a stop signal. The signal ends a wait for the lock.
-                If this process holds the lock, it notes the signal in the file, so that the next process waits.
-            end: ends this process at once, with an exit status, if another process has taken the lock from it.
+            command: what this process does, for messages of other processes; None uses the process's command line.
+            is_stopping: function that returns whether this process has received a stop signal. The signal ends a wait
+                for the lock. If this process holds the lock, the signal is recorded in the lock file, so that the next
+                process waits.
+            end: function that ends this process at once with an exit status. Called if another process has taken over
+                the lock.
         """
         self.path, self._target, self._way_out, self._is_stopping = path, target, way_out, is_stopping
         self._end = end
@@ -94,9 +99,10 @@ class WriterLock:
         """Takes the lock.
 
         Raises:
-            ConfigError: if a living process holds it (the message names host and process), or its file cannot be used.
-            StorageError: if a holder that stops or gives no sign of life does not release it within `WAIT_SECONDS`.
-            WaitStoppedError: if a stop signal ends the wait for a holder that stops or gives no sign of life.
+            ConfigError: if a living process holds the lock (the message names host and process), or the lock file
+                cannot be used.
+            StorageError: if a holder that is stopping or shows no sign of life keeps the lock for `WAIT_SECONDS`.
+            WaitStoppedError: if a stop signal ends the wait for such a holder.
         """
         try:
             self._acquire()
@@ -114,7 +120,7 @@ class WriterLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Deletes the file and releases the lock."""
+        """Deletes the lock file and releases the lock."""
         if os.getpid() != self._own.pid:
             return  # a forked process, which has no lock
         self._over.set()
@@ -127,7 +133,7 @@ class WriterLock:
         self._close()
 
     def contended_at(self) -> float:
-        """Returns when another process was last seen to ask for this lock, on the monotonic clock; else -inf."""
+        """Returns the monotonic time at which another process was last seen waiting for this lock, or -inf."""
         return self._contended_at
 
     def _acquire(self) -> None:
@@ -191,10 +197,11 @@ class WriterLock:
             raise self._refusal(holder)
 
     def _try_to_hold(self) -> bool | None:
-        """Takes the lock without waiting; changes nothing if this process has it already.
+        """Tries to take the lock without waiting. Has no effect if this process already holds it.
 
         Returns:
-            True if this process has the lock now; False if another one has it; None if the file system has no locks.
+            True if this process holds the lock, False if another process holds it, and None if the file system has no
+            locks.
         """
         if not self._uses_records:
             try:
@@ -214,10 +221,10 @@ class WriterLock:
         return _try_record(self._file, _HOLDER, fcntl.LOCK_EX)
 
     def _open(self) -> int:
-        """Opens or creates the lock's file and returns its descriptor; follows no link and waits for no pipe.
+        """Opens or creates the lock file, and returns its descriptor. Follows no symbolic link and waits for no pipe.
 
         Raises:
-            OSError: if it cannot be opened, or is not a regular file.
+            OSError: if the file cannot be opened or is not a regular file.
         """
         with contextlib.suppress(FileNotFoundError):
             _check_regular(self.path.lstat())  # before opening, because opening a device may have effects
@@ -232,16 +239,16 @@ class WriterLock:
         return file
 
     def _is_current(self) -> bool:
-        """Returns whether the open file is still the one at `path`; False if it was deleted or replaced."""
+        """Returns whether the open file is still the one at `path`, and has not been deleted or replaced."""
         try:
             return os.path.samestat(os.fstat(self._file), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
             return False
 
     def _look(self) -> tuple[Holder | None, int, bool]:
-        """Returns the holder that the file names, the time of its last sign of life, and whether the file is empty.
+        """Returns the holder named in the lock file, the time of its last sign of life, and whether the file is empty.
 
-        Reads through the open file, because closing a second open file would release this process's record locks.
+        Reads through the open descriptor, because closing a second one would release this process's record locks.
         """
         text = os.pread(self._file, _MOST_BYTES, 0)
         return parse_holder(text), os.fstat(self._file).st_mtime_ns, not text
@@ -271,9 +278,9 @@ class WriterLock:
                     self._write(current)
 
     def _check_is_held(self) -> None:
-        """Takes the lock again, which has no effect if this process holds it; ends this process if another one does.
+        """Takes the lock again, and ends this process if another process has taken it over.
 
-        An NFS server gives the lock to another host if it has not reached this one for longer than a lease.
+        An NFS server gives the lock to another host if it cannot reach this host for longer than a lease.
         """
         is_locked, (holder, _, _) = self._try_to_hold(), self._look()
         if is_locked is False or self._is_named_for_another(holder):
@@ -296,7 +303,7 @@ class WriterLock:
             self._contended_at = time.monotonic()
 
     def _close(self) -> None:
-        """Closes the file; in a process that did not inherit it by a fork, this releases the lock."""
+        """Closes the lock file, which releases the lock unless this process inherited the file by a fork."""
         _HELD.discard(self)
         if self._file >= 0:
             os.close(self._file)
@@ -309,7 +316,7 @@ class WriterLock:
 
 
 _HELD: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
-"""Locks that this process holds by flock. A forked process must close their files (`WriterLock`)."""
+"""Locks that this process holds by flock. Forked processes must close their files (`WriterLock`)."""
 
 
 def _close_inherited() -> None:
@@ -326,13 +333,14 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def _try_record(file: int, byte: int, kind: int) -> bool | None:
-    """Takes a record lock on a byte of a file without waiting.
+    """Tries to take a record lock on one byte of a file without waiting.
 
     Returns:
-        True if this process has the lock now; False if another one has it; None if the file system has no locks.
+        True if this process holds the lock, False if another process holds it, and None if the file system has no
+        locks.
 
     Raises:
-        OSError: if the file system fails otherwise.
+        OSError: if the file system fails in another way.
     """
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, byte)

@@ -77,7 +77,7 @@ class Message:
     work: Any
 
     def has_left(self) -> bool:
-        """Returns whether the transfer is complete, so that the tensor may be freed. With gloo, True only after `wait`."""
+        """Returns whether the transfer is complete and the tensor may be freed; with gloo, True only after `wait`."""
         return bool(self.work.is_completed())
 
     def wait(self) -> Tensor:
