@@ -67,8 +67,8 @@ class PackedBatch(RowLayout):
     term_counts: tuple[int, ...] = ()
     """Number of predictions in this micro-batch for each loss term, in the order of `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
-    """Additional inputs of the task's head, by name; empty on pipeline stages without the head. Stages that read the
-    same samples compare integer and bool tensors among them, but not uint8 images."""
+    """Additional inputs of the task's head, by name; empty on pipeline stages without the head. Pipeline stages that
+    read the same samples compare these tensors if they are integer or bool, but not uint8 images."""
     sample_names: tuple[str, ...] = ()
     """Name of each sequence's sample, for logs and messages; empty if samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)

@@ -67,12 +67,13 @@ class RowLayout(ABC):
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
         """Returns the row range [start, stop) of each expert, in row order. Ranges may be empty.
 
-        Each of the four row ranges belongs to its fused expert if the layer has that expert, and otherwise to its
-        modality's expert. If the layer has neither, because of `ModelConfig.inputs`, the range must be empty.
+        Each of the four row ranges (`PARTS`) belongs to its fused expert if the layer has that expert, and otherwise to
+        its modality's expert. The layer may lack the two experts if no input of the model needs them
+        (`ModelConfig.inputs`). The row range must then be empty.
 
         Args:
-            experts: names of the layer's experts, in row order: ("shared",) for all rows, ("vision", "language"), or
-                ("vision", "vision_language", "language"), for example.
+            experts: names of the layer's experts, in row order. Examples: ("shared",) for all rows; ("vision",
+                "language"); ("vision", "vision_language", "language").
         """
         if experts not in self._known_slices:  # every layer asks several times
             self._known_slices[experts] = self._find_slices(experts)

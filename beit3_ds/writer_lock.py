@@ -24,8 +24,8 @@ WAIT_SECONDS = 120.0
 """Maximum wait, in seconds, for a holder that is stopping or shows no sign of life. An NFS server keeps the lock of a
 crashed host for 90 s."""
 SILENT_SECONDS = 8.0
-"""Seconds without a sign of life after which a holder counts as gone, if the file system cannot tell. An NFS client may
-see a new file time several seconds late."""
+"""Seconds without a sign of life after which a holder counts as gone, if the file system does not show whether the
+holder still has the lock. An NFS client may see a new file time several seconds late."""
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 0.6  # until the first message of a wait, so that a new holder has written its name

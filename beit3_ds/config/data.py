@@ -75,7 +75,7 @@ class SourceConfig:
         return self.format is not None and self.format not in IMAGE_FORMATS
 
     def paths(self) -> tuple[str, ...]:
-        """Returns the source's paths and patterns: `path`, `annotations` and `images`, without empty ones."""
+        """Returns all paths and patterns of the source: `path`, `annotations` and `images`, except empty ones."""
         return tuple(path for path in (self.path, self.annotations, self.images) if path)
 
 
@@ -175,7 +175,8 @@ class DataConfig:
     more shards than a process may open. Do not use it if neighbouring samples are alike, as in shards sorted by class.
     """
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Number of samples per block if `order` is "shard_sequential"; at most the number of samples per shard is best."""
+    """Number of samples per block if `order` is "shard_sequential". Should not exceed the number of samples per shard.
+    """
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
     """Number of blocks that are shuffled together if `order` is "shard_sequential". A window should contain many steps.
     """
@@ -225,7 +226,7 @@ class DataConfig:
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
 
     def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
-        """Returns short names of the sources of one split, as a list per stream (`short_source_names`)."""
+        """Returns a list of short names of the sources of one split, for each stream (`short_source_names`)."""
         streams = self.streams().items()
         return {name: short_source_names([source.path for source in getattr(of, split)]) for name, of in streams}
 

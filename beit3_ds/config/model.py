@@ -32,8 +32,8 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
         "patch_size": 14,
     },
 }
-"""Field values that `"size": NAME` expands to. "giant" is from the paper's Table 2 (224 px); "base" and "large" are the
-released models."""
+"""Field values that `"size": NAME` expands to. "giant" is from the paper's Table 2 (224 px). "base" and "large" are the
+sizes of the released models."""
 
 
 InputKind = Literal["images", "pairs", "texts"]

@@ -21,7 +21,10 @@ class RankCoords(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Configures the mesh of ranks: pipeline x data x tensor. The data-parallel size follows from the other sizes."""
+    """Configures the mesh of ranks: pipeline x data x tensor.
+
+    The data-parallel size is not configured. It is the number of ranks divided by the pipeline and tensor sizes.
+    """
 
     tensor_parallel_size: Ranks = 1
     """Number of ranks over which each layer's attention heads, FFN hidden size and vocabulary are divided (Megatron-LM:

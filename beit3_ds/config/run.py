@@ -51,7 +51,7 @@ class RunConfig:
     gradient_accumulation_steps: int
     """Number of micro-batches per rank and optimizer step."""
     deepspeed: Mapping[str, Any]
-    """DeepSpeed's keys of the file, checked."""
+    """DeepSpeed's keys in the file, which have been checked."""
 
     @property
     def model(self) -> ModelConfig:
@@ -92,7 +92,7 @@ class RunConfig:
         """Checks that the DeepSpeed options work with each other, with the layout and with the optimizer.
 
         Raises:
-            ConfigError: if they do not; the message names the option to leave out.
+            ConfigError: if options do not work together; the message names the option to leave out.
         """
         check_deepspeed_rules(self.options, self.training, self.parallel)
 

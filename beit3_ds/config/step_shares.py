@@ -23,9 +23,8 @@ class StepShares:
     """Divides the samples of one step over ranks and micro-batches as evenly as possible.
 
     Samples are dealt to the ranks in turn, like cards, one stream after the other. Each rank deals its samples to its
-    micro-batches in the same way. The numbers of samples of two ranks differ by at most one, and so do those of a
-    rank's micro-batches. Uneven shares do not change the loss, because each loss term is divided by its count over the
-    whole step.
+    micro-batches in the same way. Two ranks, or two micro-batches of one rank, therefore differ by at most one sample.
+    Uneven shares do not change the loss, because each loss term is divided by its count over the whole step.
     """
 
     samples: MicroBatchSize

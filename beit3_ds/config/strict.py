@@ -228,7 +228,7 @@ def check_plain(value: Any, where: str) -> None:
         where: dotted name of the value, for messages.
 
     Raises:
-        ConfigError: if it contains one; the message names the key.
+        ConfigError: if the value contains any of these; the message names the key.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():

@@ -49,8 +49,8 @@ class TrainingConfig:
     BEiT."""
     layer_decay: LayerDecay = 1.0
     """Factor on the learning rate per layer below the last one, for fine-tuning (the reference: 0.65 to 0.85). The
-    embeddings are layer 0, and block i is layer i + 1. The last layer, the final norm with the head, has the full
-    learning rate."""
+    embeddings are layer 0, and block i is layer i + 1. The final norm and the head form the last layer, which has the
+    full learning rate."""
     head_learning_rate_scale: LearningRateScale = 1.0
     """Factor on the learning rate of the task's head, which fine-tuning trains from scratch (the reference: 20 for
     VQAv2)."""

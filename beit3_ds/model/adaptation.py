@@ -89,7 +89,7 @@ class StoredWeights(Protocol):
         """Returns the logical shape of a tensor, which is its shape without tensor parallelism."""
 
     def read(self, name: str, part: Any = None) -> Tensor:
-        """Returns a tensor, or the rows and columns of the tensor that `part` selects (`matrix_part`)."""
+        """Returns a tensor, or only the rows and columns that `part` selects (`matrix_part`)."""
 
     def release_pages(self) -> None:
         """Frees the memory of all file pages that have been read."""
@@ -114,7 +114,8 @@ class AdaptedWeights:
             seed: seed of the initial values of new text positions.
 
         Raises:
-            ConfigError: if a setting differs that cannot be adapted; the message lists all such settings.
+            ConfigError: if the configurations differ in settings that cannot be adapted; the message lists these
+                settings.
         """
         self.path, self.model = weights.path, model
         self._weights, self._seed = weights, seed
@@ -144,7 +145,7 @@ class AdaptedWeights:
         return check_tensors(str(self.path), found | {name: self._weights.shape(name) for name in unknown}, wanted)
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns an adapted tensor, or the rows and columns of it that `part` selects (`matrix_part`)."""
+        """Returns an adapted tensor, or only the rows and columns that `part` selects (`matrix_part`)."""
         relative = _RELATIVE_POSITION.fullmatch(name)
         if name not in (IMAGE_POSITION, PATCH_WEIGHT, TEXT_POSITION) and not relative:
             return self._weights.read(self._source(name), part)

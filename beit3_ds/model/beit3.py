@@ -93,10 +93,10 @@ class BEiT3(nn.Module):
         """Loads exported or imported weights as a model on one device, in evaluation mode.
 
         Parameters are filled one by one, so peak memory is close to one copy of the model. A task's head in the file is
-        ignored unless the class has this head. If the file lacks a head or final norm that the class has, it gets
-        initial values, and a warning lists them.
+        ignored unless the class has this head. A head or final norm that the file lacks gets initial values, and a
+        warning lists its parameters.
 
-        From `image_size` on, arguments replace stored settings, and None keeps them (`model.adaptation`).
+        From `image_size` on, arguments replace stored settings; None keeps the stored setting (`model.adaptation`).
 
         Args:
             path: .safetensors file or folder that `beit3 export` or `beit3 import` wrote.

@@ -85,7 +85,7 @@ def check_inputs(config: ModelConfig, batch: PackedBatch) -> None:
     """Checks that a model accepts all kinds of input (images, pairs, texts) in a batch.
 
     Raises:
-        ConfigError: if it does not; the message names the kind of input.
+        ConfigError: if the model does not accept a kind of input; the message names the kind.
     """
     counts = {"images": batch.num_images, "pairs": batch.num_pairs, "texts": batch.num_texts}
     for kind, count in counts.items():

@@ -51,8 +51,8 @@ class PretrainedWeights:
 
         Args:
             path: a .safetensors file, or a folder with an index.
-            image_size: side of an image in pixels to which image positions are interpolated; None keeps the stored
-                size.
+            image_size: new side of the input images in pixels, to which image positions are interpolated. None keeps
+                the stored size.
 
         Raises:
             ConfigError: if the weights cannot be read, or were written by another program.
@@ -155,10 +155,13 @@ def weights_metadata(model: ModelConfig, step: int, task: Mapping[str, Any] | No
 
 
 def parse_task(value: Any) -> dict[str, Any] | None:
-    """Checks and returns the task in a file header, a JSON object with a name, or None if the header has no task.
+    """Checks and returns the task in a file's header, or returns None if the header names no task.
+
+    Args:
+        value: JSON value of the header's task.
 
     Raises:
-        TypeError: if the task is not a JSON object with a name.
+        TypeError: if the value is not a JSON object with a name.
     """
     if value is not None and not (isinstance(value, dict) and isinstance(value.get("name"), str)):
         raise TypeError(f"the task {str(value)[:80]!r} has no name")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class StepFeatures(NamedTuple):
-    """Holds all inputs of a loss over a whole step, for one micro-batch or for the step.
+    """Holds the features of one micro-batch, or of a whole step, from which a loss over the whole step is computed.
 
     The loss depends on the model only through these tensors.
     """

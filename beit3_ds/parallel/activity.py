@@ -20,7 +20,7 @@ class Activity:
         """Duration of the longest phase of a step or an evaluation so far, in seconds."""
         self._begun_at = time.monotonic()
         self.lost_contact = False
-        """Whether a collective has failed, so that the main thread waits for rank 0 to find the cause."""
+        """Whether a collective has failed, and the main thread waits for rank 0 to find the cause."""
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Begins a phase.

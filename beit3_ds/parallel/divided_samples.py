@@ -51,8 +51,8 @@ class DividedSamples:
     def merge(self, y_ND: Tensor) -> Tensor:
         """Returns the rows of all samples, (T, D), on every rank; inverse of `take`.
 
-        The forward pass all-reduces T * D elements, and the backward pass does not communicate. All ranks must compute
-        the same from the result.
+        The forward pass all-reduces T * D elements, and the backward pass does not communicate. All ranks must do the
+        same computation with the result.
         """
         start, stop = self.own_rows
         total = sum(self.row_counts)

@@ -23,10 +23,11 @@ _LISTED = 8  # a message names at most this many hosts
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Holds this rank's position on the axes pipeline x data x tensor, and the process groups along them.
+    """Holds this rank's position in the mesh (pipeline x data x tensor), and the process groups along its axes.
 
     By default, the mesh has a single rank. Global rank = (pipeline rank * data_parallel_size + data rank) *
-    tensor_parallel_size + tensor rank. Tensor-parallel ranks communicate most, so they are neighbours on one node.
+    tensor_parallel_size + tensor rank. Tensor-parallel ranks communicate most, so they have consecutive numbers and
+    share a node.
 
     Process groups and the `sum_*` methods accept only tensors on this rank's device, because NCCL rejects CPU tensors.
     Host values are exchanged through `host`, `data_host`, `tensor.host` and `pipeline.host`.
@@ -180,9 +181,10 @@ class Mesh:
 class ModelParallelUnit:
     """Describes the mesh to DeepSpeed through the `mpu` interface, whose method names come from Megatron-LM.
 
-    DeepSpeed sums gradient norms over the "model parallel" group. It counts parameters marked `tensor_model_parallel`
-    on all ranks, and other parameters only on model-parallel rank 0. So the group contains all ranks of one copy of the
-    model, including all pipeline stages, but rank and size are those of tensor parallelism.
+    DeepSpeed sums gradient norms over the "model parallel" group. The group therefore contains all ranks of one copy of
+    the model, including all pipeline stages. DeepSpeed counts parameters marked `tensor_model_parallel` on all ranks of
+    the group, and other parameters only where the "model parallel rank" is 0. This rank and the size are therefore
+    those of tensor parallelism.
     """
 
     def __init__(self, mesh: Mesh) -> None:

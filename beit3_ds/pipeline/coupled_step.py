@@ -86,9 +86,10 @@ class CoupledStep:
 
 
 def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: Mesh) -> Tensor:
-    """Returns the sum of each loss term over all data-parallel ranks, (terms,), and zeros except on the first rank.
+    """Returns the sum of each loss term over all data-parallel ranks, (terms,).
 
-    All data-parallel ranks of the last stage must call this function. Gathers all features.
+    Only the first data-parallel rank returns the sums; other ranks return zeros. All data-parallel ranks of the last
+    stage must call this function. Gathers all features.
 
     Args:
         step_loss: function that computes the sum of each loss term over a whole step.
@@ -100,10 +101,12 @@ def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: 
 
 
 def gather_features(micro_batches: Sequence[StepFeatures], mesh: Mesh) -> tuple[StepFeatures, dict[str, slice]]:
-    """Gathers the features of all data-parallel ranks, detached, and returns this rank's slice of each tensor too.
+    """Gathers the features of all data-parallel ranks, detached from the autograd graph.
 
-    Rows are in rank order, and ranks may have different numbers of rows. All data-parallel ranks must call this
-    function.
+    Ranks may have different numbers of rows. All data-parallel ranks must call this function.
+
+    Returns:
+        Features of all ranks, in rank order, and this rank's slice of the rows of each tensor.
     """
     first = micro_batches[0]
     joined = {name: torch.cat([features.rows[name].detach() for features in micro_batches]) for name in first.rows}

@@ -196,7 +196,7 @@ def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[t
 
 
 def _compare_traces_among_data_parallel_ranks(mesh: Mesh) -> None:
-    """Restricts ZeRO-3's check that ranks run modules in the same order to data-parallel ranks.
+    """Makes ZeRO-3 compare the order of modules among data-parallel ranks only, instead of among all ranks.
 
     Ranks of different stages hold different modules.
     """

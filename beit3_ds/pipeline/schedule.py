@@ -102,9 +102,9 @@ class Schedule:
     def _couple(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
     ) -> CoupledStep | None:
-        """Runs the first pass of a step whose loss compares all samples. Returns None if the loss does not.
+        """Runs the first pass of a step whose loss compares all samples (`step_loss`).
 
-        A single micro-batch needs no first pass.
+        Returns None without `step_loss`. A step with one micro-batch needs no first pass.
         """
         if self.step_loss is None:
             return None

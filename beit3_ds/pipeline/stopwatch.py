@@ -8,9 +8,9 @@ import torch
 
 
 class Stopwatch:
-    """Accumulates the time of several pieces of work, on the host or, with events, on a GPU.
+    """Accumulates the time of several pieces of work on the host or on a GPU.
 
-    Only `take` synchronizes the device.
+    GPU time is measured with events. Only `take` synchronizes the device.
     """
 
     def __init__(self, device: torch.device) -> None:

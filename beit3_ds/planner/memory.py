@@ -189,9 +189,9 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
 
 
 def _attention_core(rank_model: RankModel, rows: BlockRows, layer: int) -> int:
-    """Returns the bytes of the saved queries, keys, values, attention output and log-sum-exp of the scores.
+    """Returns the bytes of the saved queries, keys, values and attention output, and of the scores' log-sum-exp.
 
-    With relative positions, the first four are wider, and the original queries and the narrow output are saved too.
+    Relative positions make the first four tensors wider. The original queries and the narrow output are then saved too.
     """
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size

@@ -13,7 +13,7 @@ _ALLREDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once with
 
 
 class Volume(NamedTuple):
-    """Holds the number of one rank's calls of one communication operation along one axis, and their bytes."""
+    """Counts one rank's calls of a communication operation along a mesh axis, and the bytes of these calls."""
 
     calls: int
     """Number of calls."""
@@ -25,7 +25,7 @@ class Traffic:
     """Counts one rank's communication calls and their bytes, by mesh axis and operation.
 
     Axes are "data", "tensor", "pipeline", "model" (the ranks of one copy of the model) and "world". Operations are
-    "all-reduce", "all-gather", "reduce-scatter", "send" and "receive". Calls among a single rank are not counted.
+    "all-reduce", "all-gather", "reduce-scatter", "send" and "receive". Calls in a group of one rank are not counted.
     """
 
     def __init__(self, rank_model: RankModel) -> None:
@@ -72,12 +72,13 @@ class Traffic:
 
 
 def step_traffic(rank_model: RankModel, workloads: Sequence[Workload], step: int = 1) -> Traffic:
-    """Models the communication of one rank in one step, gradients and update included.
+    """Models the communication of one rank in one step, including gradients and update.
 
     Args:
         rank_model: the rank's part of the model.
         workloads: sizes of the rank's micro-batches.
-        step: number of steps before this one. In its first steps, ZeRO-3 still records the order of the modules.
+        step: index of the step, from 0. ZeRO-3 records the order of the modules during the first steps, and then
+            prefetches.
     """
     traffic = Traffic(rank_model)
     for workload in workloads:

@@ -15,7 +15,7 @@ from beit3_ds.tasks.pretraining.targets import with_masks
 
 
 class BlockRows(NamedTuple):
-    """Holds the numbers of a micro-batch's rows that one block computes."""
+    """Holds the number of a micro-batch's rows that attention and FFN compute in one block."""
 
     attention: int
     """Number of rows in attention."""
@@ -43,7 +43,7 @@ class Workload(NamedTuple):
     every_row: BlockRows
     """Numbers of rows in a block that skips no rows."""
     kept_rows: tuple[BlockRows, ...] = ()
-    """Numbers of rows in each block that skips dropped branches; empty without stochastic depth."""
+    """Numbers of rows in each block if dropped branches are skipped; empty without stochastic depth."""
 
     @property
     def masked(self) -> int:

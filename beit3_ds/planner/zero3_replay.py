@@ -122,7 +122,7 @@ class Zero3Replay:
         self._release_backward(module)
 
     def _step(self) -> None:
-        """Simulates the optimizer's step, after which each persistent parameter is gathered in a call of its own."""
+        """Simulates the optimizer's step, which ends with gathering each persistent parameter in a separate call."""
         self._inflight.clear()
         self._active.clear()
         for p in self.rank_model.model.parameters():

@@ -42,7 +42,7 @@ class BrokenRecords:
         return len(self._lines)
 
     def state(self) -> dict[str, str]:
-        """Returns all broken records as error descriptions by record name, for a checkpoint."""
+        """Returns the error description of each broken record, by record name, to store in a checkpoint."""
         return dict(self._lines)
 
     def unknown(self, met: Mapping[str, str]) -> dict[str, str]:

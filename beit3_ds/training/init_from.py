@@ -34,7 +34,7 @@ class InitialWeights:
         with torch.device("meta"):
             wanted = {name: parameter.shape for name, parameter in build_task(config).build_model().named_parameters()}
         self.absent = self.weights.check(wanted)
-        """Names of the head and final-norm parameters that the file lacks; they keep their initial values."""
+        """Names of the head and final-norm parameters that the file lacks, which keep their initial values."""
 
         has_heads = not any(name.startswith("heads.") for name in self.absent)
         self.task = stored.task if has_heads else None

@@ -34,7 +34,7 @@ class FilledCache(NamedTuple):
     num_kernels: int
     """Number of kernels that the run launches."""
     num_compiled: int
-    """Number of these kernels that had to be compiled, because the cache lacked them."""
+    """Number of the run's kernels that had to be compiled, because the cache lacked them."""
     seconds: float
     """Duration of the compilation in seconds."""
     num_bytes: int

@@ -101,7 +101,8 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
     Raises:
         ConfigError: if there are too many broken records, the last checkpoint cannot be written, or a rank gets no
             data. In the last case, the state after the last finished step is saved first.
-        StorageError: if a file system fails while a rank reads data, after the state is saved, or if a save times out.
+        StorageError: if a save times out, or if a rank gets no data because a file system failed. In the second case,
+            the state after the last finished step is saved first.
         NonFiniteLossError: if `training.max_skipped_steps` consecutive steps have a non-finite loss or gradient. The
             newest checkpoint then contains the weights before these steps.
     """
@@ -190,7 +191,10 @@ def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
 
 
 def _prepare_step(run: Run, stop: DistributedStopSignals, step: int) -> bool:
-    """Lets the task prepare a step. If a stop signal cancels this, synchronizes `stop` and returns False."""
+    """Lets the task prepare a step, and returns whether the preparation is complete.
+
+    If a stop signal cancels the preparation, synchronizes `stop` and returns False.
+    """
     try:
         run.rank_task.before_step(run, step)
     except StopRequestedError:
@@ -297,8 +301,8 @@ def _fetch_next(run: Run, feed: StepFeed, done: int) -> None:
 def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float, fetch_next: Callable[[], None]) -> Update:
     """Computes the gradients of a step, fetches the data of the next step, and updates the weights.
 
-    A GPU is still computing the gradients while the data is fetched, which hides the wait for the data and its
-    transfer. All ranks learn whether each rank has the next step before any rank starts it.
+    While the data is fetched, a GPU still computes the gradients, which hides the time for fetching and transfer. All
+    ranks learn whether each rank has the next step before any rank starts it.
     """
     set_learning_rate(run.engine.optimizer, rate)
     mesh = run.mesh

@@ -16,7 +16,7 @@ def check_optimizer(config: TrainingConfig) -> None:
     """Checks that the configured optimizer is installed.
 
     Raises:
-        ConfigError: if it is not; the message names the package to install.
+        ConfigError: if the optimizer is not installed; the message names the package to install.
     """
     if config.optimizer == "apex_fused_adam":
         _find_fused_adam()

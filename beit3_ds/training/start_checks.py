@@ -20,7 +20,7 @@ def check_software(config: RunConfig) -> None:
     """Checks that the packages and kernels that a run needs are installed.
 
     Raises:
-        ConfigError: if one is not; the message names what to install.
+        ConfigError: if something is not installed; the message names what to install.
     """
     check_optimizer(config.training)
     _check_kernels_are_built(config.training)
@@ -36,7 +36,7 @@ def check_device(config: TrainingConfig) -> None:
     """Checks that this machine has the device that `training.kernel_backend` needs.
 
     Raises:
-        ConfigError: if it does not; the message names the setting to leave out.
+        ConfigError: if the device is missing; the message names the setting to leave out.
     """
     if config.kernel_backend == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -60,7 +60,8 @@ def check_output_dir(folder: Path) -> None:
     """Checks that an output folder can be created and written to. Creates nothing.
 
     Raises:
-        ConfigError: if it cannot; the message names the folder or file that prevents it.
+        ConfigError: if the folder cannot be created or written to; the message names the folder or file that prevents
+            this.
     """
     nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():

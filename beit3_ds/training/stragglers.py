@@ -68,8 +68,8 @@ class Stragglers:
             step_seconds: mean seconds per step.
 
         Returns:
-            Figures for metrics.jsonl, and one line per straggler. For each of the two times, the figures are the
-            slowest rank compared with its stage's median, that rank's seconds per step, and the median.
+            Figures for metrics.jsonl, and one line per straggler. The figures of each time are: the rank that exceeds
+            its stage's median most, that rank's seconds per step, and the median.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])

@@ -16,7 +16,7 @@ class TensorBoardMonitor:
     """Appends figures (named numbers such as losses) to a TensorBoard event file."""
 
     def __init__(self, summary_writer: Any, report: Callable[[str], None]) -> None:
-        """Closes DeepSpeed's writer, and continues the event file that it has begun.
+        """Closes DeepSpeed's writer, and continues the event file of that writer.
 
         Args:
             summary_writer: `torch.utils.tensorboard.SummaryWriter`.

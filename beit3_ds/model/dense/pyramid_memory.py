@@ -4,10 +4,10 @@ _STATISTIC, _INDEX = 4, 8  # bytes
 
 
 def pyramid_memory(hidden_size: int, channels: int, element_size: int) -> float:
-    """Returns the bytes per patch that autograd saves for `SimpleFeaturePyramid`, and that the maps take.
+    """Returns the memory of a `SimpleFeaturePyramid` in bytes per patch: its maps, and what autograd saves.
 
-    Counts the inputs of convolutions, activations and norms, the statistics of norms and the indices of max pooling.
-    Assumes images that fill the maps.
+    Autograd saves the inputs of convolutions, activations and norms, the statistics of norms and the indices of max
+    pooling. The estimate assumes images that fill the maps.
 
     Args:
         hidden_size: hidden size of the backbone.

@@ -127,8 +127,8 @@ class _AxisPlaces(NamedTuple):
     """Holds the positions of patches along one axis (rows or columns) as table indices and one-hot vectors."""
 
     entries_TA: Tensor
-    """Index in the concatenated tables of the distance from each patch to each position in its window or image, int64.
-    """
+    """Index of each distance in the concatenated tables, int64. There is one distance from each patch to each position
+    along the axis of its window or image."""
     one_hot_TA: Tensor
     """One-hot vector of each patch's position in its window or image, bool."""
     larger: tuple[int, ...]

@@ -18,7 +18,7 @@ PATCH_WEIGHT = "embeddings.patch.weight"
 def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -> Tensor:
     """Resamples a table of image positions bicubically to the patch grid of another model.
 
-    The row of CLS comes first. It is dropped if the other model has `dense`.
+    If the table has a row for CLS, it is the first row. It is dropped if the other model has `dense`.
 
     Args:
         table: position table, (1 + S * S, D), or (S * S, D) if `stored` has `dense`.
@@ -37,9 +37,9 @@ def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -
 def resample_patch_weight(weight: Tensor, patch_size: int) -> Tensor:
     """Resamples the patch projection kernel, (D, 3, P, P), to another patch size.
 
-    The new kernel is the old one times the pseudo-inverse of the transposed bicubic resampling (FlexiViT: Beyer et al.,
-    2023, arXiv:2212.08013, section 3.4). A resized patch then keeps its embedding, up to what resizing loses.
-    Resampling the kernel bicubically would change scale and direction of the embeddings.
+    The new kernel is the old kernel times the pseudo-inverse of the transposed bicubic resampling (FlexiViT: Beyer et
+    al., 2023, arXiv:2212.08013, section 3.4). With it, a resized patch keeps its embedding, except for details that
+    resizing loses. Resampling the kernel bicubically would change scale and direction of the embeddings.
     """
     old = weight.shape[-1]
     if old == patch_size:

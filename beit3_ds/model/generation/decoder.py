@@ -91,8 +91,8 @@ class CaptionDecoder:
         """Keeps the cached keys and values of the images in `order`, and drops the other images. Call `select` next.
 
         Args:
-            order: index of the image to keep at each position. A kept image may move only if its index is at least
-                len(order); then it takes the position of a dropped image.
+            order: index of the image to keep at each position. All kept images stay at their position, except images
+                from the end (index at least len(order)), which fill the positions of dropped images.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):
@@ -132,10 +132,10 @@ class CaptionDecoder:
         self._captions = [(keys, keys) for keys in empty]
 
     def _attend_to_cache(self, number: int) -> tuple[Callable[..., Tensor], list[tuple[Tensor, Tensor]]]:
-        """Returns an attention function for block `number`, and a list that it fills with the captions' keys and
-        values.
+        """Returns an attention function for block `number`, and a list for the captions' new keys and values.
 
-        The function computes attention of each caption's last word and mask token to the image and the caption.
+        The function computes attention of each caption's last word and mask token to the image and the caption. It
+        appends the captions' keys and values to the list.
         """
         image_keys, image_values = self._images[number]
         old_keys, old_values = self._captions[number]
@@ -165,8 +165,8 @@ def attend_to_image_and_caption(
 ) -> Tensor:
     """Computes causal attention of each caption's last two rows to the image and the caption.
 
-    All captions of an image use its keys and values in one product, so these are neither copied nor read twice. There
-    are I images of N rows, and R captions of L + 1 rows; H heads have K columns each.
+    All captions of an image use the image's keys and values in one product, without copying or rereading them. There
+    are I images of N rows, and R captions of L + 1 rows. H heads have K columns each.
 
     Args:
         q_RH2K: queries of each caption's last word and of the mask token after it.

@@ -23,9 +23,9 @@ class AdapterConfig:
     num_points: Positive = 4
     """Number of sampling points per query, head and level."""
     value_ratio: Annotated[float, Range(0, 4, above=True)] = 0.5
-    """Width of the deformable attention's values, as a fraction of the hidden size."""
+    """Width of the deformable attention's values, as a fraction of the ViT's hidden size."""
     ffn_ratio: Annotated[float, Range(0, 4, above=True)] = 0.25
-    """Hidden size of the extractors' FFN, as a fraction of the hidden size."""
+    """Hidden size of the extractors' FFN, as a fraction of the ViT's hidden size."""
     initial_scale: Annotated[float, Range(0, 1)] = 0.0
     """Initial factor on each injector's output. With 0, the adapter does not change the pretrained ViT at the start."""
     adds_trunk_features: bool = True
