@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-_LONG_NAME = 107  # bytes; file systems allow 255, of which a host's name may take 64 in a temporary name
+_LONG_NAME = 107  # bytes; file systems allow 255, and a temporary name adds a host name of up to 64
 
 
 def bounded_name(name: str) -> str:
@@ -44,7 +44,7 @@ def atomic_write(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
             yield file
             if keep:
                 file.flush()
-                os.fsync(file.fileno())  # otherwise the name could survive a crash without the bytes
+                os.fsync(file.fileno())  # otherwise a crash could leave the new name without the content
         if keep:
             temporary.replace(path)
     except OSError as error:

@@ -190,7 +190,7 @@ class PackedBatch(RowLayout):
             return None
         if dtype not in self._row_factors:
             num_rows = self.num_rows
-            # The rows of the table are padded, so that addresses in it are multiples of 16 bytes, as kernels expect.
+            # Pads the rows of the table, because kernels expect addresses that are multiples of 16 bytes.
             padded = F.pad(self.row_sequence, (0, -num_rows % 8))
             factors_LBT = self.drop_path.permute(1, 2, 0).to(dtype).index_select(2, padded)
             self._row_factors[dtype] = [factor_T[:num_rows] for factor_T in factors_LBT.flatten(0, 1).unbind()]

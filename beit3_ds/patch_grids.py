@@ -80,7 +80,7 @@ def window_ranges(grids: Grids, window_size: int) -> tuple[tuple[tuple[int, int]
     return tuple((borders,) for borders in pairwise(accumulate(sizes, initial=0)))
 
 
-@lru_cache(maxsize=16)  # the same for all layers of a micro-batch
+@lru_cache(maxsize=16)  # equal for all layers of a micro-batch
 def patch_places(grids: Grids, window_size: int, device: torch.device) -> PatchPlaces:
     """Returns the image, grid row and grid column of each patch, in window order, on `device`."""
     parts = [

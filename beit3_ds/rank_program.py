@@ -45,7 +45,7 @@ def run_rank_program(
     add_config_arguments(parser)
     add_options(parser)
     parser.add_argument("--local_rank", type=integer(Range(0)), help=argparse.SUPPRESS)  # the launcher passes it
-    rank: int | str = "?"  # in errors before the rank is known
+    rank: int | str = "?"  # shown in errors until the rank is known
     try:
         with ending_on_signals():  # until the program handles them itself
             options = parser.parse_args(arguments)

@@ -127,7 +127,7 @@ def check_start(config: RunConfig) -> None:
     check_software(config)
     check_device(config.training)
     check_frozen_patterns(task)
-    direction_of(task)  # refuses a metric that the task does not have
+    direction_of(task)  # raises an error if the task lacks the metric
     prepare_output_dir(Path(config.training.output_dir))
 
 

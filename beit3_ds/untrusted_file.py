@@ -16,7 +16,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.regular_file import open_regular
 from beit3_ds.safetensors_header import check_safetensors
 
-_MAX_PICKLE_BYTES = 1 << 23  # of names, shapes and options; files of a thousand tensors have 200 kB
+_MAX_PICKLE_BYTES = 1 << 23  # names, shapes and options; for a thousand tensors they take 200 kB
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict
 
 def _load_safetensors(path: Path, note_key: str | None) -> tuple[object, str | None]:
     try:
-        metadata = check_safetensors(path).metadata  # opened by the library alone, a pipe would block
+        metadata = check_safetensors(path).metadata  # check first: the library would block on a pipe
         return load_file(path), metadata.get(note_key) if note_key else None
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read as a file of tensors: {error}") from error

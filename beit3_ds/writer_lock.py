@@ -28,7 +28,7 @@ SILENT_SECONDS = 8.0
 holder still has the lock. An NFS client may see a new file time several seconds late."""
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
-_NOTICE_SECONDS = 0.6  # until the first message of a wait, so that a new holder has written its name
+_NOTICE_SECONDS = 0.6  # wait before the first message, so that a new holder can write its name
 _MOST_BYTES = 4096
 _HOLDER, _WAITING = 0, 1  # bytes of the file that the holder and the waiting processes lock
 _FLOCK = "@hhqqi4x"  # struct flock of fcntl.h
@@ -148,7 +148,7 @@ class WriterLock:
                 self._file, is_locked, first_beat = self._open(), None, None
                 continue
             if is_locked is False:
-                _try_record(self._file, _WAITING, fcntl.LOCK_SH)  # for `contended_at` of the holder
+                _try_record(self._file, _WAITING, fcntl.LOCK_SH)  # see `contended_at`
             holder, beat, is_empty = self._look()
             # If the file system keeps locks to one host, a taken lock says nothing about processes on other hosts.
             if (is_locked is not False and is_empty) or (is_locked and holder and holder.boot == self._own.boot):
@@ -296,7 +296,7 @@ class WriterLock:
         return self._written is not None and holder is not None and holder != self._written
 
     def _look_for_others(self) -> None:
-        # Asks who would prevent a lock of this byte, because taking it needs a file that is open for writing.
+        # Only asks which process holds this byte, because taking the lock needs a file open for writing.
         wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _WAITING, 1, 0)
         found, *_ = struct.unpack_from("h", fcntl.fcntl(self._file, fcntl.F_GETLK, wanted))
         if found != fcntl.F_UNLCK:

@@ -30,7 +30,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         data_parallel_size = _check(config, world_size)
     except ConfigError as error:
         raise ConfigError(f"{str(error).rstrip('.')}. {_suggest(config, world_size)}") from None
-    # Checked apart, because another layout does not fix a wrong number in the file.
+    # Checked separately, because another layout would not fix a wrong number in the file.
     config.step_shares(data_parallel_size).check_batch_keys(config.deepspeed)
     return data_parallel_size
 
@@ -66,7 +66,7 @@ def _check(config: RunConfig, world_size: int) -> int:
 def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     virtual_sizes = sorted({1, config.parallel.virtual_pipeline_parallel_size})
-    layers, heads = 1, 1  # a model that is no BEiT-3 cannot be cut
+    layers, heads = 1, 1  # only BEiT-3 models can be divided
     if config.backbone is not None:
         layers, heads = config.backbone.num_pipeline_layers, config.backbone.num_attention_heads
     for stages in (size for size in divisors if size <= layers):

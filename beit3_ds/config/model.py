@@ -176,7 +176,7 @@ class ModelConfig:
                 f"model: inputs={show(self.inputs)} must hold at least one of {', '.join(INPUT_KINDS)}, and each at "
                 "most once."
             )
-        # One order, so that equal models have equal configurations.
+        # Sorted, so that equal models have equal configurations.
         object.__setattr__(self, "inputs", tuple(kind for kind in INPUT_KINDS if kind in self.inputs))
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(

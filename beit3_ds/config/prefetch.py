@@ -9,7 +9,7 @@ _GIB = 1 << 30
 _CHANNELS, _ID_BYTES = 3, 8  # ids are sent as int64
 _TASKS_OF_BYTES = ("pretraining", "visual_tokenizer")
 """Tasks whose data workers send pixels as uint8; workers of other tasks send float32 (`data.images.one_view`)."""
-_PATCH_BYTES = 1 + 2 * _ID_BYTES  # of the mask, and of the positions of a masked patch
+_PATCH_BYTES = 1 + 2 * _ID_BYTES  # the mask, and two int64 positions if masked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,7 @@ class BEiT3(nn.Module):
         with torch.device("meta"):
             model = build(weights.model).to(dtype)
         model.to_empty(device=device)
-        model.tie_word_embeddings()  # to_empty gives every module a parameter of its own
+        model.tie_word_embeddings()  # to_empty unties shared parameters
         fill_parameters(model, weights)
         return model.eval()
 
@@ -234,5 +234,5 @@ class BEiT3(nn.Module):
         if picked is not None and not has_picked:
             x_MD = x_MD.index_select(0, picked.rows)
         if self.norm is None:
-            return x_MD.to(next(self.parameters()).dtype)  # a norm would return this dtype for a float32 stream too
+            return x_MD.to(next(self.parameters()).dtype)  # the dtype that a norm would return
         return self.norm(x_MD, rows.expert_slices(self.config.attention_experts)).h_TD

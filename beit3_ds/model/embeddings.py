@@ -77,7 +77,7 @@ class Embeddings(nn.Module):
 
     def embed_tokens(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
         """Returns the sum of word embedding and position embedding of each token, (tokens, hidden size)."""
-        # index_select has a gradient of zeros for zero rows, so the tables take part even without texts.
+        # With zero rows, index_select gives zero gradients, so the tables take part even without texts.
         return self.word(ids_S) + self.text_position.index_select(0, positions_S)
 
 

@@ -33,7 +33,7 @@ def work_of(batch: PackedBatch, head: float, window_size: int = 0) -> Work:
         sum(sum(stop - start for start, stop in sequence) ** 2 for sequence in batch.layout.attention_ranges(size))
         for size in (0, window_size)
     )
-    if batch.causal_captions:  # an image does not see its caption, and a word none of the later words
+    if batch.causal_captions:  # images do not attend to captions, and words do not attend to later words
         image = batch.image_length
         masked = sum(image * length + length * (length - 1) // 2 for length in batch.caption_lengths)
         attended, windowed = attended - masked, windowed - masked

@@ -83,7 +83,7 @@ class BroadcastBatches(Generic[ItemT]):
                 return _unpack_error(found)
         first, last = gathered[0]["fingerprint"], gathered[-1]["fingerprint"]
         if first is None or last is None:
-            return None  # a reading rank received a stop signal and gave up its wait
+            return None  # a reading rank received a stop signal while it waited
         if first != last:
             return ConfigError(
                 "data: the first and the last stage of the pipeline read different samples: a record that one could "

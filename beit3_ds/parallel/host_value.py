@@ -45,7 +45,7 @@ def unpack(header: bytes, tensors: list[Tensor]) -> Any:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """Views the memory of a contiguous tensor as a one-dimensional uint8 tensor, without copying."""
-    # A tensor of one element or none counts as contiguous whatever its stride is. A view as bytes needs stride 1.
+    # A tensor of at most one element is contiguous with any stride, but a view as bytes needs stride 1.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from beit3_ds.parallel.host_group import HostGroup
 
-_VOCAB_ALIGNMENT = 64  # rows; keeps matrix products of shards at the tile sizes of the hardware
+_VOCAB_ALIGNMENT = 64  # rows; keeps the sizes of split matrices at multiples of hardware tiles
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -
     gradients = [gradient for gradient in counted if isinstance(gradient, Tensor)]
     norms = [*torch._foreach_norm(gradients, dtype=torch.float32)] if gradients else []
     norms += [torch.tensor(norm, device=optimizer.device) for norm in counted if not isinstance(norm, Tensor)]
-    # The order of the sum is part of the result, which golden losses compare bit for bit.
+    # The order of the sum affects the result, and golden losses are compared bit for bit.
     start = torch.zeros((), device=optimizer.device)
     squares = functools.reduce(torch.add, torch._foreach_mul(norms, norms) if norms else (), start)
     # DeepSpeed keeps the norms of offloaded gradients on the host.

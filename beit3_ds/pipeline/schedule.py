@@ -51,7 +51,7 @@ class Schedule:
         self.step_loss = step_loss
         self.engine, self.chunks, self.mesh = engine, tuple(chunks), mesh
         self.probe = GradientProbe()
-        self.probe.watch(engine.module.parameters())  # before the tied table's gradient from another stage is added
+        self.probe.watch(engine.module.parameters())  # before the hook that adds the tied gradient
         self.tied = TiedWordEmbedding(engine.module, mesh)
         self.probe.watch(self.tied.copies)
         self.model_chunks = stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size)

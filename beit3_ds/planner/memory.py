@@ -11,7 +11,7 @@ from beit3_ds.planner.workload import BlockRows, Workload
 from beit3_ds.planner.zero3_replay import Zero3Replay, padded, persistent_parameters
 from beit3_ds.tasks.build import build_task
 
-_STATISTIC = 4  # bytes of a number that is kept in float32 whatever the type of the stream
+_STATISTIC = 4  # bytes of a statistic, which is always float32
 _INDEX = 8  # bytes of a row number
 
 
@@ -80,10 +80,10 @@ def _gradients(rank_model: RankModel, data_rank: int) -> int:
         return _numel(rank_model) * size + tied
     if rank_model.zero_stage == 3:
         return sum(_partitions(rank_model)) * size + tied
-    if size > rank_model.element_size:  # ZeRO-2 then adds up this rank's partition alone
+    if size > rank_model.element_size:  # ZeRO-2 then sums only this rank's partition
         return sum(_partitions(rank_model)) * size + tied
     elements = 0
-    # Beside the gradients of a step's first backward pass, ZeRO-2 keeps zeros for the parameters of the other chunks.
+    # Besides the gradients of a step's first backward pass, ZeRO-2 keeps zeros for other chunks' parameters.
     first_pass = {id(p) for p in rank_model.parameters_of(rank_model.chunks[-1])}
     for group, partition in zip(rank_model.groups, _partitions(rank_model), strict=True):
         # A gradient is kept whole if this rank's partition holds any part of it.
@@ -179,7 +179,7 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
     own = _own_rows(rank_model, rows)
     kept = own * (model.hidden_size * rank_model.stream_size + 2 * _STATISTIC + rank_model.stream_size * drops)
     if rank_model.tensor.divides_rows:
-        kept += own * ranks * model.hidden_size * size  # the gathered normalised rows
+        kept += own * ranks * model.hidden_size * size  # the gathered normalized rows
     else:
         kept += 2 * len(experts) * model.hidden_size * size  # scales and shifts, copied to recompute the rows
     if model.sub_layernorm:

@@ -296,7 +296,7 @@ class Zero3Replay:
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
         """Returns the parameters that are gathered for a module: all of a block's, else the module's own."""
-        # Modules are asked for them millions of times, and torch builds the list from dictionaries.
+        # Cached, because this is called millions of times and torch builds the list anew on each call.
         if module not in self._owned:
             self._owned[module] = list(module.parameters(recurse=module in self._blocks))
         return self._owned[module]

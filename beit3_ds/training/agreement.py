@@ -12,7 +12,7 @@ from beit3_ds.data.files.fingerprint import HasFiles, SourceFile, fingerprint, f
 from beit3_ds.parallel import Mesh
 
 _SAME_FILES = "Copy the same files to every host (rsync --checksum), or name a folder that all hosts share."
-_NAMED = 4  # sources named in a message, at most
+_NAMED = 4  # maximum number of sources named in a message
 _WHOLE_BYTES = 1 << 28
 _BLOCK_BYTES, _BLOCKS = 1 << 20, 64
 
@@ -98,5 +98,5 @@ def _digest(path: Path) -> str:
                 file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
         return digest.hexdigest()
-    except OSError as error:  # compared like a digest, so that no rank waits for this one
+    except OSError as error:  # compared like a digest, because an exception would make other ranks wait
         return f"unreadable: {error.strerror}"

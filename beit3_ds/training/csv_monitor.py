@@ -37,7 +37,7 @@ class CsvMonitor:
             table = name.replace("/", "_").replace(" ", "_")
             rows = [[step, value]] if table in self._files else [["step", name.rpartition("/")[2]], [step, value]]
             self._file(table).append(_format(rows))
-        if self._has_failed:  # writes also the missing rows of tables that have no new ones
+        if self._has_failed:  # also writes the missing rows of tables without new rows
             self.retry()
         self._report_changes()
 

@@ -91,7 +91,7 @@ def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeat
         features: features of this rank's batches, one list per source; at least one batch in total.
         mesh: mesh of all ranks.
     """
-    nothing = next(own[0] for own in features if own).take(slice(0))  # other ranks may have samples of a source
+    nothing = next(own[0] for own in features if own).take(slice(0))  # for sources without own samples
     with torch.no_grad():
         sums = [sum_terms(step_loss, own or [nothing], mesh) for own in features]
     return torch.stack(sums, 1).double().cpu()

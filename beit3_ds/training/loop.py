@@ -308,7 +308,7 @@ def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float, fetch_
     mesh = run.mesh
     factors = copy_to_device(build_loss_factors(counts, run.terms, mesh.data_parallel_size), run.device)
     sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)
-    loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # its peers have equal sums
+    loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # other ranks have equal sums
     fetch_next()
     mesh.activity.begin("update", step_batch.step + 1)
     return Update(sums, apply_update(run.engine, mesh), rate, loss)

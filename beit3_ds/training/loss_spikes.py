@@ -8,8 +8,8 @@ import numpy as np
 WINDOW = 100
 _AT_LEAST = 20
 _SPREADS = 6
-_SHARE = 0.02  # of the median; keeps small increases from counting as spikes when losses hardly vary
-_DEVIATIONS_PER_SPREAD = 1.4826  # of a normal distribution
+_SHARE = 0.02  # fraction of the median; ignores small increases when losses hardly vary
+_DEVIATIONS_PER_SPREAD = 1.4826  # for a normal distribution
 
 
 class LossSpikes:

@@ -6,7 +6,7 @@ from beit3_ds.batch import StepBatch
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.gradient_probe import GradientProbe
 
-_LISTED = 8  # ranks, and samples per rank, in printed lines; the record has all
+_LISTED = 8  # maximum number of printed ranks, and of samples per rank; the record has all
 
 
 class NonFiniteLossError(RuntimeError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from beit3_ds.device_copy import copy_to_device
 from beit3_ds.patch_grids import Grids
 
-_PATCH = 16  # pixels on a side of the patches for which strides are named
+_PATCH = 16  # patch side in pixels for which the strides are named
 
 
 class MapLayerNorm(nn.LayerNorm):

@@ -135,7 +135,7 @@ class _AxisPlaces(NamedTuple):
     """Sides of images that exceed the table, in patches; the table is resampled for each of them."""
 
 
-@lru_cache(maxsize=32)  # the same for all layers of one kind
+@lru_cache(maxsize=32)  # equal for all layers with the same window size
 def _axis_places(grids: Grids, order: int, window_size: int, side: int, axis: int, device: torch.device) -> _AxisPlaces:
     places = patch_places(grids, order, torch.device("cpu"))
     place_T = (places.row_T, places.column_T)[axis]
@@ -149,7 +149,7 @@ def _axis_places(grids: Grids, order: int, window_size: int, side: int, axis: in
     start_B = torch.tensor([starts[each] for each in sides], dtype=torch.int64)
     numbers_A = torch.arange(max(extents, default=1))
     middle_T1 = (side_B - 1)[places.image_T, None]
-    # Places beyond a patch's own image get an entry too, but no key is there.
+    # Positions beyond a patch's own image get an index too, but there are no keys.
     distances_TA = (place_T[:, None] - numbers_A).clamp(-middle_T1, middle_T1)
     entries_TA = start_B[places.image_T, None] + middle_T1 + distances_TA
     one_hot_TA = place_T[:, None] == numbers_A

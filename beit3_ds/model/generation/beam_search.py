@@ -134,10 +134,10 @@ class _ImageSearch:
             vocab_size: size of the vocabulary.
         """
         limit = self._search.max_length
-        # No unfinished caption can get a better score than this bound, because its log-probability only falls.
+        # An upper bound for unfinished captions, because adding words only lowers the log-probability.
         if self.best.score >= scores[0] / (limit - 1) ** self._search.length_penalty:
             return False
-        length = len(self._words[0]) + 2  # with BOS and the placeholder
+        length = len(self._words[0]) + 2  # with BOS and the mask token
         beams: list[tuple[float, int, int]] = []
         for score, index in zip(scores, indices, strict=True):
             beam, word = divmod(index, vocab_size)

@@ -49,8 +49,8 @@ class CaptionDecoder:
         assert not model.tensor.divides_rows, "generation needs all rows on every tensor-parallel rank"
         self._model, self._embeddings, self._words, self._mask_id = model, model.embeddings, words, mask_id
         self._blocks: list[Block] = [model.blocks[str(layer)] for layer in range(model.config.num_layers)]  # type: ignore[misc]
-        self._images: list[tuple[Tensor, Tensor]] = []  # of every block, (I, H, N, K)
-        self._captions: list[tuple[Tensor, Tensor]] = []  # of every block, (R, H, L, K)
+        self._images: list[tuple[Tensor, Tensor]] = []  # one pair per block, (I, H, N, K)
+        self._captions: list[tuple[Tensor, Tensor]] = []  # one pair per block, (R, H, L, K)
         self._num_words = 0
         self._encode_images(pixels)
 
@@ -190,7 +190,7 @@ def attend_to_image_and_caption(
 
     to_image = by_caption(by_image(q_RH2K) @ image_keys.transpose(2, 3))
     to_caption = q_RH2K @ keys.transpose(2, 3)
-    to_caption[:, :, 0, -1] = -torch.inf  # a word does not see the mask token behind it
+    to_caption[:, :, 0, -1] = -torch.inf  # a word does not attend to the mask token after it
     weights = torch.cat([to_image, to_caption], dim=3).float().softmax(-1).to(values.dtype)
     of_image, of_caption = weights.split([num_rows, keys.shape[2]], dim=3)
     return by_caption(by_image(of_image) @ image_values) + of_caption @ values

@@ -75,7 +75,7 @@ def sample_maps(values_BSHK: Tensor, sizes: Sequence[GridSize], points_BQHGP2: T
     total = None
     for level, (size, values) in enumerate(zip(sizes, values_BSHK.split(lengths, dim=1), strict=True)):
         maps = values.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, size)  # (B * H, K, rows, columns)
-        # In the dtype of the places, because bf16 holds only 8 bits of them.
+        # Samples in the dtype of the points, because bf16 would round them to 8 bits.
         sampled = F.grid_sample(maps.to(grids.dtype), grids[:, :, level], padding_mode="zeros", align_corners=False)
         part = (sampled * weights[:, :, :, level]).sum(-1)  # (B * H, K, Q)
         total = part if total is None else total + part
