@@ -51,7 +51,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.zeros(shape)
     if re.search(r"norm\.weight", name):
         return torch.ones(shape)
-    generator = torch.Generator().manual_seed(_stable_seed(seed, name))
+    generator = parameter_generator(seed, name)
     value, block = torch.empty(shape), _BLOCK.match(name)
     if config.sub_layernorm and block:
         gain = math.sqrt(math.log(2 * config.num_layers)) if _MAGNETO_GAINED.search(name) else 1.0
@@ -63,6 +63,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     return value
 
 
-def _stable_seed(seed: int, name: str) -> int:
+def parameter_generator(seed: int, name: str) -> torch.Generator:
+    """Returns the random generator for the initial value of the parameter `name` in a run with this seed."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

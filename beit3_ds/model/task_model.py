@@ -6,15 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ActivationCheckpointing, ModelConfig
 from beit3_ds.model.beit3 import BEiT3
-from beit3_ds.model.initialization import initialize_parameters
+from beit3_ds.model.initialization import initialize_parameters, parameter_generator
 from beit3_ds.model.stage_model import LossOutput, StageModel
 from beit3_ds.model.step_features import StepFeatures
-from beit3_ds.parallel import TensorParallel, VocabParallelHead
+from beit3_ds.parallel import TensorParallel, VocabParallelHead, logical_part, logical_shape, own_part
 
 
 class Head(nn.Module, ABC):
@@ -24,6 +25,16 @@ class Head(nn.Module, ABC):
     def word_table(self) -> VocabParallelHead | None:
         """Returns the layer that predicts words, whose weight may be tied to the word embedding, or None if there is
         none.
+        """
+        return None
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """Returns the initial value of a parameter, float32 on the CPU; None if `initialize_parameters` sets it.
+
+        Args:
+            name: name of the parameter within the head.
+            shape: logical shape of the parameter.
+            generator: random generator for this parameter.
         """
         return None
 
@@ -99,8 +110,16 @@ class TaskModel(BEiT3, StageModel):
         return LossOutput((output * loss_factors).sum(), output.detach())
 
     def initialize(self, seed: int) -> None:
-        """Fills each parameter with its initial value (`initialize_parameters`)."""
+        """Fills each parameter with its initial value (`Head.initial_value`, `initialize_parameters`)."""
         initialize_parameters(self, self.config, seed)
+        if self.heads is None:
+            return
+        with torch.no_grad():
+            for name, parameter in self.heads.named_parameters():
+                generator = parameter_generator(seed, f"heads.{name}")
+                value = self.heads.initial_value(name, logical_shape(parameter), generator)
+                if value is not None:
+                    logical_part(parameter).copy_(own_part(parameter, value))
 
     @property
     def stream_size(self) -> int:

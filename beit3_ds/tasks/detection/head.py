@@ -22,6 +22,7 @@ from beit3_ds.tasks.detection.boxes import Pyramid, repeat_edges
 from beit3_ds.tasks.detection.cascade import Cascade, sample_proposals
 from beit3_ds.tasks.detection.config import DetectionConfig
 from beit3_ds.tasks.detection.detections import Detections, choose_detections
+from beit3_ds.tasks.detection.initial_values import head_initial_value
 from beit3_ds.tasks.detection.mask_head import MaskHead
 from beit3_ds.tasks.detection.objects import SEEDS, SIZES, ImageObjects, unpack_objects
 from beit3_ds.tasks.detection.proposals import ProposalNetwork, anchor_losses, propose
@@ -59,6 +60,10 @@ class DetectionHead(Head):
         self.proposals = ProposalNetwork(channels, list(self._strides.values()), settings.anchor_scale)
         self.boxes = Cascade(channels, settings.box_width, num_classes)
         self.masks = MaskHead(channels, num_classes) if settings.masks else None
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """Returns the initial value of a weight (`head_initial_value`); None for norms and biases."""
+        return head_initial_value(name, shape, generator)
 
     def forward(self, h_TD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns the loss terms, each summed over the images, (terms,) float32; or the detections of every sample.

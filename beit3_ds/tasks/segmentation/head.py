@@ -11,7 +11,7 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ActivationCheckpointing, ModelConfig
-from beit3_ds.model import Head, initial_value
+from beit3_ds.model import Head
 from beit3_ds.model.dense.canvas import to_canvas
 from beit3_ds.model.dense.pyramid import SimpleFeaturePyramid
 from beit3_ds.model.vit_adapter import ViTAdapter, adapter_initial_value
@@ -101,15 +101,8 @@ class SegmentationHead(Head):
         labels, seeds = (batch.targets[name][divided.own] for name in (LABELS, SEEDS))
         return divided.sum_terms(MaskLoss(self.settings, labels.device).sums(layers, labels, seeds))
 
-    def initial_value(self, name: str, shape: torch.Size, seed: int, generator: torch.Generator) -> Tensor:
-        """Returns the initial value of a parameter of the head.
-
-        Args:
-            name: name of the parameter within the head.
-            shape: shape of the parameter.
-            seed: seed of the run.
-            generator: random generator, seeded for this parameter.
-        """
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """Returns the initial value of a parameter of the adapter, the decoder or a norm; `Head` has the arguments."""
         part, _, rest = name.partition(".")
         value = None
         if part == "adapter" and self.settings.adapter:
@@ -118,7 +111,7 @@ class SegmentationHead(Head):
             value = decoder_initial_value(rest, shape, self.settings.decoder, generator)
         if value is None and len(shape) == 1:  # norms and biases
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-        return initial_value(f"heads.{name}", shape, self.config, seed) if value is None else value
+        return value
 
 
 def divide_samples(batch: PackedBatch, tensor: TensorParallel, *, with_loss: bool) -> DividedSamples:

@@ -2,7 +2,6 @@
 
 # B images, N patches of an image, T patches of all images, D hidden.
 
-import hashlib
 from typing import Any
 
 import torch
@@ -11,12 +10,10 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 from beit3_ds.model import LossOutput, TaskModel
 from beit3_ds.model.dense.canvas import from_canvas, to_canvas
-from beit3_ds.parallel import DividedSamples, logical_part, logical_shape, own_part, sum_gradients
+from beit3_ds.parallel import DividedSamples, sum_gradients
 from beit3_ds.patch_grids import Grid
 from beit3_ds.tasks.segmentation.head import SegmentationHead, common_grid, divide_samples
 from beit3_ds.tasks.segmentation.packing import DROP_PATH
-
-_HEAD = "heads."
 
 
 class SegmentationModel(TaskModel):
@@ -46,18 +43,6 @@ class SegmentationModel(TaskModel):
         with_loss = loss_factors is not None
         output = head.segment(self.adapted_maps(batch, with_loss=with_loss), batch, with_loss)
         return output if loss_factors is None else LossOutput((output * loss_factors).sum(), output.detach())
-
-    def initialize(self, seed: int) -> None:
-        """Fills every parameter with its initial value, which depends only on `seed` and the parameter's name."""
-        super().initialize(seed)
-        head = self.heads
-        assert isinstance(head, SegmentationHead), "the last layer is here, because there is no pipeline"
-        with torch.no_grad():
-            for name, parameter in head.named_parameters():
-                digest = hashlib.sha256(f"{seed}:{_HEAD}{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                value = head.initial_value(name, logical_shape(parameter), seed, generator)
-                logical_part(parameter).copy_(own_part(parameter, value))
 
     def adapted_maps(self, batch: PackedBatch, *, with_loss: bool = False) -> tuple[Tensor, ...]:
         """Runs the embeddings, the blocks and the adapter; returns the adapter's four feature maps.

@@ -1,0 +1,41 @@
+"""Computes initial values of the detection head, as ViTDet's code (detectron2) does."""
+
+import torch
+from torch import Tensor, nn
+
+_OUTPUT_STDS = {
+    "proposals.objectness": 0.01,
+    "proposals.deltas": 0.01,
+    "classes": 0.01,
+    "deltas": 0.001,
+    "masks": 0.001,
+}
+"""Standard deviation of output layers, by the end of their names."""
+
+
+def head_initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+    """Returns the initial value of a weight of `DetectionHead`; None for norms (1) and biases (0).
+
+    Output layers start from a normal distribution with a small standard deviation, linear layers from Xavier's uniform
+    distribution by their inputs, and other convolutions from Kaiming's normal distribution by their outputs. A wider
+    head thus starts with equally large features. The convolutions of the proposal network follow the same rule, instead
+    of ViTDet's fixed standard deviation of 0.01, with which a narrow head starts with vanishing features.
+
+    Args:
+        name: name of the parameter within the head, such as `boxes.stages.0.linear.weight`.
+        shape: shape of the parameter.
+        generator: random generator.
+    """
+    layer, _, leaf = name.rpartition(".")
+    if leaf != "weight" or len(shape) == 1:
+        return None
+    value = torch.empty(shape)
+    for ending, std in _OUTPUT_STDS.items():
+        if f".{layer}".endswith(f".{ending}"):
+            return value.normal_(std=std, generator=generator)
+    if len(shape) == 2:
+        bound = (3 / shape[1]) ** 0.5
+        return value.uniform_(-bound, bound, generator=generator)
+    is_transposed = "upsampling" in layer or layer.endswith(("resampling", "enlarge"))  # (inputs, outputs, side, side)
+    mode = "fan_in" if is_transposed else "fan_out"  # torch takes the second size as inputs
+    return nn.init.kaiming_normal_(value, mode=mode, nonlinearity="relu", generator=generator)
