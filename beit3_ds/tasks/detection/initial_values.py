@@ -37,5 +37,6 @@ def head_initial_value(name: str, shape: torch.Size, generator: torch.Generator)
         bound = (3 / shape[1]) ** 0.5
         return value.uniform_(-bound, bound, generator=generator)
     is_transposed = "upsampling" in layer or layer.endswith(("resampling", "enlarge"))  # (inputs, outputs, side, side)
-    mode = "fan_in" if is_transposed else "fan_out"  # torch takes the second size as inputs
-    return nn.init.kaiming_normal_(value, mode=mode, nonlinearity="relu", generator=generator)
+    if is_transposed:  # torch takes the second size as inputs
+        return nn.init.kaiming_normal_(value, mode="fan_in", nonlinearity="relu", generator=generator)
+    return nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu", generator=generator)
