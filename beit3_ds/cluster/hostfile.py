@@ -91,7 +91,7 @@ class Hostfile:
 
 
 def is_loopback(name: str) -> bool:
-    """Returns whether a host name is localhost or 127.x.x.x, with which every machine means itself."""
+    """Returns whether a host name is localhost or 127.x.x.x, and so refers to the local machine."""
     return name.lower() in ("localhost", "localhost.localdomain") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", name))
 
 

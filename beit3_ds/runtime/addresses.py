@@ -11,7 +11,7 @@ from beit3_ds.runtime.launch_environment import Launch
 
 
 def own_address(host: str, port: int) -> str:
-    """Returns the address that this host would use to send to another host; nothing is sent."""
+    """Returns the local address that this host would use to reach another host; sends nothing."""
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
@@ -27,8 +27,8 @@ def find_meeting_address(launch: Launch) -> str:
     """Returns the address of rank 0 as seen from this host.
 
     Normally this is the address of MASTER_ADDR. On rank 0's own host, MASTER_ADDR may resolve to a loopback address
-    (Debian writes 127.0.1.1 into /etc/hosts) or to another host's address. Then the result is the only other address of
-    this host.
+    (Debian writes 127.0.1.1 into /etc/hosts) or to another host's address. Then the function returns this host's only
+    IPv4 address that is not a loopback address. GLOO_SOCKET_IFNAME limits the choice to one interface.
 
     Raises:
         OSError: if MASTER_ADDR cannot be resolved.

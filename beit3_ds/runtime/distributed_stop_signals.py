@@ -20,8 +20,7 @@ class DistributedStopSignals:
         """Number of the stop signal that any rank has received, or None. With several, the first in `STOP_SIGNALS`
         counts."""
         self.data_fault: Literal["data", "storage"] | None = None
-        """Reason why a rank has no data: "storage" if a file system failed, else "data". None if all ranks have data.
-        """
+        """Why a rank has no data: "storage" if a file system failed, else "data". None if all have data."""
 
     @property
     def must_stop(self) -> bool:

@@ -11,9 +11,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def measure_node() -> NodeSize:
-    """Returns the memory of the machine or its container, whichever is smaller, and the free space in /dev/shm, in
-    bytes.
-    """
+    """Returns the memory of the machine (or of its container, if smaller) and the free space in /dev/shm, in bytes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         with suppress(OSError, ValueError):  # absent, or "max"

@@ -24,8 +24,7 @@ from beit3_ds.runtime.watchdog import STORE_SECONDS, Watchdog
 
 
 def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) -> Mesh:
-    """Joins the process group that the launcher's environment variables describe; without them creates one for one
-    process.
+    """Joins the process group described by the launcher's environment variables, or creates a group of one process.
 
     Several ranks first prove to each other that they share a secret (`read_secret`). A single process opens no port.
     The function sets torch's environment variables (RANK, MASTER_ADDR and so on). It divides the host's cores among the

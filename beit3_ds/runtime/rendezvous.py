@@ -28,8 +28,7 @@ from beit3_ds.runtime.stop_deadline import STOP_SECONDS
 from beit3_ds.runtime.versions import describe_versions
 
 SILENCE_SECONDS = 60.0
-"""Seconds without an answer from rank 0's host after which a rank gives up. A refused connection counts as an answer.
-"""
+"""Seconds without an answer from rank 0's host before a rank gives up. A refusal is an answer."""
 NOTICE_SECONDS = 30.0
 """Seconds between two messages of a waiting rank."""
 _POLL_SECONDS = 0.5

@@ -9,8 +9,7 @@ from pathlib import Path
 from beit3_ds.config import ConfigError
 
 SECRET_VARIABLE = "BEIT3_SECRET_FILE"
-"""Environment variable with the path of the file that holds the secret. `beit3 launch` creates a new file per attempt.
-"""
+"""Environment variable with the secret file's path. `beit3 launch` creates a new file per attempt."""
 SECRET_FILE = "rank_secret"
 """Name of the file in the output folder that holds the secret if `SECRET_VARIABLE` is not set."""
 _LEAST_BYTES, _MOST_BYTES = 16, 4096

@@ -15,8 +15,7 @@ from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 _FEWEST_ROWS = 256
-"""Minimum number of rows for oneDNN. It first copies the matrix into its own format, which is too slow for fewer rows.
-"""
+"""Minimum number of rows for oneDNN, whose copy of the matrix costs too much for fewer rows."""
 _FEWEST_ROWS_TRANSPOSED = 1024
 """Minimum number of rows for oneDNN if the matrix is transposed."""
 _STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048

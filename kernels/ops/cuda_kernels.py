@@ -83,7 +83,7 @@ def plan_row_tiles(slices: Sequence[tuple[int, int]], tile_rows: int, device: to
 def takes_attention(q_THK: Tensor) -> bool:
     """Returns whether `packed_attention_forward` supports these queries.
 
-    It needs half precision on a GPU, and a head width that is a multiple of 8 and at most 128.
+    The queries must be in half precision and on a GPU. The head width must be a multiple of 8 and at most 128.
     """
     return q_THK.is_cuda and q_THK.dtype in _HALF_PRECISIONS and q_THK.shape[2] % 8 == 0 and q_THK.shape[2] <= 128
 

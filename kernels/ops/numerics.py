@@ -8,7 +8,7 @@ from torch import Tensor
 from beit3_ds.kernels.triton.architecture import EMULATED
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""Type of a function that maps tensors of one floating dtype to its outputs, and optionally to gradients."""
+"""Type of a function from tensors of one floating dtype to output tensors, and optionally gradients."""
 
 
 class WrongResultError(ArithmeticError):

@@ -45,8 +45,7 @@ class Recomputable(NamedTuple):
     function: RecomputeFunction
     """Function that computes the layer's input from `tensors`."""
     tensors: tuple[Tensor, ...]
-    """Arguments of the function, detached from autograd. They take no extra memory if another layer saves them anyway.
-    """
+    """Detached arguments of the function. They take no extra memory if another layer saves them too."""
 
 
 def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:

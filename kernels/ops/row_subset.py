@@ -29,8 +29,8 @@ def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     """Writes new rows to the positions from which `take_rows` has copied rows.
 
     Use the two functions together. In the backward pass, `put_rows` leaves the new rows' gradient in the stream's
-    gradient. Then `take_rows` overwrites it with the gradient of the copied rows. This saves two passes over the rows:
-    one that clears and one that adds.
+    gradient. Then `take_rows` overwrites this gradient with the gradient of the copied rows. This saves two passes over
+    the rows: one that clears and one that adds.
 
     Args:
         stream_TD: stream that `take_rows` returned.

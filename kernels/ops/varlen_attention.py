@@ -1,6 +1,6 @@
 """Computes packed attention with PyTorch's variable-length flash attention, which needs no padding.
 
-`packed_attention` uses it on a GPU if it is faster than this project's kernels (`measured_op`).
+On a GPU, `packed_attention` uses this module if it is faster than this project's kernels (`measured_op`).
 """
 
 # T packed rows, H heads, K head width, Q sequences.

@@ -22,8 +22,7 @@ class VocabularyTiles(NamedTuple):
     stride: int
     """Number of elements from the start of one buffer row to the start of the next."""
     num_buffers: int
-    """Number of buffers K. Each of the first K - 1 buffers keeps one tile. All other tiles use the last buffer in turn.
-    """
+    """Number of buffers K. The first K - 1 buffers keep one tile each; all other tiles share the last."""
 
     def buffer(self, index: int) -> int:
         """Returns the number of the buffer for the logits of tile `index`."""

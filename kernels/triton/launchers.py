@@ -1,7 +1,7 @@
 """Stores the C launchers that older versions of Triton compile at the first launch on a GPU.
 
 Triton 3.6 builds one extension module per kernel signature, and one module with utilities. Triton 3.8 uses one launcher
-for all kernels, so it needs nothing here.
+for all kernels, so nothing is stored for Triton 3.8.
 """
 
 import hashlib

@@ -93,7 +93,7 @@ def norm_gradient_sums(
 
     Returns:
         sums_2T, float32, the row sums of dn * scale and of dn * scale * xhat, where xhat is the standardised row. Add
-        them over the ranks that hold the other columns. Then the gradients of each expert's scale_F, and of each
+        these sums over the ranks that hold the other columns. Then the gradients of each expert's scale_F, and of each
         expert's shift_F, in x's dtype. All results are deterministic.
     """
     (num_rows, width), (mean_T, rstd_T, scales, _) = x_TF.shape, norm

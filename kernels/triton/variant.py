@@ -25,8 +25,7 @@ class KernelVariant(NamedTuple):
     is_common: bool = True
     """Whether the default tests compile this variant; the slow tests compile all variants."""
     is_memory_bound: bool = False
-    """Whether the kernel only streams rows, without matrix products. Then every access to rows must be 128 bits wide.
-    """
+    """Whether the kernel has no matrix products. Then every access to rows must be 128 bits wide."""
 
 
 def build_variant(

@@ -79,7 +79,7 @@ _WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
 
 
 def splits_rows(tiles: int, architecture: int) -> bool:
-    """Returns whether to divide rows into shares, because otherwise too few programs would run for a GPU.
+    """Returns whether to divide rows into shares, because programs for all rows would be too few for a GPU.
 
     The result does not depend on the number of rows, so that batches of different sizes use the same compiled kernel.
 

@@ -36,8 +36,8 @@ class Timing(NamedTuple):
 class Clock:
     """Times calls on one device.
 
-    On a GPU, large matrix products run before each timed call. They last longer than Python needs to launch the call,
-    keep the GPU's clock rate high, and replace the content of the L2 cache.
+    On a GPU, large matrix products run before each timed call. These products keep the GPU busy until Python has
+    launched the call. They also keep the clock rate high and replace the content of the L2 cache.
     """
 
     def __init__(self, device: torch.device) -> None:

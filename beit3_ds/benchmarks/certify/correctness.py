@@ -1,4 +1,4 @@
-"""Checks each op and variant on this device: compares it with a float64 reference, and two runs for equal bits."""
+"""Checks each op and variant on this device against a float64 reference, and checks that two runs give equal bits."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head width, M rows of a head, V vocabulary.
 

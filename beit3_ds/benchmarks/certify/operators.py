@@ -1,4 +1,4 @@
-"""Times each op at the shapes of the base and giant sizes, with each implementation of this project and others'."""
+"""Times each op at the shapes of the base and giant models, for this project's and other libraries' implementations."""
 
 import functools
 import shutil
@@ -67,7 +67,7 @@ def using(backend: Backend | None) -> AbstractContextManager[None]:
 
 
 def _candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Implementation, Backend | None]]:
-    """Yields each implementation with its name; this project's comes once per available backend."""
+    """Yields each implementation with its name. This project's op is yielded once per available backend."""
     backends: tuple[Backend, ...] = ("auto", "triton", "library", "cuda")
     for entry in case.implementations:
         if entry.name != _OURS:

@@ -13,9 +13,9 @@ from beit3_ds.kernels.triton.compilations import Compilations
 
 
 def run_section(name: str, module: str, path: Path, call: int, architecture: int | None = None) -> None:
-    """Measures all items of a section; also records warnings, and how often Triton compiled a kernel.
+    """Measures all items of a section. Also records warnings, and how often Triton compiled a kernel.
 
-    If a package is missing, or the section needs a GPU and there is none, this becomes the section's status.
+    If a package or a needed GPU is missing, the section's recorded status says so.
 
     Args:
         name: name of the section.

@@ -18,8 +18,7 @@ from beit3_ds.tasks.pretraining.model import PretrainingModel
 SIZES = ("tiny", "base", "large", "giant")
 _MEASURED = ("tiny", "base")  # sizes that are run once to predict the memory of larger ones
 _DISK_BYTES = 44
-"""Bytes on the disk per parameter: DeepSpeed's checkpoint (12), two checkpoints of this project (24), two exports (8).
-"""
+"""Bytes on disk per parameter: 12 (DeepSpeed's checkpoint) + 24 (our two) + 8 (two exports)."""
 _LEAST_BYTES = 1_500_000_000  # per rank, admits the smallest size, for which nothing is measured
 _CACHE_BYTES = 2_000_000_000  # left for the page cache and other processes
 

@@ -38,7 +38,7 @@ class SegmentationFigures(NamedTuple):
     inference_ratio: float
     """Transformers' time per inference, divided by this project's time."""
     trunk_share: float
-    """The trunk's share of the time of this project's training step."""
+    """Share of this project's training step that the trunk takes."""
 
 
 def bench_config() -> tuple[ModelConfig, SegmentationConfig]:

@@ -72,7 +72,7 @@ class Samples(NamedTuple):
 
 
 def mask_id(model: ModelConfig) -> int:
-    """Returns the token id of the mask: it is followed by 8 unused ids at the end of the reference's vocabulary."""
+    """Returns the id of the mask token. The reference's vocabulary ends with 8 unused ids after the mask token."""
     return model.text_vocab_size - 9
 
 

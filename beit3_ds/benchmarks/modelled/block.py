@@ -74,8 +74,9 @@ def _forward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, gelu: bool) -> OpTime:
-    """Models an output projection with the residual sum: inside our kernel, or as a separate pass after cuBLAS's
-    product.
+    """Models the time of an output projection and its residual sum.
+
+    Our kernel computes the sum inside the product. With cuBLAS, the sum is a separate pass.
     """
     flops, stream = 2 * shape.rows * width * shape.hidden, shape.rows * shape.hidden * shape.stream_size
     joined = rates.pass_seconds(2 * stream + shape.rows * shape.hidden * _SIZE)

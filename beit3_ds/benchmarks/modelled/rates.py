@@ -25,8 +25,7 @@ class Rates(NamedTuple):
     attention_backward: float
     """Share of the peak FLOP/s for FlashAttention-2's backward pass, which has five products."""
     own_attention_backward: float
-    """Share of the peak FLOP/s for our attention's backward pass. It has seven products, but only five count as work.
-    """
+    """Share of the peak FLOP/s for our attention's backward pass, counting five of its seven products."""
     float32: float
     """Share of the peak FLOP/s for float32 products without tensor cores."""
     bandwidth: float

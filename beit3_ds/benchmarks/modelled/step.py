@@ -22,7 +22,7 @@ class HostTimes(NamedTuple):
     norm: tuple[float, float]
     """Seconds per step for the gradient norm, while the GPU waits."""
     zero3_ratio: tuple[float, float]
-    """Factor for `layer` under ZeRO-3, because of its hooks."""
+    """Factor by which ZeRO-3's hooks lengthen `layer`."""
 
 
 class StepTime(NamedTuple):

@@ -88,7 +88,7 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
 
     Args:
         config: config of the model.
-        batch: batch to count; may contain factors of stochastic depth.
+        batch: batch whose operations are counted; may contain factors of stochastic depth.
     """
     embeddings, *_, heads = layer_flops(config, work_of(batch, head_flops(config, batch.term_counts)))
     blocks = 0.0

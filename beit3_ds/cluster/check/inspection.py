@@ -25,7 +25,7 @@ class Inquiry:
     output_dir: Path | None
     """Output folder of the run, which all nodes must share; None if the check has no run config."""
     files: Mapping[str, bool]
-    """Glob patterns of the run's input files; the value tells whether a file must match
+    """Maps each glob pattern of the run's input files to whether a file must match
     (`requirements.find_required_files`)."""
     master_port: int
     """TCP port on which rank 0 will listen."""
@@ -34,7 +34,7 @@ class Inquiry:
 
     @property
     def disks(self) -> dict[str, str]:
-        """Returns the folders whose free disk space is checked: the path by purpose of the folder."""
+        """Returns the folders to check for free disk space, as a mapping from purpose to path."""
         return {"/tmp": "/tmp", "output folder": str(self.output_dir or self.folder)}
 
 
@@ -61,8 +61,7 @@ class Answers:
     files: dict[str, tuple[int, str]] | None = None
     """Number and digest of the files that match each glob pattern (`Probe.files`), by pattern."""
     clock: float | None = None
-    """Difference in seconds between the node's clock and this machine's clock; positive if the node's clock is ahead.
-    """
+    """Seconds by which the node's clock is ahead of this machine's clock; negative if behind."""
     clock_error: float = 0.0
     """Maximum error of `clock` in seconds: half the round-trip time of the fastest clock request."""
     token_error: str | None = None
@@ -201,7 +200,7 @@ class _Inspector:
         await self._ask_all(read)
 
     async def _resolve_master(self, index: int) -> None:
-        """Records the addresses that the first node's host name has on one node."""
+        """Records the addresses to which one node resolves the first node's host name."""
         self._master_addresses += await self._connections[index].ask("resolve", name=self._answers[0].name)
 
     async def _listen(self, index: int) -> None:

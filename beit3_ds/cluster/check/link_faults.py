@@ -35,8 +35,9 @@ def _one_machine(inspection: Inspection) -> Iterator[Fault]:
 
 
 def _own_names(inspection: Inspection) -> Iterator[Fault]:
-    """Yields a fault for each node that has an unreachable address under its own host name; gloo would announce that
-    address to the other nodes.
+    """Yields a fault for each node whose own host name resolves to an address that other nodes cannot reach.
+
+    Gloo would announce this address to the other nodes.
     """
     if len(inspection.answers) == 1:
         return

@@ -46,8 +46,9 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 
 
 class NodeConnection:
-    """Sends questions to a program on one node, one question at a time; the program is the probe or has the probe's
-    protocol.
+    """Sends questions, one at a time, to the probe on one node.
+
+    The program on the node may also be another one that speaks the probe's protocol.
     """
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
@@ -111,8 +112,9 @@ class NodeConnection:
         return answer["answer"]
 
     async def close(self) -> None:
-        """Closes the connection, whereupon the probe deletes its test file and exits; a local process that hangs is
-        killed.
+        """Closes the connection, and kills a local process that hangs.
+
+        The closed connection makes the probe delete its test file and exit.
         """
         if self._process is None:
             return

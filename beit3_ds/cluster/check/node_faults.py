@@ -12,7 +12,7 @@ from beit3_ds.cluster.check.requirements import Requirements
 T = TypeVar("T", bound=Hashable)
 
 CLOCK_SECONDS = 1.0
-"""Maximum difference between the clocks of two nodes in seconds; NTP keeps clocks within milliseconds."""
+"""Maximum allowed difference between two nodes' clocks in seconds. NTP keeps clocks within milliseconds."""
 _FREE_BYTES = 2**30  # least free space in /tmp and the output folder, for compiled kernels and logs
 _BUSY_GPU_BYTES = 2**30  # a program holds more than this, the driver less
 _GPU_SHARE = 0.9  # largest modelled share of memory: CUDA's context, NCCL's buffers and fragmentation are not modelled
@@ -21,7 +21,7 @@ _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Doc
 
 
 def find_node_faults(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
-    """Yields the faults of single nodes, one check after the other. Missing answers of a node are not checked.
+    """Yields the faults of single nodes, one check after the other. Skips a check if the node gave no answer to it.
 
     Args:
         inspection: answers of all nodes.

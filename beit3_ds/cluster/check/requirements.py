@@ -12,8 +12,7 @@ class Requirements:
     """Holds the GPU memory and disk space that a run needs, and whether the run fits the number of ranks."""
 
     layout_fault: str | None
-    """Reason why the run does not fit the number of ranks; None if it fits. With a reason, all other fields are empty.
-    """
+    """Reason why the run does not fit the number of ranks, or None. With a reason, other fields are empty."""
     rank_bytes: tuple[int, ...] = ()
     """Estimated bytes of device memory of each rank (`planner.rank_memory`). For visual tokenizers the estimate
     excludes activations (`planner.model_state`)."""
@@ -35,7 +34,7 @@ class Requirements:
 
 
 def find_required_files(config: RunConfig) -> dict[str, bool]:
-    """Returns the glob patterns of a run's input files; the value tells whether files must exist before the run starts.
+    """Maps each glob pattern of a run's input files to whether files must exist before the run starts.
 
     Tokenizer files need not exist yet, because other commands may write them before the run starts.
     """

@@ -32,8 +32,7 @@ class AttemptPlan:
     port: int
     """Port on which `beit3 launch` waits for the guards; 0 means any free port."""
     keepalive_seconds: float
-    """Seconds of silence after which `beit3 launch` counts a host as lost, and the host counts `beit3 launch` as lost.
-    """
+    """Seconds of silence after which `beit3 launch` and a host count each other as lost."""
     start_seconds: float
     """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
 
@@ -59,5 +58,4 @@ class Outcome:
     lost_hosts: frozenset[str]
     """Names of the hosts that fell silent or whose guards never connected."""
     clear_at: float
-    """Monotonic time in seconds from which no training process runs on a lost host: by then the guards have killed
-    them."""
+    """Monotonic time in seconds by which the guards on lost hosts have killed their training processes."""

@@ -67,7 +67,7 @@ class GuardedRank:
         return time.monotonic() - self.channel.last_heard
 
     def record_state(self, state: str) -> None:
-        """Records the state letter of the training process that came with a keepalive message."""
+        """Records the training process's state from a keepalive message."""
         if state != self.state:
             self.state, self.state_since = state, time.monotonic()
 

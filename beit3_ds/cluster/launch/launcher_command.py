@@ -22,8 +22,8 @@ LAUNCHERS: tuple[Launcher, ...] = ("pdsh", "ssh", "openmpi", "mpich", "slurm")
 EQUAL_SLOTS: tuple[Launcher, ...] = ("mpich", "slurm")
 """Launchers that start the same number of ranks on every host."""
 LAUNCHER_FOLDER = Path("/")
-"""Working directory of the launcher's commands. DeepSpeed writes this path into the hosts' command lines, so it is
-plain."""
+"""Working directory of the launcher's commands. DeepSpeed writes this path into the hosts' command lines, so the path
+must contain no special characters."""
 
 _GUARD = "beit3_ds.cluster.launch.rank_guard"
 _GUARD_FILE = Path(__file__).with_name("rank_guard.py")

@@ -57,8 +57,7 @@ class LaunchOptions:
     environment: Sequence[str]
     """Environment variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds of silence after which `beit3 launch` counts a host as lost, and the host counts `beit3 launch` as lost.
-    """
+    """Seconds of silence after which `beit3 launch` and a host count each other as lost."""
     start_seconds: float
     """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
     port: int

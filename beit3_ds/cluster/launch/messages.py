@@ -38,7 +38,7 @@ class Register:
     pid: int
     """Process id of the guard."""
     address: str
-    """Address of the guard's host in the network through which the guard reached `beit3 launch`."""
+    """Address of the guard's host, as used for the connection to `beit3 launch`."""
     free_port: int
     """Port of the guard's host that was free when the guard registered."""
 
@@ -63,13 +63,12 @@ class KeepAlive:
     """Tells the receiver that the sender is alive."""
 
     state: str = ""
-    """State of the training process as a letter from /proc, such as T for stopped; empty if no training process runs.
-    """
+    """Training process's state, a letter from /proc such as T (stopped); empty without a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Sends text that a training process printed from the guard to `beit3 launch`."""
+    """Carries a training process's output text from the guard to `beit3 launch`."""
 
     text: str
 
@@ -93,8 +92,7 @@ class Ended:
     """Tells `beit3 launch` that a training process and all its child processes have ended."""
 
     status: int | None
-    """Exit status of the training process, or minus the number of the signal that killed it; None if it never started.
-    """
+    """Training process's exit status, or minus the killing signal's number; None if it never started."""
     lines: Sequence[str]
     """Last lines that the training process printed."""
     error: str = ""

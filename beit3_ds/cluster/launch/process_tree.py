@@ -25,8 +25,8 @@ class ProcessTree:
         """Records the root processes that still run.
 
         Args:
-            roots: ids of child processes of this process. No caller may have waited for them, because their ids could
-                be reused.
+            roots: ids of child processes of this process. No caller may have waited for these processes, because the
+                system could then reuse their ids.
         """
         table = _read_table()
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root

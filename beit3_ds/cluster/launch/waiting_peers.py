@@ -15,8 +15,9 @@ _FIRST_REFUSALS = 4  # each gets a line; later ones get a line whenever their nu
 class WaitingPeers:
     """Holds a limited number of channels whose peers have not yet proved to know the token.
 
-    If there are too many channels, the network address with the most channels loses its oldest one. So a stranger
-    displaces only connections from the stranger's own address. A guard at such an address connects again.
+    If there are too many channels, the oldest channel of the network address with the most channels is closed. So a
+    stranger displaces only connections from the stranger's own address. A guard that loses its connection in this way
+    connects again.
     """
 
     def __init__(self, most: int) -> None:
