@@ -136,7 +136,7 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Packs a bundle. Returns the exit status: 0, or 2 after the message about a mistake of the user."""
+    """Packs a bundle and returns the exit status: 0, or 2 after a user's mistake, which is printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--architecture", choices=_ARCHITECTURES, default="sm_90", help="default: sm_90 (H100, H200)")

@@ -23,7 +23,10 @@ Turn = tuple[Callable[[], float], dict[str, Any]]
 
 
 class TurnProcess:
-    """Controls the process of one side, which computes one turn per request; uses as many threads as this process."""
+    """Controls the process of one side.
+
+    The process computes one turn per request, with as many threads as this process.
+    """
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:
         """Starts the process of one side and opens a pipe for the answers.
@@ -53,7 +56,7 @@ class TurnProcess:
         """Requests one turn with batch `number`, and returns the measured figures.
 
         Raises:
-            RuntimeError: if the process has ended; the message contains its last output.
+            RuntimeError: if the process has ended; the message contains the last output of the process.
         """
         assert self.process.stdin is not None
         try:

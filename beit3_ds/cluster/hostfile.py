@@ -207,7 +207,7 @@ def _parse_line(line: str, where: str) -> HostSlots:
 
 
 def _check_name(name: str, where: str) -> None:
-    """Checks a host name; the error message explains how to correct a list, a port, a user name or a range."""
+    """Checks a host name. The error message explains how to fix common mistakes, such as a port in the name."""
     if len(name) <= _MAX_NAME and _NAME.fullmatch(name):
         return
     if "," in name or ";" in name:

@@ -59,7 +59,7 @@ class RankStatus:
 
     @property
     def unchanged_seconds(self) -> float:
-        """Returns the seconds between the latest change of the rank's phase and its newest heartbeat."""
+        """Returns the seconds between the latest change of the rank's phase and the rank's newest heartbeat."""
         return self.beaten_at - self.unchanged_since
 
 
@@ -117,7 +117,7 @@ class RankStatuses:
         ]
 
     def find_behind(self, seconds: float) -> list[int]:
-        """Returns the ranks whose main thread has neither made progress nor waited for more than `seconds`.
+        """Returns the ranks whose main thread, for more than `seconds`, has neither made progress nor waited for ranks.
 
         The list is empty unless another rank has waited for more than half of `seconds`.
         """

@@ -18,7 +18,7 @@ _STEPS_PER_JOB = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Describes how the launcher started this rank, with torch's terms."""
+    """Describes how the launcher started this rank, in torch's terms."""
 
     launcher: str
     """Name of the launcher, for messages."""

@@ -13,7 +13,7 @@ NOTICE_SECONDS = 60.0
 """Seconds between two messages about a start that makes no progress."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""Share of one core, below which a process counts as idle."""
+"""Share of one core below which a process counts as idle."""
 
 
 class StartupWatchdog:

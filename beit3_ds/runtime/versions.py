@@ -18,7 +18,7 @@ _CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 
 
 def find_package_versions() -> dict[str, str | None]:
-    """Returns the version of each package in `PACKAGES` without an import; None if the package is not installed."""
+    """Returns the version of each package in `PACKAGES`, or None if it is not installed; imports no package."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:

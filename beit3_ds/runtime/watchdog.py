@@ -1,4 +1,4 @@
-"""Ends a run on all ranks if one rank fails, stalls or does not answer, and reports which rank it was."""
+"""Ends a run on all ranks if one rank fails, stalls or does not answer, and names that rank."""
 
 import contextlib
 import faulthandler
@@ -215,9 +215,7 @@ class Watchdog:
             self._store.set(key, value)
 
     def _end_process(self, failure: Failure) -> None:
-        """Ends the process after five seconds unless it exits earlier; during this time other ranks can read the
-        failure.
-        """
+        """Ends the process after at most five seconds; meanwhile, other ranks can read the failure."""
         self._state = "ending"
         with contextlib.suppress(*_STORE_ERRORS):  # the process that holds the store may be gone
             self._beat()

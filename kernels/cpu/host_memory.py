@@ -102,7 +102,7 @@ class HostMemory:
         self._freed: deque[tuple[int, int]] = deque()
 
     def expect(self, lasting: int) -> None:
-        """Reserves space for `lasting` bytes of tensors that live until the end of a step, plus 1/64 for others."""
+        """Reserves space for `lasting` bytes of tensors that live until the end of a step, plus a margin of 1/64."""
         self._ceiling = max(self._ceiling, lasting + lasting // 64)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool) -> Tensor | None:
@@ -111,8 +111,8 @@ class HostMemory:
         Args:
             shape: shape of the tensor; all sizes must be positive.
             dtype: dtype of the tensor.
-            lasting: whether the tensor lives until the end of a step. Then it gets the highest free bytes below the
-                highest address that was used or reserved so far. Otherwise it gets the lowest free bytes.
+            lasting: whether the tensor lives until the end of a step. Such a tensor gets the highest free bytes below
+                the highest address that was used or reserved so far. Other tensors get the lowest free bytes.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

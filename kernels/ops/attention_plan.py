@@ -54,7 +54,7 @@ class AttentionPlan(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """Holds tables for the GPU kernels with the rows of a micro-batch's Q sequences and N tiles."""
+    """Holds tables for the GPU kernels, which describe the rows of Q sequences and of their N tiles."""
 
     sequences_Q4: Tensor
     """Start and length of each sequence's first range, then of the second range, (Q, 4) int32. The second length is 0

@@ -33,7 +33,7 @@ def linear_cross_entropy_reference(h_MD: Tensor, w_VD: Tensor, b_V: Tensor, targ
 
 
 class Partials(NamedTuple):
-    """Holds for each row the values that determine the cross entropy, over one shard of the vocabulary.
+    """Holds partial results of each row's cross entropy, from one shard of the vocabulary.
 
     All tensors are (M,) float32 for M rows. To combine shards, take the maximum of `largest`, and multiply each shard's
     `total` by exp(largest - maximum). Then add the totals, the target logits and the logit sums. The loss is log(total)

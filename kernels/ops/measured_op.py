@@ -133,7 +133,7 @@ class MeasuredOp:
             accepts: functions that return whether an implementation supports given arguments, by name. An
                 implementation without such a function supports all arguments. The function may also check the
                 implementation at its first use.
-            mutates: indices of arguments that an implementation overwrites; measurements use copies of them.
+            mutates: indices of arguments that an implementation overwrites; measurements use copies of these arguments.
             ignores: indices of arguments that do not affect the speed.
             rehearse: converts an implementation to the function to time, which may also run the backward pass.
             choices: object that selects the implementation.

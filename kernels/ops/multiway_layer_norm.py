@@ -241,7 +241,7 @@ _LIBRARY.define(
 def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator in plain PyTorch. On a CPU, only checks call it.
+    """Implements the operator in plain PyTorch. On a CPU, only checks call this function.
 
     Returns:
         h_TD, and the mean and 1 / standard deviation of each of T rows, (2, T).
@@ -259,7 +259,7 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator in plain PyTorch. On a CPU, only checks call it.
+    """Implements the operator in plain PyTorch. On a CPU, only checks call this function.
 
     Returns:
         dx_TD, and the gradients of scales and shifts, (2, E, D) for E experts and width D.

@@ -103,7 +103,7 @@ def _qkv(
 def _input_gradient(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
 ) -> Tensor:
-    """Adds the layers' gradients in the same order as autograd: (values + keys) + queries."""
+    """Computes the sum of the three layers' input gradients in autograd's order: (values + keys) + queries."""
     (q, k, v), differentiate = _by_layer(weights), torch.ops.beit3_ds.multiway_input_gradient
     dx_TD: Tensor = differentiate(dv_TF, None, ends, v)
     for dy_TF, layer in ((dk_TF, k), (dq_TF, q)):

@@ -63,8 +63,8 @@ def out_projection(
 ) -> Tensor:
     """Computes residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
 
-    If ranks divide the width of x, call it without biases, residual and factor. Then the result is partial: sum it over
-    the ranks, and add the rest with `residual_add`. A sub-LN then gathers two floats per row from each rank, and
+    If ranks divide the width of x, call the op without biases, residual and factor. Then the result is partial: sum it
+    over the ranks, and add the rest with `residual_add`. A sub-LN then gathers two floats per row from each rank, and
     all-reduces two floats per row in the backward pass.
 
     Args:
@@ -283,7 +283,7 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Returns the same gradients as `_backward_cpu`. If ranks divide the rows, all-reduces two sums per row."""
+    """Computes the gradients of `_backward_cpu` with operators; all-reduces two sums per row if ranks divide rows."""
     ops, ends = torch.ops.beit3_ds, form.ends
     if norm is None or form.norm is None:
         of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, _activate(x_TF, form.gelu), ends, form.has_biases)

@@ -35,8 +35,9 @@ def residual_add(
 ) -> Tensor:
     """Computes y = residual + factor * (partial + bias) in the residual's dtype, with the bias of each row's expert.
 
-    Call it after the reduction of a row-parallel layer, so that bias and factor are applied once and not once per rank.
-    The gradient of y is also the gradient of the residual, without a copy. An expert without rows gets a zero gradient.
+    Call this function after the reduction of a row-parallel layer, so that bias and factor are applied once and not
+    once per rank. The gradient of y is also the gradient of the residual, without a copy. An expert without rows gets a
+    zero gradient.
 
     Args:
         residual_TD: residual stream, (T, D), in float32 or the branch's dtype.

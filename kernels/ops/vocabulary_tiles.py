@@ -36,7 +36,7 @@ class VocabularyTiles(NamedTuple):
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
     """Divides a vocabulary into narrow tiles, and keeps the logits of as many tiles as the chunk size allows.
 
-    One tile of the chunk size is left for the work of the backward pass. Rows are not divided: each group of rows would
+    Space for one tile is left free, because the backward pass needs it. Rows are not divided: each group of rows would
     have to read the whole matrix, and to read and write the matrix's gradient.
 
     Args:

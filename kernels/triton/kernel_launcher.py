@@ -21,7 +21,7 @@ _ALIGNMENT = 16
 """Alignment in bytes for which Triton compiles a special variant."""
 
 _LEAST_ROW_CLASS = 11
-"""Row counts up to 2 ** 11 are in one class, because such launches are short with any settings."""
+"""`row_class` of all row counts up to 2 ** 11, whose launches are short with any settings."""
 
 _dtype_of = attrgetter("dtype")
 
@@ -35,7 +35,10 @@ class _Variant(NamedTuple):
 
 
 class KernelLauncher:
-    """Launches one kernel. Its arguments are tensors, then numbers that Triton does not specialise, then constants."""
+    """Launches one kernel.
+
+    The kernel's arguments are tensors, then numbers that Triton does not specialise, then constants.
+    """
 
     def __init__(self, kernel: Any) -> None:
         """Stores the kernel without compiling it.

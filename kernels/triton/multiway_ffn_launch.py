@@ -111,7 +111,7 @@ def out_projection(
         slices: row range of each expert.
         weights: one matrix (D, F) per expert, for output width D and input width F.
         biases: one vector (D,) per expert; empty for none.
-        residual_TD: residual stream to add, or None. The output has its dtype.
+        residual_TD: residual stream to add, or None. The output has the stream's dtype.
         factor_T: drop-path factor of each row in any floating dtype, or None.
     """
     y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
@@ -280,7 +280,7 @@ def launch_tiles(
     constants: tuple[int, ...],
     numbers: tuple[int, ...] = (),
 ) -> None:
-    """Launches a kernel that computes a matrix product, with the fastest of its tile sizes.
+    """Launches a kernel that computes a matrix product, with the fastest of the kernel's tile sizes.
 
     Args:
         launcher: launcher of the kernel.

@@ -42,7 +42,7 @@ class AttentionTiling(NamedTuple):
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Returns the tile sizes and compile settings of the three attention kernels.
 
-    They are the first candidates that spill no registers with the installed version of Triton (budgets.json).
+    The result has the first candidates that spill no registers with the installed version of Triton (budgets.json).
 
     Args:
         architecture: GPU architecture: 80, 90 or 100. Other GPUs with at least 99 KB of shared memory per program use

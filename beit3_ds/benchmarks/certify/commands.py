@@ -14,7 +14,7 @@ _TAIL_LINES = 8
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Runs commands in the clone until one fails; returns whether all passed, the seconds, and the last lines."""
+    """Runs commands in the clone until one fails; returns `passed`, `seconds`, `command` and `tail`, the last lines."""
     start, passed, tail = time.monotonic(), True, ""
     for command in commands:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)

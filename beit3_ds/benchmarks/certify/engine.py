@@ -20,7 +20,7 @@ _STEPS = {"cuda": 10, "cpu": 1, "dry": 1}
 
 
 def measure(recorder: Recorder) -> None:
-    """Records the speed of training steps with DeepSpeed's engine, for the first of the models that `steps` times."""
+    """Records the speed of training steps with DeepSpeed's engine, for the first model of `steps.models`."""
     importlib.import_module("deepspeed")  # absent: the section reports it
     device = device_of_turns()
     model = models(device)[0]

@@ -16,7 +16,7 @@ class Section:
     seconds: int
     """Estimated seconds on one GPU, if Triton's cache contains all kernels."""
     limit: int
-    """Maximum seconds; then the section is killed, and the items recorded so far are kept."""
+    """Time limit in seconds, after which the section is killed. Items recorded so far are kept."""
 
 
 _ROOM = "beit3_ds.benchmarks.certify"

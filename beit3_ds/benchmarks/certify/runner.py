@@ -49,8 +49,8 @@ def certify(
         otherwise 1.
 
     Raises:
-        ConfigError: if a name in `only` is unknown, the folder contains other files, or the results are another
-            machine's.
+        ConfigError: if a name in `only` is unknown, the folder contains other files, or the results are from another
+            machine.
     """
     if unknown := [name for name in only if name not in [section.name for section in plan]]:
         names = ", ".join(repr(section.name) for section in plan)
@@ -110,7 +110,7 @@ def _seconds_left(end: float | None, limit: float) -> float:
 
 
 def _check_machine(results: ResultsFile, folder: Path) -> None:
-    """Raises an error if the results file is another machine's, because the figures would not be comparable."""
+    """Raises an error if the results are from another machine, because the figures would not be comparable."""
     found: list[dict[str, Any]] = [line for line in results.read() if line.get("section") == MACHINE.name]
     found = [line for line in found if "devices" in line]
     if len(found) > 1:

@@ -124,7 +124,7 @@ def our_step(config: RunConfig, batch: PackedBatch, backend: Backend | None = No
 
 
 def timed_batch(config: RunConfig, device: torch.device) -> PackedBatch:
-    """Returns, on a device, the batch that all steps train on."""
+    """Returns the batch that all steps train on, with its tensors on `device`."""
     return build_batch(config, 0).to(device)
 
 
@@ -235,6 +235,6 @@ def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
 
 
 def _flops(config: RunConfig, batch: PackedBatch) -> float:
-    """Returns the FLOPs of a step's matrix products, without skipping any rows; pixels need no gradient."""
+    """Returns the FLOPs of a step's matrix products for all rows, without gradients of the pixels."""
     embeddings, *rest = layer_flops(config.model, work_of(batch, head_flops(config.model, batch.term_counts)))
     return 2 * embeddings + 3 * sum(rest)

@@ -1,4 +1,4 @@
-"""Compares saving, loading and exporting of checkpoints with DeepSpeed's checkpoints and `zero_to_fp32`."""
+"""Compares how this project and DeepSpeed (with `zero_to_fp32`) save, load and export checkpoints."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def _measure_exports(folder: Path) -> list[Row]:
 
 
 def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
-    """Runs a module in a process; returns its time and memory, and the time until its files are on the disk."""
+    """Runs a module in a process; returns the process's time and memory, and the time until `out` is on the disk."""
     os.sync()
     log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
     start, anonymous = time.perf_counter(), 0
@@ -236,8 +236,9 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
 
 
 def _peak(rows: Sequence[Row]) -> float:
-    """Returns the median peak bytes of an operation. Of DeepSpeed's saves only the first counts, because later ones
-    include this project's copy of the state.
+    """Returns the median peak bytes of an operation.
+
+    DeepSpeed's later saves do not count, because their memory includes this project's copy of the state.
     """
     if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
         return float(rows[0]["peak_bytes"])

@@ -86,7 +86,7 @@ class _Rank:
         self.state_bytes = self._count_state_bytes()
 
     def fingerprint(self) -> dict[str, float]:
-        """Returns the sum of this rank's master weights, and the sum of each of its moments, by name."""
+        """Returns the sum of this rank's master weights, and the sum of each moment, by name."""
         sums = dict.fromkeys(KINDS, 0.0)
         for fragment in self.state.fragments_to_save():
             for kind in KINDS:

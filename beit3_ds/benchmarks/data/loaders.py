@@ -2,7 +2,7 @@
 
 Speed is in images per CPU second. Each loader has one process with one thread. All loaders decode with Pillow, jitter
 the colours, flip and crop, make two views of the crop, and draw a block mask. WebDataset and ImageFolder use
-torchvision's transforms for this, like the code of BEiT's users.
+torchvision's transforms for this, as users of BEiT do.
 """
 
 import io

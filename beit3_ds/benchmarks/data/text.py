@@ -36,7 +36,7 @@ def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: 
     measured in CPU time on one core.
 
     Args:
-        num_bytes: size in bytes of a second corpus. With it, the peak memory is compared with the memory during the
+        num_bytes: size in bytes of a second corpus, for which the peak memory is compared with the peak during the
             first 5% of the corpus. 0 skips this measurement.
         processes: number of processes that prepare the second corpus; None means one process per core.
         json_path: file for the results (`rows` and `summary`) as JSON.

@@ -18,7 +18,7 @@ def step_loss_of(task: str) -> StepLoss | None:
 
 
 def loss_factors(task: str, batch: PackedBatch) -> torch.Tensor:
-    """Returns the factors for the sums of a task's loss terms, for a step of one micro-batch."""
+    """Returns the factor of each loss term's sum, for a step with one micro-batch."""
     weights = [0.5, 0.5, 0.0, 0.0] if task == "retrieval" else [1.0, 0.0]
     if task == "captioning":
         return torch.tensor(weights) / sum(batch.head_row_counts)

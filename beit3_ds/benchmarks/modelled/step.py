@@ -34,7 +34,7 @@ class StepTime(NamedTuple):
     """FLOPs of all matrix products of the model, forward and backward, without the visual tokenizer."""
 
     def total(self) -> OpTime:
-        """Returns the time of the step. For the blocks, the longer of the times on the GPU and on the host counts."""
+        """Returns the time of the step. For the blocks, the longer one of GPU time and host time counts."""
         by_name = {part.name: part for part in self.parts}
         gpu, host = by_name["blocks, GPU"], by_name["blocks, host"]
         rest = [part for part in self.parts if part not in (gpu, host)]

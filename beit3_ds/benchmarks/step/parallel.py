@@ -136,7 +136,7 @@ def run_steps(zero_stage: int, shares: int, share: int, folder: str) -> dict[str
     Args:
         zero_stage: ZeRO stage of the engine.
         shares: number of processes among which the samples are divided.
-        share: index of this process among them, from 0.
+        share: index of this process, from 0.
         folder: folder for the secret that the processes share.
     """
     from beit3_ds.runtime.process_group import init_process_group

@@ -7,7 +7,7 @@ only make this file faster: logits are computed only at masked positions, AdamW 
 are freed after every step.
 
 If this code changed, old and new ratios would not be comparable. So tests/benchmarks/step/test_benchmark.py checks a
-hash of it.
+hash of this code.
 """
 
 # B samples of a stream, N patches per image, S tokens of the longest text, D hidden.

@@ -1,4 +1,4 @@
-"""Runs one process of `beit3 bench train`, which trains one step or computes its matrix products on each request."""
+"""Runs one process of `beit3 bench train`: each request trains a step, or only computes a step's matrix products."""
 
 import os
 import sys

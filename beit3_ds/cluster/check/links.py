@@ -16,7 +16,7 @@ from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 from beit3_ds.runtime import versions
 
 FLOOR_BITS = 0.5e9
-"""Minimum bits per second of a link without an expected speed: half of 1 Gbit/s, the slowest cluster network."""
+"""Lower limit for a link's bits per second if no speed is expected: half of 1 Gbit/s."""
 _SLOW = 0.5  # share of the usual or expected speed below which a link is slow
 _START_SECONDS = 90.0  # for imports of torch from a shared file system, and the rendezvous
 _ROUND_SECONDS = 10.0
@@ -124,7 +124,7 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Sends a request to all nodes in parallel and returns their answers; the nodes wait for each other.
+        """Sends a request to all nodes at once, because the nodes work together on it, and returns all answers.
 
         Raises:
             NoAnswer: if a node fails. Each failed node's fault is recorded.

@@ -180,8 +180,8 @@ class Probe:
         """Connects to all targets in parallel; a target is `[address, port]`.
 
         Returns:
-            For each target: the received token, the two addresses of the connection and the network interface, or an
-                error.
+            A dict per target, with the received token, the connection's two addresses and the network interface, or
+            with an error.
         """
         results: list[dict] = [{} for _ in targets]
         threads = [

@@ -314,7 +314,7 @@ class Attempt:
                 rank.channel.send(SendSignal(signal_number=self._stop_signals.first))
 
     async def _wait(self, happened: Callable[[], bool], seconds: float) -> bool:
-        """Waits at most `seconds` until `happened` returns true; returns whether it returned true."""
+        """Waits at most `seconds` until `happened` returns true; returns the last result of `happened`."""
         deadline = time.monotonic() + seconds
         while not happened():
             left = deadline - time.monotonic()

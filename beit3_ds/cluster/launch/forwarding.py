@@ -37,7 +37,7 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
 
 
 def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
-    """Returns one line per forwarded variable. Only values of `FORWARDED_NAMES` are shown, because others may be
+    """Returns one line per forwarded variable. Only values of `FORWARDED_NAMES` are shown, because other values may be
     secrets.
     """
     return [

@@ -51,7 +51,7 @@ _ATTEMPTS = 4
 
 
 class RankGuard:
-    """Starts, signals and kills one rank's training process as `beit3 launch` requests, and reports its end."""
+    """Controls one rank's training process as `beit3 launch` requests, and reports how the process ends."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
         """Creates a guard that has already registered over `channel`.

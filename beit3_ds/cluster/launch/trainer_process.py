@@ -1,6 +1,4 @@
-"""Runs one rank's training process as a child of the rank's guard, copies its output, and kills leftover child
-processes.
-"""
+"""Runs one rank's training process as a child of the rank's guard, and kills leftover child processes."""
 
 import codecs
 import contextlib
