@@ -1,4 +1,4 @@
-"""Tests the bundle for machines without network: its parts, its script, and its limit of size."""
+"""Tests the bundle for machines without network: its parts, its script and its size limit."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from beit3_ds.config import ConfigError
 
 
 def fetch(requirements: Sequence[str], folder: Path) -> None:
-    """Stores a wheel with one module per requirement."""
+    """Stores one wheel per requirement, each with a single module."""
     for requirement in requirements:
         name = requirement.split("==")[0].replace("-", "_")
         with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as wheel:
@@ -22,13 +22,13 @@ def fetch(requirements: Sequence[str], folder: Path) -> None:
 
 
 def fill(tree: Path, cache: Path, architecture: int) -> None:
-    """Stores one file."""
+    """Stores one file in a kernel cache."""
     assert (tree / "beit3_ds" / "kernels" / "triton").is_dir()
     (cache / f"kernel_{architecture}").write_bytes(b"0" * 100)
 
 
 def test_the_script_runs_the_tree_with_cache_and_packages(tmp_path: Path) -> None:
-    """Catches a part that is missing, and a script that takes other packages, another tree or another cache."""
+    """Catches a missing part, and a script that uses packages, code or a cache from outside the bundle."""
     folder = tmp_path / "bundle"
     size = bundle.pack_bundle(folder, 90, fetch, fill)
     assert 1e6 < size < bundle.MAX_BYTES and size == bundle._size(folder)
@@ -67,6 +67,6 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_packages_are_pinned() -> None:
-    """Catches a package without a tested version."""
+    """Catches a package whose version is not pinned to a tested one."""
     requirements = bundle.pinned(bundle.ROOT / "constraints.txt")
     assert len(requirements) == len(bundle.PACKAGES) and requirements[0].startswith("deepspeed==")

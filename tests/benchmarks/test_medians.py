@@ -1,4 +1,4 @@
-"""Tests medians and their intervals."""
+"""Tests medians and their confidence intervals."""
 
 from beit3_ds.benchmarks.medians import median_with_interval
 

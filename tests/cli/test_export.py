@@ -1,4 +1,4 @@
-"""Tests `beit3 export`, and `import` and `inspect` with the exported files."""
+"""Tests `beit3 export`, and runs `import` and `inspect` on the exported files."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.weights.models import exported, random_model
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Writes exported weights with attention heads as wide as the released ones."""
+    """Writes exported weights whose attention heads are as wide as those of the released models."""
     config = decoupled(hidden_size=64, num_attention_heads=1)
     return exported(random_model(config), tmp_path / "weights.safetensors")
 

@@ -1,4 +1,4 @@
-"""Tests that commands end as programs of Unix do when their output cannot be written."""
+"""Tests how commands end when their output cannot be written: like other Unix programs."""
 
 import json
 import subprocess
@@ -20,9 +20,9 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 def run(redirection: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs `beit3` in a shell with redirected streams; the last line of the output is its status.
+    """Runs `beit3` in a shell with redirected streams; the last line of the output is the exit status.
 
-    `inspect` prints 20,000 lines instead of loading torch.
+    The command `inspect` is replaced by one that prints 20,000 lines without loading torch.
     """
     script = f'set -o pipefail; "$0" -c "$@" {redirection}; echo "status $?"'
     command = ["bash", "-c", script, sys.executable, _PROGRAM, *map(str, arguments)]
@@ -35,13 +35,13 @@ def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_reader_that_ends_early_is_no_failure() -> None:
-    """Catches a traceback and the statuses 1 and 120 of `beit3 inspect | head -1`."""
+    """Catches `beit3 inspect | head -1` that ends with a traceback, or with status 1 or 120."""
     done = run("| head -1", "inspect", "weights")
     assert (done.stdout, done.stderr) == ("line 0\nstatus 0\n", "")
 
 
 def test_a_result_that_cannot_be_printed_is_a_failure() -> None:
-    """Catches `beit3 inspect > FILE` on a full disk that ends with status 0 and half a file."""
+    """Catches `beit3 inspect > FILE` that reports success although a full disk cut the file."""
     done = run("> /dev/full", "inspect", "weights")
     assert done.stdout == "status 1\n"
     assert done.stderr.splitlines()[1:] == ["error: the output cannot be written: No space left on device"]

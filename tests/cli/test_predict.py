@@ -18,7 +18,7 @@ def spm(tokenizer_files: dict[str, str]) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Returns a folder of three pictures and a file that is none."""
+    """Returns a folder of three images and one file that is not an image."""
     (tmp_path / "photos").mkdir()
     for seed in range(3):
         draw_photo(tmp_path / "photos" / f"{seed}.png", seed)
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def predict(tmp_path: Path, *arguments: object) -> list[dict[str, Any]]:
-    """Runs a command and returns its JSON; checks that a page is written without links to other files."""
+    """Runs a command and returns its JSON; checks that the HTML page has no links to other files."""
     out, page = tmp_path / "out.json", tmp_path / "page.html"
     assert main(["predict", *map(str, arguments), "--out", str(out), "--page", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def test_statements_and_classes(folder: Path, spm: str, tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(folder: Path, spm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Checks what can be checked before a model is loaded, with weights that do not exist."""
+    """Checks that mistakes are reported before a model is loaded; the weights do not exist."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "twice.jsonl").write_text('{"id": 1, "image": "photos/0.png", "question": "what?"}\n' * 2)
     (tmp_path / "lost.jsonl").write_text('\n{"image": "photos/9.png", "question": "what?"}')

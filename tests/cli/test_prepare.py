@@ -1,4 +1,4 @@
-"""Tests how `beit3 prepare texts` resumes, and its output."""
+"""Tests that `beit3 prepare texts` resumes, and checks its output."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Makes random mistakes in a run's file."""
+"""Makes random mistakes in the configuration file of a run."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ Path = tuple[str | int, ...]
 
 
 def nodes(value: Any, path: Path = ()) -> Iterator[Path]:
-    """Yields every place in a JSON value, the whole first."""
+    """Yields the path of every value in a JSON document, beginning with the whole document."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -29,7 +29,7 @@ def at(value: Any, path: Path) -> Any:
 
 
 def mutate(mapping: dict[str, Any], rng: random.Random) -> tuple[dict[str, Any], str]:
-    """Returns a copy with one to three mistakes, and their description."""
+    """Returns a copy with one to three random mistakes, and a description of the mistakes."""
     mutant, said = copy.deepcopy(mapping), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         kind = rng.choice((_replace, _replace, _scale, _scale, _misspell, _remove, _add_key, _add_key, _move))
@@ -38,7 +38,7 @@ def mutate(mapping: dict[str, Any], rng: random.Random) -> tuple[dict[str, Any],
 
 
 def duplicate_key(text: str, rng: random.Random) -> str:
-    """Returns the JSON text with a key that appears twice."""
+    """Returns the JSON text after repeating one of its keys."""
     lines = text.splitlines()
     number = rng.choice([i for i, line in enumerate(lines) if line.rstrip().endswith(",") and '": ' in line])
     return "\n".join([*lines[: number + 1], *lines[number:]])
@@ -57,7 +57,7 @@ def _replace(mapping: Any, rng: random.Random) -> str:
 
 
 def _scale(mapping: Any, rng: random.Random) -> str:
-    """Replaces a number by another of the same type, which is often valid."""
+    """Replaces a number by another number of the same type, which is often valid."""
     numbers = [p for p in nodes(mapping) if p and type(at(mapping, p)) in (int, float)]
     if not numbers:
         return "nothing"
@@ -86,7 +86,7 @@ def _remove(mapping: Any, rng: random.Random) -> str:
 
 
 def _add_key(mapping: Any, rng: random.Random) -> str:
-    """Adds a key that DeepSpeed knows, often with a value from the table of keys."""
+    """Adds a key of DeepSpeed, often with a value from the table of keys."""
     if rng.random() < 0.3:
         key = rng.choice(sorted(DEEPSPEED_KEYS))
         mapping[key] = value = copy.deepcopy(rng.choice(WRONG + NUMBERS))
@@ -111,5 +111,5 @@ def _move(mapping: Any, rng: random.Random) -> str:
 
 
 def to_text(mapping: dict[str, Any]) -> str:
-    """Returns JSON text, with Python's spelling of values that JSON lacks."""
+    """Returns JSON text; NaN and infinity are spelled as Python spells them."""
     return json.dumps(mapping, indent=1)

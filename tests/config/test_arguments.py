@@ -1,4 +1,4 @@
-"""Tests that every number on a command line has a range, and that a mistake is one line and status 2."""
+"""Tests that every numeric argument has a range, and that a mistake gives one line and status 2."""
 
 import argparse
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ NUMBERS = [
 
 
 def test_no_argument_takes_any_number() -> None:
-    """Catches `type=int`, which takes -1 and a hundred digits."""
+    """Catches `type=int`, which accepts -1 and numbers of a hundred digits."""
     assert [prog for prog, action in actions(build_parser()) if action.type in (int, float, complex)] == []
     assert len(NUMBERS) >= 15
 

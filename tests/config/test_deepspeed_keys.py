@@ -1,4 +1,4 @@
-"""Tests that the table of DeepSpeed's keys is complete and checks each value's type and range."""
+"""Tests that the table of DeepSpeed's keys is complete, and that it checks the type and range of each value."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +13,11 @@ from tests.run_config import small_run_mapping
 ACCEPTED = list(accepted_keys())
 
 NO_VALUE_OF_A_KEY = [None, "auto", "true", "on", [], {}, [1], float("nan"), float("inf"), -1, -1.5, 10**30, "", "1"]
-"""Values that no number, flag or choice among DeepSpeed's keys may have."""
+"""Values that are invalid for every key of DeepSpeed that takes a number, flag or choice."""
 
 
 def with_key(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """Returns a small run with one of DeepSpeed's keys."""
+    """Returns a small run with one key of DeepSpeed set."""
     mapping = small_run_mapping(1)
     section = mapping
     for name in path[:-1]:
@@ -40,7 +40,7 @@ def specs(keys: Any = DEEPSPEED_KEYS, path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def test_top_level_keys_are_those_of_the_pinned_version() -> None:
-    """Catches a top-level key that a new version of DeepSpeed adds or drops; records the keys that its parser reads."""
+    """Catches top-level keys that a new version of DeepSpeed adds or drops, by recording what its parser reads."""
     from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
     asked: set[str] = set()
@@ -72,7 +72,7 @@ def test_top_level_keys_are_those_of_the_pinned_version() -> None:
 
 
 def test_nested_keys_are_those_of_the_pinned_version() -> None:
-    """Catches a key of a section that a new version of DeepSpeed adds, drops or renames."""
+    """Catches keys of a section that a new version of DeepSpeed adds, drops or renames."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime import constants
@@ -109,7 +109,7 @@ def test_nested_keys_are_those_of_the_pinned_version() -> None:
 
 
 def test_fixed_values_are_what_deepspeed_does_without_the_key() -> None:
-    """Catches a fixed value that differs from DeepSpeed's default and so would change something."""
+    """Catches a fixed value that differs from DeepSpeed's default and would therefore change the run."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -129,7 +129,7 @@ def test_fixed_values_are_what_deepspeed_does_without_the_key() -> None:
 
 @pytest.mark.parametrize("key", ACCEPTED, ids=lambda key: key.name)
 def test_values_of_other_types_and_ranges_are_refused_by_name(key: AcceptedKey) -> None:
-    """Catches a key that is passed to DeepSpeed unread: any wrong value gives one line that names its key."""
+    """Catches a key whose value is not checked; a wrong value must give one line that names the key."""
     for value in NO_VALUE_OF_A_KEY:
         if isinstance(key.spec, Text) and isinstance(value, str) and value not in ("", "auto"):
             continue
@@ -142,7 +142,7 @@ def test_values_of_other_types_and_ranges_are_refused_by_name(key: AcceptedKey) 
 
 @pytest.mark.parametrize("key", ACCEPTED, ids=lambda key: key.name)
 def test_deepspeed_takes_every_accepted_value(key: AcceptedKey) -> None:
-    """Catches a value of the table that DeepSpeed's own parser refuses."""
+    """Catches a value that the table accepts and DeepSpeed's parser refuses."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     samples = {"train_batch_size": (12,), "train_micro_batch_size_per_gpu": (12,)}.get(key.name, key.spec.samples)
@@ -152,7 +152,7 @@ def test_deepspeed_takes_every_accepted_value(key: AcceptedKey) -> None:
 
 
 def accepted(key: AcceptedKey, value: Any) -> RunConfig:
-    """Returns a run with this value and the other keys that the value requires."""
+    """Returns a run with this value and with the other keys that the value requires."""
     mapping = with_key(key.path, value)
     if key.path[0] == "zero_optimization" and key.path[1:] != ("stage",):
         mapping["zero_optimization"]["stage"] = key.spec.stages[-1]
@@ -178,7 +178,10 @@ def test_only_the_fixed_value_may_be_written(path: tuple[str, ...], spec: Fixed)
 
 @pytest.mark.parametrize(("path", "spec"), [(path, spec) for path, spec in specs() if isinstance(spec, Section)])
 def test_sections_are_objects_of_known_keys(path: tuple[str, ...], spec: Section) -> None:
-    """Catches values that DeepSpeed answers with a traceback; it reads `zero_optimization: true` as stage 1."""
+    """Catches section values on which DeepSpeed fails or guesses.
+
+    For example, DeepSpeed reads `zero_optimization: true` as stage 1.
+    """
     for value in (True, False, None, 1, "auto", [], [{}]):
         message = refusal(with_key(path, value))
         assert message.startswith(f"{'.'.join(path)}: expected a JSON object such as {spec.example}")

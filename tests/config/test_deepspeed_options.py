@@ -1,4 +1,4 @@
-"""Tests the meaning of DeepSpeed's keys, with and without a value."""
+"""Tests what DeepSpeed's keys mean, with and without a value."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Tests that every shipped config loads and passes a dry run, and that the giant one has the paper's settings."""
+"""Tests that every shipped configuration loads and passes a dry run.
+
+Also checks that the giant configuration has the paper's settings.
+"""
 
 import json
 import re
@@ -107,7 +110,12 @@ def test_giant_holds_the_papers_settings() -> None:
 
 
 def giant_stages(stage: int, **parallel: int) -> dict[str, list[str]]:
-    """Returns the dry run's table of the giant model on 64 ranks, by row, with another ZeRO stage and layout."""
+    """Returns the dry run's table of the giant model on 64 ranks, by row name.
+
+    Args:
+        stage: ZeRO stage.
+        **parallel: keys of the section "parallel".
+    """
     mapping = json.loads((FOLDER / "giant_zero3_64gpu.json").read_text())
     mapping["zero_optimization"]["stage"] = stage
     mapping["gradient_accumulation_steps"] = 16 if "pipeline_parallel_size" in parallel else 1
@@ -118,10 +126,10 @@ def giant_stages(stage: int, **parallel: int) -> dict[str, list[str]]:
 
 
 def test_giant_costs_equal_estimates_by_hand() -> None:
-    """Compares the planner with independent estimates for 64 ranks.
+    """Compares the planner's figures for 64 ranks with estimates made by hand.
 
-    States take 18 bytes per parameter over 64 ranks (2 of weights, 4 of gradients, 12 of the optimizer). The tensor
-    axis sends 4 T D e per layer, and a float32 stream passes between stages.
+    Training states take 18 bytes per parameter, divided over 64 ranks: 2 of weights, 4 of gradients and 12 of the
+    optimizer. Tensor-parallel ranks send 4 T D e bytes per layer. Pipeline stages send a float32 stream.
     """
     states = ("memory, parameters, GiB", "memory, gradients, GiB", "memory, optimizer, GiB")
     zero3 = giant_stages(3)

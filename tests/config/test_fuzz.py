@@ -1,4 +1,7 @@
-"""Tests that any mistake in a run's file is one line and status 2, and that a run accepted by `check` starts."""
+"""Tests random mistakes in configuration files.
+
+A mistake must give one line and status 2. A run that `beit3 check` accepts must start.
+"""
 
 import json
 import random
@@ -20,7 +23,7 @@ WORLD_SIZES = {"quickstart_cpu": 1, "base_8gpu": 8, "giant_zero3_64gpu": 64, "be
 
 
 def outcome(path: Path, world_size: int) -> RunConfig | None:
-    """Returns the configuration, or None if it is refused; fails if the error is not one clear line."""
+    """Returns the configuration, or None if it was refused; fails if the error is not a single clear line."""
     try:
         config = load_run_config(path)
         check_layout(config, world_size)
@@ -34,7 +37,7 @@ def outcome(path: Path, world_size: int) -> RunConfig | None:
 
 
 def fuzz_files(folder: Path, seed: int, count: int) -> int:
-    """Loads mutants of the shipped files and returns how many were accepted."""
+    """Loads randomly changed copies of the shipped files; returns the number of accepted ones."""
     rng, num_accepted = random.Random(seed), 0
     originals = [(path.stem, json.loads(path.read_text())) for path in SHIPPED]
     for number in range(count):
@@ -55,7 +58,7 @@ def fuzz_files(folder: Path, seed: int, count: int) -> int:
 
 
 def test_mistakes_in_files_are_one_line(tmp_path: Path) -> None:
-    """Catches a value that is not checked before it raises an error elsewhere."""
+    """Catches a value that nothing checks and that raises an error later."""
     num_accepted = fuzz_files(tmp_path, seed=0, count=600)
     assert 60 < num_accepted < 540  # else the mutants say nothing of one side
 
@@ -67,7 +70,7 @@ def test_thousands_of_mistakes_in_files_are_one_line(tmp_path: Path, seed: int) 
 
 
 def fuzz_runs(mapping: dict[str, Any], folder: Path, seed: int, count: int) -> dict[str, int]:
-    """Trains two steps of every mutant of a small run that `beit3 check` accepts, and counts the outcomes."""
+    """Trains every randomly changed run that `beit3 check` accepts for two steps; returns the count of each outcome."""
     rng = random.Random(seed)
     ends = {"refused": 0, "too large to run here": 0, "trained": 0}
     paths, descriptions = [], []
@@ -124,14 +127,14 @@ def _is_small(config: RunConfig) -> bool:
 
 
 def _is_agreed(said: str, status: int, error: str) -> bool:
-    """Returns whether an accepted start succeeded or was refused for a reason that only the files can give."""
+    """Returns whether an accepted run succeeded, or was refused for a reason that only its data files show."""
     if status == 0:
         return True
     return status == 2 and error.count("\n") <= 1 and bool(re.search(r"tokenizer|\.tar|\.spm|no file matches", error))
 
 
 def _train_all(paths: list[str]) -> list[tuple[int, str]]:
-    """Runs each file on one rank and returns its status and its error output."""
+    """Trains each configuration file on one rank; returns exit statuses and error outputs."""
     import contextlib
     import io
     import os
@@ -155,7 +158,7 @@ def _train_all(paths: list[str]) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def tiny_mapping(run_mapping: dict[str, Any]) -> dict[str, Any]:
-    """Returns a run of two steps of two samples, with settings that users often change, to be mutated."""
+    """Returns a run of two steps with two samples each, with settings that users often change."""
     own = run_mapping["beit3_ds"]
     own["training"] |= {
         "min_learning_rate": 1e-5,
@@ -172,7 +175,7 @@ def tiny_mapping(run_mapping: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_check_accepts_trains(tiny_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a key that `beit3 check` accepts and DeepSpeed, the model or the data refuse."""
+    """Catches a key that `beit3 check` accepts and that DeepSpeed, the model or the data pipeline refuses."""
     ends = fuzz_runs(tiny_mapping, tmp_path, seed=0, count=10)
     assert ends["trained"] >= 5, ends
 

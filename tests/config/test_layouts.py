@@ -1,4 +1,4 @@
-"""Tests that a layout that does not fit is refused with the rule and the nearest ones that fit."""
+"""Tests the error for a layout that does not fit: it states the rule and suggests the nearest valid layouts."""
 
 import re
 from typing import Any
@@ -51,7 +51,7 @@ def test_nearest_layouts_are_named() -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 4), st.integers(1, 4))
 def test_suggestions_fit(world_size: int, accumulation: int, tensor: int, stages: int) -> None:
-    """Catches suggestions that do not fit; a layout that fits is itself the first suggestion."""
+    """Catches suggestions that are invalid; for a valid layout, the first suggestion is the layout itself."""
     asked = config(accumulation, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
     near = nearest_layouts(asked, world_size)
     for layout in near:
@@ -85,6 +85,6 @@ def test_state_that_cannot_be_saved_is_refused(section: str) -> None:
 
 
 def test_steps_without_a_gradient_norm_are_refused() -> None:
-    """Catches a run without gradient norms, by which steps with a NaN are recognised."""
+    """Catches a run without gradient norms, because only the norm shows that a step has a NaN."""
     with pytest.raises(ConfigError, match=r"compute_grad_norm: .* recognised by the gradients' norm"):
         config(zero={"stage": 2, "compute_grad_norm": False})

@@ -1,4 +1,4 @@
-"""Tests how many steps are prepared ahead within a bound on shared memory."""
+"""Tests how many steps are prepared ahead without exceeding a limit of shared memory."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tests that every number of a run's own section has a range, and that no path is empty and each may begin with `~`."""
+"""Tests the fields of a run's own section: every number has a range, no path is empty, and paths may begin with `~`."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ SECTIONS = get_type_hints(RunConfig) | {"model": ModelConfig}
 
 
 def fields(cls: type, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Yields every field without fields of its own, with its annotation; a list counts as its first item."""
+    """Yields the path and annotation of every leaf field; a list is represented by its first item."""
     for name, hint in get_type_hints(cls, include_extras=True).items():
         if get_origin(hint) is not None and "ClassVar" in str(hint):
             continue
@@ -61,7 +61,7 @@ def name(path: tuple[str | int, ...]) -> str:
 
 
 def with_value(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
-    """Returns the quickstart's run with one value replaced."""
+    """Returns the quickstart configuration with one value replaced."""
     mapping = quickstart_mapping()
     section: Any = mapping["beit3_ds"]
     for step, following in itertools.pairwise(path):
@@ -83,7 +83,7 @@ def refusal(path: tuple[str | int, ...], value: Any) -> str:
 
 
 def test_every_kind_of_field_is_known() -> None:
-    """Catches a field of another type, which the tests below would skip."""
+    """Catches a field of an unknown type, which the tests below would skip."""
     for path, hint in ALL_FIELDS:
         assert base(hint) in (int, float, bool, str) or get_origin(hint) is Literal, f"{name(path)}: {hint}"
     plain = {path[-1] for path, hint in ALL_FIELDS if base(hint) is str and not mark(hint, FilePath)}
@@ -95,7 +95,7 @@ def test_every_kind_of_field_is_known() -> None:
 
 @pytest.mark.parametrize(("path", "hint"), NUMBERS, ids=[name(path) for path, _ in NUMBERS])
 def test_every_number_has_a_range_that_is_enforced(path: tuple[str | int, ...], hint: Any) -> None:
-    """Catches a field without a range, and a range that nothing checks."""
+    """Catches a number without a range, and a range that is not enforced."""
     allowed: Range = mark(hint, Range)
     assert allowed is not None, f"{name(path)}: declare it as Annotated[{base(hint).__name__}, Range(...)]"
     outside = [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)]
@@ -123,7 +123,7 @@ def test_paths_are_not_empty_and_know_the_home_folder(
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
 def test_every_seed_in_range_suits_all_that_draw(seed: int) -> None:
-    """Catches seeds of -1 and 2**64, which ended in a traceback of whichever generator came first."""
+    """Catches seeds such as -1 and 2**64, on which a random generator fails with a traceback."""
     import numpy as np
     import torch
 
@@ -156,7 +156,7 @@ def test_a_shorter_training_names_the_way_out() -> None:
 
 
 def test_monitors_write_below_the_runs_folder() -> None:
-    """Catches a monitor with a path of its own that writes into the files of a run with another output_dir."""
+    """Catches a monitor whose own path lets it write into the output folder of another run."""
     mapping = quickstart_mapping()
     mapping["tensorboard"] = {"enabled": True, "output_path": "figures", "job_name": "mine"}
     mapping["csv_monitor"] = {"enabled": True, "output_path": "figures"}
@@ -179,7 +179,7 @@ def test_monitors_write_below_the_runs_folder() -> None:
 )
 @pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "n" * 256, "\u00e4" * 128])
 def test_names_that_no_file_can_have_are_refused(key: str, name: str) -> None:
-    """Catches names that `beit3 check` accepts and the monitor cannot write."""
+    """Catches names that `beit3 check` accepts although the monitor cannot create a file of that name."""
     mapping = quickstart_mapping()
     section, last = key.split(".")
     mapping[section] = {last: name}
@@ -190,7 +190,7 @@ def test_names_that_no_file_can_have_are_refused(key: str, name: str) -> None:
 
 
 def test_integers_beyond_64_bits_are_named_as_such() -> None:
-    """Catches the message "2**63 must be at least 0", which is no rule that 2**63 breaks."""
+    """Catches the false message "2**63 must be at least 0"."""
     mapping = quickstart_mapping()
     mapping["beit3_ds"]["training"]["seed"] = 2**63
     with pytest.raises(ConfigError, match=r"training\.seed is 9223372036854775808, which no computer integer holds"):

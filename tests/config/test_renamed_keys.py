@@ -1,4 +1,4 @@
-"""Tests that an old key's error names the new key, and that the documentation lists every renamed key."""
+"""Tests that the error for an old key names the new key, and that the documentation lists every renamed key."""
 
 from pathlib import Path
 

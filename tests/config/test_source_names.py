@@ -1,4 +1,4 @@
-"""Tests that short names of sources are readable, all different, and valid in file names."""
+"""Tests that short names of sources are readable, distinct and valid as file names."""
 
 import re
 

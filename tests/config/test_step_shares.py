@@ -1,4 +1,4 @@
-"""Tests the shares of a step: every sample once, as even as possible, and the batch size that DeepSpeed gets."""
+"""Tests how a step's samples are divided over ranks and micro-batches, and the batch size that DeepSpeed gets."""
 
 import pytest
 from hypothesis import given, settings
@@ -40,7 +40,7 @@ def test_every_slot_is_in_one_share(samples: tuple[int, int, int], ranks: int, m
 
 @given(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), st.integers(1, 8), st.integers(1, 4))
 def test_even_shares_keep_their_slots(factors: tuple[int, int, int], ranks: int, micro_batches: int) -> None:
-    """Catches even shares that differ from the shares before uneven ones were possible."""
+    """Catches a change of the slots that each rank gets when the samples divide evenly."""
     shares = shares_of(tuple(factor * ranks * micro_batches for factor in factors), ranks, micro_batches)
     assert shares.is_even
     for rank in range(ranks):
@@ -57,7 +57,10 @@ def test_eight_samples_over_three_ranks() -> None:
 
 @pytest.mark.parametrize("ranks", [3, 7, 8])
 def test_the_engine_is_told_the_largest_share(ranks: int) -> None:
-    """Catches a batch size that DeepSpeed refuses: train_batch_size = micro-batch size x accumulation x ranks."""
+    """Catches a batch size that DeepSpeed refuses.
+
+    DeepSpeed requires train_batch_size = micro-batch size x accumulation x ranks.
+    """
     config = build_run_config(small_run_mapping(1, samples=(8, 8, 8)) | {"train_batch_size": 24})
     engine = config.engine_config(ranks)
     assert "train_batch_size" not in engine
@@ -94,7 +97,7 @@ def test_batch_sizes_that_hold() -> None:
     ("tensor", "stages", "world_size", "fits"), [(1, 1, 7, True), (2, 2, 28, True), (2, 2, 30, False)]
 )
 def test_seven_of_eight_nodes_fit(tensor: int, stages: int, world_size: int, fits: bool) -> None:
-    """Tests that any data-parallel size fits, and that the ranks must form whole copies of the model."""
+    """Checks that any data-parallel size is accepted if the ranks form whole copies of the model."""
     mapping = small_run_mapping(1, samples=(32, 32, 32), accumulation=4)
     mapping["beit3_ds"]["parallel"] = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
     assert fits_layout(build_run_config(mapping), world_size) is fits

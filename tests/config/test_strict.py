@@ -1,4 +1,4 @@
-"""Tests that a bad configuration is refused with a message that names the key, the rule and a way out."""
+"""Tests that the error for a bad configuration names the key, the rule and a remedy."""
 
 import json
 from collections.abc import Callable

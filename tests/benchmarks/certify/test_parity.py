@@ -1,4 +1,4 @@
-"""Tests that a wrong gradient fails the comparison of a step with float64."""
+"""Tests that a step with a wrong gradient fails the comparison with float64."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""Tests how sections run: one that hangs or crashes loses only itself, and a second call runs the rest."""
+"""Tests how `beit3 certify` runs its sections.
+
+A section that hangs or crashes does not stop the others. A second call runs only the sections that are missing.
+"""
 
 import json
 import os
@@ -21,7 +24,7 @@ ONE = "recorder.measure('one', lambda: {'ms': 1.5})"
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Returns a function that writes a section's module and describes it."""
+    """Returns a function that writes the module of a section and describes the section."""
     folder = tmp_path / "modules"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.getcwd()]))
@@ -136,7 +139,7 @@ def test_a_second_call_runs_the_rest(make: Make, run: Callable[..., int], tmp_pa
 
 
 def test_a_second_call_repeats_what_failed(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
-    """Catches a mistake that was corrected and still shows, and good figures that are measured again."""
+    """Catches the report of an old failure after its cause was fixed, and good figures that are measured again."""
     faulty = f"{ONE}\nrecorder.measure('error', lambda: 1 / 0)\nrecorder.measure('check', lambda: {{'passed': False}})"
     assert run([make("faulty", faulty)]) == 1
     corrected = faulty.replace("1 / 0", "{'ms': 1.0}").replace("False", "True").replace("1.5", "9.9")
@@ -165,7 +168,7 @@ def test_mistakes(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
 
 
 def test_plan() -> None:
-    """Catches a section whose module does not exist, and a limit below the estimate."""
+    """Catches a section whose module does not exist, and a time limit below the estimated time."""
     root = Path(shipped.__file__).parents[3]
     names = [section.name for section in shipped.PLAN]
     assert len(set(names)) == len(names) and names[:4] == ["ceilings", "correctness", "operators", "steps"]
@@ -177,7 +180,7 @@ def test_plan() -> None:
 
 
 def test_a_dry_run_emulates_a_gpu(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
-    """Catches a section that measures this machine's CPU, a check that counts, and results mixed with a GPU's."""
+    """Catches a dry run that measures the CPU, counts as a check, or mixes its results with those of a GPU."""
     code = """
         import torch
         from beit3_ds.benchmarks.certify.device_kind import kind_of

@@ -1,4 +1,4 @@
-"""Tests the sections of `beit3 certify` on a CPU, and where packages are absent."""
+"""Tests the sections of `beit3 certify` on a CPU, also without optional packages."""
 
 import json
 import os
@@ -42,7 +42,7 @@ for name in ("engine", "profile"):
 
 
 def test_without_packages(tmp_path: Path) -> None:
-    """Catches a package that a section, or the command, needs although the machine may lack it."""
+    """Catches a section, or a command, that fails because an optional package is missing."""
     command = [sys.executable, "-c", _WITHOUT_PACKAGES, str(tmp_path / "results.jsonl")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -81,7 +81,7 @@ def test_an_unaligned_copy_is_unaligned() -> None:
 
 @pytest.mark.parametrize("small", [True, False])
 def test_ops_are_distinct(small: bool) -> None:
-    """Catches two ops with one name, of which the second would not run."""
+    """Catches two ops with the same name; only the first would run."""
     names = [op.name for op in correctness._ops(small)]
     assert len(set(names)) == len(names)
     checks = [name for name, _ in correctness._kernel_checks(torch.device("cpu"))]
@@ -107,7 +107,7 @@ def test_clock_leaves_out_preparation() -> None:
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 7, 8])
 def test_commands_of_layouts_exist(num_gpus: int, tmp_path: Path) -> None:
-    """Catches an option that the command line does not have, and files that do not exist."""
+    """Catches a printed command with an unknown option or a file that does not exist."""
     planned = layouts.plan_commands(tmp_path, num_gpus)
     for commands in planned.values():
         for command in commands:

@@ -1,4 +1,4 @@
-"""Tests the checkpoint benchmark: its choice of a size, and ratios that are the right way up."""
+"""Tests that the checkpoint benchmark chooses a model size that fits, and does not invert its ratios."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_figures_are_written_and_nothing_stays_behind(tmp_path: Path, monkeypatc
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces measurements by 0.5 GB per rank and 28 bytes per parameter; returns the sizes measured so far."""
+    """Replaces the measurements by 0.5 GB per rank and 28 bytes per parameter; returns the sizes measured so far."""
     sizes: list[str] = []
 
     def measure(size: str, ranks: int, folder: Path) -> tuple[int, int]:
@@ -54,7 +54,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_largest_size_that_fits_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
 ) -> None:
-    """large needs 18.8 GB for its parameters, 1 GB for two processes and 2 GB left free: 20.3 GiB."""
+    """Checks the choice on a disk and memory where size "large" just fits.
+
+    Size "large" needs 20.3 GiB: 18.8 GB for the parameters, 1 GB for two processes and 2 GB left free.
+    """
     monkeypatch.setattr(choice, "_available_bytes", lambda: 21 << 30)
     chosen = choice.choose_size(None, 2, tmp_path)
     assert chosen.size == "large" and "giant needs 53." in chosen.reason
@@ -77,7 +80,7 @@ def test_no_size_is_measured_where_none_fits(
 
 
 def test_memory_is_predicted_by_the_last_two_peaks() -> None:
-    """Catches the use of libraries as if they grew with the model."""
+    """Catches a prediction that scales the memory of libraries with the size of the model."""
     assert choice.predict_bytes([choice.Peak(0, 5), choice.Peak(10, 105)], 30) == 305
     assert choice.predict_bytes([choice.Peak(0, 5), choice.Peak(10, 105), choice.Peak(20, 185)], 40) == 345
 

@@ -1,4 +1,4 @@
-"""Tests that the benchmark of the checkpoint's index measures all parts of the work, and leaves nothing behind."""
+"""Tests that the benchmark of the checkpoint's index measures every part of the work and deletes its files."""
 
 import json
 from pathlib import Path

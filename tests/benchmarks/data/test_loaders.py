@@ -1,4 +1,4 @@
-"""Tests the benchmark of loaders: each does the whole work, and ratios are the right way up."""
+"""Tests that all loaders in the loader benchmark do the same work, and that its ratios are not inverted."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests the text benchmark: its corpus, its files, and memory that does not grow with the corpus."""
+"""Tests the text benchmark: its corpus, its files, and memory use that does not grow with the corpus."""
 
 import json
 from pathlib import Path

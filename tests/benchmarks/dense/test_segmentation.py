@@ -1,4 +1,7 @@
-"""Tests that the two sides of the comparison are one model: transformers' Mask2Former around our trunk and adapter."""
+"""Tests that the segmentation benchmark compares equal models.
+
+The reference is the Mask2Former of transformers on this project's trunk and adapter.
+"""
 
 import dataclasses
 import re
@@ -48,7 +51,10 @@ def test_scores_are_equal(models: tuple[SegmentationModel, TransformersModel]) -
 
 
 def test_losses_of_one_image_are_equal(models: tuple[SegmentationModel, TransformersModel]) -> None:
-    """Of one image, because transformers divides by the masks of a batch, and draws points for all its images."""
+    """Checks the loss of a single image.
+
+    For a batch, transformers divides by the masks of the batch and draws points for all images, so losses differ.
+    """
     ours, theirs = models
     pixels, seed = torch.rand(1, 3, 64, 64) * 2 - 1, 5
     labels = torch.tensor([[3, 3, 0, 7], [1, 1, 0, 7]], dtype=torch.uint8).repeat_interleave(32, 0)

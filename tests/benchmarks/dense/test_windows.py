@@ -1,4 +1,4 @@
-"""Checks that both sides of the comparison of windows compute the same, and that it writes its figures."""
+"""Tests that both implementations of windows compute the same, and that the benchmark writes its figures."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests that the reference generates the same captions as ours, so that their times are comparable."""
+"""Tests that the reference generates the same captions as this project, so that their times are comparable."""
 
 from dataclasses import replace
 from pathlib import Path

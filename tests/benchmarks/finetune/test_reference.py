@@ -1,4 +1,4 @@
-"""Both sides of the fine-tuning benchmark compute the same loss and gradients from the same weights and samples."""
+"""Tests that the reference computes the same loss and gradients as this project from the same weights and samples."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +25,9 @@ HASHES = {
 
 @pytest.mark.parametrize("module", HASHES, ids=lambda module: module.__name__)
 def test_the_reference_is_not_slowed(module: ModuleType) -> None:
-    """Catches a change of the reference's code, which makes old and new ratios in BENCHMARKS.md incomparable.
+    """Catches changes of the reference's code, after which old and new ratios in BENCHMARKS.md are not comparable.
 
-    After a change of what it computes, measure before and after, say so in BENCHMARKS.md, and write the new hash here.
+    After such a change, measure before and after it, report it in BENCHMARKS.md, and update the hash here.
     """
     assert code_hash(module) == HASHES[module]
 

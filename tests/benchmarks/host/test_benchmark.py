@@ -1,4 +1,4 @@
-"""Tests that the benchmark of the host times layers and steps, and what it writes."""
+"""Tests that the host benchmark times layers and steps, and checks its output."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from beit3_ds.benchmarks.host.zero3 import NUM_LAYERS, deep_config
 
 @pytest.mark.parametrize("name", layer_models())
 def test_layers_launch_kernels(name: str) -> None:
-    """Catches layers that are computed by PyTorch's operations, and counts that include tuning."""
+    """Catches layers that run PyTorch's operations instead of kernels, and launch counts that include tuning."""
     times = time_layer(layer_models()[name], rounds=1)
     assert 5 <= times.forward_launches == int(times.forward_launches) < times.backward_launches
     assert times.total_ms == pytest.approx(times.forward_ms + times.backward_ms) and times.forward_ms > 0

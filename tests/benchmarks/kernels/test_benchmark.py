@@ -1,4 +1,4 @@
-"""Tests the benchmark of kernels: its tables are complete, and baselines compute the same."""
+"""Tests that the tables of the kernel benchmark are complete, and that kernels and baselines compute the same."""
 
 import csv
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Tests of the modelled times."""
+"""Tests the modelled times of ops and steps."""

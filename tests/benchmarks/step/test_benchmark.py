@@ -1,4 +1,4 @@
-"""Tests the benchmark of the training step: a fast reference, a true ceiling, and ratios the right way up."""
+"""Tests the benchmark of the training step: the speed of its reference, its upper bound and its ratios."""
 
 import importlib.metadata
 import json
@@ -33,16 +33,16 @@ REFERENCE_HASH = "2ebec96142a64ca9c220634327afa38c2085e627d1f34d64917c5f4daafda4
 
 @pytest.fixture
 def config() -> RunConfig:
-    """Returns a narrow model with all features and few words."""
+    """Returns the configuration of a narrow model with all features and a small vocabulary."""
     run = step_config("tiny", 2, num_layers=3, drop_path_rate=0.0)
     return replace(run, backbone=replace(run.model, text_vocab_size=301, visual_vocab_size=67))
 
 
 def test_the_reference_is_not_slowed() -> None:
-    """Catches a change of the reference's code, which makes old and new ratios in BENCHMARKS.md incomparable.
+    """Catches changes of the reference's code, after which old and new ratios in BENCHMARKS.md are not comparable.
 
-    After a change of what it computes, measure before and after, say so in BENCHMARKS.md, and write the new hash here.
-    Docstrings and comments are not part of the hash.
+    After such a change, measure before and after it, report it in BENCHMARKS.md, and update the hash here. The hash
+    ignores docstrings and comments.
     """
     assert code_hash(train_reference) == REFERENCE_HASH
 
@@ -99,7 +99,10 @@ def test_the_ceiling_multiplies_what_the_model_must(config: RunConfig, layout: s
 
 @pytest.mark.parametrize("drops", [False, True])
 def test_needed_products_are_those_that_a_step_multiplies(config: RunConfig, drops: bool) -> None:
-    """Counts the rows that reach the products of attention and FFN in every layer; a block may leave rows out."""
+    """Compares the predicted multiplications with the rows that reach attention and FFN in every layer.
+
+    With stochastic depth, a block may skip rows.
+    """
     batch = build_batch(config, 1)
     if drops:
         drop_path = torch.full((batch.num_sequences, config.model.num_layers, 2), 1.25)
