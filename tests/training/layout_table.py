@@ -14,7 +14,7 @@ from tests.training.steps import MODELS
 
 
 def format_tables(record: Path) -> str:
-    """Returns a table with one row per layout, and one of the worst ratio per ZeRO stage and checkpointing."""
+    """Returns two Markdown tables: one row per layout, and the worst ratio per ZeRO stage and checkpointing mode."""
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     # If a cell was measured twice, the later result counts.
     latest = {

@@ -1,4 +1,4 @@
-"""Lists the layouts in which a step is compared with one process, and a small subset that covers all pairs."""
+"""Lists the layouts whose steps are compared with one process, and a small subset that covers all option pairs."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -12,11 +12,11 @@ CHECKPOINTING = ("none", "full")
 MAX_RANKS = 8
 
 Pair = tuple[int, Any, int, Any]
-"""Two axes, each with a value."""
+"""Two options of a cell, each as its position in the cell and its value."""
 
 
 class Layout(NamedTuple):
-    """Describes how ranks divide the model; the processes of a layout are started once."""
+    """Describes how ranks divide the model; tests start the processes of a layout once."""
 
     tensor: int
     pipeline: int
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Describes one comparison: a layout and the options that its processes can vary."""
+    """Describes one comparison: a layout, and options that the processes of the layout can vary."""
 
     layout: Layout
     zero_stage: int
@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
     @property
     def pairs(self) -> set[Pair]:
-        """Returns every pair of axes with the values of this cell."""
+        """Returns every pair of options with their values in this cell."""
         return _pairs((*self.layout, *self[1:]))
 
     def __str__(self) -> str:
@@ -63,7 +63,10 @@ class Cell(NamedTuple):
 
 
 def all_layouts() -> Iterator[Layout]:
-    """Yields every layout of up to 8 ranks; only tensor-parallel ranks divide rows, only stages divide chunks."""
+    """Yields every layout of up to 8 ranks.
+
+    Sequence parallelism needs tensor-parallel ranks, and interleaving needs pipeline stages.
+    """
     for tensor, pipeline, data in itertools.product((1, 2, 4), (1, 2, 4), (1, 2)):
         if tensor * pipeline * data <= MAX_RANKS:
             for sequence, interleaved in itertools.product((False, True), repeat=2):
@@ -72,14 +75,14 @@ def all_layouts() -> Iterator[Layout]:
 
 
 def all_cells() -> list[Cell]:
-    """Returns every valid combination of values."""
+    """Returns every valid combination of layout and options."""
     return [Cell(*values) for values in itertools.product(all_layouts(), ZERO_STAGES, MODELS, CHECKPOINTING)]
 
 
 def matrix_cells(layout: Layout) -> list[Cell]:
     """Returns the cells of the full matrix: all ZeRO stages for two models, one stage for each of the other two.
 
-    Checkpointing alternates; half of the cells do not use it.
+    Half of the cells use activation checkpointing.
     """
     turns = ("none", "full")
     number = list(all_layouts()).index(layout)
@@ -108,14 +111,15 @@ PAIRWISE_CELLS = [
     Cell(Layout(4, 1, 2), 0, "sub-LN", "none"),
     Cell(Layout(4, 2, 1, sequence_parallel=True, interleaved=True), 1, "tied", "none"),
 ]
-"""Covers every valid pair of values of two axes in the least processor time that a search has found.
+"""Covers every valid pair of two options' values; no cheaper set is known.
 
-Ranks cost most, tensor-parallel ones twice as much as others, and recomputing a third on top.
+A search minimised the processor time. More ranks cost most, tensor-parallel ranks cost twice, and recomputing adds a
+third.
 """
 
 
 def pairwise_cells() -> dict[Layout, list[Cell]]:
-    """Returns `PAIRWISE_CELLS` by layout."""
+    """Groups `PAIRWISE_CELLS` by layout."""
     layouts = dict.fromkeys(cell.layout for cell in PAIRWISE_CELLS)
     return {layout: [cell for cell in PAIRWISE_CELLS if cell.layout == layout] for layout in layouts}
 
@@ -128,9 +132,10 @@ ORDERS = list(itertools.permutations(range(4)))
 
 
 def deals(layout: Layout, number: int) -> list[Deal]:
-    """Returns the micro-batches of three steps; their order depends on step and `number`, and 24 numbers give all 24.
+    """Returns the micro-batches of three steps, in an order that depends on the step and on `number`.
 
-    The micro-batches are image-only, pair-only, text-only and mixed; data-parallel ranks see different kinds at a time.
+    The micro-batches are image-only, pair-only, text-only and mixed. Data-parallel ranks see different kinds at the
+    same time. Any 24 consecutive numbers give all 24 orders.
     """
     orders = [ORDERS[(5 * number + 7 * step) % len(ORDERS)] for step in range(3)]
     if layout.data == 2:
@@ -143,17 +148,17 @@ def deals(layout: Layout, number: int) -> list[Deal]:
 
 
 def deal_number(cell: Cell, position: int) -> int:
-    """Returns a number that differs between the cells of a layout, and whose sequence differs between layouts."""
+    """Returns the number for `deals`; it differs between the cells of a layout and varies between layouts."""
     return position + 7 * list(all_layouts()).index(cell.layout)
 
 
 def pairwise_depth(layout: Layout) -> int:
-    """Returns the number of blocks of the models that a layout of `PAIRWISE_CELLS` runs."""
+    """Returns the number of blocks of the models for a layout of `PAIRWISE_CELLS`."""
     return NUM_LAYERS if layout.pipeline > 1 else SHALLOW
 
 
 def measure_cells(cells: list[Cell], reference: Reference, num_layers: int = NUM_LAYERS) -> list[dict[str, float]]:
-    """Runs cells of one layout on one rank; returns the fraction of the allowed error that each tensor has."""
+    """Runs the cells of one layout on one rank; returns each tensor's error as a fraction of the allowed error."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **cells[0].layout.parallel).parallel)

@@ -1,4 +1,4 @@
-"""Does three AdamW steps under any layout, and compares them with plain PyTorch in one process."""
+"""Runs three AdamW steps under any layout, and compares them with plain PyTorch in one process."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ SHALLOW = 3  # blocks where fewer stages divide them; steps take half as long
 MIXES = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)] * 2
 
 Deal = Sequence[Sequence[Sequence[int]]]
-"""Each data-parallel rank's micro-batches of one step, each a list of sample numbers."""
+"""Sample numbers of one step: a list per data-parallel rank, of a list per micro-batch."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -53,7 +53,10 @@ def config_for(
     deepspeed: Mapping[str, Any] | None = None,
     **parallel: Any,
 ) -> RunConfig:
-    """Returns a config of small blocks with stochastic depth; unless decoupled, the top one has a VL expert."""
+    """Returns a configuration of small blocks with stochastic depth.
+
+    Unless the model is "decoupled", the top block has a vision-language expert.
+    """
     sizes = {"num_layers": num_layers, "num_attention_heads": 4, "drop_path_rate": 0.2}
     mapping = copy.deepcopy(small_run_mapping(zero_stage, accumulation=4, **sizes, **MODELS[model]))
     mapping["gradient_clipping"] = CLIP
@@ -67,7 +70,7 @@ def config_for(
 
 
 def build_samples(config: RunConfig, step: int) -> list[PackedBatch]:
-    """Returns the samples of one step, each as a batch; in the last step captions are masked for captioning."""
+    """Returns the samples of one step, each as a batch; the last step masks captions as the captioning task does."""
     batches = [random_batch(config.model, *mix, seed=10 * step + i, drop_path=True) for i, mix in enumerate(MIXES)]
     return [dataclasses.replace(batch, causal_captions=step == NUM_STEPS - 1) for batch in batches]
 
@@ -75,7 +78,7 @@ def build_samples(config: RunConfig, step: int) -> list[PackedBatch]:
 def measure_steps(
     config: RunConfig, mesh: Mesh, deals: Sequence[Deal], num_steps: int = NUM_STEPS
 ) -> dict[str, Tensor]:
-    """Does `num_steps` steps, cycling through `deals`; returns losses, norms, this stage's gradients and weights."""
+    """Runs `num_steps` steps, cycling through `deals`; returns losses, norms, and the stage's gradients and weights."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from beit3_ds.tasks import build_task
@@ -98,7 +101,7 @@ def measure_steps(
 
 
 def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: Deal, step: int) -> Tensor:
-    """Runs forward and backward of one step; returns the mean loss of each term over all ranks, (4,)."""
+    """Runs forward and backward passes of one step; returns the mean loss of each term over all ranks, shape (4,)."""
     from beit3_ds.tasks import build_task
     from beit3_ds.training.broken_records import BrokenRecords, StepCounts
     from beit3_ds.training.loss import build_loss_factors
@@ -118,7 +121,10 @@ def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: D
 def logical_tensors(
     parts: Mapping[str, Tensor], parameters: Mapping[str, torch.nn.Parameter], mesh: Mesh, kind: str
 ) -> dict[str, Tensor]:
-    """Returns the logical tensors of this rank; checks that replicas on tensor-parallel ranks are bit for bit equal."""
+    """Returns the logical tensors of this rank.
+
+    Checks that copies of a tensor on tensor-parallel ranks are equal bit for bit.
+    """
     own = {name: logical_part(parameters[name], part).detach().clone() for name, part in parts.items()}
     # As one vector per rank: hundreds of small messages would take as long as the step. Ranks' shapes may differ.
     joined = torch.cat([tensor.flatten() for tensor in own.values()])
@@ -139,22 +145,22 @@ def logical_tensors(
 
 
 def _split(joined: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Returns the parts of a vector as tensors of these shapes."""
+    """Splits a vector into tensors of the given shapes."""
     parts = joined.split([math.prod(shape) for shape in shapes])
     return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Reference:
-    """Does the same steps with autograd, clip_grad_norm_ and AdamW, on all samples at once, without DeepSpeed.
+    """Runs the same steps on all samples at once with autograd, clip_grad_norm_ and AdamW, without DeepSpeed.
 
-    Computes each model once and saves the result in a folder, where ranks read it.
+    Computes each model once and saves the result in a folder that ranks read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def prepare(self, models: Iterable[str]) -> "Reference":
-        """Computes the steps of models that are missing in the folder; call it before ranks start."""
+        """Computes the steps of the models that the folder lacks; call it before ranks start."""
         for model, num_layers in itertools.product(models, (NUM_LAYERS, SHALLOW)):
             path = self._path(model, num_layers)
             if not path.exists():
@@ -162,11 +168,14 @@ class Reference:
         return self
 
     def load(self, model: str, num_layers: int = NUM_LAYERS) -> dict[str, Tensor]:
-        """Returns losses, norms, gradients and weights by the names that `measure_steps` gives them."""
+        """Returns losses, norms, gradients and weights, named as in `measure_steps`."""
         return load_steps(self._path(model, num_layers))
 
     def ratios(self, found: Mapping[str, Tensor], model: str, num_layers: int = NUM_LAYERS) -> dict[str, float]:
-        """Returns each tensor's fraction of the allowed error: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm."""
+        """Returns the error of each tensor as a fraction of the allowed error.
+
+        The error |a - b| may be 1e-5 |b| + 1e-7 |all|, in the 2-norm.
+        """
         return error_ratios(found, self.load(model, num_layers))
 
     def _path(self, model: str, num_layers: int) -> Path:
@@ -174,7 +183,10 @@ class Reference:
 
 
 def error_ratios(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns each tensor's fraction of the allowed error: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm."""
+    """Returns the error of each tensor as a fraction of the allowed error.
+
+    The error |a - b| may be 1e-5 |b| + 1e-7 |all|, in the 2-norm.
+    """
     kinds = {name.rsplit(" ", 1)[0] for name in found}
     norms = {kind: norm_of_all(expected, kind) for kind in kinds}
     return {name: _ratio(name, value, expected[name], norms[name.rsplit(" ", 1)[0]]) for name, value in found.items()}
@@ -182,7 +194,7 @@ def error_ratios(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 @cache
 def load_steps(path: Path) -> dict[str, Tensor]:
-    """Returns the saved tensors of some steps; a process reads a file once."""
+    """Loads the saved tensors of some steps; each process reads a file once."""
     return load_file(path)
 
 
@@ -197,20 +209,20 @@ def _ratio(name: str, value: Tensor, expected: Tensor, norm: float) -> float:
 
 
 def norm_of_all(tensors: Mapping[str, Tensor], kind: str) -> float:
-    """Returns the 2-norm of all tensors whose names start with a prefix, such as the gradients of a step."""
+    """Returns the joint 2-norm of all tensors whose names start with `kind`."""
     return float(torch.stack([value.float().norm() for name, value in tensors.items() if name.startswith(kind)]).norm())
 
 
 def is_key_bias(name: str) -> bool:
-    """Returns whether a tensor is a key bias or its gradient, which is 0 but for rounding.
+    """Returns whether a tensor is a key bias or the gradient of a key bias, which is 0 except for rounding.
 
-    Softmax does not depend on a term that all keys share.
+    Softmax ignores a term that is equal for all keys.
     """
     return "k_proj.bias" in name
 
 
 def check(ratios: Sequence[Mapping[str, float]], names: Iterable[str], where: str) -> float:
-    """Checks that errors are in bounds and each layer is on a rank; returns the worst ratio without key biases."""
+    """Checks that errors are in bounds and each layer is on some rank; returns the worst ratio without key biases."""
     assert set().union(*ratios) == set(names), f"{where}: the stages together hold every layer"
     # `not <=` rather than `>`: a NaN must fail.
     wrong = {name: ratio for rank in ratios for name, ratio in rank.items() if not ratio <= 1}
@@ -230,7 +242,11 @@ def _plain_steps(model_name: str, num_layers: int) -> dict[str, Tensor]:
 def plain_steps(
     config: RunConfig, build_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Does `NUM_STEPS` steps with autograd, clip_grad_norm_ and an optimizer; returns what `measure_steps` does."""
+    """Runs `NUM_STEPS` steps with autograd, clip_grad_norm_ and an optimizer.
+
+    Returns:
+        The tensors that `measure_steps` returns.
+    """
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
     from beit3_ds.training.learning_rate import learning_rate

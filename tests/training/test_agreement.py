@@ -1,4 +1,4 @@
-"""Tests that ranks with different data stop together before the first step and name the host and file."""
+"""Tests that ranks with different data stop together before the first step, and name the host and the file."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ FEWER = [*SHARDS[:4], SourceFile("e.tar", 100, 9)]
 
 
 class Listed(list[SourceFile]):
-    """Implements a source that consists of given files."""
+    """Implements a source from a list of files."""
 
     def __len__(self) -> int:
         return sum(file.num_samples for file in self)
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[list[Any], list[str]]] = {
 
 
 def compare(folders: list[str]) -> dict[str, str]:
-    """Returns the outcome of every case on this rank, and of comparing files at one path."""
+    """Returns the outcome of every case on this rank, and of a comparison of files at one path."""
     import dataclasses
 
     from beit3_ds.config import ParallelConfig
@@ -84,7 +84,7 @@ def compare(folders: list[str]) -> dict[str, str]:
 
 
 def test_all_ranks_are_told_who_differs_in_what(tmp_path: Path) -> None:
-    """Catches a rank that compares with itself, and a rank that waits forever."""
+    """Catches a rank that compares itself with itself, and a rank that waits forever."""
     folders = [tmp_path / str(rank) for rank in range(4)]
     for rank, folder in enumerate(folders):
         folder.mkdir()
@@ -104,7 +104,7 @@ def test_all_ranks_are_told_who_differs_in_what(tmp_path: Path) -> None:
 
 
 def train(config: str, folders: list[str]) -> tuple[int, str]:
-    """Trains on one rank in a folder of its own, so that relative paths name different files on each rank."""
+    """Trains on one rank in a separate folder, so that a relative path is a different file on each rank."""
     os.chdir(folders[int(os.environ["RANK"])])
     from beit3_ds.train import main
 
@@ -114,7 +114,7 @@ def train(config: str, folders: list[str]) -> tuple[int, str]:
 
 
 def test_a_shard_that_one_host_lacks(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches ranks that both train, each on its own permutation, and exit with status 0."""
+    """Catches ranks that train with different permutations and exit with status 0."""
     own = run_mapping["beit3_ds"]
     for stream in ("images", "pairs", "texts"):
         for part in ("train", "validation"):

@@ -51,7 +51,7 @@ def choose_apex(mapping: dict) -> RunConfig:
 
 @pytest.fixture
 def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Creates an importable, empty package `apex`; PyPI's package has no `optimizers` either."""
+    """Creates an empty importable package `apex`, which lacks `optimizers` like the package on PyPI."""
     package = tmp_path / "site" / "apex"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -86,7 +86,7 @@ def test_misfits_are_refused() -> None:
 
 
 def save_and_load(site: str, root: Path, zero_stage: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Trains on one rank with apex, resumes with torch's AdamW and back; returns pairs of states to compare."""
+    """Trains on one rank with apex, resumes with torch's AdamW, and the other way round; returns states to compare."""
     sys.path.insert(0, site)
     from apex.optimizers import FusedAdam
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -135,7 +135,7 @@ def save_and_load(site: str, root: Path, zero_stage: int) -> dict[str, tuple[tor
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_checkpoints_of_both_optimizers_are_the_same(apex: Path, tmp_path: Path, zero_stage: int) -> None:
-    """Catches a lost step count, with which the bias correction would start again."""
+    """Catches a lost step count, which would restart the bias correction."""
     (apex / "optimizers.py").write_text(FUSED_ADAM)
     (pairs,) = run_ranks(save_and_load, 1, str(apex.parent), tmp_path / "run", zero_stage)
     assert any(moment in name for moment in MOMENTS for name in pairs)

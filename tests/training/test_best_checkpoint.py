@@ -1,4 +1,4 @@
-"""Tests how evaluations are compared, and that the best checkpoint stays and a run without improvement ends."""
+"""Tests how evaluations are compared, that the best checkpoint is kept, and when a run ends early."""
 
 import dataclasses
 import json
@@ -76,7 +76,7 @@ def test_metrics_without_a_direction_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_ends_early_with_its_best_checkpoint(tmp_path: Path) -> None:
-    """With a learning rate of almost zero no evaluation is better than the first one after a step."""
+    """Checks the early end with a learning rate near zero, at which only the first evaluation is an improvement."""
     path = write_config(tmp_path, steps=12)
     mapping = json.loads(path.read_text())
     mapping["beit3_ds"]["training"] |= {"learning_rate": 1e-15, "best_metric": "accuracy"}

@@ -1,4 +1,7 @@
-"""Tests that errors of bf16 under a layout are at most twice those in one process; sums and stream in fp32."""
+"""Tests bf16 under several layouts.
+
+Errors are at most twice those of one process. Sums of micro-batches and the residual stream are float32.
+"""
 
 import functools
 from typing import Any
@@ -27,10 +30,10 @@ FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_
 
 
 def measure_first_step(layout: Layout, zero_stages: tuple[int, ...]) -> list[dict[str, Tensor]]:
-    """Does the first step on one rank.
+    """Runs the first step on one rank.
 
-    Later steps start from other weights: where bf16 rounds a tiny gradient to another sign, Adam takes a full step.
-
+    Later steps are not compared. Where bf16 flips the sign of a tiny gradient, Adam takes a full step, so weights
+    differ.
     """
     from beit3_ds.runtime.process_group import init_process_group
 
@@ -44,7 +47,7 @@ def measure_first_step(layout: Layout, zero_stages: tuple[int, ...]) -> list[dic
 
 
 def errors(layout: Layout, zero_stages: tuple[int, ...], expected: dict[str, Tensor]) -> list[dict[str, float]]:
-    """Returns relative errors per ZeRO stage: of losses and all gradients in the 2-norm, and of the clip norm."""
+    """Returns relative errors per ZeRO stage: losses and gradients in the 2-norm, and the clipping norm."""
     return [
         _errors(functools.reduce(dict.__or__, ranks), expected)
         for ranks in zip(*run_ranks(measure_first_step, layout.num_ranks, layout, zero_stages), strict=True)
@@ -59,7 +62,10 @@ def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def one_process(reference: Reference) -> dict[str, float]:
-    """Returns the errors in one process: about 1.1e-5 (losses), 1.6e-3 (norm), 7.3e-3 (gradients) in any stage."""
+    """Returns the errors in one process.
+
+    They are about 1.1e-5 (losses), 1.6e-3 (norm) and 7.3e-3 (gradients) in every ZeRO stage.
+    """
     stages = errors(ONE_PROCESS, (0, 3), reference.load(MODEL))
     for found in stages:
         assert found["loss 0"] < 1e-4 and found["norm 0"] < 5e-3 and found["gradient 0"] < 0.02, found
@@ -78,7 +84,7 @@ def one_process(reference: Reference) -> dict[str, float]:
 def test_bf16(
     layout: Layout, zero_stages: tuple[int, ...], reference: Reference, one_process: dict[str, float]
 ) -> None:
-    """Catches a ZeRO-0 norm of unmarked gradients, which is 4% off, and gradients reduced in a narrower dtype."""
+    """Catches a ZeRO-0 norm that is 4% off due to unmarked gradients, and gradients reduced in a narrower dtype."""
     for stage, found in zip(zero_stages, errors(layout, zero_stages, reference.load(MODEL)), strict=True):
         # The norm is one number, which one process may hit by chance; half a bf16 rounding is allowed, too.
         floor = {"norm 0": 2**-10}
@@ -88,7 +94,7 @@ def test_bf16(
 
 
 def measure_sums(zero_stages: tuple[int, ...]) -> list[tuple[float, float]]:
-    """Returns, per ZeRO stage, the errors of bf16 and of float32 sums of 8 micro-batches on one rank."""
+    """Sums 8 micro-batches on one rank; returns the errors of bf16 and float32 sums per ZeRO stage."""
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
@@ -120,7 +126,7 @@ def measure_sums(zero_stages: tuple[int, ...]) -> list[tuple[float, float]]:
 
 
 def test_micro_batches_add_up_in_float32_under_every_zero_stage() -> None:
-    """Catches sums that are rounded after each micro-batch, or cleared before the next, as ZeRO-1 would do."""
+    """Catches sums that are rounded after each micro-batch, or cleared before the next one, as in ZeRO-1."""
     (found,) = run_ranks(measure_sums, 1, (1, 2, 3))
     for stage, (rounded, exact) in zip((1, 2, 3), found, strict=True):
         print(f"ZeRO-{stage}: errors {rounded:.2e} with bf16 sums, {exact:.2e} with float32 sums")
@@ -128,7 +134,7 @@ def test_micro_batches_add_up_in_float32_under_every_zero_stage() -> None:
 
 
 def stream_dtypes(layout: Layout) -> list[str]:
-    """Returns the dtypes of messages between stages on one rank, with and without the option."""
+    """Returns the dtypes of messages between stages on one rank, with and without the option for the stream."""
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_schedule
@@ -154,5 +160,5 @@ def stream_dtypes(layout: Layout) -> list[str]:
 
 
 def test_stages_send_the_stream_in_its_dtype() -> None:
-    """Catches an option without an effect, and messages that round the stream or its gradient."""
+    """Catches an option without effect, and messages that round the residual stream or the gradient of the stream."""
     assert run_ranks(stream_dtypes, 2, Layout(1, 2, 1)) == [["torch.float32", "torch.bfloat16"]] * 2

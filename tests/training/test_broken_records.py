@@ -1,4 +1,4 @@
-"""Tests that a broken record counts once, over repeated reads, epochs, ranks and restarts."""
+"""Tests that a broken record counts once across repeated reads, epochs, ranks and restarts."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def step(number: int, *names: str, reason: str = "broken image") -> StepBatch:
 
 
 def test_a_record_counts_once_however_often_it_is_met() -> None:
-    """Catches a count of reads: 5 broken files of a small source counted as 16 by step 150."""
+    """Catches a count of reads: once, 5 broken files of a small source counted as 16 by step 150."""
     counts = StepCounts(BrokenRecords(5, HostGroup()), Mesh())
     lines: list[str] = []
     for number in range(150):
@@ -51,7 +51,7 @@ def test_too_many_stop_the_run_with_all_their_names() -> None:
 
 @given(st.lists(st.sets(st.integers(0, 9)), max_size=8), st.integers(0, 8))
 def test_a_resumed_run_counts_as_one_that_was_not_interrupted(met: list[set[int]], cut: int) -> None:
-    """Catches a count that restarts from 0, and a record that is reported again."""
+    """Catches a count that restarts from 0, and a record that is reported twice."""
     steps = [step(number, *map(str, sorted(names))) for number, names in enumerate(met)]
     unbroken = StepCounts(BrokenRecords(10, HostGroup()), Mesh())
     expected = [line for batch in steps for line in unbroken.agree(batch)[1]]
@@ -93,7 +93,7 @@ def meet_on_a_rank() -> list[object]:
 
 
 def test_ranks_count_a_record_once_between_them() -> None:
-    """Catches ranks that both count the same record, and ranks that stop at different steps."""
+    """Catches ranks that count the same record twice, and ranks that stop at different steps."""
     first, second = run_ranks(meet_on_a_rank, 2)
     assert first == second
     assert first[:3] == [["a"], ["b"], []]

@@ -1,4 +1,4 @@
-"""Tests the comparison of the losses of two runs."""
+"""Tests how the losses of two runs are compared."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests that each CSV file of a resumed run is one table, whenever its disk fails."""
+"""Tests that each CSV file of a resumed run is a single table, even if the disk fails at any moment."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,14 +11,14 @@ from tests.retrying.failing_disk import MOMENTS, failing_disk
 
 
 def start(folder: Path, step: int) -> CsvMonitor:
-    """Returns the monitor in a new process after `step` updates."""
+    """Returns the monitor of a new process that resumes after `step` updates."""
     monitor = CsvMonitor(folder / "csv", lambda line: None)
     monitor.forget_after(step)
     return monitor
 
 
 def test_a_resumed_run_adds_rows_to_the_same_table(tmp_path: Path) -> None:
-    """Catches a second header and repeated rows of the steps between checkpoint and stop, which DeepSpeed writes."""
+    """Catches a second header, and repeated rows of steps after the checkpoint; DeepSpeed's monitor writes both."""
     first = start(tmp_path, -1)
     first.write_events([("train/loss", 5.0 - step, step) for step in (1, 2, 3)])
     resumed = start(tmp_path, 2)
@@ -41,7 +41,7 @@ def test_files_cut_by_a_kill(tmp_path: Path) -> None:
 
 
 def test_tables_of_others_stay(tmp_path: Path) -> None:
-    """Catches rows deleted from a user's table, and a resumed run that fails on a file that it did not write."""
+    """Catches a resumed run that deletes rows of a user's table, or fails on a file that it did not write."""
     folder = tmp_path / "csv"
     (folder / "folder.csv").mkdir(parents=True)
     contents = {
@@ -62,7 +62,7 @@ NAMES = st.sampled_from(["train/loss", "train/image mim", "validation/loss"])
 
 @given(events=st.lists(st.tuples(NAMES, st.floats(allow_nan=False)), max_size=20), moments=MOMENTS)
 def test_a_disk_that_fails_changes_no_table(events: list[tuple[str, float]], moments: list[int | None]) -> None:
-    """Catches a header that is missing or repeated, and rows that are torn, lost or repeated."""
+    """Catches a missing or repeated header, and rows that are torn, lost or repeated."""
     with TemporaryDirectory() as folder:
         contents = []
         for name, failures in (("undisturbed", []), ("disturbed", moments)):
@@ -79,7 +79,7 @@ def test_a_disk_that_fails_changes_no_table(events: list[tuple[str, float]], mom
 
 
 def test_names_of_deepspeed(tmp_path: Path) -> None:
-    """Catches tables that another version of DeepSpeed would not continue."""
+    """Catches file names and formats that differ from those of DeepSpeed's monitor."""
     monitor = start(tmp_path, -1)
     monitor.write_events([("Train/Samples/train loss", 0.5, 8)])
     path = tmp_path / "csv" / "Train_Samples_train_loss.csv"
@@ -89,7 +89,7 @@ def test_names_of_deepspeed(tmp_path: Path) -> None:
 
 
 def test_a_table_without_new_rows_is_completed_too(tmp_path: Path) -> None:
-    """Catches rows of an evaluation that wait for the next evaluation although the disk has room."""
+    """Catches rows of an evaluation that stay unwritten until the next one although the disk has room."""
     monitor = start(tmp_path, -1)
     with failing_disk([0]):
         monitor.write_events([("validation/loss", 2.0, 0)])

@@ -1,4 +1,4 @@
-"""Tests the order in which micro-batches are moved to the device, with streams that record what happens."""
+"""Tests the order in which micro-batches are moved to the device, with streams that record events."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ class Log(list[str]):
     """Records events in order."""
 
     def batch(self, name: str) -> Any:
-        """Returns a batch that records its move and the use of its tensors."""
+        """Returns a batch that records moves and uses of its tensors."""
         tensor = SimpleNamespace(record_stream=lambda stream: self.append(f"{name} is used on {stream.name}"))
         moved = SimpleNamespace(name=f"moved {name}", tensors=lambda: [tensor])
 
@@ -25,7 +25,7 @@ class Log(list[str]):
         return SimpleNamespace(name=name, to=to)
 
     def stream(self, name: str) -> Any:
-        """Returns a stream that records when it is entered, left and waited for."""
+        """Returns a stream that records when code enters it, leaves it or waits for it."""
         return Stream(name, self)
 
 
@@ -59,7 +59,7 @@ def test_the_next_micro_batch_is_moved_while_one_is_computed() -> None:
 
 
 def test_other_batches_are_moved_when_they_are_taken() -> None:
-    """An evaluation between two steps takes its own batches; the announced one stays ready."""
+    """Checks that an evaluation can take its own batches between two steps while the announced batch stays ready."""
     log = Log()
     moves = DeviceMoves(CPU, log.stream("side"), lambda: log.stream("main"))
     step, other = log.batch("step"), log.batch("other")

@@ -1,4 +1,4 @@
-"""Tests validation losses and entropies, visual targets, and the learning rate of an update."""
+"""Tests validation losses and entropies, visual targets, and the learning rate of each update."""
 
 import dataclasses
 import math
@@ -28,14 +28,14 @@ TERMS = [Term(name, stream, name) for name, stream in TERM_STREAMS.items()]
 
 
 class NumberedCodes:
-    """Fakes a visual tokenizer: the position of a patch and the first pixel of its image give its code."""
+    """Fakes a visual tokenizer whose codes are computed from patch position and the first pixel of the image."""
 
     def encode(self, pixels: Tensor, colors: Tensor | None = None) -> Tensor:
         return (pixels[:, 0, 0, 0].long()[:, None] + torch.arange(CONFIG.num_patches)) % CONFIG.visual_vocab_size
 
 
 class CountingEngine:
-    """Fakes an engine that gives each position of the four terms a loss of 1, 2, 3 and 4."""
+    """Fakes an engine whose four terms have a loss of 1, 2, 3 and 4 at every position."""
 
     def __init__(self) -> None:
         self.training = True
@@ -74,7 +74,7 @@ def test_means_are_over_all_positions_of_all_batches() -> None:
 
 
 class PerBatchEngine(CountingEngine):
-    """Fakes an engine that gives every position of the n-th batch loss n."""
+    """Fakes an engine that returns the loss n at every position of the n-th batch."""
 
     def __call__(self, batch: PackedBatch, factors: Tensor, x_TD: None, layers: range) -> LossOutput:
         self.modes.append(self.training)
@@ -132,7 +132,7 @@ def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
 
 
 def test_an_update_gets_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a rate that stays at its peak, because DeepSpeed gets no schedule."""
+    """Catches a rate that stays at the peak; DeepSpeed gets no schedule, so the trainer must set each rate."""
     used: list[float] = []
     group = {"lr": 1.0, "lr_scale": 1.0}
     monkeypatch.setattr(loop, "apply_update", lambda engine, mesh: used.append(group["lr"]) or 1.0)

@@ -1,4 +1,4 @@
-"""Tests that a run under any layout starts from the weights of a file."""
+"""Tests that a run under any layout starts from the weights in a file."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 
 
 def begin(setup: Setup, weights: Path, folder: Path) -> dict[str, Tensor]:
-    """Returns the engine state of one rank after it loaded the weights."""
+    """Loads the weights and returns the engine state of one rank."""
     from beit3_ds.training.init_from import InitialWeights
 
     mesh, schedule, state, _ = start(setup, folder, seed=1)
@@ -33,7 +33,7 @@ def begin(setup: Setup, weights: Path, folder: Path) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, setup: Setup, **changes: object) -> dict[str, Tensor]:
-    """Writes an exported file without the MIM head, whose values differ from the run's initial values."""
+    """Writes exported weights that differ from the run's initial values; the file lacks the MIM head."""
     from safetensors.torch import save_file
 
     config = dataclasses.replace(setup.config().model, **changes)  # type: ignore[arg-type]
@@ -57,7 +57,10 @@ def test_engine_holds_the_weights(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_engine_holds_adapted_weights(tmp_path: Path) -> None:
-    """Compares weights of other text lengths, image sizes and experts, read in parts by two ranks of ZeRO-3."""
+    """Checks weights from a model with other text lengths, image sizes and experts.
+
+    Two ranks of ZeRO-3 read the weights in parts.
+    """
     from beit3_ds.training.init_from import InitialWeights
 
     setup, path = FEW[1], tmp_path / "weights.safetensors"

@@ -1,4 +1,4 @@
-"""Tests that the kernels compiled ahead of time are those that trainings launch."""
+"""Tests that compiling ahead of time covers exactly the kernels that trainings launch."""
 
 import subprocess
 import sys
@@ -31,7 +31,10 @@ def config_of(bf16: bool = True, parallel: dict[str, Any] | None = None, **chang
 
 
 def specialisations(launch: Callable[[], Any]) -> set[tuple[str, str]]:
-    """Returns name, and constants, types and alignments of all kernels that a function launches."""
+    """Returns the name and the specialisation key of every kernel that a function launches.
+
+    The key has the constants, types and alignments of the arguments.
+    """
     found: set[tuple[str, str]] = set()
     with fake_gpu(90, compiles=False):
         keep = JITFunction._do_compile
@@ -47,7 +50,7 @@ def specialisations(launch: Callable[[], Any]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trainings_launch_nothing_else(layout: str) -> None:
-    """Catches a layer, a pass, a flag or an alignment that was not compiled."""
+    """Catches a layer, pass, flag or alignment that is missing from the compiled kernels."""
     config = config_of(**LAYOUTS[layout])
     model = build_task(config).build_model(None, None).to(torch.bfloat16)
 
@@ -65,7 +68,7 @@ def test_trainings_launch_nothing_else(layout: str) -> None:
 
 
 def test_tensor_parallel_ranks_launch_their_own_widths() -> None:
-    """Catches kernels of whole layers, and a group that remains."""
+    """Catches kernels compiled for undivided layers, and a process group that is left open."""
     config = config_of(hidden_size=32, num_attention_heads=2)
     parallel = kernel_cache.replace(config.parallel, tensor_parallel_size=2, sequence_parallel=True)
     divided = specialisations(lambda: kernel_cache.launch_kernels(kernel_cache.replace(config, parallel=parallel)))

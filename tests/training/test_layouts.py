@@ -1,4 +1,4 @@
-"""Tests loss, gradients, gradient norm and update of a step under every tensor, pipeline, data and ZeRO layout."""
+"""Tests loss, gradients, gradient norm and update of a step under every parallel layout and ZeRO stage."""
 
 import json
 import os
@@ -26,11 +26,14 @@ from tests.training.layouts import (
 from tests.training.steps import MIXES, NUM_LAYERS, Reference, check
 
 RECORD = "BEIT3_DS_LAYOUT_RECORD"
-"""Environment variable: file to which the tests append one line per cell, for `tests.training.layout_table`."""
+"""Environment variable with the path of a file to which tests append one line per cell.
+
+`tests.training.layout_table` reads the file.
+"""
 
 
 def run_cells(layout: Layout, cells: list[Cell], reference: Reference, num_layers: int) -> None:
-    """Compares the cells of one layout in the same processes; so an earlier cell can break a later one."""
+    """Compares the cells of one layout in the same processes, so an earlier cell may break a later one."""
     begin = time.monotonic()
     results = run_ranks(measure_cells, layout.num_ranks, cells, reference, num_layers, timeout=1800)
     seconds = time.monotonic() - begin
@@ -45,7 +48,7 @@ def run_cells(layout: Layout, cells: list[Cell], reference: Reference, num_layer
 
 @pytest.mark.parametrize("layout", pairwise_cells(), ids=str)
 def test_pairwise(layout: Layout, reference: Reference) -> None:
-    """Catches a lost mark (norm), a bias added once per rank (loss), and a missing all-reduce (gradient)."""
+    """Catches an unmarked parameter (norm), a bias added once per rank (loss), and a missing all-reduce (gradient)."""
     run_cells(layout, pairwise_cells()[layout], reference, pairwise_depth(layout))
 
 
@@ -56,7 +59,7 @@ def test_matrix(layout: Layout, reference: Reference) -> None:
 
 
 def test_pairwise_cells_cover_every_pair() -> None:
-    """Catches a valid pair of values in no cell, and a cell that is invalid or covers nothing that others do not."""
+    """Catches a valid pair of values that no cell covers, and a cell that is invalid or redundant."""
     cells = [cell for cells in pairwise_cells().values() for cell in cells]
     pairs = set().union(*(cell.pairs for cell in all_cells()))
     assert set().union(*(cell.pairs for cell in cells)) == pairs
@@ -84,7 +87,10 @@ def test_matrix_holds_what_it_says() -> None:
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_deals(data: int, interleaved: bool) -> None:
-    """Checks samples, equal numbers of micro-batches per rank, at least one per stage, and that all orders occur."""
+    """Checks the micro-batches of `deals`.
+
+    Ranks have equal numbers of micro-batches, at least one per stage. All samples and all orders occur.
+    """
     layout = Layout(1, 4, data, interleaved=interleaved)
     first_kinds = set()
     for number in range(24):

@@ -1,4 +1,4 @@
-"""Tests (slow) that the model uses the image to predict its caption, not only other captions."""
+"""Tests (slow) that the model uses the image when it predicts a masked caption."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ T_95_TWO_DEGREES = 4.303  # Student's t for a two-sided 95% interval over three 
 
 
 def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, float]:
-    """Trains the quickstart's model on pairs; returns the validation caption losses with the right and wrong images."""
+    """Trains the quickstart's model on pairs; returns the validation caption losses with right and wrong images."""
     from beit3_ds.config import build_run_config
     from beit3_ds.data.images.shards import TarShards
     from beit3_ds.runtime.process_group import joined_ranks
@@ -45,7 +45,7 @@ def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, 
 
 
 def pairs_only_mapping(folder: str, visual_tokenizer: str, seed: int) -> dict[str, Any]:
-    """Returns the quickstart's config for pairs alone, with milder crops, short enough for a test."""
+    """Returns the quickstart's configuration for pairs only, with milder crops and fewer steps."""
     mapping = quickstart_mapping()
     for key in ("csv_monitor", "tensorboard"):
         del mapping[key]
@@ -62,7 +62,7 @@ def pairs_only_mapping(folder: str, visual_tokenizer: str, seed: int) -> dict[st
 
 
 def with_wrong_images(batch: PackedBatch) -> PackedBatch:
-    """Returns the same captions and masks, each with the image of the pair half a batch away."""
+    """Returns the captions and masks unchanged, each with the image of the pair half a batch away."""
     order = torch.arange(batch.num_pairs).roll(batch.num_pairs // 2) + batch.num_images
     order = torch.cat([torch.arange(batch.num_images), order])
     pixels, views, masks = batch.pixels[order], batch.targets["tokenizer_pixels"][order], batch.patch_mask[order]

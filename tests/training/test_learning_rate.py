@@ -1,4 +1,4 @@
-"""Compares the learning rates and optimizer settings of every shipped recipe with those of the papers."""
+"""Compares the learning rates and optimizer settings of every shipped recipe with the values in the papers."""
 
 import itertools
 from pathlib import Path
@@ -17,26 +17,32 @@ FOLDER = Path(__file__).parents[2] / "ds_configs"
 
 
 class Curve(NamedTuple):
-    """Holds a schedule and its rates at the steps where an error shows."""
+    """Holds a schedule: numbers of steps, and learning rates at steps where a mistake would show."""
 
     total_steps: int
     warmup_steps: int
     first: float
     warmed_up: float
-    """The last step of the warmup."""
+    """Learning rate at the last step of the warmup."""
     middle: float
-    """Halfway between the end of the warmup and the last step."""
+    """Learning rate halfway between the end of the warmup and the last step."""
     last: float
 
 
 PAPER = Curve(1_000_000, 10_000, 1e-3 / 10_000, 1e-3, 5e-4, 0.0)
-"""BEiT-3, section 2.3: 1M steps, peak 1e-3, 10k steps of linear warmup, cosine. Its end is not stated."""
+"""BEiT-3, section 2.3: 1M steps, peak 1e-3, 10k steps of linear warmup, cosine.
+
+The paper does not state the final rate.
+"""
 
 BEIT_V2 = Curve(250_000, 25_000, 2e-4 / 25_000, 2e-4, (2e-4 + 1e-5) / 2, 1e-5)
-"""BEiT v2's VQ-KD: 100 ImageNet epochs at batch 8 x 64 = 512, 10 of warmup; from 512 / 128 * 5e-5 down to 1e-5."""
+"""VQ-KD of BEiT v2: 100 ImageNet epochs at batch 8 x 64 = 512, of which 10 are warmup.
+
+The rate falls from 512 / 128 * 5e-5 to 1e-5.
+"""
 
 SAMPLE_TOKENIZER = Curve(600, 40, 3e-3 / 40, 3e-3, (3e-3 + 1e-5) / 2, 1e-5)
-"""The small tokenizers of the sample data: a recipe of this project's own."""
+"""The small tokenizers of the sample data, with a recipe of this project."""
 
 PRETRAINING = {
     "giant_zero3_64gpu": PAPER,
@@ -49,31 +55,46 @@ PRETRAINING = {
     "giant_tp2_pp4_zero3_cpu_twin": Curve(100, 20, 3e-3 / 20, 3e-3, 1.5e-3, 0.0),
 }
 NLVR2 = Curve(6_760, 1_690, 0, 0, 0, 1e-6)
-"""20 epochs of 86,373 statements at batch 256, as the reference; its warmup (5 epochs) and end are chosen here."""
+"""20 epochs of 86,373 statements at batch 256, as in the reference.
+
+This project chose the warmup of 5 epochs and the final rate.
+"""
 
 CAPTIONING = Curve(22_140, 2_214, 0, 0, 0, 1e-6)
-"""10 epochs of 566,747 captions at batch 256, as the reference; its warmup (1 epoch) and end are chosen here."""
+"""10 epochs of 566,747 captions at batch 256, as in the reference.
+
+This project chose the warmup of 1 epoch and the final rate.
+"""
 
 DETECTION = Curve(184_375, 250, 0, 0, 0, 0.0)
-"""100 epochs of 118,000 images at batch 64, as ViTDet for base and large."""
+"""100 epochs of 118,000 images at batch 64, as in ViTDet for the sizes base and large."""
 
 OBJECTS365 = Curve(380_000, 1_000, 0, 0, 0, 0.0)
-"""The intermediate stage of detection; its steps are chosen here."""
+"""The intermediate stage of detection; this project chose the number of steps."""
 
 SEGMENTATION = Curve(160_000, 1_500, 0, 0, 0, 0.0)
-"""160,000 steps with a warmup of 1,500 and a straight fall; giant takes 40,000, as EVA-01."""
+"""160,000 steps with a warmup of 1,500 and a linear decay; giant takes 40,000 steps, as in EVA-01."""
 
 IMAGENET = Curve(62_557, 6_256, 0, 0, 0, 1e-6)
-"""50 epochs of 1,281,167 images at batch 1024, as the reference; its warmup (5 epochs) and end are chosen here."""
+"""50 epochs of 1,281,167 images at batch 1024, as in the reference.
+
+This project chose the warmup of 5 epochs and the final rate.
+"""
 
 VQA = Curve(51_410, 5_141, 0, 0, 0, 1e-6)
-"""10 epochs of 658,111 questions at batch 128, as the reference; its warmup (1 epoch) and end are chosen here."""
+"""10 epochs of 658,111 questions at batch 128, as in the reference.
+
+This project chose the warmup of 1 epoch and the final rate.
+"""
 
 RETRIEVAL = Curve(2_775, 555, 0, 0, 0, 1e-6)
-"""15 epochs of 566,747 captions at batch 3072 with 3 of warmup, as the reference; the end is chosen here."""
+"""15 epochs of 566,747 captions at batch 3072, of which 3 are warmup, as in the reference.
+
+This project chose the final rate.
+"""
 
 CONTRASTIVE = Curve(20_000, 1_000, 0, 0, 0, 1e-6)
-"""The intermediate stage of retrieval: a recipe of this project's own."""
+"""The intermediate stage of retrieval, with a recipe of this project."""
 
 FINE_TUNING = {
     "vqa_base": (VQA, 3e-5),
@@ -112,7 +133,7 @@ FINE_TUNING = {
     "nlvr2_giant": (NLVR2, 1e-4),
     "nlvr2_small_cpu": (Curve(200, 20, 0, 0, 0, 0.0), 1e-3),
 }
-"""Steps, warmup and last rate of each recipe, and its peak."""
+"""Schedule and peak rate of each fine-tuning recipe."""
 TOKENIZERS = {"visual_tokenizer_8gpu": BEIT_V2, "quickstart_visual_tokenizer_cpu": SAMPLE_TOKENIZER}
 
 

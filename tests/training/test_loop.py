@@ -1,4 +1,4 @@
-"""Tests how a run resumes from its newest checkpoint."""
+"""Tests that a run resumes from its newest checkpoint."""
 
 from pathlib import Path
 from typing import Any

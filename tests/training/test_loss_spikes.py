@@ -1,4 +1,4 @@
-"""Tests which losses are spikes, and which are not."""
+"""Tests which losses count as spikes."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def falling(num_steps: int, seed: int, noise: float) -> list[tuple[int, float]]:
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.0, 0.2), st.integers(20, 190))
 def test_one_spike_in_a_noisy_curve(seed: int, noise: float, place: int) -> None:
-    """Catches dependence on the report interval, a second spike that is missed, and a spike in a falling curve."""
+    """Catches a result that depends on the report interval, and a spike that is missed in a falling or noisy curve."""
     losses = falling(200, seed, noise)
     for step in (place, place + 3):
         losses[step] = (losses[step][0], losses[step][1] + 6)
@@ -38,5 +38,5 @@ def test_equal_losses_make_no_small_step_a_spike() -> None:
 
 
 def test_the_first_steps_are_none() -> None:
-    """Catches spikes among the first steps, which have too few losses before them."""
+    """Catches spikes reported among the first steps, which have too few earlier losses to compare with."""
     assert LossSpikes().find([(step, 10.0 * step) for step in range(1, 20)]) == []

@@ -1,4 +1,4 @@
-"""Tests that metrics.jsonl loses only a run's records of steps that are repeated."""
+"""Tests that a resumed run deletes only its own records of repeated steps from metrics.jsonl."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_only_repeated_records_are_dropped(tmp_path: Path) -> None:
 
 
 def test_a_line_that_was_cut_takes_no_other_with_it(tmp_path: Path) -> None:
-    """Catches a record appended to a truncated line, so that both are lost."""
+    """Catches a record that is appended to a truncated line, which would lose both."""
     metrics_log = MetricsLog(tmp_path / "metrics.jsonl")
     metrics_log.append({"step": 1})
     with open(metrics_log.path, "a") as file:
@@ -37,7 +37,7 @@ def test_a_line_that_was_cut_takes_no_other_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runs", [1, 3])
 def test_records_of_an_earlier_run_are_kept(tmp_path: Path, runs: int) -> None:
-    """Catches lost records of an earlier run, if a run without a checkpoint starts in its folder."""
+    """Catches lost records of an earlier run when a run without a checkpoint starts in the same folder."""
     metrics_log = MetricsLog(tmp_path / "metrics.jsonl")
     assert metrics_log.move_aside() is None
     for number in range(1, runs + 1):

@@ -1,4 +1,4 @@
-"""Tests that no monitor of DeepSpeed fails a run, and that all of them have all figures in the end."""
+"""Tests that a failing monitor never ends a run, and that every monitor has all figures at the end."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from tests.retrying.failing_disk import MOMENTS, failing_disk
 
 
 def master(**parts: Any) -> SimpleNamespace:
-    """Returns a `MonitorMaster` with some monitors."""
+    """Returns a stand-in for DeepSpeed's `MonitorMaster` with the given monitors."""
     names = ("csv_monitor", "tb_monitor", "wandb_monitor", "comet_monitor")
     return SimpleNamespace(enabled=bool(parts), **(dict.fromkeys(names) | parts))
 
@@ -23,7 +23,10 @@ def master(**parts: Any) -> SimpleNamespace:
 @settings(max_examples=20, deadline=None)
 @given(values=st.lists(st.floats(-1e6, 1e6, width=32), max_size=10), moments=MOMENTS)
 def test_an_event_file_is_complete_whenever_its_disk_fails(values: list[float], moments: list[int | None]) -> None:
-    """Catches TensorBoard's writer, whose thread ends at the first error, and torn records, which end a file."""
+    """Catches event files that end at the first disk error, and torn records, after which readers stop.
+
+    TensorBoard's own writer fails here, because its thread ends at the first error.
+    """
     with TemporaryDirectory() as folder:
         part = SimpleNamespace(summary_writer=SummaryWriter(folder))
         monitor = RunMonitor(master(tb_monitor=part), lambda line: None)
@@ -38,7 +41,7 @@ def test_an_event_file_is_complete_whenever_its_disk_fails(values: list[float], 
 
 
 class FlakyService:
-    """Takes one event at a time and fails at chosen ones."""
+    """Fakes a service that takes one event per call and fails on chosen events."""
 
     def __init__(self, failures: list[bool]) -> None:
         self.taken: list[Event] = []

@@ -1,4 +1,4 @@
-"""Tests that groups with their own learning rates, and frozen parameters, train alike in every layout."""
+"""Tests that parameter groups with different rates, and frozen parameters, train equally in every layout."""
 
 import re
 from pathlib import Path
@@ -36,11 +36,11 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "tensor 2": ((0, 1, 3), {"tensor_parallel_size": 2}),
     "pipeline 2": ((0, 1, 2, 3), {"pipeline_parallel_size": 2}),
 }
-"""ZeRO stages and parallel section per layout of two ranks."""
+"""ZeRO stages and keys of the section "parallel", per layout of two ranks."""
 
 
 def plain_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Builds AdamW as a user would: a group per parameter, with the reference's rates, without frozen parameters."""
+    """Builds plain AdamW with one group per trainable parameter and the reference's learning rates."""
     groups = []
     for name, parameter in model.named_parameters():
         if re.match(r"blocks\.1\.attention\.|embeddings\.image_position$|heads\.mim\.bias$", name):
@@ -55,7 +55,7 @@ def plain_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def measure(stages: tuple[int, ...], parallel: dict[str, Any], expected: Path) -> list[dict[str, float]]:
-    """Measures ZeRO stages on the ranks of one layout."""
+    """Returns the error ratios of each ZeRO stage on one rank of a layout."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0, **parallel).parallel)
@@ -70,7 +70,7 @@ def measure(stages: tuple[int, ...], parallel: dict[str, Any], expected: Path) -
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a file with the steps of plain AdamW in one process."""
+    """Writes the steps of plain AdamW in one process to a file; returns the path."""
     path = tmp_path_factory.mktemp("groups") / "expected.safetensors"
     save_file(plain_steps(config_for(0), plain_optimizer), path)
     return path
@@ -78,7 +78,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_update_like_plain_adamw(layout: str, expected: Path) -> None:
-    """Catches a wrong rate, frozen gradients in the norm, and stages that wait for each other's groups."""
+    """Catches a wrong rate, frozen gradients in the norm, and stages that deadlock over groups of other stages."""
     stages, parallel = LAYOUTS[layout]
     for zero_stage, *ratios in zip(stages, *run_ranks(measure, 2, stages, parallel, expected), strict=True):
         check(ratios, load_steps(expected), f"{layout}, ZeRO-{zero_stage}")

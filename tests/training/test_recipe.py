@@ -1,4 +1,4 @@
-"""Tests learning rate, weight decay and loss factors."""
+"""Tests learning rates, weight decay and loss factors."""
 
 import pytest
 import torch

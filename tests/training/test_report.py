@@ -1,4 +1,4 @@
-"""Tests the report of a finished run, and that a missing picture never changes its status."""
+"""Tests the report of a finished run, and that a page that cannot be drawn does not change the exit status."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.test_train import finish as finish_run
 
 
 def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
-    """Trains to the end in a new process, which must exit with status 0; returns its output."""
+    """Trains in a new process, checks for status 0, and returns the output."""
     mapping["beit3_ds"]["training"] |= {"total_steps": 1, "save_interval": 1, "eval_interval": 1}
     path = folder / "config.json"
     path.write_text(json.dumps(mapping))
@@ -30,7 +30,7 @@ def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_notebook_backend_and_streams_without_validation_data(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a report that needs images, or fails on MPLBACKEND, which processes of a notebook inherit."""
+    """Catches a report that requires images, or fails because a notebook's processes inherit MPLBACKEND."""
     for stream in ("images", "pairs"):
         run_mapping["beit3_ds"]["data"][stream]["validation"] = []
     output = finish(run_mapping, tmp_path, MPLBACKEND="inline_of_a_notebook")
@@ -41,7 +41,7 @@ def test_notebook_backend_and_streams_without_validation_data(run_mapping: dict[
 
 
 def test_run_without_matplotlib_or_validation_data_finishes(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a summary that names pages that were not written."""
+    """Catches a summary that names pages that do not exist."""
     for stream in ("images", "pairs", "texts"):
         run_mapping["beit3_ds"]["data"][stream]["validation"] = []
     (tmp_path / "matplotlib").mkdir()
@@ -57,7 +57,7 @@ def test_run_without_matplotlib_or_validation_data_finishes(run_mapping: dict[st
 
 
 def test_pages_that_cannot_be_written_are_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Replaces the files by folders, which raise an OSError like a full disk or a lost file system."""
+    """Puts folders in the places of the pages, which raises OSError like a full disk or a lost file system."""
     names = ("losses.png", "predictions.html", "summary.json")
     for name in names:
         (tmp_path / "run" / name / "in the way").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tests a run's report about skipped steps, and its end after too many."""
+"""Tests how a run reports skipped steps, and that too many end the run."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,7 @@ def train_with_faults(config: str, faulty_steps: list[int]) -> tuple[int, str, l
 
 @pytest.fixture
 def config(run_mapping: dict[str, Any], tmp_path: Path) -> str:
-    """Returns the config of a run of 14 steps that stops after three skipped steps in a row."""
+    """Returns the configuration of a run of 14 steps that ends after three consecutive skipped steps."""
     run_mapping["gradient_accumulation_steps"] = 2
     for stream in ("images", "pairs", "texts"):
         run_mapping["beit3_ds"]["data"][stream]["samples_per_step"] = 4
@@ -56,7 +56,7 @@ def config(run_mapping: dict[str, Any], tmp_path: Path) -> str:
 
 
 def test_skipped_steps_are_named_and_too_many_end_the_run(config: str, tmp_path: Path) -> None:
-    """Catches a count that a good step does not reset, and a checkpoint that is lost."""
+    """Catches a count that a good step does not reset, and a lost checkpoint."""
     checkpoints = tmp_path / "run" / "checkpoints"
     (status, output, _), (other_status, other_output, names) = run_ranks(train_with_faults, 2, config, FAULTY_STEPS)
     assert (status, other_status) == (2, 2), output

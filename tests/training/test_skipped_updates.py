@@ -1,4 +1,4 @@
-"""Tests that a NaN in one rank's gradients skips the update on all ranks, and changes nothing else."""
+"""Tests that a NaN in the gradients of one rank skips the update on all ranks and changes nothing else."""
 
 import copy
 import math
@@ -25,7 +25,10 @@ UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
 
 
 class Fault:
-    """Replaces the gradient of a parameter by NaN, once, on the rank that has it, before the probe sees it."""
+    """Replaces the gradient of one parameter by NaN, once, before the finiteness check sees it.
+
+    Only the rank that holds the parameter does this.
+    """
 
     def __init__(self, *, is_here: bool) -> None:
         self.is_here, self.is_due, self.backward_passes = is_here, False, 0
@@ -50,7 +53,7 @@ class Fault:
 def run_steps(
     config: RunConfig, mesh: Mesh, steps: Iterable[int], fault: Fault
 ) -> tuple[dict[str, Tensor], int, dict[int, tuple[float, list[int]]]]:
-    """Returns this rank's final state, AdamW's step count, and the norm and suspects of each step."""
+    """Returns this rank's final state, AdamW's step count, and the norm and suspected ranks of each step."""
     from beit3_ds.checkpoint.engine_state import EngineState
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import apply_update, build_schedule
@@ -76,7 +79,7 @@ def run_steps(
 
 
 def compare(layout: Layout, cells: list[tuple[int, dict[str, Any], dict[str, Any]]]) -> list[Any]:
-    """Compares steps with a fault on the last rank to steps without the faulty step, on one rank."""
+    """Compares steps with a fault on the last rank with steps without the faulty step, on one rank."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0, **layout.parallel).parallel)
@@ -114,7 +117,7 @@ SLOW: list[tuple[Layout, Cells]] = [
     ("layout", "cells"), [*QUICK, *(pytest.param(*values, marks=pytest.mark.slow) for values in SLOW)]
 )
 def test_fault_on_one_rank(layout: Layout, cells: Cells) -> None:
-    """Catches a NaN that stays in a buffer (norm of the last step), and a rank that updates (state)."""
+    """Catches a NaN that stays in a buffer (norm of the last step), and a rank that does the update (state)."""
     for cell, ranks in zip(cells, zip(*run_ranks(compare, 2, layout, cells), strict=True), strict=True):
         for rank, (different, count, expected_count, found, expected_found) in enumerate(ranks):
             where = f"{layout}, {cell}, rank {rank}"

@@ -1,4 +1,4 @@
-"""Tests that `beit3 check` and a start refuse the same runs before any data is read."""
+"""Tests that `beit3 check` and the start of a run refuse the same runs before they read data."""
 
 import dataclasses
 import importlib.util
@@ -30,7 +30,7 @@ def start(run: RunConfig) -> None:
 
 @pytest.fixture(autouse=True)
 def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulates a machine without the packages of the monitors."""
+    """Simulates a machine that lacks the monitors' packages."""
     find = importlib.util.find_spec
     absent = ("wandb", "tensorboard")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in absent else find(name, *more))
@@ -41,7 +41,7 @@ def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_monitor_without_its_package_is_refused(
     monitor: str, begin: Callable[[RunConfig], None], tmp_path: Path
 ) -> None:
-    """Catches an ImportError of DeepSpeed on rank 0 alone, while other ranks wait for it."""
+    """Catches DeepSpeed's ImportError on rank 0 alone, while other ranks wait for rank 0."""
     with pytest.raises(ConfigError, match=f"needs the package {monitor}, which is not installed. Run: pip install"):
         begin(config(tmp_path, **{monitor: {"enabled": True}}))
     check(config(tmp_path, **{monitor: {"enabled": False}}))
@@ -71,7 +71,7 @@ def test_check_creates_nothing(tmp_path: Path) -> None:
 
 
 def test_keys_without_effect_are_named(tmp_path: Path) -> None:
-    """Catches keys without effect that users mistake for working settings."""
+    """Catches keys that have no effect and that users mistake for working settings."""
     zero = {"stage": 1, "stage3_max_live_parameters": 1, "overlap_comm": True}
     text = describe_dry_run(config(tmp_path, zero_optimization=zero), 1)
     (line,) = (line for line in text.splitlines() if line.startswith("no effect"))

@@ -1,4 +1,7 @@
-"""Tests that data-parallel ranks, micro-batches and ZeRO stages do not change loss, gradients and norm of a step."""
+"""Tests that the number of data-parallel ranks or micro-batches, and the ZeRO stage, do not change a step.
+
+Compares losses, gradients and gradient norms.
+"""
 
 import itertools
 
@@ -24,15 +27,18 @@ TWO_RANKS: list[list[Deal]] = [
 
 
 ALL = list(itertools.product(range(4), range(3)))
-"""Every ZeRO stage with every dealing of the samples."""
+"""Every ZeRO stage with every division of the samples."""
 FEW = [cell for cell in ALL if cell[0] == 3 or cell[0] == cell[1]]
-"""ZeRO-3 with every dealing, and every other stage with one, so that each dealing also meets flat buffers."""
+"""ZeRO-3 with every division of the samples, and each other stage with one.
+
+So every division also occurs with flat buffers.
+"""
 
 
 def measure_stages(
     dealings: list[list[Deal]], cells: list[tuple[int, int]], reference: Reference
 ) -> list[tuple[str, dict[str, float]]]:
-    """Measures ZeRO stages with several divisions of the samples, on one rank."""
+    """Measures ZeRO stages with several divisions of the samples on one rank; returns names and error ratios."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0).parallel)
@@ -47,7 +53,7 @@ def measure_stages(
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("cells", [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.mark.slow)])
 def test_step(ranks: int, cells: list[tuple[int, int]], reference: Reference) -> None:
-    """Catches a wrong loss factor (gradient norm; Adam hides it), and a stale ZeRO-3 buffer (second step)."""
+    """Catches a wrong loss factor (gradient norm; Adam hides it) and a stale ZeRO-3 buffer (second step)."""
     names, dealings = reference.load("paper", SHALLOW), [ONE_RANK, TWO_RANKS][ranks - 1]
     for results in zip(*run_ranks(measure_stages, ranks, dealings, cells, reference), strict=True):
         check([ratios for _, ratios in results], names, results[0][0])

@@ -1,4 +1,4 @@
-"""A stop signal ends an evaluation and the report between two batches; the next start does them again."""
+"""Tests that a stop signal ends an evaluation or the report between two batches, and the next start repeats it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 
 
 def train_with_stops(config: str, stops: list[tuple[str, int]]) -> list[int]:
-    """On one rank: trains, and receives SIGTERM in the n-th call of a function, for each of several starts."""
+    """Trains several times on one rank; each start receives SIGTERM in the n-th call of a function."""
     from beit3_ds.train import main
     from beit3_ds.training import evaluation, loop, report
 
@@ -55,7 +55,7 @@ def best_of(folder: Path) -> dict[str, Any]:
 
 
 def test_what_a_stop_cancels_is_done_again(run_mapping: dict[str, Any], tmp_path: Path, capfd: Any) -> None:
-    """Catches an evaluation that no start completes, a run without a report, and one that evaluates a step twice."""
+    """Catches an evaluation that no start completes, a run without a report, and a step that is evaluated twice."""
     run_mapping["zero_optimization"]["stage"] = 0
     run_mapping["beit3_ds"]["training"] |= {"save_interval": 100, "best_metric": "pair_mlm", "eval_interval": 2}
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"

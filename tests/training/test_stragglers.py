@@ -1,4 +1,4 @@
-"""Tests that slow ranks are named, and no others."""
+"""Tests that exactly the slow ranks are named."""
 
 import contextlib
 import io
@@ -33,9 +33,10 @@ def compare(work: list[float], data: list[float], step_seconds: float) -> tuple[
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 7), st.lists(st.floats(0.95, 1.05), min_size=8, max_size=8))
 def test_one_slow_rank_of_a_stage(slow: int, noise: list[float]) -> None:
-    """Catches comparisons across stages, which do different work.
+    """Catches comparisons across pipeline stages, which have different work.
 
-    The noise is at most 5%: more could slow a rank of the first stage more than the fault slows one of the second.
+    The noise is at most 5%: with more, a rank of the first stage could be slowed more than the faulty rank of the
+    second.
     """
     work = [value * (1.0 if rank < RANKS_A_STAGE else 0.2) for rank, value in enumerate(noise)]
     figures, lines = compare(work, [0.0] * 8, 1.0)
@@ -49,7 +50,7 @@ def test_one_slow_rank_of_a_stage(slow: int, noise: list[float]) -> None:
 
 
 def test_short_times_are_left_alone() -> None:
-    """Catches a report about short times: 10 ms instead of 1 ms of waiting do not matter in a step of 1 s."""
+    """Catches a report about negligible times: in a step of 1 s, waiting 10 ms instead of 1 ms does not matter."""
     figures, lines = compare([1.0] * 8, [0.001] * 7 + [0.01], 1.0)
     assert lines == [] and figures["data_slowest_rank"] == 7
     _, (line,) = compare([1.0] * 8, [0.001] * 7 + [0.2], 1.0)
@@ -64,7 +65,7 @@ def test_a_slow_host_is_cut_short() -> None:
 
 
 def train_slowly(config: str) -> tuple[int, str]:
-    """Trains on one rank; the first rank reads slowly, and the second has a slow device."""
+    """Trains on one rank; the first rank reads data slowly, and the second has a slow device."""
     from beit3_ds.data.steps import StepDataset
     from beit3_ds.train import main
     from beit3_ds.training import loop
@@ -89,7 +90,7 @@ def train_slowly(config: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_stragglers_of_a_run_are_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a comparison of whole steps: each rank delays the other equally, so these show neither."""
+    """Catches a comparison of whole step times, which are equal because each rank delays the other."""
     run_mapping["beit3_ds"]["data"]["num_workers"] = 0
     run_mapping["beit3_ds"]["training"] |= {"log_interval": 4, "eval_interval": 100}
     (tmp_path / "config.json").write_text(json.dumps(run_mapping))

@@ -1,4 +1,4 @@
-"""Tests that a step equals that of one process if ranks or micro-batches have uneven numbers of samples, or none."""
+"""Tests that a step equals the step of one process when ranks or micro-batches have uneven or zero samples."""
 
 import math
 import shutil
@@ -18,9 +18,10 @@ MICRO_BATCHES = 4
 
 
 def deals(ranks: int) -> list[Deal]:
-    """Divides the 8 samples of three steps: as a run does, with empty micro-batches first, and to one rank only.
+    """Divides the 8 samples of each of three steps in three ways.
 
-    In the last step, other ranks have no samples. A run refuses this because it is wasteful, not because it is wrong.
+    The ways are: like a run, with empty micro-batches first, and with all samples on one rank. A run refuses the third
+    way because it is wasteful; the result would still be right.
     """
     shares = StepShares(samples=MicroBatchSize(0, 0, len(MIXES)), num_ranks=ranks, num_micro_batches=MICRO_BATCHES)
     as_run = [[list(cell["texts"]) for cell in shares.slots(rank)] for rank in range(ranks)]
@@ -30,7 +31,7 @@ def deals(ranks: int) -> list[Deal]:
 
 
 Variants = list[tuple[int, dict[str, Any]]]
-"""ZeRO stages, each with more keys of `zero_optimization`."""
+"""ZeRO stages, each with additional keys of `zero_optimization`."""
 VARIANTS: dict[str, Variants] = {
     "ZeRO 0 to 3": [(stage, {}) for stage in range(4)],
     "offloaded": [(stage, {"offload_optimizer": {"device": "cpu"}}) for stage in (1, 2, 3)],
@@ -38,7 +39,7 @@ VARIANTS: dict[str, Variants] = {
 
 
 def measure(layout: Layout, variants: Variants, reference: Reference, num_layers: int) -> list[dict[str, float]]:
-    """Returns the ratio of error to bound of each loss, norm, gradient and weight, on one rank."""
+    """Returns, on one rank, the ratio of error to allowed error of each loss, norm, gradient and weight."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **layout.parallel).parallel)
@@ -63,7 +64,7 @@ def run(layout: Layout, name: str, reference: Reference, num_layers: int) -> Non
 
 @pytest.mark.parametrize("ranks", [3])
 def test_data_parallel_ranks(ranks: int, reference: Reference) -> None:
-    """Catches a mean over the means of ranks, instead of the mean over the step."""
+    """Catches a mean of the ranks' means in place of the mean over all samples of the step."""
     run(Layout(1, 1, ranks), "ZeRO 0 to 3", reference, SHALLOW)
 
 
@@ -86,14 +87,14 @@ def test_data_parallel_ranks(ranks: int, reference: Reference) -> None:
     ids=str,
 )
 def test_layouts(layout: Layout, variants: str, reference: Reference) -> None:
-    """Compares 7 of 8 data-parallel ranks, and layouts with tensor-parallel ranks and stages."""
+    """Compares steps on 7 of 8 data-parallel ranks, and in layouts with tensor-parallel ranks and pipeline stages."""
     run(layout, variants, reference, NUM_LAYERS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
 def test_a_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path, parallel: dict[str, int]) -> None:
-    """Compares losses, norms and data order of whole runs, through the loader; then one rank resumes."""
+    """Compares losses, norms and data order of whole runs that read data; then one rank resumes the run."""
     own = run_mapping["beit3_ds"]
     run_mapping["gradient_accumulation_steps"] = 2
     own["model"]["drop_path_rate"] = 0.2
