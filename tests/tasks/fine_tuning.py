@@ -1,6 +1,6 @@
-"""Checks that every fine-tuning task passes: layouts, metrics on any number of ranks, resuming.
+"""Checks that every fine-tuning task must pass: layouts, metrics on any number of ranks, and resuming.
 
-A task's test writes files and a configuration into a folder (`WriteConfig`) and calls these checks.
+The test of a task writes files and a configuration into a folder (`WriteConfig`), and calls these checks.
 """
 
 import json
@@ -30,7 +30,7 @@ COVERING: dict[str, Layout] = {
     "ZeRO-1, tensor 2, sequence parallel": (2, 1, 1, {"tensor_parallel_size": 2, "sequence_parallel": True}),
     "ZeRO-1, pipeline 2, 4 micro-batches": (2, 1, 4, {"pipeline_parallel_size": 2}),
 }
-"""Layouts in which each way of cutting a step occurs once."""
+"""Layouts that use each way of dividing a step once."""
 _SPLITS: dict[str, tuple[int, Mapping[str, Any]]] = {
     "1 rank": (1, {}),
     "2 ranks": (2, {}),
@@ -51,34 +51,34 @@ ALL: dict[str, Layout] = {
     if micro >= parallel.get("pipeline_parallel_size", 1)
     and micro * ranks // parallel.get("tensor_parallel_size", 1) <= _SAMPLES_PER_STEP
 }
-"""The whole product, for slow tests; a pipeline refuses fewer micro-batches than stages, and none is empty."""
+"""Every combination, for slow tests; a pipeline needs at least one micro-batch per stage, none of them empty."""
 
 
 MODEL = {"sub_layernorm": True, "initial_embedding_std": 0.1}
-"""Keys of a model whose samples have unlike features, with mean cosines of about 0.6 between two images or two texts.
+"""Keys of a model whose samples get clearly different features: the mean cosine of two images or texts is 0.6.
 
-The gradient of a contrastive loss adds up differences of features, so rounding has a larger share of it the more alike
-the features are: at cosines of 0.995, without sub-LN, up to 3e-5 of a tensor's gradient (appendix of BENCHMARKS.md).
+The gradient of a contrastive loss sums differences of features. The more similar the features, the larger the share of
+rounding. At cosines of 0.995, without sub-LN, rounding makes up 3e-5 of a gradient (appendix of BENCHMARKS.md).
 """
 CLIPPED_NORM = 0.5
 EPSILON = 1e-3
-"""AdamW's epsilon, near the size of an entry of gradients of norm `CLIPPED_NORM`.
+"""AdamW's epsilon, about the size of an entry of gradients with the norm `CLIPPED_NORM`.
 
-With a small epsilon, AdamW turns the rounding of a gradient next to 0 into a whole step, and later steps of two layouts
-could not be compared. A small epsilon also hides a wrong factor of a gradient; this one changes the weights with it.
+With a small epsilon, AdamW turns rounding of a gradient near 0 into a full step, so later steps could not be compared.
+A small epsilon also hides a gradient that is wrong by a factor; with this epsilon, the factor changes the weights.
 """
 
 
 class WriteConfig(Protocol):
-    """Writes a run's configuration and files into a folder, and returns the path of the configuration."""
+    """Writes the files and configuration of a run into a folder; returns the path of the configuration."""
 
     def __call__(self, folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path: ...
 
 
 def run_mapping(folder: Path, layout: Layout, task: Mapping[str, Any], **training: Any) -> dict[str, Any]:
-    """A run of a tiny model that trains a task for four steps with clipping and drop path; the caller adds its data.
+    """Returns a run of a tiny model on a task: four steps with clipping and stochastic depth.
 
-    Evaluates before, between and after, in batches of 3. No dataset of the quickstart stays.
+    The run evaluates before, between and after the steps, in batches of 3. It has no data; the caller adds datasets.
     """
     _, stage, micro_batches, parallel = layout
     mapping = small_run_mapping(stage, accumulation=micro_batches, image_size=32, drop_path_rate=0.2, **MODEL)
@@ -111,7 +111,7 @@ def train(config: str) -> int:
 
 
 def train_layout(write_config: WriteConfig, folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
-    """Trains under a layout and returns the folder."""
+    """Trains under a layout; returns the folder of the run."""
     config = write_config(folder, layout, **training)
     assert run_ranks(train, layout[0], str(config)) == [0] * layout[0]
     return folder
@@ -122,7 +122,7 @@ _TIMES = ("seconds", "work_seconds", "data_seconds", "work_slowest_rank", "data_
 
 
 def figures(folder: Path, kind: str) -> list[dict[str, float]]:
-    """Returns the records of a run of one kind ("train" or "validation") without what depends on time and machine."""
+    """Returns the records of one kind ("train" or "validation") without values that depend on time or machine."""
     records = [record for record in MetricsLog(folder / "run" / "metrics.jsonl").records() if record["kind"] == kind]
     return [
         {
@@ -142,10 +142,15 @@ def check_layout_trains_the_same(
     tolerance: float = 1e-5,
     first_tolerance: float | None = None,
 ) -> None:
-    """Compares every step with one process: the gradients of each tensor, their norm, loss terms and metrics.
+    """Compares every step of a run with one process: gradient tensors, gradient norm, loss terms and metrics.
 
-    `tolerance` is the largest difference of a tensor's gradient, as a share of it, and `first_tolerance` that of the
-    first step if it is smaller (`check_same_gradients`).
+    Args:
+        write_config: writes the files of the run.
+        one_process: folder of the run in one process.
+        folder: folder for the new run.
+        layout: layout of the new run.
+        tolerance: largest relative difference of a gradient tensor.
+        first_tolerance: the same for the first step, if smaller.
     """
     train_layout(write_config, folder, layout)
     check_same_gradients(folder, one_process, tolerance, first_tolerance)
@@ -159,11 +164,11 @@ def check_layout_trains_the_same(
 def check_same_gradients(
     folder: Path, one_process: Path, tolerance: float = 1e-5, first_tolerance: float | None = None
 ) -> None:
-    """Compares the clipped gradients of every step, tensor by tensor.
+    """Compares the clipped gradients of every step, tensor by tensor, in the Euclidean norm.
 
-    The difference may be `tolerance` (in the first step `first_tolerance`) of the gradient in Euclidean norm, or 1/100
-    of it of all gradients together. The second rule is for gradients that are small differences of large sums, such as
-    that of the keys' bias, which is 0 but for rounding.
+    A difference may be `tolerance` (`first_tolerance` in the first step) of the tensor's gradient, or 1/100 of this
+    share of the whole gradient. The second rule serves gradients that are small differences of large sums, such as that
+    of the key bias, which is 0 except for rounding.
     """
     steps = zip(clipped_gradients(folder), clipped_gradients(one_process), strict=True)
     for step, (ours, expected) in enumerate(steps, 1):
@@ -178,11 +183,11 @@ def check_same_gradients(
 
 
 def clipped_gradients(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """Yields the clipped gradient of each tensor, float64, for each of the four steps of a run.
+    """Yields the clipped gradient of each tensor, in float64, for each of the four steps of a run.
 
-    AdamW's first moments m are saved in float32 after every step, and m_t = b m_(t-1) + (1 - b) g_t. The rounding of m
-    has a share of at most 6e-8 (|m_t| + b |m_(t-1)|) / (1 - b) |g_t| of g_t. While a gradient keeps its norm, that is
-    4e-7 for b = 0.9 and four steps, far below the bound.
+    Gradients are computed from AdamW's first moments m, which each step saves in float32: m_t = b m_(t-1) + (1 - b)
+    g_t. Rounding of m adds a relative error of at most 6e-8 (|m_t| + b |m_(t-1)|) / (1 - b) |g_t| to g_t. For gradients
+    of constant norm, b = 0.9 and four steps, that is 4e-7, far below the tolerance.
     """
     config = load_run_config(folder / "config.json")
     decay = config.training.adam_betas[0]
@@ -196,7 +201,7 @@ def clipped_gradients(folder: Path) -> Iterator[dict[str, Tensor]]:
 
 
 def check_resumes_bit_for_bit(write_config: WriteConfig, one_process: Path, folder: Path) -> None:
-    """Checks that a run from the checkpoint of step 2 has the same records as the run that did not stop."""
+    """Checks that a run resumed from the checkpoint of step 2 has the records of an uninterrupted run, bit for bit."""
     shutil.copytree(one_process / "run", folder / "run")
     for step in (3, 4):
         shutil.rmtree(folder / "run" / "checkpoints" / f"step-{step:08d}")
@@ -219,7 +224,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 def check_metrics_do_not_depend_on_ranks(
     write_config: WriteConfig, one_process: Path, folder: Path, split: str = "validation"
 ) -> dict[str, float]:
-    """Checks that all files of an evaluation are equal to the byte on 1, 2 and 3 ranks; returns the metrics."""
+    """Checks that result files of an evaluation are byte for byte equal on 1, 2 and 3 ranks; returns the metrics."""
     weights, written = str(one_process / "run"), []
     for num_ranks in (1, 2, 3):
         config = write_config(folder / str(num_ranks), (num_ranks, 0, 1, {}))

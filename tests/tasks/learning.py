@@ -1,4 +1,4 @@
-"""Trains small models on drawn scenes, for tests that they learn."""
+"""Trains small models on drawn scenes, for tests of learning."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ _TIMEOUT_SECONDS = 3600
 
 
 def train_words(texts: Sequence[str], path: Path, vocab_size: int) -> dict[str, Any]:
-    """Trains a text tokenizer that has a piece per word; returns its section of a configuration."""
+    """Trains a text tokenizer with one piece per word; returns the tokenizer's section of a configuration."""
     section = {"path": str(path), "vocab_size": vocab_size, "character_coverage": 1.0}
     train_text_tokenizer(TextTokenizerConfig(**section), list(texts))
     return {"text": section}
@@ -28,7 +28,7 @@ def train_words(texts: Sequence[str], path: Path, vocab_size: int) -> dict[str, 
 def learning_mapping(
     folder: Path, task: dict[str, Any], pairs: dict[str, Any], tokenizers: dict[str, Any], seed: int, steps: int
 ) -> dict[str, Any]:
-    """A run of a model of two layers x 128 on 32 px images of four patches, without augmentation."""
+    """Returns a run without augmentation: two layers of width 128, and 32-pixel images of four patches."""
     mapping = small_run_mapping(0, image_size=32, patch_size=16, hidden_size=128, ffn_hidden_size=512)
     own = mapping["beit3_ds"]
     own["model"] |= {"num_attention_heads": 4, "inputs": ["pairs"], "drop_path_rate": 0.0, "max_text_length": 32}
@@ -43,7 +43,7 @@ def learning_mapping(
 
 
 def train_mapping(folder: Path, mapping: dict[str, Any]) -> dict[str, float]:
-    """Trains a configuration on one rank; returns the last metrics."""
+    """Trains a configuration on one rank; returns the metrics of the last evaluation."""
     config = write_json(folder, mapping)
     assert run_ranks(train, 1, str(config), timeout=_TIMEOUT_SECONDS) == [0]
     records = MetricsLog(folder / "run" / "metrics.jsonl").records()
@@ -51,7 +51,7 @@ def train_mapping(folder: Path, mapping: dict[str, Any]) -> dict[str, float]:
 
 
 def evaluate_weights(folder: Path, mapping: dict[str, Any], weights: Path) -> dict[str, float]:
-    """Evaluates the weights of a run on the validation split of a configuration; returns the metrics."""
+    """Evaluates weights on the validation split of a configuration; returns the metrics."""
     config, out = write_json(folder, mapping), folder / "out"
     arguments = [str(config), "--weights", str(weights), "--out", str(out)]
     assert run_ranks(evaluate, 1, arguments, timeout=_TIMEOUT_SECONDS) == [0]
@@ -60,7 +60,7 @@ def evaluate_weights(folder: Path, mapping: dict[str, Any], weights: Path) -> di
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Returns the 95% interval of the mean of a figure over three seeds (Student's t)."""
+    """Returns the 95% confidence interval of a mean over three seeds (Student's t)."""
     assert len(differences) == len(SEEDS)
     half = T_95_TWO_DEGREES * statistics.stdev(differences) / len(differences) ** 0.5
     mean = statistics.mean(differences)

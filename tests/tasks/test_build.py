@@ -1,4 +1,4 @@
-"""Checks how a configuration names its task, and the messages for wrong names and keys."""
+"""Tests how a configuration names its task, and the errors for wrong names and keys."""
 
 from typing import Any
 

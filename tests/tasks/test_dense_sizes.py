@@ -1,4 +1,4 @@
-"""Counts the parameters of the giant models for detection and segmentation, which are built on the meta device."""
+"""Checks the parameter counts of the giant models for detection and segmentation, built on the meta device."""
 
 from collections import Counter
 
@@ -20,12 +20,12 @@ PARTS = {
     },
     "segmentation_giant": {"embeddings": 5.5, "blocks": 1010.01, "adapter": 40.75, "decoder": 241.23},
 }
-"""Millions of parameters per part, as in docs/dense.md."""
+"""Millions of parameters per part; docs/dense.md has the same numbers."""
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_whole_models_are_built(name: str) -> None:
-    """Catches parts that no task uses, such as the other experts, and a table in the docs that is out of date."""
+    """Catches parts that no task uses, such as experts of other modalities, and outdated numbers in docs/dense.md."""
     with torch.device("meta"):
         model = build_task(load_run_config(ROOT / "ds_configs" / f"{name}.json")).build_model()
     counts: Counter[str] = Counter()

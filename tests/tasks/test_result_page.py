@@ -1,4 +1,4 @@
-"""Pages that show answers."""
+"""Tests HTML pages that show answers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Results of samples arrive on the main rank once each, in the order of the samples."""
+"""Tests that the main rank receives the result of each sample once, in the order of the samples."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -18,10 +18,10 @@ MICRO_BATCHES = 4
 
 
 def deals(ranks: int) -> list[Deal]:
-    """Divides the 8 samples of each of three steps in three ways.
+    """Returns three steps of 8 samples, each divided over ranks and micro-batches in another way.
 
-    The ways are: like a run, with empty micro-batches first, and with all samples on one rank. A run refuses the third
-    way because it is wasteful; the result would still be right.
+    The first step is divided as in a run, and the second has empty micro-batches first. In the third, one rank has all
+    samples; a run would refuse that as wasteful, but the result must be right.
     """
     shares = StepShares(samples=MicroBatchSize(0, 0, len(MIXES)), num_ranks=ranks, num_micro_batches=MICRO_BATCHES)
     as_run = [[list(cell["texts"]) for cell in shares.slots(rank)] for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""The loss of an evaluation is that of training."""
+"""Tests that the loss of an evaluation is the loss of training."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The caption head sums losses and right predictions over masked tokens."""
+"""Tests that the caption head sums losses and correct predictions over masked tokens."""
 
 import dataclasses
 

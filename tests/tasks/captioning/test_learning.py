@@ -1,4 +1,4 @@
-"""Tests (slow) that captions describe their image, end by themselves, and are not those of another image."""
+"""Tests (slow) that generated captions describe their own image and not another one, and end by themselves."""
 
 import json
 import random
@@ -37,7 +37,11 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 def measure(folder: Path, files: Path, truths: list[str], seed: int) -> tuple[float, float, float]:
-    """Trains; returns the share of captions that equal their image's, that equal the next image's, and that end."""
+    """Trains and generates captions; returns three shares of the captions.
+
+    Returns:
+        Shares that equal the caption of their own image, that equal the caption of the next image, and that end.
+    """
     pairs = {
         split: [{"path": str(files / f"{split}.jsonl"), "format": "caption_lines", "images": str(files)}]
         for split in ("train", "validation")

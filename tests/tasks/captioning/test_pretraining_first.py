@@ -18,11 +18,14 @@ VISUAL = {
     **{"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_layers": 1, "decoder_layers": 0},
     **{"num_attention_heads": 2, "codebook_size": 32, "codebook_dim": 8, "ema_decay": 0.9},
 }
-"""The visual tokenizer of the fixtures."""
+"""Settings of the visual tokenizer in the fixtures."""
 
 
 def write_squares(folder: Path) -> None:
-    """Writes captions of drawn squares, as lines and beside each image, with the words of all scenes."""
+    """Writes drawn squares with captions that contain all words of the scenes.
+
+    The captions are written as lines of text and beside each image.
+    """
     for split, count in (("train", NUM_TRAIN), ("validation", NUM_VALIDATION)):
         for number, caption in enumerate(write_captions(folder, split, count)):
             (folder / split / f"{number:06}.txt").write_text(caption)
@@ -32,7 +35,7 @@ def write_squares(folder: Path) -> None:
 def run_mapping(
     folder: Path, files: Path, task: dict[str, Any], sources: dict[str, Any], seed: int, steps: int
 ) -> dict[str, Any]:
-    """A run on the pairs of the squares, with the model of `learning_mapping` on 16 patches."""
+    """Returns a run on pairs of squares; the model is that of `learning_mapping` with 16 patches."""
     words = train_words((files / "words" / "text.txt").read_text().splitlines(), files / "text.spm", 64)
     mapping = learning_mapping(folder, task, {**sources, "samples_per_step": 64}, words, seed, steps)
     model = {"patch_size": 8, "visual_vocab_size": VISUAL["codebook_size"]}
@@ -41,7 +44,7 @@ def run_mapping(
 
 
 def pretrain(folder: Path, files: Path, seed: int) -> Path:
-    """Pretrains on masked patches and words of the training pairs; returns the exported weights."""
+    """Pretrains on masked patches and words of the training pairs; returns the path of the exported weights."""
     sources = {split: [{"path": str(files / split), "format": "folder"}] for split in ("train", "validation")}
     mapping = run_mapping(folder, files, {"name": "pretraining"}, sources, seed, PRETRAINING_STEPS)
     mapping["beit3_ds"]["tokenizers"]["visual"] = {**VISUAL, "path": str(files / "visual.safetensors")}
@@ -52,7 +55,7 @@ def pretrain(folder: Path, files: Path, seed: int) -> Path:
 
 
 def caption(folder: Path, files: Path, seed: int, steps: int, weights: Path | None = None) -> float:
-    """Fine-tunes from weights, or from the initial values of a seed; returns the share of captions that are exact."""
+    """Fine-tunes from weights or from initial values; returns the share of captions that are exactly right."""
     sources = {
         split: [{"path": str(files / f"{split}.jsonl"), "format": "caption_lines", "images": str(files)}]
         for split in ("train", "validation")
@@ -66,10 +69,10 @@ def caption(folder: Path, files: Path, seed: int, steps: int, weights: Path | No
 
 @pytest.mark.slow
 def test_pretraining_first_beside_fine_tuning_alone(tmp_path: Path) -> None:
-    """Compares runs with equal steps of fine-tuning, and with equal steps in total, on the same captioned images.
+    """Compares fine-tuning with and without pretraining on the same captioned images.
 
-    The figures are printed, and no outcome is required. The test only requires that the longest runs learn, because
-    otherwise the comparison says nothing.
+    One comparison has equal fine-tuning steps, another has equal total steps. The figures are printed and may have any
+    value. The test only requires that the longest runs learn, because the comparison would otherwise mean nothing.
     """
     files = tmp_path / "squares"
     files.mkdir()

@@ -1,4 +1,4 @@
-"""Samples of captions: one per caption in training, one per image in an evaluation."""
+"""Tests the samples of captioning: one per caption in training, and one per image in an evaluation."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_a_missing_image_is_named(scenes: Path, tokenizer_files: dict[str, str],
 
 
 def test_shared_images_are_counted(scenes: Path, tokenizer_files: dict[str, str], tmp_path: Path) -> None:
-    """Catches captions that hide their images, and images that differ counted as shared."""
+    """Catches a count of shared images that misses images behind captions, or counts different images as shared."""
     tokenizer, lines = TextTokenizer(tokenizer_files["text"]), tmp_path / "own.jsonl"
     names = ["images/train/000000.png", "images/validation/000000.png"]
     lines.write_text("\n".join(json.dumps({"image": name, "caption": "a ring"}) for name in names))

@@ -1,4 +1,4 @@
-"""Metrics of captions, with and without the parts that they need."""
+"""Tests caption metrics, with and without the optional packages that some metrics need."""
 
 import importlib.util
 import json

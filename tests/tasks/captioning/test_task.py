@@ -1,4 +1,4 @@
-"""Captioning as a task: every layout trains the same, captions are equal on any number of ranks, and it resumes."""
+"""Tests captioning runs: layouts train equally, captions do not depend on the number of ranks, and runs resume."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def sources(scenes: Path) -> dict[str, Any]:
 
 
 def writing(write_config: WriteConfig) -> WriteConfig:
-    """Writes configurations of runs that write captions."""
+    """Writes configurations of runs that generate captions."""
 
     def write(folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
         mapping = json.loads(write_config(folder, layout, **training).read_text())

@@ -1,1 +1,1 @@
-"""Tests the detection of objects."""
+"""Tests object detection."""

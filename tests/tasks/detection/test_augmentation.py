@@ -1,4 +1,4 @@
-"""Jitter moves boxes, masks and pixels alike, as torchvision's transforms do, and draws from the key alone."""
+"""Tests the scale jitter: boxes, masks and pixels move together, as in torchvision, and only the key decides."""
 
 import numpy as np
 import pytest

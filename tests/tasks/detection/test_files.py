@@ -1,4 +1,4 @@
-"""COCO's and Objects365's files are read as they are, and bad entries are named with file and id."""
+"""Tests that COCO and Objects365 files are read, and that errors name the file and the id of a bad entry."""
 
 import copy
 import json
@@ -87,7 +87,7 @@ def test_the_ground_truth_is_that_of_the_file(folder: Path) -> None:
 
 
 def test_files_without_masks_or_annotations(folder: Path) -> None:
-    """Objects365 has no masks, and a test split has no annotations."""
+    """Checks files like those of Objects365, which have no masks, and a test split, which has no annotations."""
     content = _content()
     for annotation in content["annotations"]:
         del annotation["segmentation"]

@@ -1,4 +1,7 @@
-"""The head's losses and gradients do not depend on how a step is cut, and every parameter always takes part."""
+"""Tests the losses and gradients of the detection head.
+
+They must not depend on how a step is divided, and every parameter must get a gradient.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -75,7 +78,7 @@ SAMPLES = [_sample(0, (96, 96), 3), _sample(1, (80, 50), 2), _sample(2, (33, 96)
 
 
 def _run(model: TaskModel, parts: Sequence[Sequence[DetectionSample]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sums the terms and the gradients over micro-batches."""
+    """Returns the sums of loss terms and gradients over micro-batches."""
     model.zero_grad()
     sums = torch.zeros(NUM_TERMS)
     factors = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0])
@@ -108,7 +111,7 @@ def test_a_step_is_the_same_however_it_is_cut(cut: str, double_precision: None) 
 
 
 def _compare_tensor_parallel(sequence_parallel: bool) -> dict[str, tuple[float, float]]:
-    """Runs on one of two ranks in float64; returns each gradient's difference to one process, and its norm."""
+    """Runs one of two ranks in float64; returns, per gradient, the difference to one process and the norm."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(ParallelConfig(tensor_parallel_size=2, sequence_parallel=sequence_parallel))
@@ -134,10 +137,10 @@ def _compare_tensor_parallel(sequence_parallel: bool) -> dict[str, tuple[float, 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tensor_parallel_gradients_equal_one_process(sequence_parallel: bool) -> None:
-    """Catches gradients summed twice or not at all, a scaled stream, and draws that depend on the rank.
+    """Catches gradients summed twice or not at all, a scaled residual stream, and random draws that depend on the rank.
 
-    In float64 rounding cannot hide them: trunk and head agree to 1e-14. The losses and RoIAlign are float32, but get
-    the same values on both sides. The gradient of the keys' bias is 0 but for rounding.
+    Trunk and head run in float64, where they agree to 1e-14, so rounding cannot hide a mistake. Losses and RoIAlign run
+    in float32 but get equal inputs on both sides. The gradient of the key bias is 0 except for rounding.
     """
     for norms in run_ranks(_compare_tensor_parallel, 2, sequence_parallel):
         smallest = 1e-6 * max(norm for _, norm in norms.values())
@@ -156,7 +159,7 @@ def test_every_parameter_takes_part_in_every_micro_batch() -> None:
 
 
 def test_it_fits_one_image() -> None:
-    """A few updates on one image lower every term; the sum of the objects' terms falls by more than half."""
+    """Checks that a few updates on one image lower every loss term, and more than halve the sum of object terms."""
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     first, _ = _run(model, [[SAMPLES[0]]])
@@ -192,7 +195,7 @@ def test_views_map_boxes_there_and_back() -> None:
 
 
 def test_operations_are_those_that_torch_counts() -> None:
-    """The stage cut of a pipeline counts the head, whose share is large beside a small trunk."""
+    """Checks the head's operation count, by which pipeline stages are cut; beside a small trunk the head is large."""
     settings = dataclasses.replace(
         SETTINGS, pyramid_channels=16, sampled_boxes=8, proposals=200, proposals_per_level=200
     )

@@ -1,4 +1,4 @@
-"""Checks the initial values of the detection head."""
+"""Tests the initial values of the detection head."""
 
 import math
 
@@ -22,7 +22,10 @@ def _initial_stds(channels: int) -> dict[str, float]:
 
 
 def test_layers_start_as_in_vitdet() -> None:
-    """Catches 0.02 for every layer: with it, updates are large beside the weights, and a narrow head learns little."""
+    """Catches an initial standard deviation of 0.02 in every layer.
+
+    With 0.02, updates are large compared with the weights, and a narrow head learns little.
+    """
     stds = _initial_stds(64)
     expected = {
         "proposals.objectness": 0.01,

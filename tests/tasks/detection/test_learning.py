@@ -1,4 +1,4 @@
-"""A detector that overfits eight composed images finds their objects; with targets of other images it finds none."""
+"""Tests that a detector overfits eight images, and finds nothing if trained with the objects of other images."""
 
 import json
 import random
@@ -15,7 +15,7 @@ IMAGES, STEPS = 8, 250
 
 
 def _write(folder: Path, seed: int) -> None:
-    """Writes `IMAGES` images of 96 pixels, and a file that gives each image the objects of the next one."""
+    """Writes `IMAGES` images of 96 pixels with their objects; a second file gives each image the next one's objects."""
     write_object_scenes(folder, "train", IMAGES, random.Random(f"overfit {seed}"), 96)
     content = json.loads((folder / "objects-train.json").read_text())
     (folder / "objects-copy.json").write_text(json.dumps(content))  # a run refuses to validate on the file it trains on
@@ -57,7 +57,7 @@ def _mapping(folder: Path, data: Path, seed: int, file: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_it_overfits_eight_images(seed: int, tmp_path: Path) -> None:
-    """Measured: see the table in BENCHMARKS.md."""
+    """Checks the average precision of an overfitted detector; BENCHMARKS.md has the measured values."""
     _write(tmp_path, seed)
     found = train_mapping(tmp_path / "true", _mapping(tmp_path / "true", tmp_path, seed, "train"))
     assert found["box_AP50"] >= 0.9 and found["mask_AP50"] >= 0.85

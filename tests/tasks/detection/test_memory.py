@@ -1,4 +1,4 @@
-"""Compares the modelled memory of the detection head with the tensors that autograd keeps."""
+"""Compares the predicted memory of the detection head with the tensors that autograd saves."""
 
 import dataclasses
 
@@ -17,9 +17,10 @@ from tests.tasks.detection.test_head import MODEL, NUM_TERMS, SETTINGS, _sample
 def test_modelled_memory_is_what_autograd_keeps(
     width: int, channels: int, num_boxes: int, masks: bool, dtype: torch.dtype
 ) -> None:
-    """The second case is mostly the pyramid. 60 objects make a quarter of the drawn boxes positive.
+    """Compares bytes for several sizes; in the second one the pyramid takes most memory.
 
-    With bf16 the CPU keeps the norms' statistics in bf16, GPUs in float32.
+    With 60 objects, a quarter of the sampled boxes are positive. In bf16, norms keep their statistics in bf16 on a CPU
+    and in float32 on a GPU.
     """
     model = dataclasses.replace(MODEL, hidden_size=width, final_norm=False)
     settings = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Draws of anchors and proposals are functions of a seed, and do not depend on what else a batch holds."""
+"""Tests that the sampling of anchors and proposals depends only on a seed, not on the rest of the batch."""
 
 import torch
 
@@ -7,7 +7,7 @@ from beit3_ds.tasks.detection.sampling import draw_seed, random_ranks, sample_ba
 
 
 def test_ranks_are_those_of_splitmix() -> None:
-    """With the seed 0 and the purpose 0, the numbers are the published ones of SplitMix64."""
+    """Checks that seed 0 and purpose 0 give the published sequence of SplitMix64."""
     ranks = [rank & (1 << 64) - 1 for rank in random_ranks(torch.tensor(0), 3, 0).tolist()]
     assert ranks == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 

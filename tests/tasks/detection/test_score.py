@@ -1,4 +1,4 @@
-"""Average precision equals pycocotools' on generated detections with every edge case."""
+"""Tests that average precision equals that of pycocotools on generated detections with every edge case."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ def _box(rng: np.random.Generator) -> list[float]:
 
 
 def generate(seed: int, num_images: int = 12) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """Images without objects or detections, crowds, equal scores, more than 100 detections, an unseen category."""
+    """Generates images without objects or detections, crowds, ties, over 100 detections and an unseen category."""
     rng = np.random.default_rng(seed)
     images = [{"id": 3 + 7 * i, "height": HEIGHT, "width": WIDTH} for i in range(num_images)]
     annotations: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Masks are drawn inside boxes as COCO's code draws them in images, and bad ones are refused with the reason."""
+"""Tests that masks drawn inside boxes equal COCO's masks, and that invalid ones are refused with a reason."""
 
 import numpy as np
 import pytest

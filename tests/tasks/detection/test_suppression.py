@@ -1,4 +1,4 @@
-"""Soft-NMS equals the loop of the paper's pseudo-code, class by class, and plain NMS in its limits."""
+"""Tests that Soft-NMS equals a loop over each class as in the paper, and equals plain NMS in the limits."""
 
 import math
 
@@ -17,7 +17,7 @@ SIDE = 8
 def paper_loop(
     boxes: Tensor, scores: Tensor, method: SuppressionMethod, iou: float, sigma: float, threshold: float
 ) -> list[tuple[int, float]]:
-    """Figure 2 of arXiv:1704.04503 for the boxes of one class, with the usual removal of boxes of low scores."""
+    """Runs the loop in figure 2 of arXiv:1704.04503 on the boxes of one class, and drops boxes with low scores."""
     overlaps = box_iou(boxes, boxes).tolist()
     left = {index: score for index, score in enumerate(scores.tolist()) if score > threshold}
     kept = []
@@ -39,7 +39,7 @@ def paper_loop(
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes on a coarse grid, which overlap, coincide and touch; different scores; labels."""
+    """Generates boxes on a coarse grid that overlap, coincide or touch, with distinct scores, and their labels."""
     count = draw(st.integers(0, 12))
     coordinates = st.tuples(*[st.integers(0, SIDE - 2)] * 2, *[st.integers(1, SIDE)] * 2)
     corners = [(x, y, x + w, y + h) for x, y, w, h in draw(st.lists(coordinates, min_size=count, max_size=count))]
@@ -94,7 +94,11 @@ def test_hard_suppression_equals_torchvisions(problem: tuple[Tensor, Tensor, Ten
 @settings(max_examples=100, deadline=None)
 @given(problems())
 def test_soft_suppression_is_plain_nms_in_its_limits(problem: tuple[Tensor, Tensor, Tensor]) -> None:
-    """A Gaussian of no width removes all that overlaps; so does `linear` if what is left is below the threshold."""
+    """Checks two limits in which Soft-NMS is plain NMS.
+
+    A Gaussian of width 0 removes every overlapping box. So does `linear` if the remaining scores are below the
+    threshold.
+    """
     boxes, scores, labels = problem
     scores = 0.9 - scores * 1e-6
     options = {"sigma": 1e-9, "max_boxes": 99}

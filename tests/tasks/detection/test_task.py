@@ -1,4 +1,4 @@
-"""Detection as a task: every layout trains the same, metrics are exact on any number of ranks, and it resumes."""
+"""Tests detection runs: layouts train equally, metrics are exact on any number of ranks, and runs resume."""
 
 import csv
 import json
@@ -28,17 +28,19 @@ TASK = {"name": "detection", "num_classes": 6, "pyramid_channels": 16, "box_widt
 TASK |= {"proposals_per_level": 60, "proposals": 40, "sampled_anchors": 32, "sampled_boxes": 24, "min_scale": 0.6}
 TASK |= {"max_scale": 1.3, "score_threshold": 0.0, "max_detections": 20}
 FIRST_TOLERANCE = 1e-3
-"""Largest difference of a gradient of the first step, as a share of it, before updates make it larger."""
+"""Largest relative difference of a gradient in the first step, before updates amplify differences."""
 
 
 def tolerance(layout: str) -> float:
-    """Returns the largest difference of a gradient to one process, as a share of it, for the four steps of a run.
+    """Returns the largest relative difference of a gradient to one process, over the four steps of a run.
 
-    Rounding moves activations next to 0 across the kinks of ReLU, of which the heads have 20 layers, and few positive
-    boxes make up a gradient. Tensor-parallel ranks also add the trunk's products in another order: 1.2e-4 in the first
-    step, up to 9e-3 in the fourth. Changing every weight of one process by 6e-8 of itself has the same effect, up to
-    1e-3 in the fourth step. In float64 two tensor-parallel ranks agree with one process to 4e-15 in all four steps of
-    this run; `test_head.py` repeats such a comparison.
+    Rounding moves activations near 0 across the kinks of ReLU, and the heads have 20 ReLU layers. Few positive boxes
+    contribute to a gradient. Tensor-parallel ranks also sum the products of the trunk in another order. They differ by
+    1.2e-4 in the first step and by up to 9e-3 in the fourth.
+
+    Changing every weight of one process by a relative 6e-8 has a similar effect: up to 1e-3 in the fourth step. In
+    float64, two tensor-parallel ranks agree with one process to 4e-15 in all four steps; `test_head.py` has a similar
+    comparison.
     """
     return 2e-2 if "tensor" in layout else FIRST_TOLERANCE
 

@@ -1,4 +1,4 @@
-"""Lists of classes."""
+"""Tests lists of classes."""
 
 from pathlib import Path
 

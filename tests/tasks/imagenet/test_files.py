@@ -1,4 +1,4 @@
-"""Images with classes from folders, tars and JSON lines."""
+"""Tests reading labelled images from folders, tars and JSON lines."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""The linear head classifies the mean of an image's patches, without its CLS row."""
+"""Tests that the linear head classifies the mean of an image's patches, without the CLS row."""
 
 import dataclasses
 

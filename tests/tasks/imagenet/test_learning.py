@@ -1,4 +1,4 @@
-"""Checks that classes are learned by their names, and that names without training images are found too."""
+"""Tests that classes are learned by name, and that classes without training images are recognised by name."""
 
 import json
 import math
@@ -25,11 +25,14 @@ IMAGES = {"train": 3600, "validation": 720}
 FASHION_IMAGES = {"train": 4000, "validation": 1500}
 FASHION_UNSEEN = ("shirt", "ankle boot")
 UNSEEN = {f"{color} {shape}" for color, shape in zip(COLORS, SHAPES, strict=True)}
-"""Names without images in training; their words occur in other names."""
+"""Classes without training images; every word of these names occurs in other names."""
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """Writes images into `train`, `seen` and `unseen`, and class lists: seen, all, and all with names exchanged."""
+    """Writes images into `train`, `seen` and `unseen`, and three class lists.
+
+    The lists are: trained classes, all classes, and all classes with exchanged names.
+    """
     names = class_names()
     for split, count in IMAGES.items():
         write_classes(folder / split, count, random.Random(f"{seed} {split}"), 64)
@@ -42,7 +45,7 @@ def write_data(folder: Path, seed: int) -> None:
 
 
 def write_lists(folder: Path, names: dict[str, str], unseen: Collection[str], seed: int) -> None:
-    """Writes the lists of classes: those that are trained, all, and all with their names exchanged."""
+    """Writes three class lists: trained classes, all classes, and all classes with exchanged names."""
     shuffled = list(names.values())
     random.Random(seed).shuffle(shuffled)
     lists = {"seen": {key: name for key, name in names.items() if name not in unseen}, "all": names}
@@ -53,7 +56,7 @@ def write_lists(folder: Path, names: dict[str, str], unseen: Collection[str], se
 
 
 def write_fashion(folder: Path, seed: int) -> None:
-    """Writes Fashion-MNIST as `write_data` does; two classes have no images in training."""
+    """Writes Fashion-MNIST in the layout of `write_data`; two classes have no training images."""
     names = {f"f{label}": name for label, name in enumerate(CLASSES)}
     for split, source in (("train", "train"), ("validation", "t10k")):
         pixels, labels = fashion_mnist(source, FASHION_IMAGES[split])
@@ -101,7 +104,7 @@ def evaluate(config: str, weights: str, out: str) -> int:
 def measure(
     folder: Path, tokenizer: str, seed: int, write: Callable[[Path, int], None] = write_data
 ) -> dict[str, float]:
-    """Returns the accuracies of one seed."""
+    """Trains with one seed; returns the accuracies by name."""
     folder.mkdir(parents=True)
     write(folder, seed)
     assert run_ranks(train, 1, str(write_config(folder, "seen", "seen", tokenizer, seed)), timeout=1800) == [0]
@@ -114,13 +117,13 @@ def measure(
 
 
 def lower_bound(differences: list[float]) -> float:
-    """Returns the lower end of the two-sided 95% interval of a mean of three values (Student's t)."""
+    """Returns the lower end of the two-sided 95% confidence interval of the mean of three values (Student's t)."""
     return statistics.mean(differences) - 4.303 * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 @pytest.mark.slow
 def test_classes_are_learned_by_their_names(tmp_path: Path, tokenizer_files: dict[str, str]) -> None:
-    """Names without training images are found far above chance, and not if the names of the classes are exchanged."""
+    """Checks that unseen classes are recognised far above chance, but not if class names are exchanged."""
     found = [measure(tmp_path / str(seed), tokenizer_files["text"], seed) for seed in SEEDS]
     for seed, accuracies in zip(SEEDS, found, strict=True):
         print(f"seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in accuracies.items()))
@@ -131,10 +134,10 @@ def test_classes_are_learned_by_their_names(tmp_path: Path, tokenizer_files: dic
 
 @pytest.mark.slow
 def test_fashion_is_learned_by_its_names(tmp_path: Path, tokenizer_files: dict[str, str]) -> None:
-    """Finds eight classes of Fashion-MNIST by their names.
+    """Checks that eight classes of Fashion-MNIST are recognised by name.
 
-    The other two names say nothing about their images, because none of their words is in another name but "shirt" in
-    "t-shirt", so their accuracy is only printed.
+    The accuracy of the other two classes is only printed. Their names share no word with trained names, except "shirt"
+    in "t-shirt", so they say nothing about the images.
     """
     found = [measure(tmp_path / str(seed), tokenizer_files["text"], seed, write_fashion) for seed in SEEDS]
     for seed, accuracies in zip(SEEDS, found, strict=True):

@@ -1,4 +1,4 @@
-"""Compares the terms of a step with cross entropy in plain PyTorch."""
+"""Compares the loss terms of a step with cross entropy in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Tests that mixed images hold the share of both that their labels say."""
+"""Tests that mixed images contain the two images in the proportions of the mixed labels."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tests ranks of labels, ties and the division of class names over ranks."""
+"""Tests ranks of labels, ties, and the division of class names over ranks."""
 
 import pytest
 import torch

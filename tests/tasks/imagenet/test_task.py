@@ -1,4 +1,4 @@
-"""Checks that images are classified by class names alike in every layout, and what the task refuses."""
+"""Tests ImageNet runs: classification by class names is equal in every layout, and bad settings are refused."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ WHOLE = RankShare(data_parallel_rank=0, data_parallel_size=1, embeds=True, predi
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[str, str]) -> Path:
-    """Writes one training image and less than one validation image per class."""
+    """Writes one training image per class, and validation images for some classes only."""
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder, num_train=NUM_CLASSES, num_validation=11, size=32)
     shutil.copy(tokenizer_files["text"], folder / "text.spm")
@@ -102,7 +102,10 @@ def test_answers_are_written(one_process: Path) -> None:
 
 
 def test_some_classes_per_step(scenes: Path, tmp_path: Path) -> None:
-    """The classes of the step's images are compared beside those that are drawn, alike on two ranks."""
+    """Checks a step that compares only some classes: those of its images and randomly drawn ones.
+
+    Two ranks must use the classes that one process uses.
+    """
 
     def write(folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
         mapping = mapping_of(scenes, folder, layout, **training)
@@ -142,7 +145,7 @@ def test_a_linear_layer_of_other_classes_is_refused(scenes: Path, tmp_path: Path
 
 
 def refused(scenes: Path, tmp_path: Path, **changes: Any) -> str:
-    """Returns the message of a configuration with changes to its sections."""
+    """Returns the error message for a configuration with changes to its sections."""
     mapping = mapping_of(scenes, tmp_path)
     for path, value in changes.items():
         section, _, key = path.rpartition("__")

@@ -1,6 +1,6 @@
-"""Files of NLVR2, as they are published, and statements in JSON lines.
+"""Tests reading of NLVR2's published files, and of statements in JSON lines.
 
-The fixtures are written from the published descriptions of the formats; the official files were never read.
+The fixtures follow the published descriptions of the formats. The official files were never read.
 """
 
 import json

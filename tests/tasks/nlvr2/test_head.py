@@ -1,4 +1,4 @@
-"""The statement head joins the right rows of both pairs of a sample."""
+"""Tests that the statement head joins the right rows of the two pairs of a sample."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Tests (slow) that statements about two images are judged by the images."""
+"""Tests (slow) that the images decide whether a statement about two images is judged true."""
 
 import json
 import random
@@ -15,9 +15,9 @@ NUM_TRAIN, NUM_VALIDATION, STEPS = 1500, 150, 150
 
 
 def write_statements(folder: Path, split: str, count: int) -> None:
-    """Writes statements about the number of squares in two images, each sentence once true and once false.
+    """Writes statements about the number of squares in two images; each sentence is once true and once false.
 
-    `SPLIT-swapped.jsonl` has the same statements with the images of the next sentence.
+    In `SPLIT-swapped.jsonl`, the statements have the images of the next sentence.
     """
     rng = random.Random(split)
     lines: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(folder: Path, files: Path, seed: int) -> tuple[float, float]:
-    """Trains; returns the accuracy, and that with the images of another statement."""
+    """Trains; returns the accuracy with the right images, and with the images of another statement."""
     words = train_words((files / "words" / "text.txt").read_text().splitlines(), folder.with_suffix(".spm"), 64)
 
     def mapping(validation: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Packs two pairs per statement, and mirrors no image whose statement speaks of sides."""
+"""Tests that a statement is packed as two pairs, and that its images are not mirrored if it names a side."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Accuracy and consistency against the plain definition."""
+"""Compares accuracy and consistency with direct implementations of their definitions."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""NLVR2 as a task: every layout trains the same, metrics are exact on any number of ranks, and it resumes."""
+"""Tests NLVR2 runs: layouts train equally, metrics are exact on any number of ranks, and runs resume."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests the encoding of images as visual tokens: divided over ranks, and in bf16."""
+"""Tests how images are encoded as visual tokens, divided over ranks and in bf16."""
 
 from typing import Any
 
@@ -23,14 +23,18 @@ FILE = VERSION_0_1 / "visual.safetensors"
 
 
 def drawn_images(count: int) -> tuple[Tensor, Tensor]:
-    """Returns random images of 8 bits and changes of their colours."""
+    """Returns random 8-bit images, (count, 3, 32, 32), and factors of colour jitter, (count, 3, 3)."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
     return pixels, torch.rand(count, 3, 3, generator=generator)
 
 
 def encode_divided(counts: list[int]) -> list[tuple[Tensor, list[int]]]:
-    """On each of two ranks: the codes of several batches, and the number of images that this rank encoded of each."""
+    """Encodes several batches on one of two ranks.
+
+    Returns:
+        For each batch, the codes and the numbers of images that this rank encoded.
+    """
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -53,7 +57,7 @@ def encode_divided(counts: list[int]) -> list[tuple[Tensor, list[int]]]:
 
 
 def test_each_rank_encodes_its_part_once() -> None:
-    """Catches images in another order, the colours of other images, and ranks that encode everything."""
+    """Catches images in a wrong order, colours of another image, and ranks that encode all images."""
     counts, tokenizer = [5, 1, 0, 4], load_visual_tokenizer(FILE)
     first, second = run_ranks(encode_divided, 2, counts)
     for count, (codes, seen), (other, other_seen) in zip(counts, first, second, strict=True):
@@ -63,9 +67,9 @@ def test_each_rank_encodes_its_part_once() -> None:
 
 
 def test_few_codes_differ_in_bf16() -> None:
-    """Counts the codes that bf16 changes on 256 sample images: 28 of 4,096, which is 0.7%, with this small tokenizer.
+    """Checks that bf16 changes few codes of 256 sample images: with this small tokenizer, 28 of 4,096 (0.7%).
 
-    The limit leaves room for the rounding of another processor.
+    The limit leaves room for the rounding of other processors.
     """
     mapping = small_run_mapping(0, image_size=32, visual_vocab_size=32)
     mapping["beit3_ds"]["tokenizers"]["visual"] |= {"path": str(FILE), "image_size": 32, "codebook_size": 32}
@@ -80,7 +84,10 @@ def test_few_codes_differ_in_bf16() -> None:
 
 @pytest.mark.parametrize(("name", "factor"), [("base_8gpu", 9), ("quickstart_cpu", 1)])
 def test_float32_costs_more_beside_a_model_in_bf16(name: str, factor: int) -> None:
-    """The cost of the last stage is that of the heads, and that of the encoder by its own rate."""
+    """Checks the predicted cost of a float32 tokenizer beside a model in bf16.
+
+    The last stage adds the cost of the heads and of the tokenizer's encoder, each at the rate of its own dtype.
+    """
     import json
 
     costs = []

@@ -1,4 +1,4 @@
-"""Checks masks: exact counts, blocks, and the proportions of BERT."""
+"""Tests masks: exact counts, blocks, and the proportions of BERT."""
 
 from itertools import combinations
 
@@ -99,7 +99,7 @@ WORDS = WordBorders(STARTS, np.zeros_like(STARTS))
 
 
 def _words(ids: np.ndarray) -> list[list[int]]:
-    """Returns the positions of each word, found one token at a time."""
+    """Returns the positions of each word, by looking at one token at a time."""
     words: list[list[int]] = []
     for position in range(1, len(ids)):
         if position in (1, len(ids) - 1) or STARTS[ids[position]]:

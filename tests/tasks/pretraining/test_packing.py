@@ -1,4 +1,4 @@
-"""Checks packing: order, offsets, and streams without samples."""
+"""Tests packing: order, offsets, and streams without samples."""
 
 import itertools
 

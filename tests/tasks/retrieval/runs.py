@@ -1,4 +1,4 @@
-"""Runs of the retrieval task on drawn scenes."""
+"""Builds runs of the retrieval task on drawn scenes."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,14 @@ from tests.fixtures.tokenizers import copy_tokenizers
 from tests.run_config import small_run_mapping
 
 NUM_TRAIN, NUM_VALIDATION = 20, 13
-"""Images; 13 divides over no number of ranks, and 65 captions are no multiple of a batch."""
+"""Numbers of images.
+
+13 is not divisible by any tested number of ranks, and 65 captions are no multiple of a batch.
+"""
 
 
 def write_files(folder: Path) -> Path:
-    """Writes scenes with five captions each, and a tokenizer; returns the folder."""
+    """Writes scenes with five captions each, and the tokenizers; returns the folder."""
     write_scenes(folder, NUM_TRAIN, NUM_VALIDATION, size=32)
     copy_tokenizers(folder)
     return folder
@@ -27,7 +30,7 @@ def write_config(
     accumulation: int = 2,
     **changes: Any,
 ) -> Path:
-    """Writes the configuration of a run of four steps below `folder`; `changes` are sections to update."""
+    """Writes the configuration of a run of four steps below `folder`; `changes` are updates of sections."""
     mapping = small_run_mapping(
         zero_stage, (0, 8, 0), accumulation, image_size=32, drop_path_rate=0.2, inputs=["images", "texts"]
     )

@@ -1,4 +1,4 @@
-"""Writes scenes in two drawing styles: models train on one, and are tested on both."""
+"""Writes scenes in two drawing styles; models train on one style and are tested on both."""
 
 import json
 import random
@@ -15,7 +15,7 @@ Draw = Callable[[Scene, random.Random, int], Image.Image]
 
 
 def draw_crayon(scene: Scene, rng: random.Random, size: int) -> Image.Image:
-    """Draws a scene in hatched strokes with an outline on coloured, speckled paper; training has flat paint on grey."""
+    """Draws a scene as hatched, outlined strokes on speckled paper; training scenes have flat paint on grey."""
     side = size * _OVERSAMPLING
     light = rng.randint(195, 235)
     paper = tuple(light + rng.randint(-15, 15) for _ in range(3))
@@ -37,7 +37,7 @@ def draw_crayon(scene: Scene, rng: random.Random, size: int) -> Image.Image:
 def _draw_strokes(
     image: Image.Image, found: SceneObject, centre: tuple[int, int], radius: int, rng: random.Random
 ) -> None:
-    """Pastes the strokes that fall on the shape; the shape itself is drawn as in the other style."""
+    """Draws the strokes and outline of one shape, clipped to the shape of the other style."""
     box = 2 * radius
     shape = Image.new("L", (box, box))
     draw_shape(ImageDraw.Draw(shape), found.shape, radius, radius, radius - 1, (255,))
@@ -54,7 +54,7 @@ def _draw_strokes(
 
 
 def write_pairs(folder: Path, name: str, draw: Draw, scenes: list[Scene], seed: int, size: int) -> None:
-    """Writes NAME.jsonl and its images: five captions per image, in the format `caption_lines`."""
+    """Writes NAME.jsonl and its images, with five captions per image, in the format `caption_lines`."""
     rng = random.Random(f"{seed} {name}")
     (folder / name).mkdir(parents=True)
     lines = []
@@ -66,9 +66,9 @@ def write_pairs(folder: Path, name: str, draw: Draw, scenes: list[Scene], seed: 
 
 
 def write_styles(folder: Path, seed: int, num_train: int, num_validation: int, size: int) -> None:
-    """Writes training scenes as paint (also with captions of other images), and test scenes in both styles.
+    """Writes painted training scenes, a copy with captions of other images, and test scenes in both styles.
 
-    No two test scenes have the same objects, and no training scene has those of a test scene.
+    No two test scenes have equal objects, and no training scene has the objects of a test scene.
     """
     rng = random.Random(seed)
     tested: dict[frozenset[str], Scene] = {}

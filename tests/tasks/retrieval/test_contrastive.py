@@ -1,4 +1,4 @@
-"""Tests the contrastive loss in blocks against a plain one, and what is left out of it."""
+"""Compares the blockwise contrastive loss with a plain implementation, and tests which candidates are left out."""
 
 import math
 
@@ -31,7 +31,7 @@ def leaves(features: StepFeatures) -> list[Tensor]:
 
 @pytest.mark.parametrize("elements", [3, 40, 1 << 20])
 def test_blocks_have_the_loss_and_gradients_of_the_whole(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a last block of another size, and a block whose partners are numbered from its own start."""
+    """Catches a wrong result for a shorter last block, and a block that counts its partners from its own start."""
     monkeypatch.setattr(contrastive, "_BLOCK_ELEMENTS", elements)
     features = build_features(11)
     sums = contrastive_sums(features, mask_duplicates=True)
@@ -49,7 +49,10 @@ def test_blocks_have_the_loss_and_gradients_of_the_whole(elements: int, monkeypa
 
 
 def test_duplicates_are_no_negatives() -> None:
-    """Two captions of one image, and one caption of two images: each loses one candidate, in both directions."""
+    """Checks that duplicates are not negatives, in either direction.
+
+    Two captions of one image lose a candidate, and so does one caption of two images.
+    """
     features = build_features(4, image_ids=[7, 7, 8, 9], text_ids=[1, 2, 3, 3])
     masked = contrastive_sums(features, mask_duplicates=True)
     score = 5 * features.rows[IMAGE_FEATURES] @ features.rows[TEXT_FEATURES].t()

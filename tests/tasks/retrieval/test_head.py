@@ -1,4 +1,4 @@
-"""The contrastive head's features have length 1, and its scale stays below its limit but can come back from it."""
+"""Tests that contrastive features have length 1, and that the scale stays below its limit but can fall again."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ def test_no_samples_give_zero_gradients() -> None:
 
 @pytest.mark.parametrize(("beyond", "upstream", "moves"), [(False, -1, True), (True, -1, False), (True, 1, True)])
 def test_the_scale_returns_from_its_limit(beyond: bool, upstream: int, moves: bool) -> None:
-    """A plain clamp would leave the scale at 100 for ever."""
+    """Catches a plain clamp, whose zero gradient would keep the scale at 100 forever."""
     temperature = build_head().temperature
     with torch.no_grad():
         temperature.bias.fill_(math.log(100 * 0.07) + (0.5 if beyond else -0.5))

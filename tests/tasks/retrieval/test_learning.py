@@ -1,4 +1,4 @@
-"""Shows (slow) that retrieval learns what transfers to a drawing style that it was not trained on."""
+"""Tests (slow) that retrieval transfers to a drawing style that does not occur in training."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,11 @@ TRAINING = {
 }
 STYLES = ("seen", "unseen")
 CHANCE = (1 + 5 + 10) / 3 / NUM_TEST
-"""Mean recall of a random order, .027."""
+"""Mean recall of a random order: 0.027."""
 
 
 def train_style(files: Path, folder: Path, trained: str, seed: int) -> dict[str, dict[str, float]]:
-    """Trains on a file of pairs in a process of its own; returns the metrics of both styles."""
+    """Trains on one file of pairs in a separate process; returns the metrics of both styles."""
     sources = {
         name: {"path": str(files / f"{name}.jsonl"), "images": str(files), "format": "caption_lines"}
         for name in (trained, *STYLES)
@@ -45,7 +45,7 @@ def train_style(files: Path, folder: Path, trained: str, seed: int) -> dict[str,
 
 
 def measure(folder: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns the metrics of both styles after training on pairs, and on captions of other images ("shuffled")."""
+    """Returns the metrics of both styles after training on right captions, and on shuffled captions ("shuffled")."""
     folder.mkdir()
     copy_tokenizers(folder)
     write_styles(folder, seed, NUM_TRAIN, NUM_TEST, SIZE)
@@ -59,7 +59,10 @@ def measure(folder: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
 
 @pytest.mark.slow
 def test_it_finds_pictures_in_a_style_that_it_never_saw(tmp_path: Path) -> None:
-    """Compares with models that learned captions of other images, and with chance. About three minutes per seed."""
+    """Compares retrieval in an unseen style with chance and with models trained on captions of other images.
+
+    Takes about three minutes per seed.
+    """
     found = [measure(tmp_path / str(seed), seed) for seed in SEEDS]
     for style in STYLES:
         recalls = {name: [of[name][style]["mean_recall"] for of in found] for name in ("train", "shuffled")}

@@ -1,4 +1,4 @@
-"""Measures that a step needs the memory of a micro-batch, however many pairs it compares."""
+"""Tests that the memory of a step is that of one micro-batch, even if the step compares many pairs."""
 
 import ctypes
 import dataclasses
@@ -29,7 +29,7 @@ def build_config(num_pairs: int) -> RunConfig:
 
 
 def build_batches(config: RunConfig, num_pairs: int) -> list[PackedBatch]:
-    """Returns micro-batches without pixels, which reach the device one micro-batch at a time (`prepare`)."""
+    """Returns micro-batches without pixels; `prepare` adds the pixels on the device, one micro-batch at a time."""
     from beit3_ds.tasks.retrieval.packing import pack
     from beit3_ds.tasks.retrieval.samples import RetrievalSample
 
@@ -55,7 +55,7 @@ def prepare(batch: PackedBatch) -> PackedBatch:
 
 
 def measure_step(num_pairs: int) -> tuple[int, float]:
-    """Returns the peak of a step above the memory before it, in bytes, and the loss."""
+    """Runs a step; returns the peak memory above the memory before it, in bytes, and the loss."""
     from beit3_ds.parallel import Mesh
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
@@ -77,9 +77,9 @@ def measure_step(num_pairs: int) -> tuple[int, float]:
 
 
 def _return_freed_memory() -> None:
-    """Makes freed tensors leave the process, so that its size is that of the tensors in use.
+    """Makes freed tensors leave the process, so that the size of the process is that of the tensors in use.
 
-    Trainers keep what is freed, and glibc 2.36 reuses little of what `posix_memalign` gave it.
+    Trainers keep freed memory, and glibc 2.36 reuses little memory of `posix_memalign`.
     """
     from beit3_ds.kernels.cpu.allocator import Allocator
 
@@ -95,7 +95,10 @@ def _memory(name: str) -> int:
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_micro_batch() -> None:
-    """1,024 pairs take at most 1.15 times the memory of 64 pairs, plus the features; each in a process of its own."""
+    """Checks that 1,024 pairs take at most 1.15 times the memory of 64 pairs, plus the features.
+
+    Each number of pairs runs in its own process.
+    """
     (few, few_loss), (many, many_loss) = (run_ranks(measure_step, 1, count)[0] for count in (MICRO_BATCH, 1024))
     features = 2 * 1024 * HIDDEN * 4
     print(f"peak above start: 64 pairs {few / MIB:.1f} MiB, 1,024 pairs {many / MIB:.1f} MiB, loss {many_loss:.3f}")

@@ -1,4 +1,4 @@
-"""Finds the best candidates in blocks."""
+"""Tests the search in blocks for the best candidates."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packs images and captions apart, with each one's own draws of stochastic depth."""
+"""Tests that images and captions are packed separately, each with its own draws of stochastic depth."""
 
 import numpy as np
 import torch

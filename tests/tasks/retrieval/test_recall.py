@@ -1,4 +1,4 @@
-"""Recall against the plain definition, on any number of processes."""
+"""Compares recall with its definition, on any number of processes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SIZES = st.integers(1, 9)
 
 
 def plain_ranks(scores: torch.Tensor, matches: list[list[int]]) -> list[int]:
-    """Ranks by the definition: candidates that are no match and score at least as high as the best match."""
+    """Returns ranks by definition: the number of wrong candidates that score at least as high as the best match."""
     ranks = []
     for row, columns in zip(scores.tolist(), matches, strict=True):
         best = max(row[column] for column in columns)

@@ -1,4 +1,4 @@
-"""Reads pairs of all formats: which caption an epoch has, which images are equal, and what is not flipped."""
+"""Tests pairs of all formats: the caption of an epoch, which images count as equal, and which are not flipped."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.tasks.retrieval.runs import write_config
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three images, red in the left half; the captions of the last name a side."""
+    """Writes three images whose left half is red; the captions of the last image name a side."""
     folder = tmp_path_factory.mktemp("pairs")
     copy_tokenizers(folder)
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
@@ -71,7 +71,7 @@ def test_training_draws_one_caption_and_equal_captions_have_equal_numbers(files:
 
 
 def test_captions_that_name_a_side_are_not_flipped(files: Path, tmp_path: Path) -> None:
-    """Epochs flip about half of the images, but none whose caption says left or right."""
+    """Checks that epochs flip about half of the images, but none whose caption says left or right."""
     config = config_of(files, tmp_path, "pairs.jsonl", "caption_lines")
     is_flipped = torch.tensor(
         [[bool(sample.view[0, 16, 4] < 0) for sample in read(config, files, epoch)] for epoch in range(12)]
@@ -80,7 +80,7 @@ def test_captions_that_name_a_side_are_not_flipped(files: Path, tmp_path: Path) 
 
 
 def test_captions_of_one_image_share_its_number(files: Path, tmp_path: Path) -> None:
-    """The format of the pretraining corpora has one sample per caption."""
+    """Checks that captions of one image share an image number, also in formats with one sample per caption."""
     samples = read(config_of(files, tmp_path, "coco.json", "coco"), files, 0)
     assert [len(sample.texts) for sample in samples] == [1, 1, 1, 1]
     ids = [sample.image_id for sample in samples]

@@ -1,4 +1,4 @@
-"""Checks that retrieval trains, is evaluated and resumes alike in every layout."""
+"""Tests that retrieval trains, is evaluated and resumes equally in every layout."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Implements a complete toy task: predict the rotation of an image, one of four."""
+"""Implements a complete toy task: predicting which of four rotations an image has."""
 
 import dataclasses
 import functools

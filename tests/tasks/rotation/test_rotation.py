@@ -1,4 +1,4 @@
-"""Checks that a task in one folder of its own is launched, trains, resumes and is evaluated in every layout."""
+"""Tests that a task defined in a single folder is launched, trained, resumed and evaluated in every layout."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Writes small datasets and configurations for tests of segmentation."""
+"""Writes small datasets and configurations for the tests of segmentation."""
 
 import random
 from pathlib import Path
@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 def write_dataset(folder: Path, num_train: int = 12, num_validation: int = 7) -> None:
-    """Writes drawn scenes in ADE20K's folders, of 40 pixels on the shorter side."""
+    """Writes drawn scenes in the folder layout of ADE20K; the shorter side has 40 pixels."""
     for split, count in (("train", num_train), ("validation", num_validation)):
         write_label_scenes(folder, split, count, random.Random(split), 40)
 
@@ -38,7 +38,7 @@ def write_dataset(folder: Path, num_train: int = 12, num_validation: int = 7) ->
 def segmentation_mapping(
     folder: Path, layout: Layout = ONE_PROCESS, *, data: Path, task: dict[str, Any] | None = None, **training: Any
 ) -> dict[str, Any]:
-    """A run of four steps on crops of 64 pixels."""
+    """Returns a run of four steps on crops of 64 pixels."""
     mapping = run_mapping(folder, layout, SETTINGS | (task or {}), **training)
     own = mapping["beit3_ds"]
     own["model"] |= {"inputs": ["images"], "image_size": 64, "patch_size": 16, "dense": {}}
@@ -51,5 +51,5 @@ def segmentation_mapping(
 def write_config(
     folder: Path, layout: Layout = ONE_PROCESS, *, data: Path, task: dict[str, Any] | None = None, **training: Any
 ) -> Path:
-    """Writes the configuration of `segmentation_mapping`, and returns its path."""
+    """Writes the configuration of `segmentation_mapping`; returns the path."""
     return write_json(folder, segmentation_mapping(folder, layout, data=data, task=task, **training))

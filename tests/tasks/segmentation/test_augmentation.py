@@ -1,4 +1,4 @@
-"""Tests crops of images with labels, whole images, and sliding windows."""
+"""Tests crops of images with label maps, whole images, and sliding windows."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ PLAIN = {"max_class_share": 1.0, "flip_probability": 0.0, "distorts": False}
 
 
 def _picture_of_labels(labels: np.ndarray) -> Image.Image:
-    """An image whose red channel is ten times the label, so that a wrong alignment shows."""
+    """Returns an image whose red channel is ten times the label, which reveals a wrong alignment."""
     pixels = np.zeros((*labels.shape, 3), dtype=np.uint8)
     pixels[..., 0] = 10 * labels
     return Image.fromarray(pixels)
@@ -75,7 +75,7 @@ def test_sides_are_multiples_of_32() -> None:
 
 
 def test_scores_of_windows_scales_and_flips_are_averaged() -> None:
-    """Scores that are a function of the pixel alone come back unchanged, whatever the windows."""
+    """Checks that scores that depend only on the pixel are returned unchanged by windows, scales and flips."""
     settings = SegmentationConfig(
         num_classes=3, window_stride=40, scales=(0.5, 1.0, 1.5), flips=True, windows_per_batch=2
     )

@@ -1,4 +1,4 @@
-"""Compares counts of pixels and their means with scikit-learn."""
+"""Compares pixel counts and their means with scikit-learn."""
 
 import numpy as np
 import torch

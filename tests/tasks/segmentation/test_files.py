@@ -1,4 +1,4 @@
-"""Tests reading of images with label maps, and messages about bad files."""
+"""Tests reading of images with label maps, and the errors for bad files."""
 
 from pathlib import Path
 

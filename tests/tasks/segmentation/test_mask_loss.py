@@ -1,4 +1,4 @@
-"""Tests that sums of Mask2Former's loss are those of transformers, and do not depend on how a step is cut."""
+"""Compares the sums of Mask2Former's loss with transformers, and over different divisions of a step."""
 
 # B images, Q queries, C classes.
 
@@ -52,7 +52,7 @@ def _predictions(count: int = 3) -> list[QueryPredictions]:
 
 
 def test_sums_equal_transformers_for_one_image() -> None:
-    """One image's means are transformers' own loss of that image, drawn from the same seed."""
+    """Compares the means of one image with transformers' loss of this image, drawn from the same seed."""
     layers, labels, seed = _predictions(1), _labels()[:1], 7
     sums = MaskLoss(SETTINGS, CPU).sums(layers, labels, torch.tensor([seed]))
     counts = TermCounts.of(2, 6)

@@ -1,4 +1,4 @@
-"""Compares the modelled memory of the segmentation head with the tensors that autograd keeps."""
+"""Compares the predicted memory of the segmentation head with the tensors that autograd saves."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests the whole segmentation model: precision, empty batches, groups of parameters, windows in the trunk."""
+"""Tests the whole segmentation model: precision, empty batches, parameter groups, and windows in the trunk."""
 
 import dataclasses
 from pathlib import Path
@@ -37,7 +37,7 @@ def _batch(count: int = 2) -> PackedBatch:
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_bf16_is_near_float32(kind: str, tmp_path: Path) -> None:
-    """DeepSpeed casts all parameters to bf16; the head then computes in autocast."""
+    """Compares a model cast to bf16, as DeepSpeed does, with float32; the head runs in autocast."""
     model, factors = _model(tmp_path, *CHANGES[kind]), torch.ones(3)
     expected = model(_batch(), factors).sums
     output = model.bfloat16()(_batch(), factors)
@@ -48,7 +48,7 @@ def test_bf16_is_near_float32(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_an_empty_batch_gives_zero_and_every_gradient(kind: str, tmp_path: Path) -> None:
-    """Under ZeRO-3 a parameter without gradient would get that of an earlier step again."""
+    """Catches a parameter without gradient, which ZeRO-3 would update with the gradient of an earlier step."""
     model = _model(tmp_path, *CHANGES[kind])
     output = model(_batch(0), torch.ones(3))
     output.total.backward()
@@ -66,7 +66,7 @@ def test_norms_biases_and_vectors_do_not_decay(kind: str, tmp_path: Path) -> Non
 
 
 def test_windows_in_the_trunk_keep_the_places_of_patches(tmp_path: Path) -> None:
-    """With all blocks global, the order of the rows by windows changes nothing."""
+    """Checks that ordering rows by windows changes nothing if all blocks are global."""
     plain = _model(tmp_path)
     windowed = _model(tmp_path, 'model.dense={"window_size": 3, "global_blocks": [0, 1]}')
     sums = [model(_batch(), torch.ones(3)).sums for model in (plain, windowed)]

@@ -1,4 +1,4 @@
-"""Tests segmentation as a task: layouts, any number of ranks, resuming, result files, refusals."""
+"""Tests segmentation runs: layouts, any number of ranks, resuming, result files and refused settings."""
 
 import functools
 from pathlib import Path

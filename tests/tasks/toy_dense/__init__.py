@@ -1,4 +1,4 @@
-"""Implements a complete toy task on images of different sizes: predict the mean color of each patch."""
+"""Implements a complete toy task on images of different sizes: predicting the mean color of each patch."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class CroppedImages(ImageSourceSamples):
 
 
 class ColorHead(Head):
-    """Has a convolution over maps, a grid sampling, and a layer that runs on no rows."""
+    """Applies a convolution over maps, a grid sampling, and a layer that gets no rows."""
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checks that a task on images of any size trains the same in every layout, and resumes."""
+"""Tests that a task on images of any size trains equally in every layout, and resumes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tests the picture of codes."""
+"""Tests the image that shows the codes of the visual tokenizer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests the counting of codes."""
+"""Tests the usage statistics of codes."""
 
 import math
 

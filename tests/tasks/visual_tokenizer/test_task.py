@@ -1,4 +1,4 @@
-"""Tests the visual tokenizer's training: alike in every cut of a step, resumed bit for bit, and written once."""
+"""Tests tokenizer runs: equal for every division of a step, resumed bit for bit, and saved once."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.run_config import visual_tokenizer_mapping
 STEPS = 6
 CUTS = {"ZeRO-3 in 4 micro-batches": (2, 3, 4)}
 MORE_CUTS = {"ZeRO-0": (2, 0, 1), "ZeRO-1 in 2 micro-batches": (2, 1, 2), "ZeRO-2 on 3 ranks": (3, 2, 1)}
-"""Ranks, ZeRO stage and micro-batches per rank."""
+"""Number of ranks, ZeRO stage and micro-batches per rank, by name."""
 
 
 def write_config(folder: Path, zero_stage: int = 0, accumulation: int = 1, **training: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Normal form of answers, the list of answers, and soft scores."""
+"""Tests the normal form of answers, the list of answers, and soft scores."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Files of questions and answers, as they are published.
+"""Tests reading of published files of questions and answers.
 
-The fixtures are written from the published descriptions of the formats; the official files were never read.
+The fixtures follow the published descriptions of the formats. The official files were never read.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The answer head sums over questions, however a step is cut, and gives every parameter a gradient."""
+"""Tests the answer head: sums do not depend on how a step is divided, and every parameter gets a gradient."""
 
 import dataclasses
 

@@ -1,4 +1,7 @@
-"""Tests (slow) that questions are answered by their image: drawn scenes, and the "what" questions of easy-VQA."""
+"""Tests (slow) that images decide the answers to questions.
+
+The data are drawn scenes, and the "what" questions of easy-VQA.
+"""
 
 import json
 import random
@@ -19,16 +22,16 @@ STEPS = 900
 
 
 class Measured(NamedTuple):
-    """Holds the percentages of questions that are answered right."""
+    """Holds percentages of questions that are answered correctly."""
 
     own: float
-    """By a trained model."""
+    """Percentage of a trained model."""
     other: float
-    """By the same model with the image of another question."""
+    """Percentage of the same model when each question gets the image of another question."""
 
 
 def write_questions(folder: Path, split: str, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes questions, and `SPLIT-swapped.jsonl`, in which each has the image of a question drawn at random."""
+    """Writes questions, and `SPLIT-swapped.jsonl` with a randomly drawn image for each question."""
     images = [line["image"] for line in lines]
     random.Random(split).shuffle(images)
     swapped = [line | {"image": image} for line, image in zip(lines, images, strict=True)]
@@ -37,9 +40,9 @@ def write_questions(folder: Path, split: str, lines: Sequence[dict[str, Any]]) -
 
 
 def text_alone(folder: Path) -> float:
-    """Returns the percentage that is right if each question gets its most frequent answer of the training split.
+    """Returns the percentage of correct answers when each question gets its most frequent training answer.
 
-    No model of the text alone can do better than by chance, because a question has hundreds of training answers.
+    No text-only model can do better except by chance, because each question has hundreds of training answers.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for line in read_lines(folder, "train"):
@@ -54,7 +57,7 @@ def read_lines(folder: Path, split: str) -> list[dict[str, Any]]:
 
 
 def measure(folder: Path, files: Path, seed: int) -> Measured:
-    """Trains on the questions of a folder and answers those of its validation split."""
+    """Trains on the questions in a folder and answers its validation split; returns the percentages."""
     lines = read_lines(files, "train")
     words = train_words(sorted({line["question"] for line in lines}), folder.with_suffix(".spm"), 36)
 
@@ -86,7 +89,7 @@ def check_answers_need_the_image(folder: Path, files: Path) -> list[Measured]:
 
 @pytest.mark.slow
 def test_questions_about_drawn_scenes(tmp_path: Path) -> None:
-    """Asks for the color of a shape and for the shape of a color; each scene has two objects."""
+    """Asks for the color of a shape and for the shape of a color, in scenes of two objects."""
     for split, count in (("train", NUM_TRAIN), ("validation", NUM_VALIDATION)):
         rng = random.Random(split)
         lines: list[dict[str, Any]] = []
@@ -103,7 +106,7 @@ def test_questions_about_drawn_scenes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_questions_of_easy_vqa(tmp_path: Path) -> None:
-    """Leaves its yes-or-no questions out: most of them can be answered without the image."""
+    """Leaves out the yes-or-no questions of easy-VQA, because most of them can be answered without the image."""
     for split, questions, images in (
         ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         ("validation", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),

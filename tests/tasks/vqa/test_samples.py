@@ -1,4 +1,4 @@
-"""Questions as samples: what is wrong with files is said before training, with file and entry."""
+"""Tests the samples of VQA; mistakes in files are reported before training, with file and entry."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Files:
-    """Writes questions and images into a folder, and opens the task on them."""
+    """Writes questions and images into a folder, and opens the VQA task on them."""
 
     def __init__(self, folder: Path, tokenizer: str) -> None:
         self.folder, self.tokenizer = folder, tokenizer
@@ -85,7 +85,7 @@ def test_samples_have_soft_targets_and_numbers(files: Files) -> None:
 
 
 def test_a_side_in_an_answer_keeps_the_image_unflipped(files: Files) -> None:
-    """The question names no side, but a flip would make its answer wrong."""
+    """Checks that an image is not flipped if only an answer names a side, because a flip would make it wrong."""
     lines = [{"id": 1, "image": "a.png", "question": "is it red", "answers": ["left"]}, *LINES[:2]]
     opened = files.open({"train": [files.source("train", lines)]})
     (samples,) = opened.sources.values()

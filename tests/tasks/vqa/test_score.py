@@ -1,4 +1,4 @@
-"""Tests the accuracy of answers against the official evaluator."""
+"""Compares the accuracy of answers with the official evaluator."""
 
 import json
 from pathlib import Path
