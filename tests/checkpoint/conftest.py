@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 @pytest.fixture
 def lone_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Provides one process group of this process for all stores; a group per store costs 10 ms and three threads."""
+    """Provides one process group of a single process for all stores; a group per store would cost 10 ms."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     monkeypatch.setattr(dist, "new_group", lambda **options: dist.group.WORLD)
     yield

@@ -1,4 +1,4 @@
-"""Saves, exports, loads and resumes under DeepSpeed's options for how the training state is kept."""
+"""Saves, exports, loads and resumes runs under DeepSpeed options that change how the training state is stored."""
 
 import copy
 import dataclasses
@@ -28,10 +28,10 @@ CHOSEN_BY_CELL = ("zero_optimization.stage", "bf16.enabled")
 
 
 class KeyCell(NamedTuple):
-    """Holds options for one ZeRO stage and precision."""
+    """Holds DeepSpeed options for one ZeRO stage and precision."""
 
     options: tuple[tuple[str, Any], ...]
-    """Paths in DeepSpeed's file, keys joined by dots, and their values."""
+    """Pairs of a key in DeepSpeed's configuration, with nested keys joined by dots, and a value."""
     stage: int
     bf16: bool = False
 
@@ -41,16 +41,16 @@ class KeyCell(NamedTuple):
 
     @property
     def plain(self) -> "KeyCell":
-        """Returns the same cell without options."""
+        """Returns the cell without its options."""
         return KeyCell((), self.stage, self.bf16)
 
     @property
     def elsewhere(self) -> "KeyCell":
-        """Returns a second cell, which loads the state in float32 and divides it in another way."""
+        """Returns a second cell that loads the state in float32 and divides it differently."""
         return KeyCell((), 1 if self.stage == 3 else 3)
 
     def config(self, seed: int) -> RunConfig:
-        """Returns the run with the options, checked like a user's."""
+        """Returns the configuration of a run with the options, validated like a user's."""
         mapping = copy.deepcopy(small_run_mapping(self.stage, accumulation=4, **SIZES))
         mapping["gradient_clipping"] = CLIP
         if self.bf16:
@@ -66,7 +66,10 @@ class KeyCell(NamedTuple):
 
 
 def cells_of(key: AcceptedKey) -> Iterator[KeyCell]:
-    """Returns every sample of a key in every stage in which it has an effect; precisions alternate."""
+    """Yields a cell for every sample value of a key, in every ZeRO stage where the key has an effect.
+
+    Each value is tested in float32 and in bf16, where both are allowed.
+    """
     for stage, value in itertools.product(key.spec.stages, key.spec.samples):
         for bf16 in (False, True):
             if (cell := _fit(((key.name, value),), stage, bf16)) is not None:
@@ -74,7 +77,7 @@ def cells_of(key: AcceptedKey) -> Iterator[KeyCell]:
 
 
 def joint_cells() -> Iterator[KeyCell]:
-    """Returns six cells that set all keys of a stage at once, first to their first samples, then to their last."""
+    """Yields six cells, two per stage: one sets all keys to their first samples, and one to their last samples."""
     for stage, which in itertools.product((1, 2, 3), (0, -1)):
         found = [key for key in state_keys() if stage in key.spec.stages and key.spec.samples]
         options = tuple((key.name, key.spec.samples[which]) for key in found if key.name not in CHOSEN_BY_CELL)
@@ -84,12 +87,12 @@ def joint_cells() -> Iterator[KeyCell]:
 
 
 def state_keys() -> list[AcceptedKey]:
-    """Returns the accepted keys that may change where and in which type weights, moments and gradients are kept."""
+    """Returns the accepted keys that may change the place or dtype of weights, moments and gradients."""
     return [key for key in accepted_keys() if key.path[0] in SECTIONS]
 
 
 def _fit(options: tuple[tuple[str, Any], ...], stage: int, bf16: bool) -> KeyCell | None:
-    """Returns a cell whose options fit each other; None if there is none."""
+    """Returns a cell with compatible options, or None if they contradict the stage or precision."""
     chosen = dict(options)
     if chosen.get("zero_optimization.stage", stage) != stage or chosen.get("bf16.enabled", bf16) != bf16:
         return None
@@ -110,11 +113,11 @@ class Trained(NamedTuple):
 
     losses: list[Tensor]
     weights: dict[str, Tensor]
-    """Whole weights, as the forward pass uses them."""
+    """Undivided weights, as the forward pass uses them."""
 
 
 def check_cells(cells: list[KeyCell], root: Path) -> list[str | None]:
-    """Runs on each of two ranks; returns the fault of each cell, or None."""
+    """Checks cells on one of two ranks; returns the error of each cell, or None."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(KeyCell((), 0).config(1).parallel)
@@ -200,14 +203,14 @@ def _live_weights(schedule: Schedule) -> dict[str, Tensor]:
 
 
 def _check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Compares tensors in the dtype of `expected`, which may be narrower."""
+    """Compares tensors in the dtype of `expected`, which may be narrower than that of `found`."""
     assert found.keys() == expected.keys(), what
     for name, tensor in expected.items():
         assert torch.equal(found[name].to(tensor.dtype), tensor), f"{what}: {name} differs"
 
 
 def _check_exported(path: Path, weights: dict[str, Tensor], folder: Path, mesh: Mesh) -> None:
-    """Checks on the main rank that the exported model is the trained one."""
+    """Checks on the main rank that exported weights equal the trained weights."""
     from beit3_ds.checkpoint.folder import open_checkpoint
     from beit3_ds.tasks.pretraining.model import PretrainingModel
     from beit3_ds.weights.export import export_weights

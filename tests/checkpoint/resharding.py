@@ -1,4 +1,4 @@
-"""Saves under one layout of ranks and resumes under another, and compares with DeepSpeed's own view of the state."""
+"""Saves under one layout and resumes under another; compares with the state as DeepSpeed gathers it."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Setup(NamedTuple):
-    """Describes a layout of ranks and the form of the training state."""
+    """Describes a layout of ranks, and the form in which it keeps the training state."""
 
     layout: Layout
     zero_stage: int
@@ -51,16 +51,16 @@ class Setup(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Holds losses and state of the run that saved."""
+    """Holds losses and state of the run that saved a checkpoint."""
 
     tensors: dict[str, Tensor]
-    """Logical weights and moments that its first data-parallel ranks hold, as DeepSpeed gathers them."""
+    """Logical weights and moments of the first data-parallel rank, as DeepSpeed gathers them."""
     losses: list[Tensor]
-    """Of the steps after the save, in the run that never stopped."""
+    """Losses of the steps after the save, in the uninterrupted run."""
 
 
 def save_and_resume(setup: Setup, root: Path) -> Saved:
-    """Trains, saves and continues to train on one rank."""
+    """Trains, saves and continues to train, on one rank."""
     mesh, schedule, state, store = start(setup, root / setup.folder, seed=1)
     train(setup, schedule, mesh, range(STEPS_BEFORE))
     tensors = gather_state(schedule, mesh, setup)
@@ -94,7 +94,7 @@ def load_and_resume(setup: Setup, root: Path, sources: list[Setup]) -> list[Save
 def start(
     setup: Setup, folder: Path, *, seed: int, mesh: Mesh | None = None
 ) -> tuple[Mesh, Schedule, EngineState, CheckpointStore]:
-    """Builds a new engine with initial values drawn from `seed`, and opens the checkpoints in `folder`."""
+    """Builds an engine with initial values drawn from `seed`, and opens the checkpoints in `folder`."""
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_schedule
@@ -109,7 +109,7 @@ def start(
 
 
 def train(setup: Setup, schedule: Schedule, mesh: Mesh, steps: range) -> list[Tensor]:
-    """Trains on the layout's share of the steps; returns the losses of each."""
+    """Trains for the given steps on this layout's samples; returns the losses of each step."""
     from beit3_ds.training.engine import apply_update
 
     losses, config = [], setup.config()
@@ -123,7 +123,7 @@ def train(setup: Setup, schedule: Schedule, mesh: Mesh, steps: range) -> list[Te
 def gather_state(
     schedule: Schedule, mesh: Mesh, setup: Setup, kinds: Sequence[str] = ("weight", *MOMENTS)
 ) -> dict[str, Tensor]:
-    """Returns whole weights, moments and the forward pass's parameters of this rank's stage."""
+    """Returns undivided weights and moments, and the parameters of the forward pass, of this rank's stage."""
     import deepspeed
 
     engine = schedule.engine

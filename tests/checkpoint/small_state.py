@@ -1,4 +1,4 @@
-"""Builds a training state of a few tensors in memory and a store that saves it, hundreds of times per second."""
+"""Builds a training state of a few tensors, and a store that saves it hundreds of times per second."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,18 +20,18 @@ TIMEOUT_SECONDS = 20.0
 
 
 def values_at(step: int, kind: str, name: str) -> Tensor:
-    """Returns the values of a tensor after `step` updates; no two tensors share a value."""
+    """Returns the values of a tensor after `step` updates; no two tensors have a value in common."""
     start = 10_000 * step + 1000 * KINDS.index(kind) + 100 * list(SHAPES).index(name)
     return torch.arange(start, start + SHAPES[name].numel(), dtype=torch.float32).view(SHAPES[name])
 
 
 def buffer_at(step: int, name: str) -> Tensor:
-    """Returns a buffer after `step` updates."""
+    """Returns the values of a buffer after `step` updates."""
     return torch.tensor(bool(step)) if name == "codes.started" else torch.arange(6.0).view(3, 2) + 10 * step
 
 
 class SmallState:
-    """Replaces `EngineState` in a store; every rank owns an equal range of every tensor."""
+    """Replaces `EngineState` in a store; every rank owns an equal range of each tensor."""
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         self._rank, self._num_ranks = rank, num_ranks
@@ -96,7 +96,7 @@ class SmallState:
         return list(self._values.values())
 
     def check_is_of(self, step: int) -> None:
-        """Checks that every element has its value after `step` updates."""
+        """Checks that every element has the value it should have after `step` updates."""
         assert self.optimizer_step == step
         for (kind, name), values in self._values.items():
             assert torch.equal(values, values_at(step, kind, name)), (step, kind, name)
@@ -105,7 +105,7 @@ class SmallState:
 
 
 def describe(**changes: Any) -> RunDescription:
-    """Describes the run of these states, with `changes` to its fields."""
+    """Describes the run that saves these states; `changes` replace fields."""
     plain: dict[str, Any] = {
         "model": {"hidden_size": 3, "num_layers": 1, "drop_path_rate": 0.1},
         "config": {"training": {"seed": 1}},
@@ -117,7 +117,7 @@ def describe(**changes: Any) -> RunDescription:
 
 
 class SmallRun:
-    """Builds a store and its state, as in a process that has just started."""
+    """Builds a store and its state, like a process that has just started."""
 
     def __init__(self, root: Path, keep: int = 2, mesh: Mesh | None = None, **changes: Any) -> None:
         mesh = mesh or Mesh()
@@ -125,14 +125,14 @@ class SmallRun:
         self.store = CheckpointStore(root, keep, mesh, describe(**changes), TIMEOUT_SECONDS)
 
     def save(self, *steps: int) -> list[str | None]:
-        """Trains to these steps in turn and saves each; returns the error of each save, or None."""
+        """Trains to each of the steps and saves; returns the error of each save, or None."""
         for step in steps:
             self.store.save(self.state.train_to(step), step)
         self.store.finish()
         return [outcome.error for outcome in self.store.take_outcomes()]
 
     def resume(self) -> int | None:
-        """Loads the newest whole checkpoint and checks its content; returns its step, or None without one."""
+        """Loads the newest whole checkpoint and checks its content; returns its step, or None if there is none."""
         newest = self.store.agree_on_newest()
         if newest is None:
             return None
@@ -142,7 +142,7 @@ class SmallRun:
 
 
 def check_holds(folder: Path, step: int) -> None:
-    """Checks that a checkpoint's folder holds the state of a step."""
+    """Checks that a checkpoint's folder holds the state of the given step."""
     checkpoint, state = CheckpointFolder(folder), SmallState()
     assert checkpoint.step == step
     assert checkpoint.find_damage(checkpoint.index.files) is None

@@ -1,4 +1,4 @@
-"""Checks a save on a file system that does not answer."""
+"""Tests saving to a file system that does not answer."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from tests.checkpoint.small_state import SmallState, describe
 
 
 class HangingCollection(CheckpointCollection):
-    """Checkpoints on a disk on which no folder can be created, and no error is reported."""
+    """Simulates a disk on which the creation of a folder never returns."""
 
     def create_temporary(self, step: int) -> Path:
         threading.Event().wait()
@@ -23,7 +23,7 @@ class HangingCollection(CheckpointCollection):
 
 
 def test_save_that_never_ends_is_named(tmp_path: Path) -> None:
-    """Catches training that waits for ever for the previous save: no other rank waits, so nothing would end it."""
+    """Catches training that waits forever for the previous save; no other rank waits, so no time-out would end it."""
     state: Any = SmallState()
     save = BackgroundSave(HangingCollection(tmp_path, 1), Mesh(), HostGroup(), describe(), timeout_seconds=1.0)
     start = time.monotonic()

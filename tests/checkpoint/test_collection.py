@@ -1,4 +1,4 @@
-"""Checks that other content of a folder of checkpoints stays as it is and disturbs neither saving nor resuming."""
+"""Tests that foreign files beside checkpoints are left alone and do not disturb saving or resuming."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ KINDS = ("copy", "half-written", "empty folder", "file", "link to a checkpoint",
 
 
 def names() -> st.SearchStrategy[str]:
-    """Generates names close to those of checkpoints, as people, editors and synchronising programs make them."""
+    """Generates names similar to those of checkpoints, as made by people, editors and synchronising programs."""
     step = st.integers(0, 12).map(checkpoint_name)
     endings = [".bak", "~", " (1)", "-old", ".tar", ".part", "_", ".replaced", "0", "\n", "\u0663", ".writing"]
     decorated = st.tuples(
@@ -38,7 +38,7 @@ def names() -> st.SearchStrategy[str]:
 
 
 def place(root: Path, name: str, kind: str, outside: Path) -> Path:
-    """Puts a file or folder of another program beside the checkpoints."""
+    """Creates a file or folder of another program beside the checkpoints."""
     path = root / name
     if kind == "file":
         path.write_text("mine")
@@ -58,7 +58,7 @@ def place(root: Path, name: str, kind: str, outside: Path) -> Path:
 
 
 def content(path: Path) -> str:
-    """Returns a digest of the content of a path, names included; links are not followed."""
+    """Returns a digest of names and content below a path, without following links."""
     if path.is_symlink():
         return f"-> {os.readlink(path)}"
     if path.is_file():
@@ -95,7 +95,7 @@ def test_names_that_are_not_ours_are_left_alone(lone_rank: None, items: list[tup
 
 
 def _is_ours(name: str, kind: str) -> bool:
-    """Returns whether a killed save may have left this, so that the next save deletes it."""
+    """Returns whether a killed save could have left this entry, so that the next save deletes it."""
     exact = re.fullmatch(r"\.(writing|deleted)-step-([0-9]{8}|[1-9][0-9]{8,})", name) is not None
     return exact and kind in ("copy", "half-written", "empty folder")
 
@@ -103,7 +103,7 @@ def _is_ours(name: str, kind: str) -> bool:
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoints_name_alone_makes_nothing_ours(tmp_path: Path, kind: str) -> None:
-    """Foreign content under the name of an older or newer step is never loaded, pruned or overwritten."""
+    """Checks that foreign content with the name of a checkpoint is never loaded, deleted or overwritten."""
     root, outside = tmp_path / "checkpoints", tmp_path / "elsewhere"
     run = SmallRun(root, keep=1)
     assert run.save(2) == [None]
@@ -121,7 +121,7 @@ def test_a_checkpoints_name_alone_makes_nothing_ours(tmp_path: Path, kind: str) 
 
 @pytest.mark.usefixtures("lone_rank")
 def test_a_checkpoint_with_notes_is_kept(tmp_path: Path) -> None:
-    """Catches a deleted checkpoint to which a person has added a file."""
+    """Catches the deletion of a checkpoint to which a person has added a file."""
     run = SmallRun(tmp_path / "c", keep=1)
     assert run.save(1) == [None]
     (tmp_path / "c" / checkpoint_name(1) / "notes.txt").write_text("the best one so far")
@@ -147,7 +147,7 @@ def test_somebody_elses_latest_is_left_alone(tmp_path: Path, kind: str, capsys: 
 
 @pytest.mark.usefixtures("lone_rank")
 def test_the_search_sorts_by_number(tmp_path: Path) -> None:
-    """Nine digits come after eight; names sort the other way round."""
+    """Checks that step numbers are sorted as numbers: as names, nine digits would come before eight."""
     root = tmp_path / "c"
     assert SmallRun(root, keep=5).save(99_999_999, 100_000_000) == [None, None]
     assert SmallRun(root).resume() == 100_000_000

@@ -1,4 +1,4 @@
-"""Checks that checkpoints stay correct under every accepted option of DeepSpeed that changes how state is kept."""
+"""Tests that checkpoints stay correct under every accepted DeepSpeed option that changes how state is stored."""
 
 from pathlib import Path
 
@@ -11,21 +11,21 @@ from tests.ranks import run_ranks
 
 
 def check(cells: list[KeyCell], root: Path) -> None:
-    """Checks cells on two ranks that are started once for all."""
+    """Checks cells on two ranks, which are started once for all cells."""
     faults = run_ranks(check_cells, 2, cells, root, timeout=1800)
     for cell, *fault in zip(cells, *faults, strict=True):
         assert fault == [None, None], f"{cell}: {next(filter(None, fault))}"
 
 
 def test_all_keys_of_a_stage_together(tmp_path: Path) -> None:
-    """Catches an option under which flat buffers have another order than checkpoints assume."""
+    """Catches an option that orders flat buffers differently from what checkpoints assume."""
     check(list(joint_cells()), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [key.name for key in state_keys()])
 def test_every_key_alone(name: str, tmp_path: Path) -> None:
-    """Runs each key with all its samples, in all its stages and in both precisions."""
+    """Checks each key alone: all samples, in all its ZeRO stages and both precisions."""
     (key,) = [key for key in state_keys() if key.name == name]
     cells = list(cells_of(key))
     assert cells, "a key without samples is not tested"
@@ -33,7 +33,7 @@ def test_every_key_alone(name: str, tmp_path: Path) -> None:
 
 
 def test_no_key_is_left_out() -> None:
-    """Every accepted key for how state is kept has samples, and the joint cells set all of these keys."""
+    """Checks that every accepted key that affects stored state has samples and occurs in the joint cells."""
     given = {key for cell in joint_cells() for key, _ in cell.options} | set(CHOSEN_BY_CELL)
     assert {key.name for key in state_keys()} <= given
     for key in state_keys():

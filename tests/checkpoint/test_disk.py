@@ -1,4 +1,4 @@
-"""Checks files that are synced while they are written."""
+"""Tests files that are synced while they are written."""
 
 import errno
 import hashlib

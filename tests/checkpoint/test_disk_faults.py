@@ -1,7 +1,7 @@
-"""Checks a fault at every operation of a save on the disk: a whole checkpoint is left, and the next save works.
+"""Tests a fault at every file operation of a save: a whole checkpoint remains, and the next save works.
 
-The content of a disk after a power failure cannot be tested here. A crash here, like a kill -9, loses operations that
-were not done yet, but nothing that the system has accepted. So a missing fsync would pass.
+The simulated crash loses operations that had not begun, like kill -9. It does not lose writes that the system has
+accepted, as a power failure may, so a missing fsync is not found here.
 """
 
 import errno
@@ -30,12 +30,12 @@ class Crash(BaseException):
 
 @dataclass
 class Fault:
-    """Plants a fault of operation number `at` of the thread that saves; it counts all operations."""
+    """Injects a fault into operation number `at` of the saving thread, and counts all operations."""
 
     kind: str
     at: int
     seen: list[tuple[str, Path]] = field(default_factory=list)
-    """The operations so far: name and path, which is that of the open file where a descriptor is given."""
+    """Name and path of each operation so far; for a descriptor, the path of the open file."""
 
     @property
     def names(self) -> list[str]:
@@ -44,7 +44,7 @@ class Fault:
 
     @property
     def code(self) -> int:
-        """Returns the number of the error."""
+        """Returns the error number of the fault."""
         return ERRORS[self.at % len(ERRORS)] if self.kind == "error" else errno.EROFS
 
     def run(self, name: str, operation: Callable[..., Any], arguments: tuple[Any, ...], options: Any) -> Any:
@@ -71,7 +71,7 @@ class Fault:
 
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]:
-    """Provides a function that injects a fault into the threads that save; these print nothing when they crash."""
+    """Provides a function that injects a fault into saving threads; crashed threads print nothing."""
     current: list[Fault] = []
 
     def wrap(name: str) -> None:
@@ -92,10 +92,10 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]
 
 
 def prepare(root: Path, keep: int, after_a_crash: bool) -> int:
-    """Makes a folder with `keep` whole checkpoints; returns the step of the next one.
+    """Creates a folder with `keep` whole checkpoints; returns the step of the next checkpoint.
 
-    With `after_a_crash` the folder also holds leftovers of a crash: unfinished and half-deleted folders, and a damaged
-    checkpoint with the name of the next one.
+    With `after_a_crash`, the folder also holds what a crash may leave: unfinished and half-deleted folders, and a
+    damaged checkpoint with the next step's name.
     """
     assert SmallRun(root, keep).save(*range(1, keep + 1)) == [None] * keep
     new = keep + 1
@@ -114,9 +114,9 @@ def step_name(step: int) -> str:
 
 
 def check_fault(root: Path, keep: int, new: int, fault: Fault, inject: Callable[[Fault], None]) -> str:
-    """Saves step `new` with a fault, checks the disk and a further save, and returns how the fault was reported.
+    """Saves step `new` with a fault, then checks the disk and another save; returns how the fault was reported.
 
-    Whatever happens, `latest` names a whole checkpoint: the newest, or the one before while that one is being written.
+    `latest` must name a whole checkpoint at any time: the newest, or the previous one while the newest is written.
     """
     run, before = SmallRun(root, keep), set(root.glob(".writing-*"))
     inject(fault)
@@ -161,7 +161,7 @@ def faults(operations: Sequence[str]) -> Iterator[Fault]:
 
 @pytest.mark.usefixtures("lone_rank")
 def test_all_is_synced_before_it_is_found(tmp_path: Path, inject: Callable[[Fault], None]) -> None:
-    """Catches an order of operations that only a power failure would reveal."""
+    """Catches a wrong order of operations that only a power failure would reveal."""
     assert SmallRun(tmp_path / "root").save(1) == [None]
     run, fault = SmallRun(tmp_path / "root"), Fault("none", -1)
     inject(fault)
@@ -213,7 +213,10 @@ def test_every_fault_leaves_a_whole_checkpoint(
 
 @pytest.mark.usefixtures("lone_rank")
 def test_what_cannot_be_deleted_stops_no_save(tmp_path: Path) -> None:
-    """A network file system keeps files that others have open. Here a path is no folder, which `rmtree` refuses."""
+    """Checks saving when an old checkpoint cannot be deleted, as on a network file system with open files.
+
+    Here, a file takes the place of a folder, so `rmtree` refuses to delete it.
+    """
     root = tmp_path / "root"
     root.mkdir()
     (root / ".deleted-step-00000000").touch()

@@ -1,4 +1,4 @@
-"""Checks that the index of a checkpoint is read as it was written, also under new names of tensors."""
+"""Tests that the index of a checkpoint is read as it was written, and that old tensor names are renamed."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def test_state_of_the_data_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("lone_rank")
 def test_an_index_without_state_of_the_data_loads(tmp_path: Path) -> None:
-    """Checkpoints of older versions have none."""
+    """Checks checkpoints of older versions, whose index has no data state."""
     run = SmallRun(tmp_path)
     assert run.save(3) == [None]
     path = tmp_path / "step-00000003" / INDEX_NAME

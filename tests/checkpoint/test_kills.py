@@ -1,4 +1,7 @@
-"""Kills random ranks at random moments: every start finds a whole checkpoint, and the end is always the same."""
+"""Tests runs whose ranks are killed at random moments.
+
+Every start must find a whole checkpoint, and the final state must not depend on the kills.
+"""
 
 import copy
 import random
@@ -14,31 +17,31 @@ from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.test_train import losses
 
 LAUNCHER_SECONDS = 0.3
-"""Longest time that other ranks survive a killed one, in place of a launcher that ends them."""
+"""Longest time that other ranks survive a killed rank; it stands for a launcher that ends them."""
 
 
 @dataclass
 class Figures:
-    """Counts kills, and among them the ones that hit a save."""
+    """Counts kills, and those among them that hit a save."""
 
     kills: int = 0
     in_saves: int = 0
-    """Kills that left an unfinished save: a temporary folder or file, or a partly deleted checkpoint."""
+    """Kills that left an unfinished save: temporary files or folders, or a partly deleted checkpoint."""
     before_first_save: int = 0
     starts: int = 0
     runs: int = 0
-    """Runs from the first step to the last."""
+    """Runs completed from the first step to the last."""
 
 
 def run_with_kills(run: TrainingRun, duration: float, max_kills: int, draw: random.Random, figures: Figures) -> None:
-    """Starts a run again and again until it ends by itself; kills ranks `max_kills` times at most.
+    """Restarts a run until it ends by itself, and kills its ranks at most `max_kills` times.
 
     Args:
         run: a run that saves every step.
-        duration: rough time from the start of the ranks to the end of the run.
+        duration: rough number of seconds from the start of the ranks to the end of the run.
         max_kills: largest number of kills.
-        draw: chooses the rank and the moment, any time or during a save.
-        figures: counts to add to.
+        draw: chooses the rank and the moment of each kill, at any time or during a save.
+        figures: counts to be increased.
     """
     told = kills = 0
     while True:
@@ -64,7 +67,7 @@ def run_with_kills(run: TrainingRun, duration: float, max_kills: int, draw: rand
 
 
 def unfinished(run: TrainingRun) -> set[tuple[str, int]]:
-    """Returns the files of unfinished saves, with the time of the last change."""
+    """Returns the files of unfinished saves with their modification times."""
     return {(path.name, path.stat().st_ctime_ns) for path in run.checkpoints.glob(".*")}
 
 
@@ -83,7 +86,7 @@ def kill_one(run: TrainingRun, duration: float, draw: random.Random) -> None:
 
 
 def wait_for_save(run: TrainingRun) -> None:
-    """Waits until another save begins, or a rank has ended."""
+    """Waits until another save begins or a rank has ended."""
     for is_there in (False, True):
         while any(run.checkpoints.glob(".writing-*")) != is_there and all(rank.poll() is None for rank in run.ranks):
             time.sleep(0.001)
@@ -105,7 +108,7 @@ def check_same_run(run: TrainingRun, undisturbed: TrainingRun, step: int) -> Non
 
 
 def test_killed_run_ends_as_an_undisturbed_one(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Uses one rank, whose starts are cheap; the slow test kills several."""
+    """Kills a run of one rank, which starts quickly; the slow test kills runs of several ranks."""
     settings = {"total_steps": 8, "save_interval": 1, "eval_interval": 1000}
     undisturbed = TrainingRun(run_mapping, tmp_path / "undisturbed", **settings)
     start = time.monotonic()
@@ -129,7 +132,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.slow
 def test_a_hundred_kills(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Prints how many kills fell into a save."""
+    """Kills a run a hundred times, and prints how many kills hit a save."""
     settings = {"total_steps": 12, "save_interval": 1, "eval_interval": 1000}
     undisturbed, durations = {}, {}
     for number, (layout, (num_ranks, changes)) in enumerate(LAYOUTS.items()):

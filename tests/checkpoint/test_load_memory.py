@@ -1,4 +1,4 @@
-"""Checks that a load needs little memory beside the engine's own tensors, and copies every element to its place."""
+"""Tests that loading needs little memory beside the engine's tensors, and copies every element to its place."""
 
 import itertools
 import tempfile
@@ -41,7 +41,7 @@ class PeakBytes(TorchDispatchMode):
     """Tracks the bytes of all storages that operations in a `with` block allocate.
 
     Attributes:
-        peak: the most bytes that existed at the same time.
+        peak: largest number of bytes that existed at the same time.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 class Parts(NamedTuple):
-    """Describes how tensor parallelism divides a matrix: along `dim`, at `bounds`."""
+    """Describes how tensor parallelism divides a matrix: along dimension `dim`, at the indices `bounds`."""
 
     dim: int
     bounds: tuple[int, ...]
@@ -81,13 +81,13 @@ def parts(draw: st.DrawFn, shape: tuple[int, int]) -> Parts:
 
 
 def values_of(kind: str, shape: tuple[int, int]) -> Tensor:
-    """Returns the values of a whole tensor; no two elements are equal."""
+    """Returns the values of an undivided tensor; all elements differ."""
     count = shape[0] * shape[1]
     return torch.arange(count * KINDS.index(kind), count * (KINDS.index(kind) + 1)).float().view(shape)
 
 
 def write_checkpoint(folder: Path, shape: tuple[int, int], written: Parts) -> None:
-    """Writes a checkpoint of one tensor, in one piece per rank."""
+    """Writes a checkpoint of one tensor, with one piece per rank."""
     pieces = [Piece(rank, part) for rank, part in enumerate(written.slices(shape))]
     files = {}
     for rank, part in pieces:
@@ -111,7 +111,7 @@ def write_checkpoint(folder: Path, shape: tuple[int, int], written: Parts) -> No
 
 
 def build_state(shape: tuple[int, int], read: Parts, rank: int) -> tuple[EngineState, dict[str, Tensor]]:
-    """Returns the state of a rank without ZeRO, and its tensors by kind."""
+    """Returns the state of one rank without ZeRO, and the rank's tensors by kind."""
     part = read.slices(shape)[rank]
     module = nn.Module()
     module.weight = nn.Parameter(torch.zeros(part.shape))
@@ -127,7 +127,7 @@ def build_state(shape: tuple[int, int], read: Parts, rank: int) -> tuple[EngineS
 @given(st.data(), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.integers(1, 200))
 @settings(deadline=None, max_examples=25)
 def test_memory_is_bounded_by_blocks(data: st.DataObject, shape: tuple[int, int], block: int) -> None:
-    """Catches a load that reads whole pieces: the tables of a large vocabulary took 2.5 times their size."""
+    """Catches a load that reads whole pieces: for a large vocabulary, that took 2.5 times the table's size."""
     written, read = data.draw(parts(shape)), data.draw(parts(shape))
     rank = data.draw(st.integers(0, len(read.bounds) - 2))
     with (

@@ -1,4 +1,4 @@
-"""Checks that damaged, mixed-up and forged checkpoints are skipped or refused, and that nothing of them is loaded."""
+"""Tests that damaged, mixed-up and forged checkpoints are skipped or refused, and never loaded in part."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ BEFORE, NEWEST = 5, 6
 
 @pytest.fixture
 def root(tmp_path: Path, lone_rank: None) -> Path:
-    """Saves checkpoints of two steps."""
+    """Saves checkpoints of two steps; returns their folder."""
     assert SmallRun(tmp_path / "checkpoints").save(BEFORE, NEWEST) == [None, None]
     return tmp_path / "checkpoints"
 
@@ -43,7 +43,7 @@ def folder(root: Path, step: int = NEWEST) -> Path:
 
 
 def check_passed_over(root: Path, capsys: pytest.CaptureFixture[str], reason: str = "") -> None:
-    """Checks that a new process resumes from the checkpoint before, and says why."""
+    """Checks that a new process resumes from the previous checkpoint, and prints why it skipped the newest."""
     capsys.readouterr()
     assert SmallRun(root).resume() == BEFORE
     output = capsys.readouterr().out
@@ -53,7 +53,7 @@ def check_passed_over(root: Path, capsys: pytest.CaptureFixture[str], reason: st
 
 @pytest.mark.parametrize("name", FILES)
 def test_flipped_bits_are_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """Flips single bits at random places, and at all places of the index, some of whose names end parsing early."""
+    """Flips single bits at random places of a file, and at every byte of the index."""
     path = folder(root) / name
     content, draw = path.read_bytes(), random.Random(0)
     places = range(len(content)) if name == INDEX_NAME else draw.sample(range(len(content)), 60)
@@ -71,7 +71,7 @@ def truncate(path: Path) -> None:
 
 
 def zero_the_end(path: Path) -> None:
-    """Zeroes the end, as in a file whose last blocks were not written."""
+    """Zeroes the end of a file, as if its last blocks had never been written."""
     content = path.read_bytes()
     path.write_bytes(content[:-100] + bytes(100))
 
@@ -103,7 +103,10 @@ def swap(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != PIECES_FILE])  # these are equal
 def test_files_swapped_between_checkpoints_are_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """Both files are whole and of one size, so only digests show the swap; neither checkpoint is loaded."""
+    """Checks two whole files of equal size that were swapped; only digests can reveal the swap.
+
+    Neither checkpoint may be loaded.
+    """
     swap(folder(root) / name, folder(root, BEFORE) / name)
     with pytest.raises(ConfigError, match=r"none of the checkpoints in .* can be used") as refusal:
         SmallRun(root).resume()
@@ -113,7 +116,7 @@ def test_files_swapped_between_checkpoints_are_found(root: Path, capsys: pytest.
 
 
 def make_newer(path: Path) -> None:
-    """Turns an index into one that a later version of this program could have written."""
+    """Rewrites an index as a later version of this program might write it."""
     content = json.loads(path.read_text())
     content["version"] += 1
     content["versions"]["beit3_ds"] = "9.1.0"
@@ -130,7 +133,7 @@ def make_newer(path: Path) -> None:
     ],
 )
 def test_no_run_begins_anew_while_checkpoints_exist(root: Path, spoil: Callable[[Path], Any], reason: str) -> None:
-    """Refuses with the reason of each checkpoint and the ways out, and changes nothing."""
+    """Checks the error if no checkpoint is usable: it gives each reason and the remedies, and nothing is changed."""
     for step in (BEFORE, NEWEST):
         spoil(folder(root, step) / INDEX_NAME)
     before = sorted(path.name for path in root.rglob("*"))
@@ -143,7 +146,7 @@ def test_no_run_begins_anew_while_checkpoints_exist(root: Path, spoil: Callable[
 
 
 def test_unreadable_folder_is_no_empty_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails as a file system does that loses its server."""
+    """Simulates a file system that has lost its server; the folder must not count as empty."""
 
     def fail(path: Path) -> Any:
         raise OSError(5, os.strerror(5), str(path))
@@ -159,7 +162,7 @@ def test_files_swapped_in_a_checkpoint_are_found(root: Path, capsys: pytest.Capt
 
 
 def test_lost_target_of_a_link_is_no_new_run(root: Path) -> None:
-    """Catches a run that starts over because the disk with its checkpoints is not mounted."""
+    """Catches a run that starts from the beginning because the disk with its checkpoints is not mounted."""
     root.rename(root.with_name("elsewhere"))
     root.symlink_to(root.with_name("not-mounted"))
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
@@ -190,12 +193,12 @@ def damage_and_resume(root: str, damage: Callable[[Path], None]) -> int | None:
 
 @pytest.mark.parametrize("damage", [swap_those_of_two_ranks, damage_what_the_second_rank_reads])
 def test_ranks_agree_on_damage(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    """Catches a rank that accepts a checkpoint because its own share of the files is whole."""
+    """Catches a rank that accepts a damaged checkpoint because its own files are whole."""
     assert run_ranks(damage_and_resume, 2, str(tmp_path / "checkpoints"), damage) == [BEFORE, BEFORE]
 
 
 def test_checkpoint_under_another_step_is_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Renames a whole checkpoint, so that its name says another step."""
+    """Checks a whole checkpoint that was renamed to another step."""
     shutil.rmtree(folder(root))
     shutil.copytree(folder(root, BEFORE), folder(root))
     check_passed_over(root, capsys, f"holds step {BEFORE}")
@@ -236,7 +239,7 @@ def test_edited_index_is_found(root: Path, capsys: pytest.CaptureFixture[str], n
 
 @pytest.mark.parametrize("name", ["piece left out", "version", "format", "no tensors", "no version", "step"])
 def test_index_that_makes_no_sense_is_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """Such an index may have a fitting digest, if another version of this program wrote it."""
+    """Checks an index with contradictory content but a valid digest, as a faulty version might write."""
     edit_index(root, EDITS[name], with_digest=True)
     check_passed_over(root, capsys)
 
@@ -250,7 +253,7 @@ def test_other_content_in_place_of_the_index_is_found(
 
 
 class Bomb:
-    """Creates a folder when it is unpickled."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -286,7 +289,7 @@ def test_pickle_is_never_opened(
 
 
 def forge(root: Path, name: str) -> None:
-    """Makes the index fit the changed file."""
+    """Updates size and digest in the index for a changed file."""
     written = (folder(root) / name).read_bytes()
     fitting = [len(written), hashlib.sha256(written).hexdigest()]
     edit_index(root, lambda content: content["files"].update({name: fitting}), with_digest=True)
@@ -294,7 +297,10 @@ def forge(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("put", [pickled, saved_by_torch])
 def test_forged_pickle_is_an_error(root: Path, tmp_path: Path, put: Callable[[Path, Bomb], None]) -> None:
-    """All digests fit, so somebody made it on purpose, and no other checkpoint is tried."""
+    """Checks that a forged pickle with valid digests is an error, without trying another checkpoint.
+
+    Only a person could have made the digests fit.
+    """
     put(folder(root) / FILES[1], Bomb(tmp_path / "unpickled"))
     forge(root, FILES[1])
     with pytest.raises(ConfigError, match=r"moments-00000\.safetensors.* is not a whole safetensors file"):
@@ -304,7 +310,7 @@ def test_forged_pickle_is_an_error(root: Path, tmp_path: Path, put: Callable[[Pa
 
 @pytest.mark.parametrize("change", ["name", "dtype", "cut"])
 def test_forged_tensors_are_an_error(root: Path, change: str) -> None:
-    """The file lacks a tensor, holds one of another type, or ends inside one."""
+    """Checks tensor files that lack a tensor, hold one of another dtype, or end inside a tensor."""
     path = folder(root) / FILES[0]
     tensors = safetensors.torch.load_file(path)
     key = next(key for key in tensors if key.startswith("norm.weight"))
@@ -321,7 +327,7 @@ def test_forged_tensors_are_an_error(root: Path, change: str) -> None:
 
 
 def refusal(root: Path, **changes: Any) -> str:
-    """Returns the message with which a run of another description refuses the newest checkpoint."""
+    """Returns the error with which a run with another description refuses the newest checkpoint."""
     run = SmallRun(root, **changes)
     with pytest.raises(ConfigError) as caught:
         run.resume()
@@ -340,7 +346,7 @@ def test_another_model_is_refused(root: Path) -> None:
 
 @pytest.mark.parametrize("stored", [[0, "float32", [2, 3]], [0, "bfloat16", [3, 2]], None])
 def test_another_buffer_is_refused(root: Path, stored: list[Any] | None) -> None:
-    """Changes the shape or type of a buffer, or removes it from the checkpoint."""
+    """Checks a buffer with another shape or dtype, and one that is missing in the checkpoint."""
 
     def change(content: dict[str, Any]) -> None:
         del content["buffers"]["codes.weight"]
@@ -351,7 +357,7 @@ def test_another_buffer_is_refused(root: Path, stored: list[Any] | None) -> None
 
 
 def test_another_shape_is_refused(root: Path) -> None:
-    """The configuration of the model is the same, so only the shape shows the difference."""
+    """Checks a tensor of another shape, although the model's configuration is equal."""
 
     def reshape(content: dict[str, Any]) -> None:
         content["tensors"]["norm.weight"]["shape"] = [5, 1]
@@ -379,13 +385,13 @@ def test_all_fields_of_the_description_are_kept(root: Path) -> None:
 
 
 def test_torn_files_are_seen_without_reading_them(root: Path) -> None:
-    """Catches messages and pruning that count a checkpoint with a truncated file."""
+    """Catches messages and pruning that treat a checkpoint with a truncated file as whole."""
     truncate(folder(root) / FILES[0])
     assert SmallRun(root).store.newest_path() == folder(root, BEFORE)
 
 
 def test_damaged_checkpoint_is_replaced(root: Path) -> None:
-    """Counts as whole from then on, so the one before is pruned."""
+    """Checks that a new save replaces a damaged checkpoint, and that the previous checkpoint is then pruned."""
     zero_the_end(folder(root) / FILES[0])
     run = SmallRun(root, keep=1)
     assert run.resume() == BEFORE
@@ -397,9 +403,9 @@ def test_damaged_checkpoint_is_replaced(root: Path) -> None:
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, keep: int) -> None:
-    """A run that resumes before a damaged checkpoint, whose files have the right sizes, keeps its own saves.
+    """Checks a run that resumes from a checkpoint older than a damaged one, whose files have valid sizes.
 
-    Catches pruning that counts the damaged one, which has a later step, and deletes the one just saved.
+    Catches pruning that counts the damaged checkpoint, which has the highest step, and deletes the one just saved.
     """
     root = tmp_path / "checkpoints"
     assert SmallRun(root, keep + 1).save(1, *range(BEFORE - keep + 1, BEFORE + 1)) == [None] * (keep + 1)

@@ -1,4 +1,4 @@
-"""Tests the table of a checkpoint's pieces: what it lists, that gaps and overlaps are found, and who reads it."""
+"""Tests the table of a checkpoint's pieces: its entries, who reads it, and that gaps and overlaps are found."""
 
 import hashlib
 import itertools
@@ -21,13 +21,13 @@ from tests.checkpoint.small_state import SmallRun, check_holds
 
 
 def slices() -> st.SearchStrategy[TensorSlice]:
-    """Generates slices, some of them empty, reversed or outside a matrix of 3 x 3."""
+    """Generates slices of a 3 x 3 matrix; some are empty, reversed or out of bounds."""
     bound = st.integers(-1, 4)
     return st.builds(TensorSlice, bound, bound, bound, bound)
 
 
 def whole_cuts() -> st.SearchStrategy[list[TensorSlice]]:
-    """Generates the slices into which ZeRO's ranks cut a matrix of 3 x 3."""
+    """Generates complete divisions of a 3 x 3 matrix into the slices of ZeRO ranks."""
     cuts = st.sets(st.integers(1, 8)).map(lambda inner: sorted({0, 9} | inner))
     return cuts.map(
         lambda bounds: [
@@ -40,7 +40,7 @@ def whole_cuts() -> st.SearchStrategy[list[TensorSlice]]:
 
 @st.composite
 def nearly_whole(draw: st.DrawFn) -> list[TensorSlice]:
-    """Generates a whole cut, in which a slice may be replaced, repeated or left out."""
+    """Generates a complete division in which slices may be replaced, repeated or missing."""
     parts = draw(whole_cuts())
     for _ in range(draw(st.integers(0, 2))):
         index = draw(st.integers(0, len(parts)))
@@ -51,7 +51,7 @@ def nearly_whole(draw: st.DrawFn) -> list[TensorSlice]:
 
 
 def covers_once(parts: list[TensorSlice]) -> bool:
-    """Counts how often each element of a matrix of 3 x 3 is covered, element by element."""
+    """Returns whether slices cover each element of a 3 x 3 matrix exactly once, counting every element."""
     counts = np.zeros((3, 3), dtype=int)
     for top, bottom, left, right in parts:
         if not (0 <= top < bottom <= 3 and 0 <= left < right <= 3):
@@ -78,7 +78,7 @@ def test_gaps_overlaps_and_slices_outside_are_found(parts: list[TensorSlice]) ->
 
 @pytest.mark.parametrize("shape", [(2**62, 4), (2**31, 2**32), (2**63 - 1,)])
 def test_a_tensor_larger_than_any_file_is_refused(shape: tuple[int, ...]) -> None:
-    """Catches sums and corners that overflow and then fit by chance."""
+    """Catches sums and indices that overflow and then look valid."""
     table = table_of([TensorSlice(0, shape[0], 0, 1)])
     with pytest.raises((BrokenIndexError, RuntimeError)):
         check_cover({"w": torch.Size(shape)}, table)
@@ -92,7 +92,7 @@ def test_pieces_that_overlap_a_slice_are_listed(parts: list[TensorSlice], wanted
 
 
 def test_joined_tables_list_each_tensor_by_rank() -> None:
-    """The ranks hold other tensors, in another order, as pipeline stages do."""
+    """Checks joined tables of ranks that hold different tensors in different orders, as pipeline stages do."""
     first = PieceTable.build([("z", Piece(0, TensorSlice(0, 1, 0, 1))), ("a", Piece(0, TensorSlice(0, 2, 0, 1)))])
     second = PieceTable.build([("b", Piece(1, TensorSlice(0, 4, 0, 1))), ("z", Piece(1, TensorSlice(1, 3, 0, 1)))])
     joined = PieceTable.join([first, second])
@@ -103,7 +103,7 @@ def test_joined_tables_list_each_tensor_by_rank() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, lone_rank: None) -> Path:
-    """Returns the folder of a checkpoint."""
+    """Saves a checkpoint; returns its folder."""
     assert SmallRun(tmp_path / "c").save(3) == [None]
     return tmp_path / "c" / checkpoint_name(3)
 
@@ -117,7 +117,7 @@ def test_the_table_is_read_as_written(saved: Path) -> None:
 
 
 def to_format_1(folder: Path) -> None:
-    """Rewrites a checkpoint as version 0.1 wrote it: with the pieces in the index."""
+    """Rewrites a checkpoint in the format of version 0.1, in which the index holds the pieces."""
     pieces = read_pieces(folder, read_index(folder))
     content: dict[str, Any] = json.loads((folder / INDEX_NAME).read_text())
     del content["sha256"], content["files"][PIECES_FILE]
@@ -151,7 +151,7 @@ def test_invalid_pieces_of_format_1_are_found(saved: Path, piece: Any) -> None:
 
 
 def test_pruning_reads_no_table(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a save that reads the pieces of every kept checkpoint: at 512 ranks each would take a second."""
+    """Catches a save that reads the pieces of every kept checkpoint, which takes a second each at 512 ranks."""
 
     def refuse(*arguments: Any) -> None:
         raise AssertionError("a table was read")

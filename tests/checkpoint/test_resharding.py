@@ -1,4 +1,4 @@
-"""Checks that a checkpoint of one layout of ranks loads equally under every other."""
+"""Tests that a checkpoint saved under one layout loads with equal content under every other layout."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ FEW = [
     Setup(Layout(2, 1, 2, sequence_parallel=True), 2),
     Setup(Layout(1, 2, 2, interleaved=True), 1),
 ]
-"""Every ZeRO stage and every axis."""
+"""A few setups that include every ZeRO stage and every parallel axis."""
 ALL = [
     *FEW,
     Setup(Layout(1, 1, 2), 1),
@@ -30,7 +30,7 @@ MINUTES = 60
 
 
 def check_pairs(sources_of: dict[Setup, list[Setup]], root: Path) -> None:
-    """Lets every setup save, then load the checkpoints of its sources."""
+    """Saves a checkpoint under every setup, then loads the checkpoints of its sources."""
     saved = {setup: run_ranks(save_and_resume, setup.layout.num_ranks, setup, root) for setup in sources_of}
     for setup, sources in sources_of.items():
         ranks = run_ranks(load_and_resume, setup.layout.num_ranks, setup, root, sources, timeout=20 * MINUTES)
@@ -43,7 +43,7 @@ def all_pairs(setups: list[Setup]) -> dict[Setup, list[Setup]]:
 
 
 def check_pair(source: Setup, saved: list[Saved], target: Setup, loaded: list[Saved]) -> None:
-    """Checks equality bit for bit after loading, and of the following losses if the layout is the same."""
+    """Checks that loaded state is equal bit for bit; for equal layouts, later losses must be equal too."""
     where = f"saved under {source}, loaded under {target}"
     expected = whole_model(saved)
     found = whole_model(loaded)
@@ -61,7 +61,7 @@ def check_pair(source: Setup, saved: list[Saved], target: Setup, loaded: list[Sa
 
 
 def whole_model(ranks: list[Saved]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of all stages; tensors that several ranks hold must be equal on all of them."""
+    """Returns the tensors of all stages, after checking that ranks agree on tensors that they share."""
     whole: dict[str, torch.Tensor] = {}
     for rank in ranks:
         for name, tensor in rank.tensors.items():
@@ -71,7 +71,7 @@ def whole_model(ranks: list[Saved]) -> dict[str, torch.Tensor]:
 
 
 def test_some_pairs(tmp_path: Path) -> None:
-    """Resumes every layout from its own checkpoint and from another layout's."""
+    """Resumes every layout from its own checkpoint and from that of another layout."""
     check_pairs({setup: [setup, other] for setup, other in zip(FEW, FEW[1:] + FEW[:1], strict=True)}, tmp_path)
 
 
@@ -82,11 +82,11 @@ def test_all_pairs(tmp_path: Path) -> None:
 
 
 def test_bf16_pair(tmp_path: Path) -> None:
-    """Masters and moments are float32; parameters are the rounded masters."""
+    """Checks a bf16 run: master weights and moments are float32, parameters are rounded master weights."""
     check_pairs({NARROW[1]: [NARROW[3]], NARROW[3]: [NARROW[3]]}, tmp_path)
 
 
 @pytest.mark.slow
 def test_all_bf16_pairs(tmp_path: Path) -> None:
-    """Includes float32 on either side."""
+    """Checks all pairs with bf16 on one side or on both."""
     check_pairs(all_pairs([*NARROW, FEW[1]]), tmp_path)

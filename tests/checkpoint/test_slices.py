@@ -1,4 +1,4 @@
-"""Compares slices of a matrix with the elements that they select."""
+"""Compares slices of a matrix with the elements that they should select."""
 
 import torch
 from hypothesis import given
@@ -12,7 +12,7 @@ SHAPES = st.lists(st.integers(1, 6), max_size=3).map(torch.Size)
 
 
 def numbered(shape: torch.Size) -> Tensor:
-    """Returns a tensor seen as a matrix, with numbered elements."""
+    """Returns a tensor with numbered elements, viewed as a matrix."""
     return torch.arange(shape.numel()).view(matrix_shape(shape))
 
 

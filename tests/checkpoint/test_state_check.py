@@ -1,4 +1,4 @@
-"""Checks the comparison of the state to save with the model."""
+"""Tests the comparison of the state to be saved with the model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ SETUPS = [
 def test_ranges_in_another_order_are_found(
     sizes: list[int], step: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """Catches a flat buffer that is read in another order than it was written, for all sizes and steps."""
+    """Catches flat buffers whose ranges are read in another order than they were written."""
     values = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(step))
     held = [part.to(dtype) for part in values.split(sizes)]
 
@@ -59,21 +59,21 @@ def test_nan_is_no_mismatch_and_lost_moments_are_one() -> None:
 
 
 def masters(optimizer: Any) -> list[torch.Tensor]:
-    """Returns the flat float32 weights of a rank, or its first matrices if they are not flattened."""
+    """Returns the flat float32 master weights of a rank, or the first matrices if they are not flattened."""
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups")
     found = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
     return [group if isinstance(group, torch.Tensor) else group[0] for group in found]
 
 
 def permute_masters(rank: int, optimizer: Any) -> None:
-    """Rank 1 alone holds its weights in another order."""
+    """Reorders the master weights of rank 1."""
     if rank == 1:
         for flat in masters(optimizer):
             flat.data.copy_(flat.data.flatten().roll(3).view(flat.shape))
 
 
 def reverse_shares(rank: int, optimizer: Any) -> None:
-    """Swaps ZeRO-3's shares of two ranks, as a partition in another order would."""
+    """Swaps the ZeRO-3 shares of two ranks, as if partitions had another order."""
     from beit3_ds.checkpoint import flat_tensors
 
     original = flat_tensors._zero3_ranges
@@ -90,7 +90,7 @@ def reverse_shares(rank: int, optimizer: Any) -> None:
 
 
 def save_planted(setups: list[Setup], root: Path, plant: Callable[[int, Any], None]) -> list[str]:
-    """Saves, trains one step, plants a fault and saves again in vain, for each setup on one rank."""
+    """Saves, trains a step, injects a fault and saves again, for each setup on one rank; returns the errors."""
     mesh, messages = None, []
     for setup in setups:
         mesh, schedule, state, store = start(setup, root / setup.folder, seed=1, mesh=mesh)
@@ -123,5 +123,5 @@ def test_a_planted_permutation_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_shares_of_zero3_are_refused(tmp_path: Path) -> None:
-    """The rank's own memory is consistent, so only gathering a parameter shows the fault."""
+    """Checks swapped shares: each rank's memory is consistent, so only gathering a parameter reveals the fault."""
     check_refused([SETUPS[1]], tmp_path, reverse_shares, "rank 0 (")

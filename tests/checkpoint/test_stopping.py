@@ -1,4 +1,4 @@
-"""Checks how a run ends early, and how it continues after a failed save."""
+"""Tests how a run ends early, and how it continues after a failed save."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ NO_EVALUATION = {"eval_interval": 1000}
 def test_signal_to_one_rank_stops_all_with_a_checkpoint(
     number: signal.Signals, run_mapping: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Catches ranks that leave at different steps, and a step that is lost."""
+    """Catches ranks that stop at different steps, and a lost step."""
     settings = {**NO_EVALUATION, "total_steps": 24, "save_interval": 1000}
     run = TrainingRun(run_mapping, tmp_path / "stopped", 2, **settings)
     with run.started():
@@ -50,7 +50,7 @@ def test_signal_to_one_rank_stops_all_with_a_checkpoint(
 
 
 def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a rank that dies of a signal before it can handle it (a launcher may delay such signals)."""
+    """Catches a rank that dies of a signal before it can handle signals; a launcher may delay such signals."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(run_mapping))
     process = start_module("beit3_ds.train", [config], output=subprocess.PIPE, blocked=STOP_SIGNALS)
@@ -63,7 +63,7 @@ def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[s
 
 
 def others(run: TrainingRun) -> list[int]:
-    """Returns the living processes that the only rank of a run has started."""
+    """Returns the ids of living processes that the only rank of a run has started."""
     leader, found = run.ranks[0].pid, []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -74,9 +74,9 @@ def others(run: TrainingRun) -> list[int]:
 
 
 def test_workers_live_as_long_as_their_rank(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Cluster managers and terminals signal all processes, but data workers are needed until the last step is done.
+    """Checks that data workers outlive a stop signal until the last step is done.
 
-    A rank that is killed takes its workers with it.
+    Cluster managers and terminals signal all processes. If a rank is killed, its workers must end too.
     """
     run_mapping["beit3_ds"]["data"]["num_workers"] = 2
     run = TrainingRun(run_mapping, tmp_path / "killed", total_steps=400, save_interval=1000, **NO_EVALUATION)
@@ -95,7 +95,7 @@ def test_workers_live_as_long_as_their_rank(run_mapping: dict[str, Any], tmp_pat
 
 
 def test_failed_saves_are_reported(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Training continues after a failed save; after a failed last save the run fails, and can be started again."""
+    """Checks that training continues after a failed save, and that a run whose last save fails can be restarted."""
     run = TrainingRun(run_mapping, tmp_path / "failing", total_steps=6, save_interval=2, **NO_EVALUATION)
     assert run.finish(failing_saves=[2, 6]) == [2]
     lines = run.output().splitlines()
@@ -114,7 +114,10 @@ def test_failed_saves_are_reported(run_mapping: dict[str, Any], tmp_path: Path) 
 
 @pytest.mark.parametrize("left", [pytest.param("nothing", marks=pytest.mark.slow), "file"])
 def test_lost_folder_is_reported(run_mapping: dict[str, Any], tmp_path: Path, left: str) -> None:
-    """Training reaches its end, and moved checkpoints stay whole; if no folder can be created, the run then fails."""
+    """Checks that training reaches its end without its folder, and that moved checkpoints stay whole.
+
+    If no folder can be created, the run then fails.
+    """
     run = TrainingRun(run_mapping, tmp_path / "lost", total_steps=24, keep_checkpoints=2, **NO_EVALUATION)
     away = run.output_dir / "away"
     with run.started():

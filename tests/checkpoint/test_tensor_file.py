@@ -1,4 +1,4 @@
-"""Compares this project's reader and writer of safetensors files with the library's."""
+"""Compares this project's reader and writer of safetensors files with the safetensors library."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ TENSORS = {
 
 
 def write(path: Path) -> str:
-    """Writes all tensors; returns the digest."""
+    """Writes all tensors to a file; returns its digest."""
     entries = [TensorEntry(name, x.dtype, tuple(x.shape)) for name, x in TENSORS.items()]
     written = write_tensor_file(path, entries, TENSORS.__getitem__, {"note": "é"})
     assert written.num_bytes == path.stat().st_size

@@ -1,4 +1,4 @@
-"""Checks moving averages and optimizer groups in every layout: values, evaluation, checkpoints and resuming."""
+"""Tests moving averages and optimizer groups in every layout: values, evaluation, checkpoints and resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ LAYOUTS: dict[str, tuple[int, tuple[int, ...], dict[str, Any]]] = {
     "tensor 2": (2, (1,), {"tensor_parallel_size": 2}),
     "pipeline 2": (2, (0, 3), {"pipeline_parallel_size": 2}),
 }
-"""Ranks, ZeRO stages and parallel section per layout."""
+"""Number of ranks, ZeRO stages and keys of the section "parallel", per layout."""
 
 
 def deal_of(num_data_ranks: int) -> Deal:
@@ -33,7 +33,7 @@ def deal_of(num_data_ranks: int) -> Deal:
 
 
 class Trained:
-    """An engine, its state and a store on one rank."""
+    """Holds an engine, its state and a checkpoint store on one rank."""
 
     def __init__(self, mesh: Any, zero_stage: int, folder: Path, parallel: dict[str, Any], **training: Any) -> None:
         from beit3_ds.checkpoint.engine_state import EngineState
@@ -64,7 +64,7 @@ class Trained:
         assert outcome.error is None, outcome.error
 
     def used(self) -> dict[str, Tensor]:
-        """Returns the parameters that the forward pass of this stage uses."""
+        """Returns the parameters that this stage uses in the forward pass."""
         import deepspeed
 
         named = dict(self.schedule.engine.module.named_parameters())
@@ -73,7 +73,7 @@ class Trained:
 
 
 def train_save_and_resume(stages: tuple[int, ...], parallel: dict[str, Any], root: Path) -> list[dict[str, Tensor]]:
-    """Writes the checkpoints that the test compares; returns the parameters used with averages, by stage."""
+    """Writes the checkpoints to compare; returns, by stage, the parameters that an evaluation with averages uses."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh, results = init_process_group(config_for(0, **parallel).parallel), []
@@ -117,7 +117,7 @@ def _store(mesh: Any, root: Path) -> Any:
 
 
 def read(folder: Path, step: int) -> dict[str, Tensor]:
-    """Returns every tensor of a checkpoint by kind and name."""
+    """Returns every tensor of a checkpoint; keys are "KIND NAME"."""
     checkpoint = CheckpointFolder(folder / f"step-{step:08d}")
     tensors = {
         f"{kind} {name}": checkpoint.read_kind(kind, name, whole_slice(checkpoint.shape(name))).view(
@@ -131,7 +131,7 @@ def read(folder: Path, step: int) -> dict[str, Tensor]:
 
 
 def plain_averages() -> dict[str, Tensor]:
-    """Returns averages of plain AdamW's weights after `STEPS` steps in one process."""
+    """Returns averages of the weights of plain AdamW after `STEPS` steps in one process."""
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
     from beit3_ds.training.optimizer import build_optimizer, freeze_parameters

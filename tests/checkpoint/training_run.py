@@ -1,4 +1,4 @@
-"""Starts real runs of the trainer to be killed, stopped and restarted; each rank is a process with a log file."""
+"""Starts real runs of the trainer that tests kill, stop and restart; each rank is a process with a log file."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _TIMEOUT_SECONDS = 120
 
 
 class TrainingRun:
-    """Controls a run below a folder; its ranks can be started any number of times."""
+    """Controls a run below a folder; its ranks can be started repeatedly."""
 
     module = "tests.checkpoint.training_run"
     """Module that every rank runs."""
@@ -40,11 +40,11 @@ class TrainingRun:
 
     @contextmanager
     def started(self, failing_saves: Sequence[int] = ()) -> Iterator["TrainingRun"]:
-        """Starts the ranks, and kills those that are left when the block ends.
+        """Starts the ranks, and kills the remaining ones when the block ends.
 
         Args:
-            failing_saves: steps whose checkpoints cannot get their final name. If there are any, all
-                saves end before the loop continues, as on a very fast disk.
+            failing_saves: steps whose checkpoints cannot be renamed to their final names. If there are any, the loop
+                waits for each save, as on a very fast disk.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -65,34 +65,34 @@ class TrainingRun:
                 process.wait()
 
     def finish(self, failing_saves: Sequence[int] = ()) -> list[int]:
-        """Starts the ranks and waits until they end; returns their statuses."""
+        """Starts the ranks and waits for their end; returns their exit statuses."""
         with self.started(failing_saves):
             return self.wait()
 
     def wait(self) -> list[int]:
-        """Waits until all ranks have ended; returns their statuses."""
+        """Waits for the end of all ranks; returns their exit statuses."""
         try:
             return [process.wait(_TIMEOUT_SECONDS) for process in self.ranks]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"a rank does not end: {self.output()}") from None
 
     def wait_until(self, happened: Callable[[], Any], interval: float = 0.005) -> None:
-        """Waits until a condition holds while all ranks run."""
+        """Waits until a condition holds; fails if a rank ends before, or after a time-out."""
         deadline = time.monotonic() + _TIMEOUT_SECONDS
         while not happened():
             assert time.monotonic() < deadline and all(rank.poll() is None for rank in self.ranks), self.output()
             time.sleep(interval)
 
     def output(self, rank: int = 0) -> str:
-        """Returns the output of a rank since its start."""
+        """Returns the output of a rank since the last start."""
         return self._log(rank).read_text() if self._log(rank).exists() else ""
 
     def reported_step(self) -> int:
-        """Returns the step of the last checkpoint that was reported as saved since the start; 0 without one."""
+        """Returns the step of the last checkpoint reported as saved since the start, or 0."""
         return max(map(int, re.findall(r"^saved .*/step-(\d+) \(", self.output(), re.MULTILINE)), default=0)
 
     def checkpoint(self, step: int) -> CheckpointFolder:
-        """Opens a checkpoint and checks that none of its files was changed."""
+        """Opens a checkpoint, and checks that its files are unchanged since the save."""
         checkpoint = CheckpointFolder(self.checkpoints / f"step-{step:08d}")
         assert checkpoint.find_damage(checkpoint.index.files) is None
         return checkpoint
@@ -102,7 +102,7 @@ class TrainingRun:
 
 
 def check_same_state(ours: CheckpointFolder, expected: CheckpointFolder) -> None:
-    """Checks that weights, moments and counts are equal bit for bit."""
+    """Checks that weights, moments and counts of two checkpoints are equal bit for bit."""
     assert (ours.step, ours.index.optimizer_step) == (expected.step, expected.index.optimizer_step)
     assert ours.names() == expected.names()
     for name in ours.names():
