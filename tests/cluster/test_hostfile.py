@@ -1,4 +1,4 @@
-"""Tests which hostfiles are refused, with which message, and that DeepSpeed reads accepted ones alike."""
+"""Tests which hostfiles are refused, the error messages, and that DeepSpeed reads accepted files equally."""
 
 import contextlib
 import socket

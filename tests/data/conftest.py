@@ -1,4 +1,4 @@
-"""Provides small shards, texts and a run configuration for the tests of the data room."""
+"""Provides small shards, texts and a run configuration for the tests of data."""
 
 import io
 import json
@@ -42,19 +42,19 @@ def _random_png(rng: np.random.Generator) -> bytes:
 
 @pytest.fixture
 def write_tar() -> WriteTar:
-    """Writes members to a tar file and returns its path."""
+    """Provides a function that writes members to a tar file and returns the file's path."""
     return _write_tar
 
 
 @pytest.fixture
 def png() -> bytes:
-    """Returns a small valid image file."""
+    """Returns the bytes of a small valid image file."""
     return _random_png(np.random.default_rng(0))
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """Trains a text tokenizer of thirty pieces, one of them a full stop."""
+    """Trains a text tokenizer of thirty pieces, including a full stop."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("tokenizer") / "text.spm"
     config = TextTokenizerConfig(path=str(path), vocab_size=30, character_coverage=1.0)
@@ -63,7 +63,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def sample_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Writes files for the three streams: 22 images and 13 pairs in two shards each, and a text."""
+    """Writes files for the three streams: two shards of 22 images, two shards of 13 pairs, and a text."""
     folder, rng = tmp_path_factory.mktemp("samples"), np.random.default_rng(1)
     for shard, numbers in enumerate((range(9), range(9, 22))):
         _write_tar(folder / f"images-{shard}.tar", {f"image{i}.png": _random_png(rng) for i in numbers})
@@ -82,10 +82,11 @@ _PATTERNS = {"images": "images-*.tar", "pairs": "pairs-*.tar", "texts": "text.tx
 
 @pytest.fixture
 def build_config(sample_files: dict[str, str]) -> BuildConfig:
-    """Builds a tiny run: grid 8 x 8, model's view 32 px, tokenizer's view 64 px.
+    """Provides a function that builds a tiny run.
 
-    Keyword arguments: samples a step of each stream, `accumulation`, `files` instead of the sample files (of which
-    copies are held out), and `data` and `training` with more keys of these sections.
+    The run has a grid of 8 x 8 patches, a model view of 32 px and a tokenizer view of 64 px. Keyword arguments are the
+    samples per step of each stream, `accumulation`, `files` in place of the sample files, and `data` and `training`
+    with more keys of these sections. Validation data are copies of the files.
     """
 
     def build(

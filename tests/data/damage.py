@@ -1,4 +1,4 @@
-"""Applies seeded damage to files, and a limit on the time that a reader takes."""
+"""Damages files at random from a seed, and limits the time of readers."""
 
 import contextlib
 import signal
@@ -17,7 +17,7 @@ fast_and_slow = pytest.mark.parametrize(
 
 
 class Hang(BaseException):
-    """Code took too long; not an Exception, which decoders and readers may catch."""
+    """Reports code that took too long; not an Exception, because decoders and readers may catch exceptions."""
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def truncate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def overwrite_number(data: bytes, rng: np.random.Generator) -> bytes:
-    """Writes an extreme number at a random place, in either byte order, as a wrong size."""
+    """Writes an extreme number at a random place, in either byte order, like a wrong size field."""
     value = int(rng.choice([0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000, 0x01000000]))
     number = value.to_bytes(4, "big" if rng.random() < 0.5 else "little")
     return paste(data, number, int(rng.integers(0, max(1, min(len(data), 400) - 4))))
@@ -72,7 +72,7 @@ GENERAL_DAMAGE = (flip, truncate, overwrite_number, splice_within)
 
 
 def lie_about_size(data: bytes, rng: np.random.Generator) -> bytes:
-    """Changes the size in a tar header, with a correct checksum."""
+    """Changes the size in a tar header and corrects the checksum."""
     position = int(rng.choice(_header_positions(data)))
     header = bytearray(data[position : position + 512])
     sizes = [0, 1, 511, 512, 1024, 1536, 2048, len(data), 0o77777777777]

@@ -1,4 +1,4 @@
-"""Tests stochastic depth: right rates, and the same draws under every layout."""
+"""Tests stochastic depth: correct rates, and equal draws under every layout."""
 
 import torch
 

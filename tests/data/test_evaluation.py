@@ -1,4 +1,4 @@
-"""Tests batches of a whole split: each sample once, in the same batches on any number of ranks."""
+"""Tests batches of a whole split: each sample once, in equal batches on any number of ranks."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,13 +1,13 @@
-"""Seeded damage to tars, index files, images and captions: no crash, no hang, no sample that silently becomes another.
+"""Tests random damage to tars, index files, images and captions: no crash, no hang, no sample mistaken for another.
 
-What "silently wrong" means here, for bytes that a tar may have lost or swapped:
+For bytes that a tar may have lost or swapped, this means:
 
-* without an index, a sample whose own header and data are untouched has its own bytes or is not there; it may have
-  another's bytes only if a second member of its name is reported in `skipped`;
-* with an index, a tar of another size is refused at opening, an untouched sample has its own bytes, and `--verify`
-  passes only if every sample has its own bytes;
-* a damaged image either is a `ValueError` or has pixels within the limits (JPEG has no checksums: only `--verify` can
-  tell changed pixels).
+* Without an index, a sample with undamaged header and data has its own bytes or is missing. It may have another's bytes
+  only if `skipped` reports a second member with its name.
+* With an index, a tar of another size is refused when it is opened. An undamaged sample has its own bytes. `--verify`
+  passes only if every sample has its own bytes.
+* A damaged image raises `ValueError` or has pixels within the limits. JPEG has no checksums, so only `--verify` can
+  find changed pixels.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 @pytest.fixture
 def tars(tmp_path: Path) -> list[Tar]:
-    """Writes one small tar of each format, and its index."""
+    """Writes one small tar of each format, with its index."""
     tars, rng = [], np.random.default_rng(0)
     for tar_format in FORMATS:
         path = tmp_path / f"{tar_format}.tar"
@@ -80,7 +80,10 @@ Members = dict[tuple[bytes, str], tuple[int, int]]
 
 
 def members(index: ShardIndex) -> Members:
-    """Returns offset and size by key and kind; a caption that is lost from its text file may come from JSON."""
+    """Returns offset and size in bytes of each member, by key and kind.
+
+    A caption from JSON has another kind than one from a text file, because it may replace a lost one.
+    """
     return {
         (record["key"], kind + str(record["caption_is_json"]) * (kind == "caption")): (
             int(record[kind]["offset"]),
@@ -99,12 +102,12 @@ def changed_positions(old: bytes, new: bytes) -> np.ndarray:
 
 
 def is_touched(changed: np.ndarray, offset: int, size: int) -> bool:
-    """Says whether damage is in a member's data or in its headers, three blocks if the name takes two more."""
+    """Returns whether damage hit a member's data or headers; a long name needs two more header blocks."""
     return bool(((changed >= offset - 4 * 512) & (changed < offset + size)).any())
 
 
 def check_scan(tar: Tar, data: bytes) -> None:
-    """Damages a tar without an index."""
+    """Checks the samples of a damaged tar that has no index."""
     try:
         index = scan_shard(str(tar.path), with_checksums=True)
     except ConfigError:
@@ -119,7 +122,7 @@ def check_scan(tar: Tar, data: bytes) -> None:
 
 
 def check_indexed(tar: Tar, data: bytes) -> None:
-    """Damages a tar that has the index of the valid one."""
+    """Checks the samples of a damaged tar that has the index of the undamaged one."""
     if len(data) != len(tar.data):
         with pytest.raises(ConfigError, match="has size"):
             TarShards([str(tar.path)], tar.cache_dir)
@@ -193,7 +196,7 @@ def _encode(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def image_files() -> dict[str, bytes]:
-    """Encodes a small picture in every format and mode that corpora have."""
+    """Encodes a small picture in every format and mode that occurs in corpora."""
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 7, 4), dtype=np.uint8)).resize((47, 40), Image.Resampling.BICUBIC)
     rgb, grey16 = smooth.convert("RGB"), Image.fromarray(rng.integers(0, 65536, (40, 47), dtype=np.uint16))

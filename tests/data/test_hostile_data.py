@@ -1,4 +1,4 @@
-"""Checks that hostile files of data end in one printable line, within seconds and in bounded memory."""
+"""Tests that hostile data files end in one printable line, within seconds and in bounded memory."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Generators depend on their arguments alone."""
+"""Tests that random generators depend only on their arguments."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tests the report at the start of a run on all that its sources skip."""
+"""Tests the report at the start of a run on everything that its sources skip."""
 
 from pathlib import Path
 

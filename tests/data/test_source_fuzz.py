@@ -1,7 +1,7 @@
 """Tests files of any name, encoding and content: each sample is read unchanged, skipped with a reason, or refused.
 
-Each case writes files of which it is known what they hold, and then adds up: what is read, what breaks when it is read,
-what is left out by reason. Nothing may be in none of the three, and nothing may be read as something else.
+Each case writes files with known content and then counts: samples read, samples that break when read, and samples
+skipped by reason. The counts must add up, and no sample may be read as another.
 """
 
 import gzip
@@ -47,7 +47,7 @@ def _folder() -> Iterator[Path]:
 
 
 def _run(cases: int, test: object) -> None:
-    """Runs a property on a number of cases."""
+    """Runs a property test on a number of cases."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     settings(max_examples=cases, deadline=None, suppress_health_check=checks, derandomize=True)(test)()  # type: ignore[operator]
 
@@ -84,7 +84,7 @@ def _content(name: str, kind: str, png: bytes) -> bytes:
 
 
 def _read(source: ImageSource, files: Mapping[str, str]) -> Counter[str]:
-    """Reads all samples; counts the results of their images and captions."""
+    """Reads all samples; counts the results for images and captions."""
     counts: Counter[str] = Counter()
     for index in range(len(source)):
         for what, read in (("image", source.image), ("caption", source.caption)):

@@ -1,4 +1,4 @@
-"""Tests that steps have the same samples and draws under every layout, in every process, after every resume."""
+"""Tests that steps have equal samples and draws under every layout, in every process and after every resume."""
 
 import itertools
 from collections import Counter
@@ -18,7 +18,7 @@ Sequences = dict[str, list[tuple[str, tuple[torch.Tensor, ...]]]]
 
 
 def _sequences(batch: PackedBatch) -> Sequences:
-    """Takes a batch apart: name, and all tensors that belong to each sequence, by stream."""
+    """Divides a batch into sequences: by stream, the name of each sequence and all its tensors."""
     texts = list(batch.token_ids.split([*batch.caption_lengths, *batch.text_lengths]))
     masked = torch.zeros_like(batch.token_ids)
     masked[batch.targets["masked_tokens"]] = batch.targets["target_ids"]
@@ -153,7 +153,10 @@ def test_a_step_of_broken_records_still_packs(
 
 
 def _mixed_config(build_config: BuildConfig, sample_files: dict[str, str], num_workers: int = 0) -> RunConfig:
-    """Twelve samples a step of each stream, pairs of two weighted sources; steps cross epochs of every source."""
+    """Returns a run with twelve samples per step of each stream; pairs have two weighted sources.
+
+    The steps cross the epochs of every source.
+    """
     folder = Path(sample_files["pairs"]).parent
     sources = [
         {"path": str(folder / "pairs-0.tar"), "weight": 0.25},

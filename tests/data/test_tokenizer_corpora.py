@@ -1,4 +1,4 @@
-"""Tests the text tokenizer's corpus: all of the training files, broken records left out."""
+"""Tests the text tokenizer's corpus: all training files, without broken records."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests validation batches: all samples once, the same for every layout and at every pass."""
+"""Tests validation batches: each sample once, equal for every layout and on every pass."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -90,7 +90,7 @@ def test_a_broken_record_stops_with_its_name(
 
 
 def _fingerprints(config: RunConfig, tokenizer: TextTokenizer, size: int = 1) -> dict[str, tuple[object, ...]]:
-    """Returns the targets of every validation sample on all ranks, by its name."""
+    """Returns the targets of every validation sample on all ranks, by sample name."""
     found: dict[str, tuple[object, ...]] = {}
     for rank in range(size):
         for batch in open_validation_batches(config, tokenizer, rank, size):
@@ -106,7 +106,7 @@ def _fingerprints(config: RunConfig, tokenizer: TextTokenizer, size: int = 1) ->
 def test_the_validation_loss_asks_the_same_whatever_the_runs_seed(
     build_config: BuildConfig, tokenizer: TextTokenizer
 ) -> None:
-    """Masks that followed `training.seed` moved text_mlm from 5.65 to 5.95 for the same weights."""
+    """Catches validation masks that depend on `training.seed`: they once moved text_mlm from 5.65 to 5.95."""
     base = {"eval_samples": 9, "validation_seed": 3}
     runs = [
         _fingerprints(build_config(training={**base, "seed": seed}), tokenizer, size)

@@ -114,7 +114,7 @@ def test_check_refuses_a_shared_file(folder: Path, capsys: pytest.CaptureFixture
 def test_check_refuses_a_file_of_two_sources(
     folder: Path, sources: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches sources that `check` accepts and a run refuses."""
+    """Catches a file in two sources that `beit3 check` accepts and a run refuses."""
     content = quickstart_mapping()
     content["beit3_ds"]["data"]["texts"] |= {"train": [str(folder / name) for name in sources], "validation": []}
     (folder / "run.json").write_text(json.dumps(content))

@@ -1,4 +1,7 @@
-"""Runs a rank of the trainer in which unpickling raises, except what comes from the rank's own data-loader workers."""
+"""Runs a rank of the trainer in which unpickling raises an error.
+
+Only data from the rank's own data-loader workers may be unpickled.
+"""
 
 import pickle
 import sys
@@ -8,13 +11,14 @@ from typing import Any
 from tests.checkpoint.training_run import train
 
 _LOCAL = ("beit3_ds.data.workers.", "multiprocessing.")
-"""Modules that talk only to processes that this one has started, through pipes and unix sockets."""
+"""Modules that communicate only with processes started by this one, through pipes and unix sockets."""
 
 
 def forbid_unpickling() -> None:
-    """Lets every way to unpickle raise: `load`, `loads` and `Unpickler`, under any name that a module gave them.
+    """Makes every way to unpickle raise: `load`, `loads` and `Unpickler`, under any name in any module.
 
-    A hook of the interpreter also finds what compiled code unpickles, if the pickle names a class or a function.
+    An audit hook of the interpreter also detects unpickling in compiled code, if the pickle names a class or a
+    function.
     """
     for name in ("load", "loads", "Unpickler"):
         original = getattr(pickle, name)

@@ -1,6 +1,6 @@
-"""Runs a rank that meets the others like a training's rank, sums values with them, and prints its interface.
+"""Runs a rank that meets the others like a rank of a training, sums values with them, and prints its interface.
 
-It imports half as much as a run. Command line: the seconds to wait for others.
+Imports half as much as a run. The argument is the number of seconds to wait for other ranks.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Attacks every listening port of a run from a process that has no secret of it.
+"""Attacks every listening port of a run from a process that does not know the run's secret.
 
-Standard input names listeners, one per line: `address port`. A thread per listener repeats the attacks that the command
-line names until the listener is gone, and prints a line per attack: time, address, port and attack. The first argument
-is the path of a file that unpickling creates. The process ends when standard input closes.
+Standard input names listeners, one `address port` per line. A thread per listener repeats the attacks named on the
+command line until the listener is gone. It prints a line per attack: time, address, port and attack. The first argument
+is the path of a file that malicious pickles create. The process ends when standard input closes.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _MAGIC = 0x3C85F7CE
 
 
 class Bomb:
-    """Creates a file when it is unpickled."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -67,7 +67,7 @@ class Stranger:
         self._send(self._bomb.replace(b"\n", b" ") + b"\n")
 
     def half(self) -> None:
-        """Sends half a message of torch's store and keeps the connection open; also a key of an absurd length."""
+        """Sends half a message of torch's store and keeps the connection open; also sends a key of absurd length."""
         if len(self._held) < _IDLE_PER_PORT:
             connection = socket.create_connection(self._where, timeout=CONNECT_SECONDS)
             connection.sendall(struct.pack("<BI", _VALIDATE, _MAGIC) + struct.pack("<BQ", _SET, 100) + b"half of a key")
@@ -75,7 +75,7 @@ class Stranger:
         self._send(struct.pack("<BI", _VALIDATE, _MAGIC) + struct.pack("<BQ", _GET, 1 << 50))
 
     def idle(self) -> None:
-        """Opens a connection and says nothing."""
+        """Opens a connection and sends nothing."""
         if len(self._held) < _IDLE_PER_PORT:
             self._held.append(socket.create_connection(self._where, timeout=CONNECT_SECONDS))
 
@@ -85,7 +85,7 @@ class Stranger:
             self._held.append(socket.create_connection(self._where, timeout=CONNECT_SECONDS))
 
     def guard(self) -> None:
-        """Speaks the protocol of the supervisor without its token: as a guard, and as a supervisor."""
+        """Speaks the supervisor's protocol without the token, first as a guard and then as a supervisor."""
         register = (
             b'{"kind": "Register", "rank": 1, "local_rank": 0, "host": "node1", "pid": 1, "address": "10.1.0.3", '
         )
@@ -99,13 +99,13 @@ class Stranger:
     # Valid messages of torch's store.
 
     def read(self) -> None:
-        """Reads whatever the store holds."""
+        """Reads everything in the store."""
         for key in self._keys():
             self._store().get(key)
         self._store().num_keys()
 
     def write(self) -> None:
-        """Writes values, counters and comparisons under names of its own, and deletes them."""
+        """Writes values, counters and comparisons under new names, and deletes them."""
         store = self._store()
         for number in range(10):
             store.set(f"stranger/{number}", self._bomb)
@@ -114,7 +114,7 @@ class Stranger:
             store.delete_key(f"stranger/{number}")
 
     def overwrite(self) -> None:
-        """Overwrites all values."""
+        """Overwrites all values in the store."""
         for key in self._keys():
             self._store().set(key, self._bomb)
 
@@ -126,7 +126,7 @@ class Stranger:
                 self._store().set(f"run/0/{key}", value)
 
     def overwrite_verdict(self) -> None:
-        """Writes that the run has failed, and that ranks are well."""
+        """Writes into the store that the run has failed, and that ranks are well."""
         for key in self._keys():
             if key.endswith(("failure", "reported", "beats_requested")):
                 self._store().set(key, '["rank 1 failed: a lie", false]')
@@ -138,7 +138,7 @@ class Stranger:
                 self._store().set(key, self._bomb)
 
     def count(self) -> None:
-        """Adds to all keys, as if they were counters, and compares and sets them."""
+        """Adds to all keys as if they were counters, and compares and sets them."""
         for key in self._keys():
             with contextlib.suppress(Exception):
                 self._store().add(key, 1)
@@ -146,12 +146,12 @@ class Stranger:
                 self._store().compare_set(key, "1", "2")
 
     def delete(self) -> None:
-        """Deletes all keys."""
+        """Deletes all keys of the store."""
         for key in self._keys():
             self._store().delete_key(key)
 
     def replay(self) -> None:
-        """Writes the oldest value of every key again, which has a valid digest."""
+        """Rewrites the oldest value of every key, which has a valid digest."""
         for key in self._keys():
             self._first_values.setdefault(key, self._store().get(key))
         for key, value in self._first_values.items():
@@ -160,7 +160,7 @@ class Stranger:
     # Messages of gloo.
 
     def sequence(self) -> None:
-        """Guesses the sequence numbers with which gloo's ranks show who they are, and sends junk after them."""
+        """Guesses the sequence numbers by which gloo's ranks identify themselves, and sends random bytes after them."""
         for number in range(16):
             with contextlib.suppress(TimeoutError):
                 connection = socket.create_connection(self._where, timeout=CONNECT_SECONDS)
@@ -196,7 +196,7 @@ class Stranger:
 
 
 def main() -> None:
-    """Attacks the listeners that standard input names."""
+    """Attacks the listeners named on standard input."""
     import torch.distributed  # noqa: F401 # takes seconds, before the run starts
 
     bomb, names = sys.argv[1], sys.argv[2:]

@@ -1,4 +1,4 @@
-"""A stop signal ends a command: it unwinds, and ends by force if it does not."""
+"""Tests that a stop signal ends a command: the command cleans up, or ends by force if it does not respond."""
 
 import ctypes
 import os
@@ -32,7 +32,7 @@ def test_a_signal_unwinds_the_command(number: signal.Signals) -> None:
 
 
 def test_a_library_that_turns_the_signal_into_its_own_error_is_stopped_too() -> None:
-    """SentencePiece raises a RuntimeError if the function that yields its texts is interrupted."""
+    """Checks an interrupted training of SentencePiece, which raises RuntimeError in place of the interruption."""
 
     def command() -> None:
         with ending_on_signals():
@@ -79,7 +79,7 @@ def test_a_command_in_a_library_ends_by_force(
 
 
 def test_other_threads_leave_signals_alone() -> None:
-    """Catches a call of the command line from a thread, in which Python lets nobody handle signals."""
+    """Catches signal handlers set up in a thread that is not the main one, where Python forbids them."""
     before, entered = signal.getsignal(signal.SIGTERM), []
 
     def enter() -> None:

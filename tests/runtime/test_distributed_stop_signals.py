@@ -1,4 +1,4 @@
-"""Tests that all ranks stop after the same step, although signals reach them at different times."""
+"""Tests that all ranks stop after the same step although signals reach them at different times."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ def test_an_own_data_error_is_told_apart_from_a_failing_file_system() -> None:
 
 
 def receive() -> set[int]:
-    """On a rank: waits for a stop signal, which rank 1 sends to itself alone."""
+    """Waits for a stop signal on one rank; only rank 1 sends a signal, to itself."""
     from beit3_ds.runtime.process_group import joined_ranks
 
     with StopSignals().handling() as signals, joined_ranks(ParallelConfig(), None, signals) as mesh:
@@ -71,5 +71,5 @@ def receive() -> set[int]:
 
 
 def test_a_signal_to_one_rank_reaches_all() -> None:
-    """Catches ranks that wait for data, for minutes, while the rank with the signal waits for them."""
+    """Catches ranks that wait for data for minutes while the rank with the signal waits for them."""
     assert run_ranks(receive, 2) == [{signal.SIGUSR1}] * 2

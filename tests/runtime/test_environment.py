@@ -1,4 +1,4 @@
-"""Tests that wrong variables are refused in one line, before a library fails on them."""
+"""Tests that wrong environment variables are refused in one line before a library fails on them."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_commands_answer_at_once() -> None:
 
 @pytest.mark.parametrize("module", ["beit3_ds.train", "beit3_ds.evaluate"])
 def test_a_program_ends_in_one_line_before_deepspeed_is_imported(module: str) -> None:
-    """DeepSpeed raises at its import, before the program could handle that."""
+    """Checks the error for a variable on which DeepSpeed raises during its import."""
     environment = os.environ | {"DS_ACCELERATOR": "abc", "RANK": "3"}
     ended = subprocess.run(
         [sys.executable, "-m", module, "config.json"], env=environment, capture_output=True, text=True

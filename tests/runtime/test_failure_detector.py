@@ -1,4 +1,4 @@
-"""Failures are detected from heartbeats alone, here on a simulated clock."""
+"""Tests that failures are detected from heartbeats alone, on a simulated clock."""
 
 from collections.abc import Collection
 
@@ -16,7 +16,7 @@ BEAT_SECONDS = 10
 
 
 class Clock:
-    """Simulates ranks that beat every ten seconds, and a detector that runs every second."""
+    """Simulates ranks that send a heartbeat every ten seconds, and a detector that runs every second."""
 
     def __init__(self, patch: pytest.MonkeyPatch, num_ranks: int = 4) -> None:
         self.now = 0.0
@@ -29,7 +29,7 @@ class Clock:
     def run(
         self, seconds: int, *, dead: Collection[int] = (), busy: Collection[int] = (), requested: bool = False
     ) -> Failure | None:
-        """Lets time pass until a failure is found; ranks that are neither dead nor busy wait for others."""
+        """Advances the clock until a failure is found; ranks that are neither dead nor busy wait for others."""
         for _ in range(seconds):
             self.now += 1
             for rank, beat in enumerate(self.beats):
@@ -49,7 +49,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_dead_rank_is_lost_after_the_heartbeat_timeout(clock: Clock) -> None:
-    """Expects no earlier report as slow, although its last heartbeat was busy and the others wait."""
+    """Checks that a dead rank is not reported as slow first.
+
+    The last heartbeat of the rank was busy, and the other ranks wait.
+    """
     assert clock.run(30, busy={2}) is None
     assert clock.run(100, dead={2}) == Failure("rank 2 does not answer")
     assert 90 <= clock.now <= 102 and not clock.slow
@@ -65,7 +68,7 @@ def test_busy_rank_is_slow_and_then_stalled(clock: Clock) -> None:
 
 
 def test_nobody_is_slow_if_nobody_waits(clock: Clock) -> None:
-    """Runs a step that takes longer than any time-out on all ranks alike."""
+    """Checks a step that takes longer than every time-out on all ranks alike."""
     assert clock.run(2000, busy={0, 1, 2, 3}) is None and not clock.slow
 
 
@@ -76,7 +79,7 @@ def test_called_ranks_have_five_seconds(clock: Clock) -> None:
 
 
 def test_deadlock_names_the_least_advanced(clock: Clock) -> None:
-    """Lets all ranks wait in different collectives."""
+    """Checks that the least advanced rank is named when all ranks wait in different collectives."""
     clock.run(15)
     clock.beats = [beat._replace(changes=9 - (rank == 1)) for rank, beat in enumerate(clock.beats)]
     failure = clock.run(20, requested=True)
@@ -99,7 +102,10 @@ def test_a_rank_that_left_is_not_missed(clock: Clock) -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 10_000), st.integers(0, 3))
 def test_a_detector_that_slept_blames_nobody(sleep: int, dead: int) -> None:
-    """Expects no blame for ranks that beat again, and none for a dead rank before its time-out has passed again."""
+    """Checks that a detector that was suspended reports no rank too early.
+
+    Ranks that send heartbeats again are not reported. A dead rank is reported only after a full time-out.
+    """
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch)
         assert clock.run(30) is None

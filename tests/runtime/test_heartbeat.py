@@ -1,4 +1,4 @@
-"""The status of ranks follows from their heartbeats alone, on this process's clock."""
+"""Tests that the status of ranks follows from heartbeats alone, on the clock of the receiving process."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from beit3_ds.runtime.keyed_store import ForgedValueError
 
 
 class Ranks:
-    """Heartbeats of some ranks and the time at which their status is updated."""
+    """Holds heartbeats of some ranks, and the time of each status update."""
 
     def __init__(self, patch: pytest.MonkeyPatch, num_ranks: int) -> None:
         self.now = 0.0
@@ -30,7 +30,7 @@ def test_a_heartbeat_survives_the_store() -> None:
 
 
 def test_an_old_heartbeat_that_was_written_again_is_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a rank that is called lost because somebody on the network repeats its values, which are signed."""
+    """Catches a rank that is reported as lost because an attacker repeats its old, validly signed values."""
     ranks = Ranks(monkeypatch, 3)
     old = ranks.beats[2]
     ranks.step(3, (0, 1, 2))
@@ -45,7 +45,7 @@ def test_only_a_long_excess_is_sleep(seconds: float, slept: float) -> None:
 
 
 def test_a_silent_rank_is_lost_and_was_not_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expects the age of its main thread to stop with its heartbeats, because later progress is unknown."""
+    """Checks that the age of a rank's progress stops with its heartbeats, because later progress is unknown."""
     ranks = Ranks(monkeypatch, 3)
     numbers = ranks.statuses.beat_numbers()
     ranks.step(5, (0, 1), is_waiting=True)

@@ -75,7 +75,10 @@ def test_mpirun_does_not_say_where_rank_0_is() -> None:
 
 
 def test_the_address_that_mpi_finds_is_all_that_is_taken_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's discovery knows neither how many ranks a host has nor which devices a rank sees."""
+    """Checks that only the address is taken from DeepSpeed's MPI discovery.
+
+    The discovery knows neither the number of ranks per host nor the devices that a rank sees.
+    """
     pytest.importorskip("mpi4py")
 
     def discover(distributed_port: int, verbose: bool) -> None:
@@ -94,16 +97,17 @@ def test_without_mpi4py_the_address_must_be_given(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("environment", [SLURM, OPEN_MPI, HYDRA])
 def test_a_rank_that_sees_one_device_takes_it(environment: dict[str, str]) -> None:
-    """`srun --gpus-per-task=1` shows each rank its own: device 2 would not exist."""
+    """Checks a rank that sees a single device, as under `srun --gpus-per-task=1`, where device 2 does not exist."""
     assert read_launch(environment | {"CUDA_VISIBLE_DEVICES": "5"}).local_rank == 0
     assert read_launch(environment | {"CUDA_VISIBLE_DEVICES": "0,1,5"}).local_rank == 2
     assert read_launch(environment | {"CUDA_VISIBLE_DEVICES": ""}).local_rank == 2
 
 
 def test_a_batch_script_is_one_process() -> None:
-    """Slurm sets SLURM_PROCID=0 and SLURM_NTASKS for it too: it would wait for ranks that nobody starts.
+    """Checks that a batch script is one process and does not wait for ranks that nobody starts.
 
-    Several such processes may run in one job: they must not share a port.
+    Slurm sets SLURM_PROCID=0 and SLURM_NTASKS in batch scripts too. Several such processes in one job must not share a
+    port.
     """
     batch = {name: value for name, value in SLURM.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
     interactive = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}  # a shell that srun --pty started
@@ -164,7 +168,7 @@ def test_ranks_of_every_host(runs: list[tuple[int, int]]) -> None:
 
 
 def test_a_wrong_environment_is_one_line_and_status_2() -> None:
-    """Catches an error line that fails itself, because it reads the rank from the same environment."""
+    """Catches an error message that fails itself because it reads the rank from the wrong environment."""
     process = start_module("beit3_ds.train", ["config.json"], env={"RANK": "x"}, output=subprocess.PIPE)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2

@@ -1,4 +1,4 @@
-"""Tests that ranks train, save and resume although nothing can be unpickled that comes from another rank."""
+"""Tests that ranks train, save and resume while nothing from another rank can be unpickled."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ STEPS = 24
 
 
 class RunWithoutPickle(TrainingRun):
-    """Runs ranks that cannot unpickle."""
+    """Runs ranks in which unpickling raises."""
 
     module = "tests.runtime.rank_without_pickle"
 
 
 def gather_objects() -> list[str]:
-    """Exchanges an object as torch does, with and without permission to unpickle; returns what was said."""
+    """Exchanges an object as torch does, with and without permission to unpickle; returns the errors."""
     import torch.distributed as dist
 
     from beit3_ds.config import ParallelConfig
@@ -41,7 +41,7 @@ def gather_objects() -> list[str]:
 
 
 def test_unpickling_is_noticed() -> None:
-    """Catches a guard of these tests that guards nothing."""
+    """Checks that unpickling between ranks is detected, so that the tests below can fail."""
     assert run_ranks(gather_objects, 2) == [["pickle.Unpickler was called between ranks"]] * 2
 
 
@@ -57,7 +57,7 @@ def test_unpickling_is_noticed() -> None:
 def test_ranks_train_save_and_resume_without_pickle(
     layout: dict[str, int], run_mapping: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Catches an object that is sent as a pickle; losses and states are those of ranks that may unpickle."""
+    """Catches an object sent as a pickle; losses and states must equal those of ordinary ranks."""
     if "pipeline_parallel_size" in layout:
         run_mapping |= {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}
     run_mapping["beit3_ds"]["parallel"] = layout

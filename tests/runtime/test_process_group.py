@@ -1,4 +1,4 @@
-"""Tests that a rank that dies, stops, fails or disagrees ends the run on all ranks with a line that names it."""
+"""Tests that a rank that dies, stops, fails or disagrees ends the run on all ranks, with a line that names it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def start_ranks(
     extra: dict[int, list[str]] | None = None,
     modules: tuple[str, str] = ("beit3_ds.train", "beit3_ds.train"),
 ) -> list[Any]:
-    """Starts two stages of a pipeline, one process each, as a launcher does; output goes to one file per rank."""
+    """Starts two pipeline stages, one process each, as a launcher does; each rank writes its output to a file."""
     mapping["gradient_accumulation_steps"] = 2
     mapping["beit3_ds"]["training"] |= {"total_steps": 1000, "eval_interval": 1000, "save_interval": 1000}
     mapping["beit3_ds"]["parallel"] = {"pipeline_parallel_size": 2, "timeout_seconds": TIMEOUT_SECONDS}
@@ -67,7 +67,7 @@ def end(ranks: list[Any]) -> None:
     ],
 )
 def test_lost_rank_is_named(run_mapping: dict[str, Any], tmp_path: Path, lost: int, blow: int) -> None:
-    """Catches a survivor that waits for ever, and a message that names the wrong rank."""
+    """Catches a surviving rank that waits forever, and a message that names the wrong rank."""
     ranks = start_ranks(run_mapping, tmp_path)
     try:
         wait_for_step(tmp_path, ranks)

@@ -1,4 +1,4 @@
-"""Tests that ranks that do not meet report the reason in time."""
+"""Tests that ranks that cannot meet report the reason in time."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ def launch(rank: int, world_size: int, port: int, address: str = "127.0.0.1") ->
 
 
 def meet(rank: Launch, seconds: float, together: threading.Barrier | None = None) -> str:
-    """Returns the rank's last message; `together` replaces the process group, which takes over the store of rank 0."""
+    """Returns the rank's last message; `together` replaces the process group, which takes over rank 0's store."""
     with Rendezvous(rank, seconds, SECRET) as meeting:
         try:
             meeting.meet()
@@ -61,7 +61,7 @@ def meet(rank: Launch, seconds: float, together: threading.Barrier | None = None
 
 
 def test_all_meet_whoever_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 may be long at its files: a host that refuses connections is up."""
+    """Checks that ranks wait for a late rank 0: a host that refuses connections is up."""
     monkeypatch.setattr(rendezvous, "SILENCE_SECONDS", 0.1)
     port, together = free_port(), threading.Barrier(3)
     with ThreadPoolExecutor(3) as pool:
@@ -93,14 +93,14 @@ def test_a_taken_port_is_named(listener: socket.socket) -> None:
 
 
 def test_nobody_listens() -> None:
-    """Includes a MASTER_ADDR that is the loopback address, as from a hostfile with `localhost`."""
+    """Checks the error if nobody listens, also for a loopback MASTER_ADDR, as from a hostfile with `localhost`."""
     line = meet(launch(1, 2, port := free_port()), 1)
     assert f"cannot reach rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: its host answers" in line
     assert "127.0.0.1 is this host itself" in line and "--master_addr A" in line
 
 
 def test_a_host_without_an_answer_is_not_waited_for_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expects a shorter wait for a silent host than for a slow rank: a host that is up answers."""
+    """Checks that a silent host is given up earlier than a slow rank, because a host that is up answers."""
     monkeypatch.setattr(rendezvous, "SILENCE_SECONDS", 1.0)
 
     def time_out(*_: object, **__: object) -> socket.socket:
@@ -116,7 +116,7 @@ def test_a_host_without_an_answer_is_not_waited_for_as_long(monkeypatch: pytest.
 def test_a_program_that_never_answers_ends_the_rank(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches an endless wait of torch's store, which ignores its timeout here."""
+    """Catches an endless wait in torch's store, which ignores its timeout in this case."""
     monkeypatch.setattr(rendezvous, "_GRACE_SECONDS", 0.5)
     ended: queue.Queue[int] = queue.Queue()
     meeting = Rendezvous(launch(1, 2, listener.getsockname()[1]), 1, SECRET, ended.put)
@@ -150,7 +150,7 @@ def test_what_gloo_says_is_explained() -> None:
 
 
 def test_other_software_is_named_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plants an older torch or older code on one host."""
+    """Checks the error on all hosts if one has an older torch or older code."""
     versions = iter(["2.14.1", "2.13.0", "2.14.1"])
     monkeypatch.setattr(rendezvous, "describe_versions", lambda: {"torch": next(versions), "code": "a"})
     port, together = free_port(), threading.Barrier(3)
@@ -176,7 +176,7 @@ def test_differences_are_grouped_by_host() -> None:
 
 
 def test_another_secret_is_named() -> None:
-    """Expects the rank with another secret to say so, and rank 0 to go on waiting for the right one."""
+    """Checks that a rank with another secret reports it, while rank 0 still waits for the right rank."""
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, launch(0, 2, port), 4)
@@ -188,7 +188,10 @@ def test_another_secret_is_named() -> None:
 
 @pytest.mark.parametrize("sign", ["the folder", "the launcher"])
 def test_ranks_of_a_refused_start_get_no_place(monkeypatch: pytest.MonkeyPatch, sign: str) -> None:
-    """Two starts with one port and one secret: rank 0 of the other one is refused, its rank 1 comes here first."""
+    """Checks two starts with equal port and secret, where rank 0 of the other start is refused.
+
+    Rank 1 of the other start reaches this rank 0 first, and must not take a place.
+    """
     monkeypatch.setattr(rendezvous, "_CONTENDER_SECONDS", 0.5)
     port, together, contended = free_port(), threading.Barrier(2), [-math.inf]
 

@@ -20,7 +20,7 @@ BOUND_SECONDS = 120
 
 @pytest.fixture(autouse=True)
 def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Writes the ranks' secret, which hosts share; their folders for temporary files are their own."""
+    """Writes the secret of the ranks to a shared file; each host has its own temporary folder."""
     read_secret(None, str(tmp_path))
     monkeypatch.setenv("BEIT3_SECRET_FILE", path := str(tmp_path / SECRET_FILE))
     return path
@@ -29,7 +29,7 @@ def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def meet(
     hosts: Sequence[Host], master: str, port: int, seconds: int, environment: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Starts a rank on each host and returns their outputs."""
+    """Starts a rank on each host; returns their outputs."""
     ranks = []
     for rank, host in enumerate(hosts):
         names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": len(hosts), "MASTER_PORT": port, "MASTER_ADDR": master}
@@ -45,7 +45,7 @@ def meet(
 
 @pytest.mark.slow
 def test_srun_starts_ranks_that_meet(debian_hosts: list[Host], tmp_path: Path) -> None:
-    """srun sets all variables; on the first host, MASTER_ADDR resolves to 127.0.1.1."""
+    """Checks ranks started by srun, where MASTER_ADDR resolves to 127.0.1.1 on the first host."""
     if reason := missing_for_hosts(*SLURM):
         pytest.skip(reason)
     environment = {**start_slurm(debian_hosts, tmp_path), "BEIT3_SECRET_FILE": os.environ["BEIT3_SECRET_FILE"]}
@@ -71,7 +71,10 @@ def test_an_unreachable_host_is_named_by_all(debian_hosts: list[Host]) -> None:
 
 @pytest.mark.slow
 def test_an_interface_that_leads_nowhere_is_named(debian_hosts: list[Host]) -> None:
-    """The user's own choice is kept: all meet at the address of rank 0, but cannot connect to each other."""
+    """Checks that a user's wrong choice of interface is kept and reported.
+
+    All ranks meet at the address of rank 0, but cannot connect to each other.
+    """
     for line in meet(debian_hosts, "10.1.0.1", 29503, 8, {"GLOO_SOCKET_IFNAME": "lo"}):
         assert "ranks met at MASTER_ADDR=10.1.0.1, MASTER_PORT=29503" in line and "any port" in line
         assert re.search(r"GLOO_SOCKET_IFNAME=lo or|GLOO_SOCKET_IFNAME \(lo here\)", line), (

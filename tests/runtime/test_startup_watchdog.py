@@ -1,4 +1,4 @@
-"""Tests that a start that cannot open its files ends in time, names the file and obeys stop signals."""
+"""Tests a start that cannot open its files: it ends in time, names the file and obeys stop signals."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from beit3_ds.runtime.stop_signals import StopSignals
 
 @pytest.fixture
 def pipe(tmp_path: Path) -> Path:
-    """Whoever opens it for reading waits without end, as for a file system that hangs."""
+    """Returns a named pipe; opening it for reading waits forever, as on a file system that hangs."""
     path = tmp_path / "texts.txt"
     os.mkfifo(path)
     return path
 
 
 def hang(pipe: Path, start: Callable[[Callable[[int], None]], StartupWatchdog | StopDeadline]) -> list[int]:
-    """The statuses with which a watch ends a process whose main thread opens the pipe."""
+    """Returns the exit statuses with which a watchdog ends a process whose main thread opens the pipe."""
     statuses = []
 
     def end(status: int) -> None:
@@ -60,7 +60,7 @@ def test_signal_ends_a_start_that_hangs(
 
 
 def test_a_start_that_works_is_let_alone() -> None:
-    """Catches a bound on the whole start: texts may take hours to tokenize."""
+    """Catches a time limit on the whole start; tokenizing texts may take hours."""
     statuses: list[int] = []
     watch = StartupWatchdog(0, 1.0, statuses.append)
     deadline = time.monotonic() + 2

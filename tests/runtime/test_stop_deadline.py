@@ -1,4 +1,7 @@
-"""After a stop signal, a rank that only waits for others ends; one that computes or saves finishes that first."""
+"""Tests the deadline after a stop signal.
+
+A rank that only waits for others ends. A rank that computes or saves finishes first.
+"""
 
 import os
 import signal
@@ -50,7 +53,7 @@ def test_a_wait_for_other_ranks_ends(signals: StopSignals, capfd: pytest.Capture
 
 @pytest.mark.parametrize("reason", ["computes", "makes progress", "has long steps"])
 def test_a_rank_that_works_is_let_alone(signals: StopSignals, reason: str) -> None:
-    """Catches a limit of the step or of the save, whose loss a stop is to prevent."""
+    """Catches a time limit on a step or a save, which a stop must not lose."""
     activity, statuses = FakeActivity(), []
     activity.is_waiting = reason != "computes"
     if reason == "has long steps":
@@ -81,7 +84,7 @@ def test_nothing_is_waited_for_when_all_is_saved(signals: StopSignals, capfd: py
 
 
 def test_a_second_interrupt_ends_a_rank_that_waits(signals: StopSignals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a second Ctrl-C that has no effect in a collective, in which Python runs no handler."""
+    """Catches a second Ctrl-C without effect in a collective, where Python runs no signal handler."""
     monkeypatch.setattr(stop_deadline, "_SECOND_INTERRUPT_SECONDS", 0.1)
     activity, statuses = FakeActivity(), []
     activity.is_waiting = False

@@ -1,4 +1,4 @@
-"""Stop signals are recorded instead of ending the process."""
+"""Tests that stop signals are recorded and do not end the process."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ def test_a_signal_is_recorded_and_its_handler_restored(number: signal.Signals) -
 
 
 def test_a_second_ctrl_c_interrupts() -> None:
-    """Catches a run that nobody at the terminal can end while it is stuck."""
+    """Catches a stuck run that nobody at the terminal can end."""
     with StopSignals().handling() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -31,7 +31,7 @@ def test_a_second_ctrl_c_interrupts() -> None:
 
 
 def test_a_signal_is_recorded_while_the_main_thread_is_in_a_library() -> None:
-    """Catches signals that are recorded by their handler alone, which does not run while a rank is in a collective."""
+    """Catches signals recorded only by a Python handler, which does not run during a collective."""
     libc, mutex, ready = ctypes.CDLL(None), ctypes.create_string_buffer(64), threading.Event()
     seen: list[bool] = []
 
@@ -55,7 +55,7 @@ def test_a_signal_is_recorded_while_the_main_thread_is_in_a_library() -> None:
 
 
 def test_ignored_hangups_stay_ignored() -> None:
-    """Catches a run under nohup that a closed terminal ends."""
+    """Catches a run under nohup that ends when the terminal is closed."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals().handling() as signals:
@@ -67,7 +67,7 @@ def test_ignored_hangups_stay_ignored() -> None:
 
 
 def test_a_signal_that_was_blocked_is_received() -> None:
-    """A launcher may start ranks with stop signals blocked, so that none ends them while they start."""
+    """Checks signals that a launcher has blocked so that they do not end ranks during the start."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other threads of this process do not block it
     with StopSignals().handling() as signals:

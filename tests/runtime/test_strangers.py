@@ -1,4 +1,4 @@
-"""Tests that a run listens only where its ranks meet, believes no stranger, and that a process alone opens no port."""
+"""Tests that a run listens only where its ranks meet and ignores strangers; a single process opens no port."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ from tests.runtime.stranger import Bomb
 
 
 def meet_beside_a_stranger(bomb: str) -> tuple[list[tuple[str, int]], float, str]:
-    """Joins a group, sends to every listening port as a stranger, and then sums over the ranks."""
+    """Joins a group, sends data to every listening port as a stranger, and then sums over the ranks."""
     import torch
     import torch.distributed as dist
 
@@ -50,7 +50,7 @@ def meet_beside_a_stranger(bomb: str) -> tuple[list[tuple[str, int]], float, str
 
 
 def listen_alone() -> list[tuple[str, int]]:
-    """Joins a group of one process and works with a group of its own."""
+    """Joins a group of one process and sums in it; returns the addresses and ports at which the process listens."""
     import torch
     import torch.distributed as dist
 
@@ -64,7 +64,7 @@ def listen_alone() -> list[tuple[str, int]]:
 
 
 def test_a_stranger_changes_nothing(tmp_path: Path) -> None:
-    """Catches a store that listens on all interfaces, which torch's does by default."""
+    """Catches a store that listens on all interfaces, as torch's store does by default."""
     results = run_ranks(meet_beside_a_stranger, 2, str(tmp_path / "bomb"))
     assert [total for _, total, _ in results] == [6, 6]
     assert {address for found, _, _ in results for address, _ in found} == {"127.0.0.1"}
@@ -113,7 +113,10 @@ def test_the_secret_is_for_its_owner(tmp_path: Path) -> None:
 
 
 def test_no_pickle_is_between_ranks() -> None:
-    """Allows pickle only towards a rank's own data-loader workers, and where an untrusted file is refused."""
+    """Checks the source for pickle.
+
+    Only code that talks to a rank's own data-loader workers, or refuses untrusted files, may mention it.
+    """
     root = Path(__file__).parents[2]
     pattern = re.compile(
         r"^\s*(import|from) (pickle|dill|cloudpickle|marshal)\b|(all_gather|broadcast|gather|scatter|send|recv)_object"

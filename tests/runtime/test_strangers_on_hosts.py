@@ -1,4 +1,4 @@
-"""Tests that a process outside a run, at another address and without the secret, changes no result of it.
+"""Tests that an outside process with another address and without the secret cannot change the results of a run.
 
 docs/security.md has the table of these cases.
 """
@@ -29,14 +29,14 @@ from tests.test_train import losses, write
 STEPS = 20
 SAVES = 5
 HOLD_SECONDS = 4
-"""Seconds for which one rank is late, so that the others wait for it; a launch calls ten seconds a failure."""
+"""Seconds by which one rank is late, so that others wait for it; a launch fails after ten seconds."""
 HARMLESS = ["random", "pickles", "half", "idle", "guard", "read", "write"]
 STORE_PORT = 29650
 """Port of rank 0's store under a plain launcher."""
 
 
 class Run(Protocol):
-    """Is a run on hosts, started by `beit3 launch` or by hand."""
+    """Describes a run on hosts, started by `beit3 launch` or by hand."""
 
     def printed(self) -> str: ...
 
@@ -46,7 +46,7 @@ class Run(Protocol):
 
 
 class LaunchedRun(HostsLaunch):
-    """Runs `beit3 launch`."""
+    """Runs `beit3 launch` on hosts."""
 
     def stop(self) -> None:
         self.process.kill()
@@ -54,7 +54,7 @@ class LaunchedRun(HostsLaunch):
 
 
 class PlainRun:
-    """Starts a rank per host as a plain launcher does; the secret is a file that BEIT3_SECRET_FILE names."""
+    """Starts a rank per host as a plain launcher does; BEIT3_SECRET_FILE names a file with the secret."""
 
     def __init__(self, hosts: Sequence[Host], config: Path) -> None:
         secret = config.with_name("secret")
@@ -89,18 +89,18 @@ class PlainRun:
 
 
 class Watch:
-    """Watches the listening ports of hosts, lets a stranger attack each when it appears, and notes a run's phases."""
+    """Watches the listening ports of hosts, lets a stranger attack each new one, and records a run's phases."""
 
     def __init__(self, hosts: Sequence[Host], stranger: subprocess.Popen[str] | None, begin: str = "") -> None:
         self._hosts, self._stranger, self._begin = hosts, stranger, begin
         self._known: set[tuple[str, int]] = set()
-        """Listeners that the stranger knows."""
+        """Listeners that the stranger has been told of."""
         self.seen: set[tuple[str, int]] = set()
         self.elsewhere: set[tuple[str, int]] = set()
-        """Listeners that are not at their host's own address."""
+        """Listeners at an address other than that of their host."""
         self.run: Run | None = None
         self.began: dict[str, float] = {}
-        """Time when each phase began."""
+        """Start time of each phase."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -147,13 +147,13 @@ class Watch:
 
 
 class Attacked:
-    """Holds what a run left that a stranger attacked."""
+    """Holds the remains of a run that a stranger attacked."""
 
     def __init__(self, status: int, printed: str, folder: Path, watch: Watch, attacks: list[tuple[float, str]]) -> None:
         self.status, self.printed, self.folder, self.watch, self._attacks = status, printed, folder, watch, attacks
 
     def output(self) -> str:
-        """Returns what the launch and all ranks printed."""
+        """Returns everything that the launch and all ranks printed."""
         logs = sorted(self.folder.glob("run/logs/attempt_*/rank_*.log"))
         return self.printed + "".join(path.read_text() for path in logs)
 
@@ -165,7 +165,7 @@ class Attacked:
 
 @pytest.fixture(scope="module")
 def three_hosts() -> Iterator[list[Host]]:
-    """Returns two hosts of runs and one of the stranger."""
+    """Returns two hosts for runs and one host for the stranger."""
     with namespace_hosts(3) as hosts:
         yield hosts
 
@@ -180,7 +180,7 @@ def mapping(run_mapping: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def stranger(host: Host, folder: Path, attacks: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """Starts the stranger on a host; `folder / "attacks"` lists what it did."""
+    """Starts the stranger on a host; `folder / "attacks"` lists the attacks that it made."""
     argv = [sys.executable, "-m", "tests.runtime.stranger", str(folder / "bomb"), *attacks]
     with (folder / "attacks").open("w") as file:
         process = host.start(argv, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.DEVNULL, text=True)
@@ -204,13 +204,13 @@ def run_attacked(
     start: Callable[[list[Host], Path], Run] | None = None,
     begin: str = "",
 ) -> Attacked:
-    """Runs a training on the first two hosts while the third one attacks it; one rank comes late to the meeting.
+    """Trains on the first two hosts while the third one attacks; one rank joins the others late.
 
     Args:
         hosts: the three hosts.
-        mapping: the run.
+        mapping: configuration of the run.
         folder: folder of the run, which is created.
-        attacks: methods of `Stranger`.
+        attacks: names of methods of `Stranger`.
         start: starts the run; None starts `beit3 launch`.
         begin: text that the run prints before the stranger begins.
     """
@@ -253,7 +253,7 @@ def found() -> dict[str, Path]:
 
 @pytest.fixture
 def undisturbed(found: dict[str, Path], three_hosts: list[Host], mapping: dict[str, Any], tmp_path: Path) -> Path:
-    """Returns the output folder of a run that the stranger left alone."""
+    """Returns the output folder of a run without attacks."""
     if not found:
         run = run_attacked(three_hosts, mapping, tmp_path / "undisturbed", [])
         assert run.status == 0, run.output()
@@ -263,13 +263,16 @@ def undisturbed(found: dict[str, Path], three_hosts: list[Host], mapping: dict[s
 
 
 def check_listeners(run: Attacked) -> None:
-    """Checks that all listeners were at the address that the ranks use; both hosts had some."""
+    """Checks that both hosts had listeners, and only at the address that the ranks use."""
     assert run.watch.elsewhere == set()
     assert {address for address, _ in run.watch.seen} == {"10.1.0.1", "10.1.0.2"}
 
 
 def check_result(run: Attacked, expected: Path) -> None:
-    """Checks that a finished run has the expected result bit for bit, and a failed one no other part of it."""
+    """Checks that the records and checkpoints equal those of the undisturbed run bit for bit.
+
+    A failed run may have fewer of them, but no different ones.
+    """
     assert not (run.folder / "bomb").exists()
     assert run.watch.elsewhere == set()
     metrics = run.folder / "run" / "metrics.jsonl"
@@ -292,7 +295,7 @@ def test_a_stranger_changes_nothing_in_any_phase(
     mapping: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """Sends random bytes, pickles, halves of messages and valid messages to every port as soon as it listens."""
+    """Sends random bytes, pickles, partial messages and valid messages to every port as soon as it listens."""
     run = run_attacked(three_hosts, mapping, tmp_path / "attacked", HARMLESS, start)
     assert run.status == 0, run.output()
     check_result(run, undisturbed)

@@ -1,4 +1,4 @@
-"""Versions and code of a node are found without an import, also by a Python that has none of them."""
+"""Tests that versions and code of a node are found without imports, also by a Python that lacks the packages."""
 
 import ast
 import importlib.metadata
@@ -39,7 +39,7 @@ def test_digests_name_every_file_and_change_with_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_node_without_the_packages_says_so() -> None:
-    """The source is sent to such nodes: it must need nothing but the standard library."""
+    """Checks that the program sent to nodes needs only the standard library."""
     source = Path(versions.__file__).read_text()
     ast.parse(source, feature_version=(3, 8))
     program = f"{source}\nprint(find_package_versions(), compute_code_digests(), describe_versions()['python'])"

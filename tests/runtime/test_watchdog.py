@@ -56,13 +56,13 @@ class Ranks:
             os.kill(self.processes[rank].pid, number)
 
     def statuses(self, *ranks: int) -> list[int | None]:
-        """Returns the statuses of ranks, which must end in time."""
+        """Returns the exit statuses of ranks, which must end in time."""
         for rank in ranks:
             self.processes[rank].join(60)
         return [self.processes[rank].exitcode for rank in ranks]
 
     def error(self, rank: int) -> str:
-        """Returns the error line of a rank, which must be the only one."""
+        """Returns the error line of a rank; fails if the rank printed more than one."""
         (line,) = (line for line in self.output(rank).splitlines() if line.startswith("error on"))
         return line
 
@@ -99,7 +99,10 @@ def wait_in_collective(rank: int, activity: Activity) -> None:
 
 @pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.slow), pytest.param(0, id="the store's")])
 def test_stopped_rank_is_found_by_its_heartbeat(tmp_path: Path, lost: int) -> None:
-    """Expects the error long before a collective times out; requests to a stopped store wait forever."""
+    """Checks that a stopped rank is found long before a collective times out.
+
+    Requests to a stopped rank's store would wait forever.
+    """
     with started(tmp_path, wait_in_collective) as ranks:
         ranks.signal(signal.SIGSTOP, lost)
         others = [rank for rank in range(NUM_RANKS) if rank != lost]
@@ -110,7 +113,7 @@ def test_stopped_rank_is_found_by_its_heartbeat(tmp_path: Path, lost: int) -> No
 
 
 def forge_a_verdict(rank: int, activity: Activity) -> None:
-    """Writes the end of the run into the store without the secret, as a program on the network could."""
+    """Writes the end of the run into the store without the secret, as an attacker on the network could."""
     import torch.distributed as dist
 
     if rank == NUM_RANKS - 1:
@@ -121,7 +124,7 @@ def forge_a_verdict(rank: int, activity: Activity) -> None:
 
 
 def test_forged_verdict_is_not_believed(tmp_path: Path) -> None:
-    """Expects that the ranks end and name the forgery, but not its text."""
+    """Checks that the ranks end and report the forgery, but do not print the forged text."""
     with started(tmp_path, forge_a_verdict) as ranks:
         assert ranks.statuses(0, 1, 2) == [1, 1, 1]
         for rank in range(NUM_RANKS):
@@ -143,7 +146,7 @@ def read_for_ever() -> None:
 
 
 def test_stalled_rank_is_slow_first(tmp_path: Path) -> None:
-    """Expects only the rank that does not wait to count as stalled, and each rank's stack to show its own line."""
+    """Checks that only the rank that does not wait counts as stalled, and that each rank prints its own stack."""
     with started(tmp_path, stall, timeout_seconds=3 * HEARTBEAT_SECONDS) as ranks:
         ranks.wait_for("slow: rank 1 (", range(1))
         assert all(process.is_alive() for process in ranks.processes)
@@ -160,14 +163,14 @@ def test_stalled_rank_is_slow_first(tmp_path: Path) -> None:
 
 
 def come_late(rank: int, activity: Activity) -> None:
-    """Ends the first rank at once, and the last one long after the others have ended."""
+    """Ends the first rank at once, and the last one long after the others."""
     for _ in range(rank * HEARTBEAT_SECONDS):
         time.sleep(1)
 
 
 @pytest.mark.slow
 def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
-    """Expects no lost rank if all were stopped together, as by `scontrol suspend`, or if a rank has ended."""
+    """Checks that no rank counts as lost if all were suspended, as by `scontrol suspend`, or if one has ended."""
     with started(tmp_path, come_late) as ranks:
         ranks.signal(signal.SIGSTOP, *range(NUM_RANKS))
         time.sleep(2 * HEARTBEAT_SECONDS)

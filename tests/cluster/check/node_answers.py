@@ -1,4 +1,4 @@
-"""Builds the answers of healthy nodes, in which tests plant faults."""
+"""Builds the answers of healthy nodes, into which tests put faults."""
 
 import copy
 from pathlib import Path
@@ -13,7 +13,7 @@ GPU = {"name": "NVIDIA H100 80GB HBM3", "total": 80 * 2**30, "used": 4 * 2**20}
 
 
 def healthy(count: int, slots: int = 8) -> Inspection:
-    """Returns the answers of `count` nodes without a fault."""
+    """Returns the answers of `count` healthy nodes."""
     names = [f"node{index}" for index in range(count)]
     answers = [
         Answers(

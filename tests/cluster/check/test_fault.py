@@ -1,4 +1,4 @@
-"""Tests names and sizes in the messages of faults."""
+"""Tests names and sizes in the messages about faults."""
 
 from beit3_ds.cluster.check.fault import Fault, join_names, show_bytes
 

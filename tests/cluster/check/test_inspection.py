@@ -1,4 +1,4 @@
-"""Tests `beit3 check-cluster` on hosts that are healthy, and on hosts with one planted fault each."""
+"""Tests `beit3 check-cluster` on healthy hosts, and on hosts with one fault each."""
 
 import os
 import socket
@@ -28,7 +28,10 @@ BUSY_GPU = "NVIDIA H100 80GB HBM3, 81559, 61440"
 
 @pytest.fixture
 def only(tmp_path: Path) -> Path:
-    """An empty folder in every host's PYTHONPATH, over which one host can mount another."""
+    """Returns an empty folder that is in the PYTHONPATH of every host.
+
+    One host can mount another folder over it.
+    """
     (folder := tmp_path / "only").mkdir()
     return folder
 
@@ -40,7 +43,7 @@ def check(
     python_path: Sequence[Path] = (),
     environment: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Runs the command on a host; returns its status and output."""
+    """Runs `beit3 check-cluster` on a host; returns exit status and output."""
     path = os.pathsep.join([*map(str, python_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     argv = [sys.executable, "-m", "beit3_ds.cli.main", "check-cluster", str(hostfile), *arguments]
     done = host.run(argv, {"PYTHONPATH": path, **(environment or {})})
@@ -53,7 +56,7 @@ def faults(printed: str) -> list[str]:
 
 
 def cell(printed: str, host: str, column: str) -> str:
-    """Returns a host's cell of the table."""
+    """Returns one cell of the printed table, by host and column."""
     lines = printed.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("host "))
     begin = lines[head].index(f" {column} " if f" {column} " in lines[head] else f" {column}") + 1
@@ -62,7 +65,7 @@ def cell(printed: str, host: str, column: str) -> str:
 
 
 def assert_one_fault(result: tuple[int, str], column: str, *words: str, host: str = "node1") -> None:
-    """Asserts that exactly one fault was found, on the host and in the column where it was planted, in these words."""
+    """Checks that exactly one fault was found: on the right host, in the right column and with the given words."""
     status, printed = result
     told = faults(printed)
     assert status == 1 and len(told) == 1, printed
@@ -75,7 +78,7 @@ def assert_one_fault(result: tuple[int, str], column: str, *words: str, host: st
 
 @contextmanager
 def mounted(host: Host, target: Path | str, *source: Path | str) -> Iterator[None]:
-    """Mounts a file or folder, or an empty file system of 1 MiB, at a path of one host only."""
+    """Mounts a file, a folder or an empty file system of 1 MiB at a path that only one host sees."""
     arguments = ["--bind", *map(str, source)] if source else ["-t", "tmpfs", "-o", "size=1m", "none"]
     done = host.run(["mount", *arguments, str(target)])
     assert done.returncode == 0, done.stdout

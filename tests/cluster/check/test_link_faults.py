@@ -1,4 +1,4 @@
-"""Tests the rules between nodes: names, connections, the shared folder and files."""
+"""Tests the rules between nodes: names, connections, shared folder and files."""
 
 import pytest
 

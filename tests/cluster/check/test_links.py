@@ -1,4 +1,4 @@
-"""Tests which of the measured links are called slow."""
+"""Tests which measured links are reported as slow."""
 
 import itertools
 

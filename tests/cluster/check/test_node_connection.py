@@ -1,4 +1,4 @@
-"""Tests questions to a node: answers, silence, and processes left behind."""
+"""Tests queries to a node: answers, missing answers and processes left behind."""
 
 import asyncio
 import os

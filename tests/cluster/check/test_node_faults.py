@@ -1,4 +1,4 @@
-"""Tests the rules for single nodes: which node is blamed, and which values are accepted."""
+"""Tests the rules for single nodes: which node is at fault, and which values are accepted."""
 
 from collections.abc import Callable
 from typing import Any

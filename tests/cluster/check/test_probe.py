@@ -1,4 +1,4 @@
-"""Tests the answers of the probe about this machine, and that it imports the standard library only."""
+"""Tests the probe's answers about this machine, and that the probe imports only the standard library."""
 
 import ast
 import os
@@ -60,7 +60,7 @@ def test_a_port_that_is_taken_is_answered_with_its_owner_and_another_port() -> N
 
 
 def test_a_probe_listens_only_at_the_given_addresses() -> None:
-    """Catches a probe that answers on every network of a node."""
+    """Catches a probe that listens on every network of a node."""
     before = set(listeners())
     found = Probe().listen(0, "token", ["127.0.0.1", "127.0.0.2", "192.0.2.1"])  # the last is not this machine's
     port = found["port"]

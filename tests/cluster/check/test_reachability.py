@@ -1,4 +1,4 @@
-"""Tests that all hosts that do not answer over ssh are found together, with the reason."""
+"""Tests that all hosts that do not answer over ssh are reported together, with the reasons."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run requires of its nodes follows from its config."""
+"""Tests that the requirements of a run on its nodes follow from the configuration."""
 
 from beit3_ds.cluster.check.requirements import compute_requirements, find_required_files
 from beit3_ds.cluster.hostfile import parse_hostfile

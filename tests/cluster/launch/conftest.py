@@ -1,4 +1,4 @@
-"""Launches that the tests of a file start."""
+"""Provides launches that the tests of a file start."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.cluster.launch.running_launch import Launch
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
-    """Starts a launch, and kills the processes that it leaves."""
+    """Provides a function that starts a launch; kills processes that the launch leaves behind."""
     started = []
 
     def start(faults: list[Any], hosts: str = "localhost slots=3\n", **options: Any) -> Launch:

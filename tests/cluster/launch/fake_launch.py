@@ -1,7 +1,7 @@
-"""Runs `beit3 launch` with a fake launcher, fake trainers and without ssh.
+"""Runs `beit3 launch` with a fake launcher and fake trainers, and without ssh.
 
-The argument has fields of `LaunchOptions` as JSON. All hosts are this machine; the file `unreachable` beside the
-hostfile names those that would not answer. Waits are short.
+The argument is a JSON object with fields of `LaunchOptions`. All hosts are this machine. The file `unreachable` beside
+the hostfile names hosts that shall count as unreachable. Waiting times are short.
 """
 
 import json

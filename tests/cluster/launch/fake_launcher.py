@@ -1,7 +1,8 @@
 """Fakes DeepSpeed's launcher: starts the guards of all ranks on this machine instead of the hosts in the hostfile.
 
-Its arguments are a hostfile, those of the guards, and a path that tests look for. It ends with its guards, with status
-1 if one has failed. For a rank on the host `absent` it starts a process that waits for ever, as ssh would.
+Arguments are a hostfile, the arguments of the guards, and a path by which tests find the process. The launcher ends
+when all guards have ended, with status 1 if a guard failed. For a rank on the host `absent`, it starts a process that
+waits forever, as ssh would.
 """
 
 import os

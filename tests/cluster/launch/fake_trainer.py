@@ -1,10 +1,13 @@
-"""Fakes a trainer: takes steps of a few milliseconds, writes a checkpoint after each, and has faults on request.
+"""Fakes a trainer: takes steps of a few milliseconds, saves a checkpoint after each, and fails on request.
 
-Its arguments are those of the trainer, CONFIG --set=... --force, of which it uses training.output_dir and total_steps.
-With --force rank 0 moves the checkpoints of a finished run aside, as soon as all ranks have come to step -1. FAULTS
-is a JSON list of [rank, step, what]; each fault happens once in a run. `what` is a signal that the rank sends itself,
-a status with which it ends, or "ignore" for a rank that ignores stop signals. Ranks wait for each other in every step.
-They also fail after a fault of another rank, except that they wait for ever for a rank that is stopped.
+Arguments are those of the trainer, CONFIG --set=... --force; only training.output_dir and total_steps are used. With
+--force, rank 0 moves the checkpoints of a finished run aside as soon as all ranks have reached step -1.
+
+FAULTS is a JSON list of [rank, step, what], and each fault happens once in a run. `what` is a signal that the rank
+sends to itself, an exit status, or "ignore" for a rank that ignores stop signals.
+
+Ranks wait for each other in every step. They fail when another rank reports a fault, but wait forever for a stopped
+rank.
 """
 
 import argparse
@@ -24,7 +27,7 @@ STEP_SECONDS = 0.02
 
 
 class Ranks:
-    """Connects the ranks of one attempt, which meet through files."""
+    """Connects the ranks of one attempt through files."""
 
     def __init__(self, folder: Path) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -32,9 +35,9 @@ class Ranks:
         self._folder.mkdir(exist_ok=True, parents=True)
 
     def meet(self, step: int, vote: bool) -> bool:
-        """Waits until all have come to a step; returns whether any has voted for the end of the run.
+        """Waits until all ranks have reached a step; returns whether any rank voted to end the run.
 
-        Ends this process if a rank has told of a fault.
+        Ends this process if a rank has reported a fault.
         """
         self._write(f"{self.rank}_{step}", str(int(vote)))
         files = [self._folder / f"{rank}_{step}" for rank in range(self.size)]
@@ -47,7 +50,7 @@ class Ranks:
         return any(file.read_text() == "1" for file in files)
 
     def tell(self, what: str) -> None:
-        """Tells the other ranks that this one is about to fail."""
+        """Tells the other ranks that this rank is about to fail."""
         self._write(f"fault_{self.rank}", f"rank {self.rank} does not answer ({what})")
 
     def _write(self, name: str, text: str) -> None:

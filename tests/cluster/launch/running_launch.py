@@ -1,4 +1,4 @@
-"""Runs a launch in its own process, with a fake launcher and fake trainers, whose processes tests can find and end."""
+"""Runs a launch with a fake launcher and fake trainers in a separate process, and finds and ends its processes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ BOUND_SECONDS = 60
 
 
 class Launch:
-    """Runs a launch in a folder, as a process of its own."""
+    """Runs a launch in a folder, as a separate process."""
 
     def __init__(self, folder: Path, hosts: str, faults: list[Any], steps: int = STEPS, **options: Any) -> None:
         self.output_dir = folder / "run"
@@ -46,12 +46,15 @@ class Launch:
         return path.read_text() if path.exists() else ""
 
     def pid(self, pattern: str) -> int:
-        """Returns the id of the only descendant whose command line matches a pattern."""
+        """Returns the id of the only descendant whose command line matches a regular expression."""
         (pid,) = (pid for pid, line in self.descendants().items() if re.search(pattern, line))
         return pid
 
     def descendants(self) -> dict[int, str]:
-        """Returns the command lines of all processes of this launch, which contain its output folder or log."""
+        """Returns the command lines of all processes of this launch, by process id.
+
+        Their command lines contain the output folder or the log.
+        """
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -64,10 +67,11 @@ class Launch:
         return found
 
     def wait(self, but: str = "$none") -> int:
-        """Waits for the end; nothing may be left then, except after a guard was killed.
+        """Waits for the end of the launch; fails if a process is left behind.
 
         Args:
-            but: pattern of command lines that may be left: real workers end with their rank, fake ones do not.
+            but: regular expression for command lines that may be left. If a guard is killed, real workers end with
+                their rank, but fake ones do not.
         """
         status = self.process.wait(BOUND_SECONDS)
         self.wait_until(lambda: all(re.search(but, line) for line in self.descendants().values()), alive=False)

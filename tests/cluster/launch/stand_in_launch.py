@@ -1,6 +1,6 @@
-"""Runs `beit3 launch` with fake trainers, on hosts whose names all mean this machine.
+"""Runs `beit3 launch` with fake trainers on hosts whose names all mean this machine.
 
-Its arguments are those of `beit3 launch`. PATH has the programs of `stand_ins`; nothing else is replaced.
+Arguments are those of `beit3 launch`. PATH contains the programs of `stand_ins`; everything else is real.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Stands in for pdsh, ssh, mpirun and srun: starts the command of every host or rank here, through a shell.
+"""Replaces pdsh, ssh, mpirun and srun by programs that start every host's command here, through a shell.
 
-The real programs pass their words to a shell on the hosts (pdsh and ssh), or might (mpirun's and srun's wrappers). Here
-all words after the options are joined and read by `sh`, so a word that a shell would change does its harm.
+The real pdsh and ssh pass their words to a shell on the hosts; wrappers of mpirun and srun may do so. Here, all words
+after the options are joined and read by `sh`. So a word that a shell would change does damage here too.
 """
 
 import os
@@ -14,7 +14,7 @@ PROGRAMS = ("pdsh", "ssh", "mpirun", "srun", "ompi_info", "sinfo")
 
 
 def install(folder: Path) -> None:
-    """Writes the programs into a folder, which tests put into PATH."""
+    """Writes the programs into a folder, which tests add to PATH."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in PROGRAMS:
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
@@ -22,7 +22,7 @@ def install(folder: Path) -> None:
 
 
 def shell_lines(program: str, words: list[str]) -> list[tuple[str, dict[str, str]]]:
-    """Returns the line for `sh` of every host or rank, with the variables that the program sets."""
+    """Returns, per host or rank, the line for `sh` and the variables that the program sets."""
     if program == "pdsh":  # -S -f N -w HOSTS WORDS...
         hosts = words[words.index("-w") + 1].split(",")
         line = " ".join(words[words.index("-w") + 2 :])

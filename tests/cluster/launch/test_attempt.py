@@ -1,4 +1,4 @@
-"""Tests that the first failure of an attempt is named, and that no process is left."""
+"""Tests that the first failure of an attempt is reported, and that no process is left behind."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def test_the_first_failure_is_shown_and_ends_all(
 
 
 def test_a_stopped_rank_is_found_and_killed(launch: Callable[..., Launch]) -> None:
-    """The others wait for it for ever, and so would their launcher."""
+    """Checks that a stopped rank is found and killed, although other ranks and the launcher would wait forever."""
     run = launch([[1, 5, "SIGSTOP"]])
     assert run.wait() == 1
     assert re.search(r"FAILED .* rank 1 on host \S+ has been stopped \(state T\) for \d+ s", run.printed())
@@ -55,7 +55,7 @@ def test_a_killed_guard_takes_its_rank_along(launch: Callable[..., Launch]) -> N
 
 @pytest.mark.slow
 def test_a_silent_guard_is_lost(launch: Callable[..., Launch]) -> None:
-    """A stopped guard looks like a host or network that is down; nothing is left on this machine either."""
+    """Checks a stopped guard, which looks like a host or network that is down; no process may be left here."""
     run = launch([], steps=10000)
     run.wait_until(lambda: "step 5\n" in run.printed())
     guard = min(pid for pid, line in run.descendants().items() if "rank_guard" in line)
@@ -66,7 +66,7 @@ def test_a_silent_guard_is_lost(launch: Callable[..., Launch]) -> None:
 
 @pytest.mark.slow
 def test_hosts_that_do_not_come_are_named(launch: Callable[..., Launch]) -> None:
-    """Also checks that the processes that still wait for these hosts end."""
+    """Checks that missing hosts are named, and that processes that wait for them end."""
     run = launch([], "a slots=2\nabsent slots=2\n", start_seconds=4.0)
     assert run.wait() == 1
     assert re.search(r"FAILED after \d+ s: ranks 2-3 \(host absent\) did not start within 4 s", run.printed())

@@ -1,4 +1,4 @@
-"""An attempt's ranks follow the order of its hosts."""
+"""Tests that an attempt numbers its ranks in the order of its hosts."""
 
 from pathlib import Path
 

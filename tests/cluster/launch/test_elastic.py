@@ -1,4 +1,4 @@
-"""Finds the largest part of some hosts on which a run fits."""
+"""Tests the search for the largest part of the remaining hosts on which a run fits."""
 
 import pytest
 from hypothesis import given
@@ -42,7 +42,10 @@ def test_largest_fit(hosts: list[HostSlots], fitting: set[int], equal_slots: boo
     ("slots", "tensor", "stages", "ranks"), [(4, 1, 1, 28), (4, 2, 2, 28), (3, 2, 2, 20), (3, 2, 1, 20), (1, 1, 1, 7)]
 )
 def test_seven_of_eight_hosts_go_on(slots: int, tensor: int, stages: int, ranks: int) -> None:
-    """Expects the most ranks that are a multiple of one copy of the model, for any number of samples."""
+    """Checks that 7 of 8 hosts use the most ranks that form whole copies of the model.
+
+    The number of samples does not matter.
+    """
     mapping = small_run_mapping(1, samples=(16, 16, 16), accumulation=2)
     mapping["beit3_ds"]["parallel"] = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
     config = build_run_config(mapping)

@@ -44,7 +44,7 @@ def test_values_are_shown_only_of_variables_that_hold_no_secrets() -> None:
 
 @pytest.mark.parametrize("line", ["export", "A-B=secret", "=secret"])
 def test_deepspeeds_file_is_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    """Catches DeepSpeed's own reading of it, which writes the values on shell lines."""
+    """Catches DeepSpeed's own reading of its environment file, which puts the values on shell lines."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".deepspeed_env").write_text("# ours\n\nMY_NAME= $(touch x) \nNCCL_DEBUG=INFO\n")

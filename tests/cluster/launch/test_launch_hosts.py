@@ -24,13 +24,13 @@ from tests.slurm import start_slurm, stop_slurm
 from tests.test_train import write
 
 END_SECONDS = 30
-"""From a fault to the end of everything."""
+"""Longest time from a fault to the end of all processes, in seconds."""
 START_SECONDS = 180
 BEIT3 = [sys.executable, "-m", "beit3_ds.cli.main", "launch"]
 
 
 class HostsLaunch:
-    """Runs a launch on the first of some hosts, and plants faults."""
+    """Runs a launch on the first of several hosts, and injects faults."""
 
     def __init__(self, hosts: list[Host], hostfile: Path, config: Path, *options: str) -> None:
         self.hosts, self._printed = hosts, config.with_name(f"printed_{time.monotonic_ns()}")
@@ -52,7 +52,7 @@ class HostsLaunch:
             time.sleep(0.05)
 
     def wait(self, seconds: float) -> int:
-        """Waits for the end, after which no rank may be left on any host; returns the status."""
+        """Waits for the end and returns the exit status; fails if a rank is left on any host."""
         deadline = time.monotonic() + seconds
         try:
             status = self.process.wait(seconds)
@@ -66,7 +66,7 @@ class HostsLaunch:
 
 @contextmanager
 def launched(hosts: list[Host], hostfile: Path, config: Path, *options: str) -> Iterator[HostsLaunch]:
-    """Starts a launch; the hosts are cleared by who made them."""
+    """Starts a launch; the creator of the hosts ends remaining processes."""
     launch = HostsLaunch(hosts, hostfile, config, *options)
     try:
         yield launch
@@ -77,7 +77,7 @@ def launched(hosts: list[Host], hostfile: Path, config: Path, *options: str) -> 
 
 @pytest.fixture
 def long_run(run_mapping: dict[str, Any]) -> dict[str, Any]:
-    """Returns a run of forty steps under ZeRO-3 that saves after each."""
+    """Returns a run of forty steps under ZeRO-3 that saves after each step."""
     own = run_mapping["beit3_ds"]
     own["training"] |= {"total_steps": 40, "eval_interval": 1000, "save_interval": 1, "keep_checkpoints": 100}
     own["parallel"] = {"timeout_seconds": 60}
@@ -168,7 +168,7 @@ def test_a_fault_ends_all_ranks_and_the_run_goes_on(
     long_run: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """Catches ranks that are left, a launcher that hangs, and work that is lost."""
+    """Catches ranks that are left behind, a launcher that hangs, and lost work."""
     hostfile, config = write_hostfile(tmp_path / "hostfile", two_hosts), write(long_run, tmp_path)
     with launched(two_hosts, hostfile, config) as launch:
         launch.wait_for("step 5/40")
@@ -189,7 +189,7 @@ def test_a_fault_ends_all_ranks_and_the_run_goes_on(
 @pytest.mark.slow
 @needs("pdsh")
 def test_restarts_survive_three_faults(long_run: dict[str, Any], tmp_path: Path) -> None:
-    """Restarts without help; the last restart has one rank less, because a host has crashed."""
+    """Checks three automatic restarts; the last has one rank less, because a host has crashed."""
     with namespace_hosts(2) as hosts:
         hostfile, config = write_hostfile(tmp_path / "hostfile", hosts), write(long_run, tmp_path)
         with launched(hosts, hostfile, config, "--restarts", "3") as launch:
@@ -218,7 +218,7 @@ def test_restarts_survive_three_faults(long_run: dict[str, Any], tmp_path: Path)
 @pytest.mark.slow
 @needs("pdsh")
 def test_other_software_on_a_host_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a useless restart: somebody must install the same version first."""
+    """Checks that hosts with different software are reported without a restart, which could not help."""
     (metadata := tmp_path / "planted" / "torch-9.9.9.dist-info").mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
     (only := tmp_path / "only").mkdir()
@@ -237,7 +237,10 @@ def test_other_software_on_a_host_is_named(run_mapping: dict[str, Any], tmp_path
 @pytest.mark.slow
 @needs("pdsh")
 def test_a_full_disk_is_named_and_not_met_again(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Status 2: to restart would meet it again. The logs are elsewhere."""
+    """Checks that a full disk gives status 2 without a restart, which would meet the full disk again.
+
+    Logs are on another disk.
+    """
     (tmp_path / "run").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path / "run"], check=True)
     try:
@@ -254,7 +257,7 @@ def test_a_full_disk_is_named_and_not_met_again(run_mapping: dict[str, Any], tmp
 
 
 def check_close(ours: CheckpointFolder, expected: CheckpointFolder) -> None:
-    """Checks that weights agree as closely as sums in another order can."""
+    """Checks that weights agree up to sums in a different order."""
     assert ours.step == expected.step
     for name in expected.names():
         part = whole_slice(expected.shape(name))

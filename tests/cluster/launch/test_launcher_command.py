@@ -1,4 +1,4 @@
-"""Tests that DeepSpeed's own parsers turn our launcher commands into the right processes."""
+"""Tests that DeepSpeed's own parsers turn this project's launcher commands into the right processes."""
 
 import base64
 import json
@@ -32,7 +32,10 @@ runner.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Returns the command that DeepSpeed starts for each backend; one process for all, because imports take seconds."""
+    """Returns the command that DeepSpeed starts for each backend.
+
+    A single process computes all commands, because imports take seconds.
+    """
     folder = tmp_path_factory.mktemp("commands")
     hostfile = write_hostfile(folder / "hostfile", HOSTS)
     code, names = RUNNER.replace("runner.main(sys.argv[1:])", ""), [name for name in LAUNCHERS if name != "ssh"]
@@ -70,7 +73,7 @@ def test_slurm(started: dict[str, list[str]]) -> None:
 
 
 def test_mpich(started: dict[str, list[str]]) -> None:
-    """Checks the recorded command only; MPICH itself did not run."""
+    """Checks only the recorded command; MPICH itself was never run."""
     command = started["mpich"]
     assert command[:5] == ["mpirun", "-n", "4", "-ppn", "2"]
     at = command.index(sys.executable)
@@ -116,7 +119,10 @@ def test_the_launcher_keeps_the_users_own_options() -> None:
 
 
 def test_launchers_get_no_secret_and_nothing_that_deepspeed_writes_on_lines() -> None:
-    """Catches DeepSpeed's prefixes (PYTHON, MLFLOW, UCX, NCCL), and srun, which passes its whole environment on."""
+    """Catches variables that would appear on command lines or reach a launcher's environment.
+
+    DeepSpeed forwards the prefixes PYTHON, MLFLOW, UCX and NCCL. The command srun forwards its whole environment.
+    """
     secrets = {"HF_TOKEN": "x", "MLFLOW_TRACKING_PASSWORD": "x", "SLURM_JWT": "x", "PYTHONWARNINGS": "$(id)"}
     kept = {"HOME": "/root", "SLURM_JOB_ID": "1", "PYTHONPATH": "/x", "SSH_AUTH_SOCK": "/tmp/agent"}
     environment = launcher_environment("slurm", {**secrets, **kept, "PATH": "/bin:/a b:/c$(id)::/usr/bin"})

@@ -1,4 +1,4 @@
-"""Tests that the launcher's commands are awaited, and the processes that they leave are killed."""
+"""Tests that launcher commands are awaited, and that processes they leave behind are killed."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ def test_what_does_not_end_is_killed_with_its_children(tmp_path: Path) -> None:
 
 
 def test_output_that_the_disk_refuses_ends_no_command(tmp_path: Path) -> None:
-    """Catches DeepSpeed's launcher, which a full disk below its log would end with the run."""
+    """Catches DeepSpeed's launcher, which ends the run if the disk with its log is full."""
     launcher = _start(tmp_path, "print('x' * (1 << 20), flush=True)")
     full = LauncherProcess([[sys.executable, "-c", "print('x', flush=True)"]], {}, tmp_path, Path("/dev/full"))
     assert asyncio.run(full.end(60)) == asyncio.run(launcher.end(60)) == []

@@ -11,7 +11,7 @@ from tests.cluster.launch.running_launch import STEPS, Launch
 
 
 def test_a_run_to_its_end(launch: Callable[..., Launch]) -> None:
-    """Logs of all ranks, the output of rank 0 here, the environment forwarded, the data-loader's workers gone."""
+    """Checks a complete run: logs of all ranks, output of rank 0, forwarded variables, and no worker left behind."""
     run = launch([], environment=['GREETING=it\'s a "day"\n'])
     assert run.wait() == 0
     assert f"finished: {STEPS} steps" in run.printed()
@@ -23,9 +23,9 @@ def test_a_run_to_its_end(launch: Callable[..., Launch]) -> None:
 
 
 def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]) -> None:
-    """Plants two faults; after two restarts no step was done twice.
+    """Checks that no step is repeated after two faults and two restarts.
 
-    Steps are read from the logs, because output of rank 0 that comes after the report of a failure is not printed.
+    Steps are read from the logs, because output of rank 0 after a reported failure is not printed.
     """
     run = launch([[1, 5, "SIGKILL"], [0, 10, 3]], restarts=2)
     assert run.wait() == 0
@@ -42,7 +42,10 @@ def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]
 
 
 def test_a_finished_run_is_repeated(launch: Callable[..., Launch]) -> None:
-    """A restart begins the repetition if the old checkpoints are still in place, and else resumes it."""
+    """Checks restarts while a finished run is repeated with --force.
+
+    A restart starts from the beginning while the old checkpoints are still in place, and otherwise resumes.
+    """
     assert launch([], hosts="a slots=2\n").wait() == 0
     faults = [[1, -1, 3], [1, 5, 3]]
     run = launch(faults, hosts="a slots=2\n", restarts=2, force=True)
@@ -68,7 +71,7 @@ def test_restarts_are_counted(launch: Callable[..., Launch]) -> None:
 
 
 def test_a_restart_without_a_host_has_fewer_ranks(launch: Callable[..., Launch], tmp_path: Path) -> None:
-    """Five slots are left, and all are used, though the samples of a step do not divide by five."""
+    """Checks that a restart without one host uses all five remaining slots, though 5 does not divide the samples."""
     run = launch([[3, 5, "SIGKILL"]], "a slots=1\nb slots=3\nc slots=2\n", restarts=1)
     run.wait_until(lambda: "FAILED" in run.printed())
     (tmp_path / "unreachable").write_text("a")
@@ -100,7 +103,7 @@ def test_what_cannot_work_is_said_before_anything_starts(launch: Callable[..., L
 
 
 def test_a_second_launch_with_the_same_log_folder_is_refused(launch: Callable[..., Launch], tmp_path: Path) -> None:
-    """Catches launches whose attempts and lines are mixed, and a fight for the folder `attempt_1`."""
+    """Catches launches that mix their attempts and log lines, or use the same folder `attempt_1`."""
     copy = tmp_path / "run" / "logs" / "attempt_2.bak"
     copy.mkdir(parents=True)
     (copy / "rank_0.log").write_text("mine")

@@ -1,4 +1,4 @@
-"""Tests that messages arrive unchanged, and only between peers that share a token."""
+"""Tests that messages arrive unchanged, and only between peers with the same token."""
 
 import asyncio
 import json
@@ -79,7 +79,7 @@ def test_unknown_fields_are_refused() -> None:
 
 
 def greet(tokens: tuple[bytes, bytes]) -> list[str]:
-    """Lets a supervisor and a guard greet each other; returns the complaint of each."""
+    """Lets a supervisor and a guard greet each other; returns the error of each."""
 
     async def run() -> list[str]:
         complaints = []
@@ -117,7 +117,7 @@ def test_both_sides_prove_themselves() -> None:
 
 
 def test_a_guard_trusts_no_supervisor_without_the_token() -> None:
-    """Catches a guard that starts any command sent to its port."""
+    """Catches a guard that starts any command that arrives at its port."""
 
     async def run() -> None:
         async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -137,7 +137,7 @@ def test_a_guard_trusts_no_supervisor_without_the_token() -> None:
 
 
 def test_a_peer_without_the_token_is_not_read_on() -> None:
-    """Catches a buffer of 16 MiB per stranger; a long message of a peer with the token is read whole."""
+    """Catches a buffer of 16 MiB for each unknown peer; a peer with the token may send long messages."""
 
     async def run() -> None:
         channels: asyncio.Queue[Channel] = asyncio.Queue()

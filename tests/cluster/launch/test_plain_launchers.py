@@ -1,4 +1,4 @@
-"""Tests that plain launcher commands train across hosts to the same losses as one process."""
+"""Tests that plain launcher commands train across hosts with the losses of a single process."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def check_run(
     folder: Path,
     environment: dict[str, str] | None = None,
 ) -> str:
-    """Launches a run from the first host and compares its record with one process's; returns the output."""
+    """Launches a run from the first host and compares its records with a single process; returns the output."""
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(hosts[0].run, argv, ENVIRONMENT | (environment or {}), timeout=300)
         reached = False
@@ -110,7 +110,7 @@ def test_deepspeed_with_open_mpi(
 def test_mpirun(
     debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path, address: str
 ) -> None:
-    """Gives the address of rank 0, so that mpi4py is not needed and the port is free to choose."""
+    """Passes the address of rank 0, so that mpi4py is not needed and any free port can be used."""
     if address == "discovered":
         pytest.importorskip("mpi4py")
     place = ["--host", ",".join(f"{host.name}:1" for host in debian_hosts), "-n", "2", "--bind-to", "none"]
@@ -134,7 +134,7 @@ def test_torchrun(debian_hosts: list[Host], config: Path, run_mapping: dict[str,
 
 
 def batch_script(folder: Path) -> list[str]:
-    """The start of the command that submits the script in hostfiles/README.md, made to fit the test hosts."""
+    """Returns the beginning of the sbatch command for the script in hostfiles/README.md, adapted to the test hosts."""
     (text,) = re.findall(r"```bash\n(.*?)```", HOSTFILES.read_text(encoding="utf-8"), re.DOTALL)
     (folder / "pretrain.sbatch").write_text(text)
     fitting = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
@@ -154,7 +154,7 @@ def test_sbatch(debian_hosts: list[Host], config: Path, run_mapping: dict[str, A
 @pytest.mark.slow
 @needs(*SLURM)
 def test_slurm_can_end_a_run_early(debian_hosts: list[Host], config: Path, tmp_path: Path) -> None:
-    """Stops a run as `--signal=TERM@600` does; the job counts as completed, so that dependent jobs start."""
+    """Stops a run like `--signal=TERM@600`; the job must count as completed, so that dependent jobs start."""
     environment = ENVIRONMENT | start_slurm(debian_hosts, tmp_path)
     argv = [*batch_script(tmp_path), str(config), "--set", "training.total_steps=100000"]
     job = debian_hosts[0].start(argv, environment)

@@ -1,4 +1,4 @@
-"""Guards end their rank without a supervisor, and say why they cannot work."""
+"""Tests that guards end their rank when the supervisor is gone, and report why they cannot work."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from tests.cluster.launch.running_launch import Launch
 
 
 def test_ranks_end_when_their_supervisor_is_gone(launch: Callable[..., Launch]) -> None:
-    """They save if they can; one that does not stop when asked is killed after the time of silence."""
+    """Checks that ranks without a supervisor save and end; a rank that does not stop is killed after a time limit."""
     run = launch([[1, 5, "ignore"]], steps=10000)
     run.wait_until(lambda: "step 7\n" in run.printed())
     run.process.kill()

@@ -1,4 +1,7 @@
-"""Tests that no value of a run reaches a shell through a launcher: it starts as given, or is refused before that."""
+"""Tests that a launcher passes every value unchanged, or that the value is refused before the launch.
+
+No value may reach a shell as code.
+"""
 
 import contextlib
 import json
@@ -48,7 +51,7 @@ names = st.sampled_from(
 
 
 class Shells:
-    """Runs lines of launchers in a folder of their own, with an interpreter that prints its arguments."""
+    """Runs launcher command lines in a separate folder, with an interpreter that prints its arguments."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "here"
@@ -57,7 +60,7 @@ class Shells:
         self.python = self.interpreter("plain")
 
     def interpreter(self, name: str) -> Path:
-        """Returns an interpreter in a folder of this name, which prints its arguments."""
+        """Creates an interpreter that prints its arguments, in a folder of the given name."""
         path = self._bin / name.replace("/", "") / "python"
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -65,7 +68,7 @@ class Shells:
         return path
 
     def run(self, program: str, words: list[str], environment: dict[str, str]) -> list[list[str]]:
-        """Returns the words that each host's interpreter got."""
+        """Returns the words that the interpreter on each host received."""
         found = []
         for line, own in stand_ins.shell_lines(program, words):
             env = {**environment, **own, "PATH": f"{environment['PATH']}:/usr/bin:/bin"}
@@ -84,7 +87,7 @@ def shells(tmp_path_factory: pytest.TempPathFactory) -> Shells:
 
 @contextlib.contextmanager
 def python_at(path: Path, environment: dict[str, str]) -> Iterator[None]:
-    """Changes the interpreter and the environment, with an interpreter that prints its arguments."""
+    """Replaces `sys.executable` and the environment within the block."""
     before, variables = sys.executable, dict(os.environ)
     try:
         sys.executable = str(path)
@@ -98,7 +101,7 @@ def python_at(path: Path, environment: dict[str, str]) -> Iterator[None]:
 
 
 def deepspeeds_command(arguments: list[str], environment: dict[str, str]) -> list[str]:
-    """Returns the command that DeepSpeed's runner starts for one of our commands, in the folder where it starts."""
+    """Returns the command and folder that DeepSpeed's runner would start for one of this project's commands."""
     from deepspeed.launcher import runner
 
     caught: list[list[str]] = []
@@ -124,7 +127,7 @@ def deepspeeds_command(arguments: list[str], environment: dict[str, str]) -> lis
 
 
 def check_values(shells: Shells, hostfile: Path, launcher: Launcher, folder: str, python: str, env: Any) -> bool:
-    """Passes values through the launcher to shells; returns whether the run would start."""
+    """Passes values through a launcher to shells; returns whether the run would start."""
     hosts = parse_hostfile(hostfile.read_text(), hostfile)
     values = {"PATH": "/usr/bin:/bin", **{name: value.replace("\0", "") for name, value in env}}
     executable = shells.interpreter(python)
@@ -187,7 +190,7 @@ def test_no_value_of_thousands_is_read_by_a_shell(shells: Shells, plain_hostfile
 
 
 def test_the_stand_ins_do_harm(shells: Shells) -> None:
-    """Proves that the tests above can fail."""
+    """Checks that the replaced programs run injected code, so the tests above can fail."""
     environment = {"PATH": os.environ["PATH"]}
     harm = 0
     for value in NASTY[:11]:
@@ -203,7 +206,7 @@ def test_the_stand_ins_do_harm(shells: Shells) -> None:
     "launcher", ["pdsh", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ssh", "openmpi", "slurm"))]
 )
 def test_a_run_with_strange_folders_trains(tmp_path: Path, launcher: str) -> None:
-    """Launches with DeepSpeed's launcher, from and into folders that would run code if a shell read them."""
+    """Launches DeepSpeed's launcher from folders, and with output folders, whose names are shell code."""
     stand_ins.install(tmp_path / "bin")
     folder = tmp_path / f"a 'b\" $(touch {MARK})`touch {MARK}`;touch {MARK}\n%n é"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Stop signals of the launch and of its guards reach all ranks."""
+"""Tests that stop signals to the launch or to its guards reach all ranks."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_a_signal_stops_all_ranks_after_their_step(launch: Callable[..., Launch]
 
 
 def test_a_second_interrupt_kills(launch: Callable[..., Launch]) -> None:
-    """Kills also a rank that ignores the first interrupt."""
+    """Checks that a second interrupt kills even a rank that ignores the first."""
     run = launch([[1, 5, "ignore"]], steps=10000, restarts=2)
     run.wait_until(lambda: "step 7\n" in run.printed())
     run.process.send_signal(signal.SIGINT)
@@ -44,7 +44,7 @@ def test_a_second_interrupt_kills(launch: Callable[..., Launch]) -> None:
 
 
 def test_a_signal_that_a_guard_receives_counts(launch: Callable[..., Launch]) -> None:
-    """Slurm and mpirun signal the processes that they started: the guards."""
+    """Checks stop signals to guards: Slurm and mpirun signal the processes that they started."""
     run = launch([], steps=10000)
     run.wait_until(lambda: "step 5\n" in run.printed())
     guard = next(pid for pid, line in run.descendants().items() if "rank_guard" in line)

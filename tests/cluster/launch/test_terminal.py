@@ -1,4 +1,4 @@
-"""Lines of the supervisor, and the last lines of logs."""
+"""Tests the supervisor's printed lines, and the last lines of logs."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_lines_go_to_stderr_and_the_file_and_output_to_stdout(
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches lines that are lost although the disk has room again."""
+    """Catches lines that stay lost after the disk has room again."""
     terminal = Terminal(log := tmp_path / "none" / "launch.log")
     terminal.report("started")
     reason = f"beit3 launch: {log} cannot be written: No such file or directory\n"

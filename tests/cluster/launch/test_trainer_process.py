@@ -50,7 +50,7 @@ def test_output_survives_a_full_disk(tmp_path: Path, log: str) -> None:
 
 
 def test_a_log_is_complete_once_its_folder_is_there(tmp_path: Path) -> None:
-    """Catches lines of a log that are lost while its disk is full or not mounted."""
+    """Catches log lines that are lost while the log's disk is full or not mounted."""
     code = f"import os, time; print('early', flush=True)\nwhile not os.path.exists({str(tmp_path / 'logs')!r}): "
     shown: list[str] = []
     troubles: list[str] = []
@@ -62,7 +62,7 @@ def test_a_log_is_complete_once_its_folder_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool) -> None:
-    """Includes processes forked by data loaders, and stopped ones."""
+    """Checks that processes forked by data loaders are killed too, also stopped ones."""
     code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(1000)"  # in one write
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])
@@ -77,7 +77,7 @@ def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool)
 
 
 def test_a_trainer_dies_with_its_guard(tmp_path: Path) -> None:
-    """Catches a trainer that survives when no other process on its host could end it."""
+    """Catches a trainer that survives its guard, when no other process on its host can end it."""
     code = (
         "import sys, time; from beit3_ds.cluster.launch.messages import Start;"
         "from beit3_ds.cluster.launch.trainer_process import TrainerProcess;"
@@ -101,7 +101,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_what_a_trainer_leaves_behind_is_ended(tmp_path: Path) -> None:
-    """Catches a process that keeps the pipe open and holds the memory of a GPU."""
+    """Catches a left-behind process that keeps the pipe open and holds GPU memory."""
     code = "import os, time; pid = os.fork(); pid and os.write(1, b'%d\\n' % pid); time.sleep(0 if pid else 1000)"
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])
@@ -112,7 +112,7 @@ def test_what_a_trainer_leaves_behind_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_a_trainer_that_still_starts(tmp_path: Path) -> None:
-    """Catches one that heeds no signal while it imports torch, which takes minutes on a slow file system."""
+    """Catches a trainer that ignores signals while it imports torch, which takes minutes on a slow file system."""
     trainer = run("import time; time.sleep(60)", tmp_path / "log", [], [])
     trainer.send_signal(signal.SIGUSR1)
     assert wait(trainer) == -signal.SIGUSR1

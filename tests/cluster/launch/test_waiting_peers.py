@@ -1,4 +1,7 @@
-"""Tests that strangers who connect to the supervisor neither fill its memory and log nor keep guards out."""
+"""Tests unknown peers that connect to the supervisor.
+
+They must not fill its memory or log, and must not keep guards out.
+"""
 
 import contextlib
 import os
@@ -18,7 +21,7 @@ from tests.listeners import listeners
 
 
 class FakeChannel:
-    """Stands for a connection from an address."""
+    """Fakes a connection from an address."""
 
     def __init__(self, peer_address: str) -> None:
         self.peer_address, self.is_aborted = peer_address, False
@@ -32,7 +35,7 @@ def channels(*addresses: str) -> list[Any]:
 
 
 def test_strangers_replace_only_themselves() -> None:
-    """Catches a limit that refuses the next peer, who may be a guard, or closes the oldest, who may be one too."""
+    """Catches a limit on peers that refuses the next one or closes the oldest, as either may be a guard."""
     waiting = WaitingPeers(4)
     guards, strangers = channels("10.1.0.1", "10.1.0.2"), channels(*["10.1.0.9"] * 20)
     for channel in (guards[0], *strangers[:10], guards[1], *strangers[10:]):
@@ -60,9 +63,9 @@ def test_a_flood_of_refusals_gives_few_lines() -> None:
 
 
 def test_a_guard_gets_in_while_strangers_hold_every_place(launch: Callable[..., Launch]) -> None:
-    """Catches a supervisor that keeps any number of strangers, and one that refuses guards once strangers wait.
+    """Catches a supervisor that keeps any number of unknown peers, or that refuses guards while such peers wait.
 
-    The strangers come from the guard's own address, which is the harder case.
+    The unknown peers have the guard's own address, which is the harder case.
     """
     run = launch([], "a slots=1\nabsent slots=1\n")
     supervisor = psutil.Process(run.process.pid)

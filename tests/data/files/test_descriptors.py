@@ -1,4 +1,4 @@
-"""Tests the cache of open files: its reads, its number of open files, and its behaviour after failures."""
+"""Tests the cache of open files: its reads, the number of open files, and its behaviour after failures."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from beit3_ds.data.files.descriptors import FileChangedError, OpenFiles, raise_o
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
-    """Writes ten files whose bytes name them."""
+    """Writes ten files; each consists of bytes equal to the file's number."""
     for number in range(10):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 100)
     return [str(tmp_path / str(number)) for number in range(10)]
@@ -26,7 +26,7 @@ def paths(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def open_limit() -> Iterator[None]:
-    """Restores the limit of open files."""
+    """Restores the limit on open files after a test."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)

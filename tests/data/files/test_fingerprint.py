@@ -1,4 +1,4 @@
-"""Fingerprints of sources differ if samples would have other numbers."""
+"""Tests that sources have different fingerprints if the numbering of their samples differs."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ SAMPLE = Path("beit3_ds/sample_data")
 
 
 class Listed(list[SourceFile]):
-    """Implements a source that consists of given files."""
+    """Implements a source from a list of files."""
 
     def files(self) -> Sequence[SourceFile]:
         return self
@@ -31,7 +31,7 @@ sources = st.lists(files, max_size=4, unique_by=lambda file: file.name).map(List
 
 @given(sources, sources)
 def test_equal_fingerprints_mean_equal_files(first: Listed, second: Listed) -> None:
-    """Catches a name, a size, a number of samples or an order that is left out."""
+    """Catches a fingerprint that ignores a name, a size, a number of samples or an order."""
     assert (fingerprint(first) == fingerprint(second)) == (first == second)
     if first != second:
         difference = first_difference(first, second, "rank 0")
@@ -39,7 +39,7 @@ def test_equal_fingerprints_mean_equal_files(first: Listed, second: Listed) -> N
 
 
 def place(folder: Path) -> Path:
-    """Writes three shards, images in a folder, and a text."""
+    """Writes three shards, a folder of images, and a text."""
     for name in ("a", "b", "c"):
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         shutil.copy(SAMPLE / "images-validation.tar", folder / "shards" / f"{name}.tar")
@@ -59,7 +59,7 @@ def digests(folder: Path, tokenizer: TextTokenizer) -> dict[str, str]:
     ("path", "source"), [("shards/b.tar", "shards/*.tar"), ("images/b.jpg", "images"), ("text.txt", "text.txt")]
 )
 def test_real_sources(tokenizer_files: dict[str, str], tmp_path: Path, path: str, source: str) -> None:
-    """Expects that file names and lengths count, but folders and modification times do not."""
+    """Checks that a fingerprint depends on file names and lengths, but not on folders and modification times."""
     tokenizer = TextTokenizer(tokenizer_files["text"])
     first, second = place(tmp_path / "one"), place(tmp_path / "two")
     os.utime(second / path, (0, 0))

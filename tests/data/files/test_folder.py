@@ -1,4 +1,4 @@
-"""Folders are read by name, and no name leads out of them."""
+"""Tests that folders are read by name, and that no name leads out of a folder."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from beit3_ds.storage_error import StorageError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """Opens a folder with a file, a linked folder and a linked file; outside it is a secret."""
+    """Opens a folder with a file, a linked folder and a linked file; a secret file lies outside."""
     for name in ("inside", "outside"):
         (tmp_path / name).mkdir()
     (tmp_path / "inside" / "a.txt").write_text("a")

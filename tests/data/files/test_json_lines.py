@@ -1,4 +1,4 @@
-"""Tests JSON lines with required keys."""
+"""Tests reading of JSON lines with required keys."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Lists in JSON files of any size, read one element at a time."""
+"""Tests reading of lists in JSON files of any size, one element at a time."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests that kinds of files are recognised by content, not by name."""
+"""Tests that kinds of files are recognised by content and not by name."""
 
 import bz2
 import gzip

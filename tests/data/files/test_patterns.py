@@ -1,4 +1,4 @@
-"""Patterns: braces, home folders and stars, in an order that depends on the names alone."""
+"""Tests file patterns with braces, home folders and stars, whose order depends only on the names."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def test_patterns_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_braces_that_spell_out_too_much_are_refused() -> None:
-    """Catches a product that fills the memory."""
+    """Catches nested braces whose expansion fills the memory."""
     with pytest.raises(ConfigError, match="spell out more than 1,000,000 names"):
         expand_braces("{0..99999}{0..99999}")
     assert expand_braces("{0..%s}" % ("9" * 5000)) == ["{0..%s}" % ("9" * 5000)]  # no number that anybody means
@@ -175,7 +175,7 @@ def test_short_names_stay_as_they_are(name: str) -> None:
 
 
 def test_a_link_to_a_folder_around_the_pattern_is_not_followed(tmp_path: Path) -> None:
-    """Catches a link to / or to a parent, through which the whole file system would be listed."""
+    """Catches a link to / or to a parent folder, through which the whole file system would be listed."""
     data = tmp_path / "data"
     (data / "inner").mkdir(parents=True)
     (tmp_path / "other").mkdir()

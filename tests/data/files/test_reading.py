@@ -1,4 +1,7 @@
-"""Failures of file systems: a short one is retried, a lasting one ends the run, and neither is a broken record."""
+"""Tests failures of the file system.
+
+A short failure is retried, and a lasting one ends the run. Neither counts as a broken record.
+"""
 
 import builtins
 import errno
@@ -40,7 +43,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def faulty_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyReads]:
-    """Lets the next `count` reads below a path fail with an error number, however they are made."""
+    """Provides a function that makes the next `count` reads below a path fail with an error number."""
     faults: dict[str, list[int]] = {}
 
     def fail(path: object) -> None:
@@ -201,7 +204,7 @@ def test_pauses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_what_never_ends_is_not_read(tmp_path: Path, kind: str) -> None:
-    """Catches an annotation file that is a pipe: opening it waits forever for a writer."""
+    """Catches an annotation file that is a pipe; opening it would wait forever for a writer."""
     path = tmp_path / "captions.json"
     if kind == "pipe":
         os.mkfifo(path)

@@ -1,4 +1,4 @@
-"""Tests that mapped tables of annotations give the same samples as parsing, and that changes are noticed."""
+"""Tests that memory-mapped tables of annotations give the samples of parsing, and that changes are noticed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ CAPTIONS = ["A giraffe.", " two\nlines ", "", "caf\u00e9 \U0001f426", "half \ud8
 
 @pytest.fixture
 def data(tmp_path: Path, png: bytes) -> DataConfig:
-    """Builds all five formats over one folder of images: valid, broken and skipped samples, some without image."""
+    """Configures all five annotation formats over one folder of images, with valid, broken and skipped samples."""
     (tmp_path / "images").mkdir()
     for name in ("0.png", "00002.png", "thumb.png"):
         (tmp_path / "images" / name).write_bytes(png)

@@ -1,6 +1,6 @@
-"""Readers of the annotation files of public corpora.
+"""Tests readers of annotation files of public corpora.
 
-The fixtures are written from the published descriptions of the formats; the official files were never read.
+The fixtures follow the published descriptions of the formats. The official files were never read.
 """
 
 import gzip
@@ -221,7 +221,7 @@ def test_other_files_are_refused_with_the_form_that_is_meant(tmp_path: Path, png
 def test_captions_of_another_kind_are_no_lines(
     tmp_path: Path, png: bytes, name: str, content: bytes, message: str
 ) -> None:
-    """Catches compressed bytes, or braces and keys, that pass for captions."""
+    """Catches compressed bytes or JSON that are read as captions."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_sbu_captions(str(tmp_path / name), _images(tmp_path / "images", png, "0.png"))

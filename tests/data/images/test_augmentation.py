@@ -14,7 +14,7 @@ from beit3_ds.pixels import to_floats
 
 
 def _position_image(width: int = 240, height: int = 160) -> Image.Image:
-    """Builds an image whose red is the column and whose green is the row."""
+    """Returns an image whose red channel encodes the column and whose green channel encodes the row."""
     red, green = np.meshgrid(np.linspace(40, 200, width), np.linspace(40, 200, height))
     return Image.fromarray(np.stack([red, green, np.full_like(red, 100)], axis=-1).astype(np.uint8))
 
@@ -25,7 +25,7 @@ def _augmentation(**changes: float) -> Augmentation:
 
 
 def _floats(transform: ViewTransform, image: Image.Image, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-    """Returns both views as the values that the networks read."""
+    """Returns the two views as the values that the networks read."""
     views = transform(image, rng)
     assert views.model.dtype == views.tokenizer.dtype == torch.uint8
     colors = None if views.colors is None else views.colors[None]
@@ -52,7 +52,7 @@ def test_draws_come_from_the_generator_alone() -> None:
 
 
 def _jitter_by_pillow(image: Image.Image, box: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
-    """Computes the reference: jitter of the crop before any resize, in 8 bits, with the same draws."""
+    """Computes the reference: colour jitter of the crop in 8 bits before any resizing, with equal random draws."""
     crop = image.crop(box)
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -82,7 +82,7 @@ def test_views_equal_those_of_jitter_before_resize(low: int, high: int, largest:
 
 
 def test_pillow_computes_lanczos_where_torch_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches another filter, exchanged sides, and levels that are not bytes."""
+    """Catches another resampling filter, swapped sides, and colour values that are not bytes."""
     pixels = augmentation.image_pixels(_position_image())
     views = []
     for torch_can in (False, augmentation._torch_has_lanczos()):
@@ -156,7 +156,7 @@ def test_center_views_show_the_middle_square() -> None:
 
 
 class _SmallestCrop(np.random.Generator):
-    """Draws the lower end of every interval: the smallest area and the narrowest aspect."""
+    """Draws the lower end of every interval, which gives the smallest area and the narrowest aspect ratio."""
 
     def __init__(self) -> None:
         super().__init__(np.random.PCG64(0))
@@ -167,7 +167,7 @@ class _SmallestCrop(np.random.Generator):
 
 @given(st.floats(0.05, 0.7))  # of a square, larger areas do not fit with the narrowest aspect
 def test_no_view_of_a_large_enough_image_is_enlarged(scale: float) -> None:
-    """Catches a bound that forgets the aspect, and one that decodes more pixels than are needed."""
+    """Catches a bound that ignores the aspect ratio, or that decodes more pixels than needed."""
     side = _augmentation(min_crop_scale=scale).min_side
     assert side is not None
     left, top, right, bottom = random_crop_box((side, side), scale, _SmallestCrop())

@@ -1,6 +1,6 @@
 """Tests files that give images identifiers and captions.
 
-The fixtures are written from the published descriptions of the formats; the official files were never read.
+The fixtures follow the published descriptions of the formats. The official files were never read.
 """
 
 import json

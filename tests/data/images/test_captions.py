@@ -1,4 +1,4 @@
-"""Tests that valid captions are decoded, and others refused."""
+"""Tests that valid captions are decoded and invalid ones refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Compact strings are the strings that were put in."""
+"""Tests that compact strings return the strings that were stored."""
 
 import numpy as np
 import pytest

@@ -147,7 +147,7 @@ def test_formats_outside_the_list_are_refused(file_format: str) -> None:
 def test_an_image_that_takes_too_much_memory_is_refused_before_it_is_decoded(
     kind: str, mode: str, options: dict[str, Any]
 ) -> None:
-    """Catches a limit on pixels alone: formats and modes need 4 to 24 bytes per pixel."""
+    """Catches a limit on the number of pixels alone; formats and modes need 4 to 24 bytes per pixel."""
     Image.new(mode, (6000, 6000), "red").save(file := io.BytesIO(), kind, **options)
     with pytest.raises(ValueError, match=r"decoding 6000 x 6000 pixels of mode RGBA? takes \d+ bytes, more than"):
         decode_image(file.getvalue())

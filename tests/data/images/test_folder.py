@@ -1,4 +1,4 @@
-"""Folders of images: their order, captions beside images, and no read outside."""
+"""Tests folders of images: their order, captions beside images, and no access to files outside."""
 
 import os
 import pickle
@@ -124,7 +124,7 @@ def test_zero_bytes_another_extension_and_strange_names(tmp_path: Path, png: byt
 
 
 def test_names_of_two_lines_are_messages_of_one(tmp_path: Path, png: bytes, write_tar: WriteTar) -> None:
-    """Catches a name that continues its message on another line."""
+    """Catches a file name with a line break that continues the message on a second line."""
     folder = ImageFolder(_write(tmp_path / "f", {"a\nb.png": png, "c\r.heic": b""}))
     tar = TarShards([write_tar(tmp_path / "s.tar", {"a\nb.png": png})])
     for source in (folder, tar):

@@ -1,4 +1,4 @@
-"""Views of fine-tuning tasks: pure functions of their generator; evaluation shows the whole image."""
+"""Tests the views of fine-tuning tasks: they depend only on the generator, and evaluation uses the whole image."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Tests tar shards: grouping, reading, and errors that name the file."""
+"""Tests tar shards: grouping of members, reading, and errors that name the file."""
 
 import gzip
 import os

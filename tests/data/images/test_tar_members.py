@@ -1,4 +1,4 @@
-"""Tests tar headers: the members that the standard library finds, and errors where it has none."""
+"""Tests tar headers: members as the standard library finds them, and errors where it finds none."""
 
 import io
 import os
@@ -17,7 +17,7 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 
 @pytest.fixture
 def read_members(tmp_path: Path) -> ReadMembers:
-    """Writes bytes to a file and reads the members of that tar."""
+    """Provides a function that writes bytes to a file and reads the members of that tar."""
 
     def read(data: bytes) -> list[TarMember]:
         (tmp_path / "x.tar").write_bytes(data)
@@ -103,7 +103,7 @@ def test_sizes_beyond_octal_digits(read_members: ReadMembers) -> None:
 
 
 def _signed(header: bytearray) -> bytes:
-    """Builds a header with a correct checksum."""
+    """Returns a header with a correct checksum."""
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)

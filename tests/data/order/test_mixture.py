@@ -1,4 +1,4 @@
-"""Weighted sources share the positions of a stream exactly."""
+"""Tests that weighted sources share the positions of a stream exactly."""
 
 import numpy as np
 from hypothesis import given, settings

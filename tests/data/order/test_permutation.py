@@ -1,4 +1,4 @@
-"""Tests permutations: every sample once, without a visible order or in blocks of neighbours."""
+"""Tests permutations: every sample once, either without a visible order or in blocks of neighbours."""
 
 from pathlib import Path
 
@@ -46,7 +46,10 @@ def test_the_config_chooses_the_order(build_config: BuildConfig) -> None:
 
 
 def test_few_shards_are_open_at_a_time(tmp_path: Path, write_tar: WriteTar) -> None:
-    """With two of ten shards open, the block order opens each shard about once, and the other order one per record."""
+    """Counts how often shards are opened if only two of ten can be open.
+
+    The block order opens each shard about once; the other order opens a shard per record.
+    """
     from beit3_ds.benchmarks.data.file_calls import count_file_calls
 
     for shard in range(10):

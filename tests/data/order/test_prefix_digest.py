@@ -1,4 +1,4 @@
-"""The digest of the first samples of a source changes with their numbers."""
+"""Tests that the digest of a source's first samples changes with their numbers."""
 
 import pytest
 

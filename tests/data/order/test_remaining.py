@@ -1,4 +1,4 @@
-"""Tests sets of remaining samples: each sample once, and the same after a round trip through JSON."""
+"""Tests sets of remaining samples: each sample once, unchanged by a round trip through JSON."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tests that each sample comes once per epoch although the data change between starts."""
+"""Tests that each sample occurs once per epoch although the data change between restarts."""
 
 import hashlib
 import json
@@ -20,20 +20,20 @@ Names = list[str]
 
 
 class SimulatedRun:
-    """Simulates a stream whose sources are lists of names; it stores its position as JSON and resumes from it."""
+    """Simulates a stream over lists of names; stores its position as JSON and resumes from it."""
 
     def __init__(self, sources: dict[str, Names], weights: Sequence[float] | None = None, samples: int = 3) -> None:
         self.sources = {path: list(names) for path, names in sources.items()}
         self.weights, self.samples, self.seed = weights, samples, 1
         self.position = new_position("images", self.seed, samples, weights, self.found())
         self.seen: list[tuple[int, str, str]] = []
-        """Epoch, path and name of all samples, in order."""
+        """Epoch, path and name of all samples so far, in order."""
 
     def found(self) -> list[FoundSource]:
         return [FoundSource(path=path, size=len(n), digest=_digest_of(n)) for path, n in self.sources.items()]
 
     def take(self, steps: int) -> None:
-        """Trains a few steps and stores the position."""
+        """Takes the samples of some steps and stores the position."""
         order = StreamOrder(self.position)
         names = [(path, name) for path, names in self.sources.items() for name in names]
         for step in range(steps):
@@ -42,7 +42,7 @@ class SimulatedRun:
         self.position = _through_json(self.position.advanced(steps * self.samples))
 
     def restart(self) -> list[str]:
-        """Resumes with the current settings; returns the changes that are described."""
+        """Resumes with the current settings; returns the described changes."""
         self.position, changes = continue_stream(self.position, self.seed, self.samples, self.weights, self.found())
         self.position = _through_json(self.position)
         return changes
@@ -181,7 +181,7 @@ ACTIONS = st.one_of(
 
 
 def _act(run: SimulatedRun, removed: dict[str, Names], action: str, number: int, count: int) -> None:
-    """Makes one change; `count` makes new names unique."""
+    """Makes one change to the sources; `count` makes new names unique."""
     paths = list(run.sources)
     path = paths[number % len(paths)]
     match action:
@@ -209,7 +209,7 @@ def _act(run: SimulatedRun, removed: dict[str, Names], action: str, number: int,
 @settings(max_examples=120, deadline=None)
 @given(st.lists(ACTIONS, min_size=1, max_size=14), st.booleans())
 def test_no_sample_is_repeated_in_an_epoch(actions: list[tuple[str, int]], weighted: bool) -> None:
-    """Catches mistakes in the remaining samples of an epoch: filters, joins, shifted numbers, counts of epochs."""
+    """Catches mistakes in the remaining samples of an epoch: filters, joins, shifted numbers and epoch counts."""
     run = SimulatedRun(_sources(a=7, b=13), (1, 2) if weighted else None)
     removed: dict[str, Names] = {}
     for count, (action, number) in enumerate(actions):
@@ -228,7 +228,7 @@ def test_no_sample_is_repeated_in_an_epoch(actions: list[tuple[str, int]], weigh
     st.booleans(),
 )
 def test_every_sample_comes_once_an_epoch(changes: list[tuple[int, str]], weighted: bool) -> None:
-    """Unless a source was removed, every finished epoch has all samples that existed when it ended."""
+    """Checks that every finished epoch has all samples that existed at its end, unless a source was removed."""
     run = SimulatedRun(_sources(a=7, b=13), (1, 2) if weighted else None)
     ended: dict[tuple[int, str], set[str]] = {}
     for count, (number, action) in enumerate([*changes, (30, "none")]):
@@ -244,7 +244,7 @@ def test_every_sample_comes_once_an_epoch(changes: list[tuple[int, str]], weight
 
 
 def test_very_many_changes_in_an_epoch_end_it() -> None:
-    """Bounds the entry in the checkpoint and the work to find a sample."""
+    """Catches a checkpoint entry, and a search for samples, that grow without limit."""
     run = SimulatedRun(_sources(a=1000), samples=1)
     said: list[str] = []
     for count in range(120):

@@ -1,4 +1,4 @@
-"""Runs that resume with other files: the data state of a checkpoint, and the steps after it."""
+"""Tests runs that resume with changed files: the data state of the checkpoint, and the steps after it."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from tests.tasks.pretraining.samples import open_steps
 
 @pytest.fixture
 def files(sample_files: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Copies the sample files, to change them."""
+    """Copies the sample files, so that the test can change them."""
     folder = tmp_path / "data"
     shutil.copytree(Path(sample_files["images"]).parent, folder)
     return {name: str(folder / Path(path).name) for name, path in sample_files.items()}
@@ -38,7 +38,7 @@ def _names(dataset: StepDataset, first: int, last: int) -> dict[str, list[str]]:
 
 
 def _data_after(dataset: StepDataset, step: int) -> dict[str, Any]:
-    """Returns the data state of a checkpoint."""
+    """Returns the data state that a checkpoint after `step` has."""
     found: dict[str, Any] = json.loads(json.dumps({POSITIONS: dataset.order.state_after(step)}))
     return found
 

@@ -1,4 +1,4 @@
-"""Tests that a run's sources are recognised by path, or else by content."""
+"""Tests that a run's sources are recognised by path, or otherwise by content."""
 
 from beit3_ds.data.order.positions import StreamPosition
 from beit3_ds.data.order.resuming import new_position

@@ -1,4 +1,4 @@
-"""Tests the order of samples: each one once per epoch, however the steps cut it."""
+"""Tests the order of samples: each once per epoch, however steps divide the stream."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Tests index files: the same samples as a scan gives, complete or absent files, and changes of a tar are noticed."""
+"""Tests index files: they give the samples of a scan, are whole or absent, and changes of a tar are noticed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def _members(png: bytes, prefix: str) -> Mapping[str, bytes]:
 
 @pytest.fixture
 def tars(tmp_path: Path, write_tar: WriteTar, png: bytes) -> list[str]:
-    """Writes two shards of four pairs, half of the captions in JSON only."""
+    """Writes two shards of four pairs; half of the captions exist only in JSON."""
     return [write_tar(tmp_path / f"{prefix}.tar", _members(png, prefix)) for prefix in ("a", "longer")]
 
 
@@ -140,7 +140,7 @@ def test_members_left_out_are_counted_with_an_example(tmp_path: Path, write_tar:
 
 
 def test_folders_of_images_are_looked_at(tmp_path: Path, png: bytes) -> None:
-    """Catches a wrong folder that is accepted before the run and refused by it."""
+    """Catches a wrong folder that the preparation accepts and the run refuses."""
     for name in ("good", "empty"):
         (tmp_path / name).mkdir()
     (tmp_path / "good/a.png").write_bytes(png)

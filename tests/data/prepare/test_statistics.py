@@ -1,4 +1,4 @@
-"""Statistics of a run's files, the picture of samples, and the commands that show them."""
+"""Tests statistics of a run's files, the picture of samples, and the commands that show them."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def _png(width: int, height: int, color: str = "red") -> bytes:
 
 @pytest.fixture
 def pairs(tmp_path: Path, write_tar: WriteTar) -> TarShards:
-    """Writes six pairs with two broken images and one broken caption, and a member that is left out."""
+    """Writes six pairs, of which two have a broken image and one a broken caption, and a member that is skipped."""
     members = {f"{i}.png": _png(10 * (i + 1), 100) for i in range(4)} | {"4.png": b"", "5.png": b""}
     members |= {f"{i}.txt": b"word " * (i + 1) for i in range(5)} | {"5.txt": b"", "../6.png": b""}
     return TarShards([write_tar(tmp_path / "p.tar", members)])
@@ -127,7 +127,7 @@ def test_broken_lines_of_one_reason_are_counted_together(tmp_path: Path) -> None
 
 @pytest.fixture
 def config_file(tmp_path: Path, sample_files: dict[str, str]) -> Path:
-    """Configures the quickstart with a copy of the small sample files, and a folder for indices."""
+    """Writes the quickstart configuration with copies of the small sample files and a folder for indices."""
     content = json.loads((Path(cli.__file__).parents[2] / "ds_configs/quickstart_cpu.json").read_text())
     data = content["beit3_ds"]["data"]
     for part in ("samples", "validation"):

@@ -1,4 +1,4 @@
-"""Tests prepared texts: the same sequences as unprepared ones, shared and resumed work, stale files refused by name."""
+"""Tests prepared texts: they give the sequences of unprepared texts, are shared and resumed, and go stale."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ LENGTH = 16
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> str:
-    """Writes three files of three formats below one pattern; paragraphs and sentences have any length."""
+    """Writes three files of three formats below one pattern, with paragraphs and sentences of any length."""
     rng = np.random.default_rng(3)
     words = np.array([*WORDS, *(f"{word}." for word in WORDS[:6])])
     paragraphs = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(200)]

@@ -1,4 +1,4 @@
-"""Formats of text files are found by name and first bytes, also through compression."""
+"""Tests that formats of text files are recognised by name and first bytes, also through compression."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""JSON values are yielded one by one, wherever reads cut them."""
+"""Tests that JSON values are yielded one by one, wherever reads divide the file."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Tests paragraphs of text files: the same in every format, none lost at cuts, broken lines counted."""
+"""Tests paragraphs of text files: equal in every format, none lost where files are cut, broken lines counted."""
 
 import bz2
 import gzip
@@ -266,7 +266,7 @@ def test_memory_is_bounded_by_a_line(
 
 
 def test_blank_lines_are_passed_over_at_every_cut(tmp_path: Path) -> None:
-    """Catches lines that a piece passes over although they belong to the next, and documents that run together."""
+    """Catches lines that a part skips although they belong to the next part, and documents that are joined."""
     path = tmp_path / "a.txt"
     path.write_text("\n" * 1000 + "one\n" + "\n" * 500 + "two\nthree\n" + "\n" * 300)
     whole = list(read_paragraphs(whole_file(str(path)), BrokenLines(0)))

@@ -1,4 +1,4 @@
-"""Tests the starts of sentences in ids, and the cuts of long paragraphs."""
+"""Tests the starts of sentences among token ids, and the division of long paragraphs."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ ENDS = (".", "!", "?", "...", "?!", '."', '!"', ".)", ".\u201d", "?'", '.")')
 
 @pytest.fixture(scope="module")
 def punctuated(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """Trains a tokenizer whose pieces have marks alone and after letters, and East Asian characters."""
+    """Trains a tokenizer with punctuation marks alone and after letters, and with East Asian characters."""
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice(np.array(WORDS), 8)) + str(rng.choice(np.array(ENDS))) for _ in range(400)]
     lines += ["我是鸟。你是船!他说「好。」我也是", "bird? boats?", ".?!' \"()\u201d,"] * 9
@@ -39,7 +39,7 @@ def _ids(text: str, tokenizer: TextTokenizer) -> np.ndarray:
 
 
 def _starts(parts: list[str], tokenizer: TextTokenizer) -> set[int]:
-    """Returns the starts of all parts but the first in the ids of all, from parts that are encoded one by one."""
+    """Encodes parts one by one; returns the start of each part but the first among the ids of all parts."""
     return set(np.cumsum([len(tokenizer.encode(part)) for part in parts])[:-1].tolist())
 
 

@@ -15,7 +15,10 @@ from beit3_ds.tokenizers.text import TextTokenizer
 
 
 def _starts(lengths: list[int], limit: int, tokenizer: TextTokenizer, chunk_size: int = 99) -> list[int]:
-    """Returns the starts of sequences for paragraphs of one word, in chunks of `chunk_size` paragraphs."""
+    """Returns the starts of sequences for one-word paragraphs of the given token counts.
+
+    Paragraphs are passed in chunks of `chunk_size`.
+    """
     inside = int(np.flatnonzero(~tokenizer.word_borders().starts)[-1])
     chunks = [
         (np.full(sum(chunk), inside, dtype=np.uint16), np.array(chunk))

@@ -1,4 +1,4 @@
-"""Binary data that decode as text are refused; text with a stray control character is not."""
+"""Tests that binary data that decode as text are refused, but not text with a single control character."""
 
 import pytest
 

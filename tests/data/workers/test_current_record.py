@@ -1,4 +1,4 @@
-"""Tests that a process sees, through a shared descriptor, the record that another process reads."""
+"""Tests that a process sees through a shared descriptor which record another process is reading."""
 
 import os
 

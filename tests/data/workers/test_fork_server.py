@@ -1,4 +1,4 @@
-"""Sockets of workers get a short folder, however long TMPDIR is."""
+"""Tests that the sockets of workers get a short folder, however long TMPDIR is."""
 
 import multiprocessing
 import tempfile

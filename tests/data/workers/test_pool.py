@@ -1,4 +1,4 @@
-"""Tests that workers that die, stop, hang or find no memory are named in time, and replaced if possible."""
+"""Tests that workers that die, stop, hang or run out of memory are named in time, and replaced if possible."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ BOUND_SECONDS = 200  # far beyond every time-out here; a hang would last forever
 
 
 class Work:
-    """Prepares items, with a fault at one request: only once, or at every attempt."""
+    """Prepares items, with a fault at one request: either once, or at every attempt."""
 
     def __init__(self, fault: str = "", at: int = -1, once: Path | None = None) -> None:
         self.fault, self.at, self.once = fault, at, once
@@ -124,7 +124,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("means", ["limit", pytest.param("mount", marks=pytest.mark.slow)])
 def test_no_room_in_shared_memory_is_named_and_survived(means: str, tmp_path: Path) -> None:
-    """Full shared memory kills torch's own workers with SIGBUS."""
+    """Checks full shared memory, in which torch's own workers die of SIGBUS."""
     script = tmp_path / "no_room.py"
     script.write_text(NO_ROOM)
     command = f"{sys.executable} {script} {means}"
@@ -150,7 +150,7 @@ if __name__ == "__main__":
 
 
 def test_long_tmpdir_is_no_obstacle(tmp_path: Path) -> None:
-    """A socket's address has at most 107 bytes, and the TMPDIR of a batch system may have more."""
+    """Checks a TMPDIR longer than 107 bytes, the limit of a socket's address."""
     folder = tmp_path / ("t" * (115 - len(str(tmp_path))))
     folder.mkdir()
     assert len(str(folder)) >= 116

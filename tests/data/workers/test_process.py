@@ -11,7 +11,7 @@ from beit3_ds.data.workers.waiting import WaitLimits
 
 
 def work(request: str, note: Callable[[str], None]) -> str:
-    """Serves a request, fails or ends the process, as the request says."""
+    """Answers a request, raises an error or ends the process, depending on the request."""
     note(f"record of {request}")
     if request == "fail":
         raise ValueError("a broken request")

@@ -1,4 +1,4 @@
-"""Tests that tensors of any strides arrive from a worker unchanged."""
+"""Tests that tensors with any strides arrive unchanged from a worker."""
 
 import socket
 
@@ -25,7 +25,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_of_all_strides_arrive(name: str) -> None:
-    """Catches a worker that dies over a stream without samples, because empty tensors have no view as bytes."""
+    """Catches a worker that dies on a stream without samples, because empty tensors have no view as bytes."""
     tensor = TENSORS[name]
     ours, theirs = socket.socketpair()
     with ours, theirs:
