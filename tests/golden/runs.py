@@ -1,6 +1,6 @@
 """Starts tiny training runs whose losses and gradient norms are recorded in `losses.json`.
 
-`python -m tests.golden.runs` overwrites the file. Run it only for a change that is meant to move numbers.
+`python -m tests.golden.runs` overwrites the file. Run it only after a change that is meant to change the values.
 """
 
 import itertools
@@ -23,20 +23,20 @@ from tests.training.steps import MODELS
 
 LOSSES = Path(__file__).parent / "losses.json"
 ROUNDING = 1e-5
-"""Largest relative difference on another processor, or with other libraries, than the recorded ones."""
+"""Largest relative difference from the recorded values on another processor or with other libraries."""
 
 MEASURED = ("loss", "image_mim", "text_mlm", "pair_mim", "pair_mlm", "grad_norm", "learning_rate")
-"""Keys of a record whose values do not depend on a clock."""
+"""Keys of a record whose values do not depend on time."""
 
 LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
     "one process": (1, 0, {}),
     "ZeRO-3 on 2 ranks": (2, 3, {}),
     "tensor 2 x pipeline 2": (4, 1, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
 }
-"""Ranks, ZeRO stage and `parallel` section by name."""
+"""Number of ranks, ZeRO stage and keys of the section "parallel", by name."""
 
 SIZES = {"image_size": 32, "visual_vocab_size": 32, "text_vocab_size": 130, "drop_path_rate": 0.2}
-"""Sizes that all models share, in addition to the ones in `small_run_mapping`."""
+"""Sizes that all models share, in addition to those of `small_run_mapping`."""
 
 NUM_STEPS = 5
 
@@ -44,7 +44,7 @@ Records = list[dict[str, Any]]
 
 
 def run_layout(layout: str, folder: Path) -> dict[str, Records]:
-    """Trains every model through the entry point; returns each one's records of steps and evaluations, in order."""
+    """Trains every model through the entry point; returns each model's records of steps and evaluations in order."""
     num_ranks, zero_stage, parallel = LAYOUTS[layout]
     configs = {model: _write_config(model, zero_stage, parallel, folder) for model in MODELS}
     statuses = run_ranks(_train, num_ranks, [str(config) for config in configs.values()])
@@ -78,7 +78,7 @@ def _write_config(model: str, zero_stage: int, parallel: dict[str, int], folder:
 
 
 def _train(configs: list[str]) -> list[int]:
-    """On one rank: trains one run after the other, each with a port of its own, and returns the exit statuses."""
+    """Trains one run after another on one rank, each with a new port; returns the exit statuses."""
     from beit3_ds.train import main
 
     os.environ["OMP_NUM_THREADS"] = "1"  # more threads add in another order; `run_ranks` started this one with one
@@ -90,7 +90,10 @@ def _train(configs: list[str]) -> list[int]:
 
 
 def _agree_on_port(path: Path) -> str:
-    """Rank 0 writes a free port to a file right before its use; the others wait for the file."""
+    """Returns a port for all ranks.
+
+    Rank 0 writes a free port to a file right before its use. The other ranks wait for the file.
+    """
     if os.environ["RANK"] == "0":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -102,7 +105,7 @@ def _agree_on_port(path: Path) -> str:
 
 
 def read_records(path: Path) -> Records:
-    """Returns the losses and norms of steps and evaluations in a `metrics.jsonl`."""
+    """Returns losses and norms of steps and evaluations from a `metrics.jsonl`."""
     records = MetricsLog(path).records()
     return [
         {key: record[key] for key in ("step", "kind", *MEASURED) if key in record}
@@ -112,9 +115,9 @@ def read_records(path: Path) -> Records:
 
 
 def find_moved(records: Records, expected: Records) -> list[str]:
-    """Describes every value that is not the recorded one: bit for bit on the machine of `losses.json`.
+    """Describes every value that differs from the recorded one.
 
-    On another machine or with other libraries values may differ by `ROUNDING`.
+    Values must be equal bit for bit on the machine of `losses.json`, and elsewhere up to `ROUNDING`.
     """
     tolerance = 0.0 if json.loads(LOSSES.read_text())["machine"] == describe_machine() else ROUNDING
     return [
@@ -132,7 +135,10 @@ def _is_same(value: Any, expected: Any, tolerance: float) -> bool:
 
 
 def describe_machine() -> dict[str, str]:
-    """Describes hardware and libraries that affect rounding and decoding; equal descriptions mean equal bits."""
+    """Describes hardware and libraries that affect rounding and decoding.
+
+    Equal descriptions mean that values are equal bit for bit.
+    """
     import torch
 
     versions = {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy", "sentencepiece")}
@@ -140,7 +146,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Returns the name of the processor, for the libraries of matrix products choose kernels by it."""
+    """Returns the name of the processor, by which libraries choose kernels for matrix products."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -149,7 +155,7 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """Runs all and writes `losses.json`."""
+    """Trains all runs and writes `losses.json`."""
     lines = [f'"machine": {json.dumps(describe_machine())}']
     for layout in LAYOUTS:
         with tempfile.TemporaryDirectory() as folder:

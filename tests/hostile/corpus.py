@@ -1,4 +1,4 @@
-"""Runs readers on hostile files: each file must end in one printable message, in bounded time and memory."""
+"""Runs readers on hostile files; each file must give one printable message, in bounded time and memory."""
 
 import collections
 import os
@@ -20,31 +20,31 @@ _LONGEST_MESSAGE = 10_000
 
 
 class HostileKind(NamedTuple):
-    """Holds a kind of hostile files and the reader that gets them."""
+    """Describes a kind of hostile files and the reader for them."""
 
     write: Callable[[Path, random.Random], Path]
-    """Writes one hostile file into an empty folder and returns what the reader gets."""
+    """Writes one hostile file into an empty folder; returns the argument for the reader."""
     read: Callable[[Path], object]
-    """Reads all that a file holds; may raise the errors that commands print as one line."""
+    """Reads everything that a file holds; may raise the errors that commands print as one line."""
 
 
 class HangError(BaseException):
-    """Reports a reader that took too long; no Exception, because decoders catch those."""
+    """Reports a reader that took too long; not an Exception, because decoders catch exceptions."""
 
 
 class Figures(NamedTuple):
-    """Holds what a kind of files took."""
+    """Holds time and memory that a kind of hostile files took."""
 
     files: int
     refused: int
     seconds: float
-    """Longest time of one file, of the processor, because other programs may slow the clock's."""
+    """Longest processor time of one file, which does not depend on other programs."""
     megabytes: float
-    """Most memory of one file above that before it."""
+    """Largest increase of memory during one file."""
 
 
 def check_kind(name: str, kind: HostileKind, folder: Path, numbers: Iterable[int]) -> Figures:
-    """Reads the files of some numbers and checks their errors, times and memory."""
+    """Reads the files with the given numbers, and checks their errors, times and memory."""
     outcomes: collections.Counter[bool] = collections.Counter()
     seconds = megabytes = 0.0
     for number in numbers:
@@ -85,7 +85,7 @@ def _is_refused(kind: HostileKind, path: Path, what: str) -> bool:
 
 
 def check_message(message: str, what: str) -> None:
-    """Checks that a message is printable and short; further lines, as of broken lines of text, are indented."""
+    """Checks that a message is printable and short, and that further lines of it are indented."""
     first, *rest = message.split("\n")
     assert all(line.isprintable() for line in (first, *rest)), f"{what}: {message!r}"
     assert all(line.startswith("  ") for line in rest), f"{what}: {message!r}"
@@ -94,7 +94,7 @@ def check_message(message: str, what: str) -> None:
 
 
 def read_records(count: int, *readers: Callable[[int], object]) -> None:
-    """Reads all records of a source; a broken record must have a printable message."""
+    """Reads all records of a source; an error of a broken record must have a printable message."""
     for index in range(min(count, 50)):
         for read in readers:
             try:
@@ -118,7 +118,7 @@ def _time_limit() -> Iterator[None]:
 
 
 def _start_peak() -> float:
-    """Resets the peak of this process's memory and returns the current memory in MB."""
+    """Resets the peak memory of this process; returns the current memory in MB."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     return _status("VmRSS")

@@ -1,4 +1,4 @@
-"""Generates hostile files of data: annotations, captions, texts, tars, images and the caches made of them."""
+"""Generates hostile data files: annotations, captions, texts, tars, images, and caches of them."""
 
 import gzip
 import io
@@ -120,7 +120,7 @@ CLASSES = ClassList([ImageClass("dog", "a dog"), ImageClass("cat", "a cat")])
 
 
 def _json_writer(name: str, content: Any, *others: tuple[str, Any]) -> Write:
-    """Writes JSON of which one file, the named one or another, is hostile."""
+    """Returns a function that writes JSON files, one of which is hostile: `name` or one of `others`."""
 
     def write(folder: Path, draw: random.Random) -> Path:
         contents = {name: content, **dict(others)}
@@ -375,7 +375,7 @@ def _read_source(source: ImageSource) -> None:
 
 
 def _write_links(folder: Path, draw: random.Random) -> Path:
-    """Writes folders whose links lead to parents, so that following them would never end."""
+    """Writes folders whose links lead to parent folders, so following them would never end."""
     folders = [folder / "top", *(folder / f"top/{'/'.join('abcde'[: n + 1])}" for n in range(5))]
     folders[-1].mkdir(parents=True)
     pattern = draw.choice(["*.txt", "**", "*/*.txt", "link*/**/*.txt"])
@@ -401,7 +401,7 @@ FOLDERS = {
 
 
 def tar_bytes(draw: random.Random) -> bytes:
-    """Returns a tar of which members are links, devices or out of the folder, or have wrong sizes."""
+    """Returns a tar with members that are links or devices, lie outside the folder, or have wrong sizes."""
     buffer = io.BytesIO()
     tar_format = draw.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
     names = [
@@ -483,7 +483,7 @@ def _write_plain_tar(path: Path) -> None:
 
 
 def _change_first_line(path: Path, draw: random.Random) -> None:
-    """Changes a cache: the JSON of its first line, the bytes behind it, or the whole file."""
+    """Changes a cache: the JSON in its first line, the bytes after it, or the whole file."""
     line, _, rest = path.read_bytes().partition(b"\n")
     match draw.randrange(4):
         case 0:

@@ -41,7 +41,7 @@ METRICS = [
 
 
 class _Samples:
-    """A source of samples that have numbers as names."""
+    """Implements a source whose samples have numbers as names."""
 
     is_last_open = False
 
@@ -63,10 +63,10 @@ def _order(config: RunConfig, size: int) -> RunOrder:
 
 
 class RunKinds:
-    """Holds kinds of hostile files that need trained tokenizers."""
+    """Holds kinds of hostile files that are derived from trained tokenizers."""
 
     def __init__(self, tokenizer_files: dict[str, str]) -> None:
-        """Opens the tokenizers, which are copied and changed."""
+        """Opens the tokenizers whose copies will be changed."""
         self.text, self.visual = Path(tokenizer_files["text"]), Path(tokenizer_files["visual"])
         self.tokenizer, self.config = TextTokenizer(self.text), small_run_config(0)
         self.kinds = {
@@ -79,7 +79,7 @@ class RunKinds:
         }
 
     def _write_position(self, folder: Path, draw: random.Random) -> Path:
-        """Writes the data state of a checkpoint, also of a run whose data had changed within an epoch."""
+        """Writes the data state of a checkpoint, sometimes of a run whose data changed during an epoch."""
         order = _order(self.config, 30)
         if draw.random() < 0.6:
             order.resume(3, json.loads(json.dumps({POSITIONS: _order(self.config, 20).state_after(3)})), {})
@@ -187,7 +187,7 @@ class RunKinds:
 
 
 def _change_number(content: Any, draw: random.Random) -> None:
-    """Changes a number somewhere, so that positions contradict each other."""
+    """Changes one number somewhere, so that positions contradict each other."""
     places: list[tuple[Any, Any]] = []
 
     def visit(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Hostile values and texts, and changes that put them into valid JSON and files; all follow from a seed."""
+"""Generates hostile values and texts from a seed, and puts them into valid JSON and files."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ RAW_VALUES = [
     *("-Infinity", '{"a":1,"a":2}', '"\\ud800"', '"\\u0000"', "[" + "[]," * 200_000 + "[]]", "tru", '"\x1b[2J"'),
     *("1" * 400, '"' + "x" * 2_000_000 + '"', "1.5e-400", "[" + "0," * 500_000 + "0]"),
 ]
-"""Texts that are put in the place of a value in JSON; most of them are no JSON."""
+"""Texts that replace a value in JSON; most of them are not valid JSON."""
 TEXTS = [
     *(b"", b"{", b"[]", b"null", b"\xff\xfe{}", b'{"a":1,"a":2}', b'{"a":NaN}', b"[" * 100_000, b'{"a":' * 50_000),
     *(b"1" * 5000, b'"\\ud800"', b'{"a":"' + b"\x1b" * 10 + b'"}', b"\0" * 100, b"[" + b"[]," * 1_000_000 + b"[]]"),
@@ -54,7 +54,7 @@ def change_json(content: Any, draw: random.Random) -> None:
 
 
 def changed_json_text(content: Any, draw: random.Random) -> bytes:
-    """Changes JSON in one or two places and returns its text, in which a value may be no JSON."""
+    """Changes a JSON value in one or two places; returns the text, which may be invalid JSON."""
     content = json.loads(json.dumps(content))
     for _ in range(draw.choice([1, 1, 2])):
         change_json(content, draw)
@@ -86,7 +86,7 @@ def change_header(path: Path, draw: random.Random) -> None:
 
 
 def change_note(path: Path, key: str, draw: random.Random) -> None:
-    """Changes the JSON that a safetensors file holds as text in its metadata."""
+    """Changes JSON that a safetensors file holds as text in its metadata."""
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
@@ -97,7 +97,7 @@ def change_note(path: Path, key: str, draw: random.Random) -> None:
 
 
 def damage_bytes(data: bytes, draw: random.Random) -> bytes:
-    """Returns bytes with some of them changed, cut off, repeated or replaced."""
+    """Returns a copy of the bytes with a part changed, cut off, repeated or replaced."""
     changed = bytearray(data)
     match draw.randrange(4):
         case 0:
@@ -118,7 +118,7 @@ def damage_bytes(data: bytes, draw: random.Random) -> bytes:
 
 
 def replace_file(path: Path, draw: random.Random) -> None:
-    """Replaces a file by something else: a pipe, a link, a folder, a file of 1 TiB, a part of it, or another text."""
+    """Replaces a file by a pipe, a link, a folder, a file of 1 TiB, a part of itself, or another text."""
     data = path.read_bytes()
     path.unlink()
     match draw.randrange(8):

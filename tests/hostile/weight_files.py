@@ -1,4 +1,4 @@
-"""Reads hostile weights and checkpoints as commands other than `beit3 inspect` do."""
+"""Reads hostile weights and checkpoints like all commands other than `beit3 inspect`."""
 
 import random
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tests.weights.hostile_files import Originals, write_hostile
 
 
 def weight_kinds(originals: Originals, config: RunConfig) -> dict[str, HostileKind]:
-    """Returns one kind per reader; all get the same files."""
+    """Returns one kind per reader; all readers get the same files."""
 
     def export(path: Path) -> None:
         for number, weight_format in enumerate(("beit3", "unilm-dual", "timm")):

@@ -1,4 +1,4 @@
-"""Compares answers with those of the model itself."""
+"""Compares the answerer with the VQA model itself."""
 
 import dataclasses
 from pathlib import Path

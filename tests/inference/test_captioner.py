@@ -1,4 +1,4 @@
-"""Compares captions with those of the model itself."""
+"""Compares the captioner with the captioning model itself."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Compares classes by name, and those of a linear layer, with the models themselves."""
+"""Compares classes by name, and classes of a linear layer, with the models themselves."""
 
 from pathlib import Path
 

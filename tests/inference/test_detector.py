@@ -1,4 +1,4 @@
-"""`beit3 predict detect` draws detections and writes them in COCO's form, which the task reads back."""
+"""Tests that `beit3 predict detect` draws detections, and writes them in COCO's format as the task reads it."""
 
 import json
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_weights_of_another_task_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_class_layers_can_be_left_out(weights: Path, tmp_path: Path) -> None:
-    """As for a run on COCO after the intermediate stage on Objects365."""
+    """Checks a detector whose class layers are left out, as for COCO after the intermediate stage on Objects365."""
     out = tmp_path / "body.safetensors"
     pattern = "heads.boxes.stages.*.classes.*"
     assert main(["export", str(weights), str(out), "--leave-out", pattern]) == 0

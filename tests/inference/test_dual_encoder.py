@@ -1,4 +1,4 @@
-"""Compares the dual encoder with the model itself."""
+"""Compares the dual encoder with the retrieval model itself."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compares the encoders with the whole model, and checks what they load."""
+"""Compares each encoder with the whole model, and checks which tensors it loads."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tests.weights.models import ModelReader, exported, random_model
 
 
 def test_encoders_of_pretrained_weights(spm: Path, photos: list[Path], tmp_path: Path) -> None:
-    """Compares each encoder with the whole model, and checks what it loads."""
+    """Compares each encoder with the whole model, and checks which tensors it loads."""
     whole = random_model(small_model_config(text_vocab_size=310))
     path = exported(whole, tmp_path / "weights.safetensors")
     pixels = torch.stack([preprocess(photo, 16) for photo in photos])
@@ -49,7 +49,7 @@ def test_encoders_of_pretrained_weights(spm: Path, photos: list[Path], tmp_path:
 
 
 def test_files_of_other_formats(photos: list[Path], spm: Path, tmp_path: Path) -> None:
-    """Loads what `beit3 export` writes for other projects, without an import."""
+    """Checks that files exported for other projects load without an import."""
     whole = random_model(small_model_config(text_vocab_size=310))
     export_weights(ModelReader(whole), tmp_path / "dual.pth", format="unilm-dual")
     export_weights(ModelReader(whole), tmp_path / "vision.safetensors", format="timm")

@@ -1,4 +1,4 @@
-"""Compares judgements with those of the model itself."""
+"""Compares the judge with the NLVR2 model itself."""
 
 import dataclasses
 from pathlib import Path

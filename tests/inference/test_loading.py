@@ -1,4 +1,4 @@
-"""Checks that weights without what a use needs are refused."""
+"""Tests that weights are refused if they lack what a use needs."""
 
 from pathlib import Path
 

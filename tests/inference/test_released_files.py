@@ -1,4 +1,4 @@
-"""Uses the reference's fine-tuned files without an import, and compares results with the reference's."""
+"""Tests the reference's fine-tuned files without an import; results must equal those of the reference."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.weights.golden import HEAD_SIZE, Golden, read_golden
 
 
 class NumberTokenizer(TextTokenizer):
-    """Takes a text for its ids, written as numbers."""
+    """Reads a text as a list of token ids written as numbers."""
 
     def __init__(self) -> None:
         self.mask_id, self.vocab_size = 63, 64
@@ -39,7 +39,7 @@ def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[n
 
 
 def texts_of(golden: Golden) -> list[str]:
-    """Returns the texts without BOS and EOS, as numbers."""
+    """Returns the texts without BOS and EOS, as numbers separated by spaces."""
     return [" ".join(map(str, ids[1:-1].tolist())) for ids in golden.texts()]
 
 
@@ -84,7 +84,7 @@ def test_retrieval(released) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_classes(released) -> None:  # type: ignore[no-untyped-def]
-    """Reads the A half of a decoupled file alone."""
+    """Checks a classifier that reads only the A half of a decoupled file."""
     golden, path = released("imagenet_linear")
     classifier = ImageClassifier.from_pretrained(path, [str(i) for i in range(7)])
     found = classifier.probabilities(list(golden.inputs["image"]))

@@ -1,4 +1,4 @@
-"""Writes small weights of every task, and pictures, for the tests of their use."""
+"""Writes small weights of every task, and pictures, for the tests of inference."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,7 +44,7 @@ def task_model(task: str, config: ModelConfig | None = None) -> TaskModel:
 
 
 def write_task_weights(path: Path, task: str, settings: Mapping[str, Any] | None = None) -> TaskModel:
-    """Exports the weights of a task and returns their model."""
+    """Exports random weights of a task; returns the model."""
     model = task_model(task)
     reader = ModelReader(model)
     reader.task = {"name": task, **(settings or {})}
@@ -53,13 +53,13 @@ def write_task_weights(path: Path, task: str, settings: Mapping[str, Any] | None
 
 
 def draw_photo(path: Path, seed: int = 0) -> Path:
-    """Writes a picture that is no square."""
+    """Writes a picture that is not square."""
     pixels = np.random.default_rng(seed).integers(0, 256, (20, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
 def ids_of(spm: Path, text: str) -> list[int]:
-    """Returns the ids of a text, cut off at 20."""
+    """Returns the token ids of a text, cut off after 20."""
     tokenizer = TextTokenizer(spm)
     return [tokenizer.bos_id, *tokenizer.encode(text)[:18], tokenizer.eos_id]

@@ -1,6 +1,6 @@
-"""Implements BEiT-3 plainly, as the reference: one padded sequence per sample, and an expert chosen per row.
+"""Implements BEiT-3 plainly, as the reference: one padded sequence per sample, and one expert per row.
 
-It shares no code with the packed model, only its parameters by name.
+It shares no code with the packed model, only parameters under the same names.
 """
 
 import math
@@ -16,7 +16,7 @@ Parameters = dict[str, Tensor]
 
 
 def plain_losses(p: Parameters, config: ModelConfig, batch: PackedBatch) -> Tensor:
-    """Returns the sums of cross entropies (image MIM, text MLM, pair MIM, pair MLM)."""
+    """Returns the sums of cross entropies, float64, shape (4,): image MIM, text MLM, pair MIM, pair MLM."""
     samples = _unpack(batch)
     width = max((1 + config.num_patches) + config.max_text_length, 1)
     sums = [torch.zeros((), dtype=torch.float64) for _ in range(4)]

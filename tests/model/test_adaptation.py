@@ -1,4 +1,4 @@
-"""Checks that weights adapted to other settings compute the same as before, as far as possible."""
+"""Tests that weights adapted to other settings compute the same outputs, as far as possible."""
 
 import dataclasses
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_shared_becomes_decoupled_with_the_same_outputs(tmp_path: Path) -> None:
 
 
 def test_decoupling_leaves_vision_language_experts_out(tmp_path: Path) -> None:
-    """Images and texts alone never use a vision-language expert, so their features stay the same."""
+    """Checks features of images and of texts, which never use a vision-language expert, after it is left out."""
     model = random_model(PAPER)
     path = exported(model, tmp_path / "w")
     wanted = {"layout": "decoupled", "num_vision_language_layers": 0}
@@ -76,7 +76,7 @@ def test_new_experts_are_those_of_vision(stored: ModelConfig, tmp_path: Path) ->
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(length=st.integers(2, 60))
 def test_other_text_lengths(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Learned positions are kept; added positions get the initial values of a new run."""
+    """Checks that learned positions are kept, and that added ones get the initial values of a new run."""
     model = random_model(PAPER)
     path = exported(model, tmp_path_factory.mktemp("w") / "w")
     loaded = PretrainingModel.from_pretrained(path, max_text_length=length)
@@ -104,7 +104,7 @@ LAYOUTS = {"paper": PAPER, "no vision-language experts": SHARED, "decoupled": de
 
 
 def inputs_of(config: ModelConfig, kinds: tuple[str, ...]) -> dict[str, Any]:
-    """Returns random inputs of the kinds alone."""
+    """Returns random inputs of the given kinds only."""
     images, texts, pairs = random_inputs(config)
     return {kind: x for kind, x in {"images": images, "texts": texts, "pairs": pairs}.items() if kind in kinds}
 
@@ -112,7 +112,7 @@ def inputs_of(config: ModelConfig, kinds: tuple[str, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("kinds", INPUTS, ids="+".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_what_the_inputs_need_is_loaded(layout: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
-    """Compares features with those of the whole model to the bit, and the names of the tensors that are read."""
+    """Compares features with those of the whole model bit for bit, and checks which tensors are read."""
     whole = random_model(LAYOUTS[layout])
     weights = PretrainedWeights(exported(whole, tmp_path / "w"))
     loaded = PretrainingModel.from_pretrained(tmp_path / "w", inputs=kinds[::-1])  # in any order
@@ -185,7 +185,7 @@ def test_the_rest_is_refused(wanted: dict[str, Any], message: str, tmp_path: Pat
 
 
 def test_the_final_norm_is_left_out(tmp_path: Path) -> None:
-    """A VQAv2 model has none, but starts from pretrained weights, which have one."""
+    """Checks a VQAv2 model, which has no final norm although the pretrained weights have one."""
     stored, wanted = random_model(SHARED), dataclasses.replace(SHARED, final_norm=False)
     path = exported(stored, tmp_path / "w")
     weights = AdaptedWeights(PretrainedWeights(path), wanted, "x")

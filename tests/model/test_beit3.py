@@ -1,4 +1,4 @@
-"""Compares the packed model with a plain padded one, and checks properties that parallel training needs."""
+"""Compares the packed model with a plain padded one, and tests properties that parallel training needs."""
 
 import dataclasses
 import itertools
@@ -60,7 +60,7 @@ def test_packed_equals_plain(layout: str, mix: str, drop_path: bool, captions: s
 
 @pytest.mark.parametrize("mix", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
 def test_every_parameter_takes_part(mix: tuple[int, int, int]) -> None:
-    """A parameter without a gradient in one micro-batch corrupts or hangs ZeRO-3."""
+    """Catches a parameter without gradient in some micro-batch, which corrupts or hangs ZeRO-3."""
     kinds = tuple(kind for kind, count in zip(INPUT_KINDS, mix, strict=True) if count) or INPUT_KINDS
     for config in [*LAYOUTS.values(), *(dataclasses.replace(c, inputs=kinds) for c in LAYOUTS.values())]:
         model = build(config, torch.float32)
@@ -93,7 +93,7 @@ def test_logits_belong_to_the_losses() -> None:
 
 
 def test_samples_do_not_see_each_other() -> None:
-    """Changing one text must not change another sample's loss; catches a range that includes neighbouring rows."""
+    """Catches an attention range that includes neighbouring rows: changing one text must not change other losses."""
     config = small_model_config()
     model, batch = build(config), random_batch(config, 1, 1, 2)
     changed = batch.token_ids.clone()
@@ -109,7 +109,7 @@ def test_samples_do_not_see_each_other() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_causal_captions_do_not_leak(layout: str) -> None:
-    """Changes later words one by one: image rows, earlier words and other sequences must not notice."""
+    """Changes later words one by one; image rows, earlier words and other sequences must stay unchanged."""
     config = LAYOUTS[layout]
     model, batch = build(config), dataclasses.replace(random_batch(config, 1, 2, 1), causal_captions=True)
     before = BEiT3.forward(model, dataclasses.replace(batch, head_rows=None, head_row_counts=()))

@@ -1,4 +1,4 @@
-"""Checks which rows a block computes; test_beit3.py shows that results do not depend on them."""
+"""Tests which rows a block computes; test_beit3.py shows that results do not depend on this choice."""
 
 import dataclasses
 
@@ -51,7 +51,10 @@ def test_branches_do_not_compute_what_is_dropped() -> None:
 
 @pytest.mark.parametrize(("dropped", "skips"), [(0, False), (1, False), (2, True)])
 def test_few_dropped_rows_are_computed_with_the_others(dropped: int, skips: bool) -> None:
-    """Skipping 1 of 40 images costs more than it saves, because all other rows are copied; skipping 2 saves time."""
+    """Checks that few dropped rows are computed with the others.
+
+    For 1 of 40 images, skipping is slower, because all other rows must be copied. For 2 images it is faster.
+    """
     drop_path = torch.ones(40, 3, 2)
     drop_path[:dropped] = 0
     batch = dataclasses.replace(random_batch(CONFIG, 40, 0, 0), drop_path=drop_path)

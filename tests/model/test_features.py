@@ -19,7 +19,7 @@ LAYOUTS = {"paper": small_model_config(sub_layernorm=True), "decoupled": decoupl
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_features_are_what_the_heads_see(layout: str) -> None:
-    """Compares logits computed from features with the heads' logits in training, at the same rows."""
+    """Compares logits computed from features with the logits of the heads in training, at equal rows."""
     config = LAYOUTS[layout]
     model, batch = random_model(config), random_batch(config, 2, 2, 2)
     plain = dataclasses.replace(batch, patch_mask=torch.zeros_like(batch.patch_mask))  # keeps the corrupted ids

@@ -1,4 +1,4 @@
-"""Checks that initial values depend only on seed and name, and follow the rule of BEiT or Magneto."""
+"""Tests that initial values depend only on seed and name, and follow the rule of BEiT or Magneto."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Compares the last linear layer of a branch, split over ranks with its sub-LN, with the unsplit layer."""
+"""Compares the last linear layer of a branch, divided over ranks with its sub-LN, with the undivided layer."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ EXPERTS = ("vision", "language")
 
 
 def measure(offset: float, gelu: bool) -> list[tuple[Tensor, Tensor]]:
-    """Returns actual and expected tensors of one rank: output and all gradients."""
+    """Returns pairs of actual and expected tensors of one rank: the output and all gradients."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(ParallelConfig(tensor_parallel_size=RANKS))
@@ -48,10 +48,10 @@ def measure(offset: float, gelu: bool) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize(("offset", "gelu"), [(0.0, True), (300.0, False)])
 def test_divided_over_ranks(offset: float, gelu: bool) -> None:
-    """Compares outputs and gradients with the unsplit layer's, also for inputs with a large mean.
+    """Compares outputs and gradients with those of the undivided layer, also for inputs with a large mean.
 
-    An offset of 300 breaks E[x^2] - E[x]^2 in float32, which leaves no digit of a variance of 1. Catches a bias, a
-    residual or a factor that every rank adds, and statistics or sums over the columns of one rank only.
+    In float32, E[x^2] - E[x]^2 has no correct digit if the mean is 300 and the variance 1. Also catches a bias,
+    residual or factor that every rank adds, and statistics or sums over the columns of one rank.
     """
     for results in run_ranks(measure, RANKS, offset, gelu):
         for ours, expected in results:

@@ -1,4 +1,4 @@
-"""Tests the rule that gives parameters their weight decay and learning rate."""
+"""Tests the rule that sets the weight decay and learning rate of each parameter."""
 
 import dataclasses
 from typing import Any

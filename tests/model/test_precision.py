@@ -1,4 +1,4 @@
-"""Tests the float32 residual stream of a bf16 model: its dtype, its precision, and no effect on other models."""
+"""Tests the float32 residual stream of a bf16 model: its dtype and precision, and no effect on other models."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def build(config: ModelConfig, dtype: torch.dtype, *, wide: bool, checkpointing:
 
 
 def streams(model: BEiT3) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Returns the dtypes of the stream and of its gradient after the embeddings and after every block."""
+    """Returns the dtypes of the stream and of its gradient, after the embeddings and after every block."""
     seen: list[tuple[torch.dtype, torch.dtype]] = []
 
     def watch(module: nn.Module, arguments: object, stream: Tensor) -> None:
@@ -62,7 +62,7 @@ def test_wider_models_are_the_same_either_way(dtype: torch.dtype) -> None:
 
 
 def test_gradients_are_nearer_to_float64() -> None:
-    """In a deep narrow model a float32 stream at least halves the error, and float32 sums do not increase it."""
+    """Checks a deep narrow model: a float32 stream halves the error at least, and float32 sums do not increase it."""
     errors = {(row.stream, row.sums): row.error for row in measure_precision(num_layers=16, width=32, micro_batches=2)}
     assert errors["fp32", "fp32"] < 0.5 * errors["bf16", "fp32"]
     assert errors["fp32", "fp32"] <= errors["fp32", "bf16"]

@@ -1,4 +1,4 @@
-"""Tests loading exported weights as a plain model."""
+"""Tests loading exported weights as a plain PyTorch model."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> PretrainedWeights:
 
 
 def rewritten(path: Path, **changes: object) -> Path:
-    """Writes the file again with changed tensors or a changed header, and returns its path."""
+    """Rewrites a file with changed tensors or a changed header; returns its path."""
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["beit3_ds"])
     tensors = load_file(path) | changes.pop("add", {})

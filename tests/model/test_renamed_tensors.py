@@ -1,4 +1,4 @@
-"""Reads files with old tensor names under the current names; tests/checkpoint covers checkpoints."""
+"""Tests that files with old tensor names are read under the current names; tests/checkpoint covers checkpoints."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_only_whole_beginnings_are_renamed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_current_name_is_an_old_one() -> None:
-    """Catches an entry that renames tensors of the current version."""
+    """Catches an entry of the table that would rename a current tensor."""
     names = list(dict(PretrainingModel(small_model_config()).named_parameters()))
     assert stored_names(names) == dict(zip(names, names, strict=True))
 

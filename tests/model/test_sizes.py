@@ -1,4 +1,4 @@
-"""Compares parameter counts with the paper's table 2 and the released models."""
+"""Compares parameter counts with table 2 of the paper and with the released models."""
 
 import re
 
@@ -16,7 +16,7 @@ def shapes_of(size: str, **changes: object) -> dict[str, nn.Parameter]:
 
 
 def millions(parameters: dict[str, nn.Parameter], pattern: str) -> int:
-    """Returns the number of elements of the matching weight matrices, in millions."""
+    """Returns the number of elements of weight matrices whose names match a pattern, in millions."""
     return round(sum(p.numel() for name, p in parameters.items() if re.search(pattern, name) and p.dim() == 2) / 1e6)
 
 
@@ -41,7 +41,7 @@ def test_giant_is_the_papers() -> None:
     ],
 )
 def test_parts_of_giant(inputs: tuple[str, ...], expected: int) -> None:
-    """Counts the encoders of the paper's figure 3, without heads."""
+    """Checks the encoders in figure 3 of the paper, without heads."""
     parameters = shapes_of("giant", inputs=inputs)
     count = sum(p.numel() for name, p in parameters.items() if not name.startswith("heads."))
     assert round(count / 1e6) == expected
@@ -49,7 +49,10 @@ def test_parts_of_giant(inputs: tuple[str, ...], expected: int) -> None:
 
 @pytest.mark.parametrize(("size", "backbone"), [("base", 220.99), ("large", 672.70)])
 def test_decoupled_sizes_are_the_released_ones(size: str, backbone: float) -> None:
-    """The released tables have 1024 text positions, and both position tables start with two rows that nothing uses."""
+    """Compares sizes with the released models.
+
+    Their position tables have 1024 text positions, and each table begins with two unused rows.
+    """
     parameters = shapes_of(
         size, layout="decoupled", num_vision_language_layers=0, sub_layernorm=True, max_text_length=1022
     )

@@ -36,7 +36,7 @@ def reference() -> Any:
 
 
 def reference_state(model: BEiT3, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Returns our parameters under the reference's names: A is vision, B is language."""
+    """Returns this project's parameters under the reference's names, where A is vision and B is language."""
     ours = {name: p.detach() for name, p in model.named_parameters()}
     two_unused = torch.zeros(2, config.hidden_size)
     state = {

@@ -1,4 +1,4 @@
-"""Tests the reported activity of a rank's main thread, and whether it waits for other ranks."""
+"""Tests the reported activity of a rank's main thread, and whether it counts as waiting for other ranks."""
 
 import threading
 import time
@@ -44,7 +44,7 @@ def test_a_main_thread_in_a_collective_waits() -> None:
 
 
 def test_a_thread_of_ours_in_a_collective_does_not_count() -> None:
-    """Catches a background thread that gathers for a checkpoint and counts as waiting."""
+    """Catches a background thread, such as one that gathers for a checkpoint, that counts as waiting."""
     activity, lock = Activity(), threading.Lock()
     lock.acquire()
     thread = threading.Thread(target=in_torch, args=(lock.acquire,))

@@ -1,4 +1,4 @@
-"""Checks that all ranks of a model replica get the batches of the reading ranks, or the same error."""
+"""Tests that all ranks of a model copy get the batches that some of them read, or the same error."""
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -35,7 +35,7 @@ class Item:
 
 
 def read(mesh: Mesh, fault: Fault) -> Any:
-    """Yields two items with the view of this rank's stage; the last stage may have a fault in the second."""
+    """Yields two items for this rank's stage; on the last stage, the second item may be faulty or missing."""
     view = "model" if mesh.pipeline.is_first else "tokenizer"
     yield Item(0, view)
     if not mesh.pipeline.is_first:
@@ -65,7 +65,10 @@ def iterate(faults: list[Fault]) -> list[Any]:
 
 
 def test_every_rank_gets_its_stages_view_or_the_same_error() -> None:
-    """Ranks 0 and 1 are the first stage, whose first rank reads; ranks 2 and 3 are the last stage."""
+    """Checks two stages of two ranks each, with and without faults.
+
+    Ranks 0 and 1 are the first stage, and rank 0 reads. Ranks 2 and 3 are the last stage.
+    """
     ranks = run_ranks(iterate, 4, ["", "short", "differs", "storage", "config"])
     for rank, (whole, short, differing, storage, config) in enumerate(ranks):
         view = "model" if rank < 2 else "tokenizer"

@@ -1,4 +1,4 @@
-"""Compares a head whose samples are divided over ranks with one process, outputs and gradients."""
+"""Compares outputs and gradients of a head whose samples are divided over ranks with one process."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ RANKS, WIDTH = 2, 6
 
 
 class ToyHead(nn.Module):
-    """Changes the stream, as an adapter does, and computes two terms from rows that it reads twice."""
+    """Changes the residual stream, as an adapter does, and computes two terms from rows that it reads twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ToyHead(nn.Module):
         self.frozen = nn.Parameter(torch.ones(WIDTH), requires_grad=False)
 
     def forward(self, x_TD: Tensor, row_counts: tuple[int, ...], tensor: TensorParallel) -> tuple[Tensor, Tensor]:
-        """Returns the changed stream and the sums of the terms."""
+        """Returns the changed stream and the sum of each term."""
         sum_gradients(self, tensor)
         divided = DividedSamples(tensor, row_counts)
         own = divided.take(x_TD)
@@ -45,7 +45,7 @@ def run_head(row_counts: tuple[int, ...], tensor: TensorParallel, backwards: int
 
 
 def measure(row_counts: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs on one rank; returns the divided head's tensors and those of one process."""
+    """Runs on one rank; returns the tensors of the divided head and those of one process."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(ParallelConfig(tensor_parallel_size=RANKS))
@@ -54,7 +54,8 @@ def measure(row_counts: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, T
 
 @pytest.mark.parametrize("row_counts", [(3, 5, 2), (4,)])
 def test_equals_one_process(row_counts: tuple[int, ...]) -> None:
-    """Catches gradients of own samples alone, gradients counted once per rank, and a rank without samples that hangs.
+    """Catches gradients of a rank's own samples only, gradients counted once per rank, and ranks without samples that
+    hang.
 
     Two backward passes catch hooks that are registered twice.
     """

@@ -1,4 +1,4 @@
-"""Checks that host values arrive as they were sent, for every number of ranks, without pickling."""
+"""Tests that host values arrive unchanged for every number of ranks, without pickling."""
 
 import pickle
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 
 
 def exchange(sizes: Sequence[int]) -> list[str]:
-    """Runs every operation on groups of the first ranks, for each group size."""
+    """Runs every operation in groups of the first ranks, for each group size; returns the errors."""
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("pickled")
@@ -52,7 +52,7 @@ def exchange(sizes: Sequence[int]) -> list[str]:
 
 
 def test_ranks_exchange_values() -> None:
-    """Catches mistakes in incomplete trees, which occur for sizes that are not powers of two."""
+    """Catches mistakes in incomplete trees, which occur if the size is not a power of two."""
     assert run_ranks(exchange, 6, [1, 2, 3, 4, 5, 6]) == [[]] * 6
 
 

@@ -1,4 +1,4 @@
-"""Checks that host values, packed as JSON and tensors, are unpacked unchanged."""
+"""Tests that host values, packed as JSON and tensors, are unpacked unchanged."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def equal(first: Any, second: Any) -> bool:
 @given(values)
 @settings(max_examples=200, deadline=None)
 def test_values_come_back_as_they_were(value: Any) -> None:
-    """Catches tuples and sizes that become lists, and tensors that change dtype, order or strides."""
+    """Catches tuples and sizes that become lists, and tensors whose dtype, order or strides change."""
     header, tensors = pack(value)
     arriving = unpack_tensors(header)
     for target, source in zip(arriving, tensors, strict=True):
@@ -59,7 +59,7 @@ def test_values_come_back_as_they_were(value: Any) -> None:
 
 
 class Named(tuple):
-    """Implements a subclass of tuple, which unpacking would turn into a plain tuple."""
+    """Implements a subclass of tuple; unpacking would return a plain tuple."""
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def measure_sums() -> tuple[RankCoords, list[float]]:
 
 
 def test_groups_run_along_their_axes() -> None:
-    """Every rank contributes its own digit, so a sum shows the ranks of its group."""
+    """Checks the ranks of each group: every rank adds a different digit, so a sum shows who took part."""
     results = run_ranks(measure_sums, 8)
     assert [coords for coords, _ in results] == [RankCoords(p, d, t) for p in (0, 1) for d in (0, 1) for t in (0, 1)]
     for coords, (data, model, tensor, *of_hosts, last) in results:
@@ -62,7 +62,7 @@ def test_groups_run_along_their_axes() -> None:
 
 
 def gather_rows() -> tuple[list[int], list[tuple[int, ...]]]:
-    """Gathers rank + 1 rows of its number, no row but on rank 1, and no row at all; the tensor's axis is not asked."""
+    """Gathers over data-parallel ranks: rank + 1 rows, rows on rank 1 only, and no rows; returns values and shapes."""
     mesh = build_mesh(ParallelConfig(tensor_parallel_size=2))
     rank = mesh.data_parallel_rank
     found = mesh.gather_rows_over_data(torch.full((rank + 1,), rank), [1, 2])
@@ -131,7 +131,7 @@ def test_stages_see_the_first_ones_items() -> None:
 
 
 def test_an_error_of_one_reader_ends_all_ranks() -> None:
-    """Catches peers that wait forever after an error."""
+    """Catches ranks that wait forever after an error of the rank that reads for them."""
     for seen, message in run_ranks(measure_sharing, 4, 2, "broken"):
         assert (len(seen), message) == (1, "a broken shard")
 
@@ -155,8 +155,9 @@ def count_groups() -> int:
 
 
 def test_an_axis_of_one_rank_needs_no_groups() -> None:
-    """Catches a group per rank for each axis of size 1: at 512 ranks that would be 1,024 groups.
+    """Catches groups for axes of size 1: at 512 ranks, a group per rank and axis would be 1,024 groups.
 
-    The groups are the default one, those of host values and of data-parallel ranks, and the one of this rank alone.
+    Four groups may exist: the default group, that for host values, that of data-parallel ranks, and one of this rank
+    alone.
     """
     assert run_ranks(count_groups, 3) == [4, 4, 4]

@@ -1,4 +1,4 @@
-"""Checks the rows of every tensor-parallel rank under sequence parallelism."""
+"""Tests the rows of each tensor-parallel rank under sequence parallelism."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def ranks(size: int) -> list[TensorParallel]:
 
 @given(SIZES, st.integers(0, 40))
 def test_ranges_tile_the_rows_and_the_filler(size: int, num_rows: int) -> None:
-    """All ranges have the length that reduce-scatter needs; there is less than one padding row per rank."""
+    """Checks that ranges have the equal lengths that reduce-scatter needs, with less than one padding row per rank."""
     ranges = [rank.own_row_range(num_rows) for rank in ranks(size)]
     assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
     assert len({stop - start for start, stop in ranges}) == 1
@@ -27,7 +27,7 @@ def test_ranges_tile_the_rows_and_the_filler(size: int, num_rows: int) -> None:
 
 @given(SIZES, SLICES)
 def test_own_slices_tile_each_slice_once(size: int, lengths: list[int]) -> None:
-    """Catches a row that two experts or none would normalise, and padding rows outside the last expert's slice."""
+    """Catches a row that no expert or two experts normalise, and padding rows outside the last expert's rows."""
     borders = [0, *itertools.accumulate(lengths)]
     slices, num_rows = list(itertools.pairwise(borders)), borders[-1]
     experts: list[int] = []

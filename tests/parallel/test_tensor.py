@@ -1,4 +1,4 @@
-"""Compares outputs and gradients of tensor-parallel layers with the unsplit computation."""
+"""Compares outputs and gradients of tensor-parallel layers with the undivided computation."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def build_mesh() -> Mesh:
 
 
 def measure_vocabulary(chunk_size: int | None, smoothing: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """Runs three AdamW steps on one rank; returns pairs of its tensors and the unsplit network's."""
+    """Runs three AdamW steps on one rank; returns pairs of its tensors and those of the undivided network."""
     mesh = build_mesh()
     torch.manual_seed(0)
     whole = nn.ModuleDict({"word": nn.Embedding(VOCAB, HIDDEN), "mlm": nn.Linear(HIDDEN, VOCAB)})
@@ -89,7 +89,10 @@ def measure_vocabulary(chunk_size: int | None, smoothing: float) -> dict[str, tu
 
 @pytest.mark.parametrize(("chunk_size", "smoothing"), [(3, 0.0), (None, 0.1)])
 def test_divided_vocabulary(chunk_size: int | None, smoothing: float) -> None:
-    """The first rank has no padding, the second some, the third only padding; a padding bias of 0 changes the loss."""
+    """Checks a vocabulary whose shards have no padding, some padding, and only padding.
+
+    A padding bias of 0, in place of minus infinity, would change the loss.
+    """
     for pairs in run_ranks(measure_vocabulary, RANKS, chunk_size, smoothing):
         for name, (ours, expected) in pairs.items():
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")

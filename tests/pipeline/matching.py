@@ -1,4 +1,4 @@
-"""Implements a toy task whose loss compares all images and texts of a step, and does its steps in any layout."""
+"""Implements a toy task whose loss compares all images and texts of a step; runs its steps in any layout."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def matching_config(zero_stage: int, checkpointing: str = "none", **parallel: An
 
 
 def build_batch(config: RunConfig, step: int, numbers: Sequence[int]) -> PackedBatch:
-    """Returns some pairs of a step as one micro-batch: images, then their texts."""
+    """Packs some pairs of a step as one micro-batch: first images, then their texts."""
     pairs = [random_batch(config.model, 1, 0, 1, seed=10 * step + i, drop_path=True) for i in numbers]
     batch = merge_batches(pairs) if pairs else random_batch(config.model, 0, 0, 0, drop_path=True)
     lengths = torch.tensor(batch.text_lengths, dtype=torch.int64)
@@ -86,7 +86,7 @@ def build_batch(config: RunConfig, step: int, numbers: Sequence[int]) -> PackedB
 
 
 def measure_matching(config: RunConfig, mesh: Mesh, deals: Sequence[Deal]) -> dict[str, Tensor]:
-    """Does the steps; returns losses, norms, this stage's gradients and weights, and losses by source."""
+    """Runs the steps; returns losses, norms, this stage's gradients and weights, and losses by source."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from beit3_ds.tasks import build_task
@@ -118,7 +118,10 @@ def measure_matching(config: RunConfig, mesh: Mesh, deals: Sequence[Deal]) -> di
 
 
 def evaluate_sources(config: RunConfig, schedule: "Schedule", mesh: Mesh) -> dict[str, Tensor]:
-    """Returns the mean terms over each source; ranks have other pairs of a source, in another order, or none."""
+    """Returns the mean of each loss term over each source.
+
+    Ranks have different pairs of a source, in different orders, or none.
+    """
     from beit3_ds.training.evaluation import evaluate
 
     shares = [pairs[mesh.data_parallel_rank :: mesh.data_parallel_size] for pairs in SOURCES]
@@ -132,7 +135,7 @@ def evaluate_sources(config: RunConfig, schedule: "Schedule", mesh: Mesh) -> dic
 
 
 def plain_steps() -> dict[str, Tensor]:
-    """Does the same steps in one process with the whole batch at once, without DeepSpeed."""
+    """Runs the same steps on whole batches in one process, without DeepSpeed."""
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
     from beit3_ds.training.optimizer import build_optimizer
@@ -162,7 +165,7 @@ def plain_steps() -> dict[str, Tensor]:
 
 
 def errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns the error of each tensor that exceeds 1e-5 of its 2-norm plus 1e-7 of the norm of all of its kind."""
+    """Returns the error of each tensor outside the tolerance: 1e-5 of its 2-norm plus 1e-7 of the norm of its kind."""
     wrong = {}
     for name, value in found.items():
         difference = float((value - expected[name]).norm())
@@ -175,9 +178,12 @@ def errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
 def measure_layout(
     layout: Layout, cells: Sequence[tuple[int, str, Sequence[Deal]]], expected: Path
 ) -> list[dict[str, float]]:
-    """Runs cells (ZeRO stage, checkpointing, division of the pairs) of one layout on one rank; returns the errors.
+    """Runs all cells of one layout on one rank; returns the errors that exceed the allowed ones.
 
-    `expected` is a file of expected values.
+    Args:
+        layout: layout of the ranks.
+        cells: ZeRO stage, checkpointing mode, and division of the pairs, per cell.
+        expected: file of the expected tensors.
     """
     from beit3_ds.runtime.process_group import init_process_group
 

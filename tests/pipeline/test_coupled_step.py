@@ -20,7 +20,7 @@ LAYOUTS = (ONE, TWO, Layout(1, 1, 3), FOUR, TENSOR, SEQUENCE, STAGES, INTERLEAVE
 
 
 def divide(layout: Layout, num_micro_batches: int) -> list[Deal]:
-    """Deals the pairs of a step evenly, and, for another step, unevenly with an empty micro-batch."""
+    """Divides the pairs of one step evenly, and those of another step unevenly with an empty micro-batch."""
     shares = layout.data * num_micro_batches
     pairs = list(range(8))
     even = [pairs[i::shares] for i in range(shares)]
@@ -35,7 +35,7 @@ COVERING: dict[Layout, Sequence[tuple[int, str, int]]] = {
     SEQUENCE: [(3, "none", 2)],
     STAGES: [(0, "none", 1), (3, "full", 4)],
 }
-"""ZeRO stage, checkpointing and micro-batches of the layouts that every run of the tests checks."""
+"""ZeRO stage, checkpointing mode and micro-batches of the cells that every test run checks, by layout."""
 
 
 @pytest.fixture(scope="module")
@@ -68,5 +68,5 @@ def test_every_layout_equals_one_process(layout: Layout, expected: Path) -> None
 
 
 def test_the_loss_depends_on_the_whole_step(expected: Path) -> None:
-    """Shows that the comparison above would fail if each micro-batch were compared within itself."""
+    """Checks that the loss exceeds log 4, the most if pairs were compared only within a micro-batch."""
     assert float(torch.load(expected)["loss 0"][:2].min()) > torch.tensor(4.0).log()

@@ -1,7 +1,7 @@
 """Proves that DeepSpeed still needs the workarounds of `pipeline.deepspeed_compat` and `ModelParallelUnit`.
 
-Each test undoes one workaround inside the ranks. If it fails, a new DeepSpeed may no longer need the workaround.
-The proofs run when a version, a workaround or this file changes (tests/deepspeed_proofs.py).
+Each test undoes one workaround on the ranks. If it fails, a new DeepSpeed may no longer need the workaround. The proofs
+run when a version, a workaround or this file changes (tests/deepspeed_proofs.py).
 """
 
 import importlib.util
@@ -60,7 +60,7 @@ def undo_zero3_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def undo_model_parallel_group(patch: pytest.MonkeyPatch) -> None:
-    """Uses Megatron's model-parallel group, which leaves out the other stages; here it has one rank."""
+    """Uses Megatron's model-parallel group, which omits other stages; here it has a single rank."""
     from beit3_ds.parallel import ModelParallelUnit
 
     group = [dist.new_group([rank]) for rank in range(STAGES.num_ranks)][dist.get_rank()]
@@ -105,7 +105,7 @@ def measure(
     reference: Reference,
     seconds: int,
 ) -> list[dict[str, float] | str]:
-    """Returns, on one rank, the error of each tensor over the allowed error, or the exception that ended the step."""
+    """Returns each tensor's ratio of error to allowed error on one rank, or the exception that ended the step."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0, **layout.parallel | {"timeout_seconds": seconds}).parallel)
@@ -131,7 +131,11 @@ def run(
     zero: dict[str, Any] | None = None,
     seconds: int = PATIENCE,
 ) -> list[dict[str, float] | str]:
-    """Returns per ZeRO stage the worst ratio by kind and step over all ranks, or the tracebacks of failed ranks."""
+    """Runs one layout with a workaround undone.
+
+    Returns:
+        For each ZeRO stage, the worst error ratio over all ranks by kind and step, or the tracebacks of failed ranks.
+    """
     ranks = run_ranks(measure, layout.num_ranks, layout, zero_stages, undo, zero or {}, reference, seconds)
     return [_worst(found) for found in zip(*ranks, strict=True)]
 
@@ -150,7 +154,10 @@ def _worst(ranks: tuple[dict[str, float] | str, ...]) -> dict[str, float] | str:
 
 
 def test_nothing_is_wrong_with_the_workarounds(reference: Reference) -> None:
-    """Shows that errors in other tests come from what they undo; one stage has more of the small sub-groups."""
+    """Checks that no error occurs with all workarounds, so errors in other tests come from undone ones.
+
+    The stages have different numbers of the small sub-groups.
+    """
     for found in [
         *run(STAGES, (0, 1, 2, 3), None, reference, {"sub_group_size": 10_000}),
         *run(INTERLEAVED, (3,), None, reference),
@@ -160,7 +167,7 @@ def test_nothing_is_wrong_with_the_workarounds(reference: Reference) -> None:
 
 @pytest.mark.deepspeed_proof
 def test_trace_check_asks_stages_that_hold_other_modules(reference: Reference) -> None:
-    """ZeRO-3 broadcasts its order of modules over all ranks while the other stage waits for a message."""
+    """Shows a hang: ZeRO-3 broadcasts its module order over all ranks while the other stage waits for a message."""
     (found,) = run(STAGES, (3,), undo_trace_check, reference, seconds=SECONDS)
     assert isinstance(found, str) and "in assert_ints_same_as_other_ranks" in found, found
 
@@ -173,34 +180,40 @@ def test_backward_passes_in_a_row_overwrite_gradients(reference: Reference) -> N
 
 @pytest.mark.deepspeed_proof
 def test_engine_that_accumulates_divides_gradients(reference: Reference) -> None:
-    """The loss factors already divide by the number of micro-batches; AdamW and clipping hide the second division."""
+    """Shows gradients divided twice: loss factors already divide by the number of micro-batches.
+
+    AdamW and clipping hide the second division.
+    """
     for found in run(STAGES, (0, 3), let_engine_accumulate, reference):
         assert isinstance(found, dict) and found["gradient 0"] > 1e4 and found["norm 0"] > 1e4, found
 
 
 @pytest.mark.deepspeed_proof
 def test_zero3_norm_is_summed_sub_group_by_sub_group(reference: Reference) -> None:
-    """Stages have different numbers of sub-groups, so they wait for each other in vain."""
+    """Shows a hang: ranks sum the norm once per sub-group, but stages have different numbers of sub-groups."""
     (found,) = run(STAGES, (3,), undo_zero3_norm, reference, {"sub_group_size": 10_000}, SECONDS)
     assert isinstance(found, str) and "in get_grad_norm_direct" in found, found
 
 
 @pytest.mark.deepspeed_proof
 def test_model_parallel_group_holds_the_stages(reference: Reference) -> None:
-    """Each stage clips by its own norm if the group leaves out the other stages."""
+    """Shows that each stage clips by its own norm if the group omits the other stages."""
     for found in run(STAGES, (1, 2), undo_model_parallel_group, reference):
         assert isinstance(found, dict) and found["gradient 0"] <= 1 < 1e3 < found["norm 0"], found
 
 
 @pytest.mark.deepspeed_proof
 def test_gradients_of_the_step_before_stay_in_the_buffer(reference: Reference) -> None:
-    """Gradients of model chunks that are not in a step's first backward pass add to those of the previous step."""
+    """Shows that gradients of some model chunks are added to those of the previous step.
+
+    The chunks are those outside the first backward pass of a step.
+    """
     (found,) = run(INTERLEAVED, (3,), undo_clearing_of_buffer, reference)
     assert isinstance(found, dict) and found["gradient 0"] <= 1 < 1e3 < found["gradient 1"], found
 
 
 def measure_bf16_norms() -> tuple[float, float]:
-    """Returns the norms on one rank, with and without marks."""
+    """Returns two gradient norms on one rank: with tensor-parallel gradients marked for DeepSpeed, and unmarked."""
     from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
     from beit3_ds.runtime.process_group import init_process_group
 
@@ -222,7 +235,7 @@ def test_bf16_norm_without_zero_looks_for_marks_on_gradients(reference: Referenc
 
 
 def count_reductions() -> list[int]:
-    """Counts gradient buffers that a step on one rank without ZeRO copies, with the workaround and without it."""
+    """Returns how many gradient buffers a step without ZeRO copies on one rank, with and without the workaround."""
     from deepspeed import DeepSpeedEngine
 
     from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat

@@ -1,4 +1,4 @@
-"""Tests the gradient norm that replaces DeepSpeed's in bf16 without ZeRO, and its mark of a norm that is not finite."""
+"""Tests the gradient norm that replaces DeepSpeed's for bf16 without ZeRO, also for infinite gradients."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 
 
 def norm_over_ranks(largest: float) -> float:
-    """On each of two ranks: the norm of a replicated gradient, and of one that is split over both ranks."""
+    """Returns two norms on one of two ranks: of a replicated gradient, and of a gradient divided over both ranks."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -26,7 +26,7 @@ def norm_over_ranks(largest: float) -> float:
 
 @pytest.mark.parametrize("largest", [4.0, math.inf, math.nan])
 def test_replicated_gradients_count_once(largest: float) -> None:
-    """Catches a second count, a missing sum over ranks, and a norm of 1 for a group that is not finite."""
+    """Catches a gradient that counts twice, a missing sum over ranks, and a norm of 1 if a gradient is not finite."""
     for norm in run_ranks(norm_over_ranks, 2, largest):
         assert norm == 6.0 if largest == 4 else not math.isfinite(norm)
 

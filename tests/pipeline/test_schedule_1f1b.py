@@ -1,4 +1,4 @@
-"""Checks that the 1F1B order is complete, matches the neighbours, never deadlocks and saves activations and time."""
+"""Tests the 1F1B order: complete, matching between stages, free of deadlocks, and lean in memory and time."""
 
 from collections import defaultdict, deque
 from random import Random
@@ -23,7 +23,7 @@ def pipelines(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 class Stage:
-    """Simulates a stage of `Schedule`, which starts to receive the next action's tensor before it computes."""
+    """Simulates a stage of `Schedule`, which begins to receive the next action's tensor before it computes."""
 
     def __init__(self, stage: int, sizes: tuple[int, int, int], channels: dict[Channel, deque[Any]]) -> None:
         micro_batches, self.num_stages, self.num_chunks = sizes
@@ -37,13 +37,13 @@ class Stage:
         return action.chunk * self.num_stages + self.stage
 
     def source(self, action: Action) -> Channel | None:
-        """Returns the channel of an action's tensor, if any; a stage takes the next message of the channel."""
+        """Returns the channel on which an action's tensor arrives, or None; messages of a channel arrive in order."""
         if self.chunk(action) == (0 if action.forward else self.num_stages * self.num_chunks - 1):
             return None
         return action.forward, (self.stage + (-1 if action.forward else 1)) % self.num_stages, self.stage
 
     def work(self) -> bool:
-        """Runs the next action if its tensor has arrived; returns whether it did."""
+        """Runs the next action if its tensor has arrived; returns whether it ran."""
         if not self.actions or (self.asked is not None and not self.channels[self.asked]):
             return False
         action = self.actions.popleft()
@@ -79,7 +79,7 @@ def test_every_pass_once_and_forward_first(sizes: tuple[int, int, int]) -> None:
 @settings(deadline=None)
 @given(pipelines(), st.integers(0, 2**32))
 def test_stages_never_wait_for_each_other_in_a_circle(sizes: tuple[int, int, int], seed: int) -> None:
-    """Stages of any speed never deadlock, and each channel delivers messages in the expected order."""
+    """Checks that stages of any speed never deadlock, and that messages of a channel arrive in the expected order."""
     random, channels = Random(seed), defaultdict(deque)
     stages = [Stage(stage, sizes, channels) for stage in range(sizes[1])]
     while any(stage.actions for stage in stages):
@@ -92,7 +92,7 @@ def test_stages_never_wait_for_each_other_in_a_circle(sizes: tuple[int, int, int
 @settings(deadline=None)
 @given(pipelines())
 def test_activations_in_flight(sizes: tuple[int, int, int]) -> None:
-    """A stage keeps activations of at most warm-up + 1 passes through a model chunk (Narayanan et al., 2021)."""
+    """Checks that a stage keeps activations of at most warm-up + 1 passes of model chunks (Narayanan et al., 2021)."""
     micro_batches, num_stages, num_chunks = sizes
     channels: dict[Channel, deque[Any]] = defaultdict(deque)
     stages = [Stage(stage, sizes, channels) for stage in range(num_stages)]
@@ -107,7 +107,7 @@ def test_activations_in_flight(sizes: tuple[int, int, int]) -> None:
 @settings(deadline=None)
 @given(st.integers(2, 6), st.integers(1, 4))
 def test_time_that_stages_idle(num_stages: int, groups: int) -> None:
-    """The bubble is 2 (stages - 1) units if each pass takes one unit; a wrong order makes it larger."""
+    """Checks that the bubble is 2 (stages - 1) units if each pass takes one unit; a wrong order makes it larger."""
     sizes = (groups * num_stages, num_stages, 1)
     channels: dict[Channel, deque[Any]] = defaultdict(deque)
     stages = [Stage(stage, sizes, channels) for stage in range(num_stages)]

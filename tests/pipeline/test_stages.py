@@ -1,4 +1,4 @@
-"""Compares the cut of the layers into model chunks with all possible cuts."""
+"""Compares the division of layers into model chunks with all possible divisions."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def costs_and_chunks(draw: st.DrawFn) -> tuple[list[float], int]:
 @given(costs_and_chunks())
 @example(([8, 11, 7, 6, 9, 3], 3))  # the most even cut, 19 + 13 + 12, does not have the smallest maximum, 18
 def test_cut_is_the_best_of_all(drawn: tuple[list[float], int]) -> None:
-    """Compares the cut with all others: none has a smaller largest sum, or an equal one with more even sums."""
+    """Checks that no other division has a smaller largest sum, or an equal largest sum with more even sums."""
     costs, num_chunks = drawn
     chunks = cut(costs, num_chunks)
     assert len(chunks) == num_chunks and [i for chunk in chunks for i in chunk] == list(range(len(costs)))
@@ -40,7 +40,7 @@ def test_cut_is_the_best_of_all(drawn: tuple[list[float], int]) -> None:
 
 @given(st.integers(1, 8), st.integers(1, 3))
 def test_stages_take_turns(num_stages: int, num_chunks: int) -> None:
-    """Chunk r of stage s has index r * stages + s; consecutive chunks on one stage would not be interleaved."""
+    """Checks that chunk r of stage s has index r * stages + s, so a stage's chunks are not consecutive."""
     chunks = [range(i, i + 1) for i in range(num_stages * num_chunks)]
     held = [stage_layers(chunks, stage, num_stages) for stage in range(num_stages)]
     assert [held[s][r] for r in range(num_chunks) for s in range(num_stages)] == chunks

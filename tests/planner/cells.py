@@ -1,4 +1,4 @@
-"""Defines the layouts whose costs are measured, and measures several of them on one set of ranks."""
+"""Defines layouts whose costs are measured, and measures several layouts on one set of ranks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,25 +27,25 @@ PAIRS, IMAGES = {"inputs": ["pairs"]}, {"inputs": ["images"], "tie_word_embeddin
 
 
 class SeenTraffic(NamedTuple):
-    """Observed traffic of one rank in the second step."""
+    """Holds the observed traffic of one rank in the second step."""
 
     coords: RankCoords
     traffic: dict[tuple[str, str], tuple[int, int]]
-    """Calls and bytes by axis and kind."""
+    """Number of calls and bytes, by axis and kind."""
 
 
 class SeenMemory(NamedTuple):
-    """Observed memory of one rank in the second step."""
+    """Holds the observed memory of one rank in the second step."""
 
     coords: RankCoords
     states: dict[str, int]
-    """Bytes by part, while the last micro-batch is under way."""
+    """Bytes by part while the last micro-batch is computed."""
     buckets: int
-    """Bytes of DeepSpeed's buckets, at most."""
+    """Largest number of bytes in DeepSpeed's buckets."""
     gathered: int
-    """Bytes of whole parameters under ZeRO-3, persistent ones left out, at most."""
+    """Largest number of bytes of gathered parameters under ZeRO-3, without persistent ones."""
     activations: int
-    """Bytes that autograd saved, at most."""
+    """Largest number of bytes saved by autograd."""
 
 
 def cell(
@@ -59,7 +59,7 @@ def cell(
     wide: bool = False,
     **parallel: Any,
 ) -> RunConfig:
-    """Returns a run of a tiny model; `wide` keeps the stream and sums of gradients of a bf16 run in float32."""
+    """Returns a run of a tiny model; `wide` keeps the stream and gradient sums of a bf16 run in float32."""
     sizes = {"num_layers": 4, "num_attention_heads": 4, "drop_path_rate": 0.1}
     mapping = small_run_mapping(zero_stage, accumulation=micro_batches, **(sizes | (model or {})))
     mapping["zero_optimization"] |= SMALL_BUCKET | (zero or {})
@@ -76,7 +76,7 @@ def cell(
 
 
 def micro_batches_of(config: RunConfig, data_rank: int, step: int) -> list[PackedBatch]:
-    """Returns the micro-batches of one data-parallel rank in one step; they differ between ranks and steps."""
+    """Returns the micro-batches of one data-parallel rank in one step; ranks and steps have different ones."""
     batches = []
     for i in range(config.gradient_accumulation_steps):
         mix = zip(INPUT_KINDS, MIXES[i % len(MIXES)], strict=True)
@@ -113,10 +113,10 @@ def measure_memory(configs: list[RunConfig]) -> list[SeenMemory]:
 
 
 def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]:
-    """Runs two steps of every layout and observes the second; the first one has one-off traffic.
+    """Runs two steps of every layout and observes the second, because the first has one-off traffic.
 
-    ZeRO-3 compares the numbers of modules among data-parallel ranks, and DeepSpeed counts modules over all engines of a
-    process. So these ranks must have built equal numbers of modules before, and layouts with a pipeline come last.
+    ZeRO-3 compares module numbers between data-parallel ranks, and DeepSpeed numbers the modules of all engines of a
+    process. So these ranks must have built equal numbers of modules before; layouts with a pipeline come last.
     """
     from beit3_ds.parallel import build_mesh
     from beit3_ds.runtime.process_group import init_process_group

@@ -1,4 +1,4 @@
-"""Counts every collective call of c10d at the process groups of a rank."""
+"""Counts every collective call of c10d in the process groups of a rank."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -38,16 +38,16 @@ class Call(NamedTuple):
     """Describes one collective call of one rank."""
 
     axis: str
-    """data, tensor, model, pipeline, world or host."""
+    """Axis of the group: data, tensor, model, pipeline, world or host."""
     kind: str
     num_bytes: int
     dtype: torch.dtype
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Records every collective call on this thread while it is entered; on the CPU backward passes run there too.
+    """Records every collective call of this thread while it is entered; on a CPU this includes backward passes.
 
-    Calls over one rank move nothing and are left out. Calls of host groups are recorded under the axis `host`.
+    Calls in groups of one rank move no data and are not recorded. Calls of host groups have the axis `host`.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -56,7 +56,7 @@ class CollectiveCounter(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def totals(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Returns calls and bytes by axis and kind."""
+        """Returns the number of calls and bytes, by axis and kind."""
         calls: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for call in self.calls:

@@ -21,9 +21,9 @@ _PARTS = {
 
 
 def state_bytes(schedule: Schedule) -> dict[str, int]:
-    """Returns the bytes of storages reachable from the engine's module, optimizer and the tied table, by part.
+    """Returns the bytes of storages reachable from the engine's module, the optimizer and the tied table, by part.
 
-    Every storage counts once, under the first part of `_PARTS` that matches one of its paths, or else under `other`.
+    Each storage counts once, under the first part of `_PARTS` that matches one of its paths, or else under `other`.
     """
     paths: dict[int, list[str]] = {}
     sizes: dict[int, int] = {}
@@ -66,7 +66,7 @@ def _reachable(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Ten
 
 
 class SavedTensors:
-    """Counts storages saved for backward passes while it is entered; each counts once, and parameters are left out."""
+    """Counts storages saved for backward passes while it is entered, each once and without parameters."""
 
     def __init__(self, module: nn.Module, when_used: Callable[[], None] = lambda: None) -> None:
         self.live, self.peak = 0, 0
@@ -120,14 +120,14 @@ class _Saved:
 
 
 def bucket_bytes(optimizer: Any) -> int:
-    """Returns the bytes of the buffers in which DeepSpeed collects gradients at this moment."""
+    """Returns the bytes of the buffers in which DeepSpeed currently collects gradients."""
     buffers = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
     tensors = [t for buffer in buffers for t in (buffer if isinstance(buffer, list) else [buffer]) if t is not None]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def gathered_bytes(module: nn.Module) -> int:
-    """Returns the bytes of parameters that ZeRO-3 has gathered now, without persistent ones and partitions."""
+    """Returns the bytes of parameters that ZeRO-3 has currently gathered, without persistent ones and partitions."""
     return sum(
         parameter.numel() * parameter.element_size()
         for parameter in module.parameters()

@@ -1,4 +1,7 @@
-"""Prints the measured tables of docs/traffic_and_memory.md: `python -m tests.planner.table`."""
+"""Prints the measured tables of docs/traffic_and_memory.md.
+
+Usage: python -m tests.planner.table
+"""
 
 from beit3_ds.config import RunConfig
 from beit3_ds.planner import rank_memory, step_traffic
@@ -22,7 +25,7 @@ PARTS = ("parameters", "gradients", "optimizer", "buckets", "gathered", "activat
 
 
 def main() -> None:
-    """Measures every layout and prints two tables in Markdown."""
+    """Measures every layout and prints two Markdown tables."""
     print("| layout | calls and bytes of the first rank | formula |\n|---|---|---|")
     for ranks, cells in TRAFFIC:
         ordered = pipelines_last(cells)
@@ -36,17 +39,17 @@ def main() -> None:
 
 
 def pipelines_last(cells: dict[str, RunConfig]) -> dict[str, RunConfig]:
-    """Returns the layouts in an order in which one set of ranks can run them; see `cells._measure`."""
+    """Returns the layouts in an order that one set of ranks can run; see `cells._measure`."""
     return dict(sorted(cells.items(), key=lambda item: item[1].parallel.pipeline_parallel_size))
 
 
 def run(measure, ranks: int, cells: dict[str, RunConfig]) -> list[tuple]:  # type: ignore[no-untyped-def]
-    """Returns the observations of every rank, for each layout."""
+    """Returns the observations of every rank for each layout."""
     return list(zip(*run_ranks(measure, ranks, list(cells.values()), timeout=580), strict=True))
 
 
 def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -> None:
-    """Prints one line per layout, for the first rank."""
+    """Prints the traffic of the first rank, in one line per layout."""
     volumes = step_traffic(rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data)).volumes
     counted = {key: volume for key, volume in seen.traffic.items() if key[0] != "host"}
     texts = [f"{axis} {kind} {calls}, {size:,}" for (axis, kind), (calls, size) in sorted(counted.items())]
@@ -55,7 +58,10 @@ def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -
 
 
 def print_memory(name: str, config: RunConfig, ranks: int, seen: SeenMemory) -> None:
-    """Prints one line per layout, for the first rank: measured bytes, and the formula's difference from 0.01% on."""
+    """Prints the memory of the first rank, in one line per layout.
+
+    The formula's difference is printed if it is at least 0.01%.
+    """
     memory = rank_memory(
         rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data), seen.coords.data
     )

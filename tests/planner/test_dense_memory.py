@@ -1,4 +1,4 @@
-"""Checks the modelled memory and operations of a model for images of any size."""
+"""Tests the predicted memory and operations of a model for images of any size."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tests.tasks.toy_dense.test_toy_dense import write_config
 
 @pytest.mark.parametrize("relative_positions", [False, True])
 def test_kept_activations_are_as_modelled(relative_positions: bool, tmp_path: Path) -> None:
-    """Catches CLS rows that do not exist, a last FFN on some rows only, and the width of relative positions."""
+    """Catches CLS rows that do not exist, a last FFN on some rows only, and a wrong width of relative positions."""
     config = load_run_config(
         write_config(tmp_path),
         [f"model.dense.relative_positions={str(relative_positions).lower()}", "model.drop_path_rate=0"],

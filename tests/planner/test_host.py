@@ -1,4 +1,4 @@
-"""Checks the model of what a node needs beside its GPUs."""
+"""Tests the predicted needs of a node beside its GPUs."""
 
 import dataclasses
 from typing import Any
@@ -34,7 +34,7 @@ def config(zero: dict[str, Any] | None = None, **parallel: int) -> RunConfig:
 
 @pytest.mark.parametrize("name", GPU_CONFIGS)
 def test_shipped_configs_fit_a_usual_node(name: str) -> None:
-    """A usual node has 8 GPUs and 512 GiB of memory, half of it for /dev/shm."""
+    """Checks the shipped configurations on a typical node: 8 GPUs and 512 GiB of memory, half of it for /dev/shm."""
     found = load_run_config(f"ds_configs/{name}.json")
     node = NodeSize(memory=512 * GIB, shm=256 * GIB)
     check_node(requirements(found, GPU_CONFIGS[name], 8), found, node)

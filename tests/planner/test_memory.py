@@ -1,4 +1,4 @@
-"""Compares the bytes of live tensors of ranks with the formulas of docs/traffic_and_memory.md, within 5%."""
+"""Compares the bytes of live tensors with the formulas of docs/traffic_and_memory.md, within 5%."""
 
 import functools
 
@@ -58,19 +58,19 @@ WIDE: dict[int, dict[str, RunConfig]] = {
 
 @functools.cache
 def measured(ranks: int) -> list[list[SeenMemory]]:
-    """Returns the measurements of every rank, for each layout of `CELLS`."""
+    """Returns the measurements of every rank for each layout of `CELLS`."""
     return run_ranks(measure_memory, ranks, list(CELLS[ranks].values()))
 
 
 def modelled(config: RunConfig, ranks: int, seen: SeenMemory) -> Memory:
-    """Returns what the formulas give for the same rank."""
+    """Returns the memory that the formulas predict for the measured rank."""
     return rank_memory(
         rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data), seen.coords.data
     )
 
 
 def check(config: RunConfig, ranks: int, seen: SeenMemory, name: str) -> None:
-    """Checks every part by itself, so that a wrong part does not hide behind a larger one."""
+    """Compares each part separately, so that a wrong part cannot hide behind a larger one."""
     expected = modelled(config, ranks, seen)
     counted = {part: seen.states.get(part, 0) for part in ("parameters", "gradients", "optimizer")}
     counted |= {"buckets": seen.buckets, "gathered": seen.gathered, "activations": seen.activations}
@@ -91,7 +91,10 @@ def test_memory_is_as_modelled(ranks: int) -> None:
 
 @pytest.mark.slow
 def test_memory_falls_with_ranks() -> None:
-    """Compares the fullest rank's states: two data-parallel ranks halve them under ZeRO-3, all three axes do more."""
+    """Compares the states of the fullest rank.
+
+    Two data-parallel ranks halve the states under ZeRO-3, and all three axes together shrink them further.
+    """
     states = {}
     for ranks in CELLS:
         first = [results[0].states for results in measured(ranks)]

@@ -1,4 +1,4 @@
-"""Checks the cost of float32 in a bf16 run, as `beit3 check` prints it."""
+"""Tests the cost of float32 in a bf16 run, as `beit3 check` prints it."""
 
 from beit3_ds.planner import describe_precision, precision_cost
 from tests.planner.cells import cell

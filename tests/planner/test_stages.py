@@ -1,4 +1,4 @@
-"""Compares the bubble of a pipeline with a simulation of its schedule, and checks the table of stages."""
+"""Compares a pipeline's bubble with a simulation of its schedule, and tests the table of stages."""
 
 import pytest
 
@@ -11,7 +11,7 @@ FORWARD, BACKWARD = 1.0, 2.0  # time of a pass through one model chunk
 
 
 def simulate(num_micro_batches: int, num_stages: int, num_chunks: int) -> float:
-    """Returns the time of a step without the time of messages; a chunk waits for its neighbours among the layers."""
+    """Returns the time of a step without communication; each model chunk waits for the previous or next one."""
     ends: dict[tuple[bool, int, int], float] = {}
     orders = [list(schedule_1f1b(num_micro_batches, s, num_stages, num_chunks)) for s in range(num_stages)]
     clocks, last = [0.0] * num_stages, num_stages * num_chunks - 1

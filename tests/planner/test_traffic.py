@@ -1,4 +1,4 @@
-"""Compares the calls that ranks make in a step with the formulas of docs/traffic_and_memory.md."""
+"""Compares the calls of ranks in a step with the formulas of docs/traffic_and_memory.md."""
 
 from typing import Any
 
@@ -87,7 +87,7 @@ WIDE_FOUR_RANKS = {
 
 
 def check(ranks: int, cells: dict[str, RunConfig]) -> None:
-    """Compares calls and bytes of every axis and kind on every rank, without host values."""
+    """Compares calls and bytes of every axis and kind on every rank, except host values."""
     wrong: list[str] = []
     by_rank = run_ranks(measure_traffic, ranks, list(cells.values()))
     for number, (name, config) in enumerate(cells.items()):
@@ -114,5 +114,5 @@ def check(ranks: int, cells: dict[str, RunConfig]) -> None:
     ],
 )
 def test_counted_traffic_equals_the_formula(ranks: int, cells: dict[str, RunConfig]) -> None:
-    """Catches a second all-reduce, a lost gather, a message of another size, on any axis."""
+    """Catches an additional all-reduce, a missing gather, and a message of another size, on any axis."""
     check(ranks, cells)

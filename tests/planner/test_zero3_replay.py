@@ -9,7 +9,7 @@ from tests.planner.cells import STRICT, cell, rank_model_of
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_zero3_without_prefetch_gathers_before_every_use(checkpointing: str) -> None:
-    """Holds without prefetching and reuse; tests/planner/test_traffic.py counts the other cases."""
+    """Checks the replay without prefetching and reuse; tests/planner/test_traffic.py counts the other cases."""
     config = cell(3, 4, zero=STRICT, training={"activation_checkpointing": checkpointing})
     rank_model = rank_model_of(config, 3, RankCoords(0, 0, 0))
     calls, elements = Zero3Replay(rank_model).run_step(4)

@@ -1,4 +1,4 @@
-"""Makes `os.write` fail at chosen moments, after it has written a part."""
+"""Makes `os.write` fail at chosen calls, after it has written a part of the data."""
 
 import errno
 import os
@@ -9,14 +9,14 @@ from unittest import mock
 from hypothesis import strategies as st
 
 MOMENTS = st.lists(st.none() | st.integers(0, 30), max_size=60)
-"""Per call of `os.write`: None for one that succeeds, or the bytes that one writes before the disk is full."""
+"""One entry per call of `os.write`: None for a success, or the bytes written before the disk is full."""
 
 
 @contextmanager
 def failing_disk(moments: Iterable[int | None], code: int = errno.ENOSPC) -> Iterator[None]:
-    """Lets calls of `os.write` fail as `MOMENTS` says; later ones succeed.
+    """Makes calls of `os.write` fail as described by `MOMENTS`; later calls succeed.
 
-    A system call writes a part and returns its size; only the next one fails.
+    As in the operating system, a call that writes a part returns the size of that part, and only the next call fails.
     """
     remaining, write = iter(moments), os.write
     is_full = False

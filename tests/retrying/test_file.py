@@ -1,4 +1,4 @@
-"""Tests that a file is complete in the end, whenever its disk fails."""
+"""Tests that a file is complete in the end, even if its disk fails at any moment."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ LINES = st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b""
 def test_any_failures_leave_the_same_file(
     lines: list[bytes], moments: list[int | None], has_lines: bool, reopened: bool
 ) -> None:
-    """Catches lines that are lost, repeated, torn or out of order; `content` is complete at any time."""
+    """Catches lines that are lost, repeated, torn or out of order; `content` must be complete at any time."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "logs" / "metrics.jsonl"
         said: list[str] = []
@@ -56,7 +56,7 @@ def test_a_replacement_waits_for_room_and_comes_before_later_lines(
 
 
 def test_a_file_that_changes_meanwhile_gets_whole_lines(tmp_path: Path) -> None:
-    """Catches the second half of a line in a file of which somebody has deleted the first half to make room."""
+    """Catches a remaining half line after somebody has deleted a part of the file to free space."""
     path = tmp_path / "metrics.jsonl"
     file = RetryingFile(path, lambda line: None)
     file.append(b"one\n")
@@ -74,7 +74,7 @@ def test_a_file_that_changes_meanwhile_gets_whole_lines(tmp_path: Path) -> None:
 
 
 def test_an_error_when_the_file_is_closed_counts(tmp_path: Path) -> None:
-    """Catches lines that a network file system accepts and then does not store."""
+    """Catches lines that a network file system accepts, but reports as not stored when the file is closed."""
     file = RetryingFile(tmp_path / "metrics.jsonl", lambda line: None)
     file.append(b"one\n")
     close = os.close

@@ -1,4 +1,4 @@
-"""Tests that result files that a disk refuses are reported once and written later."""
+"""Tests that result files refused by a disk are reported once and written later."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_a_file_that_the_disk_refuses_is_written_later(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_content_is_reported_and_not_repeated(tmp_path: Path) -> None:
-    """Catches a missing font that fails a finished run, or is tried again."""
+    """Catches an error while content is created, such as a missing font, that fails a finished run or is retried."""
     said: list[str] = []
     folder = ResultFolder(tmp_path, said.append)
 

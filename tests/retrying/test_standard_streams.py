@@ -1,4 +1,4 @@
-"""Tests that programs survive a stdout and stderr that cannot be written, with real processes and devices."""
+"""Tests that programs survive stdout and stderr that cannot be written, with real processes and devices."""
 
 import os
 import subprocess
@@ -26,13 +26,13 @@ print("end")
 
 @pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"], autouse=True)
 def buffering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Starts programs with and without `python -u`, with which launchers start ranks."""
+    """Starts programs with and without `python -u`, which launchers use for ranks."""
     monkeypatch.setenv("PYTHONUNBUFFERED", request.param)
     return str(request.param)
 
 
 def start(redirection: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the program in a shell with redirected streams; returns the shell's output, with the program's status."""
+    """Runs the program in a shell with redirected streams; returns the shell's output with the program's status."""
     script = f'set -o pipefail; "$0" -c "$1" {" ".join(arguments)} {redirection}; echo "status $?"'
     return subprocess.run(
         ["bash", "-c", script, sys.executable, _PROGRAM], capture_output=True, text=True, timeout=60, check=True
@@ -51,7 +51,7 @@ def test_streams_that_work_are_unchanged(buffering: str) -> None:
 
 @pytest.mark.parametrize("argument", ["", "reports"])
 def test_a_full_stdout_is_reported_once_on_stderr(argument: str) -> None:
-    """Catches status 120, with which Python ends after a failed flush, and a traceback per line of a logger."""
+    """Catches status 120, Python's result of a failed flush, and a traceback per line of a logger."""
     result = start("> /dev/full", argument)
     assert result.stdout == "status 0\n"
     assert result.stderr == WARNING.format("stdout") + "once that is possible.\nto stderr\n"
@@ -68,7 +68,7 @@ def test_both_full() -> None:
 
 
 def test_a_closed_pipe_is_silent_unless_asked_for() -> None:
-    """Catches "Exception ignored", which Python prints at its end, and status 120."""
+    """Catches status 120, and the message "Exception ignored" that Python prints at its end."""
     assert (result := start("| true")).stderr == "to stderr\n" and result.stdout == "status 0\n"
     said = start("| true", "reports").stderr
     assert said == "WARNING: nobody reads stdout any more; the program continues without it\nto stderr\n"
@@ -80,7 +80,7 @@ def test_descriptors_that_are_closed_at_the_start() -> None:
 
 
 def test_output_appears_once_a_disk_has_room(tmp_path: Path) -> None:
-    """Catches lines that are lost, or repeated, on a stdout that fails for a while; here by a limit on its size."""
+    """Catches lines lost or repeated on a stdout that fails for a while, here because its size is limited."""
     program = """
 import resource, signal, sys
 from beit3_ds.retrying.standard_streams import keep_standard_streams
@@ -98,7 +98,7 @@ assert streams.finish() is None
 
 
 def test_a_terminal_that_is_gone() -> None:
-    """Catches EIO at the next line, after the terminal of a run was closed."""
+    """Catches EIO at the next line after the terminal of a run was closed."""
     ours, theirs = os.openpty()
     later = _PROGRAM.replace('print("before")', "pass")
     program = f"import os, sys; os.write(1, b'started'); sys.stdin.readline()\n{later}"

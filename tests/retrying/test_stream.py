@@ -1,4 +1,4 @@
-"""Tests that a stream is complete in the end, whenever its disk fails, and that no error ends its writer."""
+"""Tests that a stream is complete in the end even if its disk fails, and that no error ends its writer."""
 
 import errno
 import os
@@ -45,7 +45,7 @@ def test_an_error_is_told_once_until_writing_succeeds(tmp_path: Path) -> None:
 
 
 def test_what_exceeds_the_limit_is_counted_in_the_stream(tmp_path: Path) -> None:
-    """Catches memory that grows for ever on a disk that stays full."""
+    """Catches memory that grows without limit while a disk stays full."""
     with open(tmp_path / "log", "wb") as file:
         stream = RetryingStream(file.fileno, lambda error: None, limit=10)
         with failing_disk([0] * 9):
@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_opened_is_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_full_pipe_that_does_not_block_is_waited_for_at_the_end() -> None:
-    """Catches output lost at the end because another program has set the terminal to non-blocking."""
+    """Catches output that is lost at the end because another program has made the terminal non-blocking."""
     import threading
 
     readable, writable = os.pipe()
@@ -105,7 +105,7 @@ def test_a_full_pipe_that_does_not_block_is_waited_for_at_the_end() -> None:
 
 
 def test_a_forked_process_leaves_the_missing_bytes_to_its_parent(tmp_path: Path) -> None:
-    """Catches output that data-loader workers repeat."""
+    """Catches output that forked data-loader workers write a second time."""
     with open(tmp_path / "log", "ab") as file:
         stream = RetryingStream(file.fileno, lambda error: None)
         with failing_disk([0]):

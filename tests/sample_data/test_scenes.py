@@ -1,4 +1,4 @@
-"""Drawn scenes and what is true of them."""
+"""Tests drawn scenes and the statements about them."""
 
 import random
 

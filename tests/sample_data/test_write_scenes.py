@@ -1,4 +1,4 @@
-"""Files of drawn scenes."""
+"""Tests the files of drawn scenes."""
 
 import json
 from pathlib import Path

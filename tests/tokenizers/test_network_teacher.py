@@ -19,7 +19,7 @@ def config(teacher: str, weights: Path | str | None = None, stage: int = -1) -> 
 
 
 def build(teacher: TeacherConfig, **changes: int) -> Teacher:
-    """Builds a teacher for images of 3 x 3 patches, or of other sizes."""
+    """Builds a teacher for images of 3 x 3 patches; `changes` replace these sizes."""
     return build_teacher(teacher, VisualTokenizerConfig(path="x", **({"image_size": 24, "patch_size": 8} | changes)))
 
 

@@ -1,4 +1,4 @@
-"""Tests which differences between images the hand-made teacher sees, and which it must ignore."""
+"""Tests which differences between images the hand-made teacher sees, and which it ignores."""
 
 import pytest
 import torch

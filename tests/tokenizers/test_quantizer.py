@@ -1,4 +1,4 @@
-"""Tests the codebook: its initialisation, its moving averages, and the gradient that bypasses it."""
+"""Tests the codebook: its initialisation, moving averages, and the gradient that bypasses it."""
 
 import pytest
 import torch

@@ -39,7 +39,7 @@ def run(mapping: dict[str, Any], folder: Path, command: str, *options: str) -> i
 def test_finished_text_tokenizer_is_kept(
     mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a second training, whose ids may differ, so that checkpoints of runs would be refused."""
+    """Catches a second training; its ids may differ, and the checkpoints of runs would then be refused."""
     path = tmp_path / "text.spm"
     assert run(mapping, tmp_path, "train-text-tokenizer") == 0
     before = path.stat().st_mtime_ns
@@ -70,7 +70,7 @@ def test_a_full_disk_keeps_the_old_tokenizer_with_its_recipe(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a new tokenizer beside the recipe of the old one, and leftovers."""
+    """Catches a new tokenizer with the recipe of the old one, and leftover files."""
     assert run(mapping, tmp_path, "train-text-tokenizer") == 0
     before = {path.name: path.read_bytes() for path in tmp_path.glob("text*")}
     assert len(before) == 2
@@ -102,7 +102,7 @@ def test_two_trainings_of_one_text_tokenizer_exclude_each_other(
 
 
 def test_copied_visual_tokenizer_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a second training, which would take minutes and end with another file."""
+    """Catches a second training, which would take minutes and write a different file."""
     mapping = visual_tokenizer_mapping(tmp_path)
     visual = build_run_config(mapping).tokenizers.visual
     path = Path(visual.path)
@@ -125,7 +125,7 @@ def visual_tokenizer_recipe(mapping: dict[str, Any]) -> Recipe:
 
 
 def test_first_versions_form_of_a_recipe_is_known(tmp_path: Path) -> None:
-    """Catches a finished training that an upgrade refuses although its recipe is the same."""
+    """Catches an upgrade that refuses a finished tokenizer although the recipe is equal."""
     mapping = visual_tokenizer_mapping(tmp_path)
     mapping["beit3_ds"]["data"]["images"] |= {"train": ["photos.tar", "pairs.tar"]}
     recipe, path = visual_tokenizer_recipe(mapping), tmp_path / "visual.safetensors"
@@ -152,7 +152,7 @@ def test_a_tokenizer_that_could_not_be_saved_is_not_trained(
     name: str,
     options: list[str],
 ) -> None:
-    """Catches a training that ends in a traceback after hours."""
+    """Catches a training that fails with a traceback after hours."""
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     if kind == "visual":
@@ -167,7 +167,7 @@ def test_a_tokenizer_that_could_not_be_saved_is_not_trained(
 def test_other_files_that_cannot_be_written_are_one_line(
     mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a traceback for a folder that is read-only or full."""
+    """Catches a traceback if a folder is read-only or full."""
     assert run(mapping, tmp_path, "train-text-tokenizer") == 0
     capsys.readouterr()
     (tmp_path / "file").touch()

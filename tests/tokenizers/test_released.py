@@ -1,4 +1,4 @@
-"""Tests the import of BEiT v2's released tokenizers on tensors of their names and shapes."""
+"""Tests the import of BEiT v2's released tokenizers, on tensors with the released names and shapes."""
 
 import argparse
 from pathlib import Path
@@ -57,7 +57,10 @@ def released_state(
     patch: int = 16,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """Returns the tensors of VQKD.state_dict(): two transformers, quantizer, two task layers, CLIP's scaling layer."""
+    """Returns the tensors of VQKD.state_dict().
+
+    They are those of two transformers, the quantizer, two task layers, and CLIP's scaling layer.
+    """
     state = transformer_state("encoder", encoder_layers, hidden, 3, patch, grid, device)
     state |= transformer_state("decoder", decoder_layers, hidden, code_dim, 1, grid, device)
     generator = torch.Generator(device=device).manual_seed(3) if device == "cpu" else None
@@ -79,7 +82,7 @@ def released_state(
 
 
 def released_codes(state: dict[str, Tensor], pixels: Tensor, heads: int) -> Tensor:
-    """Returns the codes of images by the published formulas, written with the released names."""
+    """Computes the codes of images by the published formulas, with tensors under the released names."""
     s = {name.removeprefix("encoder."): value for name, value in state.items()}
     hidden, _, patch, _ = s["patch_embed.proj.weight"].shape
     x = F.conv2d(pixels, s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], patch).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Tests the text tokenizer: its numbering of ids, its training and its messages."""
+"""Tests the text tokenizer: its ids, its training and its messages."""
 
 import pickle
 import random

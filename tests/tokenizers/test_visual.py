@@ -1,4 +1,4 @@
-"""Tests the visual tokenizer: shapes, its file, and its fit to a run."""
+"""Tests the visual tokenizer: shapes, its file, and whether it fits a run."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Reads the numbers of the reference's fine-tuned models in `tests/fixtures/golden`."""
+"""Reads the recorded inputs and outputs of the reference's fine-tuned models in `tests/fixtures/golden`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -18,22 +18,22 @@ from beit3_ds.weights.unilm_heads import head_builder
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "golden"
 HEAD_SIZE = 16
-"""Width of the models' attention heads, which their files do not hold; released models have 64."""
+"""Width of the models' attention heads, which the files do not state; released models have 64."""
 CPU = torch.device("cpu")
 
 
 class Golden(NamedTuple):
-    """Numbers of one model."""
+    """Holds weights, inputs and outputs of one model."""
 
     weights: dict[str, Tensor]
-    """The released file's state dict."""
+    """State dict of the released file."""
     inputs: dict[str, Tensor]
-    """The inputs, by name."""
+    """Inputs by name."""
     outputs: dict[str, Tensor]
-    """The reference's outputs, by name."""
+    """Outputs of the reference, by name."""
 
     def texts(self) -> list[Tensor]:
-        """Returns the ids of every text, without padding."""
+        """Returns the ids of each text, without padding."""
         return [ids[padding == 0] for ids, padding in zip(self.inputs["ids"], self.inputs["padding"], strict=True)]
 
 
@@ -47,7 +47,7 @@ def read_golden(name: str) -> Golden:
 
 
 def import_golden(golden: Golden, folder: Path, monkeypatch) -> PretrainedWeights:  # type: ignore[no-untyped-def]
-    """Imports the state dict of a released file as `beit3 import` does."""
+    """Imports the state dict of a released file like `beit3 import`."""
     monkeypatch.setattr(unilm_names, "_HEAD_SIZE", HEAD_SIZE)
     torch.save({"model": golden.weights}, folder / "released.pth")
     export_weights(ReleasedFile(folder / "released.pth"), folder / "imported.safetensors")
@@ -55,7 +55,7 @@ def import_golden(golden: Golden, folder: Path, monkeypatch) -> PretrainedWeight
 
 
 def load_model(weights: PretrainedWeights) -> TaskModel:
-    """Builds the model of imported weights, with the head of their task."""
+    """Builds the model for imported weights, with the head of their task."""
     assert weights.task is not None
     model = TaskModel(head_builder(weights.task), weights.model)
     fill_parameters(model, AdaptedWeights(weights, weights.model, "golden"))

@@ -1,6 +1,6 @@
-"""Generates hostile checkpoints and files of weights: whole ones with one part replaced by something that is not valid.
+"""Generates hostile checkpoints and weight files: valid ones in which one part is replaced by something invalid.
 
-Every file follows from its number, so a failure can be repeated.
+Each file depends only on its number, so a failure can be repeated.
 """
 
 import copy
@@ -28,7 +28,7 @@ from tests.weights.models import ModelReader, random_model
 
 
 class Originals:
-    """Holds one whole example of every kind of file, which the hostile ones are copied from."""
+    """Holds one valid example of every kind of file, as the source of hostile copies."""
 
     def __init__(self, folder: Path) -> None:
         reader = ModelReader(random_model(small_model_config()))
@@ -70,21 +70,21 @@ class Originals:
             "buffers": {},
         }
         self.old_index = copy.deepcopy(self.index) | {"version": 1}
-        """The same index in format 1, which holds the pieces."""
+        """The index in format 1, which contains the pieces."""
         for name, tensor in self.old_index["tensors"].items():
             tensor["pieces"] = [[0, *whole_slice(shapes[name])]]
         write_index(self.checkpoint, self.index)
 
 
 def write_index(folder: Path, content: dict[str, Any]) -> None:
-    """Writes an index with a digest that fits, so that its content is looked at."""
+    """Writes an index with a valid digest, so that its content is read."""
     plain = {key: value for key, value in content.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
     (folder / INDEX_NAME).write_text(json.dumps({**plain, "sha256": content.get("sha256", digest)}))
 
 
 def write_hostile(originals: Originals, folder: Path, number: int) -> Path:
-    """Writes the hostile file of a number into an empty folder; returns the path that `beit3 inspect` gets."""
+    """Writes the hostile file with the given number into an empty folder; returns the path for `beit3 inspect`."""
     draw = random.Random(number)
     kinds: list[Callable[[Originals, Path, random.Random], Path]] = [
         *(_changed_index, _changed_index, _strange_index, _strange_piece_file),
@@ -130,7 +130,7 @@ def _strange_piece_file(originals: Originals, folder: Path, draw: random.Random)
 
 
 def _change_table(file: Path, content: dict[str, Any], draw: random.Random) -> None:
-    """Replaces the table of pieces by one that is not valid, with a digest that fits."""
+    """Replaces the table of pieces by an invalid one with a valid digest."""
     rows = load_file(file)[PIECES]
     match draw.randrange(4):
         case 0:
@@ -149,7 +149,7 @@ def _change_table(file: Path, content: dict[str, Any], draw: random.Random) -> N
 
 
 def _forge(file: Path, content: dict[str, Any]) -> None:
-    """Lets the size and digest in the index fit a changed file."""
+    """Updates size and digest in the index for a changed file."""
     content["files"][file.name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
 
 

@@ -15,7 +15,7 @@ from beit3_ds.weights.export import export_weights
 
 
 class ModelReader:
-    """Reads the tensors of a model in memory, as from a checkpoint of pretraining."""
+    """Reads the tensors of a model in memory, like those of a pretraining checkpoint."""
 
     def __init__(self, model: BEiT3, step: int = 0) -> None:
         self.model, self.step, self.task = model.config, step, {"name": "pretraining"}
@@ -37,7 +37,7 @@ class ModelReader:
 
 @torch.no_grad()
 def random_model(config: ModelConfig, seed: int = 0) -> BEiT3:
-    """Builds a model in which no two parameters are alike, norms and biases included."""
+    """Builds a model whose parameters all differ, including norms and biases."""
     model, generator = PretrainingModel(config), torch.Generator().manual_seed(seed)
     deviation = min(0.2, config.hidden_size**-0.5)  # rounding errors of larger ones grow from block to block
     for name, parameter in model.named_parameters():
@@ -48,7 +48,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> BEiT3:
 
 
 def exported(model: BEiT3, path: Path) -> Path:
-    """Exports a model's weights in this project's format."""
+    """Exports a model's weights in this project's format; returns the path."""
     export_weights(ModelReader(model), path)
     return path
 

@@ -1,4 +1,4 @@
-"""Checks that exported files are whole or absent, have the wanted type and number, and take little memory."""
+"""Tests exported files: whole or absent, with the chosen dtype and number of files, and little memory use."""
 
 import errno
 import json
@@ -108,7 +108,10 @@ def test_nothing_is_overwritten_unasked(taken_by: str, max_shard_bytes: int | No
 
 @pytest.mark.parametrize("name", ["text.spm", "model-00001-of-00009.safetensors", "notes"])
 def test_a_folder_with_other_files_is_never_replaced(name: str, tmp_path: Path) -> None:
-    """The folder holds exported weights beside a tokenizer, another project's shard or a folder."""
+    """Checks that an export refuses a folder with exported weights and other files.
+
+    The other file is a tokenizer, another project's shard or a folder.
+    """
     folder = tmp_path / "shards"
     export_weights(READER, folder, max_shard_bytes=20_000)
     export_weights(READER, folder, max_shard_bytes=20_000, overwrite=True)
@@ -131,7 +134,7 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
 
 
 class FailingReader(ModelReader):
-    """Fails at the n-th tensor, like a full disk or a damaged file."""
+    """Fails at the n-th tensor, like a damaged file."""
 
     def __init__(self, error: BaseException, after: int) -> None:
         super().__init__(random_model(small_model_config()))
@@ -202,7 +205,7 @@ MEGABYTE = 1 << 20
 class LargeReader:
     """Simulates a reader of 216 MB in 6 tensors, each created when it is read.
 
-    The allocator always returns blocks above 32 MB to the system, but may keep smaller ones.
+    The allocator returns blocks above 32 MB to the system at once, but may keep smaller ones.
     """
 
     model, step = small_model_config(num_layers=6, num_vision_language_layers=0), 0
@@ -223,9 +226,9 @@ class LargeReader:
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
-    """Provides a function that returns the most private memory since the start, in bytes.
+    """Provides a function that returns the peak of private memory since the start, in bytes.
 
-    Pages of mapped files do not count, because the system may drop them at any time.
+    Pages of mapped files are not counted, because the system may drop them at any time.
     """
 
     def private() -> int:

@@ -1,4 +1,4 @@
-"""Checks that one device loads from an exported file what the ranks trained."""
+"""Tests that one device loads from an exported file what several ranks trained."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SETUP = Setup(Layout(2, 2, 1, sequence_parallel=True), 3)
 
 
 def train_and_predict(folder: Path) -> Logits | None:
-    """Trains, saves and runs a batch forward on one rank; the last stage returns its logits."""
+    """Trains, saves and runs a forward pass on one rank; the last stage returns the logits."""
     mesh, schedule, state, store = start(SETUP, folder, seed=1)
     train(SETUP, schedule, mesh, range(2))
     store.save(state, 2)
@@ -44,6 +44,6 @@ def test_exported_model_equals_the_ranks(tmp_path: Path) -> None:
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """Compares to 1e-6 of the largest logit; rows of the wrong shard or a lost update would differ by far more."""
+    """Compares tensors up to 1e-6 of the largest logit; a wrong shard or a lost update would differ by far more."""
     assert ours.shape == theirs.shape
     assert float((ours - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())

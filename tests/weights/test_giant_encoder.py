@@ -1,4 +1,4 @@
-"""Loads the vision encoder of a model of the giant size in a process of its own, and measures its memory."""
+"""Tests the memory needed to load the vision encoder of a giant model, in a separate process."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ print(sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.pa
 
 
 class RandomWeights:
-    """Draws the tensors of a model when they are read, so that no whole model is in memory."""
+    """Draws the tensors of a model when they are read, so the whole model is never in memory."""
 
     step, task = 0, None
 
@@ -53,7 +53,7 @@ class RandomWeights:
 
 @pytest.mark.slow
 def test_memory_of_a_vision_encoder(tmp_path: Path) -> None:
-    """Counts the whole process, torch included; catches needless experts and pages of the file that stay in memory."""
+    """Measures the whole process including torch; catches unneeded experts and file pages that stay in memory."""
     weights = RandomWeights(ModelConfig(**MODEL_SIZES["giant"]))
     export_weights(weights, tmp_path / "giant.safetensors")
     command = [sys.executable, "-c", LOAD, str(tmp_path / "giant.safetensors")]

@@ -1,6 +1,6 @@
-"""Imported fine-tuned weights compute what the reference computes with them, and are exported to the bit.
+"""Tests that imported fine-tuned weights give the reference's outputs, and are exported back bit for bit.
 
-The numbers are the reference's (`tests/fixtures/golden/README.md`).
+The outputs were recorded from the reference (`tests/fixtures/golden/README.md`).
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ def test_the_command_keeps_the_answers(
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("layout", ["shared", "decoupled"])
 def test_own_fine_tuned_models_come_back(name: str, layout: str, tmp_path: Path) -> None:
-    """Exports models as runs leave them, without what an import keeps."""
+    """Exports models as trained by runs, without the metadata that an import keeps."""
     norm = {"final_norm": name not in ("vqav2", "imagenet_linear")}
     config = decoupled(**norm) if layout == "decoupled" else small_model_config(num_vision_language_layers=0, **norm)
     model, task = TaskModel(head_builder(TASKS[name]), config), TASKS[name] | {"answers": ["yes", "no"]}

@@ -1,4 +1,4 @@
-"""Checks that hostile files end in one printable line, within seconds and in bounded memory."""
+"""Tests that hostile files end in one printable line, within seconds and in bounded memory."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def peak_megabytes() -> float:
 
 
 def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Returns the status of `beit3 inspect` and what it printed to stderr; the printed lines are checked."""
+    """Runs `beit3 inspect`; returns status and stderr, and checks the printed lines."""
     began = time.process_time()  # other programs may slow the clock's
     status = main(["inspect", str(path), "--tensors"])
     seconds = time.process_time() - began
@@ -73,7 +73,7 @@ def check_corpus(
 
 
 def read_all(path: Path) -> None:
-    """Reads all tensors of a checkpoint that opens."""
+    """Reads all tensors of a checkpoint that can be opened."""
     if is_checkpoint(path):
         with contextlib.suppress(ConfigError):
             folder: CheckpointFolder = open_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Checks the text of `beit3 inspect`."""
+"""Tests the output of `beit3 inspect`."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.weights.models import ModelReader, random_model
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """Returns the cells of the table of parts."""
+    """Returns the cells of the table of parts, by row."""
     table = text[text.index("part ") :].splitlines()[1:]
     return {line.split("  ")[0]: line.split("  ", 1)[1].split() for line in table if line}
 

@@ -1,4 +1,4 @@
-"""Checks that files which `beit3 export` wrote for other projects are read back unchanged."""
+"""Tests that files exported for other projects are read back unchanged."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def stored(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("layout", "format"), cells())
 def test_exports_come_back(layout: str, format: ExportFormat, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Compares features for which the format is exact, and the bits of a second export."""
+    """Compares features where the format is exact, and compares a second export bit for bit."""
     model = random_model(LAYOUTS[layout]).to(dtype)
     out, back, again = (tmp_path / f"{name}{SUFFIXES[format]}" for name in ("out", "back", "again"))
     back = back.with_suffix(".safetensors")
@@ -91,7 +91,10 @@ def test_commands_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_reference_and_timm_pass_over_the_note(tmp_path: Path) -> None:
-    """Loads the export with the loaders of the reference and of timm, which find plain tensors under their keys."""
+    """Checks that the loaders of the reference and of timm find plain tensors and ignore the note.
+
+    The note is metadata that this project adds to the file.
+    """
     model = random_model(LAYOUTS["paper"])
     export_weights(ModelReader(model), tmp_path / "x.pth", format="unilm-dual")
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
@@ -100,7 +103,7 @@ def test_the_reference_and_timm_pass_over_the_note(tmp_path: Path) -> None:
 
 
 def test_a_changed_export_is_refused(tmp_path: Path) -> None:
-    """If A and B of a shared tensor were trained apart, they would not fit the model of the note."""
+    """Checks that an export is refused if the A and B copies of a shared tensor have been trained apart."""
     export_weights(ModelReader(random_model(LAYOUTS["paper"])), tmp_path / "x.pth", format="unilm-dual")
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
     saved["model"]["beit3.encoder.layers.1.self_attn.q_proj.B.weight"] += 1
@@ -124,7 +127,7 @@ PARTS: dict[str, tuple[tuple[str, ...], ExportFormat, set[str]]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("part", PARTS)
 def test_models_of_some_inputs_come_back(part: str, tmp_path: Path) -> None:
-    """Exports only the experts that exist, and reads the file as a model for the inputs that these serve."""
+    """Exports only the existing experts, and reads the file as a model for the inputs that these experts serve."""
     inputs, format, letters = PARTS[part]
     model, out, back = random_model(small_model_config(inputs=inputs)), tmp_path / "out.pth", tmp_path / "back"
     export_weights(ModelReader(model), out, format=format)

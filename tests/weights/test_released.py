@@ -1,4 +1,4 @@
-"""Checks the import of released BEiT-3 weights on files with their exact names."""
+"""Tests the import of released BEiT-3 weights on files with the released names."""
 
 import argparse
 import dataclasses
@@ -173,7 +173,7 @@ def test_the_released_sizes_are_read_off_their_shapes(size: str, millions: float
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_file_with_a_wrong_tensor_is_refused(data: st.DataObject, reference: Reference, tmp_path: Path) -> None:
-    """A file is refused if any tensor is missing or has another name or shape, so no model has holes."""
+    """Checks that a file is refused if any tensor is missing or has a wrong name or shape."""
     state = released_state(reference, "pretrained")
     key = data.draw(st.sampled_from([key for key in state if key.startswith("beit3.")]))
     change = data.draw(st.sampled_from(["lose", "rename", "widen", "flatten"]))

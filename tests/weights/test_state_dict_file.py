@@ -1,4 +1,4 @@
-"""Checks torch files that are written tensor after tensor."""
+"""Tests torch files that are written one tensor at a time."""
 
 from pathlib import Path
 

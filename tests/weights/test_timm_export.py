@@ -1,4 +1,4 @@
-"""Checks exported vision towers in timm."""
+"""Tests exported vision towers in timm."""
 
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def test_named_sizes_need_no_more_than_their_name(size: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_printed_example_gives_our_features(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an example that ends before the final norm, and one that preprocesses in its own way."""
+    """Catches a printed example that stops before the final norm or preprocesses images differently."""
     monkeypatch.chdir(tmp_path)
     model, path = random_model(LAYOUTS[layout]), tmp_path / "vision.safetensors"
     export_weights(ModelReader(model), path, format="timm")

@@ -1,4 +1,4 @@
-"""Checks that the reference's own code computes our features from exported state dicts."""
+"""Tests that the reference's own code computes this project's features from exported state dicts."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def load_reference(model: BEiT3, path: Path, format: ExportFormat) -> Reference:
 
 
 def reference_features(reference: Any, images: Any, texts: Any, pairs: Any) -> Features:
-    """Returns the reference's features sample by sample, without padding."""
+    """Returns the reference's features, computed for one sample at a time without padding."""
 
     def run(**inputs: torch.Tensor) -> torch.Tensor:
         out = reference.beit3(**{name: value.unsqueeze(0) for name, value in inputs.items()})["encoder_out"]

@@ -1,6 +1,6 @@
-"""Implements the dense backbone plainly: padded maps that each block partitions into windows, with masked padding.
+"""Implements the dense backbone plainly: each block divides padded maps into windows and masks the padding.
 
-It shares no code with the packed model, only its parameters by name.
+It shares no code with the packed model, only parameters under the same names.
 """
 
 import math
@@ -16,7 +16,7 @@ Parameters = Mapping[str, Tensor]
 
 
 def plain_maps(p: Parameters, config: ModelConfig, image: Tensor) -> Tensor:
-    """Returns the output of all blocks and the final norm for one image, (rows, columns, hidden size)."""
+    """Returns one image's features after all blocks and the final norm, (rows, columns, hidden size)."""
     x = F.conv2d(image[None], p["embeddings.patch.weight"], p["embeddings.patch.bias"], stride=config.patch_size)
     x = x[0].permute(1, 2, 0)
     x = x + _positions(p["embeddings.image_position"], config.grid_size, *x.shape[:2])
@@ -67,7 +67,10 @@ def _attention(p: Parameters, config: ModelConfig, layer: int, x: Tensor) -> Ten
 
 
 def _bias(p: Parameters, name: str, q: Tensor, height: int, width: int) -> Tensor:
-    """Returns q_ij rows[i - k] + q_ij columns[j - l] for all i, j, k, l, (windows, heads, patches, patches)."""
+    """Returns the bias of relative positions, (windows, heads, patches, patches).
+
+    For a query patch (i, j) and a key patch (k, l), it is q_ij rows[i - k] + q_ij columns[j - l].
+    """
     q = q.unflatten(2, (height, width))
     tables = []
     for axis, extent in (("rows", height), ("columns", width)):

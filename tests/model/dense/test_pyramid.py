@@ -1,4 +1,4 @@
-"""The maps of an image do not depend on the other images of a batch, and a map without images works."""
+"""Tests the feature pyramid: images of a batch do not affect each other, and a batch may have no images."""
 
 import torch
 

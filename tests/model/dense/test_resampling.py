@@ -1,4 +1,4 @@
-"""Checks that weights of pretraining, and of other sizes, load into a dense model."""
+"""Tests that pretrained weights, also for other image sizes, load into a dense model."""
 
 import dataclasses
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_patch_weight_equals_timm(old: int, new: int) -> None:
 
 
 def test_patch_weight_keeps_embeddings_of_smooth_patches() -> None:
-    """Catches a bicubically resampled kernel, which changes the scale."""
+    """Catches a bicubically resampled patch kernel, which changes the scale of embeddings."""
     weight = torch.randn(7, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     image = torch.randn(1, 3, 14, 14, generator=torch.Generator().manual_seed(1))
     larger = F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=True)

@@ -1,4 +1,4 @@
-"""Counts the parameters of large dense models, which are built on the meta device."""
+"""Checks the parameter counts of large dense models, built on the meta device."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ GLOBAL_BLOCKS = {"base": (2, 5, 8, 11), "large": (5, 11, 17, 23), "giant": (9, 1
 
 @pytest.mark.parametrize("size", GLOBAL_BLOCKS)
 def test_parameters_at_1024_pixels(size: str) -> None:
-    """Catches experts, tokens or tables that a dense task does not use: AdamW would decay them."""
+    """Catches experts, tokens or tables that a dense task does not use; AdamW would still decay them."""
     sizes = MODEL_SIZES[size] | {"patch_size": 16}
     dense = DenseConfig(window_size=14, global_blocks=GLOBAL_BLOCKS[size], relative_positions=True)
     config = ModelConfig(**sizes, image_size=1024, inputs=("images",), dense=dense)

@@ -1,4 +1,4 @@
-"""Compares the packed model with one that pads, partitions and masks windows: outputs and gradients."""
+"""Compares outputs and gradients of the packed model with a model that pads, divides and masks windows."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ GRIDS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, ma
 def test_equals_padded_and_masked_windows(
     grids: Grids, window_size: int, relative_positions: bool, is_decoupled: bool
 ) -> None:
-    """Catches patches in a wrong window or place, attended padding, and wrong positions."""
+    """Catches patches in a wrong window or place, attention to padding, and wrong relative positions."""
     compare_with_plain(grids, window_size, relative_positions, is_decoupled, torch.float64, 1e-11)
 
 
@@ -68,7 +68,7 @@ def compare_with_plain(
 
 
 def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compares relatively to the largest value."""
+    """Compares tensors with a tolerance relative to the largest value."""
     scale = expected.abs().max().clamp(min=1)
     torch.testing.assert_close(ours.double() / scale, expected / scale, rtol=0, atol=tolerance)
 

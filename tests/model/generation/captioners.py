@@ -1,4 +1,4 @@
-"""Builds small models with random weights that write captions."""
+"""Builds small random models that generate captions."""
 
 import torch
 
@@ -9,7 +9,7 @@ from beit3_ds.tasks.captioning.head import CaptionHead
 
 @torch.no_grad()
 def random_captioner(config: ModelConfig, seed: int = 0) -> TaskModel:
-    """Returns a model whose captions differ between images and end at different lengths."""
+    """Returns a model whose captions differ between images and have different lengths."""
     model, generator = TaskModel(CaptionHead, config), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.normal_(0, 0.3, generator=generator)

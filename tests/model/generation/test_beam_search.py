@@ -1,4 +1,4 @@
-"""Compares captions with the reference's, and checks that they do not depend on the batch."""
+"""Compares generated captions with the reference's, and checks that they do not depend on the batch."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def test_captions_are_the_references(
 
 
 def written(caption: Caption, length: int) -> list[int]:
-    """Returns ids as the reference writes them: BOS, words, placeholder, EOS, padding."""
+    """Returns ids in the reference's format: BOS, words, placeholder, EOS, padding."""
     ids = [TOKENS.bos_id, *caption.ids, TOKENS.mask_id, TOKENS.eos_id]
     return ids + [PADDING] * (length - len(ids))
 
@@ -44,12 +44,12 @@ MODELS = {
     "pairs": (small_model_config(text_vocab_size=64, inputs=("pairs",), sub_layernorm=True), 0),
     "decoupled": (decoupled(text_vocab_size=64), 1),
 }
-"""Configurations, each with a seed for which captions end at several lengths."""
+"""Configurations, each with a seed that gives captions of several lengths."""
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_batch_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compares captions of seven images with those of each alone, and the number of rows that were computed."""
+    """Compares captions of seven images with those of each image alone, and counts the computed rows."""
     model, rows, next_words = random_captioner(*MODELS[name]), [], CaptionDecoder.next_words
 
     def counted(self: CaptionDecoder, ids: torch.Tensor) -> torch.Tensor:

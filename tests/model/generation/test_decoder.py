@@ -1,4 +1,4 @@
-"""Compares cached prediction with the whole pass over image and caption."""
+"""Compares predictions from cached keys and values with a full pass over image and caption."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ MASK = 49
 
 
 def whole_pass(model: TaskModel, image: Tensor, ids: list[int]) -> Tensor:
-    """Returns the log-probabilities of the word after a caption, from all rows at once."""
+    """Returns the log-probabilities of the next word after a caption, computed from all rows at once."""
     batch = pack_inputs(model.config, None, None, (image[None], [[*ids, MASK]]), torch.device("cpu"))
     object.__setattr__(batch, "causal_captions", True)
     h_TD = model.run_layers(batch)
@@ -36,7 +36,7 @@ def whole_pass(model: TaskModel, image: Tensor, ids: list[int]) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_equals_the_whole_pass(name: str) -> None:
-    """Writes captions of several beams, reorders beams and drops images on the way."""
+    """Checks captions of several beams while beams are reordered and images are removed."""
     config: ModelConfig = CONFIGS[name]
     model, generator = random_captioner(config), torch.Generator().manual_seed(3)
     pixels = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
@@ -67,7 +67,7 @@ def test_cached_equals_the_whole_pass(name: str) -> None:
 
 
 def predict_on_rank(name: str) -> Tensor:
-    """Predicts two words of a model that tensor-parallel ranks divide."""
+    """Predicts two words with a model that is divided over tensor-parallel ranks."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(ParallelConfig(tensor_parallel_size=2, timeout_seconds=60))

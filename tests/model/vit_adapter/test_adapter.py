@@ -1,4 +1,4 @@
-"""Tests deformable attention and the adapter's edge cases."""
+"""Tests deformable attention, and edge cases of the ViT-Adapter."""
 
 # B images, N patches, D hidden, L rows of the pyramid.
 
@@ -23,7 +23,7 @@ def _build(config: AdapterConfig = SMALL) -> ViTAdapter:
 
 
 def _read_one(values: Tensor, size: tuple[int, int], x: float, y: float) -> Tensor:
-    """Reads (rows * columns, K) values at one point by hand: a sum over the four neighbours, zero outside."""
+    """Interpolates (rows * columns, K) values bilinearly at one point, with zeros outside; returns (K,) values."""
     rows, columns = size
     column, row, total = x * columns - 0.5, y * rows - 0.5, torch.zeros_like(values[0])
     for i in range(rows):
@@ -64,7 +64,7 @@ def test_maps_have_the_sizes_of_any_image(height: int, width: int) -> None:
 
 
 def test_no_images_give_every_parameter_a_gradient_of_zeros() -> None:
-    """ZeRO-3 needs every parameter in every micro-batch, also in one without images."""
+    """Checks a micro-batch without images, in which ZeRO-3 still needs a gradient for every parameter."""
     adapter = _build()
     maps = adapter(torch.rand(0, 3, 32, 32), torch.rand(0, 4, 16), (2, 2), lambda x, blocks: x)
     sum(of.sum() for of in maps).backward()

@@ -1,4 +1,4 @@
-"""Compares the ViT-Adapter with values that the original program computed (`tests/fixtures/golden/README.md`)."""
+"""Compares the ViT-Adapter with recorded values of the original program (`tests/fixtures/golden/README.md`)."""
 
 # B images, N patches, D hidden.
 
@@ -17,7 +17,7 @@ SIZE, PATCHES = (64, 96), (4, 6)
 
 
 def _own_name(name: str) -> str:
-    """Maps the original's name of a parameter to ours."""
+    """Returns this project's name of a parameter of the original program."""
     if stem := re.fullmatch(r"spm\.stem\.(\d)\.(\w+)", name):  # convolution, norm, ReLU, three times
         number, is_norm = divmod(int(stem[1]), 3)
         return f"prior.stem{number + 1}.{'norm' if is_norm else 'conv'}.{stem[2]}"
