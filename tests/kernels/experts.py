@@ -26,7 +26,7 @@ any_case = pytest.mark.parametrize(("dtype", "slices"), CASES, ids=str)
 
 
 class Case:
-    """Holds rows and the parameters of every expert, drawn for the given widths."""
+    """Holds random rows, and parameters of every expert, of the given widths."""
 
     def __init__(self, slices: Slices, dtype: torch.dtype, in_width: int, out_width: int, device: str = "cpu") -> None:
         self.slices, self.dtype, self.device = slices, dtype, device
@@ -44,13 +44,13 @@ class Case:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def norm(self, a: Tensor) -> Norm:
-        """Returns the sub-LN of rows, with statistics in float32."""
+        """Returns the sub-LN of rows, with float32 statistics."""
         mean = a.double().mean(1)
         variance = (a - mean[:, None]).square().mean(1)
         return mean.float(), (variance + EPSILON).rsqrt().float(), self.scales, self.shifts
 
     def linear(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-        """Computes the reference: each expert's layer over its own rows."""
+        """Computes the reference: each expert's layer on the expert's own rows."""
         parts = [x[start:stop] for start, stop in self.slices]
         biases = biases or [x.new_zeros(len(weights[0]))] * len(parts)
         return torch.cat([F.linear(part, w, b) for part, w, b in zip(parts, weights, biases, strict=True)])
@@ -62,13 +62,13 @@ class Case:
 
 
 def split(tensors: Sequence[Tensor], kinds: int) -> list[list[Tensor]]:
-    """Splits parameters by kind; each kind has one per expert."""
+    """Splits a flat list of parameters by kind; each kind has one parameter per expert."""
     size = len(tensors) // kinds
     return [list(tensors[start : start + size]) for start in range(0, len(tensors), size)]
 
 
 def check_statistics(a: Tensor, mean: Tensor, squares: Tensor) -> None:
-    """Catches statistics of unrounded values, of a part of a row, and E[x^2] - E[x]^2."""
+    """Catches statistics of unrounded values, statistics of a part of a row, and E[x^2] - E[x]^2."""
     assert mean.dtype == squares.dtype == torch.float32
     variance, expected = torch.var_mean(a.double(), 1, correction=0)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Builds arguments for the operators of the multiway ops, and has tests that these ops share."""
+"""Builds arguments for the operators of the multiway ops, and defines tests that these ops share."""
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -23,7 +23,7 @@ class Problem:
     """Holds the inputs of one call of `out_projection`."""
 
     def __init__(self, lengths: list[int], dtype: torch.dtype = torch.float64) -> None:
-        """Draws inputs for experts with these numbers of rows."""
+        """Draws inputs for experts with the given numbers of rows."""
         generator = torch.Generator().manual_seed(sum(lengths) + 7 * len(lengths))
 
         def draw(*shape: int) -> Tensor:
@@ -39,7 +39,7 @@ class Problem:
         self.leaves = [self.x, self.residual, *(p for group in self.parameters.values() for p in group)]
 
     def run(self, op: Callable[..., Tensor], gelu: bool, norm: SubNorm | None) -> list[Tensor]:
-        """Returns the output and the gradient of every input that took part."""
+        """Returns the output, and the gradient of every input that was used."""
         x = self.x if op is out_projection_reference else Activation(self.x)
         stream = {"residual_TD": self.residual, "factor_T": self.factor}
         y = op(x, self.slices, self.parameters["weights"], self.parameters["biases"], gelu=gelu, norm=norm, **stream)
@@ -48,13 +48,16 @@ class Problem:
         return [y, *torch.autograd.grad((y * upstream).sum(), leaves)]
 
     def norm(self, by_operators: bool = False) -> SubNorm:
-        """Returns the sub-LN; with `by_operators` a group of one rank makes it run as if ranks divided its width."""
+        """Returns the sub-LN; with `by_operators`, it runs as if ranks divided the rows.
+
+        For this, it gets a group of one rank.
+        """
         group = (lambda x: x.unsqueeze(0), lambda x: x) if by_operators else (None, None)
         return SubNorm(self.parameters["scales"], self.parameters["shifts"], EPSILON, WIDTH, *group)
 
 
 def operator_calls(dtype: torch.dtype = torch.float64) -> dict[str, tuple[object, ...]]:
-    """Returns arguments for every operator of linear layers and the FFN."""
+    """Returns arguments for every operator of linear layers and the FFN, by operator name."""
     problem = Problem([3, 0, 2], dtype)
     x, dy = problem.x.detach(), problem.residual.detach()
     weights, biases, scales, shifts = ([p.detach() for p in group] for group in problem.parameters.values())
@@ -83,7 +86,7 @@ def operator_calls(dtype: torch.dtype = torch.float64) -> dict[str, tuple[object
 def check_wrong_launch_is_found(
     op: ModuleType, launches: ModuleType, launch: str, result: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Changes a launch's first result by half a percent; the op's check must name that result."""
+    """Changes the first result of a launch by half a percent; the op's self-check must name that result."""
     right = getattr(launches, launch)
 
     def wrong(*arguments: Any, **options: Any) -> Any:
@@ -99,7 +102,7 @@ def check_wrong_launch_is_found(
 def check_device_implementation(
     op: ModuleType, name: str, function: str, accepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compares the function that CUDA tensors reach with the operator, with its kernels and with them switched off."""
+    """Compares the function for CUDA tensors with the operator, with kernels switched on and off."""
     monkeypatch.setattr(op.KERNELS, "accept", lambda x: accepted)
     monkeypatch.setattr(getattr(op, function), "_chosen", {})
     backends: tuple[Backend, ...] = ("triton", "library")

@@ -1,6 +1,6 @@
-"""Runs kernels in Triton's interpreter for their tests: NumPy executes their source on CPU tensors.
+"""Runs kernels in Triton's interpreter, in which NumPy executes their source on CPU tensors.
 
-It finds wrong numbers, masks and indices, but no errors of layouts, races or asynchronous copies.
+The interpreter finds wrong values, masks and indices, but no errors of layouts, races or asynchronous copies.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ from triton.runtime.jit import JITFunction
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Runs every kernel launched inside in the interpreter.
+    """Runs every kernel that the block launches in the interpreter.
 
-    `TRITON_INTERPRET=1`, set before Triton is imported, does this for a whole process, in which no test could then
-    compile. Triton's pinned version multiplies the bits of bfloat16 as integers and truncates where it should round to
-    nearest even (triton-lang/triton#11585, #10945), so both are replaced. A load or store outside the tensors of the
-    launch is an error here; the interpreter alone would read it, or crash.
+    `TRITON_INTERPRET=1`, set before Triton is imported, does the same for a whole process, but then no test can compile
+    kernels. The pinned version of Triton multiplies the bits of bfloat16 as integers, and truncates instead of rounding
+    to nearest even (triton-lang/triton#11585, #10945), so this function replaces these operations. A load or store
+    outside the launch's tensors is an error here; the interpreter alone would access the memory or crash.
     """
     builder = interpreter.InterpreterBuilder
     allowed: list[tuple[int, int]] = []
@@ -61,10 +61,10 @@ def interpreted() -> Iterator[None]:
 
 @contextmanager
 def _language_restored() -> Iterator[None]:
-    """Undoes everything that the interpreter replaces in `triton.language`.
+    """Restores everything that the interpreter replaces in `triton.language`.
 
-    The interpreter alone does not restore functions that a kernel calls, such as `tl.cdiv`: afterwards no kernel could
-    be compiled in the same process.
+    The interpreter does not restore functions that a kernel calls, such as `tl.cdiv`. Without this, the process could
+    compile no kernel afterwards.
     """
     originals: dict[tuple[int, str], tuple[Any, str, Any]] = {}
     set_attr = interpreter._LangPatchScope.set_attr
@@ -122,7 +122,7 @@ def _cast(original: Any) -> Any:
 
 
 def _widened(x: Any) -> Any:
-    """Returns bfloat16, which the interpreter stores as bits, in float32; other dtypes are returned unchanged."""
+    """Converts bfloat16, which the interpreter stores as integers, to float32; returns other dtypes unchanged."""
     if x.dtype.scalar != tl.bfloat16:
         return x
     return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

@@ -68,5 +68,5 @@ def test_every_layout_equals_one_process(layout: Layout, expected: Path) -> None
 
 
 def test_the_loss_depends_on_the_whole_step(expected: Path) -> None:
-    """Checks that the loss exceeds log 4, the most if pairs were compared only within a micro-batch."""
+    """Checks that the tests above would fail if pairs were compared only within their micro-batch."""
     assert float(torch.load(expected)["loss 0"][:2].min()) > torch.tensor(4.0).log()

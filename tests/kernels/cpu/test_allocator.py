@@ -1,4 +1,4 @@
-"""Tests the allocator of the CPU's ops: freed memory is reused, and PyTorch's allocator is the fallback."""
+"""Tests the CPU memory allocator: it reuses freed memory, and falls back to PyTorch's allocator."""
 
 import resource
 import sys
@@ -125,7 +125,7 @@ def test_on_a_gpu_nothing_is_kept() -> None:
 
 
 def count_faults(makes: str) -> list[int]:
-    """Counts page faults of every allocation of 64 MiB after the last one was freed; 16384 means all pages."""
+    """Allocates and frees 64 MiB repeatedly; returns the page faults of each allocation (16384 are all pages)."""
     ALLOCATOR.keep_freed_memory(torch.device("cpu"))
     like, faults = torch.zeros(()), []
     for _ in range(16):

@@ -1,4 +1,4 @@
-"""Row chunks give the same results as all rows at once."""
+"""Tests that chunks of rows give the results of all rows at once."""
 
 # T rows, F width.
 
@@ -18,11 +18,11 @@ from beit3_ds.kernels.ops.sub_norm import SubNorm
 from beit3_ds.kernels.ops.up_projection import Activation
 
 SLICES = ((0, 37), (37, 37), (37, 50))
-"""Three experts, one of them without rows."""
+"""First and last row of three experts, one of them without rows."""
 
 
 def results(dtype: torch.dtype, elements: int, matmul_rows: int, gelu: bool, normalizes: bool) -> list[Tensor]:
-    """Returns outputs and gradients of both ops that work chunk by chunk."""
+    """Returns outputs and gradients of the two ops that process rows in chunks."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

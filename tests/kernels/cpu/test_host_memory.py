@@ -1,4 +1,4 @@
-"""Tests host memory: its gaps, and the tensors in it."""
+"""Tests host memory: its free ranges, and the tensors in it."""
 
 # T rows, D width.
 

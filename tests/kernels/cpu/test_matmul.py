@@ -1,4 +1,4 @@
-"""Tests that products on a CPU are exact to their dtype with every library."""
+"""Tests that matrix products on a CPU are as exact as their dtype allows, with every library."""
 
 # R rows, D input width, F output width.
 
@@ -13,7 +13,7 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 def worst_error(rows: int, transposed: bool, with_bias: bool, dtype: torch.dtype = torch.float32) -> float:
-    """Returns the error of `matmul` into memory filled with NaN, in roundings of the largest result."""
+    """Returns the error of `matmul` into memory filled with NaN, in units of rounding of the largest result."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((rows, 48), (48, 32) if transposed else (32, 48), (32,))
     x, w, b = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
@@ -65,7 +65,7 @@ def test_mkl_is_used_without_onednn() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (513, 40), (1100, 768), (16, 2048), (33, 3000)])
 def test_a_matrix_is_transposed_whole(shape: tuple[int, int]) -> None:
-    """Catches a last, narrower strip that is not copied."""
+    """Catches a last, narrower strip of columns that is not copied."""
     x = torch.randn(shape)
     result = module._transpose(x)
     assert result.is_contiguous() and torch.equal(result, x.t())

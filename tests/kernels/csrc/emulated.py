@@ -1,7 +1,7 @@
-"""Compiles the CUDA C++ kernels' headers for the CPU by g++, under the address and undefined-behaviour sanitizers.
+"""Compiles the headers of the CUDA C++ kernels for the CPU with g++ and its sanitizers.
 
-`emulation.cuh` replaces `kernels/csrc/primitives.cuh`; all other files are compiled as for a GPU, or with one planted
-mistake.
+The address and undefined-behaviour sanitizers are enabled. `emulation.cuh` replaces `kernels/csrc/primitives.cuh`; all
+other files are compiled as for a GPU, or with one deliberate mistake.
 """
 
 import shutil
@@ -20,7 +20,7 @@ ELEMENTS = {torch.bfloat16: "beit3::BFloat16", torch.float16: "beit3::Float16"}
 FLAGS = ["-std=c++17", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RIGHT = ["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 WRONG = ["-O0"]
-"""Options for planted mistakes: half the compile time, and no warnings, because nvcc would give none either."""
+"""Compiler options for deliberate mistakes: no optimisation, to save time, and no warnings, like nvcc."""
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="no g++: the kernels' headers run under it here"
@@ -28,36 +28,36 @@ needs_compiler = pytest.mark.skipif(
 
 
 class Mistake(NamedTuple):
-    """Describes a mistake to plant in a kernel's header."""
+    """Describes a deliberate mistake in a kernel's header."""
 
     header: str
     right: str
-    """Original text, which occurs once."""
+    """Original text, which occurs once in the header."""
     wrong: str
-    """Text that replaces it."""
+    """Text that replaces the original."""
     finding: str
-    """Regular expression that the finding must match."""
+    """Regular expression that the reported error must match."""
     is_slow: bool = False
-    """Whether only the slow tests plant it."""
+    """Whether only slow tests make the mistake."""
 
 
 def parameters(mistakes: Mapping[str, Mistake]) -> list[Any]:
-    """Returns mistakes for `pytest.mark.parametrize`, by name."""
+    """Returns mistakes as arguments of `pytest.mark.parametrize`, by name."""
     return [pytest.param(m, id=name, marks=pytest.mark.slow if m.is_slow else ()) for name, m in mistakes.items()]
 
 
 class FailedError(RuntimeError):
-    """Reports that a sanitizer or the emulation ended a program; the text is its message."""
+    """Reports that a sanitizer or the emulation ended a program; the message is the program's output."""
 
 
 def build(folder: Path, program: str, definition: str, mistake: Mistake | None = None) -> Path:
-    """Compiles a program of this folder against the kernels' headers.
+    """Compiles a program of this folder with the kernels' headers; returns the executable.
 
     Args:
         folder: empty folder for the program.
-        program: name of the source, without .cpp.
+        program: name of the source file, without .cpp.
         definition: macro NAME=VALUE that selects the kernel.
-        mistake: mistake to plant in the headers first, or None.
+        mistake: deliberate mistake to make in the headers, or None.
     """
     for header in (*SOURCES.glob("*.cuh"), SOURCES / "arguments.h"):
         shutil.copy(header, folder)
@@ -73,16 +73,16 @@ def build(folder: Path, program: str, definition: str, mistake: Mistake | None =
 
 
 def run(executable: Path, folder: Path, arrays: Mapping[str, torch.Tensor], *arguments: int) -> None:
-    """Runs a program on raw files.
+    """Runs a program on raw binary files.
 
     Args:
-        executable: from `build`.
-        folder: where the files are written.
+        executable: program from `build`.
+        folder: folder for the files.
         arrays: tensors by file name.
-        arguments: of the program, after the folder.
+        arguments: arguments of the program, after the folder.
 
     Raises:
-        FailedError: if the program found a mistake.
+        FailedError: if the program reported an error.
     """
     for name, tensor in arrays.items():
         bits = tensor.view(torch.int16) if tensor.dtype in ELEMENTS else tensor
@@ -94,6 +94,6 @@ def run(executable: Path, folder: Path, arrays: Mapping[str, torch.Tensor], *arg
 
 
 def read(path: Path, like: torch.Tensor) -> torch.Tensor:
-    """Reads a tensor with the shape and dtype of another from a raw file."""
+    """Reads a tensor from a raw binary file, with the shape and dtype of `like`."""
     bits = np.fromfile(path, np.int16 if like.dtype in ELEMENTS else np.float32)
     return torch.from_numpy(bits).view(like.dtype).view(like.shape)

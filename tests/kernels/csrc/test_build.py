@@ -38,7 +38,7 @@ except NotImplementedError as error:
 
 
 def find_toolkit() -> Path | None:
-    """Returns the folder of nvcc and its headers: CUDA_HOME, or the usual place."""
+    """Returns the folder of nvcc and its headers, from CUDA_HOME or the usual places, or None."""
     places = (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path("/usr/local/cuda"))
     return next((place for place in places if (place / "include" / "cuda_runtime.h").exists()), None)
 

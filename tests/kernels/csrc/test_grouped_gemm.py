@@ -1,4 +1,4 @@
-"""The grouped GEMM of kernels/csrc, emulated on a CPU, stays within its error bound."""
+"""Tests that the grouped GEMM of kernels/csrc, emulated on a CPU, stays within its error bound."""
 
 import itertools
 from pathlib import Path
@@ -25,11 +25,11 @@ SHIPPED = "128, 128, 32, 4, 64, 64"
 # Two tiles, one of them with one row; no row; one row; a tile that is full, and one with a few rows.
 RAGGED = ((0, 33), (33, 33), (33, 34), (34, 71))
 UNTOUCHED = 7.0
-"""Value in rows of no expert, which must not change."""
+"""Value of rows that belong to no expert, which must not change."""
 
 
 class Case:
-    """Holds rows and experts, with the results that the reference computes."""
+    """Holds rows and experts, with the results of the reference."""
 
     def __init__(self, slices: tuple[tuple[int, int], ...], depth: int, width: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(depth + width)
@@ -47,7 +47,7 @@ class Case:
         return u, F.gelu(u)
 
     def tiles(self, rows: int) -> torch.Tensor:
-        """Returns expert, first row and stop row of every tile."""
+        """Returns expert, first row and end row of every tile."""
         cuts = [
             (expert, first, min(first + rows, stop))
             for expert, (start, stop) in enumerate(self.slices)
@@ -65,7 +65,7 @@ class Case:
         early: bool = False,
         is_reversed: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns u and a of the kernel, after one row of no expert."""
+        """Returns u and a of the kernel, beginning with one row that belongs to no expert."""
         width = self.biases.shape[1]
         untouched = self.x.new_full((self.num_rows + 1, width), UNTOUCHED)
         arrays = {"x": self.x, "weights": self.weights, "biases": self.biases, "tiles": self.tiles(rows)}
@@ -74,14 +74,14 @@ class Case:
         return read(folder / "u", untouched), read(folder / "a", untouched)
 
     def check(self, u: torch.Tensor, a: torch.Tensor) -> None:
-        """Checks the error bounds of results, and that the row of no expert is unchanged."""
+        """Checks the error bounds of results, and that the row without expert is unchanged."""
         assert bool((u[-1] == UNTOUCHED).all()) and bool((a[-1] == UNTOUCHED).all())
         check_against_reference(("u", "a"), (u[:-1], a[:-1]), self.reference, (self.x, self.weights, self.biases))
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
-    """Builds the kernel with small tiles, in both precisions."""
+    """Builds the kernel with small tiles, in two precisions."""
     return {
         dtype: build_once(
             tmp_path_factory, f"grouped_gemm-{dtype}", lambda folder, dtype=dtype: build_kernel(folder, dtype, SMALL)
@@ -101,20 +101,20 @@ def build_kernel(folder: Path, dtype: torch.dtype, shape: str, mistake: Mistake 
 def test_kernel_follows_the_reference(
     small: dict[torch.dtype, Path], tmp_path: Path, dtype: torch.dtype, early: bool, is_reversed: bool
 ) -> None:
-    """Runs more steps than stages, with widths that are no multiples of a tile."""
+    """Checks more steps than pipeline stages, with widths that are no multiples of a tile."""
     case = Case(RAGGED, depth=168, width=72, dtype=dtype)
     case.check(*case.run(small[dtype], tmp_path, SMALL_ROWS, early=early, is_reversed=is_reversed))
 
 
 @pytest.mark.parametrize(("depth", "width"), [(8, 8), (32, 64), (40, 136)])
 def test_widths(small: dict[torch.dtype, Path], tmp_path: Path, depth: int, width: int) -> None:
-    """Runs fewer steps than stages, with one, two and three column tiles."""
+    """Checks fewer steps than pipeline stages, with one, two and three column tiles."""
     case = Case(((0, 5),), depth, width, torch.bfloat16)
     case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_ROWS))
 
 
 def test_order_of_blocks(small: dict[torch.dtype, Path], tmp_path: Path) -> None:
-    """Runs more row tiles than one group has, with a smaller last group and two column tiles."""
+    """Checks more row tiles than one group has, with a smaller last group and two column tiles."""
     case = Case(tuple((i * 5, i * 5 + 5) for i in range(4)), 8, 72, torch.bfloat16)
     case.check(*case.run(small[torch.bfloat16], tmp_path, rows=2))
 

@@ -1,4 +1,4 @@
-"""Checks registers, spills, tensor cores and asynchronous copies of kernels/csrc as compiled by nvcc."""
+"""Tests registers, spills, tensor cores and asynchronous copies of kernels/csrc, as compiled by nvcc."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ import triton
 SOURCES = Path(__file__).parents[3] / "kernels" / "csrc"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = {"grouped_gemm": 240, "packed_attention": 232}
-"""Most registers per thread: the measured number and a little more."""
+"""Largest number of registers per thread: a little more than the measured number."""
 NUM_KERNELS = {"grouped_gemm": 2, "packed_attention": 12}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA C++ kernels are not compiled")
@@ -27,7 +27,7 @@ class MachineCode(NamedTuple):
 
 
 def compile_kernels(source: Path, architecture: str, folder: Path) -> dict[str, MachineCode]:
-    """Compiles a .cu file, without torch, and reads its kernels by their mangled names."""
+    """Compiles a .cu file without torch; returns the properties of its kernels by mangled name."""
     cubin = folder / "kernels.cubin"
     command = ["nvcc", "-std=c++17", "-cubin", f"-arch={architecture}", str(source), "-o", str(cubin)]
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -89,7 +89,7 @@ def check_kernels(kernels: dict[str, MachineCode], most_registers: int) -> None:
 
 
 def test_headers_include_no_torch() -> None:
-    """Catches torch in headers that nvcc compiles: without it they compile in seconds, and run without torch."""
+    """Catches headers that include torch; without it, nvcc compiles them in seconds."""
     for path in SOURCES.iterdir():
         includes = re.findall(r'#include\s+[<"](.*?)[>"]', path.read_text(encoding="utf-8"))
         foreign = [name for name in includes if re.match(r"torch|ATen|c10", name)]

@@ -1,4 +1,4 @@
-"""Packed attention of kernels/csrc, emulated on a CPU, stays within its error bound."""
+"""Tests that packed attention of kernels/csrc, emulated on a CPU, stays within its error bound."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,11 +33,11 @@ RAGGED: Ranges = (
     ((114, 144), (190, 192)),
 )
 UNTOUCHED = 7.0
-"""Value in rows of no sequence, which must not change."""
+"""Value of rows that belong to no sequence, which must not change."""
 
 
 class Case:
-    """Holds queries, keys and values, with the results that the reference computes."""
+    """Holds queries, keys and values, with the results of the reference."""
 
     def __init__(self, ranges: Ranges, head_width: int, dtype: torch.dtype, captions: bool, heads: int = 2) -> None:
         self.ranges, self.captions, self.heads = ranges, captions, heads
@@ -60,7 +60,7 @@ class Case:
         return read(folder / "y", y), read(folder / "lse", lse)
 
     def check(self, y: torch.Tensor, lse: torch.Tensor) -> None:
-        """Checks the error bound of y, and the log-sum-exp against the operator's CPU implementation in float64."""
+        """Checks y against its error bound, and the log-sum-exp against the operator on a CPU in float64."""
         check_against_reference(("y",), (y,), self.reference, self.inputs)
         plan = plan_tiles(self.ranges, SMALL_TILE, torch.device("cpu"))
         doubles = (x.double() for x in self.inputs)
@@ -74,7 +74,7 @@ def build_kernel(folder: Path, dtype: torch.dtype, shape: str, mistake: Mistake 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
-    """Builds the kernel with small tiles, in both precisions."""
+    """Builds the kernel with small tiles, in two precisions."""
     return {
         dtype: build_once(
             tmp_path_factory,
@@ -97,20 +97,20 @@ def test_kernel_follows_the_reference(
 
 @pytest.mark.parametrize(("early", "is_reversed"), [(False, True), (True, False), (True, True)])
 def test_order_does_not_matter(small: dict[torch.dtype, Path], tmp_path: Path, early: bool, is_reversed: bool) -> None:
-    """Runs with copies that complete at once, and with warps in another order."""
+    """Checks copies that complete at once, and warps that run in another order."""
     case = Case((((0, 40), (70, 81)), ((40, 70),)), 88, torch.bfloat16, captions=True, heads=1)
     case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_TILE, early=early, is_reversed=is_reversed))
 
 
 @pytest.mark.parametrize("head_width", [8, 40, 64, 96])
 def test_head_widths(small: dict[torch.dtype, Path], tmp_path: Path, head_width: int) -> None:
-    """Catches columns that are read beyond a head, or never written."""
+    """Catches columns that are read beyond a head or never written."""
     case = Case((((0, 20), (37, 41)), ((20, 37),)), head_width, torch.float16, captions=False)
     case.check(*case.run(small[torch.float16], tmp_path, SMALL_TILE))
 
 
 def test_other_sequences_do_not_matter(small: dict[torch.dtype, Path], tmp_path: Path) -> None:
-    """Catches a kernel that reads other sequences' rows: NaNs there must change nothing, even times 0."""
+    """Catches a kernel that reads rows of other sequences; NaNs there must change nothing, even times 0."""
     ranges = (((0, 20), (30, 35)), ((20, 30), (35, 40)))
     case = Case(ranges, 88, torch.bfloat16, captions=True, heads=1)
     own = [*range(20), *range(30, 35)]
@@ -122,7 +122,7 @@ def test_other_sequences_do_not_matter(small: dict[torch.dtype, Path], tmp_path:
 
 
 def test_large_scores_do_not_overflow(small: dict[torch.dtype, Path], tmp_path: Path) -> None:
-    """Catches absent keys that score 0, which would win beside scores of minus some hundreds."""
+    """Catches absent keys with a score of 0, which would dominate real scores of minus some hundreds."""
     case = Case((((0, 35),),), 88, torch.bfloat16, captions=False, heads=1)
     case.inputs = (case.inputs[0] - 6, case.inputs[1] + 6, case.inputs[2])
     case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_TILE))
@@ -164,7 +164,7 @@ def test_any_ranges_widths_and_dtypes(
 
 
 def test_shipped_tiles(tmp_path: Path) -> None:
-    """Runs the shipped tiles on an image and a caption over two tiles, and a short text."""
+    """Checks the shipped tiles on an image and a caption over two tiles, and on a short text."""
     case = Case((((0, 120), (121, 150)), ((120, 121),)), 88, torch.bfloat16, captions=True, heads=1)
     case.check(*case.run(build_kernel(tmp_path, torch.bfloat16, SHIPPED), tmp_path, SHIPPED_TILE))
 

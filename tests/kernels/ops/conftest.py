@@ -1,4 +1,4 @@
-"""Stands in for a machine with two GPUs."""
+"""Emulates a machine with two GPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Emulates two GPUs; the last entry of the returned list is the index of the current one, at first 0."""
+    """Emulates two GPUs; the last entry of the returned list is the index of the current GPU, initially 0."""
     current = [0]
 
     @contextmanager

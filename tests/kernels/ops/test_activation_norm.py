@@ -14,7 +14,7 @@ from tests.kernels.ffn_operators import CPU, check_device_implementation, check_
 from tests.kernels.interpreter import interpreted
 
 DEVICE_FUNCTIONS = {"activation_norm": "_FORWARD", "activation_norm_backward": "_BACKWARD"}
-"""Operators, and the functions that CUDA tensors reach."""
+"""Operators, and the functions that compute them for CUDA tensors."""
 
 
 @pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
@@ -30,7 +30,7 @@ def test_launches_of_a_device(name: str, accepted: bool, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("gelu", [False, True])
 def test_operators_equal_autograd(gelu: bool) -> None:
-    """Catches rows, statistics or parameters of another expert, and a GELU that is left out of the gradient."""
+    """Catches rows, statistics or parameters of another expert, and a gradient without the GELU."""
     case = Case([(0, 3), (3, 3), (3, 8)], torch.float64, 12, 12)
     leaves = [x.requires_grad_() for x in (case.x, *case.scales, *case.shifts)]
     expected = case.layer_norm(F.gelu(case.x) if gelu else case.x, case.scales, case.shifts)
@@ -44,7 +44,7 @@ def test_operators_equal_autograd(gelu: bool) -> None:
 
 
 def check_launches(case: Case, gelu: bool, tiling: RowTiling) -> None:
-    """Checks the kernels in the interpreter, or on the case's device."""
+    """Checks the kernels in the interpreter or on the case's device."""
     ends, experts = [stop for _, stop in case.slices], len(case.slices)
     n, statistics = launch.forward(case.x, ends, case.scales, case.shifts, EPSILON, tiling, gelu)
     dn = case.dy.clone()

@@ -1,4 +1,4 @@
-"""Tests how a micro-batch's sequences are divided into buckets and tiles."""
+"""Tests how the sequences of a micro-batch are divided into buckets and tiles."""
 
 import torch
 
@@ -14,7 +14,7 @@ def test_tiles_cover_every_sequence_once() -> None:
 
 
 def test_equal_images_are_a_view() -> None:
-    """Images must not be gathered or padded, although pairs are hardly longer: most rows are images'."""
+    """Checks that images are neither gathered nor padded with the slightly longer pairs; most rows are images'."""
     ranges = (((0, 17),), ((17, 34),), ((34, 51), (68, 71)), ((51, 68), (71, 76)))
     images, pairs = plan_attention(ranges, torch.device("cpu")).buckets
     assert images.first_row == 0 and images.num_sequences == 2
@@ -29,7 +29,7 @@ def test_rows_of_a_group_are_limited() -> None:
 
 
 def test_no_sequence_is_padded_without_an_allowance() -> None:
-    """PyTorch's flash attention takes no mask."""
+    """Checks that no sequence is padded if padding is not allowed; PyTorch's flash attention takes no mask."""
     ranges = (((0, 12),), ((12, 24),), ((24, 39),), ((39, 51),))
     assert bucket_by_length(ranges, 1.0, None) == [[0, 1], [3], [2]]
     plan = plan_attention(ranges, torch.device("cpu"), allowance=1.0)

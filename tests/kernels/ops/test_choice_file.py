@@ -1,4 +1,4 @@
-"""Tests the files that keep which implementation was the fastest."""
+"""Tests the files that store which implementation was the fastest."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_a_choice_is_found_by_the_next_process(tmp_path: Path) -> None:
 
 
 def test_two_processes_keep_what_both_measured(tmp_path: Path) -> None:
-    """Catches a writer that replaces the file with its own measurements only."""
+    """Catches a process that replaces the file with its own measurements only."""
     first, second = (ChoiceFile(NAME, tmp_path) for _ in range(2))
     first.add("a", "triton", {"triton": 1.0})
     second.add("b", "library", {"library": 1.0})

@@ -1,4 +1,4 @@
-"""Tests calls of the kernels in CUDA C++; `tests/kernels/csrc` tests the kernels themselves."""
+"""Tests calls of the CUDA C++ kernels; `tests/kernels/csrc` tests the kernels themselves."""
 
 import itertools
 from functools import partial
@@ -36,13 +36,13 @@ def test_tiles_cover_every_row_once(lengths: list[int], tile_rows: int) -> None:
 
 
 def test_constants_equal_those_in_the_source() -> None:
-    """Catches tiles of another size than the kernel's."""
+    """Catches tile sizes that differ from those of the kernel."""
     assert f"constexpr int kMaxExperts = {MAX_EXPERTS};" in (SOURCES / "arguments.h").read_text(encoding="utf-8")
     assert f"constexpr int kGroupedGemmTileRows = {TILE_ROWS};" in (SOURCES / "launch.h").read_text(encoding="utf-8")
 
 
 def test_operator_takes_the_kernel_that_was_chosen() -> None:
-    """The C++ kernel gets every argument of the operator, and runs only if it was chosen."""
+    """Checks that the C++ kernel gets every argument of the operator, and runs only if it was chosen."""
     q, k, v = torch.randn(3, 9, 1, 8).unbind()
     plan = plan_tiles((((0, 9),),), 64, CPU)
     with mock.patch.object(cuda_kernels, "packed_attention_forward", return_value="C++") as kernel:
@@ -67,7 +67,7 @@ def test_operator_takes_the_kernel_that_was_chosen() -> None:
 def test_kernels_need_their_own_check(
     backend: str, dtype: torch.dtype, is_built: bool, is_trusted: bool, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a setting without effect, and a C++ kernel that runs unchecked, or although its check failed."""
+    """Catches a setting without effect, and a C++ kernel that runs unchecked or after a failed check."""
     ran = []
 
     def are_trusted(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> bool:
@@ -88,7 +88,7 @@ def test_kernels_need_their_own_check(
 
 
 def test_gradients_do_not_depend_on_the_choice() -> None:
-    """Catches a backward pass of the operator that returns too few gradients for its arguments."""
+    """Catches a backward pass that returns fewer gradients than the operator has arguments."""
     ranges = (((0, 5), (7, 9)), ((5, 7),))
     inputs = torch.randn(4, 9, 2, 8).unbind()
     ours, reference = (
@@ -111,7 +111,7 @@ def test_grouped_gemm_on_a_device(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @on_a_device
 def test_grouped_gemm_of_misaligned_parameters_on_a_device() -> None:
-    """Weights and biases inside a flat buffer, as ZeRO-3 gathers them."""
+    """Checks weights and biases inside a flat buffer, as ZeRO-3 gathers them."""
     flat = torch.randn(16 * 8 + 16 + 1, device="cuda", dtype=torch.bfloat16)[1:]
     weight, bias = flat[:128].view(16, 8), flat[128:]
     x = torch.randn(5, 8, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Tests the lookup of rows in a table, and the table's gradient."""
+"""Tests the lookup of rows in a table, and the gradient of the table."""
 
 # S ids, V rows of the table, D width.
 

@@ -1,4 +1,4 @@
-"""Tests which rows the row-streaming GPU kernels take."""
+"""Tests which rows the row-streaming GPU kernels accept."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The divergence from smoothed labels equals that of full logits, forward and backward."""
+"""Tests that the divergence from smoothed labels equals that of full logits, forward and backward."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The cross entropy by vocabulary tiles equals that of full logits, also with a sharded vocabulary."""
+"""Tests that cross entropy by vocabulary tiles equals that of full logits, also for a sharded vocabulary."""
 
 from functools import partial
 
@@ -32,13 +32,13 @@ def problem(rows: int, vocab: int = 11, dtype: torch.dtype = torch.float64, widt
 
 
 def operators(h: Tensor, w: Tensor, b: Tensor, target: Tensor, chunk_size: int | None) -> Tensor:
-    """Follows the path of CUDA tensors, in the operators' CPU implementation."""
+    """Calls the operators as for CUDA tensors, in their CPU implementation."""
     return module._LinearCrossEntropy.apply(h, w, b, target, chunk_size, None, True)
 
 
 @pytest.fixture(params=[1, 3, 1024])
 def tile_width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes tiles of one column, of some, and of the whole vocabulary."""
+    """Sets tiles of one column, of a few columns, and of the whole vocabulary."""
     monkeypatch.setattr(vocabulary_tiles, "CPU_WIDTH", request.param)
     monkeypatch.setattr(vocabulary_tiles, "ALIGNMENT", request.param)
 
@@ -63,14 +63,14 @@ def test_equals_reference(rows: int, chunk_size: int | None, op) -> None:  # typ
 @pytest.mark.usefixtures("tile_width")
 @pytest.mark.parametrize("chunk_size", [2, None])
 def test_gradcheck(chunk_size: int | None) -> None:
-    """Differentiates a graph several times: on a CPU saved tensors are not modified."""
+    """Checks gradients several times on one graph; on a CPU, saved tensors are not modified."""
     h, w, b, target = problem(5, 7)
     assert torch.autograd.gradcheck(lambda *leaves: linear_cross_entropy(*leaves, target, chunk_size), (h, w, b))
     assert torch.autograd.gradcheck(lambda *leaves: linear_cross_entropy_reference(*leaves, target), (h, w, b))
 
 
 def test_a_graph_on_a_gpu_is_differentiated_once() -> None:
-    """On a GPU gradients overwrite logits: a second pass over the graph must raise, not use gradients as logits."""
+    """Checks that a second backward pass on a GPU raises, because the first overwrites the logits with gradients."""
     h, w, b, target = problem(5, 7)
     loss = operators(h, w, b, target, None).sum()
     loss.backward(retain_graph=True)
@@ -108,7 +108,7 @@ def test_large_logits_do_not_overflow(op) -> None:  # type: ignore[no-untyped-de
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("chunk_size", [2, None])
 def test_partials_of_a_sharded_vocabulary_add_up(kernels: bool, chunk_size: int | None) -> None:
-    """Catches a target counted by two shards or none, and partials that are not relative to all shards."""
+    """Catches a target counted by two shards or none, and partial results that are not relative to all shards."""
     *leaves, target = problem(6)
     h, w, b = (t.detach() for t in leaves)
     upstream, cut = torch.rand(6, dtype=torch.float64), 4
@@ -144,7 +144,7 @@ def test_partials_of_a_sharded_vocabulary_add_up(kernels: bool, chunk_size: int 
 @pytest.mark.parametrize("op", [linear_cross_entropy, operators])
 @pytest.mark.parametrize("rows", [64, 7])
 def test_full_logits_never_exist(op, rows: int) -> None:  # type: ignore[no-untyped-def]
-    """Catches a tensor larger than the logits of a chunk's rows."""
+    """Catches a tensor larger than the logits of one chunk of rows."""
     vocab, chunk = 2048, 8
     h, w, b, target = problem(rows, vocab)
     largest = 0
@@ -163,7 +163,7 @@ def test_full_logits_never_exist(op, rows: int) -> None:  # type: ignore[no-unty
 
 
 def test_saves_the_parameters_themselves() -> None:
-    """ZeRO-3 swaps a parameter's storage before the backward pass: a view or a cast would be stale."""
+    """Catches a saved view or cast: ZeRO-3 replaces a parameter's storage before the backward pass."""
     h, w, b, target = problem(5)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -182,7 +182,7 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "library"])
 def test_launches_of_a_device(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Follows the path of CUDA tensors through the operators' CUDA implementations, over two tiles."""
+    """Checks the operators' CUDA implementations, with two vocabulary tiles."""
 
     class Operators:
         logits_partials = staticmethod(module._PARTIALS)

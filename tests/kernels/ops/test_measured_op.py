@@ -1,4 +1,4 @@
-"""Tests that each operator uses its fastest trusted implementation, and measures once."""
+"""Tests that each operator uses its fastest trusted implementation, and measures it once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from beit3_ds.kernels.ops.measured_op import CHOICES, Choices, MeasuredOp, use_b
 
 
 class Clock:
-    """Stands for the timer of a GPU: a call takes the milliseconds that its implementation has planted."""
+    """Fakes a GPU's timer: a call takes the milliseconds that are set for its implementation."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.milliseconds, self.timed, self._last = {"triton": 1.0, "library": 2.0}, list[str](), ""
@@ -38,7 +38,7 @@ class Clock:
 
 @pytest.mark.parametrize(("library", "fastest"), [(2.0, "triton"), (0.5, "library")])
 def test_the_fastest_is_used_and_measured_once(library: float, fastest: str) -> None:
-    """A planted slow implementation is not chosen, whichever it is."""
+    """Checks that a slow implementation is not chosen, whichever it is."""
     clock = Clock()
     clock.milliseconds["library"] = library
     op = clock.op()
@@ -54,7 +54,10 @@ def test_an_implementation_that_fails_its_check_is_not_measured() -> None:
 
 
 def test_an_implementation_that_cannot_run_is_not_chosen(tmp_path: Path) -> None:
-    """The file keeps no such choice: a later process may have more memory."""
+    """Checks that a failed implementation is not chosen, and that the choice is not stored.
+
+    A later process may have more memory.
+    """
 
     def fail(*arguments: Any) -> None:
         raise RuntimeError("out of memory")
@@ -126,7 +129,7 @@ def test_a_stored_choice_that_is_not_trusted_here_is_measured_again(tmp_path: Pa
 
 @pytest.mark.parametrize(("backend", "used"), [("triton", "triton"), ("library", "library"), ("cuda", "triton")])
 def test_a_fixed_backend_measures_nothing(backend: Any, used: str) -> None:
-    """`cuda` uses Triton where an operator has no kernel in CUDA C++."""
+    """Checks fixed backends; `cuda` uses Triton for operators without a CUDA C++ kernel."""
     clock = Clock()
     clock.choices.backend = backend
     assert clock.op()(torch.ones(5, 3)) == used and clock.timed == []
@@ -150,7 +153,7 @@ def test_measurements_leave_the_arguments_as_they_are() -> None:
 
 
 def test_what_is_timed_can_include_the_backward_pass() -> None:
-    """The implementation that is fastest in forward loses if its backward pass is slow."""
+    """Checks that the fastest forward implementation is not chosen if its backward pass is slow."""
     clock = Clock()
     clock.milliseconds |= {"triton backward": 9.0, "library backward": 3.0}
 
@@ -172,13 +175,13 @@ def test_the_process_has_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnSecondGpu:
-    """Stands for a tensor on the second GPU."""
+    """Fakes a tensor on the second GPU."""
 
     device = torch.device("cuda:1")
 
 
 def test_everything_runs_with_the_operands_device_as_the_current_one(two_gpus: list[int]) -> None:
-    """Catches a launch, a check or a measurement on the first GPU, where the operands of the second are unknown."""
+    """Catches a launch, check or measurement on the first GPU with operands on the second."""
     current = list[int]()
     note: Callable[..., Any] = lambda *arguments: current.append(two_gpus[-1]) or True  # noqa: E731
     clock = Clock()
@@ -192,7 +195,7 @@ def test_everything_runs_with_the_operands_device_as_the_current_one(two_gpus: l
 
 
 def test_a_call_on_the_current_device_switches_nothing(two_gpus: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switching takes host time, of which each launch has little."""
+    """Catches unneeded switches of the device, because host time per launch is scarce."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.fail("the device was switched"))
     op = Clock().op()
     op(torch.ones(5, 3))

@@ -1,4 +1,4 @@
-"""The multiway LayerNorm equals its reference, in plain PyTorch and by its operators."""
+"""Tests that the multiway LayerNorm equals its reference, in plain PyTorch and by its operators."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 EPSILON = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = RowTiling(num_warps=1, num_stages=2, forward_programs=4, backward_programs=5)
-"""One or two programs per expert, each with many rows."""
+"""Tiling with one or two programs per expert, each with many rows."""
 
 
 def build_slices(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -29,7 +29,7 @@ def build_slices(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 class Case:
-    """Holds rows, parameters and gradients of both outputs, with the results that the reference computes."""
+    """Holds rows, parameters and gradients of the two outputs, with the results of the reference."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Case:
         return parameters[: self.experts], parameters[self.experts :]
 
     def apply(self, op, with_stream: bool, *leaves: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        """Returns both outputs in one tensor, or h alone, so that the stream has no gradient."""
+        """Returns the two outputs in one tensor, or h alone, so that the stream gets no gradient."""
         outputs = op(leaves[0], self.slices, *self.weights_and_biases(leaves[1:]), EPSILON)
         return torch.stack(outputs) if with_stream else outputs[1]
 
@@ -83,7 +83,7 @@ class Case:
 
 
 def operator(x, slices, weights, biases, epsilon):  # type: ignore[no-untyped-def]
-    """Follows the path of CUDA tensors, in the operators' CPU implementation."""
+    """Calls the operators as for CUDA tensors, in their CPU implementation."""
     stops = tuple(stop for _, stop in slices)
     return module._MultiwayLayerNorm.apply(x, stops, epsilon, True, *weights, *biases)
 
@@ -151,7 +151,7 @@ def test_an_absent_gradient_stays_absent(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_given_gradients_are_not_modified() -> None:
-    """The branch uses the residual's gradient too: an addition in place would change it there."""
+    """Catches an addition in place to the residual's gradient, which the branch uses too."""
     for lengths in ((5,), (2, 3)):
         case = Case(lengths, 4, torch.float32)
         before = case.d_stream.clone(), case.dh.clone()
@@ -165,7 +165,7 @@ def test_given_gradients_are_not_modified() -> None:
 
 
 def test_saves_the_parameters_themselves() -> None:
-    """ZeRO-3 swaps a parameter's storage before the backward pass: a view or a cast would be stale."""
+    """Catches a saved view or cast: ZeRO-3 replaces a parameter's storage before the backward pass."""
     case = Case((2, 3), 4, torch.float32)
     x, *parameters = (x.clone().requires_grad_() for x in (case.x, *case.parameters))
     saved = []
@@ -231,7 +231,7 @@ def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("width", [24, 768, 1024, 1408, 3072, 4096, 6144, 8192])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_device(dtype: torch.dtype, width: int) -> None:
-    """Runs the op on a GPU, twice, because the backward pass must be deterministic."""
+    """Runs the op on a GPU twice, because the backward pass must be deterministic."""
     for lengths in ((700, 0, 333), (1, 5), (3000,), (0, 0, 0)):
         case = Case(lengths, width, dtype, "cuda")
         assert module.runs_kernels(case.x, dtype)

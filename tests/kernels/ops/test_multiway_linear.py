@@ -1,4 +1,4 @@
-"""The multiway linear op equals its reference, also with experts that have no rows."""
+"""Tests that the multiway linear op equals its reference, also for experts without rows."""
 
 from types import ModuleType
 
@@ -50,7 +50,7 @@ DEVICE_FUNCTIONS = {
     "multiway_input_gradient": "_INPUT_GRADIENT",
     "multiway_weight_gradient": "_WEIGHT_GRADIENT",
 }
-"""Operators, and the functions that CUDA tensors reach."""
+"""Operators, and the functions that compute them for CUDA tensors."""
 
 
 @pytest.mark.parametrize("name", DEVICE_FUNCTIONS)

@@ -1,4 +1,4 @@
-"""The op of queries, keys and values equals its reference, and three single layers bit for bit."""
+"""Tests that the op for queries, keys and values equals its reference, and equals three layers bit for bit."""
 
 from types import ModuleType
 
@@ -46,7 +46,7 @@ def test_equals_reference(lengths: list[int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [50, 1300])
 def test_a_cpu_adds_up_as_three_layers_do(rows: int, dtype: torch.dtype) -> None:
-    """Catches another order of sums, which would change every run on a CPU."""
+    """Catches a changed order of sums, which would change every run on a CPU."""
     inputs = problem([rows, 40], dtype, width=64)
 
     def three_layers(x: Tensor, slices: Slices, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, ...]:
@@ -65,7 +65,7 @@ DEVICE_FUNCTIONS = {
     "multiway_qkv_input_gradient": "_INPUT_GRADIENT",
     "multiway_qkv_weight_gradient": "_WEIGHT_GRADIENT",
 }
-"""Operators, and the functions that CUDA tensors reach."""
+"""Operators, and the functions that compute them for CUDA tensors."""
 
 
 @pytest.mark.parametrize("name", DEVICE_FUNCTIONS)

@@ -1,4 +1,4 @@
-"""The out projection equals its reference, forward and backward, on whole rows and where ranks divide them."""
+"""Tests that the out projection equals its reference, forward and backward, also when ranks divide the rows."""
 
 from unittest import mock
 
@@ -33,9 +33,9 @@ LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
 )
 @settings(max_examples=60, deadline=None)
 def test_equals_reference(lengths: list[int], gelu: bool, with_norm: bool, by_operators: bool, chunk_rows: int) -> None:
-    """Catches a wrong expert, a factor on the residual, a bias added twice, statistics of the wrong rows.
+    """Catches a wrong expert, a factor on the residual, a bias added twice, and statistics of the wrong rows.
 
-    It also catches gradients of the last row block alone.
+    Also catches gradients of the last row block only.
     """
     problem = Problem(lengths)
     expected = problem.run(out_projection_reference, gelu, problem.norm() if with_norm else None)
@@ -60,7 +60,7 @@ def test_gradcheck(gelu: bool, by_operators: bool) -> None:
 
 @pytest.mark.parametrize("by_operators", [False, True])
 def test_a_float32_stream_beside_bf16_branches(by_operators: bool) -> None:
-    """Catches a stream or a gradient of it that is rounded to bf16, and a branch's gradient that is not."""
+    """Catches a stream, or a gradient of the stream, that is rounded to bf16; a branch's gradient must be bf16."""
     problem, exact = Problem([5, 0, 4], torch.bfloat16), Problem([5, 0, 4])
     for mine, theirs in zip(exact.leaves, problem.leaves, strict=True):
         with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_float32_stream_beside_bf16_branches(by_operators: bool) -> None:
 
 
 def test_large_means_cancel_nothing() -> None:
-    """E[x^2] - E[x]^2 leaves no digit of a variance of 1 beside a mean of 3000 in float32."""
+    """Catches E[x^2] - E[x]^2, which has no correct digit in float32 for a mean of 3000 and a variance of 1."""
     problem = Problem([40, 24], torch.float32)
     with torch.no_grad():
         problem.x += 3000
@@ -98,7 +98,7 @@ def test_large_means_cancel_nothing() -> None:
 
 
 def test_the_input_alone_is_saved() -> None:
-    """Catches an activation, or normalised rows, that autograd saves beside the input."""
+    """Catches activations or normalised rows that autograd saves in addition to the input."""
     problem, kept = Problem([5, 3]), []
     pack = lambda tensor: kept.append(tensor) or tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -108,7 +108,7 @@ def test_the_input_alone_is_saved() -> None:
 
 
 DEVICE_FUNCTIONS = {"out_projection": "_OUT_PROJECTION"}
-"""Operators, and the functions that CUDA tensors reach."""
+"""Operators, and the functions that compute them for CUDA tensors."""
 
 
 @pytest.mark.parametrize("name", DEVICE_FUNCTIONS)

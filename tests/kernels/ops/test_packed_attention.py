@@ -1,4 +1,4 @@
-"""Packed attention equals one softmax per sequence, over ragged sequences of one or two ranges."""
+"""Tests that packed attention equals one softmax per sequence, for sequences of one or two row ranges."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ RANGES = (((0, 3),), ((3, 5), (7, 9)), ((5, 6), (9, 10)), ((6, 7),), ((10, 10),)
 def operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: tuple, causal_captions: bool = False
 ) -> torch.Tensor:
-    """Calls the operator that CUDA tensors reach, in its CPU implementation."""
+    """Calls the operator that CUDA tensors use, in its CPU implementation."""
     plan = plan_tiles(ranges, 2, q.device)
     return torch.ops.beit3_ds.packed_attention(q, k, v, *plan, 2, causal_captions)[0]
 
@@ -62,7 +62,7 @@ def test_gradcheck(op: object, captions: bool) -> None:
 
 
 def test_takes_the_operator_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Follows the path of CUDA tensors with their tiles, in the CPU implementation; projections may be views."""
+    """Calls the op like CUDA tensors with their tiles, in the CPU implementation; projections may be views."""
     monkeypatch.setattr("beit3_ds.kernels.ops.packed_attention.runs_kernels", lambda q: True)
     monkeypatch.setattr(CHOICES, "backend", "triton")
     leaf = torch.randn(10, 3, 2, 5, dtype=torch.float64, requires_grad=True)
@@ -82,7 +82,7 @@ def test_opcheck() -> None:
 
 
 def test_mask_of_captioning() -> None:
-    """A caption's token changes itself and later tokens; an image's row changes every row of its pair."""
+    """Checks the rows that a change reaches: from a caption's token, itself and later ones; from an image, its pair."""
     q, k, v = (x.detach() for x in problem())
     y = packed_attention(q, k, v, RANGES, causal_captions=True)
     changes = {}
@@ -99,7 +99,7 @@ def test_one_token_sequences() -> None:
 
 
 def test_self_check_passes_right_kernels(recwarn: pytest.WarningsRecorder) -> None:
-    """Runs the check with the CPU implementation in the kernels' place."""
+    """Checks that the self-check passes for the CPU implementation in place of the kernels."""
     module.check_kernels(CPU, torch.float32, 8)
     assert not recwarn
 
@@ -112,7 +112,7 @@ def test_self_check_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_untrusted_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a verdict that nobody heeds, and a check that calls itself."""
+    """Catches a failed check that has no effect, and a check that calls itself."""
     asked = []
     monkeypatch.setattr(module.KERNELS, "are_trusted", lambda *key, **properties: asked.append((*key, properties)))
     monkeypatch.setattr(module, "_run_operator", lambda *args: pytest.fail("the kernels ran"))

@@ -15,14 +15,14 @@ EXPERTS = len(SLICES)
 
 
 def draw() -> list[Tensor]:
-    """Draws the stream, each expert's scale and shift, and the weights and biases of three layers."""
+    """Draws the stream, the scale and shift of each expert, and the weights and biases of three layers."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, WIDTH), *[(WIDTH,)] * (2 * EXPERTS), *[(WIDTH, WIDTH), (WIDTH,)] * (3 * EXPERTS)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
 def run(x: Tensor, *parameters: Tensor, recomputes: bool) -> Tensor:
-    """Runs a norm whose rows three layers use, as queries, keys and the FFN do."""
+    """Runs a norm whose output three layers use, like queries, keys and the FFN."""
     scales, shifts = parameters[:EXPERTS], parameters[EXPERTS : 2 * EXPERTS]
     layers = parameters[2 * EXPERTS :]
     weights = [layers[start : 6 * EXPERTS : 6] for start in (0, 2, 4)]
@@ -48,9 +48,9 @@ def assert_equal(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_gradients_are_the_same_bit_by_bit(checkpoints: bool) -> None:
-    """Differentiates twice, and some of the layers first: catches rows that are released too early.
+    """Catches rows that are released too early; differentiates twice, and some of the layers first.
 
-    Under checkpointing it catches tensors of the first forward pass.
+    With checkpointing, also catches the use of tensors from the first forward pass.
     """
     leaves = draw()
     expected = gradients(run(*leaves, recomputes=False), leaves)
@@ -64,7 +64,7 @@ def test_gradients_are_the_same_bit_by_bit(checkpoints: bool) -> None:
 
 
 def test_rows_are_not_saved() -> None:
-    """Catches a layer that saves its input after all: the stream is the only saved tensor of its size."""
+    """Catches a layer that still saves its input; the stream must be the only saved tensor of its size."""
     leaves, saved = draw(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         h = multiway_layer_norm(leaves[0], SLICES, leaves[1:4], leaves[4:7], EPSILON)[1]

@@ -1,4 +1,4 @@
-"""Every module imports what registers the operators that it calls."""
+"""Tests that every module imports the modules that register the operators it calls."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ def registered(module: str) -> set[str]:
 
 
 def imported(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """Returns the modules of `kernels/ops` that importing `module` imports, itself included."""
+    """Returns the modules of `kernels/ops` that importing `module` imports, including itself."""
     found = {module}
     for node in ast.walk(ast.parse(source(module))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -37,7 +37,10 @@ def imported(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
 
 
 def called(module: str) -> set[str]:
-    """Returns the names of our operators that a module mentions after `torch.ops.beit3_ds.` or `ops.`."""
+    """Returns the names of this project's operators that a module mentions.
+
+    It finds names after `torch.ops.beit3_ds.` or `ops.`.
+    """
     everything = set().union(*map(registered, MODULES))
     names = {node.attr for node in ast.walk(ast.parse(source(module))) if isinstance(node, ast.Attribute)}
     return {name for name in names if re.search(rf"\bops\.(?:beit3_ds\.)?{name}\b", source(module))} & everything

@@ -1,4 +1,4 @@
-"""Adding a branch equals its reference, in plain PyTorch and by its operators."""
+"""Tests that adding a branch to the residual stream equals the reference, in plain PyTorch and by operators."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,11 +20,11 @@ from tests.kernels.interpreter import interpreted
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = RowTiling(num_warps=1, num_stages=2, forward_programs=4, backward_programs=5)
-"""One or two programs per expert, each with many rows."""
+"""Tiling with one or two programs per expert, each with many rows."""
 
 
 class Case:
-    """Holds a stream, a branch, biases, factors and a gradient, with the results that the reference computes."""
+    """Holds a stream, a branch, biases, factors and a gradient, with the results of the reference."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Case:
 
 
 def operator(residual, partial, slices, biases, factor):  # type: ignore[no-untyped-def]
-    """Follows the path of CUDA tensors, in the operators' CPU implementation."""
+    """Calls the operators as for CUDA tensors, in their CPU implementation."""
     stops = tuple(stop for _, stop in slices)
     return module._ResidualAdd.apply(residual, partial, factor, stops, True, *biases)
 
@@ -103,7 +103,7 @@ def test_gradcheck(op: Callable[..., Tensor], with_factor: bool) -> None:
 
 @pytest.mark.parametrize("with_factor", [False, True])
 def test_inputs_are_not_modified(with_factor: bool) -> None:
-    """Catches an addition in place, and a residual's gradient that is a copy of y's."""
+    """Catches an addition in place, and a gradient of the residual that is a copy of y's gradient."""
     case = Case((2, 3), 4, torch.float32, with_factor)
     before = [x.clone() for x in case.inputs]
     gradients = case.differentiate(residual_add)[1:]
@@ -171,7 +171,7 @@ def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("width", [24, 768, 1024, 1408, 8192])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_device(dtype: torch.dtype, width: int, with_factor: bool) -> None:
-    """Runs the op on a GPU, twice, because the backward pass must be deterministic."""
+    """Runs the op on a GPU twice, because the backward pass must be deterministic."""
     for lengths in ((700, 0, 333), (1, 5), (3000,), (0, 0, 0)):
         case = Case(lengths, width, dtype, with_factor, "cuda")
         assert module.runs_kernels(case.residual, dtype)

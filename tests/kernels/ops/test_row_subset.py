@@ -10,7 +10,7 @@ ROWS = {"some": [1, 2, 5], "none": [], "all": list(range(7))}
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_rows_are_replaced_and_gradients_follow(rows: list[int]) -> None:
-    """Catches a gradient of the replaced rows that reaches the stream beside the branch, and one that is lost."""
+    """Catches a gradient of replaced rows that reaches the stream directly, and one that is lost."""
     generator = torch.Generator().manual_seed(0)
     x, weight, dy = (torch.randn(*shape, generator=generator) for shape in ((7, 4), (4, 4), (7, 4)))
     rows_K = torch.tensor(rows, dtype=torch.int64)
@@ -32,7 +32,10 @@ def test_rows_are_replaced_and_gradients_follow(rows: list[int]) -> None:
 
 
 def test_neither_stream_nor_gradient_is_written_to() -> None:
-    """A checkpoint keeps the stream for another pass, and autograd may hand one gradient to several."""
+    """Catches writes to the stream or its gradient.
+
+    A checkpoint reuses the stream, and autograd may pass one gradient to several operations.
+    """
     x, rows_K = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 3])
     before = x.detach().clone()
     stream, picked = take_rows(x, rows_K)

@@ -12,12 +12,12 @@ CPU = torch.device("cpu")
 
 
 def on_device(dtype: torch.dtype) -> Any:
-    """Stands for a CUDA tensor: its properties, on a device that exists here."""
+    """Fakes a CUDA tensor by a CPU tensor with the same properties."""
     return type("OnDevice", (), {"is_cuda": True, "device": CPU, "dtype": dtype})
 
 
 def test_check_runs_once_per_device_dtype_and_properties(recwarn: pytest.WarningsRecorder) -> None:
-    """Catches a verdict that is forgotten, and one that is shared between two widths."""
+    """Catches a check result that is forgotten, and one that is shared between two widths."""
     checked = []
     kernels = TrustedKernels("op", lambda *arguments, **properties: checked.append((*arguments, properties)))
     for _ in range(2):
@@ -45,21 +45,21 @@ def test_failing_kernels_are_switched_off_with_one_warning() -> None:
 
 
 def test_checks_may_differentiate() -> None:
-    """Catches a check that fails because its first use is in inference mode."""
+    """Catches a check that fails because it first runs in inference mode."""
     with torch.inference_mode():
         leaf_check = lambda: torch.ones(1, requires_grad=True).sum().backward()  # noqa: E731
         assert passes_check("op", CPU, leaf_check)
 
 
 def test_checks_run_the_kernels_themselves() -> None:
-    """Catches a check of Triton's kernels that measures, and then checks a library."""
+    """Catches a check of Triton's kernels that takes measurements, and then checks a library."""
     backends = []
     kernels = TrustedKernels("op", lambda *_: backends.append(CHOICES.backend))
     assert kernels.accept(on_device(torch.float32)) and backends == ["triton"] and CHOICES.backend == "auto"
 
 
 def test_checks_run_with_their_device_as_the_current_one(two_gpus: list[int]) -> None:
-    """Catches a check on the first GPU of kernels for the second, where it would fail."""
+    """Catches a check that runs on the first GPU for kernels of the second, where it would fail."""
     current = list[int]()
     assert TrustedKernels("op", lambda *_: current.append(two_gpus[-1])).are_trusted(
         torch.device("cuda:1"), torch.float32

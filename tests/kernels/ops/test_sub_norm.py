@@ -1,4 +1,4 @@
-"""Tests the sub-LN's operators; `test_out_projection.py` compares the sub-LN with LayerNorm."""
+"""Tests the operators of the sub-LN; `test_out_projection.py` compares the sub-LN with LayerNorm."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DEVICE_FUNCTIONS = {
     "sub_norm_sums": "_SUB_NORM_SUMS",
     "sub_norm_gradient": "_SUB_NORM_GRADIENT",
 }
-"""Operators, and the functions that CUDA tensors reach."""
+"""Operators, and the functions that compute them for CUDA tensors."""
 
 
 @pytest.mark.parametrize("name", DEVICE_FUNCTIONS)

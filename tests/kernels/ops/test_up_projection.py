@@ -26,7 +26,7 @@ from tests.kernels.interpreter import interpreted
 
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_ffn_as_on_a_device(with_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Follows the path of CUDA tensors through both projections: catches an activation of other rows."""
+    """Calls the two projections as for CUDA tensors; catches an activation of other rows."""
     for op in (module, out_module):
         monkeypatch.setattr(op.KERNELS, "accept", lambda x: True)
     problem = Problem([3, 0, 2])
@@ -55,7 +55,7 @@ def test_ffn_as_on_a_device(with_norm: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_up_projection() -> None:
-    """On a CPU the op is the linear layer alone; the operator also applies the GELU."""
+    """Checks that the op applies only the linear layer on a CPU, while the operator also applies the GELU."""
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(5, WIDTH, generator=generator, dtype=torch.float64)
     weights = [torch.randn(8, WIDTH, generator=generator, dtype=h.dtype) for _ in range(2)]
@@ -69,7 +69,7 @@ def test_up_projection() -> None:
 
 
 DEVICE_FUNCTIONS = {"up_projection": "_UP_PROJECTION"}
-"""Operators, and the functions that CUDA tensors reach."""
+"""Operators, and the functions that compute them for CUDA tensors."""
 
 
 @pytest.mark.parametrize("name", DEVICE_FUNCTIONS)

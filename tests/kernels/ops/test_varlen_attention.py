@@ -1,4 +1,4 @@
-"""Tests packed attention by PyTorch's kernels for sequences of different lengths, which need a GPU and are emulated."""
+"""Tests packed attention by PyTorch's variable-length kernels, which need a GPU and are emulated here."""
 
 import sys
 from types import ModuleType
@@ -21,7 +21,7 @@ IN_ORDER: Ranges = (((0, 3),), ((3, 3),), ((3, 10),))
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Replaces PyTorch's operator by its documented computation on a CPU."""
+    """Replaces PyTorch's operator by the documented computation on a CPU."""
     calls: list[Any] = []
 
     def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
@@ -38,7 +38,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("ranges", [PAIRS, IN_ORDER])
 def test_equals_the_reference(ranges: Ranges, emulated: list[Any]) -> None:
-    """Catches rows of another sequence, and a result that is not put back in the stream's order."""
+    """Catches rows of another sequence, and results that are not put back in the stream's order."""
     results = []
     leaf = torch.randn(10, 3, 2, 8, dtype=torch.float64, requires_grad=True)
     for op in (varlen_attention, packed_attention_reference):

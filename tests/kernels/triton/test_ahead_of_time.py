@@ -1,4 +1,4 @@
-"""Tests that kernels, compiled for GPUs that need not be present, keep their stored budgets."""
+"""Tests that kernels, compiled for GPUs that need not be present, stay within their stored budgets."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_other_variants_keep_their_budgets(variant, architecture) -> None:  # ty
 
 
 def test_budgets_belong_to_the_variants() -> None:
-    """Catches budgets of variants that no longer exist, and a version of Triton without budgets."""
+    """Catches budgets of variants that do not exist, and a version of Triton without budgets."""
     variants = {
         (variant.name, architecture) for architecture in ARCHITECTURES for variant in all_variants(architecture)
     }
@@ -69,10 +69,10 @@ def test_budgets_belong_to_the_variants() -> None:
 
 @pytest.mark.parametrize("version", stored_versions())
 def test_budgets_are_lean(version: str) -> None:
-    """Catches budgets that `--write` must not store: synchronous loads, half precision without tensor cores.
+    """Catches bad budgets, which `--write` must not store: synchronous loads, or half precision without tensor cores.
 
-    Row-streaming kernels access rows 128 bits at a time, and narrower only a few numbers per row. A tensor of rows that
-    is not vectorised would need 16 narrow accesses or more.
+    Row-streaming kernels access rows 128 bits at a time, and only a few numbers per row at less. A tensor of rows
+    without vector access would need at least 16 narrow accesses.
     """
     for key, budget in read_budgets(version).items():
         name, _ = key
@@ -91,7 +91,7 @@ def test_budgets_are_lean(version: str) -> None:
 @pytest.mark.parametrize("version", stored_versions())
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_that_spills_is_chosen(version: str, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches tiles that spill under a version of Triton and are used there, and a kernel without any others."""
+    """Catches chosen tiles that spill under a version of Triton, and a kernel whose tiles all spill."""
     monkeypatch.setattr(triton, "__version__", version)
     for variant in all_variants(architecture):
         report = read_budgets(version)[variant.name, architecture]
@@ -111,7 +111,7 @@ def test_nothing_that_spills_is_chosen(version: str, architecture: int, monkeypa
 
 
 def test_tiles_that_spill_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Catches a choice that does not follow the budgets of the installed version."""
+    """Catches a choice that ignores the budgets of the installed version."""
     monkeypatch.setattr(stored_budgets, "BUDGETS", tmp_path / "budgets.json")
     monkeypatch.setattr(triton, "__version__", "3.7.1")
     candidates = candidate_tiles(up_projection_kernel, 90, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Tests which architecture a device is treated as."""
+"""Tests which GPU architecture a device counts as."""
 
 import pytest
 import torch

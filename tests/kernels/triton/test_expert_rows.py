@@ -1,4 +1,4 @@
-"""Tests how experts' rows are divided among programs."""
+"""Tests how the rows of experts are divided among programs."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from beit3_ds.kernels.triton.expert_rows_launch import choose_row_tiling, deal_r
 
 @given(lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=3), most=st.integers(4, 600))
 def test_programs_run_at_once(lengths: list[int], most: int) -> None:
-    """Catches more programs than run at once, which double the time, and far fewer, which leave processors idle."""
+    """Catches more programs than can run at once, which double the time, and far too few, which idle processors."""
     stops = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     programs = deal_rows(stops, most)
     assert programs.num_programs == sum(-(-length // programs.rows) for length in lengths) <= most

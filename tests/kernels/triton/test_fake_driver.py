@@ -1,4 +1,4 @@
-"""Tests the fake driver: launches are counted, compiled only on request, and nothing remains afterwards."""
+"""Tests the fake driver: it counts launches, compiles only on request, and leaves nothing behind."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Tests that launches without Triton's binding run the variant that Triton would run, and which settings are chosen."""
+"""Tests launches that bypass Triton's binding: they run the variant that Triton would run.
+
+Also tests which settings are chosen.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +36,7 @@ def gpu() -> Iterator[FakeGPU]:
 
 
 def _tensor(dtype: torch.dtype, offset: int) -> Tensor:
-    """Returns a tensor whose address is `offset` elements above a multiple of 16."""
+    """Returns a tensor whose address is `offset` elements above a multiple of 16 bytes."""
     return torch.zeros(64, dtype=dtype)[offset : offset + 8]
 
 
@@ -49,7 +52,7 @@ arguments = st.tuples(
 @given(launches=st.lists(arguments, min_size=2, max_size=8))
 @settings(max_examples=30, deadline=None)
 def test_variants_are_those_of_triton(launches: list[tuple[Any, ...]]) -> None:
-    """Catches dtypes, alignments, constants or devices that are missing from the key of a variant."""
+    """Catches dtypes, alignments, constants or devices that are missing from a variant's key."""
     launcher = KernelLauncher(_kernel)
     for _ in range(2):  # the second emulated GPU has variants of its own
         with fake_gpu(90, compiles=False), mock.patch.object(fake_driver._Launcher, "__call__", _record):
@@ -89,7 +92,7 @@ def test_repeated_launches_bypass_triton(gpu: FakeGPU) -> None:
 
 
 def test_fastest_settings_are_chosen_for_every_case(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a choice that is shared between two cases or devices, and one that is measured again."""
+    """Catches a choice that two cases or devices share, and a choice that is measured again."""
     milliseconds = {"case a": {"slow": 2.0, "fast": 1.0}, "case b": {"slow": 1.0, "fast": 2.0}}
     tuner, timed = Tuner(), list[str]()
 

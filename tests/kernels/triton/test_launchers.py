@@ -1,4 +1,4 @@
-"""Tests that launchers in C, which Triton 3.6 builds at a kernel's first launch, are in the cache beforehand."""
+"""Tests that launchers in C, which Triton 3.6 builds at a kernel's first launch, are cached beforehand."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ builds_launchers = hasattr(driver, "make_launcher")
 
 
 def launch(cache: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Launches one kernel on an emulated GPU; returns how many launchers were built."""
+    """Launches one kernel on an emulated GPU; returns the number of launchers that were built."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     programs = deal_rows((4, 8), 8)
     with fake_gpu(90, compiles=True) as gpu:
@@ -24,7 +24,7 @@ def launch(cache: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.skipif(not builds_launchers, reason="this version of Triton has one launcher for all kernels")
 def test_a_launcher_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a launcher under another key or name than Triton's, which would be built again on the GPU."""
+    """Catches a launcher whose key or name differs from Triton's, which would be built again on the GPU."""
     assert launch(tmp_path, monkeypatch) == 1
     names = {path.name.split(".")[0] for path in tmp_path.rglob("*.so")}
     assert names == {"__triton_launcher", "cuda_utils"}

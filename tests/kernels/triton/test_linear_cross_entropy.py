@@ -1,4 +1,4 @@
-"""The cross entropy's kernels, interpreted, stay within their error bound."""
+"""Tests that the kernels of the cross entropy, interpreted, stay within their error bound."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SMALL = LogitsTiling(partials_block=16, gradient_block=32, gradient_rows=2, grad
 
 
 class LogitsCase:
-    """Holds logits in vocabulary tiles, whose rows are padded with NaNs."""
+    """Holds logits in vocabulary tiles whose rows are padded with NaNs."""
 
     def __init__(self, rows: int, widths: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(rows)
@@ -29,7 +29,7 @@ class LogitsCase:
             self.target[0], self.target[1], self.target[2] = 0, vocab - 1, widths[0] - 1
 
     def tiles(self) -> list[tuple[int, Tensor]]:
-        """Returns first column and logits of every tile."""
+        """Returns the first column and the logits of every tile."""
         result, first = [], 0
         for width in self.widths:
             buffer = self.logits.new_full((len(self.logits), -(-width // 64) * 64), torch.nan)
@@ -39,7 +39,7 @@ class LogitsCase:
         return result
 
     def reference(self, logits: Tensor, bias: Tensor, d_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss, the gradient of the logits, and its sum over rows."""
+        """Returns the loss, the gradient of the logits, and the gradient's sum over rows."""
 
         def loss(logits: Tensor, bias: Tensor) -> Tensor:
             biased = logits.to(torch.promote_types(logits.dtype, torch.float32)) + bias
@@ -48,7 +48,7 @@ class LogitsCase:
         return with_gradients(loss)(logits, bias, d_loss)  # type: ignore[return-value]
 
     def run(self, tiling: LogitsTiling) -> tuple[Tensor, ...]:
-        """Computes loss and gradients by launching the kernels."""
+        """Launches the kernels; returns loss and gradients."""
         state = torch.zeros(3, len(self.logits), device=self.logits.device)
         state[0] = -torch.inf
         for first, logits in self.tiles():
@@ -71,7 +71,7 @@ class LogitsCase:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "widths"), [(5, (70, 13)), (1, (3,)), (9, (64, 64, 1))], ids=str)
 def test_kernels_follow_the_reference(rows: int, widths: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Catches tiles that end inside a kernel's block, padding that is read, and targets in the outer columns."""
+    """Catches errors in tiles that end inside a kernel's block, in padding, and for targets in outer columns."""
     case = LogitsCase(rows, widths, dtype)
     with interpreted():
         case.check(case.run(SMALL))
@@ -86,7 +86,7 @@ def test_shipped_tiles(dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_kernels_do_not_overflow() -> None:
-    """Catches an overflow, also in absent rows, whose logits are biases alone."""
+    """Catches an overflow, also in absent rows, whose logits are the biases alone."""
     case = LogitsCase(3, (70, 13), torch.float32)
     case.logits *= 1e3
     case.bias += 200
@@ -118,7 +118,7 @@ def test_any_logits(rows: int, widths: tuple[int, ...], dtype: torch.dtype) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_device(dtype: torch.dtype) -> None:
-    """Runs the kernels twice, because results must be deterministic."""
+    """Runs the kernels on a GPU twice, because results must be deterministic."""
     for rows, widths in ((5, (70, 13)), (600, (8192,)), (350, (23360, 17290)), (0, (5,))):
         case = LogitsCase(rows, widths, dtype, "cuda")
         first, second = (case.run(choose_tiling(dtype)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The multiway FFN's kernels, interpreted, stay within their error bound."""
+"""Tests that the multiway FFN's kernels, interpreted, stay within their error bound."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ D, F_ = 20, 12  # neither a multiple of the small tiles' 8: both have a block of
 
 @contextmanager
 def small_tiles() -> Iterator[None]:
-    """Interprets kernels with tiles so small that tiny problems have many."""
+    """Interprets kernels with tiles so small that tiny problems have many tiles."""
     with interpreted(), mock.patch.object(launch, "choose_tiles", return_value=[SMALL]):
         yield
 
@@ -99,7 +99,7 @@ def test_up_projection(dtype: torch.dtype, slices: Slices) -> None:
 
 @any_case
 def test_out_projection(dtype: torch.dtype, slices: Slices) -> None:
-    """Checks the op with all parts, and the partial product that tensor-parallel ranks sum before bias and residual."""
+    """Checks the whole op, and the partial product that tensor-parallel ranks sum before bias and residual."""
     case = Case(slices, dtype, D, F_)
     residual, factor = case.residual, case.factor
 
@@ -117,7 +117,7 @@ def test_out_projection(dtype: torch.dtype, slices: Slices) -> None:
 
 
 def test_other_experts_do_not_matter() -> None:
-    """Catches a kernel that reads another expert's rows or weights: NaNs there must change nothing."""
+    """Catches a kernel that reads another expert's rows or weights; NaNs there must change nothing."""
     slices = RAGGED[0]
     case = Case(slices, torch.float32, D, F_)
     outputs = []
@@ -144,7 +144,11 @@ def reference_ffn(case: Case, epsilon: float, x: Tensor, *parameters: Tensor) ->
 
 
 def run_ffn(case: Case, epsilon: float, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    """Computes the same with the kernels as the operators call them: output, and gradients of x and all parameters."""
+    """Computes `reference_ffn` with kernels, called as by the operators.
+
+    Returns:
+        The output, and the gradients of x and of all parameters.
+    """
     slices, factor, dy = case.slices, case.factor, rest[-1]
     w_1, b_1, scales, shifts, w_2, b_2 = split(rest[:-1], 6)
     u, _ = launch.up_projection(x, slices, w_1, b_1)
@@ -183,19 +187,19 @@ def check_ffn(slices: Slices, dtype: torch.dtype, hidden: int = F_, ffn_hidden: 
 
 
 def test_whole_ffn() -> None:
-    """Runs in float32: on the few values of a tiny problem, torch's error in half precision is a matter of luck."""
+    """Checks the FFN in float32; in half precision, torch's own error varies too much on a tiny problem."""
     with small_tiles():
         check_ffn(RAGGED[0], torch.float32)
 
 
 def test_shipped_tiles() -> None:
-    """Runs bfloat16 tiles of sm_90: two row tiles of different experts, and two column tiles each way."""
+    """Checks the bfloat16 tiles of sm_90: two row tiles of different experts, and two column tiles per layer."""
     with interpreted():
         check_ffn([(0, 130), (130, 131)], torch.bfloat16, hidden=136, ffn_hidden=144)
 
 
 def test_interpreter_leaves_the_compiler_alone() -> None:
-    """Catches functions of `triton.language` that stay interpreted, and so tests that depend on their order."""
+    """Catches functions of `triton.language` that stay interpreted, which makes tests depend on their order."""
     owners = (tl, tl.core, tl.math, tl.tensor, tl.dtype)
     before = [dict(vars(owner)) for owner in owners]
     with small_tiles():

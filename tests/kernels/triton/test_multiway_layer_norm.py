@@ -1,4 +1,4 @@
-"""The LayerNorm kernels, interpreted, stay within their error bound."""
+"""Tests that the LayerNorm kernels, interpreted, stay within their error bound."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.kernels.ops.test_multiway_layer_norm import DTYPES, SMALL, Case
 def test_kernels_follow_the_reference(
     lengths: tuple[int, ...], width: int, with_stream: bool, dtype: torch.dtype
 ) -> None:
-    """Runs ragged, empty and one-row experts, many rows per program, and widths that are no power of two."""
+    """Checks ragged, empty and one-row experts, many rows per program, and widths that are no power of two."""
     case = Case(lengths, width, dtype)
     case.check(case.interpret(SMALL, with_stream), with_stream)
 

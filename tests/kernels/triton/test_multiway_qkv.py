@@ -1,4 +1,4 @@
-"""The kernels of queries, keys and values, interpreted, stay within their error bound."""
+"""Tests that the kernels of queries, keys and values, interpreted, stay within their error bound."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,13 +61,13 @@ def small_tiles() -> Iterator[None]:
 
 @any_case
 def test_kernels_follow_the_reference(dtype: torch.dtype, slices: Slices) -> None:
-    """Catches the weights of another layer or expert, and a layer's last columns that run into the next layer."""
+    """Catches weights of another layer or expert, and last columns of a layer that run into the next layer."""
     with small_tiles():
         ThreeLayers(slices, dtype, IN, OUT).check()
 
 
 def test_other_experts_do_not_matter() -> None:
-    """Catches a kernel that reads another expert's rows or weights: NaNs there must change nothing."""
+    """Catches a kernel that reads another expert's rows or weights; NaNs there must change nothing."""
     layers, outputs = ThreeLayers(RAGGED[0], torch.float32, IN, OUT), []
     for value in (0.0, torch.nan):
         for tensor in (layers.case.x, *layers.dys):

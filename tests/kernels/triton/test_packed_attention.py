@@ -1,4 +1,4 @@
-"""The attention kernels, interpreted, stay within their error bound."""
+"""Tests that the attention kernels, interpreted, stay within their error bound."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Case:
-    """Holds queries, keys, values and a gradient of the output, with the results that the reference computes."""
+    """Holds queries, keys, values and a gradient of the output, with the results of the reference."""
 
     def __init__(
         self, ranges: Ranges, head_size: int, dtype: torch.dtype, captions: bool, heads: int = 2, device: str = "cpu"
@@ -50,12 +50,16 @@ class Case:
         self.q, self.k, self.v, self.dy = torch.randn(shape, generator=generator).to(device, dtype).unbind()
 
     def reference(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Returns output and gradients of q, k and v, from these three and the output's gradient."""
+        """Returns the output and the gradients of q, k and v.
+
+        Args:
+            *inputs: q, k, v, and the gradient of the output.
+        """
         attention = partial(packed_attention_reference, ranges=self.ranges, causal_captions=self.captions)
         return with_gradients(attention)(*inputs)
 
     def interpret(self, tiling: AttentionTiling) -> tuple[torch.Tensor, ...]:
-        """Returns output and gradients of q, k and v by the kernels in Triton's interpreter."""
+        """Runs the kernels in Triton's interpreter; returns the output and the gradients of q, k and v."""
         plan = plan_tiles(self.ranges, tiling.tile, CPU)
         with interpreted():
             y, lse = forward(self.q, self.k, self.v, *plan, tiling, self.captions)
@@ -91,7 +95,7 @@ def test_column_blocks(head_size: int, blocks: tuple[int, int]) -> None:
 
 
 def test_shipped_tiles() -> None:
-    """Runs giant's tiles of sm_90: an image and a caption over three tiles, the first ending in the caption."""
+    """Checks the giant model's tiles of sm_90 on an image and a caption; one tile has rows of each."""
     case = Case((((0, 120), (121, 150)), ((120, 121),)), 88, torch.bfloat16, captions=True, heads=1)
     case.check(case.interpret(choose_tiling(90, 88, torch.bfloat16)))
 
@@ -109,7 +113,7 @@ def test_log_sum_exp() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about keys that are not there and never stored
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_scores_do_not_overflow(sign: int) -> None:
-    """Catches an overflow of exp with scores of some hundreds, and with negative ones if absent keys score 0."""
+    """Catches an overflow of exp for scores of some hundreds, and absent keys with score 0 beside negative scores."""
     case = Case((((0, 5),),), 8, torch.float32, captions=False)
     case.q, case.k = sign * (case.q + 10), case.k + 10
     truths = case.reference(*(x.double() for x in (case.q, case.k, case.v, case.dy)))
@@ -120,7 +124,7 @@ def test_large_scores_do_not_overflow(sign: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about the NaNs
 def test_other_sequences_do_not_matter() -> None:
-    """Catches a kernel that reads other sequences' rows: NaNs there must change nothing, even times 0."""
+    """Catches a kernel that reads rows of other sequences; NaNs there must change nothing, even times 0."""
     ranges = (((0, 5), (8, 9)), ((5, 8), (9, 12)))
     case = Case(ranges, 8, torch.float32, captions=False)
     clean = case.interpret(SMALL)
@@ -151,7 +155,7 @@ sequence_lengths = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), max
 
 
 def build_ranges(lengths: list[tuple[int, int]]) -> Ranges:
-    """Builds sequences whose first ranges all precede all second ones, as in a micro-batch."""
+    """Builds sequences whose first ranges all precede all second ranges, as in a micro-batch."""
     firsts, row = [], 0
     for length, _ in lengths:
         firsts.append((row, row + length))
@@ -196,7 +200,7 @@ def test_all_shipped_tiles(architecture: int, dtype: torch.dtype, head_size: int
 @pytest.mark.parametrize("head_size", [4, 40, 64, 88, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_device(dtype: torch.dtype, head_size: int, captions: bool) -> None:
-    """Runs the op on a GPU, twice, because the backward pass must be deterministic."""
+    """Runs the op on a GPU twice, because the backward pass must be deterministic."""
     for ranges in (RAGGED, (((0, 197), (198, 230)), ((197, 198),), ((230, 330),)), ()):
         case = Case(ranges, head_size, dtype, captions, device="cuda")
         runs = []

@@ -1,4 +1,4 @@
-"""The kernels that add a branch, interpreted, stay within their error bound."""
+"""Tests that the kernels that add a branch, interpreted, stay within their error bound."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.kernels.ops.test_residual_add import DTYPES, SMALL, Case
 def test_kernels_follow_the_reference(
     lengths: tuple[int, ...], width: int, with_factor: bool, dtype: torch.dtype
 ) -> None:
-    """Runs ragged, empty and one-row experts, many rows per program, and widths that are no power of two."""
+    """Checks ragged, empty and one-row experts, many rows per program, and widths that are no power of two."""
     case = Case(lengths, width, dtype, with_factor)
     case.check(case.interpret(SMALL))
 

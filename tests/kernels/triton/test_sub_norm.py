@@ -1,4 +1,4 @@
-"""The sub-LN's kernels, interpreted, stay within their error bound."""
+"""Tests that the kernels of the sub-LN, interpreted, stay within their error bound."""
 
 from unittest import mock
 
@@ -30,13 +30,13 @@ WIDTH = 20
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes blocks so small that tiny problems have many, with two blocks per span."""
+    """Sets blocks so small that tiny problems have many blocks, with two blocks per span."""
     monkeypatch.setattr(launch, "BLOCK", {"ROWS": 2, "COLUMNS": 8})
     monkeypatch.setattr(launch, "SPAN", 4)
 
 
 def reference(case: Case, gelu: bool, x: Tensor, *parameters: Tensor) -> Tensor:
-    """Computes LN(gelu(x)) with each expert's parameters; without parameters gelu(x)."""
+    """Computes LN(gelu(x)) with each expert's parameters, or gelu(x) without parameters."""
     a = F.gelu(x) if gelu else x
     return case.layer_norm(a, *split(parameters, 2)) if parameters else a
 
@@ -60,7 +60,7 @@ def test_normalize(gelu: bool, dtype: torch.dtype, slices: Slices) -> None:
 
 
 def check_gradients(slices: Slices, dtype: torch.dtype, gelu: bool) -> None:
-    """Checks rows with a norm and without."""
+    """Checks the gradients of rows with and without a norm."""
     case, norm = prepare(slices, dtype, gelu)
     with interpreted():
         sums, d_scales, d_shifts = norm_gradient_sums(case.dy, case.x, gelu, norm, slices)
@@ -116,7 +116,7 @@ def test_gradient_is_written_in_place() -> None:
 
 
 def test_other_experts_do_not_matter() -> None:
-    """Catches a kernel that reads another expert's rows or parameters: NaNs there must change nothing."""
+    """Catches a kernel that reads another expert's rows or parameters; NaNs there must change nothing."""
     slices = [(0, 5), (5, 9)]
     outputs = []
     for value in (0.0, torch.nan):
@@ -144,7 +144,7 @@ def test_row_statistics(dtype: torch.dtype, width: int) -> None:
 
 
 def test_statistics_are_stable() -> None:
-    """Catches E[x^2] - E[x]^2, which has no correct digit in float32 if the mean is 10,000 times the deviation."""
+    """Catches E[x^2] - E[x]^2, which has no correct digit in float32 if the mean is 10,000 standard deviations."""
     y = 1e4 + torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
     variance, expected = torch.var_mean(y.double(), 1, correction=0)
     with interpreted():
@@ -175,6 +175,9 @@ def test_no_rows() -> None:
 @given(lengths=lengths_of_experts, width=st.integers(8, 40), gelu=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_any_slices_and_widths(lengths: list[int], width: int, gelu: bool) -> None:
-    """Runs in float32 with at least 8 columns: a row of two nearly equal values has a gradient of rounding errors."""
+    """Checks float32 rows of at least 8 columns.
+
+    In a row of two nearly equal values, the gradient consists of rounding errors.
+    """
     with mock.patch(f"{__name__}.WIDTH", width):
         check_gradients(build_slices(lengths), torch.float32, gelu)

@@ -1,4 +1,4 @@
-"""The weight gradient's kernel, interpreted, stays within its error bound for any division of the rows."""
+"""Tests that the weight gradient's kernel, interpreted, stays within its error bound for any division of rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ def gradients_of(case: Case, dys: list[Tensor], with_factor: bool) -> list[Tenso
 @any_case
 @pytest.mark.parametrize("rows", [3, 64, None])
 def test_layers_that_share_an_input(rows: int | None, dtype: torch.dtype, slices: Slices) -> None:
-    """Catches sums of another share, layer or expert, and results that are left as found for experts without rows."""
+    """Catches sums of another share, layer or expert, and unwritten results of experts without rows."""
     case = Case(slices, dtype, IN, OUT)
     dys, with_factor = [case.draw(*case.dy.shape) for _ in range(3)], slices == RAGGED[0]
 
@@ -76,7 +76,7 @@ def test_without_bias(rows: int | None) -> None:
     multiprocessors=st.sampled_from([108, 132, 148]),
 )
 def test_shares_are_not_slower_than_whole_experts(lengths: list[int], tiles: int, multiprocessors: int) -> None:
-    """Catches shares so small that adding them up takes longer than it saves: at most 16 shares and one per expert."""
+    """Catches shares so small that adding them takes longer than it saves: at most 16 shares and one per expert."""
     rows = choose_share_rows(lengths, tiles, multiprocessors)
     programs = tiles * sum(-(-length // rows) for length in lengths)
     assert rows % 64 == 0 and programs <= tiles * (16 + len(lengths))
@@ -85,7 +85,10 @@ def test_shares_are_not_slower_than_whole_experts(lengths: list[int], tiles: int
 
 
 def test_base_uses_all_multiprocessors() -> None:
-    """A product of base has 36 tiles of 128 x 128: without shares, 96 of an H100's 132 multiprocessors would idle."""
+    """Checks a product of the base model: its 36 tiles of 128 x 128 need shares.
+
+    Without shares, 96 of the 132 multiprocessors of an H100 would be idle.
+    """
     assert splits_rows(36, 90) and not splits_rows(48 * 11, 90)
     rows = choose_share_rows([13_000, 3_400], 36, 132)
     waves = -(-36 * (-(-13_000 // rows) + -(-3_400 // rows)) // 132)
