@@ -71,7 +71,7 @@ def draw_mix(size: str, samples: int, seed: int = 0) -> Mix:
         seed: seed for the random lengths.
     """
     rng = np.random.default_rng(seed)
-    laws = (CAPTION_TOKENS, 64), (TEXT_TOKENS, 128)  # a run's default limits
+    laws = (CAPTION_TOKENS, 64), (TEXT_TOKENS, 128)  # 64 and 128 tokens are a run's default limits
     captions, texts = (tuple(draw_length(rng, law, longest) for _ in range(samples)) for law, longest in laws)
     patches = (224 // MODEL_SIZES[size]["patch_size"]) ** 2
     return Mix(samples, 1 + patches, captions, texts)

@@ -20,7 +20,7 @@ MAX_SLOTS = 1024
 """Largest number of slots per host. No machine has more GPUs or cores, so a larger number is a typing error."""
 
 _MAX_NAME = 253  # characters of a DNS name
-_SHOWN = 100  # most characters of an invalid line in a message
+_SHOWN = 100  # maximum characters of an invalid line in a message
 _RESOLVE_SECONDS = 2.0  # for all names together: the check of addresses is not worth a longer wait
 _LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")

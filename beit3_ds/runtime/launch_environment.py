@@ -11,7 +11,7 @@ from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 
 TORCH_LAUNCHER = "the launcher"
 """Name in messages for all launchers that set torch's variables: `deepspeed`, `torchrun` and `beit3 launch`."""
-_DEFAULT_PORT = 29500  # torch's and DeepSpeed's
+_DEFAULT_PORT = 29500  # default of torch and DeepSpeed
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
 _STEPS_PER_JOB = 16
 
@@ -199,7 +199,7 @@ def _port(environment: Mapping[str, str], default: int) -> int:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name)
-    if value is None or not re.fullmatch("[0-9]{1,18}", value):  # not \d, which is also a digit of other scripts
+    if value is None or not re.fullmatch("[0-9]{1,18}", value):  # \d would also match digits of other scripts
         raise ConfigError(
             f"launcher: the environment has {name}={value!r}, but a whole number is expected. The launcher (deepspeed, "
             "torchrun, mpirun or srun) sets it: do not set it by hand, or correct it."

@@ -14,7 +14,7 @@ def measure_node() -> NodeSize:
     """Returns the memory of the machine (or of its container, if smaller) and the free space in /dev/shm, in bytes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
-        with suppress(OSError, ValueError):  # absent, or "max"
+        with suppress(OSError, ValueError):  # no such file, or its content is "max"
             memory = min(memory, int(Path(path).read_text(encoding="ascii")))
     shm: int | None = None
     with suppress(OSError):

@@ -124,7 +124,7 @@ def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.St
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=device
     )
-    deepspeed.init_distributed(verbose=False, timeout=timeout)  # takes the group that exists
+    deepspeed.init_distributed(verbose=False, timeout=timeout)  # uses the existing group
     return build_mesh(parallel, store)
 
 
@@ -143,6 +143,6 @@ def _avoid_compiling_shm_comm() -> None:
 
 def _use_threads(number: int) -> None:
     # By default every rank starts one thread per core of the machine. Two ranks on two cores were ten times slower with
-    # that, because their threads compete and wait for each other.
+    # this default, because their threads compete and wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(number)

@@ -32,10 +32,10 @@ SILENCE_SECONDS = 60.0
 NOTICE_SECONDS = 30.0
 """Seconds between two messages of a waiting rank."""
 _POLL_SECONDS = 0.5
-_CONTENDER_SECONDS = STOP_SECONDS + 5.0  # in which a launcher notices the end of a rank and ends the others by SIGTERM
-_LAUNCHER_SECONDS = 60.0  # time in which rank 0 takes no rank on its host that another launcher started
-_GRACE_SECONDS = 10.0  # time for other ranks to read from rank 0 that one is missing, or to fail by themselves
-_LISTED = 8  # most differences that a message names
+_CONTENDER_SECONDS = STOP_SECONDS + 5.0  # a launcher ends its ranks in this time if one rank has ended
+_LAUNCHER_SECONDS = 60.0  # time in which rank 0 ignores ranks of another launcher on its host
+_GRACE_SECONDS = 10.0  # time for other ranks to read rank 0's error message, or to fail by themselves
+_LISTED = 8  # maximum number of differences in a message
 _WAYS_OUT = (
     "Name an address of rank 0's host that all others reach, and a port that is free there: deepspeed --master_addr A "
     "--master_port P; mpirun -x MASTER_ADDR=A -x MASTER_PORT=P; export MASTER_ADDR=A MASTER_PORT=P before srun."
@@ -143,7 +143,7 @@ class Rendezvous:
             return find_meeting_address(self._launch)
         except OSError as error:
             if self._launch.rank != 0:
-                return self._launch.master_addr  # the attempt to reach it gives the reason
+                return self._launch.master_addr  # `meet` reports why it cannot connect
             raise ConfigError(
                 f"rank 0 on host {self._host} does not know its own name, {self._master()}: {error.strerror or error}. "
                 f"{_WAYS_OUT}"

@@ -125,10 +125,10 @@ class Watchdog:
                 self._set_once("reported", failure)
             self._set_once("beats_requested", "yes")
             self._wait_until(lambda: self._store.get("failure").decode() != _NONE)
-            if self._rank == 0:  # its process may hold the store
+            if self._rank == 0:  # rank 0's process may hold the store
                 self._wait_until(self._have_all_read)
         except _STORE_ERRORS:
-            return  # the store is gone: the other ranks detect that too
+            return  # the store is gone, which the other ranks detect too
 
     def _beat(self) -> None:
         self._count += 1

@@ -41,7 +41,7 @@ class Allocator:
                     libc.mallopt(option, _LARGEST_INT)
             try:
                 self.host_memory = HostMemory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-            except OSError:  # an address space limit, or `vm.overcommit_memory=2`: PyTorch's allocator stays
+            except OSError:  # an address space limit, or `vm.overcommit_memory=2`: use PyTorch's allocator
                 return
         self.host_memory.expect(lasting)
 

@@ -46,7 +46,7 @@ class Clock:
         if self.kind != "cpu":
             width = _WIDTHS[self.kind]
             self._operands = [torch.randn(width, width, device=device, dtype=torch.bfloat16) for _ in range(3)]
-            self._queue(100)  # the clock rate rises
+            self._queue(100)  # raises the GPU's clock rate
             self._product_ms = self._events(lambda: self._queue(10)) / 10
 
     def time(self, call: Callable[[Any], Any], rounds: int, prepare: Callable[[], Any] = lambda: None) -> Timing:

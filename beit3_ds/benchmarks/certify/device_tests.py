@@ -16,7 +16,7 @@ def measure(recorder: Recorder) -> None:
     """Records one item for the tests with the marker `gpu`, and one item for torch's opcheck."""
     if not torch.cuda.is_available():
         raise NeedsDeviceError
-    importlib.import_module("pytest")  # absent: the section reports it
+    importlib.import_module("pytest")  # if missing, the section reports this
     if not (ROOT / "tests" / "kernels").is_dir():
         recorder.add("tests", not_run=f"{ROOT} holds no tests; install from a clone")
         return

@@ -21,7 +21,7 @@ _STEPS = {"cuda": 10, "cpu": 1, "dry": 1}
 
 def measure(recorder: Recorder) -> None:
     """Records the speed of training steps with DeepSpeed's engine, for the first model of `steps.models`."""
-    importlib.import_module("deepspeed")  # absent: the section reports it
+    importlib.import_module("deepspeed")  # if missing, the section reports this
     device = device_of_turns()
     model = models(device)[0]
     recorder.measure(f"{model.name}: DeepSpeed's engine, ZeRO stage 0", partial(_measure, model, device))
@@ -37,7 +37,7 @@ def _measure(model: Model, device: torch.device) -> dict[str, Any]:
     times = []
     for _ in range(_STEPS[kind_of(device)]):
         start = time.perf_counter()
-        loss = step()  # it waits for the loss
+        loss = step()  # waits until the loss is computed
         times.append((time.perf_counter() - start) * 1e3)
     peak = torch.cuda.max_memory_allocated() if kind_of(device) != "cpu" else peak_bytes()
     ms = statistics.median(times)

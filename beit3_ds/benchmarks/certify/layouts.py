@@ -21,7 +21,7 @@ def measure(recorder: Recorder) -> None:
     """Records one item for training on one GPU and, with several GPUs, one item that compares the losses."""
     if not torch.cuda.is_available():
         raise NeedsDeviceError
-    importlib.import_module("deepspeed")  # absent: the section reports it
+    importlib.import_module("deepspeed")  # if missing, the section reports this
     if not (ROOT / CONFIG).exists():
         recorder.add("training", not_run=f"{ROOT} holds no configurations; install from a clone")
         return

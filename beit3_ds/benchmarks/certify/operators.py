@@ -21,7 +21,7 @@ from beit3_ds.kernels.ops.choice_file import choice_file_of
 from beit3_ds.kernels.ops.measured_op import CHOICES, Backend
 
 _OURS = "beit3_ds"
-_LATE = ("compile", "Flex")  # they take long to compile
+_LATE = ("compile", "Flex")  # implementations that take long to compile
 _ROUNDS = {"cuda": 20, "cpu": 2, "dry": 1}
 _SAMPLES = {"cuda": 32, "cpu": 1, "dry": 1}
 _SIZES = {"cuda": ("base", "giant"), "cpu": ("tiny",), "dry": ("base", "giant")}

@@ -17,7 +17,7 @@ from beit3_ds.tasks.pretraining.model import PretrainingModel
 
 _SIZES: dict[str, Any] = {
     "num_layers": 4,
-    "hidden_size": 176,  # heads of 88, as in giant
+    "hidden_size": 176,  # 88 columns per head, as in giant
     "ffn_hidden_size": 704,
     "num_attention_heads": 2,
 }
@@ -40,7 +40,7 @@ def measure(recorder: Recorder) -> None:
     device = device_of_turns()
     for layout, changes in _LAYOUTS.items():
         run = step_config("tiny", **(_SIZES | changes))
-        small = replace(run.model, text_vocab_size=2010, visual_vocab_size=512)  # float64 is slow
+        small = replace(run.model, text_vocab_size=2010, visual_vocab_size=512)  # because float64 is slow
         run = replace(run, backbone=small)
         batch = build_batch(run, 0)
         exact = lru_cache(1)(partial(_step, run.model, batch, torch.device("cpu"), torch.float64))

@@ -51,7 +51,7 @@ class ResultsFile:
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:  # the line that a killed process did not complete
+            except ValueError:  # a line that a killed process left incomplete
                 continue
             if isinstance(line, dict):
                 yield line

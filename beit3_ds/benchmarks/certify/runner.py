@@ -56,7 +56,7 @@ def certify(
         names = ", ".join(repr(section.name) for section in plan)
         raise ConfigError(f"certify: no section is called {' or '.join(map(repr, unknown))}; there are {names}.")
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    if architecture is not None and minutes is None:  # compilers take longer than a GPU
+    if architecture is not None and minutes is None:  # because compilation takes longer than runs on a GPU
         plan = [replace(section, limit=_DRY_RUN_LIMIT) for section in plan]
     results = _open(folder)
     call = results.call + 1

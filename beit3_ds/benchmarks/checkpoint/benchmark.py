@@ -21,7 +21,7 @@ from beit3_ds.benchmarks.peak_memory import status_bytes
 from beit3_ds.config import ConfigError
 from beit3_ds.model.pretrained import PretrainedWeights
 
-_SAVES, _LOADS, _EXPORTS = 3, 3, 5  # rounds
+_SAVES, _LOADS, _EXPORTS = 3, 3, 5  # rounds of each operation
 _READ_BYTES = 1 << 24
 _EXPORTERS = {OURS: "export", THEIRS: "zero_to_fp32"}
 Row = dict[str, Any]
@@ -100,11 +100,11 @@ def _measure_exports(folder: Path) -> list[Row]:
     }
     rows = []
     for number in range(_EXPORTS):
-        # The order alternates, so that a machine that slows down favours neither.
+        # The order alternates, so that neither program gains if the machine slows down.
         for by in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
             source, out, arguments = programs[by]
             _remove(out)
-            drop_from_cache(folder)  # files of the other program would leave less memory for this one
+            drop_from_cache(folder)  # cached files of the other program would take memory
             _read_all(source)
             rows.append({"operation": "export", "by": by} | _run_program(folder / by, out, *arguments))
         _say(f"exported, round {number + 1} of {_EXPORTS}")

@@ -71,12 +71,12 @@ class _Rank:
         self.mesh: Mesh = init_process_group(config.parallel, str(folder))
         generator = torch.Generator().manual_seed(seed)
         model = PretrainingModel(config.model)
-        for parameter in model.parameters():  # the initial values of a run would take minutes
+        for parameter in model.parameters():  # faster than the initial values of a run, which take minutes
             parameter.data.uniform_(-0.05, 0.05, generator=generator)
         self.engine = build_engine(config, model, self.mesh)
         del model, parameter
         self.state = EngineState(self.engine, self.mesh)
-        for values in self._moments():  # untouched zeros take no memory
+        for values in self._moments():  # zeros that were never written take no memory
             values.uniform_(0, 1, generator=generator)
         fields, layout = dataclasses.asdict(config.model), self.mesh.describe_layout()
         run = RunDescription(model=fields, config={}, tokenizers={}, layout=layout, versions={})

@@ -19,8 +19,8 @@ SIZES = ("tiny", "base", "large", "giant")
 _MEASURED = ("tiny", "base")  # sizes that are run once to predict the memory of larger ones
 _DISK_BYTES = 44
 """Bytes on disk per parameter: 12 (DeepSpeed's checkpoint) + 24 (our two) + 8 (two exports)."""
-_LEAST_BYTES = 1_500_000_000  # per rank, admits the smallest size, for which nothing is measured
-_CACHE_BYTES = 2_000_000_000  # left for the page cache and other processes
+_LEAST_BYTES = 1_500_000_000  # assumed need of the smallest size per rank, because nothing is measured yet
+_CACHE_BYTES = 2_000_000_000  # memory left for the page cache and other processes
 
 
 class Choice(NamedTuple):

@@ -76,7 +76,7 @@ def measure_detection(rounds: int = 3, pixels: int = 256, num_images: int = 2) -
         "trunk_training": ours.train_trunk,
     }
     seconds: dict[str, list[float]] = {use: [] for use in uses}
-    for number in range(rounds + 1):  # the first round is for caches
+    for number in range(rounds + 1):  # the first round warms up
         for use, run in uses.items():
             start = time.process_time()
             run()

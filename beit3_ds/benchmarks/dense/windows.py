@@ -52,7 +52,7 @@ def measure_windows(rounds: int = 5, grids: Grids = MIXED_GRIDS, num_layers: int
         "padded": lambda: baseline(x_BHWD),
     }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(rounds + 1):  # the first round is for caches
+    for number in range(rounds + 1):  # the first round warms up
         for side, run in sides.items():
             start = time.process_time()
             run().square().mean().backward()

@@ -86,7 +86,7 @@ def _measure(task: str, size: str, samples: int, rounds: int, image_size: int | 
             arguments = (task, side, size, str(image_size or 0), str(count))
             processes[side] = TurnProcess(f"{task}, {side}", "beit3_ds.benchmarks.finetune.worker", arguments)
         for number in range(rounds + 1):
-            # The order alternates, so that a machine that slows down favours no side.
+            # The order alternates, so that no side gains if the machine slows down.
             order = sides if number % 2 == 0 else sides[::-1]
             row = {side: processes[side].take_turn(number) for side in order}
             seconds = ", ".join(f"{side} {figures['seconds']:.2f} s" for side, figures in row.items())

@@ -166,7 +166,7 @@ def _peak(problem: Problem, device: torch.device) -> float:
         torch.autograd.grad(problem.run(), problem.leaves, problem.dy)
         torch.cuda.synchronize()
         return float(torch.cuda.max_memory_allocated() - before)
-    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that others left in the heap would hide this one's peak
+    ctypes.CDLL(None).malloc_trim(0)  # because memory that was freed before could hide the peak
     reset_peak()
     before = status_bytes("self", "VmRSS")
     torch.autograd.grad(problem.run(), problem.leaves, problem.dy)
@@ -217,7 +217,7 @@ def _describe_device(device: torch.device) -> dict[str, str]:
 def _triton_version() -> str:
     try:
         import triton
-    except ImportError:  # torch's builds for the CPU come without
+    except ImportError:  # torch's builds for CPUs do not contain Triton
         return "absent"
     return str(triton.__version__)
 

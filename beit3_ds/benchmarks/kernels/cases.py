@@ -126,7 +126,7 @@ def _liger_cross_entropy(build: Callable[..., Problem], target: Tensor, device: 
     loss: Any = LigerFusedLinearCrossEntropyFunction
 
     def run(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        # It computes gradients in its forward pass, with one upstream gradient for all rows, so it returns the mean.
+        # Liger computes gradients in the forward pass with one upstream gradient for all rows, so it returns the mean.
         mean: Tensor = loss.apply(h, w, target, b)[0]
         return mean.expand(len(h))
 

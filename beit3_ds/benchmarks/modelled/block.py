@@ -85,7 +85,7 @@ def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, g
     if not shape.sub_layernorm:
         return OpTime(name, triton, now)
     rows = shape.rows * width * _SIZE
-    statistics = 0 if gelu else rates.pass_seconds(rows)  # those after a GELU came from the up projection
+    statistics = 0 if gelu else rates.pass_seconds(rows)  # the up projection computed them for GELU
     return OpTime(name, statistics + rates.product_seconds(flops, rates.with_norm), now + rates.pass_seconds(2 * rows))
 
 
@@ -112,7 +112,7 @@ def _backward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
     ):
         yield OpTime(f"{name}: input", *_products(rates, 2 * rows * width * hidden))
         yield _weight_gradient(f"{name}: weights", rates, rows, hidden, width, 1, experts)
-        passes = (7, 5) if shape.sub_layernorm else ((5, 5) if gelu else (0, 0))  # GELU again, and its gradient
+        passes = (7, 5) if shape.sub_layernorm else ((5, 5) if gelu else (0, 0))  # recompute GELU, and its gradient
         before, now = (rates.pass_seconds(number * rows * width * _SIZE) for number in passes)
         yield OpTime(f"{name}: activation and norm", before, now)
     yield OpTime("FFN up: input", *_products(rates, 2 * rows * hidden * wide))

@@ -74,7 +74,7 @@ def _measure(size: str, samples: int, rounds: int, reference: str) -> list[Row]:
         for name, side in ((PRODUCTS, PRODUCTS), (OURS, OURS), (REFERENCE, reference)):
             workers[name] = TurnProcess(side, "beit3_ds.benchmarks.step.worker", (side, size, str(samples)))
         for number in range(rounds + 1):
-            # The order alternates, so that a machine that slows down favours neither side.
+            # The order alternates, so that neither side gains if the machine slows down.
             sides = (OURS, REFERENCE) if number % 2 == 0 else (REFERENCE, OURS)
             row = {side: workers[side].take_turn(number) for side in (PRODUCTS, *sides)}
             assert row[OURS]["masked"] == row[REFERENCE]["masked"], f"not the same samples: {row}"

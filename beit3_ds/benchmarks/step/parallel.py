@@ -23,8 +23,8 @@ from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, Sample, 
 from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 _ROUNDS = 3
-_STEPS = 4  # the first has one-off work and is not counted
-_SAMPLES = 16  # per stream
+_STEPS = 4  # the first step has one-off work and does not count
+_SAMPLES = 16  # images, and the same number of pairs and texts
 
 
 class StepVariant(NamedTuple):
@@ -66,7 +66,7 @@ def benchmark_parallel(json_path: str | None = None) -> str:
     """
     rows = []
     for round_number in range(_ROUNDS):
-        # The order alternates, so that a machine that slows down favours no variant.
+        # The order alternates, so that no variant gains if the machine slows down.
         order = VARIANTS if round_number % 2 == 0 else VARIANTS[::-1]
         with tempfile.TemporaryDirectory() as folder:
             rows.append({variant.name: _measure(variant, folder) for variant in order})

@@ -62,7 +62,7 @@ def _own_names(inspection: Inspection) -> Iterator[Fault]:
                     "Gloo would announce that address to them ('connectFullMesh ... Connection refused'). Give "
                     f"'{hostname}' its real address in /etc/hosts, or set GLOO_SOCKET_IFNAME."
                 )
-            else:  # `runtime.rendezvous` sets it
+            else:  # `runtime.rendezvous` makes gloo use this interface
                 text += (
                     f"Ranks of beit3_ds let gloo use {node.interface} by themselves; other programs fail "
                     f"('connectFullMesh ... Connection refused') until '{hostname}' has its real address in /etc/hosts."
@@ -85,7 +85,7 @@ def _master_port(inspection: Inspection) -> Iterator[Fault]:
 def _connections(inspection: Inspection) -> Iterator[Fault]:
     first = inspection.answers[0]
     if is_loopback(first.name):
-        return  # DeepSpeed takes 127.0.0.1
+        return  # DeepSpeed then uses 127.0.0.1
     if first.machine and inspection.master_address is None:
         yield Fault(
             first.name,
@@ -136,7 +136,7 @@ def _shared_folder(inspection: Inspection) -> Iterator[Fault]:
     def peers(node: Answers) -> list[Answers]:
         return [other for other in readers if not {other.name, node.name} & (missing[node.name] | missing[other.name])]
 
-    together = peers(max(readers, key=lambda node: len(peers(node))))  # max returns the first of equals
+    together = peers(max(readers, key=lambda node: len(peers(node))))  # on a tie, max returns the first
     for node in readers:
         if node not in together:
             yield Fault(

@@ -19,9 +19,9 @@ MARK = "beit3-probe "
 _TIMEOUT = timedelta(seconds=60)
 _MIN_BYTES, _BUFFER_BYTES, _MAX_BYTES = 1 << 16, 1 << 25, 1 << 28
 _GROWTH = 8
-_ENOUGH_SECONDS = 0.1  # least time of a transfer, so that latency and TCP's slow start are a small share of it
+_ENOUGH_SECONDS = 0.1  # minimum seconds of a transfer, so that latency and TCP's slow start matter little
 _ALL_REDUCE_SECONDS = 0.5
-_TRIES = 2  # the fastest counts, because other traffic and busy cores only make a transfer slower
+_TRIES = 2  # the fastest try counts, because other traffic and busy cores only slow transfers
 
 
 def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
@@ -180,7 +180,7 @@ def _answer_all(requests: "queue.Queue[bytes]") -> None:
                 worker = Worker(**request)
             else:
                 answer["answer"] = getattr(worker, question)(**request)
-        except Exception as error:  # sent to the asking side, which names this host
+        except Exception as error:  # sent to the asking process, which adds this host's name
             answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
         print(MARK + json.dumps(answer), flush=True)
 

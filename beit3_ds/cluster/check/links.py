@@ -18,10 +18,10 @@ from beit3_ds.runtime import versions
 FLOOR_BITS = 0.5e9
 """Lower limit for a link's bits per second if no speed is expected: half of 1 Gbit/s."""
 _SLOW = 0.5  # share of the usual or expected speed below which a link is slow
-_START_SECONDS = 90.0  # for imports of torch from a shared file system, and the rendezvous
+_START_SECONDS = 90.0  # to import torch from a shared file system and to connect
 _ROUND_SECONDS = 10.0
-_TRIES = 3  # measurements of links that look slow
-_MATRIX_HOSTS = 8  # most hosts for which all links are printed
+_TRIES = 3  # maximum measurements of a link that looks slow
+_MATRIX_HOSTS = 8  # maximum number of hosts for which all links are printed
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ ANSWER_SECONDS = 30.0
 """Default time limit for an answer in seconds; longer than the probe's time limit for nvidia-smi."""
 _END_SECONDS = 2.0
 _SHOWN = 1000  # characters; a longer argument is source, not a path
-_LINE_BYTES = 1 << 24  # limit of an answer; the longest has digests of all files
+_LINE_BYTES = 1 << 24  # maximum bytes of an answer; the longest has digests of all files
 _START = "import sys; n = int(sys.stdin.buffer.readline()); exec(compile(sys.stdin.buffer.read(n), 'probe', 'exec'))"
 
 

@@ -13,8 +13,8 @@ T = TypeVar("T", bound=Hashable)
 
 CLOCK_SECONDS = 1.0
 """Maximum allowed difference between two nodes' clocks in seconds. NTP keeps clocks within milliseconds."""
-_FREE_BYTES = 2**30  # least free space in /tmp and the output folder, for compiled kernels and logs
-_BUSY_GPU_BYTES = 2**30  # a program holds more than this, the driver less
+_FREE_BYTES = 2**30  # minimum free space in /tmp and the output folder, for compiled kernels and logs
+_BUSY_GPU_BYTES = 2**30  # a running program uses more than this, and the driver alone uses less
 _GPU_SHARE = 0.9  # largest modelled share of memory: CUDA's context, NCCL's buffers and fragmentation are not modelled
 _OPEN_FILES = 1024  # Linux's default; connections to all peers and data files need descriptors
 _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Docker gives 64 MiB
@@ -39,7 +39,7 @@ def find_node_faults(inspection: Inspection, requirements: Requirements | None) 
 
 def majority(values: Mapping[str, T]) -> tuple[T, list[str]]:
     """Returns the most common value and the hosts with this value. On a tie, the value that comes first wins."""
-    counts = Counter(values.values())  # keeps the order, and max returns the first of equals
+    counts = Counter(values.values())  # keeps the order, so on a tie max returns the first
     most = max(counts, key=lambda value: counts[value])
     return most, [name for name, value in values.items() if value == most]
 
@@ -232,7 +232,7 @@ def _clocks(inspection: Inspection) -> Iterator[Fault]:
             if abs(clocks[other] - clocks[name]) <= CLOCK_SECONDS + errors[other] + errors[name]
         ]
 
-    reference = max(clocks, key=lambda name: len(near(name)))  # the first of equals
+    reference = max(clocks, key=lambda name: len(near(name)))  # on a tie, the first
     agreeing = near(reference)
     for name, clock in clocks.items():
         if name not in agreeing:

@@ -23,7 +23,7 @@ import time
 MARK = "beit3-probe "
 """Prefix of every line that is an answer; a login shell may print other lines."""
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
-_GPU_SECONDS = 25  # without its daemon the driver takes seconds per GPU to start
+_GPU_SECONDS = 25  # without the persistence daemon, the driver takes seconds per GPU to start
 _CONNECT_SECONDS = 3.0
 _SIZED_FILES = 1000  # files per pattern whose size is read, because a network file system needs time for each
 
@@ -345,7 +345,7 @@ def main() -> None:
             request = json.loads(line)
             try:
                 answer = {"answer": getattr(probe, request.pop("ask"))(**request)}
-            except Exception as error:  # sent to the asking side, which names this host
+            except Exception as error:  # sent to the asking process, which adds this host's name
                 answer = {"error": f"{type(error).__name__}: {error}"}
             print(MARK + json.dumps(answer), flush=True)
     finally:

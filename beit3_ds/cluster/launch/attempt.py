@@ -38,13 +38,13 @@ from beit3_ds.runtime.stop_signals import STOP_SIGNALS, exit_status
 USER_ERROR = 2
 """Exit status of a training process that failed because of a user's mistake."""
 
-_STRANGERS = 64  # connections without the token that may wait, beside one per rank
-_SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its cause may be reported after it
+_STRANGERS = 64  # connections that may wait without the token, besides one per rank
+_SETTLE_SECONDS = 0.5  # wait after the first reported failure, because the cause may be reported later
 _SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence after which the message about a failure names a rank
-_GRACE_SECONDS = 5.0  # time for the other ranks after the first failure: they report it (`runtime.watchdog`)
+_GRACE_SECONDS = 5.0  # time in which the other ranks end after a failure and report it (`runtime.watchdog`)
 _LAUNCHER_SECONDS = 10.0  # time for DeepSpeed's launcher to end once all guards have left
-_SHORT_LAUNCHER_SECONDS = 2.0  # after a stop signal, or if a host is lost, for which pdsh and mpirun would wait
-_NOTICE_SECONDS = 15.0  # interval of lines that name the ranks that this process waits for
+_SHORT_LAUNCHER_SECONDS = 2.0  # limit after a stop signal, or if a host is lost: pdsh and mpirun would wait
+_NOTICE_SECONDS = 15.0  # interval of messages about missing ranks
 
 
 class Attempt:

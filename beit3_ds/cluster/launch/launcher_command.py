@@ -75,7 +75,7 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
             for index, host in enumerate(hostfile.hosts)
         ]
     if launcher == "openmpi":
-        arguments = "--launcher_args=--bind-to none"  # otherwise each rank gets one core
+        arguments = "--launcher_args=--bind-to none"  # otherwise mpirun binds each rank to one core
         return [[*common, "--force_multi", "--launcher", "openmpi", arguments, "--module", _GUARD, *guard]]
     # DeepSpeed omits --module from its commands for the other two backends, or puts it where it has no effect.
     options: list[str] = []
@@ -107,7 +107,7 @@ def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> 
     # Open MPI's wheel installs its programs beside this python.
     folders = [str(Path(sys.executable).parent), *environment.get("PATH", os.defpath).split(os.pathsep)]
     kept["PATH"] = os.pathsep.join(filter(is_plain_word, folders))
-    kept["DS_ENV_FILE"] = os.devnull  # else DeepSpeed writes that file's values on the hosts' lines
+    kept["DS_ENV_FILE"] = os.devnull  # or DeepSpeed writes .deepspeed_env into hosts' command lines
     if launcher == "pdsh":
         options = environment.get("PDSH_SSH_ARGS_APPEND", "")
         kept["PDSH_SSH_ARGS_APPEND"] = f"{options} {' '.join(_SSH_OPTIONS)}".strip()

@@ -246,7 +246,7 @@ class _Launch:
         """
         await self._pause(max(_RESTART_SECONDS, outcome.clear_at - time.monotonic() + _RESTART_SECONDS))
         unreachable = await self._find_unreachable([host.name for host in self._hosts])
-        if self._options.launcher == "slurm":  # its hosts are not asked over ssh
+        if self._options.launcher == "slurm":  # Slurm's hosts may refuse ssh
             unreachable |= dict.fromkeys(outcome.lost_hosts, "it fell silent")
         left = [host for host in self._hosts if host.name not in unreachable]
         hosts = largest_fit(

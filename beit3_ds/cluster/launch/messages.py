@@ -20,10 +20,10 @@ KEEPALIVE_INTERVAL = 1.0
 """Seconds between two keepalive messages in each direction."""
 
 _LONGEST_LINE = 16 << 20  # bytes; environments can be long
-_HANDSHAKE_BYTES = 1 << 10  # most that a peer without the token may send in a line
+_HANDSHAKE_BYTES = 1 << 10  # maximum bytes of a line from a peer without the token
 _HANDSHAKE_SECONDS = 10.0
 _BACKLOG = 1024  # guards that may connect at the same moment
-_ACCEPTED_AT_ONCE = 32  # connections accepted before the first of them is looked at; each takes a file descriptor
+_ACCEPTED_AT_ONCE = 32  # connections accepted in one go; each needs a file descriptor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class Channel:
             line = await self._reader.readline()
         except OSError:
             return None
-        except ValueError:  # asyncio's, for a line beyond its limit
+        except ValueError:  # raised by asyncio for a line that is too long
             raise ProtocolError(f"a line of more than {_LONGEST_LINE} bytes") from None
         if not line.endswith(b"\n"):
             return None

@@ -154,7 +154,7 @@ class RankGuard:
             state = "" if self._trainer is None or self._has_ended else self._trainer.state()
             self._channel.send(KeepAlive(state=state))
             await asyncio.sleep(KEEPALIVE_INTERVAL)
-            # If this process was stopped, messages of the supervisor have come but are not read yet.
+            # While this process was stopped, messages of the supervisor may have arrived unread.
             self._channel.last_heard += max(0.0, time.monotonic() - before - 2 * KEEPALIVE_INTERVAL)
             if time.monotonic() - self._channel.last_heard > self._keepalive:
                 self._is_lost = True

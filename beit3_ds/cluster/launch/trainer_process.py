@@ -16,7 +16,7 @@ from beit3_ds.cluster.launch.terminal import open_log
 from beit3_ds.retrying.stream import RetryingStream
 
 _LAST_LINES = 20
-_LONGEST_LINE = 500  # characters of such a line
+_LONGEST_LINE = 500  # maximum characters of each of the last lines
 _CHUNK_BYTES = 1 << 16
 _DRAIN_SECONDS = 5.0  # time for output that is still in the pipe when its writers are gone
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h

@@ -9,7 +9,7 @@ from collections import Counter
 from beit3_ds.cluster.launch.messages import Channel
 
 _IPV6_NETWORK_BITS = 64  # a host may use any number of addresses of such a network
-_FIRST_REFUSALS = 4  # each gets a line; later ones get a line whenever their number has doubled
+_FIRST_REFUSALS = 4  # these get a line each; later refusals get one when their number has doubled
 
 
 class WaitingPeers:
