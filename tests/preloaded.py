@@ -27,13 +27,16 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parents[1]
 
 # What every run imports sooner or later. DeepSpeed asks for its compiled operators with a compiler and imports torch's
-# compiler with its first engine: two thirds of the time in which a rank starts.
+# compiler with its first engine: two thirds of the time in which a rank starts. Segmentation's rank would import
+# transformers and scipy for two seconds.
 _MODULES = (
     "beit3_ds.train",
     "beit3_ds.training.engine",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "matplotlib.pyplot",
+    "scipy.optimize",
     "torchvision",
+    "transformers.models.mask2former.modeling_mask2former",
     "tests.training.layouts",
 )
 

@@ -44,6 +44,7 @@ def small_run_mapping(
     own = mapping["beit3_ds"]
     sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2}
     own["model"] |= {**sizes, "sub_layernorm": False, **model}
+    own["training"]["eval_samples"] = 8  # the quickstart evaluates 256 samples of each stream
     for stream, count in zip(("images", "pairs", "texts"), samples, strict=True):
         own["data"][stream]["samples_per_step"] = count
     return mapping

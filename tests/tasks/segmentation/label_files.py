@@ -23,13 +23,13 @@ SETTINGS = {
     "adapter": ADAPTER,
     "decoder": DECODER,
     "num_points": 64,
-    "window_stride": 24,
+    "window_stride": 40,
     "scales": [1.0, 1.5],
     "flips": True,
 }
 
 
-def write_dataset(folder: Path, num_train: int = 12, num_validation: int = 7) -> None:
+def write_dataset(folder: Path, num_train: int = 12, num_validation: int = 5) -> None:
     """Writes drawn scenes in the folder layout of ADE20K; the shorter side has 40 pixels."""
     for split, count in (("train", num_train), ("validation", num_validation)):
         write_label_scenes(folder, split, count, random.Random(split), 40)

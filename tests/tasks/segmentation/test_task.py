@@ -63,7 +63,7 @@ def test_resumes_bit_for_bit(one_process: Path, data: Path, tmp_path: Path) -> N
 
 def test_result_files_do_not_depend_on_ranks(one_process: Path, data: Path, tmp_path: Path) -> None:
     metrics = check_metrics_do_not_depend_on_ranks(functools.partial(write_config, data=data), one_process, tmp_path)
-    assert metrics["images"] == 7
+    assert metrics["images"] == 5
     last = figures(one_process, "validation")[-1]
     assert metrics["mIoU"] == last["mIoU"]
     predictions = sorted((tmp_path / "1" / "out" / "predictions").iterdir())
@@ -71,7 +71,7 @@ def test_result_files_do_not_depend_on_ranks(one_process: Path, data: Path, tmp_
         values = np.array(Image.open(path))
         truth = Image.open(data / "annotations" / "validation" / path.name)
         assert values.shape == truth.size[::-1] and values.min() >= 1 and values.max() <= 9
-    assert len(predictions) == 7
+    assert len(predictions) == 5
 
 
 def _load(data: Path, folder: Path, *changes: str) -> RunConfig:
