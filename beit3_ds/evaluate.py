@@ -9,17 +9,14 @@ import beit3_ds.runtime.checked_environment  # noqa: F401
 
 import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from beit3_ds.atomic_file import atomic_write
 from beit3_ds.batch import PackedBatch
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import CheckpointFolder
@@ -40,8 +37,8 @@ from beit3_ds.runtime.rank_lock import locked_by_rank_0
 from beit3_ds.runtime.startup_watchdog import watched_start
 from beit3_ds.runtime.stop_deadline import stop_deadline
 from beit3_ds.runtime.stop_signals import StopSignals
-from beit3_ds.storage_error import StorageError
 from beit3_ds.tasks import RankTask, Task, build_task
+from beit3_ds.tasks.metrics_file import unwritable, write_metrics
 from beit3_ds.train import share_of
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.engine import build_schedule
@@ -52,8 +49,6 @@ from beit3_ds.training.start_checks import check_device
 from beit3_ds.weights.reader import open_weights
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
-METRICS_FILE = "metrics.json"
-"""Name of the metrics file in the results folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +116,7 @@ def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)
     split: Split = options.split
-    if not any(getattr(stream, split) for stream in config.data.streams().values()):
-        raise ConfigError(
-            f"--split {split}: no stream has sources in '{split}' (data.*.{split}). Name the files there, or evaluate "
-            "the other split."
-        )
+    config.data.check_has(split)
     task = build_task(config)
     check_device(config.training)
     stored = _open_weights(options.weights, averages=options.ema, best=options.best)
@@ -151,7 +142,7 @@ def _create_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise unwritable(folder, error) from None
     return folder
 
 
@@ -215,31 +206,7 @@ def _write_metrics(
         "step": inputs.step,
         "metrics": dict(metrics),
     }
-    folder = inputs.folder.path
-    print(format_metrics(content), flush=True)
-    try:
-        with atomic_write(folder / METRICS_FILE) as file:
-            file.write((json.dumps(content, indent=2) + "\n").encode())
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    inputs.folder.retry()
-    if missing := ", ".join(map(str, inputs.folder.missing)):
-        raise StorageError(f"not written: {missing}. Make room, or name another folder with --out, and evaluate again.")
-    print(f"results: {folder}", flush=True)
-
-
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{folder} cannot be written: {error}. Name another folder with --out.")
-
-
-def format_metrics(content: Mapping[str, Any]) -> str:
-    """Formats the content of the metrics file as a table."""
-    metrics = content["metrics"]
-    title = f"{content['task']} on {content['split']}, weights {content['weights']} (step {content['step']})"
-    if not metrics:
-        return f"{title}: the split has no annotations, so nothing is scored"
-    wide = max(map(len, metrics))
-    return "\n".join([f"{title}:", *(f"  {name:<{wide}}  {value:.4f}" for name, value in metrics.items())])
+    write_metrics(content, inputs.folder)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

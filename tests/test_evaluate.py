@@ -1,20 +1,15 @@
 """`beit3 evaluate` refuses what it cannot score, and scores the mean terms of a task without metrics of its own."""
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
 from beit3_ds.config import ModelConfig, build_run_config
-from beit3_ds.evaluate import _write_metrics
 from beit3_ds.model.pretrained import weights_metadata
-from beit3_ds.retrying.folder import ResultFolder
-from beit3_ds.storage_error import StorageError
 from beit3_ds.tasks import build_task
 from tests.ranks import run_ranks
 from tests.tasks.fine_tuning import evaluate, write_json
@@ -78,23 +73,6 @@ def test_weights_without_heads_are_refused(
     save_file(tensors, path, weights_metadata(dataclasses.replace(model), 3, {"name": "pretraining"}))
     assert evaluate([config[1], "--weights", weights]) == 2
     assert "holds no head of the task pretraining" in capfd.readouterr().err
-
-
-def test_a_result_file_that_is_missing_is_a_failure(
-    config: tuple[dict[str, Any], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches status 0 without the file that an evaluation server wants; the metrics are written all the same."""
-    folder = ResultFolder(tmp_path / "out", print)
-    (tmp_path / "out" / "predictions.csv").mkdir(parents=True)
-    folder.write("predictions.csv", lambda path: path.write_text(""))
-    options = argparse.Namespace(split="validation", weights="w.safetensors")
-    inputs = SimpleNamespace(folder=folder, step=3)
-    with pytest.raises(StorageError, match=r"not written: .*/out/predictions\.csv\. Make room"):
-        _write_metrics(build_run_config(config[0]), inputs, options, {"accuracy": 0.5})  # type: ignore[arg-type]
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"] == {"accuracy": 0.5}
-    (tmp_path / "out" / "predictions.csv").rmdir()
-    _write_metrics(build_run_config(config[0]), inputs, options, {"accuracy": 0.5})  # type: ignore[arg-type]
-    assert capsys.readouterr().out.endswith(f"results: {tmp_path}/out\n")
 
 
 def inspect_evaluation(path: str, weights: str) -> tuple[int, str]:

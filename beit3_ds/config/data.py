@@ -225,6 +225,18 @@ class DataConfig:
         """Returns the three streams by name, in the order images, pairs, texts."""
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
 
+    def check_has(self, split: Split) -> None:
+        """Checks that a split that is to be evaluated has sources.
+
+        Raises:
+            ConfigError: if no stream has any.
+        """
+        if not any(getattr(stream, split) for stream in self.streams().values()):
+            raise ConfigError(
+                f"--split {split}: no stream has sources in '{split}' (data.*.{split}). Name the files there, or "
+                "evaluate the other split."
+            )
+
     def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
         """Returns a list of short names of the sources of one split, for each stream (`short_source_names`)."""
         streams = self.streams().items()

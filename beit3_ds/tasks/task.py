@@ -36,10 +36,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import INPUT_KINDS, ConfigError, InputKind, ModelConfig, RunConfig
-from beit3_ds.config.data import IMAGE_FORMATS
+from beit3_ds.config.data import IMAGE_FORMATS, Split
 from beit3_ds.model import Head, StageModel, StepLoss, TaskModel
 from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.parallel import TensorParallel
+from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import RankShare, RankTask
 
 
@@ -261,6 +262,23 @@ class Task(ABC):
             element_size: bytes per element of an activation.
         """
         return None
+
+    def score_results(self, paths: Sequence[str], split: Split, folder: ResultFolder) -> dict[str, float]:
+        """Scores result files of a split without a model, writes tables, and returns the metrics by name.
+
+        Args:
+            paths: result files, or folders of them, in the format that an evaluation of the task writes.
+            split: split with the annotations.
+            folder: folder of the tables.
+
+        Raises:
+            ConfigError: if a result is invalid or belongs to other samples, or the task scores no result files, which
+                is the default.
+        """
+        raise ConfigError(
+            f"--results: the task {self.config.task.name} scores no result files. Tasks that do: detection, "
+            "segmentation. Evaluate weights (--weights)."
+        )
 
     @abstractmethod
     def open(self, share: RankShare) -> RankTask:

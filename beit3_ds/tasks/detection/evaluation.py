@@ -4,7 +4,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -127,24 +127,31 @@ class DetectedSplit:
         """Returns COCO's metrics by kind of result; empty if a source has no annotations."""
         if not len(self) or not all(source.has_annotations for source in self.opened):
             return {}
-        images, annotations = self._truth()
+        images, annotations = read_truth(self.opened, {self.identifier(place) for place in range(len(self))})
         limit = max(100, self._settings.max_detections)
         return {
             kind: average_precision(images, annotations, self.categories, self.entries(kind), kind, limit)
             for kind in self.kinds
         }
 
-    def _truth(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Reads the evaluated images and their annotations from the annotation files; annotations get new ids."""
-        wanted = {self.identifier(place) for place in range(len(self))}
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for source in self.opened:
-            of_images, of_objects = source.ground_truth()
-            images += [image for image in of_images if image["id"] in wanted]
-            annotations += [annotation for annotation in of_objects if annotation["image_id"] in wanted]
-        # COCO's code treats an object with id 0 as unmatched.
-        return images, [_complete(annotation) | {"id": i} for i, annotation in enumerate(annotations, 1)]
+
+def read_truth(
+    sources: Sequence[AnnotatedObjects], wanted: Set[int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reads images and their annotations from annotation files; annotations get new ids.
+
+    Args:
+        sources: sources with annotations.
+        wanted: ids of the images that are returned.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for source in sources:
+        of_images, of_objects = source.ground_truth()
+        images += [image for image in of_images if image["id"] in wanted]
+        annotations += [annotation for annotation in of_objects if annotation["image_id"] in wanted]
+    # COCO's code treats an object with id 0 as unmatched.
+    return images, [_complete(annotation) | {"id": i} for i, annotation in enumerate(annotations, 1)]
 
 
 def _complete(annotation: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def write_files(split: DetectedSplit, scores: Mapping[str, AveragePrecision], fo
     for kind in split.kinds:
         folder.write(FILES[kind], functools.partial(_write_entries, split=split, kind=kind))
     if scores:
-        folder.write(CLASSES, lambda path: _write_classes(path, scores))
+        folder.write(CLASSES, lambda path: write_classes(path, scores))
 
 
 def write_page(path: Path, split: DetectedSplit, scores: Mapping[str, AveragePrecision], page_samples: int) -> None:
@@ -257,7 +264,7 @@ def _write_entries(path: Path, split: DetectedSplit, kind: str) -> None:
         file.write(json.dumps(split.entries(kind)).encode())
 
 
-def _write_classes(path: Path, scores: Mapping[str, AveragePrecision]) -> None:
+def write_classes(path: Path, scores: Mapping[str, AveragePrecision]) -> None:
     """Writes one line per category with the number of objects and all metrics; undefined metrics are empty."""
     kinds = list(scores)
     names = list(scores[kinds[0]].classes[0].values)

@@ -12,7 +12,6 @@ time.
 
 # I images, N objects of a file.
 
-import math
 import os
 from array import array
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from beit3_ds.tasks.detection.views import Size
 FORM = "an object with 'images' (id, file_name, width, height), 'categories' (id, name) and 'annotations'"
 """Expected form of an annotation file, for messages."""
 
+_LARGEST = 2.0**53  # pixels; larger integers have no float
 _TOLERANCE = 1.0  # pixels by which a box may exceed its image without a warning, because COCO rounds
 
 
@@ -353,4 +353,4 @@ def _is_side(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < _LARGEST  # false for NaN

@@ -119,8 +119,8 @@ def evaluation_sample(
     return DetectionSample(name=name, number=number, pixels=pixels, views=views)
 
 
-def open_objects(source: SourceConfig, settings: DetectionConfig) -> AnnotatedObjects:
-    """Opens a source of images with objects, and checks all entries and that all images exist.
+def open_objects(source: SourceConfig, settings: DetectionConfig, *, needs_images: bool = True) -> AnnotatedObjects:
+    """Opens a source of images with objects, and checks all entries and, with `needs_images`, that all images exist.
 
     Raises:
         ConfigError: if a file cannot be read, an image is missing, or an annotation is invalid; the message names the
@@ -137,12 +137,15 @@ def open_objects(source: SourceConfig, settings: DetectionConfig) -> AnnotatedOb
             "'annotations' and 'split'."
         )
     opened = read_objects(source.path, source.images, with_masks=settings.masks)
-    opened.check_images()
+    if needs_images:
+        opened.check_images()
     return opened
 
 
-def open_split(config: RunConfig, settings: DetectionConfig, split: Split) -> list[AnnotatedObjects]:
-    """Opens all sources of a split.
+def open_split(
+    config: RunConfig, settings: DetectionConfig, split: Split, *, needs_images: bool = True
+) -> list[AnnotatedObjects]:
+    """Opens all sources of a split; without `needs_images`, images may be missing.
 
     Raises:
         ConfigError: if a source is invalid (`open_objects`), a training or validation file has no annotations, or two
@@ -150,7 +153,7 @@ def open_split(config: RunConfig, settings: DetectionConfig, split: Split) -> li
     """
     sources = getattr(config.data.images, split)
     check_no_file_twice(sources)
-    opened = [open_objects(source, settings) for source in sources]
+    opened = [open_objects(source, settings, needs_images=needs_images) for source in sources]
     for source in opened if split != "test" else ():
         if not source.has_annotations:
             raise ConfigError(

@@ -13,11 +13,14 @@ from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.detection.categories import Categories, check_same, stored_categories
 from beit3_ds.tasks.detection.config import DetectionConfig
 from beit3_ds.tasks.detection.evaluation import (
+    CLASSES,
     PAGE,
     DetectedSplit,
     collect_metrics,
     detect_split,
     draw_training_sample,
+    read_truth,
+    write_classes,
     write_files,
     write_page,
 )
@@ -26,7 +29,9 @@ from beit3_ds.tasks.detection.flops import image_flops
 from beit3_ds.tasks.detection.head import DetectionHead
 from beit3_ds.tasks.detection.memory import image_memory
 from beit3_ds.tasks.detection.packing import pack
+from beit3_ds.tasks.detection.result_files import read_result_files
 from beit3_ds.tasks.detection.samples import OBJECTS_FORMAT, DetectionSample, build_stream, open_split
+from beit3_ds.tasks.detection.score import average_precision
 from beit3_ds.tasks.detection.segmentations import import_masks
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.result_page import ShownSample
@@ -158,6 +163,36 @@ class Detection(Task):
             settings=settings,
             names=() if self._categories is None else self._categories.names,
         )
+
+    def score_results(self, paths: Sequence[str], split: Split, folder: ResultFolder) -> dict[str, float]:
+        """Computes COCO's metrics of result files in COCO's format, and writes the table of metrics per category.
+
+        Args:
+            paths: a file with boxes, a file with masks, or both (`result_files.read_result_files`).
+            split: the split with the annotations; its images are not read.
+            folder: folder of the table.
+
+        Raises:
+            ConfigError: if a file or an entry is invalid, or the split has no annotations.
+        """
+        opened = open_split(self.config, self.settings, split, needs_images=False)
+        categories = self._check_categories(opened)
+        if categories is None or not all(source.has_annotations for source in opened):
+            raise ConfigError(f"results: {split} has no annotations, so nothing can be scored. Choose another --split.")
+        sizes = {
+            identifier: source.size(index)
+            for source in opened
+            for index, identifier in enumerate(source.identifiers.tolist())
+        }
+        entries = read_result_files(paths, sizes, categories)
+        images, annotations = read_truth(opened, sizes.keys())
+        limit = max(100, self.settings.max_detections)
+        scores = {
+            kind: average_precision(images, annotations, categories, found, kind, limit)
+            for kind, found in entries.items()
+        }
+        folder.write(CLASSES, lambda path: write_classes(path, scores))
+        return collect_metrics(scores)
 
     def _check_categories(self, opened: Sequence[AnnotatedObjects]) -> Categories | None:
         """Checks that all files and the weights have equal categories; returns these categories."""

@@ -95,6 +95,11 @@ class LabelMaps:
         """Returns the paths of all images, for finding images that two splits share."""
         return (self.images.name(index) for index in range(len(self)))
 
+    @property
+    def num_labelled(self) -> int:
+        """Returns the number of images with a label map."""
+        return sum(self._has_labels)
+
     def has_labels(self, index: int) -> bool:
         """Returns whether an image has a label map."""
         return bool(self._has_labels[index])
@@ -117,14 +122,26 @@ class LabelMaps:
             raise BrokenRecordError(f"{self.name(index)}: {error}") from error
         if not self.has_labels(index):
             return image, np.full(image.size[::-1], IGNORED, dtype=np.uint8)
-        where = self._label_path(index)
+        labels = self.labels(index)
+        if labels.shape != image.size[::-1]:
+            difference = sizes_differ(labels.shape[::-1], image.size)
+            raise BrokenRecordError(f"{self._label_path(index)}: broken label map: {difference}")
+        return image, labels
+
+    def labels(self, index: int) -> NDArray[np.uint8]:
+        """Decodes the label map of an image that has one.
+
+        Returns:
+            The class of each pixel, (height, width) uint8, `IGNORED` where unknown.
+
+        Raises:
+            BrokenRecordError: if the label map cannot be read, or a value is not a class.
+            StorageError: if the file system fails.
+        """
         try:
-            values = decode_labels(self._labels.read(self._label_name(index), MAX_IMAGE_BYTES))
-            if values.shape != image.size[::-1]:
-                raise ValueError(_sizes_differ(values.shape[::-1], image.size))
-            return image, self._classes(values)
+            return self._classes(decode_labels(self._labels.read(self._label_name(index), MAX_IMAGE_BYTES)))
         except ValueError as error:
-            raise BrokenRecordError(f"{where}: broken label map: {error}") from error
+            raise BrokenRecordError(f"{self._label_path(index)}: broken label map: {error}") from error
 
     def _classes(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
         first = int(self._zero_is_ignored)
@@ -156,7 +173,7 @@ class LabelMaps:
         try:
             check_sides(image_size)
             if label_size is not None and label_size not in (image_size, image_size[::-1]):
-                raise ValueError(f"{printable(self._label_path(index))}: {_sizes_differ(label_size, image_size)}")
+                raise ValueError(f"{printable(self._label_path(index))}: {sizes_differ(label_size, image_size)}")
         except ValueError as error:
             raise ConfigError(
                 f"segmentation: {self.name(index)}: {error}. Repair the file, or remove the image and its label map."
@@ -249,7 +266,8 @@ def open_label_maps(source: SourceConfig, num_classes: int, *, is_complete: bool
     )
 
 
-def _sizes_differ(labels: tuple[int, ...], image: tuple[int, ...]) -> str:
+def sizes_differ(labels: tuple[int, ...], image: tuple[int, ...]) -> str:
+    """Returns the message about a label map and an image of different sizes, both width and height."""
     return f"the label map has {labels[0]} x {labels[1]} pixels, but its image {image[0]} x {image[1]}"
 
 

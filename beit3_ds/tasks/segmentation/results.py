@@ -43,13 +43,24 @@ def write_results(
         folder: folder to write to.
     """
     if metrics:
-        folder.write(CLASSES, functools.partial(_write_classes, confusion=result.confusion, names=names))
-        folder.write(CONFUSION, functools.partial(_draw_confusion, confusion=result.confusion, names=names))
+        write_tables(result.confusion, names, folder)
     for number, data in result.label_maps:
         folder.write(f"{PREDICTIONS}/{_stem(stream, number)}.png", functools.partial(_write_bytes, data=data))
     if result.shown:
         shown = functools.partial(_shown_samples, result.shown, stream, names)
         folder.write(PAGE, lambda path: write_result_page(path, "Segmentation", metrics, shown(), _note(result)))
+
+
+def write_tables(confusion: Confusion, names: Sequence[str], folder: ResultFolder) -> None:
+    """Writes the class table and the picture of the confusion matrix.
+
+    Args:
+        confusion: counted pixels, at least one.
+        names: name of each class.
+        folder: folder to write to.
+    """
+    folder.write(CLASSES, functools.partial(_write_classes, confusion=confusion, names=names))
+    folder.write(CONFUSION, functools.partial(_draw_confusion, confusion=confusion, names=names))
 
 
 def class_table(confusion: Confusion, names: Sequence[str]) -> list[dict[str, str | int | float]]:

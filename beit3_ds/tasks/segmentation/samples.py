@@ -130,21 +130,28 @@ def build_streams(
     Raises:
         ConfigError: if a folder cannot be read, label maps are missing, or an image or label map has a wrong size.
     """
-    sources = getattr(config.data.images, split)
-    check_no_file_twice(sources)
-    if not sources:
-        return {}
     augmentation = build_augmentation(config, settings) if split == "train" else None
     samples = [
         SegmentationSamples(
-            source=open_label_maps(source, settings.num_classes, is_complete=split != "test"),
+            source=source,
             augmentation=augmentation,
             num_extractors=num_extractors,
             drop_path_rate=config.model.drop_path_rate,
         )
-        for source in sources
+        for source in open_split(config, settings, split)
     ]
-    return {"images": Stream(ConcatSources(samples))}
+    return {"images": Stream(ConcatSources(samples))} if samples else {}
+
+
+def open_split(config: RunConfig, settings: SegmentationConfig, split: Split) -> list[LabelMaps]:
+    """Opens the sources of a split; images of "test" need no label maps.
+
+    Raises:
+        ConfigError: if a folder cannot be read, label maps are missing, or an image or label map has a wrong size.
+    """
+    sources = getattr(config.data.images, split)
+    check_no_file_twice(sources)
+    return [open_label_maps(source, settings.num_classes, is_complete=split != "test") for source in sources]
 
 
 def build_augmentation(config: RunConfig, settings: SegmentationConfig) -> CropAugmentation:

@@ -24,8 +24,9 @@ from beit3_ds.tasks.segmentation.memory import crop_memory
 from beit3_ds.tasks.segmentation.model import SegmentationModel
 from beit3_ds.tasks.segmentation.packing import pack
 from beit3_ds.tasks.segmentation.pictures import draw_labels
-from beit3_ds.tasks.segmentation.results import write_results
-from beit3_ds.tasks.segmentation.samples import LabelledCrop, build_streams
+from beit3_ds.tasks.segmentation.result_folder import score_folder
+from beit3_ds.tasks.segmentation.results import write_results, write_tables
+from beit3_ds.tasks.segmentation.samples import LabelledCrop, build_streams, open_split
 from beit3_ds.tasks.segmentation.sliding import SlidingWindows
 from beit3_ds.tasks.task import Headline, Task, Term
 
@@ -170,6 +171,27 @@ class Segmentation(Task):
             patch_size=config.model.patch_size,
             names=self.names,
         )
+
+    def score_results(self, paths: Sequence[str], split: Split, folder: ResultFolder) -> dict[str, float]:
+        """Scores a folder of predicted label maps, and writes the class table and the picture of the confusion matrix.
+
+        Args:
+            paths: one folder (`result_folder.score_folder`).
+            split: the split with the label maps; its images are listed but not decoded.
+            folder: folder of the tables.
+
+        Raises:
+            ConfigError: if a prediction is missing or invalid, or the split has no label maps.
+        """
+        if len(paths) != 1:
+            raise ConfigError(f"--results: segmentation scores one folder of label maps, but {len(paths)} are named.")
+        sources = open_split(self.config, self.settings, split)
+        confusion = score_folder(paths[0], sources, self.settings.num_classes)
+        metrics = confusion.metrics()
+        if not metrics:
+            raise ConfigError(f"results: {split} has no labels, so nothing can be scored. Choose another --split.")
+        write_tables(confusion, self.names, folder)
+        return metrics | {"images": float(sum(source.num_labelled for source in sources))}
 
     def _check_weights(self) -> None:
         stored = (self.weights_description or {}).get("names")
