@@ -9,7 +9,7 @@ from beit3_ds.tasks.pretraining.targets import TOKENIZER_PIXELS, with_masks
 
 
 def small_model_config(**changes: object) -> ModelConfig:
-    """Returns a model of three blocks, the top one with a vision-language expert, on 4 x 4 patches."""
+    """Returns a model of three blocks for 4 x 4 patches; the top block has a vision-language expert."""
     values: dict = {
         "num_layers": 3,
         "hidden_size": 24,
@@ -27,14 +27,14 @@ def small_model_config(**changes: object) -> ModelConfig:
 
 
 def decoupled(**changes: object) -> ModelConfig:
-    """Returns the released models' layout at the same size."""
+    """Returns the layout of the released models, at the size of `small_model_config`."""
     return small_model_config(layout="decoupled", sub_layernorm=True, num_vision_language_layers=0, **changes)
 
 
 def random_batch(
     config: ModelConfig, num_images: int, num_pairs: int, num_texts: int, seed: int = 0, drop_path: bool = False
 ) -> PackedBatch:
-    """Returns a batch of random pixels, ids, masks and visual targets; lengths vary from 3 to `max_text_length`."""
+    """Returns a batch of random pixels, ids, masks and visual targets; texts have 3 to `max_text_length` tokens."""
     rng = np.random.default_rng([seed, num_images, num_pairs, num_texts])
     lengths = rng.integers(3, config.max_text_length + 1, num_pairs + num_texts)
     num_tokens, num_pixels = int(lengths.sum()), num_images + num_pairs
@@ -64,7 +64,7 @@ def random_batch(
 
 
 def merge_batches(batches: list[PackedBatch]) -> PackedBatch:
-    """Returns one micro-batch with all the samples of several."""
+    """Joins the samples of several micro-batches in one micro-batch."""
     images = [slice(0, b.num_images) for b in batches]
     pairs = [slice(b.num_images, None) for b in batches]
     captions = [slice(0, sum(b.caption_lengths)) for b in batches]

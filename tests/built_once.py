@@ -9,12 +9,14 @@ import pytest
 
 
 def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
-    """Returns a folder that the first caller of a test run has filled; others wait for it and must not change it.
+    """Returns a folder that one worker of the test run has filled; callers must not change it.
+
+    The first caller builds the files, and other callers wait.
 
     Args:
         factory: pytest's fixture `tmp_path_factory`.
-        name: name of the folder, one per set of files.
-        build: writes the files into the folder, which exists.
+        name: name of the folder, which identifies the files.
+        build: writes the files into the existing folder.
     """
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

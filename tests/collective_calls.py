@@ -20,7 +20,10 @@ _ALSO = {
 }
 _ALSO |= {"init_distributed", "allreduce", "allgather", "reduce_scatter_coalesced", "all_gather_coalesced"}
 _SHARED_WORDS = {"broadcast", "collect", "gather", "receive", "recv", "reduce", "scatter", "send", "sum", "barrier"}
-"""Words that tensors, arrays and pipes use too: they count where the receiver is a group or a module that sends."""
+"""Method names that tensors, arrays and pipes have too; they count only on objects that send.
+
+Such objects are groups and modules.
+"""
 _MODULES = ("torch.distributed", "deepspeed.comm", "torch.distributed.distributed_c10d")
 _RECEIVERS = re.compile(r"(^|[._])(dist|distributed|comm|host|group|mesh|pipeline|tensor|engine|deepspeed)$")
 _OF_ENGINES = {"backward", "step", "initialize"}
@@ -33,7 +36,7 @@ SENDING = _ALSO | {
     and not _SILENT.match(name)
     and callable(getattr(dist.distributed_c10d, name))
 }
-"""Names of all functions that send, in torch and in this project."""
+"""Names of all functions that send data to other ranks, in torch and in this project."""
 
 
 class Call(NamedTuple):
@@ -45,13 +48,13 @@ class Call(NamedTuple):
 
 
 def find_calls() -> list[Call]:
-    """Finds all calls of the package and of the kernels, in order."""
+    """Returns all calls that send, in the package and the kernels, in source order."""
     files = [*(ROOT / "beit3_ds").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     return [call for path in sorted(files) for call in find_calls_in(path.read_text(), str(path.relative_to(ROOT)))]
 
 
 def find_calls_in(source: str, file: str = "") -> Iterator[Call]:
-    """Finds the calls of one file, and functions that it passes on to be called."""
+    """Yields the calls that send in one file, and functions that are passed on to be called later."""
     tree = ast.parse(source)
     modules, functions = set(), set()
     for node in ast.walk(tree):

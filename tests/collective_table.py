@@ -6,7 +6,7 @@ from typing import NamedTuple
 from tests.collective_calls import ROOT, Call
 
 HOST, DEVICES = ("host",), ("device",)
-"""Kinds of values: of host memory, over gloo, or tensors of a device."""
+"""Kinds of sent values: values in host memory, sent over gloo, and tensors on a device."""
 BY_READING = "reading"
 _KINDS = {"host": HOST, "device": DEVICES, "either": ("host", "device"), "none": ()}
 _DOCUMENT = ROOT / "docs" / "traffic_and_memory.md"
@@ -19,17 +19,17 @@ class Row(NamedTuple):
     kinds: tuple[str, ...]
     """Kinds of values that the call sends."""
     dtypes: set[str]
-    """Dtypes of the tensors, and "JSON"; empty for a call that only makes groups."""
+    """Dtypes of the sent tensors, and "JSON"; empty for a call that only creates groups."""
     group: str
     """Ranks that take part."""
     moment: str
     """When the call is made."""
     run: str
-    """Run of `tests/test_collectives.py` that shows it, or `BY_READING`."""
+    """Run of `tests/test_collectives.py` that makes the call, or `BY_READING`."""
 
 
 def read_table() -> dict[Call, Row]:
-    """Returns all rows by the calls that they describe."""
+    """Returns all rows of the table, by the calls that they describe."""
     result: dict[Call, Row] = {}
     inside = False
     for line in _DOCUMENT.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Provides fixtures that several folders of tests share."""
+"""Provides fixtures for several folders of tests."""
 
 import json
 import os
@@ -27,7 +27,7 @@ settings.load_profile("shared cores")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the option that `deepspeed_proofs` reads."""
+    """Adds the option --verify-deepspeed, which `deepspeed_proofs` reads."""
     parser.addoption(
         "--verify-deepspeed",
         action="store_true",
@@ -36,13 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets the process that collects all results record the proofs."""
+    """Makes the process that collects all results record the proofs."""
     if config.getoption("--verify-deepspeed") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips recorded proofs, and tests marked `gpu` on a machine without one."""
+    """Skips recorded proofs, and tests marked `gpu` on a machine without a GPU."""
     import torch
 
     if not config.getoption("--verify-deepspeed"):
@@ -56,7 +56,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Trains a small text tokenizer on the sample's captions and saves an untrained visual one; returns their paths."""
+    """Trains a small text tokenizer on the sample captions and saves an untrained visual tokenizer.
+
+    Returns:
+        The paths of the tokenizers, by kind.
+    """
     from beit3_ds.data import read_training_lines
     from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer, train_text_tokenizer
 
@@ -74,7 +78,7 @@ def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> "Reference":
-    """Computes the steps of every model in one process, with which steps of other layouts are compared."""
+    """Computes the steps of every model in one process, as the reference for other layouts."""
     from tests.training.steps import MODELS, Reference
 
     return Reference(build_once(tmp_path_factory, "reference", lambda folder: Reference(folder).prepare(MODELS)))
@@ -102,7 +106,7 @@ def run_mapping(tokenizer_files: dict[str, str], tmp_path: Path) -> dict[str, An
 
 @pytest.fixture(scope="session")
 def trained_visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The visual tokenizer as the quickstart trains it; about a minute, for slow tests."""
+    """Trains the quickstart's visual tokenizer in about a minute, for slow tests; returns its path."""
     from tests.ranks import run_ranks
 
     folder = tmp_path_factory.mktemp("trained_tokenizer")
@@ -114,7 +118,7 @@ def trained_visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _train(config: RunConfig) -> None:
-    """On one rank: runs the trainer with one thread."""
+    """Runs the trainer with one thread on one rank."""
     os.environ["OMP_NUM_THREADS"] = "1"
     from beit3_ds.train import train_run
 
@@ -131,7 +135,10 @@ def _module_hosts() -> Iterator[list[Host]]:
 
 @pytest.fixture(scope="module")
 def debian_hosts() -> Iterator[list[Host]]:
-    """Returns two hosts set up like Debian: their own names mean the loopback address, where gloo would listen."""
+    """Returns two hosts set up like Debian.
+
+    The name of each host means a loopback address, on which gloo would listen.
+    """
     if reason := missing_for_hosts():
         pytest.skip(reason)
     with namespace_hosts(2) as hosts:
@@ -142,9 +149,9 @@ def debian_hosts() -> Iterator[list[Host]]:
 
 @pytest.fixture
 def two_hosts(_module_hosts: list[Host]) -> Iterator[list[Host]]:
-    """Returns two hosts that a file's tests share; after each test kills its processes and repairs the links.
+    """Returns two hosts that the tests of a file share; kills processes and repairs links after each test.
 
-    A test that crashes a host, stops its sshd or changes its names creates its own hosts: `namespace_hosts`.
+    A test that crashes a host, stops its sshd or changes its names must create its own hosts with `namespace_hosts`.
     """
     yield _module_hosts
     for host in _module_hosts:

@@ -1,8 +1,9 @@
-"""Skips proofs that the pinned DeepSpeed is still wrong, as long as nothing that they depend on has changed.
+"""Skips proofs of DeepSpeed's faults while everything that they depend on is unchanged.
 
-A proof undoes a workaround and shows what goes wrong then. `pytest --verify-deepspeed` runs all proofs and records a
-digest per proof that passes: versions of DeepSpeed and torch, the code of the workarounds and that of the proofs. A
-proof whose digest is not the recorded one runs with all other tests, and so it does in continuous integration.
+A proof removes a workaround and shows the resulting error of the pinned DeepSpeed. `pytest --verify-deepspeed` runs all
+proofs and records a digest for each proof that passes. The digest covers the versions of DeepSpeed and torch, the code
+of the workarounds, and the code of the proofs. A proof with another digest than the recorded one runs with all other
+tests, also in continuous integration.
 """
 
 import ast
@@ -23,19 +24,19 @@ HARNESS = ("tests/training/steps.py", "tests/training/layouts.py")
 
 
 def digest(sources: Iterable[str], versions: Mapping[str, str]) -> str:
-    """Returns a digest of versions and of code; comments, docstrings and formatting do not count."""
+    """Returns a digest of versions and code; comments, docstrings and formatting do not change it."""
     words = [f"{name}=={number}" for name, number in sorted(versions.items())]
     return hashlib.sha256("\n".join([*words, *map(_code, sources)]).encode()).hexdigest()[:16]
 
 
 def current_digest(test_file: Path) -> str:
-    """Returns the digest of the proofs in a file with the current sources and versions."""
+    """Returns the digest of the proofs in a file for the current sources and versions."""
     sources = [_source(*name.split("::")) for name in (*WORKAROUNDS, *HARNESS)]
     return digest([*sources, test_file.read_text()], {name: version(name).partition("+")[0] for name in PACKAGES})
 
 
 def skip_proved(items: Iterable[pytest.Item]) -> None:
-    """Marks the proofs that were recorded for everything as it is now."""
+    """Skips the proofs that were recorded with the current digest."""
     proofs = [item for item in items if item.get_closest_marker(MARK)]
     digests = {path: current_digest(path) for path in {item.path for item in proofs}}
     for item in proofs:
@@ -46,21 +47,21 @@ def skip_proved(items: Iterable[pytest.Item]) -> None:
 
 
 def is_proved(nodeid: str, record: Mapping[str, str], now: str) -> bool:
-    """Returns whether a proof was recorded for the current digest."""
+    """Returns whether a proof was recorded with the current digest."""
     return record.get(nodeid.partition("::")[2]) == now
 
 
 def read_record(test_file: Path) -> dict[str, str]:
-    """Returns the recorded digests of the proofs in a file's folder, by name."""
+    """Returns the recorded digests of the proofs in a file's folder, by proof name."""
     record = test_file.with_name(RECORD)
     return json.loads(record.read_text()) if record.exists() else {}
 
 
 class Recorder:
-    """Records proofs that pass; one process hears of all of them, also if several run tests."""
+    """Records proofs that pass; a single process records them, also if several processes run tests."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Records one proof, and deletes its records of other digests."""
+        """Records one proof, and deletes its records with other digests."""
         if MARK not in report.keywords or report.when != "call":
             return
         name, _, proof = report.nodeid.partition("::")
@@ -68,7 +69,7 @@ class Recorder:
 
 
 def record_outcome(test_file: Path, proof: str, *, passed: bool) -> None:
-    """Writes the digest of now for a proof that passed, and drops the entries that are of another digest."""
+    """Records the current digest for a proof that passed, and deletes entries with other digests."""
     now = current_digest(test_file)
     entries = {name: found for name, found in read_record(test_file).items() if found == now and name != proof}
     if passed:
@@ -77,7 +78,7 @@ def record_outcome(test_file: Path, proof: str, *, passed: bool) -> None:
 
 
 def _source(name: str, class_name: str | None = None) -> str:
-    """Returns the text of a file, or of one of its classes."""
+    """Returns the source text of a file, or of one of its classes."""
     text = (ROOT / name).read_text()
     if class_name is None:
         return text

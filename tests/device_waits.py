@@ -1,7 +1,7 @@
-"""Counts the places at which a program on the emulated second device (`two_devices`) waits for that device.
+"""Counts where a program on the emulated second device (`two_devices`) waits for that device.
 
-On a GPU the host runs ahead of the device. It waits if it reads a value of the device, runs an operation whose result
-has a shape that depends on values, or copies memory that is not pinned.
+On a GPU, the host runs ahead of the device. The host waits when it reads a value of the device, runs an operation whose
+output shape depends on values, or copies unpinned memory.
 """
 
 import sys
@@ -26,18 +26,18 @@ _COPIES_VALUES = {"tensor", "as_tensor", "asarray"}
 
 
 class DeviceWaits:
-    """Holds every wait since `clear`, as the operation and the nearest function of the project that called it."""
+    """Holds every wait since the last `clear`: the operation, and the nearest calling function of this project."""
 
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
 
     def clear(self) -> Counter[str]:
-        """Returns the waits so far and starts again."""
+        """Returns the waits so far and starts counting again."""
         found, self.found = self.found, Counter()
         return found
 
     def note(self, operation: str) -> None:
-        """Counts a wait."""
+        """Records a wait for an operation."""
         frame: Any = sys._getframe(1)
         while frame is not None:
             path = frame.f_code.co_filename
@@ -52,7 +52,7 @@ class DeviceWaits:
 
 @contextmanager
 def watching(machine: TwoDevices) -> Iterator[DeviceWaits]:
-    """Counts waits in the `with` block, which must be inside the block of `two_devices` that gave `machine`."""
+    """Counts waits in the `with` block, which must be inside the `two_devices` block that gave `machine`."""
     waits = DeviceWaits()
     functions = _Functions(waits)
     machine.function_modes.append(functions)
@@ -61,7 +61,7 @@ def watching(machine: TwoDevices) -> Iterator[DeviceWaits]:
 
 
 class _Functions(TorchFunctionMode):
-    """Finds waits in functions that do not show up as operations, because both devices are the CPU."""
+    """Finds waits in functions that are not dispatched as operations, because the two devices are really the CPU."""
 
     def __init__(self, waits: DeviceWaits) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Finds operations that wait, backward passes included."""
+    """Finds operations that wait, including those of backward passes."""
 
     def __init__(self, waits: DeviceWaits) -> None:
         super().__init__()

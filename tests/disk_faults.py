@@ -1,8 +1,10 @@
-"""Trains one rank while the disk of the run fails at chosen steps: `python -m tests.disk_faults FOLDER FAULTS CONFIG`.
+"""Trains one rank while the disk of the run fails at chosen steps.
 
-The process must be in a mount namespace of its own, with a tmpfs at FOLDER. FAULTS is a JSON object of steps and
-faults: "fill" leaves no byte free, "free" undoes that, "read-only" and "writable" mount the folder again. The main rank
-causes a fault just before it writes the metrics of the step.
+Usage: python -m tests.disk_faults FOLDER FAULTS CONFIG
+
+The process needs its own mount namespace, with a tmpfs at FOLDER. FAULTS is a JSON object from steps to faults: "fill"
+uses up all space, "free" undoes that, and "read-only" and "writable" remount the folder. The main rank causes a fault
+just before it writes the metrics of the step.
 """
 
 import json
@@ -19,7 +21,7 @@ FILLER = "filler"
 
 
 def cause(folder: Path, fault: str) -> None:
-    """Causes a fault, or ends it."""
+    """Causes a fault of the disk, or ends one."""
     if fault == "fill":
         _fill(folder / FILLER)
     elif fault == "free":

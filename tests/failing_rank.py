@@ -1,4 +1,7 @@
-"""Trains one rank, which fails when it appends the record of its first step: `python -m tests.failing_rank CONFIG`."""
+"""Trains one rank that fails when it appends the record of its first step.
+
+Usage: python -m tests.failing_rank CONFIG
+"""
 
 import sys
 from typing import Any

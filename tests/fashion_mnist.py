@@ -1,4 +1,4 @@
-"""Reads Fashion-MNIST, where Debian's package has put it."""
+"""Reads Fashion-MNIST from the files of Debian's package."""
 
 import gzip
 from pathlib import Path
@@ -20,15 +20,15 @@ CLASSES = (
     "bag",
     "ankle boot",
 )
-"""Names of the classes, by label."""
+"""Names of the classes, in the order of labels."""
 
 Bytes = npt.NDArray[np.uint8]
 
 
 def fashion_mnist(split: str, count: int) -> tuple[Bytes, Bytes]:
-    """Returns the first images of a split ("train" or "t10k"), light on black, (count, 28, 28), and their labels.
+    """Returns the first images of a split, light on black, (count, 28, 28), and their labels, (count,).
 
-    Skips the test if the package is not installed.
+    Skips the test if the package is not installed. The splits are "train" and "t10k".
     """
     if not FOLDER.is_dir():
         pytest.skip(f"needs Debian's package dataset-fashion-mnist in {FOLDER}")

@@ -1,13 +1,13 @@
-"""What a write changes of a file, for tests that expect no write."""
+"""Describes a file, for tests that expect no write to it."""
 
 import os
 from pathlib import Path
 
 
 def file_state(path: Path) -> tuple[int, ...]:
-    """Returns type and mode, inode, device, links, owner, size and the time of the last write of `path` itself.
+    """Returns mode, inode, device, links, owner, group, size and modification time of `path`; does not follow a link.
 
-    The time of the last access is left out: reading a link's target changes it.
+    The access time is left out, because reading a link's target changes it.
     """
     state = os.lstat(path)
     return (

@@ -1,9 +1,9 @@
-"""Builds hosts from Linux namespaces, on which real launchers start real ranks over a network that can be cut.
+"""Builds hosts from Linux namespaces, where real launchers start real ranks over a network that can be cut.
 
-Each host has its own network, hostname, processes, /etc/hosts, /run, /dev/shm and sshd; files are shared, as on a
-cluster with a shared file system. A switch, in a network of its own, joins the hosts, so nothing of this machine's
-network is touched and any number of tests can have hosts at the same time. All of it consists of processes: when they
-end, it is gone, also if the tests are killed.
+Each host has its own network, hostname, processes, /etc/hosts, /run, /dev/shm and sshd. All hosts share files, like a
+cluster with a shared file system. A switch with its own network namespace connects the hosts. So this machine's network
+stays unchanged, and any number of tests can have hosts at the same time. Hosts and switch consist of processes only, so
+nothing remains when they end, even if the tests are killed.
 """
 
 import ipaddress
@@ -58,23 +58,23 @@ SetEnv TMPDIR={temporary}
 
 
 class Switch:
-    """Connects the hosts by a bridge in its own network namespace."""
+    """Connects the hosts by a bridge in a separate network namespace."""
 
     def __init__(self) -> None:
-        """Makes a switch without ports."""
+        """Creates a switch without ports."""
         self._process = _start_namespaces(["--net"], _PREPARE_SWITCH)
 
     def ip(self, *arguments: str) -> None:
-        """Calls `ip` on the switch."""
+        """Runs the command `ip` in the switch's network."""
         subprocess.run(["nsenter", f"--target={self._process.pid}", "--net", "ip", *arguments], check=True)
 
     def connect(self, port: str, pid: int) -> None:
-        """Makes a port and lays a cable to `INTERFACE` in the network of a process."""
+        """Creates a port, and connects it to `INTERFACE` in the network of a process."""
         self.ip("link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(pid))
         self.ip("link", "set", port, "master", "switch", "up")
 
     def close(self) -> None:
-        """Takes it away."""
+        """Removes the switch."""
         self._process.kill()
         self._process.communicate()
 
@@ -83,7 +83,7 @@ class Host:
     """Controls one of the hosts of `namespace_hosts`."""
 
     def __init__(self, name: str, address: str, folder: Path, switch: Switch) -> None:
-        """Starts a host without an sshd; its folder holds the mounted files (`_start_host`)."""
+        """Starts a host without sshd; `folder` holds its mounted files (`_start_host`)."""
         self.name, self.address, self.folder, self._switch = name, address, folder, switch
         options = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._unshare = _start_namespaces(options, _PREPARE_HOST, str(folder), name)
@@ -97,7 +97,7 @@ class Host:
         self.run(["bash", "-c", network])
 
     def command(self, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
-        """Returns a command that runs `argv` on the host, in the current folder, when started on this machine."""
+        """Returns a command for this machine that runs `argv` on the host, in the current folder."""
         enter = ["nsenter", f"--target={self._init_pid}", "--net", "--uts", "--mount", "--pid"]
         variables = {"TMPDIR": str(self.folder / "tmp"), **(environment or {})}
         return [*enter, "env", f"--chdir={Path.cwd()}", *(f"{k}={v}" for k, v in variables.items()), *argv]
@@ -107,7 +107,7 @@ class Host:
     ) -> subprocess.Popen:
         """Starts a command on the host; `popen` are arguments of `subprocess.Popen`.
 
-        The process that is returned stands for it and ends with its status: to signal the command, see `signal`.
+        The returned process ends with the status of the command. To send a signal to the command itself, use `signal`.
         """
         return subprocess.Popen(self.command(argv, environment), **popen)
 
@@ -117,7 +117,7 @@ class Host:
         """Runs a command on the host; `stdout` of the result includes standard error.
 
         Raises:
-            AssertionError: if it takes longer than `timeout` seconds; the message contains its output.
+            AssertionError: if the command takes longer than `timeout` seconds; the message has its output.
         """
         with tempfile.TemporaryFile("w+") as output:  # not a pipe, which what it leaves behind would hold open
             process = self.start(argv, environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
@@ -132,7 +132,10 @@ class Host:
         return subprocess.CompletedProcess(list(argv), status, printed)
 
     def pids(self, pattern: str = "") -> list[int]:
-        """Returns this machine's ids of the host's processes whose command line matches a regular expression."""
+        """Returns ids of the host's processes whose command line matches a regular expression.
+
+        The ids are those of this machine.
+        """
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has just ended
@@ -142,7 +145,7 @@ class Host:
         return [pid for pid in found if pid != self._init_pid]
 
     def listeners(self) -> set[tuple[str, int]]:
-        """Returns the addresses and TCP ports at which programs of the host listen, except its sshd, as `ss` does."""
+        """Returns the addresses and TCP ports at which programs of the host listen, without its sshd."""
         found = set()
         for table, size in (("tcp", 4), ("tcp6", 16)):
             for line in Path(f"/proc/{self._init_pid}/net/{table}").read_text().splitlines()[1:]:
@@ -154,10 +157,10 @@ class Host:
         return found
 
     def signal(self, pid: int, number: int) -> None:
-        """Sends a signal to one of `pids`.
+        """Sends a signal to a process id from `pids`.
 
         Raises:
-            ProcessLookupError: if it has ended, or is none of the host's.
+            ProcessLookupError: if the process has ended or does not belong to the host.
         """
         try:
             namespace = os.readlink(f"/proc/{pid}/ns/pid")
@@ -168,7 +171,7 @@ class Host:
         os.kill(pid, number)
 
     def add_name(self, line: str) -> None:
-        """Puts a line first in the host's /etc/hosts, such as `127.0.1.1 node0`."""
+        """Inserts a line at the top of the host's /etc/hosts, such as `127.0.1.1 node0`."""
         file = self.folder / "hosts"  # written in place: it is mounted
         file.write_text(f"{line}\n{file.read_text()}")
 
@@ -181,7 +184,7 @@ class Host:
         self._switch.ip("link", "set", self.name, "up")
 
     def throttle(self, rate: str | None) -> None:
-        """Limits the rate of the host's outgoing data, for example to "10mbit" per second; None removes the limit."""
+        """Limits the rate of outgoing data, for example to "10mbit" per second; None removes the limit."""
         self.run(["tc", "qdisc", "del", "dev", INTERFACE, "root"])
         if rate is not None:
             limit = ["tbf", "rate", rate, "burst", "64kb", "latency", "500ms"]
@@ -189,46 +192,46 @@ class Host:
             assert done.returncode == 0, done.stdout
 
     def start_sshd(self) -> None:
-        """Starts the sshd that every new host has."""
+        """Starts the sshd, which every new host has running."""
         sshd = _find("sshd")
         assert sshd is not None
         done = self.run([sshd, "-E", str(self.folder / "sshd.log")])
         assert done.returncode == 0, f"{done.stdout}\n{(self.folder / 'sshd.log').read_text()}"
 
     def stop_sshd(self) -> None:
-        """Stops the sshd: new logins fail, existing ones stay."""
+        """Stops the sshd; new logins fail, and existing ones stay open."""
         for pid in self.pids(_LISTENER):
             self.signal(pid, signal.SIGKILL)
 
     def clear(self) -> None:
-        """Kills all processes but the sshd, for the next test."""
+        """Kills all processes of the host except the sshd, for the next test."""
         for pid in set(self.pids()) - set(self.pids(_LISTENER)):
             with suppress(ProcessLookupError):
                 self.signal(pid, signal.SIGKILL)
 
     def crash(self) -> None:
-        """Crashes the host: cuts its link first, so that no peer is notified, then kills every process."""
+        """Crashes the host: cuts its link first, so that no peer is notified, and then kills every process."""
         self.cut_link()
         self.close()
 
     def close(self) -> None:
-        """Ends the host and everything on it; nothing of it can catch that."""
+        """Ends the host and all its processes, which cannot prevent it."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._init, signal.SIGKILL)  # the kernel kills the rest
         self._unshare.communicate()
 
 
 def write_hostfile(path: Path, hosts: Sequence[Host], slots: int = 1) -> Path:
-    """Writes DeepSpeed's hostfile, with the same number of slots on every host."""
+    """Writes a DeepSpeed hostfile with an equal number of slots per host; returns its path."""
     path.write_text("".join(f"{host.name} slots={slots}\n" for host in hosts))
     return path
 
 
 @contextmanager
 def namespace_hosts(count: int) -> Iterator[list[Host]]:
-    """Brings up hosts node0, node1, ... at 10.1.0.1, 10.1.0.2, ... that reach each other by name and by ssh.
+    """Starts hosts node0, node1, ... at 10.1.0.1, 10.1.0.2, ... that reach each other by name and by ssh.
 
-    They share this machine's files; TMPDIR is a folder of each host's own, in sessions of ssh also.
+    The hosts share this machine's files. Each host has its own TMPDIR, also in ssh sessions.
     """
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
         root = Path(folder)
@@ -261,7 +264,7 @@ def _start_host(root: Path, index: int, count: int, switch: Switch) -> Host:
 
 
 def _start_namespaces(options: Sequence[str], prepare: str, *arguments: str) -> subprocess.Popen[str]:
-    """Starts a shell in new namespaces that lives until its standard input, a pipe from this process, is closed."""
+    """Starts a shell in new namespaces; it lives until its standard input, a pipe from this process, is closed."""
     script = f"set -e\n{prepare}\necho ready\nread -r _ || true"
     argv = ["unshare", *options, "bash", "-c", script, "bash", *arguments]
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -277,7 +280,7 @@ def _find(program: str) -> str | None:
 
 
 def missing_for_hosts(*programs: str) -> str | None:
-    """Names the programs that this machine lacks for `namespace_hosts`, and how to install them; None if it has all."""
+    """Returns what this machine lacks for `namespace_hosts` and how to install it, or None."""
     if os.geteuid() != 0:
         return "hosts made of namespaces need root: run the tests as root, for example in a container"
     if lacking := [program for program in (*_PROGRAMS, *programs) if _find(program) is None]:

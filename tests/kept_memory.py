@@ -1,4 +1,4 @@
-"""Counts the bytes that autograd keeps of a forward pass."""
+"""Counts the bytes that autograd saves for the backward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def kept_bytes(module: nn.Module, forward: Callable[[], Any], given: Sequence[Tensor] = ()) -> int:
-    """Runs `forward`; returns the bytes of all storages that it keeps, without parameters and the tensors `given`."""
+    """Runs `forward`; returns the bytes of all saved storages, without parameters and the tensors in `given`."""
     known = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *given)}
     kept: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Holds a `WriterLock` until its standard input ends or it is killed; tests start it as a process of its own."""
+"""Holds a `WriterLock` until standard input ends or the process is killed; tests run it as a separate process."""
 
 import errno
 import fcntl
@@ -12,7 +12,12 @@ from beit3_ds.writer_lock import WriterLock
 
 
 def main(path: str, what: str) -> None:
-    """Prints "held", then "contended" if another process asks for the lock; `what` is an extra of a test."""
+    """Prints "held", and later "contended" if another process asks for the lock.
+
+    Args:
+        path: path of the lock file.
+        what: additional behaviour that a test needs.
+    """
     stopping = threading.Event()
     if what.endswith("records"):
         fcntl.flock = _refuse  # as NFS does for a file that is not open for writing

@@ -1,7 +1,7 @@
-"""Runs a server that forks Python processes with all imports done: 0.1 s instead of 5 s for `python -m`.
+"""Runs a server that forks Python processes with all imports done: 0.1 s in place of 5 s for `python -m`.
 
-`start_module` is `python -m MODULE` for tests that need a process of their own and not the start of an interpreter. The
-process is the main one of its interpreter: it runs the module under the name `__main__` and ends as Python does.
+`start_module` replaces `python -m MODULE` in tests that need a separate process, but not a new interpreter. The forked
+process runs the module as `__main__` in its main thread, and ends like an ordinary Python process.
 """
 
 import atexit
@@ -50,14 +50,14 @@ class ModuleProcess:
         self._status = status
 
     def poll(self) -> int | None:
-        """Returns the exit status, minus the signal if one ended the process; None while it runs."""
+        """Returns the exit status, the negative signal number if a signal ended the process, or None while it runs."""
         return self._read_status(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the end.
+        """Waits for the end of the process; returns the exit status.
 
         Raises:
-            subprocess.TimeoutExpired: if it has not come after `timeout` seconds.
+            subprocess.TimeoutExpired: if the process runs for `timeout` more seconds.
         """
         status = self._read_status(timeout)
         if status is None:
@@ -65,7 +65,7 @@ class ModuleProcess:
         return status
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """Waits for the end and returns the rest of the output; kills the process after `timeout` seconds."""
+        """Waits for the end and returns the remaining output; kills the process after `timeout` seconds."""
         assert self.stdout is not None, "the output goes elsewhere"
         killer = threading.Timer(timeout, self.kill)
         killer.start()
@@ -101,15 +101,16 @@ def start_module(
     passed: Sequence[int] = (),
     blocked: Iterable[int] = (),
 ) -> ModuleProcess:
-    """Starts `python -m module arguments` in the folder of this process.
+    """Starts `python -m module arguments` in the current folder.
 
     Args:
-        env: the whole environment. By default it is that of the server: this process's when the server was started.
-            Folders in PYTHONPATH are searched, and a `sitecustomize` in them is run. Variables that a library reads
-            while it is imported have no effect.
-        output: where stdout and stderr go: `subprocess.PIPE`, a file, or by default where those of this process go.
-        passed: file descriptors for the process, which finds their numbers after the arguments.
-        blocked: signals that the process begins with blocked.
+        module: name of the module.
+        arguments: command-line arguments of the module.
+        env: the whole environment; None means the environment at the start of the server. Folders in PYTHONPATH are
+            searched, and a `sitecustomize` in them is run. Variables that libraries read during import have no effect.
+        output: where stdout and stderr go: `subprocess.PIPE`, a file, or None for the streams of this process.
+        passed: file descriptors for the process; their numbers are appended to the arguments.
+        blocked: signals that are blocked when the process begins.
     """
     pipe = output == subprocess.PIPE
     readable, writable = os.pipe() if pipe else (-1, os.dup(1) if output is None else os.dup(_number(output)))
@@ -149,7 +150,7 @@ def _server(_pid: int) -> socket.socket:
 
 
 def _serve(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Forks a process per request; returns in the forked process, with its request and file descriptors."""
+    """Forks a process per request; returns the request and its file descriptors in the forked process."""
     children: dict[int, tuple[int, int]] = {}  # by the descriptor that becomes readable at the end
     while True:
         ready, _, _ = select.select([server, *children], [], [])

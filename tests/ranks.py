@@ -1,4 +1,4 @@
-"""Starts ranks for tests: gloo on loopback, one thread each."""
+"""Starts ranks for tests, with gloo on loopback and one thread each."""
 
 import os
 import pickle
@@ -19,10 +19,10 @@ _TIMEOUT_SECONDS = 180
 def run_ranks(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = _TIMEOUT_SECONDS
 ) -> list[Any]:
-    """Runs `function(*arguments)` on `world_size` ranks and returns their results, rank by rank.
+    """Runs `function(*arguments)` on `world_size` ranks; returns the results in the order of ranks.
 
-    The environment is the one that the `deepspeed` launcher makes. A rank's exception fails the caller with its
-    traceback; ranks that hang are ended after `timeout` seconds.
+    The environment is that of the `deepspeed` launcher. An exception on a rank is raised here with the rank's
+    traceback. Ranks that still run after `timeout` seconds are killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

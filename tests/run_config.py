@@ -17,7 +17,13 @@ def quickstart_mapping() -> dict[str, Any]:
 
 
 def visual_tokenizer_mapping(folder: Path, steps: int = 6, **visual: Any) -> dict[str, Any]:
-    """A run of a tiny visual tokenizer on the sample data that writes below `folder`; `visual` changes its sizes."""
+    """Returns a run of a tiny visual tokenizer on the sample data that writes below `folder`.
+
+    Args:
+        folder: folder for the output.
+        steps: number of steps.
+        **visual: changed settings of the tokenizer.
+    """
     mapping: dict[str, Any] = json.loads((CONFIGS / "quickstart_visual_tokenizer_cpu.json").read_text())
     own = mapping["beit3_ds"]
     sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "codebook_size": 16}
@@ -51,5 +57,5 @@ def small_run_mapping(
 
 
 def small_run_config(zero_stage: int, **changes: Any) -> RunConfig:
-    """`small_run_mapping`, built."""
+    """Builds the configuration of `small_run_mapping`."""
     return build_run_config(copy.deepcopy(small_run_mapping(zero_stage, **changes)))

@@ -1,4 +1,4 @@
-"""Runs a module of the command line, and prints where the main thread was when a signal arrived."""
+"""Runs a module of the command line; prints where the main thread was when a signal arrived."""
 
 import runpy
 import sys

@@ -37,11 +37,11 @@ PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubsc
 
 
 def start_slurm(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
-    """Starts Slurm with its controller on the first host and one partition of all hosts; `stop_slurm` ends it.
+    """Starts Slurm with a controller on the first host and one partition of all hosts; `stop_slurm` ends it.
 
     Args:
-        hosts: hosts that run jobs, two ranks each.
-        folder: folder of its configuration and logs.
+        hosts: hosts that run jobs, with two ranks each.
+        folder: folder for Slurm's configuration and logs.
 
     Returns:
         Environment variables for `srun` and Slurm's other commands.
@@ -64,7 +64,7 @@ def start_slurm(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
 
 
 def stop_slurm(hosts: Sequence[Host]) -> None:
-    """Ends Slurm and all its jobs, so that it can be started again on the same hosts."""
+    """Ends Slurm and all its jobs; it can be started again on the same hosts."""
     for host in hosts:
         for pid in host.pids(r"slurm|munged"):
             with contextlib.suppress(ProcessLookupError):

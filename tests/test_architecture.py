@@ -1,4 +1,4 @@
-"""Tests which package may import which, and how large files and functions are."""
+"""Tests which package may import which, and the sizes of files and functions."""
 
 import ast
 import graphlib
@@ -114,7 +114,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 
 
 def modules() -> dict[Path, str]:
-    """Returns all source files with their rooms."""
+    """Returns all source files with the packages they belong to."""
     files = dict.fromkeys((ROOT / "kernels").rglob("*.py"), "kernels")  # beit3_ds/kernels is a link to this folder
     for path in set((ROOT / "beit3_ds").rglob("*.py")) - set((ROOT / "beit3_ds" / "kernels").rglob("*.py")):
         parts = path.relative_to(ROOT / "beit3_ds").parts
@@ -124,7 +124,7 @@ def modules() -> dict[Path, str]:
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """Returns full names of the modules that a file imports, also inside functions; parses a file once."""
+    """Returns the full names of modules that a file imports, also inside functions; parses each file once."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -189,7 +189,7 @@ def test_deepspeed_stays_in_its_rooms() -> None:
 
 
 def test_sizes_are_reported() -> None:
-    """Large files and functions are reported as warnings: limits to aim at, not to game."""
+    """Reports large files and functions as warnings; these limits are aims, not strict rules."""
     for path in modules():
         text = path.read_text(encoding="utf-8")
         if text.count("\n") > FILE_LINES:

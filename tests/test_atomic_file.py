@@ -20,7 +20,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_tokenizers_have_the_permissions_of_the_umask(umask: int, tmp_path: Path) -> None:
-    """safetensors creates files for their owner alone: nobody else on a cluster could train with the tokenizer."""
+    """Catches tokenizers that only their owner can read, as safetensors writes them."""
     from beit3_ds.tokenizers import VisualTokenizer, load_visual_tokenizer, save_visual_tokenizer, train_text_tokenizer
 
     mapping = small_run_mapping(0)

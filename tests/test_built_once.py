@@ -10,7 +10,7 @@ from tests.built_once import build_once
 def test_files_are_built_once_per_run(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a build that counts although it failed, and workers of one run that do not share."""
+    """Catches a failed build that counts as done, and workers of one test run that do not share files."""
     calls: list[Path] = []
 
     def build(folder: Path) -> None:

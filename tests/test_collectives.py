@@ -1,4 +1,4 @@
-"""Tests that every call that sends to other ranks is classified, and runs with groups as strict as NCCL's."""
+"""Tests that every call that sends to other ranks is documented, and runs with groups as strict as NCCL's."""
 
 import json
 import os
@@ -19,14 +19,14 @@ TABLE = read_table()
 
 
 def test_every_call_is_listed() -> None:
-    """Catches a new call that is missing in the documentation, and a row whose call is gone."""
+    """Catches a new call that is missing in the documentation, and a row whose call no longer exists."""
     found = set(find_calls())
     assert found - TABLE.keys() == set(), "list these in docs/traffic_and_memory.md: what they send, to whom and when"
     assert TABLE.keys() - found == set(), "these are no longer in the source"
 
 
 def test_the_table_is_complete() -> None:
-    """Catches a group of devices for host values, and rows without a dtype, a group, a moment or a known run."""
+    """Catches a device group for host values, and rows without dtype, group, moment or known run."""
     for call, row in TABLE.items():
         assert row.group and row.moment and row.run in {*RUNS, "differing", BY_READING}, call
         sends_tensors = row.kinds and not any(word in call.expression for word in ("new_group", "init_", "barrier"))
@@ -64,14 +64,14 @@ def test_search_finds_calls_under_other_names(source: str, expected: list[str]) 
 
 
 class Outcome(NamedTuple):
-    """Holds the result of one rank of a run."""
+    """Holds the exit status of one rank, and the collectives that it called."""
 
     status: int
     seen: dict[str, dict[Site, set[str]]]
 
 
 def train(config: str, *, stops: bool = False) -> Outcome:
-    """Runs a whole training; if `stops`, rank 1 is asked to stop after its first step."""
+    """Runs a whole training; with `stops`, rank 1 gets a stop request after its first step."""
     with two_devices() as machine:
         from beit3_ds.train import main
         from beit3_ds.training.progress import Progress
@@ -136,7 +136,7 @@ def write_config(run: str, mapping: dict[str, Any], folder: Path) -> str:
 
 
 def check_seen(run: str, outcomes: list[Outcome]) -> None:
-    """Checks that all ranks succeeded, and made all calls that the table lists for the run, with no other dtypes."""
+    """Checks that all ranks succeeded and made every call that the table lists for the run, with no other dtypes."""
     assert [outcome.status for outcome in outcomes] == [0] * len(outcomes)
     for call, row in TABLE.items():
         if row.run == run:
@@ -149,10 +149,11 @@ def check_seen(run: str, outcomes: list[Outcome]) -> None:
 
 @pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run != "data")) for run in RUNS])
 def test_every_collective_is_of_hosts_or_of_devices(run: str, run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Runs start, steps, evaluation, save, stop, resume and report with groups that refuse tensors on the wrong device.
+    """Runs all phases of a training with groups that refuse tensors of the wrong device.
 
-    Before hosts had a group of their own no run of several ranks began: "No backend type associated with device type
-    cpu". DeepSpeed's own collectives of these stages run here too.
+    The phases are start, steps, evaluation, save, stop, resume and report. Without separate host groups, no run of
+    several ranks could start: "No backend type associated with device type cpu". DeepSpeed's own collectives in these
+    phases run too.
     """
     config, ranks = write_config(run, run_mapping, tmp_path), RUNS[run][0]
     stopped = run_ranks(stop, ranks, config) if run == "data" else []
@@ -180,7 +181,7 @@ MISTAKES = {
 
 
 def check_backward_hooks_see_the_device() -> None:
-    """Frees memory as ZeRO-3 does in a backward pass, where the emulation once named the host as its device."""
+    """Frees memory during a backward pass as ZeRO-3 does; the emulation must name the device, not the host."""
     leaf = torch.ones(2, device=DEVICE, requires_grad=True)
     freed: list[torch.Tensor] = []
     leaf.register_hook(lambda gradient: freed.append(torch.empty(0, device=leaf.device)))
@@ -191,7 +192,11 @@ def check_backward_hooks_see_the_device() -> None:
 
 
 def differ() -> tuple[dict[str, dict[Site, set[str]]], dict[str, str]]:
-    """Makes the calls of ranks that differ or fail, and every mistake that the emulated machine must refuse."""
+    """Calls everything that ranks call when they differ or fail, and makes every mistake that must be refused.
+
+    Returns:
+        The collectives that were called, and the error of each mistake.
+    """
     from types import SimpleNamespace
 
     from beit3_ds.config import ConfigError, ParallelConfig
@@ -225,7 +230,7 @@ def differ() -> tuple[dict[str, dict[Site, set[str]]], dict[str, str]]:
 
 
 def test_what_is_on_the_wrong_side_is_refused() -> None:
-    """Shows that the emulated machine refuses mistakes; otherwise the runs above would show nothing."""
+    """Checks that the emulated machine refuses mistakes; otherwise the tests above could not fail."""
     for seen, refusals in run_ranks(differ, 2):
         assert refusals.keys() == MISTAKES.keys()
         assert "No backend type associated with device type cpu" in refusals["counts over devices"]

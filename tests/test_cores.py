@@ -1,4 +1,4 @@
-"""Tests that only cores count which the process may use, not all of the machine."""
+"""Tests that only the cores count that the process may use."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from beit3_ds.cores import cpu_quota, divide_cores
 
 
 def test_affinity_is_heeded_by_a_rank_of_its_own() -> None:
-    """Catches os.cpu_count(), which a launcher's binding (taskset, srun --cpu-bind) does not change."""
+    """Catches os.cpu_count(), which ignores the cores that a launcher assigns (taskset, srun --cpu-bind)."""
     core = min(os.sched_getaffinity(0))
     code = (
         "import torch; from beit3_ds.config import ParallelConfig; from beit3_ds.runtime.process_group import *;"

@@ -1,4 +1,7 @@
-"""Tests runs whose workers are killed or stopped, or whose reads hang: the cause is named, and no step is lost."""
+"""Tests runs whose data workers are killed or stopped, or hang while reading.
+
+The cause must be named, and no step may be lost.
+"""
 
 import json
 import os
@@ -24,7 +27,7 @@ SETTINGS = {"total_steps": 12, "save_interval": 1000, "eval_interval": 1000}
 
 
 def workers(run: TrainingRun) -> list[int]:
-    """Returns the ids of the only rank's workers; their fork server has one thread, a reading worker more."""
+    """Returns the ids of the only rank's reading workers, which have more threads than their fork server."""
     found = []
     for pid in others(run):
         if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text() and len(os.listdir(f"/proc/{pid}/task")) > 1:
@@ -34,7 +37,7 @@ def workers(run: TrainingRun) -> list[int]:
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_lost_worker_changes_nothing(run_mapping: dict[str, Any], tmp_path: Path, blow: signal.Signals) -> None:
-    """Catches a main process that waits for ever, and a step that is skipped, repeated or read differently."""
+    """Catches a main process that waits forever, and a step that is skipped, repeated or read differently."""
     run_mapping["beit3_ds"]["data"] |= {"num_workers": 2, "prefetch_steps": 1, "timeout_seconds": 60}
     undisturbed = TrainingRun(run_mapping, tmp_path / "undisturbed", **SETTINGS)
     assert undisturbed.finish() == [0]
@@ -64,7 +67,7 @@ os.open = open_or_hang
 
 
 class HungRun:
-    """Runs a training whose image files can no longer be opened after some step, as after the loss of a file server."""
+    """Runs a training whose image files cannot be opened after some step, as after the loss of a file server."""
 
     def __init__(self, mapping: dict[str, Any], folder: Path, timeout_seconds: int, num_workers: int) -> None:
         self.images, self.log, self.output_dir = folder / "images", folder / "log", folder / "run"
@@ -98,7 +101,7 @@ class HungRun:
             self.process.kill()
 
     def check_saved(self) -> int:
-        """Returns the step that was saved at the end: the one that was done last."""
+        """Checks that the last finished step was saved; returns its number."""
         saved = re.findall(r"^saved .*/step-(\d+) \(", self.output(), re.MULTILINE)
         assert len(saved) == 1, self.output()
         CheckpointFolder(self.output_dir / "checkpoints" / f"step-{saved[0]}").close()
@@ -107,7 +110,7 @@ class HungRun:
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_while_data_is_waited_for(run_mapping: dict[str, Any], tmp_path: Path, num_workers: int) -> None:
-    """The wait may last an hour, but a cluster kills half a minute after SIGTERM."""
+    """Checks that SIGTERM ends a wait for data: a cluster kills a run half a minute after SIGTERM."""
     hung = HungRun(run_mapping, tmp_path, 3600, num_workers)
     time.sleep(3)
     hung.process.send_signal(signal.SIGTERM)
@@ -129,7 +132,7 @@ def test_read_that_never_returns_is_named_after_a_save(
 
 
 def test_killed_process_of_a_preparation_is_replaced(tmp_path: Path) -> None:
-    """concurrent.futures ends with a traceback when a process is killed, and waits for ever when one is stopped."""
+    """Catches concurrent.futures, which fails if a process is killed and waits forever if one is stopped."""
     texts = [tmp_path / f"{number}.tar" for number in range(2)]
     for path in texts:
         path.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Proofs are skipped only while nothing that they depend on has changed."""
+"""Tests that proofs are skipped only while nothing that they depend on has changed."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ SOURCES = (*deepspeed_proofs.WORKAROUNDS, *deepspeed_proofs.HARNESS)
 
 @pytest.mark.parametrize("name", [*SOURCES, "test_file"])
 def test_every_source_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also checks that the named files and classes exist."""
+    """Checks that each named file or class exists and changes the digest."""
     for source in SOURCES:
         file = source.partition("::")[0]
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def test_a_proof_that_passed_is_skipped_until_something_changes(tmp_path: Path) 
 
 
 def test_recorded_proofs_are_those_that_exist() -> None:
-    """Catches a record of a renamed or deleted proof; the renamed one would run each time."""
+    """Catches the record of a renamed or deleted proof; a renamed proof would run each time."""
     file = deepspeed_proofs.ROOT / "tests/pipeline/test_deepspeed_compat.py"
     text = file.read_text()
     for name in read_record(file):

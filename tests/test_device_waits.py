@@ -1,4 +1,4 @@
-"""Counts the waits for the device in a training step of every task: the only one reads the gradient norm."""
+"""Tests that a training step of every task waits for the device only once, to read the gradient norm."""
 
 import json
 from collections import Counter
@@ -120,7 +120,7 @@ TASKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 
 
 def count_waits(config: str) -> tuple[int, list[Counter[str]]]:
-    """On one rank: trains, and returns the waits between the start of each step and the start of the next one."""
+    """Trains on one rank; returns the exit status, and the waits between the starts of consecutive steps."""
     with two_devices() as machine:
         from beit3_ds.train import main
         from beit3_ds.training.step_feed import StepFeed
@@ -138,7 +138,7 @@ def count_waits(config: str) -> tuple[int, list[Counter[str]]]:
 
 
 def steps_of(config: Path) -> Counter[str]:
-    """Trains and returns the waits from the start of the last but one step to the start of the last one."""
+    """Trains; returns the waits from the start of the second-to-last step to the start of the last one."""
     ((status, steps),) = run_ranks(count_waits, 1, str(config))
     assert status == 0 and len(steps) == STEPS
     return steps[-1]
@@ -146,7 +146,7 @@ def steps_of(config: Path) -> Counter[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_waits_for_the_norm_alone(task: str, scenes: Path, tmp_path: Path) -> None:
-    """Catches, for example, `drop_path.cpu()` in the model, and tensors copied from pageable memory."""
+    """Catches, for example, `drop_path.cpu()` in the model, and tensors copied from unpinned memory."""
     waits = steps_of(write_config(task, scenes, tmp_path))
     assert sum(waits.values()) == 1, waits
     assert set(waits) <= {"_local_scalar_dense in engine.py:apply_update", "cpu in host_norm.py:<lambda>"}

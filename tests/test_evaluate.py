@@ -1,4 +1,4 @@
-"""`beit3 evaluate` refuses what it cannot score, and scores the mean terms of a task without metrics of its own."""
+"""Tests that `beit3 evaluate` refuses what it cannot score, and averages loss terms if a task has no metrics."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from tests.tasks.fine_tuning import evaluate, write_json
 
 
 def write_weights(mapping: dict[str, Any], path: Path, task: dict[str, Any] | None) -> str:
-    """Exports initial weights of a run's model."""
+    """Exports initial weights of a run's model; returns their path."""
     from beit3_ds.model import initialize_parameters
 
     config = build_run_config(mapping)

@@ -1,4 +1,4 @@
-"""Tests runs whose disk fills, becomes read-only and works again, and whose output nobody takes."""
+"""Tests runs whose disk fills, becomes read-only and works again, and whose output is not read."""
 
 import json
 import os
@@ -23,7 +23,7 @@ STEPS = 24
 SIZE = "30m"
 FAULTS = {3: "fill", 8: "free", 11: "read-only", 15: "writable", 18: "fill", 21: "free"}
 FULL_DISK = {3: "fill", 8: "free", 18: "fill", 21: "free"}
-"""Faults that also reach the run's own output if that is a file on the disk, which stays open."""
+"""Faults by step; they also affect the run's own output if it is an open file on the disk."""
 
 
 def _can_mount() -> bool:
@@ -53,7 +53,7 @@ def write_config(folder: Path, ranks: int) -> Path:
 
 
 def run(folder: Path, ranks: int, faults: dict[int, str], redirection: str) -> subprocess.CompletedProcess[str]:
-    """Trains on a tmpfs and copies its files to `FOLDER/kept`; the status of the result is that of the run."""
+    """Trains on a tmpfs and copies its files to `FOLDER/kept`; returns the result with the run's exit status."""
     config, disk = write_config(folder, ranks), folder / "disk"
     disk.mkdir()
     arguments = ["tests.disk_faults", str(disk), json.dumps(faults), str(config)]
@@ -85,7 +85,7 @@ def read_state(folder: Path) -> dict[str, Tensor]:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    """Returns the records without measured times; of checkpoints, their steps."""
+    """Returns the records without measured times; records of checkpoints are reduced to their steps."""
     names = ("step", "kind", "feature_distance", "commitment", "loss", "grad_norm", "codes_used", "code_perplexity")
     records = MetricsLog(folder / "kept" / "run" / "metrics.jsonl").records()
     return sorted(
@@ -116,7 +116,10 @@ def check_same(found: Path, expected: Path) -> None:
 
 
 def names_of_files(folder: Path) -> set[str]:
-    """Returns the files of a run, without checkpoints and event files, whose names have a time and a process id."""
+    """Returns the names of a run's files, without checkpoints and event files.
+
+    Names of event files contain a time and a process id.
+    """
     kept = folder / "kept"
     names = {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()}
     return {name for name in names if "tfevents" not in name and "checkpoints" not in name}

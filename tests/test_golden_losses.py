@@ -1,4 +1,4 @@
-"""Compares losses and gradient norms of tiny runs with records of version 0.1."""
+"""Compares losses and gradient norms of tiny runs with recorded values of version 0.1."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,10 @@ from tests.golden.runs import LAYOUTS, LOSSES, find_moved, run_layout
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_number_moves(layout: str, tmp_path: Path) -> None:
-    """Compares every step's terms and norm, and all evaluations; bit for bit on the recorded machine."""
+    """Compares the loss terms and norm of every step, and all evaluations.
+
+    Values must be equal bit for bit on the recorded machine.
+    """
     golden = json.loads(LOSSES.read_text())
     moved = {
         model: difference

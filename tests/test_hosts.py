@@ -1,4 +1,4 @@
-"""The test hosts are hosts: apart from each other and from this machine, and they fail as hosts do."""
+"""Tests that test hosts are separate from each other and from this machine, and fail like real hosts."""
 
 import contextlib
 import os

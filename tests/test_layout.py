@@ -1,4 +1,4 @@
-"""Tests that some sequences of a stream form a stream of their own, with the same rows."""
+"""Tests that some sequences of a packed batch form a packed batch with the same rows."""
 
 import itertools
 
@@ -54,7 +54,7 @@ def test_first_rows_are_those_of_the_ranges(
 
 @given(st.integers(0, 3), LENGTHS, LENGTHS, st.sampled_from(["shared", "modality", "fused"]))
 def test_experts_cover_all_rows(images: int, captions: tuple[int, ...], texts: tuple[int, ...], kind: str) -> None:
-    """Experts without rows may be absent; an absent expert with rows is an error."""
+    """Checks that an expert without rows may be absent, and that a missing expert with rows is an error."""
     layout = SequenceLayout(images, captions, texts, 2)
     a, b, c, end = layout.boundaries
     slices = {

@@ -1,4 +1,4 @@
-"""Relative links in the documentation lead to files and headings that exist; nothing is fetched."""
+"""Tests that relative links in the documentation lead to existing files and headings, without network access."""
 
 import re
 from collections import Counter
@@ -15,19 +15,19 @@ PAGES = sorted(
 
 
 def without_code(text: str) -> str:
-    """Returns a page without fenced blocks and inline code, where brackets are no links."""
+    """Returns a page without fenced blocks and inline code, whose brackets are not links."""
     return re.sub(r"`[^`\n]*`", "", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE))
 
 
 def links(text: str) -> list[str]:
-    """Returns the targets of a page's links and pictures, without other sites."""
+    """Returns the targets of a page's links and pictures, without links to other sites."""
     found = re.findall(r"\]\(<?([^)\s>]+)>?[^)]*\)", without_code(text))
     found += re.findall(r"^\[[^\]]+\]:\s*(\S+)", without_code(text), re.MULTILINE)
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 
 def anchors(text: str) -> set[str]:
-    """Returns the names that hosting sites give to a page's headings: lower case, hyphens, numbered if repeated."""
+    """Returns the anchors of a page's headings: lower case, with hyphens, and numbered if repeated."""
     fenceless = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
     seen: Counter[str] = Counter()
     names = set()

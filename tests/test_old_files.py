@@ -1,4 +1,4 @@
-"""What version 0.1 wrote still loads: checkpoints, exports, tokenizers and records, made by commit 9f7f630."""
+"""Tests that files of version 0.1 still load: checkpoints, exports, tokenizers and records of commit 9f7f630."""
 
 import hashlib
 import json
@@ -37,24 +37,24 @@ EXPORTS = {
     "unilm_fusion.pth": "unilm-fusion",
     "timm.safetensors": "timm",
 }
-"""Files of exported weights and their formats."""
+"""Files of exported weights, with their formats."""
 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """Returns a folder with all old files; tests may change it."""
+    """Returns a folder with all old files, which tests may change."""
     unpack_old_files(tmp_path)
     return tmp_path
 
 
 def run_command(arguments: list[str]) -> int:
-    """On one rank: runs a `beit3` command with one thread, as the files were written."""
+    """Runs a `beit3` command on one rank with one thread, like the program that wrote the files."""
     os.environ["OMP_NUM_THREADS"] = "1"
     return main(arguments)
 
 
 def count_tensors(tensors: Mapping[str, Tensor]) -> Counter[tuple[str, torch.Size, str]]:
-    """Counts tensors by type, shape and content, without their names."""
+    """Counts tensors by dtype, shape and content, ignoring their names."""
     return Counter(
         (str(t.dtype), t.shape, hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest())
         for t in tensors.values()
@@ -62,7 +62,7 @@ def count_tensors(tensors: Mapping[str, Tensor]) -> Counter[tuple[str, torch.Siz
 
 
 def read_features(path: Path) -> dict[str, Tensor]:
-    """Returns the features that a model in the project's own format gives the images and sentences."""
+    """Returns the features of the expected images and sentences, from a model in the project's own format."""
     images, ids = draw_images(), [torch.tensor(ids) for ids in expected_values()["ids"]]
     model = PretrainingModel.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def read_features(path: Path) -> dict[str, Tensor]:
 
 
 def test_run_resumes_from_old_checkpoint(old: Path) -> None:
-    """The steps after it have the losses and norms that version 0.1 recorded when it resumed itself."""
+    """Checks that the steps after an old checkpoint have the losses and norms that version 0.1 recorded."""
     unpack_old_files(old / "before")
     expected = read_records(old / "before" / "run" / "metrics.jsonl")
     assert [(record["step"], record["kind"]) for record in expected][-3:] == [
@@ -106,14 +106,17 @@ def test_old_exports_give_the_same_features(old: Path, name: str) -> None:
 
 
 def test_old_export_has_the_same_tensors(old: Path) -> None:
-    """Heads included, which features do not tell; names may have changed."""
+    """Checks all tensors of an old export, including heads, which features do not show; names may differ."""
     model = PretrainingModel.from_pretrained(old / "beit3.safetensors")
     assert count_tensors(dict(model.named_parameters())) == count_tensors(load_file(old / "beit3.safetensors"))
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_old_checkpoint_is_exported_alike(old: Path, name: str) -> None:
-    """Other projects' formats have the same tensors under the same names; in our own format names may have changed."""
+    """Compares a new export of an old checkpoint with the old export.
+
+    Formats of other projects must have equal names and tensors. In the project's own format, names may differ.
+    """
     out = old / f"again_{name}"
     dtype = "fp32" if name == "beit3.safetensors" else "fp16"
     assert main(["export", str(old / CHECKPOINT), str(out), "--format", EXPORTS[name], "--dtype", dtype]) == 0
@@ -133,7 +136,7 @@ def test_old_files_are_described(old: Path, name: str, capsys: pytest.CaptureFix
 
 
 def test_run_begins_with_old_weights(old: Path) -> None:
-    """`training.init_from` takes the old export: the first evaluation is that of the checkpoint."""
+    """Checks that `training.init_from` takes the old export; the first evaluation must be that of the checkpoint."""
     mapping = json.loads(write_renamed_config(old).read_text())
     mapping["beit3_ds"]["training"] |= {"init_from": str(old / "beit3.safetensors"), "output_dir": str(old / "new")}
     config = old / "new.json"
@@ -154,13 +157,13 @@ def test_old_tokenizers_encode_alike(old: Path) -> None:
 
 
 def test_old_text_tokenizer_is_not_trained_again(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its recorded recipe is that of the renamed configuration."""
+    """Checks that the recorded recipe of an old text tokenizer matches the renamed configuration."""
     assert main(["train-text-tokenizer", str(write_renamed_config(old))]) == 0
     assert "already trained" in capsys.readouterr().out
 
 
 def test_old_visual_tokenizer_is_not_trained_again(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its recorded recipe is that of the same settings in a file of their own."""
+    """Checks that the recorded recipe of an old visual tokenizer matches its settings in a file of their own."""
     config = write_tokenizer_config(old)
     assert main(["train", str(config)]) == 0
     assert "already trained" in capsys.readouterr().out
@@ -169,7 +172,7 @@ def test_old_visual_tokenizer_is_not_trained_again(old: Path, capsys: pytest.Cap
 
 
 def test_unfinished_tokenizer_is_named(old: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """This version has no reader for the tokenizer's old checkpoint, and says what to do."""
+    """Checks the message for an unfinished old tokenizer, whose checkpoint this version cannot read."""
     assert (old / "unfinished.safetensors.training.pt").exists()
     config = write_tokenizer_config(old, "unfinished.json")
     assert main(["train", str(config), "--set", f"training.output_dir={old / 'new'}"]) == 2
@@ -186,7 +189,7 @@ def test_old_tokenizer_keys_are_named_with_their_new_places(old: Path) -> None:
 
 
 def test_old_keys_are_named_with_the_new_ones(old: Path) -> None:
-    """The error for each key of the old configuration gives its new name."""
+    """Checks that the error for each key of the old configuration gives its new name."""
     with pytest.raises(ConfigError, match=r"'validation'|'cache_dir'|'init_from'"):
         load_run_config(old / "config.json")
     renamed = write_renamed_config(old).read_text()

@@ -1,4 +1,4 @@
-"""Runs on texts alone and on images alone need neither the other's tokenizer nor its data."""
+"""Tests that runs on texts only or images only need neither the other tokenizer nor its data."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ TERMS = {"texts": "text_mlm", "images": "image_mim"}
 
 
 def keep_only(mapping: dict[str, Any], stream: str) -> None:
-    """Takes everything else out of a run's file, and leaves a tokenizer's settings of a size that does not fit."""
+    """Reduces a run's configuration to one stream and two steps, without the tokenizer of the other modality."""
     own = mapping["beit3_ds"]
     own["data"] = {key: value for key, value in own["data"].items() if key not in ("images", "pairs", "texts")} | {
         stream: own["data"][stream]
@@ -73,7 +73,7 @@ def test_two_ranks_train_alone(
 def test_experts_without_rows_change_nothing(
     run_mapping: dict[str, Any], tmp_path: Path, stream: str, division: dict[str, Any]
 ) -> None:
-    """Compares losses and gradient norms of a model that has only the needed experts with those of the whole model."""
+    """Compares losses and gradient norms of a model that has only the needed experts with the whole model."""
     keep_only(run_mapping, stream)
     run_mapping["gradient_accumulation_steps"] = 2
     run_mapping["beit3_ds"]["parallel"] = division

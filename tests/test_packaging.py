@@ -29,7 +29,7 @@ print(beit3_ds.kernels.__file__, len(budgets))
 
 
 def test_constraints_fix_all_that_is_required() -> None:
-    """Catches a new dependency without a version, and a version that pyproject.toml does not allow."""
+    """Catches a new dependency without a pinned version, and a version that pyproject.toml does not allow."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     fixed = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert len(fixed) == len(lines)
@@ -47,7 +47,7 @@ def test_the_changelog_tells_this_version_and_all_renamed_keys() -> None:
 
 
 def build(command: list[str], folder: Path) -> Path:
-    """Builds from a copy of the sources, so that nothing is left in the repository; returns the only file built."""
+    """Builds from a copy of the sources, so the repository stays clean; returns the only file built."""
     source, built = folder / "source", folder / "built"
     left_out = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, source, symlinks=True, ignore=left_out)
@@ -59,7 +59,7 @@ def build(command: list[str], folder: Path) -> Path:
 
 
 def check_imports(site: Path, empty: Path) -> None:
-    """The package in a folder works from another one that is empty, and not by way of the repository."""
+    """Checks that the package in `site` works in an empty folder without the repository."""
     empty.mkdir()
     program = f"import sys; sys.path.insert(0, {str(site)!r})\n{IMPORT}"
     done = subprocess.run([sys.executable, "-c", program], cwd=empty, capture_output=True, text=True)
@@ -96,14 +96,14 @@ def test_a_source_archive_contains_the_kernels(tmp_path: Path) -> None:
 
 
 def test_the_installed_kernels_are_those_of_the_folder() -> None:
-    """Tools and imports see one tree."""
+    """Checks that the installed kernels are the files of the folder `kernels`, so that tools and imports agree."""
     (folder,) = map(Path, beit3_ds.kernels.__path__)
     assert folder.resolve() == ROOT / "kernels" or "site-packages" in folder.parts
     assert (ROOT / "beit3_ds/kernels").is_symlink() and (ROOT / "beit3_ds/kernels").resolve() == ROOT / "kernels"
 
 
 def test_the_hosted_workflow_runs_what_a_developer_runs() -> None:
-    """Catches a second list of checks, which would drift."""
+    """Catches a second list of checks, which would become different."""
     workflow = (ROOT / ".github/workflows/test.yml").read_text()
     (command,) = re.findall(r"^ +- run: (.+)$", workflow, re.MULTILINE)
     assert command.endswith(" .ci/run")

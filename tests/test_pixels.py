@@ -1,4 +1,4 @@
-"""Tests that 8-bit images become the same floats as images that are jittered one by one, bit for bit on a CPU."""
+"""Tests that batches of 8-bit images become the floats of images jittered one by one, bit for bit on a CPU."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from beit3_ds.pixels import to_floats
 
 
 def jitter(views: list[Tensor], strength: float, rng: np.random.Generator) -> list[Tensor]:
-    """Changes the colours of all views of one crop with scalars: brightness (0), contrast (1) and saturation (2)."""
+    """Changes the colours of all views of one crop by scalars: brightness (0), contrast (1) and saturation (2)."""
     views = [view.float() for view in views]
     for kind in rng.permutation((0, 1, 2)):
         factor = rng.uniform(1 - strength, 1 + strength)

@@ -1,4 +1,4 @@
-"""Forked processes start alike, end as processes of `python -m` do, and leave nothing behind for the next one."""
+"""Tests that forked processes start alike, end like `python -m`, and do not affect later processes."""
 
 import os
 import random
@@ -33,13 +33,13 @@ ENDS = {
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns the path of a module `program` that the test writes, in the folder of the process."""
+    """Returns the path of a module `program`, which the test writes into the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "program.py"
 
 
 def both(program: Path, text: str) -> list[tuple[int, str]]:
-    """Returns status and output of a module, started by Python and forked."""
+    """Runs a module in a new Python process and in a forked one; returns status and output of each."""
     program.write_text(text)
     started = subprocess.run(
         [sys.executable, "-m", "program", "one", "two"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -57,7 +57,7 @@ def test_a_forked_module_is_the_main_one(program: Path) -> None:
 
 @pytest.mark.parametrize("end", ENDS)
 def test_it_ends_as_python_does(program: Path, end: str) -> None:
-    """Catches handlers that do not run, threads that are not waited for, and a lost status or message."""
+    """Catches exit handlers that do not run, threads that are not awaited, and a lost status or message."""
     started, forked = both(program, end)
     assert started[0] == forked[0] == ENDS[end]
     assert [line for line in started[1].splitlines() if "words" in line and "File" not in line] == [
@@ -96,7 +96,7 @@ def test_the_environment_is_the_given_one(program: Path) -> None:
 
 
 def test_folders_to_search_and_blocked_signals(program: Path, tmp_path: Path) -> None:
-    """Expects both before the module runs, as in a new interpreter."""
+    """Checks that PYTHONPATH and blocked signals take effect before the module runs, as in a new interpreter."""
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "sitecustomize.py").write_text("import sys; sys.words = 'words'")
     program.write_text("import signal, sys; print(sys.words, signal.pthread_sigmask(signal.SIG_BLOCK, ()))")
@@ -106,7 +106,7 @@ def test_folders_to_search_and_blocked_signals(program: Path, tmp_path: Path) ->
 
 
 def spoil() -> str:
-    """Changes, on one rank, all state that outlives a function."""
+    """Changes all state on one rank that outlives a function."""
     import numpy as np
     import torch
 
@@ -125,7 +125,7 @@ def spoil() -> str:
 
 
 def describe() -> str:
-    """Returns, on one rank, the state that `spoil` changes."""
+    """Returns the state on one rank that `spoil` changes."""
     import torch
 
     import beit3_ds.training.engine as engine
@@ -144,14 +144,14 @@ def test_a_rank_leaves_nothing_to_the_next() -> None:
 
 
 def draw() -> tuple[float, float, int]:
-    """Returns random numbers of an unseeded process, and its rank."""
+    """Returns random numbers of an unseeded process, and the rank."""
     import numpy as np
 
     return random.random(), float(np.random.random()), os.getpid()
 
 
 def test_ranks_are_processes_that_draw_for_themselves() -> None:
-    """Catches names of temporary files, or ports, that all forked processes choose alike."""
+    """Catches temporary file names or ports that all forked processes choose alike."""
     draws = [*run_ranks(draw, 2), *run_ranks(draw, 2)]
     assert all(len(set(numbers)) == 4 for numbers in zip(*draws, strict=True))
 
@@ -176,7 +176,7 @@ def misbehave(how: str) -> str:
     ],
 )
 def test_a_rank_that_goes_wrong_is_named(how: str, seconds: int, error: type[Exception], message: str) -> None:
-    """Also checks that later ranks are unaffected."""
+    """Checks that the error names the faulty rank, and that later ranks are unaffected."""
     with pytest.raises(error, match=message):
         run_ranks(misbehave, 2, how, timeout=seconds)
     assert run_ranks(misbehave, 1, "well") == ["well"]

@@ -1,4 +1,4 @@
-"""What a user's image becomes is what the loader makes of it for the validation loss."""
+"""Tests that a user's image is preprocessed exactly as the loader does for the validation loss."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from tests.run_config import small_run_mapping
 
 
 def validation_pixels(image: Path, image_size: int, tokenizer_image_size: int = 24) -> Tensor:
-    """Returns the pixels, (1, 3, s, s), of the validation loss of a run with the file `image` in its folder."""
+    """Returns the validation pixels of an image, (1, 3, s, s), as a run reads them."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(image, folder)
         mapping = small_run_mapping(0, image_size=image_size, patch_size=image_size // 4)
@@ -91,7 +91,7 @@ def test_every_form_of_an_image_gives_the_loaders_pixels(kind: str, tmp_path: Pa
 @settings(max_examples=15, deadline=None)
 @given(width=st.integers(1, 300), height=st.integers(1, 300), size=st.sampled_from([8, 16, 28]), jpeg=st.booleans())
 def test_pixels_do_not_depend_on_the_tokenizer(width: int, height: int, size: int, jpeg: bool) -> None:
-    """Catches a JPEG that is decoded at a fraction of its size, which the other view's size decides."""
+    """Catches a JPEG that is decoded at reduced size because of the tokenizer's view."""
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / ("a.jpg" if jpeg else "a.png"), Image.fromarray(noise(width, height)))
         for tokenizer_image_size in (8, 40):

@@ -1,4 +1,4 @@
-"""Tests that any number of ranks is named by spans."""
+"""Tests that a set of ranks is printed as ranges."""
 
 from hypothesis import given
 from hypothesis import strategies as st

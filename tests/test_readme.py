@@ -1,4 +1,4 @@
-"""The examples in Python in README and docs run as they stand."""
+"""Tests that the Python examples in README and docs run unchanged."""
 
 import re
 from pathlib import Path
@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def examples(page: str) -> list[str]:
-    """Returns the examples of a page."""
+    """Returns the Python examples of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture
 def files(tokenizer_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes what the examples read into the working directory."""
+    """Writes the files that the examples read into the working directory."""
     monkeypatch.chdir(tmp_path)
     exported(random_model(small_model_config(text_vocab_size=310)), Path("model.safetensors"))
     for task, settings in {"retrieval": {}, "captioning": {}, "nlvr2": {}, "vqa": {"answers": ANSWERS}}.items():

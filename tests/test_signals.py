@@ -1,4 +1,4 @@
-"""Tests that programs end in time on a signal at any moment, resume when started again, and reach the same result."""
+"""Tests that programs end soon after a signal at any moment, resume, and reach the result of undisturbed ones."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.signalled_program import MARK
 pytestmark = pytest.mark.slow
 
 END_SECONDS = 10.0
-"""Longest time from a signal to the end of all processes."""
+"""Longest time from a signal to the end of all processes, in seconds."""
 _LIFE_SECONDS = 300
 # Functions by which a place is named; the first that is on the stack counts.
 _PHASES = {
@@ -58,14 +58,14 @@ class Stop(NamedTuple):
 
 
 class Program:
-    """Starts the processes of a program again and again, each time with output of its own."""
+    """Starts the processes of a program repeatedly; each start has its own output."""
 
     def __init__(self, folder: Path, module: str, arguments: Sequence[str | Path], num_ranks: int = 1) -> None:
         self._folder, self._module, self._arguments, self._num_ranks = folder, module, arguments, num_ranks
         self._starts = 0
 
     def finish(self) -> tuple[float, str]:
-        """Runs it undisturbed; returns its seconds and its output."""
+        """Runs the program undisturbed; returns the seconds it took and its output."""
         begun = time.monotonic()
         processes = self._start()
         statuses = [process.wait(_LIFE_SECONDS) for process in processes]
@@ -73,7 +73,7 @@ class Program:
         return time.monotonic() - begun, self._output()
 
     def stop(self, after: float, number: signal.Signals) -> Stop:
-        """Sends a signal to all processes some seconds after they were started, and waits for their end."""
+        """Sends a signal to all processes `after` seconds after their start, and waits for their end."""
         processes = self._start()
         time.sleep(after)
         signalled = time.monotonic()
@@ -126,7 +126,7 @@ def stop_repeatedly(
     is_finished: Callable[[], bool],
     forget: Callable[[], None],
 ) -> list[Stop]:
-    """Starts a program `count` times and sends it a signal each time; a finished program is reset before."""
+    """Starts a program `count` times and signals it each time; resets the program if it has finished."""
     stops = []
     for _ in range(count):
         if is_finished():
@@ -179,7 +179,7 @@ def check_same_run(ours: Path, expected: Path, step: int) -> None:
 
 @pytest.mark.parametrize(("task", "num_ranks", "count"), [("pretraining", 2, 26), ("visual_tokenizer", 1, 12)])
 def test_runs(task: str, num_ranks: int, count: int, tokenizer_files: dict[str, str], tmp_path: Path) -> None:
-    """Catches steps, evaluations and reports that are lost or done twice, and ranks that wait for each other."""
+    """Catches steps, evaluations and reports that are lost or repeated, and ranks that wait for each other."""
     programs = {}
     for name in ("undisturbed", "stopped"):
         folder = tmp_path / name
@@ -211,7 +211,7 @@ def test_runs(task: str, num_ranks: int, count: int, tokenizer_files: dict[str, 
 
 
 def test_a_rank_that_waits_for_others(tokenizer_files: dict[str, str], tmp_path: Path) -> None:
-    """Catches a rank that no signal ends while another one has not come, or is stopped in the middle of a step."""
+    """Catches a rank that no signal ends while another rank is missing or stopped in a step."""
     mapping = run_mapping_of(tmp_path, tokenizer_files)
     mapping["beit3_ds"]["training"] |= {"total_steps": 1000}
     (tmp_path / "config.json").write_text(json.dumps(mapping))
@@ -243,7 +243,7 @@ def test_a_rank_that_waits_for_others(tokenizer_files: dict[str, str], tmp_path:
 
 @needs()
 def test_launches(two_hosts: list[Host], tokenizer_files: dict[str, str], tmp_path: Path) -> None:
-    """Catches ranks, guards and launchers that are left, and a launch that reports a stop as a failure."""
+    """Catches ranks, guards and launchers that are left behind, and a stop that is reported as a failure."""
     programs = {}
     for name in ("undisturbed", "stopped"):
         folder = tmp_path / name
@@ -288,7 +288,7 @@ def write_text_config(folder: Path) -> Path:
 
 
 def test_commands(tokenizer_files: dict[str, str], tmp_path: Path) -> None:
-    """Catches files that are half written or left over, and a command that ignores signals in a library."""
+    """Catches files that are half written or left over, and a command that ignores signals inside a library."""
     mapping = run_mapping_of(tmp_path, tokenizer_files)
     mapping["beit3_ds"]["model"] |= {"num_layers": 6, "hidden_size": 384, "ffn_hidden_size": 1536}
     mapping["beit3_ds"]["model"] |= {"num_attention_heads": 6}

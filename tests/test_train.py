@@ -35,7 +35,7 @@ def finish(config: Path) -> tuple[int, str]:
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
-    """Returns the records without times."""
+    """Returns the records of a run without times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record["kind"] != "checkpoint"]  # written when a save ends
     wanted = {"step", "kind", "loss", "grad_norm", "learning_rate", *TERM_STREAMS}
@@ -43,7 +43,7 @@ def losses(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """kill -9 after a save, and the newest checkpoint torn on top: the run resumes from the one before."""
+    """Checks a run after kill -9 whose newest checkpoint is also torn: it resumes from the previous checkpoint."""
     own = run_mapping["beit3_ds"]
     own["model"]["drop_path_rate"] = 0.2  # a draw that depended on anything but the step would show
     config = write(run_mapping, tmp_path)
@@ -78,7 +78,7 @@ def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: P
 
 
 def test_run_without_a_usable_checkpoint_leaves_everything(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a run that starts over by itself: it would cut the log and overwrite the checkpoints."""
+    """Catches a run that starts from the beginning and overwrites its log and damaged checkpoints."""
     run_mapping["beit3_ds"]["training"] |= {"total_steps": 2, "save_interval": 1}
     config, output_dir = write(run_mapping, tmp_path), tmp_path / "run"
     assert finish(config)[0] == 0
@@ -111,7 +111,7 @@ DIVISIONS = {
 
 @pytest.mark.parametrize("division", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_divided_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path, division: str) -> None:
-    """Expects two ranks that divide the model to have one rank's losses, and both layouts to resume from the save."""
+    """Checks that two ranks that divide the model have the losses of one rank, and resume from each other's save."""
     own = run_mapping["beit3_ds"]
     run_mapping["gradient_accumulation_steps"] = 2
     own["model"] |= {"drop_path_rate": 0.2, "sub_layernorm": True}

@@ -1,4 +1,4 @@
-"""Starts a run twice at the same moment, by every launcher: one start trains, the other is told who does."""
+"""Starts a run twice at once with every launcher; one start trains, and the other reports which process does."""
 
 import contextlib
 import json
@@ -37,17 +37,17 @@ class Starts:
         return Start(self._command, self._folder / f"printed_{self._number}")
 
     def holder(self) -> int:
-        """Returns the process that holds the output folder, once it trains."""
+        """Returns the id of the process that holds the output folder; call it once the run trains."""
         return int(json.loads((self.output_dir / "run.lock").read_text())["pid"])
 
     def saved_step(self) -> int:
-        """Returns the step of the newest checkpoint; 0 without one."""
+        """Returns the step of the newest checkpoint, or 0."""
         latest = self.output_dir / "checkpoints" / "latest"
         return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
 
 
 class Start:
-    """One start, with all processes below it."""
+    """Controls one start of the run, with all its child processes."""
 
     def __init__(self, command: Sequence[str], printed: Path) -> None:
         self._printed = printed
@@ -97,7 +97,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 def test_of_two_starts_one_trains_and_its_successor_takes_over(
     launcher: str, tokenizer_files: dict[str, str], tmp_path: Path
 ) -> None:
-    """Ten rounds of two starts; after each, the one that trains is killed, and the next round resumes its training."""
+    """Checks ten rounds of two starts; the training one is killed, and the next round resumes its training."""
     mapping = small_run_mapping(1, samples=(2, 2, 2))
     mapping["beit3_ds"]["tokenizers"]["text"] |= {"path": tokenizer_files["text"], "vocab_size": 300}
     mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = tokenizer_files["visual"]
@@ -113,7 +113,7 @@ def test_of_two_starts_one_trains_and_its_successor_takes_over(
 
 
 def check_round(run: Starts, pair: Sequence[Start], launcher: str, saved: int, *, ends_supervisor: bool) -> int:
-    """Checks two starts, kills the one that trains, and returns the step that it saved last."""
+    """Checks two starts and kills the one that trains; returns the last step that it saved."""
     began = time.monotonic()
     wait_until(lambda: any(start.has_ended() for start in pair), pair)
     refused_after = time.monotonic() - began

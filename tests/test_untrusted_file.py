@@ -1,4 +1,4 @@
-"""Tests that other projects' tensor files are read as data or refused, and that their code never runs."""
+"""Tests that tensor files of other projects are read as data or refused, and that their code never runs."""
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ def test_tensors_are_read(kind: str, wrap: str, tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Writes a file when it is unpickled."""
+    """Writes a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Checks that JSON of strangers is parsed strictly and in bounded time."""
+"""Tests that JSON from untrusted sources is parsed strictly and in bounded time."""
 
 import time
 from typing import Any

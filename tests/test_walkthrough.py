@@ -1,4 +1,4 @@
-"""Runs the README's commands for every shipped GPU config, with small files in place of its data."""
+"""Runs the README's commands for every shipped GPU configuration, with small files in place of its data."""
 
 import io
 import os
@@ -62,7 +62,7 @@ TOKENIZER = "ds_configs/visual_tokenizer_8gpu.json"
 
 
 def layout_changes(config: RunConfig) -> tuple[int, list[str]]:
-    """Returns the settings of a layout of at most 4 ranks, divided along the same axes."""
+    """Returns settings for a layout of at most 4 ranks that is divided along the same axes."""
     sizes = [min(2, config.parallel.tensor_parallel_size), min(2, config.parallel.pipeline_parallel_size)]
     accumulation = min(4, config.gradient_accumulation_steps)
     names = ("parallel.tensor_parallel_size", "parallel.pipeline_parallel_size")
@@ -86,7 +86,7 @@ def write_tar(path: Path, rng: np.random.Generator, count: int = 12) -> None:
 
 
 def write_stand_in(config: RunConfig) -> None:
-    """Writes two small files for each pattern of the config, below the working directory."""
+    """Writes two small files for each file pattern of the configuration, below the working directory."""
     rng = np.random.default_rng(0)
     for name, stream in config.data.streams().items():
         for source in (*stream.train, *stream.validation):
@@ -101,7 +101,7 @@ def write_stand_in(config: RunConfig) -> None:
 
 
 def readme_commands(name: str) -> Iterator[list[str]]:
-    """Yields the README's commands for base_8gpu.json, for another config, and those for its visual tokenizer."""
+    """Yields the README's commands for base_8gpu.json and its visual tokenizer, adapted to another configuration."""
     (block,) = (
         found
         for found in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -1,4 +1,4 @@
-"""Tests that one process at a time writes a folder, also after crashes, and where a file system has no locks."""
+"""Tests that one process at a time writes a folder, also after crashes and on file systems without locks."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(path: Path) -> Iterator[Start]:
-    """Starts processes that hold the lock, and ends them after the test."""
+    """Provides a function that starts processes that hold the lock; ends them after the test."""
     with contextlib.ExitStack() as stack:
 
         def start_one(what: str = "") -> "subprocess.Popen[str]":
@@ -67,7 +67,7 @@ def write_holder(path: Path, **changes: Any) -> None:
 
 @contextlib.contextmanager
 def beating(path: Path) -> Iterator[None]:
-    """Gives signs of life for a holder on another host."""
+    """Updates the lock's sign of life, like a holder on another host."""
     over = threading.Event()
 
     def beat() -> None:
@@ -99,12 +99,12 @@ def test_a_living_holder_is_named_to_others(path: Path, start: Start) -> None:
 
 
 def refuse_flock(*arguments: Any) -> None:
-    """Stands for a file system that refuses flock on a file that is not open for writing, as NFS does."""
+    """Fails like a file system that refuses flock on files not open for writing, such as NFS."""
     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def test_the_disk_can_be_mounted_read_only(path: Path) -> None:
-    """The kernel refuses that while a file is open for writing."""
+    """Catches a lock file that stays open for writing, because the kernel then refuses a read-only remount."""
     with lock(path) as own:
         time.sleep(0.1)
         for name in os.listdir("/proc/self/fd"):
@@ -131,7 +131,7 @@ def test_record_locks_exclude_others_where_flock_needs_a_writable_file(
 def test_a_killed_holder_is_replaced_at_once_though_its_workers_live(
     path: Path, start: Start, records: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a lock that forked processes keep."""
+    """Catches a lock that forked processes keep after the holder was killed."""
     if records:
         monkeypatch.setattr(fcntl, "flock", refuse_flock)
     holder = start(f"with a worker{records}")
@@ -204,7 +204,7 @@ def test_of_two_at_once_without_locks_the_last_goes_on(path: Path, monkeypatch: 
 
 
 def test_a_lock_that_is_local_to_a_host_is_not_believed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS mounted with `nolock` gives every host the lock."""
+    """Checks NFS mounted with `nolock`, where every host gets the lock."""
     monkeypatch.setattr(writer_lock, "SILENT_SECONDS", 0.5)
     write_holder(path)
     with beating(path), pytest.raises(ConfigError, match="in use by process 7 on host elsewhere"), lock(path):
@@ -261,7 +261,7 @@ def test_any_content_is_read(content: bytes) -> None:
 
 
 def test_a_full_disk_costs_the_name_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name is written once there is room."""
+    """Checks a lock on a full disk: only the holder's name is missing, and it is written once there is room."""
     write = os.pwrite
 
     def refuse(*arguments: Any) -> int:

@@ -1,4 +1,4 @@
-"""The released models' code, to compare with: torchscale 0.3.0 (MIT), with unilm's two heads on top."""
+"""Provides the released models' code as a reference: torchscale 0.3.0 (MIT) with unilm's two heads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from beit3_ds.benchmarks.step.reference import build_torchscale
 
 
 class Reference(nn.Module):
-    """Builds a pretraining model under the names of the released files."""
+    """Builds a pretraining model with the parameter names of the released files."""
 
     def __init__(self, arguments: Mapping[str, Any], visual_vocab_size: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def randomize(self) -> "Reference":
-        """Moves every parameter away from its neighbours, unused rows of tables included."""
+        """Draws every parameter at random, including unused rows of tables."""
         generator = torch.Generator().manual_seed(11)
         for name, parameter in self.named_parameters():
             parameter.normal_(0, 0.2, generator=generator)

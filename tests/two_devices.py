@@ -1,14 +1,14 @@
 """Emulates a second device on the CPU, with process groups that refuse CPU tensors as NCCL does.
 
-The second device is `cpu:0`. Torch keeps its tensors on the CPU but tells it apart from `cpu` wherever a device is
-named, so programs run on it unchanged. Two modes follow which memory is whose: what is made on `cpu:0`, moved there, or
-computed from a tensor there, is the device's; what is moved to `cpu`, or made without a device, is the host's. As on a
-GPU, a tensor of the device has no NumPy view, and most operations refuse to mix the two.
+The second device is `cpu:0`. Torch keeps its tensors on the CPU, but distinguishes it from `cpu` wherever code names a
+device, so programs run on it unchanged. Two modes record to which device memory belongs. Tensors that are created on
+`cpu:0`, moved there, or computed from such tensors belong to the device. Tensors that are moved to `cpu`, or created
+without a device, belong to the host. As on a GPU, a tensor of the device has no NumPy view, and most operations refuse
+to mix devices.
 
-Groups are made for `cuda` alone (`cuda:gloo`), so whatever is of the host is refused by torch itself, in the words that
-one hears from NCCL. A tensor of the device travels through a twin of the group, which gloo serves. Groups made for gloo
-by name are those of hosts: they refuse tensors of the device, which a GPU's pointer would make them read as if it were
-host memory.
+Groups are made for `cuda` alone (`cuda:gloo`), so torch itself refuses host tensors, with the messages known from NCCL.
+Tensors of the device are sent through a second gloo group with the same ranks. Groups that are explicitly made for gloo
+serve host values. They refuse tensors of the device, because gloo would read a GPU's pointer as host memory.
 """
 
 import sys
@@ -32,39 +32,39 @@ _MAY_MIX = {
     *("index", "index_put", "index_put_", "_index_put_impl_"),
     "index_add",  # in the gradient of index_select torch makes zeros on the gradient's device, which is `cpu` to it
 }
-"""Operations that CUDA allows between host and device; also all with a scalar of the host."""
+"""Operations that CUDA allows between host and device tensors; all operations may also take a host scalar."""
 
 Site = tuple[str, str]
-"""A file of the project and a function in it."""
+"""A file of the project and the name of a function in it."""
 
 
 def is_device(tensor: Tensor) -> bool:
-    """Returns whether a tensor lies on the second device."""
+    """Returns whether a tensor is on the second device."""
     return getattr(tensor.untyped_storage(), "is_device", False)
 
 
 def is_pinned(tensor: Tensor) -> bool:
-    """Returns whether a tensor lies in pinned host memory, which only `Tensor.pin_memory` allocates here."""
+    """Returns whether a tensor is in pinned host memory, which only `Tensor.pin_memory` allocates here."""
     return getattr(tensor.untyped_storage(), "lies_in_pinned_memory", False)
 
 
 class TwoDevices:
-    """Follows tensors and routes collectives; `seen` holds where they were called from, and with which dtypes."""
+    """Tracks tensors and routes collectives; `seen` holds the callers of collectives and the dtypes they sent."""
 
     def __init__(self) -> None:
         self.seen: dict[str, dict[Site, set[str]]] = {"device": {}, "host": {}}
         self.function_modes: list[TorchFunctionMode] = [_Devices()]
-        """Modes of backward passes, the outermost last; torch turns a mode off while it handles a call."""
+        """Modes for backward passes, with the outermost last; torch turns a mode off while the mode handles a call."""
         self._twins: dict[str, dist.ProcessGroup] = {}
         self._new_group, self._init = dist.new_group, dist.init_process_group
 
     def init_process_group(self, **options: Any) -> None:
-        """Makes the default group, which takes device tensors."""
+        """Creates the default group, which takes tensors of the device."""
         self._init("cuda:gloo", **options)
         self._add_twin(dist.group.WORLD, None)
 
     def new_group(self, ranks: list[int] | None = None, **options: Any) -> Any:
-        """Makes a group for device tensors, or for host values if gloo is asked for."""
+        """Creates a group for tensors of the device, or for host values if the backend is gloo."""
         group = self._new_group(ranks, **options)
         if options.get("backend") is None:
             self._add_twin(group, ranks)
@@ -76,7 +76,7 @@ class TwoDevices:
             self._twins[group.group_name] = twin
 
     def barrier(self, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
-        """Waits for all ranks; NCCL's barrier runs on the device, gloo's on the host."""
+        """Waits for all ranks; NCCL's barrier runs on the device, and gloo's on the host."""
         group = group or dist.group.WORLD
         assert group is not None
         twin = self._twins.get(group.group_name)
@@ -84,7 +84,7 @@ class TwoDevices:
         return (group if twin is None else twin).barrier().wait()
 
     def noting(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps a call of a host group to note it, because other threads run without these modes."""
+        """Wraps a function to record its calls on host groups, because other threads run without these modes."""
 
         def noted(*arguments: Any, **options: Any) -> Any:
             if options["group"].group_name not in self._twins:
@@ -94,7 +94,7 @@ class TwoDevices:
         return noted
 
     def route(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Sends tensors on the right device, and lets torch refuse the others."""
+        """Sends tensors that are on the right device, and lets torch refuse others."""
         (boxed,) = (a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
         group = dist.ProcessGroup.unbox(boxed)
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
@@ -121,13 +121,13 @@ class TwoDevices:
 
 @cache
 def _source_file(path: str) -> str:
-    """Returns the project's path of a file; `beit3_ds/kernels` is a link."""
+    """Returns a file's path in the project, where `beit3_ds/kernels` is a link."""
     return str(Path(path).resolve().relative_to(ROOT))
 
 
 @contextmanager
 def two_devices() -> Iterator[TwoDevices]:
-    """Gives this process a second device for the time of the block; the process group must not exist yet."""
+    """Gives this process a second device within the block; no process group may exist yet."""
     from deepspeed.accelerator import get_accelerator
 
     from beit3_ds.kernels.cpu.allocator import ALLOCATOR
@@ -172,7 +172,7 @@ def two_devices() -> Iterator[TwoDevices]:
 
 
 class _Devices(TorchFunctionMode):
-    """Answers which device a tensor is on, and moves tensors between the two."""
+    """Reports the device of tensors, and moves tensors between the two devices."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -200,7 +200,7 @@ class _Devices(TorchFunctionMode):
 
 
 class _Dispatch(TorchDispatchMode):
-    """Follows whose memory the results of operations are, backward passes included."""
+    """Records the device of every operation's results, including those of backward passes."""
 
     def __init__(self, machine: TwoDevices) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 def _move(result: Tensor, source: Tensor, target: torch.device) -> Tensor:
-    """Moves a tensor to a device, which copies it if it is on the other one."""
+    """Moves a tensor to a device; copies it if it is on the other device."""
     if is_device(source) == (target == DEVICE):
         return result
     if result.untyped_storage()._cdata == source.untyped_storage()._cdata:
@@ -239,7 +239,7 @@ def _move(result: Tensor, source: Tensor, target: torch.device) -> Tensor:
 
 
 def _pin(tensor: Tensor) -> Tensor:
-    """Copies a host tensor to pinned memory; CUDA refuses a tensor of a device."""
+    """Copies a host tensor to pinned memory; CUDA refuses a tensor of the device."""
     if is_device(tensor):
         raise RuntimeError("cannot pin a tensor of the device: only dense CPU tensors can be pinned")
     pinned = tensor.clone()
@@ -248,7 +248,7 @@ def _pin(tensor: Tensor) -> Tensor:
 
 
 def named_device(arguments: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
-    """Returns the device that a caller names among the arguments of a function; None if it names none."""
+    """Returns the device named in the arguments of a function, or None."""
     for value in (*arguments, kwargs.get("device")):
         if isinstance(value, torch.device) or _is_device_name(value):
             return torch.device(value)
