@@ -2,10 +2,15 @@
 
     python -m beit3_ds.benchmarks.bundle OUT                         # for this Python, torch and Triton
     python -m beit3_ds.benchmarks.bundle OUT --architecture sm_80
+    python -m beit3_ds.benchmarks.bundle OUT --cache DIR     # pack the kernels of an earlier dry run
 
 The folder contains the committed source tree, wheels of packages that the GPU machine may lack, and a Triton cache with
 the compiled kernels of `beit3 certify`. On the GPU machine, run `OUT/certify --minutes 10`. Pack with the same versions
 of Python, torch and Triton as on the GPU machine: cache keys depend on Triton's version, and wheels on Python's.
+
+Compiling takes tens of minutes. With --cache, only those kernels are compiled that are not in the folder DIR. Fill it by
+
+    TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 beit3 certify --dry-run sm_90
 """
 
 import argparse
@@ -15,7 +20,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from beit3_ds.benchmarks.certify.commands import ROOT
@@ -105,27 +112,33 @@ def download(requirements: Sequence[str], folder: Path) -> None:
         raise ConfigError(f"bundle: pip could not fetch all of {', '.join(requirements)}; its message is above.")
 
 
-def compile_certificate(tree: Path, cache: Path, architecture: int) -> None:
+def compile_certificate(tree: Path, cache: Path, architecture: int, filled: Path | None = None) -> None:
     """Fills a Triton cache through a dry run of `beit3 certify` in a source tree; stores only what a GPU needs to run.
 
     Args:
-        tree: source tree of this project.
+        tree: source tree of this project; the folder `wheels` beside it has packages that the dry run uses.
         cache: folder of the Triton cache.
         architecture: compute capability of the GPU: 80, 90 or 100.
+        filled: cache of an earlier dry run, which is copied first; None compiles all kernels.
 
     Raises:
         ConfigError: if the dry run fails.
     """
-    report = cache.with_name("dry_run").resolve()
+    if filled is not None:
+        shutil.copytree(filled, cache, dirs_exist_ok=True)
+    report, packages = (cache.with_name(name).resolve() for name in ("dry_run", "packages"))
+    for wheel in tree.with_name("wheels").glob("*.whl"):  # DeepSpeed's engine is a section
+        zipfile.ZipFile(wheel).extractall(packages)
     stored = {
         "TRITON_CACHE_DIR": str(cache.resolve()),
         "TRITON_STORE_BINARY_ONLY": "1",
-        "PYTHONPATH": str(tree.resolve()),
+        "PYTHONPATH": f"{tree.resolve()}:{packages}",
     }
     command = [sys.executable, "-m", "beit3_ds.cli.main", "certify", "--out", str(report), "--dry-run"]
     if subprocess.run([*command, f"sm_{architecture}"], cwd=tree, env=os.environ | stored, check=False).returncode:
         raise ConfigError(f"bundle: the dry run failed; {report / 'certificate.md'} says where.")
     shutil.rmtree(report)
+    shutil.rmtree(packages, ignore_errors=True)
     for compiled in tree.rglob("__pycache__"):
         shutil.rmtree(compiled)
 
@@ -140,9 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--architecture", choices=_ARCHITECTURES, default="sm_90", help="default: sm_90 (H100, H200)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="Triton cache of an earlier dry run, to copy")
     options = parser.parse_args(arguments)
     try:
-        size = pack_bundle(options.out, _ARCHITECTURES[options.architecture], download, compile_certificate)
+        fill = partial(compile_certificate, filled=options.cache)
+        size = pack_bundle(options.out, _ARCHITECTURES[options.architecture], download, fill)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

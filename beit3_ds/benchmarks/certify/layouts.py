@@ -5,11 +5,14 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from beit3_ds.benchmarks.certify.commands import ROOT, run_commands
+from beit3_ds.benchmarks.certify.device_kind import kind_of
 from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError, Recorder
+from beit3_ds.benchmarks.turns import device_of_turns
 
 CONFIG = "ds_configs/demo_tp2_pp2_dp2_zero3.json"
 """Path in the clone of the config to train."""
@@ -18,15 +21,31 @@ Commands = list[tuple[str, ...]]
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item for training on one GPU and, with several GPUs, one item that compares the losses."""
-    if not torch.cuda.is_available():
+    """Records one item for training on one GPU and, with several GPUs, one item that compares the losses.
+
+    A dry run only launches the kernels of the training on one GPU.
+    """
+    is_dry = kind_of(device_of_turns()) == "dry"
+    if not is_dry and not torch.cuda.is_available():
         raise NeedsDeviceError
-    importlib.import_module("deepspeed")  # if missing, the section reports this
     if not (ROOT / CONFIG).exists():
         recorder.add("training", not_run=f"{ROOT} holds no configurations; install from a clone")
         return
+    if is_dry:
+        recorder.measure("kernels of the training on one GPU", _launch_kernels)
+        return
+    importlib.import_module("deepspeed")  # if missing, the section reports this
     for name, commands in plan_commands(recorder.folder, torch.cuda.device_count()).items():
         recorder.measure(name, partial(run_commands, commands))
+
+
+def _launch_kernels() -> dict[str, Any]:
+    """Launches the kernels of the training in this process, in place of the training."""
+    from beit3_ds.config import load_run_config
+    from beit3_ds.training.kernel_cache import launch_kernels
+
+    launch_kernels(load_run_config(str(ROOT / CONFIG), ["parallel={}"]))
+    return {"ran": True}
 
 
 def plan_commands(folder: Path, num_gpus: int) -> dict[str, Commands]:

@@ -1,12 +1,14 @@
 """Records each measurement of a section immediately, and skips measurements that are already recorded."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.benchmarks.certify.results import ResultsFile, has_failed
+from beit3_ds.benchmarks.certify.results import CACHE_ITEM, ResultsFile, has_failed
+from beit3_ds.kernels.triton.compilations import Compilations
 
 
 class NeedsDeviceError(RuntimeError):
@@ -29,6 +31,7 @@ class Recorder:
             is_dry_run: whether this is a dry run (`dry_run`). Results are then undefined, so checks are not recorded.
         """
         self._is_dry_run = is_dry_run
+        self._compilations, self._num_counted = Compilations(), 0
         self._section, self._file, self._call = section, ResultsFile(path), call
         self.folder = path.parent
         """Folder of the report, where sections may store further files."""
@@ -48,6 +51,17 @@ class Recorder:
         """Appends one line with an item's figures to the results file."""
         self._file.append({"section": self._section, "item": item, "call": self._call, **figures})
 
+    def start_counting(self) -> None:
+        """Counts from now on the kernels that are found in Triton's cache, and those that are compiled."""
+        self._compilations.start()
+
+    def add_counts(self) -> None:
+        """Appends the counts of kernels if they changed; `measure` does so after every item."""
+        number = self._compilations.num_hits + self._compilations.num_misses
+        if number > self._num_counted:
+            self._num_counted = number
+            self.add(CACHE_ITEM, **self._compilations.describe(), process=os.getpid())
+
     def measure(self, item: str, compute: Callable[[], dict[str, Any]]) -> None:
         """Computes and records the figures of an item. An error is recorded instead, and other items can still run.
 
@@ -61,6 +75,12 @@ class Recorder:
             return
         self._known.add(item)
         self.add(item, begun=True)
+        try:
+            self._measure(item, compute)
+        finally:
+            self.add_counts()
+
+    def _measure(self, item: str, compute: Callable[[], dict[str, Any]]) -> None:
         try:
             figures = compute()
         except ModuleNotFoundError as error:

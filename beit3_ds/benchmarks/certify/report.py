@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.benchmarks.certify.plan import MACHINE, Section
-from beit3_ds.benchmarks.certify.results import ABSENT, DONE, NEEDS_DEVICE, Line, ResultsFile
+from beit3_ds.benchmarks.certify.results import ABSENT, DONE, NEEDS_DEVICE, Line, ResultsFile, describe_cache
 
 RESULTS = "results.jsonl"
 """Name of the results file in the report's folder."""
@@ -60,6 +60,7 @@ def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:
         "seconds": round(sum(line["seconds"] for line in ends), 1),
         "estimated_seconds": section.seconds,
         "maximum_seconds": section.limit,
+        "kernels": describe_cache(own, section.name),
         "tail": ends[-1].get("tail") if ends else None,
         "items": items,
     }
@@ -77,10 +78,11 @@ def _markdown(content: dict[str, Any], folder: Path) -> str:
             shown = value if isinstance(value, str) else json.dumps(value)
             text.append(f"* {name}: {shown}")
     text += [f"* commit: {commit}" for commit in content["commits"]]
-    text += ["", "| section | status | failed | seconds (estimated, maximum) |", "|---|---|---|---|"]
+    text += ["", "| section | status | failed | seconds (estimated, maximum) | kernels |", "|---|---|---|---|---|"]
     for section in content["sections"]:
         times = f"{section['seconds']:.0f} ({section['estimated_seconds']}, {section['maximum_seconds']})"
-        text.append(f"| {section['name']} | {section['status']} | {len(section['failed'])} | {times} |")
+        cells = (section["name"], section["status"], len(section["failed"]), times, section["kernels"])
+        text.append(f"| {' | '.join(map(str, cells))} |")
     for section in content["sections"]:
         text += ["", f"## {section['title']}", "", *_tables(section["items"])]
         if section["tail"]:

@@ -7,12 +7,15 @@ measurement. A line {"section": NAME, "status": STATUS, ...} marks the end of a 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
 """Content of one JSON line by key."""
+
+CACHE_ITEM = "Triton cache"
+"""Item with the numbers of kernels that a section's process found in Triton's cache and that it compiled."""
 
 DONE = "done"
 """Status of a section that has measured all its items."""
@@ -25,6 +28,19 @@ NEEDS_DEVICE = "needs a CUDA device"
 def has_failed(line: Line) -> bool:
     """Returns whether the item of a line did not end, raised an error, or did not pass its check."""
     return bool(line.get("begun") or line.get("error")) or line.get("passed") is False
+
+
+def describe_cache(lines: Sequence[Line], section: str) -> str:
+    """Returns how many kernels all processes of a section found in Triton's cache and compiled, as text.
+
+    It is empty if the section launched no kernels.
+    """
+    own = (line for line in lines if line.get("section") == section and line.get("item") == CACHE_ITEM)
+    last = {(line["call"], line["process"]): line for line in own}.values()  # the counts of a process only grow
+    if not last:
+        return ""
+    hits, misses = (sum(line[name] for line in last) for name in ("hits", "misses"))
+    return f"{hits} cached, {misses} compiled"
 
 
 class ResultsFile:

@@ -13,7 +13,7 @@ from typing import Any
 
 from beit3_ds.benchmarks.certify.plan import MACHINE, PLAN, Section
 from beit3_ds.benchmarks.certify.report import RESULTS, write_report
-from beit3_ds.benchmarks.certify.results import ABSENT, DONE, NEEDS_DEVICE, ResultsFile
+from beit3_ds.benchmarks.certify.results import ABSENT, DONE, NEEDS_DEVICE, ResultsFile, describe_cache
 from beit3_ds.config import ConfigError
 
 _ATTEMPTS = 5
@@ -70,7 +70,8 @@ def certify(
             break
         print(f"[{number}/{len(pending)}] {section.name}: {section.title}", flush=True)
         status = _run(section, results, call, seconds, architecture)
-        print(f"      {status}", flush=True)
+        counts = describe_cache(list(results.read()), section.name)
+        print(f"      {status}{counts and f'; kernels: {counts}'}", flush=True)
         write_report(results, folder, plan)
     ok = write_report(results, folder, plan)
     if never := [section.name for section in wanted if section.name not in results.statuses()]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError, Recorder, is_own, top_level
 from beit3_ds.benchmarks.certify.results import ABSENT, NEEDS_DEVICE, ResultsFile
-from beit3_ds.kernels.triton.compilations import Compilations
 
 
 def run_section(name: str, module: str, path: Path, call: int, architecture: int | None = None) -> None:
@@ -26,10 +25,9 @@ def run_section(name: str, module: str, path: Path, call: int, architecture: int
     """
     recorder = Recorder(name, path, call, is_dry_run=architecture is not None)
     _record_warnings(recorder)
-    compilations = Compilations()
     try:
         found = importlib.import_module(module)
-        compilations.start()
+        recorder.start_counting()
         with _emulated(architecture):
             found.measure(recorder)
     except ModuleNotFoundError as error:
@@ -38,8 +36,7 @@ def run_section(name: str, module: str, path: Path, call: int, architecture: int
         ResultsFile(path).append({"section": name, "status": ABSENT + top_level(error), "call": call})
     except NeedsDeviceError:
         ResultsFile(path).append({"section": name, "status": NEEDS_DEVICE, "call": call})
-    if compilations.num_hits or compilations.num_misses:
-        recorder.add("Triton cache", **compilations.describe())
+    recorder.add_counts()
 
 
 def _emulated(architecture: int | None) -> AbstractContextManager[None]:

@@ -157,6 +157,30 @@ def test_a_cut_line_costs_only_itself(make: Make, run: Callable[..., int], tmp_p
     assert [line["call"] for line in report(tmp_path)["calls"]] == [1, 2]
 
 
+def test_kernels_in_the_cache_are_counted(
+    make: Make,
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a second section that compiles again, and counts that a section loses when it crashes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    launch = """
+        import torch
+        from beit3_ds.kernels.triton.residual_add_launch import residual_add
+        x = torch.zeros(8, 64)
+        recorder.measure("launch", lambda: {"rows": len(residual_add(x, x, ((0, 8),), [torch.zeros(64)], None))})
+    """
+    crash = launch + "    recorder.measure('crash', lambda: os._exit(3))"
+    assert run([make("first", launch), make("crash", crash, limit=120)], architecture=90) == 1
+    found = report(tmp_path)["by_name"]
+    assert [found[name]["kernels"] for name in ("first", "crash")] == ["0 cached, 1 compiled", "1 cached, 0 compiled"]
+    assert "crash" in found["crash"]["failed"]
+    assert "done; kernels: 0 cached, 1 compiled" in capfd.readouterr().out
+    assert "| 1 cached, 0 compiled |" in (tmp_path / "out" / "certificate.md").read_text()
+
+
 def test_mistakes(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no section is called 'nothing'; there are 'first'"):
         run([make("first")], only=["nothing"])
