@@ -8,7 +8,7 @@ The folder contains the committed source tree, wheels of packages that the GPU m
 the compiled kernels of `beit3 certify`. On the GPU machine, run `OUT/certify --minutes 10`. Pack with the same versions
 of Python, torch and Triton as on the GPU machine: cache keys depend on Triton's version, and wheels on Python's.
 
-Compiling takes tens of minutes. With --cache, only those kernels are compiled that are not in the folder DIR. Fill it by
+Compiling takes tens of minutes. With --cache, only kernels that are missing in the folder DIR are compiled. Fill it by
 
     TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 beit3 certify --dry-run sm_90
 """

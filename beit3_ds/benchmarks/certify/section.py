@@ -27,8 +27,8 @@ def run_section(name: str, module: str, path: Path, call: int, architecture: int
     _record_warnings(recorder)
     try:
         found = importlib.import_module(module)
-        recorder.start_counting()
         with _emulated(architecture):
+            recorder.start_counting()
             found.measure(recorder)
     except ModuleNotFoundError as error:
         if is_own(error):
