@@ -41,6 +41,7 @@ def write_config(folder: Path, layout: Layout = ONE_PROCESS, **training: Any) ->
     images = small_images()
     own["data"] |= {"images": {**images, "samples_per_step": 8}}
     own["tokenizers"] = {}
+    own["training"]["eval_samples"] = 8  # instead of all images of the sample data
     return write_json(folder, mapping)
 
 
