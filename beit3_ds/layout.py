@@ -59,7 +59,7 @@ class RowLayout(ABC):
         """Returns the row at which each of the four row ranges (`PARTS`) stops; the last is the number of rows."""
         return tuple(accumulate(self.part_rows))
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Returns the number of rows (T)."""
         return sum(self.part_rows)

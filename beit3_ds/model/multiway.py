@@ -212,11 +212,13 @@ class MultiwaySubLayerNorm(nn.Module):
 
 
 def _weights(module: Any) -> tuple[Tensor, ...]:
-    return tuple([getattr(module, name) for name in _weight_names(module.experts)])
+    parameters = module._parameters  # takes less time than an attribute of a module, which layers ask for 40 times
+    return tuple([parameters[name] for name in _weight_names(module.experts)])
 
 
 def _biases(module: Any) -> tuple[Tensor, ...]:
-    return tuple([getattr(module, name) for name in _bias_names(module.experts)])
+    parameters = module._parameters
+    return tuple([parameters[name] for name in _bias_names(module.experts)])
 
 
 @lru_cache

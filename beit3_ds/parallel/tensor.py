@@ -79,7 +79,7 @@ class TensorParallel:
         part = -(-num_rows // self.size)
         return self.rank * part, (self.rank + 1) * part
 
-    def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]:
+    def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> Sequence[tuple[int, int]]:
         """Converts row ranges of the whole stream to ranges within this rank's rows. The last range includes padding.
 
         Args:
@@ -87,7 +87,7 @@ class TensorParallel:
             num_rows: number of rows of the whole stream (T).
         """
         if not self.divides_rows:
-            return list(slices)
+            return slices
         first, end = self.own_row_range(num_rows)
         borders = [*(start for start, _ in slices), max(num_rows, end)]
         own = [min(max(border, first), end) - first for border in borders]

@@ -20,24 +20,15 @@ from beit3_ds.kernels.ops.multiway_linear import slices_of
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Returns LN(GELU(x)), or LN(x), in x's dtype; and the mean and 1 / deviation of every row, (2, T), float32 (float64 for
-# float64).
-_LIBRARY.define(
-    "activation_norm(Tensor x, bool gelu, Tensor[] scales, Tensor[] shifts, float epsilon, int[] ends) -> "
-    "(Tensor, Tensor)"
-)
-# Returns the gradient of x, and the gradients of scales and shifts, (2, E, F). Overwrites dn.
-_LIBRARY.define(
-    "activation_norm_backward(Tensor dn, Tensor x, bool gelu, Tensor statistics, Tensor[] scales, int[] ends) -> "
-    "(Tensor, Tensor)"
-)
 
-
-@torch.library.impl(_LIBRARY, "activation_norm", "CPU")
 def _forward(
-    x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: Sequence[int]
+    x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
+    """Computes LN(GELU(x)), or LN(x), in x's dtype.
+
+    Returns:
+        The normalised rows; the mean and 1 / deviation of every row, (2, T), float32 (float64 for float64).
+    """
     a_TF, n_TF = F.gelu(x_TF) if gelu else x_TF, torch.empty_like(x_TF)
     statistics_2T = x_TF.new_empty(2, len(x_TF), dtype=_wide(x_TF))
     for (start, stop), scale, shift in zip(slices_of(ends), scales, shifts, strict=True):
@@ -47,10 +38,10 @@ def _forward(
     return n_TF, statistics_2T
 
 
-@torch.library.impl(_LIBRARY, "activation_norm_backward", "CPU")
 def _backward(
-    dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: Sequence[int]
+    dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
+    """Returns the gradient of x, and the gradients of scales and shifts, (2, E, F). Kernels overwrite dn."""
     a_TF, da_TF = F.gelu(x_TF) if gelu else x_TF, torch.empty_like(x_TF)
     d_parameters_2EF = x_TF.new_empty(2, len(ends), x_TF.shape[1])
     # PyTorch's statistics have the dtype of the rows on a CPU, and are float32 for half precision on a GPU.
@@ -67,19 +58,19 @@ def _backward(
 
 
 def _forward_triton(
-    x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: Sequence[int]
+    x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    from beit3_ds.kernels.triton import multiway_layer_norm_launch as launch  # Triton is needed on a GPU only
+    from beit3_ds.kernels.triton.multiway_layer_norm_launch import forward  # Triton is needed on a GPU only
 
-    return launch.forward(x_TF, ends, scales, shifts, epsilon, row_tiling(x_TF), gelu)
+    return forward(x_TF, ends, scales, shifts, epsilon, row_tiling(x_TF), gelu)
 
 
 def _backward_triton(
-    dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: Sequence[int]
+    dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    from beit3_ds.kernels.triton import multiway_layer_norm_launch as launch
+    from beit3_ds.kernels.triton.multiway_layer_norm_launch import backward
 
-    return launch.backward(dn_TF, None, x_TF, statistics_2T, ends, scales, row_tiling(x_TF), gelu, in_place=True)
+    return backward(dn_TF, None, x_TF, statistics_2T, ends, scales, row_tiling(x_TF), gelu, in_place=True)
 
 
 def _takes_triton(x: Tensor, *rest: Any) -> bool:
@@ -90,29 +81,21 @@ def _backward_takes_triton(dn: Tensor, x: Tensor, *rest: Any) -> bool:
     return _takes_triton(x)
 
 
-_FORWARD = MeasuredOp(
-    "activation_norm", {"triton": _forward_triton, "library": _forward}, accepts={"triton": _takes_triton}
+ACTIVATION_NORM = MeasuredOp(
+    "activation_norm",
+    {"triton": _forward_triton, "library": _forward},
+    on_cpu=_forward,
+    accepts={"triton": _takes_triton},
 )
-_LIBRARY.impl("activation_norm", _FORWARD, "CUDA")
-_BACKWARD = MeasuredOp(
+"""Operator with the arguments of `_forward`, which computes it on a CPU."""
+ACTIVATION_NORM_BACKWARD = MeasuredOp(
     "activation_norm_backward",
     {"triton": _backward_triton, "library": _backward},
+    on_cpu=_backward,
     mutates=(0,),
     accepts={"triton": _backward_takes_triton},
 )
-_LIBRARY.impl("activation_norm_backward", _BACKWARD, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::activation_norm", lib=_LIBRARY)
-def _forward_fake(x_TF: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_TF), x_TF.new_empty(2, len(x_TF), dtype=_wide(x_TF))
-
-
-@torch.library.register_fake("beit3_ds::activation_norm_backward", lib=_LIBRARY)
-def _backward_fake(
-    dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_TF), x_TF.new_empty(2, len(ends), x_TF.shape[1])
+"""Operator with the arguments of `_backward`, which computes it on a CPU."""
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -127,7 +110,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """
     from beit3_ds.kernels.triton import multiway_layer_norm_launch as launch
 
-    ends, generator = [37, 37, 61], torch.Generator().manual_seed(0)
+    ends, generator = (37, 37, 61), torch.Generator().manual_seed(0)
     x, dn = (torch.randn(61, 200, generator=generator).to(device, dtype) for _ in range(2))
     scales, shifts = ([torch.randn(200, generator=generator).to(device, dtype) for _ in ends] for _ in range(2))
     for gelu in (False, True):

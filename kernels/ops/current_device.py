@@ -12,6 +12,9 @@ def make_current(device: torch.device) -> AbstractContextManager[None]:
 
     PyTorch's own operations need no such context manager. In a backward pass, the gradients' device is already current.
     """
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return _UNCHANGED
-    return torch.cuda.device(device)
+    return _UNCHANGED if is_current(device) else torch.cuda.device(device)
+
+
+def is_current(device: torch.device) -> bool:
+    """Returns whether `device` is the current CUDA device, or a device of another type."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())

@@ -3,8 +3,7 @@
 The logits are computed in tiles of vocabulary columns, so that not all logits need to be in memory at once.
 
 On a CPU, the op uses PyTorch's matrix products and element-wise operations. On a GPU, it uses PyTorch's matrix products
-and the operators `beit3_ds::logits_partials` and `beit3_ds::logits_gradient`, with kernels in
-`triton/linear_cross_entropy.py`.
+and the operators `logits_partials` and `logits_gradient`, with kernels in `triton/linear_cross_entropy.py`.
 """
 
 # M rows, D width, V vocabulary, N columns of a vocabulary tile, B tiles; K buffers of M x S elements, where S is the
@@ -228,7 +227,7 @@ def _forward_kernels(
     for columns in tiles.columns:
         logits_MN = kept_MS[:, : columns.stop - columns.start]
         torch.mm(h_MD, w_VD[columns].t(), out=logits_MN)
-        torch.ops.beit3_ds.logits_partials(logits_MN, b_V[columns], target_M, columns.start, partials_3M)
+        _PARTIALS(logits_MN, b_V[columns], target_M, columns.start, partials_3M)
     return Partials(*partials_3M.unbind()), kept_MS
 
 
@@ -250,8 +249,7 @@ def _backward_kernels(
         d_MN = kept_MS[:, : columns.stop - columns.start]
         if not tiles.is_kept(index):
             torch.mm(h_MD, w_VD[columns].t(), out=d_MN)
-        gradient_of = torch.ops.beit3_ds.logits_gradient
-        db_V[columns] = gradient_of(d_MN, b_V[columns], target_M, columns.start, lse_M, d_loss_M)
+        db_V[columns] = _GRADIENT(d_MN, b_V[columns], target_M, columns.start, lse_M, d_loss_M)
         torch.mm(d_MN.t(), h_MD, out=dw_VD[columns])
         dh_MD.add_(torch.mm(d_MN, w_VD[columns]))
     return dh_MD.to(h_MD.dtype), dw_VD, db_V
@@ -291,20 +289,11 @@ def _no_partials(h_MD: Tensor) -> Tensor:
     return partials_3M
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-_LIBRARY.define("logits_partials(Tensor logits, Tensor bias, Tensor target, int first, Tensor(a!) partials) -> ()")
-_LIBRARY.define(
-    "logits_gradient(Tensor(a!) logits, Tensor bias, Tensor target, int first, Tensor lse, Tensor d_loss) -> Tensor"
-)
-
-
-@torch.library.impl(_LIBRARY, "logits_partials", "CPU")
 def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Implements the operator on a CPU for checks only; the model does not call it."""
+    """Computes the kernel's results in plain PyTorch. On a CPU, only checks call this function."""
     _update_partials(logits_MN.to(partials_3M.dtype) + bias_N, target_M, first, partials_3M)
 
 
-@torch.library.impl(_LIBRARY, "logits_gradient", "CPU")
 def _gradient_cpu(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
@@ -331,25 +320,19 @@ def _gradient_triton(
 
 
 _PARTIALS = MeasuredOp(
-    "logits_partials", {"triton": _partials_triton, "library": _partials_cpu}, mutates=(4,), ignores=(3,)
+    "logits_partials",
+    {"triton": _partials_triton, "library": _partials_cpu},
+    on_cpu=_partials_cpu,
+    mutates=(4,),
+    ignores=(3,),
 )
-_LIBRARY.impl("logits_partials", _PARTIALS, "CUDA")
 _GRADIENT = MeasuredOp(
-    "logits_gradient", {"triton": _gradient_triton, "library": _gradient_cpu}, mutates=(0,), ignores=(3,)
+    "logits_gradient",
+    {"triton": _gradient_triton, "library": _gradient_cpu},
+    on_cpu=_gradient_cpu,
+    mutates=(0,),
+    ignores=(3,),
 )
-_LIBRARY.impl("logits_gradient", _GRADIENT, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::logits_partials", lib=_LIBRARY)
-def _partials_fake(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    pass
-
-
-@torch.library.register_fake("beit3_ds::logits_gradient", lib=_LIBRARY)
-def _gradient_fake(
-    logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
-) -> Tensor:
-    return lse_M.new_empty(logits_MN.shape[1])
 
 
 def _loss_dtype(h_MD: Tensor) -> torch.dtype:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from beit3_ds.kernels.ops.choice_file import ChoiceFile, choice_file_of
-from beit3_ds.kernels.ops.current_device import make_current
+from beit3_ds.kernels.ops.current_device import is_current, make_current
+from beit3_ds.kernels.triton.architecture import is_on_gpu
 
 Backend = Literal["auto", "triton", "library", "cuda"]
 """Selects the implementation of operators on a GPU. `triton`: this project's Triton kernels. `library`: PyTorch's
@@ -111,6 +112,10 @@ def use_backend(backend: Backend) -> None:
     CHOICES.backend = backend
 
 
+_MOST_CALLS = 1024
+"""Maximum number of calls with different sizes whose implementation an operator remembers."""
+
+
 class MeasuredOp:
     """Calls an operator with the implementation that `Choices` selects for the arguments."""
 
@@ -119,6 +124,7 @@ class MeasuredOp:
         name: str,
         implementations: Mapping[Name, Callable[..., Any]],
         *,
+        on_cpu: Callable[..., Any] | None = None,
         accepts: Mapping[Name, Callable[..., bool]] | None = None,
         mutates: tuple[int, ...] = (),
         ignores: tuple[int, ...] = (),
@@ -130,6 +136,7 @@ class MeasuredOp:
         Args:
             name: name of the operator, which is the start of the names of its cases.
             implementations: functions with the same arguments, by name. The first argument is a tensor.
+            on_cpu: function for tensors in host memory. None selects one of `implementations` for them too.
             accepts: functions that return whether an implementation supports given arguments, by name. An
                 implementation without such a function supports all arguments. The function may also check the
                 implementation at its first use.
@@ -138,26 +145,39 @@ class MeasuredOp:
             rehearse: converts an implementation to the function to time, which may also run the backward pass.
             choices: object that selects the implementation.
         """
-        self._name, self._implementations = name, implementations
+        self._name, self._implementations, self._on_cpu = name, implementations, on_cpu
         self._accepts, self._rehearse, self._choices = accepts or {}, rehearse, choices
         self._mutates, self._ignores = mutates, ignores
         self._chosen: dict[Any, Callable[..., Any]] = {}
+        self._recent: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs the selected implementation on the device of the first argument.
 
         The first call with new dtypes, sizes or flags may measure all implementations.
         """
-        device = arguments[0].device
-        compared = arguments
-        if self._ignores:
-            compared = tuple([x for index, x in enumerate(arguments) if index not in self._ignores])
-        case = self._choices.backend, device, *map(_describe, compared)
-        with make_current(device):
-            run = self._chosen.get(case)
-            if run is None:
-                run = self._chosen[case] = self._choose(case, arguments)
+        first = arguments[0]
+        if self._on_cpu is not None and not is_on_gpu(first):
+            return self._on_cpu(*arguments)
+        device = first.device
+        call = _identify(self._choices.backend, device, arguments)
+        run = self._recent.get(call)
+        if run is not None and is_current(device):
             return run(*arguments)
+        with make_current(device):
+            run = run or self._select(call, device, arguments)
+            return run(*arguments)
+
+    def _select(self, call: Any, device: torch.device, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        compared = [x for index, x in enumerate(arguments) if index not in self._ignores]
+        case = self._choices.backend, device, *map(_describe, compared)
+        run = self._chosen.get(case)
+        if run is None:
+            run = self._chosen[case] = self._choose(case, arguments)
+        if len(self._recent) >= _MOST_CALLS:  # numbers of rows differ from batch to batch
+            self._recent.clear()
+        self._recent[call] = run
+        return run
 
     def _choose(self, case: tuple[Any, ...], arguments: tuple[Any, ...]) -> Callable[..., Any]:
         takes = {
@@ -179,6 +199,20 @@ def _copy(x: Tensor) -> Tensor:
     if x.ndim != 2 or x.is_contiguous():
         return x.clone()
     return x.new_empty(len(x), x.stride(0))[:, : x.shape[1]].copy_(x)
+
+
+def _identify(backend: Backend, device: torch.device, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns what a case consists of, in the form that takes the least time: no size is rounded."""
+    call: list[Any] = [backend, device]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            call += argument.shape, argument.dtype
+        elif isinstance(argument, list | tuple):
+            first = argument[0] if argument else None
+            call += (len(argument), first.shape, first.dtype) if isinstance(first, Tensor) else (len(argument),)
+        else:
+            call.append(argument)
+    return tuple(call)
 
 
 def _describe(argument: Any) -> Any:

@@ -1,8 +1,7 @@
 """Applies LayerNorm with one scale and shift per expert. The backward pass also adds the residual's gradient.
 
-On a CPU, the op runs PyTorch's LayerNorm on the rows of each expert. On a GPU, it runs the operator
-`beit3_ds::multiway_layer_norm`. The operator uses one launch of a kernel in `triton/multiway_layer_norm.py` for all
-experts, or PyTorch's LayerNorm if this is faster (`measured_op`).
+On a CPU, the op runs PyTorch's LayerNorm on the rows of each expert. On a GPU, it uses one launch of a kernel in
+`triton/multiway_layer_norm.py` for all experts, or PyTorch's LayerNorm if this is faster (`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -21,7 +20,7 @@ from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
 from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
-from beit3_ds.kernels.ops.multiway_linear import Slices
+from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.recompute import Recomputable, RecomputeFunction
 from beit3_ds.kernels.ops.self_check import TrustedKernels
@@ -58,9 +57,8 @@ def multiway_layer_norm(
         x_TD, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b in the parameters' dtype. Statistics are float32,
         or float64 for float64 rows.
     """
-    stops = tuple(stop for _, stop in slices)
     kernels = runs_kernels(x_TD, weights[0].dtype)
-    stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, stops, epsilon, kernels, *weights, *biases)
+    stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, ends_of(slices), epsilon, kernels, *weights, *biases)
     return stream_TD, h_TD
 
 
@@ -71,13 +69,13 @@ def recomputable_rows(
 
     The parameters are saved without copies, because ZeRO-3 must gather them before the backward pass.
     """
-    compute = partial(_recompute_rows, tuple(stop for _, stop in slices), epsilon)
+    compute = partial(_recompute_rows, ends_of(slices), epsilon)
     return Recomputable(RecomputeFunction(compute), (x_TD.detach(), *weights, *biases))
 
 
 def _recompute_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *parameters: Tensor) -> Tensor:
     kernels = runs_kernels(x_TD, parameters[0].dtype)
-    norm = torch.ops.beit3_ds.multiway_layer_norm if kernels else _forward_plain
+    norm = _FORWARD if kernels else _forward_plain
     return norm(x_TD.contiguous(), stops, parameters[: len(stops)], parameters[len(stops) :], epsilon)[0]
 
 
@@ -142,7 +140,7 @@ class _MultiwayLayerNorm(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, stops: tuple[int, ...], epsilon: float, kernels: bool, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         weights, biases = parameters[: len(stops)], parameters[len(stops) :]
-        norm = torch.ops.beit3_ds.multiway_layer_norm if kernels else _forward_plain
+        norm = _FORWARD if kernels else _forward_plain
         h_TD, *statistics = norm(x_TD.contiguous(), stops, weights, biases, epsilon)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(x_TD, *weights, *statistics)
@@ -160,9 +158,8 @@ class _MultiwayLayerNorm(torch.autograd.Function):
         d_stream_TD = None if d_stream_TD is None else d_stream_TD.contiguous()
         tensors = dh_TD.contiguous(), d_stream_TD, x_TD.contiguous()
         if ctx.kernels:
-            differentiate = torch.ops.beit3_ds.multiway_layer_norm_backward
-            dx_TD, d_parameters_2ED = differentiate(*tensors, *statistics, ctx.stops, weights)
-            d_parameters = d_parameters_2ED.flatten(0, 1).unbind()
+            dx_TD, d_parameters_2ED = _BACKWARD(*tensors, *statistics, ctx.stops, weights)
+            d_parameters = d_parameters_2ED.view(-1, x_TD.shape[1]).unbind()
         else:
             dx_TD, *d_parameters = _backward_plain(*tensors, statistics, ctx.stops, weights)
         return (dx_TD, None, None, None, *d_parameters)
@@ -227,21 +224,10 @@ def _backward_plain(
     return [dx_TD, *(of_expert[kind] for kind in range(2) for of_expert in d_parameters)]
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-_LIBRARY.define(
-    "multiway_layer_norm(Tensor x, int[] stops, Tensor[] weights, Tensor[] biases, float epsilon) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "multiway_layer_norm_backward(Tensor dh, Tensor? d_stream, Tensor x, Tensor statistics, int[] stops, "
-    "Tensor[] weights) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.impl(_LIBRARY, "multiway_layer_norm", "CPU")
 def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator in plain PyTorch. On a CPU, only checks call this function.
+    """Computes the results of the forward kernel in plain PyTorch. On a CPU, only checks call this function.
 
     Returns:
         h_TD, and the mean and 1 / standard deviation of each of T rows, (2, T).
@@ -250,7 +236,6 @@ def _forward_cpu(
     return h_TD, torch.stack((torch.cat(statistics[::2]), torch.cat(statistics[1::2]))).squeeze(2)
 
 
-@torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CPU")
 def _backward_cpu(
     dh_TD: Tensor,
     d_stream_TD: Tensor | None,
@@ -259,7 +244,7 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator in plain PyTorch. On a CPU, only checks call this function.
+    """Computes the results of the backward kernel in plain PyTorch. On a CPU, only checks call this function.
 
     Returns:
         dx_TD, and the gradients of scales and shifts, (2, E, D) for E experts and width D.
@@ -292,30 +277,10 @@ def _backward_triton(
 
 
 # Both implementations save the same statistics, so forward and backward are chosen separately.
-_FORWARD = MeasuredOp("multiway_layer_norm", {"triton": _forward_triton, "library": _forward_cpu})
-_LIBRARY.impl("multiway_layer_norm", _FORWARD, "CUDA")
-_BACKWARD = MeasuredOp("multiway_layer_norm_backward", {"triton": _backward_triton, "library": _backward_cpu})
-_LIBRARY.impl("multiway_layer_norm_backward", _BACKWARD, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::multiway_layer_norm", lib=_LIBRARY)
-def _forward_fake(
-    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
-) -> tuple[Tensor, Tensor]:
-    h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
-    return h_TD, x_TD.new_empty(2, len(x_TD), dtype=_accumulator(x_TD))
-
-
-@torch.library.register_fake("beit3_ds::multiway_layer_norm_backward", lib=_LIBRARY)
-def _backward_fake(
-    dh_TD: Tensor,
-    d_stream_TD: Tensor | None,
-    x_TD: Tensor,
-    statistics_2T: Tensor,
-    stops: Sequence[int],
-    weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_TD), weights[0].new_empty(2, len(stops), x_TD.shape[1])
+_FORWARD = MeasuredOp("multiway_layer_norm", {"triton": _forward_triton, "library": _forward_cpu}, on_cpu=_forward_cpu)
+_BACKWARD = MeasuredOp(
+    "multiway_layer_norm_backward", {"triton": _backward_triton, "library": _backward_cpu}, on_cpu=_backward_cpu
+)
 
 
 def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:

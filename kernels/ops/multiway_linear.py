@@ -8,6 +8,7 @@ On a CPU, each expert's product is written into its rows of a common output. On 
 # T packed rows, D input width, F output width; an expert owns rows [start, stop).
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -64,13 +65,16 @@ def multiway_linear(
 
 class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, recompute: Recomputable | None, ends: list[int], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, recompute: Recomputable | None, ends: tuple[int, ...], *parameters: Tensor
+    ) -> Tensor:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         x_TD = x_TD.contiguous()
         ctx.recompute, kept = rows_to_save(x_TD, recompute)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
-        return torch.ops.beit3_ds.multiway_linear(x_TD, ends, weights, biases)
+        y_TF: Tensor = MULTIWAY_LINEAR(x_TD, ends, weights, biases)
+        return y_TF
 
     @staticmethod
     @once_differentiable
@@ -78,19 +82,20 @@ class _MultiwayLinear(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: under checkpointing they are unpacked for a single read
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dy_TF = dy_TF.contiguous()
-        dx_TD = torch.ops.beit3_ds.multiway_input_gradient(dy_TF, None, ctx.ends, weights)
+        dx_TD = MULTIWAY_INPUT_GRADIENT(dy_TF, None, ctx.ends, weights)
         x_TD = restore_rows(ctx.recompute, kept)
-        return (dx_TD, None, None, *torch.ops.beit3_ds.multiway_weight_gradient(dy_TF, None, x_TD, ctx.ends, True))
+        return (dx_TD, None, None, *MULTIWAY_WEIGHT_GRADIENT(dy_TF, None, x_TD, ctx.ends, True))
 
 
-def ends_of(slices: Slices) -> list[int]:
-    """Returns the stop of each slice: [197, 591] for ((0, 197), (197, 591)). Operators take this form."""
-    return [stop for _, stop in slices]
+def ends_of(slices: Slices) -> tuple[int, ...]:
+    """Returns the stop of each slice: (197, 591) for ((0, 197), (197, 591)). Operators take this form."""
+    return tuple([stop for _, stop in slices])
 
 
-def slices_of(ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns the slices with these stops: [(0, 197), (197, 591)] for [197, 591]. Inverse of `ends_of`."""
-    return list(pairwise([0, *ends]))
+@lru_cache(maxsize=256)
+def slices_of(ends: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Returns the slices with these stops: ((0, 197), (197, 591)) for (197, 591). Inverse of `ends_of`."""
+    return tuple(pairwise([0, *ends]))
 
 
 def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
@@ -98,23 +103,14 @@ def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
     return x_TD if factor_T is None else torch.mul(x_TD, factor_T.unsqueeze(1), out=ALLOCATOR.empty_like(x_TD))
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-_LIBRARY.define("multiway_linear(Tensor x, int[] ends, Tensor[] weights, Tensor[] biases) -> Tensor")
-# `factor` is the number by which each row of the layer's output was multiplied.
-_LIBRARY.define("multiway_input_gradient(Tensor dy, Tensor? factor, int[] ends, Tensor[] weights) -> Tensor")
-_LIBRARY.define("multiway_weight_gradient(Tensor dy, Tensor? factor, Tensor x, int[] ends, bool with_bias) -> Tensor[]")
-
-
-@torch.library.impl(_LIBRARY, "multiway_linear", "CPU")
-def _linear(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def _linear(x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     y_TF = ALLOCATOR.empty(x_TD, len(x_TD), len(weights[0]))
     for i, (start, stop) in enumerate(slices_of(ends)):
         matmul(x_TD[start:stop], weights[i], biases[i] if biases else None, y_TF[start:stop])
     return y_TF
 
 
-@torch.library.impl(_LIBRARY, "multiway_input_gradient", "CPU")
-def _input_gradient(dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
+def _input_gradient(dy_TF: Tensor, factor_T: Tensor | None, ends: tuple[int, ...], weights: Sequence[Tensor]) -> Tensor:
     dy_TF = scale_rows(dy_TF, factor_T)
     dx_TD = ALLOCATOR.empty(dy_TF, len(dy_TF), weights[0].shape[1])
     for (start, stop), w_FD in zip(slices_of(ends), weights, strict=True):
@@ -122,9 +118,8 @@ def _input_gradient(dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int],
     return dx_TD
 
 
-@torch.library.impl(_LIBRARY, "multiway_weight_gradient", "CPU")
 def _weight_gradient(
-    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
+    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: tuple[int, ...], with_bias: bool
 ) -> list[Tensor]:
     dy_TF = scale_rows(dy_TF, factor_T)
     parts = [(dy_TF[start:stop], x_TD[start:stop]) for start, stop in slices_of(ends)]
@@ -134,26 +129,26 @@ def _weight_gradient(
     return [*d_weights, *d_biases]
 
 
-def _linear_triton(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
+def _linear_triton(x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    from beit3_ds.kernels.triton.multiway_ffn_launch import linear  # Triton is needed on a GPU only
 
-    return multiway_ffn_launch.linear(x_TD, slices_of(ends), weights, biases)
+    return linear(x_TD, slices_of(ends), weights, biases)
 
 
 def _input_gradient_triton(
-    dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]
+    dy_TF: Tensor, factor_T: Tensor | None, ends: tuple[int, ...], weights: Sequence[Tensor]
 ) -> Tensor:
-    from beit3_ds.kernels.triton import multiway_ffn_launch
+    from beit3_ds.kernels.triton.multiway_ffn_launch import input_gradient
 
-    return multiway_ffn_launch.input_gradient(dy_TF, factor_T, slices_of(ends), weights)
+    return input_gradient(dy_TF, factor_T, slices_of(ends), weights)
 
 
 def _weight_gradient_triton(
-    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
+    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: tuple[int, ...], with_bias: bool
 ) -> list[Tensor]:
-    from beit3_ds.kernels.triton import weight_gradient_launch
+    from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
 
-    d_weights, d_biases = weight_gradient_launch.weight_gradient([dy_TF], factor_T, x_TD, slices_of(ends), with_bias)
+    d_weights, d_biases = weight_gradient([dy_TF], factor_T, x_TD, slices_of(ends), with_bias)
     return [*d_weights, *d_biases]
 
 
@@ -161,54 +156,35 @@ def _takes_triton(x: Tensor, *rest: Any) -> bool:
     return KERNELS.accept(x)
 
 
-def _linear_cuda_cpp(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def _linear_cuda_cpp(
+    x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> Tensor:
     return grouped_gemm(x_TD, slices_of(ends), weights, biases, gelu=False)[0]
 
 
-def _takes_cuda_cpp(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+def _takes_cuda_cpp(x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
     return len(biases) > 0 and is_built() and runs_grouped_gemm(x_TD, weights)
 
 
 # The library's implementations are the CPU's: one product of cuBLAS per expert.
-_LINEAR = MeasuredOp(
+MULTIWAY_LINEAR = MeasuredOp(
     "multiway_linear",
     {"triton": _linear_triton, "cuda": _linear_cuda_cpp, "library": _linear},
+    on_cpu=_linear,
     accepts={"triton": _takes_triton, "cuda": _takes_cuda_cpp},
 )
-_LIBRARY.impl("multiway_linear", _LINEAR, "CUDA")
-_INPUT_GRADIENT = MeasuredOp(
+MULTIWAY_INPUT_GRADIENT = MeasuredOp(
     "multiway_input_gradient",
     {"triton": _input_gradient_triton, "library": _input_gradient},
+    on_cpu=_input_gradient,
     accepts={"triton": _takes_triton},
 )
-_LIBRARY.impl("multiway_input_gradient", _INPUT_GRADIENT, "CUDA")
-_WEIGHT_GRADIENT = MeasuredOp(
+MULTIWAY_WEIGHT_GRADIENT = MeasuredOp(
     "multiway_weight_gradient",
     {"triton": _weight_gradient_triton, "library": _weight_gradient},
+    on_cpu=_weight_gradient,
     accepts={"triton": _takes_triton},
 )
-_LIBRARY.impl("multiway_weight_gradient", _WEIGHT_GRADIENT, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::multiway_linear", lib=_LIBRARY)
-def _linear_fake(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    return x_TD.new_empty(len(x_TD), len(weights[0]))
-
-
-@torch.library.register_fake("beit3_ds::multiway_input_gradient", lib=_LIBRARY)
-def _input_gradient_fake(
-    dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]
-) -> Tensor:
-    return dy_TF.new_empty(len(dy_TF), weights[0].shape[1])
-
-
-@torch.library.register_fake("beit3_ds::multiway_weight_gradient", lib=_LIBRARY)
-def _weight_gradient_fake(
-    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
-) -> list[Tensor]:
-    width, inner = dy_TF.shape[1], x_TD.shape[1]
-    d_biases = [dy_TF.new_empty(width) for _ in ends] if with_bias else []
-    return [*(dy_TF.new_empty(width, inner) for _ in ends), *d_biases]
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
@@ -220,7 +196,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
     from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
 
-    slices, ends = [(0, 130), (130, 130), (130, 137)], [130, 130, 137]
+    slices, ends = [(0, 130), (130, 130), (130, 137)], (130, 130, 137)
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(137, width, generator=generator).to(device, dtype) for width in (96, 64))
     factor = torch.randint(0, 2, (137,), generator=generator).to(device, dtype)

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
-from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, multiway_linear_reference, slices_of
+from beit3_ds.kernels.ops.multiway_linear import (
+    MULTIWAY_INPUT_GRADIENT,
+    MULTIWAY_LINEAR,
+    MULTIWAY_WEIGHT_GRADIENT,
+    Slices,
+    ends_of,
+    multiway_linear_reference,
+    slices_of,
+)
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import TrustedKernels
@@ -61,7 +69,7 @@ def multiway_qkv(
 class _MultiwayQKV(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, recompute: Recomputable | None, ends: list[int], *parameters: Tensor
+        ctx: Any, x_TD: Tensor, recompute: Recomputable | None, ends: tuple[int, ...], *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.ends, num_weights = ends, NUM_LAYERS * len(ends)
         weights, biases = parameters[:num_weights], parameters[num_weights:]
@@ -69,7 +77,8 @@ class _MultiwayQKV(torch.autograd.Function):
         ctx.recompute, kept = rows_to_save(x_TD, recompute)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
-        return torch.ops.beit3_ds.multiway_qkv(x_TD, ends, weights, biases)
+        q_TF, k_TF, v_TF = MULTIWAY_QKV(x_TD, ends, weights, biases)
+        return q_TF, k_TF, v_TF
 
     @staticmethod
     @once_differentiable
@@ -77,50 +86,41 @@ class _MultiwayQKV(torch.autograd.Function):
         saved, num_weights = ctx.saved_tensors, NUM_LAYERS * len(ctx.ends)
         weights, kept = saved[:num_weights], saved[num_weights:]
         dq_TF, dk_TF, dv_TF = (gradient.contiguous() for gradient in gradients)
-        dx_TD = torch.ops.beit3_ds.multiway_qkv_input_gradient(dq_TF, dk_TF, dv_TF, ctx.ends, weights)
+        dx_TD = QKV_INPUT_GRADIENT(dq_TF, dk_TF, dv_TF, ctx.ends, weights)
         x_TD = restore_rows(ctx.recompute, kept)
-        of_parameters = torch.ops.beit3_ds.multiway_qkv_weight_gradient(dq_TF, dk_TF, dv_TF, x_TD, ctx.ends)
+        of_parameters = QKV_WEIGHT_GRADIENT(dq_TF, dk_TF, dv_TF, x_TD, ctx.ends)
         return (dx_TD, None, None, *of_parameters)
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-_LIBRARY.define("multiway_qkv(Tensor x, int[] ends, Tensor[] weights, Tensor[] biases) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define("multiway_qkv_input_gradient(Tensor dq, Tensor dk, Tensor dv, int[] ends, Tensor[] weights) -> Tensor")
-# Returns the gradients of all weights, then of all biases.
-_LIBRARY.define("multiway_qkv_weight_gradient(Tensor dq, Tensor dk, Tensor dv, Tensor x, int[] ends) -> Tensor[]")
-
-
-@torch.library.impl(_LIBRARY, "multiway_qkv", "CPU")
 def _qkv(
-    x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     layers = zip(_by_layer(weights), _by_layer(biases), strict=True)
-    q_TF, k_TF, v_TF = (torch.ops.beit3_ds.multiway_linear(x_TD, ends, *parameters) for parameters in layers)
+    q_TF, k_TF, v_TF = (MULTIWAY_LINEAR(x_TD, ends, *parameters) for parameters in layers)
     return q_TF, k_TF, v_TF
 
 
-@torch.library.impl(_LIBRARY, "multiway_qkv_input_gradient", "CPU")
 def _input_gradient(
-    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor]
 ) -> Tensor:
     """Computes the sum of the three layers' input gradients in autograd's order: (values + keys) + queries."""
-    (q, k, v), differentiate = _by_layer(weights), torch.ops.beit3_ds.multiway_input_gradient
+    (q, k, v), differentiate = _by_layer(weights), MULTIWAY_INPUT_GRADIENT
     dx_TD: Tensor = differentiate(dv_TF, None, ends, v)
     for dy_TF, layer in ((dk_TF, k), (dq_TF, q)):
         dx_TD.add_(differentiate(dy_TF, None, ends, layer))
     return dx_TD
 
 
-@torch.library.impl(_LIBRARY, "multiway_qkv_weight_gradient", "CPU")
-def _weight_gradient(dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: Sequence[int]) -> list[Tensor]:
-    differentiate = torch.ops.beit3_ds.multiway_weight_gradient
+def _weight_gradient(dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: tuple[int, ...]) -> list[Tensor]:
+    """Returns the gradients of all weights, then of all biases."""
+    differentiate = MULTIWAY_WEIGHT_GRADIENT
     layers = [differentiate(dy_TF, None, x_TD, ends, True) for dy_TF in (dq_TF, dk_TF, dv_TF)]
     of_weights, of_biases = ([x for layer in layers for x in layer[part]] for part in _halves(len(ends)))
     return [*of_weights, *of_biases]
 
 
 def _input_gradient_in_place(
-    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor]
 ) -> Tensor:
     """Lets cuBLAS add the products of keys and queries to the product of values, without separate additions."""
     layers, dx_TD = _by_layer(weights), dq_TF.new_empty(len(dq_TF), weights[0].shape[1])
@@ -133,29 +133,27 @@ def _input_gradient_in_place(
 
 
 def _qkv_triton(
-    x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from beit3_ds.kernels.triton import multiway_qkv_launch  # Triton is needed on a GPU only
+    from beit3_ds.kernels.triton.multiway_qkv_launch import qkv  # Triton is needed on a GPU only
 
-    return multiway_qkv_launch.qkv(x_TD, slices_of(ends), weights, biases)
+    return qkv(x_TD, slices_of(ends), weights, biases)
 
 
 def _input_gradient_triton(
-    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor]
 ) -> Tensor:
-    from beit3_ds.kernels.triton import multiway_qkv_launch
+    from beit3_ds.kernels.triton.multiway_qkv_launch import qkv_input_gradient
 
-    return multiway_qkv_launch.qkv_input_gradient((dq_TF, dk_TF, dv_TF), slices_of(ends), weights)
+    return qkv_input_gradient((dq_TF, dk_TF, dv_TF), slices_of(ends), weights)
 
 
 def _weight_gradient_triton(
-    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: Sequence[int]
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: tuple[int, ...]
 ) -> list[Tensor]:
-    from beit3_ds.kernels.triton import weight_gradient_launch
+    from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
 
-    of_weights, of_biases = weight_gradient_launch.weight_gradient(
-        (dq_TF, dk_TF, dv_TF), None, x_TD, slices_of(ends), True
-    )
+    of_weights, of_biases = weight_gradient((dq_TF, dk_TF, dv_TF), None, x_TD, slices_of(ends), True)
     return [*of_weights, *of_biases]
 
 
@@ -164,41 +162,24 @@ def _takes_triton(x: Tensor, *rest: Any) -> bool:
 
 
 # The library's implementations run one product of cuBLAS per layer and expert.
-_QKV = MeasuredOp("multiway_qkv", {"triton": _qkv_triton, "library": _qkv}, accepts={"triton": _takes_triton})
-_LIBRARY.impl("multiway_qkv", _QKV, "CUDA")
-_INPUT_GRADIENT = MeasuredOp(
+MULTIWAY_QKV = MeasuredOp(
+    "multiway_qkv", {"triton": _qkv_triton, "library": _qkv}, on_cpu=_qkv, accepts={"triton": _takes_triton}
+)
+"""Operator with the arguments of `_qkv`, which computes it on a CPU."""
+QKV_INPUT_GRADIENT = MeasuredOp(
     "multiway_qkv_input_gradient",
     {"triton": _input_gradient_triton, "library": _input_gradient_in_place},
+    on_cpu=_input_gradient,
     accepts={"triton": _takes_triton},
 )
-_LIBRARY.impl("multiway_qkv_input_gradient", _INPUT_GRADIENT, "CUDA")
-_WEIGHT_GRADIENT = MeasuredOp(
+"""Operator with the arguments of `_input_gradient`, which computes it on a CPU."""
+QKV_WEIGHT_GRADIENT = MeasuredOp(
     "multiway_qkv_weight_gradient",
     {"triton": _weight_gradient_triton, "library": _weight_gradient},
+    on_cpu=_weight_gradient,
     accepts={"triton": _takes_triton},
 )
-_LIBRARY.impl("multiway_qkv_weight_gradient", _WEIGHT_GRADIENT, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::multiway_qkv", lib=_LIBRARY)
-def _qkv_fake(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(x_TD.new_empty(len(x_TD), len(weights[0])) for _ in range(NUM_LAYERS))
-
-
-@torch.library.register_fake("beit3_ds::multiway_qkv_input_gradient", lib=_LIBRARY)
-def _input_gradient_fake(
-    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor]
-) -> Tensor:
-    return dq_TF.new_empty(len(dq_TF), weights[0].shape[1])
-
-
-@torch.library.register_fake("beit3_ds::multiway_qkv_weight_gradient", lib=_LIBRARY)
-def _weight_gradient_fake(
-    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: Sequence[int]
-) -> list[Tensor]:
-    width, number = dq_TF.shape[1], NUM_LAYERS * len(ends)
-    of_weights = [dq_TF.new_empty(width, x_TD.shape[1]) for _ in range(number)]
-    return [*of_weights, *(dq_TF.new_empty(width) for _ in range(number))]
+"""Operator with the arguments of `_weight_gradient`, which computes it on a CPU."""
 
 
 def _by_layer(parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -220,7 +201,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     from beit3_ds.kernels.triton import multiway_qkv_launch as launch
     from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
 
-    slices, ends = [(0, 130), (130, 130), (130, 137)], [130, 130, 137]
+    slices, ends = [(0, 130), (130, 130), (130, 137)], (130, 130, 137)
     generator = torch.Generator().manual_seed(0)
     x, *dys = (torch.randn(137, width, generator=generator).to(device, dtype) for width in (96, 64, 64, 64))
     weights = [(torch.randn(64, 96, generator=generator) / 10).to(device, dtype) for _ in range(9)]

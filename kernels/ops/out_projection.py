@@ -9,7 +9,6 @@ larger blocks. On a GPU, one pass computes GELU and norm (`activation_norm`), an
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +19,20 @@ from torch.autograd.function import once_differentiable
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
 from beit3_ds.kernels.cpu.matmul import matmul
-from beit3_ds.kernels.ops import activation_norm  # noqa: F401  registers the operators called here
+from beit3_ds.kernels.ops.activation_norm import ACTIVATION_NORM, ACTIVATION_NORM_BACKWARD
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
-from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, scale_rows, slices_of
+from beit3_ds.kernels.ops.multiway_linear import (
+    MULTIWAY_INPUT_GRADIENT,
+    MULTIWAY_LINEAR,
+    MULTIWAY_WEIGHT_GRADIENT,
+    Slices,
+    ends_of,
+    scale_rows,
+    slices_of,
+)
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
-from beit3_ds.kernels.ops.sub_norm import SubNorm
+from beit3_ds.kernels.ops.sub_norm import ROW_STATISTICS, SUB_NORM, SUB_NORM_GRADIENT, SUB_NORM_SUMS, SubNorm
 from beit3_ds.kernels.ops.up_projection import Activation
 
 
@@ -101,7 +108,7 @@ class _Parameters(NamedTuple):
 class _Form(NamedTuple):
     """Holds the settings of one call of `out_projection`."""
 
-    ends: list[int]
+    ends: tuple[int, ...]
     gelu: bool
     norm: SubNorm | None
     has_biases: bool
@@ -112,14 +119,15 @@ class _Form(NamedTuple):
         """Returns whether the op needs no other rank, because there is no sub-LN or this rank holds all columns."""
         return self.norm is None or self.norm.all_gather is None
 
-    def split(self, parameters: Sequence[Tensor]) -> _Parameters:
-        """Splits a flat sequence of parameters into weights, biases, scales and shifts."""
-        has_norm, remaining = self.norm is not None, iter(parameters)
-        is_present = (True, self.has_biases, has_norm, has_norm)
-        return _Parameters(*(tuple(islice(remaining, len(self.ends) if present else 0)) for present in is_present))
+    def split(self, parameters: tuple[Tensor, ...], has_biases: bool) -> _Parameters:
+        """Splits a flat tuple of parameters into weights, biases if there are any, scales and shifts."""
+        size, start = len(self.ends), (1 + has_biases) * len(self.ends)
+        return _Parameters(
+            parameters[:size], parameters[size:start], parameters[start : start + size], parameters[start + size :]
+        )
 
 
-_SavedNorm = tuple[list[Tensor], tuple[Tensor, ...], tuple[Tensor, ...]]
+_SavedNorm = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
 """Statistics from `_normalize`, and the scales and shifts of all experts."""
 
 
@@ -134,14 +142,14 @@ class _OutProjection(torch.autograd.Function):
         x_TF: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        weights, biases, scales, shifts = form.split(parameters)
+        weights, biases, scales, shifts = form.split(parameters, form.has_biases)
         statistics: list[Tensor] = []
         by_operators = KERNELS.accept(x_TF) or not form.has_whole_rows
         if by_operators:
             n_TF = activation.a_TF if activation.a_TF is not None else _activate(x_TF, form.gelu)
             if form.norm is not None:
                 n_TF, *statistics = _normalize(x_TF, form, scales, shifts)
-            y_TD = torch.ops.beit3_ds.out_projection(n_TF, form.ends, weights, biases, residual_TD, factor_T)
+            y_TD = OUT_PROJECTION(n_TF, form.ends, weights, biases, residual_TD, factor_T)
         else:
             y_TD = _forward_cpu(x_TF, form, weights, biases, residual_TD, factor_T)
         # The matrices themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
@@ -153,9 +161,9 @@ class _OutProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         form: _Form = ctx.form
-        x_TF, factor_T, *rest = ctx.saved_tensors
-        statistics, parameters = rest[: ctx.num_statistics], rest[ctx.num_statistics :]
-        weights, _, scales, shifts = form._replace(has_biases=False).split(parameters)
+        saved, start = ctx.saved_tensors, 2 + ctx.num_statistics
+        (x_TF, factor_T), statistics, parameters = saved[:2], saved[2:start], saved[start:]
+        weights, _, scales, shifts = form.split(parameters, has_biases=False)
         dy_TD = dy_TD.contiguous()
         if ctx.by_operators:
             # Products take one dtype: the gradient of a float32 stream is rounded once, before them.
@@ -256,14 +264,14 @@ def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequ
     The statistics are one tensor (2, T). If ranks divide the rows, they are two tensors (T,), and each rank gathers two
     numbers per row from the others.
     """
-    norm, ops = form.norm, torch.ops.beit3_ds
+    norm = form.norm
     assert norm is not None
     if form.has_whole_rows:
-        n_TF, statistics_2T = ops.activation_norm(x_TF, form.gelu, scales, shifts, norm.epsilon, form.ends)
+        n_TF, statistics_2T = ACTIVATION_NORM(x_TF, form.gelu, scales, shifts, norm.epsilon, form.ends)
         return n_TF, statistics_2T
-    mean_T, squares_T = ops.row_statistics(x_TF, form.gelu)
+    mean_T, squares_T = ROW_STATISTICS(x_TF, form.gelu)
     mean_T, rstd_T = norm.join_statistics(mean_T, squares_T, x_TF.shape[1])
-    return ops.sub_norm(x_TF, form.gelu, mean_T, rstd_T, scales, shifts, form.ends), mean_T, rstd_T
+    return SUB_NORM(x_TF, form.gelu, mean_T, rstd_T, scales, shifts, form.ends), mean_T, rstd_T
 
 
 def _renormalize(x_TF: Tensor, form: _Form, norm: _SavedNorm) -> Tensor:
@@ -271,7 +279,7 @@ def _renormalize(x_TF: Tensor, form: _Form, norm: _SavedNorm) -> Tensor:
     statistics, scales, shifts = norm
     if form.has_whole_rows:
         return _normalize(x_TF, form, scales, shifts)[0]
-    n_TF: Tensor = torch.ops.beit3_ds.sub_norm(x_TF, form.gelu, *statistics, scales, shifts, form.ends)
+    n_TF: Tensor = SUB_NORM(x_TF, form.gelu, *statistics, scales, shifts, form.ends)
     return n_TF
 
 
@@ -284,24 +292,24 @@ def _backward_by_operators(
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
     """Computes the gradients of `_backward_cpu` with operators; all-reduces two sums per row if ranks divide rows."""
-    ops, ends = torch.ops.beit3_ds, form.ends
+    ends = form.ends
     if norm is None or form.norm is None:
-        of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, _activate(x_TF, form.gelu), ends, form.has_biases)
-        dn_TF = ops.multiway_input_gradient(dy_TD, factor_T, ends, weights)
+        of_linear = MULTIWAY_WEIGHT_GRADIENT(dy_TD, factor_T, _activate(x_TF, form.gelu), ends, form.has_biases)
+        dn_TF = MULTIWAY_INPUT_GRADIENT(dy_TD, factor_T, ends, weights)
         return [torch.ops.aten.gelu_backward(dn_TF, x_TF) if form.gelu else dn_TF, *of_linear]
     statistics, scales, _ = norm
     n_TF = _renormalize(x_TF, form, norm)
-    of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)
+    of_linear = MULTIWAY_WEIGHT_GRADIENT(dy_TD, factor_T, n_TF, ends, form.has_biases)
     del n_TF  # frees memory for the gradient
-    dn_TF = ops.multiway_input_gradient(dy_TD, factor_T, ends, weights)
+    dn_TF = MULTIWAY_INPUT_GRADIENT(dy_TD, factor_T, ends, weights)
     if form.has_whole_rows:
-        dx_TF, of_norm_2EF = ops.activation_norm_backward(dn_TF, x_TF, form.gelu, *statistics, scales, ends)
-        return [dx_TF, *of_linear, *of_norm_2EF.flatten(0, 1).unbind()]
-    sums_2T, *of_norm = ops.sub_norm_sums(dn_TF, x_TF, form.gelu, *statistics, scales, ends)
+        dx_TF, of_norm_2EF = ACTIVATION_NORM_BACKWARD(dn_TF, x_TF, form.gelu, *statistics, scales, ends)
+        return [dx_TF, *of_linear, *of_norm_2EF.view(-1, x_TF.shape[1]).unbind()]
+    sums_2T, *of_norm = SUB_NORM_SUMS(dn_TF, x_TF, form.gelu, *statistics, scales, ends)
     if form.norm.all_reduce is not None:
         sums_2T = form.norm.all_reduce(sums_2T)
     arguments = (*statistics, scales, sums_2T, form.norm.width, ends)
-    return [ops.sub_norm_gradient(dn_TF, x_TF, form.gelu, *arguments), *of_linear, *of_norm]
+    return [SUB_NORM_GRADIENT(dn_TF, x_TF, form.gelu, *arguments), *of_linear, *of_norm]
 
 
 def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
@@ -317,49 +325,34 @@ def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> 
     return y_TD if residual_TD is None else y_TD.add_(residual_TD)
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Returns residual + factor * (n @ w.T + b).
-_LIBRARY.define(
-    "out_projection(Tensor n, int[] ends, Tensor[] weights, Tensor[] biases, Tensor? residual, Tensor? factor) -> "
-    "Tensor"
-)
-
-
-@torch.library.impl(_LIBRARY, "out_projection", "CPU")
 def _out_projection(
     n_TF: Tensor,
-    ends: Sequence[int],
+    ends: tuple[int, ...],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    """Computes the product (on a GPU with cuBLAS, one per expert), then adds the stream in one pass."""
-    y_TD = torch.ops.beit3_ds.multiway_linear(n_TF, ends, weights, biases)
+    """Computes residual + factor * (n @ w.T + b): first the product, then one pass that adds the stream."""
+    y_TD: Tensor = MULTIWAY_LINEAR(n_TF, ends, weights, biases)
     if residual_TD is None or factor_T is None:
         return _join(y_TD, residual_TD, factor_T)
     return torch.addcmul(residual_TD, y_TD.to(residual_TD.dtype), factor_T.unsqueeze(1))
 
 
-def _out_projection_triton(n_TF: Tensor, ends: Sequence[int], *rest: Any) -> Tensor:
-    from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
+def _out_projection_triton(n_TF: Tensor, ends: tuple[int, ...], *rest: Any) -> Tensor:
+    from beit3_ds.kernels.triton.multiway_ffn_launch import out_projection  # Triton is needed on a GPU only
 
-    return multiway_ffn_launch.out_projection(n_TF, slices_of(ends), *rest)
+    return out_projection(n_TF, slices_of(ends), *rest)
 
 
-_OUT_PROJECTION = MeasuredOp(
+OUT_PROJECTION = MeasuredOp(
     "out_projection",
     {"triton": _out_projection_triton, "library": _out_projection},
+    on_cpu=_out_projection,
     accepts={"triton": lambda n_TF, *_: KERNELS.accept(n_TF)},
 )
-_LIBRARY.impl("out_projection", _OUT_PROJECTION, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::out_projection", lib=_LIBRARY)
-def _out_projection_fake(
-    n_TF: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], *stream: Tensor | None
-) -> Tensor:
-    return (n_TF if stream[0] is None else stream[0]).new_empty(len(n_TF), len(weights[0]))
+"""Operator with the arguments of `_out_projection`, which computes it on a CPU."""
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:

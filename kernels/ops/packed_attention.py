@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.ops import cuda_kernels
 from beit3_ds.kernels.ops.attention_plan import (
     PADDING_ALLOWANCE,
     Ranges,
+    TilePlan,
     image_rows,
     plan_attention,
     plan_tiles,
@@ -27,7 +29,7 @@ from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.ops.varlen_attention import varlen_attention
-from beit3_ds.kernels.triton.architecture import architecture_of
+from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
 
 if TYPE_CHECKING:
     from beit3_ds.kernels.triton.packed_attention_launch import AttentionTiling
@@ -129,8 +131,7 @@ def _run_operator(
 ) -> Tensor:
     tile_size = _tiling(q_THK).tile
     plan = plan_tiles(ranges, tile_size, q_THK.device)
-    q_THK, k_THK, v_THK = q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous()
-    y_THK, _ = torch.ops.beit3_ds.packed_attention(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions, cuda_cpp)
+    y_THK: Tensor = PackedAttention.apply(q_THK, k_THK, v_THK, plan, tile_size, causal_captions, cuda_cpp)
     return y_THK
 
 
@@ -215,19 +216,50 @@ def _tiling(q_THK: Tensor) -> "AttentionTiling":
     return choose_tiling(architecture_of(q_THK.device), q_THK.shape[-1], q_THK.dtype)
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-_LIBRARY.define(
-    "packed_attention(Tensor q, Tensor k, Tensor v, Tensor sequences, Tensor tiles, int tile_size, "
-    "bool causal_captions, bool cuda_cpp=False) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "packed_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor sequences, "
-    "Tensor tiles, int tile_size, bool causal_captions) -> (Tensor, Tensor, Tensor)"
-)
+class PackedAttention(torch.autograd.Function):
+    """Computes attention of contiguous or strided rows in tiles of sequences, with our kernels on a GPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THK: Tensor,
+        plan: TilePlan,
+        tile_size: int,
+        causal_captions: bool,
+        cuda_cpp: bool = False,
+    ) -> Tensor:
+        """Returns y_THK.
+
+        Args:
+            ctx: context of autograd.
+            q_THK: queries; k_THK and v_THK have the same shape and dtype.
+            plan: tables of sequences and of tiles with `tile_size` positions.
+            tile_size: positions per tile.
+            causal_captions: see `packed_attention`.
+            cuda_cpp: whether the forward kernel on a GPU is the one in CUDA C++.
+        """
+        q_THK, k_THK, v_THK = q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous()
+        if is_on_gpu(q_THK):
+            y_THK, lse_HT = _forward_on_gpu(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions, cuda_cpp)
+        else:
+            y_THK, lse_HT = forward_plain(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions)
+        ctx.save_for_backward(q_THK, k_THK, v_THK, y_THK, lse_HT, *plan)
+        ctx.tile_size, ctx.causal_captions = tile_size, causal_captions
+        return y_THK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns dq, dk and dv, given the gradient of the result."""
+        dy_THK = dy_THK.contiguous()
+        differentiate = _backward_on_gpu if is_on_gpu(dy_THK) else backward_plain
+        gradients = differentiate(dy_THK, *ctx.saved_tensors, ctx.tile_size, ctx.causal_captions)
+        return (*gradients, None, None, None, None)
 
 
-@torch.library.impl(_LIBRARY, "packed_attention", "CPU")
-def _forward_cpu(
+def forward_plain(
     q_THK: Tensor,
     k_THK: Tensor,
     v_THK: Tensor,
@@ -235,9 +267,12 @@ def _forward_cpu(
     tiles_N2: Tensor,
     tile_size: int,
     causal: bool,
-    cuda_cpp: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Implements the operator on a CPU, sequence by sequence, for checks only; the model does not call it."""
+    """Computes the results of the forward kernel on a CPU, sequence by sequence, for checks.
+
+    Returns:
+        y_THK, and the log-sum-exp of the scaled scores of every query, (H, T).
+    """
     y_THK = torch.empty_like(q_THK)
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_accumulator(q_THK))
     for rows, seen in _sequences(sequences_Q4, causal):
@@ -248,8 +283,7 @@ def _forward_cpu(
     return y_THK, lse_HT
 
 
-@torch.library.impl(_LIBRARY, "packed_attention_backward", "CPU")
-def _backward_cpu(
+def backward_plain(
     dy_THK: Tensor,
     q_THK: Tensor,
     k_THK: Tensor,
@@ -261,6 +295,7 @@ def _backward_cpu(
     tile_size: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes what the backward kernels compute, sequence by sequence on a CPU, for checks: dq, dk and dv."""
     gradients = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     scale = q_THK.shape[-1] ** -0.5
     for rows, seen in _sequences(sequences_Q4, causal):
@@ -276,8 +311,7 @@ def _backward_cpu(
     return gradients
 
 
-@torch.library.impl(_LIBRARY, "packed_attention", "CUDA")
-def _forward_cuda(
+def _forward_on_gpu(
     q_THK: Tensor,
     k_THK: Tensor,
     v_THK: Tensor,
@@ -295,8 +329,7 @@ def _forward_cuda(
     return forward(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tiling, causal)
 
 
-@torch.library.impl(_LIBRARY, "packed_attention_backward", "CUDA")
-def _backward_cuda(
+def _backward_on_gpu(
     dy_THK: Tensor,
     q_THK: Tensor,
     k_THK: Tensor,
@@ -312,33 +345,6 @@ def _backward_cuda(
 
     tensors = (dy_THK, q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
     return backward(*tensors, _tiling(q_THK)._replace(tile=tile_size), causal)
-
-
-@torch.library.register_fake("beit3_ds::packed_attention", lib=_LIBRARY)
-def _forward_fake(q_THK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_accumulator(q_THK))
-    return torch.empty_like(q_THK), lse_HT
-
-
-@torch.library.register_fake("beit3_ds::packed_attention_backward", lib=_LIBRARY)
-def _backward_fake(dy_THK: Tensor, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.tile_size, ctx.causal_captions, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _differentiate(ctx: Any, dy_THK: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, y_THK, lse_HT = ctx.saved_tensors
-    tensors = (dy_THK.contiguous(), q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
-    gradients = torch.ops.beit3_ds.packed_attention_backward(*tensors, ctx.tile_size, ctx.causal_captions)
-    return (*gradients, None, None, None, None, None)
-
-
-torch.library.register_autograd("beit3_ds::packed_attention", _differentiate, setup_context=_save, lib=_LIBRARY)
 
 
 def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor, Tensor]]:

@@ -5,7 +5,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -57,9 +56,8 @@ def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[Recomput
 
 
 def restore_rows(function: RecomputeFunction | None, tensors: Sequence[Tensor]) -> Tensor:
-    """Returns a layer's input in the backward pass; takes the result of `rows_to_save`."""
+    """Returns a layer's input in a backward pass without gradients; takes the result of `rows_to_save`."""
     if function is None:
         (x_TD,) = tensors
         return x_TD
-    with torch.no_grad():
-        return function(tensors)
+    return function(tensors)

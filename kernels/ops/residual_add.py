@@ -1,7 +1,7 @@
 """Adds a branch to the residual stream, after the branch's partial results were summed over the ranks.
 
-On a CPU, PyTorch makes two passes over one new tensor. On a GPU, the operator `beit3_ds::residual_add` makes one pass
-with a kernel in `triton/residual_add.py`, or uses PyTorch's operations if these are faster (`measured_op`).
+On a CPU, PyTorch makes two passes over one new tensor. On a GPU, a kernel in `triton/residual_add.py` makes one pass,
+or PyTorch's operations are used if these are faster (`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -123,7 +123,7 @@ class _ResidualAdd(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(factor_T)
         ctx.stops, ctx.kernels, ctx.dtype = stops, kernels, partial_TD.dtype
-        add = torch.ops.beit3_ds.residual_add if kernels else _forward_plain
+        add = _FORWARD if kernels else _forward_plain
         y_TD: Tensor = add(residual_TD.contiguous(), partial_TD.contiguous(), stops, biases, factor_T)
         return y_TD
 
@@ -131,19 +131,13 @@ class _ResidualAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         (factor_T,) = ctx.saved_tensors
-        differentiate = torch.ops.beit3_ds.residual_add_backward if ctx.kernels else _backward_plain
+        differentiate = _BACKWARD if ctx.kernels else _backward_plain
         d_partial_TD, d_biases_ED = differentiate(dy_TD.contiguous(), ctx.stops, factor_T, ctx.dtype)
         if factor_T is None:
             d_partial_TD = dy_TD.to(ctx.dtype)  # dy itself, if the branch has the stream's dtype
         return (dy_TD, d_partial_TD, None, None, None, *d_biases_ED.unbind())
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-_LIBRARY.define("residual_add(Tensor residual, Tensor partial, int[] stops, Tensor[] biases, Tensor? factor) -> Tensor")
-_LIBRARY.define("residual_add_backward(Tensor dy, int[] stops, Tensor? factor, ScalarType dtype) -> (Tensor, Tensor)")
-
-
-@torch.library.impl(_LIBRARY, "residual_add", "CPU")
 def _forward_plain(
     residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
@@ -156,7 +150,6 @@ def _forward_plain(
     return torch.addcmul(residual_TD, y_TD, factor_T.unsqueeze(1), out=y_TD)
 
 
-@torch.library.impl(_LIBRARY, "residual_add_backward", "CPU")
 def _backward_plain(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -182,22 +175,7 @@ def _backward_triton(
     return backward(dy_TD, stops, factor_T, row_tiling(dy_TD), dtype)
 
 
-_FORWARD = MeasuredOp("residual_add", {"triton": _forward_triton, "library": _forward_plain})
-_LIBRARY.impl("residual_add", _FORWARD, "CUDA")
-_BACKWARD = MeasuredOp("residual_add_backward", {"triton": _backward_triton, "library": _backward_plain})
-_LIBRARY.impl("residual_add_backward", _BACKWARD, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::residual_add", lib=_LIBRARY)
-def _forward_fake(
-    residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
-) -> Tensor:
-    return torch.empty_like(residual_TD)
-
-
-@torch.library.register_fake("beit3_ds::residual_add_backward", lib=_LIBRARY)
-def _backward_fake(
-    dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
-    return d_partial_TD, dy_TD.new_empty(len(stops), dy_TD.shape[1], dtype=dtype)
+_FORWARD = MeasuredOp("residual_add", {"triton": _forward_triton, "library": _forward_plain}, on_cpu=_forward_plain)
+_BACKWARD = MeasuredOp(
+    "residual_add_backward", {"triton": _backward_triton, "library": _backward_plain}, on_cpu=_backward_plain
+)

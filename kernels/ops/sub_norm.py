@@ -57,34 +57,16 @@ class SubNorm(NamedTuple):
         return mean_T, (squares_T / self.width + self.epsilon).rsqrt()
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Returns the mean of every row of GELU(x), or of x, and the sum of squared deviations from it, (T,) in the dtype of
-# statistics.
-_LIBRARY.define("row_statistics(Tensor x, bool gelu) -> (Tensor, Tensor)")
-# Returns LN(GELU(x)), or LN(x), with the given statistics.
-_LIBRARY.define(
-    "sub_norm(Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, Tensor[] shifts, int[] ends) -> Tensor"
-)
-# Returns two sums over this rank's columns of every row, (2, T) in the dtype of the statistics: of dn * scale, and of
-# dn * scale * (standardised row). Then returns the gradients of all scales, then of all shifts.
-_LIBRARY.define(
-    "sub_norm_sums(Tensor dn, Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, int[] ends) -> Tensor[]"
-)
-# Returns the gradient of x, given those sums over whole rows of `width` elements.
-_LIBRARY.define(
-    "sub_norm_gradient(Tensor dn, Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, Tensor sums, "
-    "int width, int[] ends) -> Tensor"
-)
-
-
-@torch.library.impl(_LIBRARY, "row_statistics", "CPU")
 def _row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Returns the mean of every row of GELU(x), or of x, and the sum of squared deviations from it.
+
+    Both are (T,) in the dtype of statistics.
+    """
     wide_TF = _widen(F.gelu(x_TF) if gelu else x_TF)
     mean_T = wide_TF.mean(1)
     return mean_T, (wide_TF - mean_T.unsqueeze(1)).square_().sum(1)
 
 
-@torch.library.impl(_LIBRARY, "sub_norm", "CPU")
 def _sub_norm(
     x_TF: Tensor,
     gelu: bool,
@@ -92,15 +74,15 @@ def _sub_norm(
     rstd_T: Tensor,
     scales: Sequence[Tensor],
     shifts: Sequence[Tensor],
-    ends: Sequence[int],
+    ends: tuple[int, ...],
 ) -> Tensor:
+    """Returns LN(GELU(x)), or LN(x), with the given statistics."""
     n_TF = _standardize(x_TF, gelu, mean_T, rstd_T)
     for (start, stop), scale, shift in zip(slices_of(ends), scales, shifts, strict=True):
         n_TF[start:stop].mul_(scale).add_(shift)
     return n_TF.to(x_TF.dtype)
 
 
-@torch.library.impl(_LIBRARY, "sub_norm_sums", "CPU")
 def _sub_norm_sums(
     dn_TF: Tensor,
     x_TF: Tensor,
@@ -108,8 +90,13 @@ def _sub_norm_sums(
     mean_T: Tensor,
     rstd_T: Tensor,
     scales: Sequence[Tensor],
-    ends: Sequence[int],
+    ends: tuple[int, ...],
 ) -> list[Tensor]:
+    """Computes two sums over this rank's columns of every row: of dn * scale, and of dn * scale * standardised row.
+
+    Returns:
+        These sums, (2, T) in the dtype of the statistics; the gradients of all scales, then of all shifts.
+    """
     standard_TF, sums_2T = _standardize(x_TF, gelu, mean_T, rstd_T), mean_T.new_empty(2, len(x_TF))
     d_scales, d_shifts = [], []
     for (start, stop), scale in zip(slices_of(ends), scales, strict=True):
@@ -122,7 +109,6 @@ def _sub_norm_sums(
     return [sums_2T, *d_scales, *d_shifts]
 
 
-@torch.library.impl(_LIBRARY, "sub_norm_gradient", "CPU")
 def _sub_norm_gradient(
     dn_TF: Tensor,
     x_TF: Tensor,
@@ -132,8 +118,9 @@ def _sub_norm_gradient(
     scales: Sequence[Tensor],
     sums_2T: Tensor,
     width: int,
-    ends: Sequence[int],
+    ends: tuple[int, ...],
 ) -> Tensor:
+    """Returns the gradient of x, given the sums of `_sub_norm_sums` over whole rows of `width` elements."""
     standard_TF, d_TF = _standardize(x_TF, gelu, mean_T, rstd_T), _widen(dn_TF)
     d_mean_T1, d_deviation_T1 = (sums_2T / width).unsqueeze(2).unbind(0)
     da_TF = standard_TF.mul_(d_deviation_T1).add_(d_mean_T1).neg_()
@@ -144,9 +131,9 @@ def _sub_norm_gradient(
 
 
 def _row_statistics_triton(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    from beit3_ds.kernels.triton import sub_norm_launch  # Triton is needed on a GPU only
+    from beit3_ds.kernels.triton.sub_norm_launch import row_statistics  # Triton is needed on a GPU only
 
-    return sub_norm_launch.row_statistics(x_TF, gelu)
+    return row_statistics(x_TF, gelu)
 
 
 def _sub_norm_triton(
@@ -156,11 +143,11 @@ def _sub_norm_triton(
     rstd_T: Tensor,
     scales: Sequence[Tensor],
     shifts: Sequence[Tensor],
-    ends: Sequence[int],
+    ends: tuple[int, ...],
 ) -> Tensor:
-    from beit3_ds.kernels.triton import sub_norm_launch
+    from beit3_ds.kernels.triton.sub_norm_launch import normalize
 
-    return sub_norm_launch.normalize(x_TF, gelu, (mean_T, rstd_T, scales, shifts), slices_of(ends))
+    return normalize(x_TF, gelu, (mean_T, rstd_T, scales, shifts), slices_of(ends))
 
 
 def _sub_norm_sums_triton(
@@ -170,12 +157,12 @@ def _sub_norm_sums_triton(
     mean_T: Tensor,
     rstd_T: Tensor,
     scales: Sequence[Tensor],
-    ends: Sequence[int],
+    ends: tuple[int, ...],
 ) -> list[Tensor]:
-    from beit3_ds.kernels.triton import sub_norm_launch
+    from beit3_ds.kernels.triton.sub_norm_launch import norm_gradient_sums
 
     norm = (mean_T, rstd_T, scales, list[Tensor]())
-    sums_2T, d_scales, d_shifts = sub_norm_launch.norm_gradient_sums(dn_TF, x_TF, gelu, norm, slices_of(ends))
+    sums_2T, d_scales, d_shifts = norm_gradient_sums(dn_TF, x_TF, gelu, norm, slices_of(ends))
     return [sums_2T, *d_scales, *d_shifts]
 
 
@@ -188,66 +175,44 @@ def _sub_norm_gradient_triton(
     scales: Sequence[Tensor],
     sums_2T: Tensor,
     width: int,
-    ends: Sequence[int],
+    ends: tuple[int, ...],
 ) -> Tensor:
-    from beit3_ds.kernels.triton import sub_norm_launch
+    from beit3_ds.kernels.triton.sub_norm_launch import norm_gradient
 
     norm = (mean_T, rstd_T, scales, list[Tensor]())
-    return sub_norm_launch.norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
+    return norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
 
 
 def _takes_triton(x: Tensor, *rest: Any) -> bool:
     return KERNELS.accept(x)
 
 
-_ROW_STATISTICS = MeasuredOp(
-    "row_statistics", {"triton": _row_statistics_triton, "library": _row_statistics}, accepts={"triton": _takes_triton}
+ROW_STATISTICS = MeasuredOp(
+    "row_statistics",
+    {"triton": _row_statistics_triton, "library": _row_statistics},
+    on_cpu=_row_statistics,
+    accepts={"triton": _takes_triton},
 )
-_LIBRARY.impl("row_statistics", _ROW_STATISTICS, "CUDA")
-_SUB_NORM = MeasuredOp(
-    "sub_norm", {"triton": _sub_norm_triton, "library": _sub_norm}, accepts={"triton": _takes_triton}
+"""Operator with the arguments of `_row_statistics`, which computes it on a CPU."""
+SUB_NORM = MeasuredOp(
+    "sub_norm", {"triton": _sub_norm_triton, "library": _sub_norm}, on_cpu=_sub_norm, accepts={"triton": _takes_triton}
 )
-_LIBRARY.impl("sub_norm", _SUB_NORM, "CUDA")
-_SUB_NORM_SUMS = MeasuredOp(
-    "sub_norm_sums", {"triton": _sub_norm_sums_triton, "library": _sub_norm_sums}, accepts={"triton": _takes_triton}
+"""Operator with the arguments of `_sub_norm`, which computes it on a CPU."""
+SUB_NORM_SUMS = MeasuredOp(
+    "sub_norm_sums",
+    {"triton": _sub_norm_sums_triton, "library": _sub_norm_sums},
+    on_cpu=_sub_norm_sums,
+    accepts={"triton": _takes_triton},
 )
-_LIBRARY.impl("sub_norm_sums", _SUB_NORM_SUMS, "CUDA")
-_SUB_NORM_GRADIENT = MeasuredOp(
+"""Operator with the arguments of `_sub_norm_sums`, which computes it on a CPU."""
+SUB_NORM_GRADIENT = MeasuredOp(
     "sub_norm_gradient",
     {"triton": _sub_norm_gradient_triton, "library": _sub_norm_gradient},
+    on_cpu=_sub_norm_gradient,
     mutates=(0,),
     accepts={"triton": _takes_triton},
 )
-_LIBRARY.impl("sub_norm_gradient", _SUB_NORM_GRADIENT, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::row_statistics", lib=_LIBRARY)
-def _row_statistics_fake(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    mean_T = x_TF.new_empty(len(x_TF), dtype=wide_dtype(x_TF))
-    return mean_T, torch.empty_like(mean_T)
-
-
-@torch.library.register_fake("beit3_ds::sub_norm", lib=_LIBRARY)
-def _sub_norm_fake(x_TF: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x_TF)
-
-
-@torch.library.register_fake("beit3_ds::sub_norm_sums", lib=_LIBRARY)
-def _sub_norm_sums_fake(
-    dn_TF: Tensor,
-    x_TF: Tensor,
-    gelu: bool,
-    mean_T: Tensor,
-    rstd_T: Tensor,
-    scales: Sequence[Tensor],
-    ends: Sequence[int],
-) -> list[Tensor]:
-    return [mean_T.new_empty(2, len(x_TF)), *(torch.empty_like(scale) for scale in (*scales, *scales))]
-
-
-@torch.library.register_fake("beit3_ds::sub_norm_gradient", lib=_LIBRARY)
-def _sub_norm_gradient_fake(dn_TF: Tensor, x_TF: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x_TF)
+"""Operator with the arguments of `_sub_norm_gradient`, which computes it on a CPU."""
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -273,7 +238,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """
     from beit3_ds.kernels.triton import sub_norm_launch as launch
 
-    slices, ends = [(0, 130), (130, 137)], [130, 137]
+    slices, ends = [(0, 130), (130, 137)], (130, 137)
     generator = torch.Generator().manual_seed(0)
     x, dn = (torch.randn(137, 96, generator=generator).to(device, dtype) for _ in range(2))
     scales, shifts = ([torch.randn(96, generator=generator).to(device, dtype) for _ in slices] for _ in range(2))
@@ -301,20 +266,20 @@ KERNELS = TrustedKernels("sub_norm", check_kernels)
 
 
 def _check_norm(
-    gelu: bool, ends: list[int], x_TF: Tensor, mean_T: Tensor, rstd_T: Tensor, *p: Tensor
+    gelu: bool, ends: tuple[int, ...], x_TF: Tensor, mean_T: Tensor, rstd_T: Tensor, *p: Tensor
 ) -> tuple[Tensor, ...]:
     return (_sub_norm(x_TF, gelu, mean_T, rstd_T, p[: len(ends)], p[len(ends) :], ends),)
 
 
 def _check_sums(
-    gelu: bool, ends: list[int], dn_TF: Tensor, x_TF: Tensor, mean_T: Tensor, rstd_T: Tensor, *scales: Tensor
+    gelu: bool, ends: tuple[int, ...], dn_TF: Tensor, x_TF: Tensor, mean_T: Tensor, rstd_T: Tensor, *scales: Tensor
 ) -> tuple[Tensor, ...]:
     return tuple(_sub_norm_sums(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, ends))
 
 
 def _check_gradient(
     gelu: bool,
-    ends: list[int],
+    ends: tuple[int, ...],
     dn_TF: Tensor,
     x_TF: Tensor,
     mean_T: Tensor,

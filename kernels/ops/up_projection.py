@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.ops.cuda_kernels import grouped_gemm, is_built, runs_grouped_gemm
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
-from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, multiway_linear, slices_of
+from beit3_ds.kernels.ops.multiway_linear import (
+    MULTIWAY_INPUT_GRADIENT,
+    MULTIWAY_LINEAR,
+    MULTIWAY_WEIGHT_GRADIENT,
+    Slices,
+    ends_of,
+    multiway_linear,
+    slices_of,
+)
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import TrustedKernels
@@ -62,14 +70,14 @@ class _UpProjection(torch.autograd.Function):
         ctx: Any,
         h_TD: Tensor,
         recompute: Recomputable | None,
-        ends: list[int],
+        ends: tuple[int, ...],
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         ctx.recompute, kept = rows_to_save(h_TD, recompute)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
-        outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases)
+        outputs: tuple[Tensor, Tensor] = UP_PROJECTION(h_TD, ends, weights, biases)
         ctx.mark_non_differentiable(outputs[1])
         ctx.set_materialize_grads(False)  # otherwise GELU(x), which has no gradient, would get one of zeros
         return outputs
@@ -81,42 +89,36 @@ class _UpProjection(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: under checkpointing they are unpacked for a single read
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dx_TF = dx_TF.contiguous()
-        dh_TD = torch.ops.beit3_ds.multiway_input_gradient(dx_TF, None, ctx.ends, weights)
+        dh_TD = MULTIWAY_INPUT_GRADIENT(dx_TF, None, ctx.ends, weights)
         h_TD = restore_rows(ctx.recompute, kept)
-        gradients = torch.ops.beit3_ds.multiway_weight_gradient(dx_TF, None, h_TD, ctx.ends, True)
+        gradients = MULTIWAY_WEIGHT_GRADIENT(dx_TF, None, h_TD, ctx.ends, True)
         return (dh_TD, None, None, *gradients)
 
 
-_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Returns x and GELU(x).
-_LIBRARY.define("up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases) -> (Tensor, Tensor)")
-
-
-@torch.library.impl(_LIBRARY, "up_projection", "CPU")
 def _up_projection(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    h_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Computes first the product and then the GELU."""
-    x_TF = torch.ops.beit3_ds.multiway_linear(h_TD, ends, weights, biases)
+    x_TF = MULTIWAY_LINEAR(h_TD, ends, weights, biases)
     return x_TF, F.gelu(x_TF)
 
 
 def _up_projection_triton(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    h_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    from beit3_ds.kernels.triton import multiway_ffn_launch  # Triton is needed on a GPU only
+    from beit3_ds.kernels.triton.multiway_ffn_launch import up_projection  # Triton is needed on a GPU only
 
-    return multiway_ffn_launch.up_projection(h_TD, slices_of(ends), weights, biases)
+    return up_projection(h_TD, slices_of(ends), weights, biases)
 
 
 def _up_projection_cuda_cpp(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    h_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     x_TF, a_TF = grouped_gemm(h_TD, slices_of(ends), weights, biases, gelu=True)
     return x_TF, a_TF
 
 
-def _takes_cuda_cpp(h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], *rest: Any) -> bool:
+def _takes_cuda_cpp(h_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], *rest: Any) -> bool:
     return is_built() and runs_grouped_gemm(h_TD, weights)
 
 
@@ -124,20 +126,13 @@ def _takes_triton(x: Tensor, *rest: Any) -> bool:
     return KERNELS.accept(x)
 
 
-_UP_PROJECTION = MeasuredOp(
+UP_PROJECTION = MeasuredOp(
     "up_projection",
     {"triton": _up_projection_triton, "cuda": _up_projection_cuda_cpp, "library": _up_projection},
+    on_cpu=_up_projection,
     accepts={"triton": _takes_triton, "cuda": _takes_cuda_cpp},
 )
-_LIBRARY.impl("up_projection", _UP_PROJECTION, "CUDA")
-
-
-@torch.library.register_fake("beit3_ds::up_projection", lib=_LIBRARY)
-def _up_projection_fake(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    x_TF = h_TD.new_empty(len(h_TD), len(weights[0]))
-    return x_TF, torch.empty_like(x_TF)
+"""Operator with the arguments of `_up_projection`, which computes it on a CPU."""
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,5 +44,10 @@ def architecture_of(device: torch.device) -> int:
         return EMULATED.architecture
     if device.type != "cuda":
         return 80
+    return _architecture_of_gpu(device)
+
+
+@lru_cache
+def _architecture_of_gpu(device: torch.device) -> int:
     major, _ = torch.cuda.get_device_capability(device)
     return {9: 90, 10: 100}.get(major, 80)

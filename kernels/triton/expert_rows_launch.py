@@ -6,6 +6,7 @@ A row-streaming kernel computes one row after the other, without a matrix produc
 # T packed rows, D width, E experts (at most 3), P programs, S sums per program, e.g. for scale and for shift.
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS
 from beit3_ds.kernels.triton.expert_rows import sum_kernel
-from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch
 from beit3_ds.kernels.triton.launch_sizes import ceil_div, next_power_of_2
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
@@ -73,8 +74,8 @@ def row_constants(width: int, tiling: RowTiling) -> dict[str, int]:
 
 def check_rows(*tensors: Tensor) -> None:
     """Asserts that tensors are contiguous and need no offsets beyond 32 bits, as the kernels assume."""
+    assert all(map(Tensor.is_contiguous, tensors)), "the kernels' strides are those of contiguous rows"
     for x in tensors:
-        assert x.is_contiguous(), "the kernels' strides are those of (T, D)"
         assert x.numel() < 2**31, f"{tuple(x.shape)} has offsets beyond 32 bits"
 
 
@@ -104,10 +105,49 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
     return RowPrograms(rows, all_stops, num_programs)
 
 
-def for_experts(parameters: Sequence[Tensor]) -> list[Tensor]:
+class RowLaunch(NamedTuple):
+    """Holds a launch of a row-streaming kernel, for all layers of a batch."""
+
+    programs: RowPrograms
+    """Division of rows among the launch's programs."""
+    run: Launch
+    """The launch; not to be run without programs."""
+
+
+@lru_cache(maxsize=256)
+def prepare_rows(
+    launcher: KernelLauncher,
+    stops: tuple[int, ...],
+    width: int,
+    tiling: RowTiling,
+    flags: tuple[Any, ...],
+    *,
+    is_backward: bool = False,
+    takes_count: bool = False,
+) -> RowLaunch:
+    """Prepares a launch of a row-streaming kernel.
+
+    Args:
+        launcher: the kernel.
+        stops: stop of each expert's rows; expert 0 starts at row 0.
+        width: columns of a row, D.
+        tiling: how to compile and launch the kernel.
+        flags: constexpr arguments after `row_constants`.
+        is_backward: whether the programs are those of a backward launch.
+        takes_count: whether the kernel takes the number of programs after the number of rows.
+    """
+    programs = deal_rows(stops, tiling.backward_programs if is_backward else tiling.forward_programs)
+    numbers = (programs.rows, *([programs.num_programs] if takes_count else []), *programs.stops)
+    constants = (*row_constants(width, tiling).values(), *flags)
+    return RowLaunch(
+        programs, launcher.prepare((programs.num_programs,), numbers, constants, num_warps=tiling.num_warps)
+    )
+
+
+def for_experts(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """Extends a list with one parameter per expert to NUM_EXPERTS entries by repeating the last parameter."""
-    assert all(parameter.is_contiguous() for parameter in parameters), "a parameter is not contiguous"
-    return [*parameters, *[parameters[-1]] * (NUM_EXPERTS - len(parameters))]
+    missing = NUM_EXPERTS - len(parameters)
+    return [*parameters, *[parameters[-1]] * missing] if missing else parameters
 
 
 def sum_partials(
@@ -131,11 +171,15 @@ def sum_partials(
     """
     num_kinds, _, width = partial_SPD.shape
     sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
+    _prepare_sum(programs, num_kinds, num_experts, width, block)(partial_SPD, sum_SED)
+    return sum_SED
+
+
+@lru_cache(maxsize=256)
+def _prepare_sum(programs: RowPrograms, num_kinds: int, num_experts: int, width: int, block: SumBlock) -> Launch:
     grid = (ceil_div(width, block.columns), num_experts, num_kinds)
     constants = (width, num_experts, block.columns, block.programs)
-    numbers = (programs.rows, *programs.stops)
-    _SUM.launch(grid, (partial_SPD, sum_SED), numbers, constants, num_warps=_SUM_WARPS)
-    return sum_SED
+    return _SUM.prepare(grid, (programs.rows, *programs.stops), constants, num_warps=_SUM_WARPS)
 
 
 _SUM = KernelLauncher(sum_kernel)

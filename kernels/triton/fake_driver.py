@@ -133,7 +133,7 @@ def fake_gpu(architecture: int, *, compiles: bool) -> Iterator[FakeGPU]:
     verdicts: dict[Hashable, bool] = {}
 
     def are_trusted(self: Any, device: torch.device, dtype: torch.dtype, **properties: Hashable) -> bool:
-        key = self, device, dtype, *sorted(properties.items())
+        key = self, device, dtype, *properties.items()
         if compiles and key not in verdicts:
             verdicts[key] = True  # first, because a check runs operators that ask again
             with CHOICES.fixed("triton"), torch.inference_mode(False), torch.enable_grad():
@@ -154,18 +154,4 @@ def fake_gpu(architecture: int, *, compiles: bool) -> Iterator[FakeGPU]:
         stack.enter_context(mock.patch.object(TrustedKernels, "are_trusted", are_trusted))
         if not compiles:
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", keep_empty_kernel))
-        stack.callback(_run_gpu_implementations_on_cpu()._destroy)
         yield gpu
-
-
-def _run_gpu_implementations_on_cpu() -> torch.library.Library:
-    """Makes CPU tensors use the GPU implementations of this project's operators, until the returned library is
-    destroyed.
-    """
-    library = torch.library.Library("beit3_ds", "IMPL", "CPU")
-    for name in torch._C._dispatch_get_all_op_names():
-        is_ours = name.startswith("beit3_ds::")
-        if is_ours and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
-            implementation = torch.library.get_kernel(name, "CUDA").call_boxed
-            library.impl(name.removeprefix("beit3_ds::"), implementation, with_keyset=True, allow_override=True)
-    return library

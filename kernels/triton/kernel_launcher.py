@@ -23,7 +23,7 @@ _ALIGNMENT = 16
 _LEAST_ROW_CLASS = 11
 """`row_class` of all row counts up to 2 ** 11, whose launches are short with any settings."""
 
-_dtype_of = attrgetter("dtype")
+_dtype_of, _address_of = attrgetter("dtype"), Tensor.data_ptr
 
 
 class _Variant(NamedTuple):
@@ -32,6 +32,64 @@ class _Variant(NamedTuple):
     run: Callable[..., Any]
     function: Any
     packed_metadata: Any
+
+
+class Launch:
+    """Launches one kernel with a fixed grid, fixed numbers and constants; only the tensors differ between calls."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        options: dict[str, int],
+        variants: dict[Hashable, _Variant],
+    ) -> None:
+        """Stores the arguments; nothing is compiled yet. `KernelLauncher.prepare` builds a launch.
+
+        Args:
+            kernel: the function decorated with `triton.jit`.
+            grid: number of programs along each of one to three axes.
+            arguments: the kernel's arguments after the tensors.
+            options: number of warps and of stages.
+            variants: compiled variants for these options and constants, by device, dtypes and alignment; extended.
+        """
+        self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
+        self._programs, self._variants = (*grid, 1, 1)[:3], variants
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launches on the current device; on a CPU that is no GPU's emulation, Triton's interpreter runs the kernel.
+
+        Args:
+            tensors: the kernel's first arguments, contiguous.
+        """
+        if not is_on_gpu(tensors[0]):
+            self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+            return
+        driver, addresses = drivers.active, [*map(_address_of, tensors)]
+        device = driver.get_current_device()
+        key = device, *map(_dtype_of, tensors)
+        if reduce(or_, addresses) % _ALIGNMENT:
+            key = *key, *(index for index, address in enumerate(addresses) if address % _ALIGNMENT)
+        variant = self._variants.get(key)
+        if variant is None:
+            compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+            self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        run, function, metadata = variant
+        # The three arguments after the metadata are for hooks of Triton's own profiler. Triton's launcher would ask
+        # every tensor for its address, and the driver about every address.
+        run(
+            *self._programs,
+            driver.get_current_stream(device),
+            function,
+            metadata,
+            None,
+            None,
+            None,
+            *addresses,
+            *self._arguments,
+        )
 
 
 class KernelLauncher:
@@ -49,53 +107,55 @@ class KernelLauncher:
         self.kernel = kernel
         self.name: str = kernel.__name__
         """Name of the kernel."""
-        self._variants: dict[Hashable, _Variant] = {}
+        self._variants: dict[Hashable, dict[Hashable, _Variant]] = {}
 
-    def launch(
+    def prepare(
         self,
         grid: tuple[int, ...],
-        tensors: Sequence[Tensor],
         numbers: Sequence[int],
         constants: Sequence[Any],
         *,
         num_warps: int,
         num_stages: int = 3,
-    ) -> None:
-        """Launches the kernel on the current GPU. On a CPU without an emulated GPU, Triton's interpreter runs the
-        kernel.
+    ) -> Launch:
+        """Returns a launch for any tensors of the same sizes. Callers keep the launch for all layers of a batch.
 
         Args:
             grid: number of programs along each of one to three axes.
-            tensors: first arguments of the kernel, contiguous.
             numbers: integer arguments after the tensors. Each fits into 32 bits and is listed in `do_not_specialize`.
             constants: values of the constexpr arguments after the numbers.
             num_warps: warps per program.
             num_stages: number of loop steps whose memory loads overlap (software pipelining).
         """
-        arguments = (*tensors, *numbers, *constants)
-        if not is_on_gpu(tensors[0]):
-            self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-            return
-        driver = drivers.active
-        device = driver.get_current_device()
-        key = device, num_warps, num_stages, *constants, *map(_dtype_of, tensors), _find_unaligned(tensors)
-        variant = self._variants.get(key)
-        if variant is None:
-            compiled = self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-            self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata)
-            return
-        run, function, metadata = variant
-        programs = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        # The three arguments after the metadata are for hooks of Triton's own profiler.
-        run(*programs, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
+        variants = self._variants.setdefault((num_warps, num_stages, *constants), {})
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        return Launch(self.kernel, grid, (*numbers, *constants), options, variants)
 
 
-def _find_unaligned(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Returns the indices of the tensors whose address is not a multiple of 16 bytes."""
-    addresses = [*map(Tensor.data_ptr, tensors)]
-    if reduce(or_, addresses) % _ALIGNMENT == 0:
-        return ()
-    return tuple(index for index, address in enumerate(addresses) if address % _ALIGNMENT)
+_MOST_LAUNCHES = 1024
+"""Maximum number of launches that a `RecentLaunches` keeps."""
+
+
+class RecentLaunches:
+    """Keeps prepared launches, so that the layers of a batch and similar batches share them."""
+
+    def __init__(self) -> None:
+        """Keeps nothing yet."""
+        self._launches: dict[Hashable, Launch] = {}
+
+    def find(self, case: tuple[Hashable, ...]) -> Launch | None:
+        """Returns the launch for a case on the current device; None if it is not kept.
+
+        Args:
+            case: all that the launch depends on: kernel, numbers of rows, dtypes, constants.
+        """
+        return self._launches.get((drivers.active.get_current_device(), case))
+
+    def keep(self, case: tuple[Hashable, ...], launch: Launch) -> None:
+        """Keeps the launch for a case on the current device."""
+        if len(self._launches) >= _MOST_LAUNCHES:  # numbers of rows differ from batch to batch
+            self._launches.clear()
+        self._launches[drivers.active.get_current_device(), case] = launch
 
 
 class Tuner:

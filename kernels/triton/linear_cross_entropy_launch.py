@@ -59,13 +59,13 @@ def partials(
     if len(logits_MN) == 0:
         return
     assert partials_3M.is_contiguous() and target_M.is_contiguous(), "linear_cross_entropy: rows are next to each other"
-    _PARTIALS.launch(
+    launch = _PARTIALS.prepare(
         (len(logits_MN),),
-        (logits_MN, _padded(bias_N, stride), target_M, partials_3M),
         (*logits_MN.shape, stride // ALIGNMENT, first),
         (tiling.partials_block, tiling.num_stages),
         num_warps=PARTIALS_WARPS,
     )
+    launch(logits_MN, _padded(bias_N, stride), target_M, partials_3M)
 
 
 def gradient(
@@ -96,13 +96,13 @@ def gradient(
     groups = ceil_div(num_rows, rows)
     sum_GS = lse_M.new_empty(groups, stride)
     if groups:
-        _GRADIENT.launch(
+        launch = _GRADIENT.prepare(
             (num_blocks, groups),
-            (logits_MN, _padded(bias_N, stride), target_M, lse_M, d_loss_M, sum_GS),
             (num_rows, rows, width, stride // ALIGNMENT, first),
             (tiling.gradient_block, tiling.gradient_rows, tiling.num_stages),
             num_warps=GRADIENT_WARPS,
         )
+        launch(logits_MN, _padded(bias_N, stride), target_M, lse_M, d_loss_M, sum_GS)
     return sum_GS[:, :width].sum(0)
 
 

@@ -4,7 +4,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
 from beit3_ds.kernels.triton.budgets import spilling_variants
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
-from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Tuner, row_class
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch, RecentLaunches, Tuner, row_class
 from beit3_ds.kernels.triton.launch_sizes import ceil_div
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
@@ -256,7 +256,7 @@ def build_tile_variant(
 _PROJECTION = KernelLauncher(projection_kernel)
 _UP_PROJECTION = KernelLauncher(up_projection_kernel)
 _INPUT_GRADIENT = KernelLauncher(input_gradient_kernel)
-_TUNER = Tuner()
+_TUNER, _LAUNCHES = Tuner(), RecentLaunches()
 
 
 def _launch_rows(
@@ -284,26 +284,42 @@ def launch_tiles(
 
     Args:
         launcher: launcher of the kernel.
-        grid: returns the grid of programs for given tile sizes.
+        grid: returns the grid of programs for given tile sizes. The grid depends on the arguments below only.
         tensors: first arguments of the kernel. The dtype of the first tensor determines the candidate tile sizes.
         slices: row range of each expert. The stops are the arguments after the tensors.
         constants: constexpr arguments before the tile sizes.
         numbers: integer arguments between the stops and the constants.
     """
     assert all(map(Tensor.is_contiguous, tensors)), "multiway FFN: the kernels' strides are those of contiguous rows"
-    x, stops = tensors[0], build_stops(slices)
+    case = launcher, tuple(slices), tensors[0].dtype, constants, numbers
+    on_gpu = is_on_gpu(tensors[0])
+    launch = _LAUNCHES.find(case) if on_gpu else None
+    if launch is None:
+        launch = _prepare(launcher, grid, tensors, slices, constants, numbers)
+        if on_gpu:
+            _LAUNCHES.keep(case, launch)
+    launch(*tensors)
 
-    def launch(tiles: MatmulTiles) -> None:
+
+def _prepare(
+    launcher: KernelLauncher,
+    grid: Callable[[MatmulTiles], tuple[int, ...]],
+    tensors: tuple[Tensor, ...],
+    slices: Slices,
+    constants: tuple[int, ...],
+    numbers: tuple[int, ...],
+) -> Launch:
+    """Prepares the launch of `launch_tiles` with the fastest tile sizes, on a CPU with the first ones."""
+    x = tensors[0]
+    settings = partial(choose_tiles, launcher.kernel, architecture_of(x.device), x.dtype)
+
+    def prepare(tiles: MatmulTiles) -> Launch:
         rows, columns, depth, num_warps, num_stages = tiles
         values = (*constants, rows, columns, depth, GROUP)
-        integers = (*stops, *numbers)
-        launcher.launch(grid(tiles), tensors, integers, values, num_warps=num_warps, num_stages=num_stages)
+        integers = (*build_stops(slices), *numbers)
+        return launcher.prepare(grid(tiles), integers, values, num_warps=num_warps, num_stages=num_stages)
 
-    def settings() -> list[MatmulTiles]:
-        return choose_tiles(launcher.kernel, architecture_of(x.device), x.dtype)
-
-    if is_on_gpu(x):
-        case = launcher.name, row_class(stops[-1]), x.dtype, *constants
-        launch(_TUNER.choose(case, settings, launch))
-    else:
-        launch(settings()[0])
+    if not is_on_gpu(x):
+        return prepare(settings()[0])
+    case = launcher.name, row_class(slices[-1][1]), x.dtype, *constants
+    return prepare(_TUNER.choose(case, settings, lambda tiles: prepare(tiles)(*tensors)))

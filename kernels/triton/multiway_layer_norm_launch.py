@@ -12,9 +12,8 @@ from beit3_ds.kernels.triton.expert_rows_launch import (
     RowTiling,
     build_row_variant,
     check_rows,
-    deal_rows,
     for_experts,
-    row_constants,
+    prepare_rows,
     sum_partials,
 )
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
@@ -46,17 +45,11 @@ def forward(
         h_TD, and the statistics (2, T) float32: the mean of each row, then 1 / standard deviation.
     """
     h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
-    statistics_2T = x_TD.new_empty(2, len(x_TD), dtype=torch.float32)
-    programs = deal_rows(stops, tiling.forward_programs)
-    if programs.num_programs:
-        check_rows(x_TD)
-        _FORWARD.launch(
-            (programs.num_programs,),
-            (x_TD, *for_experts(weights), *for_experts(biases), h_TD, statistics_2T),
-            (programs.rows, *programs.stops),
-            (*row_constants(x_TD.shape[1], tiling).values(), epsilon, gelu),
-            num_warps=tiling.num_warps,
-        )
+    statistics_2T = x_TD.new_empty(2, x_TD.shape[0], dtype=torch.float32)
+    launch = prepare_rows(_FORWARD, tuple(stops), x_TD.shape[1], tiling, (epsilon, gelu))
+    if launch.programs.num_programs:
+        check_rows(x_TD, *weights, *biases)
+        launch.run(x_TD, *for_experts(weights), *for_experts(biases), h_TD, statistics_2T)
     return h_TD, statistics_2T
 
 
@@ -85,18 +78,13 @@ def backward(
         dx_TD, and the gradients of scales and shifts, (2, E, D) in the scales' dtype.
     """
     dx_TD = dh_TD if in_place else torch.empty_like(x_TD)
-    programs = deal_rows(stops, tiling.backward_programs)
-    partial_2PD = x_TD.new_empty(2, programs.num_programs, x_TD.shape[1], dtype=torch.float32)
+    width, flags = x_TD.shape[1], (d_residual_TD is not None, gelu)
+    programs, launch = prepare_rows(_BACKWARD, tuple(stops), width, tiling, flags, is_backward=True, takes_count=True)
+    partial_2PD = x_TD.new_empty(2, programs.num_programs, width, dtype=torch.float32)
     if programs.num_programs:
-        check_rows(dh_TD, x_TD if d_residual_TD is None else d_residual_TD, x_TD)
         d_stream_TD = d_residual_TD if d_residual_TD is not None else dh_TD  # not read if None
-        _BACKWARD.launch(
-            (programs.num_programs,),
-            (dh_TD, d_stream_TD, x_TD, statistics_2T, *for_experts(weights), dx_TD, partial_2PD),
-            (programs.rows, programs.num_programs, *programs.stops),
-            (*row_constants(x_TD.shape[1], tiling).values(), d_residual_TD is not None, gelu),
-            num_warps=tiling.num_warps,
-        )
+        check_rows(dh_TD, d_stream_TD, x_TD, *weights)
+        launch(dh_TD, d_stream_TD, x_TD, statistics_2T, *for_experts(weights), dx_TD, partial_2PD)
     return dx_TD, sum_partials(partial_2PD, programs, len(stops), weights[0].dtype)
 
 

@@ -30,7 +30,7 @@ def qkv(
         biases: vectors (F,) in the same order.
     """
     out_width, in_width = weights[0].shape
-    outputs = tuple(x_TD.new_empty(len(x_TD), out_width) for _ in range(NUM_LAYERS))
+    outputs = [x_TD.new_empty(x_TD.shape[0], out_width) for _ in range(NUM_LAYERS)]
     tensors = (x_TD, *_for_layers(weights), *_for_layers(biases), *outputs)
     _launch(_QKV, tensors, slices, out_width, in_width, NUM_LAYERS)
     q_TF, k_TF, v_TF = outputs
@@ -46,7 +46,7 @@ def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Seq
         weights: matrices (F, D), in the same order as for `qkv`.
     """
     out_width, in_width = weights[0].shape
-    dx_TD = gradients[0].new_empty(len(gradients[0]), in_width)
+    dx_TD = gradients[0].new_empty(gradients[0].shape[0], in_width)
     tensors = (*gradients, *_for_layers(weights), dx_TD)
     _launch(_INPUT_GRADIENT, tensors, slices, in_width, out_width, 1)
     return dx_TD

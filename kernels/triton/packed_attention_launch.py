@@ -11,7 +11,7 @@ from torch import Tensor
 
 from beit3_ds.kernels.triton.architecture import is_on_gpu
 from beit3_ds.kernels.triton.budgets import spilling_variants
-from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Tuner, row_class
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch, RecentLaunches, Tuner, row_class
 from beit3_ds.kernels.triton.launch_sizes import next_power_of_2
 from beit3_ds.kernels.triton.packed_attention import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
@@ -236,36 +236,46 @@ def _case_variants(
 _FORWARD = KernelLauncher(forward_kernel)
 _QUERY_GRADIENT = KernelLauncher(query_gradient_kernel)
 _KEY_VALUE_GRADIENT = KernelLauncher(key_value_gradient_kernel)
-_TUNER = Tuner()
+_TUNER, _LAUNCHES = Tuner(), RecentLaunches()
 
 
 def _launch(
     launcher: KernelLauncher, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool
 ) -> None:
-    q_THK, tiles_N2 = tensors[0], tensors[-1]
-    num_rows, num_heads, head_size = q_THK.shape
-    num_tiles = len(tiles_N2)
-    if num_tiles == 0 or num_heads == 0:
+    q_THK, num_tiles = tensors[0], len(tensors[-1])
+    shape = q_THK.shape
+    if num_tiles == 0 or shape[1] == 0:
         return
-    assert q_THK.numel() < 2**31, f"packed_attention: {tuple(q_THK.shape)} has offsets beyond 32 bits"
+    assert q_THK.numel() < 2**31, f"packed_attention: {tuple(shape)} has offsets beyond 32 bits"
     assert all(map(Tensor.is_contiguous, tensors)), "packed_attention: the kernels' strides are those of (T, H, K)"
-    values = _constant_values(num_heads, head_size, tile, config.block, causal_captions)
 
-    def launch(config: KernelConfig) -> None:
+    case = launcher, num_tiles, shape, q_THK.dtype, tile, config, causal_captions
+    on_gpu = is_on_gpu(q_THK)
+    launch = _LAUNCHES.find(case) if on_gpu else None
+    if launch is None:
+        launch = _prepare(launcher, tensors, tile, config, causal_captions)
+        if on_gpu:
+            _LAUNCHES.keep(case, launch)
+    launch(*tensors)
+
+
+def _prepare(
+    launcher: KernelLauncher, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool
+) -> Launch:
+    """Prepares a launch; on a GPU with the fastest number of stages."""
+    (num_rows, num_heads, head_size), grid = tensors[0].shape, (len(tensors[-1]), tensors[0].shape[1])
+    values = tuple(constants(num_heads, head_size, tile, config.block, causal_captions).values())
+
+    def prepare(config: KernelConfig) -> Launch:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        launcher.launch((num_tiles, num_heads), tensors, (num_rows,), values, **options)
+        return launcher.prepare(grid, (num_rows,), values, **options)
 
-    if is_on_gpu(q_THK):
-        case = launcher.name, row_class(num_rows), q_THK.dtype, config, *values
-        config = _TUNER.choose(case, lambda: _settings(config), launch)
-    launch(config)
+    if not is_on_gpu(tensors[0]):
+        return prepare(config)
+    case = launcher.name, row_class(num_rows), tensors[0].dtype, config, *values
+    return prepare(_TUNER.choose(case, lambda: _settings(config), lambda chosen: prepare(chosen)(*tensors)))
 
 
 def _settings(config: KernelConfig) -> list[KernelConfig]:
     """Returns settings with different numbers of stages. The block size stays the same, so the results are the same."""
     return [config._replace(num_stages=config.num_stages + change) for change in (-1, 0, 1)]
-
-
-@lru_cache
-def _constant_values(num_heads: int, head_size: int, tile: int, block: int, causal_captions: bool) -> tuple[Any, ...]:
-    return tuple(constants(num_heads, head_size, tile, block, causal_captions).values())

@@ -11,9 +11,8 @@ from beit3_ds.kernels.triton.expert_rows_launch import (
     RowTiling,
     build_row_variant,
     check_rows,
-    deal_rows,
     for_experts,
-    row_constants,
+    prepare_rows,
     sum_partials,
 )
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
@@ -40,17 +39,11 @@ def forward(
         tiling: compile and launch settings of the kernel.
     """
     y_TD = torch.empty_like(residual_TD)
-    programs = deal_rows(stops, tiling.forward_programs)
-    check_rows(residual_TD, partial_TD, *([] if factor_T is None else [factor_T]))
-    if programs.num_programs:
-        factors = residual_TD if factor_T is None else factor_T  # not read if None
-        _FORWARD.launch(
-            (programs.num_programs,),
-            (residual_TD, partial_TD, *for_experts(biases), factors, y_TD),
-            (programs.rows, *programs.stops),
-            (*row_constants(residual_TD.shape[1], tiling).values(), factor_T is not None),
-            num_warps=tiling.num_warps,
-        )
+    launch = prepare_rows(_FORWARD, tuple(stops), residual_TD.shape[1], tiling, (factor_T is not None,))
+    factors = residual_TD if factor_T is None else factor_T  # not read if None
+    check_rows(residual_TD, partial_TD, factors, *biases)
+    if launch.programs.num_programs:
+        launch.run(residual_TD, partial_TD, *for_experts(biases), factors, y_TD)
     return y_TD
 
 
@@ -70,18 +63,13 @@ def backward(
         d_partial_TD, without rows if `factor_T` is None, and the gradients of the biases, (E, D).
     """
     d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
-    programs = deal_rows(stops, tiling.backward_programs)
+    flags = (factor_T is not None,)
+    programs, launch = prepare_rows(_BACKWARD, tuple(stops), dy_TD.shape[1], tiling, flags, is_backward=True)
     sum_1PD = dy_TD.new_empty(1, programs.num_programs, dy_TD.shape[1], dtype=torch.float32)
-    check_rows(dy_TD, *([] if factor_T is None else [factor_T]))
+    factors = dy_TD if factor_T is None else factor_T  # not read if None
+    check_rows(dy_TD, factors)
     if programs.num_programs:
-        factors = dy_TD if factor_T is None else factor_T  # not read if None
-        _BACKWARD.launch(
-            (programs.num_programs,),
-            (dy_TD, factors, d_partial_TD, sum_1PD),
-            (programs.rows, *programs.stops),
-            (*row_constants(dy_TD.shape[1], tiling).values(), factor_T is not None),
-            num_warps=tiling.num_warps,
-        )
+        launch(dy_TD, factors, d_partial_TD, sum_1PD)
     return d_partial_TD, sum_partials(sum_1PD, programs, len(stops), dtype)[0]
 
 

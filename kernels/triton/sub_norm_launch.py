@@ -59,7 +59,7 @@ def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     mean_T, squares_T = (x_TF.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     if num_rows:
         constants = (width, next_power_of_2(width), gelu)
-        _ROW_STATISTICS.launch((num_rows,), (x_TF, mean_T, squares_T), (), constants, num_warps=NUM_WARPS)
+        _ROW_STATISTICS.prepare((num_rows,), (), constants, num_warps=NUM_WARPS)(x_TF, mean_T, squares_T)
     return mean_T, squares_T
 
 
@@ -193,4 +193,4 @@ def _launch(
     grid = (count_row_tiles(slices, rows), ceil_div(width, BLOCK["COLUMNS"]))
     if grid[0]:
         values = (width, *constants, *BLOCK.values())
-        launcher.launch(grid, tensors, build_stops(slices), values, num_warps=NUM_WARPS)
+        launcher.prepare(grid, build_stops(slices), values, num_warps=NUM_WARPS)(*tensors)

@@ -3,6 +3,7 @@
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,14 +49,9 @@ def weight_gradient(
         order, or an empty list without `with_bias`. All results are parts of one tensor.
     """
     dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
-    out_width, stops = dy_TO.shape[1], build_stops(slices)
-    architecture = architecture_of(dy_TO.device)
-    first = products.choose_tiles(weight_gradient_kernel, architecture, dy_TO.dtype)[0]
-    tiles = num_layers * ceil_div(out_width, first.rows) * ceil_div(in_width, first.columns)
-    is_split, lengths = splits_rows(tiles, architecture), [stop - start for start, stop in slices]
-    rows = choose_share_rows(lengths, tiles, NUM_MULTIPROCESSORS[architecture]) if is_split else 1
-    shares = sum(ceil_div(length, rows) for length in lengths) if is_split else num_experts
-    numel = out_width * (in_width + with_bias)
+    out_width, architecture = dy_TO.shape[1], architecture_of(dy_TO.device)
+    is_split, programs = _deal_shares(tuple(slices), out_width, in_width, num_layers, architecture, dy_TO.dtype)
+    shares, numel = programs.num_programs, out_width * (in_width + with_bias)
     sums = dy_TO.new_empty(num_layers, shares, numel, dtype=torch.float32 if is_split else dy_TO.dtype)
 
     def grid(tiles: products.MatmulTiles) -> tuple[int, int, int]:
@@ -66,13 +62,32 @@ def weight_gradient(
         padded = [*gradients, *[dy_TO] * (NUM_LAYERS - num_layers)]
         tensors = (*padded, dy_TO if factor_T is None else factor_T, x_TI, sums)
         constants = (out_width, in_width, num_layers, is_split, with_bias, factor_T is not None)
-        products.launch_tiles(_WEIGHT_GRADIENT, grid, tensors, slices, constants, (rows,))
+        products.launch_tiles(_WEIGHT_GRADIENT, grid, tensors, slices, constants, (programs.rows,))
     if is_split:
         assert sums.numel() < 2**31, f"weight gradient: {tuple(sums.shape)} has offsets beyond 32 bits"
-        sums = sum_partials(sums, RowPrograms(rows, stops, shares), num_experts, dy_TO.dtype, SUM_BLOCK)
-    parts = sums.flatten(0, 1).unbind()
-    d_weights = [part[: out_width * in_width].view(out_width, in_width) for part in parts]
-    return d_weights, [part[out_width * in_width :] for part in parts] if with_bias else []
+        sums = sum_partials(sums, programs, num_experts, dy_TO.dtype, SUM_BLOCK)
+    count, area = num_layers * num_experts, out_width * in_width
+    d_weights = sums.as_strided((count, out_width, in_width), (numel, in_width, 1)).unbind()
+    return [*d_weights], [*sums.as_strided((count, out_width), (numel, 1), area).unbind()] if with_bias else []
+
+
+@lru_cache(maxsize=256)
+def _deal_shares(
+    slices: tuple[tuple[int, int], ...],
+    out_width: int,
+    in_width: int,
+    num_layers: int,
+    architecture: int,
+    dtype: torch.dtype,
+) -> tuple[bool, RowPrograms]:
+    """Returns whether rows are divided into shares, and these shares; without, one share is an expert's rows."""
+    first = products.choose_tiles(weight_gradient_kernel, architecture, dtype)[0]
+    tiles = num_layers * ceil_div(out_width, first.rows) * ceil_div(in_width, first.columns)
+    lengths, stops = [stop - start for start, stop in slices], build_stops(slices)
+    if not splits_rows(tiles, architecture):
+        return False, RowPrograms(1, stops, len(slices))
+    rows = choose_share_rows(lengths, tiles, NUM_MULTIPROCESSORS[architecture])
+    return True, RowPrograms(rows, stops, sum(ceil_div(length, rows) for length in lengths))
 
 
 _WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3_ds.kernels.ops.measured_op import CHOICES, Backend
+from beit3_ds.kernels.ops.measured_op import CHOICES, Backend, MeasuredOp
 from beit3_ds.kernels.ops.numerics import WrongResultError
 from beit3_ds.kernels.ops.out_projection import out_projection_reference
 from beit3_ds.kernels.ops.sub_norm import SubNorm
@@ -61,7 +61,7 @@ def operator_calls(dtype: torch.dtype = torch.float64) -> dict[str, tuple[object
     problem = Problem([3, 0, 2], dtype)
     x, dy = problem.x.detach(), problem.residual.detach()
     weights, biases, scales, shifts = ([p.detach() for p in group] for group in problem.parameters.values())
-    ends, factor, h = [3, 3, 5], problem.factor, torch.randn(5, WIDTH, dtype=x.dtype)
+    ends, factor, h = (3, 3, 5), problem.factor, torch.randn(5, WIDTH, dtype=x.dtype)
     mean, rstd = x.mean(1), torch.rand(5, dtype=x.dtype)
     sums = torch.randn(2, 5, dtype=x.dtype)
     dn, statistics = torch.randn(5, WIDTH, dtype=x.dtype), torch.stack((mean, rstd))
@@ -102,22 +102,25 @@ def check_wrong_launch_is_found(
 def check_device_implementation(
     op: ModuleType, name: str, function: str, accepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compares the function for CUDA tensors with the operator, with kernels switched on and off."""
+    """Compares the implementations for GPU tensors with the CPU's, with kernels switched on and off."""
     monkeypatch.setattr(op.KERNELS, "accept", lambda x: accepted)
-    monkeypatch.setattr(getattr(op, function), "_chosen", {})
+    operator = getattr(op, function)
     backends: tuple[Backend, ...] = ("triton", "library")
     for backend in backends:
         arguments = operator_calls(torch.float32)[name]
-        expected = getattr(torch.ops.beit3_ds, name)(*arguments)
-        with interpreted(), CHOICES.fixed(backend):
-            ours = getattr(op, function)(*arguments)
+        expected = operator(*arguments)
+        with pytest.MonkeyPatch.context() as patch, interpreted(), CHOICES.fixed(backend):
+            select_on_cpu(operator, patch)
+            ours = operator(*arguments)
         for mine, theirs in zip(flatten(ours), flatten(expected), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def check_operator(name: str) -> None:
-    """Runs PyTorch's opcheck on an operator."""
-    torch.library.opcheck(getattr(torch.ops.beit3_ds, name).default, operator_calls()[name])
+def select_on_cpu(operator: MeasuredOp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes an operator select an implementation for CPU tensors too, and forget its choices."""
+    monkeypatch.setattr(operator, "_on_cpu", None)
+    for known in ("_chosen", "_recent"):
+        monkeypatch.setattr(operator, known, {})
 
 
 def flatten(result: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Runs the clone's tests that need a GPU, and torch's opcheck for all operators."""
+"""Runs the clone's tests that need a device."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ _PYTEST = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--con
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item for the tests with the marker `gpu`, and one item for torch's opcheck."""
+    """Records one item for the tests marked `gpu`."""
     if not torch.cuda.is_available():
         raise NeedsDeviceError
     importlib.import_module("pytest")  # if missing, the section reports this
@@ -21,5 +21,4 @@ def measure(recorder: Recorder) -> None:
         recorder.add("tests", not_run=f"{ROOT} holds no tests; install from a clone")
         return
     tests = (sys.executable, *_PYTEST)
-    recorder.measure("opcheck", partial(run_commands, [(*tests, "tests/kernels", "-k", "opcheck")]))
     recorder.measure("tests marked gpu", partial(run_commands, [(*tests, "tests", "-m", "gpu")]))

@@ -83,7 +83,7 @@ PLAN = (
     ),
     Section(
         name="tests",
-        title="Tests marked `gpu`, and opcheck of all operators",
+        title="Tests marked `gpu`",
         module=f"{_ROOM}.device_tests",
         seconds=600,
         limit=1800,

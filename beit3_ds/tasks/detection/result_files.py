@@ -67,9 +67,7 @@ def _read(path: str, sizes: Mapping[int, Size], categories: Categories) -> dict[
             except ValueError as error:
                 raise ConfigError(_broken(path, number, entry, error)) from error
     if not found:
-        raise ConfigError(
-            f"results: {printable(path)} is an empty list, so nothing can be scored. Name another file."
-        )
+        raise ConfigError(f"results: {printable(path)} is an empty list, so nothing can be scored. Name another file.")
     return found
 
 

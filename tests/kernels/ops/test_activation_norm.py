@@ -10,22 +10,17 @@ from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.triton import multiway_layer_norm_launch as launch
 from beit3_ds.kernels.triton.expert_rows_launch import RowTiling, choose_row_tiling
 from tests.kernels.experts import DTYPES, EPSILON, Case, Slices, any_case
-from tests.kernels.ffn_operators import CPU, check_device_implementation, check_operator, check_wrong_launch_is_found
+from tests.kernels.ffn_operators import CPU, check_device_implementation, check_wrong_launch_is_found
 from tests.kernels.interpreter import interpreted
 
-DEVICE_FUNCTIONS = {"activation_norm": "_FORWARD", "activation_norm_backward": "_BACKWARD"}
-"""Operators, and the functions that compute them for CUDA tensors."""
-
-
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
-def test_opcheck(name: str) -> None:
-    check_operator(name)
+OPERATORS = {"activation_norm": "ACTIVATION_NORM", "activation_norm_backward": "ACTIVATION_NORM_BACKWARD"}
+"""Operators by name."""
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_launches_of_a_device(name: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_device_implementation(module, name, DEVICE_FUNCTIONS[name], accepted, monkeypatch)
+    check_device_implementation(module, name, OPERATORS[name], accepted, monkeypatch)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -36,9 +31,9 @@ def test_operators_equal_autograd(gelu: bool) -> None:
     expected = case.layer_norm(F.gelu(case.x) if gelu else case.x, case.scales, case.shifts)
     gradients = torch.autograd.grad(expected, leaves, case.dy)
     x, *parameters = (leaf.detach() for leaf in leaves)
-    ends, ops = [3, 3, 8], torch.ops.beit3_ds
-    n, statistics = ops.activation_norm(x, gelu, parameters[:3], parameters[3:], EPSILON, ends)
-    dx, d_parameters = ops.activation_norm_backward(case.dy.clone(), x, gelu, statistics, parameters[:3], ends)
+    ends = (3, 3, 8)
+    n, statistics = module.ACTIVATION_NORM(x, gelu, parameters[:3], parameters[3:], EPSILON, ends)
+    dx, d_parameters = module.ACTIVATION_NORM_BACKWARD(case.dy.clone(), x, gelu, statistics, parameters[:3], ends)
     for ours, theirs in zip((n, dx, *d_parameters.flatten(0, 1)), (expected, *gradients), strict=True):
         torch.testing.assert_close(ours, theirs)
 

@@ -46,10 +46,10 @@ def test_operator_takes_the_kernel_that_was_chosen() -> None:
     q, k, v = torch.randn(3, 9, 1, 8).unbind()
     plan = plan_tiles((((0, 9),),), 64, CPU)
     with mock.patch.object(cuda_kernels, "packed_attention_forward", return_value="C++") as kernel:
-        assert attention_module._forward_cuda(q, k, v, *plan, 64, True, True) == "C++"
+        assert attention_module._forward_on_gpu(q, k, v, *plan, 64, True, True) == "C++"
         kernel.assert_called_once_with(q, k, v, *plan, 64, True)
     with mock.patch("beit3_ds.kernels.triton.packed_attention_launch.forward", return_value="Triton"):
-        assert attention_module._forward_cuda(q, k, v, *plan, 64, True) == "Triton"
+        assert attention_module._forward_on_gpu(q, k, v, *plan, 64, True) == "Triton"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,8 @@ def test_kernels_need_their_own_check(
     op = attention_module._ATTENTION
     implementations = {name: lambda *_, name=name: ran.append(name) for name in op._implementations}
     monkeypatch.setattr(op, "_implementations", implementations)
-    monkeypatch.setattr(op, "_chosen", {})
+    for known in ("_chosen", "_recent"):
+        monkeypatch.setattr(op, known, {})
     monkeypatch.setattr(CHOICES, "backend", backend)
     monkeypatch.setattr(cuda_kernels, "is_built", lambda: is_built)
     for kernels in (attention_module.KERNELS, attention_module.VARLEN):

@@ -16,6 +16,7 @@ from beit3_ds.kernels.ops.linear_cross_entropy import (
 )
 from beit3_ds.kernels.ops.measured_op import CHOICES, Backend
 from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_reference, with_gradients
+from tests.kernels.ffn_operators import select_on_cpu
 from tests.kernels.interpreter import interpreted
 
 CPU = torch.device("cpu")
@@ -171,24 +172,11 @@ def test_saves_the_parameters_themselves() -> None:
     assert all(any(t is parameter for t in saved) for parameter in (w, b))
 
 
-def test_opcheck() -> None:
-    *leaves, target = problem(6, 64, torch.float32)
-    h, w, b = (x.detach() for x in leaves)
-    start = torch.tensor([[-torch.inf], [0.0], [0.0]]).repeat(1, 6)
-    torch.library.opcheck(torch.ops.beit3_ds.logits_partials.default, (h @ w.t(), b, target, 0, start))
-    arguments = (h @ w.t(), b, target, 0, torch.rand(6), torch.rand(6))
-    torch.library.opcheck(torch.ops.beit3_ds.logits_gradient.default, arguments)
-
-
 @pytest.mark.parametrize("backend", ["triton", "library"])
 def test_launches_of_a_device(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks the operators' CUDA implementations, with two vocabulary tiles."""
-
-    class Operators:
-        logits_partials = staticmethod(module._PARTIALS)
-        logits_gradient = staticmethod(module._GRADIENT)
-
-    monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
+    """Checks the operators' implementations for GPU tensors, with two vocabulary tiles."""
+    for operator in (module._PARTIALS, module._GRADIENT):
+        select_on_cpu(operator, monkeypatch)
     *leaves, target = problem(5, 100, torch.float32)
     inputs = (*(x.detach() for x in leaves), torch.linspace(-1, 2, 5))
     with interpreted(), CHOICES.fixed(backend):
@@ -205,21 +193,19 @@ def test_self_check(recwarn: pytest.WarningsRecorder) -> None:
 
 @pytest.mark.parametrize("wrong", ["partials", "d_logits", "d_bias"])
 def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Operators:
-        @staticmethod
-        def logits_partials(*arguments):  # type: ignore[no-untyped-def]
-            module._partials_cpu(*arguments)
-            if wrong == "partials":
-                arguments[-1][1] *= 1.01
+    def partials(*arguments):  # type: ignore[no-untyped-def]
+        module._partials_cpu(*arguments)
+        if wrong == "partials":
+            arguments[-1][1] *= 1.01
 
-        @staticmethod
-        def logits_gradient(logits, *arguments):  # type: ignore[no-untyped-def]
-            total = module._gradient_cpu(logits, *arguments)
-            if wrong == "d_logits":
-                logits *= 1.001
-            return total * 1.001 if wrong == "d_bias" else total
+    def gradient(logits, *arguments):  # type: ignore[no-untyped-def]
+        total = module._gradient_cpu(logits, *arguments)
+        if wrong == "d_logits":
+            logits *= 1.001
+        return total * 1.001 if wrong == "d_bias" else total
 
-    monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
+    monkeypatch.setattr(module, "_PARTIALS", partials)
+    monkeypatch.setattr(module, "_GRADIENT", gradient)
     with pytest.raises(WrongResultError):
         check_kernels(CPU, torch.float32)
 

@@ -14,6 +14,7 @@ from beit3_ds.kernels.ops.multiway_layer_norm import check_kernels, multiway_lay
 from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_reference, with_gradients
 from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
 from beit3_ds.kernels.triton.multiway_layer_norm_launch import backward, forward
+from tests.kernels.ffn_operators import select_on_cpu
 from tests.kernels.interpreter import interpreted
 
 CPU = torch.device("cpu")
@@ -175,26 +176,14 @@ def test_saves_the_parameters_themselves() -> None:
     assert sorted(t.numel() for t in saved) == [2, 2, 3, 3, 4, 4, 20]  # x and two numbers per row, not h
 
 
-def test_opcheck() -> None:
-    case = Case((2, 0, 3), 8, torch.float32)
-    weights, biases = case.weights_and_biases(case.parameters)
-    stops = [stop for _, stop in case.slices]
-    arguments = (case.x, stops, weights, biases, EPSILON)
-    torch.library.opcheck(torch.ops.beit3_ds.multiway_layer_norm.default, arguments)
-    _, statistics = torch.ops.beit3_ds.multiway_layer_norm(*arguments)
-    for d_stream in (None, case.d_stream):
-        torch.library.opcheck(
-            torch.ops.beit3_ds.multiway_layer_norm_backward.default,
-            (case.dh, d_stream, case.x, statistics, stops, weights),
-        )
-
-
 @pytest.mark.parametrize("backend", ["triton", "library"])
-def test_launches_of_a_device(backend: Backend) -> None:
+def test_launches_of_a_device(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches arguments that the operators' CUDA implementations swap."""
     case = Case((2, 0, 3), 24, torch.float32)
-    stops = [stop for _, stop in case.slices]
+    stops = tuple(stop for _, stop in case.slices)
     weights, biases = case.weights_and_biases(case.parameters)
+    for measured in (module._FORWARD, module._BACKWARD):
+        select_on_cpu(measured, monkeypatch)
     with interpreted(), CHOICES.fixed(backend):
         h, statistics = module._FORWARD(case.x, stops, weights, biases, EPSILON)
         dx, d_parameters = module._BACKWARD(case.dh, case.d_stream, case.x, statistics, stops, weights)
@@ -213,16 +202,14 @@ def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPa
     def fail(name: str, x: torch.Tensor) -> torch.Tensor:
         return x * 1.001 if name == wrong else x
 
-    class Operators:
-        @staticmethod
-        def multiway_layer_norm(*arguments):  # type: ignore[no-untyped-def]
-            return tuple(map(fail, ("h", "statistics"), on_cpu(*arguments)))
+    def forward(*arguments):  # type: ignore[no-untyped-def]
+        return tuple(map(fail, ("h", "statistics"), on_cpu(*arguments)))
 
-        @staticmethod
-        def multiway_layer_norm_backward(*arguments):  # type: ignore[no-untyped-def]
-            return tuple(map(fail, ("dx", "parameters"), backward_on_cpu(*arguments)))
+    def backward(*arguments):  # type: ignore[no-untyped-def]
+        return tuple(map(fail, ("dx", "parameters"), backward_on_cpu(*arguments)))
 
-    monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
+    monkeypatch.setattr(module, "_FORWARD", forward)
+    monkeypatch.setattr(module, "_BACKWARD", backward)
     with pytest.raises(WrongResultError):
         check_kernels(CPU, torch.float32, 24)
 

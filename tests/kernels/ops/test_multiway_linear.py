@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from beit3_ds.kernels.ops import multiway_linear as module
 from beit3_ds.kernels.ops.multiway_linear import multiway_linear, multiway_linear_reference
 from beit3_ds.kernels.triton import multiway_ffn_launch, weight_gradient_launch
-from tests.kernels.ffn_operators import CPU, check_device_implementation, check_operator, check_wrong_launch_is_found
+from tests.kernels.ffn_operators import CPU, check_device_implementation, check_wrong_launch_is_found
 from tests.kernels.interpreter import interpreted
 
 
@@ -45,23 +45,18 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, *p: multiway_linear(x, slices, p[:3], p[3:]), (x, *weights, *biases))
 
 
-DEVICE_FUNCTIONS = {
-    "multiway_linear": "_LINEAR",
-    "multiway_input_gradient": "_INPUT_GRADIENT",
-    "multiway_weight_gradient": "_WEIGHT_GRADIENT",
+OPERATORS = {
+    "multiway_linear": "MULTIWAY_LINEAR",
+    "multiway_input_gradient": "MULTIWAY_INPUT_GRADIENT",
+    "multiway_weight_gradient": "MULTIWAY_WEIGHT_GRADIENT",
 }
-"""Operators, and the functions that compute them for CUDA tensors."""
-
-
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
-def test_opcheck(name: str) -> None:
-    check_operator(name)
+"""Operators by name."""
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_launches_of_a_device(name: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_device_implementation(module, name, DEVICE_FUNCTIONS[name], accepted, monkeypatch)
+    check_device_implementation(module, name, OPERATORS[name], accepted, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

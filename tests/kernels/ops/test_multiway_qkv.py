@@ -13,7 +13,7 @@ from beit3_ds.kernels.ops.multiway_linear import multiway_linear
 from beit3_ds.kernels.ops.multiway_qkv import multiway_qkv, multiway_qkv_reference
 from beit3_ds.kernels.triton import multiway_qkv_launch, weight_gradient_launch
 from tests.kernels.experts import Slices, build_slices
-from tests.kernels.ffn_operators import CPU, check_device_implementation, check_operator, check_wrong_launch_is_found
+from tests.kernels.ffn_operators import CPU, check_device_implementation, check_wrong_launch_is_found
 from tests.kernels.interpreter import interpreted
 
 
@@ -60,23 +60,18 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, *p: multiway_qkv(x, slices, p[:9], p[9:]), (x, *weights, *biases))
 
 
-DEVICE_FUNCTIONS = {
-    "multiway_qkv": "_QKV",
-    "multiway_qkv_input_gradient": "_INPUT_GRADIENT",
-    "multiway_qkv_weight_gradient": "_WEIGHT_GRADIENT",
+OPERATORS = {
+    "multiway_qkv": "MULTIWAY_QKV",
+    "multiway_qkv_input_gradient": "QKV_INPUT_GRADIENT",
+    "multiway_qkv_weight_gradient": "QKV_WEIGHT_GRADIENT",
 }
-"""Operators, and the functions that compute them for CUDA tensors."""
-
-
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
-def test_opcheck(name: str) -> None:
-    check_operator(name)
+"""Operators by name."""
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_launches_of_a_device(name: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_device_implementation(module, name, DEVICE_FUNCTIONS[name], accepted, monkeypatch)
+    check_device_implementation(module, name, OPERATORS[name], accepted, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

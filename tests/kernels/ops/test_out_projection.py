@@ -16,7 +16,6 @@ from tests.kernels.ffn_operators import (
     CPU,
     Problem,
     check_device_implementation,
-    check_operator,
     check_wrong_launch_is_found,
 )
 from tests.kernels.interpreter import interpreted
@@ -107,19 +106,14 @@ def test_the_input_alone_is_saved() -> None:
     assert len(wide) == 1 and wide[0].data_ptr() == problem.x.data_ptr()
 
 
-DEVICE_FUNCTIONS = {"out_projection": "_OUT_PROJECTION"}
-"""Operators, and the functions that compute them for CUDA tensors."""
-
-
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
-def test_opcheck(name: str) -> None:
-    check_operator(name)
+OPERATORS = {"out_projection": "OUT_PROJECTION"}
+"""Operators by name."""
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_launches_of_a_device(name: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_device_implementation(module, name, DEVICE_FUNCTIONS[name], accepted, monkeypatch)
+    check_device_implementation(module, name, OPERATORS[name], accepted, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

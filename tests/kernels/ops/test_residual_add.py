@@ -15,6 +15,7 @@ from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_refere
 from beit3_ds.kernels.ops.residual_add import check_kernels, residual_add, residual_add_reference
 from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
 from beit3_ds.kernels.triton.residual_add_launch import backward, forward
+from tests.kernels.ffn_operators import select_on_cpu
 from tests.kernels.interpreter import interpreted
 
 CPU = torch.device("cpu")
@@ -112,28 +113,12 @@ def test_inputs_are_not_modified(with_factor: bool) -> None:
     assert (gradients[1].data_ptr() == case.dy.data_ptr()) != with_factor
 
 
-def test_opcheck() -> None:
-    for with_factor in (False, True):
-        case = Case((2, 0, 3), 8, torch.float32, with_factor)
-        arguments = (case.residual, case.partial, case.stops, case.biases, case.factor)
-        torch.library.opcheck(torch.ops.beit3_ds.residual_add.default, arguments)
-        backward_arguments = (case.dy, case.stops, case.factor, case.partial.dtype)
-        torch.library.opcheck(torch.ops.beit3_ds.residual_add_backward.default, backward_arguments)
-
-
-@pytest.mark.parametrize("with_factor", [False, True])
-def test_a_float32_stream_beside_bf16_branches(with_factor: bool) -> None:
-    """Catches a sum rounded to the branch's dtype, and a gradient of the branch in the stream's dtype."""
-    case = Case((9, 0, 7), 24, torch.bfloat16, with_factor, stream=torch.float32)
-    for results in (case.interpret(SMALL), case.differentiate(residual_add), case.differentiate(operator)):
-        case.check(results)
-    check_kernels(CPU, torch.bfloat16, 24, torch.float32)
-
-
 @pytest.mark.parametrize("backend", ["triton", "library"])
-def test_launches_of_a_device(backend: Backend) -> None:
+def test_launches_of_a_device(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches arguments that the operators' CUDA implementations swap."""
     case = Case((2, 0, 3), 24, torch.float32, with_factor=True)
+    for measured in (module._FORWARD, module._BACKWARD):
+        select_on_cpu(measured, monkeypatch)
     with interpreted(), CHOICES.fixed(backend):
         y = module._FORWARD(case.residual, case.partial, case.stops, case.biases, case.factor)
         d_partial, d_biases = module._BACKWARD(case.dy, case.stops, case.factor, case.partial.dtype)
@@ -152,16 +137,14 @@ def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPa
     def fail(name: str, x: Tensor) -> Tensor:
         return x * 1.001 if name == wrong else x
 
-    class Operators:
-        @staticmethod
-        def residual_add(*arguments):  # type: ignore[no-untyped-def]
-            return fail("y", plain_forward(*arguments))
+    def forward(*arguments):  # type: ignore[no-untyped-def]
+        return fail("y", plain_forward(*arguments))
 
-        @staticmethod
-        def residual_add_backward(*arguments):  # type: ignore[no-untyped-def]
-            return tuple(map(fail, ("d_partial", "d_biases"), plain_backward(*arguments)))
+    def backward(*arguments):  # type: ignore[no-untyped-def]
+        return tuple(map(fail, ("d_partial", "d_biases"), plain_backward(*arguments)))
 
-    monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
+    monkeypatch.setattr(module, "_FORWARD", forward)
+    monkeypatch.setattr(module, "_BACKWARD", backward)
     with pytest.raises(WrongResultError):
         check_kernels(CPU, torch.float32, 24)
 

@@ -18,7 +18,6 @@ from tests.kernels.ffn_operators import (
     WIDTH,
     Problem,
     check_device_implementation,
-    check_operator,
     check_wrong_launch_is_found,
 )
 from tests.kernels.interpreter import interpreted
@@ -63,24 +62,19 @@ def test_up_projection() -> None:
     expected = torch.cat([F.linear(h[:3], weights[0], biases[0]), F.linear(h[3:], weights[1], biases[1])])
     activation = up_projection(h, [(0, 3), (3, 5)], weights, biases, has_norm=True)
     torch.testing.assert_close(activation.x_TF, expected)
-    x, a = torch.ops.beit3_ds.up_projection(h, [3, 5], weights, biases)
+    x, a = module.UP_PROJECTION(h, (3, 5), weights, biases)
     for mine, theirs in zip((x, a), (expected, F.gelu(expected)), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
-DEVICE_FUNCTIONS = {"up_projection": "_UP_PROJECTION"}
-"""Operators, and the functions that compute them for CUDA tensors."""
-
-
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
-def test_opcheck(name: str) -> None:
-    check_operator(name)
+OPERATORS = {"up_projection": "UP_PROJECTION"}
+"""Operators by name."""
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_launches_of_a_device(name: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_device_implementation(module, name, DEVICE_FUNCTIONS[name], accepted, monkeypatch)
+    check_device_implementation(module, name, OPERATORS[name], accepted, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from beit3_ds.kernels.triton import architecture
 from beit3_ds.kernels.triton.ahead_of_time import ARCHITECTURES
 from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS, architecture_of
 
@@ -12,6 +13,7 @@ def test_every_device_has_an_architecture(
     capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(architecture, "_architecture_of_gpu", architecture._architecture_of_gpu.__wrapped__)
     assert architecture_of(torch.device("cuda", 0)) == expected
 
 
