@@ -4,8 +4,10 @@ Each test undoes one workaround on the ranks. If it fails, a new DeepSpeed may n
 run when a version, a workaround or this file changes (tests/deepspeed_proofs.py).
 """
 
+import functools
 import importlib.util
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -267,6 +269,46 @@ def count_reductions() -> list[int]:
 def test_one_rank_copies_all_gradients_to_reduce_them() -> None:
     (counts,) = run_ranks(count_reductions, 1)
     assert counts == [0, 1]
+
+
+def count_host_work() -> list[dict[str, int]]:
+    """Counts what ZeRO-3's hooks do on the host in two steps of one rank, without the workaround and with it."""
+    from deepspeed import comm
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
+    from beit3_ds.runtime.process_group import init_process_group
+
+    config = config_for(3, MODEL)
+    mesh = init_process_group(config.parallel)
+    shorten, totals = deepspeed_compat._shorten_zero3_hooks, []
+    for undone in (True, False):  # in this order, because the workaround changes modules for good
+        for num_steps in (1, 3):
+            totals.append(Counter[str]())
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(deepspeed_compat, "_shorten_zero3_hooks", (lambda optimizer: None) if undone else shorten)
+                for owner, name in ((comm, "get_rank"), (torch.nn.Module, "named_parameters")):
+                    patch.setattr(owner, name, _counting(getattr(owner, name), totals[-1]))
+                push = coordinator.get_accelerator().range_push
+                patch.setattr(coordinator.get_accelerator(), "range_push", _counting(push, totals[-1]))
+                measure_steps(config, mesh, DEALS, num_steps=num_steps)
+    return [dict(three - one) for one, three in (totals[:2], totals[2:])]
+
+
+def _counting(function: Any, calls: Counter[str]) -> Any:
+    @functools.wraps(function)
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls[function.__name__] += 1
+        return function(*arguments, **named)
+
+    return counted
+
+
+@pytest.mark.deepspeed_proof
+def test_hooks_of_zero3_take_long_on_the_host() -> None:
+    ((undone, done),) = run_ranks(count_host_work, 1)
+    assert set(undone) == {"get_rank", "named_parameters", "range_push"}
+    assert all(10 * done.get(name, 0) < count for name, count in undone.items()), (undone, done)
 
 
 def test_another_version_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
