@@ -14,8 +14,8 @@ _STEPS = (("base_8gpu.json", 8), ("giant_zero3_64gpu.json", 64))
 _STEP_GPU = "h100-sxm"
 
 HOST = {
-    768: HostTimes((4.0e-3, 2.8e-3), (11e-3, 1e-3), (2.3, 1.52)),
-    1408: HostTimes((1.9e-3, 2.8e-3), (11e-3, 1e-3), (2.3, 1.52)),
+    768: HostTimes((4.0e-3, 1.4e-3), (11e-3, 1e-3), (2.3, 1.45)),
+    1408: HostTimes((1.9e-3, 1.2e-3), (11e-3, 1e-3), (2.3, 1.45)),
 }
 """Host times by hidden size, for base (decoupled, sub-LN) and giant.
 
