@@ -5,7 +5,7 @@ Importing this module checks DeepSpeed's version. Other modules meet DeepSpeed's
     gradient accumulation   always 1 in the engine (`RunConfig.engine_config`)
     norms                   `ModelParallelUnit` names the ranks over which DeepSpeed sums them
     split parameters        have the attribute `tensor_model_parallel`
-    micro-batches           use every parameter of a model chunk
+    micro-batches           use every parameter of a model chunk, and compute their gradients in the same order
 """
 
 import functools

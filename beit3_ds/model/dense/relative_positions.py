@@ -78,9 +78,11 @@ class RelativePositions(nn.Module):
         """Returns the products of each query with the table rows for every distance along the two axes, (T, H, J)."""
         tables: list[Tensor] = []
         entries: list[Tensor] = []
-        for table, places in zip((self.rows, self.columns), axes, strict=True):
+        # One node has both gradients: ZeRO-2 adds up gradients of ranks in the order in which each rank computes them,
+        # which would otherwise depend on the axes along which a rank's images are larger than the tables.
+        both = self.tensor.copy_to(torch.stack((self.rows, self.columns))).unbind()
+        for own, places in zip(both, axes, strict=True):
             entries.append(places.entries_TA + sum(map(len, tables)))
-            own = self.tensor.copy_to(table)
             tables += [own, *(resample_distances(own, side) for side in places.larger)]
         products_RL = q_THK.flatten(0, 1) @ torch.cat(tables).T  # R = T * H
         products_THL = products_RL.unflatten(0, q_THK.shape[:2])

@@ -9,6 +9,7 @@ from torch import Tensor
 from beit3_ds.data.packing import pack_grids
 from beit3_ds.model.dense.canvas import from_canvas, to_canvas
 from beit3_ds.patch_grids import Grids
+from tests.gradient_order import gradient_order
 from tests.model.dense.dense_models import build_dense, dense_config, random_images
 from tests.model.dense.plain_windows import plain_maps
 
@@ -90,3 +91,15 @@ def test_batch_without_images_reaches_all_parameters() -> None:
     assert y_TD.shape == (0, config.hidden_size)
     y_TD.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_the_order_of_gradients_does_not_depend_on_the_images() -> None:
+    """Catches tables of relative positions whose gradients come in another order where an image is larger than they."""
+    config = dense_config()
+    model = build_dense(config)
+    orders = [
+        gradient_order(model, lambda grids=grids: model(pack_grids(random_images(grids), config.patch_size)).sum())
+        for grids in ((), ((4, 4),), ((6, 4),), ((4, 6),), ((6, 6), (2, 5), (7, 3)))
+    ]
+    assert len(orders[0]) == len(list(model.parameters()))
+    assert all(order == orders[0] for order in orders)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit3_ds.config import ModelConfig, ParallelConfig
 from beit3_ds.config.dense import DenseConfig
-from beit3_ds.model import TaskModel
+from beit3_ds.model import LossOutput, TaskModel
 from beit3_ds.parallel import TensorParallel, own_part
 from beit3_ds.tasks.detection.box_masks import MASK_SIDE
 from beit3_ds.tasks.detection.config import DetectionConfig
@@ -23,6 +23,7 @@ from beit3_ds.tasks.detection.objects import ImageObjects
 from beit3_ds.tasks.detection.packing import pack
 from beit3_ds.tasks.detection.samples import DetectionSample
 from beit3_ds.tasks.detection.views import View
+from tests.gradient_order import gradient_order
 from tests.ranks import run_ranks
 
 MODEL = ModelConfig(
@@ -77,14 +78,18 @@ def _sample(number: int, size: tuple[int, int], num_objects: int) -> DetectionSa
 SAMPLES = [_sample(0, (96, 96), 3), _sample(1, (80, 50), 2), _sample(2, (33, 96), 0), _sample(3, (16, 20), 1)]
 
 
+def _output(model: TaskModel, part: Sequence[DetectionSample]) -> LossOutput:
+    batch = pack(part, None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True)
+    output: LossOutput = model(batch, torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0]))
+    return output
+
+
 def _run(model: TaskModel, parts: Sequence[Sequence[DetectionSample]]) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the sums of loss terms and gradients over micro-batches."""
     model.zero_grad()
     sums = torch.zeros(NUM_TERMS)
-    factors = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0])
     for part in parts:
-        batch = pack(part, None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True)
-        output = model(batch, factors)
+        output = _output(model, part)
         output.total.backward()
         sums += output.sums
     return sums, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -156,6 +161,14 @@ def test_every_parameter_takes_part_in_every_micro_batch() -> None:
         assert sums.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients.values())
         assert len(gradients) == len(list(model.parameters()))
     assert sums[1] == 0 and sums[3] == 0 and sums[4] == 0 and sums[0] > 0
+
+
+def test_the_order_of_gradients_does_not_depend_on_the_images() -> None:
+    model = _model()
+    orders = [
+        gradient_order(model, lambda part=part: _output(model, part).total) for part in ([], [SAMPLES[2]], SAMPLES)
+    ]
+    assert len(orders[0]) == len(list(model.parameters())) and orders[0] == orders[1] == orders[2]
 
 
 def test_it_fits_one_image() -> None:

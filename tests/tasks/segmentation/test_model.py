@@ -12,6 +12,7 @@ from beit3_ds.model.parameter_groups import decays
 from beit3_ds.tasks import build_task
 from beit3_ds.tasks.segmentation.model import SegmentationModel
 from beit3_ds.tasks.segmentation.packing import LABELS, SEEDS, pack_windows
+from tests.gradient_order import gradient_order
 from tests.tasks.segmentation.label_files import write_config
 
 CHANGES = {"adapter": (), "no adapter": ("task.adapter=null", "model.final_norm=true")}
@@ -55,6 +56,13 @@ def test_an_empty_batch_gives_zero_and_every_gradient(kind: str, tmp_path: Path)
     assert output.sums.tolist() == [0, 0, 0]
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     assert model(pack_windows([], 16), None).shape[0] == 0
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_the_order_of_gradients_does_not_depend_on_the_images(kind: str, tmp_path: Path) -> None:
+    model = _model(tmp_path, *CHANGES[kind])
+    orders = [gradient_order(model, lambda count=count: model(_batch(count), torch.ones(3)).total) for count in (0, 3)]
+    assert len(orders[0]) == len(list(model.parameters())) and orders[0] == orders[1]
 
 
 @pytest.mark.parametrize("kind", CHANGES)
