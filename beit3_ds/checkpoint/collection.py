@@ -141,7 +141,7 @@ class CheckpointCollection:
         rename(temporary, target)
         self.mark_whole(target)  # before `_prune` counts the whole checkpoints
         self._write_latest(target.name)
-        with contextlib.suppress(OSError):  # the new checkpoint is safe; the next save deletes what is left
+        with contextlib.suppress(OSError):  # the new checkpoint is safe; the next save deletes the rest
             self._prune(index.best_step)
 
     def discard_temporary(self, step: int) -> None:

@@ -45,7 +45,7 @@ class NewFile:
                 self._sync.join()
             if error is None:
                 if self._sync_error:
-                    raise self._sync_error  # the system reports it once: the next sync would succeed
+                    raise self._sync_error  # the system reports an error only once; the next sync would succeed
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)

@@ -316,7 +316,7 @@ class EngineState:
         for weight, state in self._owners():
             if not state:
                 if isinstance(adamw_of(self._engine.optimizer), torch.optim.AdamW):
-                    # The fused form wants the count on the device.
+                    # Fused AdamW needs the count on the device.
                     state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
                 state |= {kind: torch.zeros_like(weight, requires_grad=False) for kind in MOMENTS}
 

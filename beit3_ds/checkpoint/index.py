@@ -64,8 +64,8 @@ PIECES_FILE = "pieces-00000.safetensors"
 """Name of the pieces file, which the main rank writes; it lists the pieces of all tensors."""
 
 _FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS, PIECES))})-[0-9]{{5,9}}\.safetensors")
-_BYTES_PER_FILE = 1 << 16  # by which each file in the folder raises the limit of the index's size
-_SHOWN = 80  # most characters of a name in a message
+_BYTES_PER_FILE = 1 << 16  # each file in the folder raises the size limit of the index by this much
+_SHOWN = 80  # maximum characters of a name in a message
 
 
 class StoredBuffer(NamedTuple):
@@ -222,7 +222,7 @@ def _parse_shape(shape: Any) -> torch.Size:
 
 def _parse_file_name(name: str) -> str:
     if not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"it names {name[:_SHOWN]!r}, which is no file of a checkpoint")
+        raise ValueError(f"it names {name[:_SHOWN]!r}, which is not a file of a checkpoint")
     return name
 
 

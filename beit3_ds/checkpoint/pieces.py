@@ -27,7 +27,7 @@ from beit3_ds.checkpoint.tensor_file import (
 
 _COLUMNS = 5
 _MOST_CORNERS = 2**63 - 1  # numbers of corners are int64
-_SHOWN = 80  # most characters of a name in a message
+_SHOWN = 80  # maximum characters of a name in a message
 _TABLE_FACTOR = 8  # largest size of the table, as a multiple of the largest size of the index
 
 Rows = npt.NDArray[np.int64]
@@ -124,7 +124,7 @@ def _cover_once(rows: Rows, height: int, width: int) -> bool:
     inside = (rows >= 0).all() and (bottom <= height).all() and (right <= width).all()
     if not inside or (top >= bottom).any() or (left >= right).any():
         return False
-    if sum(((bottom - top) * (right - left)).tolist()) != height * width:  # as Python integers, which never overflow
+    if sum(((bottom - top) * (right - left)).tolist()) != height * width:  # Python integers never overflow
         return False
     corners = [y * (width + 1) + x for y in (top, bottom) for x in (left, right)]
     corners.append(np.array([y * (width + 1) + x for y in (0, height) for x in (0, width)]))
@@ -181,7 +181,7 @@ def _parse_rows(pieces: Mapping[str, Sequence[Any]]) -> Rows:
     """Converts the pieces in an index of format 1, which are lists of rank, top, bottom, left and right."""
     rows = list(chain.from_iterable(pieces.values()))
     if {type(row) for row in rows} - {list} or {len(row) for row in rows} - {_COLUMNS}:
-        raise BrokenIndexError(f"a piece is no list of {_COLUMNS} values")
+        raise BrokenIndexError(f"a piece is not a list of {_COLUMNS} values")
     if {type(value) for value in chain.from_iterable(rows)} - {int}:
-        raise BrokenIndexError("a piece has values that are no integers")
+        raise BrokenIndexError("a piece has values that are not integers")
     return np.array(rows, dtype=np.int64).reshape(-1, _COLUMNS)

@@ -112,7 +112,7 @@ def build_run_description(
         model: settings of the model (`Task.describe_model`), which are equal in all checkpoints of the run.
         tokenizers: paths of the tokenizers that the run uses, under the keys "text" and "visual".
     """
-    # Through JSON, so that it equals what is read back: tuples become lists.
+    # Converted through JSON, so that it equals the description read from a checkpoint: tuples become lists.
     sections = dataclasses.asdict(config) | {"task": task, "model": model}
     del sections["backbone"]
     plain = json.loads(json.dumps(sections, default=dict))

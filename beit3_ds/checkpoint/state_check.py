@@ -35,7 +35,8 @@ def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
     """
     names, differing, num_compared = [], [], []
     fault: str | None = None
-    for name, saved, held, moments in weights:  # to the end, because other ranks may gather later ranges with this one
+    # Reads all ranges, because other ranks may gather later ranges together with this rank.
+    for name, saved, held, moments in weights:
         if saved.shape != held.shape:
             fault = fault or f"{name} has {len(held)} elements in the model, but {len(saved)} in the optimizer"
         elif any(moment.shape != saved.shape for moment in moments):

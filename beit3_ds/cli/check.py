@@ -35,7 +35,7 @@ def add_check_command(subparsers: Subparsers) -> None:
 def _check(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
 
-    config = load_run_config(options.config, options.set)  # before torch is imported: a misspelt key is told at once
+    config = load_run_config(options.config, options.set)  # before the import of torch, to report errors at once
     from beit3_ds.data.validation_overlap import check_validation_apart
     from beit3_ds.planner import NodeSize
     from beit3_ds.training.dry_run import describe_dry_run

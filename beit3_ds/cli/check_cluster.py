@@ -84,7 +84,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     )
     inspection = inspect_cluster(hostfile, inquiry)
     requirements = None
-    if config is not None:  # after the inspection: its clocks would be late while torch is imported
+    if config is not None:  # after the inspection, because importing torch would delay its clock readings
         requirements = compute_requirements(config, hostfile)
     faults = [*find_node_faults(inspection, requirements), *find_link_faults(inspection)]
     if requirements is not None:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     * 2: a mistake that the user can fix; it was reported in one line.
     * 128 + n: signal n stopped a command that does not handle signals itself.
 
-    Output that cannot be printed is no failure if the results are files (`add_command`), or if the reader has ended
+    Output that cannot be printed is not a failure if the results are files (`add_command`), or if the reader has ended
     early, like `head -1`.
 
     Args:

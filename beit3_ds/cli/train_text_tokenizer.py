@@ -44,13 +44,13 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
     def is_done() -> bool:
         return not options.force and is_trained("tokenizers.text", path, recipe, read_known)
 
-    if is_done():  # perhaps in a folder that cannot be written
+    if is_done():  # first, because the folder may be read-only
         print(describe_trained("tokenizers.text", path))
         return 0
     check_can_be_written("tokenizers.text", path)
     lock_path = Path(path).with_name(f"{bounded_name(Path(path).name)}.lock")
     with WriterLock(lock_path, f"tokenizers.text.path={path}", "name another file"):
-        if is_done():  # another process has just ended
+        if is_done():  # another process has just trained it
             print(describe_trained("tokenizers.text", path))
             return 0
         lines = read_training_lines(config.data)

@@ -171,7 +171,7 @@ def check_no_image_is_missing(samples: AnnotatedImages) -> None:
         return
     wanted = (number != NO_IMAGE and paths[number] in missing for number in samples.image_numbers)
     first = next((sample for sample, is_missing in enumerate(wanted) if is_missing), None)
-    if first is None:  # no sample needs the images that the file lists and the folder lacks
+    if first is None:  # no sample uses the missing images
         return
     raise ConfigError(
         f"data: {printable(samples.images.path)} lacks {len(missing):,} of {len(paths):,} images. The first is that of "

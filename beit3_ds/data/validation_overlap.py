@@ -56,7 +56,7 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
                     raise _overlap(path, validation[identity], "are the same")
                 for folder, split in folders if os.path.isdir(path) else ():
                     if folder == path and split and identity[2] and split != identity[2]:
-                        continue  # two splits of one dataset, which the task tells apart
+                        continue  # two splits of one dataset, which the task separates
                     if is_inside(folder, path) or is_inside(path, folder):
                         raise _overlap(path, folder, "contain one another")
                     if shared := _shared_folder(path, folder):

@@ -225,7 +225,7 @@ def parse_byte_count(text: str) -> int:
     if match:
         count = round(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
     if count < 1:
-        raise ConfigError(f"{text!r} is no size in bytes. Write it as 5GB, 500MB or 2GiB.")
+        raise ConfigError(f"{text!r} is not a size in bytes. Write it as 5GB, 500MB or 2GiB.")
     return count
 
 

@@ -139,7 +139,7 @@ def open_weights(path: str | Path, *, averages: bool = False, best: bool = False
         return open_checkpoint(best_checkpoint_path(path) if best else path, averages=averages)
     if averages or best:
         raise ConfigError(
-            f"{path} is no checkpoint, so it has neither averages nor a best one. Leave out --ema, --best."
+            f"{path} is not a checkpoint, so it has no averages and no best checkpoint. Leave out --ema and --best."
         )
     if path.is_file() and not is_pretrained_file(path):
         return open_for_import(path)

@@ -152,7 +152,7 @@ def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
         raise ConfigError(f"{where} is not BEiT-3 in its released format ({error!r}). Use a released file.") from error
     grid_size = round(max(num_patches, 0) ** 0.5)
     if grid_size**2 != num_patches:
-        raise ConfigError(f"{where}: {num_patches} patches are no square grid. Use a released file.")
+        raise ConfigError(f"{where}: {num_patches} patches do not form a square grid. Use a released file.")
     named = (size["num_attention_heads"] for size in MODEL_SIZES.values() if size["hidden_size"] == hidden_size)
     if not (num_attention_heads := next(named, hidden_size // _HEAD_SIZE if hidden_size % _HEAD_SIZE == 0 else 0)):
         raise ConfigError(

@@ -191,7 +191,7 @@ def test_sizes_are_read(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 GG", "0", "1e9", "five"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size in bytes"):
+    with pytest.raises(ConfigError, match="is not a size in bytes"):
         parse_byte_count(text)
 
 

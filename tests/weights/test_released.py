@@ -194,7 +194,7 @@ def test_other_files_are_refused(reference: Reference, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not BEiT-3 in its released format"):
         ReleasedFile(write(tmp_path / "other.pth", {"weight": torch.ones(2)}))
     table = state["beit3.encoder.embed_positions.A.weight"]
-    with pytest.raises(ConfigError, match="no square grid"):
+    with pytest.raises(ConfigError, match="do not form a square grid"):
         ReleasedFile(write(tmp_path / "grid.pth", state | {"beit3.encoder.embed_positions.A.weight": table[:-1]}))
     with pytest.raises(ConfigError, match=r"1 tensors of the backbone.*relative_position"):
         ReleasedFile(write(tmp_path / "more.pth", state | {"beit3.encoder.relative_position.weight": torch.ones(3)}))

@@ -84,7 +84,7 @@ class Folder:
                 raise ValueError(f"{status.st_size} bytes exceed the limit of {limit}")
             return read_fully(
                 descriptor, 0, status.st_size
-            )  # one call; a file object needs a second one to see the end
+            )  # one system call; a file object needs a second call to detect the end
         finally:
             os.close(descriptor)
 

@@ -34,7 +34,7 @@ def next_written(descriptor: int, position: int, size: int) -> int:
     except OSError as error:
         if error.errno == errno.ENXIO:
             return size
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system knows of no gaps
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system does not report gaps
             return position
         raise
 
@@ -51,7 +51,7 @@ def _count_missing(path: str, size: int) -> int:
             position = os.lseek(descriptor, written, os.SEEK_HOLE)
             if position >= size:
                 return missing
-        return size  # a file of so many gaps is no copy of a text
+        return size  # a text file never has so many gaps
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENXIO):
             return 0

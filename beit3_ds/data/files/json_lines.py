@@ -42,7 +42,7 @@ def iterate_json_lines(path: str, required: Mapping[str, type]) -> Iterator[tupl
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"data: {shown} is no file of JSON lines: {error}.") from error
+        raise ConfigError(f"data: {shown} is not a file of JSON lines: {error}.") from error
 
 
 def _object(line: bytes, required: Mapping[str, type], where: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ FILE_ERRORS = frozenset(
 )
 """Error numbers that concern one file, not the file system."""
 
-_PAUSES = (0.1, 0.4, 1.5)  # seconds before attempts 2 to 4; the failover of a server takes about as long
+_PAUSES = (0.1, 0.4, 1.5)  # seconds before attempts 2 to 4; about the time of a server's failover
 _BUFFER_BYTES = 1 << 20
 
 

@@ -170,7 +170,7 @@ def _caption_column(table: str, caption_column: int) -> Iterator[str | None]:
             continue
         if number == 0 and "://" not in columns[1 - caption_column]:
             raise ValueError(
-                f"column {2 - caption_column} of the first line, {columns[1 - caption_column]!r}, is no URL"
+                f"column {2 - caption_column} of the first line, {columns[1 - caption_column]!r}, is not a URL"
             )
         yield columns[caption_column]
 

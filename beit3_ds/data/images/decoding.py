@@ -13,7 +13,7 @@ MAX_IMAGE_BYTES = 1 << 28
 MAX_DECODING_BYTES = 300_000_000
 """Maximum memory in bytes for decoding one image, including the file and all copies of the pixels."""
 _STRIP_PIXELS = 1 << 20
-_MAX_JPEG_SCANS = 100  # progressive files have about ten; each costs a pass over all pixels, even with few bytes
+_MAX_JPEG_SCANS = 100  # progressive files have about ten; each scan takes a pass over all pixels
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -24,7 +24,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The content decides on the format, not the extension. Other plugins of Pillow start programs or read vector graphics.
+# The content determines the format, not the extension. Other plugins of Pillow start programs or read vector graphics.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 

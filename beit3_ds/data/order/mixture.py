@@ -27,7 +27,7 @@ def assign_sources(
     """
     parts = mixture_shares(weights)
     sources, places = np.empty_like(positions), np.empty_like(positions)
-    left = positions  # number of earlier positions that no earlier source takes
+    left = positions  # number of earlier positions that earlier sources do not take
     unassigned = np.ones(len(positions), dtype=bool)
     for source, part in enumerate(parts):
         remaining = sum(parts[source:])

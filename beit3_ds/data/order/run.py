@@ -57,7 +57,7 @@ class RunOrder:
         self._first_step = first_step
         stored = data.get(POSITIONS, {})
         if not isinstance(stored, Mapping):
-            raise _damaged("*", ValueError(f"{str(stored)[:40]!r} is no object"))
+            raise _damaged("*", ValueError(f"{str(stored)[:40]!r} is not an object"))
         stored = dict(stored)
         lines: list[str] = []
         if POSITIONS not in data:

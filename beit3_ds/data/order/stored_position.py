@@ -104,7 +104,7 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
     for number, node in enumerate(nodes):
         parts, length = _check_node(node, lengths, sizes)
         if not unused.issuperset(parts) or len(set(parts)) < len(parts):
-            raise ValueError("a node of remaining samples is used twice, or before it is there")
+            raise ValueError("a set of remaining samples is used twice, or before it is defined")
         unused.difference_update(parts)
         unused.add(number)
         lengths.append(length)
@@ -117,7 +117,7 @@ def _check_node(node: Any, lengths: list[int], sizes: Mapping[int, int]) -> tupl
     if kind == "range":
         source, first, last = map(check_count, check_list(values, 3))
         _check_at_most(source, _MOST_IDS)
-        # A renumbered source gets a new id; the samples that are left of its old id are in no source of the stream.
+        # A renumbered source gets a new id; no source of the stream contains the unused samples of its old id.
         if not first <= last <= sizes.get(source, _MOST_SAMPLES):
             raise ValueError(f"source {source} has no samples {first} to {last}")
         return [], last - first
@@ -148,13 +148,13 @@ def _check_key(value: Any) -> tuple[str | int, ...]:
 
 def _check_int(value: Any) -> int:
     if type(value) is not int:
-        raise ValueError(f"{str(value)[:40]!r} is no integer")
+        raise ValueError(f"{str(value)[:40]!r} is not an integer")
     return value
 
 
 def _check_positive(value: Any) -> int:
     if not 1 <= _check_int(value) <= _MOST_SAMPLES:
-        raise ValueError(f"{value} is no number of samples")
+        raise ValueError(f"{value} is not a number of samples")
     return int(value)
 
 
@@ -166,7 +166,7 @@ def _check_at_most(value: Any, limit: int) -> int:
 
 def _check_weight(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{str(value)[:40]!r} is no weight")
+        raise ValueError(f"{str(value)[:40]!r} is not a weight")
     return float(value)
 
 

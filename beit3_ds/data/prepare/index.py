@@ -23,7 +23,7 @@ from beit3_ds.data.workers.pool import Preparation, prepare_in_any_order
 from beit3_ds.data.workers.waiting import WaitLimits
 from beit3_ds.printing import printable
 
-_MAX_NAMED = 10  # most changed samples or failed tars that a message names
+_MAX_NAMED = 10  # maximum number of changed samples or failed tars that a message names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from beit3_ds.data.validation_overlap import check_validation_apart
 from beit3_ds.printing import printable
 
 _PERCENTILES = (0, 10, 50, 90, 100)
-_MAX_NAMED = 10  # most broken records per reason that a report names
+_MAX_NAMED = 10  # maximum number of broken records that a report names per reason
 _NUM_TEXTS, _TEXT_LENGTH = 4, 100  # texts shown per source, and characters of each
 _SUSPECTS = {
     "U+FFFD, which stands for what could not be decoded": re.compile("\ufffd"),

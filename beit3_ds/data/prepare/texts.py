@@ -29,7 +29,7 @@ from beit3_ds.data.workers.waiting import WaitLimits
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _MAX_DIGITS = 9  # maximum digits of the number of shares
-_PIECE_BYTES = 64 << 20  # about ten seconds of work: the cost of an interruption, and the unit that processes share
+_PIECE_BYTES = 64 << 20  # about ten seconds of work, which is lost at an interruption
 
 
 @dataclass(frozen=True, kw_only=True)

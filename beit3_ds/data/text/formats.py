@@ -3,7 +3,7 @@
 | name, in lower or upper case | content |
 |---|---|
 | `*.jsonl`, `*.ndjson`, `*.jsonlines`, `*.ldjson` | JSON values if the file starts with `[`, else JSON lines |
-| `*.json` | JSON values if the file starts with `[` or the first line is no complete JSON value, else JSON lines |
+| `*.json` | JSON values if the file starts with `[` or the first line is not whole JSON, else JSON lines |
 | tables, markup, documents, archives, images and others in `_OTHERS` | unsupported |
 | any other name | plain text |
 

@@ -229,7 +229,7 @@ def _from_footer(path: Path, footer: dict[str, Any]) -> TokenPiece:
 
 def _check_dtype(name: Any) -> str:
     if name not in ("<u2", "<u4"):
-        raise ValueError(f"{str(name)[:20]!r} is no type of ids")
+        raise ValueError(f"{str(name)[:20]!r} is not a dtype of ids")
     return str(name)
 
 

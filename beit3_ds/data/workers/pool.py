@@ -204,7 +204,7 @@ class _Workers(Generic[RequestT, ItemT]):
             self._replace(worker, request, str(death))
             return None
         if reply is None:
-            # Time in which a scheduler had suspended this process too does not count.
+            # Does not count time during which this process was suspended too.
             now = time.monotonic()
             passed = min(now - self._polled[worker], 2 * POLL_SECONDS)
             self._polled[worker] = now

@@ -133,7 +133,7 @@ class ItemReceiver:
         memory: Any = memoryview(bytearray(message[_HEADER.size + num_pickled :]))  # a copy, which is aligned
         if not num_inline and offsets[-1]:
             descriptor = self._descriptors.pop(0)
-            memory = memoryview(mmap.mmap(descriptor, offsets[-1]))  # exists as long as a tensor in it
+            memory = memoryview(mmap.mmap(descriptor, offsets[-1]))  # freed with the last tensor that uses it
             os.close(descriptor)
         buffers = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=False)]
         return pickle.loads(content[8 * count :], buffers=buffers)

@@ -186,7 +186,7 @@ def test_conceptual_captions(tmp_path: Path, png: bytes, columns: str) -> None:
         source.caption(1)
     assert source.skipped == {"row without two columns": (1, "row 1")}
     other = "url_caption" if columns == "caption_url" else "caption_url"
-    with pytest.raises(ConfigError, match=r"train\.tsv .*is no URL"):
+    with pytest.raises(ConfigError, match=r"train\.tsv .*is not a URL"):
         read_conceptual_captions(str(tmp_path / "train.tsv"), folder, other)  # type: ignore[arg-type]
 
 
