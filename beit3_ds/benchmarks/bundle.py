@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from beit3_ds.benchmarks.certify.commands import ROOT
+from beit3_ds.benchmarks.moved_cache import relocate
 from beit3_ds.config import ConfigError
 
 PACKAGES = (
@@ -45,7 +46,10 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 export PYTHONPATH="$here/tree:$here/packages${PYTHONPATH:+:$PYTHONPATH}" TRITON_CACHE_DIR="$here/triton_cache"
-if [ ! -d "$TRITON_CACHE_DIR" ]; then "$python" -m tarfile -e "$here/triton_cache.tar.xz" "$here"; fi
+if [ ! -d "$TRITON_CACHE_DIR" ]; then
+    "$python" -m tarfile -e "$here/triton_cache.tar.xz" "$here"
+    (cd "$here/tree" && "$python" -m beit3_ds.benchmarks.moved_cache "$TRITON_CACHE_DIR")
+fi
 if [ ! -d "$here/packages" ]; then
     for wheel in "$here"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$here/packages"; done
 fi
@@ -126,6 +130,7 @@ def compile_certificate(tree: Path, cache: Path, architecture: int, filled: Path
     """
     if filled is not None:
         shutil.copytree(filled, cache, dirs_exist_ok=True)
+        relocate(cache)
     report, packages = (cache.with_name(name).resolve() for name in ("dry_run", "packages"))
     for wheel in tree.with_name("wheels").glob("*.whl"):  # DeepSpeed's engine is a section
         zipfile.ZipFile(wheel).extractall(packages)

@@ -1,0 +1,24 @@
+"""Makes a Triton cache usable that was moved to another folder.
+
+    python -m beit3_ds.benchmarks.moved_cache FOLDER
+
+Triton stores the absolute paths of a kernel's files in the cache. If they do not exist, it compiles the kernel again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def relocate(cache: Path) -> int:
+    """Rewrites the paths in a Triton cache to those of the folder that holds it; returns the number of kernels."""
+    groups = list(cache.resolve().glob("*/__grp__*.json"))
+    for group in groups:
+        names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
+        paths = {name: str(group.with_name(name)) for name in names}
+        group.write_text(json.dumps({"child_paths": paths}), encoding="utf-8")
+    return len(groups)
+
+
+if __name__ == "__main__":
+    print(f"{relocate(Path(sys.argv[1]))} kernels in {sys.argv[1]}")
