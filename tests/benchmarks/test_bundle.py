@@ -1,5 +1,6 @@
 """Tests the bundle for machines without network: its parts, its script and its size limit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,15 +23,21 @@ def fetch(requirements: Sequence[str], folder: Path) -> None:
 
 
 def fill(tree: Path, cache: Path, architecture: int) -> None:
-    """Stores one file in a kernel cache."""
+    """Stores one kernel with one file, as Triton does."""
     assert (tree / "beit3_ds" / "kernels" / "triton").is_dir()
-    (cache / f"kernel_{architecture}").write_bytes(b"0" * 100)
+    kernel = cache / "KEY" / f"kernel_{architecture}"
+    kernel.parent.mkdir()
+    kernel.write_bytes(b"0" * 100)
+    (kernel.parent / "__grp__kernel.json").write_text(json.dumps({"child_paths": {kernel.name: str(kernel)}}))
 
 
 def test_the_script_runs_the_tree_with_cache_and_packages(tmp_path: Path) -> None:
-    """Catches a missing part, and a script that uses packages, code or a cache from outside the bundle."""
-    folder = tmp_path / "bundle"
-    size = bundle.pack_bundle(folder, 90, fetch, fill)
+    """Catches a missing part, and a script that uses packages, code or a cache from outside the bundle.
+
+    Triton finds no kernels in a cache that was packed in another folder, unless the script corrects their paths.
+    """
+    size = bundle.pack_bundle(tmp_path / "packed", 90, fetch, fill)
+    folder = (tmp_path / "packed").rename(tmp_path / "bundle")
     assert 1e6 < size < bundle.MAX_BYTES and size == bundle._size(folder)
     assert not (folder / "tree" / ".git").exists() and (folder / "tree" / "constraints.txt").exists()
     assert len(list((folder / "wheels").iterdir())) == len(bundle.PACKAGES)
@@ -38,7 +45,7 @@ def test_the_script_runs_the_tree_with_cache_and_packages(tmp_path: Path) -> Non
     python = tmp_path / "python"
     python.write_text(
         f"""#!/bin/sh
-if [ "$2" = zipfile ] || [ "$2" = tarfile ]; then exec {sys.executable} "$@"; fi
+case "$2" in zipfile | tarfile | *.moved_cache) exec {sys.executable} "$@" > {tmp_path}/unpacked ;; esac
 echo "$@" > {tmp_path}/arguments
 pwd >> {tmp_path}/arguments
 echo "$TRITON_CACHE_DIR" >> {tmp_path}/arguments
@@ -54,7 +61,9 @@ exec {sys.executable} -c "import deepspeed_of_the_bundle, beit3_ds; print(beit3_
         assert done.stdout.strip() == str(folder / "tree" / "beit3_ds" / "__init__.py")
         arguments, where, cache = (tmp_path / "arguments").read_text().splitlines()
         assert arguments == f"-m beit3_ds.cli.main certify --out {folder}/certificate --minutes 10"
-        assert (folder / "triton_cache" / "kernel_90").stat().st_size == 100
+        kernel = folder / "triton_cache" / "KEY" / "kernel_90"
+        paths = json.loads((kernel.parent / "__grp__kernel.json").read_text())["child_paths"]
+        assert kernel.stat().st_size == 100 and paths == {"kernel_90": str(kernel)}
         assert where == str(folder / "tree") and cache == str(folder / "triton_cache")
 
 
