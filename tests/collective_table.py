@@ -14,7 +14,7 @@ _HEADER = "| file | function | calls | values | dtype | group | when | shown by 
 
 
 class Row(NamedTuple):
-    """Describes what a call sends."""
+    """Describes what a call sends, as one row of the table."""
 
     kinds: tuple[str, ...]
     """Kinds of values that the call sends."""

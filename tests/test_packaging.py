@@ -103,7 +103,7 @@ def test_the_installed_kernels_are_those_of_the_folder() -> None:
 
 
 def test_the_hosted_workflow_runs_what_a_developer_runs() -> None:
-    """Catches a second list of checks, which would become different."""
+    """Catches a separate list of checks in the hosted workflow, which would drift from the developer's."""
     workflow = (ROOT / ".github/workflows/test.yml").read_text()
     (command,) = re.findall(r"^ +- run: (.+)$", workflow, re.MULTILINE)
     assert command.endswith(" .ci/run")

@@ -31,7 +31,7 @@ a test compares the two.
 
 
 def document() -> str:
-    """Returns the text of the whole document."""
+    """Returns the text of docs/tested_deepspeed_keys.md."""
     keys = list(_walk(DEEPSPEED_KEYS, ""))
     state = [(name, spec) for name, spec in keys if name.split(".")[0] in SECTIONS]
     accepted = [(name, spec) for name, spec in keys if isinstance(spec, Spec) and not isinstance(spec, Fixed)]

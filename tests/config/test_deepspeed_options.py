@@ -1,4 +1,4 @@
-"""Tests what DeepSpeed's keys mean, with and without a value."""
+"""Tests how DeepSpeed's keys are interpreted when they are given or left out."""
 
 from typing import Any
 

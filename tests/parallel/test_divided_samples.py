@@ -54,8 +54,7 @@ def measure(row_counts: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, T
 
 @pytest.mark.parametrize("row_counts", [(3, 5, 2), (4,)])
 def test_equals_one_process(row_counts: tuple[int, ...]) -> None:
-    """Catches gradients of a rank's own samples only, gradients counted once per rank, and ranks without samples that
-    hang.
+    """Catches gradients of own samples only, gradients counted once per rank, and a hang of a rank without samples.
 
     Two backward passes catch hooks that are registered twice.
     """

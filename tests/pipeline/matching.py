@@ -135,7 +135,7 @@ def evaluate_sources(config: RunConfig, schedule: "Schedule", mesh: Mesh) -> dic
 
 
 def plain_steps() -> dict[str, Tensor]:
-    """Runs the same steps on whole batches in one process, without DeepSpeed."""
+    """Runs the steps of `measure_matching` on whole batches in one process, without DeepSpeed."""
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
     from beit3_ds.training.optimizer import build_optimizer

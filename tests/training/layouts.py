@@ -111,10 +111,10 @@ PAIRWISE_CELLS = [
     Cell(Layout(4, 1, 2), 0, "sub-LN", "none"),
     Cell(Layout(4, 2, 1, sequence_parallel=True, interleaved=True), 1, "tied", "none"),
 ]
-"""Covers every valid pair of two options' values; no cheaper set is known.
+"""Cells that cover every valid pair of two options' values; no cheaper set is known.
 
-A search minimised the processor time. More ranks cost most, tensor-parallel ranks cost twice, and recomputing adds a
-third.
+A search minimised their processor time. The time grows with the number of ranks, doubles with tensor parallelism, and
+grows by a third with recomputation.
 """
 
 

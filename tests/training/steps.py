@@ -151,9 +151,9 @@ def _split(joined: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 class Reference:
-    """Runs the same steps on all samples at once with autograd, clip_grad_norm_ and AdamW, without DeepSpeed.
+    """Runs the steps of `measure_steps` on all samples at once, without DeepSpeed.
 
-    Computes each model once and saves the result in a folder that ranks read.
+    Uses autograd, clip_grad_norm_ and AdamW. Computes each model once and saves the result in a folder that ranks read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,10 +172,7 @@ class Reference:
         return load_steps(self._path(model, num_layers))
 
     def ratios(self, found: Mapping[str, Tensor], model: str, num_layers: int = NUM_LAYERS) -> dict[str, float]:
-        """Returns the error of each tensor as a fraction of the allowed error.
-
-        The error |a - b| may be 1e-5 |b| + 1e-7 |all|, in the 2-norm.
-        """
+        """Returns the error of each tensor as a fraction of the allowed error; see `error_ratios`."""
         return error_ratios(found, self.load(model, num_layers))
 
     def _path(self, model: str, num_layers: int) -> Path:
@@ -185,7 +182,7 @@ class Reference:
 def error_ratios(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
     """Returns the error of each tensor as a fraction of the allowed error.
 
-    The error |a - b| may be 1e-5 |b| + 1e-7 |all|, in the 2-norm.
+    The error |a - b| may be 1e-5 |b| + 1e-7 |all| in the 2-norm, where |all| is the norm of all tensors of a kind.
     """
     kinds = {name.rsplit(" ", 1)[0] for name in found}
     norms = {kind: norm_of_all(expected, kind) for kind in kinds}

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[list[Any], list[str]]] = {
 
 
 def compare(folders: list[str]) -> dict[str, str]:
-    """Returns the outcome of every case on this rank, and of a comparison of files at one path."""
+    """Runs every case of differing data or files on one rank; returns the error of each case, or "", by name."""
     import dataclasses
 
     from beit3_ds.config import ParallelConfig
