@@ -61,8 +61,8 @@ class SourceConfig:
         for key in ("annotations", "split"):
             if value := getattr(self, key):
                 raise ConfigError(
-                    f"data: {self._described} has {key}='{value}', which only formats of "
-                    "tasks have, such as vqav2. Remove it, or name the format."
+                    f"data: {self._described} has {key}='{value}', which only task "
+                    f"formats such as vqav2 have. Remove {key}, or set 'format'."
                 )
 
     @property

@@ -13,16 +13,16 @@ from beit3_ds.config.key_specs import Choice, Fixed, Flag, Number, Refused, Sect
 from beit3_ds.config.numbers import Range
 from beit3_ds.config.zero_keys import NVME, OWN_CHECKPOINTS, REMOVED, ZERO
 
-_NO_EFFECT = "it has no effect here. Leave it out."
-_OWN_DATA = "the order of the data is a pure function of seed and step. Leave it out."
-_OWN_MODEL = "it rewrites the modules of models that it knows. Leave it out."
+_NO_EFFECT = "the key has no effect in this project. Leave it out."
+_OWN_DATA = "only the seed and the step number determine the order of the data. Leave it out."
+_OWN_MODEL = "the feature replaces modules of models that DeepSpeed knows. Leave it out."
 
 _BF16 = Section(
     example='{"enabled": true}',
     keys={
         "enabled": Flag(effect="Parameters and activations are bf16; AdamW keeps float32 copies of the weights."),
-        "check_grad_overflow": Fixed(value=True, reason="the gradients' norm says whether a step is skipped."),
-        "immediate_grad_update": Fixed(value=False, reason="gradients would be added up in another order."),
+        "check_grad_overflow": Fixed(value=True, reason="the gradient norm decides whether a step is skipped."),
+        "immediate_grad_update": Fixed(value=False, reason="gradients would be summed in another order."),
         "bf16_master_weights_and_grads": Fixed(value=False, reason="checkpoints keep weights in float32."),
         "bf16_optimizer_states": Fixed(value=False, reason="checkpoints keep moments in float32."),
     },
@@ -34,7 +34,7 @@ _DATA_TYPES = Section(
         "grad_accum_dtype": Choice(
             values=("fp32", "bf16"),
             samples=("fp32", "bf16"),
-            effect="Type in which the gradients of micro-batches are added up; by default the type of the weights.",
+            effect="Dtype of the sums of micro-batch gradients; by default the dtype of the weights.",
         ),
         "param_dtype": Refused(reason="bf16.enabled sets it. Leave it out."),
         "buffer_dtype": Refused(reason="the model has no buffers. Leave it out."),
@@ -47,10 +47,10 @@ def _file_monitor(package: str) -> Section:
     return Section(
         example='{"enabled": true}',
         keys={
-            "enabled": Flag(effect=f"Writes what metrics.jsonl holds to {package} as well."),
+            "enabled": Flag(effect=f"Also writes the metrics in metrics.jsonl to {package}."),
             "output_path": Text(
                 is_inner_path=True,
-                effect="Folder of the files inside training.output_dir; by default `logs`.",
+                effect="Folder for the files, inside training.output_dir; by default `logs`.",
             ),
             "job_name": Text(is_folder_name=True, effect="Folder below output_path."),
         },
@@ -60,10 +60,10 @@ def _file_monitor(package: str) -> Section:
 _WANDB = Section(
     example='{"enabled": true, "project": "beit3"}',
     keys={
-        "enabled": Flag(samples=(False,), effect="Sends what metrics.jsonl holds to Weights & Biases."),
-        "group": Text(effect="Group of runs."),
+        "enabled": Flag(samples=(False,), effect="Sends the metrics in metrics.jsonl to Weights & Biases."),
+        "group": Text(effect="Name of the group of runs."),
         "team": Text(effect="Team that owns the project."),
-        "project": Text(effect="Project."),
+        "project": Text(effect="Name of the project."),
     },
 )
 
@@ -71,10 +71,10 @@ _COMMS_LOGGER = Section(
     example='{"enabled": true, "verbose": true}',
     keys={
         "enabled": Flag(effect="DeepSpeed logs its collectives."),
-        "verbose": Flag(effect="Logs each one as it ends."),
-        "prof_all": Flag(effect="Logs all of them, not only those of prof_ops."),
-        "debug": Flag(effect="Names the caller too."),
-        "prof_ops": Refused(reason="it is a list, and prof_all logs them all. Leave it out."),
+        "verbose": Flag(effect="DeepSpeed logs each collective when it ends."),
+        "prof_all": Flag(effect="DeepSpeed logs all collectives, not only those in prof_ops."),
+        "debug": Flag(effect="DeepSpeed also logs the caller."),
+        "prof_ops": Refused(reason="lists of collectives are not supported. Use prof_all, which logs all of them."),
     },
 )
 
@@ -85,7 +85,7 @@ _TIMERS = Section(
             example='{"enabled": false}',
             keys={
                 "enabled": Flag(effect="DeepSpeed times steps for its own log lines."),
-                "synchronized": Flag(effect="DeepSpeed synchronises the device before it reads these times."),
+                "synchronized": Flag(effect="DeepSpeed synchronises the device before it reads the times."),
             },
         )
     },
@@ -93,20 +93,21 @@ _TIMERS = Section(
 
 DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "train_batch_size": Number(
-        range=Range(1), effect="Samples per step; may be left out, and must equal the sum of the streams' samples."
+        range=Range(1),
+        effect="Samples per step. Optional; if given, it must be the sum of samples_per_step over all streams.",
     ),
     "train_micro_batch_size_per_gpu": Number(
         range=Range(1),
-        effect="Samples per micro-batch; may be left out, and must equal the value that follows from the streams.",
+        effect="Samples per micro-batch. Optional; if given, it must be the value computed from samples_per_step.",
     ),
     "gradient_accumulation_steps": Number(
-        range=Range(1, 2**20), samples=(1, 2), effect="Micro-batches per rank and step."
+        range=Range(1, 2**20), samples=(1, 2), effect="Micro-batches per rank in each step."
     ),
     "gradient_clipping": Number(
         range=Range(0, 1e6, above=True),
         whole=False,
         samples=(0.05, 3.0),
-        effect="Largest norm of all gradients together; by default they are not clipped.",
+        effect="Largest joint norm of all gradients; by default, gradients are not clipped.",
     ),
     "steps_per_print": Number(
         range=Range(1), samples=(1, 1_000_000), effect="Steps between DeepSpeed's own log lines."
@@ -115,7 +116,7 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "bf16": _BF16,
     "data_types": _DATA_TYPES,
     "communication_data_type": Choice(
-        values=("fp32", "bf16"), samples=("fp32", "bf16"), effect="Type in which gradients are sent."
+        values=("fp32", "bf16"), samples=("fp32", "bf16"), effect="Dtype in which gradients are sent."
     ),
     "csv_monitor": _file_monitor("CSV files"),
     "tensorboard": _file_monitor("TensorBoard"),
@@ -131,30 +132,32 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
         effect="Level of DeepSpeed's own log lines.",
     ),
     "managed_gradient_accumulation": Fixed(
-        value=True, reason="the schedule of micro-batches tells the engine when to reduce."
+        value=True, reason="the micro-batch schedule decides when the engine reduces gradients."
     ),
     "gradient_allreduce_op": Fixed(value="mean", reason="the loss is scaled for a mean over the data-parallel ranks."),
-    "prescale_gradients": Fixed(value=False, reason="it guards sums in fp16, which is not used."),
-    "gradient_predivide_factor": Fixed(value=1.0, reason="it guards sums in fp16, which is not used."),
+    "prescale_gradients": Fixed(value=False, reason="the key protects fp16 sums, and fp16 is not used."),
+    "gradient_predivide_factor": Fixed(value=1.0, reason="the key protects fp16 sums, and fp16 is not used."),
     "zero_force_ds_cpu_optimizer": Fixed(
-        value=False, reason="the optimizer is torch's AdamW, and with offload_optimizer this is set by itself."
+        value=False, reason="the optimizer is torch's AdamW; with offload_optimizer, this project sets the key."
     ),
-    "disable_python_gc": Fixed(value=False, reason="nothing here would collect cyclic garbage instead."),
-    "fp16": Refused(reason="losses are not scaled. Use bf16, or neither for fp32."),
-    "bfloat16": Refused(reason='it is the old name. Write "bf16".'),
-    "torch_autocast": Refused(reason='kernels choose their types themselves. Use "bf16": {"enabled": true}.'),
+    "disable_python_gc": Fixed(value=False, reason="Python would then free no memory in reference cycles."),
+    "fp16": Refused(reason="loss scaling is not implemented. Use bf16, or neither for fp32."),
+    "bfloat16": Refused(reason='bfloat16 is the old name. Write "bf16".'),
+    "torch_autocast": Refused(reason='the kernels choose their dtypes themselves. Use "bf16": {"enabled": true}.'),
     "optimizer": Refused(
-        reason="use beit3_ds.training (learning_rate, weight_decay, ...), which exempts some parameters from decay."
+        reason="use beit3_ds.training (learning_rate, weight_decay, ...), which decays only some parameters."
     ),
     "scheduler": Refused(reason="use beit3_ds.training (warmup_steps, total_steps, min_learning_rate)."),
     "activation_checkpointing": Refused(reason='use beit3_ds.training.activation_checkpointing: "none" or "full".'),
     "tensor_parallel": Refused(reason="use beit3_ds.parallel.tensor_parallel_size."),
     "pipeline": Refused(reason="use beit3_ds.parallel.pipeline_parallel_size."),
-    "comet": Refused(reason="it was never tested here. Use csv_monitor, tensorboard or wandb."),
+    "comet": Refused(reason="this monitor was never tested here. Use csv_monitor, tensorboard or wandb."),
     "flops_profiler": Refused(
-        reason="it does not count the kernels' products. Progress lines and metrics.jsonl give FLOP/s."
+        reason="the profiler does not count operations in kernels. Progress lines and metrics.jsonl have FLOP/s."
     ),
-    "autotuning": Refused(reason="it starts runs of its own. `beit3 check` gives memory and traffic of a layout."),
+    "autotuning": Refused(
+        reason="autotuning would start other runs. `beit3 check` prints memory and traffic of a layout."
+    ),
     "data_efficiency": Refused(reason=_OWN_DATA),
     "curriculum_learning": Refused(reason=_OWN_DATA),
     "dataloader_drop_last": Refused(reason=_OWN_DATA),
@@ -166,7 +169,7 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "use_data_before_expert_parallelism": Refused(reason=_OWN_MODEL),
     "weight_quantization": Refused(reason=_OWN_MODEL),
     "compile": Refused(
-        reason="the model's kernels are compiled already, and DeepCompile was never tested here. Leave it out."
+        reason="the model's kernels are already compiled, and DeepCompile was never tested here. Leave it out."
     ),
     "aio": Refused(reason=NVME),
     "amp": Refused(reason="DeepSpeed 0.19 removed it. Use bf16, or neither for fp32."),

@@ -37,8 +37,8 @@ def _check_types(options: DeepSpeedOptions) -> None:
         )
     if sums != weights and not options.zero_stage:
         raise ConfigError(
-            f'data_types.grad_accum_dtype="{sums}" beside {weights} weights needs ZeRO. Set zero_optimization.stage to '
-            "1, 2 or 3, or leave it out."
+            f'data_types.grad_accum_dtype="{sums}" with {weights} weights needs ZeRO. Set zero_optimization.stage to '
+            "1, 2 or 3, or leave out grad_accum_dtype."
         )
 
 
@@ -50,8 +50,8 @@ def _check_offloading(options: DeepSpeedOptions) -> None:
         )
     if options.offloads_optimizer and not stage:
         raise ConfigError(
-            "zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3; it is 0. Set one of them, or "
-            "leave it out."
+            "zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3; the stage is 0. Set one of "
+            "these stages, or leave out offload_optimizer."
         )
 
 
@@ -64,25 +64,25 @@ def _check_apex(options: DeepSpeedOptions) -> None:
     if options.zero_stage == 3:
         raise ConfigError(
             'training.optimizer="apex_fused_adam" counts updates by parameter group, but zero_optimization.stage=3 '
-            "updates a group in pieces, each of which would count. Use stage 1 or 2."
+            "updates a group in pieces and would count each piece. Use stage 1 or 2."
         )
     if options.is_bf16 and not options.zero_stage:
         raise ConfigError(
             'training.optimizer="apex_fused_adam" with bf16 and without ZeRO makes DeepSpeed keep state in a form that '
-            "checkpoints do not read. Use zero_optimization.stage 1 or 2."
+            "checkpoints cannot read. Use zero_optimization.stage 1 or 2."
         )
 
 
 def _check_interleaving(options: DeepSpeedOptions) -> None:
     if options.zero_stage == 1 and options.zero.get("overlap_comm"):
         raise ConfigError(
-            "zero_optimization.overlap_comm=true under stage 1 reduces the gradients of a step's last backward pass "
-            "alone, which with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's layers. "
-            "Leave it out, or use ZeRO stage 0, 2 or 3."
+            "zero_optimization.overlap_comm=true under stage 1 reduces only the gradients of a step's last backward "
+            "pass. With parallel.virtual_pipeline_parallel_size > 1, that pass covers only some layers of a stage. "
+            "Leave out overlap_comm, or use ZeRO stage 0, 2 or 3."
         )
     if options.offloads_optimizer:
         raise ConfigError(
-            "zero_optimization.offload_optimizer takes the gradients of a step's last backward pass alone, which with "
-            "parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's layers. Leave one of the two "
-            "out."
+            "zero_optimization.offload_optimizer takes only the gradients of a step's last backward pass. With "
+            "parallel.virtual_pipeline_parallel_size > 1, that pass covers only some layers of a stage. Leave one of "
+            "the two out."
         )

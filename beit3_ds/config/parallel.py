@@ -52,7 +52,8 @@ class ParallelConfig:
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
             raise ConfigError(
                 f"parallel: virtual_pipeline_parallel_size={self.virtual_pipeline_parallel_size} interleaves the "
-                "layers of several stages, but pipeline_parallel_size is 1. Raise the second or leave the first out."
+                "layers of several stages, but pipeline_parallel_size is 1. Raise pipeline_parallel_size, or leave out "
+                "virtual_pipeline_parallel_size."
             )
 
     @property

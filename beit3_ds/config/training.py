@@ -128,8 +128,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.early_stop_evaluations is not None and self.best_metric is None:
             raise ConfigError(
-                f"training: early_stop_evaluations={self.early_stop_evaluations} needs best_metric, which has to "
-                "improve. Name it, or leave early_stop_evaluations out."
+                f"training: early_stop_evaluations={self.early_stop_evaluations} needs best_metric, the metric that "
+                "must improve. Set best_metric, or leave out early_stop_evaluations."
             )
         if self.warmup_steps > self.total_steps:
             raise ConfigError(
@@ -140,5 +140,5 @@ class TrainingConfig:
         if self.min_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"training: min_learning_rate={self.min_learning_rate:g} exceeds learning_rate={self.learning_rate:g}, "
-                "from which the schedule falls to it. Lower the first or raise the second."
+                "but the rate must decrease. Lower min_learning_rate or raise learning_rate."
             )

@@ -53,9 +53,9 @@ def find_meeting_address(launch: Launch) -> str:
         return (choice or loopback)[0]
     own = ", ".join(choice) or "none of another interface"
     raise ConfigError(
-        f"rank {launch.rank}: MASTER_ADDR={launch.master_addr} is {', '.join(addresses)} on its own host, where other "
-        f"hosts do not reach rank 0. This host's addresses: {own}. Set MASTER_ADDR to the one that all hosts reach, or "
-        "GLOO_SOCKET_IFNAME to its interface."
+        f"rank {launch.rank}: MASTER_ADDR={launch.master_addr} means {', '.join(addresses)} on its own host, where "
+        f"other hosts cannot reach rank 0. This host's addresses: {own}. Set MASTER_ADDR to the address that all hosts "
+        "reach, or GLOO_SOCKET_IFNAME to the interface of that address."
     )
 
 

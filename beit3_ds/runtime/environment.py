@@ -20,14 +20,14 @@ def check_variables(environment: Mapping[str, str]) -> None:
     threads = environment.get("OMP_NUM_THREADS")
     if threads is not None and not _THREADS.fullmatch(threads):
         raise ConfigError(
-            f"environment: OMP_NUM_THREADS={threads!r} is not a number of threads, from 1 on. Correct or unset it; "
-            "without it the cores of a host are divided among its ranks."
+            f"environment: OMP_NUM_THREADS={threads!r} is not a whole number of at least 1. Correct or unset it; by "
+            "default, the ranks of a host divide its cores."
         )
     accelerator = environment.get("DS_ACCELERATOR")
     if accelerator is not None and accelerator not in _ACCELERATORS:
         raise ConfigError(
-            f"environment: DS_ACCELERATOR={accelerator!r} is none of DeepSpeed's: {', '.join(_ACCELERATORS)}. Correct "
-            "or unset it."
+            f"environment: DS_ACCELERATOR={accelerator!r} is none of DeepSpeed's accelerators: "
+            f"{', '.join(_ACCELERATORS)}. Correct or unset it."
         )
 
 

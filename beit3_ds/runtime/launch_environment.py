@@ -101,8 +101,8 @@ def _read_torch(environment: Mapping[str, str]) -> Launch:
     needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not environment.get(name)]:
         raise ConfigError(
-            f"launcher: RANK={environment['RANK']} is set, but {', '.join(missing)} not. Launchers (deepspeed, "
-            "torchrun) set all of them; unset RANK to train in one process, or under srun and mpirun, which need none."
+            f"launcher: RANK={environment['RANK']} is set, but not {', '.join(missing)}. Launchers (deepspeed, "
+            "torchrun) set all of them. Unset RANK to train in one process; srun and mpirun need no RANK either."
         )
     if "LOCAL_RANK" not in environment and environment["WORLD_SIZE"] != "1":
         raise ConfigError(

@@ -145,8 +145,8 @@ class Rendezvous:
             if self._launch.rank != 0:
                 return self._launch.master_addr  # `meet` reports why it cannot connect
             raise ConfigError(
-                f"rank 0 on host {self._host} does not know its own name, {self._master()}: {error.strerror or error}. "
-                f"{_WAYS_OUT}"
+                f"rank 0 on host {self._host} cannot resolve its own address, {self._master()}: "
+                f"{error.strerror or error}. {_WAYS_OUT}"
             ) from None
 
     def _reach_rank_0(self) -> None:

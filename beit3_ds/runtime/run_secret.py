@@ -31,8 +31,8 @@ def read_secret(named: str | None, output_dir: str | None) -> bytes:
     """
     if named is None and output_dir is None:
         raise ConfigError(
-            "ranks share no secret, with which they recognise each other: name a file of mode 0600 with at least "
-            f"{_LEAST_BYTES} random bytes on all hosts: {SECRET_VARIABLE}=FILE."
+            "the ranks have no common secret by which they recognise each other. Name a file with mode 0600 and at "
+            f"least {_LEAST_BYTES} random bytes on all hosts: {SECRET_VARIABLE}=FILE."
         )
     path = Path(named) if named is not None else Path(output_dir or "") / SECRET_FILE
     try:
@@ -47,7 +47,7 @@ def read_secret(named: str | None, output_dir: str | None) -> bytes:
     if status.st_mode & 0o077 or status.st_uid not in (os.geteuid(), 0):
         raise ConfigError(
             f"the ranks' secret {path} belongs to user {status.st_uid} and has mode {status.st_mode & 0o777:04o}, so "
-            f"others know it: it must be yours, with mode 0600. {_way_out(path)}"
+            f"other users may know it. It must belong to you and have mode 0600. {_way_out(path)}"
         )
     return secret
 

@@ -56,7 +56,7 @@ def compare_runs(first: Path, second: Path) -> Comparison:
     figures = [name for name, value in rows[0][steps[0]].items() if isinstance(value, float) and name in everywhere]
     names = [name for name in figures if name not in OTHER_FIGURES]
     if "loss" not in names:
-        raise ConfigError(f"{first} and {second} recorded no 'loss' at all their common steps. Compare whole records.")
+        raise ConfigError(f"{first} and {second} have common steps without a 'loss'. Compare complete records.")
     losses = {name: tuple(tuple(row[step][name] for step in steps) for row in rows) for name in names}
     return Comparison((str(first), str(second)), tuple(steps), losses)  # type: ignore[arg-type]
 

@@ -62,8 +62,8 @@ def resume(
     newest = store.agree_on_newest()
     if newest and newest.step > total_steps:
         raise ConfigError(
-            f"training.total_steps={total_steps} is below the {newest.step} steps that checkpoint {newest.path} has "
-            f"done. Set it to {newest.step} or more, or use another training.output_dir for a shorter run."
+            f"training.total_steps={total_steps} is less than {newest.step}, the step of checkpoint {newest.path}. "
+            f"Set it to {newest.step} or more, or use another training.output_dir for a shorter run."
         )
     first_step = store.load(state, newest) if newest else 0
     engine.global_steps = first_step  # the count in DeepSpeed's own logs

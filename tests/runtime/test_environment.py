@@ -45,7 +45,9 @@ def test_commands_answer_at_once() -> None:
     command = [sys.executable, "-m", "beit3_ds.cli.main", "train", "config.json"]
     done = subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "gpu"}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: environment: DS_ACCELERATOR='gpu' is none of DeepSpeed's: cuda, cpu")
+    assert done.stderr.startswith(
+        "error: environment: DS_ACCELERATOR='gpu' is none of DeepSpeed's accelerators: cuda, cpu"
+    )
 
 
 @pytest.mark.parametrize("module", ["beit3_ds.train", "beit3_ds.evaluate"])
@@ -57,4 +59,6 @@ def test_a_program_ends_in_one_line_before_deepspeed_is_imported(module: str) ->
     )
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("error on rank 3: environment: DS_ACCELERATOR='abc' is none of DeepSpeed's: cuda, cpu, ")
+    assert line.startswith(
+        "error on rank 3: environment: DS_ACCELERATOR='abc' is none of DeepSpeed's accelerators: cuda, "
+    )

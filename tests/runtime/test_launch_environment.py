@@ -121,7 +121,7 @@ def test_a_batch_script_is_one_process() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "0"}, r"RANK=0 is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not.*unset RANK"),
+        ({"RANK": "0"}, r"RANK=0 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT.*Unset RANK"),
         (TORCH | {"WORLD_SIZE": "two"}, r"WORLD_SIZE='two', but a whole number"),
         (TORCH | {"RANK": "-1"}, r"RANK='-1', but a whole number"),
         (TORCH | {"RANK": "6"}, r"rank 6 is not below the number of ranks, 6.*fresh shell"),

@@ -138,7 +138,7 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     place = "MASTER_ADDR=nodeO, MASTER_PORT=29500: Name or service not known"
     first, second = (meet(launch(rank, 2, 29500, "nodeO"), 1) for rank in (0, 1))
-    assert "does not know its own name" in first and place in first
+    assert "cannot resolve its own address" in first and place in first
     assert "cannot reach rank 0" in second and place in second
 
 

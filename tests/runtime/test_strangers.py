@@ -106,7 +106,7 @@ def test_the_secret_is_for_its_owner(tmp_path: Path) -> None:
     path.write_bytes(b"short")
     with pytest.raises(ConfigError, match="fewer than 16 bytes"):
         read_secret(str(path), None)
-    with pytest.raises(ConfigError, match="share no secret"):
+    with pytest.raises(ConfigError, match="no common secret"):
         read_secret(None, None)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_secret(str(tmp_path / "missing"), None)

@@ -22,7 +22,7 @@ def test_total_steps_below_the_checkpoint_are_refused(run_mapping: dict[str, Any
     status, output = finish(write(run_mapping, tmp_path))
     assert status == 2, output
     # catches status 0 without a step or a message
-    assert "training.total_steps=1 is below the 2 steps that checkpoint" in output
+    assert "training.total_steps=1 is less than 2, the step of checkpoint" in output
     assert "Traceback" not in output
 
 

@@ -96,8 +96,8 @@ class SegmentationConfig:
     def __post_init__(self) -> None:
         if self.min_scale > self.max_scale:
             raise ConfigError(
-                f"task: min_scale={self.min_scale:g} exceeds max_scale={self.max_scale:g}. Lower the first or raise "
-                "the second."
+                f"task: min_scale={self.min_scale:g} exceeds max_scale={self.max_scale:g}. Lower min_scale or raise "
+                "max_scale."
             )
         if not self.scales:
             raise ConfigError("task: scales=[] would evaluate no image. Name at least one scale, such as [1.0].")

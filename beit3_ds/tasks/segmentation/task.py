@@ -210,9 +210,9 @@ def _check_layout(config: RunConfig) -> None:
     if config.parallel.pipeline_parallel_size > 1:
         raise ConfigError(
             f"parallel.pipeline_parallel_size={config.parallel.pipeline_parallel_size}: the task {config.task.name} "
-            "supports no pipeline, because the adapter reads and changes the rows between the blocks and keeps maps of "
-            "the image from the first block to the last, which stages would have to exchange. Set it to 1; tensor "
-            "parallelism and every ZeRO stage work."
+            "does not support pipelines. The adapter changes rows between blocks and keeps maps of the image, which "
+            "stages would have to exchange. Set pipeline_parallel_size to 1; tensor parallelism and every ZeRO stage "
+            "work."
         )
 
 
@@ -226,11 +226,11 @@ def _check_model(model: ModelConfig, settings: SegmentationConfig) -> None:
         settings.adapter.check(model.hidden_size, model.num_layers)
         if model.final_norm:
             raise ConfigError(
-                "model.final_norm=true, but the adapter takes the rows before it, so it would get no gradient. Set "
-                "model.final_norm to false; weights with this norm still fit."
+                "model.final_norm=true, but the adapter takes the rows before the final norm, which would get no "
+                "gradient. Set model.final_norm to false; weights with a final norm can still be loaded."
             )
     if model.image_size % 32:
         raise ConfigError(
-            f"model.image_size={model.image_size} is the side of crops, whose coarsest map has 1/32 of it. Use a "
-            "multiple of 32."
+            f"model.image_size={model.image_size} is not divisible by 32. It is the side of crops, and the coarsest "
+            "feature map has stride 32. Use a multiple of 32."
         )

@@ -81,7 +81,7 @@ def _load(data: Path, folder: Path, *changes: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["parallel.pipeline_parallel_size=2", "gradient_accumulation_steps=2"], "supports no pipeline"),
+        (["parallel.pipeline_parallel_size=2", "gradient_accumulation_steps=2"], "does not support pipelines"),
         (["model.final_norm=true"], "final_norm=true, but the adapter"),
         (["model.dense=null"], 'needs a section "dense"'),
         (["model.image_size=48"], "multiple of 32"),
