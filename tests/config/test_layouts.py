@@ -80,7 +80,7 @@ def test_what_deepspeed_gets_wrong_when_interleaved_is_refused(zero: dict[str, A
 
 @pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
 def test_state_that_cannot_be_saved_is_refused(section: str) -> None:
-    with pytest.raises(ConfigError, match=rf'{section}\.device: expected "none" or "cpu" \(.*NVMe files\), got str \'nvme\''):
+    with pytest.raises(ConfigError, match=rf"{section}\.device: expected .* \(.*NVMe files\), got str \'nvme\'"):
         config(zero={"stage": 3, section: {"device": "nvme"}})
 
 
