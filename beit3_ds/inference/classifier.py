@@ -116,7 +116,7 @@ def _name_logits(encoder: DualEncoder, texts: Sequence[str]) -> LogitsOf:
 def _linear_logits(weights: OpenedWeights, num_names: int, **options: Unpack[LoadOptions]) -> LogitsOf:
     (count,) = weights.shape(_LINEAR)
     if count != num_names:
-        raise ConfigError(f"{weights.path} tells {count} classes apart, but there are {num_names} names. Give {count}.")
+        raise ConfigError(f"{weights.path} has {count} classes, but there are {num_names} names. Give {count} names.")
     model = load_with_head(
         weights, ("images",), lambda config, tensor: LinearClassHead(config, count, tensor), **options
     )

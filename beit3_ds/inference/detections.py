@@ -33,7 +33,8 @@ def detect_objects(
     names = [image.stem for image in images]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ConfigError(
-            f"two images have the name {min(repeated)}, by which their pictures are named. Take them one by one."
+            f"two images have the name {min(repeated)}, and each picture gets the name of its image. Pass them one by "
+            "one."
         )
     pictures.mkdir(parents=True, exist_ok=True)
     predictions, records = [], []

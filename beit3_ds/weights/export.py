@@ -84,7 +84,7 @@ def export_weights(
     if format == "timm" and out.suffix != ".safetensors":
         raise ConfigError(f"{out}: timm tells a file's type by its name. Use a name that ends in .safetensors.")
     if max_shard_bytes is not None and format != "beit3":
-        raise ConfigError(f"--max-shard-size: {format} is one file, because that is what its readers load. Drop it.")
+        raise ConfigError(f"--max-shard-size: readers of {format} load a single file. Leave out the option.")
     planned = _plan(reader, format)
     if dtype is not None:
         planned = [tensor.cast(dtype) for tensor in planned]

@@ -48,6 +48,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         low, high = (float(x) for x in tensor.aminmax())
         if low < -limit or high > limit:
             raise ConfigError(
-                f"{name} holds numbers from {low:g} to {high:g}, but {dtype} ends at {limit:g}. Export another --dtype."
+                f"{name} has values from {low:g} to {high:g}, but {dtype} has at most {limit:g}. Use another --dtype."
             )
     return tensor.to(dtype)

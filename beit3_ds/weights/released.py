@@ -161,14 +161,14 @@ def _by_logical_name(
         tensor = tensor.flatten() if key in TOKENS else tensor
         if name in named and not torch.equal(named[name], tensor):
             raise ConfigError(
-                f"{where}: {key} differs from another tensor that is the same in the exported model ({name}): the file "
-                "was changed since. Export it again."
+                f"{where}: {key} must equal other tensors of the file, which are one tensor ({name}) in the exported "
+                "model. The file was changed after its export. Export the model again."
             )
         named[name] = tensor
     if unknown := [key for key in rest if key.startswith("beit3.")]:
         raise ConfigError(
-            f"{where}: {len(unknown)} tensors of the backbone are none of the released format's ({unknown[0]}); "
-            f"without them the model would compute something else. Use a released file."
+            f"{where}: {len(unknown)} tensors of the backbone are not in the released format, such as {unknown[0]}. "
+            f"Without them, the model would compute something else. Use a released file."
         )
     return named | {EXTRA_PREFIX + key: tensor for key, tensor in rest.items()}
 

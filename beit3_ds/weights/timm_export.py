@@ -37,8 +37,8 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
     config = reader.model
     if "A" not in reference_letters(config):
         raise ConfigError(
-            f"timm: a model for {' and '.join(config.inputs)} alone has no vision expert in some of its blocks, and so "
-            "no vision tower. Export a model that takes images."
+            f"timm: a model for {' and '.join(config.inputs)} alone has no vision expert in some of its blocks, so it "
+            "has no vision tower. Export a model that takes images."
         )
     if config.layer_norm_epsilon != _EPSILON:
         raise ConfigError(
@@ -48,8 +48,8 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
     shared = config.attention_experts[0]
     if f"norm.weight_{shared}" not in reader.names():
         raise ConfigError(
-            "timm: the weights have no final norm, which timm's model has: they were fine-tuned without it. Export "
-            "pretrained weights."
+            "timm: the weights were fine-tuned without a final norm, but timm's model has one. Export pretrained "
+            "weights."
         )
     return [_plan_tensor(reader, key, names) for key, names in timm_names(config).items()]
 

@@ -40,8 +40,8 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
     has_fused_expert = any("vision_language" in reader.model.experts(layer) for layer in range(reader.model.num_layers))
     if fusion and not has_fused_expert:
         raise ConfigError(
-            "unilm-fusion: the model has no vision-language expert, so that unilm-dual is exact for images, texts and "
-            "pairs alike. Use --format unilm-dual."
+            "unilm-fusion: the model has no vision-language expert, so unilm-dual is exact for images, texts and "
+            "pairs. Use --format unilm-dual."
         )
     if not reference_letters(reader.model, fusion=fusion):
         raise ConfigError(

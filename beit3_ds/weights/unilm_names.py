@@ -156,8 +156,8 @@ def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
     named = (size["num_attention_heads"] for size in MODEL_SIZES.values() if size["hidden_size"] == hidden_size)
     if not (num_attention_heads := next(named, hidden_size // _HEAD_SIZE if hidden_size % _HEAD_SIZE == 0 else 0)):
         raise ConfigError(
-            f"{where}: no released size has {hidden_size} features, and the file does not tell its attention heads. "
-            f"They are known if each has {_HEAD_SIZE} features."
+            f"{where}: no released size has {hidden_size} features, and the file does not state the number of "
+            f"attention heads. It is known only for a multiple of {_HEAD_SIZE} features. Use a released file."
         )
     return ModelConfig(
         num_layers=1 + max(int(match[1]) for match in map(_LAYER.match, shapes) if match),

@@ -37,5 +37,5 @@ def test_classes_of_a_linear_layer(photos: list[Path], tmp_path: Path) -> None:
         logits = model.heads(model.run_layers(batch)[picked.rows], batch, False)
     torch.testing.assert_close(classifier.probabilities(photos, batch_size=2), logits.softmax(1))
     assert [found.name for found in classifier(photos[0], top=1)[0]] == [names[int(logits[0].argmax())]]
-    with pytest.raises(ConfigError, match="tells 3 classes apart, but there are 2 names"):
+    with pytest.raises(ConfigError, match="has 3 classes, but there are 2 names"):
         ImageClassifier.from_pretrained(tmp_path / "w", names[:2])

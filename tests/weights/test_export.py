@@ -88,7 +88,7 @@ def test_shards_keep_to_their_limit(limit: int, tmp_path: Path, monkeypatch: pyt
 def test_names_and_shards_suit_the_readers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.safetensors"):
         export_weights(READER, tmp_path / "vision.pth", format="timm")
-    with pytest.raises(ConfigError, match=r"--max-shard-size: unilm-dual is one file"):
+    with pytest.raises(ConfigError, match=r"--max-shard-size: readers of unilm-dual load a single file"):
         export_weights(READER, tmp_path / "x", format="unilm-dual", max_shard_bytes=1000)
 
 

@@ -129,7 +129,7 @@ def test_missing_heads_get_initial_values_and_a_warning(reference: Reference, tm
     assert caught[0].filename == __file__  # points at the caller
     assert model.norm is None and not model.heads.mlm.bias.any()
     assert 0 < model.heads.mlm.weight.std() < 0.02  # catches uninitialised memory
-    with pytest.raises(ConfigError, match="no final norm"):
+    with pytest.raises(ConfigError, match="without a final norm"):
         export_weights(PretrainedWeights(tmp_path / "imported.safetensors"), tmp_path / "x.safetensors", format="timm")
 
 
@@ -199,7 +199,7 @@ def test_other_files_are_refused(reference: Reference, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"1 tensors of the backbone.*relative_position"):
         ReleasedFile(write(tmp_path / "more.pth", state | {"beit3.encoder.relative_position.weight": torch.ones(3)}))
     narrow = {key: value[..., :100] for key, value in state.items()}
-    with pytest.raises(ConfigError, match="does not tell its attention heads"):
+    with pytest.raises(ConfigError, match="does not state the number of attention heads"):
         ReleasedFile(write(tmp_path / "narrow.pth", narrow))
     with pytest.raises(ConfigError, match=r"patch_size=4 does not divide image_size=13"):
         ReleasedFile(write(tmp_path / "released.pth", state), image_size=13)

@@ -119,7 +119,7 @@ class Captioning(Task):
         if settings.generation != "never" and settings.max_length - 1 > longest:
             raise ConfigError(
                 f"task.max_length={settings.max_length} needs {settings.max_length - 1} positions, but "
-                f"model.max_text_length={longest}. Lower the first or raise the second."
+                f"model.max_text_length={longest}. Lower task.max_length or raise model.max_text_length."
             )
         self._dropped = DroppedTokens(settings)
 

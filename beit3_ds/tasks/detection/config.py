@@ -65,8 +65,8 @@ class DetectionConfig:
     def __post_init__(self) -> None:
         if self.min_scale > self.max_scale:
             raise ConfigError(
-                f"task: min_scale={self.min_scale:g} exceeds max_scale={self.max_scale:g}. Lower the first or raise "
-                "the second; equal values resize without jitter."
+                f"task: min_scale={self.min_scale:g} exceeds max_scale={self.max_scale:g}. Lower min_scale or raise "
+                "max_scale; equal values resize without jitter."
             )
         if len(set(self.test_sizes)) < len(self.test_sizes):
             raise ConfigError(f"task.test_sizes={list(self.test_sizes)} names a side twice. Give each side once.")
