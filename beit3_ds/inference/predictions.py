@@ -154,8 +154,8 @@ def segment_images(
     names = [image.stem for image in images]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ConfigError(
-            f"two images have the name {min(repeated)}, and each picture gets the name of its image. Segment them one by "
-            "one."
+            f"two images have the name {min(repeated)}, and each picture gets the name of its image. Segment them one "
+            "by one."
         )
     for folder in filter(None, (pictures, label_maps)):
         folder.mkdir(parents=True, exist_ok=True)
