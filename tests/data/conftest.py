@@ -82,11 +82,11 @@ _PATTERNS = {"images": "images-*.tar", "pairs": "pairs-*.tar", "texts": "text.tx
 
 @pytest.fixture
 def build_config(sample_files: dict[str, str]) -> BuildConfig:
-    """Provides a function that builds a tiny run.
+    """Provides a function that builds the configuration of a tiny run.
 
-    The run has a grid of 8 x 8 patches, a model view of 32 px and a tokenizer view of 64 px. Keyword arguments are the
-    samples per step of each stream, `accumulation`, `files` in place of the sample files, and `data` and `training`
-    with more keys of these sections. Validation data are copies of the files.
+    The run has a grid of 8 x 8 patches, a model view of 32 px and a tokenizer view of 64 px. Keyword arguments give the
+    samples per step of each stream, `accumulation`, and more keys of the sections `data` and `training`. `files`
+    replaces the sample files. Validation data are copies of the files.
     """
 
     def build(

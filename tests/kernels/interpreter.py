@@ -21,9 +21,9 @@ def interpreted() -> Iterator[None]:
     """Runs every kernel that the block launches in the interpreter.
 
     `TRITON_INTERPRET=1`, set before Triton is imported, does the same for a whole process, but then no test can compile
-    kernels. The pinned version of Triton multiplies the bits of bfloat16 as integers, and truncates instead of rounding
-    to nearest even (triton-lang/triton#11585, #10945), so this function replaces these operations. A load or store
-    outside the launch's tensors is an error here; the interpreter alone would access the memory or crash.
+    kernels. The interpreter of the pinned Triton has two mistakes, which this function corrects. It multiplies the bits
+    of bfloat16 as integers, and it truncates instead of rounding to nearest even (triton-lang/triton#11585, #10945). A
+    load or store outside the launch's tensors is an error here; the interpreter alone would access the memory or crash.
     """
     builder = interpreter.InterpreterBuilder
     allowed: list[tuple[int, int]] = []

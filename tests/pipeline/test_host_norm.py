@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 
 
 def norm_over_ranks(largest: float) -> float:
-    """Returns two norms on one of two ranks: of a replicated gradient, and of a gradient divided over both ranks."""
+    """Returns two norms on one of two ranks: of a replicated gradient, and of a gradient divided over the ranks."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

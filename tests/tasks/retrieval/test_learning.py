@@ -45,7 +45,7 @@ def train_style(files: Path, folder: Path, trained: str, seed: int) -> dict[str,
 
 
 def measure(folder: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns the metrics of both styles after training on right captions, and on shuffled captions ("shuffled")."""
+    """Returns the metrics of both styles after training on right captions, and after training on shuffled ones."""
     folder.mkdir()
     copy_tokenizers(folder)
     write_styles(folder, seed, NUM_TRAIN, NUM_TEST, SIZE)
