@@ -128,7 +128,7 @@ def test_a_batch_script_is_one_process() -> None:
         (TORCH | {"RANK": "\u0663"}, r"RANK='\u0663', but a whole number"),
         (TORCH | {"WORLD_SIZE": "4000000000"}, r"number of ranks is 4000000000; it must be between 1 and"),
         (TORCH | {"WORLD_SIZE": "0", "RANK": "0"}, r"number of ranks is 0; it must be between 1 and"),
-        (TORCH | {"WORLD_SIZE": ""}, r"WORLD_SIZE not"),
+        (TORCH | {"WORLD_SIZE": ""}, r"is set, but not WORLD_SIZE\. "),
         (TORCH | {"RANK": ""}, r"RANK='', but a whole number"),
         ({name: value for name, value in TORCH.items() if name != "LOCAL_RANK"}, r"but LOCAL_RANK is not"),
         (TORCH | {"LOCAL_SIZE": "2"}, r"local rank 2 is not below the number of ranks on this host, 2"),
