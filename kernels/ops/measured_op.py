@@ -134,12 +134,14 @@ class MeasuredOp:
         """Stores the arguments, without measuring anything.
 
         Args:
-            name: name of the operator, which is the start of the names of its cases.
+            name: name of the operator. The key of each measured case (dtypes, sizes and flags of the arguments) starts
+                with this name.
             implementations: functions with the same arguments, by name. The first argument is a tensor.
-            on_cpu: function for tensors in host memory. None selects one of `implementations` for them too.
-            accepts: functions that return whether an implementation supports given arguments, by name. An
-                implementation without such a function supports all arguments. The function may also check the
-                implementation at its first use.
+            on_cpu: function for tensors in host memory. With None, tensors in host memory also use one of
+                `implementations`.
+            accepts: functions that return whether an implementation supports given arguments, by the implementation's
+                name. An implementation that is absent here supports all arguments. When an implementation is first
+                used, its function here may also check that the implementation computes right results.
             mutates: indices of arguments that an implementation overwrites; measurements use copies of these arguments.
             ignores: indices of arguments that do not affect the speed.
             rehearse: converts an implementation to the function to time, which may also run the backward pass.

@@ -111,7 +111,7 @@ class RowLaunch(NamedTuple):
     programs: RowPrograms
     """Division of rows among the launch's programs."""
     run: Launch
-    """The launch; not to be run without programs."""
+    """Launches the kernel. Must not be called with an empty grid (zero Triton programs)."""
 
 
 @lru_cache(maxsize=256)

@@ -41,7 +41,9 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Prepares and times the large product that runs before each call."""
+        """Prepares the large matrix product that keeps the GPU busy before each timed call, and measures the product's
+        time.
+        """
         self.device, self.kind = device, kind_of(device)
         if self.kind != "cpu":
             width = _WIDTHS[self.kind]

@@ -101,7 +101,7 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class SendSignal:
-    """Tells a guard to send a signal to the training process of its rank."""
+    """Tells a guard (the parent process of a rank's training process) to send a signal to the training process."""
 
     signal_number: int
 

@@ -107,7 +107,11 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions of the whole set and the remaining samples to `nodes`; returns the last index."""
+        """Appends two JSON descriptions to `nodes`: of the permuted set, and of the samples that remain of that set.
+
+        Returns:
+            Index in `nodes` of the second description.
+        """
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1
 

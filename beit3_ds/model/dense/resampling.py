@@ -18,10 +18,11 @@ PATCH_WEIGHT = "embeddings.patch.weight"
 def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -> Tensor:
     """Resamples a table of image positions bicubically to the patch grid of another model.
 
-    If the table has a row for CLS, it is the first row. It is dropped if the other model has `dense`.
+    The first row belongs to the CLS token if the table's model has one. That row is left out if the other model has no
+    CLS token, that is, if its configuration sets `dense`.
 
     Args:
-        table: position table, (1 + S * S, D), or (S * S, D) if `stored` has `dense`.
+        table: position table, (1 + S * S, D), or (S * S, D) if `stored` sets `dense`.
         stored: configuration of the table's model.
         model: configuration of the other model.
     """

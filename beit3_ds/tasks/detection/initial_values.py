@@ -10,7 +10,8 @@ _OUTPUT_STDS = {
     "deltas": 0.001,
     "masks": 0.001,
 }
-"""Standard deviation of output layers, by the end of their names."""
+"""Standard deviation of the initial weights of output layers, by the end of the layer's name. The first name that
+matches counts."""
 
 
 def head_initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
