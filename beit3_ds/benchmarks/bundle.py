@@ -2,13 +2,14 @@
 
     python -m beit3_ds.benchmarks.bundle OUT                         # for this Python, torch and Triton
     python -m beit3_ds.benchmarks.bundle OUT --architecture sm_80
-    python -m beit3_ds.benchmarks.bundle OUT --cache DIR     # pack the kernels of an earlier dry run
+    python -m beit3_ds.benchmarks.bundle OUT --cache DIR             # reuse the kernels of an earlier dry run
 
 The folder contains the committed source tree, wheels of packages that the GPU machine may lack, and a Triton cache with
 the compiled kernels of `beit3 certify`. On the GPU machine, run `OUT/certify --minutes 10`. Pack with the same versions
 of Python, torch and Triton as on the GPU machine: cache keys depend on Triton's version, and wheels on Python's.
 
-Compiling takes tens of minutes. With --cache, only kernels that are missing in the folder DIR are compiled. Fill it by
+Compilation takes tens of minutes. With --cache, only kernels that the folder DIR lacks are compiled. This command fills
+DIR:
 
     TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 beit3 certify --dry-run sm_90
 """
@@ -120,10 +121,10 @@ def compile_certificate(tree: Path, cache: Path, architecture: int, filled: Path
     """Fills a Triton cache through a dry run of `beit3 certify` in a source tree; stores only what a GPU needs to run.
 
     Args:
-        tree: source tree of this project; the folder `wheels` beside it has packages that the dry run uses.
+        tree: source tree of this project. The folder `wheels` beside the tree contains packages for the dry run.
         cache: folder of the Triton cache.
         architecture: compute capability of the GPU: 80, 90 or 100.
-        filled: cache of an earlier dry run, which is copied first; None compiles all kernels.
+        filled: Triton cache of an earlier dry run, which is copied first; None compiles all kernels.
 
     Raises:
         ConfigError: if the dry run fails.

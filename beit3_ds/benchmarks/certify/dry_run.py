@@ -1,8 +1,8 @@
 """Runs a section without a GPU as if there were one: kernels are compiled but not run, and results are undefined.
 
 A dry run finds errors in the sections before they cost time on a GPU. It also fills Triton's cache with the compiled
-kernels. Widths, dtypes and flags are the same as on a GPU, because kernels depend on them, but there are fewer samples,
-layers and words. PyTorch's expensive operations compute nothing either (`empty_results`).
+kernels. Kernels depend on widths, dtypes and flags, so these are the same as on a GPU. There are fewer samples, layers
+and words. PyTorch's expensive operations compute nothing either (`empty_results`).
 """
 
 import warnings

@@ -1,6 +1,6 @@
-"""Replaces PyTorch's expensive operations on a CPU by ones that allocate a result and compute nothing, for dry runs.
+"""Replaces PyTorch's expensive operations on a CPU by operations that return empty results, for dry runs.
 
-A dry run needs shapes and dtypes only. On a CPU the products of a reference take minutes, above all in float16.
+A dry run needs only shapes and dtypes. On a CPU, the products of a reference would take minutes, above all in float16.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,9 +68,10 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def empty_results() -> Iterator[None]:
-    """Computes no products, attention, random values and updates on the CPU inside a `with` block.
+    """Replaces products, attention, random values and updates on the CPU inside a `with` block by empty results.
 
-    Results have the right shapes, dtypes and strides, and undefined content. All threads of the process see it.
+    Results have the right shapes, dtypes and strides, but undefined content. The block affects all threads of the
+    process.
     """
     library = torch.library.Library("aten", "IMPL", "CPU")
     try:

@@ -25,7 +25,7 @@ Commands = list[tuple[str, ...]]
 def measure(recorder: Recorder) -> None:
     """Records one item for training on one GPU and, with several GPUs, one item that compares the losses.
 
-    A dry run only launches the kernels of the training on one GPU.
+    A dry run does not train. It launches the kernels of the training on one GPU.
     """
     is_dry = kind_of(device_of_turns()) == "dry"
     if not is_dry and not torch.cuda.is_available():
@@ -42,7 +42,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def _launch_kernels() -> dict[str, Any]:
-    """Launches the kernels of the training in this process, in place of the training."""
+    """Launches the kernels of the training in this process, without training."""
     launch_kernels(load_run_config(str(ROOT / CONFIG), ["parallel={}"]))
     return {"ran": True}
 

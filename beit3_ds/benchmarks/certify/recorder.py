@@ -52,11 +52,11 @@ class Recorder:
         self._file.append({"section": self._section, "item": item, "call": self._call, **figures})
 
     def start_counting(self) -> None:
-        """Counts from now on the kernels that are found in Triton's cache, and those that are compiled."""
+        """Starts to count the kernels that Triton finds in its cache, and the kernels that Triton compiles."""
         self._compilations.start()
 
     def add_counts(self) -> None:
-        """Appends the counts of kernels if they changed; `measure` does so after every item."""
+        """Appends the counts of kernels to the results file if they have changed; `measure` calls this method."""
         number = self._compilations.num_hits + self._compilations.num_misses
         if number > self._num_counted:
             self._num_counted = number

@@ -15,7 +15,7 @@ Line = dict[str, Any]
 """Content of one JSON line by key."""
 
 CACHE_ITEM = "Triton cache"
-"""Item with the numbers of kernels that a section's process found in Triton's cache and that it compiled."""
+"""Name of the item with the numbers of kernels that a process found in Triton's cache or compiled."""
 
 DONE = "done"
 """Status of a section that has measured all its items."""
@@ -31,9 +31,9 @@ def has_failed(line: Line) -> bool:
 
 
 def describe_cache(lines: Sequence[Line], section: str) -> str:
-    """Returns how many kernels all processes of a section found in Triton's cache and compiled, as text.
+    """Returns the numbers of cached and of compiled kernels of all processes of a section, as text.
 
-    It is empty if the section launched no kernels.
+    The text is empty if the section launched no kernels.
     """
     own = (line for line in lines if line.get("section") == section and line.get("item") == CACHE_ITEM)
     last = {(line["call"], line["process"]): line for line in own}.values()  # the counts of a process only grow
