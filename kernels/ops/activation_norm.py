@@ -27,7 +27,8 @@ def _forward(
     """Computes LN(GELU(x)), or LN(x), in x's dtype.
 
     Returns:
-        The normalised rows; the mean and 1 / deviation of every row, (2, T), float32 (float64 for float64).
+        The normalised rows, and the mean and 1 / standard deviation of each row, (2, T). The statistics are float32, or
+        float64 for float64 rows.
     """
     a_TF, n_TF = F.gelu(x_TF) if gelu else x_TF, torch.empty_like(x_TF)
     statistics_2T = x_TF.new_empty(2, len(x_TF), dtype=_wide(x_TF))
@@ -41,7 +42,7 @@ def _forward(
 def _backward(
     dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradient of x, and the gradients of scales and shifts, (2, E, F). Kernels overwrite dn."""
+    """Returns the gradient of x, and the gradients of scales and shifts, (2, E, F). GPU kernels overwrite dn."""
     a_TF, da_TF = F.gelu(x_TF) if gelu else x_TF, torch.empty_like(x_TF)
     d_parameters_2EF = x_TF.new_empty(2, len(ends), x_TF.shape[1])
     # PyTorch's statistics have the dtype of the rows on a CPU, and are float32 for half precision on a GPU.
@@ -87,7 +88,7 @@ ACTIVATION_NORM = MeasuredOp(
     on_cpu=_forward,
     accepts={"triton": _takes_triton},
 )
-"""Operator with the arguments of `_forward`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_forward`; on a CPU, runs `_forward` itself."""
 ACTIVATION_NORM_BACKWARD = MeasuredOp(
     "activation_norm_backward",
     {"triton": _backward_triton, "library": _backward},
@@ -95,7 +96,7 @@ ACTIVATION_NORM_BACKWARD = MeasuredOp(
     mutates=(0,),
     accepts={"triton": _backward_takes_triton},
 )
-"""Operator with the arguments of `_backward`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_backward`; on a CPU, runs `_backward` itself."""
 
 
 def _wide(x: Tensor) -> torch.dtype:

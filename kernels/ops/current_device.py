@@ -16,5 +16,5 @@ def make_current(device: torch.device) -> AbstractContextManager[None]:
 
 
 def is_current(device: torch.device) -> bool:
-    """Returns whether `device` is the current CUDA device, or a device of another type."""
+    """Returns whether `device` is the current CUDA device; always true for devices of another type."""
     return device.type != "cuda" or device.index in (None, torch.cuda.current_device())

@@ -88,7 +88,7 @@ class _MultiwayLinear(torch.autograd.Function):
 
 
 def ends_of(slices: Slices) -> tuple[int, ...]:
-    """Returns the stop of each slice: (197, 591) for ((0, 197), (197, 591)). Operators take this form."""
+    """Returns the stop row of each slice: (197, 591) for ((0, 197), (197, 591)). Operators take slices in this form."""
     return tuple([stop for _, stop in slices])
 
 

@@ -165,21 +165,21 @@ def _takes_triton(x: Tensor, *rest: Any) -> bool:
 MULTIWAY_QKV = MeasuredOp(
     "multiway_qkv", {"triton": _qkv_triton, "library": _qkv}, on_cpu=_qkv, accepts={"triton": _takes_triton}
 )
-"""Operator with the arguments of `_qkv`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_qkv`; on a CPU, runs `_qkv` itself."""
 QKV_INPUT_GRADIENT = MeasuredOp(
     "multiway_qkv_input_gradient",
     {"triton": _input_gradient_triton, "library": _input_gradient_in_place},
     on_cpu=_input_gradient,
     accepts={"triton": _takes_triton},
 )
-"""Operator with the arguments of `_input_gradient`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_input_gradient`; on a CPU, runs `_input_gradient` itself."""
 QKV_WEIGHT_GRADIENT = MeasuredOp(
     "multiway_qkv_weight_gradient",
     {"triton": _weight_gradient_triton, "library": _weight_gradient},
     on_cpu=_weight_gradient,
     accepts={"triton": _takes_triton},
 )
-"""Operator with the arguments of `_weight_gradient`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_weight_gradient`; on a CPU, runs `_weight_gradient` itself."""
 
 
 def _by_layer(parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:

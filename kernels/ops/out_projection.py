@@ -120,7 +120,7 @@ class _Form(NamedTuple):
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: tuple[Tensor, ...], has_biases: bool) -> _Parameters:
-        """Splits a flat tuple of parameters into weights, biases if there are any, scales and shifts."""
+        """Splits a flat tuple of parameters into weights, biases (if `has_biases`), scales and shifts."""
         size, start = len(self.ends), (1 + has_biases) * len(self.ends)
         return _Parameters(
             parameters[:size], parameters[size:start], parameters[start : start + size], parameters[start + size :]
@@ -352,7 +352,7 @@ OUT_PROJECTION = MeasuredOp(
     on_cpu=_out_projection,
     accepts={"triton": lambda n_TF, *_: KERNELS.accept(n_TF)},
 )
-"""Operator with the arguments of `_out_projection`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_out_projection`; on a CPU, runs `_out_projection` itself."""
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:

@@ -230,15 +230,15 @@ class PackedAttention(torch.autograd.Function):
         causal_captions: bool,
         cuda_cpp: bool = False,
     ) -> Tensor:
-        """Returns y_THK.
+        """Computes the attention output y_THK.
 
         Args:
             ctx: context of autograd.
             q_THK: queries; k_THK and v_THK have the same shape and dtype.
-            plan: tables of sequences and of tiles with `tile_size` positions.
+            plan: tables of the sequences and tiles.
             tile_size: positions per tile.
             causal_captions: see `packed_attention`.
-            cuda_cpp: whether the forward kernel on a GPU is the one in CUDA C++.
+            cuda_cpp: whether to use the CUDA C++ kernel for the forward pass on a GPU.
         """
         q_THK, k_THK, v_THK = q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous()
         if is_on_gpu(q_THK):
@@ -252,7 +252,7 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns dq, dk and dv, given the gradient of the result."""
+        """Returns dq, dk and dv, from the gradient of the attention output."""
         dy_THK = dy_THK.contiguous()
         differentiate = _backward_on_gpu if is_on_gpu(dy_THK) else backward_plain
         gradients = differentiate(dy_THK, *ctx.saved_tensors, ctx.tile_size, ctx.causal_captions)
@@ -271,7 +271,7 @@ def forward_plain(
     """Computes the results of the forward kernel on a CPU, sequence by sequence, for checks.
 
     Returns:
-        y_THK, and the log-sum-exp of the scaled scores of every query, (H, T).
+        y_THK, and the log-sum-exp of each query's scaled scores, (H, T).
     """
     y_THK = torch.empty_like(q_THK)
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_accumulator(q_THK))
@@ -295,7 +295,7 @@ def backward_plain(
     tile_size: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes what the backward kernels compute, sequence by sequence on a CPU, for checks: dq, dk and dv."""
+    """Computes the results of the backward kernels (dq, dk and dv) on a CPU, sequence by sequence, for checks."""
     gradients = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     scale = q_THK.shape[-1] ** -0.5
     for rows, seen in _sequences(sequences_Q4, causal):

@@ -58,9 +58,9 @@ class SubNorm(NamedTuple):
 
 
 def _row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Returns the mean of every row of GELU(x), or of x, and the sum of squared deviations from it.
+    """Returns for each row of GELU(x), or of x, the mean and the sum of squared deviations from the mean.
 
-    Both are (T,) in the dtype of statistics.
+    Both tensors are (T,) in the dtype of statistics (`wide_dtype`).
     """
     wide_TF = _widen(F.gelu(x_TF) if gelu else x_TF)
     mean_T = wide_TF.mean(1)
@@ -92,10 +92,10 @@ def _sub_norm_sums(
     scales: Sequence[Tensor],
     ends: tuple[int, ...],
 ) -> list[Tensor]:
-    """Computes two sums over this rank's columns of every row: of dn * scale, and of dn * scale * standardised row.
+    """Computes two sums over this rank's columns of each row: of dn * scale, and of dn * scale * standardised row.
 
     Returns:
-        These sums, (2, T) in the dtype of the statistics; the gradients of all scales, then of all shifts.
+        The two sums, (2, T) in the dtype of the statistics. Then the gradients of all scales, then of all shifts.
     """
     standard_TF, sums_2T = _standardize(x_TF, gelu, mean_T, rstd_T), mean_T.new_empty(2, len(x_TF))
     d_scales, d_shifts = [], []
@@ -193,18 +193,18 @@ ROW_STATISTICS = MeasuredOp(
     on_cpu=_row_statistics,
     accepts={"triton": _takes_triton},
 )
-"""Operator with the arguments of `_row_statistics`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_row_statistics`; on a CPU, runs `_row_statistics` itself."""
 SUB_NORM = MeasuredOp(
     "sub_norm", {"triton": _sub_norm_triton, "library": _sub_norm}, on_cpu=_sub_norm, accepts={"triton": _takes_triton}
 )
-"""Operator with the arguments of `_sub_norm`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_sub_norm`; on a CPU, runs `_sub_norm` itself."""
 SUB_NORM_SUMS = MeasuredOp(
     "sub_norm_sums",
     {"triton": _sub_norm_sums_triton, "library": _sub_norm_sums},
     on_cpu=_sub_norm_sums,
     accepts={"triton": _takes_triton},
 )
-"""Operator with the arguments of `_sub_norm_sums`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_sub_norm_sums`; on a CPU, runs `_sub_norm_sums` itself."""
 SUB_NORM_GRADIENT = MeasuredOp(
     "sub_norm_gradient",
     {"triton": _sub_norm_gradient_triton, "library": _sub_norm_gradient},
@@ -212,7 +212,7 @@ SUB_NORM_GRADIENT = MeasuredOp(
     mutates=(0,),
     accepts={"triton": _takes_triton},
 )
-"""Operator with the arguments of `_sub_norm_gradient`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_sub_norm_gradient`; on a CPU, runs `_sub_norm_gradient` itself."""
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -132,7 +132,7 @@ UP_PROJECTION = MeasuredOp(
     on_cpu=_up_projection,
     accepts={"triton": _takes_triton, "cuda": _takes_cuda_cpp},
 )
-"""Operator with the arguments of `_up_projection`, which computes it on a CPU."""
+"""Runs the fastest implementation of `_up_projection`; on a CPU, runs `_up_projection` itself."""
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:

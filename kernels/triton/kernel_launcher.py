@@ -45,23 +45,25 @@ class Launch:
         options: dict[str, int],
         variants: dict[Hashable, _Variant],
     ) -> None:
-        """Stores the arguments; nothing is compiled yet. `KernelLauncher.prepare` builds a launch.
+        """Stores the arguments without compiling anything. Use `KernelLauncher.prepare` to build a launch.
 
         Args:
-            kernel: the function decorated with `triton.jit`.
+            kernel: function decorated with `triton.jit`.
             grid: number of programs along each of one to three axes.
-            arguments: the kernel's arguments after the tensors.
+            arguments: arguments of the kernel after the tensors.
             options: number of warps and of stages.
-            variants: compiled variants for these options and constants, by device, dtypes and alignment; extended.
+            variants: compiled variants for these options and constants, by device, dtypes and alignment. The launch
+                adds variants to this dict.
         """
         self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
         self._programs, self._variants = (*grid, 1, 1)[:3], variants
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Launches on the current device; on a CPU that is no GPU's emulation, Triton's interpreter runs the kernel.
+        """Launches the kernel on the current GPU. On a CPU without an emulated GPU, Triton's interpreter runs the
+        kernel.
 
         Args:
-            tensors: the kernel's first arguments, contiguous.
+            tensors: first arguments of the kernel, contiguous.
         """
         if not is_on_gpu(tensors[0]):
             self._kernel[self._grid](*tensors, *self._arguments, **self._options)
@@ -118,7 +120,7 @@ class KernelLauncher:
         num_warps: int,
         num_stages: int = 3,
     ) -> Launch:
-        """Returns a launch for any tensors of the same sizes. Callers keep the launch for all layers of a batch.
+        """Returns a launch for any tensors of the same sizes, which callers keep for all layers of a batch.
 
         Args:
             grid: number of programs along each of one to three axes.
@@ -140,14 +142,14 @@ class RecentLaunches:
     """Keeps prepared launches, so that the layers of a batch and similar batches share them."""
 
     def __init__(self) -> None:
-        """Keeps nothing yet."""
+        """Starts without launches."""
         self._launches: dict[Hashable, Launch] = {}
 
     def find(self, case: tuple[Hashable, ...]) -> Launch | None:
-        """Returns the launch for a case on the current device; None if it is not kept.
+        """Returns the kept launch for a case on the current device, or None.
 
         Args:
-            case: all that the launch depends on: kernel, numbers of rows, dtypes, constants.
+            case: everything that determines the launch: kernel, numbers of rows, dtypes, constants.
         """
         return self._launches.get((drivers.active.get_current_device(), case))
 

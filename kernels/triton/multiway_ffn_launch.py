@@ -309,7 +309,7 @@ def _prepare(
     constants: tuple[int, ...],
     numbers: tuple[int, ...],
 ) -> Launch:
-    """Prepares the launch of `launch_tiles` with the fastest tile sizes, on a CPU with the first ones."""
+    """Prepares the launch of `launch_tiles`, with the fastest tile sizes on a GPU and the first tile sizes on a CPU."""
     x = tensors[0]
     settings = partial(choose_tiles, launcher.kernel, architecture_of(x.device), x.dtype)
 

@@ -262,7 +262,7 @@ def _launch(
 def _prepare(
     launcher: KernelLauncher, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool
 ) -> Launch:
-    """Prepares a launch; on a GPU with the fastest number of stages."""
+    """Prepares a launch of an attention kernel; on a GPU with the fastest number of stages."""
     (num_rows, num_heads, head_size), grid = tensors[0].shape, (len(tensors[-1]), tensors[0].shape[1])
     values = tuple(constants(num_heads, head_size, tile, config.block, causal_captions).values())
 

@@ -80,7 +80,10 @@ def _deal_shares(
     architecture: int,
     dtype: torch.dtype,
 ) -> tuple[bool, RowPrograms]:
-    """Returns whether rows are divided into shares, and these shares; without, one share is an expert's rows."""
+    """Returns whether rows are divided into shares, and the shares.
+
+    Without division, each expert's rows are one share.
+    """
     first = products.choose_tiles(weight_gradient_kernel, architecture, dtype)[0]
     tiles = num_layers * ceil_div(out_width, first.rows) * ceil_div(in_width, first.columns)
     lengths, stops = [stop - start for start, stop in slices], build_stops(slices)
