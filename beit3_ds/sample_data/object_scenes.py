@@ -48,7 +48,7 @@ def write_object_scenes(folder: Path, split: str, count: int, rng: random.Random
         split: name of the split.
         count: number of images.
         rng: random generator.
-        size: longer side of the images in pixels; the shorter side is up to a quarter shorter.
+        size: longer side of the images in pixels; the shorter side has 75% to 100% of this length.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -138,7 +138,7 @@ def _annotate(shape: DrawnShape, mask: NDArray[np.bool_], is_whole: bool, width:
 
 
 def _corners(shape: DrawnShape, width: int, height: int) -> list[float] | None:
-    """Returns the polygon of a shape as x, y, x, y, ... in pixels; None for shapes with curved edges and crosses."""
+    """Returns a shape's polygon as x, y, x, y, ... in pixels; None for crosses and for shapes with curved edges."""
     x, y, radius = shape.x * width, shape.y * height, shape.radius * min(width, height)
     thin = radius * 0.35
     match shape.shape:

@@ -45,7 +45,8 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
         folder: folder to write to; it is created if missing, and existing files are replaced.
         num_train: number of training scenes, of training statements (with two pairs of images each), and of training
             images for each other task.
-        num_validation: the same numbers for validation.
+        num_validation: number of validation scenes, of validation statements, and of validation images for each other
+            task.
         seed: seed of all random draws.
         size: side of the images in pixels; images with boxes are twice as large.
     """
