@@ -23,7 +23,7 @@ def write_metrics(content: Mapping[str, Any], folder: ResultFolder) -> None:
 
     Raises:
         ConfigError: if the folder cannot be written.
-        StorageError: if a result file is still missing; the metrics are written all the same.
+        StorageError: if a result file is still missing; the metrics file is written before the error.
     """
     print(format_metrics(content), flush=True)
     try:
@@ -47,7 +47,9 @@ def format_metrics(content: Mapping[str, Any]) -> str:
     """Returns the metrics of an evaluation as a table.
 
     Args:
-        content: `task`, `split` and `metrics`, and either `weights` and `step` or `results`, the paths of result files.
+        content: metrics and their origin. The keys are `task`, `split` and `metrics`. For an evaluation of weights,
+            further keys are `weights` and `step`. For scored result files, a further key is `results`, the paths of the
+            files.
     """
     metrics = content["metrics"]
     if "results" in content:

@@ -91,8 +91,8 @@ def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
         dropped_share: share of the tokens to drop.
 
     Returns:
-        The summed loss of the kept tokens, and the number of right predictions of all tokens. The sum is scaled: the
-        sum divided by the number of all tokens is the mean over the kept tokens.
+        The scaled loss of the kept tokens, and the number of right predictions of all tokens. The scaled loss is the
+        mean loss of the kept tokens, multiplied by the number of all tokens.
     """
     losses_M = features.rows[TOKEN_LOSSES]
     num_kept = int(len(losses_M) * (1 - dropped_share))

@@ -64,7 +64,7 @@ class Window(NamedTuple):
 class LargeScaleJitter:
     """Resizes an image by a random factor, crops it to at most `image_size`, flips it and jitters its colors.
 
-    The resized image fits into a square with `image_size` times the factor as side. Unlike Detectron2, this class does
+    The resized image fits into a square whose side is the factor times `image_size`. Unlike Detectron2, this class does
     not pad small images. A batch therefore contains images of different sizes.
     """
 

@@ -37,8 +37,8 @@ class DetectionConfig:
     """Number of proposals per image in the loss of the box stages; at most a quarter of the proposals match an object.
     The losses of an image are divided by this number."""
     min_scale: Annotated[float, Range(0, 10, above=True)] = 0.1
-    """Smallest factor of large-scale jitter (ViTDet: 0.1). An image is resized to fit a square with `model.image_size`
-    times the factor as side, and is then cropped to at most `model.image_size` per side."""
+    """Smallest factor of large-scale jitter (ViTDet: 0.1). An image is resized to fit a square whose side is the factor
+    times `model.image_size`, and is then cropped to at most `model.image_size` per side."""
     max_scale: Annotated[float, Range(0, 10, above=True)] = 2.0
     """Largest factor of large-scale jitter (ViTDet: 2)."""
     suppression: SuppressionMethod = "linear"
@@ -53,8 +53,8 @@ class DetectionConfig:
     max_detections: Positive = 100
     """Maximum number of detections per image; COCO's metrics count 100."""
     test_sizes: tuple[Sides, ...] = ()
-    """In an evaluation, sides in pixels of the square that an image is resized to fit. Several sides give several
-    views: boxes of all views compete, and masks are averaged. Empty uses `model.image_size`."""
+    """Sides in pixels of the squares that an evaluation resizes each image to fit. Each side gives one view of the
+    image: boxes of all views compete, and masks are averaged. Empty uses `model.image_size`."""
     test_flip: bool = False
     """Whether an evaluation also uses a horizontally flipped copy of every view."""
     shown_score: Share = 0.3

@@ -329,8 +329,9 @@ def read_objects(path: str, folder: str, *, with_masks: bool) -> AnnotatedObject
 
 
 def _entries(path: str) -> Iterator[tuple[str, Any]]:
-    """Yields the entries of 'images', 'categories' and 'annotations' with the member's name; 'annotations' may be
-    missing.
+    """Yields the member's name and the entry, for each entry of 'images', 'categories' and 'annotations'.
+
+    The member 'annotations' may be missing.
     """
     try:
         yield from iterate_json_lists(path, "images", "categories", "annotations")

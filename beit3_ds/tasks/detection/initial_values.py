@@ -17,10 +17,10 @@ matches counts."""
 def head_initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
     """Returns the initial value of a weight of `DetectionHead`; None for norms (1) and biases (0).
 
-    Output layers start from a normal distribution with a small standard deviation, linear layers from Xavier's uniform
-    distribution by their inputs, and other convolutions from Kaiming's normal distribution by their outputs. A wider
-    head thus starts with equally large features. The convolutions of the proposal network follow the same rule, instead
-    of ViTDet's fixed standard deviation of 0.01, with which a narrow head starts with vanishing features.
+    Output layers are normal with a small standard deviation. Linear layers are uniform with variance 1 / inputs. Other
+    convolutions follow Kaiming's normal distribution with `mode="fan_out"`. These scales keep the size of features
+    independent of the head's width. The convolutions of the proposal network are initialised like other convolutions.
+    ViTDet uses a fixed standard deviation of 0.01 there, but features of a narrow head would then vanish.
 
     Args:
         name: name of the parameter within the head, such as `boxes.stages.0.linear.weight`.

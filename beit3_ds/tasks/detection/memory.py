@@ -13,9 +13,10 @@ _FLOAT, _INDEX = 4, 8  # bytes
 def image_memory(model: ModelConfig, settings: DetectionConfig, element_size: int) -> int:
     """Returns the bytes of head activations that autograd keeps per image.
 
-    The image has `image_size` pixels per side, all `sampled_boxes` are drawn, and a quarter of them is positive. Counts
-    the inputs of convolutions, linear layers, activation functions and norms, and the statistics of norms. Does not
-    count the anchors' outputs, which are small, or temporary memory, such as RoIAlign's float32 copies of the maps.
+    Assumes an image with `model.image_size` pixels per side, and `sampled_boxes` sampled proposals of which a quarter
+    is positive. Counts the inputs of convolutions, linear layers, activation functions and norms, and the statistics of
+    norms. Does not count the outputs of the proposal network, which are small. Does not count temporary memory, such as
+    RoIAlign's float32 copies of the maps.
 
     Args:
         model: the model's configuration.

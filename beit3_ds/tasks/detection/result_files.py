@@ -22,17 +22,17 @@ def read_result_files(
 ) -> dict[str, list[dict[str, Any]]]:
     """Reads result files and returns their entries by kind, "bbox" or "segm".
 
-    The entries of one file have the same members. An entry with a box and a mask becomes one of each kind, because
-    COCO's evaluation would take the size of a mask from the box.
+    All entries of a file must have the same members. An entry with a box and a mask becomes one entry with the box and
+    one entry with the mask, because COCO's evaluation would take the size of a mask from the box.
 
     Args:
-        paths: the files; only one of them may have boxes, and only one masks.
-        sizes: height and width of each image, by id.
+        paths: the files; at most one file may have boxes, and at most one file may have masks.
+        sizes: height and width of each image in pixels, by image id.
         categories: the categories of the annotations.
 
     Raises:
-        ConfigError: if a file cannot be read, is empty, or has an entry of another form, of an unknown image or
-            category, or with a box or mask that is invalid; the message names the file and the entry.
+        ConfigError: if a file cannot be read or is empty, or if an entry has another form, an unknown image or
+            category, or an invalid box or mask. The message names the file and the entry.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     origins: dict[str, str] = {}

@@ -183,8 +183,10 @@ def _clip_to_cells(ring: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _clip_to_half(ring: NDArray[np.float64], depths: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Clips a polygon at a straight edge: removes corners with negative depth, adds corners where the outline crosses
-    it.
+    """Clips a polygon at a straight edge.
+
+    Removes the corners with negative depth, and adds a corner at each point where the polygon's outline crosses the
+    edge.
 
     Args:
         ring: corners (x, y), (corners, 2).

@@ -4,7 +4,7 @@
 |---|---|
 | folder | topmost folder in the image's path: `n01440764/n01440764_10026.JPEG` |
 | tars | last folder in its path; else the number in `KEY.cls`; else its name up to `_`: `n01440764_10026.jpg` |
-| JSON lines | objects with `image` (path in the folder) and `class` (its key) |
+| JSON lines | objects with `image` (path in the folder) and `class` (class key) |
 """
 
 import os

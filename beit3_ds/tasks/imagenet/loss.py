@@ -44,8 +44,8 @@ def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
 def _distinct(labels_X: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the distinct labels, ascending, and the index of each label among them, like `torch.unique`.
 
-    The first result is padded with the largest integer to the number of labels. Shapes therefore do not depend on
-    values, and the host need not wait for the device.
+    The distinct labels are padded with the largest int64 value to the length of `labels_X`. All shapes are therefore
+    known in advance, and the host need not wait for the device.
     """
     sorted_X, order_X = labels_X.sort()
     is_new_X = torch.ones_like(sorted_X)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 WHOLE = 1 << 16
-"""Share of the first image in an image without mixing. Shares are integers in units of 1 / WHOLE, so they are exactly
+"""Integer that stands for a share of 1. Shares of mixed images are integers in units of 1 / WHOLE, so they are exactly
 equal on all ranks."""
 
 
@@ -17,9 +17,9 @@ class Mixing:
     """Mixes an image with a second image by mixup or CutMix."""
 
     mixup: float
-    """Strength of mixup (`ImagenetConfig.mixup`)."""
+    """Parameter a of the distribution Beta(a, a) from which mixup draws shares; 0 disables mixup."""
     cutmix: float
-    """Strength of CutMix (`ImagenetConfig.cutmix`)."""
+    """Parameter a of the distribution Beta(a, a) from which CutMix draws shares; 0 disables CutMix."""
     probability: float
     """Probability that an image is mixed."""
 

@@ -92,8 +92,8 @@ def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
 def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank: int, size: int) -> list[PackedBatch]:
     """Returns this rank's batches: batch `rank` and every `size`-th batch after it.
 
-    Empty batches are added until all ranks have the same number. The content of a batch, and so its features, do not
-    depend on `size`.
+    Empty batches are added until all ranks have the same number of batches. The batches do not depend on `size`. The
+    features computed from a batch therefore do not depend on `size` either.
 
     Args:
         batches: all batches.

@@ -68,7 +68,8 @@ class Imagenet(Task):
 
     With the head `names`, every step encodes `data.texts.samples_per_step` class names, divided over ranks and
     micro-batches. If this number equals the number of classes, the softmax is over all classes. If the number is
-    smaller, for example for ImageNet-21K, each step draws that many classes and adds the classes of its images.
+    smaller, for example for ImageNet-21K, each step draws this number of classes. The step then also encodes the class
+    name of every image.
     """
 
     Settings = ImagenetConfig

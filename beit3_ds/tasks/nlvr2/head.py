@@ -24,9 +24,9 @@ class StatementHead(Head):
 
     A sample is two image-text pairs: pair 2 i is the left image with the statement, pair 2 i + 1 is the right image
     with the statement. The head reads the CLS row of each image and the BOS row of each text. The four rows of a sample
-    are concatenated to 4 times the hidden size. Then follow LayerNorm, a linear layer to 2 times the hidden size,
-    LayerNorm, GELU, and a linear layer to two classes. Parameters are replicated on all tensor-parallel ranks, which
-    compute equal logits.
+    are concatenated to 4 times the hidden size. The next layers are LayerNorm, a linear layer to 2 times the hidden
+    size, LayerNorm, GELU, and a linear layer to two classes. Parameters are replicated on all tensor-parallel ranks,
+    which compute equal logits.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel | None = None) -> None:

@@ -25,9 +25,10 @@ def unigram_entropies(
 ) -> dict[str, float]:
     """Returns, per loss term, the cross entropy in nats of the best predictor that ignores the input.
 
-    The best such predictor gives each id its frequency. The cross entropy then is the entropy of these frequencies,
-    counted over all patches or tokens of the validation samples of all ranks. BOS does not count, because it is never
-    predicted. The ranks sum their counts, one integer per source and vocabulary entry.
+    The best such predictor predicts each id with a probability equal to the id's frequency. The cross entropy then is
+    the entropy of these frequencies, counted over all patches or tokens of the validation samples of all ranks. BOS
+    does not count, because BOS is never predicted. The ranks sum their counts, one integer per source and vocabulary
+    entry.
 
     Args:
         batches: this rank's validation batches.

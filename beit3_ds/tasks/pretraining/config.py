@@ -26,7 +26,7 @@ class PretrainingConfig:
     """Configures masked data modeling of images, texts and image-text pairs (paper section 2.2)."""
 
     image_mask_ratio: MaskRatio = 0.4
-    """Share of an image's patches that block-wise masking hides, the same for every image (paper: 40%)."""
+    """Share of the patches of every image that block-wise masking hides (paper: 40%)."""
     text_mask_ratio: MaskRatio = 0.15
     """Share of the tokens of a text that the model predicts (paper: 15%)."""
     pair_text_mask_ratio: MaskRatio = 0.5

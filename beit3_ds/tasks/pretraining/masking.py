@@ -27,7 +27,7 @@ def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_bl
         grid_size: patches per side of the image.
         num_masked: patches to mask, from 0 to grid_size^2.
         rng: random generator.
-        min_block: smallest area of a block, in patches; `num_masked` if that is smaller.
+        min_block: smallest area of a block, in patches; values above `num_masked` count as `num_masked`.
 
     Returns:
         True for masked patches, (grid_size^2,) bool, in row-major order.

@@ -26,8 +26,9 @@ def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor
     """Returns two losses and two counts, each summed over all pairs of a step, (4,) float32.
 
     The first two are cross entropies: of each image's caption among all captions, and of each caption's image among all
-    images. The last two count the images, and the captions, whose partner has the highest score. Scores are computed in
-    blocks of rows and recomputed in the backward pass, so memory grows linearly with the number of pairs.
+    images. The third is the number of images whose own caption has the highest score of all captions. The fourth is the
+    number of captions whose own image has the highest score of all images. Scores are computed in blocks of rows and
+    recomputed in the backward pass, so memory grows linearly with the number of pairs.
 
     Args:
         features: normalised features of images and, in the same order, of their captions, and the scale of scores.
@@ -42,7 +43,7 @@ def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor
 
 
 def _sum_blocks(query_ND: Tensor, candidate_ND: Tensor, ids_N2: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross entropy, and the number of queries whose partner has the highest score."""
+    """Returns the summed cross entropy, and the number of queries i for which candidate i has the highest score."""
     rows = max(1, _BLOCK_ELEMENTS // max(1, len(candidate_ND)))
     loss, found = 0 * scale.sum() + 0 * query_ND.sum() + 0 * candidate_ND.sum(), scale.new_zeros(())
     for start in range(0, len(query_ND), rows):

@@ -14,9 +14,9 @@ def read_class_names(config: RunConfig, path: str, num_classes: int) -> tuple[st
 
     Args:
         config: the run's configuration.
-        path: text file with one name per line, or a table like ADE20K's objectInfo150.txt. Empty uses the
-            objectInfo150.txt of the first `ade20k` source that contains one; without one, classes are named "class 0",
-            "class 1" and so on.
+        path: text file with one name per line, or a table like ADE20K's objectInfo150.txt. An empty path selects the
+            objectInfo150.txt of the first `ade20k` source with such a file. If no source has the file, classes are
+            named "class 0", "class 1" and so on.
         num_classes: number of classes.
 
     Raises:

@@ -54,7 +54,7 @@ class SegmentationConfig:
     """Number of classes."""
     class_names: PathString = ""
     """Text file with one class name per line, or a table like ADE20K's objectInfo150.txt. Empty uses the
-    objectInfo150.txt of an `ade20k` source; without one, classes are named by numbers."""
+    objectInfo150.txt of an `ade20k` source; if no source has this file, classes are named by numbers."""
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
     """Sizes of the ViT-Adapter. With null, a simple feature pyramid on the trunk's output replaces the adapter."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)

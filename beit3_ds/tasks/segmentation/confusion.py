@@ -45,13 +45,18 @@ class Confusion:
         return self.counts_CC.sum(1)
 
     def iou(self) -> Tensor:
-        """Returns the intersection over union of each class, (C,) float64; NaN if neither true nor predicted."""
+        """Returns the intersection over union of each class, (C,) float64.
+
+        The value is NaN for a class that no pixel has as true or predicted class.
+        """
         intersection = self.counts_CC.diagonal().double()
         union = (self.pixels + self.counts_CC.sum(0) - self.counts_CC.diagonal()).double()
         return intersection / union
 
     def accuracy(self) -> Tensor:
-        """Returns the share of each class's pixels with the right prediction, (C,) float64; NaN without pixels."""
+        """Returns, per class, the share of the class's pixels that are predicted right, (C,) float64; NaN without
+        pixels.
+        """
         return self.counts_CC.diagonal().double() / self.pixels.double()
 
     def metrics(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 | format | images | label maps | values in label maps |
 |---|---|---|---|
 | `ade20k` | `PATH/images/SPLIT/*.jpg` | `PATH/annotations/SPLIT/*.png` | 0: no class; 1 to C: class + 1 |
-| `label_maps` | `PATH` | `annotations`, a folder with the same names | 0 to C - 1: class; 255: no class |
+| `label_maps` | `PATH` | folder in the key `annotations`, with equal file names | 0 to C - 1: class; 255: no class |
 
 `ade20k` is the distributed form of ADEChallengeData2016; SPLIT is "training" or "validation". C is the number of
 classes.
@@ -267,7 +267,12 @@ def open_label_maps(source: SourceConfig, num_classes: int, *, is_complete: bool
 
 
 def sizes_differ(labels: tuple[int, ...], image: tuple[int, ...]) -> str:
-    """Returns the message about a label map and an image of different sizes, both width and height."""
+    """Returns the message that a label map and its image have different sizes.
+
+    Args:
+        labels: width and height of the label map in pixels.
+        image: width and height of the image in pixels.
+    """
     return f"the label map has {labels[0]} x {labels[1]} pixels, but its image {image[0]} x {image[1]}"
 
 

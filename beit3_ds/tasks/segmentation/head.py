@@ -84,14 +84,14 @@ class SegmentationHead(Head):
         """Runs the decoders on feature maps; returns the sums of the loss terms, or the class scores.
 
         Args:
-            maps: four maps, with 1/4 to 1/32 of the images' height and width; of this rank's part of the images if
-                `with_loss`, otherwise of all images.
+            maps: four feature maps, with 1/4 to 1/32 of the images' height and width. If `with_loss`, the maps contain
+                only this rank's part of the images, otherwise all images.
             batch: the packed micro-batch; needs labels and seeds of all images if `with_loss`.
             with_loss: True returns sums of loss terms, False class scores.
 
         Returns:
             Sums of the three terms over all images, (3,) float32; or class scores from 0 to the number of queries, (B,
-            C, height, width) float32. Equal on all tensor-parallel ranks.
+            C, height, width) float32. The result is equal on all tensor-parallel ranks.
         """
         sum_gradients(self, self.tensor)
         layers = self.decoder(maps)
@@ -102,7 +102,7 @@ class SegmentationHead(Head):
         return divided.sum_terms(MaskLoss(self.settings, labels.device).sums(layers, labels, seeds))
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
-        """Returns the initial value of a parameter of the adapter, the decoder or a norm; `Head` has the arguments."""
+        """Returns the initial value of a parameter of the adapter, the decoder or a norm (`Head.initial_value`)."""
         part, _, rest = name.partition(".")
         value = None
         if part == "adapter" and self.settings.adapter:

@@ -133,9 +133,10 @@ def decoder_initial_value(
 ) -> Tensor | None:
     """Returns the initial value of a parameter of `MaskDecoder`; None for norms, which start with weight 1 and bias 0.
 
-    Follows the original code of Mask2Former. Layers of the query decoder and values of deformable attention are
-    Xavier-uniform. Queries and level vectors are standard normal. Other weights are normal with standard deviation
-    0.02.
+    Follows the original code of Mask2Former. The query decoder's layers and the projections of deformable attention are
+    Xavier-uniform. In deformable attention, the layers that compute sampling offsets and attention weights have weight
+    0, and the offsets' bias is `ring_offsets`. Queries and level vectors are standard normal. The mask embedder is
+    uniform, like torch's linear layers. Other weights are normal with standard deviation 0.02.
 
     Args:
         name: name of the parameter within the decoder, such as `queries.decoder.layers.0.fc1.weight`.

@@ -12,9 +12,10 @@ from beit3_ds.tasks.segmentation.config import IGNORED, SegmentationConfig
 from beit3_ds.tasks.segmentation.mask_decoder import QueryPredictions, mask2former_config, mask2former_parts
 
 NO_OBJECT_WEIGHT = 0.1
-"""Weight of a query without a target mask in the class term, relative to a query with one (as in Mask2Former)."""
+"""Weight of a query without a target mask in the class term; a query with a target mask has weight 1 (as in
+Mask2Former)."""
 QUERY_UNITS = 10
-"""Integer weight of a query with a target mask in `TermCounts.classes`; a query without one has weight 1."""
+"""Weight in `TermCounts.classes` of a query that is matched with a target mask; an unmatched query has weight 1."""
 
 
 class TermCounts(NamedTuple):

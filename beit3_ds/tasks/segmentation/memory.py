@@ -19,8 +19,8 @@ def crop_memory(model: ModelConfig, settings: SegmentationConfig, element_size: 
     linear layers, activation functions and norms, and the float32 tensors of deformable attention.
 
     Does not count the matched masks of the loss, because their number depends on the image. The loss keeps two float32
-    maps per mask and layer, with at least 1/4 of the crop's side. Also not counted are statistics of norms,
-    recomputation, and temporary memory within an operation.
+    maps per mask and layer; each map has at least 1/4 of the crop's height and width. Does not count statistics of
+    norms, recomputation, or temporary memory within an operation.
 
     Args:
         model: the model's configuration.
@@ -57,7 +57,7 @@ def _prior(model: ModelConfig, adapter: AdapterConfig, element_size: int) -> int
 
 
 def _interactions(model: ModelConfig, adapter: AdapterConfig, element_size: int, *, recomputes: bool) -> int:
-    """Returns the bytes for all injectors and extractors; with recomputation, only their inputs count."""
+    """Returns the bytes for all injectors and extractors; with recomputation, only the modules' inputs count."""
     hidden, patches, coarser = model.hidden_size, model.num_patches, _coarser(model)
     width, number = adapter.value_size(hidden), adapter.num_interactions
     if recomputes:
@@ -78,7 +78,7 @@ def _deformable(queries: int, rows: int, width: int, num_heads: int, num_points:
 
     Args:
         queries: number of queries.
-        rows: number of rows with values.
+        rows: number of cells that the queries sample from; each cell has one value row.
         width: total width of the values over all heads.
         num_heads: number of heads.
         num_points: sampling points per query and head, over all maps.

@@ -33,7 +33,7 @@ class LabelledCrop(NamedTuple):
     seed: int
     """Seed of the random points at which the loss compares masks."""
     drop_path: NDArray[np.float32]
-    """Stochastic-depth factor of the FFN of each extractor of the adapter, (extractors,)."""
+    """Stochastic-depth factors for the FFNs in the adapter's extractors, (extractors,)."""
 
 
 class WholeImage(NamedTuple):

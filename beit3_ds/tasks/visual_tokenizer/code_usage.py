@@ -80,8 +80,8 @@ class CodeCounter:
         """Returns the usage of the counted codes; at least one code must have been counted.
 
         Args:
-            mesh: mesh over whose data-parallel ranks the counts are summed; all its ranks must call the method. None
-                uses only the counts of this process.
+            mesh: mesh of all ranks. The counts are summed over the data-parallel ranks, and all ranks must call the
+                method. None uses only the counts of this process.
         """
         own = self._counts.cpu()
         counts = (own if mesh is None else mesh.data_host.sum(own)).double()
@@ -98,8 +98,8 @@ def measure_code_usage(batches: Iterable[Tensor], codebook_size: int, mesh: Mesh
     Args:
         batches: codes of each batch, a tensor of any shape, int64 in [0, codebook_size).
         codebook_size: number of codes in the codebook.
-        mesh: mesh over whose data-parallel ranks the counts are summed; all its ranks must call the function. None
-            counts only the batches of this process.
+        mesh: mesh of all ranks. The counts are summed over the data-parallel ranks, and all ranks must call the
+            function. None counts only the batches of this process.
     """
     counter: CodeCounter | None = None
     for codes in batches:

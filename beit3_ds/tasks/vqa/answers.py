@@ -128,7 +128,7 @@ class AnswerVocabulary:
 
         Args:
             main_answers: main answer of every training question (`multiple_choice_answer` in the official files).
-            min_occurrences: how often a listed answer must occur in `main_answers` at least.
+            min_occurrences: minimum number of occurrences of a listed answer in `main_answers`.
 
         Raises:
             ConfigError: if no answer occurs often enough.
