@@ -42,7 +42,7 @@ class EvaluationBatches:
 
         Args:
             config: the run's configuration; `training.eval_samples` limits the samples per stream.
-            streams: samples by stream, in the order of their rows in a batch.
+            streams: samples of each stream; the samples in a batch are in the order of these streams.
             pack: function that packs prepared samples into a batch.
             data_parallel_rank: rank that reads these batches.
             data_parallel_size: number of ranks that share the batches.

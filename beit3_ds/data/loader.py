@@ -17,8 +17,8 @@ def build_train_loader(
     """Builds an iterable over the steps of one rank, from `first_step` to the end of the run.
 
     Each of n worker processes prepares every n-th step; the steps are yielded in order. A worker that dies or is
-    stopped is replaced. A broken record is reported in its step. Without `data.cache_dir`, each worker keeps its own
-    shard index and tokens.
+    stopped is replaced. A broken record is skipped and listed in `StepBatch.broken_records`. Without `data.cache_dir`,
+    each worker keeps its own shard index and tokens.
 
     The prepared steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). A pixel of
     a view takes 3 bytes in pretraining and 12 bytes in fine-tuning. Two views of 224 px take 0.3 MB or 1.2 MB per

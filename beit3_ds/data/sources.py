@@ -127,7 +127,7 @@ def read_annotations(source: SourceConfig) -> AnnotatedImages:
 
 
 def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = None) -> tuple[int, str]:
-    """Counts missing images, which the annotations name but which do not exist.
+    """Counts the images that the annotations name but that do not exist.
 
     Args:
         samples: an opened source in an annotation format.

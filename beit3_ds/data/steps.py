@@ -46,7 +46,7 @@ class StepDataset(Dataset[StepBatch]):
 
         Args:
             config: the run's configuration.
-            streams: training samples by stream, in the order of their rows in a batch.
+            streams: training samples of each stream; the samples in a micro-batch are in the order of these streams.
             pack: function that packs prepared samples into a micro-batch.
             data_parallel_rank: rank that reads these steps.
             data_parallel_size: number of ranks that share a step.

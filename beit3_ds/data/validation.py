@@ -104,14 +104,14 @@ def build_validation_batches(
 ) -> ValidationBatches:
     """Builds this rank's validation batches, from at most `TrainingConfig.loss_samples` validation samples per stream.
 
-    The samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, so they are equal
-    in every layout. All samples of a stream in one batch come from one source. A batch has at most the size of the
-    largest micro-batch. Every rank has the same number of batches; some batches may be smaller or empty. Streams
-    without validation files are omitted.
+    The samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, so they do not
+    depend on the layout of ranks. All samples of a stream in one batch come from one source. A batch has at most the
+    size of the largest micro-batch. Every rank has the same number of batches; some batches may be smaller or empty.
+    Streams without validation files are omitted.
 
     Args:
         config: the run's configuration.
-        streams: validation samples by stream, in the order of their rows in a batch.
+        streams: validation samples of each stream; the samples in a batch are in the order of these streams.
         pack: function that packs prepared samples into a batch.
         data_parallel_rank: rank that reads these batches.
         data_parallel_size: number of ranks that share the batches.

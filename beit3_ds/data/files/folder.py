@@ -13,8 +13,8 @@ class Folder:
     File names are relative paths from annotation files. A name must not leave the folder through `..`, an absolute path
     or a symbolic link to a file. Symbolic links to folders are followed, because the folder's owner made them.
 
-    A missing file is an error in the data. A missing or replaced folder is a storage error, because its file system was
-    unmounted.
+    A missing file is an error in the data. A missing or replaced folder is a storage error: it shows that the file
+    system was unmounted.
 
     Attributes:
         path: absolute path of the folder, with all links resolved.

@@ -28,7 +28,10 @@ def check_has_no_gap(path: str) -> None:
 
 
 def next_written(descriptor: int, position: int, size: int) -> int:
-    """Returns the first position at or after `position` that was written; `size`, the file's end, if there is none."""
+    """Returns the first written position at or after `position`.
+
+    If nothing more is written, returns `size`, the position of the file's end.
+    """
     try:
         return os.lseek(descriptor, position, os.SEEK_DATA)
     except OSError as error:

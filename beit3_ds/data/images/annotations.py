@@ -148,7 +148,7 @@ def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None
 
 
 def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the ascending row numbers that have an image, and the index into `paths` of each row's image."""
+    """Returns the numbers of the rows that have an image, ascending, and the index of each row's image in `paths`."""
     rows = np.full(len(paths), -1, dtype=np.int64)
     for number in range(len(paths)):
         stem = paths[number].rpartition("/")[2].partition(".")[0]

@@ -71,8 +71,9 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length in pixels of a decoded image's shorter side; no crop is then enlarged. None means
-        full size.
+        """Returns the minimum length in pixels of a decoded image's shorter side.
+
+        From this length on, no crop is enlarged. None requires the full size.
         """
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
@@ -165,7 +166,9 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def smallest_side(view_size: int, min_scale: float) -> int | None:
-    """Returns the minimum length in pixels of an image's shorter side; no crop of `random_crop_box` is then enlarged.
+    """Returns the minimum length in pixels of an image's shorter side.
+
+    From this length on, no crop of `random_crop_box` is enlarged.
 
     Args:
         view_size: side in pixels to which crops are resized.

@@ -84,8 +84,9 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length in pixels of a decoded image's shorter side; no crop is then enlarged. None means
-        full size.
+        """Returns the minimum length in pixels of a decoded image's shorter side.
+
+        From this length on, no crop is enlarged. None requires the full size.
         """
         return smallest_side(self.image_size, self.min_crop_scale)
 

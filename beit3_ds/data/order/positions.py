@@ -36,8 +36,8 @@ class SetPosition:
     taken: int
     """Number of samples used so far from the permutation that `key` selects."""
     key: tuple[str | int, ...]
-    """Key of the current permutation. The run's seed and this key select a permutation of `remaining`, or of the whole
-    set if `remaining` is None."""
+    """Key of the current permutation. The run's seed and this key select a permutation of `remaining`, or of all
+    samples in the set if `remaining` is None."""
     remaining: tuple[Any, ...] | None = None
     """Samples that were unused in this epoch when the data last changed, in the JSON form of `remaining.to_nodes`.
 

@@ -17,7 +17,7 @@ _BLOCK = 128
 """Number of samples per block of a `SourceSubset`. Finding one sample computes its whole block."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""Removed sources get sample numbers from this number on; this many numbers are reserved per removed source."""
+"""First sample number of removed sources, and count of sample numbers that are reserved per removed source."""
 
 Bounds = Callable[[int], tuple[int, int]]
 """Maps a source's id to the source's first sample number in the stream, and to one past the last."""
@@ -33,7 +33,11 @@ class RemainingSamples(Protocol):
         """Maps indices into the set to sample numbers in the stream; both are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions of this set and its parts to `nodes`; returns the last index."""
+        """Appends JSON descriptions to `nodes`: of the parts of this set, and of this set.
+
+        Returns:
+            Index in `nodes` of this set's description, which is the last one.
+        """
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Range:
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON description of this range to `nodes`; returns its index."""
+        """Appends the JSON description of this range to `nodes`; returns the index of the description."""
         nodes.append(["range", self.source, self.first, self.last])
         return len(nodes) - 1
 
@@ -83,19 +87,23 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions of the sets and their concatenation to `nodes`; returns the last index."""
+        """Appends JSON descriptions to `nodes`: of the sets, and of the concatenation.
+
+        Returns:
+            Index in `nodes` of the last description.
+        """
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1
 
 
 @dataclass(frozen=True)
 class Rest:
-    """The samples that remain of a permuted set after the first `taken` samples."""
+    """The samples of the set `whole` that remain after the first `taken` samples of a permutation."""
 
     whole: RemainingSamples
     seed: int
     key: tuple[str | int, ...]
-    """Key of the permutation; `seed` and this key select the permutation of the whole set."""
+    """Key of the permutation; `seed` and this key select a permutation of all samples in `whole`."""
     taken: int
 
     def __len__(self) -> int:
@@ -107,10 +115,10 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends two JSON descriptions to `nodes`: of the permuted set, and of the samples that remain of that set.
+        """Appends JSON descriptions to `nodes`: of `whole`, and of the remaining samples.
 
         Returns:
-            Index in `nodes` of the second description.
+            Index in `nodes` of the last description.
         """
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1
@@ -118,9 +126,9 @@ class Rest:
 
 @dataclass(frozen=True)
 class SourceSubset:
-    """The samples of a set that belong to the given sources, in the order of the set.
+    """The samples of the set `whole` that belong to the given sources, in the order of `whole`.
 
-    The constructor computes the whole set once, which takes 20 seconds for 100 million samples.
+    The constructor computes all samples of `whole` once, which takes 20 seconds for 100 million samples.
     """
 
     whole: RemainingSamples
@@ -153,7 +161,11 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions of the whole set and this subset to `nodes`; returns the last index."""
+        """Appends JSON descriptions to `nodes`: of `whole`, and of this subset.
+
+        Returns:
+            Index in `nodes` of the last description.
+        """
         nodes.append(["only", self.whole.add_to(nodes), list(self.sources)])
         return len(nodes) - 1
 

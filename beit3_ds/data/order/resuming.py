@@ -133,7 +133,7 @@ class _Continuation:
         return dataclasses.replace(self._now, sets=tuple(sets), removed=self._keep_removed())
 
     def _keeps_mixture(self) -> bool:
-        """Returns whether the sources and weights equal the stored ones, so that the mixture of sources continues."""
+        """Returns whether sources and weights have not changed; the mixture of sources then continues."""
         return (
             same_weights(self._weights, self._stored.weights)
             and self._weights is not None
@@ -190,7 +190,7 @@ class _Continuation:
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
     def _remaining_of(self, match: SourceMatch) -> RemainingSamples:
-        """Returns the samples of a source that are unused in its current epoch, without samples added later."""
+        """Returns the unused samples of a source's current epoch, except samples added since the checkpoint."""
         for entry in self._stored.removed:
             if entry.source.id == match.id:
                 return from_nodes(entry.remaining, self._now.bounds)

@@ -93,7 +93,7 @@ class RunOrder:
     def state_after(self, step: int) -> dict[str, Any]:
         """Returns the positions of all streams after `step` steps, to store in a checkpoint.
 
-        Unused streams keep the positions from the checkpoint from which this run resumed.
+        A stream that this run does not use keeps the position that it had in the loaded checkpoint.
         """
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 

@@ -95,7 +95,7 @@ def _parse_set(content: Any, span: int, sizes: Mapping[int, int]) -> SetPosition
 
 
 def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], int]:
-    """Checks the result of `remaining.to_nodes`; returns it, and the maximum number of samples that it describes."""
+    """Checks the result of `remaining.to_nodes`; returns the nodes, and the maximum number of samples in the set."""
     nodes = check_list(value)
     if not 1 <= len(nodes) <= _MOST_NODES:
         raise ValueError(f"{len(nodes)} nodes of remaining samples")
@@ -112,7 +112,7 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
 
 
 def _check_node(node: Any, lengths: list[int], sizes: Mapping[int, int]) -> tuple[list[int], int]:
-    """Checks the JSON description of one set; returns the indices of its parts, and its maximum number of samples."""
+    """Checks the JSON description of one set; returns the indices of the set's parts, and the set's maximum size."""
     kind, *values = check_list(node)
     if kind == "range":
         source, first, last = map(check_count, check_list(values, 3))

@@ -5,7 +5,7 @@ full-width `!` or `?`. Closing quotes and brackets belong to the sentence. By th
 sentence end, but "Mr. Smith" contains one.
 
 The rule is applied once to every piece of the tokenizer's vocabulary. Long paragraphs then need one table look-up per
-token. A sentence end is missed if it is inside a piece, or if the vocabulary lacks its character.
+token. A sentence end is missed if it is inside a piece, or if the vocabulary lacks the punctuation mark.
 """
 
 from bisect import bisect_right
@@ -97,7 +97,7 @@ class ParagraphCutter:
 
 
 def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Replaces each position by the next number that is not in `skipped`; both arrays are ascending."""
+    """Moves each position that is in `skipped` to the next number that is not; both arrays are ascending."""
     if not len(skipped):
         return positions
     run_ends = skipped[np.append(np.flatnonzero(np.diff(skipped) > 1), len(skipped) - 1)] + 1

@@ -63,7 +63,7 @@ def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: P
         cutter: cuts long paragraphs.
 
     Yields:
-        The start of each sequence, in tokens from the first paragraph.
+        The start of each sequence, as the number of tokens before it.
     """
     assert limit >= 1, f"a sequence of {limit} tokens has no room for text"
     start = end = 0  # borders of the sequence that is being filled

@@ -48,8 +48,8 @@ class Reply(NamedTuple):
 class WorkerProcess:
     """Controls one worker process, and the socket to that process.
 
-    The worker blocks stop signals and exits when this process exits. Its death closes the socket. Only `start`,
-    `receive` and `kill` wait for the worker, each with a time limit.
+    The worker blocks stop signals and exits when this process exits. When the worker dies, the socket closes. Only
+    `start`, `receive` and `kill` wait for the worker, each with a time limit.
     """
 
     def __init__(self, work: Work, set_up: Callable[[], object] | None = None, preload: str = "torch") -> None:
@@ -130,9 +130,7 @@ class WorkerProcess:
 
     @property
     def inline_bytes(self) -> int:
-        """Returns the number of tensor bytes in the last reply that came through the socket because shared memory was
-        full.
-        """
+        """Returns how many tensor bytes of the last reply went through the socket, because shared memory was full."""
         return self._receiver.inline_bytes
 
     def fileno(self) -> int:

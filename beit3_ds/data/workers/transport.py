@@ -82,7 +82,7 @@ class ItemReceiver:
         self._arrived = bytearray()
         self._descriptors: list[int] = []
         self.inline_bytes = 0
-        """Number of tensor bytes of the last object that came through the socket because shared memory was full."""
+        """How many tensor bytes of the last object went through the socket, because shared memory was full."""
 
     def receive(self) -> tuple[Any] | None:
         """Reads the available bytes from the socket; does not block.

@@ -86,7 +86,7 @@ class WaitTimer:
 
 
 class ReaderThread:
-    """Runs calls that may block forever in a separate thread; the main thread can stop waiting for them."""
+    """Runs calls in a separate thread. If a call blocks forever, the main thread can stop waiting for it."""
 
     def __init__(self, name: str) -> None:
         """Stores the name of the thread; the first call of `call` starts the thread."""
