@@ -54,8 +54,9 @@ class ImageClassifier:
     ) -> Self:
         """Loads a classifier.
 
-        Weights fine-tuned for retrieval, or for ImageNet with the head `names`, compare images with class names.
-        Weights with a linear layer need no tokenizer and no language experts.
+        If the weights contain a linear layer, the classifier applies this layer, and needs no tokenizer and no language
+        experts. Weights fine-tuned for retrieval, or for ImageNet without a linear layer, compare images with class
+        names.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.

@@ -21,8 +21,8 @@ class LoadOptions(TypedDict, total=False):
     dtype: torch.dtype
     """Dtype of the parameters and the computation; default: float32."""
     image_size: int
-    """Side of the images in pixels; position embeddings are interpolated to it. Default: the size stored with the
-    weights."""
+    """Side of the images in pixels; position embeddings are interpolated to this size. Default: the size stored with
+    the weights."""
     max_text_length: int
     """Maximum tokens per text, including BOS and EOS; longer texts are truncated. Default: the length stored with the
     weights."""

@@ -21,7 +21,7 @@ class RetryingStream(io.RawIOBase):
     bytes are discarded.
 
     Attributes:
-        reports_closed_pipe: whether to report a pipe whose reader has ended like other errors; False by default.
+        reports_closed_pipe: whether `report` is also called when the reader of a pipe has ended; False by default.
     """
 
     def __init__(
