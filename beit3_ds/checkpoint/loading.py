@@ -20,7 +20,7 @@ _WAYS_OUT = (
 
 
 def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGroup) -> CheckpointFolder | None:
-    """Returns the newest undamaged checkpoint, equal on all ranks, or None without checkpoints; all ranks call it.
+    """Returns the newest undamaged checkpoint, on which all ranks agree; all ranks call this function.
 
     Each rank verifies the digests of a share of the files. The main rank prints the names of damaged checkpoints. The
     ranks exchange file names and faults through `host`.
@@ -29,6 +29,9 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
         collection: checkpoints of the run.
         mesh: the mesh of ranks.
         host: process group of all ranks, for values in host memory.
+
+    Returns:
+        The checkpoint; None if the run has no checkpoints.
 
     Raises:
         ConfigError: on all ranks, if checkpoints exist but all are unusable.

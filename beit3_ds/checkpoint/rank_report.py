@@ -27,7 +27,11 @@ class RankReport(NamedTuple):
     """Buffers that the rank wrote, by name."""
 
     def to_plain(self) -> tuple[str, Tensor, str]:
-        """Converts the report for sending to JSON of the shapes, the rows of the table, and JSON of the rest."""
+        """Returns the report in a form that ranks can send.
+
+        Returns:
+            The shapes as JSON, the rows of the piece table as a tensor, and all other fields as JSON.
+        """
         rest = [self.error, self.files, list(self.pieces.counts.values()), self.buffers]
         shapes = {name: self.shapes[name] for name in self.pieces.counts}
         return _to_json(shapes), torch.from_numpy(self.pieces.rows), _to_json(rest)

@@ -85,7 +85,10 @@ class CheckpointStore:
         return self._collection.newest_path()
 
     def agree_on_newest(self) -> CheckpointFolder | None:
-        """Returns the newest undamaged checkpoint, equal on all ranks, or None without checkpoints; all ranks call it.
+        """Returns the newest undamaged checkpoint, on which all ranks agree; all ranks call this method.
+
+        Returns:
+            The checkpoint; None if the run has no checkpoints.
 
         Raises:
             ConfigError: on all ranks, if checkpoints exist but all are unusable.

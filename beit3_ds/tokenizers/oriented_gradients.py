@@ -23,8 +23,8 @@ class OrientedGradients:
     high quality, use a pretrained network such as CLIP or DINO.
 
     Gradients are described by histograms of orientation (HOG; Dalal and Triggs, 2005, "Histograms of Oriented Gradients
-    for Human Detection"). MaskFeat (Wei et al., 2022, arXiv:2112.09133) found such histograms to be equally good
-    targets as a network's features. Mean colours distinguish flat patches.
+    for Human Detection"). In MaskFeat (Wei et al., 2022, arXiv:2112.09133), such histograms were as good targets as the
+    features of a network. Mean colours distinguish flat patches.
 
     A patch has one histogram and 2 x 2 mean colours. The 3 x 3 patches around it have one histogram and one mean
     colour. Each histogram is normalised, so that faint strokes count nearly as much as bold strokes.

@@ -32,9 +32,10 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Replaces each vector by the nearest of `codebook_size` codes, which are vectors of length 1.
 
-    `start` initialises the codebook, which is a buffer, with k-means. In training mode, each call adds its vectors to
-    `totals`. Once per step, `move_codes` moves every code towards the mean of its vectors. The result does not depend
-    on the division of the step into calls and ranks. The codebook and `totals` stay in float32 if the module is cast.
+    `start` initialises the codebook, which is a buffer, with k-means. In training mode, each call adds the input
+    vectors to the sums in `totals`, one sum per nearest code. Once per step, `move_codes` moves every code towards the
+    mean of the vectors in its sum. The division of a step into calls and ranks does not affect the result. The codebook
+    and `totals` stay in float32 if the module is cast.
 
     Args:
         codebook_size: number of codes.
@@ -92,10 +93,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def move_codes(self) -> None:
-        """Moves each code towards the mean direction of its vectors in `totals`, and clears `totals`.
+        """Moves each code towards the mean direction of the vectors that were nearest to it, and clears `totals`.
 
-        The moved codes are normalised. A code without vectors keeps its value. The caller must first sum `totals` over
-        all ranks.
+        The moved codes are normalised. A code that was nearest to no vector keeps its value. The caller must first sum
+        `totals` over all ranks.
         """
         means_VC, counts_V = _mean_directions(self.totals, self.weight)
         moved_VC = F.normalize(self.weight.lerp(means_VC, 1 - self.ema_decay), dim=-1)
