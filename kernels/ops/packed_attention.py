@@ -254,7 +254,7 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
         """Returns dq, dk and dv, from the gradient of the attention output."""
         dy_THK = dy_THK.contiguous()
-        differentiate = _backward_on_gpu if is_on_gpu(dy_THK) else backward_plain
+        differentiate: Callable[..., tuple[Tensor, ...]] = _backward_on_gpu if is_on_gpu(dy_THK) else backward_plain
         gradients = differentiate(dy_THK, *ctx.saved_tensors, ctx.tile_size, ctx.causal_captions)
         return (*gradients, None, None, None, None)
 
