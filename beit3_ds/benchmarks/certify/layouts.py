@@ -14,7 +14,7 @@ from beit3_ds.benchmarks.certify.device_kind import kind_of
 from beit3_ds.benchmarks.certify.recorder import NeedsDeviceError, Recorder
 from beit3_ds.benchmarks.turns import device_of_turns
 from beit3_ds.config import load_run_config
-from beit3_ds.training.kernel_cache import launch_kernels  # `dry_run` emulates operators that are imported before it
+from beit3_ds.training.kernel_cache import launch_kernels
 
 CONFIG = "ds_configs/demo_tp2_pp2_dp2_zero3.json"
 """Path in the clone of the config to train."""
