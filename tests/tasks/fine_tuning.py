@@ -151,35 +151,48 @@ def check_layout_trains_the_same(
         layout: layout of the new run.
         tolerance: largest relative difference of a gradient tensor.
         first_tolerance: the same for the first step, if smaller.
+
+    Prints the largest differences, for docs/tested_layouts.md.
     """
     train_layout(write_config, folder, layout)
-    check_same_gradients(folder, one_process, tolerance, first_tolerance)
+    steps = check_same_gradients(folder, one_process, tolerance, first_tolerance)
+    worst = {"gradient, first step": steps[0], "gradient": max(steps)}
     for kind, count in (("train", 4), ("validation", 3)):
         found, expected = figures(folder, kind), figures(one_process, kind)
         assert len(found) == len(expected) == count
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=max(1e-5, tolerance / 10))
+            for name, value in theirs.items():
+                difference = abs(ours[name] - value) / (abs(value) or 1)
+                worst[f"{kind} {name}"] = max(worst.get(f"{kind} {name}", 0), difference)
+    print(layout, ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items()))
 
 
 def check_same_gradients(
     folder: Path, one_process: Path, tolerance: float = 1e-5, first_tolerance: float | None = None
-) -> None:
+) -> list[float]:
     """Compares the clipped gradients of every step, tensor by tensor, in the Euclidean norm.
+
+    Returns the largest difference of each step, as a share of the norm that bounds it.
 
     A difference may be `tolerance` (`first_tolerance` in the first step) of the tensor's gradient, or 1/100 of this
     share of the whole gradient. The second rule serves gradients that are small differences of large sums, such as that
     of the key bias, which is 0 except for rounding.
     """
+    worst: list[float] = []
     steps = zip(clipped_gradients(folder), clipped_gradients(one_process), strict=True)
     for step, (ours, expected) in enumerate(steps, 1):
         assert ours.keys() == expected.keys()
         allowed = tolerance if first_tolerance is None or step > 1 else first_tolerance
         norms = {name: gradient.norm().item() for name, gradient in expected.items()}
         smallest = 0.01 * math.hypot(*norms.values())
+        worst.append(0.0)
         for name, gradient in expected.items():
             difference = (ours[name] - gradient).norm().item()
             message = f"step {step}, {name}: {difference:.2e} of {norms[name]:.2e}"
             assert difference <= allowed * max(norms[name], smallest), message
+            worst[-1] = max(worst[-1], difference / max(norms[name], smallest))
+    return worst
 
 
 def clipped_gradients(folder: Path) -> Iterator[dict[str, Tensor]]:

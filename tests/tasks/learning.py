@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,26 @@ def learning_mapping(
     return mapping
 
 
+def cpu_seconds_of_training(config: str) -> float:
+    """Trains on one rank; returns the rank's CPU time in seconds, of all threads, with evaluations and files."""
+    assert train(config) == 0
+    return time.process_time()
+
+
 def train_mapping(folder: Path, mapping: dict[str, Any]) -> dict[str, float]:
-    """Trains a configuration on one rank; returns the metrics of the last evaluation."""
+    """Trains a configuration on one rank; returns the last metrics, and prints the CPU time."""
     config = write_json(folder, mapping)
-    assert run_ranks(train, 1, str(config), timeout=_TIMEOUT_SECONDS) == [0]
+    [seconds] = run_ranks(cpu_seconds_of_training, 1, str(config), timeout=_TIMEOUT_SECONDS)
+    print(f"{folder.name}: {seconds:.0f} CPU seconds")
     records = MetricsLog(folder / "run" / "metrics.jsonl").records()
     return [record for record in records if record["kind"] == "validation"][-1]
 
 
-def evaluate_weights(folder: Path, mapping: dict[str, Any], weights: Path) -> dict[str, float]:
+def evaluate_weights(folder: Path, mapping: dict[str, Any], weights: Path, *, num_ranks: int = 1) -> dict[str, float]:
     """Evaluates weights on the validation split of a configuration; returns the metrics."""
     config, out = write_json(folder, mapping), folder / "out"
     arguments = [str(config), "--weights", str(weights), "--out", str(out)]
-    assert run_ranks(evaluate, 1, arguments, timeout=_TIMEOUT_SECONDS) == [0]
+    assert run_ranks(evaluate, num_ranks, arguments, timeout=_TIMEOUT_SECONDS) == [0] * num_ranks
     metrics: dict[str, float] = json.loads((out / "metrics.json").read_text())["metrics"]
     return metrics
 

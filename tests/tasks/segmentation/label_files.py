@@ -1,10 +1,12 @@
 """Writes small datasets and configurations for the tests of segmentation."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 from beit3_ds.sample_data.label_scenes import LABEL_NAMES, write_label_scenes
+from tests.run_config import CONFIGS
 from tests.tasks.fine_tuning import ONE_PROCESS, Layout, run_mapping, write_json
 
 ADAPTER = {"conv_channels": 4, "num_interactions": 2, "num_heads": 2, "num_extra_extractors": 1, "initial_scale": 0.1}
@@ -53,3 +55,19 @@ def write_config(
 ) -> Path:
     """Writes the configuration of `segmentation_mapping`; returns the path."""
     return write_json(folder, segmentation_mapping(folder, layout, data=data, task=task, **training))
+
+
+def small_cpu_mapping(
+    folder: Path, data: Path, seed: int, steps: int | None = None, *, with_adapter: bool = True
+) -> dict[str, Any]:
+    """Returns the shipped small configuration on other scenes; `steps` of None keeps the steps of the file."""
+    mapping: dict[str, Any] = json.loads((CONFIGS / "segmentation_small_cpu.json").read_text())
+    own = mapping["beit3_ds"]
+    for split in ("train", "validation"):
+        own["data"]["images"][split][0]["path"] = str(data)
+    steps = steps or own["training"]["total_steps"]
+    own["training"] |= {"output_dir": str(folder / "run"), "seed": seed, "total_steps": steps}
+    own["training"] |= {"eval_interval": steps, "save_interval": steps}
+    if not with_adapter:
+        own["task"]["adapter"], own["model"]["final_norm"] = None, True
+    return mapping
