@@ -128,7 +128,7 @@ class RankTask:
         Args:
             config: the run's configuration.
             share: describes the samples that the rank reads.
-            build_streams: opens the streams of a split, in the order of their rows in a batch.
+            build_streams: opens the streams of a split. The order of the streams is the order of their rows in a batch.
             pack: packs prepared samples into a micro-batch.
             views: which views of each image a batch contains: for the "model", for the visual "tokenizer", or "both".
             validation_loss: True computes the mean of each term over at most `TrainingConfig.loss_samples` samples per

@@ -23,7 +23,7 @@ class DetectionConfig:
     box_width: Size = 1024
     """Output features of the linear layer in each box stage."""
     anchor_scale: Annotated[float, Range(1, 64)] = 8.0
-    """Side of the anchors, in units of the stride of their pyramid level."""
+    """Side of an anchor, divided by the stride of the anchor's pyramid level."""
     proposals_per_level: Positive = 2000
     """In training, number of best-scored anchors per pyramid level that become proposals, before non-maximum
     suppression."""

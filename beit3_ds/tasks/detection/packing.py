@@ -25,7 +25,7 @@ def pack(
 ) -> PackedBatch:
     """Packs the views of all samples into a micro-batch, in the order of the samples; there may be no samples.
 
-    Every pipeline stage that reads samples keeps the targets. The stages compare their targets to check that they read
+    Every pipeline stage that reads samples keeps the targets. By comparing targets, the stages check that they read
     equal samples.
 
     Args:

@@ -48,7 +48,7 @@ class ImageAnchors(NamedTuple):
 
 
 class ProposalNetwork(nn.Module):
-    """Predicts, for the anchors on every pyramid level, whether they contain an object and how to refine their boxes.
+    """Predicts for each anchor whether the anchor contains an object, and how to refine the anchor's box.
 
     Only the cells inside an image have anchors. Features outside an image are zero before every convolution. The
     outputs for an image therefore do not depend on the other images of a batch.
@@ -60,7 +60,7 @@ class ProposalNetwork(nn.Module):
         Args:
             channels: number of channels of the pyramid.
             strides: stride of each level in pixels, ascending.
-            anchor_scale: side of the anchors, in units of the stride of their level.
+            anchor_scale: side of an anchor, divided by the stride of the anchor's level.
         """
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))

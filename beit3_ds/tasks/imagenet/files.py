@@ -3,7 +3,7 @@
 | format | class of an image |
 |---|---|
 | folder | topmost folder in the image's path: `n01440764/n01440764_10026.JPEG` |
-| tars | last folder in its path; else the number in `KEY.cls`; else its name up to `_`: `n01440764_10026.jpg` |
+| tars | last folder in the path; else number in `KEY.cls`; else name up to `_`: `n01440764_10026.jpg` |
 | JSON lines | objects with `image` (path in the folder) and `class` (class key) |
 """
 
@@ -121,7 +121,7 @@ def read_class_tars(
 
 
 def _tar_label(key: str, number: int | None, name: str, classes: ClassList) -> int:
-    """Returns the label of a sample in a tar file: from its folder, else its `cls` member, else its name."""
+    """Returns the label of a sample in a tar file: from the folder, else the `cls` member, else the sample's name."""
     folder, _, stem = key.rpartition("/")
     if folder or number is None:
         return classes.label(folder.rpartition("/")[2] or stem.partition("_")[0], name)

@@ -15,9 +15,9 @@ from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
     """Returns the summed cross entropy of all images of a step and the number of correct answers, (2,) float32.
 
-    Only the cross entropy has a gradient. The softmax is over the classes with a text in the step, which must include
-    the classes of all images. Features of several texts of one class are averaged, so a class is never its own
-    negative.
+    Only the cross entropy has a gradient. The softmax is over the classes with a text in the step. These classes must
+    include the classes of all images. If a class has several texts, the features of these texts are averaged, so each
+    class occurs once in the softmax.
 
     Args:
         features: features and labels of all images and texts of the step, and the scale of scores.

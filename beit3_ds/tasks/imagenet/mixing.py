@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 WHOLE = 1 << 16
-"""Integer that stands for a share of 1. Shares of mixed images are integers in units of 1 / WHOLE, so they are exactly
-equal on all ranks."""
+"""Integer that stands for the share 1. Shares of images in mixtures are integers in units of 1 / WHOLE, and are
+therefore exactly equal on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Mixing:
             rng: random generator.
 
         Returns:
-            The mixed image, (3, size, size), and the share of `own` in it, in units of 1 / `WHOLE`.
+            The mixed image, (3, size, size), and the share of `own` in the mixed image, in units of 1 / `WHOLE`.
         """
         cuts = not self.mixup or (bool(self.cutmix) and rng.random() < 0.5)
         strength = self.cutmix if cuts else self.mixup

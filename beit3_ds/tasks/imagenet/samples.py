@@ -50,7 +50,7 @@ class ClassImage:
     view: Tensor
     """Pixels after augmentation or resizing, and after mixing, (3, image_size, image_size) float32 in [-1, 1]."""
     label: int
-    """Class label of the image; in a mixture, of the first image."""
+    """Class label of the image, or of the first image in a mixture."""
     other_label: int
     """Class label of the second image of a mixture; equal to `label` without mixing."""
     share: int

@@ -47,8 +47,8 @@ class ImagenetRankTask(RankTask):
         With `folder`, also writes `classes.jsonl` and `classes.html`.
 
         Returns:
-            `classes` (mean cross entropy), `accuracy`, `top5` and `images` (their number) on the main rank; empty on
-            other ranks.
+            `classes` (mean cross entropy), `accuracy`, `top5` and `images` (number of images) on the main rank; empty
+            on other ranks.
         """
         scores = score_split(evaluator, split, self.texts, self.text_batches)
         if scores is None:

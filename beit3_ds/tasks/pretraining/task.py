@@ -114,7 +114,7 @@ class Pretraining(Task):
         return MaskedModelingHeads(model, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of a forward pass of both heads; a multiply-add counts as 2.
+        """Returns the floating-point operations of a forward pass of the MIM and MLM heads; a multiply-add counts as 2.
 
         Args:
             term_counts: number of masked positions of each term, in the order of `terms`.

@@ -26,8 +26,8 @@ def match_ranks(
     """Returns the rank of the best right candidate of each query, from 0, (queries,) int64 on the CPU.
 
     Scores are computed in float32, in blocks of queries with at most 2^24 scores per block. Several processes may share
-    the blocks; the elementwise maximum of their results is the complete result. The blocks do not depend on the number
-    of processes, so neither does the rounding of scores.
+    the blocks; the elementwise maximum of their results is the complete result. The blocks, and therefore the rounding
+    of scores, do not depend on the number of processes.
 
     Args:
         query_QD: features of all queries, (queries, features), normalised to length 1.

@@ -36,7 +36,7 @@ class Retrieved:
     def __init__(
         self, image_numbers: Tensor, image_ID: Tensor, text_numbers: Tensor, text_XD: Tensor, device: torch.device
     ) -> None:
-        """Computes the rank of the right captions of each image and of the right image of each caption.
+        """Computes the rank of the best right caption of each image, and of the right image of each caption.
 
         Args:
             image_numbers: index of each image in the stream, ascending, (images,) int64.
@@ -56,8 +56,9 @@ class Retrieved:
         self.image_ranks = match_ranks(self._text_XD, self._image_ID, [[image] for image in self.image_of_text])
 
     def metrics(self) -> dict[str, float]:
-        """Returns recall at 1, 5 and 10 in both directions (`text_recall`, `image_recall`), and their mean,
-        `mean_recall`.
+        """Returns recall at 1, 5 and 10 in both directions, and the mean of these six values.
+
+        The names are `text_recall@K` and `image_recall@K` for K = 1, 5 and 10, and `mean_recall`.
         """
         found = recall(self.text_ranks, "text_recall") | recall(self.image_ranks, "image_recall")
         return found | {"mean_recall": sum(found.values()) / len(found)}

@@ -62,7 +62,8 @@ class Confusion:
     def metrics(self) -> dict[str, float]:
         """Returns `mIoU`, `mean_accuracy` and `pixel_accuracy`; empty without labelled pixels.
 
-        The means leave out classes that neither occur nor are predicted, as in ADE20K's own evaluation.
+        `mIoU` is the mean over classes that occur or are predicted, as in ADE20K's own evaluation. `mean_accuracy` is
+        the mean over classes that occur.
         """
         total = int(self.counts_CC.sum())
         if not total:

@@ -69,8 +69,8 @@ def segment_split(
 ) -> SegmentedImages | None:
     """Segments all images of a split; all ranks must call it.
 
-    Each data-parallel rank segments different images. Counts of pixels are integers, so their sum over all ranks is
-    exact. Each rank sends its results once to the main rank, over gloo.
+    Each data-parallel rank segments different images. Pixel counts are integers, so the sums over all ranks are exact.
+    Each rank sends its results once to the main rank, over gloo.
 
     Args:
         evaluator: gives access to the model and the ranks.

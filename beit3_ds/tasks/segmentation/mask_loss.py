@@ -19,7 +19,7 @@ QUERY_UNITS = 10
 
 
 class TermCounts(NamedTuple):
-    """Holds the denominators of an image's loss terms: the weight of its queries and the number of its masks."""
+    """Holds the denominators of an image's loss terms: the total weight of queries, and the number of target masks."""
 
     classes: int
     """Sum of the weights of all queries, in units of 1 / `QUERY_UNITS`."""
@@ -28,10 +28,10 @@ class TermCounts(NamedTuple):
 
     @classmethod
     def of(cls, num_masks: int, num_queries: int) -> "TermCounts":
-        """Returns the counts of an image; at most `num_queries` of its target masks are matched with a query.
+        """Returns the counts of an image; at most `num_queries` target masks are matched with a query.
 
         Args:
-            num_masks: number of target masks.
+            num_masks: number of target masks of the image.
             num_queries: number of queries.
         """
         matched = min(num_masks, num_queries)
@@ -43,8 +43,9 @@ class MaskLoss:
     """Sums Mask2Former's loss terms: cross entropy of classes, binary cross entropy of masks, and dice loss of masks.
 
     An image has one target mask per class in the image. After each layer, queries are matched with target masks, and
-    masks are compared at random points (transformers' `Mask2FormerLoss`). The terms of an image depend only on its own
-    predictions, labels and seed. The sum over a step is therefore independent of micro-batches and ranks.
+    masks are compared at random points (transformers' `Mask2FormerLoss`). The terms of an image depend only on the
+    predictions, the labels and the seed of this image. The sum over a step is therefore independent of micro-batches
+    and ranks.
     """
 
     def __init__(self, settings: SegmentationConfig, device: torch.device) -> None:

@@ -101,7 +101,7 @@ def _whole_targets(images: Sequence[WholeImage]) -> dict[str, Tensor]:
 
 
 def unpack_whole(batch: PackedBatch) -> list[WholeImage]:
-    """Returns the whole images of a batch that `pack` built; their names are empty."""
+    """Returns the whole images of a batch that `pack` built; the names of the images are empty."""
     sizes = batch.targets[SIZES].tolist()
     lengths = [height * width for height, width in sizes]
     pixels = batch.targets[PIXELS].split([3 * length for length in lengths])

@@ -85,7 +85,7 @@ def _check_names(path: str, found: set[str], wanted: set[str]) -> None:
 
 
 def _list_predictions(folder: str) -> set[str]:
-    """Returns the paths of all PNGs below a folder, relative to it and without their extension."""
+    """Returns the paths of all PNGs below a folder, relative to the folder and without the extension."""
     return {
         os.path.splitext(os.path.relpath(os.path.join(parent, name), folder))[0]
         for parent, _, names in os.walk(folder)

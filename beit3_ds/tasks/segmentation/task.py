@@ -48,7 +48,7 @@ class SegmentationRankTask(RankTask):
         With `folder`, also writes a class table, a picture of the confusion matrix, a result page and label maps.
 
         Returns:
-            `mIoU`, `mean_accuracy`, `pixel_accuracy` and `images` (their number) on the main rank. Empty on other
+            `mIoU`, `mean_accuracy`, `pixel_accuracy` and `images` (number of images) on the main rank. Empty on other
             ranks, and for a split without labels.
         """
         result = segment_split(

@@ -76,7 +76,7 @@ class TokenizerRankTask(RankTask):
             model.quantize.start(vectors.to(evaluator.device))
 
     def resume(self, evaluator: Evaluator, done: int) -> None:
-        """Sets the model's `is_quantized` to its value in the last finished step."""
+        """Sets the model's `is_quantized` to the value of the last finished step."""
         _tokenizer(evaluator).is_quantized = done > self.continuous_steps
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
@@ -198,8 +198,8 @@ class VisualTokenizerTask(Task):
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:
         """Builds the tokenizer's networks.
 
-        On the meta device, which is used for planning, a pretrained teacher is not loaded. The number of its features
-        is then assumed to be `hidden_size`.
+        On the meta device, which is used for planning, a pretrained teacher is not loaded. The teacher is then assumed
+        to have `hidden_size` features.
         """
         visual = self.config.tokenizers.visual
         is_planned = torch.get_default_device().type == "meta" and self._teacher is None

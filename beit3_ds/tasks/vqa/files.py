@@ -3,7 +3,7 @@
 | format | questions | answers | image of a question |
 |---|---|---|---|
 | VQAv2 | `v2_OpenEnded_mscoco_*_questions.json` | `v2_mscoco_*_annotations.json` | `COCO_{split}_{image_id:012}.jpg` |
-| Visual Genome | `question_answers.json` | in the same file | last two parts of its URL in `image_data.json` |
+| Visual Genome | `question_answers.json` | in the same file | last two parts of the URL in `image_data.json` |
 | JSON lines | objects with `question`, `image`, and optionally `id` | `answers`, or `answer` | path `image` |
 
 Files are read one entry at a time, because VQAv2's training annotations (365 MB) would take 2.5 GB as Python objects.
