@@ -359,7 +359,7 @@ def best_checkpoint_path(path: Path) -> Path:
 
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
-    """Verifies the digests of files like `find_damage`, but in one thread per core and with a progress bar."""
+    """Verifies the digests of files as `find_damage` does, but in one thread per core and with a progress bar."""
     with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)
         text = f"checking {folder.path.name}"

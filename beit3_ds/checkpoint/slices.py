@@ -13,7 +13,8 @@ import torch
 from beit3_ds.parallel import Split
 
 BLOCK_ELEMENTS = 1 << 20
-"""Maximum number of elements read at once when a checkpoint is loaded: 4 MiB of float32, or one longer row."""
+"""Maximum number of elements read at once when a checkpoint is loaded (4 MiB of float32); a longer row is read whole.
+"""
 
 
 class TensorSlice(NamedTuple):

@@ -1,4 +1,4 @@
-"""Checks that validation and test files are not also training files, because their scores would be meaningless."""
+"""Checks that no validation or test file is also a training file, because the scores would be meaningless."""
 
 import itertools
 import os
@@ -69,7 +69,7 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 def describe_shared_images(splits: Mapping[Split, Iterable[object]]) -> list[str]:
     """Returns a warning for each pair of splits that share image files, with the number of shared files.
 
-    Shared images are not an error, because their texts may differ, but they make scores too good.
+    Shared images make scores too good. They are not an error, because the texts of an image may differ between splits.
 
     Args:
         splits: samples of each split; only samples that implement `NamesImages` are compared.

@@ -34,7 +34,8 @@ class RetryingStream(io.RawIOBase):
                 and the next write calls it again.
             report: function that takes an error. It is called for the first error, and for the first error after each
                 recovery. No lock is held during the call.
-            limit: maximum bytes kept in memory. Further bytes are dropped, and a line in the stream tells their number.
+            limit: maximum bytes kept in memory. Further bytes are dropped, and a line in the stream counts the dropped
+                bytes.
         """
         super().__init__()
         self._open, self._report, self._limit = open_descriptor, report, limit

@@ -1,4 +1,4 @@
-"""Loads weights from other projects into a network whose parameters have equal shapes."""
+"""Loads weights from other projects into a network; the tensors must have the shapes of the network's parameters."""
 
 from pathlib import Path
 

@@ -42,7 +42,7 @@ def clean_caption(caption: str) -> str:
 
     Raises:
         ValueError: if the caption is empty, is longer than `MAX_CAPTION_BYTES`, or contains NUL or half a surrogate
-            pair. JSON allows such characters as `\u` escapes, but no tokenizer accepts them.
+            pair. JSON can contain these characters, as `\u` escapes, but no tokenizer accepts them.
     """
     caption = caption.strip()
     if not caption:

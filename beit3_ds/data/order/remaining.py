@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from beit3_ds.data.order.permutation import order_permutation
 
 _BLOCK = 128
-"""Number of samples per block of a `SourceSubset`. Finding one sample computes its whole block."""
+"""Number of samples per block of a `SourceSubset`. To find one sample, the whole block is computed."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
 """First sample number of removed sources, and count of sample numbers that are reserved per removed source."""

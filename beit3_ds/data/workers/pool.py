@@ -39,8 +39,8 @@ class Preparation(Generic[RequestT, ItemT]):
     work: Callable[[RequestT, Callable[[str], None]], ItemT]
     """Function that prepares the item of a request. It is pickled once per worker.
 
-    It calls its second argument with the name of each record that it reads. Repeated calls with one request must return
-    equal items.
+    The arguments are the request, and a function that must be called with the name of each record that is read.
+    Repeated calls with one request must return equal items.
     """
     describe: Callable[[RequestT], str]
     """Function that returns the name of a request's item for messages, for example "step 17"."""

@@ -24,8 +24,10 @@ from beit3_ds.data.workers.waiting import ReaderThread, WaitLimits
 
 Request = Any
 Work = Callable[[Request, Callable[[str], None]], Any]
-"""Function that prepares the item of a request. It calls its second argument with the name of each record that it
-reads."""
+"""Function that prepares the item of a request.
+
+The arguments are the request, and a function that must be called with the name of each record that is read.
+"""
 
 _EXIT_SECONDS = 2.0
 _READY = "ready"
