@@ -48,7 +48,8 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
         num_validation: number of validation scenes, of validation statements, and of validation images for each other
             task.
         seed: seed of all random draws.
-        size: side of the images in pixels; images with boxes are twice as large.
+        size: side of square images in pixels, and shorter side of images with label maps. The longer side of images
+            with boxes has twice this length.
     """
     texts: list[str] = []
     captions: list[dict[str, Any]] = []
