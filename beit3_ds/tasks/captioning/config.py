@@ -16,9 +16,9 @@ class CaptioningConfig:
     label_smoothing: Decay = 0.1
     """Total probability of all wrong words in a smoothed label."""
     dropped_share: Decay = 0.2
-    """Share of a step's masked tokens to leave out of the loss: the tokens with the largest losses, because some
-    captions do not fit their images. With a value above 0, a step of several micro-batches runs forward twice; the
-    first pass computes the losses of all tokens of the step."""
+    """Share of a step's masked tokens to leave out of the loss. The tokens with the largest losses are left out,
+    because some captions do not fit their images. With a value above 0, a step of several micro-batches runs forward
+    twice; the first pass computes the losses of all tokens of the step."""
     drop_after_steps: Count = 12_000
     """Number of steps at the beginning of the run without dropped tokens."""
     generation: Literal["at_end", "always", "never"] = "at_end"

@@ -134,7 +134,7 @@ class DescribedSplit:
         `score_captions` are added.
 
         Args:
-            official: whether to compute the installed metrics of the official evaluation.
+            official: whether to compute the official metrics, if the packages for these metrics are installed.
         """
         found: dict[str, float] = {}
         if num_masked := int(self._results.tensor("masked").sum()):

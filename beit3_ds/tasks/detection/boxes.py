@@ -70,8 +70,9 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
         boxes_N4: anchors or proposals, (N, 4).
         objects_G4: boxes of the image's objects, (G, 4); G may be 0.
         high: minimum IoU for a match; the box matches the object with the largest IoU.
-        low: boxes with a smaller IoU are `BACKGROUND`; boxes between `low` and `high` are `IGNORED`.
-        keep_best: whether each object also matches the boxes with the largest IoU, even if that IoU is below `high`.
+        low: a box is `BACKGROUND` if the largest IoU is below `low`, and `IGNORED` if it is between `low` and `high`.
+        keep_best: whether each object also matches the boxes that overlap the object most, even if the IoU is below
+            `high`.
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)

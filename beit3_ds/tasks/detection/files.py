@@ -90,8 +90,8 @@ class AnnotatedObjects:
     def check_images(self) -> None:
         """Checks that every image exists; lists each folder once and opens no image.
 
-        If no image is found, leading folders of the paths are dropped. Objects365's annotation files name images
-        `images/v1/patch8/NAME.jpg`, but its archives contain `patch8/NAME.jpg`.
+        If no image is found, leading folders of the paths are dropped. Objects365 needs this: annotation files name
+        images `images/v1/patch8/NAME.jpg`, but archives contain `patch8/NAME.jpg`.
 
         Raises:
             ConfigError: if images are missing; the message contains the number of missing images and the first one.

@@ -68,7 +68,8 @@ class DetectionHead(Head):
     def forward(self, h_TD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns the loss terms, each summed over the images, (terms,) float32; or the detections of every sample.
 
-        The terms are objectness, anchors, classes, boxes and, if masks are trained, masks.
+        The terms are the objectness of anchors, the regression of anchors, the classes of boxes, the regression of
+        boxes and, if masks are trained, the masks.
 
         Args:
             h_TD: rows of the patches of all images, in window order.

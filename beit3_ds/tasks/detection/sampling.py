@@ -21,8 +21,8 @@ def draw_seed(key: SampleKey) -> int:
 def random_ranks(seed: Tensor, count: int, purpose: int) -> Tensor:
     """Returns one pseudo-random number per candidate, (count,) int64; equal on all devices.
 
-    A sample consists of the candidates with the smallest numbers, so no random generator on the device is needed. The
-    numbers come from SplitMix64 (Steele et al., 2014).
+    The candidates with the smallest numbers are sampled, so no random generator on the device is needed. The numbers
+    come from SplitMix64 (Steele et al., 2014).
 
     Args:
         seed: seed of the image, int64 scalar on the device.

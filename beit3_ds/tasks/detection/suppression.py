@@ -27,7 +27,7 @@ class Suppression:
     """Suppresses overlapping boxes of an image, separately for each class."""
 
     method: SuppressionMethod
-    """Effect on a box that overlaps a better-scored box of its class with IoU u. `linear` multiplies the score by 1 - u
+    """Effect on a box whose IoU with a better-scored box of the same class is u. `linear` multiplies the score by 1 - u
     if u is at least `iou`. `gaussian` multiplies the score by exp(-u^2 / `sigma`). `hard` removes the box if u exceeds
     `iou`."""
     iou: float

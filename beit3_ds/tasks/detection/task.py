@@ -52,7 +52,7 @@ class DetectionRankTask(RankTask):
         return draw_training_sample(sample, self.names)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Detects the objects in all images of a split; returns COCO's metrics, or none without annotations.
+        """Detects the objects in all images of a split; returns COCO's metrics, or no metrics without annotations.
 
         With `folder`, also writes result files in COCO's format, a table of metrics per category and a page.
         """

@@ -77,9 +77,10 @@ def _transformers(name: str) -> Any:
 class MaskDecoder(nn.Module):
     """Predicts masks and classes from four feature maps with a fixed number of queries (Mask2Former).
 
-    The pixel decoder mixes the three coarser maps by deformable attention and adds the finest map. Each query attends
-    to these maps within its previous mask. There is no dropout. With bf16 or fp16 parameters, forward runs under
-    autocast, because bf16 is too coarse for the sampling locations of deformable attention.
+    The pixel decoder mixes the three coarser maps by deformable attention and adds the finest map. In each layer of the
+    query decoder, a query attends only to cells within the mask that the previous layer predicted for the query. There
+    is no dropout. With bf16 or fp16 parameters, forward runs under autocast, because bf16 is too coarse for the
+    sampling locations of deformable attention.
     """
 
     def __init__(self, settings: SegmentationConfig, channels: int) -> None:

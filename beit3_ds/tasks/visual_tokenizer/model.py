@@ -19,7 +19,8 @@ class TokenizerModel(VisualTokenizer, StageModel):
     """Trains a `VisualTokenizer` with the two loss terms of BEiT v2 (section 2.2): feature distance and commitment.
 
     Attributes:
-        is_quantized: True gives the decoder codes; False, as in the first steps, gives it the encoder's vectors.
+        is_quantized: whether the decoder receives quantized vectors. If False, as in the first `continuous_steps`
+            steps, the decoder receives the encoder's vectors.
         center: mean of the teacher's features, (features,), which is subtracted from the targets. White backgrounds
             dominate this mean. Without the subtraction, a constant reconstruction would have a high cosine similarity.
     """

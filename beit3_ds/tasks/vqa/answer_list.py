@@ -31,7 +31,8 @@ def choose_answers(
 ) -> AnswerVocabulary:
     """Returns the answer list of a run or an evaluation.
 
-    The list comes from the first available of: the file `task.answer_list`, the training answers, the weights.
+    The list comes from the file `task.answer_list`. Without this file, the list is built from the training answers.
+    Without training questions, the list is read from the weights.
 
     Args:
         settings: the task's settings.
@@ -40,8 +41,8 @@ def choose_answers(
         where: name of the loaded weights, for messages.
 
     Raises:
-        ConfigError: if there is no list, it does not have `task.num_answers` answers, or it differs from the list of
-            the loaded weights.
+        ConfigError: if there is no list, or the list does not have `task.num_answers` answers or differs from the list
+            of the loaded weights.
     """
     if settings.answer_list:
         found, origin = AnswerVocabulary.load(Path(settings.answer_list)), f"task.answer_list={settings.answer_list}"
