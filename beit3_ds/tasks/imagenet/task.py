@@ -168,7 +168,7 @@ class Imagenet(Task):
         )
 
     def _check_weights(self) -> None:
-        """Checks that the weights' linear layer was trained for the same classes; applies only to the head `linear`.
+        """Checks that the weights' linear layer was trained for the run's classes; applies only to the head `linear`.
 
         Raises:
             ConfigError: if the weights were trained with another list of classes.

@@ -47,15 +47,16 @@ class Confusion:
     def iou(self) -> Tensor:
         """Returns the intersection over union of each class, (C,) float64.
 
-        The value is NaN for a class that no pixel has as true or predicted class.
+        The value is NaN for a class that neither occurs nor is predicted.
         """
         intersection = self.counts_CC.diagonal().double()
         union = (self.pixels + self.counts_CC.sum(0) - self.counts_CC.diagonal()).double()
         return intersection / union
 
     def accuracy(self) -> Tensor:
-        """Returns, per class, the share of the class's pixels that are predicted right, (C,) float64; NaN without
-        pixels.
+        """Returns the share of each class's pixels that are predicted right, (C,) float64.
+
+        The value is NaN for a class that does not occur.
         """
         return self.counts_CC.diagonal().double() / self.pixels.double()
 

@@ -78,8 +78,9 @@ class SlidingWindows:
         return found
 
     def plan(self, sizes: Sequence[Size]) -> list[list[Window]]:
-        """Returns the windows of several images in batches; a batch has windows of one size, at most
-        `windows_per_batch`.
+        """Returns the windows of several images in batches.
+
+        A batch has at most `windows_per_batch` windows, all of one size.
 
         Args:
             sizes: height and width of each image in pixels.
