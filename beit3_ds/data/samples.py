@@ -49,7 +49,8 @@ class SourceSamples(Protocol):
     """Interface of the samples of one source, which each task implements."""
 
     is_last_open: ClassVar[bool]
-    """Whether the last sample may change when its file grows, like the last sequence of a text file."""
+    """Whether the last sample may change when its file grows. True for text, where new lines may join the last
+    sequence."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the source, including broken samples."""

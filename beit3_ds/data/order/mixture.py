@@ -13,9 +13,10 @@ def assign_sources(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Assigns each position of a stream to one source, in proportion to the weights and evenly spread.
 
-    Of the first n positions, source 0 gets floor(n * share). Each next source gets its share of the remaining
-    positions, rounded down. The number of positions of a source thus differs from the exact share by less than the
-    number of sources. Shares are rounded to a millionth, so int64 products are exact up to 9e12 positions.
+    Of the first n positions, source 0 gets floor(n * share). Each next source gets floor(r * share / s), where r is the
+    number of remaining positions and s is the sum of the shares of this source and all later sources. The number of
+    positions of a source thus differs from the exact share by less than the number of sources. Shares are rounded to a
+    millionth, so int64 products are exact up to 9e12 positions.
 
     Args:
         weights: weight of each source, above 0.

@@ -14,7 +14,8 @@ class IdentifiedSamples(HasFiles, Protocol):
     """Interface of samples that can be recognised even if their numbers change."""
 
     is_last_open: ClassVar[bool]
-    """Whether the last sample may change if lines are appended to a file, like the last sequence of a text file."""
+    """Whether the last sample may change if lines are appended to a file. True for text, where new lines may join the
+    last sequence."""
 
     def identity(self, index: int) -> bytes:
         """Returns bytes that identify a sample and do not depend on the folder of its files."""
