@@ -27,6 +27,8 @@ from tests.tasks.fine_tuning import (
 TASK = {"name": "detection", "num_classes": 6, "pyramid_channels": 16, "box_width": 32, "anchor_scale": 4.0}
 TASK |= {"proposals_per_level": 60, "proposals": 40, "sampled_anchors": 32, "sampled_boxes": 24, "min_scale": 0.6}
 TASK |= {"max_scale": 1.3, "score_threshold": 0.0, "max_detections": 20}
+LEARNING_RATE = 1e-4
+"""So small that few weights of two layouts differ after an update, and few activations cross a kink of ReLU."""
 FIRST_TOLERANCE = 1e-3
 """Largest relative difference of a gradient in the first step, before updates amplify differences."""
 
@@ -68,6 +70,7 @@ def write_config(scenes: Path) -> WriteConfig:
         splits = {"train": [source("train")], "validation": [source("validation")]}
         own["data"] |= {"images": {**splits, "samples_per_step": 8}, "color_jitter": 0.0}
         own["tokenizers"] = {}
+        own["training"] |= {"learning_rate": LEARNING_RATE, **training}
         return write_json(folder, mapping)
 
     return write
