@@ -1,1 +1,1 @@
-"""Implements the multiway model's operations on plain tensors; installed as `beit3_ds.kernels`."""
+"""Implements the operations of the multiway model as functions of plain tensors; installed as `beit3_ds.kernels`."""

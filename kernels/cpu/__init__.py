@@ -1,1 +1,1 @@
-"""Provides memory, row chunks and matrix products to the operations on a CPU."""
+"""Provides CPU implementations of memory allocation, row chunks and matrix products, which the ops use."""

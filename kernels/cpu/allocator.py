@@ -1,4 +1,4 @@
-"""Allocates the output tensors of operations on a CPU."""
+"""Allocates the tensors that ops create on a CPU."""
 
 import ctypes
 import os
@@ -14,23 +14,26 @@ _LARGEST_INT = 2**31 - 1
 
 
 class Allocator:
-    """Allocates uninitialised tensors with PyTorch or, after `keep_freed_memory`, in a separate memory mapping."""
+    """Allocates uninitialised tensors.
+
+    PyTorch allocates the memory. After `keep_freed_memory`, a memory mapping of this process is used instead.
+    """
 
     def __init__(self) -> None:
-        """Starts without a memory mapping. PyTorch allocates all tensors until `keep_freed_memory` is called."""
+        """Starts without a memory mapping, so PyTorch allocates the memory."""
         self.host_memory: HostMemory | None = None
 
     def keep_freed_memory(self, device: torch.device, lasting: int = 0) -> None:
         """Makes this process keep freed memory for later allocations, if the training runs on a CPU under Linux.
 
-        Without this, the operating system would zero the same pages again in every step. This allocator's tensors get
-        their own address range, if the operating system grants one. PyTorch's other tensors come from glibc, which no
-        longer returns freed memory to the system.
+        Without this call, freed pages return to the operating system, which zeroes them again in the next step. After
+        the call, this allocator uses its own address range, if the operating system grants one. PyTorch's other tensors
+        still come from glibc, which no longer returns freed memory to the operating system.
 
         Args:
-            device: device of the training. For other devices than a CPU, the function does nothing.
-            lasting: total bytes of tensors that live until the end of a step, such as weight gradients; 0 if there are
-                few.
+            device: device of the training. If the device is not a CPU, the function does nothing.
+            lasting: total bytes of all tensors that live until the end of a step, such as weight gradients; 0 if there
+                are few such tensors.
         """
         if device.type != "cpu" or sys.platform != "linux":
             return
@@ -67,12 +70,17 @@ class Allocator:
         return self.empty(x, *x.shape, lasting=lasting)
 
     def settle(self, x: Tensor, lasting: bool = False) -> Tensor:
-        """Returns a copy of `x` in the memory mapping. Without a mapping, or on a GPU, returns `x` itself.
+        """Copies `x` into the memory mapping and returns the copy; returns `x` itself without a mapping or on a GPU.
 
-        Use it for small tensors that live during a step, because in glibc's memory they would fragment the free space.
+        Use this function for small tensors that live through most of a step. In glibc's memory, such tensors would
+        fragment the free space.
+
+        Args:
+            x: tensor to copy.
+            lasting: whether the copy lives until the end of a step, like a weight gradient.
         """
         return x if self.host_memory is None or x.device.type != "cpu" else self.empty_like(x, lasting).copy_(x)
 
 
 ALLOCATOR = Allocator()
-"""Allocator of all operations. A process has only one, because glibc's settings apply to the whole process."""
+"""Allocator for all ops. There is one per process, because glibc's memory settings apply to the whole process."""

@@ -1,13 +1,13 @@
-"""Manages memory for the tensors that every training step on a CPU allocates and frees again.
+"""Reuses memory for the tensors that every training step on a CPU allocates and frees.
 
-Every step needs the same gigabytes of rows and gradients. With glibc, this memory fragments. glibc pads requests for
-alignment, so a freed block does not fit the next request of the same size. Small lasting tensors also split the gaps
-between large tensors.
+Every step needs the same gigabytes of activations and gradients. glibc's memory would fragment. glibc pads each request
+for alignment, so a freed block does not fit the next request of the same size. Small tensors that live long also split
+the free space between large tensors.
 
-So rows and gradients get their own address range. Rows are allocated at the lower end. They are freed in the order of
-allocation or in reverse order. Weight gradients live until the optimizer's update. They are allocated at the upper end,
-and at the end of the backward pass they reuse the memory of rows (BENCHMARKS.md). On a GPU, PyTorch's caching allocator
-does this work.
+So activations and gradients get their own address range. Activations are allocated from the lower end, and are freed in
+the order of allocation or in reverse order. Weight gradients live until the optimizer's update. They are allocated from
+the upper end. At the end of the backward pass, weight gradients reuse memory that activations have freed
+(BENCHMARKS.md). On a GPU, PyTorch's caching allocator does this work.
 """
 
 import math
@@ -22,23 +22,23 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
-"""Alignment of tensors in bytes, equal to PyTorch's."""
+"""Alignment of a tensor's first byte, in bytes; PyTorch's allocator uses the same value."""
 _MAP_NORESERVE = 0x4000
 """Flag MAP_NORESERVE from Linux's mman.h, which Python 3.11 does not define."""
 
 
 class Gaps:
-    """Tracks the free byte ranges (gaps) of an address range. No gap is empty, and no two gaps are adjacent."""
+    """Tracks the free byte ranges, called gaps, of an address range. No gap is empty, and no two gaps are adjacent."""
 
     def __init__(self, size: int) -> None:
-        """Starts with a single gap, [0, size)."""
+        """Starts with one gap, which covers all bytes [0, size)."""
         self._starts, self._stops = [0], [size]
 
     def take_low(self, size: int) -> int | None:
         """Allocates `size` bytes at the start of the lowest gap that is large enough.
 
         Returns:
-            Address of the first byte; None if no gap is large enough.
+            Offset of the first byte in the address range; None if no gap is large enough.
         """
         for index, (start, stop) in enumerate(zip(self._starts, self._stops, strict=True)):
             if stop - start >= size:
@@ -47,10 +47,14 @@ class Gaps:
         return None
 
     def take_high(self, size: int, ceiling: int) -> int | None:
-        """Allocates the highest `size` adjacent free bytes below the address `ceiling`.
+        """Allocates the highest `size` adjacent free bytes below `ceiling`.
+
+        Args:
+            size: number of bytes.
+            ceiling: offset in the address range; all allocated bytes lie below this offset.
 
         Returns:
-            Address of the first byte; None if no gap below `ceiling` is large enough.
+            Offset of the first byte in the address range; None if no gap below `ceiling` is large enough.
         """
         for index in range(bisect_left(self._starts, ceiling) - 1, -1, -1):
             stop = min(self._stops[index], ceiling)
@@ -60,7 +64,7 @@ class Gaps:
         return None
 
     def give(self, start: int, size: int) -> None:
-        """Frees the bytes [start, start + size), and merges them with adjacent gaps."""
+        """Frees the bytes [start, start + size), and merges the new gap with adjacent gaps."""
         index, stop = bisect_left(self._starts, start), start + size
         touches_next = index < len(self._starts) and self._starts[index] == stop
         touches_last = index > 0 and self._stops[index - 1] == start
@@ -69,7 +73,7 @@ class Gaps:
         self._stops[joined] = [max(stop, *self._stops[joined], stop)]
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Returns (start, stop) of each gap in ascending order."""
+        """Returns the byte range (start, stop) of each gap in ascending order."""
         return list(zip(self._starts, self._stops, strict=True))
 
     def _cut(self, index: int, start: int, stop: int) -> None:
@@ -80,16 +84,17 @@ class Gaps:
 
 
 class HostMemory:
-    """Allocates tensors in a memory mapping, and frees a tensor's bytes when its storage is no longer referenced.
+    """Allocates tensors in a memory mapping, and frees a tensor's bytes when PyTorch releases the tensor's storage.
 
-    The operating system provides each page at its first write. The process then keeps the page.
+    The operating system provides a page of memory when the process first writes to that page. The process then keeps
+    the page.
     """
 
     def __init__(self, size: int) -> None:
         """Maps an address range for tensors.
 
         Args:
-            size: size of the range in bytes, which limits the total size of all tensors.
+            size: size of the range in bytes. All tensors together cannot be larger.
 
         Raises:
             OSError: if the operating system refuses the mapping.
@@ -102,17 +107,22 @@ class HostMemory:
         self._freed: deque[tuple[int, int]] = deque()
 
     def expect(self, lasting: int) -> None:
-        """Reserves space for `lasting` bytes of tensors that live until the end of a step, plus a margin of 1/64."""
+        """Reserves space for tensors that live until the end of a step.
+
+        Args:
+            lasting: total bytes of these tensors. A margin of 1/64 is added.
+        """
         self._ceiling = max(self._ceiling, lasting + lasting // 64)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool) -> Tensor | None:
-        """Returns an uninitialised tensor, or None if there is no free space for it.
+        """Returns an uninitialised tensor, or None if no free range of bytes is large enough.
 
         Args:
             shape: shape of the tensor; all sizes must be positive.
             dtype: dtype of the tensor.
-            lasting: whether the tensor lives until the end of a step. Such a tensor gets the highest free bytes below
-                the highest address that was used or reserved so far. Other tensors get the lowest free bytes.
+            lasting: whether the tensor lives until the end of a step. If true, the tensor gets the highest free bytes
+                within the part of the mapping that was used or reserved so far. If false, the tensor gets the lowest
+                free bytes.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -1,8 +1,7 @@
-"""Computes the matrix products of linear layers on a CPU, and writes the results into given memory.
+"""Computes the matrix products of linear layers on a CPU, and writes each product into a given tensor.
 
-PyTorch multiplies float32 matrices with MKL. oneDNN, which PyTorch uses for convolutions, is often 10 to 33 % faster
-for many rows (BENCHMARKS.md). Here oneDNN computes the product as a 1 x 1 convolution that adds to an existing output
-tensor.
+PyTorch multiplies float32 matrices with MKL. For many rows, oneDNN is often 10 to 33 % faster (BENCHMARKS.md). PyTorch
+offers oneDNN only for convolutions, so this module computes a product as a 1 x 1 convolution.
 """
 
 # R rows, D input width, F output width.
@@ -15,22 +14,22 @@ from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 _FEWEST_ROWS = 256
-"""Minimum number of rows for oneDNN, whose copy of the matrix costs too much for fewer rows."""
+"""Minimum rows for oneDNN. For fewer rows, oneDNN's internal copy of the weight matrix takes too long."""
 _FEWEST_ROWS_TRANSPOSED = 1024
-"""Minimum number of rows for oneDNN if the matrix is transposed."""
+"""Minimum rows for oneDNN if only the transpose of the weight matrix is contiguous."""
 _STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048
-"""Rows per copy when a matrix is transposed: `_STRIP`, or `_STRIP_OF_LONG_ROWS` if rows have at least `_LONG_ROW`
+"""Rows that `_transpose` copies at a time: `_STRIP`, or `_STRIP_OF_LONG_ROWS` if a row has at least `_LONG_ROW`
 columns. In long rows, the elements of one column compete for the same cache lines."""
 
 
 def matmul(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Tensor:
-    """Writes x @ w.T + b into `out_RF` and returns `out_RF`.
+    """Writes x @ w.T + b into `out_RF` and returns `out_RF`. All tensors have one dtype.
 
     Args:
-        x_RD: rows, contiguous.
-        w_FD: matrix; the matrix or its transpose is contiguous.
+        x_RD: input rows, contiguous.
+        w_FD: weight matrix; either the matrix or its transpose is contiguous.
         b_F: bias, contiguous, or None.
-        out_RF: output, contiguous. All tensors have the same dtype.
+        out_RF: output rows, contiguous.
     """
     if _takes_onednn(x_RD, w_FD):
         _add_by_onednn(x_RD, w_FD, b_F, out_RF.zero_())
@@ -59,7 +58,7 @@ def _add_by_onednn(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tenso
 def _transpose(x_RD: Tensor) -> Tensor:
     """Returns a contiguous copy of x.T.
 
-    The rows are copied in strips, because PyTorch copies a whole transposed matrix with one thread only
+    The function copies strips of rows, because PyTorch uses only one thread to copy a whole transposed matrix
     (BENCHMARKS.md).
     """
     out_DR = ALLOCATOR.empty(x_RD, x_RD.shape[1], len(x_RD))
@@ -75,7 +74,7 @@ def _has_onednn() -> bool:
 
 
 def _check_onednn(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares oneDNN's products with plain PyTorch for a contiguous and for a transposed matrix."""
+    """Compares products from oneDNN with plain PyTorch, for a contiguous and for a transposed weight matrix."""
     generator = torch.Generator().manual_seed(0)
     x_RD, square, b_F = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, 16), (16, 16), (16,)))
     for w_FD in (square, square.t()):

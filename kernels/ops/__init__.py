@@ -1,1 +1,1 @@
-"""Defines the operations on packed rows, each with a PyTorch reference, a registration and a backward pass."""
+"""Defines the model's operations (ops) on packed rows, each with a reference in PyTorch and a backward pass."""

@@ -1,8 +1,8 @@
-"""Computes GELU and sub-LN of whole rows in one pass, and their gradients in another pass.
+"""Computes GELU and sub-LN of rows in one pass, and the gradients in a second pass.
 
-The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection. If ranks divide
-the rows, `sub_norm` is used instead: it needs several passes with collectives between them. On a CPU, `out_projection`
-computes GELU and sub-LN on row chunks, and only checks call these operators.
+The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection. This module
+needs whole rows. If tensor-parallel ranks divide the columns of a row, `sub_norm` is used instead. On a CPU,
+`out_projection` computes GELU and sub-LN itself, and only checks call the operators of this module.
 """
 
 # T packed rows, F width, E experts.
@@ -24,11 +24,11 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 def _forward(
     x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Computes LN(GELU(x)), or LN(x), in x's dtype.
+    """Computes LN(GELU(x)) with each row's expert, or LN(x) if `gelu` is false.
 
     Returns:
-        The normalised rows, and the mean and 1 / standard deviation of each row, (2, T). The statistics are float32, or
-        float64 for float64 rows.
+        The normalised rows, (T, F) in x's dtype. Then the mean and 1 / standard deviation of each row, (2, T) in
+        float32, or in float64 for float64 rows.
     """
     a_TF, n_TF = F.gelu(x_TF) if gelu else x_TF, torch.empty_like(x_TF)
     statistics_2T = x_TF.new_empty(2, len(x_TF), dtype=_wide(x_TF))
@@ -42,7 +42,11 @@ def _forward(
 def _backward(
     dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradient of x, and the gradients of scales and shifts, (2, E, F). GPU kernels overwrite dn."""
+    """Computes gradients from `dn_TF`, the gradient of the normalised rows. The Triton kernel overwrites `dn_TF`.
+
+    Returns:
+        The gradient of x, (T, F), and the gradients of scales and shifts, (2, E, F).
+    """
     a_TF, da_TF = F.gelu(x_TF) if gelu else x_TF, torch.empty_like(x_TF)
     d_parameters_2EF = x_TF.new_empty(2, len(ends), x_TF.shape[1])
     # PyTorch's statistics have the dtype of the rows on a CPU, and are float32 for half precision on a GPU.
@@ -88,7 +92,7 @@ ACTIVATION_NORM = MeasuredOp(
     on_cpu=_forward,
     accepts={"triton": _takes_triton},
 )
-"""Runs the fastest implementation of `_forward`; on a CPU, runs `_forward` itself."""
+"""Operator for GELU and sub-LN, with the arguments of `_forward`. Uses the fastest implementation on a GPU."""
 ACTIVATION_NORM_BACKWARD = MeasuredOp(
     "activation_norm_backward",
     {"triton": _backward_triton, "library": _backward},
@@ -96,7 +100,7 @@ ACTIVATION_NORM_BACKWARD = MeasuredOp(
     mutates=(0,),
     accepts={"triton": _backward_takes_triton},
 )
-"""Runs the fastest implementation of `_backward`; on a CPU, runs `_backward` itself."""
+"""Operator for the gradients, with the arguments of `_backward`. Uses the fastest implementation on a GPU."""
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -104,7 +108,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernels with PyTorch's operations for three experts, one of which has no rows.
+    """Compares the Triton kernels with PyTorch's operations for three experts; one expert has no rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -128,4 +132,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("activation_norm", check_kernels)
-"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
+"""Checks the Triton kernels at their first use on a device, and decides whether the two operators may use them."""

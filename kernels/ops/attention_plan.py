@@ -1,4 +1,8 @@
-"""Groups the sequences of a micro-batch for attention: into padded buckets on a CPU, into tiles on a GPU."""
+"""Plans how attention processes the sequences of a micro-batch: in padded buckets or in tiles.
+
+PyTorch's attention processes buckets of sequences with similar lengths. This project's GPU kernels process tiles, which
+are parts of one sequence.
+"""
 
 # T packed rows, Q sequences, N tiles; a bucket holds n sequences of at most S rows.
 
@@ -11,62 +15,63 @@ from torch import Tensor
 from beit3_ds.device_copy import copy_to_device
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
-"""Row ranges [start, stop) of each sequence. For example, (((0, 197),), ((197, 394), (591, 612))) contains a sequence
-with one range and a sequence with two ranges."""
+"""Row ranges [start, stop) of each sequence in the packed stream. A sequence has one or two ranges. For example, (((0,
+197),), ((197, 394), (591, 612))) describes two sequences: one with a single range, and one with two ranges."""
 
 PADDING_ALLOWANCE = 1.5
-"""Maximum ratio of the longest to the shortest sequence in a padded bucket (BENCHMARKS.md)."""
+"""Default for the maximum ratio of the longest to the shortest sequence in a bucket (BENCHMARKS.md)."""
 
 CPU_ROWS = 256
-"""Maximum rows of a bucket with several sequences on a CPU. More rows are not faster, and PyTorch's buffers for a
-bucket increase peak memory (BENCHMARKS.md)."""
+"""Maximum rows of a bucket with several sequences on a CPU. Larger buckets are not faster, and increase peak memory
+(BENCHMARKS.md)."""
 
 
 class Bucket(NamedTuple):
-    """Describes n sequences of similar length, for one call of scaled_dot_product_attention.
+    """Describes n sequences of similar length that one call of scaled_dot_product_attention processes.
 
-    All sequences are padded to S rows, the length of the longest sequence.
+    Each sequence is padded to S rows, the length of the longest sequence in the bucket.
     """
 
     rows: Tensor
-    """Row numbers of the sequences in the packed stream, sequence by sequence, int64. A shorter sequence is padded by
-    repeating its first row."""
+    """Row numbers in the packed stream, (n * S,) int64: first all rows of the first sequence, then of the second, and
+    so on. Padding repeats the first row of a sequence."""
     num_sequences: int
-    """Number of sequences n."""
+    """Number of sequences n in the bucket."""
     first_row: int | None
-    """First row number if all rows are consecutive in the stream, so that a view suffices; else None."""
+    """First row number if `rows` is a range of consecutive numbers, so that a view of the stream suffices; otherwise
+    None."""
     real: Tensor | None
-    """Ascending indices of the entries in `rows` that are not padding, int64; None if there is no padding."""
+    """Ascending indices into `rows` of the entries that are not padding, int64; None if there is no padding."""
     key_mask: Tensor | None
-    """Attention mask, bool; None if all entries are True. Without causal captions the shape is (sequences, 1, 1, keys),
-    and an entry is True if the key is not padding. With causal captions the shape is (sequences, 1, queries, keys), and
-    the query must also see the key."""
+    """Attention mask, bool, True where a query sees a key; None if all entries are True. Without causal captions, the
+    shape is (n, 1, 1, S), and the mask hides padding. With causal captions, the shape is (n, 1, S, S), and the mask
+    also hides keys that a query must not see."""
 
 
 class AttentionPlan(NamedTuple):
-    """Holds the buckets of a micro-batch's sequences; depends only on the row ranges of the sequences."""
+    """Holds the buckets of one micro-batch. A plan depends only on the row ranges of the sequences."""
 
     buckets: tuple[Bucket, ...]
-    """Buckets. Each sequence with rows is in exactly one bucket."""
+    """The buckets. Every sequence that has rows is in exactly one bucket."""
     output_rows: Tensor | None
-    """Position of each of the stream's T rows in the concatenated outputs of all buckets, (T,) int64. None if the
-    outputs are already in the order of the stream."""
+    """For each of the stream's T rows, the index of its output in the concatenated outputs of all buckets, (T,) int64.
+    None if these outputs are already in the order of the stream."""
 
 
 class TilePlan(NamedTuple):
-    """Holds tables for the GPU kernels, which describe the rows of Q sequences and of their N tiles."""
+    """Holds tables that tell the GPU kernels which rows belong to Q sequences, and how N tiles divide the sequences."""
 
     sequences_Q4: Tensor
-    """Start and length of each sequence's first range, then of the second range, (Q, 4) int32. The second length is 0
-    for a sequence with one range."""
+    """Four numbers per sequence, (Q, 4) int32: first row and length of its first range, then of its second range. The
+    second length is 0 if the sequence has only one range."""
     tiles_N2: Tensor
-    """Sequence number of each tile, and the tile's first position in that sequence, (N, 2) int32. Tiles of longer
-    sequences come first."""
+    """Two numbers per tile, (N, 2) int32: the index of the tile's sequence, and the position in that sequence where the
+    tile starts. Tiles of longer sequences come first."""
 
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan:
-    """Divides each sequence into tiles of at most `tile_size` rows; returns the tables on `device`."""
+    """Divides each sequence into tiles of at most `tile_size` rows, and returns tables on `device`."""
     sequences = [[(start, stop - start) for start, stop in (*sequence, (0, 0))[:2]] for sequence in ranges]
     assert all(len(sequence) in (1, 2) for sequence in ranges), "packed_attention: a sequence is one or two ranges"
     order = sorted(range(len(ranges)), key=lambda i: -_length(ranges[i]))
@@ -80,12 +85,13 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
 def plan_attention(
     ranges: Ranges, device: torch.device, causal_captions: bool = False, allowance: float = PADDING_ALLOWANCE
 ) -> AttentionPlan:
-    """Groups sequences of similar length into buckets. Adjacent sequences of equal length need no padding.
+    """Groups sequences of similar length into buckets. Adjacent sequences of equal length form a bucket without
+    padding.
 
     Args:
         ranges: row ranges of each sequence.
         device: device for the tensors of the plan.
-        causal_captions: whether captions have a causal mask.
+        causal_captions: whether captions have a causal mask (see `packed_attention`).
         allowance: maximum ratio of the longest to the shortest sequence in a bucket; 1 means no padding.
     """
     most_rows = CPU_ROWS if device.type == "cpu" else None
@@ -93,10 +99,10 @@ def plan_attention(
 
 
 def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:
-    """Returns groups of sequence numbers; the sequences in a group have similar lengths.
+    """Groups sequences of similar length; returns the indices of the sequences in each group.
 
-    Adjacent sequences of equal length, such as images, form their own group, because a view can batch them. Sequences
-    without rows are in no group.
+    Adjacent sequences of equal length, such as images, form their own group, because a view of the stream can batch
+    them. A sequence without rows is in no group.
 
     Args:
         ranges: row ranges of each sequence.
@@ -126,9 +132,9 @@ def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
 
 
 def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
-    """Returns groups of two or more sequences of equal length whose rows are adjacent in the stream.
+    """Finds sequences of equal length that are adjacent in the stream; returns the sequence indices of each group.
 
-    Sequences with two ranges are in no group.
+    Each group has at least two sequences. A sequence with two ranges is in no group.
     """
     runs: list[list[int]] = []
     for index, sequence in enumerate(ranges):
@@ -145,7 +151,7 @@ def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
 def build_plan(
     ranges: Ranges, groups: list[list[int]], device: torch.device, causal_captions: bool = False
 ) -> AttentionPlan:
-    """Builds a plan with one bucket for each group of sequence numbers."""
+    """Builds a plan with one bucket per group. A group lists indices of sequences."""
     buckets, order = [], []
     offset = 0
     for group in groups:
@@ -178,17 +184,18 @@ def _length(sequence: tuple[tuple[int, int], ...]) -> int:
 
 
 def image_rows(sequence: tuple[tuple[int, int], ...]) -> int:
-    """Returns the length of a sequence's first range, which all rows of the sequence see under the captioning mask.
+    """Returns the number of rows in a sequence's first range, which is the image of an image-caption pair.
 
-    In an image-caption pair, the first range is the image.
+    Under the captioning mask, all rows of the sequence see the first range.
     """
     return _length(sequence[:1])
 
 
 def visible_rows(length: int, image_length: int, device: torch.device) -> Tensor:
-    """Returns the captioning mask, (length, length) bool, which is True where a query (row) sees a key (column).
+    """Returns the captioning mask of one sequence, (length, length) bool. An entry is True if a query sees a key.
 
-    Every query sees the first `image_length` keys. Later queries also see all keys up to their own position.
+    Rows of the mask are queries, and columns are keys. Every query sees the first `image_length` keys. A query behind
+    the image also sees all keys up to its own position.
     """
     positions = torch.arange(length, device=device)
     return positions < (positions + 1).clamp(min=image_length).unsqueeze(1)

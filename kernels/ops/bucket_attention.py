@@ -15,7 +15,7 @@ from beit3_ds.kernels.ops.attention_plan import AttentionPlan, Bucket
 
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Runs scaled_dot_product_attention once per bucket; returns the outputs in the order of the stream's rows."""
+    """Computes attention with one call of scaled_dot_product_attention per bucket; returns rows in stream order."""
     if q_THK.device.type == "cpu":
         return _AttendOnCPU.apply(q_THK, k_THK, v_THK, plan.buckets)
     outputs = [_attend_bucket(q_THK, k_THK, v_THK, bucket) for bucket in plan.buckets]
@@ -32,7 +32,7 @@ def _attend_bucket(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, bucket: Bucket) 
 
 
 class _AttendOnCPU(torch.autograd.Function):
-    """Runs PyTorch's CPU attention operator on each bucket; saves only packed rows for the backward pass.
+    """Computes attention on a CPU bucket by bucket, and saves only packed rows for the backward pass.
 
     Autograd would save gathered and padded copies of the rows. This backward pass gathers the packed rows again, and
     writes each gradient once.
@@ -78,14 +78,17 @@ class _AttendOnCPU(torch.autograd.Function):
 
 
 def _additive_mask(bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
-    """Returns a mask with 0 where a query sees a key and -inf elsewhere; None if all queries see all keys."""
+    """Returns a bucket's mask for addition to the scores: 0 where a query sees a key, -inf elsewhere.
+
+    Returns None if all queries see all keys.
+    """
     if bucket.key_mask is None:
         return None
     return torch.zeros_like(bucket.key_mask, dtype=dtype).masked_fill_(~bucket.key_mask, -torch.inf)
 
 
 def _write_rows(out_THK: Tensor, x_nHSK: Tensor, bucket: Bucket) -> None:
-    """Writes the rows of a bucket to their positions in the stream."""
+    """Writes a bucket's rows `x_nHSK` into `out_THK`, at the rows' positions in the stream."""
     rows, x_rHK = bucket.rows, x_nHSK.transpose(1, 2).flatten(0, 1)
     if bucket.first_row is not None:
         out_THK[bucket.first_row : bucket.first_row + len(rows)] = x_rHK

@@ -1,8 +1,8 @@
-"""Stores the fastest implementation of each operator in a JSON file per GPU model and software versions.
+"""Stores which implementation of each operator is fastest, in a JSON file per GPU model and software versions.
 
-A case is an operator with the dtypes and sizes of its arguments. A file has one line per case: {"CASE": {"fastest":
-NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file shipped with the package (`kernels/choices`) is read first, then
-this machine's file in Triton's cache folder.
+A case is the text that identifies one measurement: the operator's name, and the dtypes and sizes of the arguments. A
+file has one line per case: {"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file shipped with the
+package (`kernels/choices`) is read first. Then the file of this machine is read from Triton's cache folder.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 SHIPPED = Path(__file__).parents[1] / "choices"
-"""Folder of the files that are shipped with the package."""
+"""Folder with the choice files that are shipped with the package."""
 
 
 class ChoiceFile:
@@ -29,11 +29,11 @@ class ChoiceFile:
     """
 
     def __init__(self, name: str, folder: Path | None, shipped: Path = SHIPPED) -> None:
-        """Reads the file shipped with the package, then this machine's file.
+        """Reads the file shipped with the package, then the file of this machine.
 
         Args:
-            name: name of the two files.
-            folder: folder of this machine's file; None keeps new choices in memory only.
+            name: file name, which both files have.
+            folder: folder of this machine's file. With None, new choices are kept in memory only.
             shipped: folder of the shipped file.
         """
         self.path = None if folder is None else folder / name
@@ -42,17 +42,17 @@ class ChoiceFile:
             self._cases |= _read(self.path)
 
     def find(self, case: str) -> str | None:
-        """Returns the name of the fastest implementation for a case; None if the case was not measured."""
+        """Returns the name of the fastest implementation for a case; None if the case has not been measured."""
         return self._cases[case]["fastest"] if case in self._cases else None
 
     def add(self, case: str, fastest: str, milliseconds: Mapping[Any, float]) -> None:
         """Adds a measurement to this machine's file.
 
-        The file is read again and then replaced as a whole, because other processes may also extend it. If two
+        Other processes may also have extended the file. So the file is read again, and then replaced as a whole. If two
         processes write at the same time, one measurement is lost, and a later run repeats it.
 
         Args:
-            case: measured case.
+            case: text that identifies the operator and its arguments.
             fastest: name of the fastest implementation.
             milliseconds: milliseconds per call of each implementation, by name.
         """
@@ -72,14 +72,14 @@ class ChoiceFile:
 
 
 def choice_file_of(device: torch.device) -> ChoiceFile:
-    """Opens the file for a CUDA device and the installed software versions, in Triton's cache folder."""
+    """Opens the choice file for a CUDA device and the installed software versions."""
     import triton  # needed on a GPU only
 
     return ChoiceFile(file_name(torch.cuda.get_device_name(device)), Path(triton.knobs.cache.dir) / "beit3_ds")
 
 
 def file_name(device: str) -> str:
-    """Returns the name of the file for a device and the installed versions of torch, Triton and this package.
+    """Returns the name of a device's choice file. The name contains the versions of torch, Triton and this package.
 
     Example: "nvidia_h200-torch2.14.1-triton3.8.0-beit3_ds0.2.0.json".
     """
@@ -95,7 +95,7 @@ def _version(package: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Returns the valid cases in a file; an empty dict if the file does not exist or is invalid."""
+    """Returns the valid measurements in a file by case; an empty dict if the file is missing or invalid."""
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

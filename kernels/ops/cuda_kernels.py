@@ -25,18 +25,18 @@ _HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 def is_built() -> bool:
-    """Returns whether the kernels were built with `BEIT3_BUILD_CUDA=1 pip install --no-build-isolation .`.
+    """Returns whether the CUDA C++ kernels are installed, without loading them.
 
-    The kernels are not loaded.
+    `BEIT3_BUILD_CUDA=1 pip install --no-build-isolation .` builds the kernels.
     """
     return importlib.util.find_spec("beit3_ds.kernels.cuda_operators") is not None
 
 
 def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Returns whether `grouped_gemm` supports these rows and weights: half precision on a GPU, and widths divisible by
-    8.
+    """Returns whether `grouped_gemm` can run on these rows and weights.
 
-    Returns False with a warning if the kernel is not built, or fails its check at the first use (`self_check`).
+    The tensors must be in half precision and on a GPU, and all widths must be divisible by 8. Returns False with a
+    warning if the kernel is not built, or if it fails the check at its first use (`self_check`).
     """
     widths = weights[0].shape
     fits = x_TD.dtype in _HALF_PRECISIONS and len(weights) <= MAX_EXPERTS and all(n % 8 == 0 for n in widths)
@@ -46,10 +46,10 @@ def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
 def grouped_gemm(
     x_TD: Tensor, slices: Sequence[tuple[int, int]], weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Applies each expert's linear layer to its own rows in one launch; has no backward pass.
+    """Applies each expert's linear layer to its own rows in one kernel launch; has no backward pass.
 
-    Computes u[start:stop] = x[start:stop] @ w_FD.T + b_F for each expert. Then computes a = GELU(u), the exact (erf)
-    GELU of u after rounding to x's dtype.
+    Computes u[start:stop] = x[start:stop] @ w_FD.T + b_F for each expert. u is rounded to x's dtype. Then, optionally,
+    computes a = GELU(u) with the exact (erf) GELU.
 
     Args:
         x_TD: packed rows, contiguous, bfloat16 or float16 (see `runs_grouped_gemm`).
@@ -59,7 +59,7 @@ def grouped_gemm(
         gelu: whether to compute a.
 
     Returns:
-        u_TF and a_TF in x's dtype; without `gelu`, a has no rows.
+        u_TF and a_TF in x's dtype. If `gelu` is false, a has 0 rows.
     """
     tiles_N3 = plan_row_tiles(tuple(slices), TILE_ROWS, x_TD.device)
     return _operators().grouped_gemm(x_TD, list(weights), list(biases), tiles_N3, TILE_ROWS, gelu)
@@ -70,7 +70,7 @@ def plan_row_tiles(slices: Sequence[tuple[int, int]], tile_rows: int, device: to
     """Divides each expert's rows into tiles of at most `tile_rows` rows.
 
     Returns:
-        Expert, first row and stop row of each of N tiles, (N, 3) int32.
+        Expert index, first row and stop row of each of N tiles, (N, 3) int32.
     """
     tiles = [
         (expert, first, min(first + tile_rows, stop))
@@ -100,21 +100,21 @@ def packed_attention_forward(
     """Computes the forward pass of `packed_attention` with the CUDA C++ kernel.
 
     Args:
-        q_THK: queries that `takes_attention` accepts. q_THK, k_THK and v_THK are contiguous.
+        q_THK: queries that `takes_attention` accepts; contiguous, like k_THK and v_THK.
         sequences_Q4: see `TilePlan.sequences_Q4`.
         tiles_N2: see `TilePlan.tiles_N2`.
-        tile_size: positions per tile, 64 or 128.
-        causal_captions: whether the second range is a caption with a causal mask.
+        tile_size: rows per tile, 64 or 128.
+        causal_captions: whether the second range of a sequence is a caption with a causal mask.
 
     Returns:
-        y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32 for H heads and T rows. Rows that are
-        in no sequence are undefined.
+        y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32 for H heads and T rows. Rows that
+        belong to no sequence are undefined.
     """
     return _operators().packed_attention(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tile_size, causal_captions)
 
 
 def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares `grouped_gemm` with the reference for three experts with 150 rows, no rows and one row.
+    """Compares `grouped_gemm` with the reference for three experts, which have 150 rows, no rows and one row.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -135,7 +135,7 @@ def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
 
 
 GROUPED_GEMM = TrustedKernels("grouped_gemm in CUDA C++", check_grouped_gemm)
-"""Decides whether `grouped_gemm` may use its kernel, by a check at the first use on a device."""
+"""Checks the kernel of `grouped_gemm` at its first use on a device, and decides whether the kernel may be used."""
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Makes the device of a kernel's operands the current CUDA device, because Triton launches kernels there."""
+"""Sets the current CUDA device to the device of a kernel's tensors, because Triton launches on the current device."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,13 +8,14 @@ _UNCHANGED = nullcontext()
 
 
 def make_current(device: torch.device) -> AbstractContextManager[None]:
-    """Returns a context manager that makes `device` the current CUDA device; does nothing for other types of devices.
+    """Returns a context manager that makes `device` the current CUDA device. For a CPU, it does nothing.
 
-    PyTorch's own operations need no such context manager. In a backward pass, the gradients' device is already current.
+    Triton kernels need this context manager, and PyTorch's own operations do not. In a backward pass, autograd has
+    already made the gradients' device current.
     """
     return _UNCHANGED if is_current(device) else torch.cuda.device(device)
 
 
 def is_current(device: torch.device) -> bool:
-    """Returns whether `device` is the current CUDA device; always true for devices of another type."""
+    """Returns whether `device` is the current CUDA device; always true for a CPU."""
     return device.type != "cuda" or device.index in (None, torch.cuda.current_device())

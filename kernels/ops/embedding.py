@@ -1,4 +1,4 @@
-"""Looks up embeddings. The gradient is a dense table, even if there are no ids."""
+"""Looks up embeddings. The table's gradient is a dense tensor, also in a batch without ids."""
 
 # S ids, V rows of the table, D width.
 
@@ -13,10 +13,10 @@ from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
 
 def embedding(ids_S: Tensor, weight_VD: Tensor) -> Tensor:
-    """Returns the rows of a table with the given ids. Without ids, the gradient of the table is zero.
+    """Returns the row of a table for each id. If there are no ids, the table's gradient is zero instead of None.
 
     Args:
-        ids_S: row numbers, int64.
+        ids_S: row numbers in the table, int64.
         weight_VD: table.
 
     Returns:

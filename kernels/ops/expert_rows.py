@@ -1,6 +1,6 @@
-"""Decides whether the row-streaming GPU kernels support some rows, and chooses how these kernels are compiled.
+"""Decides whether the row-streaming GPU kernels support given rows, and with which settings they are compiled.
 
-A row-streaming kernel computes one row after the other, without a matrix product.
+A row-streaming kernel computes rows one after another, without a matrix product.
 """
 
 # T packed rows, D width.
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
 
 WIDEST = 8192
-"""Maximum columns per row, because one program holds a whole row in registers."""
+"""Maximum columns per row, because one Triton program holds a whole row in registers."""
 
 
 def row_lengths(stops: Sequence[int]) -> list[int]:
-    """Returns the number of rows of each expert, from the stop row of each expert: [3, 2] for stops [3, 5]."""
+    """Returns the number of rows of each expert: [3, 2] for the stop rows [3, 5]."""
     return [stop - start for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
 
 
@@ -38,7 +38,7 @@ def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
 
 
 def row_tiling(x_TD: Tensor) -> "RowTiling":
-    """Returns how the row-streaming kernels are compiled and launched for the width and the GPU of `x_TD`."""
+    """Returns compile and launch settings of the row-streaming kernels for the width and the GPU of `x_TD`."""
     from beit3_ds.kernels.triton.expert_rows_launch import choose_row_tiling  # Triton is needed on a GPU only
 
     return choose_row_tiling(architecture_of(x_TD.device), x_TD.shape[1])

@@ -1,9 +1,9 @@
-"""Adds label smoothing to a cross entropy over a large vocabulary, without all logits in memory.
+"""Adds label smoothing to the cross entropy over a large vocabulary, without keeping all logits in memory.
 
-With smoothing e and V vocabulary entries, the target has the probability 1 - e, and each other entry has e / (V - 1).
-The Kullback-Leibler divergence from these labels has three terms: the cross entropy, e / (V - 1) * (V * target logit -
-sum of all logits), and a constant. The sum of a row's logits is cheap: it is the product of the row with the sum of all
-rows of the matrix.
+With smoothing e and V vocabulary entries, the target has the probability 1 - e, and each other entry has the
+probability e / (V - 1). The loss is the Kullback-Leibler divergence from these labels. It has three terms: the cross
+entropy, e / (V - 1) * (V * target logit - sum of all logits), and a constant. The sum of a row's logits needs no
+separate logits: it is the row times the sum of all rows of the output matrix.
 """
 
 # M rows, D width, V vocabulary, U rows of the matrix in this shard.
@@ -17,23 +17,23 @@ from torch import Tensor
 
 
 class LabelSmoothing(NamedTuple):
-    """Describes smoothed labels over a vocabulary. This process may hold only a shard of the vocabulary."""
+    """Describes smoothed labels over a vocabulary. If ranks divide the vocabulary, this rank holds one shard of it."""
 
     probability: float
-    """Total probability e of all entries except the target; 0 <= e < 1."""
+    """Total probability e of all vocabulary entries except the target; 0 <= e < 1."""
     vocab_size: int
-    """Size V of the whole vocabulary; at least 2."""
+    """Number of entries V in the whole vocabulary; at least 2."""
     num_own: int
-    """Number of vocabulary entries in this shard's matrix; the rows after them are padding."""
+    """Number of vocabulary entries in this rank's shard. Further rows of the shard's matrix are padding."""
 
     @property
     def share(self) -> float:
-        """Returns the probability of each entry except the target, e / (V - 1)."""
+        """Returns e / (V - 1), the probability of each vocabulary entry except the target."""
         return self.probability / (self.vocab_size - 1)
 
     @property
     def constant(self) -> float:
-        """Returns the negative entropy of the labels in nats: the part of the loss without logits."""
+        """Returns the constant term of the loss, in nats: the negative entropy of the labels."""
         if self.probability == 0:
             return 0.0
         return (1 - self.probability) * math.log1p(-self.probability) + self.probability * math.log(self.share)
@@ -42,7 +42,7 @@ class LabelSmoothing(NamedTuple):
 def smoothed_cross_entropy_reference(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, probability: float
 ) -> Tensor:
-    """Returns each row's Kullback-Leibler divergence from smoothed labels, (M,), in plain PyTorch."""
+    """Computes in plain PyTorch each row's Kullback-Leibler divergence from smoothed labels, (M,)."""
     log_MV = F.log_softmax(F.linear(h_MD, w_VD, b_V).to(torch.promote_types(h_MD.dtype, torch.float32)), dim=1)
     label_MV = torch.full_like(log_MV, probability / (len(w_VD) - 1))
     label_MV.scatter_(1, target_M.unsqueeze(1), 1 - probability)
@@ -50,7 +50,7 @@ def smoothed_cross_entropy_reference(
 
 
 def sum_logits(h_MD: Tensor, w_UD: Tensor, b_U: Tensor, smoothing: LabelSmoothing, dtype: torch.dtype) -> Tensor:
-    """Returns the sum of each row's logits in this shard, (M,), without padding."""
+    """Returns the sum of each row's logits over this shard's vocabulary entries, (M,). Leaves out padding."""
     own = slice(0, smoothing.num_own)
     return h_MD.to(dtype) @ w_UD[own].sum(0, dtype=dtype) + b_U[own].sum(dtype=dtype)
 
@@ -61,13 +61,14 @@ def add_smoothing_gradients(
     d_loss_M: Tensor,
     smoothing: LabelSmoothing,
 ) -> None:
-    """Adds the gradients of the smoothing term in place to the gradients of the cross entropy.
+    """Adds the gradients of the smoothing term to the gradients of the cross entropy, in place.
 
-    The smoothing term of a row's loss is share * (V * target logit - sum of all logits), with V vocabulary entries.
+    For each row, the smoothing term is share * (V * target logit - sum of all logits), with V vocabulary entries.
 
     Args:
-        gradients: gradients of h, w and b in this shard.
-        inputs: rows h, matrix w, bias b and targets. A target is a row index of w; other values belong to other shards.
+        gradients: gradients of h, w and b in this shard, from the cross entropy.
+        inputs: rows h, matrix w, bias b and targets. A target is a row index of w; a target that is no such index
+            belongs to another shard.
         d_loss_M: gradient of each row's loss.
         smoothing: smoothed labels.
     """

@@ -1,9 +1,8 @@
 """Fuses a linear layer with the cross entropy over a large vocabulary.
 
-The logits are computed in tiles of vocabulary columns, so that not all logits need to be in memory at once.
-
-On a CPU, the op uses PyTorch's matrix products and element-wise operations. On a GPU, it uses PyTorch's matrix products
-and the operators `logits_partials` and `logits_gradient`, with kernels in `triton/linear_cross_entropy.py`.
+The logits are computed in tiles of vocabulary columns, so that not all logits must be in memory at once. The matrix
+products are PyTorch's. On a GPU, the operators `logits_partials` and `logits_gradient` process the logits, with kernels
+from `triton/linear_cross_entropy.py`. On a CPU, PyTorch's element-wise operations process them.
 """
 
 # M rows, D width, V vocabulary, N columns of a vocabulary tile, B tiles; K buffers of M x S elements, where S is the
@@ -27,22 +26,22 @@ from beit3_ds.kernels.ops.vocabulary_tiles import VocabularyTiles, divide_for_cp
 
 
 def linear_cross_entropy_reference(h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor) -> Tensor:
-    """Computes `linear_cross_entropy` in plain PyTorch with full logits."""
+    """Computes the loss of `linear_cross_entropy` in plain PyTorch, with all logits in memory."""
     return F.cross_entropy(F.linear(h_MD, w_VD, b_V).to(_loss_dtype(h_MD)), target_M, reduction="none")
 
 
 class Partials(NamedTuple):
-    """Holds partial results of each row's cross entropy, from one shard of the vocabulary.
+    """Holds what one shard of the vocabulary contributes to the cross entropy of each row.
 
-    All tensors are (M,) float32 for M rows. To combine shards, take the maximum of `largest`, and multiply each shard's
-    `total` by exp(largest - maximum). Then add the totals, the target logits and the logit sums. The loss is log(total)
-    + maximum - target_logit.
+    All tensors are (M,) float32 for M rows. To combine shards, compute the maximum of `largest` over the shards.
+    Multiply each shard's `total` by exp(largest - maximum), and add the products. Add the target logits and the logit
+    sums. Then the loss is log(total) + maximum - target_logit.
     """
 
     largest: Tensor
     """Largest logit of each row in this shard."""
     total: Tensor
-    """Sum of exp(logit - largest) over the logits of each row in this shard."""
+    """Sum of exp(logit - largest) over each row's logits in this shard."""
     target_logit: Tensor
     """Logit of each row's target; 0 if the target is in another shard."""
     logit_sum: Tensor | None = None
@@ -58,21 +57,23 @@ def linear_cross_entropy(
     reduce: Callable[[Partials], Partials] | None = None,
     smoothing: LabelSmoothing | None = None,
 ) -> Tensor:
-    """Computes for each of M rows the cross entropy with its target, or the divergence from smoothed labels.
+    """Computes each row's cross entropy with its target, or each row's divergence from smoothed labels.
 
-    The vocabulary has V entries. With a chunk size, at most `chunk_size` x V logits exist at once, in float32 (float64
-    for float64 input; h's dtype on a GPU). The logits that fit are saved for the backward pass, and the others are
-    recomputed. Without a chunk size, all M x V logits are saved. On a GPU, a graph supports only one backward pass,
-    because gradients overwrite the saved logits.
+    Without a chunk size, the logits of all M rows over all V vocabulary entries are saved. With a chunk size, at most
+    `chunk_size` x V logits exist at once. The op saves the logits that fit for the backward pass, and recomputes the
+    others. On a GPU, gradients overwrite the saved logits, so a graph supports only one backward pass.
+
+    Logits are float32, or float64 for float64 input. On a GPU, logits have h's dtype.
 
     Args:
-        h_MD: rows; without rows, all gradients are zero.
+        h_MD: rows. If M is 0, all gradients are zero.
         w_VD: output matrix, which is saved for the backward pass without a copy.
         b_V: output bias.
-        target_M: targets, int64 in [0, V). With a sharded vocabulary, a target outside [0, V) belongs to another shard.
-        chunk_size: number of rows whose logits over the whole vocabulary may exist at once, or None.
-        reduce: combines this shard's partials with those of the other shards; None without shards. With shards, the
-            gradient of h is only this shard's part of the sum.
+        target_M: vocabulary index of each row's target, int64 in [0, V). With a sharded vocabulary, indices are
+            relative to this shard, and an index outside [0, V) belongs to another shard.
+        chunk_size: number of rows whose logits over the whole vocabulary may exist at once; None for no limit.
+        reduce: function that combines this shard's partials with those of the other shards; None if the vocabulary is
+            not sharded. If it is sharded, this op computes only this shard's part of h's gradient.
         smoothing: smoothed labels (`label_smoothing`); None for the cross entropy.
 
     Returns:
@@ -83,7 +84,7 @@ def linear_cross_entropy(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the operators with the reference, forward and backward, with one vocabulary tile and with several.
+    """Compares the Triton kernels with the reference, forward and backward, for one and for several vocabulary tiles.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -105,7 +106,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("linear_cross_entropy", check_kernels)
-"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
+"""Checks the Triton kernels at their first use on a device, and decides whether the two operators may use them."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -150,19 +151,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def forward_plain(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, tiles: VocabularyTiles
 ) -> tuple[Partials, Tensor, Tensor]:
-    """Computes the partials of one vocabulary shard in PyTorch.
+    """Computes the partial results of one vocabulary shard in plain PyTorch.
 
     Args:
         h_MD: rows.
         w_VD: this shard's rows of the output matrix.
         b_V: this shard's bias.
-        target_M: targets as indices into this shard. For a target outside the shard, the target logit is 0.
+        target_M: index of each row's target in this shard. If an index is outside the shard, the row's target logit is
+            0.
         tiles: vocabulary tiles of this shard.
 
     Returns:
-        The partials of the M rows, and two tensors for the backward pass. The first is (K, M, stride): K buffers with
-        exp(logit - largest) for the tiles that are kept. The second is (B, M): for each of B tiles, the largest logit
-        of each row in all tiles up to this one.
+        The partials of the M rows, then two tensors for the backward pass. The first tensor, (K, M, stride), has K
+        buffers with exp(logit - largest) of the saved tiles; `largest` is the row's largest logit when that tile was
+        computed. The second tensor, (B, M), has this largest logit for each of B tiles and each row.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)
@@ -187,17 +189,17 @@ def backward_plain(
     d_loss_M: Tensor,
     tiles: VocabularyTiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of the rows, and of one shard's matrix and bias, in PyTorch.
+    """Computes the gradients of the rows, and of one shard's matrix and bias, in plain PyTorch.
 
     Args:
-        h_MD: argument of `forward_plain`, like w_VD, b_V, target_M and tiles.
+        h_MD: as for `forward_plain`; so are w_VD, b_V, target_M and tiles.
         lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32.
-        kept_KMS: buffers returned by `forward_plain`; not changed.
-        largest_BM: largest logits returned by `forward_plain`; not changed.
+        kept_KMS: buffers that `forward_plain` returned; not changed.
+        largest_BM: largest logits that `forward_plain` returned; not changed.
         d_loss_M: gradient of each row's loss, float32.
 
     Returns:
-        dh_MD (this shard's part of the sum), dw_VD and db_V.
+        dh_MD, dw_VD and db_V. dh_MD is this shard's part of a sum over shards.
     """
     dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)  # in half precision the sum would be rounded once per tile
     dw_VD, db_V = ALLOCATOR.empty_like(w_VD, lasting=True), ALLOCATOR.empty_like(b_V, lasting=True)
@@ -221,7 +223,7 @@ def backward_plain(
 def _forward_kernels(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, tiles: VocabularyTiles
 ) -> tuple[Partials, Tensor]:
-    """Returns the partials from the GPU kernels, and the buffer with the last tile's logits without bias."""
+    """Computes the partials with GPU kernels; also returns a buffer with the last tile's logits, without bias."""
     partials_3M = _no_partials(h_MD)
     kept_MS = h_MD.new_empty(len(h_MD), tiles.stride)
     for columns in tiles.columns:
@@ -241,7 +243,7 @@ def _backward_kernels(
     d_loss_M: Tensor,
     tiles: VocabularyTiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dh, dw and db from the GPU kernels. Overwrites the saved logits, `kept_MS`."""
+    """Computes dh, dw and db with GPU kernels. Overwrites `kept_MS`, the buffer with saved logits."""
     dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)  # in half precision the sum would be rounded once per tile
     dw_VD, db_V = torch.empty_like(w_VD), torch.empty_like(b_V)
     d_loss_M = d_loss_M.contiguous()
@@ -263,7 +265,7 @@ def _fill_logits(logits_MN: Tensor, h_MD: Tensor, w_ND: Tensor, b_N: Tensor) -> 
 
 
 def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Updates the partials with the logits of one tile, and replaces these logits with exp(logit - largest)."""
+    """Updates the partials with one tile's logits, and overwrites the logits with exp(logit - largest)."""
     largest_M, total_M, target_logit_M = partials_3M.unbind()
     index_M1, inside_M = _find(target_M, first, logits_MN)
     target_logit_M.add_(logits_MN.gather(1, index_M1).squeeze(1) * inside_M)
@@ -273,10 +275,11 @@ def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3
 
 
 def _find(target_M: Tensor, first: int, logits_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the target column of each row in this tile, (rows, 1), and whether the target is in this tile, (rows,)
-    bool.
+    """Finds each row's target in a tile.
 
-    If a target is in another tile, the column is arbitrary.
+    Returns:
+        The target's column in the tile, (rows, 1), and whether the target is in the tile, (rows,) bool. If the target
+        is in another tile, the column is arbitrary.
     """
     local_M, width = target_M - first, logits_MN.shape[1]
     inside_M = (local_M >= 0) & (local_M < width)
@@ -290,14 +293,18 @@ def _no_partials(h_MD: Tensor) -> Tensor:
 
 
 def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Computes the kernel's results in plain PyTorch. On a CPU, only checks call this function."""
+    """Computes in plain PyTorch what `partials_kernel` computes. On a CPU, only checks call this function."""
     _update_partials(logits_MN.to(partials_3M.dtype) + bias_N, target_M, first, partials_3M)
 
 
 def _gradient_cpu(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
-    """Overwrites logits with gradients on a CPU, for checks only; returns the sum of the gradients over rows."""
+    """Computes in plain PyTorch what `gradient_kernel` computes: overwrites logits, returns column sums.
+
+    Overwrites the logits with gradients, and returns the sum of the gradients over rows. On a CPU, only checks call
+    this function.
+    """
     d_MN = (logits_MN.to(lse_M.dtype) + bias_N).sub_(lse_M.unsqueeze(1)).exp_()
     index_M1, inside_M = _find(target_M, first, d_MN)
     d_MN.scatter_add_(1, index_M1, -inside_M.to(d_MN.dtype).unsqueeze(1)).mul_(d_loss_M.unsqueeze(1))

@@ -1,7 +1,7 @@
-"""Runs the fastest implementation of an operator, which is found by timing all implementations at the first use.
+"""Runs an operator with the fastest implementation. All implementations are timed at the operator's first use.
 
-The choices are stored in memory and in a file (`choice_file`). With a backend other than `auto`, nothing is timed. Use
-such a backend for comparisons, and for runs that must not depend on timings.
+The choice is stored in memory and in a file (`choice_file`). With a backend other than `auto`, nothing is timed. Use
+such a backend to compare implementations, and for runs that must not depend on timings.
 """
 
 import functools
@@ -19,11 +19,11 @@ from beit3_ds.kernels.ops.current_device import is_current, make_current
 from beit3_ds.kernels.triton.architecture import is_on_gpu
 
 Backend = Literal["auto", "triton", "library", "cuda"]
-"""Selects the implementation of operators on a GPU. `triton`: this project's Triton kernels. `library`: PyTorch's
+"""Which implementations operators use on a GPU. `triton`: this project's Triton kernels. `library`: PyTorch's
 operations, which call cuBLAS and cuDNN. `cuda`: this project's CUDA C++ kernels. `auto`: the fastest of all."""
 
 Name = Literal["triton", "cuda", "varlen", "library"]
-"""Name of an implementation. `varlen` is PyTorch's attention for sequences of different lengths."""
+"""Name of an implementation. `varlen` is PyTorch's variable-length attention; the other names are as in `Backend`."""
 
 _ORDER: Mapping[Backend, tuple[Name, ...]] = {
     "auto": ("triton", "cuda", "varlen", "library"),
@@ -31,7 +31,7 @@ _ORDER: Mapping[Backend, tuple[Name, ...]] = {
     "library": ("varlen", "library"),
     "cuda": ("cuda", "triton", "library"),
 }
-"""Implementations that each backend may use. If an operator lacks the first implementation, the next one is used."""
+"""Implementations that each backend may use, in order of preference. An operator uses the first that it has."""
 
 
 class Choices:
@@ -43,17 +43,17 @@ class Choices:
         """Stores the arguments, without measuring or reading anything.
 
         Args:
-            time: function that returns the milliseconds of a call on the current device.
-            open_file: function that opens the file with the choices for a device.
+            time: function that runs a call repeatedly and returns the milliseconds per call.
+            open_file: function that opens the file with the stored choices for a device.
         """
         self.backend: Backend = "auto"
-        """Current backend, which `use_backend` sets."""
+        """Current backend. `use_backend` sets it."""
         self._time, self._open_file = time, open_file
         self._files: dict[torch.device, ChoiceFile] = {}
 
     @contextmanager
     def fixed(self, backend: Backend) -> Iterator[None]:
-        """Uses another backend inside a `with` block, for example to check or compare implementations."""
+        """Sets the backend inside a `with` block, for example to check or compare implementations."""
         before, self.backend = self.backend, backend
         try:
             yield
@@ -64,9 +64,10 @@ class Choices:
         """Returns the name of the implementation to use. With the backend `auto`, a new case is measured first.
 
         Args:
-            device: device of the operands.
-            case: text with the operator, and the dtypes, sizes and flags that affect the speed.
-            calls: functions that call the implementations for these operands, by name.
+            device: device of the operator's tensors.
+            case: text that names the operator, and the dtypes, sizes and flags that affect its speed.
+            calls: one function per implementation, by the implementation's name. The function calls the implementation
+                with the operator's arguments.
         """
         available = [name for name in _ORDER[self.backend] if name in calls]
         if len(available) == 1 or self.backend != "auto":
@@ -94,9 +95,9 @@ class Choices:
 
 
 def _time_on_gpu(call: Callable[[], Any]) -> float:
-    """Returns the median milliseconds of repeated calls, without the time that Python needs to launch kernels.
+    """Returns the median milliseconds of a call's GPU work, without the time that Python needs for launches.
 
-    The L2 cache is cleared before each call. This keeps the GPU busy while Python launches the kernels.
+    The GPU clears the L2 cache before each repetition. Meanwhile, Python launches the kernels.
     """
     from triton.testing import do_bench  # Triton is needed on a GPU only
 
@@ -104,7 +105,7 @@ def _time_on_gpu(call: Callable[[], Any]) -> float:
 
 
 CHOICES = Choices(_time_on_gpu, choice_file_of)
-"""Chosen implementations of all operators in this process."""
+"""Chooses the implementations of all operators in this process."""
 
 
 def use_backend(backend: Backend) -> None:
@@ -113,7 +114,7 @@ def use_backend(backend: Backend) -> None:
 
 
 _MOST_CALLS = 1024
-"""Maximum number of calls with different sizes whose implementation an operator remembers."""
+"""Maximum number of different argument sizes for which an operator remembers the implementation."""
 
 
 class MeasuredOp:
@@ -134,17 +135,16 @@ class MeasuredOp:
         """Stores the arguments, without measuring anything.
 
         Args:
-            name: name of the operator. The key of each measured case (dtypes, sizes and flags of the arguments) starts
-                with this name.
+            name: name of the operator, which is the first word of each stored measurement.
             implementations: functions with the same arguments, by name. The first argument is a tensor.
-            on_cpu: function for tensors in host memory. With None, tensors in host memory also use one of
-                `implementations`.
+            on_cpu: function for tensors on a CPU. With None, tensors on a CPU also use one of `implementations`.
             accepts: functions that return whether an implementation supports given arguments, by the implementation's
-                name. An implementation that is absent here supports all arguments. When an implementation is first
-                used, its function here may also check that the implementation computes right results.
-            mutates: indices of arguments that an implementation overwrites; measurements use copies of these arguments.
+                name. An implementation without such a function supports all arguments. The function may also check, at
+                the first use, that the implementation computes correct results.
+            mutates: indices of arguments that an implementation overwrites. Measurements use copies of these arguments.
             ignores: indices of arguments that do not affect the speed.
-            rehearse: converts an implementation to the function to time, which may also run the backward pass.
+            rehearse: converts an implementation to the function that is timed, for example to time the backward pass
+                too.
             choices: object that selects the implementation.
         """
         self._name, self._implementations, self._on_cpu = name, implementations, on_cpu
@@ -156,7 +156,7 @@ class MeasuredOp:
     def __call__(self, *arguments: Any) -> Any:
         """Runs the selected implementation on the device of the first argument.
 
-        The first call with new dtypes, sizes or flags may measure all implementations.
+        The first call with new dtypes, sizes or flags may time all implementations.
         """
         first = arguments[0]
         if self._on_cpu is not None and not is_on_gpu(first):
@@ -194,9 +194,9 @@ class MeasuredOp:
 
 
 def _copy(x: Tensor) -> Tensor:
-    """Returns a copy of `x` with the same strides, whereas `clone` would remove the padding between rows.
+    """Returns a copy of `x` with the same strides. `clone` would remove the padding between rows.
 
-    The last row has padding too, because kernels may write there.
+    Also pads the last row, because kernels may write to the padding.
     """
     if x.ndim != 2 or x.is_contiguous():
         return x.clone()
@@ -204,7 +204,10 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _identify(backend: Backend, device: torch.device, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns what a case consists of, in the form that takes the least time: no size is rounded."""
+    """Returns a key for a call: the backend, the device, and the dtypes, exact sizes and flags of the arguments.
+
+    This key is fast to compute, because sizes are not rounded as in `_describe`.
+    """
     call: list[Any] = [backend, device]
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -218,10 +221,11 @@ def _identify(backend: Backend, device: torch.device, arguments: tuple[Any, ...]
 
 
 def _describe(argument: Any) -> Any:
-    """Returns the properties of an argument that affect the speed: dtype and sizes of a tensor, or the value of a flag.
+    """Returns what affects the speed about an argument: a tensor's dtype and sizes, or a flag's value.
 
-    The number of rows, a tensor's first size, changes with every batch, so it is rounded up to a power of two. A list
-    of tensors is described by its length and its first tensor. A list of row numbers is described by its length.
+    The number of rows, which is a tensor's first size, changes from batch to batch. So it is rounded up to a power of
+    two. A list of tensors is described by its length and its first tensor. A list of row numbers is described by its
+    length.
     """
     if isinstance(argument, Tensor):
         rows, *sizes = argument.shape

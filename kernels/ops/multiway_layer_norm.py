@@ -1,7 +1,8 @@
 """Applies LayerNorm with one scale and shift per expert. The backward pass also adds the residual's gradient.
 
-On a CPU, the op runs PyTorch's LayerNorm on the rows of each expert. On a GPU, it uses one launch of a kernel in
-`triton/multiway_layer_norm.py` for all experts, or PyTorch's LayerNorm if this is faster (`measured_op`).
+On a CPU, the op runs PyTorch's LayerNorm on the rows of each expert. On a GPU, one launch of a kernel from
+`triton/multiway_layer_norm.py` processes all experts. If PyTorch's LayerNorm is faster on a GPU, it is used instead
+(`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -40,22 +41,23 @@ def multiway_layer_norm_reference(
 def multiway_layer_norm(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalises each row with its expert's scale and shift; also returns the stream.
+    """Normalises each row with its expert's scale and shift. Also returns the residual stream, for the residual
+    connection.
 
-    A residual connection should use the returned stream: the backward pass of the norm then adds the residual's
-    gradient without a separate pass. The op saves x, two numbers per row, and the parameters without copies. An expert
-    without rows gets zero gradients.
+    Use the returned stream for the residual connection. Then the backward pass of the norm adds the residual's
+    gradient, without a separate pass over the rows. The op saves x, two numbers per row, and the parameters without
+    copies. An expert without rows gets zero gradients.
 
     Args:
-        x_TD: packed rows, in the parameters' dtype or float32.
+        x_TD: packed rows of the residual stream, in the parameters' dtype or float32.
         slices: row range [start, stop) of each expert; the ranges cover all rows in order.
         weights: one scale (D,) per expert.
         biases: one shift (D,) per expert, in the scales' dtype.
         epsilon: value added to the variance.
 
     Returns:
-        x_TD, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b in the parameters' dtype. Statistics are float32,
-        or float64 for float64 rows.
+        The stream x_TD, and the normalised rows h_TD = (x - mean) / sqrt(variance + epsilon) * w + b in the parameters'
+        dtype. Statistics are computed in float32, or in float64 for float64 rows.
     """
     kernels = runs_kernels(x_TD, weights[0].dtype)
     stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, ends_of(slices), epsilon, kernels, *weights, *biases)
@@ -65,9 +67,9 @@ def multiway_layer_norm(
 def recomputable_rows(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> Recomputable:
-    """Returns an object that recomputes h_TD of `multiway_layer_norm` bit for bit from the same arguments.
+    """Returns an object that recomputes h_TD of `multiway_layer_norm` bit for bit from these arguments.
 
-    The parameters are saved without copies, because ZeRO-3 must gather them before the backward pass.
+    The object keeps the parameters themselves and not copies, because ZeRO-3 gathers them before the backward pass.
     """
     compute = partial(_recompute_rows, ends_of(slices), epsilon)
     return Recomputable(RecomputeFunction(compute), (x_TD.detach(), *weights, *biases))
@@ -95,10 +97,10 @@ def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
-    """Compares the operators with the reference, forward and backward, for three experts, one of which has no rows.
+    """Compares the Triton kernels with the reference, forward and backward, for three experts; one expert has no rows.
 
     Args:
-        device: device of the operators.
+        device: device of the kernels.
         dtype: dtype of the parameters and the normalised rows.
         width: columns per row, D.
         stream: dtype of the packed rows; None means the parameters' dtype.
@@ -131,7 +133,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("multiway_layer_norm", check_kernels)
-"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
+"""Checks the Triton kernels at their first use on a device, and decides whether the two operators may use them."""
 
 
 class _MultiwayLayerNorm(torch.autograd.Function):
@@ -168,10 +170,10 @@ class _MultiwayLayerNorm(torch.autograd.Function):
 def _forward_plain(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> list[Tensor]:
-    """Applies PyTorch's LayerNorm to chunks of each expert's rows, and copies each result while it is in the cache.
+    """Applies PyTorch's LayerNorm to chunks of each expert's rows that fit into the cache.
 
     Returns:
-        h_TD, then for each expert the mean and 1 / standard deviation of its rows, (rows, 1) each.
+        h_TD, then two tensors (rows, 1) per expert: the mean, and 1 / standard deviation of the expert's rows.
     """
     lengths, length = row_lengths(stops), chunk_rows(x_TD)
     h_TD = ALLOCATOR.empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)
@@ -195,7 +197,11 @@ def _backward_plain(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Returns dx_TD, then the gradients of all scales, then of all shifts; takes the statistics of `_forward_plain`."""
+    """Computes gradients in plain PyTorch, from the statistics that `_forward_plain` returned.
+
+    Returns:
+        dx_TD, then the gradients of all scales, then of all shifts.
+    """
     lengths, dx_TD, length = row_lengths(stops), ALLOCATOR.empty_like(x_TD), chunk_rows(x_TD)
     d_parameters: list[list[Tensor]] = []
     parts = zip(
@@ -227,7 +233,7 @@ def _backward_plain(
 def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes the results of the forward kernel in plain PyTorch. On a CPU, only checks call this function.
+    """Computes in plain PyTorch what the forward kernel computes. On a CPU, only checks call this function.
 
     Returns:
         h_TD, and the mean and 1 / standard deviation of each of T rows, (2, T).
@@ -244,7 +250,7 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Computes the results of the backward kernel in plain PyTorch. On a CPU, only checks call this function.
+    """Computes in plain PyTorch what the backward kernel computes. On a CPU, only checks call this function.
 
     Returns:
         dx_TD, and the gradients of scales and shifts, (2, E, D) for E experts and width D.
@@ -284,10 +290,10 @@ _BACKWARD = MeasuredOp(
 
 
 def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
-    """Returns the parameters in the dtype that PyTorch's LayerNorm needs for x.
+    """Returns the parameters in the dtype that PyTorch's LayerNorm needs for the rows `x_TD`.
 
-    For half-precision rows on a CPU, the dtype is float32, because PyTorch then computes float32 statistics. Otherwise
-    it is the dtype of the rows.
+    This is the dtype of the rows. For half-precision rows on a CPU, it is float32, because PyTorch then computes
+    float32 statistics.
     """
     is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
     dtype = torch.float32 if is_half_on_cpu else x_TD.dtype
@@ -295,5 +301,5 @@ def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    """Returns float32 for half precision, else the dtype of `x`."""
+    """Returns the dtype for sums: float32 if `x` is in half precision, otherwise the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,8 +1,8 @@
 """Applies the linear layers of several experts, each to its own rows of one packed stream.
 
-On a CPU, each expert's product is written into its rows of a common output. On a GPU, one launch of a kernel in
-`triton/multiway_ffn.py` computes all experts, or cuBLAS computes one product per expert if this is faster
-(`measured_op`).
+On a CPU, each expert's product is written into the expert's rows of one output tensor. On a GPU, one launch of a kernel
+from `triton/multiway_ffn.py` computes all experts. If one cuBLAS product per expert is faster on a GPU, it is used
+instead (`measured_op`).
 """
 
 # T packed rows, D input width, F output width; an expert owns rows [start, stop).
@@ -26,7 +26,7 @@ from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_s
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 Slices = Sequence[tuple[int, int]]
-"""Row range [start, stop) of each expert, in ascending order; the ranges cover the whole stream."""
+"""Row range [start, stop) of each expert in the packed stream. The ranges cover all rows in order."""
 
 
 def multiway_linear_reference(
@@ -44,7 +44,7 @@ def multiway_linear(
     biases: Sequence[Tensor],
     recompute: Recomputable | None = None,
 ) -> Tensor:
-    """Applies each expert's linear layer to its own rows; all experts write into one output without copies.
+    """Applies each expert's linear layer to its own rows, and writes all results into one output tensor.
 
     Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for each expert. An expert without rows gets zero gradients,
     so every parameter takes part in every call.
@@ -52,10 +52,10 @@ def multiway_linear(
     Args:
         x_TD: packed rows.
         slices: row range [start, stop) of each expert; the ranges cover all rows in order.
-        weights: one matrix (F, D) per expert in x's dtype, for output width F and input width D. They are saved for the
-            backward pass without copies.
+        weights: one matrix (F, D) per expert in x's dtype, for output width F and input width D. The matrices are saved
+            for the backward pass without copies.
         biases: one vector (F,) per expert.
-        recompute: recomputes x in the backward pass; None saves x instead.
+        recompute: how to recompute x in the backward pass. With None, x is saved.
 
     Returns:
         y_TF in x's dtype.
@@ -88,18 +88,21 @@ class _MultiwayLinear(torch.autograd.Function):
 
 
 def ends_of(slices: Slices) -> tuple[int, ...]:
-    """Returns the stop row of each slice: (197, 591) for ((0, 197), (197, 591)). Operators take slices in this form."""
+    """Returns the stop row of each expert's row range: (197, 591) for ((0, 197), (197, 591)).
+
+    Operators take row ranges in this form.
+    """
     return tuple([stop for _, stop in slices])
 
 
 @lru_cache(maxsize=256)
 def slices_of(ends: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Returns the slices with these stops: ((0, 197), (197, 591)) for (197, 591). Inverse of `ends_of`."""
+    """Returns the row ranges with these stop rows: ((0, 197), (197, 591)) for (197, 591). Inverse of `ends_of`."""
     return tuple(pairwise([0, *ends]))
 
 
 def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
-    """Returns each row multiplied by its factor; without factors, returns `x_TD` itself."""
+    """Multiplies each row by its factor. Returns `x_TD` itself if `factor_T` is None."""
     return x_TD if factor_T is None else torch.mul(x_TD, factor_T.unsqueeze(1), out=ALLOCATOR.empty_like(x_TD))
 
 
@@ -188,7 +191,7 @@ MULTIWAY_WEIGHT_GRADIENT = MeasuredOp(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernels with the operators' CPU implementations for three experts, one of which has no rows.
+    """Compares the Triton kernels with plain PyTorch for three experts; one expert has no rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -215,4 +218,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_linear", check_kernels)
-"""Decides whether the three operators may use GPU kernels, by a check at their first use on a device."""
+"""Checks the Triton kernels at their first use on a device, and decides whether the three operators may use them."""

@@ -1,8 +1,9 @@
 """Computes queries, keys and values of several experts, each from its own rows of one packed stream.
 
-The three layers have separate parameters. On a GPU, one launch of a kernel in `triton/multiway_qkv.py` computes all
-layers and experts, or cuBLAS computes one product per layer and expert if this is faster (`measured_op`). The backward
-pass has one launch for the input gradient, which is a sum over layers, and one launch for all weight gradients.
+The layers for queries, keys and values have separate parameters. On a GPU, one launch of a kernel from
+`triton/multiway_qkv.py` computes all layers and experts. If one cuBLAS product per layer and expert is faster, it is
+used instead (`measured_op`). The backward pass launches one kernel for the input gradient, which is a sum over the
+three layers, and one kernel for all weight gradients.
 """
 
 # T packed rows, D input width, F output width of each layer; an expert owns rows [start, stop).
@@ -47,7 +48,7 @@ def multiway_qkv(
     biases: Sequence[Tensor],
     recompute: Recomputable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies each expert's layers for queries, keys and values to its own rows.
+    """Applies each expert's layers for queries, keys and values to the expert's own rows.
 
     Computes y[start:stop] = x[start:stop] @ w.T + b for each layer and expert. An expert without rows gets zero
     gradients, so every parameter takes part in every call.
@@ -55,10 +56,10 @@ def multiway_qkv(
     Args:
         x_TD: packed rows.
         slices: row range [start, stop) of each expert; the ranges cover all rows in order.
-        weights: matrices (F, D) in x's dtype of all experts for queries, then for keys, then for values. They are saved
-            for the backward pass without copies.
-        biases: vectors (F,) in the same order.
-        recompute: recomputes x in the backward pass; None saves x instead.
+        weights: matrices (F, D) in x's dtype: those of all experts for queries, then for keys, then for values. The
+            matrices are saved for the backward pass without copies.
+        biases: vectors (F,), in the order of `weights`.
+        recompute: how to recompute x in the backward pass. With None, x is saved.
 
     Returns:
         q_TF, k_TF and v_TF in x's dtype.
@@ -103,7 +104,10 @@ def _qkv(
 def _input_gradient(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor]
 ) -> Tensor:
-    """Computes the sum of the three layers' input gradients in autograd's order: (values + keys) + queries."""
+    """Returns the gradient of x, the sum of the three layers' input gradients.
+
+    The terms are added in autograd's order: (values + keys) + queries.
+    """
     (q, k, v), differentiate = _by_layer(weights), MULTIWAY_INPUT_GRADIENT
     dx_TD: Tensor = differentiate(dv_TF, None, ends, v)
     for dy_TF, layer in ((dk_TF, k), (dq_TF, q)):
@@ -122,7 +126,7 @@ def _weight_gradient(dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, 
 def _input_gradient_in_place(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor]
 ) -> Tensor:
-    """Lets cuBLAS add the products of keys and queries to the product of values, without separate additions."""
+    """Computes `_input_gradient` with cuBLAS, which adds each product to the sum of the earlier products."""
     layers, dx_TD = _by_layer(weights), dq_TF.new_empty(len(dq_TF), weights[0].shape[1])
     for expert, (start, stop) in enumerate(slices_of(ends)):
         rows_RD = dx_TD[start:stop]
@@ -165,25 +169,27 @@ def _takes_triton(x: Tensor, *rest: Any) -> bool:
 MULTIWAY_QKV = MeasuredOp(
     "multiway_qkv", {"triton": _qkv_triton, "library": _qkv}, on_cpu=_qkv, accepts={"triton": _takes_triton}
 )
-"""Runs the fastest implementation of `_qkv`; on a CPU, runs `_qkv` itself."""
+"""Operator for queries, keys and values, with the arguments of `_qkv`. Uses the fastest implementation on a GPU."""
 QKV_INPUT_GRADIENT = MeasuredOp(
     "multiway_qkv_input_gradient",
     {"triton": _input_gradient_triton, "library": _input_gradient_in_place},
     on_cpu=_input_gradient,
     accepts={"triton": _takes_triton},
 )
-"""Runs the fastest implementation of `_input_gradient`; on a CPU, runs `_input_gradient` itself."""
+"""Operator for the gradient of the three layers' input, with the arguments of `_input_gradient`. Uses the fastest
+implementation on a GPU."""
 QKV_WEIGHT_GRADIENT = MeasuredOp(
     "multiway_qkv_weight_gradient",
     {"triton": _weight_gradient_triton, "library": _weight_gradient},
     on_cpu=_weight_gradient,
     accepts={"triton": _takes_triton},
 )
-"""Runs the fastest implementation of `_weight_gradient`; on a CPU, runs `_weight_gradient` itself."""
+"""Operator for the gradients of weights and biases, with the arguments of `_weight_gradient`. Uses the fastest
+implementation on a GPU."""
 
 
 def _by_layer(parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """Splits the parameters of all layers into queries, keys and values."""
+    """Splits a list of parameters into those for queries, for keys and for values."""
     num_experts = len(parameters) // NUM_LAYERS
     return [parameters[layer * num_experts : (layer + 1) * num_experts] for layer in range(NUM_LAYERS)]
 
@@ -193,7 +199,7 @@ def _halves(size: int) -> tuple[slice, slice]:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernels with the operators' CPU implementations for three experts, one of which has no rows.
+    """Compares the Triton kernels with plain PyTorch for three experts; one expert has no rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -218,4 +224,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_qkv", check_kernels)
-"""Decides whether the three operators may use GPU kernels, by a check at their first use on a device."""
+"""Checks the Triton kernels at their first use on a device, and decides whether the three operators may use them."""

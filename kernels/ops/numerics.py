@@ -1,4 +1,4 @@
-"""Limits the error of a kernel to twice the error of a reference that is computed in the kernel's dtype."""
+"""Checks that a kernel's error is at most about twice the error of a PyTorch reference in the same dtype."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,29 +8,30 @@ from torch import Tensor
 from beit3_ds.kernels.triton.architecture import EMULATED
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""Type of a function from tensors of one floating dtype to output tensors, and optionally gradients."""
+"""Function that takes tensors of one floating dtype, and returns output tensors and, optionally, gradients."""
 
 
 class WrongResultError(ArithmeticError):
-    """Reports that the error of a kernel's result exceeds its limit."""
+    """Reports that a kernel's result has too large an error, or a wrong shape or dtype."""
 
 
 def check_against_reference(
     names: Sequence[str], results: Sequence[Tensor], reference: Function, inputs: Sequence[Tensor]
 ) -> None:
-    """Compares the results of a kernel with a reference in float64.
+    """Compares the results of a kernel with a reference that is computed in float64.
 
-    The limit is twice the error of the reference in the kernel's dtype, plus eight float32 roundings of the largest
-    number involved. The second term is needed because the reference may be exact by chance if there are few values.
+    The allowed error has two terms. The first is twice the error of the reference in the kernel's dtype. The second is
+    eight float32 roundings of the largest input or result. The second term is needed because a reference with few
+    values may have no error by chance.
 
     Args:
-        names: names of the results, for the error message.
-        results: results of the kernel, in an input's dtype or float32.
+        names: name of each result, for the error message.
+        results: results of the kernel. Each result must have the dtype of an input, or float32.
         reference: function that computes the same results from the inputs.
-        inputs: inputs of the kernel. A residual stream may be float32 if the other inputs have the kernel's dtype.
+        inputs: inputs of the kernel. A residual stream may be float32 if the other inputs are in half precision.
 
     Raises:
-        WrongResultError: if an error exceeds the limit, or a result has a wrong shape or dtype. Never raised on an
+        WrongResultError: if an error is too large, or if a result has a wrong shape or dtype. Never raised on an
             emulated GPU, whose kernels compute nothing (`fake_driver`).
     """
     if EMULATED.architecture is not None:
@@ -50,9 +51,9 @@ def check_against_reference(
 
 
 def with_gradients(function: Callable[..., Tensor]) -> Function:
-    """Returns a function that computes the output of `function` and the gradients of its input tensors.
+    """Returns a function that computes the output of `function` and the gradients of the input tensors.
 
-    The returned function takes the same input tensors, followed by the gradient of the output.
+    The returned function takes the input tensors, then the gradient of the output.
     """
 
     def differentiated(*inputs: Tensor) -> tuple[Tensor, ...]:

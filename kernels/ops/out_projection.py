@@ -1,9 +1,9 @@
 """Computes the end of an attention or FFN branch in one op: GELU, sub-LN, linear layer, bias, drop path, residual.
 
-The FFN uses the op with GELU, and attention uses it without. The op saves only its input, and recomputes the other
-activations in the backward pass. On a CPU, rows are normalised in chunks that fit into the cache, and multiplied in
-larger blocks. On a GPU, one pass computes GELU and norm (`activation_norm`), and the kernels in
-`triton/multiway_ffn.py` add bias and residual while the product is in registers.
+The FFN uses the op with GELU, and attention uses the op without GELU. The op saves only its input, and recomputes the
+other activations in the backward pass. On a CPU, GELU and norm process chunks of rows that fit into the cache. On a
+GPU, one pass computes GELU and norm (`activation_norm`), and the kernels in `triton/multiway_ffn.py` add bias and
+residual while the product is in registers.
 """
 
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.
@@ -47,7 +47,7 @@ def out_projection_reference(
     residual_TD: Tensor,
     factor_T: Tensor,
 ) -> Tensor:
-    """Computes `out_projection` in plain PyTorch, for a rank that holds all columns of the rows."""
+    """Computes `out_projection` in plain PyTorch, for a rank that holds all columns of a row."""
     parts = []
     for i, (start, stop) in enumerate(slices):
         a = F.gelu(x_TF[start:stop]) if gelu else x_TF[start:stop]
@@ -70,22 +70,22 @@ def out_projection(
 ) -> Tensor:
     """Computes residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
 
-    If ranks divide the width of x, call the op without biases, residual and factor. Then the result is partial: sum it
-    over the ranks, and add the rest with `residual_add`. A sub-LN then gathers two floats per row from each rank, and
-    all-reduces two floats per row in the backward pass.
+    If tensor-parallel ranks divide the columns of x, call the op without biases, residual and factor. Sum the ranks'
+    results, and add bias and residual with `residual_add`. In this case, a sub-LN gathers two floats per row from each
+    rank, and all-reduces two floats per row in the backward pass.
 
     Args:
         activation: input x_TF, and GELU(x_TF) if `up_projection` has computed it. Only x_TF is saved.
         slices: row range [start, stop) of each expert; the ranges cover all rows in order.
         weights: one matrix (D, F) per expert in x's dtype, for output width D and input width F.
-        biases: one vector (D,) per expert, or none.
+        biases: one vector (D,) per expert; empty for no biases.
         gelu: whether to apply the exact (erf) GELU first.
         norm: sub-LN, or None. Its parameters are saved without copies, like the weights.
         residual_TD: residual stream to which the branch is added, or None.
-        factor_T: factor of stochastic depth for each row of the branch, without a gradient; None means 1.
+        factor_T: factor of stochastic depth for each row of the branch; None means 1. It gets no gradient.
 
     Returns:
-        y_TD in the residual's dtype (x's dtype or float32); without a residual, in x's dtype.
+        y_TD, in the residual's dtype (x's dtype or float32). Without a residual, y_TD is in x's dtype.
     """
     form = _Form(ends_of(slices), gelu, norm, len(biases) > 0, residual_TD is not None)
     parameters = (*weights, *biases, *(() if norm is None else (*norm.scales, *norm.shifts)))
@@ -93,11 +93,13 @@ def out_projection(
 
 
 _MATMUL_ROWS = 2048
-"""Rows that one matrix product on a CPU multiplies. More rows need larger buffers, and fewer rows are slower."""
+"""Rows per matrix product on a CPU. More rows need larger buffers, and fewer rows are slower."""
 
 
 class _Parameters(NamedTuple):
-    """Holds the parameters of a call, one tensor per expert in each tuple; missing parameters are an empty tuple."""
+    """Holds the parameters of one call. Each tuple has one tensor per expert, or is empty if the op has no such
+    parameter.
+    """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
@@ -116,11 +118,11 @@ class _Form(NamedTuple):
 
     @property
     def has_whole_rows(self) -> bool:
-        """Returns whether the op needs no other rank, because there is no sub-LN or this rank holds all columns."""
+        """Returns whether the op needs no other rank: there is no sub-LN, or this rank holds all columns of a row."""
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: tuple[Tensor, ...], has_biases: bool) -> _Parameters:
-        """Splits a flat tuple of parameters into weights, biases (if `has_biases`), scales and shifts."""
+        """Splits one tuple of all parameters into weights, biases (if `has_biases` is true), scales and shifts."""
         size, start = len(self.ends), (1 + has_biases) * len(self.ends)
         return _Parameters(
             parameters[:size], parameters[size:start], parameters[start : start + size], parameters[start + size :]
@@ -128,7 +130,8 @@ class _Form(NamedTuple):
 
 
 _SavedNorm = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Statistics from `_normalize`, and the scales and shifts of all experts."""
+"""Saved tensors of a sub-LN: the statistics from `_normalize`, the scales of all experts, and the shifts of all
+experts."""
 
 
 class _OutProjection(torch.autograd.Function):
@@ -194,7 +197,7 @@ def _forward_cpu(
 def _backward_cpu(
     dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Returns the gradients of x, weights, biases, scales and shifts; `dy_TD` is the gradient of the stream."""
+    """Returns the gradients of x and of all weights, biases, scales and shifts. `dy_TD` is the op's output gradient."""
     dx_TF, of_weights = ALLOCATOR.empty_like(x_TF), [ALLOCATOR.empty_like(w, lasting=True) for w in weights]
     of_biases: list[list[Tensor]] = [[] for _ in weights]
     of_norms: list[list[Tensor]] = [[] for _ in weights]  # scale and shift
@@ -230,9 +233,9 @@ def _backward_cpu(
 def _normalize_cpu(
     x_RF: Tensor, form: _Form, i: int, keeps_activated: bool = False
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Returns GELU(x), LN(GELU(x)), and by chunk the mean and 1 / standard deviation of each row.
+    """Returns GELU(x), LN(GELU(x)), and one list [mean, 1 / standard deviation] of rows per chunk, for expert `i`.
 
-    GELU(x) is overwritten unless `keeps_activated` is true. A step that `form` lacks is skipped.
+    Skips a step that `form` does not have. Unless `keeps_activated` is true, LN(GELU(x)) overwrites GELU(x).
     """
     norm = form.norm
     n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF
@@ -252,17 +255,17 @@ def _normalize_cpu(
 
 
 def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
-    """Yields expert, first row and stop row of each row block. An expert without rows has one empty block."""
+    """Yields expert index, first row and stop row of each block of rows. An expert without rows has one empty block."""
     for i, (start, stop) in enumerate(slices_of(form.ends)):
         for first in range(start, max(stop, start + 1), _MATMUL_ROWS):
             yield i, first, min(first + _MATMUL_ROWS, stop)
 
 
 def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Computes LN(GELU(x)) with operators, and the mean and 1 / standard deviation of each row.
+    """Computes LN(GELU(x)) with operators, and returns it with the mean and 1 / standard deviation of each row.
 
-    The statistics are one tensor (2, T). If ranks divide the rows, they are two tensors (T,), and each rank gathers two
-    numbers per row from the others.
+    The statistics are one tensor (2, T). If ranks divide the columns of a row, the statistics are two tensors (T,), and
+    this rank gathers two numbers per row from each rank.
     """
     norm = form.norm
     assert norm is not None
@@ -275,7 +278,7 @@ def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequ
 
 
 def _renormalize(x_TF: Tensor, form: _Form, norm: _SavedNorm) -> Tensor:
-    """Recomputes LN(GELU(x)) without communication."""
+    """Recomputes LN(GELU(x)) from saved statistics, without communication."""
     statistics, scales, shifts = norm
     if form.has_whole_rows:
         return _normalize(x_TF, form, scales, shifts)[0]
@@ -291,7 +294,7 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Computes the gradients of `_backward_cpu` with operators; all-reduces two sums per row if ranks divide rows."""
+    """Computes the gradients of `_backward_cpu` with operators; all-reduces two sums per row if ranks divide it."""
     ends = form.ends
     if norm is None or form.norm is None:
         of_linear = MULTIWAY_WEIGHT_GRADIENT(dy_TD, factor_T, _activate(x_TF, form.gelu), ends, form.has_biases)
@@ -317,7 +320,9 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, without terms that are None. Overwrites y unless the dtypes differ."""
+    """Returns residual + factor * y; a term that is None is left out. Overwrites y unless y and residual differ in
+    dtype.
+    """
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:
@@ -333,7 +338,7 @@ def _out_projection(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    """Computes residual + factor * (n @ w.T + b): first the product, then one pass that adds the stream."""
+    """Computes residual + factor * (n @ w.T + b): one matrix product per expert, then one pass over the output."""
     y_TD: Tensor = MULTIWAY_LINEAR(n_TF, ends, weights, biases)
     if residual_TD is None or factor_T is None:
         return _join(y_TD, residual_TD, factor_T)
@@ -352,11 +357,11 @@ OUT_PROJECTION = MeasuredOp(
     on_cpu=_out_projection,
     accepts={"triton": lambda n_TF, *_: KERNELS.accept(n_TF)},
 )
-"""Runs the fastest implementation of `_out_projection`; on a CPU, runs `_out_projection` itself."""
+"""Operator with the arguments of `_out_projection`; uses the fastest implementation on a GPU."""
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch for two experts, with a stream in the same dtype and in float32.
+    """Compares the Triton kernel with plain PyTorch, for a residual stream in `dtype` and for one in float32.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -366,11 +371,11 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS: TrustedKernels = TrustedKernels("out_projection", check_kernels)
-"""Decides whether the operator may use its GPU kernel, by a check at the first use on a device."""
+"""Checks the Triton kernel at its first use on a device, and decides whether the operator may use it."""
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch: once with bias, factor and residual, and once without them."""
+    """Compares the kernel with plain PyTorch for two experts: first with bias, factor and residual, then without."""
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
 
     slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)

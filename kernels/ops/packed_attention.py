@@ -1,7 +1,8 @@
 """Computes attention within each sequence of a packed stream. A sequence has one or two row ranges.
 
 On a CPU, the op runs PyTorch's flash attention on buckets of sequences with similar lengths. On a GPU, it runs the
-fastest implementation: the kernels in `triton/packed_attention.py`, the CUDA C++ kernels, or PyTorch's attention.
+fastest implementation: the Triton kernels in `triton/packed_attention.py`, the CUDA C++ kernels, or PyTorch's
+attention.
 """
 
 # T packed rows, H heads, K head width, S rows of one sequence.
@@ -61,17 +62,17 @@ def packed_attention(
     *,
     causal_captions: bool = False,
 ) -> Tensor:
-    """Computes the attention of each row to all rows of its own sequence; scores are scaled by 1 / sqrt(K).
+    """Computes attention from each row to the rows of its own sequence. Scores are scaled by 1 / sqrt(K).
 
     Args:
         q_THK: queries; k_THK and v_THK have the same shape and dtype.
         ranges: row ranges of each sequence. Each row is in exactly one range.
-        causal_captions: whether to mask sequences with two ranges for captioning. Then rows of the first range (an
-            image) see only this range. Rows of the second range (the caption) see the first range, themselves and
-            earlier rows of the second range. Sequences with one range stay bidirectional.
+        causal_captions: whether to mask sequences with two ranges for captioning. The first range is an image, and the
+            second range is a caption. Rows of the image then see only the image. Rows of the caption see the image, and
+            the caption up to their own position. Sequences with one range stay bidirectional.
 
     Returns:
-        y_THK, the outputs of all heads for each row, in q's dtype.
+        y_THK, the attention output of each row and head, in q's dtype.
     """
     if not runs_kernels(q_THK):
         return _attend_in_buckets(q_THK, k_THK, v_THK, ranges, causal_captions)
@@ -136,7 +137,10 @@ def _run_operator(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> None:
-    """Compares the kernels with the reference, forward and backward, for a pair with 149 rows and two short sequences.
+    """Compares the kernels with the reference, forward and backward, for one pair with 149 rows and two short
+    sequences.
+
+    A pair is a sequence with two row ranges.
 
     Args:
         device: device of the kernels.
@@ -154,11 +158,11 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
 
 
 KERNELS = TrustedKernels("packed_attention", check_kernels)
-"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
+"""Checks the Triton kernels at their first use on a device, and decides whether `packed_attention` may use them."""
 
 
 def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-    """Compares PyTorch's variable-length attention with the reference, on the sequences of `check_kernels`.
+    """Compares PyTorch's variable-length attention with the reference, for the same sequences as `check_kernels`.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -167,7 +171,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> No
 
 
 VARLEN = TrustedKernels("PyTorch's varlen attention", check_varlen)
-"""Decides whether PyTorch's variable-length attention may be used, by a check at the first use on a device."""
+"""Checks PyTorch's variable-length attention at its first use on a device, and decides whether it may be used."""
 
 
 def _compare(
@@ -182,7 +186,7 @@ def _compare(
 
 
 def _rehearse(attention: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Returns a function that runs an implementation and, if gradients are needed, the backward pass."""
+    """Returns the function that is timed: it runs an implementation and, if gradients are needed, its backward pass."""
 
     def run(*arguments: Any) -> Any:
         *inputs, ranges, causal_captions, is_differentiated = arguments
@@ -217,7 +221,7 @@ def _tiling(q_THK: Tensor) -> "AttentionTiling":
 
 
 class PackedAttention(torch.autograd.Function):
-    """Computes attention of contiguous or strided rows in tiles of sequences, with our kernels on a GPU."""
+    """Computes packed attention tile by tile, with this project's kernels on a GPU."""
 
     @staticmethod
     def forward(
@@ -236,7 +240,7 @@ class PackedAttention(torch.autograd.Function):
             ctx: context of autograd.
             q_THK: queries; k_THK and v_THK have the same shape and dtype.
             plan: tables of the sequences and tiles.
-            tile_size: positions per tile.
+            tile_size: rows per tile.
             causal_captions: see `packed_attention`.
             cuda_cpp: whether to use the CUDA C++ kernel for the forward pass on a GPU.
         """
@@ -252,7 +256,7 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns dq, dk and dv, from the gradient of the attention output."""
+        """Returns the gradients dq, dk and dv, from `dy_THK`, the gradient of the attention output."""
         dy_THK = dy_THK.contiguous()
         differentiate: Callable[..., tuple[Tensor, ...]] = _backward_on_gpu if is_on_gpu(dy_THK) else backward_plain
         gradients = differentiate(dy_THK, *ctx.saved_tensors, ctx.tile_size, ctx.causal_captions)
@@ -268,7 +272,7 @@ def forward_plain(
     tile_size: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the results of the forward kernel on a CPU, sequence by sequence, for checks.
+    """Computes in plain PyTorch what the forward kernel computes, sequence by sequence. Only checks call this function.
 
     Returns:
         y_THK, and the log-sum-exp of each query's scaled scores, (H, T).
@@ -295,7 +299,7 @@ def backward_plain(
     tile_size: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the results of the backward kernels (dq, dk and dv) on a CPU, sequence by sequence, for checks."""
+    """Computes in plain PyTorch what the backward kernels compute, dq, dk and dv. Only checks call this function."""
     gradients = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     scale = q_THK.shape[-1] ** -0.5
     for rows, seen in _sequences(sequences_Q4, causal):
@@ -348,8 +352,9 @@ def _backward_on_gpu(
 
 
 def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor, Tensor]]:
-    """Returns the row numbers of each sequence, (S,) int64, and a mask, (S, S) bool, that is True where a query sees a
-    key.
+    """Returns the rows and the attention mask of each sequence of S rows.
+
+    The row numbers are (S,) int64. The mask is (S, S) bool, and is True where a query sees a key.
     """
     result = []
     for start_1, length_1, start_2, length_2 in sequences_Q4.tolist():
@@ -359,5 +364,5 @@ def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    """Returns float32 for half precision, else the dtype of `x`."""
+    """Returns the dtype for sums: float32 if `x` is in half precision, otherwise the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Recomputes rows in the backward pass, so that layers need not save them."""
+"""Recomputes the input of linear layers in the backward pass, so that the layers need not save it."""
 
 # T packed rows, D width.
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 
 class RecomputeFunction:
-    """Recomputes rows from saved tensors, once for all layers that use the rows.
+    """Recomputes rows from saved tensors, once per backward pass for all layers that use the rows.
 
-    The object holds no tensors between two backward passes, so it does not keep memory that autograd frees.
+    The object holds no tensors after a backward pass, so it does not keep memory that autograd frees.
     """
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:
-        """Stores the function `compute`, which computes the rows (T, D) from `Recomputable.tensors`."""
+        """Stores `compute`, a function that computes the rows (T, D) from `Recomputable.tensors`."""
         self._compute = compute
         self._num_users = self._num_waiting = 0
         self._rows_TD: Tensor | None = None
 
     def add_user(self) -> None:
-        """Registers one more layer that needs the rows in the backward pass."""
+        """Counts one more layer that will call this object in the backward pass."""
         self._num_users += 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         """Returns the rows (T, D). The first layer's call computes the rows, and the last layer's call releases them.
 
         Args:
-            tensors: saved values of `Recomputable.tensors`.
+            tensors: arguments of the function, which autograd saved (`Recomputable.tensors`).
         """
         if self._rows_TD is None:
             self._rows_TD, self._num_waiting = self._compute(*tensors), self._num_users
@@ -39,12 +39,12 @@ class RecomputeFunction:
 
 
 class Recomputable(NamedTuple):
-    """Describes how a layer recomputes its input in the backward pass instead of saving it."""
+    """Describes how a layer's input can be recomputed in the backward pass instead of being saved."""
 
     function: RecomputeFunction
     """Function that computes the layer's input from `tensors`."""
     tensors: tuple[Tensor, ...]
-    """Detached arguments of the function. They take no extra memory if another layer saves them too."""
+    """Arguments of `function`, detached from the graph. They take no extra memory if another layer saves them too."""
 
 
 def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:
@@ -56,7 +56,7 @@ def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[Recomput
 
 
 def restore_rows(function: RecomputeFunction | None, tensors: Sequence[Tensor]) -> Tensor:
-    """Returns a layer's input in a backward pass without gradients; takes the result of `rows_to_save`."""
+    """Returns a layer's input in the backward pass, without gradients. Takes the result of `rows_to_save`."""
     if function is None:
         (x_TD,) = tensors
         return x_TD

@@ -1,7 +1,7 @@
-"""Adds a branch to the residual stream, after the branch's partial results were summed over the ranks.
+"""Adds a branch to the residual stream, after tensor-parallel ranks have summed their parts of the branch.
 
-On a CPU, PyTorch makes two passes over one new tensor. On a GPU, a kernel in `triton/residual_add.py` makes one pass,
-or PyTorch's operations are used if these are faster (`measured_op`).
+On a CPU, PyTorch makes two passes over one new tensor. On a GPU, a kernel from `triton/residual_add.py` makes one pass.
+If PyTorch's operations are faster on a GPU, they are used instead (`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -35,16 +35,16 @@ def residual_add(
 ) -> Tensor:
     """Computes y = residual + factor * (partial + bias) in the residual's dtype, with the bias of each row's expert.
 
-    Call this function after the reduction of a row-parallel layer, so that bias and factor are applied once and not
-    once per rank. The gradient of y is also the gradient of the residual, without a copy. An expert without rows gets a
-    zero gradient.
+    Call this function after the ranks have summed the output of a row-parallel layer. Then bias and factor are applied
+    once, and not once per rank. In the backward pass, the residual's gradient is y's gradient, without a copy. An
+    expert without rows gets a zero gradient.
 
     Args:
         residual_TD: residual stream, (T, D), in float32 or the branch's dtype.
-        partial_TD: branch without its bias, (T, D).
+        partial_TD: output of the branch without its bias, (T, D).
         slices: row range [start, stop) of each expert; the ranges cover all rows in order.
         biases: one vector (D,) per expert.
-        factor_T: factor of stochastic depth for each row of the branch, without a gradient; None means 1.
+        factor_T: factor of stochastic depth for each row of the branch; None means 1. It gets no gradient.
 
     Returns:
         y_TD, a new tensor.
@@ -71,10 +71,10 @@ def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
-    """Compares the operators with the reference, forward and backward, for three experts, one of which has no rows.
+    """Compares the Triton kernels with the reference, forward and backward, for three experts; one expert has no rows.
 
     Args:
-        device: device of the operators.
+        device: device of the kernels.
         dtype: dtype of the branch and the biases.
         width: columns per row, D.
         stream: dtype of the residual stream; None means the branch's dtype.
@@ -107,7 +107,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("residual_add", check_kernels)
-"""Decides whether the two operators may use GPU kernels, by a check at their first use on a device."""
+"""Checks the Triton kernels at their first use on a device, and decides whether the two operators may use them."""
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -153,7 +153,10 @@ def _forward_plain(
 def _backward_plain(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_partial and one bias gradient per expert, in `dtype`. Without factors, d_partial has no rows."""
+    """Computes the gradients of the branch and of each expert's bias in plain PyTorch, in `dtype`.
+
+    If `factor_T` is None, the branch's gradient is dy, so the function returns a tensor without rows in its place.
+    """
     d_partial_TD = dy_TD if factor_T is None else dy_TD * factor_T.unsqueeze(1)
     d_biases_ED = torch.stack([part.sum(0) for part in d_partial_TD.split(row_lengths(stops))]).to(dtype)
     return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED

@@ -19,23 +19,23 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
         rows_K: distinct row numbers, int64.
 
     Returns:
-        The stream, for `put_rows` only, and the copied rows (K, D).
+        The stream, which must be passed to `put_rows` and not be used otherwise, and the copied rows (K, D).
     """
     stream_TD, x_KD = _TakeRows.apply(x_TD, rows_K)
     return stream_TD, x_KD
 
 
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
-    """Writes new rows to the positions from which `take_rows` has copied rows.
+    """Writes new rows into the stream, at the row numbers from which `take_rows` copied rows.
 
-    Use the two functions together. In the backward pass, `put_rows` leaves the new rows' gradient in the stream's
-    gradient. Then `take_rows` overwrites this gradient with the gradient of the copied rows. This saves two passes over
-    the rows: one that clears and one that adds.
+    Every `take_rows` needs a `put_rows`. In the backward pass, `put_rows` leaves the gradient of the new rows in the
+    stream's gradient. Then `take_rows` overwrites that gradient with the gradient of the copied rows. So no pass over
+    the rows clears gradients, and no pass adds gradients.
 
     Args:
         stream_TD: stream that `take_rows` returned.
         y_KD: new rows.
-        rows_K: row numbers, as passed to `take_rows`.
+        rows_K: row numbers that were passed to `take_rows`.
 
     Returns:
         A new stream (T, D).

@@ -1,4 +1,4 @@
-"""Checks kernels at their first use on a device, and disables them with a warning if they fail."""
+"""Checks GPU kernels at their first use on a device, and disables kernels that fail, with a warning."""
 
 import warnings
 from collections.abc import Callable, Hashable
@@ -12,39 +12,41 @@ from beit3_ds.kernels.ops.measured_op import CHOICES
 from beit3_ds.kernels.triton.architecture import is_on_gpu
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""dtypes that the GPU kernels support; float64 tensors use PyTorch's operations."""
+"""dtypes that the GPU kernels support. For float64, ops use PyTorch's operations."""
 
 
 class TrustedKernels:
-    """Decides whether an op uses its kernels: they must pass a check at their first use.
+    """Decides whether an op uses its GPU kernels. The kernels must pass a check at their first use.
 
-    The check runs once per process for each device, dtype and set of properties. Ranks may decide differently: the
-    kernels do not communicate, and PyTorch computes the same results.
+    The check runs once per process for each combination of device, dtype and properties, such as a width. Ranks need
+    not decide alike: the kernels do not communicate, and PyTorch's operations compute the same results.
     """
 
     def __init__(self, op: str, check: Callable[..., None]) -> None:
-        """Stores the check of an op's kernels without running it.
+        """Stores an op's name and its check, without running the check.
 
         Args:
             op: name of the op, for the warning.
-            check: function that is called as check(device, dtype, **properties). It runs the kernels on a small case,
-                and raises an error if they fail or a result is wrong.
+            check: function that is called as check(device, dtype, **properties). It runs the kernels on small tensors.
+                It raises an error if a kernel fails or computes a wrong result.
         """
         self._op, self._check = op, check
         self._verdicts: dict[Hashable, bool] = {}
 
     def accept(self, x: Tensor, **properties: Hashable) -> bool:
-        """Returns whether to use the kernels: `x` is a GPU tensor of a supported dtype, and the kernels pass their
-        check.
+        """Returns whether to use the kernels for `x`.
+
+        True if `x` is a GPU tensor of a supported dtype, and the kernels pass their check. The properties are passed to
+        the check.
         """
         return is_on_gpu(x) and x.dtype in SUPPORTED_DTYPES and self.are_trusted(x.device, x.dtype, **properties)
 
     def are_trusted(self, device: torch.device, dtype: torch.dtype, **properties: Hashable) -> bool:
-        """Returns whether the kernels pass their check, which runs at the first call with these arguments.
+        """Returns whether the kernels pass their check. The check runs at the first call with these arguments.
 
         Args:
             device: device of the kernels.
-            dtype: dtype of the parameters.
+            dtype: dtype that is passed to the check.
             properties: further arguments of the check, such as a width.
         """
         key = device, dtype, *properties.items()
@@ -57,12 +59,13 @@ class TrustedKernels:
 
 
 def passes_check(kernels: str, device: torch.device, check: Callable[[], None]) -> bool:
-    """Runs a check of kernels and returns whether it passed; if not, a warning gives the reason.
+    """Runs a check of kernels, and returns whether it passed. If it failed, a warning gives the reason.
 
     Args:
         kernels: name of the kernels and purpose of the check, for the warning.
         device: device of the kernels.
-        check: function that runs the kernels on a small case, and raises an error if they fail or a result is wrong.
+        check: function that runs the kernels on small tensors. It raises an error if a kernel fails or computes a wrong
+            result.
     """
     try:
         with make_current(device), torch.inference_mode(False), torch.enable_grad():

@@ -1,9 +1,9 @@
-"""Computes GELU and sub-LN before an output projection, if ranks divide the width of a row.
+"""Computes GELU and sub-LN before an output projection, if tensor-parallel ranks divide the columns of a row.
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
-activations, or attention's merged heads. The statistics cover all columns of a row, so ranks exchange two numbers per
-row in the forward pass and two in the backward pass. Only the statistics are saved for the backward pass. A rank that
-holds all columns uses `activation_norm` instead.
+activations, or attention's merged heads. Mean and variance cover all columns of a row. So ranks exchange two numbers
+per row in the forward pass, and two in the backward pass. Only these statistics are saved for the backward pass. A rank
+that holds all columns uses `activation_norm` instead.
 """
 
 # T packed rows, F local width, P ranks that divide the width.
@@ -23,31 +23,31 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 class SubNorm(NamedTuple):
-    """Holds one LayerNorm per expert, and the collectives that are needed if P ranks divide the columns of a row."""
+    """Holds one LayerNorm per expert, and the collectives for P ranks that divide the columns of a row."""
 
     scales: Sequence[Tensor]
-    """Scale of each expert's norm for this rank's F columns, (F,) each."""
+    """One scale (F,) per expert, for the F columns of this rank."""
     shifts: Sequence[Tensor]
-    """Shift of each expert's norm for this rank's F columns, (F,) each."""
+    """One shift (F,) per expert, for the F columns of this rank."""
     epsilon: float
     """Value added to the variance."""
     width: int
-    """Columns per row over all ranks."""
+    """Columns per row on all ranks together."""
     all_gather: Callable[[Tensor], Tensor] | None = None
-    """Function that gathers a tensor from each of P ranks into (P, ...); None if this rank holds all columns."""
+    """Function that gathers a tensor from each of P ranks and stacks them, (P, ...); None if this rank holds all
+    columns."""
     all_reduce: Callable[[Tensor], Tensor] | None = None
     """Function that sums a tensor over P ranks; None if this rank holds all columns."""
 
     def join_statistics(self, mean_T: Tensor, squares_T: Tensor, local_width: int) -> tuple[Tensor, Tensor]:
-        """Returns the mean and 1 / standard deviation of each row over all columns; gathers two floats per row from
-        each rank.
+        """Combines the ranks' statistics into the mean and 1 / standard deviation of each row over all columns.
 
-        The ranks' statistics are combined about the common mean (Chan et al., 1979). This avoids the cancellation in
-        E[x^2] - E[x]^2.
+        Gathers two floats per row from each rank. The sums of squared deviations are corrected to the common mean (Chan
+        et al., 1979). This avoids the cancellation in E[x^2] - E[x]^2.
 
         Args:
             mean_T: mean of each row over this rank's columns.
-            squares_T: sum of the squared deviations from `mean_T` over this rank's columns.
+            squares_T: sum of the squared deviations from `mean_T`, over this rank's columns.
             local_width: number of columns on each rank.
         """
         if self.all_gather is not None:
@@ -58,9 +58,9 @@ class SubNorm(NamedTuple):
 
 
 def _row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Returns for each row of GELU(x), or of x, the mean and the sum of squared deviations from the mean.
+    """Computes two statistics of each row of GELU(x), or of x: the mean, and the sum of squared deviations from it.
 
-    Both tensors are (T,) in the dtype of statistics (`wide_dtype`).
+    Returns two tensors (T,), in the dtype that `wide_dtype` gives.
     """
     wide_TF = _widen(F.gelu(x_TF) if gelu else x_TF)
     mean_T = wide_TF.mean(1)
@@ -76,7 +76,7 @@ def _sub_norm(
     shifts: Sequence[Tensor],
     ends: tuple[int, ...],
 ) -> Tensor:
-    """Returns LN(GELU(x)), or LN(x), with the given statistics."""
+    """Computes LN(GELU(x)), or LN(x) if `gelu` is false, from given statistics of each row."""
     n_TF = _standardize(x_TF, gelu, mean_T, rstd_T)
     for (start, stop), scale, shift in zip(slices_of(ends), scales, shifts, strict=True):
         n_TF[start:stop].mul_(scale).add_(shift)
@@ -92,7 +92,9 @@ def _sub_norm_sums(
     scales: Sequence[Tensor],
     ends: tuple[int, ...],
 ) -> list[Tensor]:
-    """Computes two sums over this rank's columns of each row: of dn * scale, and of dn * scale * standardised row.
+    """Computes two sums per row over this rank's columns, and the gradients of scales and shifts.
+
+    The first sum is over dn * scale. The second sum is over dn * scale * xhat, where xhat is the standardised row.
 
     Returns:
         The two sums, (2, T) in the dtype of the statistics. Then the gradients of all scales, then of all shifts.
@@ -120,7 +122,10 @@ def _sub_norm_gradient(
     width: int,
     ends: tuple[int, ...],
 ) -> Tensor:
-    """Returns the gradient of x, given the sums of `_sub_norm_sums` over whole rows of `width` elements."""
+    """Computes the gradient of x from the sums of `_sub_norm_sums`.
+
+    The sums must already be added over all ranks, so that they cover the row's `width` columns.
+    """
     standard_TF, d_TF = _standardize(x_TF, gelu, mean_T, rstd_T), _widen(dn_TF)
     d_mean_T1, d_deviation_T1 = (sums_2T / width).unsqueeze(2).unbind(0)
     da_TF = standard_TF.mul_(d_deviation_T1).add_(d_mean_T1).neg_()
@@ -193,18 +198,20 @@ ROW_STATISTICS = MeasuredOp(
     on_cpu=_row_statistics,
     accepts={"triton": _takes_triton},
 )
-"""Runs the fastest implementation of `_row_statistics`; on a CPU, runs `_row_statistics` itself."""
+"""Operator for the statistics of each row, with the arguments of `_row_statistics`. Uses the fastest implementation on
+a GPU."""
 SUB_NORM = MeasuredOp(
     "sub_norm", {"triton": _sub_norm_triton, "library": _sub_norm}, on_cpu=_sub_norm, accepts={"triton": _takes_triton}
 )
-"""Runs the fastest implementation of `_sub_norm`; on a CPU, runs `_sub_norm` itself."""
+"""Operator for the normalised rows, with the arguments of `_sub_norm`. Uses the fastest implementation on a GPU."""
 SUB_NORM_SUMS = MeasuredOp(
     "sub_norm_sums",
     {"triton": _sub_norm_sums_triton, "library": _sub_norm_sums},
     on_cpu=_sub_norm_sums,
     accepts={"triton": _takes_triton},
 )
-"""Runs the fastest implementation of `_sub_norm_sums`; on a CPU, runs `_sub_norm_sums` itself."""
+"""Operator for the row sums that the input gradient needs, and for the parameter gradients, with the arguments of
+`_sub_norm_sums`. Uses the fastest implementation on a GPU."""
 SUB_NORM_GRADIENT = MeasuredOp(
     "sub_norm_gradient",
     {"triton": _sub_norm_gradient_triton, "library": _sub_norm_gradient},
@@ -212,11 +219,12 @@ SUB_NORM_GRADIENT = MeasuredOp(
     mutates=(0,),
     accepts={"triton": _takes_triton},
 )
-"""Runs the fastest implementation of `_sub_norm_gradient`; on a CPU, runs `_sub_norm_gradient` itself."""
+"""Operator for the input gradient, with the arguments of `_sub_norm_gradient`. Uses the fastest implementation on a
+GPU."""
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype of statistics: float32 for half precision, else the dtype of `x`."""
+    """Returns the dtype for statistics of `x`: float32 if `x` is in half precision, otherwise the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -231,7 +239,7 @@ def _standardize(x_TF: Tensor, gelu: bool, mean_T: Tensor, rstd_T: Tensor) -> Te
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernels with the operators' CPU implementations for two experts, with and without GELU.
+    """Compares the Triton kernels with plain PyTorch for two experts, with and without GELU.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -262,7 +270,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("sub_norm", check_kernels)
-"""Decides whether the four operators may use GPU kernels, by a check at their first use on a device."""
+"""Checks the Triton kernels at their first use on a device, and decides whether the four operators may use them."""
 
 
 def _check_norm(

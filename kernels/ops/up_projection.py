@@ -1,8 +1,8 @@
-"""Computes the FFN's first linear layer; on a GPU also the GELU, unless a sub-LN follows.
+"""Computes the FFN's first linear layer. On a GPU, also computes the GELU, unless a sub-LN follows.
 
-On a GPU, the GELU is computed while the product is in registers (`triton/multiway_ffn.py`), or in a separate pass if
-this is faster (`measured_op`). If a sub-LN follows, `out_projection` computes GELU and sub-LN in one pass. On a CPU,
-`out_projection` computes the GELU in buffers that fit into the cache.
+On a GPU, the kernel computes the GELU while the product is in registers (`triton/multiway_ffn.py`). If a separate pass
+is faster, it is used instead (`measured_op`). If a sub-LN follows, `out_projection` computes GELU and sub-LN in one
+pass. On a CPU, `out_projection` computes the GELU in buffers that fit into the cache.
 """
 
 # T packed rows, D input width, F output width (of this rank).
@@ -32,7 +32,7 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 class Activation(NamedTuple):
-    """Holds the input of an output projection. Gradients flow through `x_TF` only."""
+    """Holds the input of an output projection, before and after the GELU. Gradients flow through `x_TF` only."""
 
     x_TF: Tensor
     """Output of the FFN's up projection before the GELU, or attention's merged heads."""
@@ -49,7 +49,7 @@ def up_projection(
     has_norm: bool,
     recompute: Recomputable | None = None,
 ) -> Activation:
-    """Computes x = h @ w.T + b with each row's expert; on a GPU also GELU(x), unless a sub-LN follows.
+    """Computes x = h @ w.T + b with each row's expert. On a GPU, also computes GELU(x), unless a sub-LN follows.
 
     Args:
         h_TD: packed rows.
@@ -57,7 +57,7 @@ def up_projection(
         weights: one matrix (F, D) per expert in h's dtype, for output width F and input width D.
         biases: one vector (F,) per expert.
         has_norm: whether a sub-LN follows.
-        recompute: recomputes h in the backward pass; None saves h instead.
+        recompute: how to recompute h in the backward pass. With None, h is saved.
     """
     if has_norm or not KERNELS.accept(h_TD):
         return Activation(multiway_linear(h_TD, slices, weights, biases, recompute))
@@ -98,7 +98,7 @@ class _UpProjection(torch.autograd.Function):
 def _up_projection(
     h_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Computes first the product and then the GELU."""
+    """Computes x = h @ w.T + b and GELU(x) in two passes; returns x and GELU(x)."""
     x_TF = MULTIWAY_LINEAR(h_TD, ends, weights, biases)
     return x_TF, F.gelu(x_TF)
 
@@ -132,11 +132,12 @@ UP_PROJECTION = MeasuredOp(
     on_cpu=_up_projection,
     accepts={"triton": _takes_triton, "cuda": _takes_cuda_cpp},
 )
-"""Runs the fastest implementation of `_up_projection`; on a CPU, runs `_up_projection` itself."""
+"""Operator for linear layer and GELU, with the arguments of `_up_projection`. Uses the fastest implementation on a GPU.
+"""
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch for three experts, one of which has no rows.
+    """Compares the Triton kernel with plain PyTorch for three experts; one expert has no rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -159,4 +160,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("up_projection", check_kernels)
-"""Decides whether the operator may use its GPU kernel, by a check at the first use on a device."""
+"""Checks the Triton kernel at its first use on a device, and decides whether the operator may use it."""

@@ -16,21 +16,22 @@ from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
 class VarlenPlan(NamedTuple):
-    """Describes how to sort the stream's rows by sequence; depends only on the row ranges of the sequences."""
+    """Describes how to sort the stream's rows by sequence. A plan depends only on the row ranges of the sequences."""
 
     rows: Tensor | None
-    """Row number in the stream for each position in the sorted order, int64; None if the stream is already sorted."""
+    """For each index in the sorted order, the row number in the stream, (T,) int64; None if the stream is already
+    sorted."""
     positions: Tensor | None
-    """Position in the sorted order for each row of the stream, int64; None if the stream is already sorted."""
+    """For each row of the stream, its index in the sorted order, (T,) int64; None if the stream is already sorted."""
     bounds: Tensor
-    """First position of each sequence in the sorted order, then the total number of rows, int32."""
+    """Cumulative sequence lengths in the sorted order (cu_seqlens), int32: 0 first, the total number of rows last."""
     longest: int
-    """Length of the longest sequence in rows."""
+    """Number of rows in the longest sequence (max_seqlen)."""
 
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
-    """Sorts the rows of the stream by sequence. Without image-caption pairs, the stream is already sorted."""
+    """Plans how to sort the rows of the stream by sequence. Without image-caption pairs, they are already sorted."""
     lengths = [sum(stop - start for start, stop in sequence) for sequence in ranges]
     rows = torch.cat([torch.arange(start, stop) for sequence in ranges for start, stop in sequence])
     bounds = copy_to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
@@ -41,11 +42,11 @@ def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
 
 
 def varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges) -> Tensor:
-    """Computes bidirectional attention within each sequence, with the same result as `packed_attention`.
+    """Computes bidirectional attention within each sequence; has the same result as `packed_attention`.
 
     Args:
-        q_THK: queries on a GPU in half precision; k_THK and v_THK likewise. The head size is a multiple of 8, at most
-            128.
+        q_THK: queries on a GPU in half precision; k_THK and v_THK have the same shape and dtype. The head size K is a
+            multiple of 8, and at most 128.
         ranges: row ranges of each sequence. Each row is in exactly one range.
     """
     from torch.nn.attention.varlen import varlen_attn  # its import needs a build of PyTorch with flash attention

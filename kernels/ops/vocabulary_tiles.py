@@ -1,48 +1,51 @@
-"""Divides a vocabulary into tiles for the cross entropy, and selects the tiles whose logits are saved."""
+"""Divides a vocabulary into tiles for the cross entropy, and decides which tiles' logits are saved."""
 
 # M rows, V vocabulary, N columns of a tile, K buffers.
 
 from typing import NamedTuple
 
 CPU_WIDTH = 1024
-"""Columns per tile on a CPU. Without tiles, the matrix products take up to twice as long (BENCHMARKS.md)."""
+"""Vocabulary columns per tile on a CPU. Without tiles, the matrix products take up to twice as long (BENCHMARKS.md)."""
 
 ALIGNMENT = 64
-"""Alignment of a tile's row stride on a GPU in elements, so that kernels access 128 bits at a time."""
+"""Number of elements of which the row stride of a tile is a multiple on a GPU. Then kernels access 128 bits at a time.
+"""
 
 
 class VocabularyTiles(NamedTuple):
-    """Divides the vocabulary's columns into tiles, and assigns the logits of each tile to a buffer.
+    """Divides the columns of a vocabulary into tiles, and assigns each tile a buffer for its logits.
 
-    A buffer has M x `stride` elements for M rows of logits.
+    A buffer has M x `stride` elements, for the logits of M rows.
     """
 
     columns: list[slice]
-    """Vocabulary columns of each tile; the last tile may be narrower than the others."""
+    """Range of vocabulary columns of each tile; the last tile may be narrower than the others."""
     stride: int
-    """Number of elements from the start of one buffer row to the start of the next."""
+    """Elements from the start of one row of a buffer to the start of the next row."""
     num_buffers: int
-    """Number of buffers K. The first K - 1 buffers keep one tile each; all other tiles share the last."""
+    """Number of buffers K. Each of the first K - 1 tiles has its own buffer. All further tiles share the last buffer.
+    """
 
     def buffer(self, index: int) -> int:
-        """Returns the number of the buffer for the logits of tile `index`."""
+        """Returns the index of the buffer for the logits of tile `index`."""
         return min(index, self.num_buffers - 1)
 
     def is_kept(self, index: int) -> bool:
-        """Returns whether a buffer still holds the logits of tile `index` after all tiles were computed in order."""
+        """Returns whether the logits of tile `index` are still in a buffer after all tiles were computed in order."""
         return index < self.num_buffers - 1 or index == len(self.columns) - 1
 
 
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into narrow tiles, and keeps the logits of as many tiles as the chunk size allows.
+    """Divides a vocabulary into narrow tiles, and saves the logits of as many tiles as the chunk size allows.
 
-    Space for one tile is left free, because the backward pass needs it. Rows are not divided: each group of rows would
-    have to read the whole matrix, and to read and write the matrix's gradient.
+    One tile's memory is left free for the backward pass. Rows are not divided, because each group of rows would have to
+    read the whole matrix, and to read and write the matrix's gradient.
 
     Args:
         num_rows: number of rows M.
-        vocabulary: number of columns V.
-        chunk_size: at most `chunk_size` x V logits exist at once. None keeps all logits, plus one tile to work in.
+        vocabulary: number of vocabulary columns V.
+        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once. None saves all logits, and uses
+            memory for one more tile.
     """
     max_columns = _max_columns(num_rows, vocabulary, chunk_size)
     width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, max_columns // 2))
@@ -52,15 +55,15 @@ def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
 
 
 def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into the widest tiles that the chunk size allows; all tiles share one buffer.
+    """Divides a vocabulary into the widest tiles that the chunk size allows. All tiles share one buffer.
 
-    In the backward pass, gradients overwrite the logits in the buffer. The buffer's rows are padded to a multiple of
-    ALIGNMENT.
+    In the backward pass, gradients overwrite the logits in the buffer. Each row of the buffer is padded to a multiple
+    of ALIGNMENT elements.
 
     Args:
         num_rows: number of rows M.
-        vocabulary: number of columns V.
-        chunk_size: at most `chunk_size` x V logits exist at once. None keeps all logits.
+        vocabulary: number of vocabulary columns V.
+        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once. None saves all logits.
     """
     width = _max_columns(num_rows, vocabulary, chunk_size)
     if width >= ALIGNMENT and width != vocabulary:
@@ -69,7 +72,7 @@ def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
 
 
 def _max_columns(num_rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the maximum number of columns whose logits, for all rows, may exist at once."""
+    """Returns how many vocabulary columns one tile can have if the logits of all rows must fit into the chunk size."""
     return vocabulary if chunk_size is None else max(1, min(vocabulary, chunk_size * vocabulary // max(1, num_rows)))
 
 
