@@ -1,1 +1,1 @@
-"""Defines, launches and compiles Triton kernels."""
+"""Defines this project's Triton kernels, launches them, and compiles them ahead of time."""

@@ -1,10 +1,11 @@
-"""Compiles all Triton kernels for all architectures without a GPU, and compares the machine code with `budgets.json`.
+"""Compiles all Triton kernels without a GPU, and compares properties of the machine code with `budgets.json`.
 
     python -m beit3_ds.kernels.triton.ahead_of_time            # compare
-    python -m beit3_ds.kernels.triton.ahead_of_time --write    # store the results as new budgets of this Triton
+    python -m beit3_ds.kernels.triton.ahead_of_time --write    # store the properties as new budgets for this Triton
 
-A budget contains properties of machine code: registers, spills, shared memory, tensor-core instructions and access
-widths. The comparison shows that a kernel compiles as intended, but not how fast it is.
+The kernels are compiled for all supported GPU architectures. A budget records registers, spills, shared memory,
+tensor-core instructions and the widths of memory accesses. The comparison shows whether a kernel compiles as intended.
+It does not show how fast the kernel is.
 """
 
 import argparse
@@ -45,8 +46,8 @@ SOURCES = (
     residual_add_launch.variants,
     linear_cross_entropy_launch.variants,
 )
-"""One function per file of kernels. It takes an architecture (80, 90 or 100) and returns the file's kernel variants.
-Add the function of a new file here, and the budgets of its kernels to budgets.json."""
+"""Functions that return the kernel variants to compile, one per file of kernels. The argument is a GPU architecture
+(80, 90 or 100). If you add a file of kernels, add its function here, and its budgets to budgets.json."""
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -58,14 +59,14 @@ _GLOBAL_ACCESS = r"\b(?:LDG|STG|LDGSTS)\.[\w.]+"
 
 
 def all_variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of all kernels for one architecture (80, 90 or 100)."""
+    """Returns the variants of all kernels for one GPU architecture (80, 90 or 100)."""
     variants = [variant for source in SOURCES for variant in source(architecture)]
     assert len({variant.name for variant in variants}) == len(variants), "two variants share a name"
     return variants
 
 
 def compile_variant(variant: KernelVariant, architecture: int) -> Report:
-    """Compiles one variant and returns the properties of its machine code."""
+    """Compiles one variant for a GPU architecture, and returns the properties of its machine code."""
     source = ASTSource(
         variant.kernel,
         variant.signature,
@@ -104,7 +105,7 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
 
 
 def find_excess(report: Report, budget: Report | None, architecture: int) -> list[str]:
-    """Returns one message for each property that exceeds the variant's budget or the hardware limit."""
+    """Returns one message per property of a variant's machine code that exceeds the budget or a hardware limit."""
     problems = []
     if report.shared_memory > _SHARED_MEMORY[architecture]:
         problems.append(f"shared memory {report.shared_memory} > {_SHARED_MEMORY[architecture]} of sm_{architecture}")

@@ -1,4 +1,4 @@
-"""Determines whether a tensor is on a GPU, and which architecture's kernel settings a device uses."""
+"""Determines whether a tensor counts as being on a GPU, and for which GPU architecture kernels are set up."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-"""Number of multiprocessors by architecture: A100 (80), H100 (90) and B200 (100)."""
+"""Number of multiprocessors per GPU, by architecture: A100 (80), H100 (90) and B200 (100)."""
 
 
 class EmulatedGPU:
-    """Lets the CPU count as a GPU, so that operators launch GPU kernels for CPU tensors (`fake_driver`)."""
+    """Makes operators treat the CPU as a GPU, so that they launch GPU kernels for CPU tensors (`fake_driver`)."""
 
     def __init__(self) -> None:
         """Starts without an emulated GPU."""
@@ -21,7 +21,7 @@ class EmulatedGPU:
 
     @contextmanager
     def set(self, architecture: int) -> Iterator[None]:
-        """Emulates a GPU with this architecture inside a `with` block."""
+        """Emulates a GPU of the given architecture (80, 90 or 100) inside a `with` block."""
         before, self.architecture = self.architecture, architecture
         try:
             yield
@@ -30,16 +30,19 @@ class EmulatedGPU:
 
 
 EMULATED = EmulatedGPU()
-"""Emulated GPU of this process, if any."""
+"""The emulated GPU of this process. It is inactive until `set` is called."""
 
 
 def is_on_gpu(x: Tensor) -> bool:
-    """Returns whether a tensor is on a GPU, or on a CPU that emulates a GPU."""
+    """Returns whether `x` is on a GPU, or this process emulates a GPU."""
     return x.is_cuda or EMULATED.architecture is not None
 
 
 def architecture_of(device: torch.device) -> int:
-    """Returns the architecture whose kernel settings a device uses: 90, 100, or 80 for all other GPUs and the CPU."""
+    """Returns the GPU architecture whose kernel settings are used on a device: 80, 90 or 100.
+
+    The value is 90 or 100 for GPUs of these generations, and 80 for all other GPUs and for the CPU.
+    """
     if EMULATED.architecture is not None:
         return EMULATED.architecture
     if device.type != "cuda":

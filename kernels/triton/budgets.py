@@ -1,7 +1,7 @@
-"""Reads and writes `budgets.json`: properties of each kernel variant's machine code, by version of Triton.
+"""Reads and writes `budgets.json`, which stores properties of each kernel's machine code by version of Triton.
 
-Triton versions allocate registers differently, so a variant may spill registers in one version only. Tile sizes that
-spill in the installed version are not used (`spilling_variants`).
+Triton versions allocate registers differently, so a kernel may spill registers with only one version. Tile sizes that
+spill with the installed version are not used (`spilling_variants`).
 """
 
 import json
@@ -19,11 +19,11 @@ class Report(NamedTuple):
     registers: int
     """Registers per thread; at most 255."""
     stack: int
-    """Bytes of stack per thread, which only spilled registers use."""
+    """Bytes of stack per thread. Only spilled registers use the stack."""
     spills: int
-    """Number of instructions that load or store local memory."""
+    """Number of instructions that load or store spilled registers."""
     shared_memory: int
-    """Bytes of shared memory per program."""
+    """Bytes of shared memory per Triton program (thread block)."""
     tensor_core: int
     """Number of tensor-core instructions: HMMA, HGMMA or UTCxMMA."""
     async_copies: int
@@ -31,26 +31,29 @@ class Report(NamedTuple):
     wide_accesses: int
     """Number of instructions that load, store or copy 128 bits of global memory per thread."""
     narrow_accesses: int
-    """Number of instructions that access less than 128 bits of global memory per thread. They access row statistics, or
-    data for which the compiler could not vectorise the access."""
+    """Number of instructions that access fewer than 128 bits of global memory per thread. They access row statistics,
+    or data whose accesses the compiler could not vectorise."""
 
 
 Budgets = Mapping[tuple[str, int], Report]
-"""Reports by variant name and architecture."""
+"""Properties of the machine code, by variant name and GPU architecture."""
 
 
 def version_key(version: str) -> str:
-    """Returns the major and minor number of a Triton version, for example "3.8"; `budgets.json` has these keys."""
+    """Returns the key in `budgets.json` for a Triton version: "3.8" for "3.8.1"."""
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
 def stored_versions() -> list[str]:
-    """Returns the Triton versions with stored budgets, the oldest first, for example ["3.6", "3.8"]."""
+    """Returns the Triton versions for which budgets are stored, oldest first, for example ["3.6", "3.8"]."""
     return sorted(_stored(), key=_number)
 
 
 def read_budgets(version: str) -> dict[tuple[str, int], Report]:
-    """Returns the budgets for a Triton version by variant name and architecture; an empty dict if there are none."""
+    """Returns the budgets for a Triton version, by variant name and GPU architecture.
+
+    Returns an empty dict if no budgets are stored for the version.
+    """
     return {
         (name, int(architecture.removeprefix("sm_"))): Report(*values)
         for name, by_architecture in _stored().get(version_key(version), {}).items()
@@ -59,7 +62,7 @@ def read_budgets(version: str) -> dict[tuple[str, int], Report]:
 
 
 def write_budgets(version: str, reports: Budgets) -> None:
-    """Writes new budgets for a Triton version, sorted by name. Budgets for other versions stay unchanged."""
+    """Replaces the budgets for a Triton version, sorted by name. Budgets for other versions stay unchanged."""
     nested: dict[str, dict[str, Report]] = {}
     for (name, architecture), report in sorted(reports.items()):
         nested.setdefault(name, {})[f"sm_{architecture}"] = report
@@ -74,9 +77,9 @@ def write_budgets(version: str, reports: Budgets) -> None:
 
 @lru_cache
 def spilling_variants(version: str, architecture: int) -> frozenset[str]:
-    """Returns the names of the variants that spill registers on an architecture with a Triton version.
+    """Returns the names of the variants that spill registers, for a Triton version and a GPU architecture.
 
-    For a version without budgets, the newest older version with budgets counts.
+    If the version has no budgets, those of the newest older version are used.
     """
     older = [known for known in stored_versions() if _number(known) <= _number(version_key(version))]
     budgets = read_budgets(older[-1]) if older else {}

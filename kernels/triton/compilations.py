@@ -1,4 +1,4 @@
-"""Counts how many Triton kernels were found in Triton's cache, and how many were compiled."""
+"""Counts how many kernels Triton found in its cache, and how many it compiled, in this process."""
 
 import importlib.util
 import sys
@@ -14,18 +14,19 @@ class Compilations:
         """Sets all counts to 0.
 
         Args:
-            report: called after each compilation with the name of the kernel and the seconds of the compilation.
+            report: function that is called after each compilation, with the kernel's name and the compilation time in
+                seconds.
         """
         self._report = report
         self.num_hits = 0
-        """Number of kernels found in the cache."""
+        """Number of kernels that were found in Triton's cache."""
         self.missed: Counter[str] = Counter()
-        """Number of compiled variants by kernel name."""
+        """Number of compilations by kernel name."""
         self.seconds = 0.0
-        """Total seconds of all compilations."""
+        """Total time of all compilations in seconds."""
 
     def start(self) -> None:
-        """Starts counting, if this process has imported PyTorch and Triton is installed."""
+        """Starts counting. Does nothing if PyTorch is not imported or Triton is not installed."""
         if "torch" in sys.modules and importlib.util.find_spec("triton") is not None:
             import triton  # absent from torch's builds for CPUs
 
@@ -37,7 +38,7 @@ class Compilations:
         return sum(self.missed.values())
 
     def describe(self) -> dict[str, Any]:
-        """Returns the counts by name."""
+        """Returns the counts as a dict, for logging."""
         missed = ", ".join(f"{name} {number}" for name, number in self.missed.most_common())
         return {"hits": self.num_hits, "misses": self.num_misses, "compile_seconds": self.seconds, "missed": missed}
 

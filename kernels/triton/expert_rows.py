@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton functions that all row-streaming kernels use.
+"""Defines Triton functions that all row-streaming kernels use.
 
-A row-streaming kernel computes one row after the other. The functions find the rows of a program, load an expert's
-parameter, and sum over programs.
+A row-streaming kernel computes rows one after another, without a matrix product. Each Triton program computes
+consecutive rows of one expert. The functions of this file find these rows, load an expert's parameter, and add the
+results of several programs.
 """
 
 # D width, E experts (3; the last ones may have no rows), P programs, S sums per program, e.g. for scale and for shift.
@@ -16,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _first_programs(rows, stop_0, stop_1, stop_2):
-    """Returns the number of expert 1's first program, of expert 2's first program, and of programs in total."""
+    """Returns the index of the first Triton program of expert 1, the same for expert 2, and the number of programs."""
     first_1 = tl.cdiv(stop_0, rows)
     first_2 = first_1 + tl.cdiv(stop_1 - stop_0, rows)
     return first_1, first_2, first_2 + tl.cdiv(stop_2 - stop_1, rows)
@@ -24,7 +25,7 @@ def _first_programs(rows, stop_0, stop_1, stop_2):
 
 @triton.jit
 def rows_of(program, rows, stop_0, stop_1, stop_2):
-    """Returns a program's expert (0, 1 or 2), and the start and stop of the program's rows."""
+    """Returns the expert (0, 1 or 2), the start row and the stop row of the Triton program with index `program`."""
     first_1, first_2, _ = _first_programs(rows, stop_0, stop_1, stop_2)
     expert = (program >= first_1).to(tl.int32) + (program >= first_2).to(tl.int32)
     start = program * rows
@@ -40,10 +41,10 @@ def rows_of(program, rows, stop_0, stop_1, stop_2):
 
 @triton.jit
 def load_of_expert(expert, ptr_0, ptr_1, ptr_2, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Loads the D values of one expert's parameter as BLOCK float32 values, with 0 from column D on.
+    """Loads one expert's parameter: D values, then zeros up to BLOCK values, all in float32.
 
-    Every branch has its own load: the compiler would not know the alignment of a pointer that was selected before the
-    load.
+    Every branch has its own load. If the pointer were selected before a common load, the compiler would not know the
+    pointer's alignment.
     """
     columns = tl.arange(0, BLOCK)
     if expert == 0:
@@ -68,11 +69,11 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Adds the partial sums of each expert's programs.
+    """Adds the partial sums of the Triton programs that computed an expert's rows.
 
-    Reads float32 partial sums (S, P, D): S sums of width D from each of P programs. Writes the sums per expert,
-    (S, E, D) for E experts, in the output's dtype. Each program computes BLOCK columns for one expert and one index of
-    S.
+    Reads float32 partial sums (S, P, D): S sums of width D from each of P programs. Writes the sums per expert, (S, E,
+    D) for E experts, in the output's dtype. One program of this kernel computes BLOCK columns of one sum for one
+    expert.
     """
     expert = tl.program_id(1)
     kind = tl.program_id(2)

@@ -1,6 +1,6 @@
-"""Divides experts' rows among the programs of row-streaming kernels, and launches the kernel that sums over programs.
+"""Divides experts' rows among Triton programs of row-streaming kernels, and adds the programs' partial sums.
 
-A row-streaming kernel computes one row after the other, without a matrix product.
+A row-streaming kernel computes rows one after another, without a matrix product.
 """
 
 # T packed rows, D width, E experts (at most 3), P programs, S sums per program, e.g. for scale and for shift.
@@ -20,42 +20,42 @@ from beit3_ds.kernels.triton.launch_sizes import ceil_div, next_power_of_2
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 NUM_EXPERTS = 3
-"""Number of experts in the kernels' arguments. For a call with fewer experts, experts without rows are added."""
+"""Number of experts that the kernels take as arguments. Calls with fewer experts add experts without rows."""
 
 _SUM_WARPS = 4
 
 
 class SumBlock(NamedTuple):
-    """Sets the size of the block of partial sums that the sum kernel adds in one loop step."""
+    """Sets how many partial sums a program of `sum_kernel` adds per loop step: a block of programs x columns."""
 
     columns: int
-    """Columns per block; one program computes the sums of these columns."""
+    """Columns per block. One program of `sum_kernel` computes the sums of these columns."""
     programs: int
-    """Number of programs whose partial sums are in one block."""
+    """Number of row-streaming programs whose partial sums are in one block."""
 
 
 _ROW_SUM_BLOCK = SumBlock(128, 16)
-"""Block for row-streaming kernels, which have many programs, and rows with a few thousand columns."""
+"""Block for the sums of row-streaming kernels, which run many programs on rows of a few thousand columns."""
 
 
 class RowTiling(NamedTuple):
-    """Sets how row-streaming kernels are compiled and launched for one architecture and row width."""
+    """Holds compile and launch settings of row-streaming kernels, for one GPU architecture and row width."""
 
     num_warps: int
-    """Warps per program, which together hold one row in registers."""
+    """Warps per Triton program. Together, they hold one row in registers."""
     num_stages: int
-    """Number of rows in a program's pipeline: the program computes one row while it loads the next rows."""
+    """Pipeline stages of the loop over rows: a program computes one row while it loads the next rows."""
     forward_programs: int
-    """Maximum number of programs in a forward launch. Each program computes its rows one after the other."""
+    """Maximum number of Triton programs in a forward launch. Each program computes its rows one after another."""
     backward_programs: int
-    """Maximum number of programs in a backward launch. No more programs are launched than can run at once, because each
-    program writes float32 sums as wide as a row."""
+    """Maximum number of Triton programs in a backward launch. A backward program also writes float32 sums as wide as a
+    row, so no more programs are launched than the GPU runs at once."""
 
 
 def choose_row_tiling(architecture: int, width: int) -> RowTiling:
-    """Returns the warps, pipeline stages and numbers of programs for row-streaming kernels.
+    """Returns compile and launch settings of the row-streaming kernels.
 
-    No compiled variant spills registers, as budgets.json records.
+    With these settings, no kernel that is compiled ahead of time spills registers (budgets.json).
 
     Args:
         architecture: GPU architecture: 80, 90 or 100.
@@ -68,30 +68,30 @@ def choose_row_tiling(architecture: int, width: int) -> RowTiling:
 
 
 def row_constants(width: int, tiling: RowTiling) -> dict[str, int]:
-    """Returns the constexpr arguments of all row-streaming kernels by name."""
+    """Returns by name the constexpr arguments that all row-streaming kernels have."""
     return {"D": width, "BLOCK": next_power_of_2(width), "STAGES": tiling.num_stages}
 
 
 def check_rows(*tensors: Tensor) -> None:
-    """Asserts that tensors are contiguous and need no offsets beyond 32 bits, as the kernels assume."""
+    """Asserts what the kernels assume: tensors are contiguous and have fewer than 2 ** 31 elements."""
     assert all(map(Tensor.is_contiguous, tensors)), "the kernels' strides are those of contiguous rows"
     for x in tensors:
         assert x.numel() < 2**31, f"{tuple(x.shape)} has offsets beyond 32 bits"
 
 
 class RowPrograms(NamedTuple):
-    """Divides rows among programs. Each program gets at most `rows` consecutive rows of one expert."""
+    """Divides rows among Triton programs. Each program gets at most `rows` consecutive rows of one expert."""
 
     rows: int
-    """Maximum rows per program."""
+    """Maximum rows per Triton program."""
     stops: tuple[int, ...]
-    """Stop row of each of NUM_EXPERTS experts. Expert 0 starts at row 0."""
+    """Stop row of each expert, NUM_EXPERTS numbers. Expert 0 starts at row 0."""
     num_programs: int
-    """Number of programs P."""
+    """Number of Triton programs P."""
 
 
 def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
-    """Divides rows among at most `most_programs` programs.
+    """Divides rows among at most `most_programs` Triton programs.
 
     Args:
         stops: stop row of each expert; expert 0 starts at row 0.
@@ -106,12 +106,12 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
 
 
 class RowLaunch(NamedTuple):
-    """Holds a launch of a row-streaming kernel, for all layers of a batch."""
+    """Holds a prepared launch of a row-streaming kernel, which all layers of a batch use."""
 
     programs: RowPrograms
-    """Division of rows among the launch's programs."""
+    """Division of the rows among Triton programs."""
     run: Launch
-    """Launches the kernel. Must not be called with an empty grid (zero Triton programs)."""
+    """Launches the kernel. Do not call it if there are no rows, because a launch with zero programs is invalid."""
 
 
 @lru_cache(maxsize=256)
@@ -128,13 +128,13 @@ def prepare_rows(
     """Prepares a launch of a row-streaming kernel.
 
     Args:
-        launcher: the kernel.
-        stops: stop of each expert's rows; expert 0 starts at row 0.
-        width: columns of a row, D.
-        tiling: how to compile and launch the kernel.
-        flags: constexpr arguments after `row_constants`.
-        is_backward: whether the programs are those of a backward launch.
-        takes_count: whether the kernel takes the number of programs after the number of rows.
+        launcher: launcher of the kernel.
+        stops: stop row of each expert; expert 0 starts at row 0.
+        width: columns per row, D.
+        tiling: compile and launch settings of the kernel.
+        flags: constexpr arguments after those of `row_constants`.
+        is_backward: whether to use the number of programs for backward launches.
+        takes_count: whether the kernel has an argument for the number of programs, after the argument `rows`.
     """
     programs = deal_rows(stops, tiling.backward_programs if is_backward else tiling.forward_programs)
     numbers = (programs.rows, *([programs.num_programs] if takes_count else []), *programs.stops)
@@ -145,7 +145,7 @@ def prepare_rows(
 
 
 def for_experts(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Extends a list with one parameter per expert to NUM_EXPERTS entries by repeating the last parameter."""
+    """Extends a list of one parameter per expert to NUM_EXPERTS parameters, by repeating the last parameter."""
     missing = NUM_EXPERTS - len(parameters)
     return [*parameters, *[parameters[-1]] * missing] if missing else parameters
 
@@ -157,14 +157,16 @@ def sum_partials(
     dtype: torch.dtype,
     block: SumBlock = _ROW_SUM_BLOCK,
 ) -> Tensor:
-    """Adds the partial sums of all programs of an expert, for each expert. Without rows, an expert's sums are zero.
+    """Adds, for each expert, the partial sums of all Triton programs that computed the expert's rows.
+
+    The sums of an expert without rows are zero.
 
     Args:
-        partial_SPD: S sums of width D from each of P programs, float32.
-        programs: division of rows among the programs.
+        partial_SPD: partial sums, float32: S sums of width D from each of P programs.
+        programs: division of the rows among the programs.
         num_experts: number of experts E.
         dtype: dtype of the result.
-        block: size of the block that the kernel adds in one loop step.
+        block: number of partial sums that the kernel adds per loop step.
 
     Returns:
         Sums per expert, (S, E, D).
@@ -195,11 +197,11 @@ def build_row_variant(
     note: str = "",
     elements: Mapping[str, str] = MappingProxyType({}),
 ) -> KernelVariant:
-    """Builds the variant of a row-streaming kernel for one dtype and width.
+    """Builds the variant of a row-streaming kernel for one dtype and one row width.
 
     Args:
         architecture: GPU architecture: 80, 90 or 100.
-        op: name of the op, which is the start of the variant's name.
+        op: name of the op, the first word of the variant's name.
         kernel: function decorated with `triton.jit`. Its pointers to statistics and sums have float32 elements.
         element: element type of all other pointers: "bf16", "fp16" or "fp32".
         width: columns per row, D.
@@ -226,7 +228,7 @@ def build_row_variant(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the sum kernel for ahead-of-time compilation."""
+    """Returns the variants of `sum_kernel` that are compiled ahead of time."""
     return [
         build_sum_variant(element, width, _ROW_SUM_BLOCK)
         for element, width in (("bf16", 1408), ("fp16", 1408), ("bf16", 6144), ("fp32", 768))
@@ -234,7 +236,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 def build_sum_variant(element: str, width: int, block: SumBlock) -> KernelVariant:
-    """Builds the variant of the sum kernel for one element type and width of the output."""
+    """Builds the variant of `sum_kernel` for one element type and one width of the sums."""
     return build_variant(
         f"expert_rows sum {element} D={width}",
         sum_kernel,

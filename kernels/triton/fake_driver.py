@@ -1,13 +1,13 @@
-"""Replaces the GPU with a fake driver, so that kernels can be launched on a machine without a GPU.
+"""Emulates a GPU with a fake Triton driver, so that kernels can be launched on a machine without a GPU.
 
-Inside `fake_gpu`, operators treat CPU tensors as GPU tensors and launch Triton kernels, which do not run. So all
+Inside `fake_gpu`, operators treat CPU tensors as GPU tensors and launch Triton kernels. The kernels do not run, so all
 results are undefined. There are two uses:
 
-* `fake_gpu(90, compiles=False)` measures the time that Python needs to launch the kernels of a layer or a step. No
-  kernel is compiled.
+* `fake_gpu(90, compiles=False)` helps to measure the time that Python needs to launch the kernels of a layer or a step.
+  No kernel is compiled.
 * `fake_gpu(90, compiles=True)` fills Triton's cache (`TRITON_CACHE_DIR`) ahead of time. Every launch compiles its
-  kernel, or finds the kernel in the cache. The cache keys are the same as on a GPU of this architecture with the same
-  version of Triton. The self-checks of the operators are also launched and compiled.
+  kernel, or finds the kernel in the cache. The cache keys are those of a GPU of this architecture with this version of
+  Triton. The operators' checks of their kernels also run, so their kernels are compiled too.
 
 Example:
     with fake_gpu(90, compiles=True) as gpu:
@@ -32,35 +32,35 @@ from beit3_ds.kernels.triton.architecture import EMULATED
 from beit3_ds.kernels.triton.launchers import store_launcher
 
 _SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Maximum bytes of shared memory per program by architecture."""
+"""Maximum bytes of shared memory per Triton program (thread block), by GPU architecture."""
 
 
 class FakeGPU:
-    """Acts as Triton's driver for an emulated GPU; counts launches and compilations."""
+    """Acts as Triton's driver for an emulated GPU. Counts launches and compilations."""
 
     def __init__(self, architecture: int) -> None:
         """Sets all counts to 0.
 
         Args:
-            architecture: 80 for an A100, 90 for an H100 or H200, 100 for a B200.
+            architecture: GPU architecture: 80 for an A100, 90 for an H100 or H200, 100 for a B200.
         """
         self.architecture = architecture
         self.launches: Counter[str] = Counter()
         """Number of launches by kernel name."""
         self.kernels: set[str] = set()
-        """Cache keys of all launched kernels; empty if launches do not compile."""
+        """Cache keys of all launched kernels. Empty if launches do not compile their kernels."""
         self.num_launchers = 0
-        """Number of launchers written to Triton's cache (`launchers`)."""
+        """Number of C launchers that were added to Triton's cache (see the module `launchers`)."""
         self.utils = self
-        """Object that Triton uses to load machine code."""
+        """Object with functions that Triton calls to load machine code."""
         self._device = object()  # Triton keeps kernels per device, so these kernels are used by this object alone
 
     def get_current_target(self) -> GPUTarget:
-        """Returns the compilation target."""
+        """Returns the architecture for which Triton compiles."""
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> Hashable:
-        """Returns the key for which Triton stores compiled kernels."""
+        """Returns the key under which Triton keeps the compiled kernels of a device."""
         return self._device
 
     def get_current_stream(self, device: Hashable) -> int:
@@ -68,11 +68,11 @@ class FakeGPU:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Returns the CPU, which holds all tensors."""
+        """Returns the CPU, because all tensors are on the CPU."""
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable[..., Any]:
-        """Returns a function that calls a kernel once and returns 1 ms as its time."""
+        """Returns a function that calls a kernel once, and returns 1 ms as the kernel's time."""
 
         def benchmark(call: Callable[[], Any], *, quantiles: Any = None, **options: Any) -> Any:
             call()
@@ -85,11 +85,18 @@ class FakeGPU:
         return {"max_shared_mem": _SHARED_MEMORY[self.architecture]}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: Hashable) -> tuple[None, None, int, int, int]:
-        """Returns module, function, registers, spills and maximum threads per program, without loading a kernel."""
+        """Returns what Triton's driver returns for a loaded kernel, but loads no kernel.
+
+        The result has the module, the function, the number of registers, the number of spills, and the maximum number
+        of threads per program.
+        """
         return None, None, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Returns a function that counts launches of a compiled kernel; stores the launcher that a GPU would need."""
+        """Returns a function that counts the launches of a compiled kernel.
+
+        Also stores the C launcher that the kernel needs on a GPU (see the module `launchers`).
+        """
         self.kernels.add(metadata.hash)
         self.num_launchers += store_launcher(source, metadata)
         return _Launcher(self.launches, metadata.name)
@@ -104,7 +111,7 @@ class _Launcher:
 
 
 class _EmptyKernel:
-    """Replaces a compiled kernel; a launch only increases a count."""
+    """Replaces a compiled kernel. A launch only increases the kernel's count."""
 
     function = packed_metadata = None
 
@@ -112,7 +119,7 @@ class _EmptyKernel:
         self.run = _Launcher(launches, name)
 
     def launch_metadata(self, *arguments: Any) -> None:
-        """Returns None, as if no hook observed launches."""
+        """Returns None. Triton passes this value to hooks that observe launches."""
 
 
 @contextmanager
@@ -120,14 +127,14 @@ def fake_gpu(architecture: int, *, compiles: bool) -> Iterator[FakeGPU]:
     """Makes operators treat CPU tensors as GPU tensors inside a `with` block; no kernel runs.
 
     The backend is `triton`, unless `use_backend` or `CHOICES.fixed` sets another one inside the block. The block also
-    affects other threads. See the module's docstring for uses.
+    affects other threads of the process. The module's docstring describes two uses.
 
     Args:
         architecture: architecture of the emulated GPU: 80, 90 or 100.
         compiles: whether launches compile their kernels.
 
     Yields:
-        The counts of launches and compilations.
+        The emulated GPU, which counts launches and compilations.
     """
     gpu = FakeGPU(architecture)
     verdicts: dict[Hashable, bool] = {}

@@ -1,7 +1,8 @@
-"""Launches kernels with little Python time, and chooses the fastest settings at a kernel's first launch.
+"""Launches kernels with little Python time, and measures a kernel's fastest settings at the first launch.
 
-At every launch, Triton binds all arguments and selects the compiled variant from types, values and alignment. This
-takes longer than many kernels run. `KernelLauncher` lets Triton do this only at the first launch of a variant.
+At every launch, Triton itself inspects all arguments, and selects a compiled variant by their types, values and
+alignment. This takes longer than many kernels run. `KernelLauncher` lets Triton do this only at the first launch of a
+variant.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,16 +19,16 @@ from beit3_ds.kernels.triton.architecture import is_on_gpu
 _Settings = TypeVar("_Settings")
 
 _ALIGNMENT = 16
-"""Alignment in bytes for which Triton compiles a special variant."""
+"""Alignment of pointers in bytes. Triton compiles a faster variant for pointers that have this alignment."""
 
 _LEAST_ROW_CLASS = 11
-"""`row_class` of all row counts up to 2 ** 11, whose launches are short with any settings."""
+"""Lowest value of `row_class`, for all row counts up to 2 ** 11. Such launches are short with any settings."""
 
 _dtype_of, _address_of = attrgetter("dtype"), Tensor.data_ptr
 
 
 class _Variant(NamedTuple):
-    """Holds a compiled kernel variant that is ready to launch."""
+    """Holds a compiled kernel that is ready to launch."""
 
     run: Callable[..., Any]
     function: Any
@@ -35,7 +36,7 @@ class _Variant(NamedTuple):
 
 
 class Launch:
-    """Launches one kernel with a fixed grid, fixed numbers and constants; only the tensors differ between calls."""
+    """Launches one kernel with a fixed grid and fixed scalar arguments. Only the tensors differ between calls."""
 
     def __init__(
         self,
@@ -49,18 +50,19 @@ class Launch:
 
         Args:
             kernel: function decorated with `triton.jit`.
-            grid: number of programs along each of one to three axes.
+            grid: number of Triton programs along each of one to three axes.
             arguments: arguments of the kernel after the tensors.
-            options: number of warps and of stages.
-            variants: compiled variants for these options and constants, by device, dtypes and alignment. The launch
-                adds variants to this dict.
+            options: Triton's options `num_warps` and `num_stages`.
+            variants: compiled kernels for these options and constants, by device, dtypes and alignment of the tensors.
+                The launch adds entries to this dict.
         """
         self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
         self._programs, self._variants = (*grid, 1, 1)[:3], variants
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Launches the kernel on the current GPU. On a CPU without an emulated GPU, Triton's interpreter runs the
-        kernel.
+        """Launches the kernel on the current GPU. For CPU tensors, Triton's interpreter runs the kernel.
+
+        If this process emulates a GPU, CPU tensors are treated as GPU tensors.
 
         Args:
             tensors: first arguments of the kernel, contiguous.
@@ -95,9 +97,9 @@ class Launch:
 
 
 class KernelLauncher:
-    """Launches one kernel.
+    """Prepares launches of one kernel, and keeps the kernel's compiled variants.
 
-    The kernel's arguments are tensors, then numbers that Triton does not specialise, then constants.
+    The kernel's arguments must be in this order: tensors, then numbers that Triton does not specialise, then constants.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -120,13 +122,13 @@ class KernelLauncher:
         num_warps: int,
         num_stages: int = 3,
     ) -> Launch:
-        """Returns a launch for any tensors of the same sizes, which callers keep for all layers of a batch.
+        """Returns a launch for any tensors of the same sizes. Callers keep the launch for all layers of a batch.
 
         Args:
-            grid: number of programs along each of one to three axes.
+            grid: number of Triton programs along each of one to three axes.
             numbers: integer arguments after the tensors. Each fits into 32 bits and is listed in `do_not_specialize`.
-            constants: values of the constexpr arguments after the numbers.
-            num_warps: warps per program.
+            constants: values of the constexpr arguments, which come after the numbers.
+            num_warps: warps per Triton program.
             num_stages: number of loop steps whose memory loads overlap (software pipelining).
         """
         variants = self._variants.setdefault((num_warps, num_stages, *constants), {})
@@ -135,33 +137,33 @@ class KernelLauncher:
 
 
 _MOST_LAUNCHES = 1024
-"""Maximum number of launches that a `RecentLaunches` keeps."""
+"""Maximum number of launches that one `RecentLaunches` object keeps."""
 
 
 class RecentLaunches:
-    """Keeps prepared launches, so that the layers of a batch and similar batches share them."""
+    """Keeps prepared launches, so that the layers of a batch and batches of equal size share them."""
 
     def __init__(self) -> None:
-        """Starts without launches."""
+        """Starts without any launches."""
         self._launches: dict[Hashable, Launch] = {}
 
     def find(self, case: tuple[Hashable, ...]) -> Launch | None:
-        """Returns the kept launch for a case on the current device, or None.
+        """Returns the launch that was kept under this key on the current device, or None.
 
         Args:
-            case: everything that determines the launch: kernel, numbers of rows, dtypes, constants.
+            case: key with everything that determines the launch: kernel, numbers of rows, dtypes, constants.
         """
         return self._launches.get((drivers.active.get_current_device(), case))
 
     def keep(self, case: tuple[Hashable, ...], launch: Launch) -> None:
-        """Keeps the launch for a case on the current device."""
+        """Keeps a launch under a key for the current device (see `find`)."""
         if len(self._launches) >= _MOST_LAUNCHES:  # numbers of rows differ from batch to batch
             self._launches.clear()
         self._launches[drivers.active.get_current_device(), case] = launch
 
 
 class Tuner:
-    """Chooses the fastest settings of a kernel for each case, by measuring at the first launch of the case."""
+    """Chooses the fastest settings of a kernel for each dtype and size, by timing candidates at the first launch."""
 
     def __init__(self) -> None:
         """Starts without any choices."""
@@ -176,12 +178,13 @@ class Tuner:
         """Returns the settings with which `launch` is fastest on the current device.
 
         Args:
-            case: everything that affects the speed: kernel, dtypes, constants, class of the row count (`row_class`).
+            case: key with everything that affects the speed: kernel, dtypes, constants, and the number of rows as
+                `row_class` returns it.
             settings: function that returns the candidate settings.
             launch: function that launches the kernel with given settings; may be called many times.
 
         Raises:
-            TritonError: if no settings fit the device.
+            TritonError: if the kernel cannot be launched with any of the settings.
         """
         key = drivers.active.get_current_device(), *case
         chosen = self._chosen.get(key)
@@ -192,7 +195,10 @@ class Tuner:
 
 
 def row_class(num_rows: int) -> int:
-    """Returns the class of a row count for `Tuner`: up to 2048 rows, up to 4096 rows, up to 8192 rows, and so on."""
+    """Returns the logarithm to base 2 of a row count, rounded up and at least 11.
+
+    `Tuner` measures once per value: for up to 2048 rows, for up to 4096 rows, for up to 8192 rows, and so on.
+    """
     return max(_LEAST_ROW_CLASS, (num_rows - 1).bit_length())
 
 

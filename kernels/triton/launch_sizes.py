@@ -1,4 +1,4 @@
-"""Computes sizes for kernel launches; Triton's own functions for this are slow outside kernels."""
+"""Computes sizes for kernel launches. Triton's own functions for this purpose are slow outside kernels."""
 
 
 def ceil_div(x: int, divisor: int) -> int:

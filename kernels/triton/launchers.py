@@ -1,7 +1,7 @@
-"""Stores the C launchers that older versions of Triton compile at the first launch on a GPU.
+"""Stores C launchers in Triton's cache, so that older Triton versions need not compile them on a GPU machine.
 
-Triton 3.6 builds one extension module per kernel signature, and one module with utilities. Triton 3.8 uses one launcher
-for all kernels, so nothing is stored for Triton 3.8.
+Triton 3.6 builds one extension module per kernel signature, and one module with utilities. Triton 3.8 has one launcher
+for all kernels, so nothing is stored.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ _LIBRARY = "libcuda.so.1"
 
 
 def store_launcher(source: Any, metadata: Any) -> bool:
-    """Builds the launcher of a kernel into Triton's cache, on a machine without a GPU driver.
+    """Builds the C launcher of a kernel and stores it in Triton's cache, on a machine without a GPU driver.
 
     Args:
         source: kernel with its signature and constants, as Triton passes it to a driver's `launcher_cls`.
         metadata: properties of the compiled kernel.
 
     Returns:
-        Whether a launcher was built. False if it was in the cache already, or if this version of Triton needs none.
+        Whether a launcher was built. False if the cache already has the launcher, or if this Triton version needs none.
     """
     if not hasattr(driver, "make_launcher"):
         return False
@@ -59,7 +59,7 @@ def _store(name: str, code: str) -> bool:
 
 @cache
 def _stub_folder() -> tempfile.TemporaryDirectory[str]:
-    """Returns a folder with an empty library that has the name of the GPU driver's library, for the linker only.
+    """Creates a folder with an empty library for the linker. The library has the name of the GPU driver's library.
 
     Raises:
         RuntimeError: if no C compiler is installed.

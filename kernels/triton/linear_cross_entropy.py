@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the cross entropy's Triton kernels: one reduces a row's logits to three numbers, one computes gradients."""
+"""Defines the Triton kernels of the cross entropy: one updates partial results, one computes gradients."""
 
 # M rows, N logits of a row (`width`), G groups of rows.
 #
@@ -31,9 +31,10 @@ def partials_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Updates the partials of one row with its logits in this vocabulary tile.
+    """Updates the partial results of one row with the row's logits in one vocabulary tile.
 
-    The partials of M rows, (3, M), are the largest logit, the sum of exp(logit - largest), and the target's logit.
+    The partial results of M rows are (3, M): each row's largest logit, the sum of exp(logit - largest), and the
+    target's logit.
     """
     row = tl.program_id(0)
     stride = steps * STEP
@@ -75,9 +76,9 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Replaces the logits of one group of rows by their gradients, in BLOCK columns.
+    """Overwrites logits with their gradients, for one group of rows and BLOCK columns.
 
-    Writes the sum of these gradients over the group's rows into a tensor with one row per group.
+    Also writes the sum of the gradients over the group's rows, into a tensor with one row per group.
     """
     group = tl.program_id(1)
     stride = steps * STEP

@@ -1,4 +1,4 @@
-"""Launches the kernels of the cross entropy, and lists their variants for ahead-of-time compilation."""
+"""Launches the cross entropy's kernels, and lists the variants that are compiled ahead of time."""
 
 # M rows, N logits of a row, G groups of rows.
 
@@ -16,24 +16,25 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class LogitsTiling(NamedTuple):
-    """Sets how the two kernels of the cross entropy are compiled."""
+    """Holds compile and launch settings of the two kernels of the cross entropy."""
 
     partials_block: int
-    """Number of logits of a row that `partials_kernel` reads per loop step."""
+    """Logits of a row that `partials_kernel` reads per loop step."""
     gradient_block: int
-    """Number of columns per program of `gradient_kernel`."""
+    """Vocabulary columns per Triton program of `gradient_kernel`."""
     gradient_rows: int
-    """Number of rows that `gradient_kernel` computes per loop step."""
+    """Rows that a Triton program of `gradient_kernel` computes per loop step."""
     gradient_programs: int
-    """Approximate number of programs of `gradient_kernel`, as many as an H100 runs at once."""
+    """Approximate number of Triton programs of `gradient_kernel`: the number that an H100 runs at once."""
     num_stages: int
     """Number of loop steps whose memory loads overlap (software pipelining)."""
 
 
 def choose_tiling(dtype: torch.dtype) -> LogitsTiling:
-    """Returns the block sizes and pipeline stages of the cross entropy's two kernels, for logits of `dtype`.
+    """Returns the settings of the cross entropy's two kernels, for logits of `dtype`.
 
-    A warp accesses 512 consecutive bytes. No compiled variant spills registers, as budgets.json records.
+    A warp accesses 512 consecutive bytes at a time. With these settings, no kernel that is compiled ahead of time
+    spills registers (budgets.json).
     """
     return LogitsTiling(4096, 512 // dtype.itemsize, 8, 528, 3)
 
@@ -44,16 +45,16 @@ PARTIALS_WARPS, GRADIENT_WARPS = 8, 4
 def partials(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor, tiling: LogitsTiling
 ) -> None:
-    """Updates the partial results of each row with the logits of one vocabulary tile.
+    """Updates the partial results of each row's cross entropy with the logits of one vocabulary tile.
 
     Args:
-        logits_MN: logits without the bias; the row stride is a multiple of ALIGNMENT elements.
+        logits_MN: logits without bias. The row stride is a multiple of ALIGNMENT elements.
         bias_N: bias of the logits.
-        target_M: target of each row, int64.
-        first: vocabulary index of column 0.
-        partials_3M: partial results, updated in place: largest logit, sum of exp(logit - largest), and target logit of
-            each row. float32, contiguous.
-        tiling: compile settings of the kernel.
+        target_M: vocabulary index of each row's target, int64.
+        first: vocabulary index of the tile's first column.
+        partials_3M: partial results, float32, contiguous, updated in place: each row's largest logit, sum of exp(logit
+            - largest), and target logit.
+        tiling: settings of the kernel.
     """
     stride = _stride(logits_MN)
     if len(logits_MN) == 0:
@@ -77,16 +78,16 @@ def gradient(
     d_loss_M: Tensor,
     tiling: LogitsTiling,
 ) -> Tensor:
-    """Replaces the logits of one vocabulary tile with their gradients.
+    """Overwrites the logits of one vocabulary tile with the gradients of the logits.
 
     Args:
-        logits_MN: logits without the bias, overwritten with gradients. Like bias_N, target_M, first and tiling, an
-            argument of `partials`.
+        logits_MN: logits without bias; overwritten with gradients. See `partials`.
+        bias_N: as for `partials`; so are target_M, first and tiling.
         lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32, contiguous.
         d_loss_M: gradient of each row's loss, float32, contiguous.
 
     Returns:
-        Sum of the gradients over rows, (N,) float32. It is computed without atomics, so it is deterministic.
+        Sum of the gradients over rows, (N,) float32. The kernel uses no atomics, so the sum is deterministic.
     """
     (num_rows, width), stride = logits_MN.shape, _stride(logits_MN)
     assert all(x.is_contiguous() for x in (target_M, lse_M, d_loss_M)), "linear_cross_entropy: rows are not contiguous"
@@ -111,7 +112,7 @@ _GRADIENT = KernelLauncher(gradient_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation: one per kernel and dtype, because sizes are not constexpr."""
+    """Returns the variants that are compiled ahead of time: one per kernel and dtype; sizes are not constexpr."""
     result = []
     for element, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         tiling = choose_tiling(dtype)

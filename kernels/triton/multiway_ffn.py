@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernels of multiway linear layers and the multiway FFN: one launch for all experts."""
+"""Defines the Triton kernels of multiway linear layers, including the FFN's. One launch computes all experts."""
 
 # T packed rows; a product sums over K columns and has N columns. A program computes one ROWS x COLUMNS tile of the
 # result and sums in steps of DEPTH.
@@ -22,13 +22,16 @@ SQRT_HALF = tl.constexpr(0.5**0.5)
 
 @triton.jit
 def select_expert(expert, of_0, of_1, of_2):
-    """Returns the pointer or number that belongs to `expert` (0, 1 or 2)."""
+    """Returns one of three pointers or numbers: the one of the expert with index `expert` (0, 1 or 2)."""
     return tl.where(expert == 0, of_0, tl.where(expert == 1, of_1, of_2))
 
 
 @triton.jit
 def find_row_tile(tile, stop_0, stop_1, stop_2, ROWS: tl.constexpr):
-    """Returns the expert, first row and stop row of tile number `tile`; a tile has at most ROWS rows of one expert."""
+    """Returns the expert, first row and stop row of the row tile with index `tile`.
+
+    A row tile has at most ROWS rows, all of one expert.
+    """
     tiles_0 = tl.cdiv(stop_0, ROWS)
     tiles_1 = tiles_0 + tl.cdiv(stop_1 - stop_0, ROWS)
     expert = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_1).to(tl.int32)
@@ -45,9 +48,10 @@ def gelu(x):
 
 @triton.jit
 def order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
-    """Returns a program's row tile and column tile.
+    """Returns the row tile and the column tile that the Triton program with index `program` computes.
 
-    Programs of GROUP row tiles run together, so they share the weights of each column tile in the L2 cache.
+    The programs of GROUP row tiles run together. They read the same columns of the weights, which then stay in the L2
+    cache.
     """
     first = program // (GROUP * num_column_tiles) * GROUP
     size = tl.minimum(num_row_tiles - first, GROUP)
@@ -57,7 +61,7 @@ def order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def place(stop_0, stop_1, stop_2, num_column_tiles, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """Returns a program's expert, first row, number of rows and column tile."""
+    """Returns the expert, first row, number of rows and column tile of the running Triton program."""
     num_row_tiles = tl.cdiv(stop_0, ROWS) + tl.cdiv(stop_1 - stop_0, ROWS) + tl.cdiv(stop_2 - stop_1, ROWS)
     row_tile, column_tile = order(tl.program_id(0), num_row_tiles, num_column_tiles, GROUP)
     expert, first, stop = find_row_tile(row_tile, stop_0, stop_1, stop_2, ROWS)
@@ -68,7 +72,7 @@ def place(stop_0, stop_1, stop_2, num_column_tiles, ROWS: tl.constexpr, GROUP: t
 def load_block(pointers, present, WHOLE: tl.constexpr):
     """Loads a block of values, with 0 where `present` is false.
 
-    If WHOLE, the caller knows that all values are present, and the load has no mask.
+    If WHOLE is true, all values are present, and the load needs no mask.
     """
     if WHOLE:
         return tl.load(pointers)
@@ -87,7 +91,7 @@ def product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Returns one tile of x[rows] @ w[columns].T in float32."""
+    """Returns x[rows] @ w[columns].T in float32, one tile of a matrix product."""
     whole: tl.constexpr = K % DEPTH == 0
     x_pointers = x_ptr + rows[:, None] * K
     w_pointers = w_ptr + tl.minimum(columns, N - 1)[None, :] * K
@@ -125,7 +129,10 @@ def projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of y = residual + factor * (x @ w.T + b), without the terms whose flags are false."""
+    """Computes one tile of y = residual + factor * (x @ w.T + b).
+
+    If the flag RESIDUAL, FACTOR or BIAS is false, the term is left out.
+    """
     expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
@@ -167,7 +174,7 @@ def up_projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of u = x @ w.T + b and of a = gelu(u); the GELU is computed from u as stored."""
+    """Computes one tile of u = x @ w.T + b and of gelu(u), from u after rounding to the output's dtype."""
     expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
@@ -206,7 +213,7 @@ def input_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of dx = factor * dy @ w, where dy has K columns, dx has N columns and w is (K, N)."""
+    """Computes one tile of dx = factor * dy @ w. dy has K columns, dx has N columns, and w is (K, N)."""
     expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)

@@ -1,4 +1,4 @@
-"""Launches the multiway FFN's kernels, chooses their tile sizes, and lists variants for ahead-of-time compilation."""
+"""Launches the kernels of multiway linear layers, chooses tile sizes, and lists variants to compile ahead of time."""
 
 # T packed rows, D hidden, F ffn hidden (or any other two widths).
 
@@ -27,36 +27,37 @@ from beit3_ds.kernels.triton.weight_gradient import weight_gradient_kernel
 
 
 class MatmulTiles(NamedTuple):
-    """Sets how a kernel with a matrix product is compiled. Each program computes one tile of the product."""
+    """Holds compile settings of a kernel that computes a matrix product. Each Triton program computes one tile."""
 
     rows: int
-    """Rows per tile."""
+    """Rows of the result per tile."""
     columns: int
-    """Columns per tile."""
+    """Columns of the result per tile."""
     depth: int
-    """Size of the summed dimension that one loop step covers."""
+    """Elements of the summed dimension per loop step."""
     num_warps: int
-    """Warps per program."""
+    """Warps per Triton program."""
     num_stages: int
     """Number of loop steps whose memory loads overlap (software pipelining)."""
 
     def describe(self) -> str:
-        """Returns the tile sizes and stages as in variant names, for example "128x64x64 x4"."""
+        """Returns the tile sizes and stages in the form of variant names, for example "128x64x64 x4"."""
         return f"{self.rows}x{self.columns}x{self.depth} x{self.num_stages}"
 
 
 GROUP = 8
-"""Number of row tiles whose programs run together, to share columns of the weights in the L2 cache."""
+"""Number of row tiles whose Triton programs run together. They share columns of the weights in the L2 cache."""
 
 
 @lru_cache
 def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
-    """Returns the tile sizes that a kernel may use. On a GPU, tuning selects the fastest; elsewhere the first is used.
+    """Returns the tile sizes that a kernel may use, without those that spill registers.
 
-    These are the candidates that spill no registers with the installed version of Triton, as budgets.json records.
+    On a GPU, tuning selects the fastest. Elsewhere, the first is used. budgets.json records which tile sizes spill
+    registers with the installed version of Triton.
 
     Args:
-        kernel: a kernel of multiway_ffn.py.
+        kernel: kernel of multiway_ffn.py, multiway_qkv.py or weight_gradient.py.
         architecture: GPU architecture: 80, 90 or 100 (`architecture_of`).
         dtype: dtype of the operands. float32 is multiplied exactly, not on tensor cores.
     """
@@ -68,7 +69,7 @@ def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Mat
 
 
 def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
-    """Returns the tile sizes that are compiled ahead of time. The arguments are the same as for `choose_tiles`."""
+    """Returns the tile sizes with which a kernel is compiled ahead of time; takes the arguments of `choose_tiles`."""
     if dtype == torch.float32:
         num_warps = 8 if kernel is weight_gradient_kernel and architecture == 80 else 4  # 4 would spill
         return [MatmulTiles(64, 64, 32, num_warps, 2)]
@@ -88,10 +89,10 @@ def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequ
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
     Args:
-        x_TD: rows in bfloat16, float16 or float32, the dtype of all tensors. All tensors of this file are contiguous.
-        slices: row range of each expert.
+        x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
+        slices: row range [start, stop) of each expert.
         weights: one matrix (F, D) per expert, for output width F and input width D.
-        biases: one vector (F,) per expert; empty for none.
+        biases: one vector (F,) per expert; empty for no biases.
     """
     return out_projection(x_TD, slices, weights, biases, None, None)
 
@@ -104,15 +105,15 @@ def out_projection(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert.
+    """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert. All tensors are contiguous.
 
     Args:
         a_TF: input rows.
-        slices: row range of each expert.
+        slices: row range [start, stop) of each expert.
         weights: one matrix (D, F) per expert, for output width D and input width F.
-        biases: one vector (D,) per expert; empty for none.
+        biases: one vector (D,) per expert; empty for no biases.
         residual_TD: residual stream to add, or None. The output has the stream's dtype.
-        factor_T: drop-path factor of each row in any floating dtype, or None.
+        factor_T: drop-path factor of each row in any floating dtype; None means 1.
     """
     y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
     tensors = (
@@ -131,13 +132,16 @@ def out_projection(
 def up_projection(
     h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Computes the first linear layer of each expert, u_TF = h @ w.T + b, and the exact GELU, a_TF = gelu(u_TF).
+    """Computes u_TF = h @ w.T + b with each row's expert, and a_TF = gelu(u_TF) with the exact (erf) GELU.
 
     Args:
-        h_TD: input rows.
-        slices: row range of each expert.
+        h_TD: input rows, contiguous.
+        slices: row range [start, stop) of each expert.
         weights: one matrix (F, D) per expert, for output width F and input width D.
-        biases: one vector (F,) per expert; empty for none.
+        biases: one vector (F,) per expert; empty for no biases.
+
+    Returns:
+        u_TF and a_TF.
     """
     (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
     u_TF = h_TD.new_empty(num_rows, out_width)
@@ -151,9 +155,9 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
     """Computes the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
 
     Args:
-        dy_TD: gradient of the layer's output.
-        factor_T: factor of each row, or None.
-        slices: row range of each expert.
+        dy_TD: gradient of the layer's output, contiguous.
+        factor_T: factor of each row; None means 1.
+        slices: row range [start, stop) of each expert.
         weights: one matrix (D, F) per expert, for output width D and input width F.
     """
     dx_TF = dy_TD.new_empty(dy_TD.shape[0], weights[0].shape[1])
@@ -164,11 +168,11 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation, for the shapes of base, large and giant.
+    """Returns the variants that are compiled ahead of time, for the widths of base, large and giant.
 
-    Giant's FFN kernels have variants with all tile sizes; other kernels have only the first tile sizes. The default
-    tests compile only some variants of giant with the first tile sizes: the up projection for all architectures, and
-    the output projection for sm_90.
+    Kernels of giant's FFN are compiled with all tile sizes, and other kernels only with the first tile sizes. The
+    default tests compile only some of giant's kernels with the first tile sizes: the up projection for all
+    architectures, and the output projection for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in SIZES:
@@ -192,10 +196,11 @@ SIZES = (
     ("fp16", 1024, 4096),
     ("fp32", 768, 3072),
 )
-"""Element type, hidden size and FFN hidden size of variants for ahead-of-time compilation: base, large and giant."""
+"""Element type, hidden size and FFN hidden size of the variants that are compiled ahead of time: base, large and giant.
+"""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""dtype by name of the element type."""
+"""PyTorch's dtype for each element type."""
 _ELEMENTS = {dtype: element for element, dtype in DTYPES.items()}
 _COMMON = ("up_projection", "out_projection")
 _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
@@ -203,9 +208,9 @@ _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
 
 
 def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
-    """Returns (name, kernel, constexpr arguments) for the kernels of one block.
+    """Returns name, kernel and constexpr arguments of the matrix products of one block.
 
-    The kernels compute attention's output projection, the two projections of the FFN, and an input gradient.
+    These are attention's output projection, the FFN's two projections, and an input gradient.
     """
     plain = {"RESIDUAL": False, "FACTOR": False}
     whole = dict.fromkeys(("BIAS", "RESIDUAL", "FACTOR"), True)
@@ -226,10 +231,10 @@ def build_tile_variant(
     is_common: bool,
     float32: Sequence[str] = (),
 ) -> KernelVariant:
-    """Builds the variant of a kernel with a matrix product, for one dtype, two widths and tile sizes.
+    """Builds the variant of a kernel with a matrix product, for one dtype, two widths and one choice of tile sizes.
 
     Args:
-        name: name of the product and dtype, which is the start of the variant's name.
+        name: name of the product and dtype, at the start of the variant's name.
         kernel: function decorated with `triton.jit`.
         element: element type of all pointers that are not in `float32`: "bf16", "fp16" or "fp32".
         constants: constexpr arguments besides the tile sizes.
@@ -262,7 +267,7 @@ _TUNER, _LAUNCHES = Tuner(), RecentLaunches()
 def _launch_rows(
     launcher: KernelLauncher, tensors: tuple[Tensor, ...], slices: Slices, out_width: int, constants: tuple[int, ...]
 ) -> None:
-    """Launches a kernel over tiles of the packed rows; the result has `out_width` columns."""
+    """Launches a kernel whose result has one row per packed row and `out_width` columns."""
     if not slices or slices[-1][1] == 0:
         return
 
@@ -284,11 +289,12 @@ def launch_tiles(
 
     Args:
         launcher: launcher of the kernel.
-        grid: returns the grid of programs for given tile sizes. The grid depends on the arguments below only.
+        grid: function that returns the number of Triton programs along each axis, for given tile sizes. It must not
+            depend on anything else than the arguments below.
         tensors: first arguments of the kernel. The dtype of the first tensor determines the candidate tile sizes.
-        slices: row range of each expert. The stops are the arguments after the tensors.
+        slices: row range [start, stop) of each expert. The stop rows are passed after the tensors.
         constants: constexpr arguments before the tile sizes.
-        numbers: integer arguments between the stops and the constants.
+        numbers: integer arguments between the stop rows and the constants.
     """
     assert all(map(Tensor.is_contiguous, tensors)), "multiway FFN: the kernels' strides are those of contiguous rows"
     case = launcher, tuple(slices), tensors[0].dtype, constants, numbers
@@ -309,7 +315,7 @@ def _prepare(
     constants: tuple[int, ...],
     numbers: tuple[int, ...],
 ) -> Launch:
-    """Prepares the launch of `launch_tiles`, with the fastest tile sizes on a GPU and the first tile sizes on a CPU."""
+    """Prepares the launch for `launch_tiles`. Tuning selects the tile sizes on a GPU; a CPU uses the first."""
     x = tensors[0]
     settings = partial(choose_tiles, launcher.kernel, architecture_of(x.device), x.dtype)
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernels of the multiway LayerNorm, forward and backward, with or without a GELU before it."""
+"""Defines the forward and backward Triton kernels of the multiway LayerNorm, with or without a GELU before it."""
 
 # T packed rows, D width, P programs.
 #
@@ -37,9 +37,10 @@ def forward_kernel(
     EPSILON: tl.constexpr,
     GELU: tl.constexpr,
 ):
-    """Computes the normalised rows h of one program, and their statistics, (2, T) float32.
+    """Computes normalised rows h, and the statistics of these rows.
 
-    The statistics of T rows are their means, then 1 / standard deviation.
+    One Triton program computes consecutive rows of one expert. The statistics of T rows are (2, T) float32: the mean of
+    each row, then 1 / standard deviation of each row.
     """
     expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
     w = load_of_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr, D, BLOCK)
@@ -80,10 +81,11 @@ def backward_kernel(
     RESIDUAL: tl.constexpr,
     GELU: tl.constexpr,
 ):
-    """Computes dx of one program's rows, and sums over these rows for the gradients of scale and shift.
+    """Computes the gradient dx of the rows, and partial sums for the gradients of scale and shift.
 
-    The sums of P programs are (2, P, D) float32. With RESIDUAL, the gradient of the residual stream is added to dx. dx
-    may be stored over dh, because a row is read before it is written.
+    One Triton program computes consecutive rows of one expert, and sums over these rows. The sums of P programs are (2,
+    P, D) float32. With RESIDUAL, the gradient of the residual stream is added to dx. dx may be stored in the memory of
+    dh, because a row is read before it is written.
     """
     program = tl.program_id(0)
     expert, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)

@@ -1,4 +1,4 @@
-"""Launches the kernels of the multiway LayerNorm, and lists their variants for ahead-of-time compilation."""
+"""Launches the kernels of the multiway LayerNorm, and lists the variants that are compiled ahead of time."""
 
 # T packed rows, D width, E experts, P programs.
 
@@ -30,19 +30,19 @@ def forward(
     tiling: RowTiling,
     gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Applies each expert's LayerNorm to its rows.
+    """Applies each expert's LayerNorm to the expert's rows.
 
     Args:
         x_TD: rows, contiguous, in float32 or in the parameters' dtype.
         stops: stop row of each expert; expert 0 starts at row 0.
-        weights: one scale (D,) per expert; h has their dtype.
+        weights: one scale (D,) per expert. The normalised rows h have the scales' dtype.
         biases: one shift (D,) per expert.
         epsilon: value added to the variance.
         tiling: compile and launch settings of the kernel.
         gelu: whether to normalise GELU(x) instead of x.
 
     Returns:
-        h_TD, and the statistics (2, T) float32: the mean of each row, then 1 / standard deviation.
+        h_TD, and the statistics, (2, T) float32: the mean of each row, then 1 / standard deviation of each row.
     """
     h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
     statistics_2T = x_TD.new_empty(2, x_TD.shape[0], dtype=torch.float32)
@@ -65,14 +65,14 @@ def backward(
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of rows, scales and shifts, without atomics, so the results are deterministic.
+    """Computes the gradients of rows, scales and shifts. The kernel uses no atomics, so results are deterministic.
 
     Args:
-        dh_TD: gradient of h, contiguous.
-        d_residual_TD: gradient of the residual stream, contiguous, to add to dx; or None.
-        x_TD: argument of `forward`, like stops, weights, tiling and gelu.
-        statistics_2T: statistics returned by `forward`.
-        in_place: whether dx overwrites dh.
+        dh_TD: gradient of the normalised rows h, contiguous.
+        d_residual_TD: gradient of the residual stream, contiguous, to be added to dx; or None.
+        x_TD: as for `forward`; so are stops, weights, tiling and gelu.
+        statistics_2T: statistics that `forward` returned.
+        in_place: whether to store dx in the memory of dh.
 
     Returns:
         dx_TD, and the gradients of scales and shifts, (2, E, D) in the scales' dtype.
@@ -93,7 +93,7 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the two kernels for ahead-of-time compilation, for stream and FFN widths."""
+    """Returns the variants of the two kernels that are compiled ahead of time, for several widths and dtypes."""
     cases = [("bf16", width) for width in (768, 1024, 1408)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp32", 768)]
     # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernels of queries, keys and values: one launch for all three layers and all experts."""
+"""Defines the Triton kernels for queries, keys and values. One launch computes all three layers and all experts."""
 
 # T packed rows; a layer has K input columns and N output columns. A program computes one ROWS x COLUMNS tile of the
 # result and sums in steps of DEPTH. Rows, experts and widths are as in multiway_ffn.py.
@@ -14,7 +14,7 @@ from beit3_ds.kernels.triton.multiway_ffn import load_block, place, product, sel
 
 @triton.jit
 def _select(layer, expert, q_0, q_1, q_2, k_0, k_1, k_2, v_0, v_1, v_2):
-    """Returns the pointer that belongs to a layer (0 for queries, 1 for keys, 2 for values) and to an expert."""
+    """Returns the pointer of one layer and one expert. The layer is 0 for queries, 1 for keys, 2 for values."""
     q = select_expert(expert, q_0, q_1, q_2)
     k = select_expert(expert, k_0, k_1, k_2)
     v = select_expert(expert, v_0, v_1, v_2)
@@ -55,7 +55,10 @@ def qkv_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of y = x @ w.T + b for one of the three layers; tiles of all layers share the rows of x."""
+    """Computes one tile of y = x @ w.T + b for one of the three layers.
+
+    The programs of all three layers run close together, so that they share the rows of x in the L2 cache.
+    """
     column_tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, 3 * column_tiles, ROWS, GROUP)
     layer = column_tile // column_tiles
@@ -102,9 +105,9 @@ def qkv_input_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of dx = dq @ qw + dk @ kw + dv @ vw, where dq has K columns, dx has N columns and qw is (K, N).
+    """Computes one tile of dx = dq @ qw + dk @ kw + dv @ vw. dq has K columns, dx has N columns, and qw is (K, N).
 
-    One loop runs over the columns of all three gradients, so the sums stay in registers in float32.
+    One loop runs over the columns of all three gradients. So the sum stays in registers, in float32.
     """
     expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)

@@ -1,4 +1,4 @@
-"""Launches the kernels of queries, keys and values, and lists their variants for ahead-of-time compilation."""
+"""Launches the kernels for queries, keys and values, and lists the variants that are compiled ahead of time."""
 
 # T packed rows, D input width, F output width of each of the three layers.
 
@@ -21,13 +21,13 @@ NUM_LAYERS = 3
 def qkv(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies each expert's three linear layers to its own rows; returns q_TF, k_TF and v_TF.
+    """Applies each expert's three linear layers to the expert's rows; returns q_TF, k_TF and v_TF.
 
     Args:
-        x_TD: rows in bfloat16, float16 or float32, the dtype of all tensors. All tensors of this file are contiguous.
-        slices: row range of each expert.
-        weights: matrices (F, D) of all experts for queries, then for keys, then for values.
-        biases: vectors (F,) in the same order.
+        x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
+        slices: row range [start, stop) of each expert.
+        weights: matrices (F, D): those of all experts for queries, then for keys, then for values.
+        biases: vectors (F,), in the order of `weights`.
     """
     out_width, in_width = weights[0].shape
     outputs = [x_TD.new_empty(x_TD.shape[0], out_width) for _ in range(NUM_LAYERS)]
@@ -38,12 +38,12 @@ def qkv(
 
 
 def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Sequence[Tensor]) -> Tensor:
-    """Computes the gradient of the common input of the three layers: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
+    """Computes the gradient of the three layers' common input: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
 
     Args:
-        gradients: dq, dk and dv, (T, F) each.
-        slices: row range of each expert.
-        weights: matrices (F, D), in the same order as for `qkv`.
+        gradients: dq, dk and dv, (T, F) each, contiguous.
+        slices: row range [start, stop) of each expert.
+        weights: matrices (F, D), in the order that `qkv` takes.
     """
     out_width, in_width = weights[0].shape
     dx_TD = gradients[0].new_empty(gradients[0].shape[0], in_width)
@@ -53,9 +53,7 @@ def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Seq
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation: all tile sizes for giant, the first tile sizes for other
-    sizes.
-    """
+    """Returns the variants that are compiled ahead of time: all tile sizes for giant, the first for other models."""
     return [
         products.build_tile_variant(
             f"{kernel.__name__.removesuffix('_kernel')} {element}",
@@ -73,7 +71,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 def _for_layers(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Extends the parameters of each layer to the number of experts in the kernels' arguments."""
+    """Extends each layer's parameters to the number of experts that the kernels take as arguments."""
     num_experts = len(parameters) // NUM_LAYERS
     layers = [parameters[start : start + num_experts] for start in range(0, len(parameters), num_experts)]
     return [parameter for layer in layers for parameter in for_experts(layer)]

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernels of packed attention, forward and backward."""
+"""Defines the forward and backward Triton kernels of packed attention."""
 
 # T packed rows, H heads, K head width, Q sequences, N tiles of TILE positions.
 #
@@ -25,9 +25,10 @@ LN2 = tl.constexpr(math.log(2.0))
 
 @triton.jit
 def _sequence_of(tile, sequences_ptr, tiles_ptr):
-    """Returns a tile's first position, and four numbers of its sequence.
+    """Returns the first position of a tile, and four numbers that describe the tile's sequence.
 
-    They are the start and the length of range 1, the offset from positions to rows in range 2, and the total length.
+    The four numbers are the first row of range 1, the length of range 1, the row number minus the position in range 2,
+    and the length of the whole sequence.
     """
     sequence = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
@@ -51,9 +52,9 @@ def _column_block(x_ptr, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, K: tl.c
 
 @triton.jit
 def _load(x_ptr, rows, real, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr):
-    """Loads rows of one head as two column blocks, A and B.
+    """Loads rows of one head, split into two blocks of columns with the widths A and B.
 
-    Values are 0 in rows where `real` is false and in columns from K on. If the width B is 0, returns block A twice.
+    Values are 0 in rows where `real` is false, and in columns from K on. If B is 0, block A is returned twice.
     """
     pointers, columns = _column_block(x_ptr, rows, 0, A, K, STRIDE)
     block_a = tl.load(pointers, mask=real[:, None] & columns, other=0.0)
@@ -75,7 +76,7 @@ def _store(x_ptr, rows, real, x_a, x_b, A: tl.constexpr, B: tl.constexpr, K: tl.
 
 @triton.jit
 def _product(x_a, x_b, y_a, y_b, B: tl.constexpr):
-    """Returns x @ y.T. Each operand is given as column blocks A and B; if the width B is 0, block B is not used."""
+    """Returns x @ y.T. Each operand is split into column blocks a and b. If the width B is 0, block b is not used."""
     product = tl.dot(x_a, tl.trans(y_a), input_precision="ieee")
     if B > 0:
         product = tl.dot(x_b, tl.trans(y_b), product, input_precision="ieee")
@@ -93,7 +94,7 @@ def _zeros(TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
-    """Returns sum + x @ y as column blocks A and B; if the width B is 0, `sum_b` is returned unchanged."""
+    """Returns sum + x @ y. y and sum are split into column blocks a and b; if the width B is 0, b is not used."""
     sum_a = tl.dot(x, y_a, sum_a, input_precision="ieee")
     if B > 0:
         sum_b = tl.dot(x, y_b, sum_b, input_precision="ieee")
@@ -102,10 +103,10 @@ def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
 
 @triton.jit
 def _visible(queries, keys, length_1, total, CAPTIONS: tl.constexpr):
-    """Returns True where a query sees a key; both are positions in their sequence.
+    """Returns True where a query sees a key. Queries and keys are given as positions in their sequence.
 
-    With CAPTIONS, a query sees range 1 and all keys up to itself. A sequence of one range stays bidirectional, because
-    all its queries are below length_1.
+    With CAPTIONS, a query sees all keys in range 1, and all keys up to the query itself. If a sequence has only one
+    range, all its keys are in range 1, so attention stays bidirectional.
     """
     if CAPTIONS:
         return keys < tl.maximum(length_1, queries + 1)
@@ -131,7 +132,10 @@ def forward_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Computes the outputs y and the log-sum-exp of one tile of queries, by an online softmax over blocks of keys."""
+    """Computes the attention outputs y of one tile of queries, and each query's log-sum-exp.
+
+    The kernel uses an online softmax over blocks of keys.
+    """
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     queries = first + tl.arange(0, TILE)
@@ -184,7 +188,10 @@ def query_gradient_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Computes dq of one tile of queries, and each query's delta = sum(dy * y) for `key_value_gradient_kernel`."""
+    """Computes the gradient dq of one tile of queries.
+
+    Also writes delta = sum(dy * y) of each query, which `key_value_gradient_kernel` reads.
+    """
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     queries = first + tl.arange(0, TILE)
@@ -240,7 +247,7 @@ def key_value_gradient_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Computes dk and dv of one tile of keys; its score matrix has keys as rows and queries as columns."""
+    """Computes the gradients dk and dv of one tile of keys. Rows of score matrices are keys; columns are queries."""
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     keys = first + tl.arange(0, TILE)

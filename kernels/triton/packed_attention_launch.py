@@ -1,4 +1,4 @@
-"""Launches the attention kernels, chooses their tile sizes, and lists variants for ahead-of-time compilation."""
+"""Launches the attention kernels, chooses their tile sizes, and lists the variants to compile ahead of time."""
 
 # T packed rows, H heads, K head width, Q sequences, N tiles.
 
@@ -18,21 +18,21 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class KernelConfig(NamedTuple):
-    """Sets how one of the attention kernels is compiled."""
+    """Holds compile settings of one of the attention kernels."""
 
     block: int
-    """Positions per loop step: queries in `key_value_gradient_kernel`, keys in the other two kernels."""
+    """Positions per loop step: of queries in `key_value_gradient_kernel`, of keys in the other two kernels."""
     num_warps: int
-    """Warps per program."""
+    """Warps per Triton program."""
     num_stages: int
     """Number of loop steps whose memory loads overlap (software pipelining)."""
 
 
 class AttentionTiling(NamedTuple):
-    """Sets how the three attention kernels are compiled for one architecture, head width and dtype."""
+    """Holds settings of the three attention kernels for one GPU architecture, head width and dtype."""
 
     tile: int
-    """Positions per program: keys in `key_value_gradient_kernel`, queries in the other two kernels."""
+    """Positions per Triton program: of keys in `key_value_gradient_kernel`, of queries in the other two kernels."""
     forward: KernelConfig
     query_gradient: KernelConfig
     key_value_gradient: KernelConfig
@@ -42,11 +42,12 @@ class AttentionTiling(NamedTuple):
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Returns the tile sizes and compile settings of the three attention kernels.
 
-    The result has the first candidates that spill no registers with the installed version of Triton (budgets.json).
+    For each kernel, this is the first candidate that spills no registers with the installed version of Triton
+    (budgets.json).
 
     Args:
-        architecture: GPU architecture: 80, 90 or 100. Other GPUs with at least 99 KB of shared memory per program use
-            80.
+        architecture: GPU architecture: 80, 90 or 100. For other GPUs with at least 99 KB of shared memory per thread
+            block, pass 80.
         head_size: columns per head, K; at most 128.
         dtype: dtype of q, k and v. float32 is multiplied exactly, not on tensor cores.
     """
@@ -71,9 +72,7 @@ def _configs(tiling: AttentionTiling) -> tuple[KernelConfig, KernelConfig, Kerne
 
 
 def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> list[AttentionTiling]:
-    """Returns the tilings that are compiled ahead of time, the preferred first. Arguments are the same as for
-    `choose_tiling`.
-    """
+    """Returns the settings that are compiled ahead of time, in order of preference (arguments: see `choose_tiling`)."""
     if dtype == torch.float32:
         return [
             AttentionTiling(32, KernelConfig(32, 8, stages), KernelConfig(16, 8, stages), KernelConfig(32, 8, stages))
@@ -92,9 +91,10 @@ def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> 
 
 
 def column_blocks(head_size: int) -> tuple[int, int]:
-    """Returns the widths of the two column blocks, A and B, that together cover a head: (64, 32) for 88 columns.
+    """Splits the columns of a head into two blocks, and returns their widths A and B: (64, 32) for 88 columns.
 
-    Each width is a power of two and at least 16. B is 0 if two blocks would not be narrower than one.
+    Each width is a power of two and at least 16. Together, the blocks cover the head. B is 0 if one block is not wider
+    than two.
     """
     whole = max(16, next_power_of_2(head_size))
     block_a = whole // 2
@@ -114,14 +114,14 @@ def forward(
     """Computes the attention output and the log-sum-exp of each query.
 
     Args:
-        q_THK: queries. q_THK, k_THK and v_THK are contiguous.
-        sequences_Q4: start and length of the first, then of the second row range of each sequence, int32.
-        tiles_N2: sequence and first position of each tile of `tiling.tile` positions, int32.
-        tiling: compile settings of the kernels.
-        causal_captions: whether the second range is a caption with a causal mask.
+        q_THK: queries, contiguous, like k_THK and v_THK.
+        sequences_Q4: see `TilePlan.sequences_Q4`.
+        tiles_N2: see `TilePlan.tiles_N2`. A tile has `tiling.tile` positions.
+        tiling: tile sizes and compile settings of the kernels.
+        causal_captions: whether the second range of a sequence is a caption with a causal mask.
 
     Returns:
-        y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32. Rows that are in no sequence are
+        y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32. Rows that belong to no sequence are
         undefined.
     """
     y_THK = torch.empty_like(q_THK)
@@ -143,12 +143,13 @@ def backward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes dq, dk and dv without atomics, so the results are deterministic.
+    """Computes the gradients dq, dk and dv. The kernels use no atomics, so the results are deterministic.
 
     Args:
         dy_THK: gradient of y_THK.
-        q_THK: argument of `forward`, like k_THK, v_THK, sequences_Q4, tiles_N2, tiling and causal_captions.
-        y_THK: result of `forward`, like lse_HT.
+        q_THK: as for `forward`; so are k_THK, v_THK, sequences_Q4, tiles_N2, tiling and causal_captions.
+        y_THK: output that `forward` returned.
+        lse_HT: log-sum-exp that `forward` returned.
     """
     dq_THK, dk_THK, dv_THK = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     delta_HT = torch.empty_like(lse_HT)
@@ -160,7 +161,7 @@ def backward(
 
 
 def constants(num_heads: int, head_size: int, tile: int, block: int, causal_captions: bool) -> dict[str, Any]:
-    """Returns the constexpr arguments of the three attention kernels by name."""
+    """Returns by name the constexpr arguments that all three attention kernels have."""
     block_a, block_b = column_blocks(head_size)
     return {
         "H": num_heads,
@@ -175,9 +176,10 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the attention kernels for ahead-of-time compilation.
+    """Returns the variants of the attention kernels that are compiled ahead of time.
 
-    The head widths are 88 (giant), 64 (all other model sizes) and 128. Position terms widen heads to 96 and 120.
+    The head widths are 88 for giant, 64 for all smaller models, and 128. Relative positions add columns to a head, so
+    96 and 120 are also compiled.
     """
     return [
         variant
@@ -200,7 +202,7 @@ _CASES = (
     (torch.float32, 96, False),
     (torch.float32, 128, False),
 )
-"""Variants for ahead-of-time compilation: dtype, columns per head, and whether captions have a causal mask."""
+"""Variants that are compiled ahead of time: dtype, columns per head, and whether captions have a causal mask."""
 
 
 def _case_variants(
@@ -262,7 +264,7 @@ def _launch(
 def _prepare(
     launcher: KernelLauncher, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool
 ) -> Launch:
-    """Prepares a launch of an attention kernel; on a GPU with the fastest number of stages."""
+    """Prepares a launch of an attention kernel. On a GPU, tuning selects the number of pipeline stages."""
     (num_rows, num_heads, head_size), grid = tensors[0].shape, (len(tensors[-1]), tensors[0].shape[1])
     values = tuple(constants(num_heads, head_size, tile, config.block, causal_captions).values())
 
@@ -277,5 +279,5 @@ def _prepare(
 
 
 def _settings(config: KernelConfig) -> list[KernelConfig]:
-    """Returns settings with different numbers of stages. The block size stays the same, so the results are the same."""
+    """Returns settings that differ only in the number of pipeline stages, which does not change results."""
     return [config._replace(num_stages=config.num_stages + change) for change in (-1, 0, 1)]

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernels that add a branch to the residual stream, forward and backward."""
+"""Defines the forward and backward Triton kernels that add a branch to the residual stream."""
 
 # T packed rows, D width, P programs; expert_rows.py says which rows a program works on.
 
@@ -27,7 +27,10 @@ def forward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Computes y = residual + factor * (partial + bias) for one program's rows; without FACTOR, factor is 1."""
+    """Computes y = residual + factor * (partial + bias). Without FACTOR, the factor is 1.
+
+    One Triton program computes consecutive rows of one expert.
+    """
     expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
     b = load_of_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr, D, BLOCK)
     columns = tl.arange(0, BLOCK)
@@ -56,9 +59,10 @@ def backward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Computes d_partial = factor * dy for one program's rows, and its sum over these rows.
+    """Computes d_partial = factor * dy, and partial sums of d_partial for the gradient of the bias.
 
-    The sums of P programs are (P, D) float32. Without FACTOR it computes the sum alone, because d_partial is dy.
+    One Triton program computes consecutive rows of one expert, and sums over these rows. The sums of P programs are (P,
+    D) float32. Without FACTOR, d_partial is dy, so the kernel computes only the sums.
     """
     program = tl.program_id(0)
     _, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)

@@ -1,4 +1,4 @@
-"""Launches the kernels that add a branch to the residual stream, and lists variants for ahead-of-time compilation."""
+"""Launches the kernels that add a branch to the residual stream, and lists variants to compile ahead of time."""
 
 # T packed rows, D width, E experts, P programs.
 
@@ -50,7 +50,7 @@ def forward(
 def backward(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of the branch and of the biases, without atomics, so the results are deterministic.
+    """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
 
     Args:
         dy_TD: gradient of y, contiguous.
@@ -60,7 +60,8 @@ def backward(
         dtype: dtype of the branch and of the results.
 
     Returns:
-        d_partial_TD, without rows if `factor_T` is None, and the gradients of the biases, (E, D).
+        d_partial_TD, and the gradients of the biases, (E, D). If `factor_T` is None, the branch's gradient is dy, and
+        d_partial_TD has no rows.
     """
     d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
     flags = (factor_T is not None,)
@@ -78,7 +79,7 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the two kernels for ahead-of-time compilation, for widths and dtypes of the stream."""
+    """Returns the variants of the two kernels that are compiled ahead of time, for several widths and dtypes."""
     cases = [
         ("bf16", 768),
         ("bf16", 1024),

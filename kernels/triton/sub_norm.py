@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the sub-LayerNorms' Triton kernels (Magneto, arXiv:2210.06423): statistics, normalised rows, gradients."""
+"""Defines the Triton kernels of the sub-LN (Magneto, arXiv:2210.06423): statistics, normalised rows, gradients."""
 
 # T packed rows, N columns; a program works on blocks of ROWS x COLUMNS of one expert's rows (`find_row_tile`).
 #
@@ -17,7 +17,7 @@ INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def activate(x, GELU: tl.constexpr):
-    """Returns x in float32; with GELU, returns gelu(x), which is rounded to x's dtype first."""
+    """Returns x in float32. With GELU, returns gelu(x), rounded to x's dtype and converted to float32."""
     if GELU:
         return gelu(x.to(tl.float32)).to(x.dtype).to(tl.float32)
     return x.to(tl.float32)
@@ -33,9 +33,9 @@ def gelu_derivative(x):
 
 @triton.jit
 def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns a program's expert, first row, row offsets with their mask, and columns with their mask.
+    """Returns the block of the running Triton program: expert, first row, row offsets, row mask, columns, column mask.
 
-    A mask is True for existing rows or columns.
+    A mask is True for rows or columns that exist.
     """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, ROWS)
     rows = tl.arange(0, ROWS)
@@ -51,7 +51,7 @@ def _column_values(expert, of_0_ptr, of_1_ptr, of_2_ptr, columns, real_columns):
 
 @triton.jit
 def row_statistics_kernel(x_ptr, mean_ptr, squares_ptr, N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
-    """Computes the mean of one row of x, or of gelu(x), and the sum of its squared deviations; reads the row once."""
+    """Computes the mean and the sum of squared deviations of one row of x. With GELU, of one row of gelu(x)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     a = activate(tl.load(x_ptr + row * N + columns, mask=columns < N, other=0.0), GELU)
@@ -82,7 +82,7 @@ def normalize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes one block of n = LN(a), or of n = a without NORM; a is gelu(x) with GELU, otherwise x.
+    """Computes one block of n = LN(a). Without NORM, n is a. With GELU, a is gelu(x); otherwise, a is x.
 
     The weight gradient needs n, which the forward pass did not save.
     """
@@ -119,10 +119,11 @@ def norm_gradient_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes sums over the rows and over the columns of one tile of SPAN rows and COLUMNS columns.
+    """Computes row sums and column sums of one tile with SPAN rows and COLUMNS columns.
 
-    For each row it sums dn * scale and dn * scale * xhat, (column tiles, 2, rows). For each column it sums dn * xhat
-    and dn, (row tiles, 2, columns). xhat is the standardised row (a - mean) * rstd.
+    xhat is the standardised row (a - mean) * rstd. For each row, the kernel sums dn * scale and dn * scale * xhat over
+    the tile's columns, (column tiles, 2, rows). For each column, it sums dn * xhat and dn over the tile's rows, (row
+    tiles, 2, columns).
     """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, SPAN)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -171,11 +172,11 @@ def norm_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes one block of dx = da * gelu'(x).
+    """Computes one block of dx = da * gelu'(x); without GELU, dx is da.
 
-    da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH), where xhat is (a - mean) * rstd. Without NORM, da
-    is dn. WIDTH and the two sums of each row cover the columns of all ranks. dx may be stored over dn, because the
-    program that writes a block has read it before.
+    xhat is the standardised row (a - mean) * rstd. da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH).
+    Without NORM, da is dn. WIDTH and the two sums of each row cover the columns of all ranks. dx may be stored in the
+    memory of dn, because a program reads its block before it writes the block.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]

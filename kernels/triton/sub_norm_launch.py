@@ -1,4 +1,4 @@
-"""Launches the kernels of sub-LayerNorms, and prepares launches over tiles of experts' rows."""
+"""Launches the kernels of the sub-LN, and lists the variants that are compiled ahead of time."""
 
 # T packed rows, F columns of this rank (tensor-parallel ranks may divide a row).
 
@@ -20,23 +20,24 @@ from beit3_ds.kernels.triton.sub_norm import (
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 Slices = Sequence[tuple[int, int]]
-"""Row range [start, stop) of each of one to three experts, in ascending order. The ranges cover the whole stream."""
+"""Row range [start, stop) of each expert, for one to three experts. The ranges cover all packed rows in order."""
 
 Norm = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
-"""Type of a sub-LN. First the mean and 1 / standard deviation of each row over the columns of all ranks, float32. Then
-one scale and one shift per expert, for this rank's columns."""
+"""Tensors of a sub-LN: the mean of each row, 1 / standard deviation of each row, one scale per expert, and one shift
+per expert. The statistics are float32, and cover the columns of all ranks. The scales and shifts have this rank's
+columns."""
 
 BLOCK = {"ROWS": 16, "COLUMNS": 128}
-"""Size of the block that a program with 4 warps computes: 16 values per thread, loaded 8 at a time."""
+"""Block that a Triton program with 4 warps computes: 16 values per thread, loaded 8 at a time."""
 
 SPAN = 128
-"""Number of rows over which one program sums the gradients of a norm's scale and shift."""
+"""Number of rows over which one Triton program sums the gradients of a norm's scale and shift."""
 
 NUM_WARPS = 4
 
 
 def build_stops(slices: Slices) -> tuple[int, int, int]:
-    """Returns the stop row of each of three experts. With fewer experts, the last stop is repeated."""
+    """Returns the stop row of each of three experts. If there are fewer experts, the last stop row is repeated."""
     assert 1 <= len(slices) <= 3, f"multiway FFN: the kernels take one to three experts, not {len(slices)}"
     stops = [stop for _, stop in slices]
     first, second, third = stops + stops[-1:] * (3 - len(stops))
@@ -44,15 +45,15 @@ def build_stops(slices: Slices) -> tuple[int, int, int]:
 
 
 def count_row_tiles(slices: Slices, rows: int) -> int:
-    """Returns the number of tiles with at most `rows` rows of one expert each."""
+    """Returns the number of row tiles. A tile has at most `rows` rows, all of one expert."""
     return sum(ceil_div(stop - start, rows) for start, stop in slices)
 
 
 def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Computes for each row the mean and the sum of squared deviations from the mean, (T,) float32 each.
+    """Computes the mean of each row, and the sum of squared deviations from the mean, (T,) float32 each.
 
     Args:
-        x_TF: rows. All tensors of this file are contiguous.
+        x_TF: rows, contiguous.
         gelu: whether to compute the statistics of gelu(x) instead of x.
     """
     num_rows, width = x_TF.shape
@@ -64,13 +65,14 @@ def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
-    """Recomputes LN(gelu(x)), gelu(x) or LN(x) for the weight gradient, because the forward pass did not save it.
+    """Computes LN(gelu(x)), LN(x) or gelu(x). The weight gradient needs this result, which the forward pass did not
+    save.
 
     Args:
-        x_TF: rows.
-        gelu: whether to apply the exact GELU first.
+        x_TF: rows, contiguous.
+        gelu: whether to apply the exact (erf) GELU first.
         norm: sub-LN, or None.
-        slices: row range of each expert.
+        slices: row range [start, stop) of each expert.
     """
     n_TF = torch.empty_like(x_TF)
     mean_T, rstd_T, scales, shifts = norm or (x_TF, x_TF, (x_TF,), (x_TF,))
@@ -82,19 +84,21 @@ def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Te
 def norm_gradient_sums(
     dn_TF: Tensor, x_TF: Tensor, gelu: bool, norm: Norm, slices: Slices
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Computes a sub-LN's parameter gradients, and row sums over this rank's columns for the input gradient.
+    """Computes the gradients of a sub-LN's parameters, and the row sums that `norm_gradient` needs.
+
+    The row sums cover this rank's columns. Add the row sums of all ranks before you call `norm_gradient`. All results
+    are deterministic.
 
     Args:
-        dn_TF: gradient of the norm's output.
-        x_TF: input of the norm, or of the GELU before the norm.
+        dn_TF: gradient of the norm's output, contiguous.
+        x_TF: input of the norm, or of the GELU before the norm; contiguous.
         gelu: whether a GELU precedes the norm.
         norm: sub-LN.
-        slices: row range of each expert; an expert without rows gets zero gradients.
+        slices: row range [start, stop) of each expert; an expert without rows gets zero gradients.
 
     Returns:
-        sums_2T, float32, the row sums of dn * scale and of dn * scale * xhat, where xhat is the standardised row. Add
-        these sums over the ranks that hold the other columns. Then the gradients of each expert's scale_F, and of each
-        expert's shift_F, in x's dtype. All results are deterministic.
+        The row sums, (2, T) float32: of dn * scale, then of dn * scale * xhat, where xhat is the standardised row. Then
+        the gradient of each expert's scale, and the gradient of each expert's shift, in x's dtype.
     """
     (num_rows, width), (mean_T, rstd_T, scales, _) = x_TF.shape, norm
     row_tiles = [count_row_tiles(slices[:index], SPAN) for index in range(len(slices) + 1)]
@@ -116,20 +120,19 @@ def norm_gradient(
     total_width: int,
     slices: Slices,
 ) -> Tensor:
-    """Computes the gradient of the input of a sub-LN and of the GELU before it; overwrites dn_TF with the result,
-    dx_TF.
+    """Computes the gradient dx of x, the input of a sub-LN or of the GELU before it. Overwrites `dn_TF` with dx.
 
     dx = gelu'(x) * rstd * (dn * scale - sums[0] / total_width - xhat * sums[1] / total_width), where xhat is the
     standardised row.
 
     Args:
-        dn_TF: gradient of the norm's output; without a norm, gradient of the GELU's output.
-        x_TF: input of the norm, or of the GELU before the norm.
+        dn_TF: gradient of the norm's output, contiguous. Without a norm, gradient of the GELU's output.
+        x_TF: input of the norm, or of the GELU before the norm; contiguous.
         gelu: whether a GELU precedes the norm.
         norm: sub-LN, or None.
-        sums_2T: row sums of `norm_gradient_sums`, added over all ranks; None without a norm.
-        total_width: columns per row over all ranks.
-        slices: row range of each expert.
+        sums_2T: row sums from `norm_gradient_sums`, added over all ranks; None without a norm.
+        total_width: columns per row on all ranks together.
+        slices: row range [start, stop) of each expert.
     """
     assert (norm is None) == (sums_2T is None), "multiway FFN: sums belong to a norm"
     mean_T, rstd_T, scales, _ = norm or (x_TF, x_TF, (x_TF,), ())
@@ -141,7 +144,7 @@ def norm_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the sub-LN kernels for ahead-of-time compilation, equal for all architectures."""
+    """Returns the variants of the sub-LN kernels that are compiled ahead of time, the same for all architectures."""
     result = []
     for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}
@@ -170,8 +173,8 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 _ELEMENTS = ("x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
-"""Names, or first five letters, of arguments whose elements have the rows' dtype. All other pointers have float32
-elements."""
+"""Arguments whose elements have the rows' dtype. An entry is an argument's name, or the first five letters of a name.
+All other pointers have float32 elements."""
 
 
 _ROW_STATISTICS = KernelLauncher(row_statistics_kernel)
@@ -188,7 +191,7 @@ def _launch(
     constants: tuple[int, ...],
     rows: int,
 ) -> None:
-    """Launches a kernel whose programs compute tiles of `rows` rows and BLOCK["COLUMNS"] columns."""
+    """Launches a kernel whose Triton programs each compute `rows` rows and BLOCK["COLUMNS"] columns."""
     assert all(map(Tensor.is_contiguous, tensors)), "sub-LN: the kernels' strides are those of contiguous rows"
     grid = (count_row_tiles(slices, rows), ceil_div(width, BLOCK["COLUMNS"]))
     if grid[0]:

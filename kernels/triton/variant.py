@@ -1,4 +1,4 @@
-"""Defines kernel variants: a Triton kernel with the argument types and constants for one compilation."""
+"""Defines kernel variants. A variant is a Triton kernel with the argument types and constants of one compilation."""
 
 from typing import Any, NamedTuple
 
@@ -6,26 +6,27 @@ from typing import Any, NamedTuple
 class KernelVariant(NamedTuple):
     """Holds a kernel with the argument types and constants for which `ahead_of_time` compiles it.
 
-    The types and constants are the same as in a launch on a GPU.
+    A launch on a GPU uses the same types and constants.
     """
 
     name: str
-    """Unique name from file, kernel, dtype and sizes, for example "packed_attention forward bf16 K=88". The name is the
-    variant's key in budgets.json."""
+    """Unique name, made of file, kernel, dtype and sizes: for example "packed_attention forward bf16 K=88". The name is
+    the variant's key in budgets.json."""
     kernel: Any
     """Function decorated with `triton.jit`."""
     signature: dict[str, str]
-    """Type of each argument in order: for example "*bf16", "i32" or "constexpr"."""
+    """Triton type of each argument by name, in the order of the arguments: for example "*bf16", "i32" or "constexpr".
+    """
     constants: dict[str, Any]
-    """Values of the constexpr arguments."""
+    """Value of each constexpr argument, by name."""
     num_warps: int
-    """Warps per program."""
+    """Warps per Triton program."""
     num_stages: int
     """Number of loop steps whose memory loads overlap (software pipelining)."""
     is_common: bool = True
-    """Whether the default tests compile this variant; the slow tests compile all variants."""
+    """Whether the default tests compile this variant. The slow tests compile all variants."""
     is_memory_bound: bool = False
-    """Whether the kernel has no matrix products. Then every access to rows must be 128 bits wide."""
+    """Whether the kernel has no matrix product. If true, tests require that every access to rows is 128 bits wide."""
 
 
 def build_variant(
@@ -39,12 +40,12 @@ def build_variant(
     is_common: bool = True,
     is_memory_bound: bool = False,
 ) -> KernelVariant:
-    """Builds a variant whose signature follows the order of the kernel's arguments.
+    """Builds a variant, and puts the argument types into the order of the kernel's arguments.
 
     Args:
         name: see `KernelVariant`.
         kernel: function decorated with `triton.jit`.
-        types: type of each argument that is not constexpr, by name.
+        types: Triton type of each argument that is not constexpr, by name.
         constants: value of each constexpr argument, by name.
         num_warps: see `KernelVariant`.
         num_stages: see `KernelVariant`.

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernel of weight gradients: one launch for all experts, and for all layers that share an input."""
+"""Defines the Triton kernel of weight gradients. One launch computes all experts, and all layers with one input."""
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 #
@@ -31,10 +31,10 @@ def _transposed_product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Computes one tile of (factor * dy)[start:stop].T @ x[start:stop] and, with SUMS, the column sums of factor * dy.
+    """Computes one tile of (factor * dy)[start:stop].T @ x[start:stop]. With SUMS, also sums factor * dy over rows.
 
-    The sums are computed as a product with a matrix of ones, so that dy does not pass through registers. Its 16 result
-    columns are equal.
+    The sums are computed as a product with a matrix of ones, so that dy does not pass through registers. The matrix has
+    16 columns, so the sums are returned 16 times.
     """
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, 16], tl.float32)
@@ -86,10 +86,12 @@ def weight_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of dw = (factor * dy).T @ x over one share of the rows, and with BIAS the sums of factor * dy.
+    """Computes one tile of dw = (factor * dy).T @ x over one share of the rows. With BIAS, also sums factor * dy over
+    rows.
 
-    The results are (L, P, OUT * IN), or (L, P, OUT * IN + OUT) with BIAS: the sums follow dw. With SPLIT a share has at
-    most `rows` rows of one expert, otherwise all rows of an expert, which may be none.
+    A share is a range of one expert's rows. With SPLIT, a share has at most `rows` rows. Otherwise, a share has all
+    rows of an expert, possibly none. The results for L layers and P shares are (L, P, OUT * IN). With BIAS, the results
+    are (L, P, OUT * IN + OUT): the row sums follow dw.
     """
     row_tiles: tl.constexpr = (OUT + ROWS - 1) // ROWS
     column_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS

@@ -1,4 +1,4 @@
-"""Launches the kernel of weight gradients, divides rows into shares, and lists variants for compilation."""
+"""Launches the kernel of weight gradients, divides rows into shares, and lists variants to compile ahead of time."""
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 
@@ -18,35 +18,39 @@ from beit3_ds.kernels.triton.variant import KernelVariant
 from beit3_ds.kernels.triton.weight_gradient import weight_gradient_kernel
 
 NUM_LAYERS = 3
-"""Number of layers in the kernel's arguments."""
+"""Number of layers that the kernel takes as arguments."""
 
 SUM_BLOCK = SumBlock(512, 4)
-"""Block for sums over shares: there are few shares, but as many columns as a weight has elements."""
+"""Block for adding the shares' results: there are few shares, and each result is as wide as a weight has elements."""
 
 _MOST_SHARES = 16
 _ROUNDING = 64
 _PROGRAM_ROWS = 5
-"""Modelled time to write and add one program's partial sums. The unit is the time in which all programs multiply one
-row. The model assumes two passes over 64 KB at 3.35 TB/s, and 128 rows per microsecond."""
+"""Modelled cost of one Triton program's partial sums, which are written and later added. The unit is the time in which
+one wave of programs multiplies one row. The model assumes two passes over 64 KB at 3.35 TB/s, and 128 rows per
+microsecond."""
 
 
 def weight_gradient(
     gradients: Sequence[Tensor], factor_T: Tensor | None, x_TI: Tensor, slices: Slices, with_bias: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Computes for each expert dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
+    """Computes dW = (factor * dy)[rows].T @ x[rows] for the rows of each expert, and db, the sum of (factor *
+    dy)[rows].
 
-    The results are deterministic, but the order of summation depends on the numbers of rows.
+    Results are deterministic for given numbers of rows, which determine the order of summation.
 
     Args:
-        gradients: gradient of each layer's output, (T, OUT) each. At most NUM_LAYERS layers, which share their input.
-        factor_T: factor of each row, or None.
+        gradients: gradient of each layer's output, (T, OUT) each. The layers share their input; at most NUM_LAYERS
+            layers.
+        factor_T: factor of each row; None means 1.
         x_TI: input of the layers.
-        slices: row range of each expert; an expert without rows gets zero gradients.
+        slices: row range [start, stop) of each expert; an expert without rows gets zero gradients.
         with_bias: whether to compute db.
 
     Returns:
-        dW (OUT, IN) of all experts of the first layer, then of the second layer, and so on. Then db (OUT,) in the same
-        order, or an empty list without `with_bias`. All results are parts of one tensor.
+        Two lists. The first has dW (OUT, IN) for all experts of the first layer, then of the second layer, and so on.
+        The second has db (OUT,) in this order; it is empty if `with_bias` is false. All results are views of one
+        tensor.
     """
     dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
     out_width, architecture = dy_TO.shape[1], architecture_of(dy_TO.device)
@@ -80,9 +84,9 @@ def _deal_shares(
     architecture: int,
     dtype: torch.dtype,
 ) -> tuple[bool, RowPrograms]:
-    """Returns whether rows are divided into shares, and the shares.
+    """Returns whether each expert's rows are divided into shares, and the shares.
 
-    Without division, each expert's rows are one share.
+    If the rows are not divided, each expert's rows form one share.
     """
     first = products.choose_tiles(weight_gradient_kernel, architecture, dtype)[0]
     tiles = num_layers * ceil_div(out_width, first.rows) * ceil_div(in_width, first.columns)
@@ -97,26 +101,26 @@ _WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
 
 
 def splits_rows(tiles: int, architecture: int) -> bool:
-    """Returns whether to divide rows into shares, because programs for all rows would be too few for a GPU.
+    """Returns whether to divide each expert's rows into shares: without shares, too few Triton programs would run.
 
-    The result does not depend on the number of rows, so that batches of different sizes use the same compiled kernel.
+    The result does not depend on the number of rows, so that batches of different sizes use one compiled kernel.
 
     Args:
-        tiles: number of tiles of all layers' weights.
+        tiles: total number of tiles of all layers' weights.
         architecture: GPU architecture: 80, 90 or 100.
     """
     return tiles < 4 * NUM_MULTIPROCESSORS[architecture]
 
 
 def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) -> int:
-    """Returns the maximum number of rows per share that minimises the modelled time of a launch.
+    """Returns the maximum number of rows per share with which a launch takes the least modelled time.
 
-    In the model, programs run in waves with one program per multiprocessor. A wave takes the time of its rows, and each
-    program adds the time for its partial sums.
+    In the model, Triton programs run in waves, one program per multiprocessor. A wave takes time in proportion to the
+    rows of a share. Each program adds a fixed time for its partial sums.
 
     Args:
         lengths: number of rows of each expert.
-        tiles: number of tiles of all layers' weights.
+        tiles: total number of tiles of all layers' weights.
         multiprocessors: number of multiprocessors of the GPU.
     """
     total = sum(lengths)
@@ -130,10 +134,10 @@ def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) 
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation, for the layers of base, large and giant.
+    """Returns the variants that are compiled ahead of time, for the layers of base, large and giant.
 
-    Giant's FFN layers have variants with all tile sizes; other layers have only the first tile sizes. The default tests
-    compile giant's FFN layers with the first tile sizes for sm_90.
+    Giant's FFN layers are compiled with all tile sizes, and other layers only with the first tile sizes. The default
+    tests compile giant's FFN layers with the first tile sizes, for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in products.SIZES:
