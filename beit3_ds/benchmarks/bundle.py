@@ -59,9 +59,10 @@ exec "$python" -m beit3_ds.cli.main certify --out "$here/certificate" "$@"
 """
 
 Fetch = Callable[[Sequence[str], Path], None]
-"""Type of a function that downloads wheels: the arguments are requirements, and the folder for the wheels."""
+"""Type of a function that downloads wheels. The arguments are the requirements, and the folder for the wheels."""
 FillCache = Callable[[Path, Path, int], None]
-"""Type of a function that fills a Triton cache: the arguments are source tree, cache folder and GPU architecture."""
+"""Type of a function that fills a Triton cache. The arguments are the source tree, the folder of the cache, and the GPU
+architecture."""
 
 
 def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillCache) -> int:
@@ -79,7 +80,9 @@ def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillC
     if folder.exists():
         raise ConfigError(f"bundle: {folder} exists. Name a new folder.")
     if not (ROOT / ".git").exists():
-        raise ConfigError(f"bundle: {ROOT} is not a clone, and the bundle has the committed tree. Pack from a clone.")
+        raise ConfigError(
+            f"bundle: {ROOT} is not a git clone, so there is no commit to pack. Run this command in a git clone."
+        )
     for part in ("tree", "wheels", "triton_cache"):
         (folder / part).mkdir(parents=True)
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -95,12 +98,14 @@ def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillC
     sizes = {part.name: _size(part) for part in folder.iterdir()}
     if sum(sizes.values()) > MAX_BYTES:
         shown = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items())
-        raise ConfigError(f"bundle: {shown} MiB are more than {MAX_BYTES / 2**20:.0f} MiB. Remove packages or files.")
+        raise ConfigError(f"bundle: larger than {MAX_BYTES / 2**20:.0f} MiB: {shown} MiB. Remove packages or files.")
     return sum(sizes.values())
 
 
 def pinned(constraints: Path) -> list[str]:
-    """Returns the requirements of `PACKAGES` with the tested versions, for example ["deepspeed==0.19.8", ...]."""
+    """Returns the pip requirements of `PACKAGES` with the versions in the file `constraints`: ["deepspeed==0.19.8",
+    ...].
+    """
     lines = constraints.read_text(encoding="utf-8").splitlines()
     versions = {re.split("==", line)[0].lower().replace("_", "-"): line for line in lines if "==" in line}
     return [versions[name] for name in PACKAGES]
@@ -114,11 +119,13 @@ def download(requirements: Sequence[str], folder: Path) -> None:
     """
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *requirements]
     if subprocess.run(command, check=False).returncode:
-        raise ConfigError(f"bundle: pip could not fetch all of {', '.join(requirements)}; its message is above.")
+        raise ConfigError(f"bundle: pip could not fetch {', '.join(requirements)}. See pip's message above.")
 
 
 def compile_certificate(tree: Path, cache: Path, architecture: int, filled: Path | None = None) -> None:
-    """Fills a Triton cache through a dry run of `beit3 certify` in a source tree; stores only what a GPU needs to run.
+    """Fills a Triton cache with compiled kernels, by a dry run of `beit3 certify` in a source tree.
+
+    Only the files that a GPU needs to run the kernels are stored.
 
     Args:
         tree: source tree of this project. The folder `wheels` beside the tree contains packages for the dry run.
@@ -142,7 +149,9 @@ def compile_certificate(tree: Path, cache: Path, architecture: int, filled: Path
     }
     command = [sys.executable, "-m", "beit3_ds.cli.main", "certify", "--out", str(report), "--dry-run"]
     if subprocess.run([*command, f"sm_{architecture}"], cwd=tree, env=os.environ | stored, check=False).returncode:
-        raise ConfigError(f"bundle: the dry run failed; {report / 'certificate.md'} says where.")
+        raise ConfigError(
+            f"bundle: the dry run of `beit3 certify` failed. See {report / 'certificate.md'} for the reason."
+        )
     shutil.rmtree(report)
     shutil.rmtree(packages, ignore_errors=True)
     for compiled in tree.rglob("__pycache__"):
@@ -155,7 +164,7 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Packs a bundle and returns the exit status: 0, or 2 after a user's mistake, which is printed."""
+    """Packs a bundle. Returns the exit status: 0, or 2 if the user made a mistake, which is printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--architecture", choices=_ARCHITECTURES, default="sm_90", help="default: sm_90 (H100, H200)")

@@ -1,4 +1,4 @@
-"""Computes medians of repeated measurements and 95% confidence intervals of these medians."""
+"""Computes medians of repeated measurements, with 95% confidence intervals."""
 
 import math
 import statistics
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def median_with_interval(values: Sequence[float]) -> dict[str, float]:
-    """Returns the median of some values ("median") and a 95% confidence interval for it ("low", "high").
+    """Returns the median of some values ("median"), and a 95% confidence interval of the median ("low", "high").
 
-    The interval extends from the k-th smallest to the k-th largest value, with the largest k that gives at least 95%
-    confidence. With fewer than six values, the interval is the whole range of the values.
+    The interval extends from the k-th smallest to the k-th largest value. k is the largest number that gives at least
+    95% confidence. With fewer than six values, the interval extends from the smallest to the largest value.
     """
     ordered, n = sorted(values), len(values)
     # The k-th smallest exceeds the true median with the chance of fewer than k heads in n fair tosses.

@@ -1,4 +1,4 @@
-"""Describes a micro-batch of images, pairs and texts: sequence lengths and numbers of masked tokens."""
+"""Describes a micro-batch of images, pairs and texts: the sequence lengths, and the number of masked tokens."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,9 @@ class Mix(NamedTuple):
 
     @property
     def boundaries(self) -> tuple[int, int, int, int]:
-        """Returns four row numbers: the ends of the images, of the pairs' images, of the captions and of the texts."""
+        """Returns four row numbers: where the images end, where the pairs' images end, where the captions end, and
+        where the texts end.
+        """
         a = self.samples * self.image_length
         c = 2 * a + sum(self.caption_lengths)
         return a, 2 * a, c, c + sum(self.text_lengths)
@@ -52,9 +54,7 @@ class Mix(NamedTuple):
 
     @property
     def num_masked_tokens(self) -> int:
-        """Returns the number of masked tokens: 15% of all text tokens plus 50% of all caption tokens (paper, section
-        2.2).
-        """
+        """Returns the number of masked tokens: 15% of text tokens plus 50% of caption tokens (paper, sec. 2.2)."""
         return round(0.15 * sum(self.text_lengths) + 0.5 * sum(self.caption_lengths))
 
     def describe(self) -> str:
@@ -63,7 +63,9 @@ class Mix(NamedTuple):
 
 
 def draw_mix(size: str, samples: int, seed: int = 0) -> Mix:
-    """Draws a mix of images at 224 px with captions and texts of random lengths, distributed as in `step.batches`.
+    """Draws a micro-batch of images at 224 px, with captions and texts of random lengths.
+
+    The lengths have the distributions in `step.batches`.
 
     Args:
         size: model size, a key of MODEL_SIZES.

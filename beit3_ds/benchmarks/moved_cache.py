@@ -1,8 +1,9 @@
-"""Makes a Triton cache usable that was moved to another folder.
+"""Corrects the paths in a Triton cache that was moved to another folder.
 
     python -m beit3_ds.benchmarks.moved_cache FOLDER
 
-Triton stores the absolute paths of a kernel's files in the cache. If they do not exist, it compiles the kernel again.
+Triton stores absolute paths of a kernel's files in the cache. If a path does not exist, Triton compiles the kernel
+again.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 def relocate(cache: Path) -> int:
-    """Rewrites the paths in a Triton cache to those of the folder that holds it; returns the number of kernels."""
+    """Rewrites the absolute paths in a Triton cache for the cache's current folder; returns the number of kernels."""
     groups = list(cache.resolve().glob("*/__grp__*.json"))
     for group in groups:
         names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]

@@ -1,4 +1,4 @@
-"""Reads the peak memory of a process as the Linux kernel counts it."""
+"""Reads a process's peak memory from the Linux kernel."""
 
 import runpy
 import sys
@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def peak_bytes() -> int:
-    """Returns the peak resident bytes of this process since its start or `reset_peak`, including mapped files."""
+    """Returns this process's peak resident memory in bytes, including mapped files, since the start or `reset_peak`."""
     return status_bytes("self", "VmHWM")
 
 
 def reset_peak() -> None:
-    """Resets this process's peak memory in the kernel to the current resident size."""
+    """Sets this process's peak memory, as the Linux kernel records it, to the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def status_bytes(pid: int | str, field: str) -> int:
-    """Returns a size field of a process's status file, such as "VmHWM", in bytes; 0 if the process has ended."""
+    """Returns a size from a process's status file, such as "VmHWM", in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -25,7 +25,7 @@ def status_bytes(pid: int | str, field: str) -> int:
 
 
 def main(result_path: str, module: str, *arguments: str) -> None:
-    """Runs a module like `python -m`, and writes the peak memory in bytes to a file."""
+    """Runs a module like `python -m`, and writes the process's peak memory in bytes to a file."""
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

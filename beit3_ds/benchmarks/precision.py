@@ -1,7 +1,7 @@
 """Measures the error of bf16 gradients, with the residual stream and the gradient sums in bf16 or float32.
 
-Each row of the table is one combination of these two dtypes. The error is the 2-norm of the error of all gradients,
-relative to the float64 gradients of the same weights.
+The table has one row per combination of these two dtypes. The error is the 2-norm of the difference to float64
+gradients, relative to the norm of the float64 gradients. Both gradients are computed with the same weights.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ _PATHS = tuple((stream, sums) for stream in ("bf16", "fp32") for sums in ("bf16"
 
 
 class GradientError(NamedTuple):
-    """Holds the gradient error of one combination of dtypes."""
+    """Holds the gradient error for one combination of dtypes."""
 
     stream: str
     """dtype of the residual stream: "bf16" or "fp32"."""
     sums: str
     """dtype of the sums of gradients over micro-batches: "bf16" or "fp32"."""
     error: float
-    """2-norm of the error of all gradients, relative to the float64 gradients."""
+    """2-norm of the difference to the float64 gradients, relative to the norm of the float64 gradients."""
 
 
 def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:

@@ -1,7 +1,7 @@
-"""Runs each implementation of a comparison (a *side*) in its own process; the sides compute one at a time, in turn.
+"""Compares implementations in turn. Each implementation (a *side*) has its own process, and one computes at a time.
 
-The process reads one batch number per line from standard input. It answers with one line of JSON per batch on a
-separate pipe, because libraries print to standard output.
+A process reads one batch number per line from standard input. It answers with one line of JSON per batch on a separate
+pipe, because libraries print to standard output.
 """
 
 import json
@@ -19,13 +19,13 @@ import torch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
 
 Turn = tuple[Callable[[], float], dict[str, Any]]
-"""Function to time, and facts about its batch by name. The function returns the loss or another number."""
+"""Function to time, which returns a number such as the loss, and facts about the function's batch by name."""
 
 
 class TurnProcess:
-    """Controls the process of one side.
+    """Controls the process of one side. For each request, the process runs one turn: it computes one batch.
 
-    The process computes one turn per request, with as many threads as this process.
+    The process uses as many threads as this process.
     """
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ class TurnProcess:
         self.log.close()
 
     def __enter__(self) -> Self:
-        """Returns this object; the process ends with the block."""
+        """Returns this object. At the end of the block, the process is stopped."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,14 +13,15 @@ from beit3_ds.benchmarks.kernels.roofline import GPU, GPUS
 from beit3_ds.benchmarks.turns import device_of_turns
 
 HALF_PRODUCT = "product in bfloat16"
-"""Name of the item with the bfloat16 rate, which is the ceiling for training steps."""
+"""Name of the result with the highest rate of bfloat16 products, with which the rates of training steps are compared.
+"""
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26, "dry": 1 << 16}
 _WIDTHS = {"cuda": 8192, "cpu": 512, "dry": 64}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per dtype of matrix products, and one item for the copy."""
+    """Records the highest rate of matrix products, one item per dtype, and of copies, one item."""
     device = device_of_turns()
     clock = Clock(device)
     for dtype in _DTYPES:
@@ -29,14 +30,14 @@ def measure(recorder: Recorder) -> None:
 
 
 def measured_flops(recorder: Recorder) -> float | None:
-    """Returns the measured highest rate of bfloat16 products in FLOP/s; None if the report's folder has no result."""
+    """Returns the highest measured rate of bfloat16 products in FLOP/s; None if it has not been recorded."""
     lines = ResultsFile(recorder.folder / "results.jsonl").read()
     rates = [line["tflops"] for line in lines if line.get("item") == HALF_PRODUCT and "tflops" in line]
     return rates[-1] * 1e12 if rates else None
 
 
 def published(device: torch.device) -> GPU | None:
-    """Returns a device's rates from the data sheet; None if `roofline` does not list the device."""
+    """Returns the data sheet's rates for a device; None if `roofline` does not list the device."""
     if kind_of(device) == "cpu":
         return None
     name = torch.cuda.get_device_name(device).lower()

@@ -1,4 +1,7 @@
-"""Times calls on a GPU behind queued work, so that the time Python needs to launch kernels does not count."""
+"""Times calls on a GPU, without the time that Python needs to launch kernels.
+
+Other work is queued on the GPU before each call, so that the GPU is busy until Python has launched the call.
+"""
 
 import math
 import statistics
@@ -20,7 +23,7 @@ class Timing(NamedTuple):
     milliseconds: list[float]
     """Milliseconds on the device for each call."""
     host_milliseconds: float
-    """Median milliseconds per call that Python needs to launch the kernels; on a CPU, median milliseconds per call."""
+    """Median milliseconds that Python needs to launch one call's kernels. On a CPU, median milliseconds of one call."""
 
     @property
     def median(self) -> float:
@@ -28,7 +31,7 @@ class Timing(NamedTuple):
         return statistics.median(self.milliseconds)
 
     def describe(self) -> dict[str, float]:
-        """Returns the median, the extremes and the host time in milliseconds, by name."""
+        """Returns the median, the minimum, the maximum and the host's time, in milliseconds by name."""
         low, high = min(self.milliseconds), max(self.milliseconds)
         return {"ms": self.median, "min_ms": low, "max_ms": high, "host_ms": self.host_milliseconds}
 
@@ -36,14 +39,12 @@ class Timing(NamedTuple):
 class Clock:
     """Times calls on one device.
 
-    On a GPU, large matrix products run before each timed call. These products keep the GPU busy until Python has
-    launched the call. They also keep the clock rate high and replace the content of the L2 cache.
+    On a GPU, large matrix products run before each timed call. They keep the GPU busy until Python has launched the
+    call, keep the clock rate high, and replace the content of the L2 cache.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Prepares the large matrix product that keeps the GPU busy before each timed call, and measures the product's
-        time.
-        """
+        """Prepares and times the matrix product that keeps the GPU busy before each timed call."""
         self.device, self.kind = device, kind_of(device)
         if self.kind != "cpu":
             width = _WIDTHS[self.kind]
@@ -52,10 +53,10 @@ class Clock:
             self._product_ms = self._events(lambda: self._queue(10)) / 10
 
     def time(self, call: Callable[[Any], Any], rounds: int, prepare: Callable[[], Any] = lambda: None) -> Timing:
-        """Times `call(prepare())` without the time of `prepare`, after a few calls that warm up.
+        """Times `call(prepare())`, after a few calls for warming up. The time of `prepare` does not count.
 
         Args:
-            call: function to time; its result is dropped.
+            call: function to time. The result is discarded.
             rounds: number of timed calls.
             prepare: function that returns the argument for each call.
         """

@@ -1,4 +1,4 @@
-"""Runs commands in the root folder of the clone, for sections that need its tests or configs."""
+"""Runs commands in the root folder of the clone, for sections that use the clone's tests or configs."""
 
 import shlex
 import subprocess
@@ -14,7 +14,12 @@ _TAIL_LINES = 8
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Runs commands in the clone until one fails; returns `passed`, `seconds`, `command` and `tail`, the last lines."""
+    """Runs commands in the clone until one fails.
+
+    Returns:
+        `passed`, whether no command failed; `seconds`; `command`, all commands as text; and `tail`, the last lines of
+        the output of the last command that ran.
+    """
     start, passed, tail = time.monotonic(), True, ""
     for command in commands:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)

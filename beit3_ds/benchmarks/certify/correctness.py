@@ -1,4 +1,4 @@
-"""Checks each op and variant on this device against a float64 reference, and checks that two runs give equal bits."""
+"""Checks every op on this device against a float64 reference, and checks that two runs give identical bits."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head width, M rows of a head, V vocabulary.
 
@@ -41,20 +41,22 @@ _CHECKED = (
 
 
 class Op(NamedTuple):
-    """Describes an op, its reference, and the shapes of their inputs."""
+    """Describes one variant of an op, with a reference and the shapes of the inputs."""
 
     name: str
-    """Name of the op and its variant."""
+    """Name of the op and the variant."""
     ours: Callable[..., Tensor]
-    """Op as the model calls it."""
+    """The op, as the model calls it."""
     reference: Callable[..., Tensor]
-    """Reference for the op in plain PyTorch, with the same inputs and output."""
+    """Reference in plain PyTorch, which takes the op's inputs and returns the op's output."""
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of the inputs that need gradients."""
 
 
 def measure(recorder: Recorder) -> None:
-    """Records the self-checks of the kernels on a GPU, then each op with each backend, dtype and memory alignment."""
+    """Records the kernels' self-checks on a GPU. Then records a check of each op with each backend, dtype and
+    alignment.
+    """
     device = device_of_turns()
     on_gpu = kind_of(device) != "cpu"
     for name, check in _kernel_checks(device) if on_gpu else ():
@@ -73,7 +75,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def _kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yields the self-checks of the ops, which run this project's kernels only."""
+    """Yields name and function of each op's self-check, which runs only this project's kernels."""
     for dtype in _DTYPES:
         for module in _CHECKED:
             name = module.__name__.rpartition(".")[2]
@@ -94,7 +96,7 @@ def _kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Non
 
 
 def _passes(check: Callable[[], None]) -> dict[str, Any]:
-    """Returns whether a self-check finds no wrong result. Errors of compilation or launch are not caught."""
+    """Runs a self-check, and returns whether all results are right. Errors of compilation or launch are not caught."""
     with CHOICES.fixed("triton"), torch.enable_grad():
         try:
             check()
@@ -104,7 +106,7 @@ def _passes(check: Callable[[], None]) -> dict[str, Any]:
 
 
 def _check(op: Op, device: torch.device, dtype: torch.dtype, backend: Backend, is_aligned: bool) -> dict[str, Any]:
-    """Compares an op's output and gradients with the reference, and checks that a second run gives equal bits."""
+    """Compares an op's output and gradients with the reference, and checks that a second run gives identical bits."""
     generator = torch.Generator().manual_seed(0)
     inputs = [_place(torch.randn(shape, generator=generator) / 4, device, dtype, is_aligned) for shape in op.shapes]
     y = op.reference(*inputs)
@@ -123,9 +125,9 @@ def _check(op: Op, device: torch.device, dtype: torch.dtype, backend: Backend, i
 
 
 def _place(x: Tensor, device: torch.device, dtype: torch.dtype, is_aligned: bool) -> Tensor:
-    """Returns a copy of a tensor; an unaligned copy begins one element after an address that is a multiple of 16 bytes.
+    """Returns a copy of a tensor on a device. The copy may be unaligned, like parameters in ZeRO's flat buffers.
 
-    Parameters in ZeRO's flat buffers can have such addresses.
+    An unaligned copy starts one element after an address that is a multiple of 16 bytes.
     """
     buffer = torch.empty(x.numel() + 1, device=device, dtype=dtype)
     placed = (buffer[:-1] if is_aligned else buffer[1:]).view(x.shape)

@@ -1,4 +1,4 @@
-"""Distinguishes a GPU, a CPU and an emulated GPU; the sizes of the measurements depend on this kind."""
+"""Distinguishes three kinds of device: a GPU, a CPU, and an emulated GPU. Each kind has its own measurement sizes."""
 
 from typing import Literal
 

@@ -1,8 +1,9 @@
-"""Runs a section without a GPU as if there were one: kernels are compiled but not run, and results are undefined.
+"""Runs a section of `beit3 certify` on an emulated GPU: kernels are compiled but do not run.
 
-A dry run finds errors in the sections before they cost time on a GPU. It also fills Triton's cache with the compiled
-kernels. Kernels depend on widths, dtypes and flags, so these are the same as on a GPU. There are fewer samples, layers
-and words. PyTorch's expensive operations compute nothing either (`empty_results`).
+A dry run finds errors in the sections before they cost time on a GPU. It also fills Triton's cache with compiled
+kernels. A compiled kernel depends on widths, dtypes and flags, so these are the same as on a GPU. The numbers of
+samples, layers and words are smaller. Expensive operations of PyTorch compute nothing (`empty_results`). All results
+are undefined.
 """
 
 import warnings
@@ -25,7 +26,7 @@ class _Event:
     """Replaces `torch.cuda.Event`; every measured time is 1 ms."""
 
     def __init__(self, enable_timing: bool = False) -> None:
-        """Ignores the argument."""
+        """Accepts the argument of `torch.cuda.Event`, and ignores it."""
 
     def record(self) -> None:
         """Does nothing."""
@@ -45,7 +46,7 @@ def _call_once(call: Callable[[], Any]) -> float:
 
 @contextmanager
 def dry_run(architecture: int) -> Iterator[None]:
-    """Emulates a GPU inside a `with` block, by replacing functions of `torch.cuda`.
+    """Emulates a GPU inside a `with` block. Functions of `torch.cuda` are replaced.
 
     Args:
         architecture: compute capability of the emulated GPU: 80, 90 or 100.

@@ -1,6 +1,7 @@
-"""Replaces PyTorch's expensive operations on a CPU by operations that return empty results, for dry runs.
+"""Replaces expensive operations of PyTorch on a CPU with operations that compute nothing, for dry runs.
 
-A dry run needs only shapes and dtypes. On a CPU, the products of a reference would take minutes, above all in float16.
+A dry run needs only the shapes and dtypes of results. On a CPU, the references' matrix products would take minutes,
+above all in float16.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,9 +69,9 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def empty_results() -> Iterator[None]:
-    """Replaces products, attention, random values and updates on the CPU inside a `with` block by empty results.
+    """Makes products, attention, random values and updates on a CPU compute nothing inside a `with` block.
 
-    Results have the right shapes, dtypes and strides, but undefined content. The block affects all threads of the
+    Results have the right shapes, dtypes and strides, but undefined values. The block affects all threads of the
     process.
     """
     library = torch.library.Library("aten", "IMPL", "CPU")

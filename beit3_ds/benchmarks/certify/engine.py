@@ -1,4 +1,4 @@
-"""Times training steps with DeepSpeed's engine, including the update of the weights."""
+"""Times whole training steps with DeepSpeed's engine, including the update of the weights."""
 
 import importlib
 import statistics

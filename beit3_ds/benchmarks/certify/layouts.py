@@ -1,4 +1,4 @@
-"""Trains on one GPU, then on all GPUs of this machine with all kinds of parallelism, and compares the losses."""
+"""Trains on one GPU, then on all GPUs with tensor, pipeline and data parallelism, and compares the losses."""
 
 import importlib
 import json
@@ -17,13 +17,13 @@ from beit3_ds.config import load_run_config
 from beit3_ds.training.kernel_cache import launch_kernels
 
 CONFIG = "ds_configs/demo_tp2_pp2_dp2_zero3.json"
-"""Path in the clone of the config to train."""
+"""Path of the training's config file in the clone."""
 
 Commands = list[tuple[str, ...]]
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item for training on one GPU and, with several GPUs, one item that compares the losses.
+    """Records one item for training on one GPU. With several GPUs, also records an item that compares the losses.
 
     A dry run does not train. It launches the kernels of the training on one GPU.
     """
@@ -48,11 +48,11 @@ def _launch_kernels() -> dict[str, Any]:
 
 
 def plan_commands(folder: Path, num_gpus: int) -> dict[str, Commands]:
-    """Returns the commands to run for each item, by name of the item.
+    """Returns the commands to run for each item of the section, by the item's name.
 
     Args:
         folder: folder for the output of the training runs.
-        num_gpus: number of GPUs. With several, a second run uses the largest power of two among them.
+        num_gpus: number of GPUs. With two or more, a second run uses the largest power of two of them.
     """
     beit3 = (sys.executable, "-m", "beit3_ds.cli.main")
     tokenizers = {

@@ -1,4 +1,4 @@
-"""Describes this machine: its devices, the versions of drivers and packages, missing packages, and the commit."""
+"""Describes this machine: devices, versions of drivers and packages, missing packages, and this project's commit."""
 
 import hashlib
 import importlib.metadata
@@ -16,16 +16,16 @@ PACKAGES = (
     *("torch", "triton", "numpy", "deepspeed", "torchscale", "timm", "zstandard", "webdataset", "sentencepiece"),
     *("flash_attn", "liger_kernel", "apex", "pytest"),
 )
-"""Packages whose versions the report lists. All are optional for some sections."""
+"""Packages whose versions the report lists. Some sections run without some of them."""
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item that describes the machine; every call of `beit3 certify` repeats this."""
+    """Records one item that describes the machine. Every call of `beit3 certify` records the item again."""
     recorder.add("machine", **describe_machine())
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns the devices, versions, missing packages and the commit, by name."""
+    """Returns devices, versions, missing packages and the commit, by name."""
     import torch
 
     versions = {name: _version(name) for name in PACKAGES}
@@ -59,7 +59,7 @@ def _version(package: str) -> str | None:
 
 
 def _source_hash() -> str:
-    """Returns a hash of this project's Python files, to identify the code without a git repository."""
+    """Returns a hash of this project's Python files, which identifies the code if there is no git repository."""
     digest = hashlib.sha256()
     for path in sorted([*_ROOM.rglob("*.py"), *(_ROOM / "kernels").rglob("*.py")]):
         digest.update(path.read_bytes())

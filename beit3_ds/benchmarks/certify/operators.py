@@ -1,4 +1,4 @@
-"""Times each op at the shapes of the base and giant models, for this project's and other libraries' implementations."""
+"""Times each op at the shapes of the base and giant models, with this project's and other implementations."""
 
 import functools
 import shutil
@@ -30,7 +30,7 @@ _NAMES = ("packed_attention", "multiway FFN", "multiway layer norm", "linear_cro
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per model size, op and implementation; implementations with long compilation come last."""
+    """Records one item per model size, op and implementation. Implementations that take long to compile come last."""
     device = device_of_turns()
     kind = kind_of(device)
     clock = Clock(device)
@@ -53,7 +53,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def keep_choices(recorder: Recorder, device: torch.device) -> None:
-    """Copies the file with the chosen implementations of ops to the report's folder, for a later commit."""
+    """Copies this machine's choice file to the report's folder, so that it can be committed (`choice_file`)."""
     path = choice_file_of(device).path if device.type == "cuda" else None
     if path is not None and path.exists():
         folder = recorder.folder / "choices"
@@ -62,12 +62,12 @@ def keep_choices(recorder: Recorder, device: torch.device) -> None:
 
 
 def using(backend: Backend | None) -> AbstractContextManager[None]:
-    """Returns a context manager that fixes the backend of ops; with None, the backend stays unchanged."""
+    """Returns a context manager that sets the backend of ops. With None, it leaves the backend unchanged."""
     return nullcontext() if backend is None else CHOICES.fixed(backend)
 
 
 def _candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Implementation, Backend | None]]:
-    """Yields each implementation with its name. This project's op is yielded once per available backend."""
+    """Yields name, implementation and backend for each measurement; this project's op is measured with each backend."""
     backends: tuple[Backend, ...] = ("auto", "triton", "library", "cuda")
     for entry in case.implementations:
         if entry.name != _OURS:
@@ -88,7 +88,10 @@ def _rebuild(clock: Clock, build: Callable[[], Case], name: str) -> dict[str, An
 
 
 def _measure(clock: Clock, case: Case, entry: Implementation, backend: Backend | None) -> dict[str, Any]:
-    """Compares an implementation with this project's library backend, and times its forward and backward pass."""
+    """Times the forward and backward pass of one implementation, and compares the result with this project's op.
+
+    This project's op uses the backend `library` in the comparison.
+    """
     if entry.build is None:
         return {"not_run": entry.why_absent}
     rounds = _ROUNDS[clock.kind]
@@ -119,7 +122,10 @@ def _differentiate(problem: Problem, y: Tensor) -> Any:
 
 
 def _error(case: Case, problem: Problem) -> float:
-    """Returns the relative difference between an implementation and this project's op with the backend "library"."""
+    """Returns the relative difference between an implementation's result and that of this project's op.
+
+    This project's op uses the backend `library`.
+    """
     build = case.implementations[0].build
     assert build is not None
     with torch.no_grad():
@@ -131,7 +137,7 @@ def _error(case: Case, problem: Problem) -> float:
 
 
 def _peak(problem: Problem, device: torch.device) -> float | None:
-    """Returns the MB by which memory grows at its peak during forward and backward; None on a CPU."""
+    """Returns the peak memory during forward and backward in MB, minus the memory before; None on a CPU."""
     if kind_of(device) == "cpu":
         return None
     torch.cuda.synchronize()

@@ -31,11 +31,11 @@ _FLOAT32_ERROR = 1e-4
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per model layout and dtype, with the errors of the loss and the gradients relative to float64.
+    """Records one item per model layout and dtype, with the errors of loss and gradients relative to float64.
 
-    A check passes if the gradient error on the device is at most twice the gradient error on the CPU in the same dtype.
-    In float32, an error of at most 1e-4 relative to the gradients' norm also passes: the CPU adds in a different order,
-    so its error can be small by chance.
+    A check passes if the gradient error on the device is at most twice the CPU's gradient error in the same dtype. In
+    float32, an error of at most 1e-4 relative to the gradients' norm also passes, because the CPU's error can be small
+    by chance.
     """
     device = device_of_turns()
     for layout, changes in _LAYOUTS.items():
@@ -56,8 +56,11 @@ def _compare(
     dtype: torch.dtype,
     compute_exact: Callable[[], tuple[float, torch.Tensor]],
 ) -> dict[str, Any]:
-    """Returns `loss_error` in nats, `gradient_error` relative to the gradients' norm, its limit `allowed`, and
-    `passed`.
+    """Computes a training step on a device, and returns the errors of its loss and gradients.
+
+    Returns:
+        `loss_error` in nats; `gradient_error`, relative to the gradients' norm; `allowed`, the limit for
+        `gradient_error`; and `passed`.
     """
     exact_loss, exact = compute_exact()
     _, on_cpu = _step(config, batch, torch.device("cpu"), dtype)

@@ -1,4 +1,4 @@
-"""Implements BEiT-3 in plain PyTorch with padding, for torch.compile; a baseline for training steps in `beit3 certify`.
+"""Implements BEiT-3 in plain PyTorch with padding and torch.compile, as a baseline for training steps.
 
 The layers match the released models: every block has an image expert, a text expert and sub-LN.
 """
@@ -14,17 +14,17 @@ from beit3_ds.config import ModelConfig
 
 
 class Experts(nn.Module):
-    """Applies one copy of a layer to image rows, and another copy to text rows."""
+    """Contains two copies of a layer: one for image rows, and one for text rows."""
 
     def __init__(self, image: nn.Module, text: nn.Module) -> None:
         super().__init__()
         self.image, self.text = image, text
 
     def forward(self, x_BSD: Tensor, num_image_rows: int) -> Tensor:
-        """Returns the layer's output for image rows and text rows, in the order of the input.
+        """Applies each copy of the layer to its own rows, and returns all rows in the order of the input.
 
         Args:
-            x_BSD: input rows, image rows first.
+            x_BSD: input rows of B samples. In each sample, image rows come first.
             num_image_rows: number of image rows per sample; 0 for texts.
         """
         if num_image_rows == 0:
@@ -37,7 +37,7 @@ class Experts(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Computes attention and FFN, each with a norm before it and a sub-LN inside it, with stochastic depth."""
+    """Computes attention and FFN with stochastic depth. Each has a norm before it, and a sub-LN inside it."""
 
     def __init__(self, config: ModelConfig, drop_path_rate: float) -> None:
         super().__init__()
@@ -64,12 +64,12 @@ class PlainBlock(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor, num_image_rows: int, mask: Tensor | None) -> Tensor:
-        """Returns the block's output.
+        """Returns the block's output rows.
 
         Args:
-            x_BSD: input rows, image rows first.
+            x_BSD: input rows of B samples. In each sample, image rows come first.
             num_image_rows: number of image rows per sample; 0 for texts.
-            mask: (B, 1, 1, S) bool, False at padding; None without padding.
+            mask: attention mask (B, 1, 1, S), bool, False at padding; None without padding.
         """
         batch, rows, width = x_BSD.shape
         qkv = self.qkv(self.norm1(x_BSD, num_image_rows), num_image_rows)
@@ -113,8 +113,8 @@ class PlainModel(nn.Module):
         )
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns the mean cross entropy over masked patches (if there are images), then over masked tokens (if there
-        are texts).
+        """Returns one loss per modality in the batch: the mean cross entropy over masked patches, then over masked
+        tokens.
         """
         parts, visible, num_image_rows = [], [], 0
         if stream.pixels is not None and stream.patch_mask is not None:

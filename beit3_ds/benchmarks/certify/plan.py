@@ -1,22 +1,22 @@
-"""Lists the sections of a certification, the most important first."""
+"""Lists the sections of `beit3 certify`, the most important first."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Describes one section of a certification; each section runs in its own process."""
+    """Describes one section of `beit3 certify`: a group of measurements that runs in its own process."""
 
     name: str
     """Name of the section, one word."""
     title: str
-    """Heading of the section in the report; it tells what the section shows."""
+    """Heading of the section in the report. It says what the section shows."""
     module: str
     """Module of the section, with a function `measure(recorder)`."""
     seconds: int
     """Estimated seconds on one GPU, if Triton's cache contains all kernels."""
     limit: int
-    """Time limit in seconds, after which the section is killed. Items recorded so far are kept."""
+    """Time limit in seconds, after which the section is killed. Results recorded before are kept."""
 
 
 _ROOM = "beit3_ds.benchmarks.certify"

@@ -17,7 +17,7 @@ _KERNELS = 25
 
 
 def measure(recorder: Recorder) -> None:
-    """Records the share of idle time for each model, and one item for each of the 25 slowest kernels."""
+    """Records for each model the share of idle time, and one item for each of the 25 kernels with the most time."""
     device = device_of_turns()
     if kind_of(device) == "cpu":
         raise NeedsDeviceError
@@ -26,12 +26,10 @@ def measure(recorder: Recorder) -> None:
 
 
 def idle_share(intervals: Sequence[tuple[float, float]]) -> float:
-    """Returns the share of the total time in which no kernel runs.
-
-    The total time is from the first start to the last end.
+    """Returns the share of time in which no kernel runs, between the first start and the last end of a kernel.
 
     Args:
-        intervals: start and end of each kernel in any order and unit; intervals may overlap.
+        intervals: start and end time of each kernel, in any order and unit. Intervals may overlap.
     """
     busy, end = 0.0, float("-inf")
     ordered = sorted(intervals)

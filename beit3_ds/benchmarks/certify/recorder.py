@@ -1,4 +1,4 @@
-"""Records each measurement of a section immediately, and skips measurements that are already recorded."""
+"""Records every measurement of a section at once, and skips measurements that are already recorded."""
 
 import os
 import sys
@@ -16,25 +16,26 @@ class NeedsDeviceError(RuntimeError):
 
 
 class Recorder:
-    """Measures and records the items of one section."""
+    """Runs and records the measurements of one section. A named measurement is called an item."""
 
     def __init__(self, section: str, path: Path, call: int, is_dry_run: bool = False) -> None:
-        """Reads the names of the items to skip from the results file.
+        """Reads from the results file which items to skip.
 
-        Items that succeeded in any call are skipped. Items that began in this call are skipped too: if an item crashes
-        the section, the section restarts and continues with the next item.
+        Items that succeeded in any call of `beit3 certify` are skipped. Items that already began in this call are
+        skipped too. So if an item crashes the section's process, the new process continues with the next item.
 
         Args:
             section: name of the section.
             path: path of the results file.
             call: number of this call of `beit3 certify`.
-            is_dry_run: whether this is a dry run (`dry_run`). Results are then undefined, so checks are not recorded.
+            is_dry_run: whether this is a dry run (`dry_run`). A dry run's results are undefined, so checks are not
+                recorded.
         """
         self._is_dry_run = is_dry_run
         self._compilations, self._num_counted = Compilations(), 0
         self._section, self._file, self._call = section, ResultsFile(path), call
         self.folder = path.parent
-        """Folder of the report, where sections may store further files."""
+        """Folder of the report. Sections may store further files there."""
         self._known = {
             line["item"]
             for line in self._file.read()
@@ -44,7 +45,7 @@ class Recorder:
         }
 
     def knows(self, item: str) -> bool:
-        """Returns whether an item is already recorded."""
+        """Returns whether the item with this name is to be skipped."""
         return item in self._known
 
     def add(self, item: str, **figures: Any) -> None:
@@ -52,24 +53,26 @@ class Recorder:
         self._file.append({"section": self._section, "item": item, "call": self._call, **figures})
 
     def start_counting(self) -> None:
-        """Starts to count the kernels that Triton finds in its cache, and the kernels that Triton compiles."""
+        """Starts counting the kernels that Triton finds in its cache, and those that Triton compiles."""
         self._compilations.start()
 
     def add_counts(self) -> None:
-        """Appends the counts of kernels to the results file if they have changed; `measure` calls this method."""
+        """Appends the counts of kernels to the results file if the counts have changed. `measure` calls this method."""
         number = self._compilations.num_hits + self._compilations.num_misses
         if number > self._num_counted:
             self._num_counted = number
             self.add(CACHE_ITEM, **self._compilations.describe(), process=os.getpid())
 
     def measure(self, item: str, compute: Callable[[], dict[str, Any]]) -> None:
-        """Computes and records the figures of an item. An error is recorded instead, and other items can still run.
+        """Runs the measurement of an item, and records the figures. If an error occurs, records the error.
 
-        After an error of the CUDA driver the error is raised again, because the process cannot use the GPU any more.
+        After most errors, the section continues with other items. An error of the CUDA driver is raised again, because
+        the process cannot use the GPU any more.
 
         Args:
             item: name of the item, unique within the section.
-            compute: returns the figures by name. The optional figure `passed` tells whether a check passed.
+            compute: function that returns the figures by name. The optional figure `passed` tells whether a check
+                passed.
         """
         if item in self._known:
             return
@@ -109,10 +112,10 @@ class Recorder:
 
 
 def is_own(error: ModuleNotFoundError) -> bool:
-    """Returns whether the missing module belongs to this project, which is a bug rather than a missing package."""
+    """Returns whether the missing module belongs to this project. If it does, the error is a bug."""
     return top_level(error) == "beit3_ds"
 
 
 def top_level(error: ModuleNotFoundError) -> str:
-    """Returns the name of the missing top-level package."""
+    """Returns the name of the top-level package that could not be imported."""
     return (error.name or str(error)).split(".")[0]

@@ -1,4 +1,4 @@
-"""Writes the report of a certification as Markdown and JSON, from the lines of the results file."""
+"""Writes the report of `beit3 certify` as Markdown and JSON, from the lines of the results file."""
 
 import json
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
     """Writes `certificate.json` and `certificate.md` into the report's folder.
 
     Args:
-        results: results file with all lines.
+        results: results file.
         folder: folder of the report.
-        plan: sections in order.
+        plan: sections, in the order of the report.
 
     Returns:
-        Whether the certification succeeded. Each section must have completed, or must lack a package or a device. No
-        item may have failed or crashed, and no check may have failed.
+        Whether the certification succeeded. It succeeds if every section completed, or could not run because a package
+        or a GPU is missing. No item may have failed or crashed, and no check may have failed.
     """
     lines = list(results.read())
     machines = [_figures(line) for line in lines if line.get("section") == MACHINE.name and "devices" in line]
@@ -41,7 +41,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
 
 def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns status, time and items of one section. An item that was measured again has its latest figures."""
+    """Returns status, time and items of one section. For an item that was measured twice, the latest figures count."""
     own = [line for line in lines if line.get("section") == section.name]
     ends = [line for line in own if "seconds" in line and "status" in line]
     items: dict[str, dict[str, Any]] = {}
@@ -93,7 +93,7 @@ def _markdown(content: dict[str, Any], folder: Path) -> str:
 
 
 def _tables(items: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns Markdown tables of items; items whose figures have the same names share a table."""
+    """Returns Markdown tables of items. Items whose figures have equal names share one table."""
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for name, item in items.items():
         groups.setdefault(tuple(item), []).append([name, *(_show(value) for value in item.values())])

@@ -1,4 +1,4 @@
-"""Stores the results of a certification as JSON lines. Each line is written immediately, so that it survives a crash.
+"""Stores the results of `beit3 certify` as JSON lines. Each line is written at once, so that it survives a crash.
 
 A line {"call": N, ...} marks the start of a call of `beit3 certify`. A line {"section": NAME, "item": ITEM, "begun":
 true} marks the start of a measurement. A line {"section": NAME, "item": ITEM, ...} contains the figures of the
@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-"""Content of one JSON line by key."""
+"""Content of one JSON line."""
 
 CACHE_ITEM = "Triton cache"
-"""Name of the item with the numbers of kernels that a process found in Triton's cache or compiled."""
+"""Name of the item that counts the kernels which a process found in Triton's cache or compiled."""
 
 DONE = "done"
 """Status of a section that has measured all its items."""
 ABSENT = "absent: "
-"""Prefix of the status of a section that needs a missing package; the package's name follows."""
+"""Start of the status of a section that needs a missing package. The name of the package follows."""
 NEEDS_DEVICE = "needs a CUDA device"
 """Status of a section that cannot run on a CPU."""
 
 
 def has_failed(line: Line) -> bool:
-    """Returns whether the item of a line did not end, raised an error, or did not pass its check."""
+    """Returns whether a line's item crashed, raised an error, or did not pass its check."""
     return bool(line.get("begun") or line.get("error")) or line.get("passed") is False
 
 
 def describe_cache(lines: Sequence[Line], section: str) -> str:
-    """Returns the numbers of cached and of compiled kernels of all processes of a section, as text.
+    """Returns a text with the numbers of kernels that a section's processes found in Triton's cache and compiled.
 
     The text is empty if the section launched no kernels.
     """
@@ -44,14 +44,14 @@ def describe_cache(lines: Sequence[Line], section: str) -> str:
 
 
 class ResultsFile:
-    """Appends lines to the results file of one certification, and reads these lines."""
+    """Appends lines to the results file of one certification, and reads the lines."""
 
     def __init__(self, path: Path) -> None:
         """Stores the path of the results file; the first `append` creates the file."""
         self.path = path
 
     def append(self, line: Line) -> None:
-        """Appends one line with a single write, after ending a line that a killed process left incomplete."""
+        """Appends one line with a single write. First ends the last line, if a killed process left it incomplete."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size
@@ -74,14 +74,14 @@ class ResultsFile:
 
     @property
     def call(self) -> int:
-        """Returns the number of the latest call of `beit3 certify` in this file; 0 without a call."""
+        """Returns the number of the latest call of `beit3 certify` in this file; 0 if there was no call."""
         return max((line["call"] for line in self.read() if "section" not in line and "call" in line), default=0)
 
     def failed_sections(self) -> set[str]:
-        """Returns the names of the sections in which the latest line of an item is a failure."""
+        """Returns the names of the sections that have a failed item. Only the latest line of each item counts."""
         latest = {(line["section"], line["item"]): line for line in self.read() if "item" in line}
         return {section for (section, _), line in latest.items() if has_failed(line)}
 
     def statuses(self) -> dict[str, str]:
-        """Returns the latest status of each section that has ended, by name of the section."""
+        """Returns the latest status of each section that has ended, by the section's name."""
         return {line["section"]: line["status"] for line in self.read() if "status" in line}

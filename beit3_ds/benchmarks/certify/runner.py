@@ -1,4 +1,4 @@
-"""Runs the sections of a certification one after the other, each in its own process with a time limit."""
+"""Runs the sections of `beit3 certify` one after another, each in its own process with a time limit."""
 
 import contextlib
 import os
@@ -31,22 +31,22 @@ def certify(
     machine: Section = MACHINE,
     architecture: int | None = None,
 ) -> int:
-    """Runs all sections that are missing in the report's folder, and rewrites the report after each section.
+    """Runs all sections whose results are missing in the report's folder, and writes the report again after each
+    section.
 
-    Sections that never began run first. Then follow sections of an earlier call that did not complete or have failed
-    items. Items that are already recorded are skipped.
+    Sections that never began run first. Then follow sections that did not complete or had failed items in an earlier
+    call. Items that are already recorded are skipped.
 
     Args:
         folder: folder for the report, the results and the sections' logs; created if missing.
         minutes: time limit of this call, after which the running section is killed; None for no limit.
         only: names of the sections to run; empty for all sections.
         plan: sections, the most important first.
-        machine: section that describes the machine; it runs first in every call.
+        machine: section that describes the machine. It runs first in every call.
         architecture: compute capability of a GPU to emulate (`dry_run`): 80, 90 or 100. None measures this machine.
 
     Returns:
-        0 if each section of the plan completed or lacks a package or a device, and no item and no check failed;
-        otherwise 1.
+        Exit status: 0 if the certification succeeded (`write_report`), otherwise 1.
 
     Raises:
         ConfigError: if a name in `only` is unknown, the folder contains other files, or the results are from another
@@ -81,7 +81,7 @@ def certify(
 
 
 def describe_plan(plan: Sequence[Section] = PLAN) -> str:
-    """Returns the sections in order as text, with their estimated seconds on a GPU and their time limits."""
+    """Returns a text that lists the sections in order, with estimated seconds on a GPU and time limits."""
     lines = [
         f"{section.name:12} about {section.seconds:4} s, at most {section.limit:4} s: {section.title}"
         for section in plan
@@ -92,13 +92,18 @@ def describe_plan(plan: Sequence[Section] = PLAN) -> str:
 def _open(folder: Path) -> ResultsFile:
     results = ResultsFile(folder / RESULTS)
     if folder.exists() and any(folder.iterdir()) and not results.path.exists():
-        raise ConfigError(f"certify: {folder} holds files of something else. Name another folder with --out.")
+        raise ConfigError(
+            f"certify: {folder} contains files that are no results of `beit3 certify`. Name another folder with --out."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return results
 
 
 def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
-    """Returns the sections to run: those that never began, then those that did not complete or have failed items."""
+    """Returns the sections to run, in order.
+
+    Sections that never began come first. Then follow sections that did not complete or have failed items.
+    """
     statuses, failed = results.statuses(), results.failed_sections()
     return [
         *(section for section in plan if section.name not in statuses),
@@ -124,7 +129,9 @@ def _check_machine(results: ResultsFile, folder: Path) -> None:
 
 
 def _run(section: Section, results: ResultsFile, call: int, seconds: float, architecture: int | None) -> str:
-    """Runs a section, and runs it again after a crash if it recorded new items; records and returns the status."""
+    """Runs a section; records and returns the status. After a crash, runs it again if the crashed run recorded new
+    items.
+    """
     start, attempt = time.monotonic(), 0
     while True:
         attempt += 1
@@ -142,7 +149,7 @@ def _run(section: Section, results: ResultsFile, call: int, seconds: float, arch
 
 
 def _run_once(section: Section, results: ResultsFile, call: int, seconds: float, architecture: int | None) -> str:
-    """Runs the process of a section and returns the status; at the time limit, kills the process and its children."""
+    """Runs a section's process and returns the status. At the time limit, kills the process and its children."""
     command = [sys.executable, "-m", "beit3_ds.benchmarks.certify.section", section.name, section.module]
     command += ["--out", str(results.path), "--call", str(call)]
     command += [] if architecture is None else ["--dry-run", str(architecture)]
@@ -160,7 +167,7 @@ def _run_once(section: Section, results: ResultsFile, call: int, seconds: float,
 
 
 def _own_status(section: Section, results: ResultsFile, call: int) -> str:
-    """Returns the status that a section recorded about itself in this call; "done" if it recorded none."""
+    """Returns the status that a section's process recorded in this call; "done" if it recorded none."""
     for line in reversed(list(results.read())):
         if line.get("section") == section.name and line.get("call") == call and "status" in line:
             status: str = line["status"]

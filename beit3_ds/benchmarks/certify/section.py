@@ -1,4 +1,4 @@
-"""Runs one section of a certification in its own process: `python -m ... NAME MODULE --out FILE --call N`."""
+"""Runs one section of `beit3 certify` in this process: `python -m ... NAME MODULE --out FILE --call N`."""
 
 import argparse
 import importlib
@@ -12,9 +12,9 @@ from beit3_ds.benchmarks.certify.results import ABSENT, NEEDS_DEVICE, ResultsFil
 
 
 def run_section(name: str, module: str, path: Path, call: int, architecture: int | None = None) -> None:
-    """Measures all items of a section. Also records warnings, and how often Triton compiled a kernel.
+    """Runs all measurements of a section. Also records warnings, and how many kernels Triton compiled.
 
-    If a package or a needed GPU is missing, the section's recorded status says so.
+    If a package or a GPU that the section needs is missing, the recorded status says so.
 
     Args:
         name: name of the section.

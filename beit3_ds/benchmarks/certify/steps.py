@@ -1,4 +1,4 @@
-"""Times training steps of the base size, and of some layers of giant, with this project, torchscale and plain PyTorch.
+"""Times training steps of this project, torchscale and plain PyTorch, for the base size and some layers of giant.
 
 All steps use the same samples, gradient clipping and torch's fused AdamW with float32 weights. On a GPU, this project's
 model computes in bfloat16, and the other models run under bfloat16 autocast.
@@ -32,7 +32,7 @@ from beit3_ds.tasks.pretraining.heads import head_flops
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 
 Step = Callable[[], Tensor]
-"""Type of a function that trains one step and returns the loss as a tensor on the device."""
+"""Function that trains one step and returns the loss as a tensor on the device."""
 
 _STEPS = {"cuda": 10, "cpu": 1, "dry": 1}
 _REPEATS = {"cuda": 3, "cpu": 1, "dry": 1}
@@ -40,7 +40,7 @@ _MAX_NORM = 3.0
 
 
 class Model(NamedTuple):
-    """Describes a model to time: model size, number of layers, samples per step."""
+    """Describes a model whose training step is timed: model size, number of layers, and samples per step."""
 
     name: str
     """Name of the model in the report."""
@@ -51,7 +51,7 @@ class Model(NamedTuple):
     samples: int
     """Number of images per step, equal to the number of pairs and to the number of texts."""
     has_small_vocabularies: bool = False
-    """Whether to use small vocabularies, to save time on a CPU."""
+    """Whether to use small vocabularies, which save time on a CPU."""
 
     def config(self) -> RunConfig:
         """Returns the run config of the model."""
@@ -62,7 +62,7 @@ class Model(NamedTuple):
 
 
 def models(device: torch.device) -> tuple[Model, ...]:
-    """Returns the models to time: base and 8 of giant's 40 layers on a GPU; 2 layers of tiny on a CPU."""
+    """Returns the models to time: base, and 8 of giant's 40 layers. On a CPU, 2 layers of tiny."""
     if kind_of(device) == "dry":
         base = Model("base", "base", 2, 1, has_small_vocabularies=True)
         return base, base._replace(name="giant, 8 layers", size="giant")
@@ -72,7 +72,7 @@ def models(device: torch.device) -> tuple[Model, ...]:
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per model and implementation; implementations with long compilation come last."""
+    """Records one item per model and implementation. Implementations that take long to compile come last."""
     device = device_of_turns()
     peak = published(device)
     ceiling = peak.half_flops if peak else None
@@ -91,8 +91,9 @@ def measure(recorder: Recorder) -> None:
 
 
 def our_step(config: RunConfig, batch: PackedBatch, backend: Backend | None = None) -> Step:
-    """Returns this project's training step without DeepSpeed; on a GPU with bfloat16 weights and float32 master
-    weights.
+    """Returns this project's training step without DeepSpeed.
+
+    On a GPU, the weights are bfloat16, and the optimizer updates float32 master weights.
     """
     device = batch.token_ids.device
     with device:
@@ -124,7 +125,7 @@ def our_step(config: RunConfig, batch: PackedBatch, backend: Backend | None = No
 
 
 def timed_batch(config: RunConfig, device: torch.device) -> PackedBatch:
-    """Returns the batch that all steps train on, with its tensors on `device`."""
+    """Returns the batch on which all implementations train, with tensors on `device`."""
     return build_batch(config, 0).to(device)
 
 
@@ -156,7 +157,7 @@ def _padded_step(model: nn.Module, config: RunConfig, batch: PackedBatch) -> Ste
 
 
 def _initialize(model: nn.Module) -> None:
-    """Fills the parameters with random values on their device, which takes only milliseconds."""
+    """Fills the parameters with random values directly on the device, which takes only milliseconds."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -182,7 +183,7 @@ def _measure(
     measured: float | None,
     data_sheet: float | None,
 ) -> dict[str, Any]:
-    """Trains some steps to compile and warm up, then times further steps without waiting between them."""
+    """Trains a few steps to compile and warm up, then times further steps, without waiting for the GPU between them."""
     config = model.config()
     batch = timed_batch(config, device)
     kind = kind_of(device)
@@ -222,7 +223,7 @@ def _measure(
 
 
 def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
-    """Returns milliseconds per step, and milliseconds per step that Python needs to launch the kernels."""
+    """Returns two times per step in milliseconds: the whole time, and Python's time to launch the kernels."""
     if kind_of(device) != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -235,6 +236,6 @@ def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
 
 
 def _flops(config: RunConfig, batch: PackedBatch) -> float:
-    """Returns the FLOPs of a step's matrix products for all rows, without gradients of the pixels."""
+    """Returns the FLOPs of the matrix products of a step that computes all rows, without the pixels' gradients."""
     embeddings, *rest = layer_flops(config.model, work_of(batch, head_flops(config.model, batch.term_counts)))
     return 2 * embeddings + 3 * sum(rest)

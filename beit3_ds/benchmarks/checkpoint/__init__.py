@@ -1,1 +1,1 @@
-"""Benchmarks the saving, loading and exporting of checkpoints."""
+"""Benchmarks saving, loading and exporting checkpoints."""

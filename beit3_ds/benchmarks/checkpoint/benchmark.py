@@ -1,4 +1,6 @@
-"""Compares how this project and DeepSpeed (with `zero_to_fp32`) save, load and export checkpoints."""
+"""Compares this project with DeepSpeed at saving, loading and exporting checkpoints. DeepSpeed exports with
+`zero_to_fp32`.
+"""
 
 import json
 import os
@@ -32,13 +34,13 @@ def benchmark_checkpoint(
 ) -> str:
     """Measures saving, loading and exporting with this project and with DeepSpeed in turn, and returns a report.
 
-    The ranks hold a bfloat16 training state under ZeRO-3; no step is trained. Before each operation, earlier writes are
-    flushed to the disk and freed memory is returned to the system. Files to load are not in the page cache; files to
-    export are. Peak memory is the sum of VmHWM over ranks, including torch. In the summary, "states" means the bfloat16
-    parameters, float32 weights and moments of all ranks.
+    The ranks hold a bfloat16 training state under ZeRO-3, but no step is trained. Before each operation, earlier writes
+    are flushed to the disk, and freed memory is returned to the system. Loading starts with the files outside the page
+    cache, and exporting with the files in the page cache. Peak memory is the sum of VmHWM over ranks, including torch.
+    In the summary, "states" means the bfloat16 parameters, float32 weights and moments of all ranks.
 
     Args:
-        size: model size. None means the largest of `SIZES` that fits into memory and on the disk (`choose_size`).
+        size: model size. None means the largest size in `SIZES` that fits into memory and on the disk (`choose_size`).
         ranks: number of processes that hold the state.
         folder: folder for temporary files; None means the working directory.
         json_path: file for the results (`rows` and `summary`) as JSON.
@@ -81,13 +83,13 @@ def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
 
 
 def _join(rows: Sequence[Row]) -> Row:
-    """Merges the rows of all ranks into one row: times of the slowest rank, and the sum of the peak memory."""
+    """Merges the results of all ranks into one row: the times of the slowest rank, and the sum of the peak memory."""
     joined = {key: max(row[key] for row in rows) if key.endswith("seconds") else rows[0][key] for key in rows[0]}
     return joined | {"peak_bytes": sum(row["peak_bytes"] for row in rows)}
 
 
 def _measure_exports(folder: Path) -> list[Row]:
-    """Exports this project's and DeepSpeed's checkpoint in turn, and checks that the exported tensors are equal."""
+    """Exports this project's and DeepSpeed's checkpoint in turn, and checks that the exported tensors are identical."""
     ours, theirs = folder / f"{OURS}.safetensors", folder / "fp32"
     (checkpoint,) = (folder / OURS).glob("step-*")
     programs: dict[str, tuple[Path, Path, Sequence[str]]] = {
@@ -113,7 +115,7 @@ def _measure_exports(folder: Path) -> list[Row]:
 
 
 def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
-    """Runs a module in a process; returns the process's time and memory, and the time until `out` is on the disk."""
+    """Runs a module in a process. Returns time and memory; the time ends when the files in `out` are on the disk."""
     os.sync()
     log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
     start, anonymous = time.perf_counter(), 0
@@ -168,9 +170,7 @@ def _check_equal(ours: Path, theirs: Path) -> None:
 
 
 def _summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns ratios of medians. Memory ratios are DeepSpeed over this project; time ratios are this project over
-    DeepSpeed.
-    """
+    """Returns ratios of medians. Memory: DeepSpeed divided by this project. Time: this project divided by DeepSpeed."""
     saves = [row for row in rows if row["operation"] == "save" and row["by"] == OURS]
     blocking = statistics.median(row["seconds"] for row in saves)
     later = [row["held_up_seconds"] for row in saves if not row["is_first"]] or [saves[0]["held_up_seconds"]]
@@ -236,9 +236,9 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
 
 
 def _peak(rows: Sequence[Row]) -> float:
-    """Returns the median peak bytes of an operation.
+    """Returns the median peak memory of an operation in bytes.
 
-    DeepSpeed's later saves do not count, because their memory includes this project's copy of the state.
+    DeepSpeed's saves after the first are left out, because their memory includes this project's copy of the state.
     """
     if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
         return float(rows[0]["peak_bytes"])

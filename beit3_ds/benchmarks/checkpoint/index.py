@@ -1,4 +1,4 @@
-"""Measures the main rank's work on the index of a checkpoint that many ranks have written.
+"""Measures the main rank's work on a checkpoint's index, which lists the files of many ranks.
 
 The measurement runs in one process. The ranks are synthetic, and their weight and moment files are empty.
 """
@@ -31,7 +31,7 @@ _EMPTY = WrittenFile(0, "0" * 64)
 
 
 class _Clock:
-    """Measures the CPU seconds of `with` blocks, and collects them by name."""
+    """Measures the CPU seconds of `with` blocks. Each block has a name."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
@@ -44,9 +44,9 @@ class _Clock:
 
 
 def benchmark_index(ranks: int = 512, size: str = "giant", json_path: str | None = None) -> str:
-    """Measures the work on the index of a ZeRO-3 checkpoint during saving and loading, and returns a report.
+    """Measures the main rank's work on the index when a ZeRO-3 checkpoint is saved and loaded; returns a report.
 
-    Times are median CPU seconds of the main rank. Only saves that also delete an old checkpoint count.
+    Times are median CPU seconds. Only saves that also delete an old checkpoint count.
 
     Args:
         ranks: number of synthetic ranks, all data-parallel.
@@ -89,7 +89,7 @@ def benchmark_index(ranks: int = 512, size: str = "giant", json_path: str | None
 
 
 def _build_reports(size: str, ranks: int) -> list[RankReport]:
-    """Returns the reports of synthetic ranks that divide every tensor like ZeRO-3."""
+    """Returns the reports that ranks would send to the main rank if ZeRO-3 divided every tensor among them."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in PretrainingModel(state_config(size, 1).model).named_parameters()}
     reports = []

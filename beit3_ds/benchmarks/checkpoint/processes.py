@@ -17,14 +17,14 @@ POLL_SECONDS = 0.01
 
 
 def start_module(log: Path, environment: Mapping[str, str], module: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    """Starts a module like `python -m`, with the output in a file."""
+    """Starts a module in a new process, like `python -m`, and writes its output to the file `log`."""
     with log.open("wb") as file:
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT)
 
 
 def run_ranks(folder: Path, operation: str, size: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
-    """Runs an operation of `ranks.main` in new processes and returns the result of each rank.
+    """Runs an operation of `ranks.main` in one new process per rank, and returns the result of each rank.
 
     Raises:
         RuntimeError: if a rank fails; the message contains the end of the rank's output.
@@ -40,7 +40,7 @@ def run_ranks(folder: Path, operation: str, size: str, rounds: int, ranks: int) 
         arguments = ("beit3_ds.benchmarks.checkpoint.ranks", operation, str(folder), size, str(rounds), str(result))
         processes.append(start_module(result.with_suffix(".log"), os.environ | shared | own, *arguments))
     try:
-        # A rank that fails leaves the others waiting for it.
+        # Wait until all ranks end or one fails. After a failure, the other ranks would wait forever.
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             time.sleep(POLL_SECONDS)
     finally:
@@ -50,5 +50,7 @@ def run_ranks(folder: Path, operation: str, size: str, rounds: int, ranks: int) 
     for process, result in zip(processes, results, strict=True):
         if not result.exists():
             log = result.with_suffix(".log").read_text(errors="replace")
-            raise RuntimeError(f"a rank that was to {operation} ended with status {process.returncode}:\n{log[-2000:]}")
+            raise RuntimeError(
+                f"bench checkpoint: a rank failed ({operation}, status {process.returncode}):\n{log[-2000:]}"
+            )
     return [json.loads(result.read_text()) for result in results]

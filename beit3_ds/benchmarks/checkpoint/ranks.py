@@ -61,7 +61,7 @@ def state_config(size: str, seed: int) -> RunConfig:
 
 
 class _Rank:
-    """Holds an engine with random weights and nonzero moments, like the engine of a run after some updates."""
+    """Holds an engine with random weights and nonzero moments, as if some updates had been made."""
 
     def __init__(self, folder: Path, size: str, seed: int) -> None:
         from beit3_ds.runtime.process_group import init_process_group
@@ -86,7 +86,7 @@ class _Rank:
         self.state_bytes = self._count_state_bytes()
 
     def fingerprint(self) -> dict[str, float]:
-        """Returns the sum of this rank's master weights, and the sum of each moment, by name."""
+        """Returns the sum of this rank's master weights, and the sum of each optimizer moment, by name."""
         sums = dict.fromkeys(KINDS, 0.0)
         for fragment in self.state.fragments_to_save():
             for kind in KINDS:
@@ -95,7 +95,7 @@ class _Rank:
 
     @contextmanager
     def row(self, operation: str, by: str) -> Iterator[dict[str, Any]]:
-        """Measures the time and memory of a `with` block and yields the row of results; the block may add values."""
+        """Measures time and memory of a `with` block. Yields the row of results, to which the block may add values."""
         self.mesh.barrier()
         if self.mesh.is_main:
             os.sync()
@@ -124,9 +124,9 @@ class _Rank:
 
 
 def save(rank: _Rank, rounds: int) -> None:
-    """Saves in each round first with DeepSpeed and then with this project.
+    """Saves several times, in each round first with DeepSpeed and then with this project.
 
-    So DeepSpeed's first save happens before this project's copy of the state takes memory.
+    This order is needed for the memory of DeepSpeed's first save: this project's copy of the state does not exist yet.
     """
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:
@@ -151,7 +151,10 @@ def save(rank: _Rank, rounds: int) -> None:
 
 
 def load(rank: _Rank, rounds: int) -> None:
-    """Loads in each round first with this project and then with DeepSpeed; the files are not in the page cache."""
+    """Loads several times, in each round first with this project and then with DeepSpeed.
+
+    The files are removed from the page cache before each load.
+    """
     for _ in range(rounds):
         for by, work in ((OURS, _load_ours), (THEIRS, _load_theirs)):
             if rank.mesh.is_main:
@@ -187,7 +190,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def main(operation: str, folder: str, size: str, rounds: str, result: str) -> None:
-    """Runs one rank, and writes the rows of results and the fingerprint of the state to a file."""
+    """Runs one rank, and writes the results and the fingerprint of the state to a file."""
     operations: dict[str, tuple[Callable[[_Rank, int], None], int]] = {"save": (save, 1), "load": (load, 2)}
     work, seed = operations[operation]
     start, library_bytes = time.perf_counter(), peak_bytes()

@@ -1,4 +1,4 @@
-"""Chooses the model size for the checkpoint benchmark from the measured memory of smaller models."""
+"""Chooses the model size for the checkpoint benchmark, by measuring the memory of smaller models."""
 
 import shutil
 import sys
@@ -18,13 +18,13 @@ from beit3_ds.tasks.pretraining.model import PretrainingModel
 SIZES = ("tiny", "base", "large", "giant")
 _MEASURED = ("tiny", "base")  # sizes that are run once to predict the memory of larger ones
 _DISK_BYTES = 44
-"""Bytes on disk per parameter: 12 (DeepSpeed's checkpoint) + 24 (our two) + 8 (two exports)."""
+"""Bytes on disk per parameter: 12 for DeepSpeed's checkpoint, 24 for two of this project's, and 8 for two exports."""
 _LEAST_BYTES = 1_500_000_000  # assumed need of the smallest size per rank, because nothing is measured yet
 _CACHE_BYTES = 2_000_000_000  # memory left for the page cache and other processes
 
 
 class Choice(NamedTuple):
-    """Holds the chosen model size, the number of parameters, and the reason for the choice."""
+    """Holds the chosen model size, its number of parameters, and the reason for the choice."""
 
     size: str
     num_parameters: int
@@ -69,7 +69,7 @@ def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
 
 
 def predict_bytes(peaks: Sequence[Peak], num_parameters: int) -> int:
-    """Returns the memory of a larger model in bytes, by linear extrapolation from the last two measured peaks."""
+    """Predicts a larger model's memory in bytes, by linear extrapolation from the two largest measured models."""
     (less, low), (more, high) = peaks[-2:]
     return high + (high - low) * (num_parameters - more) // (more - less)
 
@@ -81,7 +81,7 @@ def count_parameters(size: str) -> int:
 
 
 def _available_bytes() -> int:
-    """Returns the free memory of the machine in bytes, but at most the limit of the container."""
+    """Returns the free memory of the machine in bytes, limited to the container's memory limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     limit = measure_node().memory
@@ -89,8 +89,9 @@ def _available_bytes() -> int:
 
 
 def _measure_peak(size: str, ranks: int, folder: Path) -> tuple[int, int]:
-    """Saves and loads a model once. Returns the memory of the libraries alone and the peak memory, each summed over
-    ranks.
+    """Saves and loads a model once, and returns two sums over ranks in bytes.
+
+    The first is the memory of the libraries alone. The second is the peak memory.
     """
     print(f"measuring the memory of {size}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".bench-checkpoint-") as scratch:

@@ -1,6 +1,6 @@
-"""Counts file opens and read calls per sample for each data format and order, and times the opening of many shards.
+"""Counts file opens and read calls per sample for each data format and order. Also times opening many shards.
 
-Python's audit hook and the kernel count the calls (`file_calls`). All files are in the page cache.
+Python's audit hook counts opens, and the kernel counts reads (`file_calls`). All files are in the page cache.
 """
 
 import io
@@ -36,14 +36,14 @@ _SENTENCES = ("a red bird sits left of two green boats.", "old trees stand in th
 
 @dataclass(frozen=True, kw_only=True)
 class CallCounts:
-    """Holds the file calls per sample of one data format in one order."""
+    """Holds the file calls per sample, for one data format and one order of samples."""
 
     source: str
-    """Data format, and the part of each sample that is read, for example "tar, images"."""
+    """Data format, and which part of each sample is read, for example "tar, images"."""
     order: str
-    """Value of `data.order`: "shuffled" or "shard_sequential"."""
+    """Order of the samples, a value of `data.order`: "shuffled" or "shard_sequential"."""
     open_shards: int
-    """Maximum number of shards that stay open."""
+    """Maximum number of shards that are open at once."""
     opens: float
     """File opens per sample."""
     reads: float
@@ -87,7 +87,9 @@ def describe_calls(rows: Sequence[CallCounts]) -> str:
 
 
 def time_opening(num_shards: int) -> str:
-    """Measures how long it takes to open `num_shards` small indexed tars, and returns the result as a sentence."""
+    """Measures how long it takes to open `num_shards` small tars that have an index; returns a sentence with the
+    result.
+    """
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "00000.tar"
         _write_tar(first, 0, 4)
@@ -105,7 +107,7 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes and prepares a text corpus, and image-text pairs as tars, as a folder and with COCO's annotations."""
+    """Writes and prepares a text corpus, and image-text pairs as tars, as a folder, and with COCO's annotations."""
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

@@ -14,17 +14,17 @@ class FileCalls:
     """Holds the numbers of file calls of this process, summed over all threads."""
 
     opens: int = 0
-    """Number of calls of `open` and `os.open`, without files that torch maps into memory."""
+    """Number of calls of `open` and `os.open`. Files that torch maps into memory do not count."""
     reads: int = 0
-    """Number of read system calls (read, pread, readv), from the kernel's counter `syscr`. Reads of mapped files are
-    not counted."""
+    """Number of read system calls (read, pread, readv), from the kernel's counter `syscr`. Access to mapped files does
+    not count."""
     num_bytes: int = 0
     """Number of bytes that the read calls returned, from the kernel's counter `rchar`."""
 
 
 @contextmanager
 def count_file_calls() -> Iterator[FileCalls]:
-    """Counts file calls inside a `with` block; the yielded counts are complete after the block.
+    """Counts file calls inside a `with` block, and yields the counts, which are complete only after the block.
 
     Inside the block, only `opens` is up to date. `reads` and `num_bytes` come from /proc/self/io (Linux), and include
     all calls of the process during the block.

@@ -2,7 +2,7 @@
 
 Speed is in images per CPU second. Each loader has one process with one thread. All loaders decode with Pillow, jitter
 the colours, flip and crop, make two views of the crop, and draw a block mask. WebDataset and ImageFolder use
-torchvision's transforms for this, as users of BEiT do.
+torchvision's transforms for these steps, as users of BEiT do.
 """
 
 import io
@@ -41,13 +41,13 @@ _ROUNDS = 11
 _RATIOS = {"ratio_webdataset": "webdataset", "ratio_torchvision": "torchvision", "decode_limit_share": "decode alone"}
 
 Batches = Iterator[Any]
-"""Type of an endless iterator that prepares `_BATCH` images per item."""
+"""Endless iterator. Each step of the iterator prepares a batch of `_BATCH` images."""
 
 
 def benchmark_data(json_path: str | None = None) -> str:
-    """Measures all data loaders in turn and returns a table; also writes the results as JSON to `json_path`.
+    """Measures all data loaders in turn, and returns a table. Also writes the results as JSON to `json_path`.
 
-    Each ratio is the median over rounds of the ratio within a round, with a 95% confidence interval.
+    A ratio is computed within each round. The table has the median over rounds, with a 95% confidence interval.
 
     Raises:
         ConfigError: if the package webdataset is not installed, or `json_path` cannot be written.
@@ -68,13 +68,13 @@ def benchmark_data(json_path: str | None = None) -> str:
             Path(json_path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"--json {json_path}: cannot be written: {error}. Name a file in an existing folder."
+                f"--json {json_path}: cannot be written ({error}). Name a file in an existing folder."
             ) from None
     return _table(result)
 
 
 def _write_images(folder: Path) -> list[bytes]:
-    """Writes random JPEGs as a tar shard and again as a folder with one class; returns the JPEGs."""
+    """Writes random JPEGs twice, as a tar and as a folder with one class; returns the JPEGs."""
     (folder / "class").mkdir()
     jpegs = [_photo(np.random.default_rng(i)) for i in range(_NUM_IMAGES)]
     with tarfile.open(folder / "images.tar", "w") as archive:
@@ -87,7 +87,7 @@ def _write_images(folder: Path) -> list[bytes]:
 
 
 def _photo(rng: np.random.Generator) -> bytes:
-    """Returns a JPEG with the size of a photo; the contrast of its noise falls with the spatial frequency."""
+    """Returns a JPEG of random noise with the size of a photo; fine structures have less contrast than coarse ones."""
     pixels = np.full((_HEIGHT, _WIDTH, 3), 128.0)
     for columns, contrast in ((4, 60), (16, 35), (64, 18), (200, 8)):
         noise = rng.normal(128, contrast, (columns * 4 // 5, columns, 3)).clip(0, 255).astype(np.uint8)
@@ -99,7 +99,7 @@ def _photo(rng: np.random.Generator) -> bytes:
 
 
 def _ours(folder: str) -> Batches:
-    """Yields batches of images that are prepared as in a training run of this project."""
+    """Yields batches of images, which this project prepares as in a training run."""
     augmentation = Augmentation(
         image_size=_IMAGE_SIZE,
         tokenizer_image_size=_IMAGE_SIZE,
@@ -152,7 +152,7 @@ def _webdataset(folder: str) -> Batches:
         import webdataset
     except ImportError:
         raise ConfigError(
-            "bench data: webdataset, one of the loaders compared, is missing: pip install webdataset."
+            "bench data: the package webdataset is not installed. Install it with `pip install webdataset`."
         ) from None
     transform = _BeitTransform()
     dataset = webdataset.WebDataset(os.path.join(folder, "images.tar"), shardshuffle=False).repeat()
@@ -171,7 +171,7 @@ def _image_folder(folder: str) -> Batches:
 
 
 def _decode(jpegs: list[bytes]) -> Batches:
-    """Decodes the images without any other work: an upper limit for the speed of loaders."""
+    """Yields batches of decoded images without further work. No loader can be faster."""
     while True:
         for start in range(0, len(jpegs), _BATCH):
             for jpeg in jpegs[start : start + _BATCH]:
@@ -180,7 +180,7 @@ def _decode(jpegs: list[bytes]) -> Batches:
 
 
 def _measure_in_turn(contestants: dict[str, Batches]) -> dict[str, list[float]]:
-    """Returns the images per CPU second of each loader in each round, without the first round, which warms up."""
+    """Returns the images per CPU second of each loader in each round. The first round only warms up and is left out."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

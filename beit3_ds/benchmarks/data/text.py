@@ -1,4 +1,4 @@
-"""Measures the preparation of texts: speed beside SentencePiece's batch encoding, and memory with a large corpus."""
+"""Measures the preparation of texts: the speed compared with SentencePiece, and the memory for a large corpus."""
 
 import json
 import os
@@ -31,13 +31,13 @@ _SAMPLE_SECONDS = 0.2
 def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: str | None = None) -> str:
     """Measures the preparation of a text corpus and returns a report.
 
-    The corpus consists of the sample data's sentences in random order. `beit3 prepare texts` reads, decodes, tokenizes
-    and writes a file. In turn, SentencePiece's batch encoding tokenizes the same paragraphs in memory. Speed is
-    measured in CPU time on one core.
+    The corpus consists of the sample data's sentences in random order. Two programs run in turn. `beit3 prepare texts`
+    reads, decodes, tokenizes and writes a file. SentencePiece's batch encoding only tokenizes the same paragraphs in
+    memory. Speed is measured in CPU time on one core.
 
     Args:
-        num_bytes: size in bytes of a second corpus, for which the peak memory is compared with the peak during the
-            first 5% of the corpus. 0 skips this measurement.
+        num_bytes: size in bytes of a second corpus, whose preparation shows the peak memory. The peak is compared with
+            the peak during the first 5% of the corpus. 0 skips this measurement.
         processes: number of processes that prepare the second corpus; None means one process per core.
         json_path: file for the results (`rows` and `summary`) as JSON.
     """
@@ -124,8 +124,9 @@ def _measure_memory(folder: Path, tokenizer: TextTokenizer, num_bytes: int, proc
 
 
 class _MemorySampler(threading.Thread):
-    """Measures the memory of this process and its descendants: the peak in the first 5% of the corpus, and the overall
-    peak.
+    """Samples the memory of this process and its descendants.
+
+    Keeps the peak during the first 5% of the corpus, and the peak during the whole corpus.
     """
 
     def __init__(self, folder: Path, num_bytes: int) -> None:
@@ -156,7 +157,7 @@ class _MemorySampler(threading.Thread):
 
 
 def _resident_bytes(pid: int) -> int:
-    """Returns the resident bytes of a process and its descendants. Shared pages count once per process."""
+    """Returns the resident bytes of a process and its descendants. A page that n processes share counts n times."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]

@@ -12,7 +12,7 @@ from beit3_ds.config import ConfigError
 
 
 def benchmark_dense(parts: Sequence[str], rounds: int, json_path: str | None = None) -> str:
-    """Runs the comparisons one after the other and returns the results as text.
+    """Runs the comparisons one after another and returns the results as text.
 
     Args:
         parts: comparisons to run, as keys of `MEASURES`.

@@ -22,16 +22,16 @@ _KINDS = ("bbox", "segm")
 
 
 def measure_coco_eval(rounds: int = 3, num_images: int = NUM_IMAGES, seed: int = 0) -> dict[str, Any]:
-    """Times the evaluation of generated boxes and masks with this project and with pycocotools in turn.
+    """Times the evaluation of generated boxes and masks, with this project and with pycocotools in turn.
 
     Args:
-        rounds: evaluations per program; the result is the median.
+        rounds: evaluations per implementation; the result is the median.
         num_images: number of images, each with 49 detections.
         seed: seed of the random objects and detections.
 
     Returns:
-        `ratio_coco_eval`: pycocotools' CPU time for boxes and masks, divided by this project's. Also the ratio and the
-            two times for boxes and for masks, and the largest difference in AP.
+        `ratio_coco_eval`: pycocotools' CPU time for boxes and masks, divided by this project's CPU time. Also the ratio
+            and the two times for boxes and for masks, and the largest difference in AP.
 
     Raises:
         ConfigError: if a package is not installed.
@@ -82,8 +82,9 @@ def _official(images: Any, annotations: Any, categories: Categories, entries: An
 def _generate(
     num_images: int, categories: Categories, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Generates ellipses as objects, and detections. Most detections are shifted objects; the others are at random
-    positions.
+    """Generates objects and detections. Objects are ellipses.
+
+    Most detections are shifted copies of objects. The other detections are at random positions.
     """
     rng, masks = np.random.default_rng(seed), import_masks()
     identifiers = [category.identifier for category in categories]

@@ -1,4 +1,4 @@
-"""Compares this project's detection head with torchvision's Mask R-CNN on the same trunk, in CPU time."""
+"""Compares this project's detector with torchvision's Mask R-CNN on the same trunk, in CPU time."""
 
 # B images, T patches of all images, D hidden.
 
@@ -42,8 +42,8 @@ _PROPOSALS, _SAMPLED_BOXES = 200, 128
 def measure_detection(rounds: int = 3, pixels: int = 256, num_images: int = 2) -> dict[str, Any]:
     """Times training steps (forward and backward) and inference of the two detectors in turn.
 
-    Each detector has a trunk of 4 layers with width 192, the same pyramid, four convolutions per head and the same
-    number of proposals. This project's head has three box stages, and torchvision's has one.
+    Both detectors have a trunk of 4 layers with width 192, the same feature pyramid, four convolutions per head, and
+    the same number of proposals. This project's detector has three box stages, and torchvision's has one.
 
     Args:
         rounds: measurements per detector; the result is the median.
@@ -52,7 +52,8 @@ def measure_detection(rounds: int = 3, pixels: int = 256, num_images: int = 2) -
 
     Returns:
         Images per CPU second for training and inference with each detector. `trunk_share_training` is the trunk's share
-        of this project's training step. `images_per_second_detection` is the speed of this project's training step.
+        of the time of this project's training step. `images_per_second_detection` is the speed of this project's
+        training step.
     """
     torch.manual_seed(0)
     config = ModelConfig(
@@ -103,7 +104,7 @@ def _draw_sample(number: int, pixels: int) -> DetectionSample:
 
 
 class _Ours:
-    """Holds this project's detector and the batches for it."""
+    """Holds this project's detector, and batches in the detector's format."""
 
     def __init__(self, config: ModelConfig, samples: list[DetectionSample]) -> None:
         settings = DetectionConfig(
@@ -149,7 +150,7 @@ class _Backbone(nn.Module):
 
 
 class _Torchvision:
-    """Holds torchvision's Mask R-CNN, whose heads are as deep as ViTDet's, and the batches for it."""
+    """Holds torchvision's Mask R-CNN with heads as deep as ViTDet's, and batches in torchvision's format."""
 
     def __init__(self, config: ModelConfig, samples: list[DetectionSample]) -> None:
         pixels, backbone = config.image_size, _Backbone(config)
@@ -187,9 +188,7 @@ def _pooling(side: int) -> MultiScaleRoIAlign:
 
 
 def _targets(sample: DetectionSample, pixels: int) -> dict[str, Tensor]:
-    """Converts the objects of a sample to torchvision's form: masks cover the whole image, and label 0 is the
-    background.
-    """
+    """Converts a sample's objects to torchvision's format: masks of the whole image; label 0 is the background."""
     assert sample.objects is not None, "a sample for training"
     boxes, labels, _ = sample.objects
     masks = torch.zeros(len(labels), pixels, pixels, dtype=torch.uint8)

@@ -27,18 +27,21 @@ _SEED = 0
 
 
 class SegmentationFigures(NamedTuple):
-    """Holds medians over rounds. A ratio is transformers' time divided by this project's time in the same round."""
+    """Holds the speed of this project's segmentation, and ratios to transformers, as medians over rounds.
+
+    A ratio is transformers' time divided by this project's time in the same round.
+    """
 
     training_images_per_second: float
     """Images per second of this project's training step: forward, loss and backward."""
     inference_images_per_second: float
     """Images per second of this project's inference, which predicts the class of each pixel."""
     training_ratio: float
-    """Transformers' time per training step, divided by this project's time."""
+    """Transformers' time per training step, divided by this project's time per training step."""
     inference_ratio: float
-    """Transformers' time per inference, divided by this project's time."""
+    """Transformers' time per inference, divided by this project's time per inference."""
     trunk_share: float
-    """Share of this project's training step that the trunk takes."""
+    """Share of the time of this project's training step that the trunk takes."""
 
 
 def bench_config() -> tuple[ModelConfig, SegmentationConfig]:
@@ -70,7 +73,7 @@ def build_model(model: ModelConfig, settings: SegmentationConfig, device: torch.
 
 
 class TransformersModel(nn.Module):
-    """Contains transformers' Mask2Former with the trunk and adapter of this project's model."""
+    """Contains transformers' Mask2Former, on the trunk and adapter of this project's model."""
 
     def __init__(self, ours: SegmentationModel, settings: SegmentationConfig) -> None:
         """Builds the model. It shares the parameters of the trunk and the adapter with `ours`."""
@@ -84,14 +87,18 @@ class TransformersModel(nn.Module):
         pixels.decoder.apply(self.whole._init_weights)
 
     def loss(self, pixels: Tensor, masks: Sequence[Tensor], classes: Sequence[Tensor]) -> Tensor:
-        """Returns the loss that transformers computes for images with target masks and the classes of these masks."""
+        """Returns transformers' loss for a batch of images.
+
+        Args:
+            pixels: images.
+            masks: target masks of each image.
+            classes: class of each target mask, per image.
+        """
         loss: Tensor = self.whole(pixels, mask_labels=list(masks), class_labels=list(classes)).loss
         return loss
 
     def scores(self, pixels: Tensor) -> Tensor:
-        """Returns the score of each class at each pixel, (B, C, height, width), computed as in transformers' image
-        processor.
-        """
+        """Returns each class's score at each pixel, (B, C, height, width), like transformers' image processor."""
         found = self.whole(pixels)
         masks = F.interpolate(found.masks_queries_logits, pixels.shape[2:], mode="bilinear", align_corners=False)
         return torch.einsum("bqc,bqhw->bchw", found.class_queries_logits.softmax(-1)[..., :-1], masks.sigmoid())
@@ -175,7 +182,7 @@ def _without_gradient(run: Callable[[], Any]) -> Any:
 
 
 def _time(turn: Callable[[], Any], device: torch.device) -> float:
-    """Returns the seconds that a turn takes: CPU time on a CPU, else wall time."""
+    """Returns the seconds that a call takes: CPU time on a CPU, wall time on a GPU."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     start = clock()
     turn()

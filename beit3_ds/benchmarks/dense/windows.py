@@ -1,7 +1,7 @@
-"""Compares window attention in the packed order with blocks that pad and partition feature maps, in CPU time.
+"""Compares this project's window attention on packed rows with blocks that pad feature maps, in CPU time.
 
 The baseline follows detectron2's ViTDet and SAM. All images are padded to the largest feature map. Every block pads the
-normalised map to a multiple of the window size, and computes all products also for the padding.
+normalised map to a multiple of the window size, divides it into windows, and also computes the padding.
 """
 
 # B images, H and W rows and columns of the padded maps, D hidden, N windows, L patches of a window.
@@ -28,8 +28,9 @@ _WINDOW = 14
 
 
 def measure_windows(rounds: int = 5, grids: Grids = MIXED_GRIDS, num_layers: int = 4) -> dict[str, Any]:
-    """Times forward and backward of blocks with width 192 and windows of 14 x 14 patches, in turn with the padded
-    baseline.
+    """Times forward and backward passes of blocks with window attention, in turn with the padded baseline.
+
+    The blocks have width 192 and windows of 14 x 14 patches.
 
     Args:
         rounds: measurements per implementation; the ratio is the median over rounds.
@@ -37,8 +38,8 @@ def measure_windows(rounds: int = 5, grids: Grids = MIXED_GRIDS, num_layers: int
         num_layers: number of blocks, all with windows.
 
     Returns:
-        `ratio_window_attention`: the baseline's CPU time divided by this project's. Also the median CPU seconds of each
-            implementation.
+        `ratio_window_attention`: the baseline's CPU time divided by this project's CPU time. Also the median CPU
+            seconds of each implementation.
     """
     model = build_packed(num_layers)
     baseline = PaddedBlocks(model)
@@ -82,7 +83,7 @@ def build_packed(num_layers: int) -> BEiT3:
 
 
 class PaddedBlocks(nn.Module):
-    """Implements the blocks of a packed model on padded feature maps, with copies of the model's weights."""
+    """Computes the blocks of a model on padded feature maps, with copies of the model's weights."""
 
     def __init__(self, model: BEiT3) -> None:
         super().__init__()

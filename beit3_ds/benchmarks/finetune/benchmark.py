@@ -1,4 +1,4 @@
-"""Compares fine-tuning steps and caption generation with the reference (torchscale's BEiT-3) on the same samples."""
+"""Compares fine-tuning steps and caption generation with torchscale's BEiT-3 (the reference) on the same samples."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from beit3_ds.benchmarks.turns import TurnProcess
 from beit3_ds.config import ConfigError
 
 OURS, REFERENCE, BLIP = "beit3_ds", "torchscale", "blip"
-"""Names of the compared implementations (sides). BLIP base only generates captions."""
+"""Names of the compared implementations. BLIP base takes part only in caption generation."""
 DECODING = "decoding"
 """Name of the task that generates captions."""
 DECODED_IMAGES = 16
 """Number of images per round of caption generation."""
 
 Row = dict[str, dict[str, Any]]
-"""Figures of one round, by implementation and name of the figure."""
+"""Figures of one round. The keys are the implementation, then the name of the figure."""
 
 
 def benchmark_finetune(

@@ -32,12 +32,13 @@ BOS, PAD, EOS = 0, 1, 2
 
 
 class Case(NamedTuple):
-    """Describes one task and the reference's recipe for it."""
+    """Describes one task, with the settings of the reference's recipe."""
 
     image_size: int
     """Height and width of images in pixels, in the reference's recipe for the base size."""
     tokens: tuple[float, float]
-    """Parameters of the log-normal distribution of tokens per text: median, and standard deviation of the logarithm."""
+    """Median, and standard deviation of the logarithm, of the number of tokens per text. The distribution is
+    log-normal."""
     padded_length: int
     """Number of tokens to which the reference pads each text."""
     inputs: tuple[str, ...]
@@ -55,24 +56,24 @@ CASES = {
         480, (13, 0.25), 32, ("pairs",), True, functools.partial(CaptionHead, label_smoothing=LABEL_SMOOTHING)
     ),
 }
-"""Tasks by name. Questions of VQAv2 have about 6 words, and captions of COCO about 11."""
+"""Tasks by name. A question of VQAv2 has about 6 words, and a caption of COCO has about 11 words."""
 
 
 class Samples(NamedTuple):
-    """Holds the samples of one batch before packing (this project) or padding (the reference)."""
+    """Holds the samples of one batch, before this project packs them or the reference pads them."""
 
     pixels: Tensor
     """Images, (samples, 3, image_size, image_size) float32."""
     texts: tuple[Tensor, ...]
-    """Token ids of the text of each image, including BOS and EOS."""
+    """Token ids of each sample's text, including BOS and EOS."""
     masked: tuple[Tensor, ...]
-    """Positions of the masked tokens in each text, in ascending order; empty except in captioning."""
+    """Ascending positions of the masked tokens in each text; empty except in captioning."""
     scores: Tensor
-    """Target scores of all answers, (samples, answers) float32; used only for VQAv2."""
+    """Target score of each answer, (samples, answers) float32; used only for VQAv2."""
 
 
 def mask_id(model: ModelConfig) -> int:
-    """Returns the id of the mask token. The reference's vocabulary ends with 8 unused ids after the mask token."""
+    """Returns the id of the mask token. In the reference's vocabulary, 8 unused ids follow the mask token."""
     return model.text_vocab_size - 9
 
 
@@ -92,7 +93,7 @@ def case_config(task: str, size: str, image_size: int | None = None, **model: An
 
 
 def draw_samples(task: str, config: RunConfig, number: int, count: int) -> Samples:
-    """Draws batch `number` with random pixels, token ids and scores. Every process draws the same values."""
+    """Draws random pixels, token ids and scores with the seed `number`. All processes draw equal values."""
     rng, case, model = np.random.default_rng([23, number]), CASES[task], config.model
     pixels = rng.uniform(-1, 1, (count, 3, model.image_size, model.image_size)).astype(np.float32)
     texts, masked = [], []

@@ -1,7 +1,7 @@
 """Generates captions with torchscale's BEiT-3, as in microsoft/unilm, and with BLIP from transformers.
 
-As in microsoft/unilm's `beit3`, each image is encoded once per beam. The whole batch is computed until all captions are
-complete.
+As in microsoft/unilm's `beit3`, each image is encoded once per beam, and complete captions are computed on until all
+captions of the batch are complete.
 """
 
 # I images, B beams, R = I * B captions, V vocabulary.
@@ -38,13 +38,13 @@ class _Hypotheses:
 def reference_captions(
     model: ReferenceModel, pixels: Tensor, num_beams: int, length_penalty: float, max_length: int
 ) -> list[list[int]]:
-    """Generates captions by beam search, and returns the token ids of the best caption for each image.
+    """Generates captions by beam search, and returns the token ids of each image's best caption.
 
     Args:
         model: reference model with a captioning head, in evaluation mode.
         pixels: images, (I, 3, image_size, image_size).
         num_beams: beams per image, B.
-        length_penalty: exponent of the length; log-probabilities are divided by the length with this exponent.
+        length_penalty: exponent p. A caption's score is the log-probability divided by length ** p.
         max_length: maximum number of token ids per caption.
     """
     count, device = len(pixels), pixels.device
@@ -88,8 +88,9 @@ def reference_captions(
 def _next_logits(
     model: ReferenceModel, captions: list[list[int]], images: Tensor | None, state: dict[int, dict[str, Tensor]]
 ) -> Tensor:
-    """Adds the newest token and the mask token of each caption to `state`; returns the next logits, (captions,
-    vocabulary).
+    """Returns the logits of each caption's next token, (captions, vocabulary).
+
+    Also adds the newest token and the mask token of each caption to the cache, `state`.
     """
     device = next(model.parameters()).device
     tokens = torch.tensor([[caption[-1], model.mask_id] for caption in captions], device=device)
@@ -105,7 +106,7 @@ def _next_logits(
 
 
 def _reorder(state: dict[int, dict[str, Tensor]], rows: Tensor) -> None:
-    """Selects the cache entries of the chosen beams, `rows`, and removes the mask token from each entry."""
+    """Selects the cache entries of the beams `rows`, and removes the mask token from each entry."""
     for layer in state.values():
         for key, cached in layer.items():
             layer[key] = cached.index_select(0, rows)[:, :, :-1]
@@ -126,5 +127,5 @@ def build_blip(image_size: int) -> Any:
 
 @torch.no_grad()
 def blip_captions(model: Any, pixels: Tensor, num_beams: int, max_length: int) -> None:
-    """Generates captions of maximum length with BLIP, to measure the time only."""
+    """Generates captions of maximum length with BLIP. Only the time matters, so nothing is returned."""
     model.generate(pixel_values=pixels, num_beams=num_beams, max_length=max_length, min_length=max_length)

@@ -1,4 +1,4 @@
-"""Runs fine-tuning steps like a run of this project on one process."""
+"""Runs this project's fine-tuning steps in one process."""
 
 import functools
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
 
 
 def step_loss_of(task: str) -> StepLoss | None:
-    """Returns a task's loss function if the loss compares all samples of a step with each other, else None."""
+    """Returns a task's `StepLoss` if the loss compares all samples of a step with each other; otherwise None."""
     return functools.partial(contrastive_sums, mask_duplicates=False) if task == "retrieval" else None
 
 
 def loss_factors(task: str, batch: PackedBatch) -> torch.Tensor:
-    """Returns the factor of each loss term's sum, for a step with one micro-batch."""
+    """Returns the factor for the sum of each loss term, in a step with one micro-batch."""
     weights = [0.5, 0.5, 0.0, 0.0] if task == "retrieval" else [1.0, 0.0]
     if task == "captioning":
         return torch.tensor(weights) / sum(batch.head_row_counts)
@@ -49,7 +49,7 @@ class Trainer:
         self.schedule = Schedule(build_engine(config, model, self._mesh), chunks, self._mesh, step_loss_of(task))
 
     def prepare(self, batch: PackedBatch) -> Callable[[], float]:
-        """Moves a batch to the device; returns a function that trains one step on this batch and returns the loss."""
+        """Moves a batch to the device. Returns a function that trains one step on the batch and returns the loss."""
         on_device, factors = batch.to(self.device), loss_factors(self.task, batch).to(self.device)
 
         def step() -> float:

@@ -1,4 +1,4 @@
-"""Runs one process of `beit3 bench finetune`, which trains one step or generates captions on each request."""
+"""Runs one process of `beit3 bench finetune`. For each request, it trains one step or generates captions."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ IMAGES_AT_ONCE = 4
 
 
 class TrainingSide:
-    """Trains with one implementation, on one batch per turn."""
+    """Trains with one of the compared implementations, one step per request."""
 
     def __init__(self, task: str, side: str, config: RunConfig, count: int) -> None:
         from beit3_ds.benchmarks.finetune.reference import ReferenceTrainer
@@ -46,7 +46,10 @@ class TrainingSide:
 
 
 class DecodingSide:
-    """Generates captions with one implementation, for the images of each turn; the weights are not trained."""
+    """Generates captions with one of the compared implementations, for one batch of images per request.
+
+    The weights are random.
+    """
 
     def __init__(self, side: str, config: RunConfig, count: int) -> None:
         self.side, self.config, self.count = side, config, count
@@ -56,7 +59,7 @@ class DecodingSide:
             self.model.to(torch.bfloat16)
 
     def prepare(self, number: int) -> Turn:
-        """Returns a function that generates the captions of batch `number`, and facts about that batch."""
+        """Returns a function that generates the captions of batch `number`, and the number of samples in the batch."""
         pixels = draw_samples("captioning", self.config, number, self.count).pixels.to(self.device)
         pixels = pixels.to(next(self.model.parameters()).dtype)
         return lambda: self._generate_all(pixels), {"samples": self.count}
@@ -105,7 +108,7 @@ def build_side(task: str, side: str, size: str, image_size: int | None, count: i
         side: name of the implementation: `OURS`, `REFERENCE` or `BLIP`.
         size: model size.
         image_size: height and width of images in pixels. None means the size in the reference's recipe.
-        count: samples per turn.
+        count: samples per request.
     """
     config = case_config("captioning" if task == DECODING else task, size, image_size)
     if task == DECODING:

@@ -1,1 +1,1 @@
-"""Measures the host's time per training step, without the time of GPU kernels."""
+"""Measures the CPU time per training step that Python and PyTorch need on the host, without GPU kernels."""

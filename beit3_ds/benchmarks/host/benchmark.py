@@ -1,4 +1,4 @@
-"""Measures the host's time for a training step: kernel launches per layer, and the hooks of ZeRO-3."""
+"""Measures the host's CPU time for a training step: kernel launches per layer, and the hooks of ZeRO-3."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ _PLAIN, _ZERO3 = "without ZeRO", "ZeRO-3"
 _STAGES = {_PLAIN: 0, _ZERO3: 3}
 
 Round = dict[str, dict[str, Any]]
-"""Figures of one step with each ZeRO stage, by name of the stage and of the figure."""
+"""Figures of one round. The keys are the name of the ZeRO stage, then the name of the figure."""
 
 
 def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
@@ -49,7 +49,7 @@ def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
 
 
 def _time_steps(rounds: int) -> list[Round]:
-    """Trains with and without ZeRO-3 in turn, each in its own process; the first two rounds warm up."""
+    """Trains with and without ZeRO-3 in turn, each in its own process. The first two rounds only warm up."""
     rows: list[Round] = []
     workers: dict[str, TurnProcess] = {}
     try:

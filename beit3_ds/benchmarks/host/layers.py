@@ -17,11 +17,11 @@ _NUM_LAYERS = 4
 _WARM_UPS = 3
 _ARCHITECTURE = 90
 _NARROW: dict[str, Any] = {"num_layers": _NUM_LAYERS, "patch_size": 4, "image_size": 8, "text_vocab_size": 64}
-"""Sizes of the timed models, which are small because large allocations take time on a CPU but not on a GPU."""
+"""Sizes of the timed models. They are small, because large allocations take time on a CPU but not on a GPU."""
 
 
 class LayerTimes(NamedTuple):
-    """Holds the median CPU times and the kernel launches of one layer."""
+    """Holds the CPU times and the numbers of kernel launches for one layer. Times are medians."""
 
     forward_ms: float
     """Milliseconds of the forward pass."""
@@ -36,7 +36,7 @@ class LayerTimes(NamedTuple):
 
 
 def layer_models() -> dict[str, ModelConfig]:
-    """Returns narrow models whose layers are built like base (decoupled, sub-LN) and like giant (shared, no sub-LN)."""
+    """Returns narrow models: one built like base (decoupled, sub-LN), one built like giant (shared, no sub-LN)."""
     base = ModelConfig(
         **_NARROW,
         hidden_size=192,
@@ -53,8 +53,9 @@ def layer_models() -> dict[str, ModelConfig]:
 
 
 def time_layer(config: ModelConfig, rounds: int) -> LayerTimes:
-    """Returns the CPU time of this thread for one layer in bf16, with stochastic depth's factors but no dropped
-    branches.
+    """Returns this thread's CPU time for launching the kernels of one bf16 layer.
+
+    The layer multiplies branches with the factors of stochastic depth, but drops no branch.
 
     Args:
         config: model whose blocks all have the same experts.

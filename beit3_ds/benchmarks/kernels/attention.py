@@ -1,4 +1,4 @@
-"""Measures the time of attention (forward and backward) with different ways to batch sequences of unequal length."""
+"""Times attention, forward and backward, with different ways to batch sequences of unequal length."""
 
 import statistics
 import time
@@ -22,10 +22,10 @@ _ALLOWANCES = {
 
 
 def benchmark_attention() -> str:
-    """Measures attention of the base size with each way to batch sequences, and returns a table.
+    """Times attention of the base size with each way to batch sequences, and returns a table.
 
-    The table has one row per mix of samples, and one column per way. Times are medians of forward plus backward. Only
-    times within a row are measured in turn, and so comparable.
+    The table has one row per mix of samples, and one column per way to batch. A time is the median of forward plus
+    backward. Compare times only within a row, because only these were measured in turn.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["one call per sequence", *_ALLOWANCES]
@@ -45,7 +45,10 @@ def benchmark_attention() -> str:
 
 
 def _draw_ranges(num_images: int, num_pairs: int, num_texts: int) -> Ranges:
-    """Returns row ranges of images with 197 rows, captions with 8 to 32 tokens, and texts with 16 to 128 tokens."""
+    """Draws sequences and returns their row ranges.
+
+    Images have 197 rows, captions have 8 to 32 tokens, and texts have 16 to 128 tokens.
+    """
     rng = np.random.default_rng(0)
     caption_lengths, text_lengths = rng.integers(8, 33, num_pairs), rng.integers(16, 129, num_texts)
     images = [(i * _IMAGE_LENGTH, (i + 1) * _IMAGE_LENGTH) for i in range(num_images + num_pairs)]

@@ -1,6 +1,6 @@
 """Measures time, rate and peak memory of each op and its baselines, at the shapes of a model size.
 
-A rate is also given as a share of the device's ceiling: the highest measured rate of a large matrix product or copy.
+The rate is also given as a share of a ceiling: the highest rate that a large matrix product or copy reaches here.
 """
 
 import csv
@@ -44,19 +44,20 @@ class Row(NamedTuple):
     p80_ms: float
     """80th percentile of the milliseconds per pass."""
     rate: float
-    """TFLOP/s of the matrix products, or GB/s of the minimum bytes to read and write."""
+    """TFLOP/s of the op's matrix products, or GB/s for the bytes that the op must at least read and write."""
     unit: str
     """Unit of the rate: "TFLOP/s" or "GB/s"."""
     ceiling_share: float
     """Rate divided by the device's measured ceiling for matrix products or copies (`Ceilings`)."""
     peak_mb: float
-    """MB by which memory grows at its peak during forward and backward."""
+    """Peak memory during forward and backward in MB, minus the memory before."""
     modelled_floor_ms: float | None
-    """Modelled minimum milliseconds at the peak rates of a given GPU; None without a given GPU."""
+    """Modelled minimum milliseconds per pass on the GPU that `benchmark_kernels` was given; None without that argument.
+    """
 
 
 class Ceilings(NamedTuple):
-    """Holds this device's measured rates for a large matrix product and a large copy."""
+    """Holds the highest rates that were measured on this device, for a large matrix product and a large copy."""
 
     flops: float
     """FLOP/s of a large matrix product."""
@@ -69,13 +70,13 @@ def benchmark_kernels(
 ) -> str:
     """Measures all ops and baselines and returns a report.
 
-    First the results of all implementations of an op are compared, then the implementations are timed in turn.
+    For each op, the results of all implementations are compared first. Then the implementations are timed in turn.
 
     Args:
         sizes: model sizes, for example "base" and "giant".
         samples: number of images in the micro-batch, equal to the number of pairs and of texts (`mix.draw_mix`).
         dtype: dtype of all tensors.
-        gpu: key of `roofline.GPUS`, to add a column with modelled minimum times; None for no column.
+        gpu: key of `roofline.GPUS`, to add a column with modelled minimum times on that GPU; None for no column.
         csv_path: CSV file for all rows, with device and versions; None for no file.
     """
     modelled = find_gpu(gpu) if gpu else None
@@ -104,7 +105,11 @@ def benchmark_kernels(
 
 
 def _measure(case: Case, device: torch.device) -> tuple[dict[tuple[str, str], list[float]], dict[str, float]]:
-    """Returns the seconds of each round by implementation and direction, and the peak bytes by implementation."""
+    """Times all implementations of an op.
+
+    Returns:
+        The seconds of each round, by implementation and direction. Then the peak bytes, by implementation.
+    """
     problems = {entry.name: entry.build() for entry in case.implementations if entry.build}
     _compare(problems)
     peaks = {name: _peak(problem, device) for name, problem in problems.items()}

@@ -1,4 +1,4 @@
-"""Defines a benchmark case: one op at one shape, with the implementations that `benchmark_kernels` compares."""
+"""Describes one op at one shape, with the implementations that `benchmark_kernels` compares."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """Holds one implementation of an op with inputs."""
+    """Holds one implementation of an op together with inputs, ready to run."""
 
     leaves: tuple[Tensor, ...]
     """Inputs that need gradients."""
@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     dy: Tensor
     """Gradient of the output."""
     packed: Callable[[Tensor], Tensor]
-    """Function that reorders the output's rows to the order of the packed stream, to compare implementations."""
+    """Function that brings the output's rows into the order of the packed stream, so that outputs can be compared."""
 
 
 class Implementation(NamedTuple):
@@ -26,7 +26,7 @@ class Implementation(NamedTuple):
     name: str
     """Name of the implementation in the table."""
     build: Callable[[], Problem] | None
-    """Function that prepares the inputs and returns the problem; None if this machine cannot run the implementation."""
+    """Function that prepares inputs and returns the problem; None if this machine cannot run the implementation."""
     why_absent: str = ""
     """Reason why this machine cannot run the implementation; empty if it can."""
 
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     backward: Cost
     """Cost of the backward pass without recomputation."""
     is_compute_bound: bool
-    """Whether the op's rate is given in FLOPs per second; otherwise in bytes per second."""
+    """Whether the rate of the op is given in FLOP/s. If false, the rate is given in bytes per second."""
     implementations: list[Implementation]
     """Implementations of the op, this project's first."""
 
@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 
 def random_tensor(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Returns a tensor of normally distributed random values; a seed gives equal values on all devices."""
+    """Returns a tensor of normally distributed random values. A seed gives the same values on all devices."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 

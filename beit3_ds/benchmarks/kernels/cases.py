@@ -1,4 +1,4 @@
-"""Builds the cases for `benchmark_kernels`: ops at one shape, each with its baselines."""
+"""Builds the benchmark's cases. A case is one op at one shape, with its baselines."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head width, Q sequences, M masked rows, V vocabulary.
 
@@ -19,7 +19,7 @@ from beit3_ds.kernels.ops.packed_attention import packed_attention
 
 
 def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
-    """Yields functions that build one case each, so that only one case is in memory at a time.
+    """Yields one function per case, which builds the case. So only one case needs to be in memory at a time.
 
     Args:
         size: model size, a key of MODEL_SIZES.

@@ -1,4 +1,4 @@
-"""Builds the cases for ops with one set of parameters per expert: the FFN and the norm of the residual stream."""
+"""Builds the benchmark's cases for ops with one set of parameters per expert: the FFN and the LayerNorm."""
 
 # T packed rows, D hidden, F ffn hidden; two experts, of images and of texts.
 

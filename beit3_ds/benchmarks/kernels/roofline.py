@@ -18,7 +18,7 @@ class GPU(NamedTuple):
     """Memory bandwidth in bytes per second."""
 
     def floor_seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
-        """Returns an op's minimum time in seconds: the longer of its computing time and its memory time."""
+        """Returns an op's minimum seconds: the time for the FLOPs or for the bytes, whichever is longer."""
         peak = self.float32_flops if dtype == torch.float32 else self.half_flops
         return max(flops / peak, num_bytes / self.bandwidth)
 
@@ -39,5 +39,5 @@ def find_gpu(name: str) -> GPU:
         ConfigError: if no GPU has this name.
     """
     if name not in GPUS:
-        raise ConfigError(f"model of a GPU: {name!r} is not one of {', '.join(map(repr, GPUS))}.")
+        raise ConfigError(f"the GPU {name!r} is not one of {', '.join(map(repr, GPUS))}.")
     return GPUS[name]

@@ -1,1 +1,1 @@
-"""Models GPU times of ops and training steps from assumed rates, for the old and the current kernels."""
+"""Computes modelled GPU times of ops and training steps from assumed rates, for old and current kernels."""

@@ -1,8 +1,8 @@
-"""Models the GPU time of each op of a block, forward and backward, for the old and the current code.
+"""Computes modelled GPU times of each op of a block, forward and backward, for the old and the current code.
 
-Old code ("before"): one Triton kernel per op without alternatives; three products for queries, keys and values; weight
-gradients whose programs each sum over all rows of an expert; norms inside the output projection. Current code ("now"):
-for each op, the faster of this project's kernel and cuBLAS.
+The old code ("before") has one Triton kernel per op, without alternatives. Queries, keys and values are three products.
+For weight gradients, each Triton program sums over all rows of an expert. Norms are computed inside the output
+projection. The current code ("now") uses, for each op, the faster of this project's kernel and cuBLAS.
 """
 
 # T packed rows, D hidden, F ffn hidden.
@@ -34,13 +34,13 @@ class BlockShape(NamedTuple):
     stream_size: int = 2
     """Bytes per element of the residual stream."""
     attention_lengths: tuple[float, ...] = (1.0,)
-    """Share of the rows that goes to each expert of attention."""
+    """Share of the rows that each expert of attention computes."""
     ffn_lengths: tuple[float, ...] = (0.8, 0.2)
-    """Share of the rows that goes to each expert of the FFN."""
+    """Share of the rows that each expert of the FFN computes."""
 
 
 class OpTime(NamedTuple):
-    """Holds the modelled seconds of one op, for the old and the current code."""
+    """Holds the modelled seconds of one op, with the old code and with the current code."""
 
     name: str
     """Name of the op."""
@@ -74,9 +74,9 @@ def _forward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, gelu: bool) -> OpTime:
-    """Models the time of an output projection and its residual sum.
+    """Models the time of an output projection, and of the sum with the residual.
 
-    Our kernel computes the sum inside the product. With cuBLAS, the sum is a separate pass.
+    This project's kernel adds the residual to the product. With cuBLAS, a separate pass adds the residual.
     """
     flops, stream = 2 * shape.rows * width * shape.hidden, shape.rows * shape.hidden * shape.stream_size
     joined = rates.pass_seconds(2 * stream + shape.rows * shape.hidden * _SIZE)
@@ -122,7 +122,7 @@ def _backward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _products(rates: Rates, flops: float) -> tuple[float, float]:
-    """Returns the seconds of a matrix product with our kernel, and with the faster of our kernel and cuBLAS."""
+    """Returns the seconds of a matrix product with our kernel, and with our kernel or cuBLAS, whichever is faster."""
     triton, library = (rates.product_seconds(flops, share) for share in (rates.triton, rates.library))
     return triton, min(triton, library)
 
@@ -136,7 +136,9 @@ def _weight_gradient(
     num_layers: int,
     experts: tuple[float, ...],
 ) -> OpTime:
-    """Models the time of a weight gradient: for our kernel from the number of waves of programs, for cuBLAS from the
+    """Models the time of a weight gradient.
+
+    The time of our kernel follows from the number of waves of Triton programs. The time of cuBLAS follows from the
     FLOPs.
     """
     from beit3_ds.kernels.triton.weight_gradient_launch import choose_share_rows, splits_rows
@@ -146,7 +148,7 @@ def _weight_gradient(
     row_seconds = rates.product_seconds(2 * _TILE**2, rates.triton) * multiprocessors
 
     def whole(tiles: int) -> float:
-        """Returns the seconds if each program sums over all rows of an expert."""
+        """Returns the seconds of a launch in which each Triton program sums over all rows of an expert."""
         waves = -(-tiles // multiprocessors)
         longest, average = max(lengths) * waves, rows / len(lengths) * -(-tiles * len(lengths) // multiprocessors)
         return max(longest, average) * row_seconds

@@ -1,4 +1,4 @@
-"""Lists the rates that kernels are assumed to reach on each GPU; the modelled times are computed from them."""
+"""Lists the rates that kernels are assumed to reach on each GPU, from which times are computed."""
 
 from typing import NamedTuple
 
@@ -13,23 +13,25 @@ class Rates(NamedTuple):
     architecture: int
     """Compute capability for which kernels are compiled: 80 or 90."""
     library: float
-    """Share of the peak FLOP/s for cuBLAS's products in half precision."""
+    """Share of the peak FLOP/s that cuBLAS's products reach in half precision."""
     triton: float
-    """Share of the peak FLOP/s for our Triton products in half precision."""
+    """Share of the peak FLOP/s that our Triton products reach in half precision."""
     with_gelu: float
-    """Share of the peak FLOP/s for our up projection that computes GELU in registers."""
+    """Share of the peak FLOP/s that our up projection reaches, which computes GELU in registers."""
     with_norm: float
-    """Share of the peak FLOP/s for our old output projection, which normalised its input inside the product."""
+    """Share of the peak FLOP/s that our old output projection reached, which normalised its input inside the product.
+    """
     attention_forward: float
-    """Share of the peak FLOP/s for attention's forward pass."""
+    """Share of the peak FLOP/s that attention's forward pass reaches."""
     attention_backward: float
-    """Share of the peak FLOP/s for FlashAttention-2's backward pass, which has five products."""
+    """Share of the peak FLOP/s that FlashAttention-2's backward pass reaches, which has five products."""
     own_attention_backward: float
-    """Share of the peak FLOP/s for our attention's backward pass, counting five of its seven products."""
+    """Share of the peak FLOP/s that our attention's backward pass reaches. It computes seven products, but only the
+    FLOPs of five count."""
     float32: float
-    """Share of the peak FLOP/s for float32 products without tensor cores."""
+    """Share of the peak FLOP/s that float32 products reach without tensor cores."""
     bandwidth: float
-    """Share of the memory bandwidth for passes over rows."""
+    """Share of the memory bandwidth that passes over rows reach."""
 
     def product_seconds(self, flops: float, share: float) -> float:
         """Returns the seconds of a half-precision product at a share of the peak FLOP/s."""

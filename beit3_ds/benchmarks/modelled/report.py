@@ -1,4 +1,4 @@
-"""Prints modelled times of ops and steps for the old and current code, with the model's assumptions."""
+"""Formats modelled times of ops and training steps as Markdown, for old and current code, with the assumptions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ HOST = {
     768: HostTimes((4.0e-3, 1.4e-3), (11e-3, 1e-3), (2.3, 1.45)),
     1408: HostTimes((1.9e-3, 1.2e-3), (11e-3, 1e-3), (2.3, 1.45)),
 }
-"""Host times by hidden size, for base (decoupled, sub-LN) and giant.
+"""Host's times by hidden size, for base (768: decoupled, sub-LN) and giant (1408).
 
 The times were measured on a CPU with empty kernel launches: the old code on an idle machine, and the current code with
 `beit3 bench host` on a busy machine. The current code's time for the gradient norm is an assumption.
@@ -51,7 +51,9 @@ def describe_modelled(config_dir: Path) -> str:
 
 
 def _describe_ops(size: str) -> list[str]:
-    """Returns the table of one block with sub-LN, for `_ROWS` rows in sequences as long as an image at 224 px."""
+    """Returns the lines of a table for one block with sub-LN. The block computes `_ROWS` rows, in sequences as long as
+    an image at 224 px.
+    """
     model = MODEL_SIZES[size]
     experts = (1.0,) if size == "giant" else (0.8, 0.2)
     shape = BlockShape(

@@ -1,4 +1,4 @@
-"""Models the time of a run's pretraining step on one rank, for the old and the current code."""
+"""Computes the modelled time of one rank's pretraining step, for the old and the current code."""
 
 from typing import NamedTuple
 
@@ -9,32 +9,32 @@ from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 from beit3_ds.tasks.pretraining.config import pretraining_config
 
 _LOGIT_PASSES = 4
-"""Passes over a head's logits in half precision: two forward and two backward."""
+"""Passes over the logits of a head in half precision: two in the forward pass, and two in the backward pass."""
 _UPDATE_BYTES = 30
 """Bytes per parameter that AdamW reads and writes: float32 weight, gradient and two moments, and the bf16 weight."""
 
 
 class HostTimes(NamedTuple):
-    """Holds the host's times in seconds; each field has a value for the old code and a value for the current code."""
+    """Holds times that Python and PyTorch need on the host. Each field has two values: old code, then current code."""
 
     layer: tuple[float, float]
-    """Seconds for the forward and backward pass of one block."""
+    """Seconds per block for launching the kernels of the forward and backward pass."""
     norm: tuple[float, float]
-    """Seconds per step for the gradient norm, while the GPU waits."""
+    """Seconds per step for the gradient norm, during which the GPU is idle."""
     zero3_ratio: tuple[float, float]
-    """Factor by which ZeRO-3's hooks lengthen `layer`."""
+    """Factor by which the hooks of ZeRO-3 multiply the time `layer`."""
 
 
 class StepTime(NamedTuple):
-    """Holds the modelled times of the parts of a step, and the FLOPs of the step."""
+    """Holds the modelled times of a training step's parts, and the step's FLOPs."""
 
     parts: list[OpTime]
-    """Times of the parts. The blocks have a time on the GPU and a time on the host, which overlap."""
+    """Times of the parts. The blocks are two parts, GPU time and host time, which overlap."""
     flops: float
     """FLOPs of all matrix products of the model, forward and backward, without the visual tokenizer."""
 
     def total(self) -> OpTime:
-        """Returns the time of the step. For the blocks, the longer one of GPU time and host time counts."""
+        """Returns the time of the step. For the blocks, GPU time or host time counts, whichever is longer."""
         by_name = {part.name: part for part in self.parts}
         gpu, host = by_name["blocks, GPU"], by_name["blocks, host"]
         rest = [part for part in self.parts if part not in (gpu, host)]
@@ -43,7 +43,7 @@ class StepTime(NamedTuple):
 
 
 def step_time(config: RunConfig, world_size: int, rates: Rates, host: HostTimes) -> StepTime:
-    """Models one step of a rank without tensor or pipeline parallelism.
+    """Computes the modelled time of one rank's step, without tensor or pipeline parallelism.
 
     The model assumes that texts have maximum length, that every block computes all rows, and that communication takes
     no time.
@@ -103,7 +103,7 @@ def tokenizer_flops(config: VisualTokenizerConfig) -> float:
 
 
 def _num_parameters(config: RunConfig) -> float:
-    """Returns the approximate number of parameters: experts of attention and FFN, embedding tables and heads."""
+    """Returns the approximate number of parameters: experts of attention and FFN, embedding tables, and heads."""
     model = config.model
     attention = 4 * model.hidden_size**2 * len(model.attention_experts)
     blocks = sum(

@@ -17,17 +17,18 @@ from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 STREAMS = ("images", "pairs", "texts")
 CAPTION_TOKENS = (16, 0.45)
-"""Parameters of the log-normal distribution of tokens per caption (with BOS and EOS): median, and standard deviation of
-the logarithm. Captions of COCO have about 11 words, and those of Conceptual Captions 10 to 20; few are long."""
+"""Median, and standard deviation of the logarithm, of the tokens per caption, with BOS and EOS. The distribution is
+log-normal. Captions of COCO have about 11 words, and those of Conceptual Captions 10 to 20; few are long."""
 TEXT_TOKENS = (105, 0.6)
-"""Parameters of the log-normal distribution of tokens per text: median, and standard deviation of the logarithm. A text
+"""Median, and standard deviation of the logarithm, of the tokens per text. The distribution is log-normal. A text
 consists of complete paragraphs with at most 128 tokens in total. About a third of the texts reach this limit."""
 _MIN_TOKENS = 6
 
 
 def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
-    """Returns a run config for one rank in float32, with the released models' parameter layout and the paper's mask
-    ratios.
+    """Returns a run config for one rank in float32.
+
+    The parameter layout is that of the released models, and the mask ratios are the paper's.
 
     Args:
         size: model size.
@@ -55,7 +56,9 @@ def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
 
 
 def build_batch(config: RunConfig, number: int) -> PackedBatch:
-    """Builds batch `number` with random pixels, token ids and visual codes. Every process builds the same values."""
+    """Builds a batch with random pixels, token ids and visual codes. `number` is the seed, so all processes build equal
+    values.
+    """
     rng, count = np.random.default_rng([17, number]), config.samples_per_step // len(STREAMS)
     samples: list[Sample] = [_image(config, rng) for _ in range(count)]
     for _ in range(count):
@@ -86,7 +89,7 @@ def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
 
 
 def draw_length(rng: np.random.Generator, law: tuple[float, float], longest: int) -> int:
-    """Draws a random number of tokens from a log-normal distribution, clipped to the range from 6 to `longest`.
+    """Draws a number of tokens from a log-normal distribution, limited to the range from 6 to `longest`.
 
     Args:
         rng: random number generator.

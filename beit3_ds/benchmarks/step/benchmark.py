@@ -1,4 +1,4 @@
-"""Compares a training step with torchscale's step for BEiT-3, and with the step's matrix products alone."""
+"""Compares a training step with torchscale's training step for BEiT-3, and with the step's matrix products alone."""
 
 import json
 import os
@@ -21,7 +21,7 @@ REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
 """Name of the reference with texts padded to the batch's longest text, which is faster than padding to the limit."""
 
 Row = dict[str, dict[str, Any]]
-"""Figures of one round, by name of the process and of the figure."""
+"""Figures of one round. The keys are the name of the process, then the name of the figure."""
 
 
 def benchmark_train(
@@ -29,7 +29,7 @@ def benchmark_train(
 ) -> str:
     """Measures this project's step, the reference's step and the matrix products in turn, and returns a report.
 
-    Three processes compute in turn on the same batch per round: this project's step, the reference's step, and only the
+    The three run in separate processes, one at a time, with the same batch in each round. The third computes only the
     model's matrix products, which limit the speed. A first round warms up. Ratios are medians over rounds with 95%
     confidence intervals. Peak memory is the VmHWM of the whole process. On a GPU, the steps run in bfloat16 (the
     reference under autocast), and peak memory comes from torch's allocator.
@@ -42,7 +42,7 @@ def benchmark_train(
             the limit of the data.
         json_path: file for the results as JSON, with `rows` and `summary`. In `summary`, `ratio` is this project's
             samples per second divided by the reference's. `gemm_share` is the time of all matrix products of the model
-            divided by the time of this project's step. `needed_gemm_share` excludes dropped branches and rows that no
+            divided by the time of this project's step. `needed_gemm_share` leaves out dropped branches and rows that no
             head reads (`products.needed_flops`). `memory_ratio` is this project's peak memory divided by the
             reference's.
 

@@ -1,4 +1,4 @@
-"""Measures the cost of dividing a training step over two processes, compared with one process with two threads."""
+"""Measures what it costs to divide a training step over two processes, compared with one process with two threads."""
 
 import json
 import os
@@ -39,7 +39,7 @@ class StepVariant(NamedTuple):
     zero_stage: int
     """ZeRO stage: 1 divides the optimizer states over the ranks, 2 also the gradients, 3 also the parameters."""
     apart: bool = False
-    """Whether each process computes half of the samples without communication."""
+    """Whether each process trains alone on half of the samples, without communication."""
 
 
 VARIANTS = (
@@ -100,8 +100,9 @@ def _describe(rows: list[dict[str, dict[str, float]]], ratios: dict[str, list[fl
 
 
 def _measure(variant: StepVariant, folder: str) -> dict[str, float]:
-    """Runs the processes of a variant; returns the slowest process's median seconds of a step, its passes and its
-    update.
+    """Runs the processes of a variant, and returns median seconds of a step, of its passes and of its update.
+
+    If there are several processes, the slowest counts.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -131,13 +132,16 @@ def _measure(variant: StepVariant, folder: str) -> dict[str, float]:
 
 
 def run_steps(zero_stage: int, shares: int, share: int, folder: str) -> dict[str, float]:
-    """Runs the steps of one process; returns the median seconds of whole steps, of the passes and of the updates.
+    """Runs the training steps of one process.
 
     Args:
         zero_stage: ZeRO stage of the engine.
         shares: number of processes among which the samples are divided.
         share: index of this process, from 0.
         folder: folder for the secret that the processes share.
+
+    Returns:
+        Median seconds of a whole step, of the forward and backward passes, and of the update.
     """
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
@@ -202,7 +206,8 @@ def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
 
     Args:
         config: config of the run.
-        samples: numbers of the images, pairs and texts. A number gives the same image, pair and text in every process.
+        samples: sample numbers. Each number gives one image, one pair and one text, which are the same in all
+            processes.
     """
     model, data, ratios = config.model, config.data, pretraining_config(config)
 

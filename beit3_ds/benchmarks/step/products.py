@@ -1,4 +1,4 @@
-"""Computes only the matrix products of a training step, which limit the speed in `beit3 bench train`."""
+"""Computes only the matrix products of a training step. In `beit3 bench train`, they are the limit of the speed."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head dim, S rows of a sequence, M masked rows, V vocabulary.
 
@@ -15,7 +15,7 @@ from beit3_ds.tasks.pretraining.heads import head_flops
 
 
 class Product(NamedTuple):
-    """Describes a matrix product out = a @ b, or a batched one."""
+    """Describes one matrix product out = a @ b, or a batch of matrix products."""
 
     a: Tensor
     b: Tensor
@@ -23,7 +23,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Returns the FLOPs of the product; a multiply-add counts as 2."""
+        """Returns the FLOPs. A multiply-add counts as 2."""
         return 2 * self.out.numel() * self.a.shape[-1]
 
     def run(self) -> None:
@@ -32,7 +32,7 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Lists the matrix products of a layer's forward and backward pass in order."""
+    """Lists the matrix products of a layer's forward pass, and those of the backward pass, in order."""
 
     forward: tuple[Product, ...]
     backward: tuple[Product, ...]
@@ -109,7 +109,9 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
 
 
 class _Operands:
-    """Allocates random operands for products, and writes to the results' memory once."""
+    """Allocates random operands and result tensors for products. Writes to the results' memory once, so that it is
+    mapped.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device

@@ -1,4 +1,4 @@
-"""Runs one process of `beit3 bench train`: each request trains a step, or only computes a step's matrix products."""
+"""Runs one process of `beit3 bench train`. For each request, it trains a step or computes a step's matrix products."""
 
 import os
 import sys
@@ -89,15 +89,14 @@ SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
 
 
 def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
-    """Computes one turn for each batch number in `orders`, and writes the measured figures to `answers`
-    (`serve_turns`).
+    """Trains or computes once for each batch number in `orders`, and writes the figures to `answers` (`serve_turns`).
 
     Args:
-        side: a key of `SIDES`.
+        side: name of what to run, a key of `SIDES`.
         size: model size.
         samples: number of images per step, equal to the number of pairs and to the number of texts.
         orders: lines with one batch number each.
-        answers: stream for the figures, one line of JSON per turn.
+        answers: stream for the figures, one line of JSON per batch.
     """
     config = step_config(size, samples)
     if device_of_turns().type == "cuda":

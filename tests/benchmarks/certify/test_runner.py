@@ -188,7 +188,7 @@ def test_mistakes(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    with pytest.raises(ConfigError, match="holds files of something else"):
+    with pytest.raises(ConfigError, match="files that are no results of"):
         run([make("first")])
 
 
