@@ -1,4 +1,4 @@
-"""Ends the process with a one-line error if an environment variable has a value that breaks the import of DeepSpeed.
+"""Ends the process with a one-line error if an environment variable has a value that breaks DeepSpeed's import.
 
 Import this module before all others, because DeepSpeed reads the variable during its import.
 """

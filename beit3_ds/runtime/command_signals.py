@@ -1,4 +1,4 @@
-"""Ends a command on a stop signal within a time limit, and lets the command delete unfinished files first."""
+"""Ends a command after a stop signal. The command may first delete unfinished files, within a time limit."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from types import FrameType
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, describe_signal, exit_status, handled_signals, reading_signals
 
 STOP_SECONDS = 5.0
-"""Seconds after a stop signal at which a command that still runs is ended without cleanup."""
+"""Time limit for cleanup after a stop signal in seconds. A command that still runs then is ended at once."""
 
 
 class StoppedBySignal(KeyboardInterrupt):
@@ -38,7 +38,7 @@ def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
     the process is ended. Later signals have no effect.
 
     Args:
-        end: ends this process at once, even if the main thread is blocked in a call.
+        end: function that ends this process at once with an exit status, even if the main thread is blocked in a call.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

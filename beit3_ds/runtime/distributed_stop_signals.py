@@ -1,4 +1,4 @@
-"""Stops all ranks after the same step if one rank has received a stop signal or has no data."""
+"""Makes all ranks stop after the same step if any rank has received a stop signal or has no data."""
 
 from typing import Literal
 
@@ -17,10 +17,11 @@ class DistributedStopSignals:
         self.names = ""
         """Names of the stop signals that any rank has received, joined by "and"; empty without a stop signal."""
         self.first: int | None = None
-        """Number of the stop signal that any rank has received, or None. With several, the first in `STOP_SIGNALS`
-        counts."""
+        """Number of the stop signal that any rank has received, or None. If there are several, the one that comes first
+        in `STOP_SIGNALS` counts."""
         self.data_fault: Literal["data", "storage"] | None = None
-        """Why a rank has no data: "storage" if a file system failed, else "data". None if all have data."""
+        """Reason why a rank has no data: "storage" if a file system failed, otherwise "data". None if all ranks have
+        data."""
 
     @property
     def must_stop(self) -> bool:

@@ -12,7 +12,7 @@ _THREADS = re.compile(r"\s*0*[1-9][0-9]{0,5}\s*(,\s*0*[1-9][0-9]{0,5}\s*)*")
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
-    """Checks that OMP_NUM_THREADS and DS_ACCELERATOR have values that are valid on at least some machines.
+    """Checks OMP_NUM_THREADS and DS_ACCELERATOR for values that are invalid on every machine.
 
     Raises:
         ConfigError: if a value is invalid. The message contains the variable, the value and the rule.

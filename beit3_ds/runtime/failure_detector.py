@@ -1,4 +1,4 @@
-"""Finds out from the heartbeats of the ranks whether and why a run has failed."""
+"""Detects from the ranks' heartbeats that a run has failed, and finds the cause."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +22,7 @@ class Failure(NamedTuple):
 
 
 class FailureDetector:
-    """Runs on rank 0 and finds failures of a run in the heartbeats of all ranks; `Watchdog` lists the four kinds of
-    failures.
-    """
+    """Finds failures in the heartbeats of all ranks, on rank 0. `Watchdog` lists the four kinds of failures."""
 
     def __init__(self, parallel: ParallelConfig, statuses: RankStatuses, describe: Callable[[int], str]) -> None:
         """Creates the detector on rank 0.
@@ -32,7 +30,7 @@ class FailureDetector:
         Args:
             parallel: config with the timeouts.
             statuses: statuses of all ranks, which the caller keeps up to date.
-            describe: returns a rank's number, coordinates and host as text.
+            describe: function that returns a rank's number, coordinates and host as text.
         """
         self._parallel, self._statuses, self._describe = parallel, statuses, describe
         self._request: tuple[float, list[int]] | None = None
@@ -63,7 +61,9 @@ class FailureDetector:
         return None
 
     def describe_slow(self) -> list[str]:
-        """Returns one line per slow rank that others wait for. A rank is listed again when its delay has doubled."""
+        """Returns one line per slow rank that other ranks wait for. A rank gets a new line whenever its delay has
+        doubled.
+        """
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)
         self._slow = {rank: self._slow.get(rank, first) for rank in behind}
@@ -76,7 +76,7 @@ class FailureDetector:
         ]
 
     def _lost_contact(self) -> Failure:
-        """Returns the failure for a collective that failed although all ranks answer; the usual cause is a timeout."""
+        """Returns the failure to report if a collective failed but all ranks answer. The usual cause is a timeout."""
         seconds = self._parallel.timeout_seconds
         if stalled := self._statuses.find_behind(seconds / 2):
             return self._stalled(stalled)

@@ -12,9 +12,9 @@ class Heartbeat(NamedTuple):
     """Holds the state that a rank reports to rank 0 every few seconds."""
 
     number: int
-    """Number of heartbeats sent so far; if it grows, the thread that sends heartbeats is alive."""
+    """Number of heartbeats sent so far. If it grows, the rank's thread that sends heartbeats is alive."""
     changes: int
-    """Number of phases that the main thread has begun (`Activity.changes`); if it grows, the rank makes progress."""
+    """Number of phases that the main thread has begun (`Activity.changes`). If it grows, the rank makes progress."""
     step: int
     """Number of the main thread's current step, from 1."""
     phase: str
@@ -35,10 +35,10 @@ class Heartbeat(NamedTuple):
 
 
 def find_sleep(seconds: float, interval: float) -> float:
-    """Returns the excess seconds of a wait that took more than twice the requested `interval`, else 0.
+    """Returns for how many seconds this process was suspended during a wait; 0 if the wait was not much too long.
 
-    During the excess seconds this process was suspended, and other ranks may have been suspended too. So these seconds
-    do not count as silence of other ranks.
+    A wait is much too long if it took more than twice `interval`. While this process was suspended, other ranks may
+    have been suspended too. So the excess seconds do not count as silence of other ranks.
 
     Args:
         seconds: measured duration of the wait.
@@ -48,14 +48,15 @@ def find_sleep(seconds: float, interval: float) -> float:
 
 
 class RankStatus:
-    """Holds the newest heartbeat of one rank, and when this process noticed the latest changes."""
+    """Holds the newest heartbeat of one rank, and the times of the latest changes as this process noticed them."""
 
     def __init__(self, beat: Heartbeat, now: float) -> None:
         self.beat = beat
         self.beaten_at = now
         """Monotonic time in seconds when this process noticed the newest heartbeat."""
         self.unchanged_since = now
-        """Monotonic time in seconds when this process noticed that the rank began a phase, or began or ended a wait."""
+        """Monotonic time in seconds when this process last noticed that the rank began a phase, or began or ended a
+        wait."""
 
     @property
     def unchanged_seconds(self) -> float:
@@ -75,8 +76,8 @@ class RankStatuses:
 
         Args:
             beats: one heartbeat per rank.
-            interval: normal seconds between two calls of `update`. If this process is suspended for longer, the excess
-                does not count as silence of the ranks.
+            interval: normal seconds between two calls of `update`. If the time between two calls is much longer, this
+                process was suspended, and the excess does not count as silence of the ranks.
         """
         self._interval, self._updated = interval, time.monotonic()
         self._ranks = [RankStatus(beat, self._updated) for beat in beats]
@@ -117,7 +118,8 @@ class RankStatuses:
         ]
 
     def find_behind(self, seconds: float) -> list[int]:
-        """Returns the ranks whose main thread, for more than `seconds`, has neither made progress nor waited for ranks.
+        """Returns the ranks whose main thread has made no progress for more than `seconds`, without waiting for other
+        ranks.
 
         The list is empty unless another rank has waited for more than half of `seconds`.
         """
@@ -130,9 +132,7 @@ class RankStatuses:
         ]
 
     def find_least_advanced(self) -> list[int]:
-        """Returns the ranks that have begun the fewest phases; an empty list if all ranks have begun equally many
-        phases.
-        """
+        """Returns the ranks that have begun the fewest phases; an empty list if the number is equal on all ranks."""
         changes = [status.beat.changes for status in self._ranks]
         least = min(changes)
         return [rank for rank, own in enumerate(changes) if own == least] if least < max(changes) else []
@@ -158,6 +158,6 @@ class RankStatuses:
         ]
 
     def describe(self, rank: int) -> str:
-        """Returns the step and phase of a rank's main thread as text, and how long the phase has lasted."""
+        """Returns a text with the step and phase of a rank's main thread, and with the duration of the phase so far."""
         status = self._ranks[rank]
         return f"step {status.beat.step}, {status.beat.phase}, for {status.unchanged_seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Signs the values that ranks exchange through torch's store, because that store accepts requests from any program.
+"""Signs the values that ranks exchange through torch's store, which accepts requests from any program.
 
 This file must not import other modules of the project: the cluster check sends it to nodes that may lack the project.
 """
@@ -52,11 +52,11 @@ class KeyedStore(dist.Store):
         return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(keys), strict=True)]
 
     def check(self, keys: list[str]) -> bool:
-        """Returns whether all keys exist; does not verify their values."""
+        """Returns whether all keys exist. The values are not verified."""
         return self._store.check(keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Waits until all keys exist; does not verify their values."""
+        """Waits until all keys exist. The values are not verified."""
         self._store.wait(keys, *([] if timeout is None else [timeout]))
 
     def add(self, key: str, value: int) -> int:

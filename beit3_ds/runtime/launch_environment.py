@@ -1,4 +1,4 @@
-"""Reads the environment variables that launchers set for each rank; no other module reads these variables."""
+"""Reads the environment variables that launchers set for each rank. No other module reads these variables."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from beit3_ds.config.numbers import RANKS
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 
 TORCH_LAUNCHER = "the launcher"
-"""Name in messages for all launchers that set torch's variables: `deepspeed`, `torchrun` and `beit3 launch`."""
+"""Name, in messages, of a launcher that sets torch's variables: `deepspeed`, `torchrun` or `beit3 launch`."""
 _DEFAULT_PORT = 29500  # default of torch and DeepSpeed
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
 _STEPS_PER_JOB = 16
@@ -27,7 +27,8 @@ class Launch:
     world_size: int
     """Number of ranks on all hosts."""
     local_rank: int
-    """Index of this rank's device: the rank within its host, or 0 if the rank sees only one device."""
+    """Index of this rank's device on the host: the number of the rank within its host, or 0 if the rank sees only one
+    device."""
     local_size: int | None
     """Number of ranks on this host; None if the launcher does not set it."""
     master_addr: str | None
@@ -52,11 +53,11 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Reads how this rank was launched from the first set of variables that exists: torch's, MPI's or Slurm's.
+    """Reads how this rank was launched, from the variables of torch, MPI or Slurm, in this order of precedence.
 
-    MPI precedes Slurm, because mpirun starts its daemons with srun. PMI's variables count only together with Hydra's.
-    Slurm's variables count only in a step that srun started with several tasks. MASTER_ADDR and MASTER_PORT override
-    the values of MPI and Slurm.
+    MPI precedes Slurm, because mpirun starts its daemons with srun. Variables of PMI count only if those of Hydra exist
+    too. Variables of Slurm count only if srun started several tasks. MASTER_ADDR and MASTER_PORT override the values of
+    MPI and Slurm.
 
     Raises:
         ConfigError: if variables are missing, are not numbers, or contradict each other.

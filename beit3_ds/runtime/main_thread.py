@@ -1,4 +1,4 @@
-"""Describes where the main thread is, for messages about a process that hangs."""
+"""Describes what the main thread is doing, for messages about a process that hangs."""
 
 import sys
 import threading
@@ -9,10 +9,10 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def describe_main_thread(otherwise: str) -> str:
-    """Returns the source line that the main thread executes, and the file or folder that it uses, as text.
+    """Returns a text with the source line that the main thread executes, and with the file or folder that it uses.
 
     Args:
-        otherwise: activity of the main thread if it uses no file or folder; empty if unknown.
+        otherwise: text to return about the activity if the main thread uses no file or folder; empty if unknown.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     lines, paths, awaited = [], [], []

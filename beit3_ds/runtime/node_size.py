@@ -11,7 +11,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def measure_node() -> NodeSize:
-    """Returns the memory of the machine (or of its container, if smaller) and the free space in /dev/shm, in bytes."""
+    """Returns the memory and the free space in /dev/shm, in bytes. In a container, its memory limit counts."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         with suppress(OSError, ValueError):  # no such file, or its content is "max"

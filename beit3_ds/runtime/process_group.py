@@ -76,14 +76,14 @@ def joined_ranks(
     """Joins the process group during the `with` block. If the block fails on one rank, the program ends on all ranks.
 
     Every rank then prints one line that names the failed rank. All ranks also end if a rank is lost or stalled. A stop
-    signal that one rank receives reaches all ranks (`Watchdog`).
+    signal that one rank receives is forwarded to all ranks (`Watchdog`).
 
     Args:
         parallel: layout and time limits.
         output_dir: folder with the ranks' secret (see `init_process_group`).
         signals: recorder of the stop signals that this process receives.
-        contended_at: returns, on rank 0, the monotonic time when another command last asked for the output folder; -inf
-            if no command asked.
+        contended_at: function that returns, on rank 0, the monotonic time when another command last asked for the
+            output folder; -inf if no command asked.
     """
     mesh, connect = _join_launched(parallel, output_dir, contended_at)
     watchdog = Watchdog(parallel, mesh, connect(STORE_SECONDS), signals)
@@ -111,8 +111,8 @@ def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.St
     Args:
         parallel: layout and timeout.
         launch: rank and world size of this process, and the address of rank 0.
-        backend: backend of the device groups. For a single process use "fake": its collectives return the input
-            unchanged and open no port. Gloo would open one port per group.
+        backend: backend of the device groups. A single process passes "fake", whose collectives return the input
+            unchanged and open no port. gloo would open one port per group.
         store: store through which the ranks find each other.
     """
     if backend != "gloo":
@@ -129,7 +129,10 @@ def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.St
 
 
 def _is_lost_contact(error: Exception) -> bool:
-    """Returns whether an error means that another rank caused a collective to fail; gloo raises only RuntimeError."""
+    """Returns whether an error means that a collective failed because of another rank.
+
+    gloo has no error type of its own. It raises RuntimeError.
+    """
     return isinstance(error, RuntimeError) and (
         isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
     )

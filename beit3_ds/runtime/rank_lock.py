@@ -14,17 +14,17 @@ from beit3_ds.writer_lock import WaitStoppedError, WriterLock
 
 @contextmanager
 def locked_by_rank_0(path: Path, target: str, way_out: str, signals: StopSignals) -> Iterator[Callable[[], float]]:
-    """Holds a `WriterLock` on rank 0 during the block. If rank 0 does not get the lock, the launcher ends the other
-    ranks.
+    """Holds a `WriterLock` on rank 0 during the block. If rank 0 cannot get the lock, the launcher ends all ranks.
 
     Yields:
-        A function. On rank 0 it returns the monotonic time when another process last asked for the lock, or -inf.
+        A function that returns, on rank 0, the monotonic time when another process last asked for the lock; -inf if no
+        process asked.
 
     Args:
         path: file of the lock.
         target: what the lock protects, for messages.
         way_out: what a user can do if the lock is refused, for messages.
-        signals: recorder of the stop signals that this process receives; a stop signal ends a wait for the lock.
+        signals: recorder of the stop signals that this process receives. A stop signal ends a wait for the lock.
 
     Raises:
         ConfigError: on rank 0, if another run uses the folder.

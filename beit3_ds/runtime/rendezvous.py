@@ -28,9 +28,10 @@ from beit3_ds.runtime.stop_deadline import STOP_SECONDS
 from beit3_ds.runtime.versions import describe_versions
 
 SILENCE_SECONDS = 60.0
-"""Seconds without an answer from rank 0's host before a rank gives up. A refusal is an answer."""
+"""Seconds without an answer from rank 0's host after which a rank gives up. A refused connection counts as an answer.
+"""
 NOTICE_SECONDS = 30.0
-"""Seconds between two messages of a waiting rank."""
+"""Seconds between two messages that a waiting rank prints."""
 _POLL_SECONDS = 0.5
 _CONTENDER_SECONDS = STOP_SECONDS + 5.0  # a launcher ends its ranks in this time if one rank has ended
 _LAUNCHER_SECONDS = 60.0  # time in which rank 0 ignores ranks of another launcher on its host
@@ -43,10 +44,10 @@ _WAYS_OUT = (
 
 
 class Rendezvous:
-    """Connects a starting rank to all others, and prints which ranks are missing.
+    """Connects a starting rank to all other ranks, and prints which ranks are missing.
 
-    Ranks meet in rank 0's store, where each rank writes its address and software versions. A thread prints what this
-    rank waits for. The thread ends the process if a call into torch blocks for too long.
+    Ranks meet in rank 0's store. Each rank writes its address and software versions there. A separate thread prints
+    what this rank waits for, and ends the process if a call of torch blocks for too long.
     """
 
     def __init__(
@@ -57,16 +58,16 @@ class Rendezvous:
         end: Callable[[int], None] = os._exit,
         contended_at: Callable[[], float] = lambda: -math.inf,
     ) -> None:
-        """Prepares the rendezvous; `meet` opens the first connection.
+        """Prepares the rendezvous. `meet` opens the first connection.
 
         Args:
             launch: rank of this process, and the address of rank 0.
             seconds: maximum time in seconds that ranks wait for each other.
             secret: secret that all ranks of the run share.
-            end: ends this process at once, even if the main thread is blocked in a call.
-            contended_at: returns, on rank 0, the monotonic time when another command last asked for this run's output
-                folder, or -inf. That command is refused. Until it ends, its ranks may connect here, because they have
-                the same secret and port.
+            end: function that ends this process at once, even if the main thread is blocked in a call.
+            contended_at: function that returns, on rank 0, the monotonic time when another command last asked for this
+                run's output folder, or -inf. That command is refused. Until that command ends, its ranks may connect
+                here, because they have the same secret and port.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()
@@ -170,7 +171,7 @@ class Rendezvous:
             time.sleep(_POLL_SECONDS)
 
     def connect(self, seconds: float) -> dist.Store:
-        """Opens another connection to rank 0's store, with a separate key prefix. Call this method only after `meet`.
+        """Opens another connection to rank 0's store. The connection has its own prefix for keys. Call `meet` first.
 
         Args:
             seconds: time limit of a request to the store in seconds.
@@ -178,7 +179,7 @@ class Rendezvous:
         return KeyedStore(dist.PrefixStore("watchdog", self._connect(seconds)), self._key)
 
     def _serve(self) -> dist.Store:
-        """Opens rank 0's store, which listens only at rank 0's address; torch's default is all addresses."""
+        """Opens rank 0's store at rank 0's address only. By default, torch would listen at all addresses."""
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -215,11 +216,11 @@ class Rendezvous:
         return hmac.digest(self._secret, " ".join(words).encode(), "sha256")
 
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs on rank 0: waits for all ranks, then sends an answer to all ranks, and returns that answer.
+        """Waits on rank 0 for all ranks, sends an answer to all ranks, and returns the answer.
 
-        The answer holds the address and number of threads of each rank, or an error message. If another command asked
-        for the output folder, some of the ranks may belong to that command. Then rank 0 waits until the other command
-        has ended, and collects the ranks again.
+        The answer has the address and number of threads of each rank, or an error message. If another command asked for
+        the output folder, some of the ranks may belong to that command. Then rank 0 waits until the other command has
+        ended, and collects the ranks again.
         """
         while True:
             began = time.monotonic()
@@ -238,8 +239,7 @@ class Rendezvous:
         return answer
 
     def _find_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> tuple[str, KeyedStore, list[dict[str, Any]]]:
-        """Waits for all ranks; returns a random challenge, a store signed with the challenge, and each rank's
-        description.
+        """Waits for all ranks. Returns a random challenge, a store that signs with it, and a description of each rank.
 
         Ranks sign their descriptions with the secret and the challenge. So descriptions of an earlier run are invalid.
         """
@@ -269,7 +269,7 @@ class Rendezvous:
         return challenge, store, [found[rank] for rank in range(size)]
 
     def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
-        """Returns whether another launcher started a rank on this host; always false after `_LAUNCHER_SECONDS`."""
+        """Returns whether a rank on this host belongs to another launcher; always false after `_LAUNCHER_SECONDS`."""
         is_late = time.monotonic() - self._start >= min(_LAUNCHER_SECONDS, self._seconds / 2)
         return description["host"] == self._host and description["parent"] != self._parent and not is_late
 
@@ -284,7 +284,7 @@ class Rendezvous:
         raise ConfigError(error)
 
     def _receive_answer(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs on all ranks except 0: sends this rank's description until rank 0 answers, and returns the answer."""
+        """Sends this rank's description until rank 0 answers; returns the answer. Rank 0 does not call this method."""
         self._waits_for = None  # rank 0 prints which ranks are missing
         invitation, began = KeyedStore(base, self._secret), time.monotonic()
         limit = time.monotonic() + self._seconds + _GRACE_SECONDS
@@ -347,7 +347,7 @@ class Rendezvous:
 
 
 def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
-    """Returns an error message about ranks whose software differs from rank 0's; None if no software differs.
+    """Returns an error message if the software of some ranks differs from rank 0's software; otherwise None.
 
     Args:
         ranks: description of each rank. "host" is the host name, and "software" maps package names to versions.

@@ -16,7 +16,7 @@ _LEAST_BYTES, _MOST_BYTES = 16, 4096
 
 
 def read_secret(named: str | None, output_dir: str | None) -> bytes:
-    """Returns the secret with which ranks prove to each other that they belong to the same run.
+    """Returns the ranks' secret, with which ranks prove to each other that they belong to the same run.
 
     If no file is named, the secret is in the output folder. The first rank that needs this file creates it, with mode
     0600.

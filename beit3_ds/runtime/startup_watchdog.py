@@ -1,4 +1,4 @@
-"""Watches a process while it opens its files, when no other time limit applies, and prints which call hangs."""
+"""Watches a process while it opens its files, and prints which call hangs. No other time limit applies at that time."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ NOTICE_SECONDS = 60.0
 """Seconds between two messages about a start that makes no progress."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""Share of one core below which a process counts as idle."""
+"""Share of one core's time. A process that uses less CPU time counts as idle."""
 
 
 class StartupWatchdog:
@@ -75,7 +75,7 @@ class StartupWatchdog:
 
 @contextmanager
 def watched_start(rank: int, seconds: float) -> Iterator[None]:
-    """Runs a `StartupWatchdog` during the block; the arguments are those of its constructor."""
+    """Runs a `StartupWatchdog` during the block; the arguments are those of `StartupWatchdog.__init__`."""
     watch = StartupWatchdog(rank, seconds)
     try:
         yield

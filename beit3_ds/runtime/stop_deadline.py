@@ -12,10 +12,10 @@ from beit3_ds.runtime.main_thread import describe_main_thread
 from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_status
 
 STOP_SECONDS = 5.0
-"""Time limit in seconds to end after a stop signal, for a process without unsaved updates. A wait for other ranks gets
-at least this limit."""
+"""Seconds after a stop signal within which a process without unsaved updates must end. The time limit of a wait for
+other ranks is at least this long."""
 _PEER_FACTOR = 2.0
-"""Time limit of a wait for other ranks, as a multiple of the longest phase of a step so far."""
+"""Time limit of a wait for other ranks after a stop signal, as a multiple of the longest phase of a step so far."""
 _SECOND_INTERRUPT_SECONDS = 1.0
 _POLL_SECONDS = 0.25
 
@@ -24,8 +24,8 @@ class StopDeadline:
     """Ends this process, from a separate thread, if the process does not end within a time limit after a stop signal.
 
     Before the first step and after the last step, the limit is `STOP_SECONDS`. During training, a rank may finish its
-    step and save. Only waits for other ranks are limited, to `STOP_SECONDS` or twice the longest phase so far. A second
-    SIGINT ends the process within about one second.
+    step and save. Then only waits for other ranks are limited, to `STOP_SECONDS` or to twice the longest phase so far,
+    whichever is longer. A second SIGINT ends the process within about one second.
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
@@ -45,7 +45,7 @@ class StopDeadline:
         self._thread.start()
 
     def limit_waits(self, activity: Activity) -> None:
-        """Limits only waits for other ranks from now on; call this method when training begins.
+        """Limits only waits for other ranks from now on. Call this method when training begins.
 
         Args:
             activity: current activity of this rank's main thread.
@@ -53,11 +53,12 @@ class StopDeadline:
         self._phase_since, self._activity = time.monotonic(), activity
 
     def limit_all(self, phase: str, consequence: str) -> None:
-        """Limits all work after a stop signal from now on; call this method when no more state must be saved.
+        """Limits all work after a stop signal from now on. Call this method when no more state must be saved.
 
         Args:
             phase: name of the next part of the program, for messages, such as "the report".
-            consequence: sentence for messages that tells what is saved, and what a restart of the same command does.
+            consequence: sentence for messages that tells what is saved, and what happens if the same command runs
+                again.
         """
         self._phase, self._consequence = phase, consequence
         self._phase_since, self._activity = time.monotonic(), None

@@ -84,13 +84,13 @@ class StopSignals:
         self.received.add(number)
 
     def _note(self, number: int) -> None:
-        """Records a signal; called in the thread that reads the pipe."""
+        """Records a signal. The thread that reads the pipe calls this method."""
         if number in STOP_SIGNALS:
             self.num_interrupts += number == signal.SIGINT
             self.record(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Records a signal; called in the main thread, before or after `_note` is called for the same signal."""
+        """Records a signal. The main thread calls this method, before or after `_note` runs for the signal."""
         is_second = number == signal.SIGINT and self._has_handled_interrupt
         self._has_handled_interrupt |= number == signal.SIGINT
         self.record(number)

@@ -18,7 +18,7 @@ _CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 
 
 def find_package_versions() -> dict[str, str | None]:
-    """Returns the version of each package in `PACKAGES`, or None if it is not installed; imports no package."""
+    """Returns the version of each package in `PACKAGES`, or None if a package is not installed. Imports no package."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -29,7 +29,7 @@ def find_package_versions() -> dict[str, str | None]:
 
 
 def compute_code_digests() -> dict[str, str] | None:
-    """Returns a short digest of each of the project's source files by relative path; None without beit3_ds."""
+    """Returns a short digest of each source file of the project by relative path; None if it is not installed."""
     digests: dict[str, str] = {}
     for name in ("beit3_ds", "beit3_ds.kernels"):
         try:
@@ -48,10 +48,9 @@ def compute_code_digests() -> dict[str, str] | None:
 
 
 def describe_versions() -> dict[str, str]:
-    """Returns the versions of Python and of `PACKAGES` by name, and one digest of the project's code under the key
-    "code".
+    """Returns the versions of Python (major.minor) and of `PACKAGES` by name.
 
-    The version of Python has the form major.minor. No package is imported, but all source files of the project are
+    The key "code" has one digest of the project's code. No package is imported, but all source files of the project are
     read.
     """
     versions = {name: str(version) for name, version in find_package_versions().items()}

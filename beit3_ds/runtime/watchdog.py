@@ -23,7 +23,8 @@ _POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0
 """Time limit of one request to the store in seconds."""
 _GRACE_SECONDS = 5.0
-"""Time limit in seconds for ranks to send a requested heartbeat, or to end without being killed after a failure."""
+"""Time limit in seconds for two things: a rank must send a requested heartbeat, and a rank must end after a failure
+before it is killed."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
 """Value of a key in the store before any rank sets the key."""
@@ -31,8 +32,7 @@ _STORE_ERRORS = (RuntimeError, dist.DistError)
 
 
 class Watchdog:
-    """Watches all ranks with two threads per rank: one exchanges heartbeats, and the other checks that the store
-    answers.
+    """Watches all ranks. Each rank runs two threads: one exchanges heartbeats, one checks that the store answers.
 
     Every rank writes the phase of its main thread to the store as a `Heartbeat`. Rank 0 reads all heartbeats and runs
     the `FailureDetector`; the other ranks read the result. There are four kinds of failures:
@@ -48,7 +48,7 @@ class Watchdog:
     seconds later.
 
     Network traffic: each rank requests four short values per second from the store, and writes about 80 bytes every
-    sixth of `heartbeat_timeout_seconds`. With 512 ranks and 60 s, this makes 565 requests and less than 200 kB per
+    sixth of `heartbeat_timeout_seconds`. With 512 ranks and 60 s, these are 565 requests and less than 200 kB per
     second. A store answers 24,000 requests per second on one core.
     """
 
@@ -105,9 +105,7 @@ class Watchdog:
         self._store_thread.join()
 
     def announce_failure(self, error: Exception) -> None:
-        """Reports the failure of this rank to all ranks, and waits at most ten seconds until the ranks have read the
-        report.
-        """
+        """Reports this rank's failure to all ranks. Waits at most ten seconds until the ranks have read the report."""
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         self._report(f"{self._describe(self._rank)} failed: {line}")
 
@@ -143,9 +141,7 @@ class Watchdog:
         return [Heartbeat.decode(text) for text in self._store.multi_get(_beat_keys(ranks))]
 
     def _watch_ranks(self) -> None:
-        """Runs as the first thread: sends heartbeats, and ends the process when rank 0 or another rank publishes a
-        failure.
-        """
+        """Runs in the first thread. Sends heartbeats, and ends the process when any rank publishes a failure."""
         try:
             while not self._stopped.wait(self._poll_seconds):
                 keys = ["beats_requested", "failure", "beat/0", "stop_signal"]
@@ -176,9 +172,7 @@ class Watchdog:
             self._set_once("stop_signal", str(min(self._signals.received)))
 
     def _watch_store(self) -> None:
-        """Runs as the second thread: ends the process if the store stops answering. This thread makes no call that
-        could block.
-        """
+        """Runs in the second thread. Ends the process if the store stops answering; makes no call that could block."""
         last = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
             now = time.monotonic()
@@ -196,7 +190,7 @@ class Watchdog:
                 return
 
     def _detect_failure(self, are_beats_requested: bool) -> None:
-        """Runs on rank 0: updates the status of all ranks, prints slow ranks, and publishes a failure if any."""
+        """Updates the status of all ranks, prints slow ranks, and publishes a failure if any. Runs on rank 0."""
         values = self._store.multi_get(["reported", *_beat_keys(range(self._size))])
         reported, *beats = (value.decode() for value in values)
         self._statuses.update([Heartbeat.decode(beat) for beat in beats])
@@ -215,7 +209,7 @@ class Watchdog:
             self._store.set(key, value)
 
     def _end_process(self, failure: Failure) -> None:
-        """Ends the process after at most five seconds; meanwhile, other ranks can read the failure."""
+        """Ends the process after at most five seconds. Meanwhile, other ranks can read the failure."""
         self._state = "ending"
         with contextlib.suppress(*_STORE_ERRORS):  # the process that holds the store may be gone
             self._beat()

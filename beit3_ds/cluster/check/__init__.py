@@ -1,1 +1,1 @@
-"""Finds faults of a run's nodes, for `beit3 check-cluster`."""
+"""Finds faults of the machines of a run, for `beit3 check-cluster`."""

@@ -18,11 +18,12 @@ class Fault:
     host: str
     """Name of the faulty host; empty if the fault concerns the whole cluster."""
     check: str
-    """Name of the check that found the fault, from `CHECKS`; "layout" if the run does not fit the number of ranks."""
+    """Name of the check that found the fault, from `CHECKS`. The name is "layout" if the run cannot use this number of
+    ranks."""
     text: str
     """Message without the host's name: the faulty value, the rule, and how to fix the fault."""
     is_note: bool = False
-    """Whether the fault is only a note: the fault is printed, but does not prevent a run."""
+    """Whether the fault is only a note, which is printed but does not prevent a run."""
 
     def __str__(self) -> str:
         return f"{self.host}: {self.text}" if self.host else self.text

@@ -25,7 +25,7 @@ class Inquiry:
     output_dir: Path | None
     """Output folder of the run, which all nodes must share; None if the check has no run config."""
     files: Mapping[str, bool]
-    """Maps each glob pattern of the run's input files to whether a file must match
+    """Glob patterns of the run's input files. The value is true if at least one file must match
     (`requirements.find_required_files`)."""
     master_port: int
     """TCP port on which rank 0 will listen."""
@@ -34,18 +34,20 @@ class Inquiry:
 
     @property
     def disks(self) -> dict[str, str]:
-        """Returns the folders to check for free disk space, as a mapping from purpose to path."""
+        """Returns the folders whose disks need free space. Keys are purposes, such as "output folder"; values are
+        paths.
+        """
         return {"/tmp": "/tmp", "output folder": str(self.output_dir or self.folder)}
 
 
 @dataclass(kw_only=True)
 class Answers:
-    """Holds the answers of one node. A field is None or empty if the node did not answer that question."""
+    """Holds the answers of one node to the questions of a cluster check. A field is None or empty without an answer."""
 
     name: str
     """Name of the host."""
     slots: int
-    """Number of the node's ranks in the hostfile."""
+    """Number of ranks that the hostfile gives to the node."""
     silence: str | None = None
     """Reason why the node stopped answering; None if the node answers."""
     seconds: float = 0.0
@@ -65,17 +67,18 @@ class Answers:
     clock_error: float = 0.0
     """Maximum error of `clock` in seconds: half the round-trip time of the fastest clock request."""
     token_error: str | None = None
-    """Error message if the node could not write its test file into the shared folder; None after success."""
+    """Error message if the node could not write a test file into the shared folder; None after success."""
     tokens_missing: tuple[str, ...] | None = None
-    """Hosts whose test files in the shared folder are not visible on this node; None if the node was not asked."""
+    """Names of the hosts whose test files this node cannot see in the shared folder; None if the node was not asked."""
     listener: dict[str, Any] | None = None
     """Port on which the node listens for test connections (`Probe.listen`). The first host uses the master port."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Results of this node's test connections (`Probe.connect`), by target host: the addresses used, or an error."""
+    """Results of this node's test connections (`Probe.connect`), by target host. A result has the two addresses of the
+    connection, or an error."""
     own_address: str | None = None
     """Address that this node uses for connections to other nodes."""
     interface: str | None = None
-    """Network interface that has the address `own_address`."""
+    """Network interface of the node with the address `own_address`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,8 @@ class Inspection:
     master_address: str | None
     """Address that DeepSpeed would choose as MASTER_ADDR: the first address of the first host."""
     named_master: Mapping[str, dict[str, Any]]
-    """Results of test connections to the first host's name, by connecting host: the addresses used, or an error."""
+    """Results of test connections to the first host's name, by the name of the connecting host. A result has the two
+    addresses of the connection, or an error."""
     shared_folder: str | None
     """Folder where the nodes wrote test files: the output folder, or its nearest existing parent."""
 

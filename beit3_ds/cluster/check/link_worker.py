@@ -1,7 +1,7 @@
 """Measures network speed with torch.distributed: first between pairs of nodes, then between all nodes.
 
-One process runs on each node. The source text of this module is sent to the node over ssh, so the module must not
-import beit3_ds. The process ends when its standard input closes.
+One process runs on each node. This module's source text is sent to the node over ssh, so the module must not import
+beit3_ds. The process ends when its standard input closes.
 """
 
 import json
@@ -25,9 +25,10 @@ _TRIES = 2  # the fastest try counts, because other traffic and busy cores only 
 
 
 def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
-    """Returns rounds of disjoint pairs of nodes (a round-robin tournament); each pair of nodes occurs in one round.
+    """Returns the rounds of a round-robin tournament between nodes. In a round, each node is in at most one pair.
 
-    An even `size` gives `size - 1` rounds. An odd `size` gives `size` rounds, each with one idle node.
+    Each pair of nodes occurs in exactly one round. An even `size` gives `size - 1` rounds. An odd `size` gives `size`
+    rounds, each with one idle node.
     """
     players = list(range(size + size % 2))
     rounds = []
@@ -80,13 +81,13 @@ class Worker:
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
 
     def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
-        """Measures the speed between the two ranks of each pair, in both directions.
+        """Measures the speed from this rank to every other rank.
 
         Args:
-            rounds: rounds of disjoint pairs of ranks (`pair_rounds`), equal on all ranks.
+            rounds: rounds of disjoint pairs of ranks (`pair_rounds`). All ranks must pass the same rounds.
 
         Returns:
-            Bits per second from this rank to each other rank; the keys are rank numbers as strings.
+            Bits per second from this rank to each other rank. The keys are rank numbers as strings.
         """
         rates: dict[str, float] = {}
         for pairs in rounds:
@@ -103,10 +104,11 @@ class Worker:
     def all_reduce(self, slowest: float) -> float:
         """Measures an all-reduce over all nodes and returns the bus bandwidth in bits per second.
 
-        Bus bandwidth counts the data on each link of a ring of n ranks: 2 (n - 1) / n times the size of the tensor.
+        Bus bandwidth counts the data that crosses each link of a ring of n ranks: 2 (n - 1) / n times the tensor's
+        size.
 
         Args:
-            slowest: bits per second of the slowest link, from which the size of the tensor is computed.
+            slowest: bits per second of the slowest link. The size of the tensor is computed from this speed.
         """
         numel = int(min(max(slowest / 8 * _ALL_REDUCE_SECONDS, _MIN_BYTES), _BUFFER_BYTES)) // 4
         tensor = self._torch.zeros(numel, dtype=self._torch.float32, device=self._device)
@@ -119,7 +121,7 @@ class Worker:
         return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
 
     def _send_to(self, other: int) -> float:
-        """Sends ever larger transfers until one takes long enough to measure; returns the speed in bits per second."""
+        """Sends larger and larger messages until one takes long enough to time; returns bits per second."""
         best = 0.0
         size = _MIN_BYTES
         tries = 0
@@ -162,7 +164,7 @@ class Worker:
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    """Returns a socket that is bound to one address only; torch's own socket accepts connections at all addresses."""
+    """Returns a socket that listens at one address only. torch's own socket would listen at all addresses."""
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))

@@ -16,7 +16,7 @@ from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 from beit3_ds.runtime import versions
 
 FLOOR_BITS = 0.5e9
-"""Lower limit for a link's bits per second if no speed is expected: half of 1 Gbit/s."""
+"""Minimum for the speed limit in bits per second, if no speed is expected: half of 1 Gbit/s."""
 _SLOW = 0.5  # share of the usual or expected speed below which a link is slow
 _START_SECONDS = 90.0  # to import torch from a shared file system and to connect
 _ROUND_SECONDS = 10.0
@@ -31,7 +31,7 @@ class Links:
     backend: str
     """Backend of torch.distributed that sent the data: "gloo" or "nccl"."""
     rates: Mapping[tuple[str, str], float]
-    """Bits per second of each link; a key is (sending host, receiving host)."""
+    """Bits per second of each link. A key is (sending host, receiving host)."""
     all_reduce: float
     """Bus bandwidth of an all-reduce over all nodes in bits per second, as measured on the slowest rank."""
 
@@ -42,7 +42,7 @@ class Links:
 
     @property
     def usual(self) -> float:
-        """Returns the usual link speed in bits per second: the median of the nodes' fastest links.
+        """Returns the usual speed of a link in bits per second: the median, over nodes, of the node's fastest link.
 
         The median over all links would be wrong with three nodes, because one slow node makes two of the three pairs
         slow.
@@ -124,10 +124,10 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Sends a request to all nodes at once, because the nodes work together on it, and returns all answers.
+        """Sends a request to all nodes at once, and returns all answers. The nodes need each other to answer.
 
         Raises:
-            NoAnswer: if a node fails. Each failed node's fault is recorded.
+            NoAnswer: if a node fails. A fault is recorded for each failed node.
         """
 
         async def ask(rank: int) -> Any:
@@ -144,7 +144,7 @@ class _Measurement:
 
 
 def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[str, str], float], str]:
-    """Returns the speed in bits per second of each link below the speed limit, and a description of this limit."""
+    """Returns the speed of each link below the speed limit in bits per second, and a text about the limit."""
     least, reason = _SLOW * links.usual, f"half of the {_gbit(links.usual)} that links reach here"
     if expected_bits is not None:
         least, reason = _SLOW * expected_bits, f"half of the {_gbit(expected_bits)} that were expected"

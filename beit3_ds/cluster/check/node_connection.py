@@ -16,7 +16,7 @@ from beit3_ds.cluster.hostfile import is_loopback
 CONNECT_SECONDS = 5
 """Seconds that ssh waits for a node to accept a connection."""
 ANSWER_SECONDS = 30.0
-"""Default time limit for an answer in seconds; longer than the probe's time limit for nvidia-smi."""
+"""Default time limit for an answer in seconds. It is longer than the probe's own limit for nvidia-smi."""
 _END_SECONDS = 2.0
 _SHOWN = 1000  # characters; a longer argument is source, not a path
 _LINE_BYTES = 1 << 24  # maximum bytes of an answer; the longest has digests of all files
@@ -48,7 +48,7 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 class NodeConnection:
     """Sends questions, one at a time, to the probe on one node.
 
-    The program on the node may also be another one that speaks the probe's protocol.
+    Instead of the probe, another program with the same protocol may run on the node.
     """
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
@@ -66,7 +66,7 @@ class NodeConnection:
         self._stderr_reader: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Opens the connection and sends the program to the node. The first `ask` reports connection errors.
+        """Opens the connection and sends the program to the node. Connection errors appear at the first `ask`.
 
         Raises:
             NoAnswer: if ssh is not installed on this machine.
@@ -112,9 +112,9 @@ class NodeConnection:
         return answer["answer"]
 
     async def close(self) -> None:
-        """Closes the connection, and kills a local process that hangs.
+        """Closes the connection. If the local ssh process hangs, kills it.
 
-        The closed connection makes the probe delete its test file and exit.
+        When the connection closes, the probe deletes its test file and exits.
         """
         if self._process is None:
             return

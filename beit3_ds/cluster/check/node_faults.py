@@ -1,4 +1,4 @@
-"""Finds faults of single nodes: compares each node with fixed limits and with the majority of the nodes."""
+"""Finds faults of single nodes. Compares each node with fixed limits, and with the majority of the nodes."""
 
 import sys
 from collections import Counter
@@ -21,7 +21,7 @@ _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Doc
 
 
 def find_node_faults(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
-    """Yields the faults of single nodes, one check after the other. Skips a check if the node gave no answer to it.
+    """Yields the faults of single nodes, check by check. Skips a node in a check that the node did not answer.
 
     Args:
         inspection: answers of all nodes.
@@ -38,7 +38,7 @@ def find_node_faults(inspection: Inspection, requirements: Requirements | None) 
 
 
 def majority(values: Mapping[str, T]) -> tuple[T, list[str]]:
-    """Returns the most common value and the hosts with this value. On a tie, the value that comes first wins."""
+    """Returns the most common value, and the hosts that have it. Of equally common values, the first wins."""
     counts = Counter(values.values())  # keeps the order, so on a tie max returns the first
     most = max(counts, key=lambda value: counts[value])
     return most, [name for name, value in values.items() if value == most]
@@ -161,7 +161,10 @@ def _gpus(inspection: Inspection, requirements: Requirements | None) -> Iterator
 
 
 def _gpu_memory(node: Answers, gpus: list[dict], ranks: range, rank_bytes: tuple[int, ...]) -> Iterator[Fault]:
-    """Yields a fault if a rank of the node needs too much GPU memory; reports the rank with the largest share."""
+    """Yields a fault if a rank on this node needs too large a share of the memory of its GPU.
+
+    If several ranks do, the fault names the rank with the largest share.
+    """
     pairs = [
         (rank_bytes[rank] / gpu["total"], rank, gpu) for rank, gpu in zip(ranks, gpus, strict=False) if gpu["total"]
     ]

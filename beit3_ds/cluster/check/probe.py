@@ -1,7 +1,7 @@
-"""Runs on each node during a cluster check and answers questions about the node, with one line of JSON per answer.
+"""Runs on each node during a cluster check, and answers questions about the node. Each answer is one line of JSON.
 
-The source text of this module is sent over ssh to `python -c`. So the module needs only Python 3.8 and the standard
-library. The program reads requests from standard input, and ends when standard input closes.
+This module's source text is sent over ssh to `python -c`. So the module needs only Python 3.8 and the standard library.
+The program reads requests from standard input, and ends when standard input closes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import threading
 import time
 
 MARK = "beit3-probe "
-"""Prefix of every line that is an answer; a login shell may print other lines."""
+"""Prefix of every line with an answer. The login shell may print other lines, which lack this prefix."""
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
 _GPU_SECONDS = 25  # without the persistence daemon, the driver takes seconds per GPU to start
 _CONNECT_SECONDS = 3.0
@@ -58,16 +58,17 @@ class Probe:
         """Returns the versions of the installed packages, and a digest of each source file of the project.
 
         Args:
-            module_text: source text of `runtime/versions.py`; this node may lack the file or have an old one.
+            module_text: source text of `runtime/versions.py`, because this node may lack the file or have an old
+                version.
         """
         module: dict = {}
         exec(compile(module_text, "versions", "exec"), module)
         return {"versions": module["find_package_versions"](), "code": module["compute_code_digests"]()}
 
     def gpus(self) -> dict:
-        """Returns the GPUs that nvidia-smi lists, and the error message of nvidia-smi or None.
+        """Returns the GPUs that nvidia-smi lists, and nvidia-smi's error message or None.
 
-        Without nvidia-smi the list is empty and the error is None.
+        If nvidia-smi is not installed, the list is empty and the error message is None.
         """
         try:
             done = subprocess.run(
@@ -92,9 +93,12 @@ class Probe:
         return _free_bytes(existing_parent(folder))
 
     def files(self, patterns: list[str]) -> list[list]:
-        """Returns for each glob pattern the number of matching files, and a digest of their names and sizes.
+        """Counts the files that match each glob pattern, and computes a digest of their names and sizes.
 
         The digest covers the names of all files, but only the sizes of the first 1000 files.
+
+        Returns:
+            [count, digest] for each pattern.
         """
         found = []
         for pattern in patterns:
@@ -127,9 +131,7 @@ class Probe:
         return None
 
     def read_tokens(self, paths: list[str], patience: float) -> list[str | None]:
-        """Returns the contents of files. The result is None for each file that does not appear within `patience`
-        seconds.
-        """
+        """Returns the content of each file, or None for a file that does not appear within `patience` seconds."""
         deadline = time.monotonic() + patience
         found: list[str | None] = [None] * len(paths)
         while True:
@@ -154,10 +156,10 @@ class Probe:
         Args:
             port: port to listen on; 0 means any free port.
             token: text to send to every client.
-            addresses: addresses to listen at. All addresses after the first are optional.
+            addresses: addresses to listen at. The first address is required, and the others are optional.
 
         Returns:
-            The wanted port, the port in use, and the process that already uses the wanted port, or None. If the wanted
+            The wanted port; the port in use; and the process that already uses the wanted port, or None. If the wanted
             port is taken at the first address, a free port is used instead.
         """
         first, *others = addresses
@@ -177,11 +179,11 @@ class Probe:
         return {"wanted": port, "port": found, "owner": owner}
 
     def connect(self, targets: list[list]) -> list[dict]:
-        """Connects to all targets in parallel; a target is `[address, port]`.
+        """Connects to all targets in parallel. A target is `[address, port]`.
 
         Returns:
-            A dict per target, with the received token, the connection's two addresses and the network interface, or
-            with an error.
+            One dict per target. After success, it has the received token, the two addresses of the connection, and the
+            network interface. After a failure, it has the error.
         """
         results: list[dict] = [{} for _ in targets]
         threads = [
@@ -202,7 +204,7 @@ class Probe:
 
 
 def parse_gpus(text: str) -> list[dict]:
-    """Parses the output of nvidia-smi into name, total bytes and used bytes of each GPU; an unknown size is None."""
+    """Parses the output of nvidia-smi: name, total bytes and used bytes of each GPU. An unknown size is None."""
     gpus = []
     for line in filter(str.strip, text.splitlines()):
         name, total, used = (part.strip() for part in line.rsplit(",", 2))
@@ -259,8 +261,9 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """Returns the address that gloo would announce to other nodes: the first usable address of this machine's host
-    name.
+    """Returns the address that gloo would announce to other nodes.
+
+    This is the first usable address to which this machine's own host name resolves.
     """
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)

@@ -10,10 +10,12 @@ _AT_A_TIME = 64
 
 
 async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
-    """Runs the command `true` on all hosts over ssh in parallel. Each host has 15 seconds to answer.
+    """Finds hosts that cannot be reached. Runs the command `true` on all hosts over ssh in parallel.
+
+    Each host has 15 seconds to answer.
 
     Returns:
-        Error text of ssh for each host where the command failed, by host name.
+        ssh's error text for each host on which the command failed, by host name.
     """
     limit = asyncio.Semaphore(_AT_A_TIME)
     names = list(hosts)

@@ -52,7 +52,7 @@ def _version(package: str) -> Callable[[Answers], str]:
 
 
 def _code(node: Answers) -> str:
-    """Returns a short digest of all source files; nodes with equal code have equal digests."""
+    """Returns a short digest of all source files. Nodes with the same code have the same digest."""
     if node.software is None:
         return "-"
     files = node.software["code"]
@@ -70,7 +70,7 @@ def _gpus(node: Answers) -> str:
 
 
 def _disk(node: Answers) -> str:
-    """Returns the smallest free space among the node's checked disks."""
+    """Returns the free space on the node's fullest checked disk, as text."""
     free = [disk["free"] for disk in node.disks.values() if "free" in disk]
     return show_bytes(min(free)) if free else "-"
 

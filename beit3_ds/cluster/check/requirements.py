@@ -1,4 +1,4 @@
-"""Computes from a run's config the memory, disk space and files that the run needs on its nodes."""
+"""Computes the memory, disk space and files that a run needs on its nodes, from the run's config."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from beit3_ds.config import ConfigError, RunConfig, check_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """Holds the GPU memory and disk space that a run needs, and whether the run fits the number of ranks."""
+    """Holds the GPU memory and disk space that a run needs, and whether the run can use the given number of ranks."""
 
     layout_fault: str | None
-    """Reason why the run does not fit the number of ranks, or None. With a reason, other fields are empty."""
+    """Reason why the run cannot use this number of ranks, or None. If there is a reason, the other fields are empty."""
     rank_bytes: tuple[int, ...] = ()
-    """Estimated bytes of device memory of each rank (`planner.rank_memory`). For visual tokenizers the estimate
-    excludes activations (`planner.model_state`)."""
+    """Estimated bytes of device memory of each rank (`planner.rank_memory`). For visual tokenizers, the estimate leaves
+    out activations (`planner.model_state`)."""
     checkpoint_bytes: int = 0
     """Bytes of one checkpoint in float32: weights, two moments and, if configured, an average of the weights."""
 
@@ -29,12 +29,12 @@ class Requirements:
         return f"run: {memory} per rank (modelled, compared with GPUs), {checkpoint} per checkpoint"
 
     def faults(self) -> list[Fault]:
-        """Returns one fault if the run does not fit the number of ranks, else an empty list."""
+        """Returns one fault if the run cannot use this number of ranks, else an empty list."""
         return [] if self.layout_fault is None else [Fault("", "layout", self.layout_fault)]
 
 
 def find_required_files(config: RunConfig) -> dict[str, bool]:
-    """Maps each glob pattern of a run's input files to whether files must exist before the run starts.
+    """Returns the glob patterns of a run's input files. The value of a pattern is true if files must exist now.
 
     Tokenizer files need not exist yet, because other commands may write them before the run starts.
     """
@@ -50,7 +50,7 @@ def find_required_files(config: RunConfig) -> dict[str, bool]:
 def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:
     """Computes the memory and disk space that a run needs if it uses all slots of a hostfile.
 
-    If the layout fits the number of slots, the function imports torch, which takes seconds.
+    If the run can use this number of ranks, the function imports torch, which takes seconds.
 
     Args:
         config: configuration of the run.

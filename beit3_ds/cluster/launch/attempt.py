@@ -236,9 +236,7 @@ class Attempt:
                 )
 
     async def _end_ranks(self) -> None:
-        """Waits some seconds for the ranks to end, then kills the remaining ranks and waits until these ranks have
-        ended.
-        """
+        """Waits a few seconds for the ranks to end. Then kills the ranks that still run, and waits for their end."""
         if not self._has_started:
             return
         await self._wait(lambda: self._stop_signals.is_kill or not self._alive(), _GRACE_SECONDS)
@@ -295,9 +293,7 @@ class Attempt:
         self._changed.set()
 
     def _print_failure(self) -> None:
-        """Prints the first failure that is not a consequence of another failure, with the last output of the failed
-        rank.
-        """
+        """Prints the first failure that no other failure has caused, with the last output of the failed rank."""
         failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
         silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
         hint = f"; silent for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
@@ -331,8 +327,9 @@ class Attempt:
     # The end of an attempt.
 
     def _print_ends(self) -> None:
-        """Prints how the ranks ended, with one line for ranks that ended alike. Omits the rank whose failure was
-        printed.
+        """Prints how the ranks ended. Ranks that ended in the same way share one line.
+
+        The rank whose failure was already printed is left out.
         """
         if self._failure is None:
             return
@@ -361,7 +358,7 @@ class Attempt:
         )
 
     def _host_name(self, rank: GuardedRank) -> str:
-        """Returns the hostfile's name of a rank's host, even if Slurm has reordered the hosts."""
+        """Returns the name of a rank's host as written in the hostfile, even if Slurm has reordered the hosts."""
         own = rank.registered.host.partition(".")[0]
         found = (host.name for host in self._plan.hosts if host.name.partition(".")[0] == own)
         return next(found, self._plan.host_of(rank.rank))

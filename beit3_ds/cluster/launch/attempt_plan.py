@@ -32,7 +32,8 @@ class AttemptPlan:
     port: int
     """Port on which `beit3 launch` waits for the guards; 0 means any free port."""
     keepalive_seconds: float
-    """Seconds of silence after which `beit3 launch` and a host count each other as lost."""
+    """Seconds without a message after which `beit3 launch` counts a host as lost, and a host counts `beit3 launch` as
+    lost."""
     start_seconds: float
     """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
 
@@ -49,13 +50,13 @@ class AttemptPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Holds the result of an attempt. All ranks on reachable hosts have ended."""
+    """Holds the result of an attempt. When an outcome exists, all ranks on reachable hosts have ended."""
 
     failure: AttemptFailure | None
     """Failure that ended the attempt; None if no rank failed."""
     is_user_error: bool
     """Whether a rank ended with status 2, which means a mistake that only the user can fix."""
     lost_hosts: frozenset[str]
-    """Names of the hosts that fell silent or whose guards never connected."""
+    """Names of the hosts that stopped sending messages, or whose guards never connected."""
     clear_at: float
-    """Monotonic time in seconds by which the guards on lost hosts have killed their training processes."""
+    """Monotonic time in seconds at which the guards on lost hosts have certainly killed their training processes."""

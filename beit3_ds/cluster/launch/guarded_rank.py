@@ -25,12 +25,12 @@ class AttemptFailure:
     rank: int | None = None
     """Rank that failed; None if the failure concerns no single rank."""
     is_consequence: bool = False
-    """Whether another rank's failure may have caused this failure; true if the rank ended with status 1."""
+    """Whether another rank's failure may have caused this failure. True if the rank ended with status 1."""
 
 
 @dataclass(kw_only=True)
 class GuardedRank:
-    """Holds the state of one rank after the rank's guard (the parent of the training process) has connected."""
+    """Holds the state of one rank. The rank's guard, which is the parent of the training process, has connected."""
 
     registered: Register
     channel: Channel
@@ -99,7 +99,11 @@ class GuardedRank:
 
 
 def describe_status(status: int) -> str:
-    """Describes an exit status or minus the number of a signal, for example "was killed by SIGKILL"."""
+    """Describes how a process ended, for example "was killed by SIGKILL".
+
+    Args:
+        status: exit status, or minus the number of the signal that killed the process.
+    """
     if status >= 0:
         return f"ended with status {status}"
     try:

@@ -66,7 +66,7 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
     if hostfile.is_local:
         return [[*common, *per_host]]
     for word in guard:
-        check_plain_word(word, "an argument of the guards", "Reach the hosts over another network.")
+        check_plain_word(word, "an argument of the guards", "Reach the hosts through another network.")
     if launcher == "pdsh":
         return [[*common, "--force_multi", "--launcher", "pdsh", *per_host]]
     if launcher == "ssh":
@@ -93,10 +93,10 @@ def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: flo
 
 
 def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables that the launcher's commands need.
+    """Returns the environment variables for the commands that start DeepSpeed's launcher.
 
-    Secrets are excluded, because some launchers pass their environment to the hosts. Folders with special characters in
-    their names are removed from PATH.
+    Secrets are left out, because some launchers pass their environment to the hosts. Folders whose names contain
+    special characters are removed from PATH.
     """
     kept = {
         name: value
@@ -125,11 +125,12 @@ def check_launcher(
         launcher: backend of DeepSpeed's launcher.
         hostfile: hostfile of the run.
         environment: environment of the launcher's commands (`launcher_environment`).
-        find: returns the path of a program or None, like `shutil.which`.
+        find: function that returns the path of a program or None, like `shutil.which`.
 
     Raises:
-        ConfigError: if the backend's program is not installed, if the backend needs equal numbers of ranks per host, or
-            if a path or variable in the hosts' command lines contains a character that shells change.
+        ConfigError: if the backend's program is not installed; if the backend needs the same number of ranks on every
+            host, but the hostfile differs; or if a path or variable in the hosts' command lines contains a character
+            that shells change.
     """
     if hostfile.is_local:
         return
@@ -171,9 +172,7 @@ def _runner() -> list[str]:
 
 
 def _host_command(hostfile: Hostfile, index: int, per_host: Sequence[str]) -> list[str]:
-    """Returns the command that runs DeepSpeed's launcher on one host; the launcher starts the guards of that host's
-    ranks.
-    """
+    """Returns the command that runs DeepSpeed's launcher on one host, to start the guards of the host's ranks."""
     slots = {host.name: list(range(host.slots)) for host in hostfile.hosts}
     variables = [f"{name}={value}" for name in _ON_LINES if (value := os.environ.get(name))]
     return [

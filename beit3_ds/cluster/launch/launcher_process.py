@@ -55,7 +55,7 @@ class LauncherProcess:
         self._watched_at = time.monotonic()
 
     def watch(self) -> None:
-        """Records the processes that the commands have started on this machine, at most once per five seconds."""
+        """Records the processes that the commands have started on this machine; at most once per five seconds."""
         self._copy_output()
         if time.monotonic() - self._watched_at > _WATCH_SECONDS:
             self._tree.watch()
@@ -68,7 +68,8 @@ class LauncherProcess:
         return None if None in statuses else [status for status in statuses if status is not None]
 
     async def end(self, seconds: float) -> list[int]:
-        """Waits at most `seconds` for all commands to end, then kills their remaining processes on this machine.
+        """Waits at most `seconds` for all commands to end. Then kills the commands' processes that still run on this
+        machine.
 
         Returns:
             Ids of the killed processes.

@@ -57,7 +57,8 @@ class LaunchOptions:
     environment: Sequence[str]
     """Environment variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds of silence after which `beit3 launch` and a host count each other as lost."""
+    """Seconds without a message after which `beit3 launch` counts a host as lost, and a host counts `beit3 launch` as
+    lost."""
     start_seconds: float
     """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
     port: int
@@ -206,7 +207,7 @@ class _Launch:
         return folder
 
     def _status(self, outcome: Outcome) -> int:
-        """Returns the exit status for an attempt's outcome (see `launch`); prints a line unless the status is 1."""
+        """Returns the exit status for an attempt's outcome (see `launch`), and prints a line unless the status is 1."""
         if outcome.is_user_error:
             self._terminal.report("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR
@@ -306,7 +307,7 @@ class _Launch:
         return (self._saved_step() or 0) >= self._config.training.total_steps
 
     def _saved_step(self) -> int | None:
-        """Returns the step of the checkpoint named in the file `latest`, or None; does not check that checkpoint."""
+        """Returns the step of the checkpoint that the file `latest` names, or None. The checkpoint is not checked."""
         if self._outdated is not None and self._outdated == self._checkpoints_inode():
             return None
         try:
@@ -317,7 +318,7 @@ class _Launch:
         return int(match[1]) if match else None
 
     def _checkpoints_inode(self) -> int | None:
-        """Returns the inode of the checkpoint folder, which a rename does not change; None without such a folder."""
+        """Returns the inode of the checkpoint folder, or None without such a folder. A rename keeps the inode."""
         try:
             return (Path(self._config.training.output_dir) / "checkpoints").stat().st_ino
         except OSError:
@@ -374,7 +375,7 @@ def _own_address(hosts: Sequence[HostSlots], hostfile: Path) -> str:
         with socket.socket(family, kind, protocol) as probe:  # sends nothing
             probe.connect(target)
             own = str(probe.getsockname()[0])
-        check_plain_word(own, "this machine's address", "Give it an address without a zone in the hostfile's network.")
+        check_plain_word(own, "this machine's address", "Use an address without a zone (%...).")
         if not own.startswith("127.") and own != target[0]:
             return own
     if faults:

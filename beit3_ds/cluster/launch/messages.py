@@ -49,7 +49,8 @@ class Start:
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Environment variables to add for the training process; they override the launcher's variables."""
+    """Environment variables for the training process, in addition to the launcher's. They override the launcher's
+    variables."""
     folder: str
     """Working directory of the training process."""
     log: str
@@ -63,7 +64,7 @@ class KeepAlive:
     """Tells the receiver that the sender is alive."""
 
     state: str = ""
-    """Training process's state, a letter from /proc such as T (stopped); empty without a process."""
+    """State of the training process as a letter from /proc, such as T (stopped); empty without a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +93,17 @@ class Ended:
     """Tells `beit3 launch` that a training process and all its child processes have ended."""
 
     status: int | None
-    """Training process's exit status, or minus the killing signal's number; None if it never started."""
+    """Exit status of the training process, or minus the number of the signal that killed it; None if it never started.
+    """
     lines: Sequence[str]
     """Last lines that the training process printed."""
     error: str = ""
-    """Reason why the training process could not start; empty if it started."""
+    """Reason why the training process could not start; empty if the training process started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SendSignal:
-    """Tells a guard (the parent process of a rank's training process) to send a signal to the training process."""
+    """Tells a guard to send a signal to the training process of its rank."""
 
     signal_number: int
 
@@ -198,7 +200,7 @@ class Channel:
         self._writer.close()
 
     def abort(self) -> None:
-        """Closes the connection without sending the rest of the buffer."""
+        """Closes the connection at once. Messages that are still in the send buffer are lost."""
         self._writer.transport.abort()
 
     async def wait_closed(self) -> None:

@@ -1,7 +1,8 @@
-"""Checks that the words of a command line contain no special characters, because shells on the hosts read that line.
+"""Checks that words of the hosts' command lines contain no special characters, because shells read these lines.
 
 DeepSpeed's launcher quotes only words with blanks, and the shell still expands `$( )` inside these quotes. Values with
-special characters reach the guards in a message from the supervisor instead (`messages.Start`).
+special characters are not on the command lines. They reach the guards in a message from the supervisor
+(`messages.Start`).
 """
 
 import re
@@ -12,12 +13,12 @@ _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_@+=:,./-]")  # without %, which pdsh repla
 
 
 def is_plain_word(word: str) -> bool:
-    """Returns whether shells and pdsh keep a word unchanged."""
+    """Returns whether a word is not empty, and shells and pdsh leave all its characters unchanged."""
     return word != "" and _NOT_PLAIN.search(word) is None
 
 
 def check_plain_word(word: str, what: str, way_out: str) -> None:
-    """Checks that a word contains no character that a shell might change.
+    """Checks that a word is not empty and contains no character that a shell might change.
 
     Args:
         word: word of a command line.
@@ -25,12 +26,12 @@ def check_plain_word(word: str, what: str, way_out: str) -> None:
         way_out: sentence for the error message that tells how to fix the error.
 
     Raises:
-        ConfigError: if the word is empty or contains a special character, which the message shows.
+        ConfigError: if the word is empty, or contains a special character, which the message shows.
     """
     if not word:
-        raise ConfigError(f"launcher: {what} is empty, but the launcher writes it on a line for the hosts. {way_out}")
+        raise ConfigError(f"launcher: {what} is empty, but the hosts' command lines need a value. {way_out}")
     if found := _NOT_PLAIN.search(word):
         raise ConfigError(
-            f"launcher: {what} is {word!r}; the launcher writes it on a line that shells on the hosts read, and they "
-            f"would not leave the character {found[0]!r} as it is. {way_out}"
+            f"launcher: {what} is {word!r}. It is part of a command line on the hosts, and shells would change the "
+            f"character {found[0]!r}. {way_out}"
         )

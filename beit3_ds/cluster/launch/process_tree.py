@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class ProcessId(NamedTuple):
-    """Identifies a process even if the system later reuses the process id."""
+    """Identifies a process by id and start time, because the system may later reuse the id."""
 
     pid: int
     start_time: int
@@ -19,7 +19,7 @@ class ProcessId(NamedTuple):
 
 
 class ProcessTree:
-    """Tracks some root processes and the descendants that `watch` has found."""
+    """Tracks some root processes, and their descendants as far as `watch` has found them."""
 
     def __init__(self, roots: list[int]) -> None:
         """Records the root processes that still run.
@@ -32,7 +32,7 @@ class ProcessTree:
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root
 
     def watch(self) -> None:
-        """Finds and records new descendants of the recorded processes, except processes whose parent has ended."""
+        """Records new descendants of the recorded processes. A process whose parent has already ended is not found."""
         table = _read_table()
         children: dict[int, list[int]] = {}
         for pid, (parent, _) in table.items():

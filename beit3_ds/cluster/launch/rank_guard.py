@@ -1,4 +1,4 @@
-"""Guards one rank: on every host, DeepSpeed's launcher starts a guard instead of the training process.
+"""Guards one rank. On every host, DeepSpeed's launcher starts guards instead of training processes.
 
 A guard connects to `beit3 launch`, runs the training process as its child, and reports how that process ends. The guard
 kills the training process on request, or if the connection is lost. A guard starts fast, because it imports neither
@@ -227,8 +227,9 @@ async def _read(path: Path) -> bytes:
 
 
 async def _connect(address: str, port: int, token: bytes) -> Channel:
-    """Connects to `beit3 launch`. Tries again after a failure, because too many other connections may have displaced
-    this one.
+    """Connects to `beit3 launch`, and tries again after a failure.
+
+    A connection may fail because `beit3 launch` keeps only a limited number of new connections (`WaitingPeers`).
     """
     for _ in range(_ATTEMPTS - 1):
         with contextlib.suppress(OSError, HandshakeClosedError):

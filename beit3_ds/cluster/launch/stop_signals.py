@@ -1,4 +1,4 @@
-"""Handles stop signals of `beit3 launch`: after the first, all ranks save and stop; a later Ctrl-C kills the ranks."""
+"""Handles stop signals of `beit3 launch`. The first makes all ranks save and stop. A later Ctrl-C kills the ranks."""
 
 import asyncio
 import signal
@@ -10,7 +10,7 @@ from beit3_ds.runtime.stop_signals import describe_signal, exit_status, handled_
 
 
 class LauncherStopSignals:
-    """Records the first stop signal, which is forwarded to all ranks; a later SIGINT kills the ranks.
+    """Records the first stop signal, which is forwarded to all ranks. A later SIGINT kills the ranks.
 
     SIGHUP counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because ranks end if `beit3 launch` is suspended.
     """

@@ -84,9 +84,7 @@ class TrainerProcess:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def kill(self) -> None:
-        """Kills all processes of the trainer's process group, including stopped ones. Do not call `kill` after
-        `finish`.
-        """
+        """Kills all processes of the trainer's process group, including stopped ones. Call it before `finish` only."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 

@@ -1,7 +1,4 @@
-"""Limits the number of connections from peers that have not yet proved to know the token.
-
-Also limits the number of log lines about refused peers.
-"""
+"""Limits the connections from peers that have not yet proved to know the token, and the log lines about them."""
 
 import ipaddress
 from collections import Counter
@@ -13,10 +10,10 @@ _FIRST_REFUSALS = 4  # these get a line each; later refusals get one when their 
 
 
 class WaitingPeers:
-    """Holds a limited number of channels whose peers have not yet proved to know the token.
+    """Holds a limited number of connections (channels) from peers that have not yet proved to know the token.
 
-    If there are too many channels, the oldest channel of the network address with the most channels is closed. So a
-    stranger displaces only connections from the stranger's own address. A guard that loses its connection in this way
+    If there are too many, a channel is closed: the oldest channel of the network address that has the most channels. So
+    a stranger displaces only connections from the stranger's own address. A guard that loses its connection in this way
     connects again.
     """
 
@@ -34,7 +31,7 @@ class WaitingPeers:
         return len(self._waiting)
 
     def add(self, channel: Channel) -> None:
-        """Adds a new channel; if too many channels wait, closes one of them."""
+        """Adds a new channel. If there are now too many channels, closes one channel."""
         self._waiting[channel] = _network(channel.peer_address)
         if len(self._waiting) > self._most:
             largest = Counter(self._waiting.values()).most_common(1)[0][0]
@@ -47,8 +44,9 @@ class WaitingPeers:
         self._waiting.pop(channel, None)
 
     def describe_refusal(self, channel: Channel, reason: str) -> str | None:
-        """Counts a refused peer and returns a log line; returns None for most peers in a flood, so that the log stays
-        short.
+        """Counts a refused peer, and returns a line for the log, or None.
+
+        If very many peers are refused, the result is mostly None, so that the log stays short.
         """
         self._refused += 1
         if self._refused > _FIRST_REFUSALS and self._refused & (self._refused - 1):
@@ -61,7 +59,7 @@ class WaitingPeers:
 
 
 def _network(address: str) -> str:
-    """Returns an IPv4 address unchanged, and the /64 network of an IPv6 address."""
+    """Returns the network of an address: an IPv4 address itself, or the /64 network of an IPv6 address."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -141,7 +141,7 @@ def check_values(shells: Shells, hostfile: Path, launcher: Launcher, folder: str
         except ConfigError as error:
             refusal = str(error)
         if refusal:
-            assert "would not leave the character" in refusal and refusal.isprintable()
+            assert "shells would change the character" in refusal and refusal.isprintable()
             return False
         if launcher == "ssh":
             lines = [line for command in commands for line in shells.run("ssh", command[1:], environment)]
