@@ -132,4 +132,5 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("activation_norm", check_kernels)
-"""Checks the Triton kernels at their first use on a device, and decides whether the two operators may use them."""
+"""Decides whether the Triton kernels for GELU and sub-LN may be used. A check at the first use on a device must pass.
+"""

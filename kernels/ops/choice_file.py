@@ -32,7 +32,7 @@ class ChoiceFile:
         """Reads the file shipped with the package, then the file of this machine.
 
         Args:
-            name: file name, which both files have.
+            name: name of the two files, for example from `file_name`.
             folder: folder of this machine's file. With None, new choices are kept in memory only.
             shipped: folder of the shipped file.
         """
@@ -49,10 +49,10 @@ class ChoiceFile:
         """Adds a measurement to this machine's file.
 
         Other processes may also have extended the file. So the file is read again, and then replaced as a whole. If two
-        processes write at the same time, one measurement is lost, and a later run repeats it.
+        processes write at once, one measurement is lost. A later run repeats the lost measurement.
 
         Args:
-            case: text that identifies the operator and its arguments.
+            case: text that identifies the operator and the arguments.
             fastest: name of the fastest implementation.
             milliseconds: milliseconds per call of each implementation, by name.
         """

@@ -135,7 +135,7 @@ def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
 
 
 GROUPED_GEMM = TrustedKernels("grouped_gemm in CUDA C++", check_grouped_gemm)
-"""Checks the kernel of `grouped_gemm` at its first use on a device, and decides whether the kernel may be used."""
+"""Decides whether `grouped_gemm` may use its CUDA C++ kernel. A check at the first use on a device must pass."""
 
 
 @lru_cache

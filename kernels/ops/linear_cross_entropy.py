@@ -106,7 +106,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("linear_cross_entropy", check_kernels)
-"""Checks the Triton kernels at their first use on a device, and decides whether the two operators may use them."""
+"""Decides whether `linear_cross_entropy` may use its Triton kernels. A check at the first use on a device must pass."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -162,9 +162,9 @@ def forward_plain(
         tiles: vocabulary tiles of this shard.
 
     Returns:
-        The partials of the M rows, then two tensors for the backward pass. The first tensor, (K, M, stride), has K
-        buffers with exp(logit - largest) of the saved tiles; `largest` is the row's largest logit when that tile was
-        computed. The second tensor, (B, M), has this largest logit for each of B tiles and each row.
+        The partials of the M rows, then two tensors for the backward pass. The first tensor, (K, M, stride), holds
+        exp(logit - largest) for the logits of K saved tiles. The second tensor, (B, M), holds `largest` for each of B
+        tiles and each row: the largest logit in this tile and all earlier tiles.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)

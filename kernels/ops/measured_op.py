@@ -65,9 +65,9 @@ class Choices:
 
         Args:
             device: device of the operator's tensors.
-            case: text that names the operator, and the dtypes, sizes and flags that affect its speed.
-            calls: one function per implementation, by the implementation's name. The function calls the implementation
-                with the operator's arguments.
+            case: text that identifies the operator, and the dtypes, sizes and flags of the arguments.
+            calls: one function without arguments per implementation, by the implementation's name. The function runs
+                the implementation once.
         """
         available = [name for name in _ORDER[self.backend] if name in calls]
         if len(available) == 1 or self.backend != "auto":
@@ -136,15 +136,16 @@ class MeasuredOp:
 
         Args:
             name: name of the operator, which is the first word of each stored measurement.
-            implementations: functions with the same arguments, by name. The first argument is a tensor.
+            implementations: implementations by name. They are functions with the same arguments, and the first argument
+                is a tensor.
             on_cpu: function for tensors on a CPU. With None, tensors on a CPU also use one of `implementations`.
             accepts: functions that return whether an implementation supports given arguments, by the implementation's
                 name. An implementation without such a function supports all arguments. The function may also check, at
                 the first use, that the implementation computes correct results.
             mutates: indices of arguments that an implementation overwrites. Measurements use copies of these arguments.
             ignores: indices of arguments that do not affect the speed.
-            rehearse: converts an implementation to the function that is timed, for example to time the backward pass
-                too.
+            rehearse: function that converts an implementation to the function that is timed, for example to time the
+                backward pass too.
             choices: object that selects the implementation.
         """
         self._name, self._implementations, self._on_cpu = name, implementations, on_cpu

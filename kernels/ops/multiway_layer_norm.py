@@ -133,7 +133,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("multiway_layer_norm", check_kernels)
-"""Checks the Triton kernels at their first use on a device, and decides whether the two operators may use them."""
+"""Decides whether `multiway_layer_norm` may use its Triton kernels. A check at the first use on a device must pass."""
 
 
 class _MultiwayLayerNorm(torch.autograd.Function):

@@ -218,4 +218,5 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_linear", check_kernels)
-"""Checks the Triton kernels at their first use on a device, and decides whether the three operators may use them."""
+"""Decides whether multiway linear layers may use their Triton kernels. A check at the first use on a device must pass.
+"""

@@ -224,4 +224,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("multiway_qkv", check_kernels)
-"""Checks the Triton kernels at their first use on a device, and decides whether the three operators may use them."""
+"""Decides whether `multiway_qkv` may use its Triton kernels. A check at the first use on a device must pass."""

@@ -294,7 +294,10 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Computes the gradients of `_backward_cpu` with operators; all-reduces two sums per row if ranks divide it."""
+    """Computes the gradients of `_backward_cpu` with operators.
+
+    If ranks divide the columns of a row, all-reduces two sums per row.
+    """
     ends = form.ends
     if norm is None or form.norm is None:
         of_linear = MULTIWAY_WEIGHT_GRADIENT(dy_TD, factor_T, _activate(x_TF, form.gelu), ends, form.has_biases)
@@ -371,7 +374,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS: TrustedKernels = TrustedKernels("out_projection", check_kernels)
-"""Checks the Triton kernel at its first use on a device, and decides whether the operator may use it."""
+"""Decides whether `out_projection` may use its Triton kernel. A check at the first use on a device must pass."""
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:

@@ -158,7 +158,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
 
 
 KERNELS = TrustedKernels("packed_attention", check_kernels)
-"""Checks the Triton kernels at their first use on a device, and decides whether `packed_attention` may use them."""
+"""Decides whether `packed_attention` may use its Triton kernels. A check at the first use on a device must pass."""
 
 
 def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
@@ -171,7 +171,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> No
 
 
 VARLEN = TrustedKernels("PyTorch's varlen attention", check_varlen)
-"""Checks PyTorch's variable-length attention at its first use on a device, and decides whether it may be used."""
+"""Decides whether PyTorch's variable-length attention may be used. A check at the first use on a device must pass."""
 
 
 def _compare(
@@ -186,7 +186,7 @@ def _compare(
 
 
 def _rehearse(attention: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Returns the function that is timed: it runs an implementation and, if gradients are needed, its backward pass."""
+    """Returns the function that is timed: an implementation and, if gradients are needed, the backward pass."""
 
     def run(*arguments: Any) -> Any:
         *inputs, ranges, causal_captions, is_differentiated = arguments

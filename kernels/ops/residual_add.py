@@ -107,7 +107,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
 
 KERNELS = TrustedKernels("residual_add", check_kernels)
-"""Checks the Triton kernels at their first use on a device, and decides whether the two operators may use them."""
+"""Decides whether `residual_add` may use its Triton kernels. A check at the first use on a device must pass."""
 
 
 class _ResidualAdd(torch.autograd.Function):

@@ -160,4 +160,4 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 KERNELS = TrustedKernels("up_projection", check_kernels)
-"""Checks the Triton kernel at its first use on a device, and decides whether the operator may use it."""
+"""Decides whether `up_projection` may use its Triton kernel. A check at the first use on a device must pass."""

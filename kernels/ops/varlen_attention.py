@@ -31,7 +31,7 @@ class VarlenPlan(NamedTuple):
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
-    """Plans how to sort the rows of the stream by sequence. Without image-caption pairs, they are already sorted."""
+    """Plans how to sort the stream's rows by sequence. Without image-caption pairs, the rows are already sorted."""
     lengths = [sum(stop - start for start, stop in sequence) for sequence in ranges]
     rows = torch.cat([torch.arange(start, stop) for sequence in ranges for start, stop in sequence])
     bounds = copy_to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)

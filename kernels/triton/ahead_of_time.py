@@ -123,8 +123,9 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compiles the selected variants, prints their properties, and compares them with the budgets or stores new
-    budgets.
+    """Compiles variants, prints the properties of the machine code, and compares the properties with the budgets.
+
+    With the option --write, stores the properties as new budgets instead.
 
     Returns:
         Exit status: 1 if a variant exceeds its budget, else 0.

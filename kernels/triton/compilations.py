@@ -1,4 +1,4 @@
-"""Counts how many kernels Triton found in its cache, and how many it compiled, in this process."""
+"""Counts the kernels that Triton found in its cache, and the kernels that it compiled, in this process."""
 
 import importlib.util
 import sys

@@ -141,7 +141,7 @@ _MOST_LAUNCHES = 1024
 
 
 class RecentLaunches:
-    """Keeps prepared launches, so that the layers of a batch and batches of equal size share them."""
+    """Keeps prepared launches, which all layers of a batch use, and later batches of the same size."""
 
     def __init__(self) -> None:
         """Starts without any launches."""

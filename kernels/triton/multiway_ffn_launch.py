@@ -267,7 +267,7 @@ _TUNER, _LAUNCHES = Tuner(), RecentLaunches()
 def _launch_rows(
     launcher: KernelLauncher, tensors: tuple[Tensor, ...], slices: Slices, out_width: int, constants: tuple[int, ...]
 ) -> None:
-    """Launches a kernel whose result has one row per packed row and `out_width` columns."""
+    """Launches a kernel whose result has one row for each of the packed rows, and `out_width` columns."""
     if not slices or slices[-1][1] == 0:
         return
 
