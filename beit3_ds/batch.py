@@ -68,12 +68,13 @@ class PackedBatch(RowLayout):
     """Number of predictions in this micro-batch for each loss term, in the order of `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     """Additional inputs of the task's head, by name; empty on pipeline stages without the head. Pipeline stages that
-    read the same samples compare these tensors if they are integer or bool, but not uint8 images."""
+    read the same samples check that their integer and bool targets are equal. They do not compare uint8 images and
+    floats."""
     sample_names: tuple[str, ...] = ()
     """Name of each sequence's sample, for logs and messages; empty if samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)
-    """Index of the data source of each stream's samples, by stream name. Empty if a stream's samples may come from
-    several sources."""
+    """For each stream name, the index of the source from which the stream's samples come, in the order of the
+    configured sources. Empty if a stream's samples may come from several sources."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs

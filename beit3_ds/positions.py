@@ -9,7 +9,7 @@ def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
     """Resamples a table of image positions bicubically, from (1, 1 + g*g, D) to (1, 1 + grid_size*grid_size, D).
 
     The first row, the position of CLS, is unchanged. Computes in float32, and returns the dtype of `positions`. A table
-    of the new size is returned unchanged.
+    that already has the new size is returned unchanged.
 
     Args:
         positions: table of image positions, for g patches along one side of an image.

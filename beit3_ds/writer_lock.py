@@ -316,7 +316,7 @@ class WriterLock:
 
 
 _HELD: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
-"""Locks that this process holds by flock. Forked processes must close their files (`WriterLock`)."""
+"""Locks that this process holds by flock. A forked process closes the inherited lock files (`WriterLock`)."""
 
 
 def _close_inherited() -> None:
