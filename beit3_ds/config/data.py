@@ -40,11 +40,11 @@ class SourceConfig:
     """Folder of the images that the annotation file names, or a pattern of tar files that contain them (`coco/*.tar`).
     """
     annotations: PathString = ""
-    """Second annotation file, for example the answers to the questions in `path`. Only formats of single tasks use it.
-    """
+    """Second annotation file, for example the answers to the questions in `path`. Used only by formats that a task
+    adds."""
     split: str = ""
-    """Part of the annotation file to read, such as "val" of a Karpathy split. Empty reads the whole file. Only formats
-    of single tasks use it."""
+    """Part of the annotation file to read, such as "val" of a Karpathy split. Empty reads the whole file. Used only by
+    formats that a task adds."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Sampling weight. The source supplies the fraction weight / (sum of all weights) of the stream's samples. Without
     weights, each sample of the stream is used once per epoch."""
@@ -226,10 +226,10 @@ class DataConfig:
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
 
     def check_has(self, split: Split) -> None:
-        """Checks that a split that is to be evaluated has sources.
+        """Checks that at least one stream has sources for a split.
 
         Raises:
-            ConfigError: if no stream has any.
+            ConfigError: if no stream has a source for the split.
         """
         if not any(getattr(stream, split) for stream in self.streams().values()):
             raise ConfigError(
@@ -238,7 +238,7 @@ class DataConfig:
             )
 
     def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
-        """Returns a list of short names of the sources of one split, for each stream (`short_source_names`)."""
+        """Returns short names of each stream's sources in one split, by stream name (`short_source_names`)."""
         streams = self.streams().items()
         return {name: short_source_names([source.path for source in getattr(of, split)]) for name, of in streams}
 

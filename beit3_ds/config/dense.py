@@ -19,7 +19,8 @@ class DenseConfig:
     Requires `window_size`."""
     relative_positions: bool = False
     """Whether attention adds decomposed relative position biases (Li et al., 2021, arXiv:2112.01526), initialized to
-    zero. Their tables cover one window, or in global blocks an image of size `model.image_size`."""
+    zero. In blocks with windows, the bias tables cover one window. In global blocks, they cover an image of size
+    `model.image_size`."""
 
     def check(self, num_layers: int) -> None:
         """Checks `global_blocks` against the model's number of blocks.

@@ -53,7 +53,7 @@ class StepShares:
     def upper_bound(self) -> MicroBatchSize:
         """Returns the largest number of samples per micro-batch, for each stream separately.
 
-        No single micro-batch need reach the largest number in all streams.
+        The largest numbers of two streams may occur in different micro-batches.
         """
         parts = self.num_ranks * self.num_micro_batches
         return MicroBatchSize(*(-(-samples // parts) for samples in self.samples))

@@ -62,8 +62,8 @@ class TrainingConfig:
     none."""
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
     """Implementation of AdamW: `adamw` is PyTorch's fused AdamW, and `apex_fused_adam` is FusedAdam of NVIDIA Apex, for
-    GPUs only. Checkpoints of either load into the other. Build Apex from source: PyPI's `apex` is an unrelated package.
-    """
+    GPUs only. Each implementation loads checkpoints of the other. Build Apex from source: PyPI's `apex` is an unrelated
+    package."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.98)
     """AdamW's two betas (the paper's values)."""
     adam_epsilon: Epsilon = 1e-6

@@ -20,9 +20,9 @@ class VisualTokenizerConfig:
     """Path of the tokenizer's .safetensors file. A run with the task `visual_tokenizer` writes the file, and
     pretraining reads it. May be empty in a run without images and pairs."""
     image_size: Size = 224
-    """Side of the tokenizer's input images in pixels. image_size / patch_size must equal that of the model. For
-    example, a model with 14-pixel patches at 224 pixels (16 x 16 patches) needs a tokenizer with 16-pixel patches at
-    256 pixels."""
+    """Side of the tokenizer's input images in pixels. The tokenizer and the model must have the same number of patches,
+    image_size / patch_size, along one side of an image. For example, a model with 14-pixel patches at 224 pixels (16 x
+    16 patches) needs a tokenizer with 16-pixel patches at 256 pixels."""
     patch_size: Size = 16
     """Side of a patch in pixels. Each patch gets one code."""
     hidden_size: Size = 768
