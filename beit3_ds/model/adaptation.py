@@ -6,7 +6,7 @@
                                  other windows: relative positions are interpolated
     max_text_length              shorter: only the first positions are kept
                                  longer: new positions get initial values
-    layout                       shared to decoupled: vision and language each get a copy
+    layout                       shared to decoupled: vision and language each get a copy of the shared weights
     num_vision_language_layers   more: each new expert is a copy of its block's vision expert, because most rows
                                  of a pair are image rows
                                  fewer: the surplus experts are dropped
@@ -17,7 +17,7 @@
     tie_word_embeddings          true to false: the embeddings keep the word table, and the MLM head gets initial
                                  values
 
-All other settings that affect tensors must be equal.
+All other settings that affect tensors must be equal in the two configurations.
 """
 
 import dataclasses
@@ -133,8 +133,8 @@ class AdaptedWeights:
             Names of the head and final-norm parameters that the weights lack.
 
         Raises:
-            ConfigError: if the weights lack another parameter, or if `check_tensors` finds an unknown tensor or a wrong
-                shape.
+            ConfigError: if the weights lack a parameter outside the head and the final norm, or if `check_tensors`
+                finds an unknown tensor or a wrong shape.
         """
         wanted = {name: shape for name, shape in wanted.items() if not self._starts_at_zero(name)}
         self._check_inputs(wanted)

@@ -36,8 +36,8 @@ class Embeddings(nn.Module):
     because experts already distinguish the modalities.
 
     The word embedding is split over the tensor-parallel group, and the forward pass all-reduces the embeddings of all
-    text tokens. Each rank embeds all rows and keeps its own (`TensorParallel.scatter_rows`). Parameters are built only
-    for the modalities of `ModelConfig.inputs`.
+    text tokens. Each rank embeds all rows. With sequence parallelism, a rank then keeps only a part of the rows
+    (`TensorParallel.scatter_rows`). Parameters are built only for the modalities of `ModelConfig.inputs`.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:

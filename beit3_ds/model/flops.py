@@ -12,7 +12,8 @@ class Work(NamedTuple):
     rows: float
     """Number of packed rows (T)."""
     attended: float
-    """Number of (query, key) pairs in global attention: the squared lengths of all sequences, minus masked pairs."""
+    """Number of (query, key) pairs in global attention: the sum of all squared sequence lengths, minus masked (query,
+    key) pairs."""
     windowed: float
     """Number of (query, key) pairs in blocks with windows (`model.dense`); equal to `attended` without windows."""
     patches: float

@@ -121,13 +121,14 @@ class NormOutput(NamedTuple):
     """Holds the output of a MultiwayLayerNorm, and what is needed to recompute it in the backward pass."""
 
     stream_TD: Tensor
-    """Input of the norm, for the residual connection. The norm's backward pass adds the gradient of this tensor."""
+    """Input of the norm, returned for the residual connection. The norm's backward pass then also adds the gradient of
+    the residual connection to the gradient of the input."""
     h_TD: Tensor
     """Normalized rows."""
     scales: tuple[Tensor, ...]
-    """Weight of each expert."""
+    """LayerNorm weight of each expert, (D,)."""
     shifts: tuple[Tensor, ...]
-    """Bias of each expert."""
+    """LayerNorm bias of each expert, (D,)."""
 
 
 class MultiwayLayerNorm(nn.Module):

@@ -34,8 +34,9 @@ class ParameterGroup(NamedTuple):
 def decays(name: str) -> bool:
     """Returns whether weight decay applies to a parameter, given its logical name.
 
-    It applies to all parameters except biases, norms, positions, CLS and mask tokens, and queries. The rule uses names
-    instead of shapes, because ZeRO-3 changes the shapes of partitioned parameters.
+    Weight decay applies to all parameters except biases, norms, learned factors, and embeddings of positions, levels,
+    CLS, mask tokens and segmentation queries. The rule uses names instead of shapes, because ZeRO-3 changes the shapes
+    of partitioned parameters.
     """
     return not _NO_DECAY.search(name)
 

@@ -198,10 +198,11 @@ def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[s
         wanted: shape of each parameter of the model, by name.
 
     Returns:
-        Names of the head and final-norm parameters that the file lacks, as some fine-tuned releases do.
+        Names of the head and final-norm parameters that the file lacks. Some fine-tuned releases lack these parameters.
 
     Raises:
-        ConfigError: if another parameter is missing, a tensor is unknown, or a shape differs.
+        ConfigError: if the file lacks a parameter outside the head and the final norm, a tensor is unknown, or a shape
+            differs.
     """
     missing = [name for name in wanted if name not in found]
     absent = [name for name in missing if name.startswith(REPLACEABLE)]

@@ -33,7 +33,8 @@ class DenseEmbeddings(nn.Module):
 
     The position table covers S x S patches, where S is `ModelConfig.grid_size`. Smaller images use the table's top left
     corner, as if they were padded to the model's image size. For larger images, the table is resampled bicubically to
-    the longer side. Each tensor-parallel rank embeds all rows and keeps its own.
+    the longer side. Each tensor-parallel rank embeds all rows. With sequence parallelism, a rank then keeps only a part
+    of the rows (`TensorParallel.scatter_rows`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:

@@ -27,9 +27,10 @@ class MapLayerNorm(nn.LayerNorm):
 class SimpleFeaturePyramid(nn.Module):
     """Computes maps of strides 4, 8, 16, 32 and 64 from the backbone's map of stride 16 (ViTDet, section 3).
 
-    Two transposed convolutions give stride 4, one gives stride 8, and max pooling gives stride 32. Each map then passes
-    a 1 x 1 and a 3 x 3 convolution to C channels, each followed by a LayerNorm over the channels. Max pooling of the
-    map of stride 32 gives stride 64. Source: Li et al., 2022, arXiv:2203.16527.
+    Two transposed convolutions give stride 4, one gives stride 8, and max pooling gives stride 32. The maps of strides
+    4 to 32 then pass through a 1 x 1 and a 3 x 3 convolution with C output channels. A LayerNorm over the channels
+    follows each of these convolutions. Max pooling of the map of stride 32 gives stride 64. Source: Li et al., 2022,
+    arXiv:2203.16527.
     """
 
     strides: ClassVar[Mapping[str, int]] = {"4": 4, "8": 8, "16": 16, "32": 32, "pool": 64}

@@ -24,16 +24,16 @@ _ALIGNMENT = 8
 class RelativePositions(nn.Module):
     """Widens queries and keys so that their products include decomposed relative positions.
 
-    The score of a query at row i, column j and a key at row k, column l is q k / sqrt(K) + q rows[i - k] + q columns[j
-    - l] (MViTv2: Li et al., 2021, arXiv:2112.01526, section 4.1). The added products are not scaled, as in ViTDet and
-    SAM.
+    For a query q at row i and column j, and a key k at row m and column n, the score is q k / sqrt(K) + q rows[i - m] +
+    q columns[j - n] (MViTv2: Li et al., 2021, arXiv:2112.01526, section 4.1). The added products are not scaled, as in
+    ViTDet and SAM.
 
-    The wide query is [q, q rows, q columns], and the wide key is [k, one-hot row, one-hot column]. Their product is the
-    score above, so any attention kernel can compute it.
+    The wide query is [q, q rows, q columns], and the wide key is [k, one-hot row, one-hot column]. The product of the
+    wide query and the wide key is the score above, so any attention kernel can compute it.
 
     All heads share the tables `rows` and `columns`, which are initialized to zero. For images larger than the tables,
     the tables are resampled linearly. The backward pass all-reduces the tables' gradients over the tensor-parallel
-    ranks, because each rank has other heads.
+    ranks, because each rank has different heads.
     """
 
     def __init__(self, side: int, head_size: int, tensor: TensorParallel) -> None:
@@ -52,7 +52,9 @@ class RelativePositions(nn.Module):
     def forward(
         self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, grids: Grids, order: int, window_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns wide queries, keys and values, (T, H, W) each. Attention's output is in its first K columns.
+        """Returns wide queries, keys and values, (T, H, W) each.
+
+        Only the first K columns of the attention output are meaningful.
 
         Args:
             q_THK: queries.
@@ -60,7 +62,7 @@ class RelativePositions(nn.Module):
             v_THK: values.
             grids: rows and columns of each image's patch grid.
             order: window size by which the rows are ordered (`ModelConfig.dense.window_size`).
-            window_size: window size of this layer; 0 if it attends to whole images.
+            window_size: window size of this layer; 0 if the layer attends to whole images.
         """
         rows, columns = (_axis_places(grids, order, window_size, self.side, axis, q_THK.device) for axis in range(2))
         products_THJ = self._products(q_THK, (rows, columns))
@@ -75,7 +77,7 @@ class RelativePositions(nn.Module):
         return F.pad(wide_q, padding), F.pad(wide_k, padding), F.pad(v_THK, (0, width - head_size))
 
     def _products(self, q_THK: Tensor, axes: tuple["_AxisPlaces", "_AxisPlaces"]) -> Tensor:
-        """Returns the products of each query with the table rows for every distance along the two axes, (T, H, J)."""
+        """Returns the products of each query with the table entries for all key rows and key columns, (T, H, J)."""
         tables: list[Tensor] = []
         entries: list[Tensor] = []
         # One node has both gradients: ZeRO-2 adds up gradients of ranks in the order in which each rank computes them,
@@ -129,10 +131,11 @@ class _AxisPlaces(NamedTuple):
     """Holds the positions of patches along one axis (rows or columns) as table indices and one-hot vectors."""
 
     entries_TA: Tensor
-    """Index of each distance in the concatenated tables, int64. There is one distance from each patch to each position
-    along the axis of its window or image."""
+    """Index of a table entry for each patch and each position along the axis, (T, A) int64. The entry belongs to the
+    distance from the patch to the position. Indices count the rows of the original table and its resampled copies, one
+    after the other."""
     one_hot_TA: Tensor
-    """One-hot vector of each patch's position in its window or image, bool."""
+    """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
     larger: tuple[int, ...]
     """Sides of images that exceed the table, in patches; the table is resampled for each of them."""
 

@@ -1,7 +1,8 @@
-"""Predicts the next words of captions, with a cache of keys and values of the images and words so far.
+"""Predicts the next words of captions, with cached keys and values of the images and of earlier words.
 
 A word attends to its image and to earlier words (`SequenceLayout.causal_captions`), so cached keys and values never
-change. Images are encoded as pairs with empty captions, because images of pairs use other experts than single images.
+change. Images are encoded as pairs with empty captions, because images of pairs use other experts than images without
+text.
 """
 
 # I images, B beams, R = I * B captions, N rows per image, L words so far (BOS included), D hidden, H heads,
@@ -58,7 +59,7 @@ class CaptionDecoder:
         """Appends a word to each caption, and returns the log-probabilities of the following word.
 
         Args:
-            ids_R: token id to append to each caption. In the first call, BOS for one caption per image.
+            ids_R: token id to append to each caption. The first call appends BOS, to one caption per image.
 
         Returns:
             Log-probabilities, (captions, vocabulary) float32.

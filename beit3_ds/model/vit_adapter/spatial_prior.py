@@ -71,8 +71,9 @@ class SpatialPrior(nn.Module):
             pixels_B3HW: images in [-1, 1].
 
         Returns:
-            The finest map, (B, D, height / 4, width / 4). The cells of the other maps in row-major order, finest map
-            first, (B, L, D). The rows and columns of each of the other maps.
+            Three values. First, the finest map, (B, D, height / 4, width / 4). Second, the cells of the other three
+            maps in row-major order, (B, L, D), with finer maps first. Third, the numbers of rows and columns of each of
+            these three maps.
         """
         x1 = self.pool(self.stem3(self.stem2(self.stem1(pixels_B3HW))))
         x2 = self.conv2(x1)
