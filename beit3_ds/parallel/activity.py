@@ -6,7 +6,7 @@ import time
 from types import FrameType
 
 _UNMEASURED = ("starting", "reading data", "saving")
-"""Phases that may take much longer than a step."""
+"""Phases that may take much longer than a step, and do not count for `Activity.longest_seconds`."""
 
 
 class Activity:

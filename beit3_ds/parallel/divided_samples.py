@@ -74,8 +74,8 @@ def sum_gradients(module: nn.Module, tensor: TensorParallel) -> None:
     """Makes the backward pass sum the gradients of a module over tensor-parallel ranks; call it in `forward`.
 
     Each gradient is all-reduced as soon as it is computed. All ranks must run the same modules in the same order in
-    every micro-batch, with zero rows if necessary, so that their collectives match. Further calls have no effect. With
-    one rank, nothing is sent.
+    every micro-batch, with zero rows if necessary, so that their collectives match. Repeated calls for the same module
+    have no effect. With one rank, nothing is sent.
 
     Args:
         module: module that has equal parameters on all ranks and runs on each rank's own samples.

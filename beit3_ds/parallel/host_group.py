@@ -113,7 +113,7 @@ class HostGroup:
                 total += arriving
 
     def _spread(self, values: Tensor) -> None:
-        """Overwrites each rank's tensor with rank 0's tensor of equal size."""
+        """Overwrites each rank's tensor with rank 0's tensor. All ranks pass tensors of the same shape and dtype."""
         for distance in reversed(self._distances()):
             if self.rank % (2 * distance) == distance:
                 self._receive(values, self.rank - distance)

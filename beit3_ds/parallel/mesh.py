@@ -168,7 +168,7 @@ class Mesh:
     def close(self) -> None:
         """Waits for all ranks, and then leaves the process group.
 
-        Rank 0 may hold the store. Without the wait, it could end while other ranks still use the store.
+        Rank 0 may hold the store. Without the wait, rank 0 could end while other ranks still use the store.
         """
         self.barrier()
         self.leave()
@@ -183,8 +183,8 @@ class ModelParallelUnit:
 
     DeepSpeed sums gradient norms over the "model parallel" group. The group therefore contains all ranks of one copy of
     the model, including all pipeline stages. DeepSpeed counts parameters marked `tensor_model_parallel` on all ranks of
-    the group, and other parameters only where the "model parallel rank" is 0. This rank and the size are therefore
-    those of tensor parallelism.
+    the group, and other parameters only where the "model parallel rank" is 0. The "model parallel" rank and size are
+    therefore the tensor-parallel rank and size.
     """
 
     def __init__(self, mesh: Mesh) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from beit3_ds.parallel.host_group import HostGroup
 
 ChannelKey = tuple[bool, bool]
-"""Kind and direction of a message: whether it is an activation (otherwise a gradient), and whether the receiving stage
-has the higher number."""
+"""Kind and direction of a message. The first value is True for an activation and False for a gradient. The second value
+is True if the receiving stage has a higher number than the sending stage."""
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,9 @@ class TensorParallel:
         return list(itertools.pairwise(own))
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Returns this rank's rows of a replicated tensor. Neither pass communicates.
+        """Returns this rank's rows of a replicated tensor. Neither the forward nor the backward pass communicates.
 
-        With sequence parallelism, rows are padded with zeros to the same number on every rank. Otherwise returns all
+        With sequence parallelism, rows are padded with zeros to the same number on every rank. Without it, returns all
         rows.
         """
         if not self.divides_rows:

@@ -93,7 +93,7 @@ class VocabParallelHead(nn.Module):
             self.weight = weight
 
     def forward(self, h_MD: Tensor, target_M: Tensor) -> RowLosses:
-        """Returns the loss of each row, and whether each prediction is correct. Equal on all ranks.
+        """Returns the loss of each row, and whether each prediction is correct. The results are equal on all ranks.
 
         The forward pass all-reduces three floats per row, or four with label smoothing. The backward pass all-reduces
         the gradient of the rows.
