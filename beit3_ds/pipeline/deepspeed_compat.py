@@ -100,8 +100,8 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
 def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
     """Clears ZeRO-3's gradient buffer at the start of a step, if the stage has several model chunks.
 
-    The first backward pass of a step overwrites only its own chunk's part of the buffer. Gradients of other chunks
-    would be added to those of the previous step.
+    The first backward pass of a step overwrites only its own chunk's part of the buffer. If the buffer were not
+    cleared, gradients of other chunks would be added to those of the previous step.
 
     Args:
         engine: DeepSpeed engine of this stage.
@@ -188,7 +188,9 @@ def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -
 
 
 def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[nn.Parameter, Tensor | float]]:
-    """Yields each parameter with this rank's part of the gradient, or with the gradient's norm if it is offloaded."""
+    """Yields each parameter with this rank's part of the gradient, or with the gradient's norm if gradients are
+    offloaded.
+    """
     for index, parameters in enumerate(optimizer.fp16_groups):
         if optimizer.offload_optimizer:
             norms = optimizer.norm_for_param_grads
@@ -200,9 +202,10 @@ def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[t
 def _shorten_zero3_hooks(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     """Makes ZeRO-3's hooks take less time on the host, with the same results.
 
-    DeepSpeed would walk over all modules of a block four times per step to list the block's parameters. For every
-    parameter it would ask torch several times for ranks that it stores, mostly for messages that it does not print. It
-    would also mark ranges for Nvidia's profiler around every function.
+    Without this change, DeepSpeed walks over all modules of a block four times per step to list the block's parameters.
+    For each parameter, it asks torch several times for the rank and the number of ranks, although the parameter stores
+    them. It also formats debug messages that it does not print, and marks a range for NVIDIA's profiler around every
+    function.
     """
     nvtx.enable_nvtx = False
     for module in (partition_parameters, partitioned_param_coordinator, parameter_offload):
@@ -219,7 +222,11 @@ def _print_if_forced(message: str, debug: bool = False, force: bool = False) -> 
 
 
 def _list_parameters(module: Any, recurse: bool = False) -> Iterable[tuple[str, nn.Parameter]]:
-    """Returns the names and parameters of a module, which stay the same, and those that other modules registered."""
+    """Returns the names and parameters of a module, including parameters of other modules that it registered.
+
+    The module's own parameters never change and are listed only once. The registered ("external") parameters are read
+    on each call.
+    """
     known = vars(module).setdefault("_listed_parameters", {})
     if recurse not in known:
         known[recurse] = list(module.named_parameters(recurse=recurse))

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class GradientProbe:
-    """Sums each gradient when it is computed, before it is accumulated or reduced over ranks.
+    """Sums the elements of each gradient when the gradient is computed, before it is accumulated or reduced over ranks.
 
-    A NaN in a gradient makes the sum NaN, which identifies the rank and the micro-batch. The sums stay on the device
-    until `find_non_finite` is called. The probe reads each gradient once and does not communicate.
+    A NaN or infinity in a gradient makes the sum non-finite, which identifies the rank and the micro-batch. The sums
+    stay on the device until `find_non_finite` is called. The probe reads each gradient once and does not communicate.
     """
 
     def __init__(self) -> None:
@@ -18,7 +18,11 @@ class GradientProbe:
         self._current: list[Tensor] = []
 
     def watch(self, leaves: Iterable[Tensor]) -> None:
-        """Registers a hook on each leaf tensor that sums the tensor's gradient. Hooks registered later run later."""
+        """Registers a hook on each leaf tensor that sums the elements of the tensor's gradient.
+
+        Call this method before other hooks that change the gradient are registered, because hooks run in the order of
+        registration.
+        """
         for leaf in leaves:
             leaf.register_hook(self._note)
 

@@ -1,7 +1,8 @@
 """Copies DeepSpeed's gradient norm to the host as soon as it is computed, so that a step waits for the device once.
 
-DeepSpeed's optimizers would wait several times: to copy constants to the device, to check the norm, and, without ZeRO,
-once per parameter. The last wait would come after the update was queued, and would last until the update is done.
+Without this module, DeepSpeed's optimizers wait for the device several times: to copy constants to the device, to check
+the norm, and, without ZeRO, once per parameter. The last of these waits comes after the update is queued, and lasts
+until the update is done.
 """
 
 from collections.abc import Sequence

@@ -11,8 +11,8 @@ from beit3_ds.patch_grids import window_ranges
 def cut_layers(config: RunConfig, head_flops: float) -> list[range]:
     """Divides the layers (embeddings, blocks, head) into `parallel.num_chunks` model chunks of nearly equal cost.
 
-    Of S stages, stage s holds chunks s, S + s, 2 S + s, and so on (`stage_layers`). Costs are operations for the
-    expected tokens of a step.
+    With S stages, stage s holds chunks s, S + s, 2 S + s, and so on (`stage_layers`). The cost of a layer is its number
+    of floating-point operations for the expected tokens of a step.
 
     Args:
         config: the run's configuration.

@@ -13,8 +13,9 @@ class TiedWordEmbedding:
 
     The first stage trains and saves the table. The last stage's head has a copy that DeepSpeed does not manage, and
     sums the copy's gradient in float32 over the micro-batches. The last stage sends this sum to the first stage, which
-    adds it to the table's gradient in the last backward pass of the step. Each step and each evaluation begins with
-    sending this rank's part of the table to the last stage. Without a pipeline, nothing is sent.
+    adds it to the table's gradient in the last backward pass of the step. At the start of each step and each
+    evaluation, the first stage sends the table to the last stage; each tensor-parallel rank sends its own part. Without
+    a pipeline, nothing is sent.
     """
 
     def __init__(self, model: StageModel, mesh: Mesh) -> None:
