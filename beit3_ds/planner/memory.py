@@ -19,7 +19,7 @@ class Memory(NamedTuple):
     """Holds the modelled memory of one rank in bytes, at the peak of a step's forward and backward passes."""
 
     parameters: int
-    """Bytes of the parameters. Under ZeRO-3, of the rank's partition and the persistent parameters."""
+    """Bytes of the parameters; under ZeRO-3, only the rank's partition and the persistent parameters are counted."""
     gradients: int
     """Bytes of the gradient sums that are kept between micro-batches."""
     optimizer: int

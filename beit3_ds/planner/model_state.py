@@ -16,7 +16,7 @@ class ModelState(NamedTuple):
     numel: int
     """Number of elements of all parameters of the whole model."""
     parameters: int
-    """Bytes of the parameters. Under ZeRO-3, of the rank's partition."""
+    """Bytes of the parameters; under ZeRO-3, only the rank's partition is counted."""
     gradients: int
     """Bytes of the gradients that the rank keeps until the update."""
     optimizer: int

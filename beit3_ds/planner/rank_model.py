@@ -1,4 +1,4 @@
-"""Builds one rank's part of a model without storage. Traffic and memory are computed from its shapes."""
+"""Builds one rank's part of a model without storage; traffic and memory are computed from the tensors' shapes."""
 
 from dataclasses import dataclass
 
@@ -106,7 +106,7 @@ class RankModel:
         return split.local_size * model.hidden_size
 
     def blocks_of(self, chunk: range) -> range:
-        """Returns the numbers of a model chunk's blocks in the list of layers, where blocks are layers 1 to L."""
+        """Returns the layer numbers of a model chunk's blocks, which are layers 1 to L of the model."""
         return range(max(chunk.start, 1), min(chunk.stop, self.config.model.num_layers + 1))
 
     def block_rows(self, chunk: range, layer: int, workload: Workload) -> BlockRows:

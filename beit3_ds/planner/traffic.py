@@ -226,8 +226,8 @@ def _reduce(
         kind: operation, "all-reduce" or "reduce-scatter".
         parameters: parameters in the order in which their gradients fill buckets.
         element_size: bytes per element of a sent gradient.
-        is_full: function of the elements in the bucket and those of the next gradient that decides whether to reduce
-            the bucket first.
+        is_full: function that decides whether the bucket is reduced before the next gradient is added to it. The
+            arguments are the number of elements in the bucket and the number of elements of the next gradient.
     """
     ranks = traffic.sizes["data"] if kind == "reduce-scatter" else 1
     calls, held, elements = 0, 0, 0

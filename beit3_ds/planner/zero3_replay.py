@@ -295,7 +295,11 @@ class Zero3Replay:
         return used
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        """Returns the parameters that are gathered for a module: all of a block's, else the module's own."""
+        """Returns the parameters that are gathered for a module.
+
+        For a block, these are all parameters of the block. For another module, these are the module's own parameters,
+        without those of child modules.
+        """
         # Cached, because this is called millions of times and torch builds the list anew on each call.
         if module not in self._owned:
             self._owned[module] = list(module.parameters(recurse=module in self._blocks))
