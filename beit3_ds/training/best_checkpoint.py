@@ -1,4 +1,4 @@
-"""Records the best evaluation of a run, to keep its checkpoint and for early stopping."""
+"""Records the best evaluation of a run, for early stopping and to decide which checkpoint to keep."""
 
 import math
 from collections.abc import Mapping

@@ -88,7 +88,8 @@ class StepCounts:
     def agree(self, step_batch: StepBatch) -> tuple[Tensor, list[str]]:
         """Sums the number of predictions per loss term over all ranks, and shares new broken records.
 
-        Sends one integer per term and one more, and the new broken records, if any.
+        Each rank sends K + 1 integers for K loss terms: the count of each term, and the number of new broken records.
+        If any rank has new broken records, their descriptions are also sent.
 
         Returns:
             Number of predictions per term over all ranks, (terms,) int64, and the description of each broken record

@@ -1,4 +1,4 @@
-"""Copies micro-batches to the device while the device computes the previous one."""
+"""Copies each micro-batch to the device while the device computes the previous micro-batch."""
 
 from collections import deque
 from collections.abc import Callable, Iterable

@@ -371,7 +371,7 @@ def _evaluate_and_record(run: Run, done: int) -> bool:
 
 
 def _record(run: Run, record: dict[str, Any]) -> None:
-    """Writes a record to metrics.jsonl and to DeepSpeed's monitors. If the disk is full, they are written later."""
+    """Writes a record to metrics.jsonl and to DeepSpeed's monitors, or later if the disk is full."""
     if not run.mesh.is_main:
         return
     run.metrics_log.append(record)

@@ -68,7 +68,7 @@ class MetricsLog:
     def move_aside(self) -> Path | None:
         """Renames the file of an earlier run when a new run starts, and returns the new path.
 
-        Returns None if there is no such file. Also returns None, after a report, if the file cannot be renamed; new
+        Returns None if there is no such file. If the file cannot be renamed, reports a warning and returns None; new
         records then follow the old ones.
         """
         if not self._lines():

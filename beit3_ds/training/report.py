@@ -1,4 +1,4 @@
-"""Writes the report of a finished run: a plot, the task's pages and a summary."""
+"""Writes the report of a finished run: a plot, the task's HTML pages and a summary."""
 
 import functools
 import json
@@ -61,7 +61,10 @@ def write_report(run: Run) -> None:
 
 
 def write_missing(run: Run) -> None:
-    """Writes what could not be written before, and warns about what is still missing. Does not communicate."""
+    """Writes records, figures and files that could not be written before, and warns about those that still cannot.
+
+    Does not communicate.
+    """
     run.results.retry()
     missing = [str(path) for path in run.results.missing]
     if not run.metrics_log.retry():

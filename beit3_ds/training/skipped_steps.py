@@ -36,14 +36,14 @@ class SkippedSteps:
         self.in_a_row = 0
 
     def add(self, step_batch: StepBatch, grad_norm: float, probe: GradientProbe) -> dict[str, Any]:
-        """Counts a skipped step, and finds the ranks with non-finite gradients of their own.
+        """Counts a skipped step, and finds the ranks whose own gradients are non-finite.
 
         Sends the sample names of these ranks to all ranks.
 
         Returns:
-            Record for metrics.jsonl. Its "ranks" lists the number and name of each of these ranks, and the
-            micro-batches with their samples. The list is empty if all ranks had finite gradients but the sum was not
-            finite.
+            Record for metrics.jsonl. The entry "ranks" has one item per such rank: the number and name of the rank, and
+            the sample names of the micro-batches with non-finite gradients. The entry is empty if the gradients of all
+            ranks were finite but the sum over the ranks was not.
         """
         self.total += 1
         self.in_a_row += 1
