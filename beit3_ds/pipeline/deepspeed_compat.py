@@ -188,9 +188,7 @@ def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -
 
 
 def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[nn.Parameter, Tensor | float]]:
-    """Yields each parameter with this rank's part of the gradient, or with the gradient's norm if gradients are
-    offloaded.
-    """
+    """Yields each parameter with this rank's part of the gradient, or with the norm of an offloaded gradient."""
     for index, parameters in enumerate(optimizer.fp16_groups):
         if optimizer.offload_optimizer:
             norms = optimizer.norm_for_param_grads
