@@ -21,7 +21,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def measure(recorder: Recorder) -> None:
-    """Records the highest rate of matrix products, one item per dtype, and of copies, one item."""
+    """Measures the highest rate of matrix products for each dtype, and of copies; records each rate."""
     device = device_of_turns()
     clock = Clock(device)
     for dtype in _DTYPES:

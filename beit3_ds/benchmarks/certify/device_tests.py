@@ -13,7 +13,7 @@ _PYTEST = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--con
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item for the tests marked `gpu`."""
+    """Runs the tests marked `gpu`, and records whether all passed."""
     if not torch.cuda.is_available():
         raise NeedsDeviceError
     importlib.import_module("pytest")  # if missing, the section reports this

@@ -23,7 +23,7 @@ Commands = list[tuple[str, ...]]
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item for training on one GPU. With several GPUs, also records an item that compares the losses.
+    """Trains on one GPU and records the result. With several GPUs, also trains on them and compares the losses.
 
     A dry run does not train. It launches the kernels of the training on one GPU.
     """
@@ -48,7 +48,7 @@ def _launch_kernels() -> dict[str, Any]:
 
 
 def plan_commands(folder: Path, num_gpus: int) -> dict[str, Commands]:
-    """Returns the commands to run for each item of the section, by the item's name.
+    """Returns the commands to run for each measurement of the section, by the measurement's name.
 
     Args:
         folder: folder for the output of the training runs.

@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item that describes the machine. Every call of `beit3 certify` records the item again."""
+    """Records a description of the machine. Every call of `beit3 certify` records it again."""
     recorder.add("machine", **describe_machine())
 
 

@@ -30,7 +30,10 @@ _NAMES = ("packed_attention", "multiway FFN", "multiway layer norm", "linear_cro
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per model size, op and implementation. Implementations that take long to compile come last."""
+    """Times each op with each implementation, for each model size, and records each result.
+
+    Implementations that take long to compile come last.
+    """
     device = device_of_turns()
     kind = kind_of(device)
     clock = Clock(device)

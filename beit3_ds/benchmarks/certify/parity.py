@@ -31,7 +31,7 @@ _FLOAT32_ERROR = 1e-4
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per model layout and dtype, with the errors of loss and gradients relative to float64.
+    """Records the errors of loss and gradients relative to float64, for each model layout and dtype.
 
     A check passes if the gradient error on the device is at most twice the CPU's gradient error in the same dtype. In
     float32, an error of at most 1e-4 relative to the gradients' norm also passes, because the CPU's error can be small

@@ -17,7 +17,7 @@ _KERNELS = 25
 
 
 def measure(recorder: Recorder) -> None:
-    """Records for each model the share of idle time, and one item for each of the 25 kernels with the most time."""
+    """Records for each model the share of idle time, and the time of each of the 25 slowest kernels."""
     device = device_of_turns()
     if kind_of(device) == "cpu":
         raise NeedsDeviceError

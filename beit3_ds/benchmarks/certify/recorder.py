@@ -19,10 +19,11 @@ class Recorder:
     """Runs and records the measurements of one section. A named measurement is called an item."""
 
     def __init__(self, section: str, path: Path, call: int, is_dry_run: bool = False) -> None:
-        """Reads from the results file which items to skip.
+        """Reads from the results file which measurements (items) to skip.
 
-        Items that succeeded in any call of `beit3 certify` are skipped. Items that already began in this call are
-        skipped too. So if an item crashes the section's process, the new process continues with the next item.
+        Measurements that succeeded in any call of `beit3 certify` are skipped. Measurements that already began in this
+        call are skipped too. So if a measurement crashes the section's process, the new process continues with the next
+        measurement.
 
         Args:
             section: name of the section.
@@ -45,11 +46,11 @@ class Recorder:
         }
 
     def knows(self, item: str) -> bool:
-        """Returns whether the item with this name is to be skipped."""
+        """Returns whether the item (named measurement) is to be skipped."""
         return item in self._known
 
     def add(self, item: str, **figures: Any) -> None:
-        """Appends one line with an item's figures to the results file."""
+        """Appends one line with the figures of an item (named measurement) to the results file."""
         self._file.append({"section": self._section, "item": item, "call": self._call, **figures})
 
     def start_counting(self) -> None:
@@ -64,13 +65,13 @@ class Recorder:
             self.add(CACHE_ITEM, **self._compilations.describe(), process=os.getpid())
 
     def measure(self, item: str, compute: Callable[[], dict[str, Any]]) -> None:
-        """Runs the measurement of an item, and records the figures. If an error occurs, records the error.
+        """Runs a measurement, and records the figures. If an error occurs, records the error.
 
-        After most errors, the section continues with other items. An error of the CUDA driver is raised again, because
-        the process cannot use the GPU any more.
+        After most errors, the section continues with other measurements. An error of the CUDA driver is raised again,
+        because the process cannot use the GPU any more.
 
         Args:
-            item: name of the item, unique within the section.
+            item: name of the measurement, unique within the section.
             compute: function that returns the figures by name. The optional figure `passed` tells whether a check
                 passed.
         """

@@ -23,7 +23,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
     Returns:
         Whether the certification succeeded. It succeeds if every section completed, or could not run because a package
-        or a GPU is missing. No item may have failed or crashed, and no check may have failed.
+        or a GPU is missing. No measurement may have failed or crashed, and no check may have failed.
     """
     lines = list(results.read())
     machines = [_figures(line) for line in lines if line.get("section") == MACHINE.name and "devices" in line]
@@ -41,7 +41,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
 
 def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns status, time and items of one section. For an item that was measured twice, the latest figures count."""
+    """Returns status, time and measurements (items) of one section. Of repeated measurements, the latest counts."""
     own = [line for line in lines if line.get("section") == section.name]
     ends = [line for line in own if "seconds" in line and "status" in line]
     items: dict[str, dict[str, Any]] = {}
@@ -93,7 +93,7 @@ def _markdown(content: dict[str, Any], folder: Path) -> str:
 
 
 def _tables(items: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns Markdown tables of items. Items whose figures have equal names share one table."""
+    """Returns Markdown tables of measurements (items). Measurements with the same names of figures share one table."""
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for name, item in items.items():
         groups.setdefault(tuple(item), []).append([name, *(_show(value) for value in item.values())])

@@ -15,10 +15,10 @@ Line = dict[str, Any]
 """Content of one JSON line."""
 
 CACHE_ITEM = "Triton cache"
-"""Name of the item that counts the kernels which a process found in Triton's cache or compiled."""
+"""Name under which the numbers of kernels are recorded that a process found in Triton's cache or compiled."""
 
 DONE = "done"
-"""Status of a section that has measured all its items."""
+"""Status of a section that has run all its measurements."""
 ABSENT = "absent: "
 """Start of the status of a section that needs a missing package. The name of the package follows."""
 NEEDS_DEVICE = "needs a CUDA device"
@@ -26,7 +26,7 @@ NEEDS_DEVICE = "needs a CUDA device"
 
 
 def has_failed(line: Line) -> bool:
-    """Returns whether a line's item crashed, raised an error, or did not pass its check."""
+    """Returns whether the line shows a measurement that crashed, raised an error, or did not pass its check."""
     return bool(line.get("begun") or line.get("error")) or line.get("passed") is False
 
 
@@ -78,7 +78,7 @@ class ResultsFile:
         return max((line["call"] for line in self.read() if "section" not in line and "call" in line), default=0)
 
     def failed_sections(self) -> set[str]:
-        """Returns the names of the sections that have a failed item. Only the latest line of each item counts."""
+        """Returns the names of sections with a failed measurement. Only the latest line of each measurement counts."""
         latest = {(line["section"], line["item"]): line for line in self.read() if "item" in line}
         return {section for (section, _), line in latest.items() if has_failed(line)}
 

@@ -34,8 +34,8 @@ def certify(
     """Runs all sections whose results are missing in the report's folder, and writes the report again after each
     section.
 
-    Sections that never began run first. Then follow sections that did not complete or had failed items in an earlier
-    call. Items that are already recorded are skipped.
+    Sections that never began run first. Then follow sections that did not complete or had failed measurements in an
+    earlier call. Measurements that succeeded before are skipped.
 
     Args:
         folder: folder for the report, the results and the sections' logs; created if missing.
@@ -102,7 +102,7 @@ def _open(folder: Path) -> ResultsFile:
 def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
     """Returns the sections to run, in order.
 
-    Sections that never began come first. Then follow sections that did not complete or have failed items.
+    Sections that never began come first. Then follow sections that did not complete or have failed measurements.
     """
     statuses, failed = results.statuses(), results.failed_sections()
     return [
@@ -129,8 +129,9 @@ def _check_machine(results: ResultsFile, folder: Path) -> None:
 
 
 def _run(section: Section, results: ResultsFile, call: int, seconds: float, architecture: int | None) -> str:
-    """Runs a section; records and returns the status. After a crash, runs it again if the crashed run recorded new
-    items.
+    """Runs a section; records and returns the status.
+
+    If the section's process crashes after it recorded new results, the section runs again.
     """
     start, attempt = time.monotonic(), 0
     while True:

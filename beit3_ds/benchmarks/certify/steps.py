@@ -72,7 +72,10 @@ def models(device: torch.device) -> tuple[Model, ...]:
 
 
 def measure(recorder: Recorder) -> None:
-    """Records one item per model and implementation. Implementations that take long to compile come last."""
+    """Times the training step of each model with each implementation, and records each result.
+
+    Implementations that take long to compile come last.
+    """
     device = device_of_turns()
     peak = published(device)
     ceiling = peak.half_flops if peak else None
