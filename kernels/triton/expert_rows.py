@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _first_programs(rows, stop_0, stop_1, stop_2):
-    """Returns three numbers: expert 1's first Triton program, expert 2's first program, and the count of programs."""
+    """Returns the index of expert 1's first Triton program, of expert 2's first program, and the number of programs."""
     first_1 = tl.cdiv(stop_0, rows)
     first_2 = first_1 + tl.cdiv(stop_1 - stop_0, rows)
     return first_1, first_2, first_2 + tl.cdiv(stop_2 - stop_1, rows)

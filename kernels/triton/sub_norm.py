@@ -51,7 +51,7 @@ def _column_values(expert, of_0_ptr, of_1_ptr, of_2_ptr, columns, real_columns):
 
 @triton.jit
 def row_statistics_kernel(x_ptr, mean_ptr, squares_ptr, N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
-    """Computes the mean and the sum of squared deviations of one row of x. With GELU, of one row of gelu(x)."""
+    """Computes the mean and the sum of squared deviations of one row of x or, with GELU, of gelu(x)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     a = activate(tl.load(x_ptr + row * N + columns, mask=columns < N, other=0.0), GELU)

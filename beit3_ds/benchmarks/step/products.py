@@ -109,9 +109,7 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
 
 
 class _Operands:
-    """Allocates random operands and result tensors for products. Writes to the results' memory once, so that it is
-    mapped.
-    """
+    """Allocates random operands and result tensors for products. Writes each result once, so that its memory exists."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device

@@ -15,8 +15,8 @@ class AttemptPlan:
     hosts: Sequence[HostSlots]
     """Hosts and their numbers of slots, in the order of the ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Function that returns the commands that start one guard per rank. Its argument is the list of command-line
-    arguments for the guards."""
+    """Function that returns the commands that start one guard per rank. The argument of the function is the list of
+    command-line arguments for the guards."""
     launcher_environment: Mapping[str, str]
     """Complete environment of the commands that `build_commands` returns."""
     trainer: Sequence[str]
