@@ -1,4 +1,4 @@
-"""Sets the current CUDA device to the device of a kernel's tensors, because Triton launches on the current device."""
+"""Makes a tensor's CUDA device the current device, because Triton launches kernels on the current device."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -343,5 +343,5 @@ _GRADIENT = MeasuredOp(
 
 
 def _loss_dtype(h_MD: Tensor) -> torch.dtype:
-    """Returns float32 for half precision, else the dtype of `h`."""
+    """Returns the dtype of losses and sums: float32 if `h` is in half precision, otherwise the dtype of `h`."""
     return torch.promote_types(h_MD.dtype, torch.float32)

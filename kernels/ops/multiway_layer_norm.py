@@ -41,8 +41,7 @@ def multiway_layer_norm_reference(
 def multiway_layer_norm(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalises each row with its expert's scale and shift. Also returns the residual stream, for the residual
-    connection.
+    """Normalises each row with its expert's scale and shift; also returns the stream for the residual connection.
 
     Use the returned stream for the residual connection. Then the backward pass of the norm adds the residual's
     gradient, without a separate pass over the rows. The op saves x, two numbers per row, and the parameters without

@@ -8,8 +8,7 @@ CPU_WIDTH = 1024
 """Vocabulary columns per tile on a CPU. Without tiles, the matrix products take up to twice as long (BENCHMARKS.md)."""
 
 ALIGNMENT = 64
-"""Number of elements of which the row stride of a tile is a multiple on a GPU. Then kernels access 128 bits at a time.
-"""
+"""On a GPU, the row stride of a tile is a multiple of this number of elements. So kernels access 128 bits at a time."""
 
 
 class VocabularyTiles(NamedTuple):

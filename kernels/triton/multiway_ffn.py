@@ -91,7 +91,7 @@ def product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Returns x[rows] @ w[columns].T in float32, one tile of a matrix product."""
+    """Computes one tile of a matrix product in float32: x[rows] @ w[columns].T."""
     whole: tl.constexpr = K % DEPTH == 0
     x_pointers = x_ptr + rows[:, None] * K
     w_pointers = w_ptr + tl.minimum(columns, N - 1)[None, :] * K

@@ -208,9 +208,9 @@ _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
 
 
 def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
-    """Returns name, kernel and constexpr arguments of the matrix products of one block.
+    """Returns (name, kernel, constexpr arguments) for each matrix product of one block.
 
-    These are attention's output projection, the FFN's two projections, and an input gradient.
+    The products are attention's output projection, the FFN's two projections, and an input gradient.
     """
     plain = {"RESIDUAL": False, "FACTOR": False}
     whole = dict.fromkeys(("BIAS", "RESIDUAL", "FACTOR"), True)

@@ -28,7 +28,7 @@ per expert. The statistics are float32, and cover the columns of all ranks. The 
 columns."""
 
 BLOCK = {"ROWS": 16, "COLUMNS": 128}
-"""Block that a Triton program with 4 warps computes: 16 values per thread, loaded 8 at a time."""
+"""Rows and columns that a Triton program with 4 warps computes: 16 values per thread, loaded 8 at a time."""
 
 SPAN = 128
 """Number of rows over which one Triton program sums the gradients of a norm's scale and shift."""
