@@ -19,12 +19,13 @@ import torch
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.checkpoint.collection import has_checkpoints
 from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.run_description import build_run_description
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import ParallelConfig, RankCoords, RunConfig, check_layout
 from beit3_ds.config.arguments import add_force_argument
 from beit3_ds.config.data import Split
-from beit3_ds.data import ValidationBatches, WaitLimits, build_train_loader
+from beit3_ds.data import StepDataset, ValidationBatches, WaitLimits, build_train_loader
 from beit3_ds.data.skipped_report import describe_skipped
 from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.pipeline.schedule import Schedule
@@ -220,12 +221,8 @@ def build_run(
         _load_initial_weights(config, inputs, state, mesh, say)
     say(describe_startup(config, mesh, state, device, first_step))
     if rank_task.dataset:
-        epochs = ", ".join(f"{number:.4g} of {name}" for name, number in rank_task.dataset.epochs().items())
-        say(f"epochs of all {config.training.total_steps:,} steps: {epochs}")
+        _start_data_order(rank_task.dataset, total_steps, first_step, checkpoint, say)
     data = checkpoint.data if checkpoint else {}
-    if checkpoint and rank_task.dataset:
-        for line in rank_task.dataset.order.resume(first_step, checkpoint.data, checkpoint.run.config):
-            say(line)
     who = mesh.describe(mesh.all_coords.index(mesh.coords))
     limits = WaitLimits(seconds=config.data.timeout_seconds, is_stopping=signals.is_any_received, where=who)
     dataset, validation = rank_task.dataset, rank_task.validation
@@ -257,6 +254,17 @@ def build_run(
         broken_records=BrokenRecords(config.data.max_broken_records, mesh.data_host, records_from(data)),
     )
     return run, BroadcastBatches(steps, mesh, StepBatch)
+
+
+def _start_data_order(
+    dataset: StepDataset, total_steps: int, first_step: int, checkpoint: Index | None, say: Callable[[str], None]
+) -> None:
+    """Prints the number of epochs, and restores the order of the samples from a checkpoint if there is one."""
+    epochs = ", ".join(f"{number:.4g} of {name}" for name, number in dataset.epochs().items())
+    say(f"epochs of all {total_steps:,} steps: {epochs}")
+    if checkpoint:
+        for line in dataset.order.resume(first_step, checkpoint.data, checkpoint.run.config):
+            say(line)
 
 
 def _check_agreement(config: RunConfig, rank_task: RankTask, mesh: Mesh) -> None:
