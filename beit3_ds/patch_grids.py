@@ -38,7 +38,9 @@ class Window(NamedTuple):
 
 
 class PatchPlaces(NamedTuple):
-    """Holds the image, grid row and grid column of each patch, in window order."""
+    """Holds, for each patch, the index of its image and its row and column in the grid. Patches of a window are
+    adjacent.
+    """
 
     image_T: Tensor
     """Index of each patch's image, int64."""

@@ -61,7 +61,7 @@ BUFFERS = "buffers"
 PIECES = "pieces"
 """First part of the name of the pieces file, and name of the tensor in that file."""
 PIECES_FILE = "pieces-00000.safetensors"
-"""Name of the pieces file, which the main rank writes; it lists the pieces of all tensors."""
+"""Name of the file in which the main rank records which part of each tensor every checkpoint file contains."""
 
 _FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS, PIECES))})-[0-9]{{5,9}}\.safetensors")
 _BYTES_PER_FILE = 1 << 16  # each file in the folder raises the size limit of the index by this much

@@ -36,8 +36,9 @@ def check_layout(config: RunConfig, world_size: int) -> int:
 
 
 def fits_layout(config: RunConfig, world_size: int) -> bool:
-    """Returns whether `check_layout` accepts the configuration on `world_size` ranks. Faster, because it suggests
-    nothing.
+    """Returns whether `check_layout` accepts the configuration on `world_size` ranks.
+
+    This function is faster than `check_layout`, which searches for another layout to suggest in its error.
     """
     try:
         config.step_shares(_check(config, world_size)).check_batch_keys(config.deepspeed)

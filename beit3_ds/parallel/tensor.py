@@ -145,7 +145,9 @@ class TensorParallel:
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
     def split(self, size: int, dim: int = 0) -> Split:
-        """Splits dimension `dim` evenly over the ranks, and returns this rank's part. P must divide `size`."""
+        """Splits dimension `dim`, of length `size`, evenly over the ranks, and returns this rank's part. The number of
+        ranks must divide `size`.
+        """
         assert size % self.size == 0, f"{self.size} tensor-parallel ranks do not divide {size}"
         part = size // self.size
         return Split(dim, self.rank * part, (self.rank + 1) * part, size)

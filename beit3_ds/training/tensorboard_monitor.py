@@ -1,6 +1,6 @@
 """Writes the event file of DeepSpeed's TensorBoard monitor, and completes it once a failed disk works again.
 
-TensorBoard's own writer stops at the first error, and raises the error again for each later figure.
+TensorBoard's own writer stops at the first error, and raises that error again for each value logged later.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Runs one rank of the checkpoint benchmark, which saves or loads a training state with this project and DeepSpeed."""
+"""Runs one rank of the checkpoint benchmark, which times this project's and DeepSpeed's saving and loading in turn."""
 
 import ctypes
 import dataclasses

@@ -37,7 +37,9 @@ class Probe:
         self._listeners: list[socket.socket] = []
 
     def machine(self, folder: str) -> dict:
-        """Changes to the ranks' working directory `folder`, and returns facts about this machine by name."""
+        """Makes the ranks' working directory `folder` the current directory, and returns facts about this machine,
+        keyed by name.
+        """
         folder_error = _enter(folder)
         return {
             "hostname": socket.gethostname(),

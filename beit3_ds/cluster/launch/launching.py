@@ -62,7 +62,8 @@ class LaunchOptions:
     start_seconds: float
     """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
     port: int
-    """Port on which `beit3 launch` waits for the guards of the ranks; 0 means any free port."""
+    """Port on which `beit3 launch` waits for the guards (processes that start and watch the ranks); 0 means any free
+    port."""
     force: bool = False
     """Whether to move the checkpoints of a finished run aside and train again (`beit3 train --force`)."""
     dry_run: bool = False

@@ -11,7 +11,7 @@ _NUM_COMPARED = 256
 
 
 class IdentifiedSamples(HasFiles, Protocol):
-    """Interface of samples that can be recognised even if their numbers change."""
+    """Interface of samples that can be recognised even if their indices change."""
 
     is_last_open: ClassVar[bool]
     """Whether the last sample may change if lines are appended to a file. True for text, where new lines may join the

@@ -78,7 +78,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps indices into the concatenation to sample numbers in the stream; both are (n,) int64."""
+        """Returns the sample number in the stream for each position in the concatenation; both are (n,) int64."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
