@@ -70,6 +70,9 @@ class PackedBatch(RowLayout):
     """Additional inputs of the task's head, by name; empty on pipeline stages without the head. Pipeline stages that
     read the same samples check that their integer and bool targets are equal. They do not compare uint8 images and
     floats."""
+    host_targets: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further targets: tensors of integers such as sizes and counts. `to` leaves them in host memory, where the head
+    reads their values without waiting for a device."""
     sample_names: tuple[str, ...] = ()
     """Name of each sequence's sample, for logs and messages; empty if samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)
@@ -216,7 +219,7 @@ class PackedBatch(RowLayout):
         """Returns the batch without pixels and targets, for pipeline stages that hold neither the embeddings nor the
         head.
         """
-        return dataclasses.replace(self, pixels=None, targets={})
+        return dataclasses.replace(self, pixels=None, targets={}, host_targets={})
 
     def fingerprint(self) -> str:
         """Returns a digest by which ranks check that they read the same samples.
@@ -230,7 +233,7 @@ class PackedBatch(RowLayout):
             ).encode()
         )
         digest.update("\n".join(self.sample_names).encode())
-        targets = [self.targets[name] for name in sorted(self.targets)]
+        targets = [of[name] for of in (self.targets, self.host_targets) for name in sorted(of)]
         targets = [target for target in targets if not target.is_floating_point() and target.dtype != torch.uint8]
         for tensor in (self.patch_mask, self.token_ids, self.head_rows, self.drop_path, *targets):
             if tensor is not None:

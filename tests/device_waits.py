@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tests.two_devices import DEVICE, HOST, ROOT, TwoDevices, is_device, is_pinned, named_device
 
 _READS = {"_local_scalar_dense", "equal", "is_nonzero", "bincount", "histc"}
-_DEPENDS_ON_VALUES = {"nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"}
+_DEPENDS_ON_VALUES = {"nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "nms"}
 _TAKES_INDICES = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _COPIES_VALUES = {"tensor", "as_tensor", "asarray"}
 

@@ -49,8 +49,8 @@ ARROWS: dict[str, set[str]] = {
     "picture": {"atomic_file"},
     "retrying": {"atomic_file", "regular_file"},
     "tasks": {
-        *("atomic_file", "batch", "config", "data", "layout", "model", "parallel", "patch_grids", "picture"),
-        *("pixels", "printing", "retrying", "storage_error", "tokenizers"),
+        *("atomic_file", "batch", "config", "data", "device_copy", "layout", "model", "parallel", "patch_grids"),
+        *("picture", "pixels", "printing", "retrying", "storage_error", "tokenizers"),
     },
     "pipeline": {"batch", "config", "model", "parallel", "patch_grids"},
     "checkpoint": {

@@ -1,4 +1,4 @@
-"""Tests that a training step of every task waits for the device only once, to read the gradient norm."""
+"""Tests how often a training step of every task waits for the device: most only read the gradient norm."""
 
 import json
 from collections import Counter
@@ -15,6 +15,8 @@ from tests.device_waits import watching
 from tests.fixtures.tokenizers import copy_tokenizers
 from tests.ranks import run_ranks
 from tests.run_config import small_run_mapping, visual_tokenizer_mapping
+from tests.tasks.detection.test_task import TASK as DETECTION
+from tests.tasks.segmentation.label_files import SETTINGS as SEGMENTATION
 from tests.two_devices import two_devices
 
 STEPS = 4
@@ -34,7 +36,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_config(task: str, scenes: Path, folder: Path, **engine: Any) -> Path:
     """Writes the configuration of a run that reports only after its last step; `engine` holds keys of DeepSpeed."""
-    mapping = TASKS[task](scenes, folder) | {"gradient_clipping": 0.5} | engine
+    mapping = (TASKS | DENSE_TASKS)[task](scenes, folder) | {"gradient_clipping": 0.5} | engine
     own = mapping["beit3_ds"]
     own["training"] = {**own["training"], **TRAINING, "output_dir": str(folder / "run"), "warmup_steps": 1}
     own["data"]["num_workers"] = 0
@@ -98,6 +100,31 @@ def visual_tokenizer(scenes: Path, folder: Path) -> dict[str, Any]:
     return mapping
 
 
+DENSE = {"image_size": 64, "patch_size": 16, "inputs": ["images"], "num_vision_language_layers": 0}
+
+
+def dense(task: dict[str, Any], source: Callable[[Path, str], dict[str, str]], **model: Any) -> Any:
+    def mapping_of(scenes: Path, folder: Path) -> dict[str, Any]:
+        mapping = small_run_mapping(0, accumulation=2, drop_path_rate=0.2, **DENSE, **model)
+        own = mapping["beit3_ds"]
+        own["task"], own["tokenizers"] = task, {}
+        splits = {split: [source(scenes, split)] for split in ("train", "validation")}
+        own["data"] = {"images": {**splits, "samples_per_step": 2 * IMAGES}, "color_jitter": 0.0}
+        return mapping
+
+    return mapping_of
+
+
+def objects(scenes: Path, split: str) -> dict[str, str]:
+    return {"path": str(scenes / f"objects-{split}.json"), "format": "coco_objects", "images": str(scenes / "images")}
+
+
+def label_maps(scenes: Path, split: str) -> dict[str, str]:
+    folder = {"train": "training", "validation": "validation"}[split]
+    return {"path": str(scenes / "segmentation"), "format": "ade20k", "split": folder}
+
+
+IMAGES = 2  # per micro-batch
 KARPATHY = pairs("captions.json", "karpathy", train="train", validation="val")
 IMAGENET = {"name": "imagenet", "num_classes": 36}
 TASKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
@@ -116,6 +143,16 @@ TASKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "imagenet, some classes": fine_tuning(IMAGENET, ["images", "texts"], classes(8)),
     "imagenet, linear": fine_tuning(IMAGENET | {"head": "linear"}, ["images"], classes(0)),
     "visual tokenizer": visual_tokenizer,
+}
+
+DENSE_TASKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "detection": dense(
+        {**DETECTION, "max_detections": 5, "test_flip": False},
+        objects,
+        dense={"window_size": 3, "global_blocks": [1], "relative_positions": True},
+    ),
+    "segmentation": dense(SEGMENTATION, label_maps, dense={}, final_norm=False),
+    "segmentation, no adapter": dense(SEGMENTATION | {"adapter": None}, label_maps, dense={}, final_norm=True),
 }
 
 
@@ -149,7 +186,38 @@ def test_a_step_waits_for_the_norm_alone(task: str, scenes: Path, tmp_path: Path
     """Catches, for example, `drop_path.cpu()` in the model, and tensors copied from unpinned memory."""
     waits = steps_of(write_config(task, scenes, tmp_path))
     assert sum(waits.values()) == 1, waits
-    assert set(waits) <= {"_local_scalar_dense in engine.py:apply_update", "cpu in host_norm.py:<lambda>"}
+    assert set(waits) <= NORM
+
+
+# Of a step of two micro-batches. docs/dense.md gives the reasons.
+NORM = {"_local_scalar_dense in engine.py:apply_update", "cpu in host_norm.py:<lambda>"}
+DECODER = SEGMENTATION["decoder"]
+MASKS = {
+    "cpu in mask_loss.py:forward": 2 * IMAGES * (DECODER["num_query_layers"] + 1),
+    "as_tensor from pageable memory in mask_decoder.py:forward": 2,
+    "tensor from pageable memory in mask_decoder.py:forward": 2 * DECODER["num_pixel_layers"],
+    "_local_scalar_dense in mask_decoder.py:forward": 2 * DECODER["num_pixel_layers"],
+}
+DENSE_WAITS: dict[str, dict[str, int]] = {
+    "detection": {
+        "tolist in sampling.py:sample_balanced": 2 * IMAGES * 2,
+        "nonzero in proposals.py:propose": 2 * IMAGES,
+        "nms in proposals.py:propose": 2 * IMAGES,
+        "tolist in boxes.py:pool_boxes": 2 * 4,
+    },
+    "segmentation": MASKS,
+    "segmentation, no adapter": MASKS,
+}
+
+
+@pytest.mark.parametrize("task", DENSE_WAITS)
+def test_a_step_of_a_dense_task_waits_where_shapes_depend_on_predictions(
+    task: str, scenes: Path, tmp_path: Path
+) -> None:
+    """Catches sizes, counts and seeds that are read back, and numbers that libraries copy from pageable memory."""
+    waits = steps_of(write_config(task, scenes, tmp_path))
+    norm = [waits.pop(name) for name in NORM & waits.keys()]
+    assert norm == [1] and waits == DENSE_WAITS[task]
 
 
 ENGINES: dict[str, dict[str, Any]] = {

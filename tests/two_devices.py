@@ -30,7 +30,6 @@ ROOT = Path(__file__).parents[1]
 _MAY_MIX = {
     *("copy_", "_to_copy", "_foreach_copy_", "set_", "lift_fresh", "_has_compatible_shallow_copy_type"),
     *("index", "index_put", "index_put_", "_index_put_impl_"),
-    "index_add",  # in the gradient of index_select torch makes zeros on the gradient's device, which is `cpu` to it
 }
 """Operations that CUDA allows between host and device tensors; all operations may also take a host scalar."""
 
@@ -178,6 +177,8 @@ class _Devices(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload):  # called by a mode: its device is an input's, which torch passes on
+            return func(*args, **kwargs)
         if getattr(func, "__self__", None) is Tensor.device:
             return DEVICE if is_device(args[0]) else HOST
         name = getattr(func, "__name__", "")

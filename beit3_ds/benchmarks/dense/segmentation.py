@@ -21,7 +21,7 @@ from beit3_ds.tasks.segmentation.config import DecoderConfig, SegmentationConfig
 from beit3_ds.tasks.segmentation.head import SegmentationHead
 from beit3_ds.tasks.segmentation.mask_decoder import mask2former_config, mask2former_parts
 from beit3_ds.tasks.segmentation.model import SegmentationModel
-from beit3_ds.tasks.segmentation.packing import LABELS, SEEDS, pack_windows
+from beit3_ds.tasks.segmentation.packing import label_targets, pack_windows
 
 _SEED = 0
 
@@ -158,8 +158,9 @@ def _pack(pixels: Tensor, model: SegmentationModel) -> PackedBatch:
 
 
 def _labelled(pixels: Tensor, labels: Tensor, model: SegmentationModel) -> PackedBatch:
-    seeds = torch.arange(len(labels))
-    return dataclasses.replace(_pack(pixels, model), targets={LABELS: labels, SEEDS: seeds})
+    targets, host_targets = label_targets(labels.cpu().numpy(), range(len(labels)))
+    targets = {name: target.to(pixels.device) for name, target in targets.items()}
+    return dataclasses.replace(_pack(pixels, model), targets=targets, host_targets=host_targets)
 
 
 def _draw_batch(images: int, size: int, num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit3_ds.device_copy import copy_to_device
+
 GridSize = tuple[int, int]
 """Rows and columns of a feature map."""
 
@@ -53,7 +55,7 @@ class DeformableAttention(nn.Module):
         values_BSHK = self.value_proj(rows_BSD).unflatten(2, (self.num_heads, -1))
         offsets_BQHGP2 = self.sampling_offsets(query_BQD).unflatten(2, (*shape, 2))
         weights_BQHX = self.attention_weights(query_BQD).unflatten(2, (self.num_heads, -1)).softmax(3)
-        cells_G2 = torch.tensor([[columns, rows] for rows, columns in sizes], device=query_BQD.device)
+        cells_G2 = copy_to_device(torch.tensor([[columns, rows] for rows, columns in sizes]), query_BQD.device)
         points_BQHGP2 = places_Q2[:, None, None, None] + offsets_BQHGP2 / cells_G2[:, None]
         sampled = sample_maps(values_BSHK, sizes, points_BQHGP2, weights_BQHX.unflatten(3, shape[1:]))
         return self.output_proj(sampled)

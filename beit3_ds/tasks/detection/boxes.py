@@ -1,6 +1,6 @@
 """Encodes boxes as regression targets, matches boxes with objects, and pools the features of boxes."""
 
-# B images, R boxes of all images, N boxes of one image, G objects of one image, C channels, S output side.
+# B images, R boxes of all images, N boxes of one image, G objects of one image, C channels, S output side, L levels.
 # A box is left, top, right, bottom in pixels of the model's input, float32.
 
 import math
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import encode_boxes as encode_with_weights
 from torchvision.ops import box_iou, roi_align
 
 Pyramid = Mapping[int, Tensor]
@@ -33,7 +34,9 @@ def encode_boxes(coder: BoxCoder, objects_N4: Tensor, boxes_N4: Tensor) -> Tenso
         objects_N4: box of the object that each box matches, (N, 4).
         boxes_N4: anchors or proposals, (N, 4).
     """
-    return coder.encode_single(objects_N4, boxes_N4)
+    # The coder's own method would copy the weights from host memory, for which the host waits.
+    weights_4 = torch.cat([boxes_N4.new_full((1,), weight) for weight in coder.weights])
+    return encode_with_weights(objects_N4, boxes_N4, weights_4)
 
 
 def decode_boxes(coder: BoxCoder, deltas_N4: Tensor, boxes_N4: Tensor) -> Tensor:
@@ -44,7 +47,14 @@ def decode_boxes(coder: BoxCoder, deltas_N4: Tensor, boxes_N4: Tensor) -> Tensor
         deltas_N4: regression outputs, (N, 4).
         boxes_N4: anchors or proposals, (N, 4).
     """
-    return coder.decode_single(deltas_N4.float(), boxes_N4).reshape(-1, 4)
+    # The coder's own method computes the same with numbers that it copies from host memory, for which the host waits.
+    deltas_N4, boxes_N4 = deltas_N4.float(), boxes_N4.float()
+    sides_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
+    centres_N2 = boxes_N4[:, :2] + 0.5 * sides_N2
+    x, y, width, height = (delta_N / weight for delta_N, weight in zip(deltas_N4.unbind(1), coder.weights, strict=True))
+    growth_N2 = torch.stack([width, height], 1).clamp(max=coder.bbox_xform_clip).exp()
+    centres_N2, halves_N2 = torch.stack([x, y], 1) * sides_N2 + centres_N2, 0.5 * (growth_N2 * sides_N2)
+    return torch.cat([centres_N2 - halves_N2, centres_N2 + halves_N2], 1)
 
 
 def clip_boxes(boxes_N4: Tensor, size: tuple[int, int]) -> Tensor:
@@ -55,7 +65,8 @@ def clip_boxes(boxes_N4: Tensor, size: tuple[int, int]) -> Tensor:
         size: height and width of the image in pixels.
     """
     height, width = size
-    return torch.minimum(boxes_N4.clamp(min=0), boxes_N4.new_tensor((width, height, width, height)))
+    limits = (width, height, width, height)
+    return torch.stack([boxes_N4[:, i].clamp(0, limit) for i, limit in enumerate(limits)], 1)
 
 
 def has_area(boxes_N4: Tensor) -> Tensor:
@@ -76,8 +87,14 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)
-    matches: Tensor = Matcher(high, low, allow_low_quality_matches=keep_best)(box_iou(objects_G4, boxes_N4))
-    return matches
+    # torchvision's Matcher computes the same with indices that depend on values, for which the host waits.
+    iou_GN = box_iou(objects_G4, boxes_N4)
+    best_N, objects_N = iou_GN.max(0)
+    matches_N = torch.where(best_N < high, IGNORED, objects_N).masked_fill(best_N < low, BACKGROUND)
+    if keep_best:
+        is_best_GN = iou_GN == iou_GN.max(1, keepdim=True).values
+        matches_N = torch.where(is_best_GN.any(0), objects_N, matches_N)
+    return matches_N
 
 
 def repeat_edges(x_BCHW: Tensor, extents: Sequence[tuple[int, int]]) -> Tensor:
@@ -93,9 +110,9 @@ def repeat_edges(x_BCHW: Tensor, extents: Sequence[tuple[int, int]]) -> Tensor:
     rows, columns = x_BCHW.shape[2:]
     if all(extent == (rows, columns) for extent in extents):
         return x_BCHW
-    last = torch.tensor(extents, device=x_BCHW.device) - 1
-    row_BH = torch.arange(rows, device=x_BCHW.device).minimum(last[:, :1])
-    column_BW = torch.arange(columns, device=x_BCHW.device).minimum(last[:, 1:])
+    row_H, column_W = (torch.arange(side, device=x_BCHW.device) for side in (rows, columns))
+    row_BH = torch.stack([row_H.clamp(max=own_rows - 1) for own_rows, _ in extents])
+    column_BW = torch.stack([column_W.clamp(max=own_columns - 1) for _, own_columns in extents])
     x_BCHW = x_BCHW.gather(2, row_BH[:, None, :, None].expand_as(x_BCHW))
     return x_BCHW.gather(3, column_BW[:, None, None, :].expand_as(x_BCHW))
 
@@ -115,14 +132,16 @@ def pool_boxes(pyramid: Pyramid, boxes: Sequence[Tensor], size: int) -> Tensor:
     first = pyramid[strides[0]]
     rois_R5 = _with_image(boxes, first.device)
     levels_R = _levels(rois_R5[:, 1:], strides)
-    pooled = first.new_zeros((len(rois_R5), first.shape[1], size, size), dtype=torch.float32)
-    for level, stride in enumerate(strides):
-        own = (levels_R == level).nonzero()[:, 0]
-        features = roi_align(
-            pyramid[stride].float(), rois_R5[own], (size, size), 1 / stride, _SAMPLES_PER_BIN, aligned=True
+    order_R = levels_R.argsort(stable=True)
+    is_of_level_RL = levels_R[:, None] == torch.arange(len(strides), device=first.device)
+    counts = is_of_level_RL.sum(0).tolist()  # waits for the device
+    pooled = [  # even without boxes, to keep every level in the autograd graph
+        roi_align(pyramid[stride].float(), rois, (size, size), 1 / stride, _SAMPLES_PER_BIN, aligned=True).to(
+            first.dtype
         )
-        pooled = pooled.index_add(0, own, features)  # even without boxes, to keep every level in the autograd graph
-    return pooled.to(first.dtype)
+        for stride, rois in zip(strides, rois_R5[order_R].split(counts), strict=True)
+    ]
+    return torch.cat(pooled).index_select(0, order_R.argsort())  # autograd keeps no features
 
 
 def _with_image(boxes: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 
 from beit3_ds.tasks.detection.boxes import (
+    IGNORED,
     Pyramid,
     clip_boxes,
     decode_boxes,
@@ -34,6 +35,7 @@ _CODERS = tuple(BoxCoder(weights) for weights in _WEIGHTS)
 _POOLED_SIDE = 7
 _NUM_CONVS = 4
 _PURPOSE = 2
+_NO_LABEL = -100  # of a box that no loss counts
 
 
 class SampledBoxes(NamedTuple):
@@ -42,7 +44,10 @@ class SampledBoxes(NamedTuple):
     boxes: Tensor
     """Boxes, (N, 4) float32."""
     matches: Tensor
-    """Index of the object that each box matches, (N,) int64; negative for background."""
+    """Index of the object that each box matches, negative for background, `IGNORED` for a box that no loss counts,
+    (N,) int64."""
+    num_positive: int = 0
+    """Number of positive boxes, which come first; 0 for refined boxes, whose positive ones are anywhere."""
 
 
 class StageOutput(NamedTuple):
@@ -117,10 +122,8 @@ class Cascade(nn.Module):
             output = stage(self._pool(pyramid, boxes))
             sums.append(_stage_losses(output, sampled, objects, number))
             if number + 1 < len(IOUS):
-                refined = _refine(output, boxes, sizes, number)
-                kept = [of_image[has_area(of_image)] for of_image in refined]
-                pairs = zip(kept, objects, strict=True)
-                sampled = [SampledBoxes(found, _match(found, of, number + 1)) for found, of in pairs]
+                refined = zip(_refine(output, boxes, sizes, number), objects, strict=True)
+                sampled = [_match_refined(found, of_image, number + 1) for found, of_image in refined]
         return torch.stack(sums).sum(0) / count
 
     def predict(
@@ -169,17 +172,24 @@ def sample_proposals(
     ranks_N = torch.cat([ranks[proposals.anchors], ranks[num_anchors:]])
     drawn = sample_balanced(matches_N >= 0, matches_N < 0, count, _POSITIVE_SHARE, ranks_N)
     indices = torch.cat(drawn)
-    return SampledBoxes(boxes_N4[indices], matches_N[indices])
+    return SampledBoxes(boxes_N4[indices], matches_N[indices], len(drawn[0]))
 
 
 def _match(boxes_N4: Tensor, objects: ImageObjects, stage: int) -> Tensor:
     return match_boxes(boxes_N4, objects.boxes, IOUS[stage], IOUS[stage])
 
 
+def _match_refined(boxes_N4: Tensor, objects: ImageObjects, stage: int) -> SampledBoxes:
+    """Matches refined boxes with objects; boxes without area stay, but no loss counts them."""
+    matches_N = _match(boxes_N4, objects, stage)
+    return SampledBoxes(boxes_N4, torch.where(has_area(boxes_N4), matches_N, IGNORED))
+
+
 def _refine(output: StageOutput, boxes: Sequence[Tensor], sizes: Sequence[Size], stage: int) -> list[Tensor]:
     decoded_R4 = decode_boxes(_CODERS[stage], output.deltas.detach(), torch.cat(list(boxes) or [output.deltas]))
     of_images = decoded_R4.split([len(of_image) for of_image in boxes])
-    return [clip_boxes(of_image, size) for of_image, size in zip(of_images, sizes, strict=True)]
+    # NaN has no pyramid level. With zeros, the box has no area.
+    return [clip_boxes(of_image, size).nan_to_num() for of_image, size in zip(of_images, sizes, strict=True)]
 
 
 def _stage_losses(
@@ -188,13 +198,17 @@ def _stage_losses(
     """Returns the losses of one stage, (2,): class loss summed over all boxes, regression loss over positive boxes."""
     background = output.logits.shape[1] - 1
     labels, wanted = [output.deltas.new_empty(0).long()], [output.deltas.new_empty(0, 4)]
-    for (boxes_N4, matches_N), of_image in zip(sampled, objects, strict=True):
-        positive = matches_N >= 0
-        label_N = torch.full_like(matches_N, background)
-        label_N[positive] = of_image.labels[matches_N[positive]]
-        labels.append(label_N)
-        wanted.append(encode_boxes(_CODERS[stage], of_image.boxes[matches_N[positive]], boxes_N4[positive]))
+    for (boxes_N4, matches_N, _), of_image in zip(sampled, objects, strict=True):
+        label_N = torch.where(matches_N == IGNORED, _NO_LABEL, background)
+        if not len(of_image.labels):
+            labels.append(label_N)
+            wanted.append(boxes_N4)
+            continue
+        object_N = matches_N.clamp(min=0)  # also of boxes without an object, whose targets do not count
+        labels.append(torch.where(matches_N >= 0, of_image.labels[object_N], label_N))
+        wanted.append(encode_boxes(_CODERS[stage], of_image.boxes[object_N], boxes_N4))
     labels_R = torch.cat(labels)
-    classes = F.cross_entropy(output.logits, labels_R, reduction="sum")
-    regression = F.l1_loss(output.deltas[labels_R != background], torch.cat(wanted), reduction="sum")
-    return torch.stack([classes, regression])
+    classes = F.cross_entropy(output.logits, labels_R, reduction="sum", ignore_index=_NO_LABEL)
+    has_object_R1 = ((labels_R != background) & (labels_R != _NO_LABEL))[:, None]
+    wanted_R4 = torch.where(has_object_R1, torch.cat(wanted), output.deltas.detach())
+    return torch.stack([classes, F.l1_loss(output.deltas, wanted_R4, reduction="sum")])

@@ -47,9 +47,10 @@ def detect_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
     for batch, found in evaluator.predict(evaluator.batches(split)):
         if found is None or evaluator.mesh.tensor.rank:
             continue
-        sizes = dict(zip(batch.targets[SAMPLES].tolist(), batch.targets[ORIGINAL_SIZES].tolist(), strict=True))
+        targets = batch.host_targets
+        sizes = dict(zip(targets[SAMPLES].tolist(), targets[ORIGINAL_SIZES].tolist(), strict=True))
         records = [_record(detections, sizes[sample]) for sample, detections in enumerate(found)]
-        results.add(batch.targets[NUMBERS], detections=[record.to_json() for record in records])
+        results.add(targets[NUMBERS], detections=[record.to_json() for record in records])
     return results.gather(evaluator.mesh)
 
 

@@ -79,13 +79,14 @@ class DetectionHead(Head):
         """
         if with_loss:
             return self._losses(h_TD, batch)
-        return self._detect(h_TD, batch.image_grids, read_views(batch.targets, _sizes(batch.targets)))
+        return self._detect(h_TD, batch.image_grids, read_views(batch.host_targets, _sizes(batch.host_targets)))
 
     def _losses(self, h_TD: Tensor, batch: PackedBatch) -> Tensor:
         sum_gradients(self, self.tensor)
         divided = DividedSamples(self.tensor, tuple(rows * columns for rows, columns in batch.image_grids))
         own = divided.own
-        sizes, objects = _sizes(batch.targets)[own], unpack_objects(batch.targets)[own]
+        sizes = _sizes(batch.host_targets)[own]
+        objects = unpack_objects(batch.targets, batch.host_targets)[own]
         sums = self._own_losses(divided.take(h_TD), batch.image_grids[own], sizes, objects, batch.targets[SEEDS][own])
         return divided.sum_terms(sums)
 
@@ -141,8 +142,8 @@ class DetectionHead(Head):
         return pooled
 
 
-def _sizes(targets: Mapping[str, Tensor]) -> list[Size]:
-    return [(height, width) for height, width in targets[SIZES].tolist()]
+def _sizes(host_targets: Mapping[str, Tensor]) -> list[Size]:
+    return [(height, width) for height, width in host_targets[SIZES].tolist()]
 
 
 def _with_masks(found: Sequence[Detections], views: Sequence[View], masks: Sequence[Tensor]) -> list[Detections]:

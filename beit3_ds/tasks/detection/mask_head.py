@@ -62,11 +62,11 @@ class MaskHead(nn.Module):
             sampled: sampled proposals of each image.
             objects: objects of each image, with masks.
         """
-        positive = [SampledBoxes(boxes[matches >= 0], matches[matches >= 0]) for boxes, matches in sampled]
+        positive = [SampledBoxes(boxes[:number], matches[:number]) for boxes, matches, number in sampled]
         logits = self(pyramid, [of_image.boxes for of_image in positive])
         sums = [logits.sum() * 0]
         parts = logits.split([len(of_image.matches) for of_image in positive])
-        for logits_NKSS, (boxes_N4, matches_N), of_image in zip(parts, positive, objects, strict=True):
+        for logits_NKSS, (boxes_N4, matches_N, _), of_image in zip(parts, positive, objects, strict=True):
             if not len(matches_N):
                 continue
             own = torch.arange(len(matches_N), device=logits.device)

@@ -58,6 +58,6 @@ def _mask(settings: DetectionConfig, element_size: int) -> int:
 def _convolved(settings: DetectionConfig, side: int, element_size: int) -> int:
     """Returns the bytes kept per box for the pooled features and for all convolutions with norm and ReLU."""
     cells = side**2
-    # RoIAlign's output in float32, the first convolution's input, and per convolution the norm's input and the ReLU's.
-    elements = (_FLOAT + (1 + 2 * _CONVS) * element_size) * settings.pyramid_channels
+    # The first convolution's input, and per convolution the norm's input and the ReLU's.
+    elements = (1 + 2 * _CONVS) * element_size * settings.pyramid_channels
     return cells * (elements + 2 * _CONVS * _FLOAT)

@@ -17,9 +17,10 @@ LABELS = "labels"
 MASKS = "masks"
 """Key in `PackedBatch.targets`: mask of each object inside its box, (objects, `MASK_SIDE`, `MASK_SIDE`) uint8."""
 COUNTS = "object counts"
-"""Key in `PackedBatch.targets`: number of objects of each image, (images,) int64."""
+"""Key in `PackedBatch.host_targets`: number of objects of each image, (images,) int64."""
 SIZES = "image sizes"
-"""Key in `PackedBatch.targets`: height and width of each input image in pixels, without padding, (images, 2) int64."""
+"""Key in `PackedBatch.host_targets`: height and width of each input image without padding, in pixels, (images, 2)
+int64."""
 SEEDS = "seeds"
 """Key in `PackedBatch.targets`: seed for sampling anchors and proposals of each image (`draw_seed`), (images,) int64.
 """
@@ -43,21 +44,21 @@ def empty_objects() -> ImageObjects:
     return ImageObjects(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), masks)
 
 
-def pack_objects(objects: Sequence[ImageObjects]) -> dict[str, Tensor]:
-    """Returns the targets `BOXES`, `LABELS`, `MASKS` and `COUNTS` for the images of a batch."""
+def pack_objects(objects: Sequence[ImageObjects]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the targets `BOXES`, `LABELS` and `MASKS` and the host target `COUNTS` for the images of a batch."""
     parts = [empty_objects(), *objects]
     counts = [len(of_image.labels) for of_image in objects]
-    return {
+    targets = {
         BOXES: torch.cat([of_image.boxes for of_image in parts]),
         LABELS: torch.cat([of_image.labels for of_image in parts]),
         MASKS: torch.cat([of_image.masks for of_image in parts]),
-        COUNTS: torch.tensor(counts, dtype=torch.int64),
     }
+    return targets, {COUNTS: torch.tensor(counts, dtype=torch.int64)}
 
 
-def unpack_objects(targets: Mapping[str, Tensor]) -> list[ImageObjects]:
-    """Returns the objects of each image of a batch; synchronises with the device."""
-    counts = targets[COUNTS].tolist()
+def unpack_objects(targets: Mapping[str, Tensor], host_targets: Mapping[str, Tensor]) -> list[ImageObjects]:
+    """Returns the objects of each image of a batch."""
+    counts = host_targets[COUNTS].tolist()
     boxes, labels = targets[BOXES].split(counts), targets[LABELS].split(counts)
     has_masks = len(targets[MASKS]) == len(targets[LABELS])
     masks = targets[MASKS].split(counts) if has_masks else [targets[MASKS]] * len(counts)

@@ -45,10 +45,11 @@ def pack(
         sample_names=[sample.name for sample in samples for _ in sample.pixels],
         sources=sources,
     )
-    targets = _view_targets(samples) | pack_objects([sample.objects or empty_objects() for sample in samples])
-    targets[SIZES] = _integers([view.shape[1:] for view in pixels], 2)
+    targets, host_targets = pack_objects([sample.objects or empty_objects() for sample in samples])
     targets[SEEDS] = _integers([sample.seed for sample in samples])
-    return dataclasses.replace(batch, term_counts=(len(samples),) * num_terms, targets=targets)
+    host_targets |= _view_targets(samples) | {SIZES: _integers([view.shape[1:] for view in pixels], 2)}
+    counts = (len(samples),) * num_terms
+    return dataclasses.replace(batch, term_counts=counts, targets=targets, host_targets=host_targets)
 
 
 def _view_targets(samples: Sequence[DetectionSample]) -> dict[str, Tensor]:

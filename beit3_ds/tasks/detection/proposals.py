@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from beit3_ds.tasks.detection.boxes import (
     BACKGROUND,
@@ -149,15 +149,20 @@ def propose(anchors: ImageAnchors, size: Size, per_level: int, count: int) -> Pr
     for level, (boxes_N4, logits_N, deltas_N4) in enumerate(parts):
         best = logits_N.topk(min(per_level, len(logits_N)))
         found = clip_boxes(decode_boxes(_CODER, deltas_N4[best.indices], boxes_N4[best.indices]), size)
-        kept = has_area(found) & best.values.isfinite()
-        boxes.append(found[kept])
-        logits.append(best.values[kept])
-        levels.append(torch.full_like(best.indices[kept], level))
-        numbers.append(start + best.indices[kept])
+        boxes.append(found)
+        logits.append(best.values)
+        levels.append(torch.full_like(best.indices, level))
+        numbers.append(start + best.indices)
         start += len(logits_N)
-    found, scores = torch.cat(boxes), torch.cat(logits)
-    chosen = batched_nms(found, scores, torch.cat(levels), _NMS_IOU)[:count]
-    return Proposals(found[chosen], torch.cat(numbers)[chosen])
+    every = tuple(map(torch.cat, (boxes, logits, levels, numbers)))
+    kept = (has_area(every[0]) & every[1].isfinite()).nonzero()[:, 0]
+    found, scores, level_N, number_N = (values[kept] for values in every)
+    if not len(kept):
+        return Proposals(found, number_N)
+    # Levels are moved apart, as torchvision's batched_nms does, which would copy a number from host memory.
+    apart = found + (level_N * (found.max() + 1))[:, None]
+    chosen = nms(apart, scores, _NMS_IOU)[:count]
+    return Proposals(found[chosen], number_N[chosen])
 
 
 def _grid(size: Size, stride: int) -> Size:

@@ -56,13 +56,15 @@ def sample_balanced(
     Returns:
         Indices of the sampled positive candidates and of the sampled negative candidates, each ascending.
     """
-    positive = _smallest(is_positive_N, int(size * positive_share), ranks_N)
-    return positive, _smallest(is_negative_N, size - len(positive), ranks_N)
+    most = int(size * positive_share)
+    first = _smallest(is_positive_N, most, ranks_N), _smallest(is_negative_N, size, ranks_N)
+    positive, negative = torch.stack([is_positive_N.sum(), is_negative_N.sum()]).tolist()  # waits for the device
+    positive = min(positive, most)
+    negative = min(negative, size - positive)
+    return first[0][:positive].sort().values, first[1][:negative].sort().values
 
 
 def _smallest(is_wanted_N: Tensor, count: int, ranks_N: Tensor) -> Tensor:
-    wanted = is_wanted_N.nonzero()[:, 0]
-    if len(wanted) <= count:
-        return wanted
-    order = ranks_N[wanted].argsort()
-    return wanted[order[:count]].sort().values
+    """Returns the indices of at most `count` candidates, wanted ones with small ranks first."""
+    ranks_N = torch.where(is_wanted_N, ranks_N, torch.iinfo(ranks_N.dtype).max)
+    return ranks_N.topk(min(count, len(ranks_N)), largest=False).indices

@@ -12,13 +12,14 @@ Size = tuple[int, int]
 """Height and width of an image in pixels, without padding."""
 
 SAMPLES = "samples"
-"""Key in `PackedBatch.targets`: index in the batch of each view's sample, ascending, (views,) int64."""
+"""Key in `PackedBatch.host_targets`: index in the batch of each view's sample, ascending, (views,) int64."""
 NUMBERS = "numbers"
-"""Key in `PackedBatch.targets`: index of each sample in the stream, (samples,) int64."""
+"""Key in `PackedBatch.host_targets`: index of each sample in the stream, (samples,) int64."""
 ORIGINAL_SIZES = "original sizes"
-"""Key in `PackedBatch.targets`: height and width of each view's image before scaling, in pixels, (views, 2) int64."""
+"""Key in `PackedBatch.host_targets`: height and width in pixels of each view's image before scaling, (views, 2)
+int64."""
 FLIPS = "flips"
-"""Key in `PackedBatch.targets`: whether each view is flipped horizontally, (views,) bool."""
+"""Key in `PackedBatch.host_targets`: whether each view is flipped horizontally, (views,) bool."""
 
 
 class View(NamedTuple):
@@ -35,11 +36,11 @@ class View(NamedTuple):
 
     def to_image(self, boxes_N4: Tensor) -> Tensor:
         """Converts boxes from pixels of the view to pixels of the image, (N, 4)."""
-        return self._flip(boxes_N4, self.size[1]) * self._scale(boxes_N4, self.original, self.size)
+        return self._scale(self._flip(boxes_N4, self.size[1]), self.original, self.size)
 
     def from_image(self, boxes_N4: Tensor) -> Tensor:
         """Converts boxes from pixels of the image to pixels of the view, (N, 4)."""
-        return self._flip(boxes_N4 * self._scale(boxes_N4, self.size, self.original), self.size[1])
+        return self._flip(self._scale(boxes_N4, self.size, self.original), self.size[1])
 
     def mask_to_image(self, masks_NSS: Tensor) -> Tensor:
         """Converts masks inside boxes from the view to the image, (N, S, S): undoes a flip."""
@@ -54,7 +55,8 @@ class View(NamedTuple):
     @staticmethod
     def _scale(boxes_N4: Tensor, to: Size, of: Size) -> Tensor:
         y, x = to[0] / of[0], to[1] / of[1]
-        return boxes_N4.new_tensor((x, y, x, y))
+        factors = (x, y, x, y)
+        return torch.stack([boxes_N4[:, i] * factor for i, factor in enumerate(factors)], 1)
 
 
 def read_views(targets: Mapping[str, Tensor], sizes: list[Size]) -> list[View]:

@@ -20,7 +20,7 @@ from beit3_ds.patch_grids import Grid
 from beit3_ds.tasks.segmentation.config import SegmentationConfig
 from beit3_ds.tasks.segmentation.mask_decoder import MaskDecoder, QueryPredictions, decoder_initial_value
 from beit3_ds.tasks.segmentation.mask_loss import MaskLoss
-from beit3_ds.tasks.segmentation.packing import LABELS, SEEDS
+from beit3_ds.tasks.segmentation.packing import CLASS_COUNTS, CLASSES, LABELS, SEEDS
 
 _MAPS = ("4", "8", "16", "32")
 
@@ -98,8 +98,9 @@ class SegmentationHead(Head):
         if not with_loss:
             return class_scores(layers[-1], pixel_size(batch, self.config.patch_size))
         divided = divide_samples(batch, self.tensor, with_loss=True)
-        labels, seeds = (batch.targets[name][divided.own] for name in (LABELS, SEEDS))
-        return divided.sum_terms(MaskLoss(self.settings, labels.device).sums(layers, labels, seeds))
+        labels, seeds = batch.targets[LABELS][divided.own], batch.host_targets[SEEDS][divided.own].tolist()
+        classes = batch.targets[CLASSES].split(batch.host_targets[CLASS_COUNTS].tolist())[divided.own]
+        return divided.sum_terms(MaskLoss(self.settings, labels.device).sums(layers, labels, classes, seeds))
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
         """Returns the initial value of a parameter of the adapter, the decoder or a norm (`Head.initial_value`)."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from beit3_ds.tasks.segmentation.config import IGNORED, SegmentationConfig
+from beit3_ds.device_copy import copy_to_device
+from beit3_ds.tasks.segmentation.config import SegmentationConfig
 from beit3_ds.tasks.segmentation.mask_decoder import QueryPredictions, mask2former_config, mask2former_parts
 
 NO_OBJECT_WEIGHT = 0.1
@@ -51,29 +52,32 @@ class MaskLoss:
     def __init__(self, settings: SegmentationConfig, device: torch.device) -> None:
         """Builds transformers' Mask2Former loss on `device`; the loss has no parameters and one constant buffer."""
         config = mask2former_config(settings)
-        self._loss: Any = mask2former_parts().Mask2FormerLoss(config, weight_dict={}).to(device)
+        self._loss: Any = mask2former_parts().Mask2FormerLoss(config, weight_dict={})
+        self._loss.empty_weight = copy_to_device(self._loss.empty_weight, device)
+        self._loss.matcher = _DeviceMatcher(self._loss.matcher, device)
         self._loss.get_num_masks = _one  # makes the mask losses sums instead of means
         self._settings = settings
 
-    def sums(self, layers: Sequence[QueryPredictions], labels: Tensor, seeds: Tensor) -> Tensor:
+    def sums(
+        self, layers: Sequence[QueryPredictions], labels: Tensor, classes: Sequence[Tensor], seeds: Sequence[int]
+    ) -> Tensor:
         """Returns the three terms (classes, masks, dice), each summed over all images and layers, (3,) float32.
 
         Args:
             layers: predictions of each layer; B may be 0.
-            labels: class of each pixel, (B, height, width) uint8, `IGNORED` where unknown.
-            seeds: seed of the random points of each image, (B,) int64.
+            labels: class of each pixel, (B, height, width) uint8, `config.IGNORED` where unknown.
+            classes: classes in each image, ascending, (N,) int64.
+            seeds: seed of the random points of each image.
         """
         # Without images, the sums still depend on every parameter.
         nothing = torch.stack([(of.masks_BQHW.sum() + of.classes_BQX.sum()) * 0 for of in layers]).sum()
         sums = [nothing.expand(3)]
-        for image, seed in enumerate(seeds.tolist()):
+        for image, (classes_N, seed) in enumerate(zip(classes, seeds, strict=True)):
             own = [QueryPredictions(*(of[image : image + 1] for of in predictions)) for predictions in layers]
-            sums.append(self._image_sums(own, labels[image], seed))
+            sums.append(self._image_sums(own, labels[image], classes_N, seed))
         return torch.stack(sums).sum(0)
 
-    def _image_sums(self, layers: Sequence[QueryPredictions], labels: Tensor, seed: int) -> Tensor:
-        classes_N = labels.unique()
-        classes_N = classes_N[classes_N != IGNORED].long()
+    def _image_sums(self, layers: Sequence[QueryPredictions], labels: Tensor, classes_N: Tensor, seed: int) -> Tensor:
         masks_NHW = (labels == classes_N[:, None, None]).float()
         weight = TermCounts.of(len(classes_N), self._settings.decoder.num_queries).classes
         devices = [labels.device] if labels.device.type == "cuda" else []
@@ -85,6 +89,20 @@ class MaskLoss:
                 # transformers' cross entropy is a weighted mean over the queries of the image.
                 sums.append(torch.stack([found["loss_cross_entropy"] * weight, found["loss_mask"], found["loss_dice"]]))
         return torch.stack(sums).sum(0)
+
+
+class _DeviceMatcher(nn.Module):
+    """Copies the indices of the matched queries and masks to the device through pinned memory.
+
+    Transformers' matcher returns them in host memory, and each use of such an index on a device waits.
+    """
+
+    def __init__(self, matcher: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.matcher, self._device = matcher, device
+
+    def forward(self, *arguments: Any) -> list[tuple[Tensor, ...]]:
+        return [tuple(copy_to_device(x, self._device) for x in of_image) for of_image in self.matcher(*arguments)]
 
 
 def _one(class_labels: Sequence[Tensor], device: torch.device) -> Tensor:

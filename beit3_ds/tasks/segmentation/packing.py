@@ -1,25 +1,30 @@
 """Packs training crops, sliding windows and whole images into micro-batches."""
 
-# B images, E extractors.
+# B images, E extractors, H height, W width.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
-from beit3_ds.data.packing import pack_grids
+from beit3_ds.data.packing import concatenate, pack_grids
 from beit3_ds.tasks.segmentation.config import IGNORED
 from beit3_ds.tasks.segmentation.mask_loss import TermCounts
 from beit3_ds.tasks.segmentation.samples import LabelledCrop, WholeImage
 
 LABELS = "labels"
 """Key in `PackedBatch.targets`: class of each pixel of the crops, (B, size, size) uint8."""
+CLASSES = "classes"
+"""Key in `PackedBatch.targets`: classes in each crop, ascending, one crop after the other, int64."""
+CLASS_COUNTS = "class counts"
+"""Key in `PackedBatch.host_targets`: number of classes in each crop, (B,) int64."""
 SEEDS = "seeds"
-"""Key in `PackedBatch.targets`: seed of the random points of each crop, (B,) int64."""
+"""Key in `PackedBatch.host_targets`: seed of the random points of each crop, (B,) int64."""
 DROP_PATH = "extractor factors"
 """Key in `PackedBatch.targets`: stochastic-depth factors of the adapter's extractors, (B, E) float32."""
 NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
@@ -55,7 +60,10 @@ def pack(
         batch = pack_grids([], model.patch_size, sources=sources)
         return dataclasses.replace(batch, term_counts=(0, 0, 0), targets=_whole_targets(whole))
     crops = [sample for sample in samples if isinstance(sample, LabelledCrop)]
-    counts = [_term_counts(crop, num_queries) for crop in crops]
+    shape = (len(crops), model.image_size, model.image_size)
+    labels = np.stack([crop.labels for crop in crops]) if crops else np.empty(shape, dtype=np.uint8)
+    targets, host_targets = label_targets(labels, [crop.seed for crop in crops])
+    counts = [TermCounts.of(number, num_queries) for number in host_targets[CLASS_COUNTS].tolist()]
     batch = pack_grids(
         [crop.view for crop in crops],
         model.patch_size,
@@ -64,14 +72,12 @@ def pack(
         sources=sources,
     )
     masks = sum(of.masks for of in counts)
-    shape = (len(crops), model.image_size, model.image_size)
-    labels = np.stack([crop.labels for crop in crops]) if crops else np.empty(shape, dtype=np.uint8)
-    targets = {LABELS: torch.from_numpy(labels), SEEDS: torch.tensor([crop.seed for crop in crops], dtype=torch.int64)}
     if crops and len(crops[0].drop_path) and drop_path is not None:
         targets[DROP_PATH] = torch.from_numpy(np.stack([crop.drop_path for crop in crops]))
     if not crops:
         targets |= _whole_targets([])
-    return dataclasses.replace(batch, term_counts=(sum(of.classes for of in counts), masks, masks), targets=targets)
+    term_counts = (sum(of.classes for of in counts), masks, masks)
+    return dataclasses.replace(batch, term_counts=term_counts, targets=targets, host_targets=host_targets)
 
 
 def pack_windows(windows: Sequence[Tensor], patch_size: int) -> PackedBatch:
@@ -84,9 +90,17 @@ def pack_windows(windows: Sequence[Tensor], patch_size: int) -> PackedBatch:
     return pack_grids(windows, patch_size)
 
 
-def _term_counts(crop: LabelledCrop, num_queries: int) -> TermCounts:
-    classes = np.bincount(crop.labels.ravel(), minlength=IGNORED + 1)[:IGNORED]
-    return TermCounts.of(int(np.count_nonzero(classes)), num_queries)
+def label_targets(labels_BHW: NDArray[np.uint8], seeds: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the targets and the host targets of the loss.
+
+    Args:
+        labels_BHW: class of each pixel of the crops, `IGNORED` where unknown.
+        seeds: seed of the random points of each crop.
+    """
+    classes = [np.flatnonzero(np.bincount(labels.ravel(), minlength=IGNORED)[:IGNORED]) for labels in labels_BHW]
+    host_targets = {CLASS_COUNTS: list(map(len, classes)), SEEDS: list(seeds)}
+    targets = {LABELS: torch.from_numpy(labels_BHW), CLASSES: concatenate(classes)}
+    return targets, {name: torch.tensor(values, dtype=torch.int64) for name, values in host_targets.items()}
 
 
 def _whole_targets(images: Sequence[WholeImage]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from beit3_ds.model.vit_adapter import AdapterConfig
 from beit3_ds.tasks.segmentation.config import DecoderConfig
 from beit3_ds.tasks.segmentation.mask_loss import TermCounts
 from beit3_ds.tasks.segmentation.model import SegmentationModel
-from beit3_ds.tasks.segmentation.packing import LABELS, SEEDS, pack_windows
+from beit3_ds.tasks.segmentation.packing import label_targets, pack_windows
 
 _NORMS = {"conv": "0", "norm": "1"}
 
@@ -59,7 +59,8 @@ def test_losses_of_one_image_are_equal(models: tuple[SegmentationModel, Transfor
     pixels, seed = torch.rand(1, 3, 64, 64) * 2 - 1, 5
     labels = torch.tensor([[3, 3, 0, 7], [1, 1, 0, 7]], dtype=torch.uint8).repeat_interleave(32, 0)
     labels = labels.repeat_interleave(16, 1)[None]
-    batch = dataclasses.replace(pack_windows(list(pixels), 16), targets={LABELS: labels, SEEDS: torch.tensor([seed])})
+    targets, host_targets = label_targets(labels.numpy(), [seed])
+    batch = dataclasses.replace(pack_windows(list(pixels), 16), targets=targets, host_targets=host_targets)
     classes = labels[0].unique()
     counts = TermCounts.of(len(classes), 8)
     factors = torch.tensor([2 / counts.classes, 5 / counts.masks, 5 / counts.masks])

@@ -19,7 +19,7 @@ from beit3_ds.tasks.detection.box_masks import MASK_SIDE
 from beit3_ds.tasks.detection.config import DetectionConfig
 from beit3_ds.tasks.detection.flops import image_flops
 from beit3_ds.tasks.detection.head import DetectionHead
-from beit3_ds.tasks.detection.objects import ImageObjects
+from beit3_ds.tasks.detection.objects import COUNTS, ImageObjects
 from beit3_ds.tasks.detection.packing import pack
 from beit3_ds.tasks.detection.samples import DetectionSample
 from beit3_ds.tasks.detection.views import View
@@ -200,6 +200,13 @@ def test_detections_are_in_pixels_of_the_image_and_views_are_merged() -> None:
         assert model(pack([], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True), None) == []
 
 
+def test_stages_compare_numbers_that_stay_on_the_host() -> None:
+    batch = pack(SAMPLES, None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True)
+    counts = {COUNTS: batch.host_targets[COUNTS] + 1}
+    other = dataclasses.replace(batch, host_targets={**batch.host_targets, **counts})
+    assert batch.fingerprint() != other.fingerprint() and not batch.without_pixels().host_targets
+
+
 def test_views_map_boxes_there_and_back() -> None:
     boxes = torch.tensor([[10.0, 20.0, 50.0, 90.0]])
     view = View(0, (48, 32), (192, 128), True)
@@ -218,5 +225,5 @@ def test_operations_are_those_that_torch_counts() -> None:
     batch = pack([SAMPLES[0]], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         head(torch.randn(36, MODEL.hidden_size), batch, True)
-    # Fewer boxes may be positive than a quarter, and refined boxes without area are left out.
+    # Fewer boxes may be positive than a quarter.
     assert image_flops(MODEL, settings) == pytest.approx(counter.get_total_flops(), rel=0.15)

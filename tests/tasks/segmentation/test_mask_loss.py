@@ -40,6 +40,10 @@ def _labels() -> Tensor:
     return labels
 
 
+def _classes(labels: Tensor) -> list[Tensor]:
+    return [of_image[of_image != IGNORED].unique().long() for of_image in labels]
+
+
 def _predictions(count: int = 3) -> list[QueryPredictions]:
     generator = torch.Generator().manual_seed(0)
     return [
@@ -54,7 +58,7 @@ def _predictions(count: int = 3) -> list[QueryPredictions]:
 def test_sums_equal_transformers_for_one_image() -> None:
     """Compares the means of one image with transformers' loss of this image, drawn from the same seed."""
     layers, labels, seed = _predictions(1), _labels()[:1], 7
-    sums = MaskLoss(SETTINGS, CPU).sums(layers, labels, torch.tensor([seed]))
+    sums = MaskLoss(SETTINGS, CPU).sums(layers, labels, _classes(labels), [seed])
     counts = TermCounts.of(2, 6)
     theirs = mask2former_parts().Mask2FormerLoss(mask2former_config(SETTINGS), {})
     masks = torch.stack([labels[0] == 0, labels[0] == 2]).float()
@@ -67,9 +71,9 @@ def test_sums_equal_transformers_for_one_image() -> None:
 
 
 def test_images_are_independent_of_each_other() -> None:
-    layers, labels, seeds = _predictions(), _labels(), torch.tensor([5, 6, 7])
+    layers, labels, seeds = _predictions(), _labels(), [5, 6, 7]
     loss = MaskLoss(SETTINGS, CPU)
-    whole = loss.sums(layers, labels, seeds)
+    whole = loss.sums(layers, labels, _classes(labels), seeds)
     whole.sum().backward()
     gradients = [of.masks_BQHW.grad for of in layers]
     parts = torch.zeros(3)
@@ -77,7 +81,8 @@ def test_images_are_independent_of_each_other() -> None:
         own = [QueryPredictions(*(x[place : place + 1].detach() for x in of)) for of in layers]
         for of in own:
             of.masks_BQHW.requires_grad_()
-        sums = loss.sums(own, labels[place : place + 1], seeds[place : place + 1])
+        label = labels[place : place + 1]
+        sums = loss.sums(own, label, _classes(label), seeds[place : place + 1])
         sums.sum().backward()
         for of, gradient in zip(own, gradients, strict=True):
             torch.testing.assert_close(of.masks_BQHW.grad, gradient[place : place + 1])
@@ -86,7 +91,7 @@ def test_images_are_independent_of_each_other() -> None:
 
 
 def test_an_image_without_labels_only_teaches_that_there_is_nothing() -> None:
-    sums = MaskLoss(SETTINGS, CPU).sums(_predictions(1), _labels()[2:], torch.tensor([1]))
+    sums = MaskLoss(SETTINGS, CPU).sums(_predictions(1), _labels()[2:], _classes(_labels()[2:]), [1])
     assert sums[0] > 0 and sums[1:].tolist() == [0, 0]
     assert TermCounts.of(0, 6) == (6, 0)
 
@@ -98,7 +103,7 @@ def test_no_images_give_zero_and_every_gradient() -> None:
         value = decoder_initial_value(name, parameter.shape, SETTINGS.decoder, generator)
         parameter.data.copy_(torch.full_like(parameter, float(name.endswith("weight"))) if value is None else value)
     layers = decoder([torch.rand(0, 8, side, side) for side in (8, 4, 2, 1)])
-    sums = MaskLoss(SETTINGS, CPU).sums(layers, _labels()[:0], torch.empty(0, dtype=torch.int64))
+    sums = MaskLoss(SETTINGS, CPU).sums(layers, _labels()[:0], [], [])
     sums.sum().backward()
     assert sums.tolist() == [0, 0, 0]
     assert all(p.grad is not None and not p.grad.any() for p in decoder.parameters())

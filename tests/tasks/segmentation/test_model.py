@@ -11,7 +11,7 @@ from beit3_ds.config import load_run_config
 from beit3_ds.model.parameter_groups import decays
 from beit3_ds.tasks import build_task
 from beit3_ds.tasks.segmentation.model import SegmentationModel
-from beit3_ds.tasks.segmentation.packing import LABELS, SEEDS, pack_windows
+from beit3_ds.tasks.segmentation.packing import label_targets, pack_windows
 from tests.gradient_order import gradient_order
 from tests.tasks.segmentation.label_files import write_config
 
@@ -31,9 +31,9 @@ def _batch(count: int = 2) -> PackedBatch:
     labels = torch.randint(0, 9, (count, 4, 4), generator=generator, dtype=torch.uint8)
     labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
     views = [torch.rand(3, 64, 64, generator=generator) * 2 - 1 for _ in range(count)]
-    return dataclasses.replace(
-        pack_windows(views, 16), targets={LABELS: labels, SEEDS: torch.arange(count)}, term_counts=(1, 1, 1)
-    )
+    targets, host_targets = label_targets(labels.numpy(), range(count))
+    batch = pack_windows(views, 16)
+    return dataclasses.replace(batch, targets=targets, host_targets=host_targets, term_counts=(1, 1, 1))
 
 
 @pytest.mark.parametrize("kind", CHANGES)
