@@ -58,7 +58,7 @@ def test_what_is_there_is_replaced_by_force_only(
     ("command", "message"),
     [
         (["export", "absent", "OUT"], "there is no absent"),
-        (["export", "WEIGHTS", "OUT", "--max-shard-size", "much"], "'much' is no size"),
+        (["export", "WEIGHTS", "OUT", "--max-shard-size", "much"], "'much' is not a size"),
         (["export", "WEIGHTS", "OUT", "--format", "unilm-fusion"], "no vision-language expert"),
         (["import", "absent.pth", "OUT"], "cannot be read"),
         (["import", "WEIGHTS", "OUT"], "not BEiT-3 in its released format"),

@@ -128,11 +128,11 @@ def test_every_seed_in_range_suits_all_that_draw(seed: int) -> None:
     import torch
 
     from beit3_ds.data.randomness import sample_rng
-    from beit3_ds.model.initialization import _stable_seed
+    from beit3_ds.model.initialization import parameter_generator
 
     assert build_run_config(with_value(("training", "seed"), seed)).training.seed == seed
     torch.manual_seed(seed)
-    torch.Generator().manual_seed(_stable_seed(seed, "name"))
+    parameter_generator(seed, "name")
     assert np.isfinite(sample_rng(seed, "order", 1).random())
 
 

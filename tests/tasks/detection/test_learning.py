@@ -11,7 +11,7 @@ from beit3_ds.sample_data.object_scenes import write_object_scenes
 from tests.run_config import small_run_mapping
 from tests.tasks.learning import SEEDS, evaluate_weights, train_mapping
 
-IMAGES, STEPS = 8, 350
+IMAGES, STEPS = 8, 600
 
 
 def _write(folder: Path, seed: int) -> None:
@@ -50,7 +50,7 @@ def _mapping(folder: Path, data: Path, seed: int, file: str) -> dict[str, Any]:
     own["data"] = {"images": images, "num_workers": 0, "color_jitter": 0.0, "flip_probability": 0.0}
     own["tokenizers"] = {}
     own["training"] = {"output_dir": str(folder / "run"), "total_steps": STEPS, "warmup_steps": 20, "seed": seed}
-    own["training"] |= {"learning_rate": 2e-3, "log_interval": 25, "eval_interval": STEPS, "save_interval": STEPS}
+    own["training"] |= {"learning_rate": 1e-3, "log_interval": 25, "eval_interval": STEPS, "save_interval": STEPS}
     return mapping
 
 
