@@ -123,7 +123,7 @@ FINE_TUNING = {
     "detection_intermediate_base": (OBJECTS365, 1e-4),
     "detection_intermediate_large": (OBJECTS365, 1e-4),
     "detection_intermediate_giant": (OBJECTS365, 6e-5),
-    "detection_small_cpu": (Curve(450, 40, 0, 0, 0, 0.0), 5e-4),
+    "detection_small_cpu": (Curve(400, 40, 0, 0, 0, 0.0), 5e-4),
     "segmentation_base": (SEGMENTATION, 6e-5),
     "segmentation_large": (SEGMENTATION._replace(total_steps=80_000), 2e-5),
     "segmentation_giant": (SEGMENTATION._replace(total_steps=40_000), 1e-5),
