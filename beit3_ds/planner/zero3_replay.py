@@ -300,7 +300,7 @@ class Zero3Replay:
         For a block, these are all parameters of the block. For another module, these are the module's own parameters,
         without those of child modules.
         """
-        # Cached, because this is called millions of times and torch builds the list anew on each call.
+        # Cached: the replay calls this method millions of times, and torch builds a new list at every call.
         if module not in self._owned:
             self._owned[module] = list(module.parameters(recurse=module in self._blocks))
         return self._owned[module]

@@ -1,4 +1,4 @@
-"""Divides a vocabulary into tiles for the cross entropy, and decides which tiles' logits are saved."""
+"""Divides a vocabulary into tiles for the cross entropy, and decides which tiles keep their logits in memory."""
 
 # M rows, V vocabulary, N columns of a tile, K buffers.
 

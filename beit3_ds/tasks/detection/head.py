@@ -94,7 +94,8 @@ class DetectionHead(Head):
         self, h_TD: Tensor, grids: Grids, sizes: Sequence[Size], objects: Sequence[ImageObjects], seeds: Tensor
     ) -> Tensor:
         settings, pyramid = self.settings, self._maps(h_TD, grids)
-        anchors, nothing = self.proposals(pyramid, sizes)
+        outputs = self.proposals(pyramid, sizes)
+        anchors = self.proposals.anchors(outputs, sizes)
         per_image = zip(anchors, objects, seeds, strict=True)
         proposed = [
             anchor_losses(of_image, found, seed, settings.sampled_anchors) for of_image, found, seed in per_image
@@ -105,7 +106,7 @@ class DetectionHead(Head):
             sampled.append(sample_proposals(proposals, len(of_image.boxes), found, seed, settings.sampled_boxes))
         pooled = self._pooled(pyramid, grids)
         sums = [
-            torch.stack([nothing.new_zeros(2), *proposed]).sum(0) + nothing,
+            torch.stack([outputs.nothing.new_zeros(2), *proposed]).sum(0) + outputs.nothing,
             self.boxes.losses(pooled, sampled, objects, sizes, settings.sampled_boxes),
         ]
         if self.masks is not None:
@@ -114,7 +115,7 @@ class DetectionHead(Head):
 
     def _detect(self, h_TD: Tensor, grids: Grids, views: Sequence[View]) -> list[Detections]:
         settings, sizes, pyramid = self.settings, [view.size for view in views], self._maps(h_TD, grids)
-        anchors, _ = self.proposals(pyramid, sizes)
+        anchors = self.proposals.anchors(self.proposals(pyramid, sizes), sizes)
         proposals = [
             propose(of_view, size, settings.proposals, settings.proposals).boxes
             for of_view, size in zip(anchors, sizes, strict=True)

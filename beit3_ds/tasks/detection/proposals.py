@@ -47,6 +47,15 @@ class ImageAnchors(NamedTuple):
     """Number of anchors on each pyramid level."""
 
 
+class LevelOutputs(NamedTuple):
+    """Holds the proposal network's outputs for all images, level by level."""
+
+    levels: tuple[tuple[Tensor, Tensor], ...]
+    """Objectness logits, (B, A, H, W) float32, and box regression outputs, (B, 4 * A, H, W) float32, of each level."""
+    nothing: Tensor
+    """A scalar 0 that depends on every parameter."""
+
+
 class ProposalNetwork(nn.Module):
     """Predicts for each anchor whether the anchor contains an object, and how to refine the anchor's box.
 
@@ -70,10 +79,12 @@ class ProposalNetwork(nn.Module):
         sides = tuple((round(anchor_scale * stride),) for stride in strides)
         self._anchors = AnchorGenerator(sides, (_ASPECTS,) * len(strides))
 
-    def forward(self, pyramid: Pyramid, sizes: Sequence[Size]) -> tuple[list[ImageAnchors], Tensor]:
-        """Returns the anchors of each image with their outputs, and a scalar 0 that depends on every parameter.
+    def forward(self, pyramid: Pyramid, sizes: Sequence[Size]) -> LevelOutputs:
+        """Returns the outputs of all levels, and a scalar 0 that depends on every parameter.
 
-        The loss adds the 0, so all parameters get a gradient even in a batch without images.
+        The loss adds the 0, so all parameters get a gradient even in a batch without images. The number of output
+        tensors does not depend on the number of images: ZeRO-3 runs one hook per output tensor in the backward pass,
+        and all data-parallel ranks must run the same hooks.
 
         Args:
             pyramid: feature maps by stride, zero outside the images.
@@ -88,7 +99,16 @@ class ProposalNetwork(nn.Module):
                 x_BCHW = x_BCHW if inside is None else x_BCHW * inside
             levels.append((self.objectness(x_BCHW).float(), self.deltas(x_BCHW).float()))
         nothing = 0 * torch.stack([output.sum() for of_level in levels for output in of_level]).sum()
-        return [self._of_image(levels, image, size) for image, size in enumerate(sizes)], nothing
+        return LevelOutputs(tuple(levels), nothing)
+
+    def anchors(self, outputs: LevelOutputs, sizes: Sequence[Size]) -> list[ImageAnchors]:
+        """Returns the anchors of each image with the network's outputs for them.
+
+        Args:
+            outputs: outputs of `forward` for the same images.
+            sizes: height and width of each image in pixels.
+        """
+        return [self._of_image(outputs.levels, image, size) for image, size in enumerate(sizes)]
 
     def _of_image(self, levels: Sequence[tuple[Tensor, Tensor]], image: int, size: Size) -> ImageAnchors:
         device = levels[0][0].device

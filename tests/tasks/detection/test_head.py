@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit3_ds.config import ModelConfig, ParallelConfig
@@ -169,6 +170,22 @@ def test_the_order_of_gradients_does_not_depend_on_the_images() -> None:
         gradient_order(model, lambda part=part: _output(model, part).total) for part in ([], [SAMPLES[2]], SAMPLES)
     ]
     assert len(orders[0]) == len(list(model.parameters())) and orders[0] == orders[1] == orders[2]
+
+
+def test_the_number_of_outputs_of_a_module_does_not_depend_on_the_images() -> None:
+    """Catches an output per image: ZeRO-3 runs a hook per output, and data-parallel ranks must run the same hooks."""
+    model = _model()
+    counts: list[tuple[str, int]] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: counts.append((name, len(tree_leaves(output))))
+        )
+    found = []
+    for part in ([], [SAMPLES[2]], SAMPLES):
+        counts.clear()
+        _output(model, part)
+        found.append(tuple(counts))
+    assert found[0] and found[0] == found[1] == found[2]
 
 
 def test_it_fits_one_image() -> None:
