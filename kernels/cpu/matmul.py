@@ -74,7 +74,11 @@ def _has_onednn() -> bool:
 
 
 def _check_onednn(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares products from oneDNN with plain PyTorch, for a contiguous and for a transposed weight matrix."""
+    """Compares products from oneDNN with plain PyTorch, for a contiguous and for a transposed weight matrix.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
     generator = torch.Generator().manual_seed(0)
     x_RD, square, b_F = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, 16), (16, 16), (16,)))
     for w_FD in (square, square.t()):

@@ -1,4 +1,4 @@
-"""Determines whether a tensor counts as being on a GPU, and for which GPU architecture kernels are set up."""
+"""Determines whether a tensor is on a GPU, real or emulated, and which GPU architecture's kernel settings apply."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

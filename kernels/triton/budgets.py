@@ -1,7 +1,7 @@
 """Reads and writes `budgets.json`, which stores properties of each kernel's machine code by version of Triton.
 
-Triton versions allocate registers differently, so a kernel may spill registers with only one version. Tile sizes that
-spill with the installed version are not used (`spilling_variants`).
+Triton versions allocate registers differently, so a kernel may spill registers with one version and not with another.
+Tile sizes that spill with the installed version are not used (`spilling_variants`).
 """
 
 import json

@@ -106,7 +106,7 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
 
 
 class RowLaunch(NamedTuple):
-    """Holds a prepared launch of a row-streaming kernel, which all layers of a batch use."""
+    """Holds a prepared launch of a row-streaming kernel for all layers of a batch."""
 
     programs: RowPrograms
     """Division of the rows among Triton programs."""

@@ -7,7 +7,7 @@ results are undefined. There are two uses:
   No kernel is compiled.
 * `fake_gpu(90, compiles=True)` fills Triton's cache (`TRITON_CACHE_DIR`) ahead of time. Every launch compiles its
   kernel, or finds the kernel in the cache. The cache keys are those of a GPU of this architecture with this version of
-  Triton. The operators' checks of their kernels also run, so their kernels are compiled too.
+  Triton. Operators check their kernels before the first use. The kernels that these checks launch are compiled too.
 
 Example:
     with fake_gpu(90, compiles=True) as gpu:

@@ -22,7 +22,8 @@ _ALIGNMENT = 16
 """Alignment of pointers in bytes. Triton compiles a faster variant for pointers that have this alignment."""
 
 _LEAST_ROW_CLASS = 11
-"""Lowest value of `row_class`, for all row counts up to 2 ** 11. Such launches are short with any settings."""
+"""Lowest value of `row_class`, for all row counts up to 2 ** 11. Kernels with so few rows are fast with any settings.
+"""
 
 _dtype_of, _address_of = attrgetter("dtype"), Tensor.data_ptr
 
@@ -122,7 +123,8 @@ class KernelLauncher:
         num_warps: int,
         num_stages: int = 3,
     ) -> Launch:
-        """Returns a launch for any tensors of the same sizes. Callers keep the launch for all layers of a batch.
+        """Returns a launch that can be reused for other tensors with the same sizes, for example in all layers of a
+        batch.
 
         Args:
             grid: number of Triton programs along each of one to three axes.
@@ -141,7 +143,7 @@ _MOST_LAUNCHES = 1024
 
 
 class RecentLaunches:
-    """Keeps prepared launches, which all layers of a batch use, and later batches of the same size."""
+    """Keeps prepared launches for reuse in all layers of a batch, and in later batches of the same size."""
 
     def __init__(self) -> None:
         """Starts without any launches."""

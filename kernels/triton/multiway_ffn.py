@@ -174,7 +174,7 @@ def up_projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of u = x @ w.T + b and of gelu(u), from u after rounding to the output's dtype."""
+    """Computes one tile of u = x @ w.T + b, and of gelu(u). u is rounded to the output's dtype before the GELU."""
     expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)

@@ -26,7 +26,7 @@ def qkv(
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
         slices: row range [start, stop) of each expert.
-        weights: matrices (F, D): those of all experts for queries, then for keys, then for values.
+        weights: matrices (F, D): one per expert for queries, then one per expert for keys, then for values.
         biases: vectors (F,), in the order of `weights`.
     """
     out_width, in_width = weights[0].shape
@@ -43,7 +43,7 @@ def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Seq
     Args:
         gradients: dq, dk and dv, (T, F) each, contiguous.
         slices: row range [start, stop) of each expert.
-        weights: matrices (F, D), in the order that `qkv` takes.
+        weights: matrices (F, D), in the same order as for `qkv`.
     """
     out_width, in_width = weights[0].shape
     dx_TD = gradients[0].new_empty(gradients[0].shape[0], in_width)
@@ -71,7 +71,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 def _for_layers(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Extends each layer's parameters to the number of experts that the kernels take as arguments."""
+    """Extends the parameters of each of the three layers to NUM_EXPERTS, by repeating the layer's last parameter."""
     num_experts = len(parameters) // NUM_LAYERS
     layers = [parameters[start : start + num_experts] for start in range(0, len(parameters), num_experts)]
     return [parameter for layer in layers for parameter in for_experts(layer)]

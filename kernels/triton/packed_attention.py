@@ -27,7 +27,7 @@ LN2 = tl.constexpr(math.log(2.0))
 def _sequence_of(tile, sequences_ptr, tiles_ptr):
     """Returns the first position of a tile, and four numbers that describe the tile's sequence.
 
-    The four numbers are the first row of range 1, the length of range 1, the row number minus the position in range 2,
+    The four numbers are range 1's first row and length, the value that turns a position in range 2 into a row if added,
     and the length of the whole sequence.
     """
     sequence = tl.load(tiles_ptr + 2 * tile)

@@ -42,8 +42,8 @@ class AttentionTiling(NamedTuple):
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Returns the tile sizes and compile settings of the three attention kernels.
 
-    For each kernel, this is the first candidate that spills no registers with the installed version of Triton
-    (budgets.json).
+    The kernels share one tile size. Each kernel has the first candidate settings that spill no registers with the
+    installed version of Triton (budgets.json). If a kernel spills with all candidates, the last candidate is returned.
 
     Args:
         architecture: GPU architecture: 80, 90 or 100. For other GPUs with at least 99 KB of shared memory per thread
@@ -93,8 +93,8 @@ def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> 
 def column_blocks(head_size: int) -> tuple[int, int]:
     """Splits the columns of a head into two blocks, and returns their widths A and B: (64, 32) for 88 columns.
 
-    Each width is a power of two and at least 16. Together, the blocks cover the head. B is 0 if one block is not wider
-    than two.
+    Each width is a power of two and at least 16. Together, the blocks cover the head. If two blocks would be as wide as
+    a single block, the head gets a single block, and B is 0.
     """
     whole = max(16, next_power_of_2(head_size))
     block_a = whole // 2
@@ -118,7 +118,7 @@ def forward(
         sequences_Q4: see `TilePlan.sequences_Q4`.
         tiles_N2: see `TilePlan.tiles_N2`. A tile has `tiling.tile` positions.
         tiling: tile sizes and compile settings of the kernels.
-        causal_captions: whether the second range of a sequence is a caption with a causal mask.
+        causal_captions: whether to mask sequences with two row ranges, an image and a caption, for captioning.
 
     Returns:
         y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32. Rows that belong to no sequence are

@@ -122,8 +122,8 @@ def norm_gradient_sums_kernel(
     """Computes row sums and column sums of one tile with SPAN rows and COLUMNS columns.
 
     xhat is the standardised row (a - mean) * rstd. For each row, the kernel sums dn * scale and dn * scale * xhat over
-    the tile's columns, (column tiles, 2, rows). For each column, it sums dn * xhat and dn over the tile's rows, (row
-    tiles, 2, columns).
+    the tile's columns. For each column, it sums dn * xhat and dn over the tile's rows. The row sums of all tiles are
+    (column tiles, 2, rows), and the column sums are (row tiles, 2, columns).
     """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, SPAN)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,4 +1,8 @@
-"""Launches the kernel of weight gradients, divides rows into shares, and lists variants to compile ahead of time."""
+"""Launches the kernel of weight gradients, and lists the variants that are compiled ahead of time.
+
+If a layer is small, each expert's rows are divided into ranges, called shares. Triton programs compute one weight
+gradient per share, and `sum_partials` adds them.
+"""
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 
@@ -21,14 +25,14 @@ NUM_LAYERS = 3
 """Number of layers that the kernel takes as arguments."""
 
 SUM_BLOCK = SumBlock(512, 4)
-"""Block for adding the shares' results: there are few shares, and each result is as wide as a weight has elements."""
+"""Block size for adding the gradients of the shares. There are few shares, and each gradient has many columns: one per
+element of the weight."""
 
 _MOST_SHARES = 16
 _ROUNDING = 64
 _PROGRAM_ROWS = 5
-"""Modelled cost of one Triton program's partial sums, which are written and later added. The unit is the time in which
-one wave of programs multiplies one row. The model assumes two passes over 64 KB at 3.35 TB/s, and 128 rows per
-microsecond."""
+"""Modelled cost of writing and reading one Triton program's partial sums. The unit is the time in which a program
+multiplies one row: 1/128 microsecond. The model assumes that 64 KB are written and read at 3.35 TB/s."""
 
 
 def weight_gradient(
@@ -84,7 +88,7 @@ def _deal_shares(
     architecture: int,
     dtype: torch.dtype,
 ) -> tuple[bool, RowPrograms]:
-    """Returns whether each expert's rows are divided into shares, and the shares.
+    """Returns whether each expert's rows are divided into shares, and the division into shares.
 
     If the rows are not divided, each expert's rows form one share.
     """
@@ -101,7 +105,7 @@ _WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
 
 
 def splits_rows(tiles: int, architecture: int) -> bool:
-    """Returns whether to divide each expert's rows into shares: without shares, too few Triton programs would run.
+    """Returns whether to divide each expert's rows into shares, because a launch would have too few Triton programs.
 
     The result does not depend on the number of rows, so that batches of different sizes use one compiled kernel.
 
