@@ -85,8 +85,9 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
 def plan_attention(
     ranges: Ranges, device: torch.device, causal_captions: bool = False, allowance: float = PADDING_ALLOWANCE
 ) -> AttentionPlan:
-    """Groups sequences of similar length into buckets. Adjacent sequences of equal length form a bucket without
-    padding.
+    """Groups sequences of similar length into buckets.
+
+    Adjacent sequences of equal length form a bucket without padding.
 
     Args:
         ranges: row ranges of each sequence.

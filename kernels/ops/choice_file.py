@@ -1,4 +1,4 @@
-"""Stores which implementation of each operator is fastest, in a JSON file per GPU model and software versions.
+"""Stores which implementation of each operator is fastest, in one JSON file per GPU model and software version.
 
 A case is the text that identifies one measurement: the operator's name, and the dtypes and sizes of the arguments. A
 file has one line per case: {"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file shipped with the

@@ -104,7 +104,7 @@ def packed_attention_forward(
         sequences_Q4: see `TilePlan.sequences_Q4`.
         tiles_N2: see `TilePlan.tiles_N2`.
         tile_size: rows per tile, 64 or 128.
-        causal_captions: whether the second range of a sequence is a caption with a causal mask.
+        causal_captions: whether captions have a causal mask (see `packed_attention`).
 
     Returns:
         y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32 for H heads and T rows. Rows that

@@ -2,8 +2,8 @@
 
 With smoothing e and V vocabulary entries, the target has the probability 1 - e, and each other entry has the
 probability e / (V - 1). The loss is the Kullback-Leibler divergence from these labels. It has three terms: the cross
-entropy, e / (V - 1) * (V * target logit - sum of all logits), and a constant. The sum of a row's logits needs no
-separate logits: it is the row times the sum of all rows of the output matrix.
+entropy, e / (V - 1) * (V * target logit - sum of all logits), and a constant. The sum of a row's logits is computed
+without the logits: as the row times the sum of all rows of the output matrix, plus the sum of all biases.
 """
 
 # M rows, D width, V vocabulary, U rows of the matrix in this shard.
@@ -63,12 +63,13 @@ def add_smoothing_gradients(
 ) -> None:
     """Adds the gradients of the smoothing term to the gradients of the cross entropy, in place.
 
-    For each row, the smoothing term is share * (V * target logit - sum of all logits), with V vocabulary entries.
+    For each row, the smoothing term is e / (V - 1) * (V * target logit - sum of all logits), with smoothing e and V
+    vocabulary entries.
 
     Args:
         gradients: gradients of h, w and b in this shard, from the cross entropy.
-        inputs: rows h, matrix w, bias b and targets. A target is a row index of w; a target that is no such index
-            belongs to another shard.
+        inputs: rows h, matrix w, bias b and targets. A target is a row index of w; an index outside w belongs to
+            another shard.
         d_loss_M: gradient of each row's loss.
         smoothing: smoothed labels.
     """

@@ -60,10 +60,10 @@ def linear_cross_entropy(
     """Computes each row's cross entropy with its target, or each row's divergence from smoothed labels.
 
     Without a chunk size, the logits of all M rows over all V vocabulary entries are saved. With a chunk size, at most
-    `chunk_size` x V logits exist at once. The op saves the logits that fit for the backward pass, and recomputes the
-    others. On a GPU, gradients overwrite the saved logits, so a graph supports only one backward pass.
+    `chunk_size` x V logits exist at once. As many logits as possible are saved for the backward pass, which recomputes
+    the others. On a GPU, gradients overwrite the saved logits, so a graph supports only one backward pass.
 
-    Logits are float32, or float64 for float64 input. On a GPU, logits have h's dtype.
+    On a CPU, logits are float32, or float64 if h is float64. On a GPU, logits have h's dtype.
 
     Args:
         h_MD: rows. If M is 0, all gradients are zero.
@@ -73,7 +73,7 @@ def linear_cross_entropy(
             relative to this shard, and an index outside [0, V) belongs to another shard.
         chunk_size: number of rows whose logits over the whole vocabulary may exist at once; None for no limit.
         reduce: function that combines this shard's partials with those of the other shards; None if the vocabulary is
-            not sharded. If it is sharded, this op computes only this shard's part of h's gradient.
+            not sharded. With a sharded vocabulary, this op computes only this shard's part of h's gradient.
         smoothing: smoothed labels (`label_smoothing`); None for the cross entropy.
 
     Returns:
@@ -300,10 +300,9 @@ def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: in
 def _gradient_cpu(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
-    """Computes in plain PyTorch what `gradient_kernel` computes: overwrites logits, returns column sums.
+    """Computes in plain PyTorch what `gradient_kernel` computes. On a CPU, only checks call this function.
 
-    Overwrites the logits with gradients, and returns the sum of the gradients over rows. On a CPU, only checks call
-    this function.
+    Overwrites the logits with gradients, and returns the sum of the gradients over rows.
     """
     d_MN = (logits_MN.to(lse_M.dtype) + bias_N).sub_(lse_M.unsqueeze(1)).exp_()
     index_M1, inside_M = _find(target_M, first, d_MN)

@@ -31,7 +31,8 @@ _ORDER: Mapping[Backend, tuple[Name, ...]] = {
     "library": ("varlen", "library"),
     "cuda": ("cuda", "triton", "library"),
 }
-"""Implementations that each backend may use, in order of preference. An operator uses the first that it has."""
+"""Implementations that each backend may use, in order of preference. With `auto`, an operator uses the fastest; with
+other backends, the first that supports the arguments."""
 
 
 class Choices:

@@ -97,8 +97,9 @@ _MATMUL_ROWS = 2048
 
 
 class _Parameters(NamedTuple):
-    """Holds the parameters of one call. Each tuple has one tensor per expert, or is empty if the op has no such
-    parameter.
+    """Holds the parameters of one call, one tensor per expert in each tuple.
+
+    A tuple is empty if the op has no such parameter.
     """
 
     weights: tuple[Tensor, ...]
@@ -233,7 +234,7 @@ def _backward_cpu(
 def _normalize_cpu(
     x_RF: Tensor, form: _Form, i: int, keeps_activated: bool = False
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Returns GELU(x), LN(GELU(x)), and one list [mean, 1 / standard deviation] of rows per chunk, for expert `i`.
+    """Returns GELU(x), LN(GELU(x)), and a list [mean, 1 / standard deviation] per chunk of rows, for expert `i`.
 
     Skips a step that `form` does not have. Unless `keeps_activated` is true, LN(GELU(x)) overwrites GELU(x).
     """
@@ -323,8 +324,9 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y; a term that is None is left out. Overwrites y unless y and residual differ in
-    dtype.
+    """Returns residual + factor * y, without the terms that are None.
+
+    Overwrites y, unless the residual has another dtype.
     """
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)

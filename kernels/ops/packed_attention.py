@@ -137,10 +137,7 @@ def _run_operator(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> None:
-    """Compares the kernels with the reference, forward and backward, for one pair with 149 rows and two short
-    sequences.
-
-    A pair is a sequence with two row ranges.
+    """Compares the kernels with the reference, forward and backward, for three sequences; one has two row ranges.
 
     Args:
         device: device of the kernels.

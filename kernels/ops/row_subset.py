@@ -19,7 +19,7 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
         rows_K: distinct row numbers, int64.
 
     Returns:
-        The stream, which must be passed to `put_rows` and not be used otherwise, and the copied rows (K, D).
+        The stream, and the copied rows (K, D). Use the returned stream only as an argument of `put_rows`.
     """
     stream_TD, x_KD = _TakeRows.apply(x_TD, rows_K)
     return stream_TD, x_KD
@@ -29,8 +29,8 @@ def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     """Writes new rows into the stream, at the row numbers from which `take_rows` copied rows.
 
     Every `take_rows` needs a `put_rows`. In the backward pass, `put_rows` leaves the gradient of the new rows in the
-    stream's gradient. Then `take_rows` overwrites that gradient with the gradient of the copied rows. So no pass over
-    the rows clears gradients, and no pass adds gradients.
+    stream's gradient. Then `take_rows` overwrites that gradient with the gradient of the copied rows. This avoids a
+    pass that clears gradients, and a pass that adds gradients.
 
     Args:
         stream_TD: stream that `take_rows` returned.

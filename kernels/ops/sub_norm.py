@@ -2,9 +2,8 @@
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
 activations, or attention's merged heads. Mean and variance cover all columns of a row. So ranks exchange two numbers
-per row in the forward pass, and two in the backward pass. Instead of the normalised rows, only the mean and 1 /
-standard deviation of each row are saved for the backward pass. A rank that holds all columns uses `activation_norm`
-instead.
+per row in the forward pass, and two in the backward pass. For the backward pass, only the mean and 1 / standard
+deviation of each row are saved, not the normalised rows. A rank that holds all columns uses `activation_norm` instead.
 """
 
 # T packed rows, F local width, P ranks that divide the width.

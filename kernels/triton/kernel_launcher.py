@@ -22,8 +22,7 @@ _ALIGNMENT = 16
 """Alignment of pointers in bytes. Triton compiles a faster variant for pointers that have this alignment."""
 
 _LEAST_ROW_CLASS = 11
-"""Lowest value of `row_class`, for all row counts up to 2 ** 11. Kernels with so few rows are fast with any settings.
-"""
+"""Lowest value of `row_class`, for all row counts up to 2 ** 11. Kernels with few rows are fast with any settings."""
 
 _dtype_of, _address_of = attrgetter("dtype"), Tensor.data_ptr
 
@@ -123,8 +122,7 @@ class KernelLauncher:
         num_warps: int,
         num_stages: int = 3,
     ) -> Launch:
-        """Returns a launch that can be reused for other tensors with the same sizes, for example in all layers of a
-        batch.
+        """Returns a launch for tensors of given sizes. Layers with tensors of the same sizes can share the launch.
 
         Args:
             grid: number of Triton programs along each of one to three axes.

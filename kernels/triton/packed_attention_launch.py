@@ -118,7 +118,7 @@ def forward(
         sequences_Q4: see `TilePlan.sequences_Q4`.
         tiles_N2: see `TilePlan.tiles_N2`. A tile has `tiling.tile` positions.
         tiling: tile sizes and compile settings of the kernels.
-        causal_captions: whether to mask sequences with two row ranges, an image and a caption, for captioning.
+        causal_captions: whether captions have a causal mask (see `packed_attention`).
 
     Returns:
         y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32. Rows that belong to no sequence are

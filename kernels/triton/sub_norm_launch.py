@@ -65,8 +65,9 @@ def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
-    """Computes LN(gelu(x)), LN(x) or gelu(x). The weight gradient needs this result, which the forward pass did not
-    save.
+    """Computes LN(gelu(x)), LN(x) or gelu(x).
+
+    The weight gradient needs this result, which the forward pass did not save.
 
     Args:
         x_TF: rows, contiguous.
