@@ -71,13 +71,13 @@ class PackedBatch(RowLayout):
     read the same samples check that their integer and bool targets are equal. They do not compare uint8 images and
     floats."""
     host_targets: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further targets: tensors of integers such as sizes and counts. `to` leaves them in host memory, where the head
-    reads their values without waiting for a device."""
+    """Further targets: small tensors of integers or bools, such as sizes and counts. `to` leaves them in host memory,
+    where the head reads their values without waiting for a device."""
     sample_names: tuple[str, ...] = ()
     """Name of each sequence's sample, for logs and messages; empty if samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)
-    """For each stream name, the index of the source from which the stream's samples come, in the order of the
-    configured sources. Empty if a stream's samples may come from several sources."""
+    """Data source of the samples, as an index into the configured sources, by kind of sample ("images", "pairs" or
+    "texts"). Empty if the samples of a kind may come from several sources."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs
@@ -104,7 +104,7 @@ class PackedBatch(RowLayout):
 
     @property
     def image_length(self) -> int:
-        """Returns the number of rows per image, one for CLS and one per patch. Invalid with `image_grids`."""
+        """Returns the number of rows per image, one for CLS and one per patch. Do not use with `image_grids`."""
         return 1 + self.patch_mask.shape[1]
 
     @cached_property
@@ -212,7 +212,7 @@ class PackedBatch(RowLayout):
         return copy_to_device(torch.arange(len(starts)) - starts, self.token_ids.device)
 
     def with_targets(self, targets: Mapping[str, Tensor]) -> "PackedBatch":
-        """Returns the batch with new targets, and with the values that `to` has already derived from the batch."""
+        """Returns a copy with new targets. Keeps the values that `to` has derived from the batch."""
         return self._with_derived_values(dataclasses.replace(self, targets=targets))
 
     def without_pixels(self) -> "PackedBatch":

@@ -25,10 +25,10 @@ def describe_cores() -> dict[str, Any]:
 
 
 def divide_cores(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[int]:
-    """Returns the number of threads for each rank, such that ranks on one host do not compete for cores.
+    """Returns the number of threads for each rank, so that ranks on one host do not compete for cores.
 
-    A core that several ranks may use is shared equally among them. If the launcher has bound a rank to cores, the rank
-    uses all of them.
+    A core that several ranks may use is shared equally among them. A CPU quota is divided equally among the ranks of
+    the host. Each rank gets at least one thread.
 
     Args:
         ranks: host name and result of `describe_cores` for each rank.

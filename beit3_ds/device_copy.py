@@ -8,7 +8,7 @@ HOST = torch.device("cpu")
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on `device`. The host does not wait for the copy, which follows in stream order.
+    """Returns a tensor on `device`. The copy runs in CUDA stream order, and the host does not wait for it.
 
     A host tensor is first copied to pinned memory, which torch's allocator keeps until the device has read it. Without
     pinned memory, the host would wait until the device has finished all queued work.

@@ -41,8 +41,8 @@ PARTS = (
 )
 """The four row ranges of a packed micro-batch, in row order: images, images of pairs, texts of pairs, texts.
 
-A third modality with its own fused expert would be appended as (language, fused), (modality, fused), (modality, None).
-The rows of each expert would still be consecutive.
+A third modality could be appended as: texts of its pairs, the pairs' other rows, rows without text. The rows of each
+expert would then still be consecutive.
 """
 
 
@@ -68,8 +68,8 @@ class RowLayout(ABC):
         """Returns the row range [start, stop) of each expert, in row order. Ranges may be empty.
 
         Each of the four row ranges (`PARTS`) belongs to its fused expert if the layer has that expert, and otherwise to
-        its modality's expert. The layer may lack the two experts if no input of the model needs them
-        (`ModelConfig.inputs`). The row range must then be empty.
+        its modality's expert. A layer may lack experts that no input of the model needs (`ModelConfig.inputs`). The row
+        ranges of these experts must be empty.
 
         Args:
             experts: names of the layer's experts, in row order. Examples: ("shared",) for all rows; ("vision",
@@ -214,6 +214,6 @@ class KeptSequences:
     """Describes the sequences that stochastic depth keeps, as a smaller layout."""
 
     rows: Tensor
-    """Indices in the micro-batch of the kept sequences' rows, ascending, int64, in host memory."""
+    """Rows of the kept sequences, as ascending indices into the micro-batch, int64, in host memory."""
     layout: SequenceLayout
     """Layout of the kept sequences' rows."""

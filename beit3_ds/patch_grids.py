@@ -1,9 +1,9 @@
 """Orders the patches of images window by window, so that each attention window is one range of rows.
 
 An image is a grid of patches of any height and width. The grid is divided into square windows from its top left corner.
-All full windows come first, in row-major order. They are followed by the narrower windows at the right edge, the lower
-windows at the bottom edge, and the corner window. Within a window, patches are in row-major order. Windows contain no
-padding.
+All full windows come first, in row-major order. They are followed by the cut-off windows: first those at the right
+edge, then those at the bottom edge, then the one in the corner. Within a window, patches are in row-major order.
+Windows contain no padding.
 """
 
 # T patches of all images.
@@ -38,9 +38,7 @@ class Window(NamedTuple):
 
 
 class PatchPlaces(NamedTuple):
-    """Holds, for each patch, the index of its image and its row and column in the grid. Patches of a window are
-    adjacent.
-    """
+    """Holds the image index, the grid row and the grid column of each patch. Patches of a window are adjacent."""
 
     image_T: Tensor
     """Index of each patch's image, int64."""
@@ -51,7 +49,7 @@ class PatchPlaces(NamedTuple):
 
 
 def image_windows(grid: Grid, window_size: int) -> list[Window]:
-    """Divides a patch grid into windows, in window order.
+    """Divides a patch grid into windows: first the full ones, then those cut off by the right or bottom edge.
 
     Args:
         grid: height and width of the grid.
@@ -71,8 +69,9 @@ def image_windows(grid: Grid, window_size: int) -> list[Window]:
 
 @lru_cache(maxsize=64)
 def window_ranges(grids: Grids, window_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Returns the row range [start, stop) of each window of each image, in the form of
-    `SequenceLayout.sequence_ranges`.
+    """Returns the row range [start, stop) of each window of each image.
+
+    The result has the form of `SequenceLayout.sequence_ranges`, with one range per window.
 
     Args:
         grids: height and width of each image's patch grid.
@@ -84,7 +83,7 @@ def window_ranges(grids: Grids, window_size: int) -> tuple[tuple[tuple[int, int]
 
 @lru_cache(maxsize=16)  # equal for all layers of a micro-batch
 def patch_places(grids: Grids, window_size: int, device: torch.device) -> PatchPlaces:
-    """Returns the image, grid row and grid column of each patch, in window order, on `device`."""
+    """Returns the image, grid row and grid column of each patch on `device`, ordered by image and window."""
     parts = [
         _window_places(image, window) for image, grid in enumerate(grids) for window in image_windows(grid, window_size)
     ]

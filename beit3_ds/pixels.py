@@ -1,8 +1,7 @@
 """Converts uint8 images to floats for the model, on any device.
 
 Images are sent between processes and to the device as uint8, which takes a quarter of the bytes of float32. The
-operations are elementwise. On the CPU, the result for an image does not depend on the other images of the batch, bit
-for bit.
+operations are elementwise. On the CPU, an image's result is bitwise equal in any batch.
 """
 
 # B images, S pixels on a side.

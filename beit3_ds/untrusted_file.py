@@ -91,7 +91,7 @@ def _load_torch(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Rejects archives that torch would decompress, and archives with a too large description of the tensors."""
+    """Rejects a PyTorch file with compressed members, or with a pickle of more than `_MAX_PICKLE_BYTES` bytes."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:

@@ -21,11 +21,11 @@ from beit3_ds.lock_holder import Holder, describe_holder, parse_holder, this_pro
 from beit3_ds.storage_error import StorageError
 
 WAIT_SECONDS = 120.0
-"""Maximum wait, in seconds, for a holder that is stopping or shows no sign of life. An NFS server keeps the lock of a
-crashed host for 90 s."""
+"""Maximum seconds to wait for a lock whose holder is stopping or shows no sign of life. An NFS server keeps the lock of
+a crashed host for 90 s."""
 SILENT_SECONDS = 8.0
-"""Seconds without a sign of life after which a holder counts as gone, if the file system does not show whether the
-holder still has the lock. An NFS client may see a new file time several seconds late."""
+"""Seconds without a sign of life after which the holder of a lock counts as gone. Used where the file system does not
+show whether the lock is still held. An NFS client may see a new file time several seconds late."""
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 0.6  # wait before the first message, so that a new holder can write its name
@@ -48,19 +48,19 @@ class WriterLock:
     """Gives this process the exclusive right to write to a folder or file during a `with` block.
 
     The lock is on a small lock file, which names the holder and is deleted after the block. The kernel releases the
-    lock when the process ends in any way, and an NFS server releases it after a host has crashed. One of two kinds of
+    lock when the process ends in any way. An NFS server also releases the locks of a crashed host. One of two kinds of
     lock is used:
 
     * flock on a file that is open for reading only, which still permits remounting the disk read-only. Forked processes
-      inherit such a lock, and a data worker that outlives its rank would keep it. Forked processes therefore close the
-      file.
+      inherit such a lock, and a data worker that outlives its rank would keep the lock. Forked processes therefore
+      close the file.
     * A POSIX record lock, if the file system requires a writable file for flock, as NFS does. A process loses a record
       lock when any of its code opens and closes the file. A thread of the holder therefore takes the lock again every
       second.
 
-    This thread also updates the file's time every second, as a sign of life. A process that finds the lock taken is
-    refused at once if the holder is alive, and waits otherwise. On file systems without locks, only the sign of life
-    shows that there is a holder.
+    A thread of the holder also updates the file's time every second, as a sign of life. A process that finds the lock
+    taken is refused at once if the holder is alive, and waits otherwise. On file systems without locks, only the sign
+    of life shows that there is a holder.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class WriterLock:
         self._close()
 
     def contended_at(self) -> float:
-        """Returns the monotonic time at which another process was last seen waiting for this lock, or -inf."""
+        """Returns the monotonic time at which another process was last seen waiting for this lock; -inf if never."""
         return self._contended_at
 
     def _acquire(self) -> None:
@@ -280,7 +280,7 @@ class WriterLock:
     def _check_is_held(self) -> None:
         """Takes the lock again, and ends this process if another process has taken it over.
 
-        An NFS server gives the lock to another host if it cannot reach this host for longer than a lease.
+        An NFS server gives the lock to another host if this host is unreachable for longer than the lease time.
         """
         is_locked, (holder, _, _) = self._try_to_hold(), self._look()
         if is_locked is False or self._is_named_for_another(holder):
@@ -316,7 +316,7 @@ class WriterLock:
 
 
 _HELD: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
-"""Locks that this process holds by flock. A forked process closes the inherited lock files (`WriterLock`)."""
+"""Locks that this process holds by flock. A forked process closes the lock files that it inherits (`WriterLock`)."""
 
 
 def _close_inherited() -> None:

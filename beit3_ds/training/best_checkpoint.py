@@ -87,7 +87,7 @@ def direction_of(task: Task) -> bool:
     """Returns whether larger values of `training.best_metric` are better; False if it is not set.
 
     Raises:
-        ConfigError: if the task has no such metric, or no stream has validation data.
+        ConfigError: if the task has no such metric, or the run has no validation data.
     """
     name, data = task.config.training.best_metric, task.config.data
     if name is None:

@@ -17,10 +17,10 @@ class Comparison:
     names: tuple[str, str]
     """Output folders of the two runs."""
     steps: tuple[int, ...]
-    """Compared steps, as numbers of steps done."""
+    """Number of steps done at each compared record, ascending."""
     losses: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
-    """Losses of the first and of the second run at `steps`, by name. The names are "loss" and the terms that both runs
-    recorded."""
+    """Losses by name: those of the first run and those of the second run, at `steps`. The names are "loss" and the
+    terms that both runs recorded."""
 
     def largest_difference(self, name: str) -> tuple[float, int]:
         """Returns the largest absolute difference of a loss between the two runs, and its step."""

@@ -14,7 +14,7 @@ from beit3_ds.retrying.file import RetryingFile
 
 
 class CsvMonitor:
-    """Appends figures (named numbers such as losses) to CSV files, one file per figure.
+    """Appends logged values, such as losses, to CSV files, one file per name.
 
     Names of files and columns are those of DeepSpeed's CSV monitor.
     """

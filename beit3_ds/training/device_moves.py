@@ -12,8 +12,8 @@ from beit3_ds.batch import PackedBatch
 class DeviceMoves:
     """Copies announced micro-batches to the device on a separate CUDA stream, one micro-batch ahead.
 
-    The device then holds the tensors of at most one micro-batch that is not being computed yet. On a CPU, there is no
-    such stream, and a micro-batch is moved when `take` is called.
+    Besides the micro-batch in use, the device holds at most one micro-batch. On a CPU, nothing is copied ahead: `take`
+    moves each micro-batch.
     """
 
     def __init__(self, device: torch.device, side: Any = None, current: Callable[[], Any] = lambda: None) -> None:
@@ -29,15 +29,15 @@ class DeviceMoves:
         self._ahead: tuple[PackedBatch, PackedBatch] | None = None
 
     def announce(self, batches: Iterable[PackedBatch]) -> None:
-        """Sets the micro-batches that `take` will be called with, in order, and starts copying the first of them."""
+        """Sets the micro-batches that will be passed to `take`, in order, and starts copying the first of them."""
         self._announced = deque(batches)
         self._start_next()
 
     def take(self, batch: PackedBatch) -> PackedBatch:
         """Returns a micro-batch on the device, and starts copying the next one.
 
-        If `batch` was not announced, it is copied now. The host does not wait for the copy. The device waits for it
-        before it uses the batch.
+        A micro-batch that was not announced is copied now. The host never waits for a copy; the device waits for the
+        copy before using the micro-batch.
         """
         if self._ahead is None or self._ahead[0] is not batch:
             return batch.to(self._device)

@@ -89,7 +89,7 @@ def describe_dry_run(
 
 
 def _describe_shares(shares: StepShares) -> str:
-    """Describes the sizes of micro-batches; if uneven, also the samples per rank and the fraction of idle time."""
+    """Describes the sizes of micro-batches. If ranks have unequal shares, also gives samples and idle time."""
     per_rank = {shares.rank_samples(rank) for rank in range(shares.num_ranks)}
     sizes = [size for samples in per_rank for size in shares.divide_rank(samples)]
     counts = zip(MicroBatchSize._fields, zip(*sizes, strict=True), strict=True)

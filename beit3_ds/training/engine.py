@@ -91,8 +91,9 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
 
 
 def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
-    """Returns the bytes of the gradients that are kept until the update, or 0 under ZeRO, which partitions them
-    earlier.
+    """Returns the bytes of the gradients that stay allocated until the update; 0 under ZeRO.
+
+    ZeRO keeps only a partition of the gradients.
     """
     if config.options.zero_stage:
         return 0

@@ -17,7 +17,8 @@ from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks import Evaluator, RankTask, Term
 
 SourceNames = Mapping[str, Sequence[str]]
-"""Short names of each stream's validation sources, in the order of the configuration."""
+"""Short names of the validation sources, by kind of sample ("images", "pairs" or "texts"), in the order of the
+configuration."""
 
 VALIDATION_FOLDER = "validation"
 """Name of the subfolder of the output folder for the result files of the last evaluation."""
@@ -35,24 +36,25 @@ def evaluate(
     """Returns the mean of each loss term over the validation batches of all ranks.
 
     All ranks must have the same number of batches. Terms that compare samples with each other (`Task.step_loss`) are
-    computed over all samples of a source, whose features are gathered first. Sends 2 x K x S elements for K terms and S
-    sources, where S is the largest number of sources of a stream.
+    computed over all samples of a source; the ranks first gather the features of these samples. For the sums and
+    counts, sends 3 x K x S elements for K terms and S sources. S is the largest number of sources of one kind of sample
+    ("images", "pairs" or "texts").
 
     Args:
         schedule: schedule that runs the forward passes.
-        batches: this rank's batches. Each contains samples of one source per stream (`PackedBatch.sources`).
+        batches: this rank's batches. The samples of one kind in a batch are from one source (`PackedBatch.sources`).
         prepare: function that moves a batch to the device and adds targets.
         terms: loss terms of the task.
         mesh: mesh of all ranks.
         device: this rank's device.
-        source_names: names of each stream's sources.
+        source_names: names of the sources, by kind of sample.
 
     Raises:
         StopRequestedError: on all ranks, if `batches` raises it (`StoppableBatches`).
 
     Returns:
-        Means by term name, without terms of count 0. If a term's stream has several sources, also the mean over each
-        source, under "TERM/SOURCE".
+        Means by term name, without terms of count 0. If a term's samples come from several sources, also the mean over
+        each source, under "TERM/SOURCE".
     """
     num_sources = max((len(names) for names in source_names.values()), default=0)
     sums = torch.zeros(len(terms), max(1, num_sources), dtype=torch.float64)
@@ -130,6 +132,6 @@ def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) 
 
 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
-    """Returns the last stage's sums and the counts, each summed over all data-parallel ranks, in one stacked tensor."""
+    """Returns the last stage's sums, and the counts, summed over all data-parallel ranks, stacked to (2, ...)."""
     sums = mesh.pipeline.host.broadcast(sums, src=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))

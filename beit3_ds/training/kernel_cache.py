@@ -1,8 +1,8 @@
 """Compiles the Triton kernels of a run into Triton's cache, on a machine without a GPU.
 
 A small copy of the run's model, with one layer of each kind, trains and predicts on a few rows. A fake GPU driver
-compiles each launched kernel without running it (`fake_driver`). Runs can use the cache if they have the given GPU
-architecture and the same versions of Triton and of this package. Kernels do not depend on the number of rows.
+compiles each launched kernel without running it (`fake_driver`). A run can use the cache if its GPUs have the given
+architecture, and its versions of Triton and of this package are the same. Kernels do not depend on the number of rows.
 """
 
 import time

@@ -193,7 +193,7 @@ def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
 def _prepare_step(run: Run, stop: DistributedStopSignals, step: int) -> bool:
     """Lets the task prepare a step, and returns whether the preparation is complete.
 
-    If a stop signal cancels the preparation, synchronizes `stop` and returns False.
+    If a stop signal cancels the preparation, updates `stop` on all ranks and returns False.
     """
     try:
         run.rank_task.before_step(run, step)
@@ -260,8 +260,8 @@ def _report_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update:
 def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, must_save: bool) -> NoReturn:
     """Ends a diverged run, and saves the weights before the skipped steps unless a checkpoint has them.
 
-    A second checkpoint of these weights is not written, because repeated restarts would then delete all older
-    checkpoints.
+    These weights are never saved twice. Otherwise, each restart would add a copy, and the limit on kept checkpoints
+    would delete the older checkpoints.
     """
     if must_save:
         run.store.save(run.state, done, _data_state(run, done))
@@ -301,8 +301,8 @@ def _fetch_next(run: Run, feed: StepFeed, done: int) -> None:
 def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float, fetch_next: Callable[[], None]) -> Update:
     """Computes the gradients of a step, fetches the data of the next step, and updates the weights.
 
-    While the data is fetched, a GPU still computes the gradients, which hides the time for fetching and transfer. All
-    ranks learn whether each rank has the next step before any rank starts it.
+    A GPU still computes the gradients during the fetch, so fetching and transfer cost no extra time. All ranks learn
+    whether every rank has data for the next step before any rank starts it.
     """
     set_learning_rate(run.engine.optimizer, rate)
     mesh = run.mesh
@@ -332,7 +332,7 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
 def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, bool]:
     """Evaluates the weights after `done` steps and records the result. All ranks must call it.
 
-    A stop signal cancels the evaluation between two batches; `stop` is then synchronized.
+    A stop signal cancels the evaluation between two batches, and `stop` is then updated on all ranks.
 
     Returns:
         Whether the weights were evaluated, and whether the evaluation is the best so far (`training.best_metric`).

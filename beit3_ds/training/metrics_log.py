@@ -44,7 +44,7 @@ class MetricsLog:
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def figures(self) -> list[dict[str, Any]]:
-        """Returns the "step", the "kind" and all numbers of each record that has a "kind", such as "train"."""
+        """Returns the "step", the "kind" and all numbers of each record with a "kind", such as "train"."""
         records = [record for record in self.records() if isinstance(record.get("kind"), str)]
         return [
             {

@@ -30,7 +30,7 @@ class ModelEvaluator:
     weights: AdaptedWeights
     """Weights on disk from which the model was loaded."""
     validation: Iterable[PackedBatch]
-    """Batches that `mean_terms` averages over; empty in tasks that evaluate whole splits."""
+    """Batches over which `mean_terms` averages; empty for tasks that evaluate whole splits instead."""
     splits: Mapping[Split, Iterable[PackedBatch]]
     """This rank's batches of all samples of each split."""
     is_stopping: Callable[[], bool]

@@ -1,4 +1,4 @@
-"""Sends the figures of a run (named numbers such as losses) to DeepSpeed's monitors. No monitor can end the run."""
+"""Sends the logged values of a run, such as losses, to DeepSpeed's monitors. No monitor can end the run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from beit3_ds.training.csv_monitor import CsvMonitor
 from beit3_ds.training.tensorboard_monitor import TensorBoardMonitor
 
 Event = tuple[str, Any, int]
-"""A figure of a run as (name, value, step), such as ("train/loss", 2.5, 100)."""
+"""A logged value as (name, value, step), such as ("train/loss", 2.5, 100)."""
 
 
 class _Part(Protocol):
@@ -18,9 +18,9 @@ class _Part(Protocol):
 
 
 class RunMonitor:
-    """Replaces `engine.monitor`, through which this program and DeepSpeed's engine report figures.
+    """Replaces `engine.monitor`, to which this program and DeepSpeed's engine send logged values such as losses.
 
-    Figures that a monitor does not accept are kept, and sent with later figures or by `retry`.
+    Values that a monitor does not accept are kept, and sent with later values or by `retry`.
     """
 
     def __init__(self, master: Any, report: Callable[[str], None]) -> None:
@@ -43,22 +43,22 @@ class RunMonitor:
                 self._parts.append(_Service(name, service, report))
 
     def write_events(self, events: Sequence[Event]) -> None:
-        """Sends figures to all monitors. Raises no error if a monitor fails."""
+        """Sends logged values to all monitors. Raises no error if a monitor fails."""
         for part in self._parts:
             part.write_events(events)
 
     def forget_after(self, step: int) -> None:
-        """Deletes the figures of steps after `step` from CSV files (`CsvMonitor.forget_after`)."""
+        """Deletes the values of steps after `step` from CSV files (`CsvMonitor.forget_after`)."""
         if self._csv is not None:
             self._csv.forget_after(step)
 
     def retry(self) -> bool:
-        """Sends the figures that monitors lack, and returns whether all monitors have all figures."""
+        """Sends the values that monitors lack, and returns whether all monitors have all values."""
         return sum(not part.retry() for part in self._parts) == 0  # `all` would stop at the first failure
 
 
 class _Service:
-    """Sends figures to an online service (wandb or comet), one by one and in order."""
+    """Sends logged values to an online service (wandb or comet), one by one and in order."""
 
     def __init__(self, name: str, service: Any, report: Callable[[str], None]) -> None:
         self._name, self._service, self._report = name, service, report

@@ -31,7 +31,7 @@ def find_apex(part: str, asked_for: str) -> Any:
 
     Args:
         part: name of the submodule.
-        asked_for: setting that needs the submodule, for the error message.
+        asked_for: setting that needs Apex, for the error message.
 
     Raises:
         ConfigError: if Apex is not installed, or the installed package is PyPI's unrelated `apex`.

@@ -1,4 +1,4 @@
-"""Collects the figures of training steps, and formats them as progress lines."""
+"""Collects the losses, speeds and other values of training steps, and formats them as progress lines."""
 
 import math
 import resource
@@ -43,11 +43,11 @@ OTHER_FIGURES = frozenset(
 
 @dataclass
 class Interval:
-    """Holds the figures of this rank's steps since the last progress line."""
+    """Holds the losses, times and counts of this rank's steps since the last progress line."""
 
     steps: int = 0
     updates: list[tuple[int, Update]] = field(default_factory=list)
-    """Steps whose update was not skipped, each as the step's number (from 1) and its `Update`."""
+    """Steps whose update was not skipped, as pairs of step number (from 1) and `Update`."""
     seconds: float = 0.0
     data_seconds: float = 0.0
     samples: int = 0
@@ -60,7 +60,7 @@ class Interval:
 
 
 class Progress:
-    """Accumulates the figures of the steps between two progress lines, and returns them as a record."""
+    """Accumulates the losses, times and counts of the steps between two progress lines."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Progress:
             flops_of: function that returns the floating-point operations of a micro-batch, forward and backward.
             total_steps: total number of steps of the run, for the remaining time.
             peak_flops: peak FLOP/s of one rank's device, for MFU.
-            mesh: mesh of all ranks, over which figures are summed.
+            mesh: mesh of all ranks, over which losses and counts are summed.
         """
         self.terms, self.flops_of = terms, flops_of
         self.total_steps, self.peak_flops, self.mesh = total_steps, peak_flops, mesh
@@ -89,7 +89,7 @@ class Progress:
         return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:
-        """Adds a finished step. The losses of a skipped step are not counted, but its time and work are.
+        """Adds a finished step. Of a skipped step, the time and the operations count, but not the losses.
 
         Args:
             step_batch: this rank's samples of the step.
@@ -118,7 +118,9 @@ class Progress:
         return list(zip(steps, self.mesh.host.sum(losses).tolist(), strict=True))
 
     def report(self, step: int) -> dict[str, Any]:
-        """Returns the interval's figures over all ranks as a record for metrics.jsonl, and starts a new interval.
+        """Returns the interval's losses, speeds and other values over all ranks, and starts a new interval.
+
+        The result is a record for metrics.jsonl.
 
         Args:
             step: number of steps done.

@@ -61,7 +61,7 @@ def write_report(run: Run) -> None:
 
 
 def write_missing(run: Run) -> None:
-    """Writes records, figures and files that could not be written before, and warns about those that still cannot.
+    """Tries again to write the records, monitor values and files that are missing, and warns about the rest.
 
     Does not communicate.
     """

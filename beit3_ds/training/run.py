@@ -48,7 +48,8 @@ class Run:
     read_validation: Callable[[], None]
     """Function that reads this rank's validation batches. Returns early after a stop signal."""
     splits: Mapping[Split, Iterable[PackedBatch]]
-    """This rank's batches of each split that the task evaluates; each iteration reads them from disk again."""
+    """This rank's batches of each split that the task evaluates, by split. Each iteration reads them from disk again.
+    """
     store: CheckpointStore
     results: ResultFolder
     """Output folder, to which the main rank writes pages and pictures."""

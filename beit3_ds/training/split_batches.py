@@ -16,8 +16,8 @@ class SplitBatches:
     """Iterates over this rank's batches of a split, together with all other ranks.
 
     Ranks that do not read data receive their batches from ranks that do. Before each batch, all ranks exchange three
-    integers to check that each has a batch. An error or a stop signal on one rank therefore ends the iteration on all
-    ranks, and no rank waits in a collective forever.
+    integers to check that every rank has a batch. An error or a stop signal on one rank therefore ends the iteration on
+    all ranks, and no rank waits in a collective forever.
     """
 
     def __init__(self, own: EvaluationBatches | None, mesh: Mesh, limits: WaitLimits) -> None:

@@ -46,7 +46,7 @@ def check_device(config: TrainingConfig) -> None:
 
 
 def check_frozen_patterns(task: Task) -> None:
-    """Checks the patterns of `training.frozen` against the model's parameter names.
+    """Checks that the patterns of `training.frozen` match some, but not all, of the model's parameter names.
 
     Raises:
         ConfigError: if a pattern matches no parameter, or the patterns match all parameters.

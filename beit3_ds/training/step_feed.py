@@ -1,4 +1,4 @@
-"""Fetches a rank's data between updates, at a point where all ranks can still agree to save and stop."""
+"""Fetches a rank's data between updates, when all ranks can still agree to save and stop."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

@@ -40,11 +40,11 @@ class Stragglers:
 
     * "data": the time that a reading rank waits for its data workers and disks.
     * "work": the time to move batches to the device and to encode images as visual tokens. Under ZeRO-0 to 2 without
-      tensor parallelism, this includes the model's forward passes. All other passes wait for other ranks.
+      tensor parallelism, this time includes the forward passes of the model.
 
     The comparison finds devices and hosts that are always slow, and ranks with more work. It does not find slow
-    backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, it finds nothing on stages without the
-    head.
+    backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks.
+    "work" then finds no stragglers on stages without the head.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:
@@ -68,8 +68,9 @@ class Stragglers:
             step_seconds: mean seconds per step.
 
         Returns:
-            Figures for metrics.jsonl, and one line per straggler. The figures of each time are: the rank that exceeds
-            its stage's median most, that rank's seconds per step, and the median.
+            Values for metrics.jsonl, and lines that name the stragglers, at most four for each of the two times. The
+            values for each time are: the rank that exceeds its stage's median most, that rank's seconds per step, and
+            the median.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])

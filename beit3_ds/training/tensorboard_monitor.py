@@ -13,7 +13,7 @@ from beit3_ds.retrying.file import RetryingFile
 
 
 class TensorBoardMonitor:
-    """Appends figures (named numbers such as losses) to a TensorBoard event file."""
+    """Appends logged values, such as losses, to a TensorBoard event file."""
 
     def __init__(self, summary_writer: Any, report: Callable[[str], None]) -> None:
         """Closes DeepSpeed's writer, and continues the event file of that writer.
