@@ -10,7 +10,7 @@
     num_vision_language_layers   more: each new expert is a copy of its block's vision expert, because most rows
                                  of a pair are image rows
                                  fewer: the surplus experts are dropped
-    final_norm                   false: the norm is dropped, as in the reference's VQAv2 and ImageNet models
+    final_norm                   false: the norm is dropped, as in the released VQAv2 and ImageNet models
                                  true: the norm gets initial values if the weights have none
     inputs                       fewer: tensors that the remaining inputs do not need are not read
                                  more: the weights must contain the tensors that the added inputs need

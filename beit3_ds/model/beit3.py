@@ -96,7 +96,7 @@ class BEiT3(nn.Module):
         ignored unless the class has this head. A head or final norm that the file lacks gets initial values, and a
         warning lists its parameters.
 
-        From `image_size` on, arguments replace stored settings; None keeps the stored setting (`model.adaptation`).
+        The arguments after `device` replace stored settings; None keeps the stored setting (`model.adaptation`).
 
         Args:
             path: .safetensors file or folder that `beit3 export` or `beit3 import` wrote.
@@ -193,9 +193,9 @@ class BEiT3(nn.Module):
             layers: layers to run; None runs all layers.
 
         Returns:
-            This rank's rows of the residual stream, (T, D). If the last layer is run, the rows after the final norm
-            instead, on every tensor-parallel rank: all rows, (T, D), or the rows in `PackedBatch.head_rows`, (M, D), if
-            the batch sets it.
+            This rank's rows of the residual stream, (T, D). If the last layer is run, every tensor-parallel rank
+            returns rows after the final norm instead. These are the rows in `PackedBatch.head_rows`, (M, D), or all
+            rows, (T, D), if the batch does not set `head_rows`.
         """
         layers = layers or self.all_layers
         if layers.start == 0:
@@ -217,8 +217,9 @@ class BEiT3(nn.Module):
         return stream_dtype(dtype) if self.fp32_residual_connection else dtype
 
     def tie_word_embeddings(self) -> None:
-        """Does nothing, because the backbone has no head. `TaskModel` overrides it to share the word table with its
-        head.
+        """Does nothing, because the backbone has no head.
+
+        `TaskModel` overrides this method to make the word table the weight of the head.
         """
 
     def _run_block(self, block: nn.Module, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool) -> Tensor:

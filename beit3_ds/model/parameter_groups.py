@@ -34,9 +34,9 @@ class ParameterGroup(NamedTuple):
 def decays(name: str) -> bool:
     """Returns whether weight decay applies to a parameter, given its logical name.
 
-    Weight decay applies to all parameters except biases, norms, learned factors, and embeddings of positions, levels,
-    CLS, mask tokens and segmentation queries. The rule uses names instead of shapes, because ZeRO-3 changes the shapes
-    of partitioned parameters.
+    Weight decay does not apply to biases, norms and learned factors. Nor does it apply to embeddings of positions,
+    levels, CLS, mask tokens and segmentation queries. The rule uses names instead of shapes, because ZeRO-3 changes the
+    shapes of partitioned parameters.
     """
     return not _NO_DECAY.search(name)
 
@@ -44,8 +44,8 @@ def decays(name: str) -> bool:
 def layer_number(name: str, num_layers: int) -> int:
     """Returns the layer number of a parameter for layer-wise learning-rate decay.
 
-    As in the reference, the embeddings are layer 0, and block i is layer i + 1. The final norm and the head are layer
-    `num_layers` + 1.
+    As in BEiT-3's released code, the embeddings are layer 0, and block i is layer i + 1. The final norm and the head
+    are layer `num_layers` + 1.
 
     Args:
         name: logical name, such as `blocks.3.ffn.fc2.weight_vision`.

@@ -62,10 +62,10 @@ class StageModel(nn.Module, ABC):
 
     @property
     def owned_table(self) -> nn.Parameter | None:
-        """Returns the tied word table if this stage holds the embeddings, and None otherwise."""
+        """Returns the word embedding if it is tied to the head's weight and on this stage, and None otherwise."""
         return None
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Returns the layer of the head whose weight is the tied word table, or None if this stage has none."""
+        """Returns the layer of the head whose weight is the tied word embedding, or None if this stage has none."""
         return None

@@ -23,9 +23,7 @@ class Head(nn.Module, ABC):
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Returns the layer that predicts words, whose weight may be tied to the word embedding, or None if there is
-        none.
-        """
+        """Returns the layer that predicts words, or None. Its weight may be tied to the word embedding."""
         return None
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:

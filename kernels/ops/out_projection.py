@@ -97,10 +97,7 @@ _MATMUL_ROWS = 2048
 
 
 class _Parameters(NamedTuple):
-    """Holds the parameters of one call, one tensor per expert in each tuple.
-
-    A tuple is empty if the op has no such parameter.
-    """
+    """Holds the parameters of one call: one tensor per expert, or none if the op has no such parameter."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]

@@ -11,7 +11,7 @@ def to_canvas(x_TD: Tensor, grids: Grids, window_size: int) -> Tensor:
     """Returns the feature map of each image, (B, D, H, W); cells outside an image's grid are zero.
 
     Args:
-        x_TD: rows of the patches of all images, in window order.
+        x_TD: rows of the patches of all images, ordered window by window (`patch_grids`).
         grids: rows and columns of each image's patch grid. H and W are the largest numbers of rows and columns.
         window_size: `ModelConfig.dense.window_size`, which determines the order of the rows.
     """
@@ -23,7 +23,7 @@ def to_canvas(x_TD: Tensor, grids: Grids, window_size: int) -> Tensor:
 
 
 def from_canvas(maps_BDHW: Tensor, grids: Grids, window_size: int) -> Tensor:
-    """Returns the rows of the patches of all images in window order, (T, D); inverse of `to_canvas`."""
+    """Returns the rows of the patches of all images, (T, D), ordered window by window; inverse of `to_canvas`."""
     places = patch_places(grids, window_size, maps_BDHW.device)
     height, width = maps_BDHW.shape[2:]
     index_T = (places.image_T * height + places.row_T) * width + places.column_T

@@ -1,4 +1,4 @@
-"""Embeds the patches of images of any size, in window order."""
+"""Embeds the patches of images of any size, ordered window by window."""
 
 # T patches of all images, B images, H and W pixels of the padded images, P values per patch, D hidden,
 # S patches per side of a grid of positions.

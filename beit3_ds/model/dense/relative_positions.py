@@ -115,8 +115,9 @@ def wide_head_size(head_size: int, extents: tuple[int, int]) -> int:
 
 
 def covered_extent(config: ModelConfig, layer: int) -> int:
-    """Returns the side, in patches, of the window or image that the relative positions of block `layer` (0-based)
-    cover.
+    """Returns the side of the area that the relative positions of block `layer` (from 0) cover, in patches.
+
+    The area is a window, or the whole image if the block has no windows.
     """
     return config.block_window(layer) or config.grid_size
 
@@ -131,9 +132,8 @@ class _AxisPlaces(NamedTuple):
     """Holds the positions of patches along one axis (rows or columns) as table indices and one-hot vectors."""
 
     entries_TA: Tensor
-    """Index of a table entry for each patch and each position along the axis, (T, A) int64. The entry belongs to the
-    distance from the patch to the position. Indices count the rows of the original table and its resampled copies, one
-    after the other."""
+    """Index of the table entry for the distance from each patch to each position along the axis, (T, A) int64. Indices
+    count the rows of the original table first, then those of each resampled copy."""
     one_hot_TA: Tensor
     """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
     larger: tuple[int, ...]

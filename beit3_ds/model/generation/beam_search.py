@@ -1,4 +1,4 @@
-"""Finds likely captions of images by beam search, like the reference's captioning.
+"""Finds likely captions of images by beam search, like the captioning of BEiT-3's released code.
 
 A sequence consists of BOS, words, and a mask token at which the model predicts the next word. The score of a caption is
 the summed log-probability of its words and EOS, divided by length ** length_penalty. The length counts BOS, the words
@@ -19,7 +19,7 @@ from beit3_ds.model.generation.decoder import CaptionDecoder
 from beit3_ds.model.task_model import TaskModel
 
 _CANDIDATES_PER_BEAM = 3
-"""Number of candidate words per beam and step, as in the reference."""
+"""Number of candidate words per beam and step, as in BEiT-3's released code."""
 
 
 class SpecialIds(Protocol):
@@ -40,7 +40,7 @@ class SpecialIds(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearch:
-    """Configures the beam search; the defaults are the reference's captioning settings."""
+    """Configures the beam search. The defaults are the captioning settings of BEiT-3's released code."""
 
     num_beams: int = 3
     """Number of unfinished captions to keep per image; 1 is greedy search."""
@@ -76,7 +76,7 @@ def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamS
     Args:
         model: model with all layers and a head that predicts words, in evaluation mode; must accept pairs.
         pixels: images, (images, 3, image_size, image_size) in [-1, 1], on the model's device.
-        tokens: ids of the special tokens, such as a `TextTokenizer`.
+        tokens: object with the ids of the special tokens, for example a `TextTokenizer`.
         search: settings of the beam search; None uses `BeamSearch()`.
 
     Raises:

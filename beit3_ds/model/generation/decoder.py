@@ -92,8 +92,8 @@ class CaptionDecoder:
         """Keeps the cached keys and values of the images in `order`, and drops the other images. Call `select` next.
 
         Args:
-            order: index of the image to keep at each position. All kept images stay at their position, except images
-                from the end (index at least len(order)), which fill the positions of dropped images.
+            order: index of the image to keep, for each new position. Images with an index below len(order) must keep
+                their position. Images with a larger index fill the positions of dropped images.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):

@@ -1,4 +1,4 @@
-"""Implements ViT-Adapter: a spatial prior, interactions with the ViT, and four output maps (section 3.2)."""
+"""Implements ViT-Adapter (arXiv:2205.08534): a spatial prior, interactions with the ViT, and four output maps."""
 
 # B images, N patches, L rows of the spatial pyramid, D hidden, E extractors.
 

@@ -1,4 +1,4 @@
-"""Implements the injectors and extractors of a ViT-Adapter (section 3.4)."""
+"""Implements the injectors and extractors of a ViT-Adapter (arXiv:2205.08534, section 3.4)."""
 
 # B images, N patches, L rows of the spatial pyramid, D hidden, F hidden width of the FFN.
 

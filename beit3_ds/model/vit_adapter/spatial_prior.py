@@ -1,4 +1,4 @@
-"""Implements the spatial prior of a ViT-Adapter, a convolutional network on the image (section 3.3)."""
+"""Implements the spatial prior of a ViT-Adapter (arXiv:2205.08534, section 3.3): a convolutional network."""
 
 # B images, D hidden, L rows of the three coarser maps.
 
