@@ -164,7 +164,7 @@ def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 def draw_statement(rng: random.Random) -> Statement:
-    """Draws a random statement about two images; half of the statements depend on both images."""
+    """Draws a random statement about two images. On average, half of the statements depend on both images."""
     if rng.random() < 0.5:
         color, shape, words = rng.choice(list(COLORS)), "", "something {}"
     else:

@@ -43,10 +43,9 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
 
     Args:
         folder: folder to write to; it is created if missing, and existing files are replaced.
-        num_train: number of training scenes, of training statements (with two pairs of images each), and of training
-            images for each other task.
-        num_validation: number of validation scenes, of validation statements, and of validation images for each other
-            task.
+        num_train: number of training scenes, number of training statements, and number of training images for each
+            other task. Each statement has two pairs of images.
+        num_validation: the same numbers for validation.
         seed: seed of all random draws.
         size: side of square images in pixels, and shorter side of images with label maps. The longer side of images
             with boxes has twice this length.

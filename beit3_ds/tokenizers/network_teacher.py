@@ -19,7 +19,7 @@ _PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch", "transformers": "tr
 
 @dataclass(frozen=True, kw_only=True)
 class _Network:
-    """A frozen network with a function that computes patch features, and the normalisation of its input."""
+    """Holds a frozen network, a function that computes its patch features, and the mean and std of its input."""
 
     module: nn.Module
     patch_features: Callable[[Tensor], Tensor]
@@ -79,8 +79,8 @@ def load_network_teacher(config: TeacherConfig, grid_size: int, device: torch.de
       network, they are the output of stage `teacher_stage`.
     * `open_clip:NAME/TAG`: the features are the image encoder's patch tokens, projected into the space of the image and
       text embeddings, as BEiT v2 does with CLIP. A local file in `teacher_weights` replaces TAG.
-    * `transformers:NAME`: the features are the patch tokens of the last layer; those of CLIP are projected. NAME may be
-      a local folder.
+    * `transformers:NAME`: the features are the patch tokens of the last layer. For CLIP, the tokens are also normalised
+      and projected. NAME may be a local folder.
 
     Args:
         config: settings of the teacher.

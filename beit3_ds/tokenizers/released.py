@@ -29,9 +29,9 @@ def import_released_tokenizer(
     Args:
         source: path of the released .pth file, which is read with `weights_only`.
         target: path where the tokenizer will be saved; stored in the tokenizer's config.
-        image_size: side in pixels of the tokenizer's view; None keeps the file's 224. Position embeddings are
-            interpolated to this size. For example, a model with 14 px patches and 224 px images has a 16 x 16 grid, so
-            the tokenizer needs 256.
+        image_size: side in pixels of the images that the tokenizer gets; None keeps the file's 224. Position embeddings
+            are interpolated to this size. For example, a model with 14 px patches and 224 px images has a 16 x 16 grid.
+            The tokenizer has 16 px patches and therefore needs 256 px images.
         teacher: name of the teacher in the tokenizer's description; the default is the teacher of the `_clip` files.
 
     Raises:
@@ -59,7 +59,7 @@ def convert_released_state(
     Args:
         released: tensors of the released file, by name.
         target: path where the tokenizer will be saved.
-        image_size: side in pixels of the tokenizer's view; None keeps the size of the released tokenizer.
+        image_size: side in pixels of the images that the tokenizer gets; None keeps the size of the released tokenizer.
 
     Returns:
         The tokenizer's config and state dict.

@@ -35,13 +35,13 @@ class WordBorders(NamedTuple):
     If the model writes white space before words, also true for pieces with leading white space.
     """
     ends: NDArray[np.bool_]
-    """Whether a word starts after each id, (vocab_size,). True for BOS, padding and EOS.
+    """Whether each id ends a word; the next id then starts one, (vocab_size,). True for BOS, padding and EOS.
 
     If the model writes white space after words, also true for pieces with trailing white space.
     """
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Returns whether each id of a sequence starts a word, (ids,); includes ids that follow the end of a word.
+        """Returns whether each id of a sequence starts a word, (ids,). Also true for an id after the end of a word.
 
         Args:
             ids: consecutive token ids, (ids,).

@@ -139,7 +139,10 @@ def _unwritable(out: Path, error: OSError) -> ConfigError:
 
 
 def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
-    """Returns instructions for loading exported weights; names the inputs for which the loaded model is exact."""
+    """Returns instructions for loading exported weights.
+
+    If the loaded model is exact only for some inputs, the text names these inputs.
+    """
     if format == "beit3":
         return f"Load it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":
@@ -197,7 +200,7 @@ def is_own_export(file: Path) -> bool:
 
 
 def _holds_note(file: Path) -> bool:
-    """Returns whether a torch file contains an export note; searches the pickled bytes without unpickling them."""
+    """Returns whether a torch file contains `NOTE_KEY`, by searching the pickled bytes without unpickling them."""
     with zipfile.ZipFile(file) as archive:
         return any(
             member.filename.endswith("/data.pkl")
@@ -243,7 +246,7 @@ def _call_arguments(arguments: dict[str, Any]) -> str:
 
 
 def _metadata(reader: WeightReader, format: ExportFormat) -> dict[str, str]:
-    """Returns the metadata to store in the file; this program needs them to load the exported weights."""
+    """Returns the metadata to store in the file, such as the model's configuration."""
     if format == "beit3":
         return weights_metadata(reader.model, reader.step, reader.task)
     task = None if reader.task is None else dict(reader.task)

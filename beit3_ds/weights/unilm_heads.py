@@ -19,12 +19,13 @@ from beit3_ds.tasks.vqa.head import AnswerHead
 LOG_SCALE_KEY = "logit_scale"
 """Key of unilm's scalar parameter: the logarithm of the similarity scale.
 
-This project's parameter is that logarithm minus the logarithm's initial value.
+This project's parameter `LOG_SCALE` is the difference of this logarithm from its initial value.
 """
 LOG_SCALE = "heads.temperature.bias"
 """Name of this project's temperature parameter."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
-"""Names of head tensors whose original values an import also keeps, so that an export is bitwise equal to the file."""
+"""Names of head tensors that an import also keeps unconverted, so that an export is bitwise equal to the original file.
+"""
 
 HeadBuilder = Callable[[ModelConfig, Any], Head]
 """Function that builds a head from the model's config and the tensor-parallel group."""
