@@ -63,7 +63,7 @@ class Evaluator(Protocol):
 
         `RankTask.prepare` has not been applied to the batches. All ranks get the same number of batches, so some may be
         empty. Each iteration starts worker processes and reads the samples again. `SampleResults` identifies a sample
-        by its index in the stream (`SampleKey.index`).
+        by its index in the split (`SampleKey.index`).
         """
 
     @property
@@ -85,7 +85,7 @@ class Evaluator(Protocol):
 
 
 class Figures(NamedTuple):
-    """Holds figures that a task adds to a progress report."""
+    """Holds values that a task adds to a progress report, such as the usage of codes."""
 
     values: Mapping[str, int | float] = {}
     """Values by name for the record in `metrics.jsonl`; equal on all ranks."""
@@ -128,11 +128,12 @@ class RankTask:
         Args:
             config: the run's configuration.
             share: describes the samples that the rank reads.
-            build_streams: opens the streams of a split. The order of the streams is the order of their rows in a batch.
+            build_streams: opens the samples of a split, by kind ("images", "pairs" or "texts"). The order of the
+                returned kinds is the order of their samples in a batch.
             pack: packs prepared samples into a micro-batch.
             views: which views of each image a batch contains: for the "model", for the visual "tokenizer", or "both".
             validation_loss: True computes the mean of each term over at most `TrainingConfig.loss_samples` samples per
-                stream, which stay in memory. False lets `evaluate` read all samples of a split.
+                kind, which stay in memory. False lets `evaluate` read all samples of a split.
             fields: values of further fields of the class.
 
         Raises:
@@ -206,7 +207,7 @@ class RankTask:
         """
 
     def figures(self) -> Figures:
-        """Returns the task's figures since the last progress report; all ranks call it."""
+        """Returns the task's own values and lines for the next progress report; all ranks call it."""
         return Figures()
 
     def write_results(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:

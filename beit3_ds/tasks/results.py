@@ -13,7 +13,7 @@ Rows = Tensor | Sequence[str]
 
 
 class SampleResults:
-    """Collects one row of results per sample; a sample is identified by its index in the stream.
+    """Collects one row of results per sample; a sample is identified by its index in the split.
 
     Every rank adds the rows of its own batches. `gather` returns all rows on the main rank, sorted by index. Metrics
     computed from sorted rows are bitwise equal on any number of ranks.
@@ -28,7 +28,7 @@ class SampleResults:
         """Adds the rows of a batch.
 
         Args:
-            numbers: index of each sample in the stream (`SampleKey.index`), (samples,) int64.
+            numbers: index of each sample in its split (`SampleKey.index`), (samples,) int64.
             rows: values with one row per sample, by name; every call must pass equal names.
         """
         assert all(len(values) == len(numbers) for values in rows.values()), "one row per sample"
@@ -57,17 +57,17 @@ class SampleResults:
 
 
 class GatheredResults:
-    """Holds the results of all samples, sorted by the samples' index in the stream.
+    """Holds the results of all samples, sorted by the samples' index in the split.
 
     Attributes:
-        numbers: index of each sample in the stream, ascending, (samples,) int64.
+        numbers: index of each sample in its split, ascending, (samples,) int64.
     """
 
     def __init__(self, numbers: Tensor, rows: Mapping[str, Rows]) -> None:
         """Stores the rows after checking that no sample has two rows.
 
         Args:
-            numbers: index of each sample in the stream, ascending, (samples,) int64.
+            numbers: index of each sample in its split, ascending, (samples,) int64.
             rows: values with one row per sample, by name, in the order of `numbers`.
 
         Raises:

@@ -18,8 +18,8 @@ For further needs, a task uses the following:
     pooled rows                                     `PackedBatch.head_rows` selects the rows that the head reads
     causal attention within captions                `PackedBatch.causal_captions`
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
-    no text, no image, another image size           `model` in the configuration; the streams that the task opens;
-                                                    `Task.inputs` if batches contain other inputs than the streams
+    no text, no image, another image size           `model` in the configuration; the samples that the task opens;
+                                                    `Task.inputs` if batches contain other inputs than these samples
     files of its own                                `Task.formats`; `build_streams` opens the sources of these formats
     metrics that are means                          a term of weight 0, whose sum and count merge exactly over ranks
     metrics over all samples of a split             `RankTask.open(validation_loss=False)` and `RankTask.evaluate`
@@ -50,7 +50,7 @@ class Term(NamedTuple):
     name: str
     """Name of the term in logs, metrics and messages."""
     stream: str
-    """Name of the stream ("images", "pairs" or "texts") whose samples the term is computed from."""
+    """Kind of samples from which the term is computed: "images", "pairs" or "texts"."""
     title: str
     """Readable name, used as the title of plots."""
     weight: float = 1.0
@@ -94,13 +94,13 @@ class Task(ABC):
     """Reason why the task supports data parallelism only; empty if tensor and pipeline parallelism are supported too.
     """
     pairs_per_sample: ClassVar[int] = 1
-    """Number of image-text pairs per sample of the stream "pairs", for estimates of memory and traffic."""
+    """Number of image-text pairs per sample of `data.pairs`, for estimates of memory and traffic."""
     causal_captions: ClassVar[bool] = False
     """Whether each word of a caption attends only to the words before it (`PackedBatch.causal_captions`)."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
-    """Source formats that each stream accepts, by stream name; a stream without an entry accepts no sources. A source
-    of images or pairs may omit its format if the stream accepts one of `IMAGE_FORMATS`. A source of texts may omit its
-    format if the tuple of "texts" is empty."""
+    """Source formats that the task accepts, by kind of samples ("images", "pairs" or "texts"). A kind without an entry
+    accepts no sources. A source of images or pairs may omit its format if the task accepts one of `IMAGE_FORMATS` for
+    this kind. A source of texts may omit its format if the entry "texts" is empty."""
     headline: ClassVar[Headline | None] = None
     """Metric of `RankTask.evaluate` for comparing checkpoints; None if `evaluate` returns no metrics."""
 
@@ -138,10 +138,10 @@ class Task(ABC):
 
     @property
     def inputs(self) -> tuple[InputKind, ...]:
-        """Returns the kinds of input ("images", "pairs", "texts") in the task's batches; by default, the run's streams.
+        """Returns the kinds of input ("images", "pairs", "texts") in the task's batches.
 
-        `Task.__init__` reads this property before a subclass's constructor continues. An override may therefore use
-        only `config` and `settings`.
+        By default, these are the kinds of samples in the section "data". `Task.__init__` reads this property before a
+        subclass's constructor continues. An override may therefore use only `config` and `settings`.
         """
         streams = self.config.data.streams()
         return tuple(kind for kind in INPUT_KINDS if streams[kind].is_used)
@@ -290,10 +290,10 @@ class Task(ABC):
 
 
 def _check_formats(config: RunConfig, formats: Mapping[str, Sequence[str]]) -> None:
-    """Checks that each stream accepts the formats of its sources.
+    """Checks that the task accepts the formats of all sources.
 
     Raises:
-        ConfigError: if a stream does not accept a source; the message lists the accepted formats.
+        ConfigError: if the task does not accept a source; the message lists the accepted formats.
     """
     taken = {name: [*stream, *_implied_format(name, stream)] for name, stream in formats.items()}
     for name, stream in config.data.streams().items():

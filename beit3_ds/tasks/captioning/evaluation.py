@@ -28,7 +28,7 @@ RESULTS, PAGE = "captions.json", "captions.html"
 
 
 def describe_missing_generation(evaluator: Evaluator) -> str:
-    """Returns why the layout of ranks does not allow generation of captions; empty if generation is possible."""
+    """Returns why captions cannot be generated with this layout of ranks; empty if generation is possible."""
     mesh, model = evaluator.mesh, evaluator.model
     if mesh.pipeline.size > 1:
         return "pipeline stages divide the model"

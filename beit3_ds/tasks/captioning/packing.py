@@ -16,7 +16,7 @@ from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.samples import CaptionSample
 
 NUMBERS = "sample_numbers"
-"""Key in `PackedBatch.targets`: index of each sample in the stream, (samples,) int64."""
+"""Key in `PackedBatch.targets`: index of each sample in its split, (samples,) int64."""
 NUM_MASKED = "num_masked"
 """Key in `PackedBatch.targets`: number of masked tokens of each caption, (captions,) int64."""
 

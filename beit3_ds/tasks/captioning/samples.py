@@ -30,7 +30,7 @@ class CaptionSample:
     name: str
     """File of the sample and the sample's name in the file, for messages."""
     number: int
-    """Index of the sample in the stream, from 0."""
+    """Index of the sample in its split, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
@@ -85,7 +85,7 @@ class CaptionSamples(CaptionedSamples):
 
 
 def build_stream(config: RunConfig, tokenizer: TextTokenizer, mask_ratio: float, split: Split) -> dict[str, Stream]:
-    """Opens the images and captions of a split as the stream "pairs"; returns no stream for a split without sources.
+    """Opens the images and captions of a split, as {"pairs": samples}; empty for a split without sources.
 
     Training images are augmented. Images of other splits are resized without cropping.
 

@@ -118,7 +118,8 @@ class LargeScaleJitter:
 def visible_objects(objects: Sequence[StoredObject], size: Size, window: Window, *, with_masks: bool) -> ImageObjects:
     """Returns the objects inside a window; an object cut by the window gets the box of its visible part.
 
-    The box of the visible part follows the mask if there are masks, otherwise the clipped box is used.
+    With masks, this box encloses the visible part of the mask. Without masks, the object's box is clipped to the
+    window.
 
     Args:
         objects: all objects of the image.

@@ -44,10 +44,10 @@ class SampledBoxes(NamedTuple):
     boxes: Tensor
     """Boxes, (N, 4) float32."""
     matches: Tensor
-    """Index of the object that each box matches, negative for background, `IGNORED` for a box that no loss counts,
-    (N,) int64."""
+    """Index of the object that each box matches, (N,) int64; `BACKGROUND` without an object, `IGNORED` for a box that
+    no loss counts."""
     num_positive: int = 0
-    """Number of positive boxes, which come first; 0 for refined boxes, whose positive ones are anywhere."""
+    """Number of boxes that match an object, which come first. 0 for refined boxes, which are not sorted."""
 
 
 class StageOutput(NamedTuple):
@@ -87,8 +87,8 @@ class BoxStage(nn.Module):
 class Cascade(nn.Module):
     """Runs three box stages; each stage refines the boxes of the previous stage.
 
-    The backward pass scales the gradient of the pooled features by 1/3. The trunk's gradient is then as large as with
-    one stage.
+    The backward pass scales the gradient of the pooled features by 1/3. The gradient of the feature pyramid is then as
+    large as with one stage.
     """
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
@@ -104,10 +104,10 @@ class Cascade(nn.Module):
         sizes: Sequence[Size],
         count: int,
     ) -> Tensor:
-        """Returns the class loss and the box loss, each summed over images and stages and divided by `count`, (2,)
-        float32.
+        """Returns the class loss and the box loss, (2,) float32, each summed over images and stages.
 
-        The divisor is constant, so the loss of an image does not depend on the other images of a batch.
+        Both losses are divided by `count`. This divisor is constant, so the loss of an image does not depend on the
+        other images of a batch.
 
         Args:
             pyramid: feature maps by stride.
@@ -129,8 +129,9 @@ class Cascade(nn.Module):
     def predict(
         self, pyramid: Pyramid, proposals: Sequence[Tensor], sizes: Sequence[Size]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Returns, per image, the refined boxes, (N, 4), and the class probabilities averaged over stages, (N, K),
-        float32.
+        """Returns the refined boxes, (N, 4), and the class probabilities, (N, K), of each image, float32.
+
+        The probabilities are means over the three stages.
 
         Args:
             pyramid: feature maps by stride.
@@ -155,9 +156,9 @@ def sample_proposals(
 ) -> SampledBoxes:
     """Samples proposals of an image for training, at most a quarter of them positive; positive ones come first.
 
-    The objects' own boxes are added to the proposals, so there are positive proposals from the first step on. Random
-    numbers belong to the anchors of the proposals. A change in the order of proposals by rounding therefore does not
-    change the sample.
+    The objects' own boxes are added to the proposals, so there are positive proposals from the first step on. The
+    random number of a proposal depends only on its anchor. The sample therefore stays the same if rounding changes the
+    order of the proposals.
 
     Args:
         proposals: proposals of the image.

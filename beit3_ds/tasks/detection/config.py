@@ -49,12 +49,13 @@ class DetectionConfig:
     suppression_sigma: Annotated[float, Range(0, 100, above=True)] = 0.5
     """Sigma of `gaussian` suppression, which multiplies a score by exp(-IoU^2 / sigma)."""
     score_threshold: Share = 0.05
-    """A box is a detection only if its score is above this value."""
+    """A box counts as a detection only if its score is above this value."""
     max_detections: Positive = 100
     """Maximum number of detections per image; COCO's metrics count 100."""
     test_sizes: tuple[Sides, ...] = ()
-    """Sides in pixels of the squares that an evaluation resizes each image to fit. Each side gives one view of the
-    image: boxes of all views compete, and masks are averaged. Empty uses `model.image_size`."""
+    """Sides of squares in pixels. An evaluation resizes each image to fit each square, which gives one view per square.
+    The boxes of all views of an image compete, and masks are averaged. Empty uses one square with side
+    `model.image_size`."""
     test_flip: bool = False
     """Whether an evaluation also uses a horizontally flipped copy of every view."""
     shown_score: Share = 0.3

@@ -72,9 +72,9 @@ class DetectionHead(Head):
         boxes and, if masks are trained, the masks.
 
         Args:
-            h_TD: rows of the patches of all images, in window order.
-            batch: the packed micro-batch. The targets are objects, sizes and seeds of the images if `with_loss`,
-                otherwise the views of the samples.
+            h_TD: hidden states of the patches of all images, window by window (`patch_grids`).
+            batch: the packed micro-batch. For the loss, its targets contain objects, sizes and seeds of the images; for
+                detections, the views of the samples.
             with_loss: True returns loss terms, False detections.
         """
         if with_loss:

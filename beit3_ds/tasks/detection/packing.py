@@ -25,8 +25,8 @@ def pack(
 ) -> PackedBatch:
     """Packs the views of all samples into a micro-batch, in the order of the samples; there may be no samples.
 
-    Every pipeline stage that reads samples keeps the targets. By comparing targets, the stages check that they read
-    equal samples.
+    Every pipeline stage that reads samples keeps the targets. The stages compare integer targets to check that they
+    have read equal samples.
 
     Args:
         samples: prepared samples of training or of an evaluation.

@@ -32,7 +32,7 @@ class DetectionSample:
     name: str
     """Annotation file, image id and image path, for messages."""
     number: int
-    """Index of the image in the stream, from 0."""
+    """Index of the image in its split, from 0."""
     pixels: Sequence[Tensor]
     """Pixels of each view, (3, height, width) float32 in [-1, 1]; a training sample has one view."""
     seed: int = 0
@@ -175,7 +175,7 @@ def open_split(
 def build_stream(
     config: RunConfig, settings: DetectionConfig, opened: Sequence[AnnotatedObjects], split: Split
 ) -> Stream:
-    """Builds the stream of a split from its opened sources; training images are augmented."""
+    """Joins the opened sources of a split to one sequence of samples; training images are augmented."""
     jitter = None
     if split == "train":
         jitter = LargeScaleJitter(

@@ -50,7 +50,7 @@ def sample_balanced(
         is_negative_N: whether each candidate is background, (N,) bool; a candidate may be neither positive nor
             negative.
         size: maximum number of candidates to sample.
-        positive_share: maximum share of positive candidates.
+        positive_share: maximum share of positive candidates in `size`.
         ranks_N: random number of each candidate (`random_ranks`), (N,) int64.
 
     Returns:
@@ -65,6 +65,9 @@ def sample_balanced(
 
 
 def _smallest(is_wanted_N: Tensor, count: int, ranks_N: Tensor) -> Tensor:
-    """Returns the indices of at most `count` candidates, wanted ones with small ranks first."""
+    """Returns the indices of `count` candidates: wanted ones by random number, ascending, then arbitrary others.
+
+    Returns all indices if there are fewer than `count` candidates.
+    """
     ranks_N = torch.where(is_wanted_N, ranks_N, torch.iinfo(ranks_N.dtype).max)
     return ranks_N.topk(min(count, len(ranks_N)), largest=False).indices

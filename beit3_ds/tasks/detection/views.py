@@ -12,9 +12,9 @@ Size = tuple[int, int]
 """Height and width of an image in pixels, without padding."""
 
 SAMPLES = "samples"
-"""Key in `PackedBatch.host_targets`: index in the batch of each view's sample, ascending, (views,) int64."""
+"""Key in `PackedBatch.host_targets`: for each view, the index of its sample in the batch, ascending, (views,) int64."""
 NUMBERS = "numbers"
-"""Key in `PackedBatch.host_targets`: index of each sample in the stream, (samples,) int64."""
+"""Key in `PackedBatch.host_targets`: index of each sample in its split, (samples,) int64."""
 ORIGINAL_SIZES = "original sizes"
 """Key in `PackedBatch.host_targets`: height and width in pixels of each view's image before scaling, (views, 2)
 int64."""
@@ -63,7 +63,7 @@ def read_views(targets: Mapping[str, Tensor], sizes: list[Size]) -> list[View]:
     """Returns the views of a batch from its targets.
 
     Args:
-        targets: `PackedBatch.targets` of an evaluation batch.
+        targets: `PackedBatch.host_targets` of an evaluation batch.
         sizes: height and width of each view in pixels.
     """
     samples, originals, flips = (targets[name].tolist() for name in (SAMPLES, ORIGINAL_SIZES, FLIPS))

@@ -16,8 +16,7 @@ def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
     """Returns the summed cross entropy of all images of a step and the number of correct answers, (2,) float32.
 
     Only the cross entropy has a gradient. The softmax is over the classes with a text in the step. These classes must
-    include the classes of all images. If a class has several texts, the features of these texts are averaged, so each
-    class occurs once in the softmax.
+    include the classes of all images. If a class has several texts, the features of these texts are averaged.
 
     Args:
         features: features and labels of all images and texts of the step, and the scale of scores.

@@ -46,7 +46,7 @@ class ClassImage:
     name: str
     """File of the sample and the sample's name in the file, for messages."""
     number: int
-    """Index of the sample in the stream, from 0."""
+    """Index of the sample in its split, from 0."""
     view: Tensor
     """Pixels after augmentation or resizing, and after mixing, (3, image_size, image_size) float32 in [-1, 1]."""
     label: int
@@ -198,7 +198,7 @@ def build_streams(
         split: name of the split.
 
     Returns:
-        The stream "images"; for training with the head `names`, also the stream "texts" of class texts.
+        The images under "images"; for training with the head `names`, also the class texts under "texts".
 
     Raises:
         ConfigError: if a file cannot be read, or the class of an image is unknown.

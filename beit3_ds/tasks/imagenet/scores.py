@@ -24,15 +24,15 @@ NUM_SHOWN = 5
 
 
 class ClassScores(NamedTuple):
-    """Holds the classification of all images of a split, sorted by the images' index in the stream."""
+    """Holds the classification of all images of a split, sorted by the images' index in the split."""
 
     numbers: Tensor
-    """Index of each image in the stream, ascending, (images,) int64."""
+    """Index of each image in its split, ascending, (images,) int64."""
     labels: Tensor
     """True class label of each image, (images,) int64."""
     ranks: Tensor
-    """Rank of the true class of each image, from 0, (images,) int64. Of classes with equal scores, the smaller label
-    ranks first."""
+    """Rank of the true class among all classes for each image, 0 for the best score, (images,) int64. Of classes with
+    equal scores, the smaller label ranks first."""
     best: Tensor
     """Labels of the best-scored classes of each image, best first, (images, at most `NUM_SHOWN`) int64."""
     losses: Tensor
@@ -92,8 +92,8 @@ def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
 def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank: int, size: int) -> list[PackedBatch]:
     """Returns this rank's batches: batch `rank` and every `size`-th batch after it.
 
-    Empty batches are added until all ranks have the same number of batches. The batches do not depend on `size`. The
-    features computed from a batch therefore do not depend on `size` either.
+    Empty batches are added until all ranks have the same number of batches. Only whole batches are divided, so the
+    features of a batch are equal on any number of ranks.
 
     Args:
         batches: all batches.

@@ -82,7 +82,7 @@ class Imagenet(Task):
     )
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks the task's settings and the run's streams, without reading files.
+        """Checks the task's settings and the configured data sources, without reading files.
 
         Raises:
             ConfigError: if `data.texts` does not contain exactly one class file, or `data.texts.samples_per_step` does
@@ -205,7 +205,7 @@ def _check_class_source(config: RunConfig) -> None:
 
 
 def _write_answers(path: Path, scores: ClassScores, stream: Stream, classes: ClassList) -> None:
-    """Writes one JSON object per image, with its file, its true class and the best-scored classes."""
+    """Writes one JSON object per image, with the image's file, its true class and the best-scored classes."""
     keys = [found.key for found in classes]
     with atomic_write(path) as file:
         for number, label, best in zip(

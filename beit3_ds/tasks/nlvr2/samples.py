@@ -24,7 +24,7 @@ from beit3_ds.tasks.nlvr2.head import LABELS
 from beit3_ds.tokenizers.text import TextTokenizer
 
 NUMBERS = "sample_numbers"
-"""Key in `PackedBatch.targets`: index of each sample in the stream, (samples,) int64."""
+"""Key in `PackedBatch.targets`: index of each sample in its split, (samples,) int64."""
 FORMATS = ("nlvr2", "statement_lines")
 """Names of the source formats of this task: NLVR2's published files, and JSON lines."""
 
@@ -36,7 +36,7 @@ class StatementSample:
     name: str
     """File and identifier of the sample, for messages."""
     number: int
-    """Index of the sample in the stream, from 0."""
+    """Index of the sample in its split, from 0."""
     views: tuple[Tensor, Tensor]
     """Left and right image after augmentation or resizing, each (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
@@ -109,7 +109,7 @@ class StatementSamples:
 
 
 def build_stream(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> dict[str, Stream]:
-    """Opens the statements of a split as the stream "pairs"; returns no stream for a split without sources.
+    """Opens the statements of a split, as {"pairs": samples}; empty for a split without sources.
 
     Training images are augmented. Images of other splits are resized without cropping.
 

@@ -1,4 +1,4 @@
-"""Computes the loss of a predictor that knows only how frequent each id is, per loss term of pretraining."""
+"""Computes the loss of a predictor that knows only how frequent each id is, for each term of pretraining."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,7 +11,7 @@ from beit3_ds.parallel import Mesh
 from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, Encode, encode_images
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
-"""Maps the name of each loss term of pretraining to its stream, in the order of the terms."""
+"""Maps each loss term of pretraining to the kind of samples that it is computed from, in the order of the terms."""
 
 
 @torch.no_grad()
@@ -36,11 +36,11 @@ def unigram_entropies(
         model: model configuration with the vocabulary sizes.
         mesh: mesh of all ranks.
         device: device of the encoder.
-        source_names: short names of the validation sources of each stream.
+        source_names: short names of the validation sources, by kind of samples ("images", "pairs" or "texts").
 
     Returns:
-        Entropy by term name, for each term with at least one id. If the stream of a term has several sources, also the
-        entropy per source, under the name "TERM/SOURCE".
+        Entropy by term name, for each term with at least one id. If the samples of a term come from several sources,
+        also the entropy per source, under the name "TERM/SOURCE".
     """
     sizes = {"image_mim": model.visual_vocab_size, "text_mlm": model.text_vocab_size}
     sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}

@@ -12,9 +12,9 @@ class LossWeights:
     """Sets the weights of the four pretraining loss terms; each is 1 by default, because the paper gives no weights."""
 
     image_mim: Weight = 1.0
-    """Weight of the loss on masked patches of the stream "images"."""
+    """Weight of the loss on masked patches of images without text."""
     text_mlm: Weight = 1.0
-    """Weight of the loss on masked tokens of the stream "texts"."""
+    """Weight of the loss on masked tokens of texts without image."""
     pair_mim: Weight = 1.0
     """Weight of the loss on masked patches of image-text pairs."""
     pair_mlm: Weight = 1.0

@@ -91,8 +91,8 @@ def mask_words(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, word by word.
 
-    A word is a piece that starts a word and all pieces before the next start. Every EOS is a word. If a text begins
-    within a word, the rest of this word counts as a word.
+    A word begins with a piece that starts a word, and ends before the next such piece. Every EOS is a word. If a text
+    begins within a word, the rest of this word counts as a word.
 
     Words are chosen at random. Their total number of tokens is as near as possible to the number that `mask_tokens`
     predicts; the smaller total wins a tie. At least one word is chosen. If there are several words, at least one is not

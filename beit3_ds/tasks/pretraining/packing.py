@@ -48,14 +48,14 @@ class TextSample:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairSample:
-    """Holds a masked image and its masked caption."""
+    """Holds an image-text pair, both parts masked."""
 
     image: ImageSample
     caption: TextSample
 
 
 Sample = ImageSample | PairSample | TextSample
-"""A sample of any of the three streams."""
+"""A masked sample of pretraining: an image, an image-text pair or a text."""
 
 
 class ImageShape(NamedTuple):

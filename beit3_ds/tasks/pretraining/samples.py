@@ -1,4 +1,4 @@
-"""Opens the three streams of pretraining; a stream reads, crops, tokenizes and masks samples by index."""
+"""Opens the images, pairs and texts of pretraining, and reads, crops, tokenizes and masks each sample."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -139,7 +139,9 @@ class TextSamples:
 
 
 def build_streams(config: RunConfig, tokenizer: TextTokenizer | None, split: Split) -> dict[str, Stream]:
-    """Opens the streams of a split; training images are augmented, other images are cropped at the center.
+    """Opens the samples of a split, by kind ("images", "pairs" or "texts").
+
+    Training images are augmented. Other images are cropped at the center.
 
     Raises:
         ConfigError: if a file is missing or cannot be read.
@@ -150,7 +152,9 @@ def build_streams(config: RunConfig, tokenizer: TextTokenizer | None, split: Spl
 
 
 def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
-    """Opens the training files of every stream that has samples in a step; images are augmented.
+    """Opens the training samples, by kind ("images", "pairs" or "texts").
+
+    Images are augmented. Kinds without samples in a step (`samples_per_step`) are left out.
 
     Raises:
         ConfigError: if a file is missing or cannot be read.
@@ -168,7 +172,9 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> d
 def build_evaluation_streams(
     config: RunConfig, tokenizer: TextTokenizer | None, split: Split = "validation"
 ) -> dict[str, Stream]:
-    """Opens the validation or test files of every stream that has such files; images are cropped at the center.
+    """Opens the validation or test samples, by kind ("images", "pairs" or "texts").
+
+    Images are cropped at the center. Kinds without files are left out.
 
     Raises:
         ConfigError: if a file is missing or cannot be read.

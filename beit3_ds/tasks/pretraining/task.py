@@ -33,7 +33,7 @@ class PretrainingRankTask(RankTask):
     model: ModelConfig
     """Model configuration with the vocabulary sizes."""
     validation_sources: Mapping[str, Sequence[str]]
-    """Short names of the validation sources of each stream."""
+    """Short names of the validation sources, by kind of samples ("images", "pairs" or "texts")."""
     text_tokenizer: TextTokenizer | None
     """Text tokenizer; None in a run without texts and pairs."""
     encoder: CodeEncoder | None
@@ -106,7 +106,7 @@ class Pretraining(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the four loss terms: masked patches of images, texts' tokens, pairs' patches and captions' tokens."""
+        """Returns the four loss terms: patches of images, tokens of texts, patches of pairs and tokens of captions."""
         return self._terms
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> MaskedModelingHeads:

@@ -31,7 +31,7 @@ def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor
     recomputed in the backward pass, so memory grows linearly with the number of pairs.
 
     Args:
-        features: normalised features of images and, in the same order, of their captions, and the scale of scores.
+        features: normalised features of images and captions, and the scale of scores. Image i belongs to caption i.
         mask_duplicates: whether pairs with the same image or the same caption are excluded as negatives of each other.
     """
     image_ND, text_ND = features.rows[IMAGE_FEATURES], features.rows[TEXT_FEATURES]

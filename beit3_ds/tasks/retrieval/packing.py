@@ -13,10 +13,10 @@ from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
 from beit3_ds.tasks.retrieval.samples import RetrievalSample
 
 IMAGE_NUMBERS = "image_number"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows`: index of each image in the stream, (images,) int64."""
+"""Key in `PackedBatch.targets` and `StepFeatures.rows`: index of each image in its split, (images,) int64."""
 TEXT_NUMBERS = "text_number"
 """Key in `PackedBatch.targets` and `StepFeatures.rows`: number of each caption, (captions,) int64. The number is
-`MOST_CAPTIONS` times the image's index in the stream, plus the caption's index among the image's captions."""
+`MOST_CAPTIONS` times the image's index in its split, plus the caption's index among the image's captions."""
 MOST_CAPTIONS = 1 << 20
 """Maximum number of captions per image; a factor in the numbers of captions (`TEXT_NUMBERS`)."""
 NUM_TERMS = 4

@@ -39,7 +39,7 @@ class Retrieved:
         """Computes the rank of the best right caption of each image, and of the right image of each caption.
 
         Args:
-            image_numbers: index of each image in the stream, ascending, (images,) int64.
+            image_numbers: index of each image in its split, ascending, (images,) int64.
             image_ID: features of images, (images, features).
             text_numbers: number of each caption (`packing.TEXT_NUMBERS`), ascending, (captions,) int64.
             text_XD: features of captions, (captions, features).

@@ -35,7 +35,7 @@ class RetrievalSample:
     name: str
     """File of the sample and the sample's name in the file, for messages."""
     number: int
-    """Index of the sample in the stream, from 0."""
+    """Index of the sample in its split, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     texts: tuple[NDArray[np.int64], ...]
@@ -57,7 +57,8 @@ class RetrievalSamples(CaptionedSamples):
     length: int
     """Maximum number of tokens per caption, with BOS and EOS; longer captions are cut off."""
     draws_caption: bool
-    """True gives each sample one caption, which the epoch selects (`caption_of_epoch`); False gives it all captions."""
+    """True gives each sample one caption, which depends on the epoch (`caption_of_epoch`). False gives each sample all
+    captions of its image."""
 
     def prepare(self, index: int, key: SampleKey) -> RetrievalSample:
         """Reads sample `index` of the source; `key` determines the caption and seeds the augmentation.
@@ -124,7 +125,10 @@ def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
 
 
 def build_stream(config: RunConfig, sources: Sequence[ImageSource], tokenizer: TextTokenizer, split: Split) -> Stream:
-    """Builds the stream of a split; a sample is an image with one caption in training, otherwise with all captions."""
+    """Joins the sources of a split to one sequence of samples.
+
+    A sample is an image with one caption in training, and with all captions otherwise.
+    """
     data, is_training = config.data, split == "train"
     return Stream(
         ConcatSources(

@@ -56,7 +56,8 @@ class SegmentationConfig:
     """Text file with one class name per line, or a table like ADE20K's objectInfo150.txt. Empty uses the
     objectInfo150.txt of an `ade20k` source; if no source has this file, classes are named by numbers."""
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
-    """Sizes of the ViT-Adapter. With null, a simple feature pyramid on the trunk's output replaces the adapter."""
+    """Sizes of the ViT-Adapter. With null, the head has a simple feature pyramid instead, built from the output of
+    BEiT-3."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """Sizes of Mask2Former's pixel decoder and query decoder."""
     class_weight: Annotated[float, Range(0, 100)] = 2.0

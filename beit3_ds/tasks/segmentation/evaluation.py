@@ -24,7 +24,7 @@ class ShownImage(NamedTuple):
     """Holds an image of a result page with true and predicted classes."""
 
     number: int
-    """Index of the image in the stream."""
+    """Index of the image in its split."""
     pixels: Tensor
     """Pixels, (3, height, width) uint8."""
     truth: Tensor
@@ -44,7 +44,7 @@ class SegmentedImages:
     shown: list[ShownImage] = field(default_factory=list)
     """Images for the result page."""
     label_maps: list[tuple[int, Tensor]] = field(default_factory=list)
-    """For each image, the index in the stream and the predicted label map as PNG bytes (uint8); empty without result
+    """For each image, the index in the split and the predicted label map as PNG bytes (uint8); empty without result
     files."""
 
     def add(self, image: WholeImage, predicted: Tensor) -> None:

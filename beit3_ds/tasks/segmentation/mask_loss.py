@@ -16,7 +16,7 @@ NO_OBJECT_WEIGHT = 0.1
 """Weight of a query without a target mask in the class term; a query with a target mask has weight 1 (as in
 Mask2Former)."""
 QUERY_UNITS = 10
-"""Weight in `TermCounts.classes` of a query that is matched with a target mask; an unmatched query has weight 1."""
+"""Weight, in `TermCounts.classes`, of a query that is matched with a target mask. An unmatched query has weight 1."""
 
 
 class TermCounts(NamedTuple):
@@ -94,7 +94,8 @@ class MaskLoss:
 class _DeviceMatcher(nn.Module):
     """Copies the indices of the matched queries and masks to the device through pinned memory.
 
-    Transformers' matcher returns them in host memory, and each use of such an index on a device waits.
+    The matcher of transformers returns the indices in host memory. Without the copy, each use of an index on the device
+    would make the host wait.
     """
 
     def __init__(self, matcher: nn.Module, device: torch.device) -> None:

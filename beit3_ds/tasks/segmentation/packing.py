@@ -30,8 +30,8 @@ DROP_PATH = "extractor factors"
 NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
 """Keys in `PackedBatch.targets` for whole images.
 
-`NUMBERS` is the index in the stream, (B,) int64. `SIZES` is height and width, (B, 2) int64. `PIXELS` and `TRUTH` are
-the pixels and the classes of all images, each flattened to one uint8 vector.
+`NUMBERS` is the index in the split, (B,) int64. `SIZES` is height and width, (B, 2) int64. `PIXELS` and `TRUTH` are the
+pixels and the classes of all images, each flattened to one uint8 vector.
 """
 
 
@@ -91,7 +91,7 @@ def pack_windows(windows: Sequence[Tensor], patch_size: int) -> PackedBatch:
 
 
 def label_targets(labels_BHW: NDArray[np.uint8], seeds: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the targets and the host targets of the loss.
+    """Returns the targets and the host targets of the loss (`PackedBatch.targets` and `host_targets`).
 
     Args:
         labels_BHW: class of each pixel of the crops, `IGNORED` where unknown.

@@ -20,7 +20,7 @@ _EXTENSION = ".png"
 
 
 def score_folder(path: str, sources: Sequence[LabelMaps], num_classes: int) -> Confusion:
-    """Counts the pixels of predicted label maps against the label maps of a split.
+    """Compares predicted label maps with those of a split, and counts pixels by true and predicted class.
 
     A prediction is `NAME.png` for the image `NAME.jpg`, with one byte per pixel: class + 1, as in the folder
     `predictions` of an evaluation.
@@ -61,7 +61,11 @@ def _score_image(folder: Folder, source: LabelMaps, index: int, num_classes: int
 
 
 def _classes(values: NDArray[np.uint8], num_classes: int) -> NDArray[np.uint8]:
-    """Returns the class of each pixel of a prediction."""
+    """Returns the class of each pixel of a prediction, which is its value - 1.
+
+    Raises:
+        ValueError: if a value is not between 1 and `num_classes`.
+    """
     beyond = (values < 1) | (values > num_classes)
     if beyond.any():
         row, column = (int(place[0]) for place in np.nonzero(beyond))

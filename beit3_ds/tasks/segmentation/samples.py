@@ -42,7 +42,7 @@ class WholeImage(NamedTuple):
     name: str
     """Path of the image file, for messages."""
     number: int
-    """Index of the image in the stream."""
+    """Index of the image in its split."""
     pixels: Tensor
     """Pixels, (3, height, width) uint8."""
     labels: Tensor
@@ -125,7 +125,7 @@ def build_streams(
         split: name of the split; images of "test" need no label maps.
 
     Returns:
-        The stream "images"; empty if the split has no sources.
+        The samples, under the key "images"; empty if the split has no sources.
 
     Raises:
         ConfigError: if a folder cannot be read, label maps are missing, or an image or label map has a wrong size.

@@ -52,7 +52,7 @@ def build_streams(config: RunConfig, split: Split) -> dict[str, Stream]:
 
 
 def open_views(config: RunConfig, sources: Sequence[SourceConfig], views: ViewTransform) -> Stream:
-    """Opens several sources of images as one stream; captions of image-text pairs are ignored.
+    """Opens several sources of images as one sequence of samples; captions of image-text pairs are ignored.
 
     Raises:
         ConfigError: if a file is missing or cannot be read.

@@ -166,9 +166,7 @@ class VisualTokenizerTask(Task):
         self._teacher: Teacher | None = None
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the tokenizer's training settings without its training images, which may change when a run is
-        resumed.
-        """
+        """Returns the settings that a resumed run must keep: the tokenizer's training settings without the images."""
         return {key: value for key, value in self._recipe().items() if key != "images.train"}
 
     def find_result(self) -> str | None:

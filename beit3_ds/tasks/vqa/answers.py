@@ -120,7 +120,7 @@ class AnswerVocabulary:
         return hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()[:16]
 
     def targets(self, answers: Sequence[str]) -> dict[int, float]:
-        """Returns the soft score of each answer of people, by label; leaves out answers that are not in the list."""
+        """Returns the soft score of each answer that people gave, by label; ignores answers outside the list."""
         return {self.labels[answer]: score for answer, score in soft_scores(answers).items() if answer in self.labels}
 
     @classmethod

@@ -89,7 +89,7 @@ class AnsweredSplit:
     def metrics(self) -> dict[str, float]:
         """Returns the official accuracies in percent, and the means of the loss and of the target scores.
 
-        Returns an empty dictionary if a source has no answers of people.
+        Returns an empty dictionary if a source has questions without answers from people.
         """
         if not self.has_people or not len(self):
             return {}
@@ -99,8 +99,9 @@ class AnsweredSplit:
         return found | score_questions(scored)
 
     def accuracy(self, place: int) -> float | None:
-        """Returns the official accuracy of the answer to question number `place`, from 0 to 1; None without answers of
-        people.
+        """Returns the official accuracy, from 0 to 1, of the answer to question number `place`.
+
+        Returns None if the question's source has questions without answers from people.
         """
         questions, index = self.locate(place)
         return question_accuracy(questions.answers(index), self.answers[place]) if questions.has_answers else None

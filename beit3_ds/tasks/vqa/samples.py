@@ -30,7 +30,7 @@ class VqaSample(NamedTuple):
     name: str
     """File of the question and the question's number in the file, for messages."""
     number: int
-    """Index of the question in the stream, from 0."""
+    """Index of the question in its split, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
@@ -46,7 +46,7 @@ class VqaSamples:
     is_last_open: ClassVar[bool] = False
 
     questions: VqaQuestions
-    """Questions of the source, with answers of people if the split has answers."""
+    """Questions of the source, with the answers that people gave if the split has answers."""
     vocabulary: AnswerVocabulary
     """List of possible answers of the model."""
     view: PairView
@@ -132,7 +132,7 @@ def open_questions(source: SourceConfig) -> VqaQuestions:
 def build_stream(
     config: RunConfig, opened: list[VqaQuestions], vocabulary: AnswerVocabulary, tokenizer: TextTokenizer, split: Split
 ) -> Stream:
-    """Builds the stream of a split from the opened sources of questions."""
+    """Joins the opened sources of questions of a split to one sequence of samples."""
     view = build_pair_view(config, split)
     return Stream(
         ConcatSources(
