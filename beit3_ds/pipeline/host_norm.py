@@ -41,8 +41,9 @@ def keep_norm_on_host(engine: DeepSpeedEngine) -> None:
 
 
 def _mark_non_finite(norm: Tensor, device: Any = None) -> None:
-    """Replaces a non-finite norm with -1, DeepSpeed's mark of an invalid norm, without copying a constant to the
-    device.
+    """Replaces a non-finite norm with -1 in place. DeepSpeed uses -1 for an invalid norm.
+
+    Copies no constant to the device.
     """
     norm.masked_fill_(~norm.isfinite(), -1.0)
 

@@ -19,7 +19,8 @@ def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_chunk
     al., 2021, arXiv:2104.04473, section 2.2).
 
     Args:
-        num_micro_batches: number of micro-batches per step. If `num_chunks` exceeds 1, a multiple of `num_stages`.
+        num_micro_batches: number of micro-batches per step; must be a multiple of `num_stages` if `num_chunks` exceeds
+            1.
         stage: index of the stage, from 0.
         num_stages: number of pipeline stages.
         num_chunks: number of model chunks per stage.

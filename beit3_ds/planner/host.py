@@ -144,7 +144,7 @@ def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_n
 
 
 class _Kind(NamedTuple):
-    """Identifies ranks that need equal memory: same pipeline stage, and same views of images."""
+    """Identifies ranks that need equal memory: they have the same pipeline stage and read the same image sizes."""
 
     stage: int
     views: str

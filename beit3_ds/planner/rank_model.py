@@ -91,14 +91,15 @@ class RankModel:
         return self.config.options.zero_stage
 
     def zero_elements(self, key: str) -> int:
-        """Returns the value, in elements, of a key of `zero_optimization`, or DeepSpeed's default if the key is not
-        set.
+        """Returns the value of a key of `zero_optimization` in elements.
+
+        If the key is not set, returns DeepSpeed's default.
         """
         return int(self.config.options.zero.get(key, _ZERO_DEFAULTS[key]))
 
     @property
     def tied_elements(self) -> int:
-        """Returns the elements of this rank's word table if the first and last stage share it, and 0 otherwise."""
+        """Returns the number of elements in this rank's word table if two stages hold the table, else 0."""
         model = self.config.model
         if not model.has_tied_table or self.num_stages == 1:
             return 0

@@ -148,8 +148,9 @@ class Zero3Replay:
         return [module for module in modules if module is not None]
 
     def _is_input(self, module: nn.Module) -> bool:
-        """Returns whether no input of a module needs a gradient. DeepSpeed's hook after the backward pass then never
-        runs.
+        """Returns whether a module is the embeddings or one of their layers, whose inputs need no gradient.
+
+        DeepSpeed's hook after the backward pass never runs for such a module.
         """
         embeddings = self.rank_model.model.embeddings
         return embeddings is not None and module in (embeddings, *embeddings.children())

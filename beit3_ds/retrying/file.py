@@ -30,9 +30,10 @@ class RetryingFile:
         self.path, self._report, self._has_lines = path, report, has_lines
         self._missing = b""
         self._start: int | None = None
-        """Size of the file in bytes before a failed append of `_missing`, which may have written some of the bytes."""
+        """Size of the file in bytes before the first attempt to append `_missing`. A failed attempt may have appended
+        some of the bytes. None before any attempt."""
         self._replaces = False
-        """Whether `_missing` replaces the whole file instead of being appended."""
+        """Whether the unwritten bytes replace the whole file, instead of being appended."""
         self.has_failed = False
         """Whether the last write failed, so that the file is incomplete."""
 
@@ -98,7 +99,7 @@ class RetryingFile:
             os.close(descriptor)  # a network file system may report here that there was no room
 
     def _find_written(self, descriptor: int) -> int:
-        """Returns how many unwritten bytes an earlier failed attempt did write to the end of the file."""
+        """Returns how many of the bytes in `_missing` are already at the end of the file, after a failed write."""
         size = os.fstat(descriptor).st_size
         if self._start is not None and self._start <= size <= self._start + len(self._missing):
             held = os.pread(descriptor, size - self._start, self._start)

@@ -61,8 +61,9 @@ class FailureDetector:
         return None
 
     def describe_slow(self) -> list[str]:
-        """Returns one line per slow rank that other ranks wait for. A rank gets a new line whenever its delay has
-        doubled.
+        """Returns one line per slow rank that other ranks wait for.
+
+        The same rank is described again whenever its delay has doubled.
         """
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)

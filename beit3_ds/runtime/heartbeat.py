@@ -35,10 +35,11 @@ class Heartbeat(NamedTuple):
 
 
 def find_sleep(seconds: float, interval: float) -> float:
-    """Returns for how many seconds this process was suspended during a wait; 0 if the wait was not much too long.
+    """Returns for how many seconds this process was suspended during a wait.
 
-    A wait is much too long if it took more than twice `interval`. While this process was suspended, other ranks may
-    have been suspended too. So the excess seconds do not count as silence of other ranks.
+    A wait counts as interrupted if it took more than twice `interval`; otherwise the result is 0. While this process
+    was suspended, other ranks may have been suspended too. So the excess seconds do not count as silence of other
+    ranks.
 
     Args:
         seconds: measured duration of the wait.
@@ -118,8 +119,7 @@ class RankStatuses:
         ]
 
     def find_behind(self, seconds: float) -> list[int]:
-        """Returns the ranks whose main thread has made no progress for more than `seconds`, without waiting for other
-        ranks.
+        """Returns the ranks whose main thread neither waited nor made progress for more than `seconds`.
 
         The list is empty unless another rank has waited for more than half of `seconds`.
         """

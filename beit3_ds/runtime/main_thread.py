@@ -12,7 +12,7 @@ def describe_main_thread(otherwise: str) -> str:
     """Returns a text with the source line that the main thread executes, and with the file or folder that it uses.
 
     Args:
-        otherwise: text to return about the activity if the main thread uses no file or folder; empty if unknown.
+        otherwise: text to add if no file, folder or awaited object is known; may be empty.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     lines, paths, awaited = [], [], []

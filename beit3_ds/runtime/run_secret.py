@@ -9,7 +9,7 @@ from pathlib import Path
 from beit3_ds.config import ConfigError
 
 SECRET_VARIABLE = "BEIT3_SECRET_FILE"
-"""Environment variable with the secret file's path. `beit3 launch` creates a new file per attempt."""
+"""Environment variable with the secret file's path. `beit3 launch` creates a new file each time it starts the ranks."""
 SECRET_FILE = "rank_secret"
 """Name of the file in the output folder that holds the secret if `SECRET_VARIABLE` is not set."""
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
@@ -26,8 +26,8 @@ def read_secret(named: str | None, output_dir: str | None) -> bytes:
         output_dir: output folder, on storage that all hosts share.
 
     Raises:
-        ConfigError: if the two arguments are None, or if the file cannot be read or created, belongs to another user,
-            is readable by other users, or is too short.
+        ConfigError: if both arguments are None, or if the file cannot be read or created, belongs to another user, is
+            readable by other users, or is too short.
     """
     if named is None and output_dir is None:
         raise ConfigError(

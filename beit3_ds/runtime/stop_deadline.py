@@ -24,8 +24,8 @@ class StopDeadline:
     """Ends this process, from a separate thread, if the process does not end within a time limit after a stop signal.
 
     Before the first step and after the last step, the limit is `STOP_SECONDS`. During training, a rank may finish its
-    step and save. Then only waits for other ranks are limited, to `STOP_SECONDS` or to twice the longest phase so far,
-    whichever is longer. A second SIGINT ends the process within about one second.
+    step and save a checkpoint, so only waits for other ranks are limited. The limit of a wait is `STOP_SECONDS` or
+    twice the longest phase so far, whichever is longer. A second SIGINT ends the process within about one second.
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:

@@ -62,11 +62,11 @@ class StopSignals:
 
     @contextmanager
     def handling(self) -> Iterator["StopSignals"]:
-        """Records stop signals during the block, instead of ending the process. Only the main thread may enter the
-        block.
+        """Records stop signals during the block, instead of ending the process.
 
         The block also unblocks the signals. A second SIGINT raises KeyboardInterrupt. If all ranks have agreed to stop,
-        the signals are ignored after the block, because the launcher would report a late signal as a failure.
+        the signals are ignored after the block, because the launcher would report a late signal as a failure. Only the
+        main thread may enter the block.
         """
         numbers = handled_signals()
         with reading_signals(self._note):
