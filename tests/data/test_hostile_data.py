@@ -10,9 +10,14 @@ import zstandard
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_file
+from tests.hostile.annotation_files import ANNOTATIONS
 from tests.hostile.corpus import Figures, check_kind, show_figures
-from tests.hostile.data_files import KINDS
+from tests.hostile.dense_files import DENSE
+from tests.hostile.image_files import FOLDERS
+from tests.hostile.tar_files import TARS
+from tests.hostile.text_files import TEXTS
 
+KINDS = {**ANNOTATIONS, **DENSE, **FOLDERS, **TARS, **TEXTS}
 SAMPLE, ALL = 5, 100  # files per kind
 
 

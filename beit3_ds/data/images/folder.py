@@ -80,6 +80,10 @@ class ImageFolder:
         except ValueError as error:
             raise BrokenRecordError(f"{self.name(index)}: broken image: {error}") from error
 
+    def header_size(self, index: int) -> tuple[int, int] | None:
+        """Returns the width and height of an image in pixels, without decoding it; None if it cannot be read."""
+        return header_size(self._folder, self._names[index])
+
     def caption(self, index: int) -> str:
         """Returns the caption of an image, without surrounding white space.
 
@@ -166,6 +170,20 @@ def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
         StorageError: if the file system fails.
     """
     return decode_image(folder.read(name, MAX_IMAGE_BYTES), min_side)
+
+
+def header_size(folder: Folder, name: str) -> tuple[int, int] | None:
+    """Returns the width and height in the header of an image file; None if the file is not a readable image.
+
+    Opens only regular files inside the folder, because opening a pipe would wait for its other end.
+    """
+    if not folder.holds(name):
+        return None
+    try:
+        with Image.open(os.path.join(folder.path, name)) as image:
+            return image.size
+    except Exception:  # decoders raise nearly anything on corrupt bytes
+        return None
 
 
 class _Listing:

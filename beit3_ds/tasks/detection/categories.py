@@ -73,6 +73,11 @@ class Categories:
         return [{"id": category.identifier, "name": category.name} for category in self._sorted]
 
 
+def is_identifier(value: object) -> bool:
+    """Returns whether a JSON value is an id of a category, image or annotation: an integer of at most 64 bits."""
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
 def read_categories(entries: Iterable[Any], where: str) -> Categories:
     """Converts the member 'categories' of an annotation file to `Categories`.
 
@@ -87,7 +92,7 @@ def read_categories(entries: Iterable[Any], where: str) -> Categories:
     found = []
     for entry in entries:
         identifier, name = entry["id"], entry["name"]
-        if not isinstance(identifier, int) or not isinstance(name, str):
+        if not is_identifier(identifier) or not isinstance(name, str):
             raise ValueError(f"a category has no number 'id' or no text 'name': {str(entry)[:80]}")
         found.append(Category(identifier, name))
     return Categories(found, where)

@@ -31,7 +31,7 @@ from beit3_ds.data.images.annotated import describe_files
 from beit3_ds.data.images.by_name import ImagesByName
 from beit3_ds.data.images.decoding import MAX_PIXELS
 from beit3_ds.printing import printable
-from beit3_ds.tasks.detection.categories import Categories, read_categories
+from beit3_ds.tasks.detection.categories import Categories, is_identifier, read_categories
 from beit3_ds.tasks.detection.segmentations import Segmentation, parse_segmentation
 from beit3_ds.tasks.detection.views import Size
 
@@ -198,7 +198,7 @@ class _Collected:
 
     def add_image(self, entry: Any) -> None:
         identifier, path, size = entry["id"], entry["file_name"], (entry["height"], entry["width"])
-        if not isinstance(identifier, int) or not isinstance(path, str) or not all(map(_is_side, size)):
+        if not is_identifier(identifier) or not isinstance(path, str) or not all(map(_is_side, size)):
             raise ValueError(f"an image has no valid id, file_name, height and width: {str(entry)[:160]}")
         if self._places.setdefault(identifier, len(self._places)) != len(self.image_ids):
             raise ValueError(f"image id {identifier} occurs twice")
@@ -211,8 +211,8 @@ class _Collected:
 
     def add_annotation(self, entry: Any) -> None:
         identifier, image, category = entry["id"], entry["image_id"], entry["category_id"]
-        if not all(isinstance(number, int) for number in (identifier, image, category)):
-            raise ValueError(f"an annotation has no numbers id, image_id and category_id: {str(entry)[:160]}")
+        if not all(map(is_identifier, (identifier, image, category))):
+            raise ValueError(f"an annotation has no valid id, image_id and category_id: {str(entry)[:160]}")
         if image not in self._places:
             raise ValueError(f"annotation {identifier} belongs to image {image}, which 'images' does not list")
         self._seen.append(identifier)
@@ -350,8 +350,8 @@ def _ranges(ends: "array[int]") -> Tensor:
 
 
 def _is_side(value: object) -> bool:
-    return isinstance(value, int) and 0 < value < 1 << 31
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < _LARGEST  # false for NaN
+    return (type(value) is int or type(value) is float) and abs(value) < _LARGEST  # false for NaN

@@ -100,7 +100,7 @@ def _parse_run_lengths(value: dict[str, Any], size: tuple[int, int]) -> bytes:
         encoded = {"counts": counts.encode("ascii", "replace")}
         if (total := _count_pixels(encoded["counts"])) != size[0] * size[1]:
             raise ValueError(f"run lengths add up to {total}, but the image has {size[0]} x {size[1]} pixels")
-    elif isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts):
+    elif isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts):
         if sum(counts) != size[0] * size[1]:
             raise ValueError(f"run lengths add up to {sum(counts)}, but the image has {size[0]} x {size[1]} pixels")
         encoded = import_masks().frPyObjects({"size": list(size), "counts": counts}, *size)

@@ -23,7 +23,7 @@ from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.reading import read_with_retries
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, MAX_PIXELS
-from beit3_ds.data.images.folder import ImageFolder, open_folder
+from beit3_ds.data.images.folder import ImageFolder, header_size, open_folder
 from beit3_ds.data.sources import spread
 from beit3_ds.printing import printable
 from beit3_ds.tasks.segmentation.config import IGNORED
@@ -166,8 +166,8 @@ class LabelMaps:
         Raises:
             ConfigError: if the image is too small or too large, or the sizes differ.
         """
-        image_size = _header_size(os.path.join(self.images.path, self.images.relative_path(index)))
-        label_size = _header_size(self._label_path(index)) if self.has_labels(index) else None
+        image_size = self.images.header_size(index)
+        label_size = header_size(self._labels, self._label_name(index)) if self.has_labels(index) else None
         if image_size is None:
             return
         try:
@@ -281,12 +281,3 @@ def _list_names(folder: str) -> set[str]:
         return set(read_with_retries(lambda: os.listdir(folder), folder))
     except OSError:  # the folder is missing, and so are its label maps
         return set()
-
-
-def _header_size(path: str) -> tuple[int, int] | None:
-    """Returns the width and height from an image file's header; None if the file cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # reported as a broken record when the sample is read
-        return None

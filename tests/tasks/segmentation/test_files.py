@@ -1,5 +1,6 @@
 """Tests reading of images with label maps, and the errors for bad files."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,15 @@ def test_a_broken_file_is_one_broken_record(tmp_path: Path) -> None:
     _write(tmp_path, "a")
     (tmp_path / "annotations" / "training" / "a.png").write_bytes(b"no image")
     with pytest.raises(BrokenRecordError, match=r"a\.png: broken label map"):
+        _open(tmp_path).read(0)
+
+
+def test_a_pipe_is_a_broken_record_and_holds_up_no_start(tmp_path: Path) -> None:
+    _write(tmp_path, "a")
+    labels = tmp_path / "annotations" / "training" / "a.png"
+    labels.unlink()
+    os.mkfifo(labels)
+    with pytest.raises(BrokenRecordError, match=r"a\.png: broken label map: not a regular file"):
         _open(tmp_path).read(0)
 
 
