@@ -24,5 +24,9 @@ def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
 
 
 def grid_size_of(positions: Tensor) -> int:
-    """Returns the number of patches along one side of an image, g, for a position table of shape (1, 1 + g*g, D)."""
+    """Returns g, the number of patches along one side of an image.
+
+    Args:
+        positions: table of image positions, (1, 1 + g*g, D).
+    """
     return round((positions.shape[1] - 1) ** 0.5)

@@ -239,8 +239,8 @@ class RankTask:
             folder: folder for result files and pages, which only the main rank writes; None writes no files.
 
         Returns:
-            Metrics by name on the main rank; empty on other ranks, and for a split without annotations. A metric named
-            like a term replaces the validation mean of this term.
+            Metrics by name on the main rank; empty on other ranks, and for a split without annotations. If a metric has
+            the name of a term, its value replaces the term's mean over the validation samples.
         """
         return {}
 

@@ -45,10 +45,10 @@ def visual_recipe(config: RunConfig, settings: Mapping[str, Any]) -> Recipe:
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Describes the differences between two recipes as "KEY from OLD to NEW"; returns an empty string for equal
-    recipes.
+    """Describes the differences between two recipes (training settings) as "KEY from OLD to NEW".
 
-    Keys in only one recipe are ignored, because versions of this project record different keys.
+    Returns an empty string without differences. Keys in only one recipe are ignored, because versions of this project
+    record different keys.
     """
     before = {key: _plain_value(value) for key, value in before.items()}
     changed = [key for key in before if key in now and before[key] != now[key]]
@@ -56,7 +56,9 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def save_with_recipe(path: str | Path, content: bytes, recipe: Recipe) -> None:
-    """Writes a tokenizer to `path`, and its recipe to `PATH.recipe.json`; creates the folder if needed.
+    """Writes a tokenizer to `path`, and its training settings (recipe) to `PATH.recipe.json`.
+
+    Creates the folder if needed.
 
     Raises:
         OSError: if a file cannot be written; existing files are then kept.
@@ -72,16 +74,17 @@ def save_with_recipe(path: str | Path, content: bytes, recipe: Recipe) -> None:
 
 
 def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Callable[[], Recipe]) -> bool:
-    """Returns whether a tokenizer exists at `path` and was trained with the given recipe.
+    """Returns whether a tokenizer exists at `path` and was trained with the given settings (recipe).
 
     Args:
         section: section of the config, such as "tokenizers.text".
         path: path of the tokenizer.
-        recipe: recipe that the tokenizer must have.
-        read_known: function that reads a partial recipe from the tokenizer's file; used if no recipe was recorded.
+        recipe: training settings that the tokenizer must have.
+        read_known: function that reads some training settings from the tokenizer's file; used if no recipe was
+            recorded.
 
     Raises:
-        ConfigError: if the file is not a tokenizer, or the tokenizer was trained with another recipe. The message names
+        ConfigError: if the file is not a tokenizer, or the tokenizer was trained with other settings. The message names
             the differences.
     """
     if not Path(path).is_file():

@@ -54,9 +54,9 @@ class WordBorders(NamedTuple):
 class TextTokenizer:
     """Converts texts to token ids and back, with the ids of the released BEiT-3.
 
-    The first ids are `<s>` 0 (BOS, also the CLS token of a text), `<pad>` 1, `</s>` 2 (EOS) and `<unk>` 3. The id of
-    any other piece is its SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. A pickled
-    copy does not need the file.
+    Ids 0 to 3 are `<s>` (BOS, also the CLS token of a text), `<pad>`, `</s>` (EOS) and `<unk>`. The id of any other
+    piece is its SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. A pickled copy does
+    not need the file.
 
     Attributes:
         bos_id: id of `<s>`.
@@ -182,7 +182,10 @@ def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
 
 
 def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> TextTokenizer:
-    """Trains a SentencePiece model (`train_sentencepiece_model`) and writes it to `config.path`, without a recipe."""
+    """Trains a SentencePiece model (`train_sentencepiece_model`) and writes it to `config.path`.
+
+    Does not record the training settings.
+    """
     path, model = Path(config.path), train_sentencepiece_model(config, lines, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:

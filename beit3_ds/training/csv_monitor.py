@@ -1,6 +1,6 @@
 """Writes the files of DeepSpeed's CSV monitor. They stay valid tables if a run is resumed or the disk fails.
 
-DeepSpeed's own writer has three faults: it ends the run if the disk is full, writes the header again in each process,
+DeepSpeed's own writer has three faults. It ends the run if the disk is full, writes the header again in each process,
 and keeps the rows of steps that a resumed run repeats.
 """
 

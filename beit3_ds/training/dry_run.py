@@ -33,9 +33,11 @@ def describe_dry_run(
 ) -> str:
     """Checks a configuration for `world_size` ranks, and returns a description of the run.
 
-    The description ends with modelled tables: memory and traffic of each pipeline stage (`planner.describe_stages`),
-    the cost of float32 in a bf16 run (`planner.describe_precision`), and what a node needs besides GPUs
-    (`planner.describe_host`). The model is built on the meta device.
+    The model is built on the meta device. The description ends with three modelled tables:
+
+    * memory and traffic of each pipeline stage (`planner.describe_stages`)
+    * cost of float32 in a bf16 run (`planner.describe_precision`)
+    * what a node needs besides GPUs (`planner.describe_host`)
 
     Args:
         config: the run's configuration.

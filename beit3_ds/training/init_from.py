@@ -42,8 +42,9 @@ class InitialWeights:
         self._names = wanted.keys() - set(self.absent)
 
     def load(self, state: EngineState) -> None:
-        """Replaces initial values in the engine with the stored weights. All ranks must call this; each reads its own
-        part.
+        """Replaces initial values in the engine with the stored weights.
+
+        All ranks must call this method; each rank reads its own part.
         """
         state.load_weights(self._read, self._names)
 

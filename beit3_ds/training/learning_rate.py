@@ -29,9 +29,9 @@ def warmup_then_decay(
 ) -> float:
     """Returns the learning rate of one step: a linear warmup, then half a cosine or a straight line.
 
-    The first step has rate peak / warmup_steps, the last warmup step has the peak, and the last step has the minimum,
-    so no step has rate 0. BEiT v2's schedule is shifted by one step: its first step has rate 0, and its last step does
-    not quite reach the minimum.
+    The first step has rate peak / warmup_steps, the last warmup step has the peak, and the last step has the minimum.
+    BEiT v2's schedule is shifted by one step: its first step has rate 0, and its last step does not quite reach the
+    minimum.
 
     Args:
         step: index of the step, from 0.

@@ -1,4 +1,4 @@
-"""Counts steps that were skipped because a loss or gradient was not finite, and finds the ranks that caused it."""
+"""Counts steps that were skipped because a loss or gradient was not finite, and finds the ranks at fault."""
 
 from typing import Any
 

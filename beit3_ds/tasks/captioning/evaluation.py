@@ -56,9 +56,9 @@ def predict_split(
         tokenizer: converts token ids to text; needed with `search`.
 
     Returns:
-        Results per sample on the main rank; None on other ranks. The results are the number of masked words (`masked`),
-        the summed loss of these words (`loss`), and the number of right predictions (`found`). With `search`, also the
-        generated caption (`caption`) and its number of tokens (`length`).
+        Results per sample on the main rank; None on other ranks. `masked` is the number of masked words, `loss` the
+        summed loss of these words, and `found` the number of right predictions. With `search`, `caption` is the
+        generated caption and `length` is its number of tokens.
     """
     results = SampleResults()
     for batch, logits_MV in evaluator.predict(evaluator.batches(split)):

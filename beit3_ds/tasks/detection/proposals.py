@@ -83,8 +83,8 @@ class ProposalNetwork(nn.Module):
         """Returns the outputs of all levels, and a scalar 0 that depends on every parameter.
 
         The loss adds the 0, so all parameters get a gradient even in a batch without images. The number of output
-        tensors does not depend on the number of images: ZeRO-3 runs one hook per output tensor in the backward pass,
-        and all data-parallel ranks must run the same hooks.
+        tensors does not depend on the number of images. ZeRO-3 needs this: it runs one hook per output tensor in the
+        backward pass, and all data-parallel ranks must run the same hooks.
 
         Args:
             pyramid: feature maps by stride, zero outside the images.

@@ -22,8 +22,8 @@ def read_result_files(
 ) -> dict[str, list[dict[str, Any]]]:
     """Reads result files and returns their entries by kind, "bbox" or "segm".
 
-    All entries of a file must have the same members. An entry with a box and a mask becomes one entry with the box and
-    one entry with the mask, because COCO's evaluation would take the size of a mask from the box.
+    All entries of a file must have the same members. An entry with a box and a mask becomes two entries, because COCO's
+    evaluation would otherwise take the size of the mask from the box.
 
     Args:
         paths: the files; at most one file may have boxes, and at most one file may have masks.

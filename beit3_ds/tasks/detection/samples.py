@@ -75,7 +75,7 @@ class ObjectSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns, per reason, the number of annotations that training leaves out and an example."""
+        """Returns the number of annotations that training leaves out, with an example, by reason."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> DetectionSample:

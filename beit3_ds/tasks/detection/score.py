@@ -33,8 +33,9 @@ class AveragePrecision(NamedTuple):
     """Holds COCO's metrics, each from 0 to 1."""
 
     values: dict[str, float]
-    """`AP` (mean over IoU thresholds .50 to .95), `AP50`, `AP75`, `AP_small`, `AP_medium`, `AP_large`, and `AR` (mean
-    recall with the maximum number of detections). A metric without objects is left out."""
+    """Metrics by name; a metric without objects is left out. `AP` is the mean over IoU thresholds .50 to .95, and `AR`
+    is the mean recall with the maximum number of detections. The others are `AP50`, `AP75`, `AP_small`, `AP_medium` and
+    `AP_large`."""
     classes: list[ClassScore]
     """Metrics of each category."""
 

@@ -7,7 +7,8 @@ from beit3_ds.config import ConfigError
 from beit3_ds.config.numbers import Positive, Range, Share
 
 MixingStrength = Annotated[float, Range(0, 100)]
-"""Parameter a of the distribution Beta(a, a) for the share of the first image in a mixed image; 0 mixes no images."""
+"""Strength of mixing two images: the first image's share is drawn from Beta(a, a), where a is this value. 0 mixes no
+images."""
 
 _PLACE = "{name}"
 
@@ -28,14 +29,15 @@ class ImagenetConfig:
     """Share of the target probability that is spread evenly over all compared classes (Microsoft's BEiT-3 code: 0.1).
     """
     mixup: MixingStrength = 0.0
-    """Strength of mixup, which blends two images (Zhang et al., 2018, arXiv:1710.09412): parameter a of the
-    distribution Beta(a, a) of the first image's share. 0 disables mixup (Microsoft's BEiT-3 code: 0.8)."""
+    """Strength of mixup, which blends two images (Zhang et al., 2018, arXiv:1710.09412). The first image's share is
+    drawn from the distribution Beta(a, a), where a is this value. 0 disables mixup (Microsoft's BEiT-3 code: 0.8)."""
     cutmix: MixingStrength = 0.0
-    """Strength of CutMix, which pastes a rectangle of a second image (Yun et al., 2019, arXiv:1905.04899): parameter a
-    of the distribution Beta(a, a) of the first image's share. 0 disables CutMix (Microsoft's BEiT-3 code: 1.0). If
-    `mixup` and `cutmix` are above 0, each mixed image uses one of the two methods at random, with equal probability."""
+    """Strength of CutMix, which pastes a rectangle of a second image (Yun et al., 2019, arXiv:1905.04899). The first
+    image's share is drawn from the distribution Beta(a, a), where a is this value. 0 disables CutMix (Microsoft's
+    BEiT-3 code: 1.0). If `mixup` and `cutmix` are above 0, each mixed image uses one of the two methods at random, with
+    equal probability."""
     mixing_probability: Share = 1.0
-    """Probability that a training image is mixed with another image of its source."""
+    """Probability that a training image is mixed with another image of the same source."""
 
     def __post_init__(self) -> None:
         if _PLACE not in self.prompt:

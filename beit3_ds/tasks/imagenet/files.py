@@ -44,11 +44,11 @@ class LabelledImages:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns, per reason, the number of skipped files, members and rows and an example."""
+        """Returns the number of skipped files, members and rows, with an example, by reason."""
         return self.source.skipped
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each file of the source."""
+        """Returns each source file's name, size in bytes and number of samples."""
         return self.source.files()
 
     def name(self, index: int) -> str:

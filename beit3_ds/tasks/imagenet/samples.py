@@ -80,7 +80,7 @@ class ClassImages:
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each file of the source."""
+        """Returns each source file's name, size in bytes and number of samples."""
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
@@ -92,7 +92,7 @@ class ClassImages:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns, per reason, the number of skipped files, members and rows of the source and an example."""
+        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> ClassImage:

@@ -22,7 +22,7 @@ LABELS = "labels"
 class StatementHead(Head):
     """Decides whether a statement about two images is true (paper section 3.1).
 
-    A sample is two image-text pairs: pair 2 i is the left image with the statement, pair 2 i + 1 is the right image
+    A sample is two image-text pairs. Pair 2 i is the left image with the statement, and pair 2 i + 1 is the right image
     with the statement. The head reads the CLS row of each image and the BOS row of each text. The four rows of a sample
     are concatenated to 4 times the hidden size. The next layers are LayerNorm, a linear layer to 2 times the hidden
     size, LayerNorm, GELU, and a linear layer to two classes. Parameters are replicated on all tensor-parallel ranks,

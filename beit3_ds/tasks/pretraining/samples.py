@@ -69,7 +69,7 @@ class PairSamples:
         return len(self.images)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each file of the source."""
+        """Returns each source file's name, size in bytes and number of samples."""
         return self.images.files()
 
     def identity(self, index: int) -> bytes:
@@ -81,7 +81,7 @@ class PairSamples:
         return self.images.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns, per reason, the number of skipped files, members and rows of the source and an example."""
+        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
         return self.images.skipped()
 
     def prepare(self, index: int, key: SampleKey) -> PairSample:
@@ -117,7 +117,7 @@ class TextSamples:
         return len(self.sequences)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each file of the source."""
+        """Returns each source file's name, size in bytes and number of samples."""
         return self.sequences.files()
 
     def identity(self, index: int) -> bytes:
@@ -129,7 +129,7 @@ class TextSamples:
         return self.sequences.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns, per reason, the number of skipped lines or files of the source and an example."""
+        """Returns the number of skipped lines or files of the source, with an example, by reason."""
         found = {"line that is no text": self.sequences.broken, "file without text": self.sequences.empty}
         return {reason: Skipped(len(names), names[0]) for reason, names in found.items() if names}
 

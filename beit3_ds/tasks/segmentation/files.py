@@ -76,7 +76,7 @@ class LabelMaps:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns, per reason, the number of skipped files and an example."""
+        """Returns the number of skipped files, with an example, by reason."""
         return self.images.skipped
 
     def files(self) -> Iterator[SourceFile]:

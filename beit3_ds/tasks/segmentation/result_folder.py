@@ -31,8 +31,9 @@ def score_folder(path: str, sources: Sequence[LabelMaps], num_classes: int) -> C
         num_classes: number of classes.
 
     Raises:
-        ConfigError: if the folder cannot be read, lacks an image, or has a PNG of another image, or if a prediction or
-            a label map is broken, has another size, or holds a value that is no class. The message names the file.
+        ConfigError: if the folder cannot be read, lacks an image, or has a PNG of another image. Also if a prediction
+            or a label map is broken, has another size, or holds a value that is no class; the message then names the
+            file.
     """
     folder = open_folder(path)
     images = [(source, index) for source in sources for index in range(len(source))]

@@ -88,7 +88,7 @@ class SegmentationSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns, per reason, the number of skipped files and an example."""
+        """Returns the number of skipped files, with an example, by reason."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> LabelledCrop | WholeImage:

@@ -150,7 +150,7 @@ class VisualTokenizerTask(Task):
     )
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks that the configuration has the keys that this task needs and no keys that it does not support.
+        """Checks that the configuration has all keys that this task needs, and only keys that the task supports.
 
         Raises:
             ConfigError: if a needed key is missing, an unsupported key is present, or `continuous_steps` is too large.

@@ -30,9 +30,9 @@ def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
     """Answers every question of a split; all ranks must call it.
 
     Returns:
-        Results per question on the main rank; None on other ranks. The results are the label of the model's answer
-        (`answer`), the binary cross entropy summed over all possible answers (`loss`), and the target score of the
-        model's answer (`score`).
+        Results per question on the main rank; None on other ranks. `answer` is the label of the model's answer. `loss`
+        is the binary cross entropy, summed over all possible answers. `score` is the target score of the model's
+        answer.
     """
     results = SampleResults()
     for batch, logits_PA in evaluator.predict(evaluator.batches(split)):

@@ -6,7 +6,7 @@
 | Visual Genome | `question_answers.json` | in the same file | last two parts of the URL in `image_data.json` |
 | JSON lines | objects with `question`, `image`, and optionally `id` | `answers`, or `answer` | path `image` |
 
-Files are read one entry at a time, because VQAv2's training annotations (365 MB) would take 2.5 GB as Python objects.
+Entries are parsed one at a time. VQAv2's training annotations have 365 MB and would take 2.5 GB as Python objects.
 """
 
 import json

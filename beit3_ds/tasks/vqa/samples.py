@@ -77,7 +77,7 @@ class VqaSamples:
         return self.questions.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns, per reason, the number of skipped entries of the source and an example."""
+        """Returns the number of skipped entries of the source, with an example, by reason."""
         return self.questions.skipped
 
     def prepare(self, index: int, key: SampleKey) -> VqaSample:
