@@ -1,9 +1,13 @@
 """Provides fixtures for the tests of checkpoints."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+
+from tests.checkpoint.saved_steps import BEFORE, NEWEST
+from tests.checkpoint.small_state import SmallRun
 
 
 @pytest.fixture
@@ -13,3 +17,10 @@ def lone_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dist, "new_group", lambda **options: dist.group.WORLD)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def root(tmp_path: Path, lone_rank: None) -> Path:
+    """Saves checkpoints of two steps; returns their folder."""
+    assert SmallRun(tmp_path / "checkpoints").save(BEFORE, NEWEST) == [None, None]
+    return tmp_path / "checkpoints"

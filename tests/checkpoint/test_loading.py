@@ -16,30 +16,12 @@ import torch
 import torch.distributed as dist
 
 from beit3_ds.checkpoint.collection import has_checkpoints
-from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import INDEX_NAME, PIECES_FILE
-from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
-from tests.checkpoint.small_state import SmallRun, describe
+from tests.checkpoint.saved_steps import BEFORE, FILES, NEWEST, edit_index, folder
+from tests.checkpoint.small_state import SmallRun
 from tests.ranks import run_ranks
-
-FILES = (
-    *("weights-00000.safetensors", "moments-00000.safetensors", "buffers-00000.safetensors"),
-    *(PIECES_FILE, INDEX_NAME),
-)
-BEFORE, NEWEST = 5, 6
-
-
-@pytest.fixture
-def root(tmp_path: Path, lone_rank: None) -> Path:
-    """Saves checkpoints of two steps; returns their folder."""
-    assert SmallRun(tmp_path / "checkpoints").save(BEFORE, NEWEST) == [None, None]
-    return tmp_path / "checkpoints"
-
-
-def folder(root: Path, step: int = NEWEST) -> Path:
-    return root / f"step-{step:08d}"
 
 
 def check_passed_over(root: Path, capsys: pytest.CaptureFixture[str], reason: str = "") -> None:
@@ -204,16 +186,6 @@ def test_checkpoint_under_another_step_is_found(root: Path, capsys: pytest.Captu
     check_passed_over(root, capsys, f"holds step {BEFORE}")
 
 
-def edit_index(root: Path, edit: Callable[[dict[str, Any]], Any], with_digest: bool) -> None:
-    path = folder(root) / INDEX_NAME
-    content = json.loads(path.read_text())
-    digest = content.pop("sha256")
-    edit(content)
-    if with_digest:
-        digest = hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
-    path.write_text(json.dumps({**content, "sha256": digest}, separators=(",", ":")))
-
-
 def leave_out_a_piece(content: dict[str, Any]) -> None:
     content["tensors"]["norm.weight"]["pieces"] = 0
 
@@ -324,64 +296,6 @@ def test_forged_tensors_are_an_error(root: Path, change: str) -> None:
     forge(root, FILES[0])
     with pytest.raises(ConfigError, match=r"step-00000006 .*weights-00000\.safetensors"):
         SmallRun(root).resume()
-
-
-def refusal(root: Path, **changes: Any) -> str:
-    """Returns the error with which a run with another description refuses the newest checkpoint."""
-    run = SmallRun(root, **changes)
-    with pytest.raises(ConfigError) as caught:
-        run.resume()
-    assert run.state.optimizer_step == 0 and not any(part.any() for part in run.state.tensors()), "something was loaded"
-    return str(caught.value)
-
-
-def test_another_model_is_refused(root: Path) -> None:
-    model = {**describe().model, "hidden_size": 4, "num_heads": 2}
-    message = refusal(root, model=model)
-    assert str(folder(root)) in message
-    assert "hidden_size 3 there, 4 here" in message
-    assert "num_heads null there, 2 here" in message
-    assert "num_layers" not in message
-
-
-@pytest.mark.parametrize("stored", [[0, "float32", [2, 3]], [0, "bfloat16", [3, 2]], None])
-def test_another_buffer_is_refused(root: Path, stored: list[Any] | None) -> None:
-    """Checks a buffer with another shape or dtype, and one that is missing in the checkpoint."""
-
-    def change(content: dict[str, Any]) -> None:
-        del content["buffers"]["codes.weight"]
-        content["buffers"] |= {"codes.weight": stored} if stored else {}
-
-    edit_index(root, change, with_digest=True)
-    assert "the buffer codes.weight is" in refusal(root)
-
-
-def test_another_shape_is_refused(root: Path) -> None:
-    """Checks a tensor of another shape, although the model's configuration is equal."""
-
-    def reshape(content: dict[str, Any]) -> None:
-        content["tensors"]["norm.weight"]["shape"] = [5, 1]
-
-    edit_index(root, reshape, with_digest=True)
-    assert "norm.weight has shape torch.Size([5, 1]), the model's is torch.Size([5])" in refusal(root)
-
-
-@pytest.mark.parametrize("kind", ["text", "visual"])
-def test_another_tokenizer_is_refused(root: Path, kind: str) -> None:
-    message = refusal(root, tokenizers={**describe().tokenizers, kind: "ef" * 32})
-    assert str(folder(root)) in message
-    assert f"another {kind} tokenizer than tokenizers.{kind}.path" in message
-
-
-def test_changed_settings_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = {**describe().model, "drop_path_rate": 0.2}  # changes no tensor
-    assert SmallRun(root, model=model, config={"training": {"seed": 2}}).resume() == NEWEST
-    assert "training.seed: 1 -> 2" in capsys.readouterr().out
-
-
-def test_all_fields_of_the_description_are_kept(root: Path) -> None:
-    kept = CheckpointFolder(folder(root)).index.run
-    assert kept == describe() and set(vars(kept)) == set(RunDescription.__dataclass_fields__)
 
 
 def test_torn_files_are_seen_without_reading_them(root: Path) -> None:
