@@ -1,4 +1,4 @@
-"""Implements `beit3 bench`, which measures speed, memory or precision and compares them with baselines."""
+"""Implements `beit3 bench`, which measures speed, memory or precision, and compares the results with baselines."""
 
 import argparse
 

@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     * 2: a mistake that the user can fix; it was reported in one line.
     * 128 + n: signal n stopped a command that does not handle signals itself.
 
-    Output that cannot be printed is not a failure if the results are files (`add_command`), or if the reader has ended
-    early, like `head -1`.
+    Output that cannot be printed is no failure of a command that writes its results to files (`add_command`). It is no
+    failure either if the program that reads the output has ended early, like `head -1`.
 
     Args:
         arguments: command line without the program's name; None takes `sys.argv`.
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser of all commands; the parsed option `run` is the function of the chosen command."""
+    """Builds the parser of all commands. In the parsed options, `run` is the function of the chosen command."""
     parser: argparse.ArgumentParser = OneLineParser(
         prog="beit3",
         description="Pretrain BEiT-3 by masked modeling of images, texts and image-text pairs.",

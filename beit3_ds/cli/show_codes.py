@@ -1,4 +1,4 @@
-"""Implements `beit3 show-codes`, which draws images, masks and visual codes."""
+"""Implements `beit3 show-codes`, which draws images, their masks, and the visual tokenizer's codes as colours."""
 
 import argparse
 

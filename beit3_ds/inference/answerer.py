@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     text: str
     """Text of the answer, taken from the fixed list of answers."""
     score: float
-    """Estimated probability that people give this answer, from 0 to 1. The scores of all answers do not sum to 1."""
+    """Estimated probability that people give this answer, from 0 to 1. The scores of all answers need not sum to 1."""
 
 
 class QuestionAnswerer:
@@ -70,8 +70,8 @@ class QuestionAnswerer:
             options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that answers questions, or the list of
-                answers is missing or has another length than the head.
+            ConfigError: if a file cannot be read, the weights have no head that answers questions, or no list of
+                answers fits the head.
         """
         weights = open_with_head(path, "heads.answers.bias", "answers questions")
         (count,) = weights.shape("heads.answers.bias")

@@ -25,7 +25,7 @@ class Captioner:
     Attributes:
         model: model for image-text pairs.
         images: prepares images for the model.
-        texts: text processor with the tokenizer that converts token ids to words.
+        texts: text processor, whose tokenizer converts token ids to words.
     """
 
     def __init__(self, model: TaskModel, texts: TextProcessor) -> None:

@@ -55,8 +55,8 @@ class ImageClassifier:
         """Loads a classifier.
 
         If the weights contain a linear layer, the classifier applies this layer, and needs no tokenizer and no language
-        experts. Weights fine-tuned for retrieval, or for ImageNet without a linear layer, compare images with class
-        names.
+        experts. Otherwise the classifier compares images with class names. This works with weights fine-tuned for
+        retrieval, or for ImageNet without a linear layer.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
@@ -65,8 +65,8 @@ class ImageClassifier:
             options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that classifies, the tokenizer is missing,
-                there are no names, or a linear layer has another number of classes.
+            ConfigError: if a file cannot be read, the weights have no head that classifies, or `names` or `tokenizer`
+                does not fit the head.
         """
         if isinstance(names, str) or not names:
             raise ConfigError(f"names of classes: {names!r}. Give a list with the name of each class.")

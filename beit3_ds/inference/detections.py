@@ -1,4 +1,4 @@
-"""Detects objects in image files, draws them, and writes them as a COCO annotation file."""
+"""Detects objects in image files, draws the objects, and writes them as a COCO annotation file."""
 
 import json
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def detect_objects(
 
 
 def coco_dataset(detector: Detector, images: Sequence[Path], records: Sequence[DetectionRecord]) -> dict[str, Any]:
-    """Converts detections to the content of a COCO annotation file; each annotation also has a score.
+    """Returns detections as the content of a COCO annotation file; each annotation also has a score.
 
     Args:
         detector: the model, for the names of the categories.

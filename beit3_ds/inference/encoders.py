@@ -1,4 +1,4 @@
-"""Encodes images, texts, and image-text pairs into features (paper figure 3, all except the dual encoder)."""
+"""Encodes images, texts and image-text pairs into features, as in the paper's figure 3 without the dual encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,8 +103,7 @@ class LanguageEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: str | Sequence[str], *, batch_size: int = 64) -> list[Tensor]:
-        """Returns the features of each text, (tokens, hidden size); the first row is BOS, which serves as the text's
-        CLS.
+        """Returns the features of each text, (tokens, hidden size). The first row, BOS, serves as the text's CLS.
 
         Args:
             texts: one text or several.

@@ -1,4 +1,4 @@
-"""Runs a model with its task head on chosen rows of a batch."""
+"""Runs a model with its task head, and computes the head's predictions for chosen rows of a batch."""
 
 import dataclasses
 from typing import Any

@@ -13,7 +13,7 @@ from beit3_ds.preprocess import preprocess
 from beit3_ds.tokenizers import TextTokenizer
 
 ImageInput = str | Path | bytes | Image.Image | Tensor
-"""An image: path or bytes of an image file, an opened Pillow image, or prepared pixels, (3, size, size) in [-1, 1]."""
+"""An image: the path or the bytes of an image file, a Pillow image, or prepared pixels, (3, size, size) in [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ImageProcessor:
     image_size: int
     """Side of the prepared images in pixels."""
     crop: bool
-    """True crops each image to its largest centred square (`preprocess`); False squeezes the whole image into a square.
+    """True crops each image to its largest centred square (`preprocess`). False squeezes the whole image into a square.
     """
     device: torch.device
     """Device of the prepared images."""
@@ -89,14 +89,14 @@ def build_text_processor(tokenizer: TextTokenizer | str | Path, config: ModelCon
 
 
 def as_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """Returns a list of images; converts a single image to a list."""
+    """Returns the images as a list; a single image becomes a list of one image."""
     if isinstance(images, str | bytes | Path | Image.Image) or (isinstance(images, Tensor) and images.dim() == 3):
         return [images]
     return list(images)
 
 
 def as_texts(texts: str | Sequence[str]) -> list[str]:
-    """Returns a list of texts; converts a single text to a list."""
+    """Returns the texts as a list; a single text becomes a list of one text."""
     return [texts] if isinstance(texts, str) else list(texts)
 
 

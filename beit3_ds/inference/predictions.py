@@ -1,4 +1,4 @@
-"""Predicts for image files and texts, and writes the predictions as JSON or as an HTML page."""
+"""Makes predictions for image files and texts, and writes the predictions as JSON or as an HTML page."""
 
 import json
 import math
@@ -31,14 +31,14 @@ _DIGITS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Prediction for one image, for one statement and its images, or for one text."""
+    """Prediction for one image, for one text, or for one statement about two images."""
 
     images: Sequence[Path]
     """Image files of the prediction."""
     title: str
     """Title on the page: the question, the statement, the text or the name of the image."""
     lines: dict[str, str]
-    """Texts on the page, by label."""
+    """Lines of text below the title on the page, by label."""
     record: dict[str, Any]
     """JSON object of the prediction."""
 
@@ -219,7 +219,7 @@ def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_sh
 
 @contextmanager
 def broken_images() -> Iterator[None]:
-    """Context manager that converts the ValueError of a broken image to a `ConfigError`."""
+    """Context manager that raises a `ConfigError` instead of the ValueError of a broken image."""
     try:
         yield
     except ConfigError:

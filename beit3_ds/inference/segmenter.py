@@ -26,7 +26,7 @@ _OTHER_KEYS = ("name", "names", "class_names")  # of the stored description, bes
 
 
 class Segmenter:
-    """Segments images of any size with sliding windows.
+    """Segments images of any size, window by window.
 
     Attributes:
         names: name of each class.
@@ -49,7 +49,8 @@ class Segmenter:
 
         Args:
             path: exported weights, a checkpoint, or a run's output folder.
-            scales: scales at which images are segmented; None uses the scales of the training run.
+            scales: relative sizes at which images are segmented, such as (0.75, 1.0); scores are averaged over the
+                sizes. None uses the scales of the training run.
             flips: whether to average with the flipped image; None uses the setting of the training run.
             options: device, dtype and sizes (`LoadOptions`).
 

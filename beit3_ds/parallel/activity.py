@@ -6,7 +6,7 @@ import time
 from types import FrameType
 
 _UNMEASURED = ("starting", "reading data", "saving")
-"""Phases that may take much longer than a step, and do not count for `Activity.longest_seconds`."""
+"""Phases that may take much longer than a step. Their durations do not count in `Activity.longest_seconds`."""
 
 
 class Activity:
@@ -15,12 +15,12 @@ class Activity:
     def __init__(self) -> None:
         self.step, self.phase = 0, "starting"
         self.changes = 0
-        """Number of phases so far. A rank may be stalled if this number stops increasing."""
+        """Number of calls of `begin` so far. A rank may be stalled if this number stops increasing."""
         self.longest_seconds = 0.0
         """Duration of the longest phase of a step or an evaluation so far, in seconds."""
         self._begun_at = time.monotonic()
         self.lost_contact = False
-        """Whether a collective has failed, and the main thread waits for rank 0 to find the cause."""
+        """True after a collective has failed, while the main thread waits for rank 0 to find the cause."""
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Begins a phase.
@@ -40,8 +40,8 @@ class Activity:
     def waits_for_ranks(self) -> bool:
         """Returns whether this rank waits for other ranks, because it is in a collective or a collective has failed.
 
-        Inspects the Python stacks of all threads, including torch's backward threads, which `threading` does not list.
-        GPU load cannot show a wait, because NCCL's kernels keep a waiting GPU busy.
+        Inspects the Python stacks of the main thread and of threads that `threading` does not list, such as torch's
+        backward threads. GPU load cannot show a wait, because NCCL's kernels keep a waiting GPU busy.
         """
         if self.lost_contact:
             return True

@@ -34,15 +34,16 @@ ItemT = TypeVar("ItemT", bound=Shareable)
 class BroadcastBatches(Generic[ItemT]):
     """Yields items on all ranks of a model copy, although only some ranks read data (`Mesh.is_reader`).
 
-    Tensor-parallel rank 0 of the first and of the last stage read items, and compare digests of their samples. The
-    first stage sends its items, without pixels, to the stages in between. Tensor-parallel rank 0 of each stage sends
-    its items to the other tensor-parallel ranks.
+    Tensor-parallel rank 0 of the first stage and of the last stage read the same samples, and compare digests of the
+    samples. The first stage sends its items, without pixels, to the stages in between. Tensor-parallel rank 0 of each
+    stage sends the stage's items to the other tensor-parallel ranks.
 
-    All ranks must iterate equally often. An error in reading data on one rank is raised on all ranks.
+    All ranks must request the same number of items. An error in reading data on one rank is raised on all ranks of the
+    model copy.
     """
 
     def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:
-        """Stores the arguments. Reading begins with the first item.
+        """Stores the arguments. Reading begins when the first item is requested.
 
         Args:
             items: items to read; only reading ranks iterate over them.

@@ -1,8 +1,8 @@
 """Divides the samples of a micro-batch over tensor-parallel ranks, for heads whose parameters are not split.
 
-Each tensor-parallel rank has a copy of such a head. If every rank computed all samples, the copies would diverge,
-because operations such as ROIAlign and grid_sample sum gradients by atomic additions in random order. Instead, each
-rank computes its own samples, and gradients are summed over the ranks. The sums are bitwise equal on all ranks.
+Each tensor-parallel rank has a copy of such a head. If every rank computed all samples, the copies would diverge:
+operations such as ROIAlign and grid_sample sum gradients by atomic additions in random order. Instead, each rank
+computes its own samples, and gradients are summed over the ranks. The sums are bitwise equal on all ranks.
 """
 
 # T rows of all samples, N rows of this rank's samples, D width, K terms.
@@ -74,8 +74,8 @@ def sum_gradients(module: nn.Module, tensor: TensorParallel) -> None:
     """Makes the backward pass sum the gradients of a module over tensor-parallel ranks; call it in `forward`.
 
     Each gradient is all-reduced as soon as it is computed. All ranks must run the same modules in the same order in
-    every micro-batch, with zero rows if necessary, so that their collectives match. Repeated calls for the same module
-    have no effect. With one rank, nothing is sent.
+    every micro-batch, so that their collectives match. A rank without samples runs the modules on zero rows. Repeated
+    calls for the same module have no effect. With one rank, nothing is sent.
 
     Args:
         module: module that has equal parameters on all ranks and runs on each rank's own samples.

@@ -20,13 +20,13 @@ _LENGTH_BYTES = 8
 class HostGroup:
     """Exchanges values in host memory between ranks over gloo. A group of one rank sends nothing.
 
-    Host values need their own process group, because NCCL rejects CPU tensors. Each process has one `HostGroup` over
-    all ranks, `Mesh.host`, and subgroups of it for the axes of the mesh (`among`). Any other thread that communicates
-    needs its own group (`build_host_group`).
+    Host values need their own process group, because NCCL rejects CPU tensors. In each process, `Mesh.host` is the
+    `HostGroup` of all ranks. `Mesh.host.among` returns subgroups for the axes of the mesh. Any other thread that
+    communicates needs its own group (`build_host_group`).
 
-    Messages follow binomial trees. A sum over P ranks takes 2 log2(P) consecutive messages (18 for 512 ranks), and each
-    rank connects to at most log2(P) others. In contrast, gloo's all-reduce takes 2 P messages in a ring and connects
-    all pairs. Sums are bitwise equal on all ranks.
+    Messages follow binomial trees. A sum over P ranks takes 2 log2(P) consecutive messages, such as 18 for 512 ranks.
+    Each rank connects to at most log2(P) others. In contrast, gloo's all-reduce takes 2 P messages in a ring and
+    connects all pairs. Sums are bitwise equal on all ranks.
 
     All ranks of a group must call the methods in the same order. Values must be of the types that `host_value.pack`
     accepts; nothing is pickled. An operation that exceeds the group's timeout raises gloo's RuntimeError.

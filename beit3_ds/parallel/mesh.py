@@ -55,7 +55,8 @@ class Mesh:
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
     """Host name of each global rank."""
     store: dist.Store | None = None
-    """Store of the process group. This reference keeps the Python object alive; torch's groups do not."""
+    """Store of the default process group. The mesh keeps a reference, because torch's groups do not keep the Python
+    object alive."""
     activity: Activity = field(default_factory=Activity)
     """Step and phase of this rank, which `runtime.Watchdog` reports to other ranks."""
 
@@ -146,7 +147,7 @@ class Mesh:
         Args:
             what: name of the setting, for the message.
             value: this rank's value of the setting.
-            way_out: sentence that tells the user what to do.
+            way_out: sentence for the message that tells the user what to do.
 
         Raises:
             ConfigError: on all ranks, if the setting differs; the message names the ranks that differ from rank 0.
@@ -168,13 +169,16 @@ class Mesh:
     def close(self) -> None:
         """Waits for all ranks, and then leaves the process group.
 
-        Rank 0 may hold the store. Without the wait, rank 0 could end while other ranks still use the store.
+        The store may be in rank 0's process. Without the wait, rank 0 could end while other ranks still use the store.
         """
         self.barrier()
         self.leave()
 
     def leave(self) -> None:
-        """Leaves the process group at once. Without this, the group's threads would abort the process at exit."""
+        """Leaves the process group without waiting for other ranks.
+
+        If a process ended without leaving, torch's threads would abort the process.
+        """
         dist.destroy_process_group()
 
 
@@ -222,7 +226,7 @@ def build_mesh(parallel: ParallelConfig, store: dist.Store | None = None) -> Mes
 
     Args:
         parallel: parallel sizes and timeout.
-        store: store of the process group, to keep alive if it is a Python object; None otherwise.
+        store: the process group's store, if it is a Python object that the mesh must keep alive; otherwise None.
 
     Raises:
         ConfigError: if the parallel sizes do not divide the number of ranks.
@@ -261,7 +265,7 @@ def build_mesh(parallel: ParallelConfig, store: dist.Store | None = None) -> Mes
 
 
 def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
-    """Creates one process group per row, and returns the group that contains this rank. All ranks must call it.
+    """Creates one process group per row, and returns the group of this rank. All ranks must call this function.
 
     Args:
         rows: global ranks of each group; each rank is in exactly one row.
@@ -274,7 +278,7 @@ def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
 
 
 def _group_of_one() -> dist.ProcessGroup:
-    """Returns a group of this rank only. Building it involves no other rank, and it sends nothing."""
+    """Returns a group that contains only this rank. Neither building nor using the group involves other ranks."""
     group = dist.new_group([dist.get_rank()], backend="fake", use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -73,11 +73,11 @@ class Message:
     """Holds a tensor that is being sent or received."""
 
     tensor: Tensor
-    """Tensor to send, which must exist until it is sent, or tensor to receive into."""
+    """Tensor to send, or tensor to receive into. It must exist until the transfer is complete."""
     work: Any
 
     def has_left(self) -> bool:
-        """Returns whether the transfer is complete and the tensor may be freed; with gloo, True only after `wait`."""
+        """Returns whether the tensor has been transferred and may be freed. With gloo, True only after `wait`."""
         return bool(self.work.is_completed())
 
     def wait(self) -> Tensor:

@@ -4,8 +4,8 @@ Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3. Sequence parallelism 
 arXiv:2205.05198, section 4.2.
 
 The residual stream is (T, D): packed tokens by hidden size. Between tensor-parallel layers, every rank holds all T
-rows. With sequence parallelism, rank r of P holds only rows [r * n, (r + 1) * n), and the stream is padded with zeros
-to P * n rows.
+rows. With sequence parallelism, each of the P ranks holds n = ceil(T / P) rows: rank r holds rows [r * n, (r + 1) * n).
+The residual stream is then padded with zeros to P * n rows.
 """
 
 # T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.
@@ -73,18 +73,20 @@ class TensorParallel:
         return self.sequence_parallel and self.size > 1
 
     def own_row_range(self, num_rows: int) -> tuple[int, int]:
-        """Returns the range [start, stop) of this rank's rows. Rows from `num_rows` on are padding."""
+        """Returns the range [start, stop) of this rank's rows. Rows at and after index `num_rows` are padding."""
         if not self.divides_rows:
             return 0, num_rows
         part = -(-num_rows // self.size)
         return self.rank * part, (self.rank + 1) * part
 
     def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> Sequence[tuple[int, int]]:
-        """Converts row ranges of the whole stream to ranges within this rank's rows. The last range includes padding.
+        """Converts row ranges of the residual stream to ranges within this rank's rows.
+
+        The last range includes padding.
 
         Args:
             slices: consecutive row ranges [start, stop) that cover [0, num_rows).
-            num_rows: number of rows of the whole stream (T).
+            num_rows: number of rows of the residual stream on all ranks together (T).
         """
         if not self.divides_rows:
             return slices
@@ -121,7 +123,7 @@ class TensorParallel:
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 
     def gather_from(self, x: Tensor, num_rows: int) -> Tensor:
-        """Gathers all rows of the stream as input of tensor-parallel layers. The backward pass sums the gradients.
+        """Gathers all rows of the residual stream for tensor-parallel layers. The backward pass sums the gradients.
 
         With sequence parallelism, the forward pass all-gathers and the backward pass reduce-scatters all rows,
         including padding. Otherwise this is `copy_to`.
@@ -140,13 +142,16 @@ class TensorParallel:
         """Returns replicated parameters unchanged. The backward pass sums their gradients over the ranks.
 
         With sequence parallelism, the backward pass all-reduces all gradients in one message. Otherwise nothing is
-        sent. Use it only for small parameters, because ZeRO-3 keeps them gathered until the backward pass.
+        sent. Use this method only for small parameters, because ZeRO-3 keeps them gathered until the backward pass.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
     def split(self, size: int, dim: int = 0) -> Split:
-        """Splits dimension `dim`, of length `size`, evenly over the ranks, and returns this rank's part. The number of
-        ranks must divide `size`.
+        """Splits a dimension evenly over the ranks, and returns this rank's part.
+
+        Args:
+            size: length of the dimension; the number of ranks must divide it.
+            dim: index of the dimension.
         """
         assert size % self.size == 0, f"{self.size} tensor-parallel ranks do not divide {size}"
         part = size // self.size
@@ -156,8 +161,8 @@ class TensorParallel:
         """Splits the rows of a vocabulary over the ranks, and returns this rank's part.
 
         Each rank holds ceil(size / P) rows, rounded up to a multiple of 64 if `size` is at least 64 P. Rows beyond the
-        vocabulary are padding. All ranks hold the same number of rows, so that ZeRO keeps replicated parameters bitwise
-        equal.
+        vocabulary are padding. With the same number of rows on all ranks, ZeRO flattens parameters in the same way on
+        all ranks. So replicated parameters stay bitwise equal.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
         alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1
@@ -251,8 +256,8 @@ def logical_part(parameter: nn.Parameter, local: Tensor | None = None) -> Tensor
 
     Args:
         parameter: parameter that defines the split and the padding.
-        local: tensor to view instead of the parameter, such as the gradient, or the values under ZeRO-3. Has the shape
-            of this rank's part with padding. None uses the parameter.
+        local: tensor to view instead of the parameter, such as the gradient or, under ZeRO-3, the gathered values. Has
+            the shape of this rank's part with padding. None uses the parameter.
     """
     local = parameter if local is None else local
     split: Split | None = getattr(parameter, "parallel_split", None)

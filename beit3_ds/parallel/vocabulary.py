@@ -17,8 +17,7 @@ from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 PADDING_BIAS = -1e4
 """Bias of a head's padding rows, whose weights are 0.
 
-The value fits in half precision, and is low enough that padding rows add exactly 0 to the cross entropy and get no
-gradient.
+The value fits in half precision. Padding rows add exactly 0 to the cross entropy and get no gradient.
 """
 
 
@@ -84,7 +83,10 @@ class VocabParallelHead(nn.Module):
         self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
 
     def tie_weight(self, weight: nn.Parameter | None) -> None:
-        """Replaces the weight matrix by another module's parameter, or by an unsaved buffer if `weight` is None."""
+        """Replaces the weight matrix by the parameter `weight` of another module. With None, a buffer replaces it.
+
+        The buffer is not part of the state dict.
+        """
         own = self.weight
         del self.weight
         if weight is None:
