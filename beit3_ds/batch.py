@@ -250,10 +250,11 @@ class PackedBatch(RowLayout):
         return cls(**value)
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Returns the batch with all tensors on `device`, without waiting for the device (`copy_to_device`).
+        """Returns the batch on `device`, without waiting for the device (`copy_to_device`).
 
-        Also computes, in host memory, the values that later code derives from the batch, such as the sequences that
-        stochastic depth keeps. A step therefore never reads them back from the device.
+        `host_targets` stay in host memory. Also computes, in host memory, the values that later code derives from the
+        batch, such as the sequences that stochastic depth keeps. A step therefore never reads these values back from
+        the device.
         """
         if self.token_ids.device == device:
             return self
@@ -266,7 +267,7 @@ class PackedBatch(RowLayout):
         return self._with_derived_values(dataclasses.replace(self, targets=targets, **moved))
 
     def tensors(self) -> list[Tensor]:
-        """Returns all tensors of the batch, including those that `to` derives."""
+        """Returns all tensors of the batch except `host_targets`, including the tensors that `to` derives."""
         values = [*vars(self).values(), *self.targets.values()]
         return [value for value in values if isinstance(value, Tensor)]
 

@@ -130,7 +130,10 @@ def _totals(vectors_MC: Tensor, codes_M: Tensor, num_codes: int) -> Tensor:
 
 
 def _mean_directions(totals: Tensor, fallback_VC: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the normalised mean vector per code, (codes, width), and the number of vectors per code, (codes,)."""
+    """Returns the normalised mean vector per code, (codes, width), and the number of vectors per code, (codes,).
+
+    A code without vectors gets its vector in `fallback_VC`.
+    """
     sums_VC, counts_V = totals[:, :-1], totals[:, -1]
     return torch.where(counts_V[:, None] > 0, F.normalize(sums_VC, dim=-1), fallback_VC), counts_V
 

@@ -75,7 +75,7 @@ class ObjectSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of annotations that training leaves out, with an example, by reason."""
+        """Returns the number of left-out annotations, clipped boxes and too large images, by reason, with examples."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> DetectionSample:

@@ -19,9 +19,9 @@ def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_bl
     """Masks exactly `num_masked` patches of an image, in rectangular blocks.
 
     Follows BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1). The area of a block is drawn between `min_block` and
-    the number of patches left to mask. The aspect ratio is log-uniform in [0.3, 1/0.3]. A block is rejected if it masks
-    no new patch or too many new patches. After ten rejected blocks in a row, single random patches complete the mask,
-    as in BEiT v2.
+    the number of patches left to mask. The aspect ratio is log-uniform in [0.3, 1/0.3]. A block is rejected if it does
+    not fit into the image, or masks no new patch or too many new patches. After ten rejected blocks in a row, single
+    random patches complete the mask, as in BEiT v2.
 
     Args:
         grid_size: patches per side of the image.

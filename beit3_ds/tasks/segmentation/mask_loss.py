@@ -41,12 +41,12 @@ class TermCounts(NamedTuple):
 
 
 class MaskLoss:
-    """Sums Mask2Former's loss terms: cross entropy of classes, binary cross entropy of masks, and dice loss of masks.
+    """Sums Mask2Former's loss terms: cross entropy of classes; binary cross entropy and dice loss of masks.
 
-    An image has one target mask per class in the image. After each layer, queries are matched with target masks, and
-    masks are compared at random points (transformers' `Mask2FormerLoss`). The terms of an image depend only on the
-    predictions, the labels and the seed of this image. The sum over a step is therefore independent of micro-batches
-    and ranks.
+    An image has one target mask per class in the image. For the predictions of each layer, queries are matched with
+    target masks, and masks are compared at random points (transformers' `Mask2FormerLoss`). The terms of an image
+    depend only on the predictions, the labels and the seed of this image. The sum over a step is therefore independent
+    of micro-batches and ranks.
     """
 
     def __init__(self, settings: SegmentationConfig, device: torch.device) -> None:
