@@ -22,8 +22,9 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
         has_constants: whether to accept NaN and infinities.
 
     Raises:
-        ValueError: if the text is too long, is not JSON or is nested too deep, or contains a repeated key, an integer
-            beyond 64 bits or a constant that is not accepted; the message gives the reason.
+        ValueError: if the text is too long, is not JSON or is nested too deep. Also for a repeated key, an integer
+            beyond 64 bits, a number beyond the largest float, or a constant that is not accepted. The message gives the
+            reason.
     """
     check_json_size(text, limit)
     try:

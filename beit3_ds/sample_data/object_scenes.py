@@ -40,8 +40,8 @@ class DrawnShape(NamedTuple):
 def write_object_scenes(folder: Path, split: str, count: int, rng: random.Random, size: int) -> None:
     """Writes images and `objects-SPLIT.json`, an annotation file in COCO's format.
 
-    Fully visible shapes with straight edges are stored as polygons, the other shapes as run lengths. Some images have
-    no objects.
+    Fully visible squares, bars and triangles are stored as polygons, and all other shapes as run lengths. Some images
+    have no objects.
 
     Args:
         folder: folder of the dataset.

@@ -8,7 +8,7 @@ through two classes:
     RankTask    opened by each rank (`rank_task.py`): samples, preparation of micro-batches, evaluation, result files
 
 A task may keep state of its own, such as a codebook. `RankTask.before_step` and `after_step` update the state, and
-`RankTask.figures` reports figures about it. The state must be in buffers of the task's model, because checkpoints
+`RankTask.figures` reports values about it. The state must be in buffers of the task's model, because checkpoints
 contain these buffers. A task may write a result file at the end of a run (`RankTask.write_results`). When the run is
 started again, `Task.find_result` finds the file.
 

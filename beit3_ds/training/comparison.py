@@ -28,7 +28,7 @@ class Comparison:
         return max((abs(a - b), step) for a, b, step in zip(first, second, self.steps, strict=True))
 
     def describe(self) -> str:
-        """Returns one line per loss with the largest difference between the two runs and its step."""
+        """Returns the number of common steps, and one line per loss with the largest difference and its step."""
         lines = [f"{self.names[0]} and {self.names[1]}: {len(self.steps)} steps in common"]
         for name in self.losses:
             difference, step = self.largest_difference(name)
@@ -69,7 +69,7 @@ def _train_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draws the losses of two runs over the steps, and below them the absolute difference of each term.
+    """Draws the total loss of each run over the steps, and below it the absolute difference of each loss.
 
     Args:
         comparison: losses of the two runs.

@@ -120,7 +120,7 @@ class Progress:
     def report(self, step: int) -> dict[str, Any]:
         """Returns the interval's losses, speeds and other values over all ranks, and starts a new interval.
 
-        The result is a record for metrics.jsonl.
+        The result is a record for metrics.jsonl. Memory and waiting time are those of this rank.
 
         Args:
             step: number of steps done.
