@@ -42,7 +42,7 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_
 
 
 def check_json_size(text: bytes | str, limit: int) -> None:
-    """Checks the size of a JSON text and its number of lists and objects, which limits the memory for parsing.
+    """Checks the size of a JSON text and its number of lists and objects, to limit the memory for parsing.
 
     Raises:
         ValueError: if the text is longer than `limit`, or has too many lists or objects for its size.

@@ -78,9 +78,10 @@ class Evaluator(Protocol):
         """
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the name and value of each weight and buffer of the whole model, on the CPU; weights are float32.
+        """Yields the name and value of each trained weight, on the CPU; weights are float32.
 
-        Reads the newest checkpoint without communication, so a single rank may call this method.
+        During a run, reads all weights and buffers of the newest checkpoint. `beit3 evaluate` reads the parameters of
+        this pipeline stage from the evaluated weights. Does not communicate, so a single rank may call this method.
         """
 
 
@@ -131,7 +132,8 @@ class RankTask:
             build_streams: opens the samples of a split, by kind ("images", "pairs" or "texts"). The order of the
                 returned kinds is the order of their samples in a batch.
             pack: packs prepared samples into a micro-batch.
-            views: which views of each image a batch contains: for the "model", for the visual "tokenizer", or "both".
+            views: which resized copies of each image a sample has, for the memory limit of prefetching: "model",
+                "tokenizer" or "both".
             validation_loss: True computes the mean of each term over at most `TrainingConfig.loss_samples` samples per
                 kind, which stay in memory. False lets `evaluate` read all samples of a split.
             fields: values of further fields of the class.

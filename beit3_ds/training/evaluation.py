@@ -86,7 +86,7 @@ def evaluate(
 
 
 def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeatures]], mesh: Mesh) -> Tensor:
-    """Returns this rank's share of each term's sum over each source, (terms, sources) float64 on the CPU.
+    """Returns this rank's contribution to the sums of each term per source, (terms, sources) float64 on the CPU.
 
     Args:
         step_loss: function that computes the sum of each loss term from features.

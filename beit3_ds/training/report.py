@@ -17,9 +17,10 @@ from beit3_ds.training.run import Run
 
 
 def report(run: Run, signals: StopSignals) -> None:
-    """Writes the report of a finished run, with averaged weights if the run has them. All ranks must call it.
+    """Writes the report of a finished run. All ranks must call it.
 
-    A stop signal ends the computation between two batches. Starting the same command again then writes the report.
+    The report uses the moving averages of the weights if the run has them (`training.ema_decay`). A stop signal ends
+    the computation between two batches. Starting the same command again then writes the report.
     """
     try:
         with run.state.averaged_weights():

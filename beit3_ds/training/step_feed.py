@@ -10,10 +10,10 @@ from beit3_ds.storage_error import StorageError
 
 
 class StepFeed:
-    """Fetches the data of steps, and keeps errors until all ranks know of them (`DistributedStopSignals.synchronize`).
+    """Fetches the data of steps, and keeps errors until all ranks know of them.
 
     Attributes:
-        error: error because of which this rank has no data; None if there is none.
+        error: error that left this rank without data; None if there is none.
     """
 
     def __init__(self, steps: Iterable[StepBatch], activity: Activity, first_step: int) -> None:

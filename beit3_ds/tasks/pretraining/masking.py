@@ -91,7 +91,7 @@ def mask_words(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, word by word.
 
-    A word begins with a piece that starts a word, and ends before the next such piece. Every EOS is a word. If a text
+    `words` tells which pieces start a word; a word lasts until the next such piece. Every EOS is a word. If a text
     begins within a word, the rest of this word counts as a word.
 
     Words are chosen at random. Their total number of tokens is as near as possible to the number that `mask_tokens`

@@ -26,11 +26,11 @@ _MAPS = ("4", "8", "16", "32")
 
 
 class SegmentationHead(Head):
-    """Segments images of one size from the trunk's hidden states.
+    """Segments images of one size from the hidden states of BEiT-3's blocks.
 
-    With an adapter, the model runs the adapter between the trunk's blocks, and passes the adapter's maps to `segment`.
-    Without an adapter, a simple feature pyramid builds the maps from the trunk's output. Tensor-parallel ranks have
-    equal copies of all parameters. For the loss, each tensor-parallel rank computes a part of the images
+    With an adapter, the model runs the adapter between the blocks, and passes the adapter's feature maps to `segment`.
+    Without an adapter, a simple feature pyramid builds the maps from the output of the last block. Tensor-parallel
+    ranks have equal copies of all parameters. For the loss, each tensor-parallel rank computes a part of the images
     (`DividedSamples`). For predictions, each rank computes all images.
     """
 
@@ -63,10 +63,10 @@ class SegmentationHead(Head):
         self.decoder = MaskDecoder(settings, hidden if settings.adapter else width)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Segments images from the output of a trunk without an adapter.
+        """Segments images without an adapter, from the output of the last block.
 
         Args:
-            h_MD: the trunk's output after the final norm, (rows, hidden size).
+            h_MD: output of the last block after the final norm, (rows, hidden size).
             batch: the packed micro-batch; all images have one size.
             with_loss: True returns sums of loss terms, False class scores.
 
@@ -84,9 +84,9 @@ class SegmentationHead(Head):
         """Runs the decoders on feature maps; returns the sums of the loss terms, or the class scores.
 
         Args:
-            maps: four feature maps, with 1/4 to 1/32 of the images' height and width. If `with_loss`, the maps contain
-                only this rank's part of the images, otherwise all images.
-            batch: the packed micro-batch; needs labels and seeds of all images if `with_loss`.
+            maps: four feature maps, with 1/4 to 1/32 of the images' height and width. For the loss, only this rank's
+                part of the images; for class scores, all images.
+            batch: the packed micro-batch; for the loss, needs labels and seeds of all images.
             with_loss: True returns sums of loss terms, False class scores.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Combines BEiT-3's trunk, a ViT-Adapter between the trunk's blocks, and the segmentation head."""
+"""Combines BEiT-3's blocks, a ViT-Adapter between these blocks, and the segmentation head."""
 
 # B images, N patches of an image, T patches of all images, D hidden.
 
@@ -17,11 +17,10 @@ from beit3_ds.tasks.segmentation.packing import DROP_PATH
 
 
 class SegmentationModel(TaskModel):
-    """Combines BEiT-3's trunk with the segmentation head; all images of a micro-batch have one size.
+    """Combines BEiT-3's blocks with the segmentation head; all images of a micro-batch have one size.
 
-    With an adapter, the trunk runs in groups of blocks. Each tensor-parallel rank runs the adapter on a part of the
-    images. Before and after each group of blocks, the tensor-parallel ranks exchange the rows of all images
-    (`DividedSamples`).
+    With an adapter, the blocks run in groups. Each tensor-parallel rank runs the adapter on a part of the images.
+    Before and after each group of blocks, the tensor-parallel ranks exchange the rows of all images (`DividedSamples`).
     """
 
     def forward(  # type: ignore[override]
