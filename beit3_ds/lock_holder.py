@@ -23,7 +23,7 @@ class Holder(NamedTuple):
     """Local time at which the process took the lock."""
     command: str
     boot: str
-    """Boot ID of the process's host. Processes on one boot of a host always see each other's locks."""
+    """Boot ID of the process's host. Processes with equal boot IDs always see each other's locks."""
     is_stopping: bool
     """Whether the process has received a stop signal and will soon end."""
 

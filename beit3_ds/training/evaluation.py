@@ -21,7 +21,7 @@ SourceNames = Mapping[str, Sequence[str]]
 configuration."""
 
 VALIDATION_FOLDER = "validation"
-"""Name of the subfolder of the output folder for the result files of the last evaluation."""
+"""Name of the folder for the last evaluation's result files, in the output folder."""
 
 
 def evaluate(

@@ -43,7 +43,7 @@ class Resumption(NamedTuple):
     first_step: int
     """Number of steps done; 0 without a checkpoint."""
     checkpoint: Index | None
-    """Index of the checkpoint, which contains the data position; None without a checkpoint."""
+    """Index file of the checkpoint, which also records the position in the training data; None without a checkpoint."""
 
 
 def resume(
@@ -244,7 +244,10 @@ def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int, *
 
 
 def _data_state(run: Run, done: int, *, is_evaluated: bool = True) -> dict[str, Any]:
-    """Returns `Index.data` for a checkpoint after `done` steps, such as the data position. Used on the main rank."""
+    """Returns `Index.data` for a checkpoint after `done` steps, such as the position in the training data.
+
+    Used on the main rank.
+    """
     state: dict[str, Any] = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
     state |= {BROKEN_RECORDS: run.broken_records.state()} | run.best.state()
     return state if is_evaluated else state | {EVALUATION_DUE: True}

@@ -65,7 +65,7 @@ class Run:
     order: RunOrder | None
     """Order of the samples; None on ranks that receive their samples from other ranks."""
     data: Mapping[str, Any]
-    """`Index.data` of the resumed checkpoint, such as the data position; empty without a checkpoint."""
+    """`Index.data` of the resumed checkpoint, such as the position in the training data; empty without a checkpoint."""
     is_stopping: Callable[[], bool]
     """Function that returns whether this rank has received a stop signal."""
 

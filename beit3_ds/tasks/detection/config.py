@@ -25,7 +25,7 @@ class DetectionConfig:
     anchor_scale: Annotated[float, Range(1, 64)] = 8.0
     """Side of an anchor, divided by the stride of the anchor's pyramid level."""
     proposals_per_level: Positive = 2000
-    """In training, number of best-scored anchors per pyramid level that become proposals, before non-maximum
+    """Number of best-scored anchors per pyramid level that become proposals in training, before non-maximum
     suppression."""
     proposals: Positive = 1000
     """Maximum number of proposals per image after non-maximum suppression. In an evaluation, also the number of

@@ -56,7 +56,7 @@ class PairSamples:
     is_last_open: ClassVar[bool] = False
 
     images: ImageSamples
-    """Images of the source; the field `source` of these images also reads the captions."""
+    """Prepares the images of the source. Its field `source` also reads the captions."""
     tokenizer: TextTokenizer
     """Converts captions to token ids."""
     length: int

@@ -206,7 +206,7 @@ def _check_visual_tokenizer(config: RunConfig) -> None:
 
 
 def views_of(share: RankShare) -> ImageViews:
-    """Returns which views of an image a rank needs: "model", "tokenizer" or "both"."""
+    """Returns which resized copies of an image a rank needs: "model", "tokenizer" or "both" (`ImageViews`)."""
     if not share.predicts:
         return "model"
     return "both" if share.embeds else "tokenizer"

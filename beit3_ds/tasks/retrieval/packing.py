@@ -18,7 +18,7 @@ TEXT_NUMBERS = "text_number"
 """Key in `PackedBatch.targets` and `StepFeatures.rows`: number of each caption, (captions,) int64. The number is
 `MOST_CAPTIONS` times the image's index in its split, plus the caption's index among the image's captions."""
 MOST_CAPTIONS = 1 << 20
-"""Maximum number of captions per image; a factor in the numbers of captions (`TEXT_NUMBERS`)."""
+"""Maximum number of captions per image. `TEXT_NUMBERS` numbers captions with this factor."""
 NUM_TERMS = 4
 """Number of terms of the task; each term is a mean over images."""
 

@@ -61,11 +61,11 @@ class SegmentationConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """Sizes of Mask2Former's pixel decoder and query decoder."""
     class_weight: Annotated[float, Range(0, 100)] = 2.0
-    """Weight of the class term in the loss, and in the matching of queries to target masks."""
+    """Weight of the class term in the total loss, and in the matching of queries to target masks."""
     mask_weight: Annotated[float, Range(0, 100)] = 5.0
-    """Weight of the binary cross entropy of masks in the loss, and in the matching of queries to target masks."""
+    """Weight of the masks' binary cross entropy in the total loss, and in the matching of queries to target masks."""
     dice_weight: Annotated[float, Range(0, 100)] = 5.0
-    """Weight of the dice loss of masks in the loss, and in the matching of queries to target masks."""
+    """Weight of the masks' dice loss in the total loss, and in the matching of queries to target masks."""
     num_points: Annotated[int, Range(4, 2**20)] = 12544
     """Number of sampled points per mask at which the loss compares predicted and target masks."""
     min_scale: Annotated[float, Range(0.01, 100)] = 0.5

@@ -44,8 +44,8 @@ class SegmentedImages:
     shown: list[ShownImage] = field(default_factory=list)
     """Images for the result page."""
     label_maps: list[tuple[int, Tensor]] = field(default_factory=list)
-    """For each image, the index in the split and the predicted label map as PNG bytes (uint8); empty without result
-    files."""
+    """Index of each image in its split, and its predicted label map as PNG bytes (uint8). Empty without result files.
+    """
 
     def add(self, image: WholeImage, predicted: Tensor) -> None:
         """Adds the pixels of an image to the confusion matrix.

@@ -30,8 +30,8 @@ DROP_PATH = "extractor factors"
 NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
 """Keys in `PackedBatch.targets` for whole images.
 
-`NUMBERS` is the index in the split, (B,) int64. `SIZES` is height and width, (B, 2) int64. `PIXELS` and `TRUTH` are the
-pixels and the classes of all images, each flattened to one uint8 vector.
+`NUMBERS` is the index of each image in its split, (B,) int64. `SIZES` is the height and width of each image in pixels,
+(B, 2) int64. `PIXELS` and `TRUTH` are the pixels and the classes of all images, each flattened to one uint8 vector.
 """
 
 

@@ -58,7 +58,7 @@ class SegmentationSamples:
     source: LabelMaps
     """Images and label maps of the source."""
     augmentation: CropAugmentation | None
-    """Draws training crops; None to prepare whole images."""
+    """Draws training crops; None prepares whole images."""
     num_extractors: int
     """Number of extractors of the adapter; 0 without an adapter."""
     drop_path_rate: float
