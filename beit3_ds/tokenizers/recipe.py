@@ -150,7 +150,7 @@ def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    """Converts a recorded value to the current form: drops the unset source keys that version 0.1 recorded."""
+    """Converts a recorded value to the current form, without the unset keys of data sources that version 0.1 recorded."""
     if isinstance(value, list):
         return [_plain_source(item) if isinstance(item, dict) else item for item in value]
     return value
@@ -170,8 +170,9 @@ def _read_recipe(path: str | Path) -> Recipe | None:
 
 
 def _merge_sources(images: list[Any], pairs: list[Any]) -> list[Any]:
-    """Joins the image and pair sources of a version 0.1 recipe; drops weights and duplicates, which that version
-    ignored.
+    """Joins the image and pair sources of a recipe from version 0.1.
+
+    Drops weights and duplicates, which that version ignored.
     """
     merged: list[Any] = []
     for source in (*images, *pairs):

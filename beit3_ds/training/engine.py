@@ -26,7 +26,7 @@ from beit3_ds.training.optimizer import allocate_moments, build_optimizer, freez
 def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
     """Builds this rank's part of the model with initial values, in float32 and in host memory.
 
-    The engine then partitions this part over the data-parallel ranks, under ZeRO.
+    Under ZeRO, the engine then partitions this part over the data-parallel ranks.
 
     Args:
         task: the run's task.

@@ -132,6 +132,6 @@ def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) 
 
 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
-    """Returns the last stage's sums, and the counts, summed over all data-parallel ranks, stacked to (2, ...)."""
+    """Returns totals over all data-parallel ranks, (2, ...): the last stage's sums, then the counts."""
     sums = mesh.pipeline.host.broadcast(sums, src=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))

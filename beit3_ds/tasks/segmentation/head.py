@@ -122,7 +122,7 @@ def divide_samples(batch: PackedBatch, tensor: TensorParallel, *, with_loss: boo
 
 
 def common_grid(batch: PackedBatch, patch_size: int) -> Grid:
-    """Returns the rows and columns of patches of every image of a batch; all images have one size."""
+    """Returns the patch grid, (rows, columns), that all images of a batch have."""
     assert batch.pixels is not None, "the batch has no pixels"
     grid = batch.pixels.shape[2] // patch_size, batch.pixels.shape[3] // patch_size
     assert all(own == grid for own in batch.image_grids), "all images of a micro-batch have one size"
@@ -130,7 +130,7 @@ def common_grid(batch: PackedBatch, patch_size: int) -> Grid:
 
 
 def pixel_size(batch: PackedBatch, patch_size: int) -> tuple[int, int]:
-    """Returns the height and width in pixels of every image of a batch; all images have one size."""
+    """Returns the height and width in pixels that all images of a batch have."""
     rows, columns = common_grid(batch, patch_size)
     return rows * patch_size, columns * patch_size
 
