@@ -150,7 +150,10 @@ def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    """Converts a recorded value to the current form, without the unset keys of data sources that version 0.1 recorded."""
+    """Converts a recorded value to the current form.
+
+    Drops unset keys of data sources, which version 0.1 recorded.
+    """
     if isinstance(value, list):
         return [_plain_source(item) if isinstance(item, dict) else item for item in value]
     return value
