@@ -1,6 +1,7 @@
 """Reads images and texts from files and packs them into micro-batches.
 
-The content of a step depends only on the data, the config, the seed and the step number.
+The content of a step depends only on the data, the config, the seed and the step number. A step has samples of up to
+three kinds, called streams: images, image-text pairs and texts.
 
 The modules in the order of the data flow:
 

@@ -1,6 +1,4 @@
-"""Draws the random factors of stochastic depth during data preparation, because the forward pass draws no random
-numbers.
-"""
+"""Draws the factors of stochastic depth while data are prepared: the forward pass draws no random numbers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +15,7 @@ class Slot(NamedTuple):
 
     stream: str
     number: int
-    """Index of the sample within the step, counted per stream."""
+    """Index of the sample among the step's samples of one stream: images, pairs or texts."""
     sequence: int = 0
     """Index of the sequence within the sample."""
 

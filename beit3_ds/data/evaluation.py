@@ -19,7 +19,7 @@ _AHEAD = 2
 _GIB = 1 << 30
 
 Plan = Mapping[str, Sequence[int]]
-"""Maps each stream to its sample indices in one batch."""
+"""Maps each stream ("images", "pairs", "texts") to the indices of its samples in one batch."""
 
 
 class EvaluationBatches:
@@ -42,7 +42,7 @@ class EvaluationBatches:
 
         Args:
             config: the run's configuration; `training.eval_samples` limits the samples per stream.
-            streams: samples of each stream; the samples in a batch are in the order of these streams.
+            streams: samples by stream ("images", "pairs", "texts"). Each batch contains the streams in this order.
             pack: function that packs prepared samples into a batch.
             data_parallel_rank: rank that reads these batches.
             data_parallel_size: number of ranks that share the batches.

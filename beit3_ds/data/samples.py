@@ -1,4 +1,4 @@
-"""Defines streams of numbered samples, which tasks read."""
+"""Defines the streams of samples that a task reads: images, image-text pairs and texts."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +31,7 @@ class SampleKey:
     seed: int
     """Seed of the run."""
     stream: str
-    """Name of the stream."""
+    """Name of the stream, such as "pairs"."""
     epoch: int
     """Number of earlier passes over the sample's source, or over the whole stream if it has no weights.
 
@@ -144,7 +144,7 @@ class CaptionedSamples(ImagesOfSource):
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream of a task: the samples of several sources, numbered consecutively."""
+    """Holds all samples of one kind that a task reads: images, pairs or texts. Numbers the samples of all sources."""
 
     sources: ConcatSources[SourceSamples]
     """Samples of each source."""
@@ -190,7 +190,7 @@ def open_image_stream(data: DataConfig, stream: str, split: Split, build: Callab
 
     Args:
         data: data section of the run's config.
-        stream: name of the stream.
+        stream: name of the stream: "images", "pairs" or "texts".
         split: split to open.
         build: function that builds the samples of one source. It is called with the opened images as `source`.
 

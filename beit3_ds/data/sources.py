@@ -86,8 +86,9 @@ def _matches_files(pattern: str) -> bool:
 
 
 def image_format(source: SourceConfig) -> str:
-    """Returns the format of an image source; without a configured format, "folder" if the path is a folder, otherwise
-    "tar".
+    """Returns the format of an image source.
+
+    If the config names no format, it is "folder" for the path of a folder, and "tar" for other paths.
     """
     return source.format or ("folder" if os.path.isdir(source.path) else "tar")
 

@@ -24,9 +24,9 @@ def _say_nothing(name: str) -> None:
 class StepDataset(Dataset[StepBatch]):
     """Map-style dataset: item `step` contains one data-parallel rank's micro-batches of that optimizer step.
 
-    The samples of a step depend only on the seed, the step and the data (`RunOrder`). The samples of a stream fill the
-    step's slots 0, 1, 2, ... Ranks and micro-batches divide these slots (`StepShares.slots`). A broken record leaves
-    its slot empty.
+    The samples of a step depend only on the seed, the step and the data (`RunOrder`). Within a step, the samples of
+    each stream (images, pairs, texts) are numbered 0, 1, 2, ... Ranks and micro-batches divide these numbers, called
+    slots, among themselves (`StepShares.slots`). If a record is broken, its slot stays empty.
 
     Attributes:
         order: order of the run's samples. A resumed run must call `order.resume` before it reads a step.
@@ -46,7 +46,8 @@ class StepDataset(Dataset[StepBatch]):
 
         Args:
             config: the run's configuration.
-            streams: training samples of each stream; the samples in a micro-batch are in the order of these streams.
+            streams: training samples by stream ("images", "pairs", "texts"). Each micro-batch contains the streams in
+                this order.
             pack: function that packs prepared samples into a micro-batch.
             data_parallel_rank: rank that reads these steps.
             data_parallel_size: number of ranks that share a step.

@@ -30,7 +30,7 @@ class ValidationBatches:
         """Stores the plan of the batches; reads no sample yet.
 
         Args:
-            streams: validation samples by stream.
+            streams: validation samples by stream ("images", "pairs", "texts").
             plan: sample keys of each batch, by stream. All samples of a stream in one batch come from one source.
             pack: function that packs prepared samples into a batch.
         """
@@ -104,14 +104,15 @@ def build_validation_batches(
 ) -> ValidationBatches:
     """Builds this rank's validation batches, from at most `TrainingConfig.loss_samples` validation samples per stream.
 
-    The samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, so they do not
-    depend on the layout of ranks. All samples of a stream in one batch come from one source. A batch has at most the
-    size of the largest micro-batch. Every rank has the same number of batches; some batches may be smaller or empty.
-    Streams without validation files are omitted.
+    The samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, not on the layout
+    of ranks. All samples of a stream in one batch come from one source. A batch is at most as large as the largest
+    micro-batch. Every rank has the same number of batches; some batches may be smaller or empty. Streams without
+    validation files are omitted.
 
     Args:
         config: the run's configuration.
-        streams: validation samples of each stream; the samples in a batch are in the order of these streams.
+        streams: validation samples by stream ("images", "pairs", "texts"). Each batch contains the streams in this
+            order.
         pack: function that packs prepared samples into a batch.
         data_parallel_rank: rank that reads these batches.
         data_parallel_size: number of ranks that share the batches.
@@ -148,7 +149,7 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
         sizes: number of samples in each source; the stream numbers all samples consecutively.
         limit: maximum number of samples in total.
         seed: seed of the draw (`training.validation_seed`).
-        stream: name of the stream.
+        stream: name of the stream: "images", "pairs" or "texts".
 
     Returns:
         Sample numbers in the stream for each source, ascending.

@@ -11,8 +11,9 @@ from beit3_ds.retrying.stream import RetryingStream
 
 
 class StandardStreams(NamedTuple):
-    """Holds the streams that replace `sys.stdout` and `sys.stderr`; None for a stream that is not a file, as in
-    notebooks.
+    """Holds the streams that replace `sys.stdout` and `sys.stderr`.
+
+    A stream is None if the original is not a file, as in notebooks.
     """
 
     stdout: RetryingStream | None

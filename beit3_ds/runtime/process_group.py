@@ -82,8 +82,8 @@ def joined_ranks(
         parallel: layout and time limits.
         output_dir: folder with the ranks' secret (see `init_process_group`).
         signals: recorder of the stop signals that this process receives.
-        contended_at: function that returns, on rank 0, the monotonic time when another command last asked for the
-            output folder; -inf if no command asked.
+        contended_at: function that returns, on rank 0, the monotonic time when another command was last seen waiting
+            for the output folder; -inf if never.
     """
     mesh, connect = _join_launched(parallel, output_dir, contended_at)
     watchdog = Watchdog(parallel, mesh, connect(STORE_SECONDS), signals)

@@ -65,9 +65,9 @@ class Rendezvous:
             seconds: maximum time in seconds that ranks wait for each other.
             secret: secret that all ranks of the run share.
             end: function that ends this process at once, even if the main thread is blocked in a call.
-            contended_at: function that returns, on rank 0, the monotonic time when another command last tried to lock
-                this run's output folder; -inf if none did. The other command will be refused, but its ranks may connect
-                here until it ends, because they have the same secret and port.
+            contended_at: function that returns, on rank 0, the monotonic time when another command was last seen
+                waiting for this run's output folder; -inf if never. That command will be refused. Until it ends, its
+                ranks may connect here, because they have the same secret and port.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()

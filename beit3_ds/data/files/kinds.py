@@ -40,7 +40,9 @@ _HEAD_BYTES = 512
 
 
 def kind_of_file(path: str) -> str:
-    """Detects the type of a file, such as `gzip data`, from the first bytes; returns an empty string if it is unknown.
+    """Detects the type of a file, such as `gzip data`, from its first bytes.
+
+    Returns an empty string if the type is unknown.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -51,8 +53,9 @@ def kind_of_file(path: str) -> str:
 
 
 def kind_of_bytes(head: bytes) -> str:
-    """Detects the type of a file, such as `gzip data`, from its first 512 bytes; returns an empty string if it is
-    unknown.
+    """Detects the type of a file, such as `gzip data`, from its first 512 bytes.
+
+    Returns an empty string if the type is unknown.
     """
     for offset, magic, kind in _MAGIC:
         if head.startswith(magic, offset):
@@ -64,8 +67,8 @@ def check_is_text(path: str) -> None:
     """Checks that a file is plain text, and not a compressed file, an archive, a table, an image or UTF-16.
 
     Raises:
-        ValueError: if the first bytes show such a type, or the file has a gap (`files.gaps`). The message names the
-            type and advises a conversion.
+        ValueError: if the first bytes show such a type, or a long part of the file was never written (`files.gaps`).
+            The message names the type and advises a conversion.
         OSError: if the file cannot be read.
     """
     check_has_no_gap(path)

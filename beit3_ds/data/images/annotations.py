@@ -58,8 +58,9 @@ def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
 
 
 def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -> AnnotatedImages:
-    """Reads Visual Genome (Krishna et al., 2017, arXiv:1602.07332): one sample per region, with the region's phrase as
-    caption.
+    """Reads Visual Genome (Krishna et al., 2017, arXiv:1602.07332): one sample per region of an image.
+
+    The caption of a sample is the region's phrase.
 
     Args:
         region_descriptions: JSON list of images, each with `id` and `regions`; each region has a `phrase`.
@@ -83,7 +84,7 @@ def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -
 
 
 def read_sbu_captions(captions: str, folder: str) -> AnnotatedImages:
-    """Reads SBU Captions (Ordonez et al., 2011): one caption per row; does not need the file of URLs.
+    """Reads SBU Captions (Ordonez et al., 2011): one caption per row. The corpus's list of URLs is not needed.
 
     Args:
         captions: text file with one caption per line, or `.json` file with an object that has the list `captions`.

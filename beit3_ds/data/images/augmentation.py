@@ -26,7 +26,7 @@ Box = tuple[int, int, int, int]
 
 
 class Views(NamedTuple):
-    """Two views of one crop; `pixels.to_floats` converts them to network inputs."""
+    """Holds two views of one crop; `pixels.to_floats` converts them to network inputs."""
 
     model: Tensor
     """View for the model, (3, size, size), uint8 or float32 in [-1, 1]."""
@@ -52,7 +52,7 @@ class Augmentation:
     """Applies the paper's training augmentation: a random crop, a random flip and random color jitter.
 
     BEiT jitters the whole image first. This class jitters last, because the views have fewer pixels; both views get the
-    same factors. The order changes only clamped values and the mean grey of the contrast change.
+    same factors. The order of operations affects only clamped values and the mean grey for the contrast.
 
     Compared with Pillow's 8-bit jitter before the resize, unclamped pixels differ by at most 6 of 255 levels, and by
     1.5 on average. In images of pure noise, pixels differ by at most 81 levels, and by 2.6 on average.
@@ -71,9 +71,9 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length in pixels of a decoded image's shorter side.
+        """Returns the minimum length of a decoded image's shorter side, in pixels, with which no crop is enlarged.
 
-        From this length on, no crop is enlarged. None requires the full size.
+        None requires the full size.
         """
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
@@ -142,7 +142,7 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
     """Draws a crop with random area and aspect ratio (Szegedy et al., 2014, arXiv:1409.4842, section 6).
 
     The area, as a fraction of the image, is uniform in [min_scale, 1]. The aspect ratio is log-uniform in [3/4, 4/3].
-    If ten draws do not fit the image, the result is the largest centered crop with such an aspect ratio.
+    If ten draws do not fit the image, the result is the largest centered crop with an aspect ratio in this range.
 
     Args:
         size: width and height of the image in pixels.
@@ -166,12 +166,10 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def smallest_side(view_size: int, min_scale: float) -> int | None:
-    """Returns the minimum length in pixels of an image's shorter side.
-
-    From this length on, no crop of `random_crop_box` is enlarged.
+    """Returns the minimum length of an image's shorter side, in pixels, with which no random crop is enlarged.
 
     Args:
-        view_size: side in pixels to which crops are resized.
+        view_size: side in pixels to which the crops of `random_crop_box` are resized.
         min_scale: smallest fraction of the image's area that a crop covers. For 0, the result is None, because crops
             may have any size.
     """

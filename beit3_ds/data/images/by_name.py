@@ -102,8 +102,8 @@ def _files_in(folder: Folder, inside: str) -> set[str]:
 def _number_keys(shards: TarShards) -> dict[str, int]:
     """Maps the names of images in tars to sample numbers.
 
-    A name is a key, which is the path in the tar without extension. The last component of a key is a name too, if it is
-    unique.
+    An image's name is its path in the tar without extension. The last component of this path is a second name, if no
+    other image has the same last component.
     """
     keys = [shards.key(number) for number in range(len(shards))]
     numbers: dict[str, int] = {}

@@ -51,8 +51,9 @@ class ImageFolder:
         return len(self._names)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields a description of each image, sorted by path; looks up file sizes for at most 1024 evenly spread
-        images.
+        """Yields a description of each image, sorted by path.
+
+        Looks up the file sizes of at most 1024 evenly spread images.
         """
         every = -(-len(self) // _SIZES_LOOKED_UP)
         for number in range(len(self)):

@@ -32,8 +32,8 @@ _ERASED_ASPECTS = (0.3, 10 / 3)
 class ImageTransform(Protocol):
     """Interface of a transform from an image to a model input, (3, size, size) float32 in [-1, 1].
 
-    The views are floats, while the views of pretraining are 8-bit (`augmentation.Views`). Random erasing draws
-    normalised noise, and mixup interpolates between images.
+    Model inputs are floats, because random erasing adds Gaussian noise and mixup interpolates between images.
+    Pretraining does neither, and uses 8-bit views (`augmentation.Views`).
     """
 
     @property
@@ -84,9 +84,9 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length in pixels of a decoded image's shorter side.
+        """Returns the minimum length of a decoded image's shorter side, in pixels, with which no crop is enlarged.
 
-        From this length on, no crop is enlarged. None requires the full size.
+        None requires the full size.
         """
         return smallest_side(self.image_size, self.min_crop_scale)
 

@@ -39,7 +39,7 @@ def record_type(key_width: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Index of one tar, in memory."""
+    """Holds the index of one tar in memory."""
 
     records: NDArray[np.void]
     """Structured array, (samples,), with the fields `image`, `caption`, `caption_is_json` and `key` (bytes).

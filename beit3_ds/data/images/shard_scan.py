@@ -55,14 +55,14 @@ def reason_to_skip(extension: str) -> str:
 
 
 class _Sample(NamedTuple):
-    """Members of one sample."""
+    """Holds the members of one sample."""
 
     members: dict[str, tuple[int, int, int]]
     """Maps each member's extension to the member's offset in bytes, size in bytes, and CRC-32 checksum."""
 
 
 class _Candidate(NamedTuple):
-    """A tar member with the extension of an image or a caption."""
+    """Describes a tar member with the extension of an image or a caption."""
 
     key: str
     """Path of the member without its extension."""

@@ -158,8 +158,9 @@ class TarShards:
             raise BrokenRecordError(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
 
     def _read_both(self, shard: int, record: np.void) -> tuple[bytes, bytes]:
-        """Returns the caption's bytes and the image's bytes of a sample; uses one read if the gap between them is
-        small.
+        """Returns the caption's bytes and the image's bytes of a sample.
+
+        Reads both at once if the gap between them in the tar is small.
         """
         extents = [_extent(self.paths[shard], record, kind) for kind in ("caption", "image")]
         start, end = min(offset for offset, _ in extents), max(offset + size for offset, size in extents)

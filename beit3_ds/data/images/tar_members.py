@@ -24,7 +24,7 @@ class TarError(Exception):
 
 
 class TarMember(NamedTuple):
-    """A tar member other than a folder."""
+    """Describes a tar member other than a folder."""
 
     name: str
     """Path of the member in the tar; bytes that are not valid UTF-8 become surrogate escapes."""
@@ -37,7 +37,7 @@ class TarMember(NamedTuple):
 
 
 class _Extended(NamedTuple):
-    """Fields of GNU and pax extended headers, which apply to the next member."""
+    """Holds the fields of GNU and pax extended headers, which apply to the next member."""
 
     name: bytes | None = None
     size: int | None = None

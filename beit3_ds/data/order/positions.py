@@ -1,4 +1,7 @@
-"""Defines the position of a stream, which checkpoints store: the epoch, and the samples used in that epoch."""
+"""Defines the position of a run in a stream of samples: the epoch, and the samples used in that epoch.
+
+Checkpoints store the positions, so that a resumed run continues with the unused samples.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from beit3_ds.data.order.remaining import RemainingSamples, from_nodes, gone_bou
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePosition:
-    """Describes a source at the time when the position was stored."""
+    """Describes a source as it was when the checkpoint was saved."""
 
     id: int
     """Permanent id of the source in this stream; does not depend on the order of sources in the config."""
@@ -26,7 +29,7 @@ class SourcePosition:
 
 @dataclass(frozen=True, kw_only=True)
 class SetPosition:
-    """Position in one set of samples.
+    """Holds the position in one set of samples, which are shuffled together.
 
     With weights, each source is a set. Without weights, all sources of the stream form one set.
     """
@@ -49,7 +52,7 @@ class SetPosition:
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSource:
-    """A source that was removed from the config, with the unused samples of its epoch.
+    """Describes a source that was removed from the config, with the unused samples of its epoch.
 
     If the source is added to the config again, its epoch continues with these samples.
     """
@@ -61,7 +64,7 @@ class RemovedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Position of a stream as plain data; does not depend on the layout of ranks."""
+    """Holds the position of a run in one stream, as plain data; does not depend on the layout of ranks."""
 
     stream: str
     seed: int
@@ -183,7 +186,7 @@ def start_position(
     """Builds the position of a stream before its first sample.
 
     Args:
-        stream: name of the stream.
+        stream: name of the stream: "images", "pairs" or "texts".
         seed: the run's seed.
         samples_per_step: samples of the stream per step.
         weights: weights of the sources; None if the sources form one set.

@@ -33,7 +33,7 @@ class RemainingSamples(Protocol):
         """Maps indices into the set to sample numbers in the stream; both are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: of the parts of this set, and of this set.
+        """Appends the JSON descriptions of this set's parts to `nodes`, and then that of this set.
 
         Returns:
             Index in `nodes` of this set's description, which is the last one.
@@ -42,7 +42,7 @@ class RemainingSamples(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """The samples `first` to `last` - 1 of one source."""
+    """Represents the samples `first` to `last` - 1 of one source."""
 
     source: int
     """Id of the source."""
@@ -66,7 +66,7 @@ class Range:
 
 
 class Joined:
-    """Concatenation of several sets of samples."""
+    """Represents the concatenation of several sets of samples."""
 
     def __init__(self, parts: Sequence[RemainingSamples]) -> None:
         """Stores the sets, which must be disjoint."""
@@ -87,7 +87,7 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: of the sets, and of the concatenation.
+        """Appends the JSON descriptions of the sets to `nodes`, and then that of the concatenation.
 
         Returns:
             Index in `nodes` of the last description.
@@ -98,7 +98,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Rest:
-    """The samples of the set `whole` that remain after the first `taken` samples of a permutation."""
+    """Represents the samples of the set `whole` that remain after the first `taken` samples of a permutation."""
 
     whole: RemainingSamples
     seed: int
@@ -115,7 +115,7 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: of `whole`, and of the remaining samples.
+        """Appends the JSON descriptions of `whole` to `nodes`, and then that of the remaining samples.
 
         Returns:
             Index in `nodes` of the last description.
@@ -126,7 +126,7 @@ class Rest:
 
 @dataclass(frozen=True)
 class SourceSubset:
-    """The samples of the set `whole` that belong to the given sources, in the order of `whole`.
+    """Represents the samples of the set `whole` that belong to the given sources, in the order of `whole`.
 
     The constructor computes all samples of `whole` once, which takes 20 seconds for 100 million samples.
     """
@@ -161,7 +161,7 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: of `whole`, and of this subset.
+        """Appends the JSON descriptions of `whole` to `nodes`, and then that of this subset.
 
         Returns:
             Index in `nodes` of the last description.

@@ -18,7 +18,7 @@ ends."""
 
 
 class Continued(NamedTuple):
-    """Position of a resumed stream, adapted to the current sources."""
+    """Holds the position of a resumed stream, adapted to the current sources."""
 
     position: StreamPosition
     changes: list[str]
@@ -37,7 +37,7 @@ def new_position(
     """Builds the position of a stream at the start of `first_epoch`.
 
     Args:
-        stream: name of the stream.
+        stream: name of the stream: "images", "pairs" or "texts".
         seed: the run's seed.
         samples_per_step: samples of the stream per step.
         weights: weights of the sources; None if the sources form one set.
@@ -133,7 +133,7 @@ class _Continuation:
         return dataclasses.replace(self._now, sets=tuple(sets), removed=self._keep_removed())
 
     def _keeps_mixture(self) -> bool:
-        """Returns whether sources and weights have not changed; the mixture of sources then continues."""
+        """Returns whether the stream has weights, and neither its weights nor its sources have changed."""
         return (
             same_weights(self._weights, self._stored.weights)
             and self._weights is not None

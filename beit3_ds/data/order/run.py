@@ -22,7 +22,7 @@ POSITIONS = "positions"
 
 
 class RunOrder:
-    """Determines the samples of every step; they depend only on the start position and the step, not on the ranks.
+    """Determines the samples of every step of a run, independent of the ranks.
 
     A stream with K samples per step uses the next K samples of its order in each step.
     """
@@ -101,7 +101,7 @@ class RunOrder:
         """Returns the epochs and the sample numbers of some samples of a step, each (len(slots),) int64.
 
         Args:
-            stream: name of the stream.
+            stream: name of the stream: "images", "pairs" or "texts".
             step: index of the step.
             slots: indices of the samples within the step.
         """

@@ -1,4 +1,4 @@
-"""Matches the sources of a resumed run with the sources in a stored position, and describes the changes."""
+"""Matches the sources of a resumed run with the sources in a checkpoint, and describes the changes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class FoundSource:
 
 
 class SourceMatch(NamedTuple):
-    """A source that the run found, matched with a source in the stored position."""
+    """Holds a source that the run found, and the source in the checkpoint that matches it."""
 
     found: FoundSource
     id: int
@@ -37,15 +37,16 @@ class SourceMatch(NamedTuple):
     kind: str
     """Result of the comparison: `same`, `grown` (at its end), `renumbered` (samples inserted or removed) or `new`."""
     before: SourcePosition | None
-    """The source in the stored position; None if the source is new."""
+    """The source as the checkpoint describes it; None if the source is new."""
     removed: RemovedSource | None
-    """Stored entry of the source if an earlier run removed it from the config, otherwise None."""
+    """The checkpoint's entry for a source that an earlier run removed from the config; otherwise None."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
-    """Matches each found source with the stored source of the same path, or with a stored source that was moved.
+    """Matches each source that the run found with the source in the checkpoint that has the same path.
 
-    A stored source was moved if the config no longer has its path, and a found source has the same size and digest.
+    If a source's path is new, it may have been moved. Then it matches a source in the checkpoint that has the same size
+    and digest, and whose path is no longer in the config.
 
     Args:
         stored: position from the checkpoint.
@@ -90,7 +91,7 @@ def describe_changes(
     weights: Sequence[float] | None,
     matched: Sequence[SourceMatch],
 ) -> list[str]:
-    """Describes the differences between a stored position and the run's settings and sources, one line each."""
+    """Describes the differences between a checkpoint's position and the run's settings and sources, one line each."""
     lines = []
     if samples_per_step != stored.samples_per_step:
         lines.append(f"samples_per_step {stored.samples_per_step} -> {samples_per_step}: every source continues there")

@@ -1,4 +1,4 @@
-"""Computes the order of a stream's samples, which is shuffled in every epoch, without storing it.
+"""Computes the order of a stream's samples without storing the order. Every epoch has a new random order.
 
 Without weights, all samples of a stream form one set, and the order follows from (seed, stream, epoch). With weights,
 each source has a separate order, and a fixed rule picks the source of each sample (`mixture.assign_sources`).
@@ -15,7 +15,7 @@ from beit3_ds.data.order.positions import SourcePosition, StreamPosition, start_
 
 
 class StreamOrder:
-    """Computes the samples of an endless stream that follow a stored position."""
+    """Computes which samples of a stream follow a stored position, over any number of epochs."""
 
     def __init__(self, position: StreamPosition) -> None:
         """Stores the position; offsets are counted from there.
@@ -79,11 +79,11 @@ class StreamOrder:
 def order_from_start(
     seed: int, stream: str, sizes: Sequence[int], weights: Sequence[float] | None = None
 ) -> StreamOrder:
-    """Builds the order of a stream that starts at its first sample.
+    """Builds the order of a stream's samples, from the first sample on.
 
     Args:
         seed: the run's seed.
-        stream: name of the stream.
+        stream: name of the stream: "images", "pairs" or "texts".
         sizes: number of samples in each source.
         weights: weights of the sources; None if the sources form one set.
     """

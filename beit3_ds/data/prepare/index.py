@@ -28,7 +28,7 @@ _MAX_NAMED = 10  # maximum number of changed samples or failed tars that a messa
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedShard:
-    """Result of `prepare_indices` for one tar."""
+    """Holds the result of `prepare_indices` for one tar."""
 
     tar: str
     """Path of the tar."""

@@ -30,7 +30,7 @@ _SUSPECTS = {
 
 @dataclass(kw_only=True)
 class SourceStatistics:
-    """Statistics of the samples of one data source."""
+    """Holds statistics about one data source."""
 
     num_samples: int
     """Number of samples in the source."""
@@ -96,7 +96,7 @@ class SourceStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Description of a run's data files and their problems, from `describe_streams`."""
+    """Describes a run's data files and their problems."""
 
     text: str
     """Description of all files, as text with one fact per line."""

@@ -34,7 +34,7 @@ _PIECE_BYTES = 64 << 20  # about ten seconds of work, which is lost at an interr
 
 @dataclass(frozen=True, kw_only=True)
 class WorkShare:
-    """One of several equal shares of the work, for example for one job of a Slurm array (`--part`)."""
+    """Identifies one of several equal shares of the work, for example for one job of a Slurm array (`--part`)."""
 
     number: int = 1
     """Number of this share, counted from 1."""
@@ -60,7 +60,7 @@ class WorkShare:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPreparation:
-    """Result of `prepare_texts` for one share of the work."""
+    """Holds the result of `prepare_texts` for one share of the work."""
 
     pieces_written: int
     """Number of pieces of text files (`TextPiece`) that this call tokenized."""
@@ -83,9 +83,9 @@ def prepare_texts(
 ) -> TextPreparation:
     """Tokenizes the training, validation and test texts of a run into `data.cache_dir`.
 
-    Files are cut into pieces, which shares and processes divide among themselves. No share waits for another one. A
-    later call keeps up-to-date token files. When all pieces of a file are tokenized, the file is cut into sequences of
-    `data.text_length` tokens.
+    Files are cut into pieces of `piece_bytes` bytes. The pieces are divided among shares, and a share's pieces among
+    processes. No share waits for another one. A later call keeps up-to-date token files. When all pieces of a file are
+    tokenized, the file is cut into sequences of `data.text_length` tokens.
 
     Args:
         data: data section of the run's config.

@@ -44,7 +44,7 @@ _OTHERS = {
 
 
 class TextFormat(NamedTuple):
-    """Format and compression of a text file."""
+    """Holds the format and the compression of a text file."""
 
     kind: Literal["plain", "json_lines", "json_values"]
     """Format of the decompressed content; the docstring of this module describes each format."""

@@ -32,7 +32,7 @@ _SHOWN = 10
 
 
 class TextPiece(NamedTuple):
-    """A piece of a text file: the lines that start in a range of bytes."""
+    """Identifies a piece of a text file: the lines that start in a range of bytes."""
 
     path: str
     """Path of the text file."""
@@ -43,7 +43,7 @@ class TextPiece(NamedTuple):
 
 
 class Paragraph(NamedTuple):
-    """One paragraph of a text file."""
+    """Holds one paragraph of a text file."""
 
     text: str
     """Text of the paragraph, without surrounding white space; not empty."""
@@ -225,7 +225,7 @@ def _find_first_line(file: io.BufferedReader, piece: TextPiece) -> int:
 
 
 def _read_parts(file: io.BufferedReader, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
-    """Yields the lines of a file from `position` on, split at carriage returns; may omit blank parts.
+    """Yields the lines of a file from `position` on, split at carriage returns. Blank parts may be left out.
 
     Yields:
         For each part: the line number (counted from 1 by newlines), whether the line starts before `stop`, and the

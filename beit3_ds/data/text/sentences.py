@@ -4,8 +4,9 @@ A sentence ends with `.`, `!`, `?` or `…` before white space or an East Asian 
 full-width `!` or `?`. Closing quotes and brackets belong to the sentence. By this rule, "3.5" and "?q=" contain no
 sentence end, but "Mr. Smith" contains one.
 
-The rule is applied once to every piece of the tokenizer's vocabulary. Long paragraphs then need one table look-up per
-token. A sentence end is missed if it is inside a piece, or if the vocabulary lacks the punctuation mark.
+The rule is applied once to every entry of the tokenizer's vocabulary. Long paragraphs then need one table look-up per
+token. A sentence end inside a vocabulary entry is not found. Nor is a sentence end with a punctuation mark that the
+vocabulary lacks.
 """
 
 from bisect import bisect_right
@@ -27,7 +28,7 @@ class ParagraphCutter:
     """Cuts long paragraphs of token ids at sentence ends; takes a few bytes of memory per vocabulary entry."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        """Classifies which pieces of the vocabulary can begin, end or continue a sentence."""
+        """Determines which entries of the vocabulary can begin, end or continue a sentence."""
         self._words, self._eos_id = tokenizer.word_borders(), tokenizer.eos_id
         pieces = (tokenizer.piece(id_) for id_ in range(tokenizer.vocab_size))
         kinds = (_kind(piece, *map(bool, borders)) for piece, *borders in zip(pieces, *self._words, strict=True))
@@ -108,7 +109,7 @@ def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDAr
 
 
 def _kind(piece: str, starts_word: bool, ends_word: bool) -> int:
-    """Returns the sum of flags such as `_ENDS`: whether a piece can begin, end or continue a sentence."""
+    """Returns the sum of flags such as `_ENDS`: whether a vocabulary entry can begin, end or continue a sentence."""
     if ends_word and piece.endswith(_SPACE):
         # White space follows, so any mark ends a sentence, whatever comes next.
         kind = _kind(piece[:-1], starts_word, ends_word=False) if piece != _SPACE else 0

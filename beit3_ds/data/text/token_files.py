@@ -47,7 +47,7 @@ REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of
 
 
 class TokenPiece(NamedTuple):
-    """A token file, described by the values in its footer."""
+    """Describes a token file by the values in its footer."""
 
     path: Path
     """Path of the token file."""

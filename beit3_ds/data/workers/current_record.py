@@ -7,7 +7,7 @@ _BYTES = 1024
 
 
 class CurrentRecord:
-    """Name of the record that is being read, in memory that two processes share; at most 1022 bytes."""
+    """Holds the name of the record that is being read, in memory that two processes share; at most 1022 bytes."""
 
     def __init__(self, descriptor: int | None = None) -> None:
         """Allocates shared memory, or maps the memory of another `CurrentRecord`.

@@ -174,8 +174,9 @@ class _Workers(Generic[RequestT, ItemT]):
         self.processes[worker].send(request)
 
     def begin(self, worker: int, request: RequestT) -> tuple[RequestT, WaitTimer, int]:
-        """Sends a request to an idle worker; returns the request, a new timer, and the worker's CPU time in clock
-        ticks.
+        """Sends a request to an idle worker.
+
+        Returns the request, a new timer, and the worker's CPU time in clock ticks.
         """
         self.submit(worker, request)
         return request, WaitTimer(self._limits), self.processes[worker].cpu_ticks()

@@ -38,7 +38,7 @@ class WorkerDiedError(Exception):
 
 
 class Reply(NamedTuple):
-    """A worker's answer to a request: either an item or an exception."""
+    """Holds a worker's answer to a request: either an item or an exception."""
 
     item: Any
     error: BaseException | None

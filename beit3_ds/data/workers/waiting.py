@@ -32,7 +32,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """Limits of a wait for data: a maximum time and a stop signal."""
+    """Holds the limits of a wait for data: a maximum time and a stop signal."""
 
     seconds: float
     """Maximum wait in seconds (`data.timeout_seconds`)."""
