@@ -15,7 +15,7 @@ from torch import Tensor
 from beit3_ds.device_copy import copy_to_device
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
-"""Row ranges [start, stop) of each sequence in the packed stream. A sequence has one or two ranges. For example, (((0,
+"""Ranges [start, stop) of the packed rows of each sequence. A sequence has one or two ranges. For example, (((0,
 197),), ((197, 394), (591, 612))) describes two sequences: one with a single range, and one with two ranges."""
 
 PADDING_ALLOWANCE = 1.5
@@ -33,12 +33,12 @@ class Bucket(NamedTuple):
     """
 
     rows: Tensor
-    """Row numbers in the packed stream, (n * S,) int64: first all rows of the first sequence, then of the second, and
-    so on. Padding repeats the first row of a sequence."""
+    """Numbers of packed rows, (n * S,) int64: first all rows of the first sequence, then of the second, and so on.
+    Padding repeats the first row of a sequence."""
     num_sequences: int
     """Number of sequences n in the bucket."""
     first_row: int | None
-    """First row number if `rows` is a range of consecutive numbers, so that a view of the stream suffices; otherwise
+    """First number in `rows` if the numbers are consecutive, so that a view of the packed rows suffices; otherwise
     None."""
     real: Tensor | None
     """Ascending indices into `rows` of the entries that are not padding, int64; None if there is no padding."""
@@ -54,8 +54,8 @@ class AttentionPlan(NamedTuple):
     buckets: tuple[Bucket, ...]
     """The buckets. Every sequence that has rows is in exactly one bucket."""
     output_rows: Tensor | None
-    """For each of the stream's T rows, the index of its output in the concatenated outputs of all buckets, (T,) int64.
-    None if these outputs are already in the order of the stream."""
+    """For each of the T packed rows, the index of its output in the concatenated outputs of all buckets, (T,) int64.
+    None if these outputs are already in the order of the packed rows."""
 
 
 class TilePlan(NamedTuple):
@@ -102,8 +102,8 @@ def plan_attention(
 def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:
     """Groups sequences of similar length; returns the indices of the sequences in each group.
 
-    Adjacent sequences of equal length, such as images, form their own group, because a view of the stream can batch
-    them. A sequence without rows is in no group.
+    Adjacent sequences of equal length, such as images, form their own group, because a view of the packed rows can
+    batch them. A sequence without rows is in no group.
 
     Args:
         ranges: row ranges of each sequence.
@@ -133,7 +133,7 @@ def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
 
 
 def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
-    """Finds sequences of equal length that are adjacent in the stream; returns the sequence indices of each group.
+    """Finds sequences of equal length whose packed rows are adjacent; returns the sequence indices of each group.
 
     Each group has at least two sequences. A sequence with two ranges is in no group.
     """

@@ -15,7 +15,7 @@ from beit3_ds.kernels.ops.attention_plan import AttentionPlan, Bucket
 
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Computes attention with one call of scaled_dot_product_attention per bucket; returns rows in stream order."""
+    """Computes attention with one call of scaled_dot_product_attention per bucket; returns rows in packed order."""
     if q_THK.device.type == "cpu":
         return _AttendOnCPU.apply(q_THK, k_THK, v_THK, plan.buckets)
     outputs = [_attend_bucket(q_THK, k_THK, v_THK, bucket) for bucket in plan.buckets]
@@ -88,7 +88,7 @@ def _additive_mask(bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
 
 
 def _write_rows(out_THK: Tensor, x_nHSK: Tensor, bucket: Bucket) -> None:
-    """Writes a bucket's rows `x_nHSK` into `out_THK`, at the rows' positions in the stream."""
+    """Writes a bucket's rows `x_nHSK` into `out_THK`, at the positions of these rows in the packed order."""
     rows, x_rHK = bucket.rows, x_nHSK.transpose(1, 2).flatten(0, 1)
     if bucket.first_row is not None:
         out_THK[bucket.first_row : bucket.first_row + len(rows)] = x_rHK

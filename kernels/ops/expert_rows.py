@@ -30,7 +30,7 @@ def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
     """Returns whether the row-streaming GPU kernels support these rows: no float64, and at most WIDEST columns.
 
     Args:
-        x_TD: rows of the stream, in float32 or `dtype`.
+        x_TD: rows of the residual stream, in float32 or `dtype`.
         dtype: dtype of the parameters.
     """
     supported = dtype in SUPPORTED_DTYPES and x_TD.dtype in (dtype, torch.float32)

@@ -41,11 +41,11 @@ def multiway_layer_norm_reference(
 def multiway_layer_norm(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalises each row with its expert's scale and shift; also returns the stream for the residual connection.
+    """Normalises each row with its expert's scale and shift; also returns the input for the residual connection.
 
-    Use the returned stream for the residual connection. Then the backward pass of the norm adds the residual's
-    gradient, without a separate pass over the rows. The op saves x, two numbers per row, and the parameters without
-    copies. An expert without rows gets zero gradients.
+    Use the returned x_TD for the residual connection. Then the backward pass of the norm adds the residual's gradient,
+    without a separate pass over the rows. The op saves x, two numbers per row, and the parameters without copies. An
+    expert without rows gets zero gradients.
 
     Args:
         x_TD: packed rows of the residual stream, in the parameters' dtype or float32.
@@ -55,8 +55,8 @@ def multiway_layer_norm(
         epsilon: value added to the variance.
 
     Returns:
-        The stream x_TD, and the normalised rows h_TD = (x - mean) / sqrt(variance + epsilon) * w + b in the parameters'
-        dtype. Statistics are computed in float32, or in float64 for float64 rows.
+        x_TD, and the normalised rows h_TD = (x - mean) / sqrt(variance + epsilon) * w + b in the parameters' dtype.
+        Statistics are computed in float32, or in float64 for float64 rows.
     """
     kernels = runs_kernels(x_TD, weights[0].dtype)
     stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, ends_of(slices), epsilon, kernels, *weights, *biases)

@@ -1,7 +1,7 @@
-"""Applies the linear layers of several experts, each to its own rows of one packed stream.
+"""Applies the linear layers of several experts, each to its own rows of one packed tensor.
 
 On a CPU, each expert's product is written into the expert's rows of one output tensor. On a GPU, one launch of a kernel
-from `triton/multiway_ffn.py` computes all experts. If one cuBLAS product per expert is faster on a GPU, it is used
+from `triton/multiway_ffn.py` computes all experts. If one cuBLAS product per expert is faster on a GPU, cuBLAS is used
 instead (`measured_op`).
 """
 
@@ -26,7 +26,7 @@ from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_s
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 Slices = Sequence[tuple[int, int]]
-"""Row range [start, stop) of each expert in the packed stream. The ranges cover all rows in order."""
+"""Row range [start, stop) of each expert in a tensor of packed rows. The ranges cover all rows in order."""
 
 
 def multiway_linear_reference(

@@ -1,8 +1,8 @@
-"""Computes queries, keys and values of several experts, each from its own rows of one packed stream.
+"""Computes queries, keys and values of several experts, each from its own rows of one packed tensor.
 
 The layers for queries, keys and values have separate parameters. On a GPU, one launch of a kernel from
-`triton/multiway_qkv.py` computes all layers and experts. If one cuBLAS product per layer and expert is faster, it is
-used instead (`measured_op`). The backward pass launches one kernel for the input gradient, which is a sum over the
+`triton/multiway_qkv.py` computes all layers and experts. If one cuBLAS product per layer and expert is faster, cuBLAS
+is used instead (`measured_op`). The backward pass launches one kernel for the input gradient, which is a sum over the
 three layers, and one kernel for all weight gradients.
 """
 

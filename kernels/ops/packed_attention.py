@@ -1,4 +1,4 @@
-"""Computes attention within each sequence of a packed stream. A sequence has one or two row ranges.
+"""Computes attention within each sequence of packed rows. A sequence has one or two row ranges.
 
 On a CPU, the op runs PyTorch's flash attention on buckets of sequences with similar lengths. On a GPU, it runs the
 fastest implementation: the Triton kernels in `triton/packed_attention.py`, the CUDA C++ kernels, or PyTorch's

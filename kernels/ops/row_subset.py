@@ -1,4 +1,4 @@
-"""Copies some rows out of a stream, so that layers compute only these rows, and writes the results back."""
+"""Copies some rows out of the residual stream, so that layers compute only these, and writes the results back."""
 
 # T rows of the stream, K picked rows, D width.
 
@@ -12,10 +12,10 @@ from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
 
 def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies some rows out of a stream.
+    """Copies some rows out of the residual stream.
 
     Args:
-        x_TD: stream.
+        x_TD: residual stream.
         rows_K: distinct row numbers, int64.
 
     Returns:
@@ -26,19 +26,19 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
-    """Writes new rows into the stream, at the row numbers from which `take_rows` copied rows.
+    """Writes new rows into the residual stream, at the row numbers from which `take_rows` copied rows.
 
     Every `take_rows` needs a `put_rows`. In the backward pass, `put_rows` leaves the gradient of the new rows in the
     stream's gradient. Then `take_rows` overwrites that gradient with the gradient of the copied rows. This avoids a
     pass that clears gradients, and a pass that adds gradients.
 
     Args:
-        stream_TD: stream that `take_rows` returned.
+        stream_TD: residual stream that `take_rows` returned.
         y_KD: new rows.
         rows_K: row numbers that were passed to `take_rows`.
 
     Returns:
-        A new stream (T, D).
+        A new residual stream (T, D).
     """
     y_TD: Tensor = _PutRows.apply(stream_TD, y_KD, rows_K)
     return y_TD

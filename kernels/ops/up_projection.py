@@ -1,8 +1,8 @@
 """Computes the FFN's first linear layer. On a GPU, also computes the GELU, unless a sub-LN follows.
 
 On a GPU, the kernel computes the GELU while the product is in registers (`triton/multiway_ffn.py`). If a separate pass
-is faster, it is used instead (`measured_op`). If a sub-LN follows, `out_projection` computes GELU and sub-LN in one
-pass. On a CPU, `out_projection` computes the GELU in buffers that fit into the cache.
+for the GELU is faster, that pass is used instead (`measured_op`). If a sub-LN follows, `out_projection` computes GELU
+and sub-LN in one pass. On a CPU, `out_projection` computes the GELU in buffers that fit into the cache.
 """
 
 # T packed rows, D input width, F output width (of this rank).

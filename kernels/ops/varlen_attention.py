@@ -16,13 +16,13 @@ from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
 class VarlenPlan(NamedTuple):
-    """Describes how to sort the stream's rows by sequence. A plan depends only on the row ranges of the sequences."""
+    """Describes how to sort packed rows by sequence. A plan depends only on the row ranges of the sequences."""
 
     rows: Tensor | None
-    """For each index in the sorted order, the row number in the stream, (T,) int64; None if the stream is already
+    """For each index in the sorted order, the number of the packed row, (T,) int64; None if the rows are already
     sorted."""
     positions: Tensor | None
-    """For each row of the stream, its index in the sorted order, (T,) int64; None if the stream is already sorted."""
+    """For each packed row, its index in the sorted order, (T,) int64; None if the rows are already sorted."""
     bounds: Tensor
     """Cumulative sequence lengths in the sorted order (cu_seqlens), int32: 0 first, the total number of rows last."""
     longest: int
@@ -31,7 +31,7 @@ class VarlenPlan(NamedTuple):
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_varlen(ranges: Ranges, device: torch.device) -> VarlenPlan:
-    """Plans how to sort the stream's rows by sequence. Without image-caption pairs, the rows are already sorted."""
+    """Plans how to sort packed rows by sequence. Without image-caption pairs, the rows are already sorted."""
     lengths = [sum(stop - start for start, stop in sequence) for sequence in ranges]
     rows = torch.cat([torch.arange(start, stop) for sequence in ranges for start, stop in sequence])
     bounds = copy_to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)

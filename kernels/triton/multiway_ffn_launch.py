@@ -168,11 +168,11 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants that are compiled ahead of time, for the widths of base, large and giant.
+    """Returns the variants that are compiled ahead of time, for the widths of the base, large and giant models.
 
-    Kernels of giant's FFN are compiled with all tile sizes, and other kernels only with the first tile sizes. The
-    default tests compile only some of giant's kernels with the first tile sizes: the up projection for all
-    architectures, and the output projection for sm_90.
+    Kernels of the giant model's FFN are compiled with all tile sizes, and other kernels only with the first tile sizes.
+    The default tests compile only some of the giant model's kernels with the first tile sizes: the up projection for
+    all architectures, and the output projection for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in SIZES:
@@ -196,8 +196,8 @@ SIZES = (
     ("fp16", 1024, 4096),
     ("fp32", 768, 3072),
 )
-"""Element type, hidden size and FFN hidden size of the variants that are compiled ahead of time: base, large and giant.
-"""
+"""Element type, hidden size and FFN hidden size of the variants that are compiled ahead of time, for the base, large
+and giant models."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """PyTorch's dtype for each element type."""

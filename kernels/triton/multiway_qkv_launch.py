@@ -53,7 +53,10 @@ def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Seq
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants that are compiled ahead of time: all tile sizes for giant, the first for other models."""
+    """Returns the variants that are compiled ahead of time.
+
+    They have all tile sizes for the giant model, and the first tile sizes for other models.
+    """
     return [
         products.build_tile_variant(
             f"{kernel.__name__.removesuffix('_kernel')} {element}",

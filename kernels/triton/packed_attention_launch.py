@@ -178,8 +178,8 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants of the attention kernels that are compiled ahead of time.
 
-    The head widths are 88 for giant, 64 for all smaller models, and 128. Relative positions add columns to a head, so
-    96 and 120 are also compiled.
+    The head widths are 88 for the giant model, 64 for all smaller models, and 128. Relative positions add columns to a
+    head, so 96 and 120 are also compiled.
     """
     return [
         variant
