@@ -25,7 +25,7 @@ _NOTICE_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOutcome:
-    """Result of a save. All ranks get equal values, except for the seconds, which each rank measures itself."""
+    """Result of a save. All ranks get equal values, except for the seconds, which each rank measures for itself."""
 
     step: int
     """Number of optimizer updates before the save."""
@@ -59,7 +59,7 @@ class BackgroundSave:
         Args:
             collection: checkpoints of the run.
             mesh: the mesh of ranks.
-            host: process group of all ranks; only the save threads use it.
+            host: group of all ranks for values in host memory; only the threads that save use this group.
             run: description of this run, stored in every checkpoint.
             timeout_seconds: maximum seconds that `wait` waits.
         """
@@ -77,7 +77,7 @@ class BackgroundSave:
     def start(self, state: EngineState, step: int, data: Mapping[str, Any], begun: float) -> None:
         """Copies the state to host memory, and starts a thread that writes the copy to disk.
 
-        All ranks must call `wait` first, and then `start`.
+        All ranks must call `wait` before each call of `start`.
 
         Args:
             state: training state of this rank: weights and optimizer moments.

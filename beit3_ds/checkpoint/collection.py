@@ -23,11 +23,10 @@ _LATEST = "latest"
 
 
 class CheckpointCollection:
-    """Manages the folder `OUTPUT_DIR/checkpoints`, with one subfolder `step-XXXXXXXX` per checkpoint and a file
-    `latest`.
+    """Manages the folder `OUTPUT_DIR/checkpoints`, which has one subfolder `step-XXXXXXXX` per checkpoint.
 
     A checkpoint is written under a temporary name, synced to disk, and then renamed. A folder with the final name is
-    therefore complete.
+    therefore complete. The file `latest` contains the name of the newest checkpoint.
 
     Attributes:
         root: path of the folder, on storage that all ranks share.
@@ -60,7 +59,7 @@ class CheckpointCollection:
         return checkpoint_paths(self.root)
 
     def newest_path(self) -> Path | None:
-        """Returns the newest complete checkpoint; reads only the indices, and compares the files' sizes.
+        """Returns the newest complete checkpoint. Reads only the indices of checkpoints and the sizes of files.
 
         Returns:
             Path of the checkpoint; None if no checkpoint is complete or the folder cannot be read.
@@ -71,9 +70,9 @@ class CheckpointCollection:
             return None
 
     def mark_damaged(self, path: Path) -> None:
-        """Records that a checkpoint is damaged: `newest_path` then skips it, and pruning does not count it as complete.
+        """Records that a checkpoint is damaged, although its files have the right sizes.
 
-        `newest_path` itself compares only file sizes.
+        `newest_path` then skips the checkpoint, and the deletion of old checkpoints does not count it as complete.
         """
         self._damaged.add(path)
 
@@ -115,12 +114,13 @@ class CheckpointCollection:
         return self.root / f".writing-{checkpoint_name(step)}"
 
     def publish(self, index: Index, pieces: PieceTable) -> None:
-        """Completes a checkpoint: writes the pieces and the index, renames the temporary folder, and deletes old
-        checkpoints.
+        """Completes a checkpoint after all ranks have written their files, and deletes old checkpoints.
+
+        Writes the table of pieces and the index into the temporary folder, and renames the folder.
 
         Args:
-            index: index of the checkpoint, without the file of the pieces.
-            pieces: tensor pieces that all ranks wrote.
+            index: index of the checkpoint, without an entry for the file with the table of pieces.
+            pieces: table of the tensor slices that all ranks wrote.
 
         Raises:
             OSError: if a file that the index lists is missing, or writing fails.
@@ -152,7 +152,7 @@ class CheckpointCollection:
         return (path for path in self.paths() if path not in self._damaged and _has_all_files(path))
 
     def _clear(self, target: Path) -> None:
-        """Frees the path `target`: deletes a checkpoint of this program, or renames anything else."""
+        """Makes the path `target` free: deletes a checkpoint of this program, or renames anything else."""
         if is_own_checkpoint(target):
             _delete(target)
             return
@@ -171,8 +171,9 @@ class CheckpointCollection:
         write_whole(latest, f"{name}\n".encode())
 
     def _prune(self, best_step: int | None) -> None:
-        """Deletes old checkpoints of this program, except the newest complete ones and the checkpoint of step
-        `best_step`.
+        """Deletes checkpoints of this program that are older than the newest complete ones to keep.
+
+        The checkpoint of step `best_step` is not deleted.
         """
         paths = self.paths()
         best = None if best_step is None else self.path(best_step)
@@ -184,7 +185,7 @@ class CheckpointCollection:
 
 
 def _has_all_files(path: Path) -> bool:
-    """Returns whether a folder contains all files of a checkpoint in the right sizes, and is named after the step."""
+    """Returns whether a folder is named after its checkpoint's step, and contains all files with the right sizes."""
     try:
         index = read_index(path)
         check_files(path, index)
@@ -200,7 +201,7 @@ def _delete(path: Path) -> None:
 
 
 def has_checkpoints(output_dir: Path) -> bool:
-    """Returns whether a run has complete or incomplete checkpoints; True if their folder cannot be read.
+    """Returns whether a run has complete or incomplete checkpoints; True if the checkpoint folder cannot be read.
 
     Args:
         output_dir: output folder of the run (`training.output_dir`).

@@ -3,8 +3,9 @@
 A logical tensor is a whole tensor of the model, without any parallelism. Its state consists of the float32 weight,
 AdamW's two moments and, if configured, a moving average of the weight.
 
-The ZeRO stage determines which elements a rank owns: all (stage 0), a share of the flattened parameters (stages 1 and
-2), or a share of every parameter (stage 3). Only this file and `flat_tensors` access DeepSpeed's optimizers.
+The ZeRO stage determines which elements a rank owns. Without ZeRO, a rank owns all elements. Under ZeRO-1 and 2, it
+owns a share of the flattened parameters, and under ZeRO-3 a share of every parameter. Only this file and `flat_tensors`
+access DeepSpeed's optimizers.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ The arguments are the kind of values (`EngineState.kinds`, such as "exp_avg"), t
 """
 
 _GATHERED_PARAMETERS = 4
-"""Number of parameters that ZeRO-3 ranks gather at each save, to compare them with the weights to save."""
+"""Number of parameters that ZeRO-3 ranks gather at each save, to compare them with the optimizer's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class Fragment(NamedTuple):
     weight: Tensor
     """Weights, (elements,) float32."""
     optimizer_state: dict[str, Tensor]
-    """AdamW's moments "exp_avg" and "exp_avg_sq" and, if configured, the weights' moving "average", each (elements,).
-    """
+    """AdamW's moments "exp_avg" and "exp_avg_sq", and the moving "average" of the weights if configured; each
+    (elements,)."""
 
     def values(self, kind: str) -> Tensor:
         """Returns the values of one kind, (elements,): weights, a moment or the average (`EngineState.kinds`)."""
@@ -110,10 +111,9 @@ class EngineState:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Returns the kinds of values per element: "weight", "exp_avg", "exp_avg_sq" and, with `ema_decay`, also
-        "average".
+        """Returns the kinds of values that are saved per element, as named in the files of checkpoints.
 
-        These names appear in the files of checkpoints.
+        They are "weight", "exp_avg", "exp_avg_sq" and, with `ema_decay`, "average".
         """
         return KINDS if self._average is None else (*KINDS, AVERAGE)
 
@@ -126,8 +126,8 @@ class EngineState:
     def averaged_weights(self) -> Iterator[None]:
         """Context manager that replaces the model's weights by their moving averages; does nothing without `ema_decay`.
 
-        The `with` block must contain no update and no save. All ranks enter and leave the block together, because under
-        ZeRO-1, 2 and 3 the data-parallel ranks gather parameters at these points.
+        The `with` block must contain no update and no save. All ranks must enter and leave the block together, because
+        data-parallel ranks gather parameters at these points under ZeRO.
         """
         if self._average is None:
             yield
@@ -141,18 +141,18 @@ class EngineState:
             self._refresh_parameters()
 
     def fragments_to_save(self) -> list[Fragment]:
-        """Returns the fragments of tensors that this rank saves; all ranks together save each element of each tensor
-        once.
+        """Returns the fragments of tensors that this rank saves.
 
-        Without ZeRO, each data-parallel rank saves an equal share. Tensors that are equal on all tensor-parallel ranks
-        are saved by tensor-parallel rank 0.
+        All ranks together save each element of each tensor once. Without ZeRO, each data-parallel rank saves an equal
+        share. Tensors that are equal on all tensor-parallel ranks are saved by tensor-parallel rank 0.
         """
         self._start_moments()
         return list(self._shares())
 
     def buffers_to_save(self) -> dict[str, Tensor]:
-        """Returns the buffers that this rank saves: all buffers on the first rank of a pipeline stage, {} on other
-        ranks.
+        """Returns the buffers that this rank saves, by name.
+
+        The first rank of each pipeline stage saves all buffers of the stage. On other ranks, the result is empty.
         """
         is_first = self._mesh.data_parallel_rank == 0 and self._mesh.tensor.rank == 0
         return self.buffers if is_first else {}
@@ -174,10 +174,10 @@ class EngineState:
 
     @torch.no_grad()
     def find_mismatch(self, step: int) -> str | None:
-        """Compares samples of the weights to save with the parameters of the forward pass; all ranks call it.
+        """Compares samples of the optimizer's float32 weights with the model's parameters; all ranks call this method.
 
-        This check detects DeepSpeed options that reorder the flat buffers. Such an option would leave the training
-        correct, but make checkpoints wrong. Under ZeRO-3 the data-parallel ranks also gather a few parameters.
+        The comparison detects DeepSpeed options that reorder the flat buffers. With such an option, training would be
+        correct, but checkpoints would be wrong. Under ZeRO-3 the data-parallel ranks also gather a few parameters.
 
         Args:
             step: number of optimizer updates so far; selects the samples, equally on all ranks.
@@ -188,7 +188,7 @@ class EngineState:
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Yields, for each fragment, the weights to save and the same elements of the model's parameters."""
+        """Yields, for each fragment, the optimizer's weights and the same elements of the model's parameters."""
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():
@@ -208,13 +208,13 @@ class EngineState:
 
     @torch.no_grad()
     def load(self, read: ReadSlice, optimizer_step: int) -> None:
-        """Overwrites this rank's weights, moments and averages with values from `read`; all ranks call it.
+        """Overwrites this rank's weights, moments and averages with values from `read`; all ranks call this method.
 
         Under ZeRO-3 the data-parallel ranks gather the parameters that DeepSpeed does not partition.
 
         Args:
-            read: function that returns a float32 slice of a tensor in `local_tensors`; called only for elements of this
-                rank.
+            read: function that returns a float32 slice of a tensor in `local_tensors`; called only for elements that
+                this rank owns.
             optimizer_step: number of updates in AdamW's moments.
         """
         self._load_weights(read, set(self._parameters))
@@ -242,7 +242,7 @@ class EngineState:
 
     @torch.no_grad()
     def load_weights(self, read: ReadSlice, names: set[str]) -> None:
-        """Overwrites the weights of the parameters in `names`; all ranks call it, before the first update.
+        """Overwrites the weights of the parameters in `names`. All ranks call this method, before the first update.
 
         A moving average restarts from the new weights.
 
@@ -259,7 +259,7 @@ class EngineState:
         """Divides a fragment into slices of the whole tensor, without padding (see `slice_range`).
 
         Yields:
-            Pairs (position, slice): the index in the fragment where the slice starts, and the slice.
+            Pairs (position, slice), where position is the index in the fragment at which the slice starts.
         """
         start, stop = fragment.start, fragment.start + len(fragment.weight)
         return slice_range(self.local_tensors[fragment.name].block, start, stop)

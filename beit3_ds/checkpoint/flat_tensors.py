@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ParameterRange(NamedTuple):
-    """Location of a range of a parameter's elements in a flat tensor."""
+    """A range of a parameter's elements, and the location of these elements in a flat tensor."""
 
     parameter: nn.Parameter
     start: int

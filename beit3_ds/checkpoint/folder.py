@@ -51,7 +51,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: Path, weights: str = WEIGHT) -> None:
-        """Reads the index and the table of tensor pieces.
+        """Reads the index and the table of tensor slices.
 
         Args:
             path: folder of the checkpoint.
@@ -70,7 +70,7 @@ class CheckpointFolder:
         """Returns the configuration of the model.
 
         Raises:
-            ConfigError: if the model is not BEiT-3, but for example a visual tokenizer.
+            ConfigError: if the checkpoint is not of a BEiT-3 model, but for example of a visual tokenizer.
         """
         name = self.index.run.task_name
         if "ffn_hidden_size" not in self.index.run.model:
@@ -136,8 +136,7 @@ class CheckpointFolder:
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         """Returns the float32 weights or averages of a tensor.
 
-        Without `part`, the result is the whole tensor in its own shape. With `part`, the result is that slice as a
-        matrix.
+        Without `part`, the result has the tensor's own shape. With `part`, the result is only this slice, as a matrix.
 
         Raises:
             ConfigError: if a file contradicts the index, which happens only if someone edited the file and its digest.
@@ -164,7 +163,7 @@ class CheckpointFolder:
 
         Raises:
             BrokenIndexError: if a file cannot be opened.
-            BrokenTensorFileError: if a file lacks a piece that the index lists.
+            BrokenTensorFileError: if a file lacks values that the index lists.
         """
         if kind == AVERAGE and not self.has_averages:
             kind = WEIGHT
@@ -304,7 +303,7 @@ def is_checkpoint(path: Path) -> bool:
 def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool = False) -> CheckpointFolder:
     """Opens a checkpoint, or the newest complete checkpoint of a run, and verifies the digests of its files.
 
-    Faults of skipped checkpoints are printed to stderr.
+    Prints the faults of checkpoints that are skipped to stderr.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.
@@ -359,7 +358,7 @@ def best_checkpoint_path(path: Path) -> Path:
 
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
-    """Verifies the digests of files as `find_damage` does, but in one thread per core and with a progress bar."""
+    """Verifies the digests of files like `find_damage`, but with one thread per core and with a progress bar."""
     with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)
         text = f"checking {folder.path.name}"

@@ -52,7 +52,7 @@ KINDS = (WEIGHT, *MOMENTS)
 AVERAGE = "average"
 """Moving average of the weight; only saved in a run with `training.ema_decay`."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
-"""Maps each kind of file to the kinds of values in the file; a file's name starts with its kind."""
+"""Maps each kind of file to the kinds of values in the file. The kind is the first part of a file's name."""
 BEST = "best"
 """Key of the best evaluation in `Index.data`; the checkpoint of that evaluation's step is never deleted."""
 BUFFERS = "buffers"
@@ -61,7 +61,7 @@ BUFFERS = "buffers"
 PIECES = "pieces"
 """First part of the name of the pieces file, and name of the tensor in that file."""
 PIECES_FILE = "pieces-00000.safetensors"
-"""Name of the file in which the main rank records which part of each tensor every checkpoint file contains."""
+"""Name of the file with the table of all pieces, which the main rank writes."""
 
 _FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS, PIECES))})-[0-9]{{5,9}}\.safetensors")
 _BYTES_PER_FILE = 1 << 16  # each file in the folder raises the size limit of the index by this much
@@ -91,7 +91,7 @@ class Index:
     shapes: Mapping[str, torch.Size]
     """Shape of every whole tensor, by name."""
     num_pieces: Mapping[str, int]
-    """Number of pieces of every tensor, by name, in the order of the pieces file (`PieceTable`)."""
+    """Number of pieces of every tensor, by name. The tensors have the same order in the pieces file (`PieceTable`)."""
     files: Mapping[str, WrittenFile]
     """Size and digest of every file except the index, by name."""
     buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Index:
     old_names: Mapping[str, str] = field(default_factory=dict)
     """Maps the current name of each renamed tensor to the old name in the checkpoint's files."""
     old_pieces: Mapping[str, Sequence[Any]] | None = None
-    """Unchecked pieces of every tensor in an index of format 1; None if there is a pieces file."""
+    """Unchecked pieces of every tensor from an index of format 1, which has no pieces file; None for later formats."""
 
     @property
     def best_step(self) -> int | None:
@@ -134,11 +134,11 @@ class Index:
 
 
 class BrokenIndexError(ValueError):
-    """Reports an index that is truncated, damaged or from another program, or whose pieces leave gaps in tensors."""
+    """Reports an index that is truncated, damaged or from another program, or whose pieces do not cover the tensors."""
 
 
 def index_limit(folder: Path) -> int:
-    """Returns the maximum size in bytes of the index in a folder; it grows with the number of files."""
+    """Returns the maximum allowed size in bytes of a folder's index; the limit grows with the number of files."""
     return MAX_JSON_BYTES + _BYTES_PER_FILE * len(os.listdir(folder))
 
 
@@ -258,7 +258,7 @@ def file_name(kind: str, rank: int) -> str:
 
 
 def tensor_key(kind: str, name: str, part: TensorSlice) -> str:
-    """Returns the name of a piece in a safetensors file, such as "head.weight exp_avg [0:64, 0:768]"."""
+    """Returns the name of a slice in a safetensors file, such as "head.weight exp_avg [0:64, 0:768]"."""
     return f"{name} {kind} [{part.top}:{part.bottom}, {part.left}:{part.right}]"
 
 

@@ -28,13 +28,14 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
     Args:
         collection: checkpoints of the run.
         mesh: the mesh of ranks.
-        host: process group of all ranks, for values in host memory.
+        host: group of all ranks for values in host memory.
 
     Returns:
         The checkpoint; None if the run has no checkpoints.
 
     Raises:
-        ConfigError: on all ranks, if checkpoints exist but all are unusable.
+        ConfigError: on all ranks, if the folder of checkpoints cannot be read, or checkpoints exist but all are
+            unusable.
     """
     names, error = host.broadcast(_list_names(collection) if mesh.is_main else None)
     if error:
@@ -66,7 +67,7 @@ def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None
 
 
 def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescription, mesh: Mesh) -> int:
-    """Loads weights, moments and buffers from a checkpoint of any layout, and closes the checkpoint; all ranks call it.
+    """Loads weights, moments and buffers from a checkpoint of any layout, and closes it; all ranks call this function.
 
     Args:
         state: this rank's training state, which is overwritten.
@@ -78,8 +79,8 @@ def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescri
         Number of optimizer updates before the checkpoint was saved. This is also the index of the next step.
 
     Raises:
-        ConfigError: if the checkpoint contains another model, was trained with other tokenizers, or was not written by
-            this program.
+        ConfigError: if the checkpoint has another task, another model or other tokenizers, or a file contradicts the
+            index.
     """
     changes = run.check_resumes(folder.index.run, str(folder.path))
     if changes and mesh.is_main:
@@ -107,7 +108,11 @@ def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescri
 
 
 def _examine(path: Path, mesh: Mesh, rank: int) -> tuple[CheckpointFolder | None, str | None]:
-    """Opens a checkpoint and checks this rank's share of the files; returns the checkpoint, and a fault or None."""
+    """Opens a checkpoint and checks this rank's share of the files.
+
+    Returns:
+        The checkpoint, or None if it is incomplete or has a wrong name. Then a description of the first fault, or None.
+    """
     try:
         folder = CheckpointFolder(path)
     except BrokenIndexError as error:

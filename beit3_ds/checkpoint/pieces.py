@@ -1,7 +1,7 @@
 """Lists the pieces of a checkpoint's tensors in one integer table, and writes, reads and checks the table.
 
-A checkpoint of 512 ranks has hundreds of thousands of pieces. The table has a separate file, because reading it as JSON
-would take seconds.
+A piece is a slice of a tensor that one rank has written. A checkpoint of 512 ranks has hundreds of thousands of pieces.
+The table has a separate file, because reading it as JSON would take seconds.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,21 +34,21 @@ Rows = npt.NDArray[np.int64]
 
 
 class Piece(NamedTuple):
-    """A piece of a tensor: its slice, and the rank that wrote it."""
+    """A slice of a tensor, and the rank that wrote the slice to its file."""
 
     rank: int
     part: TensorSlice
 
 
 class PieceTable:
-    """Table of the pieces of all tensors, ordered by tensor."""
+    """Table of the slices of all tensors and the ranks that wrote them, ordered by tensor."""
 
     def __init__(self, counts: Mapping[str, int], rows: Rows) -> None:
         """Stores the table.
 
         Args:
-            counts: number of pieces of each tensor, by name, in the order of the rows.
-            rows: one row per piece, (pieces, 5) int64: rank, top, bottom, left, right (`TensorSlice`).
+            counts: number of slices of each tensor, by name, in the order of the rows.
+            rows: one row per slice, (slices, 5) int64: rank, top, bottom, left, right (`TensorSlice`).
         """
         self.counts, self.rows = counts, rows
 
@@ -79,7 +79,7 @@ class PieceTable:
         return cls(dict(zip(names, counts, strict=True)), rows)
 
     def rows_of(self, name: str) -> Rows:
-        """Returns the rows of a tensor's pieces, (pieces, 5) int64."""
+        """Returns the table's rows for one tensor, (pieces, 5) int64."""
         return self.rows[self._ranges[name]]
 
     def overlapping(self, name: str, part: TensorSlice) -> Iterator[Piece]:
@@ -111,7 +111,7 @@ def _cover_once(rows: Rows, height: int, width: int) -> bool:
 
     The check counts corners of rectangles: the slices, and the matrix itself. If each point is a corner of an even
     number of rectangles, the slices cover each element an odd number of times. If the slices also have as many elements
-    as the matrix, they cover each element once. Most of the time is spent on sorting the corners.
+    as the matrix, they cover each element once.
 
     Args:
         rows: one row per slice, (slices, 5): rank, top, bottom, left, right.
@@ -143,7 +143,7 @@ def write_pieces(folder: Path, pieces: PieceTable) -> WrittenFile:
 
 
 def read_pieces(folder: Path, index: Index) -> PieceTable:
-    """Reads the table of a checkpoint; verifies its digest, and that the pieces cover each tensor once.
+    """Reads the table of a checkpoint; verifies the file's digest, and that the pieces cover each tensor once.
 
     Raises:
         BrokenIndexError: if the file is missing, unreadable, changed or invalid, or the pieces do not cover a tensor

@@ -1,4 +1,4 @@
-"""Describes one rank's part of a save, for the main rank, which writes the index."""
+"""Describes what one rank has saved, for the main rank, which writes the index of the checkpoint."""
 
 import json
 from functools import lru_cache
@@ -13,16 +13,16 @@ from beit3_ds.checkpoint.tensor_file import WrittenFile
 
 
 class RankReport(NamedTuple):
-    """One rank's report about its part of a save."""
+    """One rank's report about the files that it wrote for a checkpoint."""
 
     error: str | None
     """One-line error message; None if the rank wrote all its files."""
     files: dict[str, WrittenFile]
     """Size and digest of each file that the rank wrote, by name."""
     shapes: dict[str, torch.Size]
-    """Shape of each whole tensor of which the rank wrote a piece, by name."""
+    """Shape of each whole tensor of which the rank wrote a slice, by name."""
     pieces: PieceTable
-    """Pieces that the rank wrote."""
+    """Table of the tensor slices that the rank wrote."""
     buffers: dict[str, StoredBuffer]
     """Buffers that the rank wrote, by name."""
 
@@ -30,7 +30,7 @@ class RankReport(NamedTuple):
         """Returns the report in a form that ranks can send.
 
         Returns:
-            The shapes as JSON, the rows of the piece table as a tensor, and all other fields as JSON.
+            The shapes as JSON, the rows of the table `pieces` as a tensor, and all other fields as JSON.
         """
         rest = [self.error, self.files, list(self.pieces.counts.values()), self.buffers]
         shapes = {name: self.shapes[name] for name in self.pieces.counts}

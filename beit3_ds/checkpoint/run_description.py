@@ -45,7 +45,7 @@ class RunDescription:
             where: path of the checkpoint, for messages.
 
         Returns:
-            One line per setting that differs between the two runs, except the layout of ranks.
+            One line per setting that differs between the two runs, except the layout of ranks and the output folder.
 
         Raises:
             ConfigError: if the checkpoint's run has another task, another model or other tokenizers.

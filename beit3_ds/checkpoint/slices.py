@@ -1,6 +1,6 @@
 """Defines slices of tensors, which are treated as matrices.
 
-The first dimension of a tensor becomes the rows, and the other dimensions become the columns; a vector becomes one
+The first dimension of a tensor becomes the rows, and the other dimensions become the columns. A vector becomes one
 column. Under tensor parallelism, a rank holds a block of rows or columns. Under ZeRO, a rank owns a range of the
 block's elements, which consists of at most three slices.
 """
@@ -13,8 +13,7 @@ import torch
 from beit3_ds.parallel import Split
 
 BLOCK_ELEMENTS = 1 << 20
-"""Maximum number of elements read at once when a checkpoint is loaded (4 MiB of float32); a longer row is read whole.
-"""
+"""Maximum number of elements (4 MiB of float32) that loading reads at once; a longer row is read whole."""
 
 
 class TensorSlice(NamedTuple):
@@ -95,7 +94,7 @@ def slice_range(block: TensorSlice, start: int, stop: int) -> Iterator[tuple[int
     """Divides a range of a block's elements into slices of the tensor.
 
     A range has up to three slices: the end of a row, whole rows, and the beginning of a row. Elements past the end of
-    the block are omitted; they are padding of the vocabulary or of ZeRO's partitions.
+    the block are padding of the vocabulary or of ZeRO's partitions, and are omitted.
 
     Args:
         block: a tensor-parallel rank's block of the tensor.
@@ -103,7 +102,7 @@ def slice_range(block: TensorSlice, start: int, stop: int) -> Iterator[tuple[int
         stop: one past the index of the range's last element.
 
     Yields:
-        Pairs (position, slice) in order: the index in the range where the slice starts, and the slice.
+        Pairs (position, slice) in order, where position is the index in the range at which the slice starts.
     """
     width = block.right - block.left
     position, stop = start, min(stop, block.num_elements)

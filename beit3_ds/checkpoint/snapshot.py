@@ -13,7 +13,7 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tens
 
 
 class Snapshot:
-    """Copy of this rank's share of the weights, moments and averages; all saves use the same memory.
+    """Copy of this rank's share of the weights, moments and averages. Every save reuses the same memory.
 
     The copy needs 12 bytes per element that the rank saves, or 16 bytes with averages. If the engine computes on a GPU,
     the memory is page-locked.
@@ -49,11 +49,11 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Returns the shape of each whole tensor of which this rank saves a piece, by name."""
+        """Returns the shape of each whole tensor of which this rank saves a slice, by name."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> PieceTable:
-        """Returns the table of the pieces that this rank saves.
+        """Returns the table of the tensor slices that this rank saves.
 
         Args:
             rank: global rank of this process.
@@ -72,11 +72,14 @@ class Snapshot:
         }
 
     def write(self, folder: Path, rank: int) -> dict[str, WrittenFile]:
-        """Writes this rank's files into an existing folder and syncs them; returns each file's size and digest by name.
+        """Writes this rank's files into an existing folder and syncs them.
 
         Args:
             folder: folder of the checkpoint.
             rank: global rank of this process.
+
+        Returns:
+            Size and digest of each file, by name.
 
         Raises:
             OSError: if the disk is full or cannot be written.

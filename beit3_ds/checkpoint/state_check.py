@@ -1,4 +1,4 @@
-"""Compares the weights to save with the model's weights, before anything is written."""
+"""Compares the optimizer's weights, which a checkpoint saves, with the model's weights, before anything is written."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _SAMPLED_ELEMENTS = 4096
-"""Number of evenly spread elements to compare per range; enough to detect a buffer in another order."""
+"""Number of evenly spread elements to compare per range; enough to detect that a buffer has another order."""
 
 
 class HeldWeights(NamedTuple):
@@ -20,7 +20,7 @@ class HeldWeights(NamedTuple):
     held: Tensor
     """Values in the model's parameters, (elements,), in the parameters' dtype."""
     moments: tuple[Tensor, ...]
-    """AdamW's moments of these elements, (elements,) each: averages of the gradient and of the squared gradient."""
+    """AdamW's averages of the gradient and of the squared gradient for these elements, (elements,) each."""
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:

@@ -30,7 +30,7 @@ class CheckpointStore:
     """
 
     def __init__(self, root: Path, keep: int, mesh: Mesh, run: RunDescription, timeout_seconds: float) -> None:
-        """Prepares for saving and loading; all ranks call it together. The first save creates the folder.
+        """Prepares for saving and loading. All ranks construct the store together. The first save creates the folder.
 
         Args:
             root: folder of the checkpoints, which all ranks must share.
@@ -81,7 +81,7 @@ class CheckpointStore:
         return self._background.take_outcomes()
 
     def newest_path(self) -> Path | None:
-        """Returns the newest checkpoint that is complete from this rank's view (`CheckpointCollection.newest_path`)."""
+        """Returns the newest checkpoint whose index and file sizes are right (`CheckpointCollection.newest_path`)."""
         return self._collection.newest_path()
 
     def agree_on_newest(self) -> CheckpointFolder | None:
@@ -91,14 +91,15 @@ class CheckpointStore:
             The checkpoint; None if the run has no checkpoints.
 
         Raises:
-            ConfigError: on all ranks, if checkpoints exist but all are unusable.
+            ConfigError: on all ranks, if the folder of checkpoints cannot be read, or checkpoints exist but all are
+                unusable.
         """
         return agree_on_newest(self._collection, self._mesh, self._host)
 
     def move_finished_aside(self, total_steps: int) -> None:
-        """Renames the folder of checkpoints if the newest checkpoint has reached `total_steps`; all ranks call it.
+        """Renames the folder of checkpoints if the newest checkpoint has reached `total_steps`.
 
-        The main rank prints the new name, such as `checkpoints-1`.
+        All ranks call this method. The main rank prints the new name, such as `checkpoints-1`.
         """
         newest = self._host.broadcast(str(self.newest_path() or ""))
         if not newest or read_index(Path(newest)).step < total_steps:
@@ -111,14 +112,14 @@ class CheckpointStore:
         self._host.barrier()
 
     def load(self, state: EngineState, folder: CheckpointFolder) -> int:
-        """Loads weights, moments and buffers from a checkpoint of any layout; all ranks call it.
+        """Loads weights, moments and buffers from a checkpoint of any layout; all ranks call this method.
 
         Returns:
             Number of optimizer updates before the checkpoint was saved. This is also the index of the next step.
 
         Raises:
-            ConfigError: if the checkpoint contains another model, was trained with other tokenizers, or was not written
-                by this program.
+            ConfigError: if the checkpoint has another task, another model or other tokenizers, or a file contradicts
+                the index.
         """
         return load_checkpoint(state, folder, self._run, self._mesh)
 

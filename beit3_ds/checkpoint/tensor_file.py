@@ -1,7 +1,7 @@
 """Writes and reads safetensors files tensor by tensor, so that a file may be larger than memory.
 
-The safetensors library needs all tensors of a new file at once, and computes no digest. It memory-maps files for
-reading, so a truncated file kills the process.
+The safetensors library needs all tensors of a new file at once, and computes no digest. The library also memory-maps
+files for reading, so reading a truncated file kills the process.
 """
 
 import json
@@ -53,10 +53,10 @@ def write_tensor_file(
         read: function that returns a tensor by name. It is called once per tensor, in order; each tensor is freed after
             it is written.
         metadata: strings to store in the header.
-        with_digest: whether to compute the SHA-256 digest; otherwise the result's digest is empty.
+        with_digest: whether to compute the SHA-256 digest; if false, the digest in the result is empty.
 
     Raises:
-        OSError: if the file exists, or the disk is full or cannot be written.
+        OSError: if the file exists or cannot be written, for example because the disk is full.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -116,7 +116,7 @@ class TensorFile:
         return self.read_rows(name, 0, matrix_shape(torch.Size(entry.shape))[0]).view(entry.shape)
 
     def read_rows(self, name: str, top: int, bottom: int) -> Tensor:
-        """Returns the rows [top, bottom) of a tensor that is treated as a matrix (`slices.matrix_shape`).
+        """Returns rows [top, bottom) of a tensor, which is treated as a matrix (`slices.matrix_shape`).
 
         Raises:
             BrokenTensorFileError: if the file has no tensor with this name, or is truncated inside the rows.

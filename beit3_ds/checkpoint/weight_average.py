@@ -36,7 +36,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self, weights: Sequence[Tensor]) -> None:
-        """Swaps averages and weights in place, without rounding; needs extra memory for one tensor."""
+        """Swaps averages and weights in place and exactly; needs extra memory for one tensor."""
         for average, weight in zip(self.tensors, weights, strict=True):
             kept = weight.clone()
             weight.copy_(average)
