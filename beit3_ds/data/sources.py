@@ -101,7 +101,7 @@ def annotation_files(source: SourceConfig) -> list[str]:
 
 
 def source_table(source: SourceConfig, cache_dir: str) -> str:
-    """Returns the path of the annotation table of a source, which `beit3 prepare index` writes."""
+    """Returns the path of a source's annotation table. `beit3 prepare index` writes the table."""
     return table_path(cache_dir, image_format(source), source.path, source.images)
 
 

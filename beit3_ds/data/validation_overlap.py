@@ -29,7 +29,7 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 
     Files are compared by device, inode and split (`SourceConfig.split`). Files of "images" are also compared with files
     of "pairs", because the model would already know the image of the pair. A validation folder must not be inside a
-    training folder, or the reverse. Copies of files are not detected.
+    training folder, nor a training folder inside a validation folder. Copies of files are not detected.
 
     Args:
         data: data section of the run's config.

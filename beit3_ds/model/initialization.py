@@ -1,4 +1,4 @@
-"""Computes initial values from the seed and the parameter's name, so that they do not depend on the layout."""
+"""Computes initial values from the seed and the parameter's name, regardless of how ranks divide the model."""
 
 import hashlib
 import math

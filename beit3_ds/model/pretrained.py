@@ -24,7 +24,7 @@ from beit3_ds.untrusted_json import MAX_JSON_BYTES, check_count, check_object, c
 INDEX_NAME = "model.safetensors.index.json"
 """Name of the index in a folder of weights. The index maps each tensor to its file."""
 EXTRA_PREFIX = "released."
-"""Name prefix of imported tensors that only the released code uses. The model has no such parameters."""
+"""Name prefix of imported tensors that only BEiT-3's released code uses. The model has no such parameters."""
 
 IMAGE_POSITION = "embeddings.image_position"
 """Name of the image position table. Only this tensor's shape depends on `image_size`."""

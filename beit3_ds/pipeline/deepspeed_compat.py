@@ -69,9 +69,10 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 
 @contextmanager
 def zero1_adds_up_in_float32() -> Iterator[None]:
-    """Makes engines built in this context use ZeRO's own optimizer for stage 1 with bf16 and float32 gradient sums.
+    """Makes engines that are built in this context use ZeRO's own optimizer instead of BF16_Optimizer.
 
-    DeepSpeed would use BF16_Optimizer, which ignores `overlap_comm` and `reduce_bucket_size`.
+    DeepSpeed chooses BF16_Optimizer for ZeRO-1 with bf16 and float32 gradient sums. BF16_Optimizer ignores
+    `overlap_comm` and `reduce_bucket_size`.
     """
     chosen = DeepSpeedEngine._do_optimizer_sanity_check
 

@@ -14,7 +14,7 @@ from beit3_ds.planner.workload import BlockRows, Workload
 from beit3_ds.tasks import build_task
 
 _SIZES = {"fp32": 4, "bf16": 2}
-"""Bytes per element of each dtype, by DeepSpeed's name."""
+"""Bytes per element of each dtype, by the dtype's name in DeepSpeed's configuration."""
 
 _ZERO_DEFAULTS = {
     "reduce_bucket_size": 500_000_000,

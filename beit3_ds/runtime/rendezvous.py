@@ -100,8 +100,8 @@ class Rendezvous:
         Sends a few hundred bytes per rank.
 
         Raises:
-            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS` or rank 0 cannot listen, if a rank does
-                not connect in time, or if a rank's software or code differs from rank 0's.
+            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS`; if rank 0 cannot listen; if a rank does
+                not connect in time; or if a rank's software or code differs from rank 0's.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._address = self._find_address()
@@ -270,7 +270,10 @@ class Rendezvous:
         return challenge, store, [found[rank] for rank in range(size)]
 
     def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
-        """Returns whether a rank on this host belongs to another launcher; always false after `_LAUNCHER_SECONDS`."""
+        """Returns whether a rank on this host belongs to another launcher.
+
+        Always false after `_LAUNCHER_SECONDS` or half of the maximum wait, whichever is shorter.
+        """
         is_late = time.monotonic() - self._start >= min(_LAUNCHER_SECONDS, self._seconds / 2)
         return description["host"] == self._host and description["parent"] != self._parent and not is_late
 

@@ -1,4 +1,7 @@
-"""Watches a process while it opens its files, and prints which call hangs. No other time limit applies at that time."""
+"""Ends a process that hangs while it opens its files, and prints the hanging call.
+
+No other time limit applies at that time.
+"""
 
 import os
 import sys

@@ -137,8 +137,8 @@ class MeasuredOp:
 
         Args:
             name: name of the operator, which is the first word of each stored measurement.
-            implementations: implementations by name. They are functions with the same arguments, and the first argument
-                is a tensor.
+            implementations: functions that implement the operator, by name. They have the same arguments, and the first
+                argument is a tensor.
             on_cpu: function for tensors on a CPU. With None, tensors on a CPU also use one of `implementations`.
             accepts: functions that return whether an implementation supports given arguments, by the implementation's
                 name. An implementation without such a function supports all arguments. The function may also check, at
@@ -223,7 +223,7 @@ def _identify(backend: Backend, device: torch.device, arguments: tuple[Any, ...]
 
 
 def _describe(argument: Any) -> Any:
-    """Returns what affects the speed about an argument: a tensor's dtype and sizes, or a flag's value.
+    """Returns those properties of an argument that affect the speed: a tensor's dtype and sizes, or a flag's value.
 
     The number of rows, which is a tensor's first size, changes from batch to batch. So it is rounded up to a power of
     two. A list of tensors is described by its length and its first tensor. A list of row numbers is described by its

@@ -35,7 +35,7 @@ class SumBlock(NamedTuple):
 
 
 _ROW_SUM_BLOCK = SumBlock(128, 16)
-"""Block for the sums of row-streaming kernels, which run many programs on rows of a few thousand columns."""
+"""Block size for adding the partial sums of row-streaming kernels, which have many programs and up to 8192 columns."""
 
 
 class RowTiling(NamedTuple):

@@ -1,4 +1,4 @@
-"""Stores C launchers in Triton's cache, so that older Triton versions need not compile them on a GPU machine.
+"""Stores C launchers in Triton's cache, so that older Triton versions need not compile launchers on a GPU machine.
 
 Triton 3.6 builds one extension module per kernel signature, and one module with utilities. Triton 3.8 has one launcher
 for all kernels, so nothing is stored.

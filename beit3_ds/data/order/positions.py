@@ -68,7 +68,7 @@ class StreamPosition:
 
     stream: str
     seed: int
-    """Seed of the run, which shuffles the epochs."""
+    """Seed of the run, with which the epochs are shuffled."""
     samples_per_step: int
     weights: tuple[float, ...] | None
     """Weights of the sources; None if the sources form one set."""

@@ -1,4 +1,4 @@
-"""Resumes a stream from a stored position, even if its sources, weights, seed or batch size have changed.
+"""Resumes a stream of samples from the position in a checkpoint, even if data or settings have changed.
 
 The unused samples of the current epoch are joined with the new samples, so no sample is used twice in an epoch. If
 samples of a source were inserted, removed or reordered, that source starts its next epoch.
@@ -197,7 +197,7 @@ class _Continuation:
         return self._remaining_of_set([match.id])
 
     def _remaining_of_set(self, ids: Sequence[int]) -> RemainingSamples:
-        """Returns the unused samples of the sources `ids`, which belong to one stored set."""
+        """Returns the unused samples of the sources `ids`. These sources belong to one set of the checkpoint."""
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
         old = stored.sets[number]

@@ -10,7 +10,7 @@ from beit3_ds.data.order.positions import RemovedSource, SourcePosition, StreamP
 
 @dataclass(frozen=True, kw_only=True)
 class FoundSource:
-    """Describes a source that a run found at its start."""
+    """Describes a data source as a run found it at the start."""
 
     path: str
     """Path of the source in the config."""

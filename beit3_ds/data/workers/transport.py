@@ -1,6 +1,6 @@
 """Sends objects with large tensors between processes; received objects survive the sender's death.
 
-Tensors are written to an unnamed file in /dev/shm, and the message carries its file descriptor. If /dev/shm is full,
+Tensors are written to an unnamed file in /dev/shm, and the message carries the file's descriptor. If /dev/shm is full,
 tensors are sent through the socket, which is slower.
 """
 
