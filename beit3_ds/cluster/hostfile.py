@@ -1,7 +1,7 @@
 """Reads hostfiles, which list the machines of a run and the number of ranks per machine.
 
 The rules are stricter than DeepSpeed's. DeepSpeed's parser reads `slots=2x` as 2, and accepts 0 slots and invalid host
-names, so a run fails only later. This module reports the number of each invalid line.
+names. A run would then fail later. This module reports the number of each invalid line.
 """
 
 import io
@@ -99,7 +99,8 @@ def read_hostfile(path: str | Path) -> Hostfile:
     """Reads a hostfile and looks up the addresses of its hosts for at most two seconds.
 
     Raises:
-        ConfigError: if the file cannot be read, a line is not `NAME slots=RANKS`, or two lines name the same host.
+        ConfigError: if the file cannot be read, a line is not `NAME slots=RANKS`, or two lines name the same host. Also
+            if no line names a host, or localhost is one of several hosts.
     """
     path = Path(path)
     try:
@@ -122,7 +123,8 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
         path: path of the hostfile, for error messages.
 
     Raises:
-        ConfigError: if a line is not `NAME slots=RANKS`, two lines have equal names, or no line names a host.
+        ConfigError: if a line is not `NAME slots=RANKS`, two lines have equal names, or no line names a host. Also if
+            localhost is one of several hosts.
     """
     path = Path(path)
     hosts: list[HostSlots] = []

@@ -25,7 +25,7 @@ class Inquiry:
     output_dir: Path | None
     """Output folder of the run, which all nodes must share; None if the check has no run config."""
     files: Mapping[str, bool]
-    """Glob patterns of the run's input files. The value is true if at least one file must match
+    """Maps each glob pattern of the run's input files to whether at least one file must match
     (`requirements.find_required_files`)."""
     master_port: int
     """TCP port on which rank 0 will listen."""
@@ -34,15 +34,13 @@ class Inquiry:
 
     @property
     def disks(self) -> dict[str, str]:
-        """Returns the folders whose disks need free space. Keys are purposes, such as "output folder"; values are
-        paths.
-        """
+        """Returns the path of each folder whose disk needs free space, by purpose, such as "output folder"."""
         return {"/tmp": "/tmp", "output folder": str(self.output_dir or self.folder)}
 
 
 @dataclass(kw_only=True)
 class Answers:
-    """Holds the answers of one node to the questions of a cluster check. A field is None or empty without an answer."""
+    """Holds the answers of one node in a cluster check. Fields of unanswered questions are None or empty."""
 
     name: str
     """Name of the host."""
@@ -67,7 +65,7 @@ class Answers:
     clock_error: float = 0.0
     """Maximum error of `clock` in seconds: half the round-trip time of the fastest clock request."""
     token_error: str | None = None
-    """Error message if the node could not write a test file into the shared folder; None after success."""
+    """Error message if the node could not write a test file into the shared folder; None if the node could."""
     tokens_missing: tuple[str, ...] | None = None
     """Names of the hosts whose test files this node cannot see in the shared folder; None if the node was not asked."""
     listener: dict[str, Any] | None = None
@@ -208,7 +206,7 @@ class _Inspector:
         self._master_addresses += await self._connections[index].ask("resolve", name=self._answers[0].name)
 
     async def _listen(self, index: int) -> None:
-        """Makes one node listen, but only at the addresses that other nodes connect to."""
+        """Makes one node listen at the addresses to which other nodes connect, and at no other address."""
         first = _first_address(self._answers[index])
         addresses = [*([first] if first else []), *(self._master_addresses if index == 0 else [])]
         if not addresses:

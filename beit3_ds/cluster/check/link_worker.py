@@ -1,7 +1,7 @@
 """Measures network speed with torch.distributed: first between pairs of nodes, then between all nodes.
 
-One process runs on each node. This module's source text is sent to the node over ssh, so the module must not import
-beit3_ds. The process ends when its standard input closes.
+One process of this program runs on each node. The source text of this module is sent to the node over ssh, so the
+module must not import beit3_ds. The process ends when its standard input closes.
 """
 
 import json
@@ -55,7 +55,7 @@ class Worker:
             port: port on node 0.
             backend: "nccl", which sends from the first GPU, or "gloo".
             store_text: source text of `runtime/keyed_store.py`; this node may lack the file.
-            secret: shared secret in hexadecimal. Ranks sign the addresses that they exchange with this secret.
+            secret: shared secret in hexadecimal, with which ranks sign the addresses that they tell each other.
         """
         import torch
         import torch.distributed as dist
@@ -121,7 +121,7 @@ class Worker:
         return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
 
     def _send_to(self, other: int) -> float:
-        """Sends larger and larger messages until one takes long enough to time; returns bits per second."""
+        """Sends ever larger messages until a message takes long enough to be timed; returns bits per second."""
         best = 0.0
         size = _MIN_BYTES
         tries = 0

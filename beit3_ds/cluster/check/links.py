@@ -16,7 +16,7 @@ from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 from beit3_ds.runtime import versions
 
 FLOOR_BITS = 0.5e9
-"""Minimum for the speed limit in bits per second, if no speed is expected: half of 1 Gbit/s."""
+"""Bits per second (half of 1 Gbit/s). Every link below this speed counts as slow, if no speed is expected."""
 _SLOW = 0.5  # share of the usual or expected speed below which a link is slow
 _START_SECONDS = 90.0  # to import torch from a shared file system and to connect
 _ROUND_SECONDS = 10.0
@@ -42,7 +42,7 @@ class Links:
 
     @property
     def usual(self) -> float:
-        """Returns the usual speed of a link in bits per second: the median, over nodes, of the node's fastest link.
+        """Returns the usual speed of a link in bits per second: the median over all nodes' fastest links.
 
         The median over all links would be wrong with three nodes, because one slow node makes two of the three pairs
         slow.
@@ -124,7 +124,7 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Sends a request to all nodes at once, and returns all answers. The nodes need each other to answer.
+        """Sends a request to all nodes at once, because the nodes need each other to answer. Returns all answers.
 
         Raises:
             NoAnswer: if a node fails. A fault is recorded for each failed node.
@@ -144,7 +144,7 @@ class _Measurement:
 
 
 def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[str, str], float], str]:
-    """Returns the speed of each link below the speed limit in bits per second, and a text about the limit."""
+    """Returns the links that are slower than the limit, with bits per second, and a text that describes the limit."""
     least, reason = _SLOW * links.usual, f"half of the {_gbit(links.usual)} that links reach here"
     if expected_bits is not None:
         least, reason = _SLOW * expected_bits, f"half of the {_gbit(expected_bits)} that were expected"
@@ -154,9 +154,10 @@ def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[s
 
 
 def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault]:
-    """Yields a fault for each link that is slower than half the expected speed.
+    """Yields a fault for each slow link, or one fault for a node that is slow to or from all other nodes.
 
-    If the expected speed is unknown, the limit is half the usual speed (`Links.usual`), but at least `FLOOR_BITS`.
+    A link is slow if it reaches less than half the expected speed. If the expected speed is unknown, the limit is half
+    the usual speed (`Links.usual`), but at least `FLOOR_BITS`.
 
     Args:
         links: measured speeds of the links.

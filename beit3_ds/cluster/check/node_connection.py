@@ -16,7 +16,7 @@ from beit3_ds.cluster.hostfile import is_loopback
 CONNECT_SECONDS = 5
 """Seconds that ssh waits for a node to accept a connection."""
 ANSWER_SECONDS = 30.0
-"""Default time limit for an answer in seconds. It is longer than the probe's own limit for nvidia-smi."""
+"""Default time limit for an answer in seconds; longer than the probe's own limit for nvidia-smi."""
 _END_SECONDS = 2.0
 _SHOWN = 1000  # characters; a longer argument is source, not a path
 _LINE_BYTES = 1 << 24  # maximum bytes of an answer; the longest has digests of all files
@@ -24,14 +24,16 @@ _START = "import sys; n = int(sys.stdin.buffer.readline()); exec(compile(sys.std
 
 
 class NoAnswer(Exception):
-    """Reports that a node did not answer. The message contains the reason and the last line that ssh or the node
-    printed.
+    """Reports that a node did not answer.
+
+    The message contains the reason and the last line that ssh or the node printed.
     """
 
 
 def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -> list[str]:
-    """Returns a local command that runs a program on a host: over ssh without prompts, or directly if the host is
-    localhost.
+    """Returns a local command that runs a program on a host, over ssh without prompts.
+
+    If the host is localhost, the command runs the program directly.
 
     Args:
         name: name of the host.
@@ -46,10 +48,7 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 
 
 class NodeConnection:
-    """Sends questions, one at a time, to the probe on one node.
-
-    Instead of the probe, another program with the same protocol may run on the node.
-    """
+    """Sends questions, one at a time, to a program on one node: the probe, or another program with its protocol."""
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
         """Prepares a connection to a node; `start` opens the connection.
@@ -57,7 +56,8 @@ class NodeConnection:
         Args:
             name: name of the host.
             environment: environment variables to set for the program on the node.
-            program: source file of the program. It must have the protocol of `probe.main` and must not import beit3_ds.
+            program: source file of the program, which must have the protocol of `probe.main` and must not import
+                beit3_ds.
         """
         self.name = name
         self._environment, self._program = environment, program

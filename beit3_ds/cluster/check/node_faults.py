@@ -21,7 +21,7 @@ _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Doc
 
 
 def find_node_faults(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
-    """Yields the faults of single nodes, check by check. Skips a node in a check that the node did not answer.
+    """Yields the faults of single nodes, check by check. Each check skips the nodes that did not answer its question.
 
     Args:
         inspection: answers of all nodes.
@@ -163,7 +163,7 @@ def _gpus(inspection: Inspection, requirements: Requirements | None) -> Iterator
 def _gpu_memory(node: Answers, gpus: list[dict], ranks: range, rank_bytes: tuple[int, ...]) -> Iterator[Fault]:
     """Yields a fault if a rank on this node needs too large a share of the memory of its GPU.
 
-    If several ranks do, the fault names the rank with the largest share.
+    If several ranks do so, the fault names the rank with the largest share.
     """
     pairs = [
         (rank_bytes[rank] / gpu["total"], rank, gpu) for rank, gpu in zip(ranks, gpus, strict=False) if gpu["total"]

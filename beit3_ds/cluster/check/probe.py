@@ -37,8 +37,9 @@ class Probe:
         self._listeners: list[socket.socket] = []
 
     def machine(self, folder: str) -> dict:
-        """Makes the ranks' working directory `folder` the current directory, and returns facts about this machine,
-        keyed by name.
+        """Returns facts about this machine, by name.
+
+        Also changes the current directory to `folder`, where ranks would start.
         """
         folder_error = _enter(folder)
         return {
@@ -95,7 +96,7 @@ class Probe:
         return _free_bytes(existing_parent(folder))
 
     def files(self, patterns: list[str]) -> list[list]:
-        """Counts the files that match each glob pattern, and computes a digest of their names and sizes.
+        """Counts the files that match each glob pattern, and computes a digest of the files' names and sizes.
 
         The digest covers the names of all files, but only the sizes of the first 1000 files.
 
@@ -161,7 +162,7 @@ class Probe:
             addresses: addresses to listen at. The first address is required, and the others are optional.
 
         Returns:
-            The wanted port; the port in use; and the process that already uses the wanted port, or None. If the wanted
+            The wanted port, the port in use, and the process that already uses the wanted port, or None. If the wanted
             port is taken at the first address, a free port is used instead.
         """
         first, *others = addresses
@@ -184,8 +185,8 @@ class Probe:
         """Connects to all targets in parallel. A target is `[address, port]`.
 
         Returns:
-            One dict per target. After success, it has the received token, the two addresses of the connection, and the
-            network interface. After a failure, it has the error.
+            One dict per target. After success, the dict has the received token, the two addresses of the connection,
+            and the network interface. After a failure, the dict has the error.
         """
         results: list[dict] = [{} for _ in targets]
         threads = [
@@ -324,8 +325,9 @@ def _interface_of(address: str) -> str | None:
 
 
 def _owner_of(port: int) -> str | None:
-    """Returns the id and command of the process that listens on a port; None if the process is not visible to this
-    user.
+    """Returns the id and command of the process that listens on a port.
+
+    None if this user may not see the process.
     """
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -343,7 +345,7 @@ def _owner_of(port: int) -> str | None:
 
 
 def main() -> None:
-    """Answers requests from standard input until it closes, then deletes the probe's test files."""
+    """Answers requests from standard input until standard input closes, then deletes the probe's test files."""
     probe = Probe()
     try:
         for line in sys.stdin.buffer:

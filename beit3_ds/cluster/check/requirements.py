@@ -34,7 +34,7 @@ class Requirements:
 
 
 def find_required_files(config: RunConfig) -> dict[str, bool]:
-    """Returns the glob patterns of a run's input files. The value of a pattern is true if files must exist now.
+    """Maps each glob pattern of a run's input files to whether a matching file must exist now.
 
     Tokenizer files need not exist yet, because other commands may write them before the run starts.
     """

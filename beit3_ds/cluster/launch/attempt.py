@@ -236,7 +236,7 @@ class Attempt:
                 )
 
     async def _end_ranks(self) -> None:
-        """Waits a few seconds for the ranks to end. Then kills the ranks that still run, and waits for their end."""
+        """Waits a few seconds for the ranks to end, kills the ranks that still run, and waits for their end."""
         if not self._has_started:
             return
         await self._wait(lambda: self._stop_signals.is_kill or not self._alive(), _GRACE_SECONDS)
@@ -293,7 +293,7 @@ class Attempt:
         self._changed.set()
 
     def _print_failure(self) -> None:
-        """Prints the first failure that no other failure has caused, with the last output of the failed rank."""
+        """Prints the first failure that is no consequence of another one, with the last output of the failed rank."""
         failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
         silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
         hint = f"; silent for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""

@@ -10,13 +10,13 @@ from beit3_ds.cluster.launch.guarded_rank import AttemptFailure
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptPlan:
-    """Holds the commands, hosts, folders and time limits of one attempt at a run."""
+    """Holds the commands, hosts, folders and time limits of one attempt to run the training."""
 
     hosts: Sequence[HostSlots]
     """Hosts and their numbers of slots, in the order of the ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Function that returns the commands that start one guard per rank. The argument of the function is the list of
-    command-line arguments for the guards."""
+    """Function that takes the guards' command-line arguments, and returns the commands that start one guard per rank.
+    """
     launcher_environment: Mapping[str, str]
     """Complete environment of the commands that `build_commands` returns."""
     trainer: Sequence[str]
@@ -50,7 +50,7 @@ class AttemptPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Holds the result of an attempt. When an outcome exists, all ranks on reachable hosts have ended."""
+    """Holds the result of an attempt, after which all ranks on reachable hosts have ended."""
 
     failure: AttemptFailure | None
     """Failure that ended the attempt; None if no rank failed."""

@@ -17,9 +17,9 @@ def largest_fit(
         min_ranks: minimum number of ranks.
 
     Returns:
-        The chosen hosts in order, each with the number of slots to use; None if the run can use no possible number of
-        ranks. With `equal_slots`, as few hosts as possible are chosen. Without `equal_slots`, every chosen host except
-        the last uses all of its slots.
+        The chosen hosts in order, each with the number of slots to use; None if no number of ranks fits. With
+        `equal_slots`, as few hosts as possible are chosen. Without `equal_slots`, every chosen host except the last
+        uses all of its slots.
     """
     for world_size in range(sum(host.slots for host in hosts), min_ranks - 1, -1):
         if fits(world_size) and (chosen := _choose(hosts, world_size, equal_slots)):

@@ -21,8 +21,7 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
         wanted: additional variables from the option `--env`, each as NAME or NAME=VALUE.
 
     Raises:
-        ConfigError: if a name in `wanted` is invalid, if NAME has no value in `environment`, or if a line of
-            `.deepspeed_env` is not NAME=VALUE.
+        ConfigError: if a name in `wanted` is invalid or has no value, or a line of `.deepspeed_env` is not NAME=VALUE.
     """
     chosen = {name: value for name, value in environment.items() if name in FORWARDED_NAMES}
     chosen |= _variables_of_deepspeed(environment)

@@ -14,7 +14,7 @@ STOPPED_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptFailure:
-    """Describes the failure that ended an attempt."""
+    """Describes the failure that ended one attempt to run the training."""
 
     text: str
     """Message with the rank, the host and the kind of failure; it has no full stop."""
@@ -30,14 +30,14 @@ class AttemptFailure:
 
 @dataclass(kw_only=True)
 class GuardedRank:
-    """Holds the state of one rank. The rank's guard, which is the parent of the training process, has connected."""
+    """Holds the state of one rank, whose guard (the parent of the training process) has connected."""
 
     registered: Register
     channel: Channel
     log: Path
     """Log file with the output of the training process."""
     ended: Ended | None = None
-    """Message of the guard about the end of the training process; None while the training process runs."""
+    """The guard's message about the end of the training process; None while the training process runs."""
     is_lost: bool = False
     """Whether the rank's guard has disconnected or has been silent for too long."""
     is_killed: bool = False
@@ -87,7 +87,7 @@ class GuardedRank:
         return describe_status(self.ended.status) + (" by the launcher" if is_ours else "")
 
     def failure(self, text: str) -> AttemptFailure:
-        """Builds a failure of this rank that contains the rank's last lines of output."""
+        """Builds a failure of this rank, with the last lines of the rank's output."""
         lines = self.ended.lines if self.ended is not None else last_lines(self.log)
         return AttemptFailure(
             text=f"{self.name} {text}",

@@ -1,7 +1,7 @@
-"""Builds the commands that run DeepSpeed's launcher, which starts a guard (the parent of a trainer) for every rank.
+"""Builds the commands that run DeepSpeed's launcher, which starts one guard (`rank_guard`) per rank.
 
-Launchers pass the guard's command to shells on the hosts. So the command contains only words that no shell changes
-(`plain_words`).
+A guard is the parent of the training process. Launchers pass the guard's command to shells on the hosts. So the command
+contains only words that no shell changes (`plain_words`).
 """
 
 import base64
@@ -34,7 +34,7 @@ _SSH_OPTIONS = (
     *("-o", "ServerAliveCountMax=3"),
 )
 _ON_LINES = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "LD_LIBRARY_PATH")
-"""Environment variables that guards may need to start. DeepSpeed writes them into the hosts' command lines."""
+"""Environment variables that guards may need to start. DeepSpeed writes the variables into the hosts' command lines."""
 _NAMES = frozenset(
     {
         *("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "TZ", "TMPDIR", "PATH", "VIRTUAL_ENV"),
@@ -86,7 +86,7 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
 
 
 def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: float) -> list[str]:
-    """Returns the command-line arguments of the guards (`rank_guard.main`); the path of the token is in hexadecimal."""
+    """Returns the command-line arguments of the guards (`rank_guard.main`). The path of the token is hexadecimal."""
     # The token's path may have any characters, and shells on the hosts read these arguments.
     values = {"address": address, "port": port, "token": os.fsencode(token).hex(), "keepalive": keepalive_seconds}
     return [f"--{name}={value}" for name, value in values.items()]
@@ -119,7 +119,7 @@ def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> 
 def check_launcher(
     launcher: Launcher, hostfile: Hostfile, environment: Mapping[str, str], find: Callable[[str], str | None]
 ) -> None:
-    """Checks that DeepSpeed's launcher can use a hostfile, and that shells do not change the words of its commands.
+    """Checks that DeepSpeed's launcher can use a hostfile, and that shells do not change the launcher's commands.
 
     Args:
         launcher: backend of DeepSpeed's launcher.

@@ -19,8 +19,8 @@ _WATCH_SECONDS = 5.0
 class LauncherProcess:
     """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt the commands.
 
-    Output goes first to a file in memory and then to the log. So a full disk or the end of `beit3 launch` does not stop
-    the commands.
+    Output goes first to a file in memory and then to the log. So neither a full disk nor the end of `beit3 launch`
+    stops the commands.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, log: Path):
@@ -68,8 +68,7 @@ class LauncherProcess:
         return None if None in statuses else [status for status in statuses if status is not None]
 
     async def end(self, seconds: float) -> list[int]:
-        """Waits at most `seconds` for all commands to end. Then kills the commands' processes that still run on this
-        machine.
+        """Waits at most `seconds` for all commands to end, then kills their processes that still run on this machine.
 
         Returns:
             Ids of the killed processes.

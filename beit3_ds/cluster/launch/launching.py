@@ -1,4 +1,4 @@
-"""Runs `beit3 launch`: checks the hosts, runs attempts, and restarts from the newest checkpoint after a failure."""
+"""Runs `beit3 launch`: checks the hosts, starts the ranks, and restarts from the newest checkpoint after a failure."""
 
 import asyncio
 import os
@@ -60,16 +60,15 @@ class LaunchOptions:
     """Seconds without a message after which `beit3 launch` counts a host as lost, and a host counts `beit3 launch` as
     lost."""
     start_seconds: float
-    """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
+    """Maximum seconds until the guards, which start the training processes, have connected to `beit3 launch`."""
     port: int
-    """Port on which `beit3 launch` waits for the guards (processes that start and watch the ranks); 0 means any free
-    port."""
+    """Port on which `beit3 launch` waits for the processes that start and watch the ranks; 0 means any free port."""
     force: bool = False
     """Whether to move the checkpoints of a finished run aside and train again (`beit3 train --force`)."""
     dry_run: bool = False
     """Whether to print the command, hosts and variables of the ranks without starting any process."""
     module: str = "beit3_ds.train"
-    """Python module that every rank runs. Its arguments are the config and the changes to the config."""
+    """Python module that every rank runs, with the config and the changes to the config as arguments."""
 
 
 def launch(options: LaunchOptions) -> int:
@@ -208,7 +207,7 @@ class _Launch:
         return folder
 
     def _status(self, outcome: Outcome) -> int:
-        """Returns the exit status for an attempt's outcome (see `launch`), and prints a line unless the status is 1."""
+        """Returns the exit status after an attempt (see `launch`). Prints a line unless the status is 1."""
         if outcome.is_user_error:
             self._terminal.report("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR
@@ -229,9 +228,7 @@ class _Launch:
         return 128 + number
 
     def _is_report_written(self) -> bool:
-        """Returns whether the run's report is newer than the last checkpoint and newer than the start of the latest
-        attempt.
-        """
+        """Returns whether the run's report is newer than the last checkpoint and the start of the latest attempt."""
         output_dir = Path(self._config.training.output_dir)
         try:
             before = [output_dir / "checkpoints" / "latest", self._attempt_hostfile]
@@ -319,7 +316,7 @@ class _Launch:
         return int(match[1]) if match else None
 
     def _checkpoints_inode(self) -> int | None:
-        """Returns the inode of the checkpoint folder, or None without such a folder. A rename keeps the inode."""
+        """Returns the inode of the checkpoint folder, which a rename keeps; None if there is no folder."""
         try:
             return (Path(self._config.training.output_dir) / "checkpoints").stat().st_ino
         except OSError:

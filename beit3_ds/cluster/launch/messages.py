@@ -1,7 +1,8 @@
-"""Defines the messages between `beit3 launch` (the supervisor) and the guards of the ranks: lines of JSON over TCP.
+"""Defines the messages that `beit3 launch` (the supervisor) and guards exchange, as lines of JSON over TCP.
 
-A guard starts any command that the supervisor sends. So each side first proves that it knows the secret token of the
-attempt. The token is in a file with mode 0600 in the log folder. Later messages are neither encrypted nor signed.
+A guard is the parent process of one rank's training process, and starts any command that the supervisor sends. So each
+side first proves that it knows a secret token, which is new for each start of the ranks. The token is in a file with
+mode 0600 in the log folder. Later messages are neither encrypted nor signed.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ _ACCEPTED_AT_ONCE = 32  # connections accepted in one go; each needs a file desc
 
 @dataclass(frozen=True, kw_only=True)
 class Register:
-    """Tells the supervisor (`beit3 launch`) that a rank's guard is ready."""
+    """Tells `beit3 launch` that a rank's guard, the parent of the training process, is ready."""
 
     rank: int
     local_rank: int | None
@@ -38,7 +39,7 @@ class Register:
     pid: int
     """Process id of the guard."""
     address: str
-    """Address of the guard's host, as used for the connection to `beit3 launch`."""
+    """Address of the guard's host in the guard's connection to `beit3 launch`."""
     free_port: int
     """Port of the guard's host that was free when the guard registered."""
 
@@ -49,8 +50,7 @@ class Start:
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Environment variables for the training process, in addition to the launcher's. They override the launcher's
-    variables."""
+    """Environment variables for the training process, in addition to the launcher's variables, which they override."""
     folder: str
     """Working directory of the training process."""
     log: str
@@ -93,8 +93,8 @@ class Ended:
     """Tells `beit3 launch` that a training process and all its child processes have ended."""
 
     status: int | None
-    """Exit status of the training process, or minus the number of the signal that killed it; None if it never started.
-    """
+    """Exit status, or minus the number of the signal that killed the training process; None if the process never
+    started."""
     lines: Sequence[str]
     """Last lines that the training process printed."""
     error: str = ""
@@ -115,7 +115,7 @@ class Kill:
 
 @dataclass(frozen=True, kw_only=True)
 class Leave:
-    """Tells a guard to exit, because the attempt is over."""
+    """Tells a guard to exit, because this attempt to run the training is over."""
 
 
 Message = Register | Start | KeepAlive | Output | LogError | StopSignalReceived | Ended | SendSignal | Kill | Leave
@@ -130,7 +130,7 @@ Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class ProtocolError(Exception):
-    """Reports a peer that lacks the token or sends invalid messages."""
+    """Reports a peer that does not know the secret token, or that sends invalid messages."""
 
 
 class HandshakeClosedError(ProtocolError):
@@ -167,7 +167,7 @@ class Channel:
         """Monotonic time of the peer's last message in seconds."""
 
     def send(self, message: Message) -> None:
-        """Sends a message without waiting. Errors are ignored, because `last_heard` reveals a lost peer."""
+        """Sends a message without waiting. Errors are ignored, because `last_heard` shows that a peer is lost."""
         if not self._writer.is_closing():
             self._writer.write(encode(message))
 
@@ -204,7 +204,7 @@ class Channel:
         self._writer.transport.abort()
 
     async def wait_closed(self) -> None:
-        """Waits until the connection is closed; without this wait, asyncio prints connection errors."""
+        """Waits until the connection is closed. Otherwise asyncio would print connection errors."""
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
@@ -274,7 +274,7 @@ async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
     Args:
         address: address of this machine.
         port: port to listen on; 0 means any free port.
-        accept: coroutine function that is called for each new connection with its stream reader and writer.
+        accept: coroutine function that is called with the stream reader and writer of each new connection.
 
     Raises:
         OSError: if this machine does not have the address, or the port is taken.

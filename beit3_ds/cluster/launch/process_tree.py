@@ -1,4 +1,4 @@
-"""Tracks the processes that DeepSpeed's launcher starts on this machine, and kills processes that do not end in time.
+"""Tracks the processes that DeepSpeed's launcher starts on this machine, and kills those that do not end in time.
 
 The launcher never gets SIGTERM or SIGINT: its signal handlers would run `pkill -f` on every host.
 """
@@ -19,14 +19,14 @@ class ProcessId(NamedTuple):
 
 
 class ProcessTree:
-    """Tracks some root processes, and their descendants as far as `watch` has found them."""
+    """Tracks some root processes, and those of their descendants that `watch` has found."""
 
     def __init__(self, roots: list[int]) -> None:
         """Records the root processes that still run.
 
         Args:
-            roots: ids of child processes of this process. No caller may have waited for these processes, because the
-                system could then reuse their ids.
+            roots: ids of child processes of this process. Nobody may have waited for the end of these processes yet,
+                because the system could then reuse their ids.
         """
         table = _read_table()
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root

@@ -1,8 +1,9 @@
 """Guards one rank. On every host, DeepSpeed's launcher starts guards instead of training processes.
 
 A guard connects to `beit3 launch`, runs the training process as its child, and reports how that process ends. The guard
-kills the training process on request, or if the connection is lost. A guard starts fast, because it imports neither
-torch nor DeepSpeed.
+kills the training process on request, or after `keepalive_seconds` without a message. If the connection closes, the
+guard first sends SIGTERM, so that the training process can save. A guard starts fast, because it imports neither torch
+nor DeepSpeed.
 """
 
 import argparse
@@ -51,14 +52,14 @@ _ATTEMPTS = 4
 
 
 class RankGuard:
-    """Controls one rank's training process as `beit3 launch` requests, and reports how the process ends."""
+    """Starts, signals and kills one rank's training process for `beit3 launch`, and reports how the process ends."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
-        """Creates a guard that has already registered over `channel`.
+        """Creates a guard, which has already registered over `channel`.
 
         Args:
             channel: connection to `beit3 launch`.
-            keepalive_seconds: seconds of silence after which `beit3 launch` counts as lost.
+            keepalive_seconds: seconds without a message after which the guard regards `beit3 launch` as lost.
         """
         self._channel, self._keepalive = channel, keepalive_seconds
         self._trainer: TrainerProcess | None = None
@@ -67,11 +68,12 @@ class RankGuard:
         self._over = asyncio.Event()
 
     async def run(self) -> int:
-        """Runs until `beit3 launch` ends the attempt. If `beit3 launch` is lost, runs until the training process has
-        ended.
+        """Runs until `beit3 launch` tells the guard to exit.
+
+        If `beit3 launch` is lost, runs until the training process has ended.
 
         Returns:
-            Exit status: 0 if `beit3 launch` ended the attempt, 1 if `beit3 launch` was lost.
+            Exit status: 0 if `beit3 launch` told the guard to exit, 1 if `beit3 launch` was lost.
         """
         loop = asyncio.get_running_loop()
         for number in handled_signals():

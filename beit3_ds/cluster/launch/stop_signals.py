@@ -1,4 +1,4 @@
-"""Handles stop signals of `beit3 launch`. The first makes all ranks save and stop. A later Ctrl-C kills the ranks."""
+"""Handles stop signals of `beit3 launch`. The first signal makes all ranks save and stop; a later Ctrl-C kills them."""
 
 import asyncio
 import signal

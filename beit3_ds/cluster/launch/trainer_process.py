@@ -1,4 +1,4 @@
-"""Runs one rank's training process as a child of the rank's guard, and kills leftover child processes."""
+"""Runs one rank's training process as a child of this process, and kills processes that it leaves behind."""
 
 import codecs
 import contextlib
@@ -24,17 +24,18 @@ _libc = ctypes.CDLL(None)
 
 
 class TrainerProcess:
-    """Runs a trainer (a rank's training process) in a separate session, and copies the trainer's output to a log file.
+    """Runs a trainer, one rank's training process, in a separate session, and logs the trainer's output.
 
-    If the disk is full, training continues and the missing lines are written later. If the guard ends, the kernel kills
-    the trainer.
+    If the disk is full, training continues and the missing lines are written later. If this process ends, the kernel
+    kills the trainer.
     """
 
     def __init__(
         self, start: Start, on_output: Callable[[str], None] | None, on_log_error: Callable[[str], None]
     ) -> None:
-        """Starts the trainer. Call this from the main thread: the kernel kills the trainer when the calling thread
-        ends.
+        """Starts the trainer. Must be called in the main thread.
+
+        The kernel kills the trainer when the thread that started it ends.
 
         Args:
             start: command and environment of the trainer.
@@ -84,7 +85,7 @@ class TrainerProcess:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def kill(self) -> None:
-        """Kills all processes of the trainer's process group, including stopped ones. Call it before `finish` only."""
+        """Kills all processes of the trainer's process group, including stopped ones. Not allowed after `finish`."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Limits the connections from peers that have not yet proved to know the token, and the log lines about them."""
+"""Limits the connections from peers that have not yet authenticated, and the log lines about such peers."""
 
 import ipaddress
 from collections import Counter
@@ -10,10 +10,10 @@ _FIRST_REFUSALS = 4  # these get a line each; later refusals get one when their 
 
 
 class WaitingPeers:
-    """Holds a limited number of connections (channels) from peers that have not yet proved to know the token.
+    """Holds a limited number of connections (channels) from peers that have not yet authenticated.
 
-    If there are too many, a channel is closed: the oldest channel of the network address that has the most channels. So
-    a stranger displaces only connections from the stranger's own address. A guard that loses its connection in this way
+    If there are too many channels, the network address with the most channels loses its oldest channel. So a stranger
+    displaces only connections from the stranger's own address. A rank's guard that loses its connection in this way
     connects again.
     """
 
@@ -40,13 +40,13 @@ class WaitingPeers:
             oldest.abort()
 
     def remove(self, channel: Channel) -> None:
-        """Removes a channel after its peer has proved to know the token or was refused."""
+        """Removes a channel after its peer has authenticated or was refused."""
         self._waiting.pop(channel, None)
 
     def describe_refusal(self, channel: Channel, reason: str) -> str | None:
         """Counts a refused peer, and returns a line for the log, or None.
 
-        If very many peers are refused, the result is mostly None, so that the log stays short.
+        To keep the log short, only some of many refusals get a line.
         """
         self._refused += 1
         if self._refused > _FIRST_REFUSALS and self._refused & (self._refused - 1):
