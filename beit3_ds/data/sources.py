@@ -60,7 +60,7 @@ def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True
     """Checks that no two sources of one stream share a file or a folder, because shared samples would be used twice.
 
     Args:
-        sources: sources of one stream.
+        sources: sources of one stream, such as all sources of image-text pairs.
         must_exist: whether a pattern without a matching file is an error.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Contains the workarounds that depend on DeepSpeed's internals. Each has a test that fails without it.
+"""Contains the workarounds that depend on DeepSpeed's internals. Each workaround has a test that fails without it.
 
 Importing this module checks DeepSpeed's version. Other modules meet DeepSpeed's further requirements:
 
@@ -221,7 +221,7 @@ def _print_if_forced(message: str, debug: bool = False, force: bool = False) -> 
 
 
 def _list_parameters(module: Any, recurse: bool = False) -> Iterable[tuple[str, nn.Parameter]]:
-    """Returns the names and parameters of a module, including parameters of other modules that it registered.
+    """Returns the names and parameters of a module, including registered parameters of other modules.
 
     The module's own parameters never change and are listed only once. The registered ("external") parameters are read
     on each call.

@@ -39,7 +39,10 @@ class TiedWordEmbedding:
         return [] if self._copy is None else [self._copy]
 
     def synchronize(self) -> None:
-        """Sends the word table from the first to the last stage. Under ZeRO-3, data-parallel ranks gather it first."""
+        """Sends the word table from the first to the last stage.
+
+        Under ZeRO-3, data-parallel ranks gather the table first.
+        """
         if self._owned is not None:
             with deepspeed.zero.GatheredParameters([self._owned]), torch.no_grad():
                 # Travels backward around the ring, after the last gradient of the previous step.
@@ -50,7 +53,10 @@ class TiedWordEmbedding:
             self._sum.zero_()
 
     def before_backward(self, *, is_last: bool) -> None:
-        """Receives the gradient of the copy if `is_last` is True. Call this before each backward pass of a step."""
+        """Receives the gradient of the copy if `is_last` is True.
+
+        Call this method before each backward pass of a step.
+        """
         if is_last and self._owned is not None:
             # Travels forward around the ring, after the last activation of the step.
             gradient = torch.empty(self._shape, dtype=torch.float32, device=self._owned.device)

@@ -26,8 +26,8 @@ class Zero3Replay:
     """Simulates which parameters one rank gathers in each step under ZeRO-3.
 
     Replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` of DeepSpeed 0.19.8. Parameters
-    are gathered before each forward or backward pass of their module, and released after it. A block gathers all its
-    parameters together (`deepspeed_compat.gather_blocks_whole`); other modules gather only parameters of their own.
+    are gathered before each forward or backward pass of their module, and released after the pass. A block gathers all
+    its parameters together (`deepspeed_compat.gather_blocks_whole`); other modules gather only parameters of their own.
 
     Once the coordinator has recorded the order of modules, it prefetches up to `stage3_prefetch_bucket_size` elements,
     and keeps parameters that are used again within `stage3_max_reuse_distance` elements. When a pass leaves the

@@ -111,7 +111,7 @@ class RowLaunch(NamedTuple):
     programs: RowPrograms
     """Division of the rows among Triton programs."""
     run: Launch
-    """Launches the kernel. Do not call it if there are no rows, because a launch with zero programs is invalid."""
+    """Launches the kernel. Do not call `run` if there are no rows, because a launch with zero programs is invalid."""
 
 
 @lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
 """Launches the kernel of weight gradients, and lists the variants that are compiled ahead of time.
 
 If a layer is small, each expert's rows are divided into ranges, called shares. Triton programs compute one weight
-gradient per share, and `sum_partials` adds them.
+gradient per share, and `sum_partials` adds the gradients.
 """
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
@@ -104,7 +104,7 @@ _WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
 
 
 def splits_rows(tiles: int, architecture: int) -> bool:
-    """Returns whether to divide each expert's rows into shares, because a launch would have too few Triton programs.
+    """Returns whether a launch has too few Triton programs unless each expert's rows are divided into shares.
 
     The result does not depend on the number of rows, so that batches of different sizes use one compiled kernel.
 

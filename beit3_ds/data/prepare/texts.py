@@ -34,7 +34,7 @@ _PIECE_BYTES = 64 << 20  # about ten seconds of work, which is lost at an interr
 
 @dataclass(frozen=True, kw_only=True)
 class WorkShare:
-    """Identifies one of several equal shares of the work, for example for one job of a Slurm array (`--part`)."""
+    """Identifies one of several equal shares of the texts, for example for one job of a Slurm array (`--part`)."""
 
     number: int = 1
     """Number of this share, counted from 1."""
@@ -60,7 +60,7 @@ class WorkShare:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPreparation:
-    """Holds the result of `prepare_texts` for one share of the work."""
+    """Holds the result of `prepare_texts` for one share of the texts."""
 
     pieces_written: int
     """Number of pieces of text files (`TextPiece`) that this call tokenized."""

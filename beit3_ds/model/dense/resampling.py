@@ -18,8 +18,8 @@ PATCH_WEIGHT = "embeddings.patch.weight"
 def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -> Tensor:
     """Resamples a table of image positions bicubically to the patch grid of another model.
 
-    The first row belongs to the CLS token if the table's model has one. That row is left out if the other model has no
-    CLS token, that is, if its configuration sets `dense`.
+    The first row belongs to the CLS token if the table's model has one. That row is left out if the other model's
+    configuration sets `dense`, because such models have no CLS token.
 
     Args:
         table: position table, (1 + S * S, D), or (S * S, D) if `stored` sets `dense`.
