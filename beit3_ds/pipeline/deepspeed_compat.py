@@ -49,7 +49,7 @@ def gather_blocks_whole(model: nn.Module) -> None:
 
 
 def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
-    """Replaces functions of the DeepSpeed engine that do not fit the mesh, such as the gradient norm."""
+    """Replaces functions of the DeepSpeed engine that do not fit the mesh, such as the one for the gradient norm."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         if mesh.data_parallel_size == 1:

@@ -11,7 +11,7 @@ from types import FrameType
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, describe_signal, exit_status, handled_signals, reading_signals
 
 STOP_SECONDS = 5.0
-"""Time limit for cleanup after a stop signal in seconds. A command that still runs then is ended at once."""
+"""Time limit in seconds for cleanup after a stop signal. A command that still runs then is ended at once."""
 
 
 class StoppedBySignal(KeyboardInterrupt):

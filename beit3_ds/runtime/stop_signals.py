@@ -102,7 +102,7 @@ class StopSignals:
 def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
     """Calls `note` in another thread with the number of each arriving signal. Only the main thread may enter the block.
 
-    Signals without a Python handler are not read, because the interpreter does not write them into the pipe.
+    Signals without a Python handler are not reported.
     """
     readable, writable = os.pipe()
     os.set_blocking(writable, False)

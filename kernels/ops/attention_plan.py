@@ -62,7 +62,7 @@ class TilePlan(NamedTuple):
     """Holds tables that tell the GPU kernels which rows belong to Q sequences, and how N tiles divide the sequences."""
 
     sequences_Q4: Tensor
-    """Four numbers per sequence, (Q, 4) int32: first row and length of its first range, then of its second range. The
+    """Four numbers per sequence, (Q, 4) int32: first row and length of the first range, then of the second range. The
     second length is 0 if the sequence has only one range."""
     tiles_N2: Tensor
     """Two numbers per tile, (N, 2) int32: the index of the tile's sequence, and the position in that sequence where the

@@ -1,4 +1,4 @@
-"""Stores which implementation of each operator is fastest, in one JSON file per GPU model and software version.
+"""Stores which implementation of each operator is fastest, in one JSON file per GPU model and set of software versions.
 
 A case is the text that identifies one measurement: the operator's name, and the dtypes and sizes of the arguments. A
 file has one line per case: {"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file shipped with the
@@ -23,7 +23,7 @@ SHIPPED = Path(__file__).parents[1] / "choices"
 
 
 class ChoiceFile:
-    """Reads and extends the stored choices for one device.
+    """Reads and extends the list of fastest implementations on one device.
 
     If a file cannot be read or written, the operators are measured again.
     """

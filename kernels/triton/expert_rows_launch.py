@@ -26,7 +26,7 @@ _SUM_WARPS = 4
 
 
 class SumBlock(NamedTuple):
-    """Sets how many partial sums a program of `sum_kernel` adds per loop step: a block of programs x columns."""
+    """Holds the size of the block of partial sums that a program of `sum_kernel` adds per loop step."""
 
     columns: int
     """Columns per block. One program of `sum_kernel` computes the sums of these columns."""

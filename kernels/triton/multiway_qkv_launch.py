@@ -55,7 +55,7 @@ def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Seq
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants that are compiled ahead of time.
 
-    They have all tile sizes for the giant model, and the first tile sizes for other models.
+    The giant model's layers are compiled with all tile sizes, and other layers with the first tile sizes.
     """
     return [
         products.build_tile_variant(
