@@ -30,15 +30,15 @@ class SourceConfig:
     path: PathString
     """File, folder or glob pattern, relative to the working directory. A leading `~` is the home folder."""
     format: str | None = None
-    """Format of the images or pairs: `tar` for WebDataset shards, `folder` for image files with captions beside them,
-    or the name of a corpus with an annotation file (`coco`, `visual_genome`, `sbu`, `conceptual_captions`,
-    `conceptual_12m`; see beit3_ds/data/images/annotations.py). For `visual_genome`, `path` is region_descriptions.json,
-    and image_data.json must be in the same folder. Some tasks add formats (docs/tasks.md). None selects `folder` if
-    `path` is a folder, and `tar` otherwise. Must be None for texts, whose format follows from the file name
-    (beit3_ds/data/text/formats.py)."""
+    """Format of the images or pairs: `tar` for WebDataset shards, or `folder` for image files with captions beside
+    them. Corpora with an annotation file have formats of their own: `coco`, `visual_genome`, `sbu`,
+    `conceptual_captions` and `conceptual_12m` (beit3_ds/data/images/annotations.py). For `visual_genome`, `path` is
+    region_descriptions.json, and image_data.json must be in the same folder. Some tasks add formats (docs/tasks.md).
+    None selects `folder` if `path` is a folder, and `tar` otherwise. Must be None for texts, whose format follows from
+    the file name (beit3_ds/data/text/formats.py)."""
     images: PathString = ""
-    """Folder of the images that the annotation file names, or a pattern of tar files that contain them (`coco/*.tar`).
-    """
+    """Folder with the images that the annotation file names, or a pattern of tar files with these images
+    (`coco/*.tar`)."""
     annotations: PathString = ""
     """Second annotation file, for example the answers to the questions in `path`. Used only by formats that a task
     adds."""
@@ -71,7 +71,7 @@ class SourceConfig:
 
     @property
     def is_of_task(self) -> bool:
-        """Returns whether the source's format belongs to a single task; other tasks cannot read it."""
+        """Returns whether the source's format belongs to a single task, so that other tasks cannot read the source."""
         return self.format is not None and self.format not in IMAGE_FORMATS
 
     def paths(self) -> tuple[str, ...]:
@@ -156,8 +156,8 @@ class DataConfig:
     flip_probability: Share = 0.5
     """Probability of flipping an image of the stream "images" horizontally."""
     pair_flip_probability: Share = 0.5
-    """Probability of flipping an image of the stream "pairs" horizontally. Set it to 0 if captions contain "left" or
-    "right", because flips make them wrong."""
+    """Probability of flipping an image of the stream "pairs" horizontally. If captions contain "left" or "right", set
+    0, because flips make such captions wrong."""
     rand_augment_operations: Annotated[int, Range(0, 100)] = 0
     """Number of RandAugment operations per training image (2 in the reference's fine-tuning). No effect in pretraining.
     """
@@ -171,9 +171,9 @@ class DataConfig:
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
     """How an epoch is shuffled. `shuffled` shuffles all samples together, so reads jump between shards.
     `shard_sequential` shuffles blocks of `block_samples` neighbouring samples, and then the samples within each window
-    of `window_blocks` blocks. It reads a few shards at a time, which suits storage with read-ahead and corpora with
-    more shards than a process may open. Do not use it if neighbouring samples are alike, as in shards sorted by class.
-    """
+    of `window_blocks` blocks. This reads only a few shards at a time, which suits storage with read-ahead, and corpora
+    with more shards than a process may open. Do not use `shard_sequential` if neighbouring samples are alike, as in
+    shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
     """Number of samples per block if `order` is "shard_sequential". Should not exceed the number of samples per shard.
     """
@@ -183,21 +183,22 @@ class DataConfig:
     num_workers: Annotated[int, Range(0, 1024)] = 2
     """Number of data worker processes per rank. With 0, the training process prepares the data."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2
-    """Maximum number of steps that each data worker prepares ahead. The limit `prefetch_gib` may reduce it."""
+    """Maximum number of steps that each data worker prepares ahead. The memory limit `prefetch_gib` may reduce this
+    number."""
     prefetch_gib: Annotated[float, Range(0.001, 2**20)] = 8.0
     """Maximum shared memory, in GiB, for the prefetched steps of one rank. If num_workers x prefetch_steps steps need
-    more, fewer steps are prefetched. With the default, 8 ranks on a node use at most 64 GiB, the usual size of /dev/shm
-    on a node with 128 GiB."""
+    more, fewer steps are prefetched. With the default, 8 ranks on a node use at most 64 GiB. A node with 128 GiB of
+    memory usually has a /dev/shm of this size."""
     max_open_files: Annotated[int, Range(1, 2**20)] = 4096
     """Maximum number of shards that each process keeps open. Data workers raise their limit of open files (`ulimit -n`)
-    to twice this number if the system permits. A process uses at most half of its limit for shards."""
+    to twice this number if the system permits. A process uses at most half of its limit of open files for shards."""
     timeout_seconds: Seconds = 600
     """Maximum time, in seconds, that a rank waits for the data of one step or one validation batch. After that, the run
     saves a checkpoint, names the missing data and ends. Should be less than parallel.timeout_seconds. Workers that die,
     or are suspended for 10 seconds, are replaced earlier."""
     max_broken_records: Count = 100
-    """Maximum number of broken records that a run skips. With more, the run lists them and ends. Each record counts
-    once per run."""
+    """Maximum number of broken records that a run skips. With more broken records, the run lists them and ends. Each
+    record counts once per run."""
 
     def __post_init__(self) -> None:
         for source in self.texts.sources:
@@ -238,7 +239,7 @@ class DataConfig:
             )
 
     def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
-        """Returns short names of each stream's sources in one split, by stream name (`short_source_names`)."""
+        """Returns short names of the sources in one split, by the name of the stream (`short_source_names`)."""
         streams = self.streams().items()
         return {name: short_source_names([source.path for source in getattr(of, split)]) for name, of in streams}
 

@@ -13,7 +13,7 @@ OWN_SECTION = "beit3_ds"
 """Key of this project's section in the JSON file; all other top-level keys are DeepSpeed's."""
 
 FILE_MONITORS = {"csv_monitor": "csv", "tensorboard": "tensorboard"}
-"""Maps each DeepSpeed monitor that writes files to the default name of its folder."""
+"""Maps each DeepSpeed monitor that writes files to the default name of the monitor's folder."""
 
 _MONITORS_FOLDER = "logs"
 
@@ -40,8 +40,8 @@ def engine_config(
     The result differs from the user's keys in three ways:
 
     * `gradient_accumulation_steps` is 1, because this project's schedule runs the micro-batches.
-    * `train_micro_batch_size_per_gpu` is the largest number of samples of a rank per step. Only DeepSpeed's log uses
-      it.
+    * `train_micro_batch_size_per_gpu` is the largest number of samples that a rank has per step. Only DeepSpeed's log
+      uses this number.
     * Monitors write below `output_dir`.
 
     Args:

@@ -10,7 +10,7 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class DeepSpeedOptions:
-    """Reads the run's options from its DeepSpeed keys. Missing keys have DeepSpeed's defaults."""
+    """Reads the run's options from its DeepSpeed keys; missing keys take DeepSpeed's defaults."""
 
     keys: Mapping[str, Any]
     """The DeepSpeed keys of the run's file, after `read_deepspeed_keys` has checked them."""
@@ -28,7 +28,7 @@ class DeepSpeedOptions:
 
     @property
     def is_bf16(self) -> bool:
-        """Returns whether parameters and activations are bf16; otherwise they are float32."""
+        """Returns whether parameters and activations are bf16; if not, they are float32."""
         return bool(self.keys.get("bf16", {}).get("enabled", False))
 
     @property

@@ -14,12 +14,12 @@ class DenseConfig:
     window_size: Annotated[int, Range(0, 1024)] = 0
     """Side of an attention window in patches (ViTDet: 14). With 0, all blocks attend globally."""
     global_blocks: tuple[Annotated[int, Range(0, 1000)], ...] = ()
-    """Indices, from 0, of the blocks that attend to the whole image. All other blocks attend within windows. ViTDet (Li
-    et al., 2022, arXiv:2203.16527, section 3) uses the last block of each quarter, such as [2, 5, 8, 11] of 12 blocks.
+    """Indices, from 0, of the blocks that attend to the whole image. All other blocks attend within windows. ViTDet
+    uses the last block of each quarter, such as [2, 5, 8, 11] of 12 blocks (Li et al., 2022, arXiv:2203.16527).
     Requires `window_size`."""
     relative_positions: bool = False
     """Whether attention adds decomposed relative position biases (Li et al., 2021, arXiv:2112.01526), initialized to
-    zero. In blocks with windows, the bias tables cover one window. In global blocks, they cover an image of size
+    zero. In blocks with windows, the bias tables cover one window. In global blocks, the tables cover an image of size
     `model.image_size`."""
 
     def check(self, num_layers: int) -> None:
@@ -44,7 +44,5 @@ class DenseConfig:
             )
 
     def block_window(self, layer: int) -> int:
-        """Returns the window size, in patches, of block `layer` (0-based), or 0 if the block attends to the whole
-        image.
-        """
+        """Returns the side of the attention windows in block `layer` (0-based) in patches, or 0 without windows."""
         return 0 if layer in self.global_blocks else self.window_size

@@ -27,7 +27,7 @@ class Spec(ABC):
     stages: tuple[int, ...] = ALL_STAGES
     """ZeRO stages in which the key has an effect. In other stages, `beit3 check` reports the key as unused."""
     samples: tuple[Any, ...] = ()
-    """Values of the key with which the tests train."""
+    """Values of the key with which tests train a model."""
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:
@@ -83,7 +83,7 @@ class Fixed(Spec):
     effect: str = ""
 
     def read(self, value: Any, where: str) -> Any:
-        """Checks that the value is the only accepted one, and returns it."""
+        """Checks that the value is the accepted value, and returns it."""
         if isinstance(value, bool) != isinstance(self.value, bool) or value != self.value:
             raise ConfigError(f"{where}: {show(value)} is not supported, only {self.rule}, because {self.reason}")
         return value
@@ -104,7 +104,7 @@ class Number(Spec):
     multiple_of: int = 1
 
     def read(self, value: Any, where: str) -> int | float:
-        """Checks the value, and returns it as an int if `whole` is set and as a float otherwise."""
+        """Checks the value, and returns it as an int (`whole`) or as a float."""
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in self.range:
             raise self._refuse(value, where)
         if not self.whole:
@@ -130,7 +130,7 @@ class Choice(Spec):
     """Reason for refusing a value that DeepSpeed itself accepts; empty if there is none."""
 
     def read(self, value: Any, where: str) -> str | int:
-        """Checks that the value is an accepted one, and returns it."""
+        """Checks that the value is one of the accepted values, and returns it."""
         if isinstance(value, bool) or not isinstance(value, str | int) or value not in self.values:
             raise self._refuse(value, where)
         return value
@@ -149,8 +149,7 @@ class Text(Spec):
 
     is_folder_name: bool = False
     is_inner_path: bool = False
-    """Whether the string must be a path inside another folder. Then it may not contain `..` or begin with `/` or `~`.
-    """
+    """Whether the string must be a path inside another folder, without `..` and without `/` or `~` at the beginning."""
 
     def read(self, value: Any, where: str) -> str:
         """Checks that the value is a valid string, and returns it."""
@@ -193,7 +192,7 @@ class Section:
     """Example of a valid JSON object, used in error messages."""
 
     def read(self, value: Any, where: str) -> dict[str, Any]:
-        """Checks a JSON object and its keys, and returns it in the form that DeepSpeed expects."""
+        """Checks a JSON object and its keys, and returns the object in the form that DeepSpeed expects."""
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a JSON object such as {self.example}, got {show(value)}.")
         check_known_keys(value, self.keys, where)

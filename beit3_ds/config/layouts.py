@@ -23,8 +23,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         Number of data-parallel ranks.
 
     Raises:
-        ConfigError: if the layout is invalid; the message names the broken rule and similar layouts that fit
-            `world_size` ranks.
+        ConfigError: if the layout is invalid, or DeepSpeed's batch sizes contradict it. For an invalid layout, the
+            message names the broken rule and similar layouts that fit `world_size` ranks.
     """
     try:
         data_parallel_size = _check(config, world_size)
@@ -38,7 +38,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
 def fits_layout(config: RunConfig, world_size: int) -> bool:
     """Returns whether `check_layout` accepts the configuration on `world_size` ranks.
 
-    This function is faster than `check_layout`, which searches for another layout to suggest in its error.
+    This function is faster than `check_layout`, which looks for layouts to suggest in its error message.
     """
     try:
         config.step_shares(_check(config, world_size)).check_batch_keys(config.deepspeed)
@@ -85,10 +85,11 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
 
 
 def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[float, int]:
-    """Returns how much the layout of `other` differs from that of `config`, as a sort key.
+    """Returns how much the layout of `other` differs from the layout of `config`, as a sort key.
 
-    The first number counts doublings of the parallel sizes; a doubling of the micro-batches counts a quarter, and
-    uneven shares count one. The second number breaks ties in favour of less model parallelism.
+    The first number counts doublings of the parallel sizes, and a quarter per doubling of the number of micro-batches.
+    It is one larger if another layout divides the samples unevenly. The second number breaks ties in favour of less
+    model parallelism.
     """
 
     def doublings(a: int, b: int) -> float:

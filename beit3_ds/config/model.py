@@ -32,8 +32,8 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
         "patch_size": 14,
     },
 }
-"""Field values that `"size": NAME` expands to. "giant" is from the paper's Table 2 (224 px). "base" and "large" are the
-sizes of the released models."""
+"""Field values that `"size": NAME` expands to. "giant" is the model in the paper's Table 2 (224 px). "base" and "large"
+are the sizes of the released models."""
 
 
 InputKind = Literal["images", "pairs", "texts"]
@@ -45,7 +45,7 @@ INPUT_KINDS: tuple[InputKind, ...] = ("images", "pairs", "texts")
 FIELDS_WITHOUT_TENSORS = frozenset(
     {"drop_path_rate", "cross_entropy_chunk_size", "initial_embedding_std", "layer_norm_epsilon"}
 )
-"""Fields of `ModelConfig` that affect neither names nor shapes of the model's tensors."""
+"""Fields of `ModelConfig` that change neither the names nor the shapes of the model's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +73,11 @@ class ModelConfig:
     layout."""
     sub_layernorm: bool = False
     """Whether to add the inner LayerNorms and the initialization of Magneto (Wang et al., 2022, arXiv:2210.06423), as
-    the released models do. Off by default, because the paper does not mention them."""
+    the released models do. Off by default, because the paper mentions neither of them."""
     initial_embedding_std: StandardDeviation = 0.02
-    """Standard deviation of the initial embeddings, which are drawn from a normal distribution truncated at one
-    standard deviation (BEiT: 0.02). With `sub_layernorm`, a small model trained from scratch learns much faster with
-    about 0.4."""
+    """Standard deviation of the initial embeddings (BEiT: 0.02). They are drawn from a normal distribution that is
+    truncated at one standard deviation. With `sub_layernorm`, a small model trained from scratch learns much faster
+    with about 0.4."""
     layer_norm_epsilon: Epsilon = 1e-5
     """Epsilon that every LayerNorm adds to the variance."""
     drop_path_rate: Decay = 0.0
@@ -90,10 +90,10 @@ class ModelConfig:
     max_text_length: Annotated[int, Range(4, 2**18)] = 128
     """Number of text positions, which is the maximum number of tokens per text, including BOS and EOS."""
     tie_word_embeddings: bool = False
-    """Whether the MLM head uses the word embedding as its weight matrix. The released models do not. No effect if
+    """Whether the MLM head uses the word embedding as its weight matrix; false in the released models. No effect if
     `inputs` is ["images"]."""
     final_norm: bool = True
-    """Whether a LayerNorm follows the last block. Turn it off only for fine-tuned models that lack this norm."""
+    """Whether a LayerNorm follows the last block. Set it to false only for fine-tuned models that lack this norm."""
     inputs: tuple[InputKind, ...] = INPUT_KINDS
     """Kinds of input that the model accepts, in any order. Only the experts, embeddings and norms that these inputs
     need are built. `["images"]` gives a vision encoder, `["texts"]` a language encoder, `["pairs"]` a fusion encoder,
@@ -112,8 +112,9 @@ class ModelConfig:
 
     @property
     def num_pipeline_layers(self) -> int:
-        """Returns the number of layers that pipeline stages divide: the embeddings, the blocks, and the final norm with
-        the head.
+        """Returns the number of layers to divide over pipeline stages.
+
+        The embeddings count as one layer, each block as one, and the final norm with the head as one.
         """
         return self.num_layers + 2
 
@@ -134,13 +135,14 @@ class ModelConfig:
 
     @property
     def window_size(self) -> int:
-        """Returns `dense.window_size`, in patches, or 0 without `dense`. Patches are ordered by window if it is
-        positive.
+        """Returns the side of an attention window in patches (`dense.window_size`), or 0 without `dense`.
+
+        With a positive size, the rows of an image are ordered window by window.
         """
         return 0 if self.dense is None else self.dense.window_size
 
     def block_window(self, layer: int) -> int:
-        """Returns the attention window size of block `layer` (0-based) in patches, or 0 if the block has no windows."""
+        """Returns the side of the attention windows in block `layer` (0-based) in patches, or 0 without windows."""
         return 0 if self.dense is None else self.dense.block_window(layer)
 
     @property
@@ -155,9 +157,7 @@ class ModelConfig:
         return self.tie_word_embeddings and "language" in self.modalities
 
     def experts(self, layer: int) -> tuple[str, ...]:
-        """Returns the names of the feed-forward experts of block `layer` (0-based), in the order of their rows in the
-        batch.
-        """
+        """Returns the names of the feed-forward experts of block `layer` (0-based), in the order of their rows."""
         if layer < self.num_layers - self.num_vision_language_layers:
             return self.modalities
         owners = {"vision": "images", "vision_language": "pairs", "language": "texts"}
@@ -165,8 +165,9 @@ class ModelConfig:
 
     @property
     def attention_experts(self) -> tuple[str, ...]:
-        """Returns the names of the sets of attention weights: "shared", or one name per modality in the decoupled
-        layout.
+        """Returns the names of the sets of attention weights, which depend on `layout`.
+
+        The shared layout has the set "shared". The decoupled layout has one set per modality, named after the modality.
         """
         return ("shared",) if self.layout == "shared" else self.modalities
 

@@ -55,7 +55,7 @@ Size = Annotated[int, Range(1, 2**18)]
 Layers = Annotated[int, Range(1, 1000)]
 """Number of blocks of a network."""
 Vocabulary = Annotated[int, Range(2, 2**24)]
-"""Vocabulary size. Float32 represents all integers up to the limit, 2**24."""
+"""Vocabulary size, at most 2**24, the largest integer up to which float32 represents all integers."""
 Samples = Annotated[int, Range(1, 2**24)]
 """Number of samples per step."""
 Steps = Annotated[int, Range(1, 10**12)]

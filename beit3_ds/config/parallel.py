@@ -23,7 +23,7 @@ class RankCoords(NamedTuple):
 class ParallelConfig:
     """Configures the mesh of ranks: pipeline x data x tensor.
 
-    The data-parallel size is not configured. It is the number of ranks divided by the pipeline and tensor sizes.
+    The data-parallel size is not configured: it is the number of ranks divided by the pipeline and tensor sizes.
     """
 
     tensor_parallel_size: Ranks = 1
@@ -31,8 +31,8 @@ class ParallelConfig:
     Shoeybi et al., 2019, arXiv:1909.08053). These ranks communicate in every layer, so they should be on one node."""
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks also divide the rows between attention and FFN (Korthikanti et al., 2022,
-    arXiv:2205.05198). Saves activation memory and sends the same number of bytes. Off by default, because sums are
-    rounded differently."""
+    arXiv:2205.05198). Saves activation memory and sends the same number of bytes. Off by default, because the option
+    changes the rounding of sums."""
     pipeline_parallel_size: Ranks = 1
     """Number of pipeline stages over which the layers are divided (1F1B: Narayanan et al., 2021, arXiv:2104.04473).
     Must not exceed the number of micro-batches (`gradient_accumulation_steps`)."""
@@ -45,8 +45,8 @@ class ParallelConfig:
     slowest checkpoint and of the slowest evaluation."""
     heartbeat_timeout_seconds: Seconds = 60
     """Maximum time, in seconds, without a heartbeat from a rank before the run ends. Heartbeats stop if the rank's
-    process, host or network link fails. A separate thread of each rank sends six heartbeats in this time. Choose a time
-    longer than any delay of this thread on a busy host."""
+    process, host or network link fails. A separate thread of each rank sends six heartbeats in this time. The time must
+    be longer than any delay of the thread on a busy host."""
 
     def __post_init__(self) -> None:
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
@@ -84,8 +84,8 @@ class ParallelConfig:
     def rank_coords(self, rank: int, world_size: int) -> RankCoords:
         """Returns the mesh coordinates of a rank.
 
-        Consecutive ranks form a tensor-parallel group, because they communicate most. Pipeline stages are farthest
-        apart.
+        Consecutive ranks form a tensor-parallel group, because ranks of such a group communicate most. The ranks of a
+        pipeline stage are consecutive too.
         """
         pipeline, rest = divmod(rank, world_size // self.pipeline_parallel_size)
         return RankCoords(pipeline, *divmod(rest, self.tensor_parallel_size))
@@ -98,7 +98,7 @@ class ParallelConfig:
             micro_batches: number of micro-batches per rank and step.
 
         Raises:
-            ConfigError: if they do not fit; the message names the broken rule and sizes that fit.
+            ConfigError: if the sizes do not fit; the message names the broken rule and sizes that fit.
         """
         fault = self.find_fault(model, micro_batches)
         if fault is not None:

@@ -8,7 +8,7 @@ from beit3_ds.config.strict import ConfigError
 _GIB = 1 << 30
 _CHANNELS, _ID_BYTES = 3, 8  # ids are sent as int64
 _TASKS_OF_BYTES = ("pretraining", "visual_tokenizer")
-"""Tasks whose data workers send pixels as uint8; workers of other tasks send float32 (`data.images.one_view`)."""
+"""Tasks whose data workers send pixels as uint8. The workers of other tasks send float32 (`data.images.one_view`)."""
 _PATCH_BYTES = 1 + 2 * _ID_BYTES  # the mask, and two int64 positions if masked
 
 
@@ -73,7 +73,7 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
-    """Returns the size, in bytes, of an image's resized copies.
+    """Returns the total size, in bytes, of the resized copies of an image.
 
     Args:
         config: the run's configuration.

@@ -29,13 +29,11 @@ TOKENIZER_KEYS = {
     "save_interval": "training.save_interval",
     "bf16": "bf16.enabled",
 }
-"""Maps each key that was removed from "tokenizers.visual" to its name in the configuration of a tokenizer's run."""
+"""Maps each key that was removed from "tokenizers.visual" to the key that replaces it in a tokenizer's own run."""
 
 
 def with_new_keys(config: Any) -> Any:
-    """Returns the configuration from an old checkpoint, with all keys under their current names and in their current
-    sections.
-    """
+    """Returns the configuration from an old checkpoint, with all keys under their current names and sections."""
     renamed = _rename(config)
     if not isinstance(renamed, dict):
         return renamed

@@ -42,7 +42,7 @@ class RunConfig:
     """Holds the complete configuration of a run."""
 
     backbone: ModelConfig | None
-    """The section "model"; None if the run trains no BEiT-3 model, such as a run of the task `visual_tokenizer`."""
+    """The section "model"; None if the run trains another model than BEiT-3, such as a visual tokenizer."""
     data: DataConfig
     tokenizers: TokenizersConfig
     training: TrainingConfig
@@ -110,8 +110,8 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
             from the section "beit3_ds", such as "training.total_steps". VALUE is JSON, or a string without quotes.
 
     Raises:
-        ConfigError: if the file cannot be read, is not valid JSON, or has an unknown key, an invalid value or values
-            that contradict each other.
+        ConfigError: if the file cannot be read or is not valid JSON, a key is unknown, or values are invalid or
+            contradict each other.
     """
     path = Path(expand_home(str(path), "the path of the config file"))
     try:
@@ -220,7 +220,7 @@ def _find_key(name: str, known: Sequence[str]) -> str:
 
     Args:
         name: first part of the unknown dotted key.
-        known: valid keys at the top of the file, and sections.
+        known: valid top-level keys and names of sections.
     """
     inside = {key: f"{section}.{key}" for section, cls in _SECTION_CLASSES.items() for key in cls.__annotations__}
     near = inside.get(name) or nearest(name, known)

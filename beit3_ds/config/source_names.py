@@ -10,7 +10,7 @@ _EXTENSIONS = re.compile(r"(\.(tar|txt|json|jsonl|ndjson|jsonlines|tsv|csv|gz|zs
 
 
 def short_source_names(paths: Sequence[str]) -> list[str]:
-    """Returns a unique short name per path: the file name, with parent folders where file names are equal.
+    """Returns a unique short name per path: the file name, preceded by parent folders if file names are equal.
 
     Names contain only letters, digits, dots and underscores. Names that would still be equal get a number.
 

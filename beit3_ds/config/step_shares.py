@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from beit3_ds.config.strict import ConfigError
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
-"""DeepSpeed keys for batch sizes. They may be left out, because streams and layout determine them."""
+"""DeepSpeed's keys for batch sizes. A file may lack these keys, because streams and layout determine the sizes."""
 
 
 class MicroBatchSize(NamedTuple):
-    """Holds a number of samples per stream, for example those of one micro-batch."""
+    """Holds the number of samples of each stream, for example in one micro-batch."""
 
     images: int
     pairs: int
@@ -23,8 +23,9 @@ class StepShares:
     """Divides the samples of one step over ranks and micro-batches as evenly as possible.
 
     Samples are dealt to the ranks in turn, like cards, one stream after the other. Each rank deals its samples to its
-    micro-batches in the same way. Two ranks, or two micro-batches of one rank, therefore differ by at most one sample.
-    Uneven shares do not change the loss, because each loss term is divided by its count over the whole step.
+    micro-batches in the same way. The totals of two ranks, or of two micro-batches of one rank, therefore differ by at
+    most one sample. Uneven shares do not change the loss, because each loss term is divided by its count over the whole
+    step.
     """
 
     samples: MicroBatchSize
@@ -74,8 +75,8 @@ class StepShares:
         """Returns the slots of each stream in each micro-batch of one data-parallel rank.
 
         A slot is the number of a sample within a stream's samples of one step. Slots are assigned to micro-batch 0 of
-        ranks 0, 1, and so on, then to micro-batch 1 of all ranks. With k samples per micro-batch and R ranks,
-        micro-batch m of rank r begins at slot (m*R + r)*k.
+        ranks 0, 1, and so on, then to micro-batch 1 of all ranks. If all micro-batches have k samples, micro-batch m of
+        rank r begins at slot (m*R + r)*k for R ranks.
         """
         sizes = [self.divide_rank(self.rank_samples(other)) for other in range(self.num_ranks)]
         found: list[dict[str, range]] = []
@@ -133,7 +134,7 @@ class StepShares:
 
 
 def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
-    """Returns the number of samples of each stream that one receiver gets if all samples are dealt in turn.
+    """Returns the number of samples of each stream that one receiver gets when all samples are dealt in turn.
 
     Args:
         samples: number of samples of each stream to deal.

