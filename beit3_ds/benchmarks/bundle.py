@@ -103,9 +103,7 @@ def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillC
 
 
 def pinned(constraints: Path) -> list[str]:
-    """Returns the pip requirements of `PACKAGES` with the versions in the file `constraints`: ["deepspeed==0.19.8",
-    ...].
-    """
+    """Returns the pip requirements of `PACKAGES`, such as "deepspeed==0.19.8", with versions from `constraints`."""
     lines = constraints.read_text(encoding="utf-8").splitlines()
     versions = {re.split("==", line)[0].lower().replace("_", "-"): line for line in lines if "==" in line}
     return [versions[name] for name in PACKAGES]

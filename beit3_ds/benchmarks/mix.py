@@ -26,8 +26,8 @@ class Mix(NamedTuple):
 
     @property
     def boundaries(self) -> tuple[int, int, int, int]:
-        """Returns four row numbers: where the images end, where the pairs' images end, where the captions end, and
-        where the texts end.
+        """Returns the row numbers at which the images, the pairs' images, the captions and the texts end, in this
+        order.
         """
         a = self.samples * self.image_length
         c = 2 * a + sum(self.caption_lengths)

@@ -12,7 +12,11 @@ from pathlib import Path
 
 
 def relocate(cache: Path) -> int:
-    """Rewrites the absolute paths in a Triton cache for the cache's current folder; returns the number of kernels."""
+    """Replaces the absolute paths in a Triton cache by paths in the cache's current folder.
+
+    Returns:
+        Number of kernels in the cache.
+    """
     groups = list(cache.resolve().glob("*/__grp__*.json"))
     for group in groups:
         names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]

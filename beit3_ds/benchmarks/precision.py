@@ -1,7 +1,8 @@
 """Measures the error of bf16 gradients, with the residual stream and the gradient sums in bf16 or float32.
 
 The table has one row per combination of these two dtypes. The error is the 2-norm of the difference to float64
-gradients, relative to the norm of the float64 gradients. Both gradients are computed with the same weights.
+gradients, relative to the norm of the float64 gradients. The bf16 and float64 gradients are computed with the same
+weights.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class GradientError(NamedTuple):
 
 
 def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
-    """Measures the gradient error for each combination of dtypes of residual stream and gradient sums; returns a table.
+    """Measures the gradient error with residual stream and gradient sums in bf16 or float32; returns a table.
 
     Args:
         num_layers: number of blocks of the model.
@@ -46,7 +47,7 @@ def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
 
 
 def measure_precision(num_layers: int, width: int, micro_batches: int) -> list[GradientError]:
-    """Measures the gradient error for each combination of dtypes of residual stream and gradient sums, on the CPU.
+    """Measures the gradient error on the CPU, with residual stream and gradient sums in bf16 or float32.
 
     All combinations use the same weights and batches.
     """

@@ -1,4 +1,4 @@
-"""Compares implementations in turn. Each implementation (a *side*) has its own process, and one computes at a time.
+"""Compares implementations (*sides*) in turn. Each side has its own process, and only one process computes at a time.
 
 A process reads one batch number per line from standard input. It answers with one line of JSON per batch on a separate
 pipe, because libraries print to standard output.
@@ -19,11 +19,11 @@ import torch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
 
 Turn = tuple[Callable[[], float], dict[str, Any]]
-"""Function to time, which returns a number such as the loss, and facts about the function's batch by name."""
+"""A function to time, which returns a number such as the loss; and facts about the function's batch, by name."""
 
 
 class TurnProcess:
-    """Controls the process of one side. For each request, the process runs one turn: it computes one batch.
+    """Controls the process of one side. For each request, the process runs one turn, which computes one batch.
 
     The process uses as many threads as this process.
     """

@@ -171,9 +171,9 @@ class DataConfig:
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
     """How an epoch is shuffled. `shuffled` shuffles all samples together, so reads jump between shards.
     `shard_sequential` shuffles blocks of `block_samples` neighbouring samples, and then the samples within each window
-    of `window_blocks` blocks. This reads only a few shards at a time, which suits storage with read-ahead, and corpora
-    with more shards than a process may open. Do not use `shard_sequential` if neighbouring samples are alike, as in
-    shards sorted by class."""
+    of `window_blocks` blocks. Then only a few shards are read at a time. This suits storage with read-ahead, and
+    corpora with more shards than a process may open. Do not use `shard_sequential` if neighbouring samples are alike,
+    as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
     """Number of samples per block if `order` is "shard_sequential". Should not exceed the number of samples per shard.
     """

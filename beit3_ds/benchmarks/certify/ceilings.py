@@ -13,7 +13,7 @@ from beit3_ds.benchmarks.kernels.roofline import GPU, GPUS
 from beit3_ds.benchmarks.turns import device_of_turns
 
 HALF_PRODUCT = "product in bfloat16"
-"""Name of the result with the highest rate of bfloat16 products, with which the rates of training steps are compared.
+"""Name of the result with the highest rate of bfloat16 products. Rates of training steps are compared with this rate.
 """
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26, "dry": 1 << 16}
 _WIDTHS = {"cuda": 8192, "cpu": 512, "dry": 64}
@@ -30,7 +30,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def measured_flops(recorder: Recorder) -> float | None:
-    """Returns the highest measured rate of bfloat16 products in FLOP/s; None if it has not been recorded."""
+    """Returns the highest rate of bfloat16 products in FLOP/s, as last recorded; None if no rate has been recorded."""
     lines = ResultsFile(recorder.folder / "results.jsonl").read()
     rates = [line["tflops"] for line in lines if line.get("item") == HALF_PRODUCT and "tflops" in line]
     return rates[-1] * 1e12 if rates else None

@@ -23,7 +23,8 @@ class Timing(NamedTuple):
     milliseconds: list[float]
     """Milliseconds on the device for each call."""
     host_milliseconds: float
-    """Median milliseconds that Python needs to launch one call's kernels. On a CPU, median milliseconds of one call."""
+    """Median milliseconds that Python needs to launch one call's kernels. On a CPU, the median milliseconds of one
+    call."""
 
     @property
     def median(self) -> float:
@@ -39,8 +40,8 @@ class Timing(NamedTuple):
 class Clock:
     """Times calls on one device.
 
-    On a GPU, large matrix products run before each timed call. They keep the GPU busy until Python has launched the
-    call, keep the clock rate high, and replace the content of the L2 cache.
+    On a GPU, large matrix products run before each timed call, and keep the GPU busy until Python has launched the
+    call. They also keep the clock rate high, and replace the content of the L2 cache.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -17,8 +17,8 @@ def run_commands(commands: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Runs commands in the clone until one fails.
 
     Returns:
-        `passed`, whether no command failed; `seconds`; `command`, all commands as text; and `tail`, the last lines of
-        the output of the last command that ran.
+        `passed`: whether no command failed. `seconds`: time of all commands. `command`: all commands as text. `tail`:
+            last lines of output of the last command that ran.
     """
     start, passed, tail = time.monotonic(), True, ""
     for command in commands:

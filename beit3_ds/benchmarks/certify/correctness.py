@@ -46,7 +46,7 @@ class Op(NamedTuple):
     name: str
     """Name of the op and the variant."""
     ours: Callable[..., Tensor]
-    """The op, as the model calls it."""
+    """This project's op, called as in the model."""
     reference: Callable[..., Tensor]
     """Reference in plain PyTorch, which takes the op's inputs and returns the op's output."""
     shapes: tuple[tuple[int, ...], ...]
@@ -54,8 +54,9 @@ class Op(NamedTuple):
 
 
 def measure(recorder: Recorder) -> None:
-    """Records the kernels' self-checks on a GPU. Then records a check of each op with each backend, dtype and
-    alignment.
+    """Records a check of each op with each backend, dtype and alignment.
+
+    On a GPU, records the kernels' self-checks first.
     """
     device = device_of_turns()
     on_gpu = kind_of(device) != "cpu"
@@ -75,7 +76,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def _kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yields name and function of each op's self-check, which runs only this project's kernels."""
+    """Yields the name and the function of each op's self-check, which runs only this project's kernels."""
     for dtype in _DTYPES:
         for module in _CHECKED:
             name = module.__name__.rpartition(".")[2]

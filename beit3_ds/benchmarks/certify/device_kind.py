@@ -1,4 +1,4 @@
-"""Distinguishes three kinds of device: a GPU, a CPU, and an emulated GPU. Each kind has its own measurement sizes."""
+"""Distinguishes three kinds of device: a GPU, a CPU, and an emulated GPU. Sizes of measurements depend on the kind."""
 
 from typing import Literal
 

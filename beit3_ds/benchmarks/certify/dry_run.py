@@ -1,7 +1,7 @@
 """Runs a section of `beit3 certify` on an emulated GPU: kernels are compiled but do not run.
 
-A dry run finds errors in the sections before they cost time on a GPU. It also fills Triton's cache with compiled
-kernels. A compiled kernel depends on widths, dtypes and flags, so these are the same as on a GPU. The numbers of
+A dry run finds errors in the sections before time on a GPU is spent. It also fills Triton's cache with compiled
+kernels. Widths, dtypes and flags are the same as on a GPU, because compiled kernels depend on them. The numbers of
 samples, layers and words are smaller. Expensive operations of PyTorch compute nothing (`empty_results`). All results
 are undefined.
 """
@@ -46,7 +46,7 @@ def _call_once(call: Callable[[], Any]) -> float:
 
 @contextmanager
 def dry_run(architecture: int) -> Iterator[None]:
-    """Emulates a GPU inside a `with` block. Functions of `torch.cuda` are replaced.
+    """Emulates a GPU inside a `with` block, by replacing functions of `torch.cuda`.
 
     Args:
         architecture: compute capability of the emulated GPU: 80, 90 or 100.

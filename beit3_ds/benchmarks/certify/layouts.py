@@ -23,9 +23,9 @@ Commands = list[tuple[str, ...]]
 
 
 def measure(recorder: Recorder) -> None:
-    """Trains on one GPU and records the result. With several GPUs, also trains on them and compares the losses.
+    """Trains on one GPU and records the result. With several GPUs, also trains on several and compares the losses.
 
-    A dry run does not train. It launches the kernels of the training on one GPU.
+    A dry run does not train, but launches the kernels of the training on one GPU.
     """
     is_dry = kind_of(device_of_turns()) == "dry"
     if not is_dry and not torch.cuda.is_available():
@@ -52,7 +52,7 @@ def plan_commands(folder: Path, num_gpus: int) -> dict[str, Commands]:
 
     Args:
         folder: folder for the output of the training runs.
-        num_gpus: number of GPUs. With two or more, a second run uses the largest power of two of them.
+        num_gpus: number of GPUs. If there are several, a second run uses the largest power of two up to this number.
     """
     beit3 = (sys.executable, "-m", "beit3_ds.cli.main")
     tokenizers = {

@@ -16,7 +16,7 @@ PACKAGES = (
     *("torch", "triton", "numpy", "deepspeed", "torchscale", "timm", "zstandard", "webdataset", "sentencepiece"),
     *("flash_attn", "liger_kernel", "apex", "pytest"),
 )
-"""Packages whose versions the report lists. Some sections run without some of them."""
+"""Packages whose versions the report lists."""
 
 
 def measure(recorder: Recorder) -> None:

@@ -56,7 +56,10 @@ def measure(recorder: Recorder) -> None:
 
 
 def keep_choices(recorder: Recorder, device: torch.device) -> None:
-    """Copies this machine's choice file to the report's folder, so that it can be committed (`choice_file`)."""
+    """Copies the file with this machine's fastest implementations (`choice_file`) to the report's folder.
+
+    From there, users can commit the file.
+    """
     path = choice_file_of(device).path if device.type == "cuda" else None
     if path is not None and path.exists():
         folder = recorder.folder / "choices"
@@ -65,12 +68,12 @@ def keep_choices(recorder: Recorder, device: torch.device) -> None:
 
 
 def using(backend: Backend | None) -> AbstractContextManager[None]:
-    """Returns a context manager that sets the backend of ops. With None, it leaves the backend unchanged."""
+    """Returns a context manager that sets the backend of ops. None leaves the backend unchanged."""
     return nullcontext() if backend is None else CHOICES.fixed(backend)
 
 
 def _candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Implementation, Backend | None]]:
-    """Yields name, implementation and backend for each measurement; this project's op is measured with each backend."""
+    """Yields name, implementation and backend of each measurement. This project's op is measured with each backend."""
     backends: tuple[Backend, ...] = ("auto", "triton", "library", "cuda")
     for entry in case.implementations:
         if entry.name != _OURS:
@@ -125,7 +128,7 @@ def _differentiate(problem: Problem, y: Tensor) -> Any:
 
 
 def _error(case: Case, problem: Problem) -> float:
-    """Returns the relative difference between an implementation's result and that of this project's op.
+    """Returns the difference between an implementation's result and this project's, relative to this project's.
 
     This project's op uses the backend `library`.
     """

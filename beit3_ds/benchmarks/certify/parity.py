@@ -34,8 +34,8 @@ def measure(recorder: Recorder) -> None:
     """Records the errors of loss and gradients relative to float64, for each model layout and dtype.
 
     A check passes if the gradient error on the device is at most twice the CPU's gradient error in the same dtype. In
-    float32, an error of at most 1e-4 relative to the gradients' norm also passes, because the CPU's error can be small
-    by chance.
+    float32, the CPU's error can be small by chance. So an error of at most 1e-4 relative to the gradients' norm also
+    passes.
     """
     device = device_of_turns()
     for layout, changes in _LAYOUTS.items():

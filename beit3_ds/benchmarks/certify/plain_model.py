@@ -37,7 +37,7 @@ class Experts(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Computes attention and FFN with stochastic depth. Each has a norm before it, and a sub-LN inside it."""
+    """Computes attention and FFN with stochastic depth. Attention and FFN each follow a norm and contain a sub-LN."""
 
     def __init__(self, config: ModelConfig, drop_path_rate: float) -> None:
         super().__init__()
@@ -113,8 +113,9 @@ class PlainModel(nn.Module):
         )
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns one loss per modality in the batch: the mean cross entropy over masked patches, then over masked
-        tokens.
+        """Returns the mean cross entropy over masked patches, then over masked tokens.
+
+        A batch without images or without texts gives only one of these losses.
         """
         parts, visible, num_image_rows = [], [], 0
         if stream.pixels is not None and stream.patch_mask is not None:

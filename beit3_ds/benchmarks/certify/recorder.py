@@ -54,7 +54,7 @@ class Recorder:
         self._file.append({"section": self._section, "item": item, "call": self._call, **figures})
 
     def start_counting(self) -> None:
-        """Starts counting the kernels that Triton finds in its cache, and those that Triton compiles."""
+        """Starts counting the kernels that Triton finds in its cache, and the kernels that Triton compiles."""
         self._compilations.start()
 
     def add_counts(self) -> None:
@@ -113,7 +113,7 @@ class Recorder:
 
 
 def is_own(error: ModuleNotFoundError) -> bool:
-    """Returns whether the missing module belongs to this project. If it does, the error is a bug."""
+    """Returns whether the missing module belongs to this project, so that the error is a bug."""
     return top_level(error) == "beit3_ds"
 
 

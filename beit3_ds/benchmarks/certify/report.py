@@ -22,8 +22,8 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
         plan: sections, in the order of the report.
 
     Returns:
-        Whether the certification succeeded. It succeeds if every section completed, or could not run because a package
-        or a GPU is missing. No measurement may have failed or crashed, and no check may have failed.
+        Whether the certification succeeded: all sections have completed, and no measurement or check has failed.
+            Sections that lack a package or a GPU do not count.
     """
     lines = list(results.read())
     machines = [_figures(line) for line in lines if line.get("section") == MACHINE.name and "devices" in line]
@@ -41,7 +41,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
 
 def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns status, time and measurements (items) of one section. Of repeated measurements, the latest counts."""
+    """Returns the status, time and measurements (items) of one section. The latest of repeated measurements counts."""
     own = [line for line in lines if line.get("section") == section.name]
     ends = [line for line in own if "seconds" in line and "status" in line]
     items: dict[str, dict[str, Any]] = {}

@@ -15,7 +15,7 @@ Line = dict[str, Any]
 """Content of one JSON line."""
 
 CACHE_ITEM = "Triton cache"
-"""Name under which the numbers of kernels are recorded that a process found in Triton's cache or compiled."""
+"""Name of the entry with the numbers of kernels that a process found in Triton's cache and compiled."""
 
 DONE = "done"
 """Status of a section that has run all its measurements."""
@@ -51,7 +51,10 @@ class ResultsFile:
         self.path = path
 
     def append(self, line: Line) -> None:
-        """Appends one line with a single write. First ends the last line, if a killed process left it incomplete."""
+        """Appends one line with a single write.
+
+        If a killed process left the last line incomplete, ends that line first.
+        """
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size

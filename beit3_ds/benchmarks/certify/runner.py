@@ -31,10 +31,9 @@ def certify(
     machine: Section = MACHINE,
     architecture: int | None = None,
 ) -> int:
-    """Runs all sections whose results are missing in the report's folder, and writes the report again after each
-    section.
+    """Runs all sections without complete results in the report's folder, and updates the report after each section.
 
-    Sections that never began run first. Then follow sections that did not complete or had failed measurements in an
+    Sections that never ended run first. Then follow sections that did not complete or had failed measurements in an
     earlier call. Measurements that succeeded before are skipped.
 
     Args:
@@ -102,7 +101,8 @@ def _open(folder: Path) -> ResultsFile:
 def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
     """Returns the sections to run, in order.
 
-    Sections that never began come first. Then follow sections that did not complete or have failed measurements.
+    Sections without a recorded status come first. Then follow sections that did not complete or have failed
+    measurements.
     """
     statuses, failed = results.statuses(), results.failed_sections()
     return [
@@ -150,7 +150,7 @@ def _run(section: Section, results: ResultsFile, call: int, seconds: float, arch
 
 
 def _run_once(section: Section, results: ResultsFile, call: int, seconds: float, architecture: int | None) -> str:
-    """Runs a section's process and returns the status. At the time limit, kills the process and its children."""
+    """Runs a section's process and returns the status. At the time limit, kills the process and its child processes."""
     command = [sys.executable, "-m", "beit3_ds.benchmarks.certify.section", section.name, section.module]
     command += ["--out", str(results.path), "--call", str(call)]
     command += [] if architecture is None else ["--dry-run", str(architecture)]
@@ -168,7 +168,7 @@ def _run_once(section: Section, results: ResultsFile, call: int, seconds: float,
 
 
 def _own_status(section: Section, results: ResultsFile, call: int) -> str:
-    """Returns the status that a section's process recorded in this call; "done" if it recorded none."""
+    """Returns "done", or the status that the section's process recorded if a package or a GPU is missing."""
     for line in reversed(list(results.read())):
         if line.get("section") == section.name and line.get("call") == call and "status" in line:
             status: str = line["status"]
@@ -177,7 +177,7 @@ def _own_status(section: Section, results: ResultsFile, call: int) -> str:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kills the process of a section and its children."""
+    """Kills the process of a section and the child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -62,7 +62,10 @@ class Model(NamedTuple):
 
 
 def models(device: torch.device) -> tuple[Model, ...]:
-    """Returns the models to time: base, and 8 of giant's 40 layers. On a CPU, 2 layers of tiny."""
+    """Returns the models to time: base, and 8 of giant's 40 layers. On a CPU, 2 layers of tiny.
+
+    A dry run builds 2 layers of base and 2 of giant.
+    """
     if kind_of(device) == "dry":
         base = Model("base", "base", 2, 1, has_small_vocabularies=True)
         return base, base._replace(name="giant, 8 layers", size="giant")
@@ -186,7 +189,7 @@ def _measure(
     measured: float | None,
     data_sheet: float | None,
 ) -> dict[str, Any]:
-    """Trains a few steps to compile and warm up, then times further steps, without waiting for the GPU between them."""
+    """Trains a few steps to compile and warm up, then times further steps, which do not wait for the GPU in between."""
     config = model.config()
     batch = timed_batch(config, device)
     kind = kind_of(device)
@@ -239,6 +242,6 @@ def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
 
 
 def _flops(config: RunConfig, batch: PackedBatch) -> float:
-    """Returns the FLOPs of the matrix products of a step that computes all rows, without the pixels' gradients."""
+    """Returns the FLOPs of the matrix products of a step that computes all rows, but no gradient of the pixels."""
     embeddings, *rest = layer_flops(config.model, work_of(batch, head_flops(config.model, batch.term_counts)))
     return 2 * embeddings + 3 * sum(rest)

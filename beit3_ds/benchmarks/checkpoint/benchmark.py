@@ -1,6 +1,4 @@
-"""Compares this project with DeepSpeed at saving, loading and exporting checkpoints. DeepSpeed exports with
-`zero_to_fp32`.
-"""
+"""Compares this project with DeepSpeed and its `zero_to_fp32` at saving, loading and exporting checkpoints."""
 
 import json
 import os
@@ -115,7 +113,7 @@ def _measure_exports(folder: Path) -> list[Row]:
 
 
 def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
-    """Runs a module in a process. Returns time and memory; the time ends when the files in `out` are on the disk."""
+    """Runs a module in a process. Returns memory, and time until the files in `out` are on the disk."""
     os.sync()
     log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
     start, anonymous = time.perf_counter(), 0
@@ -152,7 +150,7 @@ def _remove(path: Path) -> None:
 
 
 def _read_all(folder: Path) -> None:
-    """Reads all files below a folder to bring them into the page cache."""
+    """Reads all files below a folder, so that the files are in the page cache."""
     for path in _files(folder):
         with path.open("rb", buffering=0) as file:
             while file.read(_READ_BYTES):
@@ -170,7 +168,11 @@ def _check_equal(ours: Path, theirs: Path) -> None:
 
 
 def _summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns ratios of medians. Memory: DeepSpeed divided by this project. Time: this project divided by DeepSpeed."""
+    """Returns ratios of medians by name.
+
+    A memory ratio is DeepSpeed's memory divided by this project's. A time ratio is this project's time divided by
+    DeepSpeed's.
+    """
     saves = [row for row in rows if row["operation"] == "save" and row["by"] == OURS]
     blocking = statistics.median(row["seconds"] for row in saves)
     later = [row["held_up_seconds"] for row in saves if not row["is_first"]] or [saves[0]["held_up_seconds"]]

@@ -17,7 +17,7 @@ POLL_SECONDS = 0.01
 
 
 def start_module(log: Path, environment: Mapping[str, str], module: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    """Starts a module in a new process, like `python -m`, and writes its output to the file `log`."""
+    """Starts a module in a new process, like `python -m`, and writes the process's output to the file `log`."""
     with log.open("wb") as file:
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT)

@@ -95,7 +95,10 @@ class _Rank:
 
     @contextmanager
     def row(self, operation: str, by: str) -> Iterator[dict[str, Any]]:
-        """Measures time and memory of a `with` block. Yields the row of results, to which the block may add values."""
+        """Measures time and memory of a `with` block, and yields the row of results.
+
+        The block may add values to the row.
+        """
         self.mesh.barrier()
         if self.mesh.is_main:
             os.sync()
@@ -126,7 +129,7 @@ class _Rank:
 def save(rank: _Rank, rounds: int) -> None:
     """Saves several times, in each round first with DeepSpeed and then with this project.
 
-    This order is needed for the memory of DeepSpeed's first save: this project's copy of the state does not exist yet.
+    DeepSpeed must save first, because its memory must not include this project's copy of the state.
     """
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:

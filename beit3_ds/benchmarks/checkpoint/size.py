@@ -41,7 +41,7 @@ class Peak(NamedTuple):
 def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
     """Returns the given model size, or the largest size that fits into memory and on the disk.
 
-    To predict memory, the function runs the smaller sizes in `_MEASURED`. It assumes that memory is linear in the
+    To predict memory, the function measures the smaller sizes in `_MEASURED`, and assumes that memory is linear in the
     number of parameters.
 
     Raises:

@@ -87,9 +87,7 @@ def describe_calls(rows: Sequence[CallCounts]) -> str:
 
 
 def time_opening(num_shards: int) -> str:
-    """Measures how long it takes to open `num_shards` small tars that have an index; returns a sentence with the
-    result.
-    """
+    """Measures how long it takes to open `num_shards` small tars with an index; returns a sentence about it."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "00000.tar"
         _write_tar(first, 0, 4)
@@ -107,7 +105,7 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes and prepares a text corpus, and image-text pairs as tars, as a folder, and with COCO's annotations."""
+    """Writes and prepares a text corpus, and image-text pairs as tars, as a folder and with COCO annotations."""
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

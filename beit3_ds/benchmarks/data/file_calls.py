@@ -24,10 +24,10 @@ class FileCalls:
 
 @contextmanager
 def count_file_calls() -> Iterator[FileCalls]:
-    """Counts file calls inside a `with` block, and yields the counts, which are complete only after the block.
+    """Counts file calls inside a `with` block, and yields the counts.
 
-    Inside the block, only `opens` is up to date. `reads` and `num_bytes` come from /proc/self/io (Linux), and include
-    all calls of the process during the block.
+    `opens` is up to date inside the block. `reads` and `num_bytes` are set when the block ends. They come from
+    /proc/self/io (Linux), and include all calls of the process during the block.
     """
     calls = FileCalls()
     counting = True

@@ -41,7 +41,7 @@ _ROUNDS = 11
 _RATIOS = {"ratio_webdataset": "webdataset", "ratio_torchvision": "torchvision", "decode_limit_share": "decode alone"}
 
 Batches = Iterator[Any]
-"""Endless iterator. Each step of the iterator prepares a batch of `_BATCH` images."""
+"""Endless iterator, which prepares a batch of `_BATCH` images in each step."""
 
 
 def benchmark_data(json_path: str | None = None) -> str:
@@ -171,7 +171,7 @@ def _image_folder(folder: str) -> Batches:
 
 
 def _decode(jpegs: list[bytes]) -> Batches:
-    """Yields batches of decoded images without further work. No loader can be faster."""
+    """Yields batches of decoded images without further work, as an upper limit for the speed of loaders."""
     while True:
         for start in range(0, len(jpegs), _BATCH):
             for jpeg in jpegs[start : start + _BATCH]:

@@ -42,8 +42,9 @@ _PROPOSALS, _SAMPLED_BOXES = 200, 128
 def measure_detection(rounds: int = 3, pixels: int = 256, num_images: int = 2) -> dict[str, Any]:
     """Times training steps (forward and backward) and inference of the two detectors in turn.
 
-    Both detectors have a trunk of 4 layers with width 192, the same feature pyramid, four convolutions per head, and
-    the same number of proposals. This project's detector has three box stages, and torchvision's has one.
+    Both detectors have a trunk of 4 layers with width 192 and the same feature pyramid. They also have the same number
+    of proposals, and four convolutions per head. This project's detector has three box stages, and torchvision's has
+    one.
 
     Args:
         rounds: measurements per detector; the result is the median.
@@ -188,7 +189,7 @@ def _pooling(side: int) -> MultiScaleRoIAlign:
 
 
 def _targets(sample: DetectionSample, pixels: int) -> dict[str, Tensor]:
-    """Converts a sample's objects to torchvision's format: masks of the whole image; label 0 is the background."""
+    """Converts a sample's objects to torchvision's format, with masks of the whole image. Label 0 is the background."""
     assert sample.objects is not None, "a sample for training"
     boxes, labels, _ = sample.objects
     masks = torch.zeros(len(labels), pixels, pixels, dtype=torch.uint8)

@@ -41,7 +41,7 @@ class SegmentationFigures(NamedTuple):
     inference_ratio: float
     """Transformers' time per inference, divided by this project's time per inference."""
     trunk_share: float
-    """Share of the time of this project's training step that the trunk takes."""
+    """The trunk's share of the time of this project's training step, from 0 to 1."""
 
 
 def bench_config() -> tuple[ModelConfig, SegmentationConfig]:
@@ -73,7 +73,7 @@ def build_model(model: ModelConfig, settings: SegmentationConfig, device: torch.
 
 
 class TransformersModel(nn.Module):
-    """Contains transformers' Mask2Former, on the trunk and adapter of this project's model."""
+    """Contains transformers' Mask2Former, whose encoder is the trunk and the adapter of this project's model."""
 
     def __init__(self, ours: SegmentationModel, settings: SegmentationConfig) -> None:
         """Builds the model. It shares the parameters of the trunk and the adapter with `ours`."""
@@ -98,7 +98,7 @@ class TransformersModel(nn.Module):
         return loss
 
     def scores(self, pixels: Tensor) -> Tensor:
-        """Returns each class's score at each pixel, (B, C, height, width), like transformers' image processor."""
+        """Returns the score of each class at each pixel, (B, C, height, width), like transformers' image processor."""
         found = self.whole(pixels)
         masks = F.interpolate(found.masks_queries_logits, pixels.shape[2:], mode="bilinear", align_corners=False)
         return torch.einsum("bqc,bqhw->bchw", found.class_queries_logits.softmax(-1)[..., :-1], masks.sigmoid())

@@ -37,8 +37,7 @@ class Case(NamedTuple):
     image_size: int
     """Height and width of images in pixels, in the reference's recipe for the base size."""
     tokens: tuple[float, float]
-    """Median, and standard deviation of the logarithm, of the number of tokens per text. The distribution is
-    log-normal."""
+    """Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm."""
     padded_length: int
     """Number of tokens to which the reference pads each text."""
     inputs: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Generates captions with torchscale's BEiT-3, as in microsoft/unilm, and with BLIP from transformers.
 
-As in microsoft/unilm's `beit3`, each image is encoded once per beam, and complete captions are computed on until all
-captions of the batch are complete.
+As in microsoft/unilm's `beit3`, each image is encoded once per beam. Finished captions stay in the batch until all
+captions are finished, so they still cost time.
 """
 
 # I images, B beams, R = I * B captions, V vocabulary.
@@ -38,14 +38,15 @@ class _Hypotheses:
 def reference_captions(
     model: ReferenceModel, pixels: Tensor, num_beams: int, length_penalty: float, max_length: int
 ) -> list[list[int]]:
-    """Generates captions by beam search, and returns the token ids of each image's best caption.
+    """Generates captions by beam search, and returns the token ids of each image's best caption without BOS and EOS.
 
     Args:
         model: reference model with a captioning head, in evaluation mode.
         pixels: images, (I, 3, image_size, image_size).
         num_beams: beams per image, B.
         length_penalty: exponent p. A caption's score is the log-probability divided by length ** p.
-        max_length: maximum number of token ids per caption.
+        max_length: maximum number of tokens, counting BOS, EOS and the mask token. A caption has at most `max_length` -
+            3 ids.
     """
     count, device = len(pixels), pixels.device
     state: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(len(model.beit3.encoder.layers))}

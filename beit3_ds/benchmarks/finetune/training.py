@@ -13,12 +13,12 @@ from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
 
 
 def step_loss_of(task: str) -> StepLoss | None:
-    """Returns a task's `StepLoss` if the loss compares all samples of a step with each other; otherwise None."""
+    """Returns a task's `StepLoss` if the loss compares all samples of a step with each other, else None."""
     return functools.partial(contrastive_sums, mask_duplicates=False) if task == "retrieval" else None
 
 
 def loss_factors(task: str, batch: PackedBatch) -> torch.Tensor:
-    """Returns the factor for the sum of each loss term, in a step with one micro-batch."""
+    """Returns the factors by which the sums of the loss terms are multiplied, in a step with one micro-batch."""
     weights = [0.5, 0.5, 0.0, 0.0] if task == "retrieval" else [1.0, 0.0]
     if task == "captioning":
         return torch.tensor(weights) / sum(batch.head_row_counts)
@@ -29,7 +29,7 @@ class Trainer:
     """Trains the model of one task with DeepSpeed's engine at a constant learning rate."""
 
     def __init__(self, task: str, config: RunConfig) -> None:
-        """Builds the engine, and a process group with this process only."""
+        """Builds the engine, and a process group that contains only this process."""
         # Imported here, so that DeepSpeed takes memory on this side only.
         from beit3_ds.pipeline.schedule import Schedule
         from beit3_ds.runtime.process_group import compute_device, init_process_group

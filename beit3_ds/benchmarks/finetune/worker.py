@@ -14,7 +14,7 @@ from beit3_ds.benchmarks.turns import Turn, device_of_turns, serve_turns
 from beit3_ds.config import RunConfig
 
 NUM_BEAMS, LENGTH_PENALTY, MAX_LENGTH = 3, 0.6, 15
-"""Settings of the beam search in the reference's recipe; a caption has at most 12 words."""
+"""Settings of the beam search in the reference's recipe. A caption has at most 12 token ids without BOS and EOS."""
 IMAGES_AT_ONCE = 4
 """Number of images per call of caption generation. The reference's attention takes about 0.5 GB per beam and image."""
 
@@ -48,7 +48,7 @@ class TrainingSide:
 class DecodingSide:
     """Generates captions with one of the compared implementations, for one batch of images per request.
 
-    The weights are random.
+    The models have random weights.
     """
 
     def __init__(self, side: str, config: RunConfig, count: int) -> None:
@@ -84,7 +84,7 @@ class DecodingSide:
         return sum(parts) / len(pixels)
 
     def _generate(self, pixels: torch.Tensor) -> float:
-        """Generates one caption per image and returns the mean number of words per caption."""
+        """Generates one caption per image and returns the mean number of token ids per caption."""
         from beit3_ds.benchmarks.finetune.decoding import blip_captions, reference_captions
         from beit3_ds.model.generation import BeamSearch, generate
 

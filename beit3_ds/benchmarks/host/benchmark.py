@@ -23,8 +23,8 @@ def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
     """Measures the host's time for kernel launches and for ZeRO-3's hooks, in CPU time of one thread; returns a report.
 
     Kernel launches are measured with layers of base and giant on an emulated GPU, whose kernels do nothing
-    (`fake_driver`). ZeRO-3's hooks are measured with 40 narrow layers on one rank on the CPU, by steps with and without
-    ZeRO-3 in turn, including updates.
+    (`fake_driver`). ZeRO-3's hooks are measured on the CPU, with a model of 40 narrow layers on one rank. Steps with
+    and without ZeRO-3, including updates, run in turn.
 
     Args:
         rounds: number of measured rounds.

@@ -55,7 +55,7 @@ def layer_models() -> dict[str, ModelConfig]:
 def time_layer(config: ModelConfig, rounds: int) -> LayerTimes:
     """Returns this thread's CPU time for launching the kernels of one bf16 layer.
 
-    The layer multiplies branches with the factors of stochastic depth, but drops no branch.
+    Stochastic depth multiplies the layer's branches with factors, but drops no branch.
 
     Args:
         config: model whose blocks all have the same experts.

@@ -25,7 +25,7 @@ def benchmark_attention() -> str:
     """Times attention of the base size with each way to batch sequences, and returns a table.
 
     The table has one row per mix of samples, and one column per way to batch. A time is the median of forward plus
-    backward. Compare times only within a row, because only these were measured in turn.
+    backward. Only times in the same row were measured in turn, so compare times only within a row.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["one call per sequence", *_ALLOWANCES]

@@ -1,6 +1,7 @@
 """Measures time, rate and peak memory of each op and its baselines, at the shapes of a model size.
 
-The rate is also given as a share of a ceiling: the highest rate that a large matrix product or copy reaches here.
+The rate is also given as a share of the device's ceiling. A ceiling is the highest measured rate of a large matrix
+product or a large copy.
 """
 
 import csv
@@ -44,7 +45,7 @@ class Row(NamedTuple):
     p80_ms: float
     """80th percentile of the milliseconds per pass."""
     rate: float
-    """TFLOP/s of the op's matrix products, or GB/s for the bytes that the op must at least read and write."""
+    """TFLOP/s of the op's matrix products, or GB/s for the minimum number of bytes that the op reads and writes."""
     unit: str
     """Unit of the rate: "TFLOP/s" or "GB/s"."""
     ceiling_share: float
@@ -52,7 +53,7 @@ class Row(NamedTuple):
     peak_mb: float
     """Peak memory during forward and backward in MB, minus the memory before."""
     modelled_floor_ms: float | None
-    """Modelled minimum milliseconds per pass on the GPU that `benchmark_kernels` was given; None without that argument.
+    """Modelled minimum milliseconds per pass on the GPU that `benchmark_kernels` was given; None without this argument.
     """
 
 

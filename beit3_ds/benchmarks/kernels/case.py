@@ -17,7 +17,8 @@ class Problem(NamedTuple):
     dy: Tensor
     """Gradient of the output."""
     packed: Callable[[Tensor], Tensor]
-    """Function that brings the output's rows into the order of the packed stream, so that outputs can be compared."""
+    """Function that puts the output's rows into packed order, so that outputs of all implementations can be compared.
+    """
 
 
 class Implementation(NamedTuple):
@@ -28,7 +29,7 @@ class Implementation(NamedTuple):
     build: Callable[[], Problem] | None
     """Function that prepares inputs and returns the problem; None if this machine cannot run the implementation."""
     why_absent: str = ""
-    """Reason why this machine cannot run the implementation; empty if it can."""
+    """Reason why this machine cannot run the implementation; empty if the machine can."""
 
 
 class Cost(NamedTuple):
@@ -37,7 +38,7 @@ class Cost(NamedTuple):
     flops: float
     """FLOPs of the matrix products; a multiply-add counts as 2."""
     bytes: float
-    """Bytes of all inputs and outputs: each input is read once, and each output is written once."""
+    """Bytes of all inputs and outputs, if each input is read once and each output is written once."""
 
 
 class Case(NamedTuple):

@@ -19,7 +19,7 @@ from beit3_ds.kernels.ops.packed_attention import packed_attention
 
 
 def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
-    """Yields one function per case, which builds the case. So only one case needs to be in memory at a time.
+    """Yields one function per case, which builds the case, so that only one case at a time needs memory.
 
     Args:
         size: model size, a key of MODEL_SIZES.

@@ -33,7 +33,7 @@ class _FFN(NamedTuple):
 
 
 def ffn_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
-    """Builds the case of the FFN without its input norm: products, GELU, sub-LN, stochastic depth and residual."""
+    """Builds the case of the FFN: products, GELU, sub-LN, stochastic depth and residual, but not the input norm."""
     rows, width, inner = mix.num_rows, shape["hidden_size"], shape["ffn_hidden_size"]
     slices, draw = _slices(mix), partial(random_tensor, device=device, dtype=dtype)
     stream = tuple(draw(rows, width, seed=i) for i in range(3))

@@ -34,9 +34,9 @@ class BlockShape(NamedTuple):
     stream_size: int = 2
     """Bytes per element of the residual stream."""
     attention_lengths: tuple[float, ...] = (1.0,)
-    """Share of the rows that each expert of attention computes."""
+    """Share of the rows that belong to each set of attention weights."""
     ffn_lengths: tuple[float, ...] = (0.8, 0.2)
-    """Share of the rows that each expert of the FFN computes."""
+    """Share of the rows that belong to each FFN expert."""
 
 
 class OpTime(NamedTuple):
@@ -74,7 +74,7 @@ def _forward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, gelu: bool) -> OpTime:
-    """Models the time of an output projection, and of the sum with the residual.
+    """Models the time of an output projection and the addition of the residual.
 
     This project's kernel adds the residual to the product. With cuBLAS, a separate pass adds the residual.
     """
@@ -122,7 +122,7 @@ def _backward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _products(rates: Rates, flops: float) -> tuple[float, float]:
-    """Returns the seconds of a matrix product with our kernel, and with our kernel or cuBLAS, whichever is faster."""
+    """Returns the seconds of a matrix product: with our kernel, and with the faster of our kernel and cuBLAS."""
     triton, library = (rates.product_seconds(flops, share) for share in (rates.triton, rates.library))
     return triton, min(triton, library)
 

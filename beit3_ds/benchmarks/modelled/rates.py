@@ -1,4 +1,4 @@
-"""Lists the rates that kernels are assumed to reach on each GPU, from which times are computed."""
+"""Lists assumed rates of kernels on each GPU. Modelled times are computed from these rates."""
 
 from typing import NamedTuple
 
@@ -17,21 +17,20 @@ class Rates(NamedTuple):
     triton: float
     """Share of the peak FLOP/s that our Triton products reach in half precision."""
     with_gelu: float
-    """Share of the peak FLOP/s that our up projection reaches, which computes GELU in registers."""
+    """Share of the peak FLOP/s reached by our up projection, whose kernel also computes GELU."""
     with_norm: float
-    """Share of the peak FLOP/s that our old output projection reached, which normalised its input inside the product.
-    """
+    """Share of the peak FLOP/s reached by our old output projection, whose kernel also normalised the input."""
     attention_forward: float
     """Share of the peak FLOP/s that attention's forward pass reaches."""
     attention_backward: float
-    """Share of the peak FLOP/s that FlashAttention-2's backward pass reaches, which has five products."""
+    """Share of the peak FLOP/s reached by FlashAttention-2's backward pass, which computes five products."""
     own_attention_backward: float
-    """Share of the peak FLOP/s that our attention's backward pass reaches. It computes seven products, but only the
-    FLOPs of five count."""
+    """Share of the peak FLOP/s reached by our attention's backward pass. The pass computes seven products, but only the
+    FLOPs of five are counted."""
     float32: float
     """Share of the peak FLOP/s that float32 products reach without tensor cores."""
     bandwidth: float
-    """Share of the memory bandwidth that passes over rows reach."""
+    """Share of the memory bandwidth that kernels without matrix products reach."""
 
     def product_seconds(self, flops: float, share: float) -> float:
         """Returns the seconds of a half-precision product at a share of the peak FLOP/s."""

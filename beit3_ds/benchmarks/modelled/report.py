@@ -17,10 +17,10 @@ HOST = {
     768: HostTimes((4.0e-3, 1.4e-3), (11e-3, 1e-3), (2.3, 1.45)),
     1408: HostTimes((1.9e-3, 1.2e-3), (11e-3, 1e-3), (2.3, 1.45)),
 }
-"""Host's times by hidden size, for base (768: decoupled, sub-LN) and giant (1408).
+"""Times on the host by hidden size: 768 is the decoupled base model with sub-LN, and 1408 is the giant model.
 
-The times were measured on a CPU with empty kernel launches: the old code on an idle machine, and the current code with
-`beit3 bench host` on a busy machine. The current code's time for the gradient norm is an assumption.
+The times were measured on a CPU with empty kernel launches. The old code ran on an idle machine, and the current code
+ran in `beit3 bench host` on a busy machine. The current code's time for the gradient norm is an assumption.
 """
 
 UNKNOWN = (
@@ -51,8 +51,9 @@ def describe_modelled(config_dir: Path) -> str:
 
 
 def _describe_ops(size: str) -> list[str]:
-    """Returns the lines of a table for one block with sub-LN. The block computes `_ROWS` rows, in sequences as long as
-    an image at 224 px.
+    """Returns the lines of a table for one block with sub-LN.
+
+    The block computes `_ROWS` rows, in sequences as long as an image at 224 px.
     """
     model = MODEL_SIZES[size]
     experts = (1.0,) if size == "giant" else (0.8, 0.2)

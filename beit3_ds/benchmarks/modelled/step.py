@@ -9,13 +9,13 @@ from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 from beit3_ds.tasks.pretraining.config import pretraining_config
 
 _LOGIT_PASSES = 4
-"""Passes over the logits of a head in half precision: two in the forward pass, and two in the backward pass."""
+"""Times that a head's half-precision logits are read or written: two in the forward and two in the backward pass."""
 _UPDATE_BYTES = 30
 """Bytes per parameter that AdamW reads and writes: float32 weight, gradient and two moments, and the bf16 weight."""
 
 
 class HostTimes(NamedTuple):
-    """Holds times that Python and PyTorch need on the host. Each field has two values: old code, then current code."""
+    """Holds times that Python and PyTorch need on the host. Each field has two values: old code, current code."""
 
     layer: tuple[float, float]
     """Seconds per block for launching the kernels of the forward and backward pass."""
@@ -34,7 +34,7 @@ class StepTime(NamedTuple):
     """FLOPs of all matrix products of the model, forward and backward, without the visual tokenizer."""
 
     def total(self) -> OpTime:
-        """Returns the time of the step. For the blocks, GPU time or host time counts, whichever is longer."""
+        """Returns the time of the step. For the blocks, the longer of GPU time and host time counts."""
         by_name = {part.name: part for part in self.parts}
         gpu, host = by_name["blocks, GPU"], by_name["blocks, host"]
         rest = [part for part in self.parts if part not in (gpu, host)]

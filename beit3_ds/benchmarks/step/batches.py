@@ -17,18 +17,18 @@ from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 STREAMS = ("images", "pairs", "texts")
 CAPTION_TOKENS = (16, 0.45)
-"""Median, and standard deviation of the logarithm, of the tokens per caption, with BOS and EOS. The distribution is
-log-normal. Captions of COCO have about 11 words, and those of Conceptual Captions 10 to 20; few are long."""
+"""Log-normal distribution of the tokens per caption, with BOS and EOS: median, and standard deviation of the logarithm.
+Captions of COCO have about 11 words, and captions of Conceptual Captions 10 to 20; few are long."""
 TEXT_TOKENS = (105, 0.6)
-"""Median, and standard deviation of the logarithm, of the tokens per text. The distribution is log-normal. A text
-consists of complete paragraphs with at most 128 tokens in total. About a third of the texts reach this limit."""
+"""Log-normal distribution of the tokens per text: median, and standard deviation of the logarithm. A text consists of
+complete paragraphs with at most 128 tokens in total. About a third of the texts reach this limit."""
 _MIN_TOKENS = 6
 
 
 def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
     """Returns a run config for one rank in float32.
 
-    The parameter layout is that of the released models, and the mask ratios are the paper's.
+    The parameter layout follows the released models, and the mask ratios follow the paper.
 
     Args:
         size: model size.
@@ -56,8 +56,9 @@ def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
 
 
 def build_batch(config: RunConfig, number: int) -> PackedBatch:
-    """Builds a batch with random pixels, token ids and visual codes. `number` is the seed, so all processes build equal
-    values.
+    """Builds a batch with random pixels, token ids and visual codes.
+
+    `number` is the seed, so all processes build equal values.
     """
     rng, count = np.random.default_rng([17, number]), config.samples_per_step // len(STREAMS)
     samples: list[Sample] = [_image(config, rng) for _ in range(count)]

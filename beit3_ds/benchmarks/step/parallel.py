@@ -1,4 +1,4 @@
-"""Measures what it costs to divide a training step over two processes, compared with one process with two threads."""
+"""Measures the cost of dividing a training step over two processes, compared with one process with two threads."""
 
 import json
 import os
@@ -49,16 +49,16 @@ VARIANTS = (
     StepVariant("two ranks, ZeRO-1", 2, 1, 1),
     StepVariant("two ranks, ZeRO-3", 2, 1, 3),
 )
-"""Ways to run the step. Each variant adds one cost to the variant before it: separate processes, gradient reduction,
-divided updates, divided weights."""
+"""Ways to run the step. Each variant adds a cost to the variant before it: separate processes, gradient reduction,
+divided updates, and divided gradients and weights."""
 
 
 def benchmark_parallel(json_path: str | None = None) -> str:
     """Measures all variants of one step in turn, in several rounds, and returns a report.
 
     The step has 16 images, 16 pairs and 16 texts. The model has 6 blocks of width 384 and a vocabulary of 64k, in
-    float32. A ratio is the time of one process with two threads divided by the time of two processes with one thread
-    each, in the same round.
+    float32. Ratios are computed within a round: the time of one process with two threads, divided by the time of two
+    processes with one thread each.
 
     Args:
         json_path: file for the results as JSON, with `rows` and `summary`. `summary.efficiency` is the median ratio

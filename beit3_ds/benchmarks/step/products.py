@@ -1,4 +1,4 @@
-"""Computes only the matrix products of a training step. In `beit3 bench train`, they are the limit of the speed."""
+"""Computes only the matrix products of a training step. In `beit3 bench train`, they show how fast a step can be."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head dim, S rows of a sequence, M masked rows, V vocabulary.
 
@@ -32,7 +32,7 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Lists the matrix products of a layer's forward pass, and those of the backward pass, in order."""
+    """Lists the matrix products of a layer's forward pass and of its backward pass, in order."""
 
     forward: tuple[Product, ...]
     backward: tuple[Product, ...]
@@ -109,7 +109,10 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
 
 
 class _Operands:
-    """Allocates random operands and result tensors for products. Writes each result once, so that its memory exists."""
+    """Allocates the operands and results of products.
+
+    All tensors are written once, so that the system has mapped their memory before the measurement.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device

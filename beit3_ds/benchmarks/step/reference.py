@@ -6,8 +6,8 @@ of BEiT-3 was never released, so the masked-modeling losses follow BEiT v2. Text
 only make this file faster: logits are computed only at masked positions, AdamW is torch's fused version, and gradients
 are freed after every step.
 
-If this code changed, old and new ratios would not be comparable. So tests/benchmarks/step/test_benchmark.py checks a
-hash of this code.
+Ratios to the reference are comparable only while this code stays the same. So tests/benchmarks/step/test_benchmark.py
+checks a hash of this code.
 """
 
 # B samples of a stream, N patches per image, S tokens of the longest text, D hidden.
@@ -116,8 +116,9 @@ class ReferenceModel(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns the mean cross entropy over masked patches (if there are images), then over masked tokens (if there
-        are texts).
+        """Returns the mean cross entropy over masked patches, then over masked tokens.
+
+        A stream without images or without texts gives only one of these losses.
         """
         y_BSD = self.beit3(
             textual_tokens=stream.tokens,

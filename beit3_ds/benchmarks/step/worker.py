@@ -21,7 +21,7 @@ from beit3_ds.config import RunConfig
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
     """Returns a function that prepares this project's training step for a batch, with DeepSpeed's engine.
 
-    The learning rate is constant. Batches must contain their visual codes.
+    The learning rate is constant. Batches must contain the target codes of patches.
     """
     # Imported here, so that DeepSpeed takes memory on this side only.
     from beit3_ds.runtime.process_group import compute_device, init_process_group
