@@ -26,9 +26,7 @@ class Mix(NamedTuple):
 
     @property
     def boundaries(self) -> tuple[int, int, int, int]:
-        """Returns the row numbers at which the images, the pairs' images, the captions and the texts end, in this
-        order.
-        """
+        """Returns the rows at which images, pairs' images, captions and texts end, in this order."""
         a = self.samples * self.image_length
         c = 2 * a + sum(self.caption_lengths)
         return a, 2 * a, c, c + sum(self.text_lengths)

@@ -103,7 +103,7 @@ class EngineState:
 
     @property
     def optimizer_step(self) -> int:
-        """Returns AdamW's count of updates, which it uses for bias correction; 0 before the first update."""
+        """Returns AdamW's count of updates, used for bias correction; 0 before the first update."""
         steps = {float(state["step"]) for _, state in self._owners() if "step" in state}
         steps |= {float(group["step"]) for group in adamw_of(self._engine.optimizer).param_groups if "step" in group}
         assert len(steps) <= 1, f"parameters were updated different numbers of times: {steps}"

@@ -61,7 +61,7 @@ BUFFERS = "buffers"
 PIECES = "pieces"
 """First part of the name of the pieces file, and name of the tensor in that file."""
 PIECES_FILE = "pieces-00000.safetensors"
-"""Name of the file with the table of all pieces, which the main rank writes."""
+"""Name of the file with the table of all tensor slices, which the main rank writes."""
 
 _FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS, PIECES))})-[0-9]{{5,9}}\.safetensors")
 _BYTES_PER_FILE = 1 << 16  # each file in the folder raises the size limit of the index by this much
@@ -97,8 +97,7 @@ class Index:
     buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)
     """Persistent buffers by name, such as the codebook of a visual tokenizer; empty if the model has none."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Position in the data, broken records, best evaluation and other state, as plain JSON; empty in old checkpoints.
-    """
+    """Position in the data, broken records, best evaluation and more, as plain JSON; empty in old checkpoints."""
     old_names: Mapping[str, str] = field(default_factory=dict)
     """Maps the current name of each renamed tensor to the old name in the checkpoint's files."""
     old_pieces: Mapping[str, Sequence[Any]] | None = None

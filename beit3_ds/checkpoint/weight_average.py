@@ -17,7 +17,8 @@ class WeightAverage:
 
         Args:
             decay: weight of the old average in each update.
-            weights: float32 tensors that the optimizer updates. All other methods must get them in this order.
+            weights: float32 tensors that the optimizer updates. The other methods must get these tensors in the same
+                order.
         """
         self._decay = decay
         self.tensors = [weight.detach().clone() for weight in weights]

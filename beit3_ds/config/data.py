@@ -159,8 +159,7 @@ class DataConfig:
     """Probability of flipping an image of the stream "pairs" horizontally. If captions contain "left" or "right", set
     0, because flips make such captions wrong."""
     rand_augment_operations: Annotated[int, Range(0, 100)] = 0
-    """Number of RandAugment operations per training image (2 in the reference's fine-tuning). No effect in pretraining.
-    """
+    """Number of RandAugment operations per training image (the reference's fine-tuning: 2). Unused in pretraining."""
     rand_augment_magnitude: Annotated[float, Range(0, 10)] = 7.0
     """Strength of the RandAugment operations, from 0 to 10."""
     random_erasing: Share = 0.0
@@ -175,11 +174,9 @@ class DataConfig:
     corpora with more shards than a process may open. Do not use `shard_sequential` if neighbouring samples are alike,
     as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Number of samples per block if `order` is "shard_sequential". Should not exceed the number of samples per shard.
-    """
+    """Number of samples per block if `order` is "shard_sequential"; at most about the number of samples per shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
-    """Number of blocks that are shuffled together if `order` is "shard_sequential". A window should contain many steps.
-    """
+    """Number of blocks shuffled together if `order` is "shard_sequential". A window should contain many steps."""
     num_workers: Annotated[int, Range(0, 1024)] = 2
     """Number of data worker processes per rank. With 0, the training process prepares the data."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2

@@ -59,8 +59,8 @@ class TrainingConfig:
     parameters are not part of the gradient norm. Freezing saves no memory, because the optimizer keeps the state of
     frozen parameters."""
     weight_decay: WeightDecay = 0.05
-    """Decoupled weight decay of weight matrices (paper: 0.05). Biases, norms, positions, CLS and the mask token have
-    none."""
+    """Decoupled weight decay of weight matrices (paper: 0.05). Biases, norms, positions, CLS and the mask token do not
+    decay."""
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
     """Implementation of AdamW: `adamw` is PyTorch's fused AdamW, and `apex_fused_adam` is FusedAdam of NVIDIA Apex, for
     GPUs only. Each implementation loads checkpoints of the other. Build Apex from source: PyPI's `apex` is an unrelated

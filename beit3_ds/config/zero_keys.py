@@ -4,8 +4,7 @@ from beit3_ds.config.key_specs import Choice, Fixed, Flag, Number, Refused, Sect
 from beit3_ds.config.numbers import Range
 
 _LARGEST_BUCKET = 2**31 - 2
-"""Maximum bucket size in elements. DeepSpeed allocates whole buckets, and a bucket of this size takes 8 GiB in float32.
-"""
+"""Maximum bucket size in elements. DeepSpeed allocates whole buckets, and this size takes 8 GiB in float32."""
 
 REMOVED = "DeepSpeed 0.19 removed it. Leave it out."
 OWN_CHECKPOINTS = "this project writes its own checkpoints (docs/checkpoints.md). Leave it out."

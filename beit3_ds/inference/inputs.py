@@ -23,8 +23,7 @@ class ImageProcessor:
     image_size: int
     """Side of the prepared images in pixels."""
     crop: bool
-    """True crops each image to its largest centred square (`preprocess`). False squeezes the whole image into a square.
-    """
+    """True crops each image to its largest centred square (`preprocess`); False squeezes the whole image."""
     device: torch.device
     """Device of the prepared images."""
 

@@ -15,7 +15,7 @@ class Shareable(Protocol):
         """Returns the item without pixels, for pipeline stages that hold neither the embeddings nor the head."""
 
     def fingerprint(self) -> str:
-        """Returns a digest of the samples' identity, equal on all ranks that read the same samples."""
+        """Returns a digest that identifies the samples, equal on all ranks that read the same samples."""
 
     def as_value(self) -> Any:
         """Converts the item to a value that `HostGroup` can send."""

@@ -87,7 +87,7 @@ def describe_calls(rows: Sequence[CallCounts]) -> str:
 
 
 def time_opening(num_shards: int) -> str:
-    """Measures how long it takes to open `num_shards` small tars with an index; returns a sentence about it."""
+    """Measures how long it takes to open `num_shards` small tars with an index; returns the result as a sentence."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "00000.tar"
         _write_tar(first, 0, 4)

@@ -53,8 +53,7 @@ class Row(NamedTuple):
     peak_mb: float
     """Peak memory during forward and backward in MB, minus the memory before."""
     modelled_floor_ms: float | None
-    """Modelled minimum milliseconds per pass on the GPU that `benchmark_kernels` was given; None without this argument.
-    """
+    """Modelled minimum milliseconds per pass on the GPU given to `benchmark_kernels`; None if no GPU was given."""
 
 
 class Ceilings(NamedTuple):

@@ -17,8 +17,7 @@ class Problem(NamedTuple):
     dy: Tensor
     """Gradient of the output."""
     packed: Callable[[Tensor], Tensor]
-    """Function that puts the output's rows into packed order, so that outputs of all implementations can be compared.
-    """
+    """Function that puts the output's rows into packed order, so that outputs can be compared."""
 
 
 class Implementation(NamedTuple):

@@ -65,7 +65,7 @@ class Answers:
     clock_error: float = 0.0
     """Maximum error of `clock` in seconds: half the round-trip time of the fastest clock request."""
     token_error: str | None = None
-    """Error message if the node could not write a test file into the shared folder; None if the node could."""
+    """Error message if the node could not write a test file into the shared folder; None if there was no error."""
     tokens_missing: tuple[str, ...] | None = None
     """Names of the hosts whose test files this node cannot see in the shared folder; None if the node was not asked."""
     listener: dict[str, Any] | None = None

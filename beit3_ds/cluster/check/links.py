@@ -42,7 +42,7 @@ class Links:
 
     @property
     def usual(self) -> float:
-        """Returns the usual speed of a link in bits per second: the median over all nodes' fastest links.
+        """Returns the usual speed of a link in bits per second: the median of each node's fastest link.
 
         The median over all links would be wrong with three nodes, because one slow node makes two of the three pairs
         slow.

@@ -15,8 +15,7 @@ class AttemptPlan:
     hosts: Sequence[HostSlots]
     """Hosts and their numbers of slots, in the order of the ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Function that takes the guards' command-line arguments, and returns the commands that start one guard per rank.
-    """
+    """Function that takes the guards' command-line arguments, and returns commands that start one guard per rank."""
     launcher_environment: Mapping[str, str]
     """Complete environment of the commands that `build_commands` returns."""
     trainer: Sequence[str]
@@ -32,8 +31,7 @@ class AttemptPlan:
     port: int
     """Port on which `beit3 launch` waits for the guards; 0 means any free port."""
     keepalive_seconds: float
-    """Seconds without a message after which `beit3 launch` counts a host as lost, and a host counts `beit3 launch` as
-    lost."""
+    """Seconds without a message after which `beit3 launch` and a host consider each other lost."""
     start_seconds: float
     """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
 

@@ -57,8 +57,7 @@ class LaunchOptions:
     environment: Sequence[str]
     """Environment variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds without a message after which `beit3 launch` counts a host as lost, and a host counts `beit3 launch` as
-    lost."""
+    """Seconds without a message after which `beit3 launch` and a host consider each other lost."""
     start_seconds: float
     """Maximum seconds until the guards, which start the training processes, have connected to `beit3 launch`."""
     port: int
