@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def peak_bytes() -> int:
-    """Returns this process's peak resident memory in bytes, with mapped files, since the start or `reset_peak`."""
+    """Returns this process's peak resident memory in bytes, including mapped files, since the start or `reset_peak`."""
     return status_bytes("self", "VmHWM")
 
 

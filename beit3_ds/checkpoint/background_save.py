@@ -170,7 +170,7 @@ class BackgroundSave:
         return error
 
     def _attempt(self, work: Callable[[], Any]) -> str | None:
-        """Calls `work`; returns a one-line error message that names this rank, or None. Raises nothing."""
+        """Calls `work` and catches all errors. Returns None, or a one-line error message that names this rank."""
         try:
             work()
         except Exception as error:  # the other ranks wait for this rank's report

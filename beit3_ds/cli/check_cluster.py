@@ -117,7 +117,7 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables of the ranks whose names start with PYTHON, GLOO_ or NCCL_.
+    """Returns the ranks' environment variables whose names start with PYTHON, GLOO_ or NCCL_.
 
     The variables come from `environment` and from the files `.deepspeed_env`. They select the code and the network
     interfaces of the ranks.

@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     * 2: a mistake that the user can fix; it was reported in one line.
     * 128 + n: signal n stopped a command that does not handle signals itself.
 
-    Output that cannot be printed is no failure of a command that writes its results to files (`add_command`). It is no
-    failure either if the program that reads the output has ended early, like `head -1`.
+    A command that writes its results to files (`add_command`) does not fail if its output cannot be printed. No command
+    fails if the program that reads the output, such as `head -1`, has ended early.
 
     Args:
         arguments: command line without the program's name; None takes `sys.argv`.

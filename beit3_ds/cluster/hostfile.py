@@ -99,8 +99,8 @@ def read_hostfile(path: str | Path) -> Hostfile:
     """Reads a hostfile and looks up the addresses of its hosts for at most two seconds.
 
     Raises:
-        ConfigError: if the file cannot be read, a line is not `NAME slots=RANKS`, or two lines name the same host. Also
-            if no line names a host, or localhost is one of several hosts.
+        ConfigError: if the file cannot be read, or breaks a rule: `NAME slots=RANKS` on each line, at least one host,
+            no host twice, and localhost only alone.
     """
     path = Path(path)
     try:
@@ -123,8 +123,8 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
         path: path of the hostfile, for error messages.
 
     Raises:
-        ConfigError: if a line is not `NAME slots=RANKS`, two lines have equal names, or no line names a host. Also if
-            localhost is one of several hosts.
+        ConfigError: if the text breaks a rule: `NAME slots=RANKS` on each line, at least one host, no name twice, and
+            localhost only alone.
     """
     path = Path(path)
     hosts: list[HostSlots] = []

@@ -88,8 +88,8 @@ def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[flo
     """Returns how much the layout of `other` differs from the layout of `config`, as a sort key.
 
     The first number counts doublings of the parallel sizes, and a quarter per doubling of the number of micro-batches.
-    It is one larger if another layout divides the samples unevenly. The second number breaks ties in favour of less
-    model parallelism.
+    Another layout that divides the samples unevenly adds one. The second number breaks ties in favour of less model
+    parallelism.
     """
 
     def doublings(a: int, b: int) -> float:

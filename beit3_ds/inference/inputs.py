@@ -23,7 +23,7 @@ class ImageProcessor:
     image_size: int
     """Side of the prepared images in pixels."""
     crop: bool
-    """True crops each image to its largest centred square (`preprocess`); False squeezes the whole image."""
+    """True crops each image to its largest centred square; False squeezes the whole image into a square."""
     device: torch.device
     """Device of the prepared images."""
 

@@ -9,7 +9,8 @@ from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 from beit3_ds.tasks.pretraining.config import pretraining_config
 
 _LOGIT_PASSES = 4
-"""Times that a head's half-precision logits are read or written: two in the forward and two in the backward pass."""
+"""Number of times that a head's half-precision logits are read or written: two in the forward pass, two in the backward
+pass."""
 _UPDATE_BYTES = 30
 """Bytes per parameter that AdamW reads and writes: float32 weight, gradient and two moments, and the bf16 weight."""
 

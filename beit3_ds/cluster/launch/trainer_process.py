@@ -1,4 +1,4 @@
-"""Runs one rank's training process as a child of this process, and kills processes that it leaves behind."""
+"""Runs one rank's training process as a child process, and kills processes that the training leaves behind."""
 
 import codecs
 import contextlib
