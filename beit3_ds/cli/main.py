@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all commands. In the parsed options, `run` is the function of the chosen command."""
     parser: argparse.ArgumentParser = OneLineParser(
         prog="beit3",
-        description="Pretrain BEiT-3 by masked modeling of images, texts and image-text pairs.",
+        description="Pretrain BEiT-3 on images, texts and image-text pairs, fine-tune it, and use the weights.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -13,7 +13,9 @@ _TOP = Range(1, 2**20)
 
 def add_predict_command(subparsers: Subparsers) -> None:
     """Adds the subcommand `predict`, with one subcommand per kind of prediction."""
-    predict = subparsers.add_parser("predict", help="use trained weights: captions, answers, matches, classes")
+    predict = subparsers.add_parser(
+        "predict", help="use trained weights: captions, answers, matches, classes, objects, masks"
+    )
     uses = predict.add_subparsers(metavar="WHAT", required=True)
     _add_caption(uses)
     _add_answer(uses)

@@ -290,11 +290,21 @@ class _Collected:
         self.skipped[reason] = Skipped(count + 1, first)
 
     def add_list(self, key: str, entry: Any) -> None:
-        if key == "images":
-            self.add_image(entry)
-        else:
-            self.has_annotations = True
-            self.add_annotation(entry)
+        """Adds an entry of 'images' or of 'annotations'.
+
+        Raises:
+            ConfigError: if the entry is invalid; the message names the file and the id.
+        """
+        try:
+            if key == "images":
+                self.add_image(entry)
+            else:
+                self.has_annotations = True
+                self.add_annotation(entry)
+        except ValueError as error:
+            raise ConfigError(
+                f"detection: {printable(self._path)}: {printable(str(error))}. Correct the entry, or remove it."
+            ) from error
 
 
 def read_objects(path: str, folder: str, *, with_masks: bool) -> AnnotatedObjects:
