@@ -15,7 +15,7 @@ _SYNC_BYTES = 1 << 26
 class NewFile:
     """Writes a new file sequentially in a `with` block, and syncs it to disk at the end of the block.
 
-    A thread also syncs the file during writing. Otherwise the operating system would block the writer later.
+    A thread also syncs the file during writing, so that the operating system does not block the writer later.
 
     Args:
         path: path of the file.

@@ -264,9 +264,9 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def is_own_checkpoint(path: Path) -> bool:
-    """Returns whether a folder contains only a checkpoint of this program, so that the folder can be deleted safely.
+    """Returns whether a folder contains only a checkpoint of this program, so that deleting the folder is safe.
 
-    The index must be readable, have the step in the folder's name, and list every file in the folder.
+    The index must be readable, contain the same step as the folder's name, and list every file in the folder.
     """
     try:
         index = read_index(path)
@@ -303,7 +303,7 @@ def is_checkpoint(path: Path) -> bool:
 def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool = False) -> CheckpointFolder:
     """Opens a checkpoint, or the newest complete checkpoint of a run, and verifies the digests of its files.
 
-    Prints the faults of checkpoints that are skipped to stderr.
+    Skips faulty checkpoints of a run, and prints their faults to stderr.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.

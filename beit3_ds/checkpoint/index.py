@@ -52,7 +52,7 @@ KINDS = (WEIGHT, *MOMENTS)
 AVERAGE = "average"
 """Moving average of the weight; only saved in a run with `training.ema_decay`."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
-"""Maps each kind of file to the kinds of values in the file. The kind is the first part of a file's name."""
+"""Maps each kind of file to the kinds of values in the file. The name of a file starts with its kind."""
 BEST = "best"
 """Key of the best evaluation in `Index.data`; the checkpoint of that evaluation's step is never deleted."""
 BUFFERS = "buffers"
@@ -91,7 +91,7 @@ class Index:
     shapes: Mapping[str, torch.Size]
     """Shape of every whole tensor, by name."""
     num_pieces: Mapping[str, int]
-    """Number of pieces of every tensor, by name. The tensors have the same order in the pieces file (`PieceTable`)."""
+    """Number of pieces of every tensor, by name, in the order of the tensors in the pieces file (`PieceTable`)."""
     files: Mapping[str, WrittenFile]
     """Size and digest of every file except the index, by name."""
     buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)

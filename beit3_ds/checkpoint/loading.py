@@ -67,11 +67,11 @@ def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None
 
 
 def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescription, mesh: Mesh) -> int:
-    """Loads weights, moments and buffers from a checkpoint of any layout, and closes it; all ranks call this function.
+    """Loads the training state from a checkpoint of any layout, and closes it; all ranks call this function.
 
     Args:
         state: this rank's training state, which is overwritten.
-        folder: the checkpoint.
+        folder: the checkpoint, which is closed afterwards.
         run: description of this run.
         mesh: the mesh of ranks.
 
@@ -111,7 +111,8 @@ def _examine(path: Path, mesh: Mesh, rank: int) -> tuple[CheckpointFolder | None
     """Opens a checkpoint and checks this rank's share of the files.
 
     Returns:
-        The checkpoint, or None if it is incomplete or has a wrong name. Then a description of the first fault, or None.
+        Pair (checkpoint, fault). The checkpoint is None if it is incomplete or has a wrong name. The fault is a
+        description of the first fault, or None if there is no fault.
     """
     try:
         folder = CheckpointFolder(path)

@@ -142,8 +142,7 @@ class DataConfig:
     texts: StreamConfig = field(default_factory=_no_stream)
     """Texts without images, for masked language modeling."""
     text_length: TextLength = 128
-    """Maximum number of tokens per sample of the stream "texts", including BOS and EOS. The paper gives no value; 128
-    is close to the 197 rows of an image."""
+    """Maximum number of tokens per sample of the stream "texts", including BOS and EOS. The paper gives no value."""
     document_separator: bool = True
     """Whether to put EOS between two documents in one sequence of the stream "texts", as RoBERTa does. A document is
     one JSON object, or the lines between two blank lines of a plain text file."""
@@ -184,8 +183,8 @@ class DataConfig:
     number."""
     prefetch_gib: Annotated[float, Range(0.001, 2**20)] = 8.0
     """Maximum shared memory, in GiB, for the prefetched steps of one rank. If num_workers x prefetch_steps steps need
-    more, fewer steps are prefetched. With the default, 8 ranks on a node use at most 64 GiB. A node with 128 GiB of
-    memory usually has a /dev/shm of this size."""
+    more, fewer steps are prefetched. With the default, 8 ranks on a node use at most 64 GiB, which is the usual size of
+    /dev/shm on a node with 128 GiB of memory."""
     max_open_files: Annotated[int, Range(1, 2**20)] = 4096
     """Maximum number of shards that each process keeps open. Data workers raise their limit of open files (`ulimit -n`)
     to twice this number if the system permits. A process uses at most half of its limit of open files for shards."""

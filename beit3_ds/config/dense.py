@@ -9,7 +9,7 @@ from beit3_ds.config.strict import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """Configures a backbone for detection and segmentation. Image sizes may differ, and there is no CLS row."""
+    """Configures a backbone for detection and segmentation. Image sizes may differ, and there is no CLS token."""
 
     window_size: Annotated[int, Range(0, 1024)] = 0
     """Side of an attention window in patches (ViTDet: 14). With 0, all blocks attend globally."""

@@ -87,9 +87,9 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
 def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[float, int]:
     """Returns how much the layout of `other` differs from the layout of `config`, as a sort key.
 
-    The first number counts doublings of the parallel sizes, and a quarter per doubling of the number of micro-batches.
-    Another layout that divides the samples unevenly adds one. The second number breaks ties in favour of less model
-    parallelism.
+    The first number adds one per doubling or halving of a parallel size, and a quarter per doubling or halving of the
+    number of micro-batches. It adds one more if `other` is another layout and divides the samples unevenly. The second
+    number is the model-parallel size of `other`, and orders layouts that are equally similar.
     """
 
     def doublings(a: int, b: int) -> float:

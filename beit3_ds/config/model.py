@@ -55,7 +55,7 @@ class ModelConfig:
     num_layers: Layers
     """Number of Multiway blocks."""
     hidden_size: Size
-    """Hidden size D: number of features per row."""
+    """Hidden size D: number of features per patch or token."""
     ffn_hidden_size: Size
     """Hidden size F of each feed-forward expert."""
     num_attention_heads: Size
@@ -130,14 +130,14 @@ class ModelConfig:
 
     @property
     def image_rows(self) -> int:
-        """Returns the number of rows of an image of `image_size`: one per patch, plus CLS unless `dense` is set."""
+        """Returns the sequence length of an image of `image_size`: its patches, plus CLS unless `dense` is set."""
         return self.num_patches + (self.dense is None)
 
     @property
     def window_size(self) -> int:
         """Returns the side of an attention window in patches (`dense.window_size`), or 0 without `dense`.
 
-        With a positive size, the rows of an image are ordered window by window.
+        With a positive size, the patches of an image are ordered window by window.
         """
         return 0 if self.dense is None else self.dense.window_size
 
@@ -157,7 +157,7 @@ class ModelConfig:
         return self.tie_word_embeddings and "language" in self.modalities
 
     def experts(self, layer: int) -> tuple[str, ...]:
-        """Returns the names of the feed-forward experts of block `layer` (0-based), in the order of their rows."""
+        """Returns the names of the feed-forward experts of block `layer` (0-based), in the order of a batch's rows."""
         if layer < self.num_layers - self.num_vision_language_layers:
             return self.modalities
         owners = {"vision": "images", "vision_language": "pairs", "language": "texts"}

@@ -30,9 +30,9 @@ class ParallelConfig:
     """Number of ranks over which each layer's attention heads, FFN hidden size and vocabulary are divided (Megatron-LM:
     Shoeybi et al., 2019, arXiv:1909.08053). These ranks communicate in every layer, so they should be on one node."""
     sequence_parallel: bool = False
-    """Whether tensor-parallel ranks also divide the rows between attention and FFN (Korthikanti et al., 2022,
-    arXiv:2205.05198). Saves activation memory and sends the same number of bytes. Off by default, because the option
-    changes the rounding of sums."""
+    """Whether tensor-parallel ranks also divide the activations outside attention and FFN, along the sequence
+    (Korthikanti et al., 2022, arXiv:2205.05198). Saves activation memory and sends the same number of bytes. Off by
+    default, because the option changes the rounding of sums."""
     pipeline_parallel_size: Ranks = 1
     """Number of pipeline stages over which the layers are divided (1F1B: Narayanan et al., 2021, arXiv:2104.04473).
     Must not exceed the number of micro-batches (`gradient_accumulation_steps`)."""

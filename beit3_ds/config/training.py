@@ -119,8 +119,8 @@ class TrainingConfig:
     early stopping."""
     max_skipped_steps: Positive = 5
     """Number of consecutive skipped steps after which the run stops. A step is skipped if its loss or gradient is NaN
-    or infinite. Several skipped steps in a row mean that training has diverged. The newest checkpoint then has the
-    weights before these steps."""
+    or infinite. Several skipped steps in a row mean that training has diverged. The newest checkpoint then contains the
+    last weights before the skipped steps."""
 
     @property
     def loss_samples(self) -> int:

@@ -1,4 +1,4 @@
-"""Encodes images, texts and image-text pairs into features, as in the paper's figure 3 without the dual encoder."""
+"""Encodes images, texts and pairs into features (the paper's figure 3, except the dual encoder)."""
 
 from collections.abc import Sequence
 from pathlib import Path

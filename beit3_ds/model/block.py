@@ -15,7 +15,7 @@ from beit3_ds.model.ffn import MultiwayFFN
 from beit3_ds.parallel import TensorParallel
 
 _LEAST_DROPPED, _LEAST_DROPPED_ON_CPU = 1 / 8, 1 / 32
-"""Smallest fraction of dropped rows at which a branch skips them, on GPUs and on CPUs.
+"""Smallest fraction of dropped rows at which attention or FFN skips these rows, on GPUs and on CPUs.
 
 Below this fraction, copying the kept rows costs more than computing all rows. The CPU value was measured, and the GPU
 value was modelled (BENCHMARKS.md).

@@ -171,14 +171,14 @@ class TensorParallel:
         return Split(0, start, stop, size, part - (stop - start))
 
     def copy_to(self, x: Tensor) -> Tensor:
-        """Passes a replicated tensor to tensor-parallel layers (operator f in section 3).
+        """Passes a replicated tensor to tensor-parallel layers (operator f of Megatron-LM).
 
         The forward pass is the identity. The backward pass all-reduces x.numel() elements.
         """
         return x if self.size == 1 else _CopyTo.apply(x, self.group)
 
     def reduce_from(self, x: Tensor) -> Tensor:
-        """Sums the partial results of tensor-parallel layers over the ranks (operator g in section 3).
+        """Sums the partial results of tensor-parallel layers over the ranks (operator g of Megatron-LM).
 
         The forward pass all-reduces x.numel() elements. The backward pass is the identity.
         """

@@ -113,7 +113,7 @@ def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
 
 
 def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
-    """Runs one backward pass, independent of the order of forward and backward passes.
+    """Runs one backward pass; a step's forward and backward passes may run in any order.
 
     ZeRO clears its flags for a backward pass only at the start of a forward pass. In 1F1B, backward passes may follow
     each other, so this function clears the flags.

@@ -25,7 +25,7 @@ class Memory(NamedTuple):
     optimizer: int
     """Bytes of float32 master weights, Adam's two moments, and the weight average (`training.ema_decay`), if any."""
     buckets: int
-    """Bytes of DeepSpeed's fixed-size buffers for gradients to be reduced."""
+    """Bytes of the fixed-size buffers in which DeepSpeed reduces gradients."""
     gathered: int
     """Maximum bytes of whole parameters that ZeRO-3 holds gathered at the same time."""
     activations: int
@@ -204,7 +204,7 @@ def _attention_core(rank_model: RankModel, rows: BlockRows, layer: int) -> int:
 
 
 def _ffn_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns the bytes of the input of GELU. The FFN saves nothing else besides `_branch`, and recomputes the rest."""
+    """Returns the bytes of the saved input of GELU. The FFN's other saved tensors are counted in `_branch`."""
     return rows.ffn * rank_model.config.model.ffn_hidden_size // rank_model.tensor.size * rank_model.element_size
 
 

@@ -14,11 +14,11 @@ BANDWIDTH = 3.35e12
 """Assumed memory bandwidth in bytes per second, from the data sheet of the H100 SXM."""
 
 _FORWARD_PASSES = 3
-"""Number of times that a branch's forward pass reads or writes the whole residual stream. The norm reads it, and the
-last operation reads and writes it."""
+"""Number of times that the forward pass of attention or FFN reads or writes the whole residual stream. The norm reads
+the stream, and the last operation reads and writes the stream."""
 _BACKWARD_PASSES = 4
-"""Number of times that a branch's backward pass reads or writes the whole residual stream or its gradient. The norm
-reads the stream and the gradient and writes the gradient, and the last operation reads the gradient."""
+"""Number of times that the backward pass of attention or FFN reads or writes the whole residual stream or its gradient.
+The norm reads the stream and the gradient and writes the gradient, and the last operation reads the gradient."""
 
 
 class PrecisionCost(NamedTuple):

@@ -109,7 +109,7 @@ def _add_tensor_traffic(traffic: Traffic, rank_model: RankModel, chunk: range, w
 
 
 def _branch_bytes(rank_model: RankModel, rows: int) -> int:
-    """Returns the bytes of `rows` rows of a branch's input, including the padding of sequence parallelism."""
+    """Returns the bytes of `rows` input rows of attention or FFN, including the padding of sequence parallelism."""
     rows = padded(rows, rank_model.tensor.size) if rank_model.tensor.divides_rows else rows
     return rows * rank_model.config.model.hidden_size * rank_model.element_size
 
@@ -142,15 +142,15 @@ def _add_block(traffic: Traffic, rank_model: RankModel, chunk: range, layer: int
 def _residual_add(
     traffic: Traffic, rank_model: RankModel, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
-    """Adds a branch's tensor-parallel traffic, forward and backward.
+    """Adds the tensor-parallel traffic of one block's attention or FFN, forward and backward.
 
     Args:
         traffic: counts to add to.
         rank_model: the rank's part of the model.
-        experts: names of the branch's experts.
-        rows: number of rows that the branch computes.
-        enters: number of forward computations of the branch's input, including recomputation.
-        leaves: number of forward computations of the branch's output, including recomputation.
+        experts: names of the experts of attention or FFN.
+        rows: number of rows that attention or FFN computes.
+        enters: number of times that the forward pass computes the input, including recomputation.
+        leaves: number of times that the forward pass computes the output, including recomputation.
     """
     model, stream = rank_model.config.model, _branch_bytes(rank_model, rows)
     if rank_model.tensor.divides_rows:

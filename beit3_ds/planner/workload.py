@@ -20,7 +20,7 @@ class BlockRows(NamedTuple):
     attention: int
     """Number of rows in attention."""
     attended: int
-    """Number of rows in all buckets of an `AttentionPlan` (`kernels.ops.attention_plan`), including padding."""
+    """Number of rows that PyTorch's attention processes (`kernels.ops.attention_plan`), including padding."""
     ffn: int
     """Number of rows in the FFN."""
 
@@ -43,7 +43,8 @@ class Workload(NamedTuple):
     every_row: BlockRows
     """Numbers of rows in a block that skips no rows."""
     kept_rows: tuple[BlockRows, ...] = ()
-    """Numbers of rows in each block if dropped branches are skipped; empty without stochastic depth."""
+    """Numbers of rows in each block if attention and FFN skip the sequences that stochastic depth drops; empty without
+    stochastic depth."""
 
     @property
     def masked(self) -> int:
@@ -81,7 +82,7 @@ def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
 def expected_workloads(config: RunConfig, data_parallel_size: int) -> list[Workload]:
     """Returns the workloads of one step's micro-batches on the data-parallel rank with the most samples.
 
-    Assumes that all texts have full length and that no branch is dropped.
+    Assumes that all texts have full length and that stochastic depth drops nothing.
 
     Raises:
         ConfigError: if a step has fewer samples than there are data-parallel ranks.

@@ -30,8 +30,8 @@ class RetryingFile:
         self.path, self._report, self._has_lines = path, report, has_lines
         self._missing = b""
         self._start: int | None = None
-        """Size of the file in bytes before the first attempt to append `_missing`. A failed attempt may have appended
-        some of the bytes. None before any attempt."""
+        """Size of the file in bytes before the first attempt to append the unwritten bytes; None before any attempt. A
+        failed attempt may have appended some of these bytes."""
         self._replaces = False
         """Whether the unwritten bytes replace the whole file, instead of being appended."""
         self.has_failed = False

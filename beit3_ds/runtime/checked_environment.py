@@ -1,6 +1,6 @@
-"""Ends the process with a one-line error if an environment variable has a value that breaks DeepSpeed's import.
+"""Ends the process with a one-line error if an environment variable would break the import of DeepSpeed.
 
-Import this module before all others, because DeepSpeed reads the variable during its import.
+Import this module before all others, because DeepSpeed reads environment variables when it is imported.
 """
 
 import os

@@ -16,7 +16,7 @@ NOTICE_SECONDS = 60.0
 """Seconds between two messages about a start that makes no progress."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""Share of one core's time. A process that uses less CPU time counts as idle."""
+"""Fraction of one core's time. A process that uses a smaller fraction counts as idle."""
 
 
 class StartupWatchdog:

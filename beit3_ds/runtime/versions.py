@@ -29,7 +29,10 @@ def find_package_versions() -> dict[str, str | None]:
 
 
 def compute_code_digests() -> dict[str, str] | None:
-    """Returns a short digest of each source file of the project by relative path; None if not installed."""
+    """Returns a short digest of each source file of the project, by relative path.
+
+    Returns None if no source file is found, for example because the project is not installed.
+    """
     digests: dict[str, str] = {}
     for name in ("beit3_ds", "beit3_ds.kernels"):
         try:

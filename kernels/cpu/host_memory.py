@@ -51,7 +51,7 @@ class Gaps:
 
         Args:
             size: number of bytes.
-            ceiling: offset in the address range; all allocated bytes lie below this offset.
+            ceiling: offset in the address range, below which the new bytes must lie.
 
         Returns:
             Offset of the first byte in the address range; None if no gap below `ceiling` is large enough.

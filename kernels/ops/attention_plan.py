@@ -33,13 +33,13 @@ class Bucket(NamedTuple):
     """
 
     rows: Tensor
-    """Numbers of packed rows, (n * S,) int64: first all rows of the first sequence, then of the second, and so on.
+    """Indices of the packed rows, (n * S,) int64: first all rows of the first sequence, then of the second, and so on.
     Padding repeats the first row of a sequence."""
     num_sequences: int
     """Number of sequences n in the bucket."""
     first_row: int | None
-    """First number in `rows` if the numbers are consecutive, so that a view of the packed rows suffices; otherwise
-    None."""
+    """First index in `rows` if the indices are consecutive, so that a view of the packed rows suffices; otherwise None.
+    """
     real: Tensor | None
     """Ascending indices into `rows` of the entries that are not padding, int64; None if there is no padding."""
     key_mask: Tensor | None

@@ -192,7 +192,7 @@ def backward_plain(
     """Computes the gradients of the rows, and of one shard's matrix and bias, in plain PyTorch.
 
     Args:
-        h_MD: as for `forward_plain`; so are w_VD, b_V, target_M and tiles.
+        h_MD: see `forward_plain`, also for w_VD, b_V, target_M and tiles.
         lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32.
         kept_KMS: buffers that `forward_plain` returned; not changed.
         largest_BM: largest logits that `forward_plain` returned; not changed.

@@ -321,7 +321,7 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, without the terms that are None.
+    """Returns residual + factor * y, without the operands that are None.
 
     Overwrites y, unless the residual has another dtype.
     """

@@ -1,4 +1,4 @@
-"""Adds a branch to the residual stream, after tensor-parallel ranks have summed their parts of the branch.
+"""Adds the output of attention or FFN (a branch) to the residual stream, after tensor-parallel ranks summed it.
 
 On a CPU, PyTorch makes two passes over one new tensor. On a GPU, a kernel from `triton/residual_add.py` makes one pass.
 If PyTorch's operations are faster on a GPU, they are used instead (`measured_op`).

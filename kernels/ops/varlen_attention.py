@@ -19,8 +19,8 @@ class VarlenPlan(NamedTuple):
     """Describes how to sort packed rows by sequence. A plan depends only on the row ranges of the sequences."""
 
     rows: Tensor | None
-    """For each index in the sorted order, the number of the packed row, (T,) int64; None if the rows are already
-    sorted."""
+    """For each index in the sorted order, the index of the packed row, (T,) int64; None if the rows are already sorted.
+    """
     positions: Tensor | None
     """For each packed row, its index in the sorted order, (T,) int64; None if the rows are already sorted."""
     bounds: Tensor

@@ -82,7 +82,7 @@ def gradient(
 
     Args:
         logits_MN: logits without bias; overwritten with gradients. See `partials`.
-        bias_N: as for `partials`; so are target_M, first and tiling.
+        bias_N: see `partials`, also for target_M, first and tiling.
         lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32, contiguous.
         d_loss_M: gradient of each row's loss, float32, contiguous.
 

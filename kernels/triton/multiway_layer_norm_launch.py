@@ -65,12 +65,12 @@ def backward(
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of rows, scales and shifts. The kernel uses no atomics, so results are deterministic.
+    """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.
-        d_residual_TD: gradient of the residual stream, contiguous, to be added to dx; or None.
-        x_TD: as for `forward`; so are stops, weights, tiling and gelu.
+        d_residual_TD: gradient of the residual stream, contiguous, which the kernel adds to dx; None adds nothing.
+        x_TD: see `forward`, also for stops, weights, tiling and gelu.
         statistics_2T: statistics that `forward` returned.
         in_place: whether to store dx in the memory of dh.
 

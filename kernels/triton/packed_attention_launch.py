@@ -147,7 +147,7 @@ def backward(
 
     Args:
         dy_THK: gradient of y_THK.
-        q_THK: as for `forward`; so are k_THK, v_THK, sequences_Q4, tiles_N2, tiling and causal_captions.
+        q_THK: see `forward`, also for k_THK, v_THK, sequences_Q4, tiles_N2, tiling and causal_captions.
         y_THK: output that `forward` returned.
         lse_HT: log-sum-exp that `forward` returned.
     """

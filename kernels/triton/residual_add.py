@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the forward and backward Triton kernels that add a branch to the residual stream."""
+"""Defines the forward and backward Triton kernels for adding attention or FFN to the residual stream."""
 
 # T packed rows, D width, P programs; expert_rows.py says which rows a program works on.
 

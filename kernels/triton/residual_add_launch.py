@@ -1,4 +1,4 @@
-"""Launches the kernels that add a branch to the residual stream, and lists variants to compile ahead of time."""
+"""Launches the kernels that add a branch (attention or FFN) to the residual stream; lists their variants."""
 
 # T packed rows, D width, E experts, P programs.
 

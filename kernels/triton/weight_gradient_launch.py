@@ -104,7 +104,7 @@ _WEIGHT_GRADIENT = KernelLauncher(weight_gradient_kernel)
 
 
 def splits_rows(tiles: int, architecture: int) -> bool:
-    """Returns whether a launch has too few Triton programs unless each expert's rows are divided into shares.
+    """Returns whether each expert's rows must be divided into shares, so that there are enough Triton programs.
 
     The result does not depend on the number of rows, so that batches of different sizes use one compiled kernel.
 

@@ -128,7 +128,7 @@ def _differentiate(problem: Problem, y: Tensor) -> Any:
 
 
 def _error(case: Case, problem: Problem) -> float:
-    """Returns the difference between an implementation's result and this project's, relative to this project's.
+    """Returns the relative difference of an implementation's result from the result of this project's op.
 
     This project's op uses the backend `library`.
     """

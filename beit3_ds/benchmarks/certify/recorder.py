@@ -46,7 +46,7 @@ class Recorder:
         }
 
     def knows(self, item: str) -> bool:
-        """Returns whether the item (named measurement) is to be skipped."""
+        """Returns whether to skip the item (named measurement)."""
         return item in self._known
 
     def add(self, item: str, **figures: Any) -> None:

@@ -15,7 +15,7 @@ Line = dict[str, Any]
 """Content of one JSON line."""
 
 CACHE_ITEM = "Triton cache"
-"""Name of the entry with the numbers of kernels that a process found in Triton's cache and compiled."""
+"""Name of the entry with two numbers: how many kernels a process found in Triton's cache, and how many it compiled."""
 
 DONE = "done"
 """Status of a section that has run all its measurements."""
@@ -31,7 +31,7 @@ def has_failed(line: Line) -> bool:
 
 
 def describe_cache(lines: Sequence[Line], section: str) -> str:
-    """Returns a text with the numbers of kernels that a section's processes found in Triton's cache and compiled.
+    """Returns a text about a section's kernels: how many Triton's cache contained, and how many were compiled.
 
     The text is empty if the section launched no kernels.
     """

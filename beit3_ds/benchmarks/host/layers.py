@@ -55,7 +55,7 @@ def layer_models() -> dict[str, ModelConfig]:
 def time_layer(config: ModelConfig, rounds: int) -> LayerTimes:
     """Returns this thread's CPU time for launching the kernels of one bf16 layer.
 
-    Stochastic depth multiplies the layer's branches with factors, but drops no branch.
+    Stochastic depth multiplies the outputs of attention and FFN with factors, but drops none of them.
 
     Args:
         config: model whose blocks all have the same experts.

@@ -34,9 +34,9 @@ class BlockShape(NamedTuple):
     stream_size: int = 2
     """Bytes per element of the residual stream."""
     attention_lengths: tuple[float, ...] = (1.0,)
-    """Share of the rows that belong to each set of attention weights."""
+    """Fraction of the rows that use each set of attention weights, from 0 to 1."""
     ffn_lengths: tuple[float, ...] = (0.8, 0.2)
-    """Share of the rows that belong to each FFN expert."""
+    """Fraction of the rows that use each FFN expert, from 0 to 1."""
 
 
 class OpTime(NamedTuple):

@@ -42,9 +42,9 @@ def benchmark_train(
             the limit of the data.
         json_path: file for the results as JSON, with `rows` and `summary`. In `summary`, `ratio` is this project's
             samples per second divided by the reference's. `gemm_share` is the time of all matrix products of the model
-            divided by the time of this project's step. `needed_gemm_share` leaves out dropped branches and rows that no
-            head reads (`products.needed_flops`). `memory_ratio` is this project's peak memory divided by the
-            reference's.
+            divided by the time of this project's step. `needed_gemm_share` leaves out rows that stochastic depth drops
+            and rows that no head reads (`products.needed_flops`). `memory_ratio` is this project's peak memory divided
+            by the reference's.
 
     Raises:
         ConfigError: if torchscale is not installed, the size is unknown, or the JSON file cannot be written.

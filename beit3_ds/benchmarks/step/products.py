@@ -41,7 +41,8 @@ class Layer(NamedTuple):
 class Products:
     """Lists all matrix products of one training step, whose total FLOPs are the model FLOPs.
 
-    Dropped branches and rows that no head reads are included, although a step can skip them (`needed_flops`).
+    A step can skip rows that no head reads and rows that stochastic depth drops (`needed_flops`). These rows are
+    included here.
 
     Each expert multiplies its own rows. Queries, keys and values are one product. Attention is computed sequence by
     sequence. The heads compute masked rows only. The backward pass computes the gradients of weights and inputs, except
@@ -84,7 +85,7 @@ class Products:
 def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
     """Returns the minimum FLOPs of a training step's matrix products.
 
-    Dropped branches, and rows of the last FFN that no head reads, are excluded.
+    Rows that stochastic depth drops, and rows of the last FFN that no head reads, are excluded.
 
     Args:
         config: config of the model.

@@ -124,7 +124,9 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Sends a request to all nodes at once, because the nodes need each other to answer. Returns all answers.
+        """Sends a request to all nodes at once and returns all answers.
+
+        The nodes communicate with each other before they answer, so all of them must get the request.
 
         Raises:
             NoAnswer: if a node fails. A fault is recorded for each failed node.

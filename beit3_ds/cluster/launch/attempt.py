@@ -171,7 +171,7 @@ class Attempt:
     # The course of an attempt.
 
     async def _wait_for_guards(self, launcher: LauncherProcess) -> None:
-        """Waits until the guards of all ranks have registered."""
+        """Waits until the guard of every rank, which is the parent of the training process, has registered."""
 
         def is_done() -> bool:
             everybody = len(self._ranks) == self._plan.world_size

@@ -1,4 +1,7 @@
-"""Describes one attempt at a run: the processes to start, and the outcome of the attempt."""
+"""Describes one attempt at a run: the processes to start, and the outcome of the attempt.
+
+A guard is the parent of one rank's training process.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,8 @@ class AttemptPlan:
     hosts: Sequence[HostSlots]
     """Hosts and their numbers of slots, in the order of the ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Function that takes the guards' command-line arguments, and returns commands that start one guard per rank."""
+    """Function that takes the command-line arguments of the guards, and returns commands that start one guard per rank.
+    A guard is the parent of a training process."""
     launcher_environment: Mapping[str, str]
     """Complete environment of the commands that `build_commands` returns."""
     trainer: Sequence[str]
@@ -27,13 +31,13 @@ class AttemptPlan:
     log_dir: Path
     """Folder for the logs of this attempt, on storage that all hosts share."""
     address: str
-    """Address of this machine, to which the guards connect."""
+    """Address of this machine, to which the parents of the training processes connect."""
     port: int
-    """Port on which `beit3 launch` waits for the guards; 0 means any free port."""
+    """Port on which `beit3 launch` waits for the parents of the training processes; 0 means any free port."""
     keepalive_seconds: float
     """Seconds without a message after which `beit3 launch` and a host consider each other lost."""
     start_seconds: float
-    """Time limit in seconds until the guards of all ranks have connected to `beit3 launch`."""
+    """Time limit in seconds until the parents of all training processes have connected to `beit3 launch`."""
 
     @property
     def world_size(self) -> int:
@@ -55,6 +59,6 @@ class Outcome:
     is_user_error: bool
     """Whether a rank ended with status 2, which means a mistake that only the user can fix."""
     lost_hosts: frozenset[str]
-    """Names of the hosts that stopped sending messages, or whose guards never connected."""
+    """Names of the hosts of which a connection to `beit3 launch` was lost or never opened."""
     clear_at: float
-    """Monotonic time in seconds at which the guards on lost hosts have certainly killed their training processes."""
+    """Monotonic time in seconds after which no training process can still run on a lost host."""

@@ -86,7 +86,10 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
 
 
 def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: float) -> list[str]:
-    """Returns the command-line arguments of the guards (`rank_guard.main`). The path of the token is hexadecimal."""
+    """Returns the command-line arguments of the guards (`rank_guard.main`).
+
+    The path of the token's file is written in hexadecimal.
+    """
     # The token's path may have any characters, and shells on the hosts read these arguments.
     values = {"address": address, "port": port, "token": os.fsencode(token).hex(), "keepalive": keepalive_seconds}
     return [f"--{name}={value}" for name, value in values.items()]

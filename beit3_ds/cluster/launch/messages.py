@@ -204,7 +204,7 @@ class Channel:
         self._writer.transport.abort()
 
     async def wait_closed(self) -> None:
-        """Waits until the connection is closed. Otherwise asyncio would print connection errors."""
+        """Waits until the connection is closed. Without this wait, asyncio would print connection errors."""
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 

@@ -27,7 +27,7 @@ class PatchRowProjection(nn.Conv2d):
 
 
 class DenseEmbeddings(nn.Module):
-    """Embeds images of any size without a CLS row; the patch size must divide the images' sides.
+    """Embeds images of any size without a CLS token; the patch size must divide the images' sides.
 
     Patches are ordered window by window (`patch_grids`), so blocks with windows need no permutation.
 

@@ -10,7 +10,7 @@ from beit3_ds.model.vit_adapter.deformable_attention import ring_offsets
 def adapter_initial_value(
     name: str, shape: torch.Size, config: AdapterConfig, generator: torch.Generator
 ) -> Tensor | None:
-    """Returns the initial value of a parameter that needs a special one, as in the original code, and None otherwise.
+    """Returns the special initial value that the original code gives to a parameter, or None if it gives none.
 
     Injector factors start at `AdapterConfig.initial_scale`. Sampling points start on rings around each query, with
     equal weights. Convolutions use Kaiming normal initialization (fan-out). Level embeddings are drawn from a standard
