@@ -50,8 +50,8 @@ class PackedBatch(RowLayout):
     token_ids: Tensor
     """Token ids of all captions and then of all texts, (tokens,) int64."""
     image_grids: Grids = ()
-    """Rows and columns of each image's patch grid, for a model with `model.dense`, whose images may have any size and
-    have no CLS row. The batch then has no pairs and texts. Empty if all images have the model's image size."""
+    """Numbers of patch rows and patch columns of each image, for a model with `model.dense`. Images may then have any
+    size and have no CLS row, and the batch has no pairs and texts. Empty if all images have the model's image size."""
     colors: Tensor | None = None
     """Colour changes of each uint8 image (`pixels.change_colors`), (images, 3, 3) float32; None changes nothing."""
     causal_captions: bool = False

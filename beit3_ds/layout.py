@@ -41,8 +41,8 @@ PARTS = (
 )
 """The four row ranges of a packed micro-batch, in row order: images, images of pairs, texts of pairs, texts.
 
-A third modality could be appended as: texts of its pairs, the pairs' other rows, rows without text. The rows of each
-expert would then still be consecutive.
+A third modality, such as audio, could be appended as three ranges: texts of audio pairs, audio of pairs, audio without
+text. The rows of each expert would then still be consecutive.
 """
 
 
@@ -130,8 +130,8 @@ class SequenceLayout(RowLayout):
     """Whether attention in pairs is masked for captioning. Image rows then attend only to the image. Caption rows
     attend to the image, to earlier caption rows and to themselves. Texts without image are never masked."""
     image_grids: Grids = ()
-    """Rows and columns of each image's patch grid, for images of any size without CLS rows (`patch_grids`). If not
-    empty, there are no pairs and texts, and `image_length` is ignored."""
+    """Numbers of patch rows and patch columns of each image, for images of any size without CLS rows (`patch_grids`).
+    If not empty, there are no pairs and texts, and `image_length` is ignored."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from beit3_ds.atomic_file import atomic_write
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     """Returns a matplotlib figure and its subplots, which share the x axis. Needs no display.
 
-    Does not use `pyplot`, which loads the backend named in MPLBACKEND; notebooks set this variable.
+    Does not use `pyplot`, because `pyplot` would load the backend that a notebook names in MPLBACKEND.
 
     Args:
         rows: number of rows of subplots.

@@ -1,4 +1,4 @@
-"""Parses JSON from other programs, and rejects repeated keys, NaN, integers beyond 64 bits and too large texts."""
+"""Parses JSON from other programs, and rejects repeated keys, NaN, integers beyond 64 bits and oversized texts."""
 
 import json
 from typing import Any, NoReturn

@@ -88,7 +88,7 @@ def _matches_files(pattern: str) -> bool:
 def image_format(source: SourceConfig) -> str:
     """Returns the format of an image source.
 
-    If the config names no format, it is "folder" for the path of a folder, and "tar" for other paths.
+    Without a format in the config, the path of a folder gives "folder", and any other path gives "tar".
     """
     return source.format or ("folder" if os.path.isdir(source.path) else "tar")
 
@@ -135,7 +135,7 @@ def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = 
         num_examined: number of images to look for, evenly spread; None looks for all images.
 
     Returns:
-        The number of missing images among those looked for, and the path of the first missing image.
+        Number of examined images that are missing, and the path of the first missing image.
 
     Raises:
         ConfigError: if there are no samples, or no image exists.

@@ -93,7 +93,7 @@ def build_pipeline_parallel(
 
     Args:
         rows: global ranks of each pipeline, one pipeline per row, in the order of stages.
-        rank: stage of this rank.
+        rank: index of this rank within its pipeline, from 0; equal to the index of its stage.
         host: group of all ranks for values in host memory.
         own_group: function that builds one process group per row and returns this rank's group.
     """

@@ -102,9 +102,11 @@ class Schedule:
     def _couple(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
     ) -> CoupledStep | None:
-        """Runs the first pass of a step whose loss compares all samples (`step_loss`).
+        """Prepares a step whose loss compares all samples (`step_loss`). Returns None if there is no `step_loss`.
 
-        Returns None without `step_loss`. A step with one micro-batch needs no first pass.
+        With several micro-batches, runs a first forward pass over all of them. The last stage then computes the
+        gradients of the loss with respect to the features. With one micro-batch, there is no first pass:
+        `CoupledStep.total` computes these gradients.
         """
         if self.step_loss is None:
             return None

@@ -177,7 +177,7 @@ class RankTask:
         return batch.to(device)
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Prepares a training step; all ranks call it before each step.
+        """Prepares a training step. All ranks call this method before each step.
 
         The call for step 0 comes before the evaluation at step 0. The preparation must depend only on the step number
         and the model's state. A resumed run then repeats the preparation exactly.
@@ -188,12 +188,11 @@ class RankTask:
         """
 
     def resume(self, evaluator: Evaluator, done: int) -> None:
-        """Restores task state that depends on the number of finished steps; all ranks call it after loading a
-        checkpoint.
+        """Restores task state that depends on the number of finished steps.
 
-        The restored state must equal the state between `after_step` of step `done` - 1 and `before_step` of step
-        `done`. The run may evaluate between these two calls. If a stop signal cancelled this evaluation, the resumed
-        run repeats it with the restored state.
+        All ranks call this method after a checkpoint is loaded. The restored state must equal the state between
+        `after_step` of step `done` - 1 and `before_step` of step `done`. The run may evaluate between these two calls.
+        If a stop signal cancelled this evaluation, the resumed run repeats it with the restored state.
 
         Args:
             evaluator: gives access to the model and the ranks.
@@ -201,7 +200,7 @@ class RankTask:
         """
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
-        """Updates the task's own state after the optimizer step; all ranks call it.
+        """Updates the task's own state after the optimizer step. All ranks call this method.
 
         Args:
             evaluator: gives access to the model and the ranks.
@@ -209,11 +208,11 @@ class RankTask:
         """
 
     def figures(self) -> Figures:
-        """Returns the task's own values and lines for the next progress report; all ranks call it."""
+        """Returns the task's own values and lines for the next progress report. All ranks call this method."""
         return Figures()
 
     def write_results(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
-        """Writes result files that other runs may read; all ranks call it after the last checkpoint.
+        """Writes result files that other runs may read. All ranks call this method after the last checkpoint.
 
         Args:
             evaluator: gives access to the model and the ranks.
@@ -230,7 +229,7 @@ class RankTask:
         return {}
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Evaluates all samples of a split; all ranks must call it, even if the split has no samples.
+        """Evaluates all samples of a split. All ranks must call this method, even if the split has no samples.
 
         A task runs the model over `evaluator.batches(split)` and adds one row per sample to `SampleResults`. The main
         rank computes the metrics from the gathered rows.
@@ -255,11 +254,14 @@ class RankTask:
         return None
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
-        """Returns the value of each term, by name, for a predictor that ignores the input; all ranks must call it."""
+        """Returns the value of each term, by name, for a predictor that ignores the input.
+
+        All ranks must call this method.
+        """
         return {}
 
     def write_pages(self, evaluator: Evaluator, folder: ResultFolder) -> dict[str, str]:
-        """Writes pages with example results; all ranks must call it.
+        """Writes pages with example results. All ranks must call this method.
 
         Returns:
             Entries for the run's summary, by name, from one rank of the last pipeline stage; empty on other ranks.

@@ -37,7 +37,7 @@ class SampleResults:
             self._rows.setdefault(name, []).append(values.cpu() if isinstance(values, Tensor) else list(values))
 
     def gather(self, mesh: Mesh) -> "GatheredResults | None":
-        """Returns the rows of all ranks on the main rank, and None on other ranks; all ranks must call it.
+        """Returns the rows of all ranks on the main rank, and None on other ranks. All ranks must call this method.
 
         Exactly one rank must have added each sample; in a tensor-parallel group, only one rank adds rows. Every rank
         sends its rows once to the main rank, over gloo.

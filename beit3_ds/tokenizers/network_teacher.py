@@ -76,7 +76,7 @@ def load_network_teacher(config: TeacherConfig, grid_size: int, device: torch.de
     """Loads the network named by `config.teacher`, for a grid of grid_size x grid_size patches per image.
 
     * `timm:NAME`: for a transformer, the features are the patch tokens after block `teacher_stage`. For a convolutional
-      network, they are the output of stage `teacher_stage`.
+      network, the features are the output of stage `teacher_stage`.
     * `open_clip:NAME/TAG`: the features are the image encoder's patch tokens, projected into the space of the image and
       text embeddings, as BEiT v2 does with CLIP. A local file in `teacher_weights` replaces TAG.
     * `transformers:NAME`: the features are the patch tokens of the last layer. For CLIP, the tokens are also normalised

@@ -26,8 +26,9 @@ class OrientedGradients:
     for Human Detection"). In MaskFeat (Wei et al., 2022, arXiv:2112.09133), such histograms were as good targets as the
     features of a network. Mean colours distinguish flat patches.
 
-    A patch has one histogram and 2 x 2 mean colours. The 3 x 3 patches around it have one histogram and one mean
-    colour. Each histogram is normalised, so that faint strokes count nearly as much as bold strokes.
+    The patch itself gives one histogram and 2 x 2 mean colours. The 3 x 3 patches centred on the patch give one
+    histogram and one mean colour. Each histogram is normalised, so that faint strokes count nearly as much as bold
+    strokes.
 
     Args:
         patch_size: side of a patch in pixels; must be even.

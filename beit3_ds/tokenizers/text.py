@@ -35,7 +35,7 @@ class WordBorders(NamedTuple):
     If the model writes white space before words, also true for pieces with leading white space.
     """
     ends: NDArray[np.bool_]
-    """Whether each id ends a word; the next id then starts one, (vocab_size,). True for BOS, padding and EOS.
+    """Whether each id ends a word, so that the next id starts a word, (vocab_size,). True for BOS, padding and EOS.
 
     If the model writes white space after words, also true for pieces with trailing white space.
     """

@@ -58,8 +58,8 @@ def build_schedule(task: Task, mesh: Mesh, *, trains: bool = True) -> Schedule:
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: bool = True) -> deepspeed.DeepSpeedEngine:
     """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters.
 
-    Also sets `training.kernel_backend` for the whole process. Without ZeRO, the moments of PyTorch's AdamW are
-    allocated here; otherwise the first update allocates them.
+    Also sets `training.kernel_backend` for the whole process. Without ZeRO, this function allocates the moments of
+    PyTorch's AdamW. With ZeRO or Apex, the first update allocates the moments.
 
     Args:
         config: the run's configuration.
@@ -91,9 +91,9 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
 
 
 def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
-    """Returns the bytes of the gradients that stay allocated until the update; 0 under ZeRO.
+    """Returns the bytes of the gradients that stay allocated until the update.
 
-    ZeRO keeps only a partition of the gradients.
+    Returns 0 under ZeRO, which keeps only a partition of the gradients.
     """
     if config.options.zero_stage:
         return 0

@@ -2,7 +2,8 @@
 
 A small copy of the run's model, with one layer of each kind, trains and predicts on a few rows. A fake GPU driver
 compiles each launched kernel without running it (`fake_driver`). A run can use the cache if its GPUs have the given
-architecture, and its versions of Triton and of this package are the same. Kernels do not depend on the number of rows.
+architecture. The run must also use the versions of Triton and of this package that filled the cache. Kernels do not
+depend on the number of rows.
 """
 
 import time
@@ -110,8 +111,9 @@ def _train(model: TaskModel, batch: PackedBatch) -> None:
 
 
 def _build_batch(task: Task) -> PackedBatch:
-    """Returns a batch with one input of each kind that the task uses, with stochastic-depth factors if the run has
-    them.
+    """Returns a batch with one input of each kind that the task uses.
+
+    The batch has stochastic-depth factors if the run uses stochastic depth.
     """
     model = task.config.model
     num_images, num_pairs, num_texts = (int(kind in task.inputs) for kind in ("images", "pairs", "texts"))
@@ -130,7 +132,7 @@ def _build_batch(task: Task) -> PackedBatch:
 
 @contextmanager
 def _tensor_parallel(parallel: ParallelConfig) -> Iterator[TensorParallel]:
-    """Yields a tensor-parallel group of the run's size, whose collectives do nothing and leave results undefined."""
+    """Yields a tensor-parallel group of the run's size. Its collectives do nothing and leave results undefined."""
     size = parallel.tensor_parallel_size
     if size == 1:
         yield TensorParallel()

@@ -54,7 +54,9 @@ def resume(
     mesh: Mesh,
     total_steps: int,
 ) -> Resumption:
-    """Loads the newest valid checkpoint, if any, and deletes the metrics of later steps. All ranks must call it.
+    """Loads the newest valid checkpoint, if any, and deletes the metrics of later steps.
+
+    All ranks must call this function.
 
     Raises:
         ConfigError: if the checkpoint has another model, other tokenizers, or more than `total_steps` steps.
@@ -104,7 +106,7 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         StorageError: if a save times out, or if a rank gets no data because a file system failed. In the second case,
             the state after the last finished step is saved first.
         NonFiniteLossError: if `training.max_skipped_steps` consecutive steps have a non-finite loss or gradient. The
-            newest checkpoint then contains the weights before these steps.
+            newest checkpoint then holds the weights from before these steps.
     """
     stop = DistributedStopSignals(signals, run.mesh)
     if stop.synchronize() and run.first_step < run.config.training.total_steps:
@@ -261,10 +263,11 @@ def _report_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update:
 
 
 def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, must_save: bool) -> NoReturn:
-    """Ends a diverged run, and saves the weights before the skipped steps unless a checkpoint has them.
+    """Ends a diverged run with an error. Before that, saves a checkpoint if `must_save` is true.
 
-    These weights are never saved twice. Otherwise, each restart would add a copy, and the limit on kept checkpoints
-    would delete the older checkpoints.
+    Skipped steps do not change the weights, so the checkpoint holds the weights from before the skipped steps. If a
+    checkpoint already holds these weights, `must_save` is false. If each restart saved them again, the limit on kept
+    checkpoints would delete older checkpoints.
     """
     if must_save:
         run.store.save(run.state, done, _data_state(run, done))
@@ -333,7 +336,7 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
 
 
 def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, bool]:
-    """Evaluates the weights after `done` steps and records the result. All ranks must call it.
+    """Evaluates the weights after `done` steps and records the result. All ranks must call this function.
 
     A stop signal cancels the evaluation between two batches, and `stop` is then updated on all ranks.
 
@@ -374,7 +377,7 @@ def _evaluate_and_record(run: Run, done: int) -> bool:
 
 
 def _record(run: Run, record: dict[str, Any]) -> None:
-    """Writes a record to metrics.jsonl and to DeepSpeed's monitors, or later if the disk is full."""
+    """Writes a record to metrics.jsonl and to DeepSpeed's monitors; if the disk is full, writes it later."""
     if not run.mesh.is_main:
         return
     run.metrics_log.append(record)

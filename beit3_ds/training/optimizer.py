@@ -49,8 +49,8 @@ def find_apex(part: str, asked_for: str) -> Any:
 def allocate_moments(optimizer: torch.optim.AdamW) -> None:
     """Allocates AdamW's moments as zeros before the first update, which reduces memory fragmentation.
 
-    By default, AdamW allocates the moments in the first update. They would then fill gaps between freed activations,
-    and the activations of the next step would need new memory.
+    By default, AdamW allocates the moments during the first update, in memory that activations used before. The
+    activations of the next step would then need new memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -89,7 +89,7 @@ class Progress:
         return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:
-        """Adds a finished step. Of a skipped step, the time and the operations count, but not the losses.
+        """Adds a finished step. The time and the operations of a skipped step count, but its losses do not.
 
         Args:
             step_batch: this rank's samples of the step.

@@ -17,7 +17,7 @@ from beit3_ds.training.run import Run
 
 
 def report(run: Run, signals: StopSignals) -> None:
-    """Writes the report of a finished run. All ranks must call it.
+    """Writes the report of a finished run. All ranks must call this function.
 
     The report uses the moving averages of the weights if the run has them (`training.ema_decay`). A stop signal ends
     the computation between two batches. Starting the same command again then writes the report.
@@ -62,7 +62,7 @@ def write_report(run: Run) -> None:
 
 
 def write_missing(run: Run) -> None:
-    """Tries again to write the records, monitor values and files that are missing, and warns about the rest.
+    """Tries again to write missing records, monitor values and files, and warns about those that are still missing.
 
     Does not communicate.
     """

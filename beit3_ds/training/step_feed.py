@@ -71,8 +71,8 @@ class StepFeed:
             is_storage: whether the cause is a failed file system.
 
         Raises:
-            ConfigError: if a rank has no data for another reason.
-            StorageError: if a file system failed.
+            StorageError: if the cause is a failed file system.
+            ConfigError: for all other causes.
         """
         if self.error is not None:
             raise self.error

@@ -124,7 +124,7 @@ class ReleasedFile:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Keeps the file's pages in memory, because comparing branches A and B reads them again."""
+        """Does nothing: the file's pages stay in memory, because comparing branches A and B reads the pages again."""
 
 
 def exported_model(note: ExportNote) -> ModelConfig:

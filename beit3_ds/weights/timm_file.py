@@ -81,7 +81,7 @@ class TimmFile:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Keeps the file's pages in memory, because a vision encoder uses almost all tensors."""
+        """Does nothing: the file's pages stay in memory, because a vision encoder uses almost all tensors."""
 
 
 def _by_logical_name(

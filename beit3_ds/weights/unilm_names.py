@@ -131,15 +131,17 @@ def reference_arguments(config: ModelConfig) -> dict[str, object]:
 def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
     """Derives the configuration of a model from the tensor shapes of a file in unilm's format.
 
-    The shapes do not determine the size of an attention head: it is 64, except in the paper's giant model. Without a
-    `mim_head`, the number of visual codes is the default.
+    The shapes do not determine the number of attention heads. A hidden size in `MODEL_SIZES` has the number of heads
+    listed there; with any other hidden size, a head has 64 features. Without a `mim_head`, the number of visual codes
+    is the default.
 
     Args:
         shapes: shape of every tensor, by unilm's names.
         where: name of the file, for messages.
 
     Raises:
-        ConfigError: if a tensor that determines a size is missing, or the sizes contradict each other.
+        ConfigError: if a tensor that determines a size is missing, the sizes contradict each other, or the number of
+            attention heads is unknown.
     """
     image_table, text_table = POSITION_TABLES
     try:

@@ -67,8 +67,8 @@ def check_is_text(path: str) -> None:
     """Checks that a file is plain text, and not a compressed file, an archive, a table, an image or UTF-16.
 
     Raises:
-        ValueError: if the first bytes show such a type, or a long part of the file was never written (`files.gaps`).
-            The message names the type and advises a conversion.
+        ValueError: if the first bytes show one of the other types, or a long part of the file was never written
+            (`files.gaps`). The message names the type and advises a conversion.
         OSError: if the file cannot be read.
     """
     check_has_no_gap(path)

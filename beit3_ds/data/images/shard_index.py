@@ -44,8 +44,8 @@ class ShardIndex:
     records: NDArray[np.void]
     """Structured array, (samples,), with the fields `image`, `caption`, `caption_is_json` and `key` (bytes).
 
-    `image` and `caption` contain an offset and a size in bytes (`NO_MEMBER` if missing), and a CRC-32 checksum (0 if it
-    was not computed).
+    `image` and `caption` contain an offset in bytes, a size in bytes and a CRC-32 checksum. The size is `NO_MEMBER` if
+    the image or caption is missing. The checksum is 0 if it was not computed.
     """
     tar_size: int
     """Size of the tar in bytes."""

@@ -17,7 +17,8 @@ _BLOCK = 128
 """Number of samples per block of a `SourceSubset`. To find one sample, the whole block is computed."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""First sample number of removed sources, and count of sample numbers that are reserved per removed source."""
+"""First sample number for sources that were removed from the config. Each of these sources reserves this many numbers.
+"""
 
 Bounds = Callable[[int], tuple[int, int]]
 """Maps a source's id to the source's first sample number in the stream, and to one past the last."""

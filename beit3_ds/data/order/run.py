@@ -18,7 +18,7 @@ from beit3_ds.printing import printable
 
 _LONGEST_LINE = 1000
 POSITIONS = "positions"
-"""Key of the stream positions in the data state of a checkpoint."""
+"""Key in `Index.data` under which a checkpoint stores the position of each stream (images, pairs, texts)."""
 
 
 class RunOrder:
@@ -45,7 +45,8 @@ class RunOrder:
 
         Args:
             first_step: number of steps that were finished when the checkpoint was saved.
-            data: data state of the checkpoint. If it has no positions (version 0.1), they are computed from `before`.
+            data: `Index.data` of the checkpoint. If a checkpoint of version 0.1 lacks positions, they are computed from
+                `before`.
             before: configuration of the run that wrote the checkpoint, by section.
 
         Returns:

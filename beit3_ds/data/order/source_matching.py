@@ -45,8 +45,8 @@ class SourceMatch(NamedTuple):
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
     """Matches each source that the run found with the source in the checkpoint that has the same path.
 
-    If a source's path is new, it may have been moved. Then it matches a source in the checkpoint that has the same size
-    and digest, and whose path is no longer in the config.
+    A source with a new path may have been moved. It is then matched with a source in the checkpoint that has the same
+    size and digest, and whose path is no longer in the config.
 
     Args:
         stored: position from the checkpoint.

@@ -98,7 +98,7 @@ class ParagraphCutter:
 
 
 def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Moves each position that is in `skipped` to the next number that is not; both arrays are ascending."""
+    """Moves each position that is in `skipped` to the next number not in `skipped`; both arrays are ascending."""
     if not len(skipped):
         return positions
     run_ends = skipped[np.append(np.flatnonzero(np.diff(skipped) > 1), len(skipped) - 1)] + 1

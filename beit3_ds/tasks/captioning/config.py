@@ -20,7 +20,7 @@ class CaptioningConfig:
     because some captions do not fit their images. With a value above 0, a step of several micro-batches runs forward
     twice; the first pass computes the losses of all tokens of the step."""
     drop_after_steps: Count = 12_000
-    """Number of steps at the beginning of the run without dropped tokens."""
+    """Number of steps after which `dropped_share` takes effect. Earlier steps use all masked tokens."""
     generation: Literal["at_end", "always", "never"] = "at_end"
     """Which evaluations generate captions. `at_end` means evaluations that write result files: the last one of a run,
     and `beit3 evaluate`. Evaluations without generation only predict masked words."""

@@ -46,7 +46,9 @@ def predict_split(
     search: BeamSearch | None,
     tokenizer: TextTokenizer | None,
 ) -> GatheredResults | None:
-    """Predicts the masked words of every caption of a split, and may generate captions; all ranks must call it.
+    """Predicts the masked words of every caption of a split, and may generate captions.
+
+    All ranks must call this function.
 
     Args:
         evaluator: gives access to the model and the ranks.

@@ -92,7 +92,7 @@ def build_search(settings: CaptioningConfig) -> BeamSearch:
 
 
 class Captioning(Task):
-    """Defines captioning: the model predicts masked words from the image and the words before them.
+    """Defines captioning: the model predicts masked words from the image and the earlier words of the caption.
 
     Follows paper section 3.1.
     """

@@ -40,7 +40,7 @@ def tight_box(mask_MM: Tensor, box_4: Tensor) -> Tensor:
     """Returns the smallest box around the true cells of a mask, (4,).
 
     Args:
-        mask_MM: a mask with at least one true cell, (M, M) bool.
+        mask_MM: a mask with at least one true cell, (side, side) bool.
         box_4: left, top, right and bottom of the area that the mask covers.
     """
     rows, columns = mask_MM.any(1).nonzero()[:, 0], mask_MM.any(0).nonzero()[:, 0]

@@ -98,13 +98,13 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
 
 
 def repeat_edges(x_BCHW: Tensor, extents: Sequence[tuple[int, int]]) -> Tensor:
-    """Repeats the last row and column of each image into the padding of a feature map, (B, C, H, W).
+    """Repeats the last row and column of each image into the padding of a feature map.
 
     RoIAlign repeats the edge of a map for boxes at the edge of an image. In a padded map, RoIAlign would read zeros
     instead. The features of such a box would then depend on the sizes of the other images.
 
     Args:
-        x_BCHW: features of all images, (B, C, H, W).
+        x_BCHW: features of all images, (images, channels, height, width).
         extents: rows and columns of each image in the map.
     """
     rows, columns = x_BCHW.shape[2:]
@@ -118,7 +118,7 @@ def repeat_edges(x_BCHW: Tensor, extents: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def pool_boxes(pyramid: Pyramid, boxes: Sequence[Tensor], size: int) -> Tensor:
-    """Pools the features of each box by RoIAlign (He et al., 2017, arXiv:1703.06870), (R, C, size, size).
+    """Pools the features of each box by RoIAlign (He et al., 2017, arXiv:1703.06870).
 
     The area of a box selects its pyramid level (Lin et al., 2017, arXiv:1612.03144, equation 1). Pooling computes in
     float32; the result has the dtype of the features.
@@ -127,6 +127,9 @@ def pool_boxes(pyramid: Pyramid, boxes: Sequence[Tensor], size: int) -> Tensor:
         pyramid: feature maps by stride.
         boxes: boxes of each image, (N, 4) each.
         size: rows and columns of the result.
+
+    Returns:
+        Features of the boxes of all images, (boxes, channels, size, size).
     """
     strides = sorted(pyramid)
     first = pyramid[strides[0]]

@@ -28,7 +28,7 @@ from beit3_ds.tasks.detection.sampling import random_ranks, sample_balanced
 from beit3_ds.tasks.detection.views import Size
 
 IOUS = (0.5, 0.6, 0.7)
-"""Minimum IoU with an object for a box to be positive, per stage."""
+"""Minimum IoU with an object at which a box is positive, for each stage."""
 _POSITIVE_SHARE = 0.25
 _WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 _CODERS = tuple(BoxCoder(weights) for weights in _WEIGHTS)
@@ -54,9 +54,9 @@ class StageOutput(NamedTuple):
     """Holds the outputs of one stage for the boxes of all images."""
 
     logits: Tensor
-    """Class logits, (R, K + 1) float32; the last class is background."""
+    """Class logits, (boxes, classes + 1) float32; the last class is background."""
     deltas: Tensor
-    """Box regression outputs, (R, 4) float32; shared by all classes."""
+    """Box regression outputs, (boxes, 4) float32; shared by all classes."""
 
 
 class BoxStage(nn.Module):
@@ -77,7 +77,9 @@ class BoxStage(nn.Module):
         self.deltas = nn.Linear(width, 4)
 
     def forward(self, x_RCSS: Tensor) -> StageOutput:
-        """Returns the outputs for boxes from their pooled features, (R, C, S, S); R may be 0."""
+        """Returns the outputs for boxes from their pooled features, (boxes, channels, side, side); there may be no
+        boxes.
+        """
         for conv in self.convs:
             x_RCSS = conv(x_RCSS)
         h_RD = F.relu(self.linear(x_RCSS.flatten(1)))
@@ -129,13 +131,13 @@ class Cascade(nn.Module):
     def predict(
         self, pyramid: Pyramid, proposals: Sequence[Tensor], sizes: Sequence[Size]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Returns the refined boxes, (N, 4), and the class probabilities, (N, K), of each image, float32.
+        """Returns each image's refined boxes, (boxes, 4), and their class probabilities, (boxes, classes), float32.
 
         The probabilities are means over the three stages.
 
         Args:
             pyramid: feature maps by stride.
-            proposals: proposals of each image, (N, 4) each.
+            proposals: proposals of each image, (proposals, 4) each.
             sizes: height and width of each image in pixels.
         """
         boxes, probabilities = list(proposals), []

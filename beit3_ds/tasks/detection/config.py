@@ -25,11 +25,11 @@ class DetectionConfig:
     anchor_scale: Annotated[float, Range(1, 64)] = 8.0
     """Side of an anchor, divided by the stride of the anchor's pyramid level."""
     proposals_per_level: Positive = 2000
-    """Number of best-scored anchors per pyramid level that become proposals in training, before non-maximum
-    suppression."""
+    """In training, this number of anchors per pyramid level become proposals: those with the best scores. Non-maximum
+    suppression then removes some of them."""
     proposals: Positive = 1000
-    """Maximum number of proposals per image after non-maximum suppression. In an evaluation, also the number of
-    best-scored anchors per pyramid level that become proposals."""
+    """Maximum number of proposals per image after non-maximum suppression. In an evaluation, also the number of anchors
+    per pyramid level that become proposals."""
     sampled_anchors: Positive = 256
     """Number of anchors per image in the loss of the proposal network; at most half of the anchors match an object. The
     losses of an image are divided by this number, so they do not depend on the other images of a batch."""

@@ -25,6 +25,6 @@ class ConvNorm(nn.Module):
         self.norm = LayerNorm2d(channels, _EPSILON)
 
     def forward(self, x_RCHW: Tensor) -> Tensor:
-        """Returns features of the input's shape, (R, C, H, W); R may be 0."""
+        """Returns features of the input's shape, (boxes, channels, height, width); there may be no boxes."""
         normed: Tensor = F.relu(self.norm(self.conv(x_RCHW)))
         return normed

@@ -23,7 +23,8 @@ class Detections(NamedTuple):
     labels: Tensor
     """Category label of each detection, (N,) int64."""
     masks: Tensor | None = None
-    """Probability that each cell of the box belongs to the object, (N, S, S) float32; None in a task without masks."""
+    """Probability that each cell of the box belongs to the object, (N, side, side) float32; None in a task without
+    masks."""
 
 
 def choose_detections(
@@ -35,7 +36,7 @@ def choose_detections(
 
     Args:
         views: views of the batch; the views of a sample are consecutive.
-        scored: boxes, (N, 4), and class probabilities, (N, K), of each view.
+        scored: boxes, (N, 4), and class probabilities, (N, classes), of each view.
         suppression: suppresses overlapping boxes.
     """
     of_samples: list[list[Detections]] = []

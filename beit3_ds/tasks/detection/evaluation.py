@@ -38,7 +38,7 @@ _PREFIXES = {"bbox": "box", "segm": "mask"}
 
 
 def detect_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
-    """Detects the objects in every image of a split; all ranks must call it.
+    """Detects the objects in every image of a split; all ranks must call this function.
 
     Returns:
         On the main rank, a `DetectionRecord` per image as JSON, under the name `detections`; None on other ranks.

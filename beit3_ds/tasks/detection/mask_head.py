@@ -40,7 +40,7 @@ class MaskHead(nn.Module):
         self.masks = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, pyramid: Pyramid, boxes: Sequence[Tensor]) -> Tensor:
-        """Returns the mask logits of all classes for each box, (R, K, 28, 28) float32; R may be 0.
+        """Returns the mask logits of all classes for each box, (boxes, classes, 28, 28) float32; there may be no boxes.
 
         Args:
             pyramid: feature maps by stride.

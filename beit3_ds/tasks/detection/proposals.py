@@ -51,7 +51,8 @@ class LevelOutputs(NamedTuple):
     """Holds the proposal network's outputs for all images, level by level."""
 
     levels: tuple[tuple[Tensor, Tensor], ...]
-    """Objectness logits, (B, A, H, W) float32, and box regression outputs, (B, 4 * A, H, W) float32, of each level."""
+    """Objectness logits, (images, anchors, rows, columns) float32, and box regression outputs, (images, 4 * anchors,
+    rows, columns) float32, of each level. `anchors` is the number of anchors per cell."""
     nothing: Tensor
     """A scalar 0 that depends on every parameter."""
 
@@ -192,7 +193,10 @@ def _grid(size: Size, stride: int) -> Size:
 
 
 def _inside(sizes: Sequence[Size], stride: int, x_BCHW: Tensor) -> Tensor | None:
-    """Returns a mask of 1 for cells inside the images and 0 for padding, (B, 1, H, W); None if there is no padding."""
+    """Returns a mask of 1 for cells inside the images and 0 for padding, (images, 1, rows, columns).
+
+    Returns None if there is no padding.
+    """
     grids = [_grid(size, stride) for size in sizes]
     if all(grid == tuple(x_BCHW.shape[-2:]) for grid in grids):
         return None

@@ -75,7 +75,7 @@ class ObjectSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of left-out annotations, clipped boxes and too large images, by reason, with examples."""
+        """Returns the number of left-out annotations, clipped boxes and oversized images, by reason, with examples."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> DetectionSample:
@@ -120,7 +120,9 @@ def evaluation_sample(
 
 
 def open_objects(source: SourceConfig, settings: DetectionConfig, *, needs_images: bool = True) -> AnnotatedObjects:
-    """Opens a source of images with objects, and checks all entries and, with `needs_images`, that all images exist.
+    """Opens a source of images with objects, and checks all entries of the annotation file.
+
+    With `needs_images`, also checks that all images exist.
 
     Raises:
         ConfigError: if a file cannot be read, an image is missing, or an annotation is invalid; the message names the

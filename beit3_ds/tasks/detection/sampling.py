@@ -65,7 +65,7 @@ def sample_balanced(
 
 
 def _smallest(is_wanted_N: Tensor, count: int, ranks_N: Tensor) -> Tensor:
-    """Returns the indices of `count` candidates: wanted ones by random number, ascending, then arbitrary others.
+    """Returns `count` indices: first wanted candidates in ascending order of random numbers, then arbitrary others.
 
     Returns all indices if there are fewer than `count` candidates.
     """

@@ -43,7 +43,7 @@ class View(NamedTuple):
         return self._flip(self._scale(boxes_N4, self.size, self.original), self.size[1])
 
     def mask_to_image(self, masks_NSS: Tensor) -> Tensor:
-        """Converts masks inside boxes from the view to the image, (N, S, S): undoes a flip."""
+        """Converts masks inside boxes, (N, side, side), from the view to the image: undoes a flip."""
         return masks_NSS.flip(-1) if self.is_flipped else masks_NSS
 
     def _flip(self, boxes_N4: Tensor, width: int) -> Tensor:

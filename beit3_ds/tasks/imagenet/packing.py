@@ -39,8 +39,8 @@ def pack(
 
     Args:
         samples: images, then class texts. An image may also contain the text of its class (`ClassImage.text`).
-        drop_path: factors of stochastic depth, (sequences, layers, 2) float32; None without stochastic depth. An image
-            with a text has two consecutive rows.
+        drop_path: factors of stochastic depth, (sequences, layers, 2) float32, in the order of `samples`. An image that
+            contains a text has two entries: first for the image, then for the text. None without stochastic depth.
         sources: value of `PackedBatch.sources`.
         model: the model's configuration.
         head: head of the task. `linear` reads the patches of each image; `names` reads the first row of each image and

@@ -164,7 +164,7 @@ class ClassTexts:
 def encode_classes(
     classes: ClassList, settings: ImagenetConfig, tokenizer: TextTokenizer, length: int
 ) -> list[ClassText]:
-    """Tokenizes the text of every class, and cuts it to `length` tokens, with BOS and EOS.
+    """Tokenizes the text of every class, and cuts each text to `length` tokens, including BOS and EOS.
 
     Raises:
         ConfigError: if a class name has no tokens.

@@ -53,7 +53,7 @@ class ClassScores(NamedTuple):
 def score_split(
     evaluator: Evaluator, split: Split, texts: Sequence[ClassText], batches: Sequence[PackedBatch]
 ) -> ClassScores | None:
-    """Classifies all images of a split; all ranks must call it.
+    """Classifies all images of a split; all ranks must call this function.
 
     Args:
         evaluator: gives access to the model and the ranks.

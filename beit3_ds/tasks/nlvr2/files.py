@@ -160,7 +160,7 @@ class Statements:
             )
 
     def image_path(self, index: int, side: int) -> str:
-        """Returns the path of one of the two images of a sample, relative to the folder of images.
+        """Returns the path of a sample's left or right image, relative to the folder of images.
 
         Args:
             index: index of the sample.

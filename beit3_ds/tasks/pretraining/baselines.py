@@ -11,7 +11,8 @@ from beit3_ds.parallel import Mesh
 from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, Encode, encode_images
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
-"""Maps each loss term of pretraining to the kind of samples that it is computed from, in the order of the terms."""
+"""Maps each loss term of pretraining to the kind of samples from which the term is computed, in the order of the terms.
+"""
 
 
 @torch.no_grad()
@@ -25,10 +26,9 @@ def unigram_entropies(
 ) -> dict[str, float]:
     """Returns, per loss term, the cross entropy in nats of the best predictor that ignores the input.
 
-    The best such predictor predicts each id with a probability equal to the id's frequency. The cross entropy then is
-    the entropy of these frequencies, counted over all patches or tokens of the validation samples of all ranks. BOS
-    does not count, because BOS is never predicted. The ranks sum their counts, one integer per source and vocabulary
-    entry.
+    This predictor gives each id a probability equal to the id's frequency. The cross entropy is then the entropy of
+    these frequencies. They are counted over all patches or tokens of the validation samples of all ranks. BOS does not
+    count, because BOS is never predicted. The ranks sum their counts, one integer per source and vocabulary entry.
 
     Args:
         batches: this rank's validation batches.

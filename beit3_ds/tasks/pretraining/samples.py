@@ -56,7 +56,7 @@ class PairSamples:
     is_last_open: ClassVar[bool] = False
 
     images: ImageSamples
-    """Prepares the images of the source. Its field `source` also reads the captions."""
+    """Prepares the images of the source; `images.source` also reads the captions."""
     tokenizer: TextTokenizer
     """Converts captions to token ids."""
     length: int

@@ -33,8 +33,8 @@ class CropAugmentation:
     max_scale: float
     """Largest scale factor."""
     max_class_share: float
-    """Largest accepted share of one class in the labelled pixels. Up to ten crops are drawn until one is accepted;
-    otherwise the last crop is used."""
+    """Largest accepted share of one class in the labelled pixels. Up to ten crops are drawn until one is accepted. If
+    none is accepted, the last crop is used."""
     flip_probability: float
     """Probability of a horizontal flip."""
     distorts: bool

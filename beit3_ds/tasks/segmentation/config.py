@@ -73,8 +73,8 @@ class SegmentationConfig:
     max_scale: Annotated[float, Range(0.01, 100)] = 2.0
     """Largest factor of scale jitter."""
     max_class_share: Share = 0.75
-    """Largest share of one class in the labelled pixels of a crop. Up to ten crops are drawn until one is within this
-    limit."""
+    """Largest accepted share of one class in the labelled pixels of a crop. Up to ten crops are drawn until one is
+    accepted. If none is accepted, the last crop is used."""
     distortion: bool = True
     """Whether brightness, contrast, saturation and hue of training crops change at random (SSD's photometric
     distortion)."""

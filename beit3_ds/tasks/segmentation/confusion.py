@@ -41,11 +41,11 @@ class Confusion:
 
     @property
     def pixels(self) -> Tensor:
-        """Returns the number of pixels of each class, (C,) int64."""
+        """Returns the number of pixels per true class, (classes,) int64."""
         return self.counts_CC.sum(1)
 
     def iou(self) -> Tensor:
-        """Returns the intersection over union of each class, (C,) float64.
+        """Returns the intersection over union of each class, (classes,) float64.
 
         The value is NaN for a class that neither occurs nor is predicted.
         """
@@ -54,7 +54,7 @@ class Confusion:
         return intersection / union
 
     def accuracy(self) -> Tensor:
-        """Returns the share of each class's pixels that are predicted right, (C,) float64.
+        """Returns the share of each class's pixels that are predicted right, (classes,) float64.
 
         The value is NaN for a class that does not occur.
         """

@@ -67,7 +67,7 @@ def segment_split(
     *,
     with_files: bool,
 ) -> SegmentedImages | None:
-    """Segments all images of a split; all ranks must call it.
+    """Segments all images of a split; all ranks must call this function.
 
     Each data-parallel rank segments different images. Pixel counts are integers, so the sums over all ranks are exact.
     Each rank sends its results once to the main rank, over gloo.

@@ -90,8 +90,8 @@ class SegmentationHead(Head):
             with_loss: True returns sums of loss terms, False class scores.
 
         Returns:
-            Sums of the three terms over all images, (3,) float32; or class scores from 0 to the number of queries, (B,
-            C, height, width) float32. The result is equal on all tensor-parallel ranks.
+            Sums of the three terms over all images, (3,) float32; or class scores from 0 to the number of queries,
+            (images, classes, height, width) float32. The result is equal on all tensor-parallel ranks.
         """
         sum_gradients(self, self.tensor)
         layers = self.decoder(maps)
@@ -143,7 +143,7 @@ def class_scores(predictions: QueryPredictions, size: tuple[int, int]) -> Tensor
         size: height and width of the result; masks are resized bilinearly.
 
     Returns:
-        Scores, (B, C, height, width) float32.
+        Scores, (images, classes, height, width) float32.
     """
     classes = predictions.classes_BQX.softmax(-1)[..., :-1]
     masks = predictions.masks_BQHW

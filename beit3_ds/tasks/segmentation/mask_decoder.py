@@ -23,9 +23,9 @@ class QueryPredictions(NamedTuple):
     """Holds the queries' predictions after one decoder layer."""
 
     masks_BQHW: Tensor
-    """Mask logits of each query on the finest map, (B, Q, H, W)."""
+    """Mask logits of each query on the finest map, (images, queries, rows, columns)."""
     classes_BQX: Tensor
-    """Class logits of each query, (B, Q, C + 1); the last class is "no object"."""
+    """Class logits of each query, (images, queries, classes + 1); the last class is "no object"."""
 
 
 def mask2former_config(settings: SegmentationConfig) -> Any:
@@ -101,8 +101,8 @@ class MaskDecoder(nn.Module):
         """Returns the queries' predictions before the first layer and after each layer, float32.
 
         Args:
-            maps: four maps with 1/4, 1/8, 1/16 and 1/32 of the image's height and width, each (B, D, rows, columns); B
-                may be 0.
+            maps: four maps with 1/4, 1/8, 1/16 and 1/32 of the image's height and width, each (images, channels, rows,
+                columns); there may be no images.
         """
         count, device = len(maps[0]), maps[0].device
         if not count:

@@ -16,16 +16,16 @@ NO_OBJECT_WEIGHT = 0.1
 """Weight of a query without a target mask in the class term; a query with a target mask has weight 1 (as in
 Mask2Former)."""
 QUERY_UNITS = 10
-"""Weight, in `TermCounts.classes`, of a query that is matched with a target mask. An unmatched query has weight 1."""
+"""Number that `TermCounts.classes` counts for each query matched with a target mask. Any other query counts 1."""
 
 
 class TermCounts(NamedTuple):
-    """Holds the denominators of an image's loss terms: the total weight of queries, and the number of target masks."""
+    """Holds the denominators of an image's loss terms."""
 
     classes: int
-    """Sum of the weights of all queries, in units of 1 / `QUERY_UNITS`."""
+    """Denominator of the class term: `QUERY_UNITS` per query matched with a target mask, and 1 per other query."""
     masks: int
-    """Number of target masks that are matched with a query."""
+    """Denominator of the two mask terms: number of target masks that are matched with a query."""
 
     @classmethod
     def of(cls, num_masks: int, num_queries: int) -> "TermCounts":
@@ -64,9 +64,9 @@ class MaskLoss:
         """Returns the three terms (classes, masks, dice), each summed over all images and layers, (3,) float32.
 
         Args:
-            layers: predictions of each layer; B may be 0.
-            labels: class of each pixel, (B, height, width) uint8, `config.IGNORED` where unknown.
-            classes: classes in each image, ascending, (N,) int64.
+            layers: predictions of each layer; there may be no images.
+            labels: class of each pixel, (images, height, width) uint8, `config.IGNORED` where unknown.
+            classes: classes in each image, ascending, (classes,) int64 each.
             seeds: seed of the random points of each image.
         """
         # Without images, the sums still depend on every parameter.

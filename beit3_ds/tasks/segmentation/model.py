@@ -48,12 +48,12 @@ class SegmentationModel(TaskModel):
 
         Args:
             batch: the packed micro-batch.
-            with_loss: whether tensor-parallel ranks divide the images, as for the loss; otherwise each rank computes
-                all images.
+            with_loss: True divides the images over the tensor-parallel ranks, as for the loss. With False, each rank
+                computes all images.
 
         Returns:
-            Four maps of this rank's images, with 1/4, 1/8, 1/16 and 1/32 of the height and width, each (B, D, rows,
-            columns).
+            Four maps of this rank's images, with 1/4, 1/8, 1/16 and 1/32 of the height and width, each (images, hidden
+            size, rows, columns).
         """
         head = self.heads
         assert isinstance(head, SegmentationHead) and head.adapter is not None, "the model has no adapter"
@@ -76,8 +76,10 @@ class SegmentationModel(TaskModel):
     def _run_blocks(
         self, x_BND: Tensor, blocks: range, batch: PackedBatch, divided: DividedSamples, grid: Grid
     ) -> Tensor:
-        """Runs a range of blocks on the patches of all tensor-parallel ranks; returns this rank's patches, (B, N, D),
-        row-major.
+        """Runs a range of blocks on the patches of all tensor-parallel ranks.
+
+        Returns:
+            The patches of this rank's images, (images, patches, hidden size), in row-major order.
         """
         with torch.autocast(x_BND.device.type, enabled=False):
             x_TD = self.tensor.scatter_rows(divided.merge(self._as_stream(x_BND, grid)))
@@ -85,8 +87,9 @@ class SegmentationModel(TaskModel):
             return self._own_patches(x_TD, batch, divided, grid)
 
     def _own_patches(self, x_TD: Tensor, batch: PackedBatch, divided: DividedSamples, grid: Grid) -> Tensor:
-        """Returns the patches of this rank's images, (B, N, D), in row-major order; tensor-parallel ranks gather the
-        rows.
+        """Returns the patches of this rank's images, (images, patches, hidden size), in row-major order.
+
+        The tensor-parallel ranks gather the rows.
 
         Args:
             x_TD: this rank's rows of the packed micro-batch.
@@ -101,7 +104,10 @@ class SegmentationModel(TaskModel):
         return rows_TD.view(len(own_grids), grid[0] * grid[1], rows_TD.shape[1])
 
     def _as_stream(self, x_BND: Tensor, grid: Grid) -> Tensor:
-        """Reorders patches from row-major order to the order of the packed rows, (B, N, D) -> (B * N, D)."""
+        """Reorders patches from row-major order to the order of the packed rows.
+
+        The shape changes from (images, patches, hidden size) to (images * patches, hidden size).
+        """
         if not self._window_size:
             return x_BND.flatten(0, 1)
         return from_canvas(x_BND.transpose(1, 2).unflatten(2, grid), (grid,) * len(x_BND), self._window_size)

@@ -18,20 +18,21 @@ from beit3_ds.tasks.segmentation.mask_loss import TermCounts
 from beit3_ds.tasks.segmentation.samples import LabelledCrop, WholeImage
 
 LABELS = "labels"
-"""Key in `PackedBatch.targets`: class of each pixel of the crops, (B, size, size) uint8."""
+"""Key in `PackedBatch.targets`: class of each pixel of the crops, (crops, size, size) uint8."""
 CLASSES = "classes"
 """Key in `PackedBatch.targets`: classes in each crop, ascending, one crop after the other, int64."""
 CLASS_COUNTS = "class counts"
-"""Key in `PackedBatch.host_targets`: number of classes in each crop, (B,) int64."""
+"""Key in `PackedBatch.host_targets`: number of classes in each crop, (crops,) int64."""
 SEEDS = "seeds"
-"""Key in `PackedBatch.host_targets`: seed of the random points of each crop, (B,) int64."""
+"""Key in `PackedBatch.host_targets`: seed of the random points of each crop, (crops,) int64."""
 DROP_PATH = "extractor factors"
-"""Key in `PackedBatch.targets`: stochastic-depth factors of the adapter's extractors, (B, E) float32."""
+"""Key in `PackedBatch.targets`: stochastic-depth factors of the adapter's extractors, (crops, extractors) float32."""
 NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
 """Keys in `PackedBatch.targets` for whole images.
 
-`NUMBERS` is the index of each image in its split, (B,) int64. `SIZES` is the height and width of each image in pixels,
-(B, 2) int64. `PIXELS` and `TRUTH` are the pixels and the classes of all images, each flattened to one uint8 vector.
+`NUMBERS` is the index of each image in its split, (images,) int64. `SIZES` is the height and width of each image in
+pixels, (images, 2) int64. `PIXELS` and `TRUTH` are the pixels and the classes of all images, each flattened to one
+uint8 vector.
 """
 
 

@@ -62,7 +62,7 @@ def _score_image(folder: Folder, source: LabelMaps, index: int, num_classes: int
 
 
 def _classes(values: NDArray[np.uint8], num_classes: int) -> NDArray[np.uint8]:
-    """Returns the class of each pixel of a prediction, which is its value - 1.
+    """Returns the class of each pixel of a prediction, which is the pixel's value - 1.
 
     Raises:
         ValueError: if a value is not between 1 and `num_classes`.

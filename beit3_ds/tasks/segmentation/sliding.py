@@ -18,8 +18,8 @@ from beit3_ds.tasks.segmentation.config import SegmentationConfig
 Size = tuple[int, int]
 """Height and width in pixels."""
 ScoreWindows = Callable[[Iterable[Sequence[Tensor]]], Iterator[Tensor]]
-"""Type of a function that takes batches of windows and yields each batch's class scores, (windows, C, height, width).
-All windows of a batch have one size. A batch may be empty."""
+"""Type of a function that takes batches of windows and yields each batch's class scores, (windows, classes, height,
+width). All windows of a batch have one size. A batch may be empty."""
 
 
 class ScaledImage(NamedTuple):
@@ -142,7 +142,7 @@ class _MergedWindows:
         self._counts[window.place] += 1
 
     def resized(self, size: Size) -> Tensor:
-        """Returns the mean scores resized to the original image, (C, height, width); undoes a flip."""
+        """Returns the mean scores resized to the original image, (classes, height, width); undoes a flip."""
         mean = self._sums / self._counts
         mean = mean.flip(-1) if self.scaled.is_flipped else mean
         return F.interpolate(mean[None], size, mode="bilinear", align_corners=False)[0]

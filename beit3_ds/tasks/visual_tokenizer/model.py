@@ -71,8 +71,8 @@ class TokenizerModel(VisualTokenizer, StageModel):
 
         Returns:
             With `loss_factors`, a `LossOutput` with two sums over all patches: the distance 1 - cos(reconstruction,
-                teacher's features - `center`), and the commitment loss. Otherwise the unit vectors before quantization,
-                (images, patches, width) float32.
+                teacher's features - `center`), and the commitment loss. Without `loss_factors`, the unit vectors before
+                quantization, (images, patches, width) float32.
         """
         assert batch.pixels is not None, "the tokenizer's only stage has the pixels"
         vectors_BNC = self.project(batch.pixels)

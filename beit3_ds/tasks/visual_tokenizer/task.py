@@ -166,11 +166,11 @@ class VisualTokenizerTask(Task):
         self._teacher: Teacher | None = None
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the settings that a resumed run must keep: the tokenizer's training settings without the images."""
+        """Returns the settings that a resumed run must keep: all training settings except the image sources."""
         return {key: value for key, value in self._recipe().items() if key != "images.train"}
 
     def find_result(self) -> str | None:
-        """Returns one line about the tokenizer's file if the file exists with this run's settings; otherwise None.
+        """Returns one line about the tokenizer's file if a run with equal settings wrote it; None if there is no file.
 
         Raises:
             ConfigError: if the file was trained with other settings, or is not a tokenizer.
@@ -298,8 +298,9 @@ def _tokenizer(evaluator: Evaluator) -> TokenizerModel:
 
 
 def _vectors(evaluator: Evaluator, steps: Iterable[StepBatch]) -> Iterator[Tensor]:
-    """Yields the encoder's vectors of each micro-batch, (images, patches, width), in evaluation mode; all ranks call
-    it.
+    """Yields the encoder's vectors of each micro-batch, (images, patches, width), in evaluation mode.
+
+    All ranks must call this function.
     """
     batches = (batch for step in steps for batch in step.micro_batches)
     for _, vectors in evaluator.predict(batches):

@@ -14,7 +14,7 @@ class VqaConfig:
 
     num_answers: Annotated[int, Range(2, 2**20)] = 3129
     """Number of answers in the answer list; VQAv2's training and validation answers give 3,129. If the list has another
-    length, the run stops at its start, and the error message contains the length."""
+    length, the run stops at startup with an error that names the length."""
     min_answer_occurrences: Positive = MIN_OCCURRENCES
     """An answer is listed if it is the main answer to at least this number of training questions (Microsoft's BEiT-3
     code: 9)."""

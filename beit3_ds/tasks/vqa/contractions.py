@@ -33,4 +33,4 @@ CONTRACTIONS = {
     **{"youd": "you'd", "youd've": "you'd've", "you'dve": "you'd've", "youll": "you'll", "youre": "you're"},
     **{"youve": "you've"},
 }
-"""Maps a word without apostrophe, such as `dont`, to the contraction, such as `don't`."""
+"""Maps a word that lacks an apostrophe, such as `dont`, to the contraction, such as `don't`."""

@@ -27,7 +27,7 @@ SUBMISSION, RESULTS, PAGE = "submission.json", "results.json", "answers.html"
 
 
 def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
-    """Answers every question of a split; all ranks must call it.
+    """Answers every question of a split; all ranks must call this function.
 
     Returns:
         Results per question on the main rank; None on other ranks. `answer` is the label of the model's answer. `loss`

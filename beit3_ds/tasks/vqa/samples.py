@@ -132,7 +132,7 @@ def open_questions(source: SourceConfig) -> VqaQuestions:
 def build_stream(
     config: RunConfig, opened: list[VqaQuestions], vocabulary: AnswerVocabulary, tokenizer: TextTokenizer, split: Split
 ) -> Stream:
-    """Joins the opened sources of questions of a split to one sequence of samples."""
+    """Joins the question sources of a split to one sequence of samples."""
     view = build_pair_view(config, split)
     return Stream(
         ConcatSources(
