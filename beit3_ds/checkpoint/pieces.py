@@ -139,7 +139,7 @@ def write_pieces(folder: Path, pieces: PieceTable) -> WrittenFile:
         OSError: if the disk is full or cannot be written.
     """
     entry = TensorEntry(PIECES, torch.int64, pieces.rows.shape)
-    return write_tensor_file(folder / PIECES_FILE, [entry], lambda name: torch.from_numpy(pieces.rows), {})
+    return write_tensor_file(folder / PIECES_FILE, [entry], lambda name: [torch.from_numpy(pieces.rows)], {})
 
 
 def read_pieces(folder: Path, index: Index) -> PieceTable:

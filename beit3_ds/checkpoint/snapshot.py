@@ -95,14 +95,16 @@ class Snapshot:
             }
             entries = [TensorEntry(key, torch.float32, part.shape) for key, (_, part, _) in places.items()]
 
-            def read(key: str, places: dict[str, tuple[str, TensorSlice, int]] = places) -> Tensor:
+            def read(key: str, places: dict[str, tuple[str, TensorSlice, int]] = places) -> list[Tensor]:
                 kind, part, position = places[key]
-                return self._memory[kind][position : position + part.num_elements].view(part.shape)
+                return [self._memory[kind][position : position + part.num_elements]]
 
             name = file_name(file_kind, rank)
             written[name] = write_tensor_file(folder / name, entries, read, {"format": "pt"})
         if self._buffers:
             name = file_name(BUFFERS, rank)
             entries = [TensorEntry(key, buffer.dtype, buffer.shape) for key, buffer in self._buffers.items()]
-            written[name] = write_tensor_file(folder / name, entries, self._buffers.__getitem__, {"format": "pt"})
+            written[name] = write_tensor_file(
+                folder / name, entries, lambda key: [self._buffers[key]], {"format": "pt"}
+            )
         return written

@@ -1,4 +1,4 @@
-"""Writes and reads safetensors files tensor by tensor, so that a file may be larger than memory.
+"""Writes and reads safetensors files piece by piece, so that a file may be larger than memory.
 
 The safetensors library needs all tensors of a new file at once, and computes no digest. The library also memory-maps
 files for reading, so reading a truncated file kills the process.
@@ -6,7 +6,7 @@ files for reading, so reading a truncated file kills the process.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class WrittenFile(NamedTuple):
 def write_tensor_file(
     path: Path,
     entries: Sequence[TensorEntry],
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str],
     *,
     with_digest: bool = True,
@@ -50,8 +50,8 @@ def write_tensor_file(
     Args:
         path: path of the file, which must not exist.
         entries: tensors of the file, in order.
-        read: function that returns a tensor by name. It is called once per tensor, in order; each tensor is freed after
-            it is written.
+        read: function that returns a tensor's elements by name, in row-major order, in blocks of any shape. It is
+            called once per tensor, in order; each block is freed after it is written.
         metadata: strings to store in the header.
         with_digest: whether to compute the SHA-256 digest; if false, the digest in the result is empty.
 
@@ -69,9 +69,12 @@ def write_tensor_file(
     with NewFile(path, with_digest=with_digest) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape in entries:
-            tensor = read(name)
-            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), f"{name} is not what was announced"
-            file.write(_bytes_of(tensor.cpu().contiguous()))
+            missing = torch.Size(shape).numel()
+            for block in read(name):
+                assert block.dtype == dtype, f"{name} is {block.dtype} instead of {dtype}"
+                file.write(_bytes_of(block.cpu().contiguous()))
+                missing -= block.numel()
+            assert missing == 0, f"{missing} of the announced elements of {name} are missing"
     return WrittenFile(file.num_bytes, file.sha256)
 
 

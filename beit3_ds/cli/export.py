@@ -9,7 +9,12 @@ def add_export_command(subparsers: Subparsers) -> None:
     """Adds the subcommand `export`."""
     summary = "write a model's weights for one device, for the reference's code, or for timm"
     command = add_command(
-        subparsers, "export", _export, summary, details="Only one tensor is in memory at a time.", writes_files=True
+        subparsers,
+        "export",
+        _export,
+        summary,
+        details="At most one tensor is in memory at a time.",
+        writes_files=True,
     )
     command.add_argument(
         "checkpoint",

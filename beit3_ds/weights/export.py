@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,7 +62,7 @@ def export_weights(
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes a model's weights to `out`; keeps only one tensor in memory at a time.
+    """Writes a model's weights to `out`; keeps at most one tensor in memory at a time, and usually 1 MiB of it.
 
     Files are written under a temporary name and then renamed to `out`.
 
@@ -266,17 +266,18 @@ def _plan(reader: WeightReader, format: ExportFormat) -> list[PlannedTensor]:
 
 
 def _counted(tensor: PlannedTensor, bar: tqdm) -> PlannedTensor:
-    def build() -> Tensor:
-        bar.update(tensor.num_bytes)
-        return tensor.build()
+    def blocks() -> Iterator[Tensor]:
+        for block in tensor.blocks():
+            bar.update(block.nbytes)
+            yield block
 
-    return tensor._replace(build=build)
+    return tensor._replace(blocks=blocks)
 
 
 def _write_safetensors(path: Path, planned: Sequence[PlannedTensor], metadata: dict[str, str]) -> None:
-    builders = {tensor.name: tensor.build for tensor in planned}
+    blocks = {tensor.name: tensor.blocks for tensor in planned}
     entries = [TensorEntry(tensor.name, tensor.dtype, tensor.shape) for tensor in planned]
-    write_tensor_file(path, entries, lambda name: builders[name](), metadata, with_digest=False)
+    write_tensor_file(path, entries, lambda name: blocks[name](), metadata, with_digest=False)
 
 
 def _write_shards(folder: Path, planned: Sequence[PlannedTensor], max_bytes: int, metadata: dict[str, str]) -> None:

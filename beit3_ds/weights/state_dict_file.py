@@ -1,4 +1,4 @@
-"""Writes a torch file with a state dict, one tensor at a time."""
+"""Writes a torch file with a state dict, without all tensors in memory."""
 
 import os
 import tempfile
@@ -17,7 +17,7 @@ def write_state_dict_file(path: Path, planned: Sequence[PlannedTensor], notes: M
     """Writes {"model": state dict, **notes} to a new file that `torch.load(weights_only=True)` reads; syncs the file.
 
     torch.save needs all tensors at once, so it gets them from a memory-mapped temporary file next to `path`. Memory
-    holds one tensor at a time, but the disk briefly holds all tensors twice.
+    holds one block at a time, but the disk briefly holds all tensors twice.
 
     Raises:
         FileExistsError: if the file exists.
@@ -34,8 +34,12 @@ def write_state_dict_file(path: Path, planned: Sequence[PlannedTensor], notes: M
         for tensor, offset in zip(planned, offsets, strict=True):
             # A storage of its own for every tensor: torch.save writes whole storages.
             flat = torch.from_numpy(mapped[offset : offset + tensor.num_bytes])
-            state[tensor.name] = flat.view(tensor.dtype).view(tensor.shape)
-            state[tensor.name].copy_(tensor.build())
+            elements, position = flat.view(tensor.dtype), 0
+            for block in tensor.blocks():
+                elements[position : position + block.numel()] = block.flatten()
+                position += block.numel()
+            assert position == elements.numel(), f"{tensor.name} has {position} elements, not {elements.numel()}"
+            state[tensor.name] = elements.view(tensor.shape)
         torch.save({"model": state, **notes}, file)
         file.flush()
         os.fsync(file.fileno())

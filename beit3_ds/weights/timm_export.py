@@ -1,11 +1,13 @@
 """Plans the export of a model's vision tower to timm's format, such as `beit3_base_patch16_224`."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
-from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
+from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy, read_blocks
 from beit3_ds.weights.reader import WeightReader
 from beit3_ds.weights.timm_names import timm_names
 from beit3_ds.weights.unilm_names import reference_letters
@@ -87,16 +89,15 @@ def _plan_tensor(reader: WeightReader, key: str, names: tuple[str, ...]) -> Plan
     if len(names) > 1:
         return _joined(reader, key, list(names))
     if dims := _BATCH_DIMS.get(key, 0):
-        return _with_batch_dims(reader, key, names[0], dims)
+        return plan_copy(reader, names[0])._replace(name=key, shape=(1,) * dims + tuple(reader.shape(names[0])))
     return plan_copy(reader, names[0])._replace(name=key)
-
-
-def _with_batch_dims(reader: WeightReader, key: str, name: str, dims: int) -> PlannedTensor:
-    shape = (1,) * dims + tuple(reader.shape(name))
-    return PlannedTensor(key, reader.dtype(name), shape, lambda: reader.read(name).view(shape))
 
 
 def _joined(reader: WeightReader, key: str, names: list[str]) -> PlannedTensor:
     rows, *rest = reader.shape(names[0])
     shape = (len(names) * rows, *rest)
-    return PlannedTensor(key, reader.dtype(names[0]), shape, lambda: torch.cat([reader.read(name) for name in names]))
+
+    def blocks() -> Iterator[Tensor]:
+        return chain.from_iterable(read_blocks(reader, name) for name in names)
+
+    return PlannedTensor(key, reader.dtype(names[0]), shape, blocks)

@@ -56,6 +56,7 @@ class TimmFile:
             }
             stored = {name: parameter.shape for name, parameter in PretrainingModel(note.model).named_parameters()}
         self._tensors = dict(_by_logical_name(tensors, note, stored, str(path)))
+        self._initial: tuple[str, Tensor] | None = None  # of the last tensor that was not in the file
         self.held = list(self._tensors)
 
     def names(self) -> list[str]:
@@ -77,7 +78,9 @@ class TimmFile:
             if name == IMAGE_POSITION:
                 tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
         else:
-            tensor = initial_value(name, self._shapes[name], self.model, 0).to(self.dtype(name))
+            if self._initial is None or self._initial[0] != name:
+                self._initial = name, initial_value(name, self._shapes[name], self.model, 0).to(self.dtype(name))
+            tensor = self._initial[1]
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:

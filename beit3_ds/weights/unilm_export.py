@@ -1,11 +1,13 @@
 """Plans the export of a model to the format of BEiT-3's reference code (unilm/beit3 with torchscale 0.3.0)."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError
 from beit3_ds.model.pretrained import EXTRA_PREFIX, REPLACEABLE
-from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
+from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy, read_blocks
 from beit3_ds.weights.reader import WeightReader
 from beit3_ds.weights.unilm_heads import LOG_SCALE, LOG_SCALE_KEY, export_log_scale, head_keys
 from beit3_ds.weights.unilm_names import (
@@ -69,14 +71,14 @@ def _plan_tensor(reader: WeightReader, key: str, name: str, held: set[str]) -> P
     tensor = plan_copy(reader, name)._replace(name=key)
     if key not in TOKENS:
         return tensor
-    return tensor._replace(shape=(1, 1, *tensor.shape), build=lambda: reader.read(name).view(1, 1, -1))
+    return tensor._replace(shape=(1, 1, *tensor.shape))
 
 
 def _plan_log_scale(reader: WeightReader, held: set[str]) -> PlannedTensor:
     """Plans unilm's `logit_scale`; copies an imported value bit for bit."""
     if (imported := EXTRA_PREFIX + LOG_SCALE_KEY) in held:
         return plan_copy(reader, imported)._replace(name=LOG_SCALE_KEY)
-    return PlannedTensor(LOG_SCALE_KEY, reader.dtype(LOG_SCALE), (), lambda: export_log_scale(reader.read(LOG_SCALE)))
+    return PlannedTensor(LOG_SCALE_KEY, reader.dtype(LOG_SCALE), (), lambda: [export_log_scale(reader.read(LOG_SCALE))])
 
 
 def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
@@ -85,8 +87,9 @@ def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -
     imported = unused in held
     filler = 0 if imported or name != "embeddings.text_position" else TEXT_POSITION_ROWS - UNUSED_POSITIONS - rows
 
-    def build() -> Tensor:
-        first = reader.read(unused) if imported else torch.zeros(UNUSED_POSITIONS, width, dtype=dtype)
-        return torch.cat([first, reader.read(name), torch.zeros(max(filler, 0), width, dtype=dtype)])
+    def blocks() -> Iterator[Tensor]:
+        yield reader.read(unused) if imported else torch.zeros(UNUSED_POSITIONS, width, dtype=dtype)
+        yield from read_blocks(reader, name)
+        yield torch.zeros(max(filler, 0), width, dtype=dtype)
 
-    return PlannedTensor(key, dtype, (UNUSED_POSITIONS + rows + max(filler, 0), width), build)
+    return PlannedTensor(key, dtype, (UNUSED_POSITIONS + rows + max(filler, 0), width), blocks)

@@ -96,7 +96,9 @@ def write_checkpoint(folder: Path, shape: tuple[int, int], written: Parts) -> No
             of_rank = {key: whole[part.top : part.bottom, part.left : part.right] for key, whole in values.items()}
             entries = [TensorEntry(key, torch.float32, part.shape) for key in of_rank]
             name = file_name(file_kind, rank)
-            files[name] = write_tensor_file(folder / name, entries, of_rank.__getitem__, {}, with_digest=False)
+            files[name] = write_tensor_file(
+                folder / name, entries, lambda key, of_rank=of_rank: [of_rank[key]], {}, with_digest=False
+            )
     table = PieceTable.build((NAME, piece) for piece in pieces)
     files[PIECES_FILE] = write_pieces(folder, table)
     index = Index(

@@ -22,7 +22,7 @@ TENSORS = {
 def write(path: Path) -> str:
     """Writes all tensors to a file; returns its digest."""
     entries = [TensorEntry(name, x.dtype, tuple(x.shape)) for name, x in TENSORS.items()]
-    written = write_tensor_file(path, entries, TENSORS.__getitem__, {"note": "é"})
+    written = write_tensor_file(path, entries, lambda name: TENSORS[name].flatten().split(4), {"note": "é"})
     assert written.num_bytes == path.stat().st_size
     return written.sha256
 

@@ -203,10 +203,7 @@ MEGABYTE = 1 << 20
 
 
 class LargeReader:
-    """Simulates a reader of 216 MB in 6 tensors, each created when it is read.
-
-    The allocator returns blocks above 32 MB to the system at once, but may keep smaller ones.
-    """
+    """Simulates a reader of 216 MB in 6 tensors, each created when it is read."""
 
     model, step = small_model_config(num_layers=6, num_vision_language_layers=0), 0
     task = None
@@ -221,7 +218,7 @@ class LargeReader:
         return torch.float32
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        return torch.full((9 * MEGABYTE,), 0.5)
+        return torch.full((9 * MEGABYTE,) if part is None else part.shape, 0.5)
 
 
 @contextmanager
@@ -251,9 +248,9 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize("kind", ["file", "shards", "state dict"])
-def test_memory_stays_near_the_largest_tensor(kind: str, tmp_path: Path) -> None:
+def test_memory_stays_far_below_a_tensor(kind: str, tmp_path: Path) -> None:
     (peak,) = run_ranks(measure_export, 1, kind, tmp_path)  # a process in which no other test has kept memory
-    assert 30 * MEGABYTE < peak < 90 * MEGABYTE  # one or two tensors of six: one is written, the next is built
+    assert peak < 24 * MEGABYTE  # catches an export that reads a whole tensor of 36 MB
 
 
 def measure_export(kind: str, folder: Path) -> int:
@@ -296,7 +293,7 @@ def test_force_replaces_nothing_that_no_export_wrote(kind: str, tmp_path: Path) 
         case "text":
             out.write_text("mine")
         case "checkpoint's file":
-            write_tensor_file(out, [TensorEntry("x", torch.float32, (2,))], lambda name: torch.zeros(2), {})
+            write_tensor_file(out, [TensorEntry("x", torch.float32, (2,))], lambda name: [torch.zeros(2)], {})
         case "released":
             torch.save({"model": {"x": torch.zeros(2)}}, out)
         case "link":
