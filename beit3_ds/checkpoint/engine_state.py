@@ -143,8 +143,9 @@ class EngineState:
     def fragments_to_save(self) -> list[Fragment]:
         """Returns the fragments of tensors that this rank saves.
 
-        All ranks together save each element of each tensor once. Without ZeRO, each data-parallel rank saves an equal
-        share. Tensors that are equal on all tensor-parallel ranks are saved by tensor-parallel rank 0.
+        All ranks together save each element of each tensor once. Under ZeRO, each rank saves the elements that it owns.
+        Without ZeRO, each data-parallel rank saves an equal share. Tensors that are equal on all tensor-parallel ranks
+        are saved by tensor-parallel rank 0.
         """
         self._start_moments()
         return list(self._shares())

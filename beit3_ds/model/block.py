@@ -26,7 +26,7 @@ class Block(nn.Module):
     """Computes x += drop_path(attention(x)) and then x += drop_path(ffn(x)), each with a pre-norm.
 
     The random draws of stochastic depth (paper, section 2.3) are part of the batch, so the forward pass is
-    deterministic and may be recomputed. The image and caption of a pair share one draw. A branch skips dropped
+    deterministic and may be recomputed. The image and caption of a pair share one draw. Attention and FFN skip dropped
     sequences if this saves time (`computed_sequences`).
     """
 
@@ -80,9 +80,9 @@ class Block(nn.Module):
 
 
 def computed_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
-    """Returns the sequences that a branch computes, or None if it computes all sequences.
+    """Returns the sequences that attention or FFN computes, or None for all sequences.
 
-    A branch computes all sequences if skipping the dropped ones would not save time.
+    All sequences are computed if skipping the dropped sequences would not save time.
 
     Args:
         batch: the packed micro-batch.

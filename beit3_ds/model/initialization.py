@@ -20,7 +20,7 @@ _MAGNETO_GAINED = re.compile(r"\.(v_proj|out_proj|fc1|fc2)\.weight")
 
 
 def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fills each parameter of `model` with this rank's part of its initial value. Padding rows are left unchanged."""
+    """Fills each parameter with this rank's part of the initial value. Padding rows are left unchanged."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = initial_value(name, logical_shape(parameter), config, seed)

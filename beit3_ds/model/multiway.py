@@ -96,11 +96,11 @@ class RowParallelMultiwayLinear(nn.Module):
         gelu: bool = False,
         norm: SubNorm | None = None,
     ) -> Tensor:
-        """Returns this rank's rows of the residual stream after the branch, (T, D).
+        """Returns this rank's rows of the residual stream, to which the layer's output has been added, (T, D).
 
         Args:
             activation: this rank's input features of all rows.
-            residual_TD: this rank's rows of the residual stream before the branch.
+            residual_TD: this rank's rows of the residual stream before the addition.
             factor_T: stochastic-depth factor of each of these rows; None without stochastic depth.
             layout: row ranges of the experts.
             gelu: whether to apply GELU to the input.

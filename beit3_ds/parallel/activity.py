@@ -6,7 +6,7 @@ import time
 from types import FrameType
 
 _UNMEASURED = ("starting", "reading data", "saving")
-"""Phases that may take much longer than a step. Their durations do not count in `Activity.longest_seconds`."""
+"""Phases that may take much longer than a step. Their durations are not included in `Activity.longest_seconds`."""
 
 
 class Activity:

@@ -1,4 +1,4 @@
-"""Exchanges host values between ranks, such as counts, decisions, names and batches, but no device tensors."""
+"""Exchanges values in host memory between ranks, such as counts, decisions, names and batches."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ _LENGTH_BYTES = 8
 class HostGroup:
     """Exchanges values in host memory between ranks over gloo. A group of one rank sends nothing.
 
-    Host values need their own process group, because NCCL rejects CPU tensors. In each process, `Mesh.host` is the
-    `HostGroup` of all ranks. `Mesh.host.among` returns subgroups for the axes of the mesh. Any other thread that
+    Values in host memory need their own process group, because NCCL rejects CPU tensors. In each process, `Mesh.host`
+    is the `HostGroup` of all ranks. `Mesh.host.among` returns subgroups for the axes of the mesh. Any other thread that
     communicates needs its own group (`build_host_group`).
 
     Messages follow binomial trees. A sum over P ranks takes 2 log2(P) consecutive messages, such as 18 for 512 ranks.

@@ -30,7 +30,7 @@ class Mesh:
     share a node.
 
     Process groups and the `sum_*` methods accept only tensors on this rank's device, because NCCL rejects CPU tensors.
-    Host values are exchanged through `host`, `data_host`, `tensor.host` and `pipeline.host`.
+    Values in host memory are exchanged through `host`, `data_host`, `tensor.host` and `pipeline.host`.
     """
 
     host: HostGroup = field(default_factory=HostGroup)

@@ -98,8 +98,8 @@ class TensorParallel:
     def own_rows(self, x: Tensor) -> Tensor:
         """Returns this rank's rows of a replicated tensor. Neither the forward nor the backward pass communicates.
 
-        With sequence parallelism, rows are padded with zeros to the same number on every rank. Without it, returns all
-        rows.
+        With sequence parallelism, rows are padded with zeros to the same number on every rank. Without sequence
+        parallelism, returns all rows.
         """
         if not self.divides_rows:
             return x
@@ -109,16 +109,16 @@ class TensorParallel:
     def scatter_rows(self, x: Tensor) -> Tensor:
         """Splits the rows of a replicated tensor over the ranks, and returns this rank's rows.
 
-        With sequence parallelism, the backward pass all-gathers all rows, including padding. Otherwise this is the
-        identity.
+        With sequence parallelism, the backward pass all-gathers all rows, including padding. Without sequence
+        parallelism, returns `x` unchanged.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
     def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
         """Gathers the rows of all ranks, for a computation that every rank repeats on all rows.
 
-        With sequence parallelism, the forward pass all-gathers all rows, including padding. Otherwise this is the
-        identity.
+        With sequence parallelism, the forward pass all-gathers all rows, including padding. Without sequence
+        parallelism, returns `x` unchanged.
         """
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 
@@ -126,7 +126,7 @@ class TensorParallel:
         """Gathers all rows of the residual stream for tensor-parallel layers. The backward pass sums the gradients.
 
         With sequence parallelism, the forward pass all-gathers and the backward pass reduce-scatters all rows,
-        including padding. Otherwise this is `copy_to`.
+        including padding. Without sequence parallelism, calls `copy_to`.
         """
         return _GatherFrom.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
@@ -134,15 +134,16 @@ class TensorParallel:
         """Sums the partial results of all ranks, and returns this rank's rows of the sum.
 
         With sequence parallelism, the forward pass reduce-scatters and the backward pass all-gathers all rows,
-        including padding. Otherwise this is `reduce_from`.
+        including padding. Without sequence parallelism, calls `reduce_from`.
         """
         return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Returns replicated parameters unchanged. The backward pass sums their gradients over the ranks.
 
-        With sequence parallelism, the backward pass all-reduces all gradients in one message. Otherwise nothing is
-        sent. Use this method only for small parameters, because ZeRO-3 keeps them gathered until the backward pass.
+        With sequence parallelism, the backward pass all-reduces all gradients in one message. Without sequence
+        parallelism, nothing is sent. Use this method only for small parameters, because ZeRO-3 keeps them gathered
+        until the backward pass.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 

@@ -83,7 +83,7 @@ class VocabParallelHead(nn.Module):
         self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
 
     def tie_weight(self, weight: nn.Parameter | None) -> None:
-        """Replaces the weight matrix by the parameter `weight` of another module. With None, a buffer replaces it.
+        """Replaces the weight matrix by the parameter `weight` of another module, or by a buffer if `weight` is None.
 
         The buffer is not part of the state dict.
         """

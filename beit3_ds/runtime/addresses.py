@@ -11,7 +11,7 @@ from beit3_ds.runtime.launch_environment import Launch
 
 
 def own_address(host: str, port: int) -> str:
-    """Returns the address of this host from which it would connect to another host; sends nothing."""
+    """Returns the address that this host would use to connect to another host; sends nothing."""
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)

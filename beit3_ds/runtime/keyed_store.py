@@ -13,7 +13,7 @@ _DIGEST_BYTES = 32
 
 
 class ForgedValueError(RuntimeError):
-    """Reports a value in the store that no rank of this run wrote."""
+    """Reports that a value in the store was not written by a rank of this run."""
 
 
 class KeyedStore(dist.Store):

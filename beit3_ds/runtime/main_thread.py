@@ -9,7 +9,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def describe_main_thread(otherwise: str) -> str:
-    """Returns a text with the source line that the main thread executes, and with the file or folder that it uses.
+    """Returns a text with the main thread's current source line, and the file or folder that the thread uses.
 
     Args:
         otherwise: text to add if no file, folder or awaited object is known; may be empty.

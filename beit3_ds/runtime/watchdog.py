@@ -190,7 +190,7 @@ class Watchdog:
                 return
 
     def _detect_failure(self, are_beats_requested: bool) -> None:
-        """Updates the status of all ranks, prints slow ranks, and publishes a failure if any. Runs on rank 0."""
+        """Updates the status of all ranks, prints slow ranks, and publishes any failure. Runs on rank 0."""
         values = self._store.multi_get(["reported", *_beat_keys(range(self._size))])
         reported, *beats = (value.decode() for value in values)
         self._statuses.update([Heartbeat.decode(beat) for beat in beats])

@@ -70,7 +70,9 @@ class Allocator:
         return self.empty(x, *x.shape, lasting=lasting)
 
     def settle(self, x: Tensor, lasting: bool = False) -> Tensor:
-        """Copies `x` into the memory mapping and returns the copy; returns `x` itself without a mapping or on a GPU.
+        """Copies `x` into the memory mapping and returns the copy.
+
+        If there is no mapping, or `x` is on a GPU, returns `x` itself.
 
         Use this function for small tensors that live through most of a step. In glibc's memory, such tensors would
         fragment the free space.

@@ -1,7 +1,8 @@
-"""Adds the output of attention or FFN (a branch) to the residual stream, after tensor-parallel ranks summed it.
+"""Adds the output of attention or FFN to the residual stream, after tensor-parallel ranks have summed it.
 
-On a CPU, PyTorch makes two passes over one new tensor. On a GPU, a kernel from `triton/residual_add.py` makes one pass.
-If PyTorch's operations are faster on a GPU, they are used instead (`measured_op`).
+This output is called a branch below. On a CPU, PyTorch makes two passes over one new tensor. On a GPU, a kernel from
+`triton/residual_add.py` makes one pass. If PyTorch's operations are faster on a GPU, they are used instead
+(`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).

@@ -54,7 +54,7 @@ class Clock:
             self._product_ms = self._events(lambda: self._queue(10)) / 10
 
     def time(self, call: Callable[[Any], Any], rounds: int, prepare: Callable[[], Any] = lambda: None) -> Timing:
-        """Times `call(prepare())`, after a few calls for warming up. The time of `prepare` does not count.
+        """Times `call(prepare())`, after a few calls for warming up. The time of `prepare` is not included.
 
         Args:
             call: function to time. The result is discarded.

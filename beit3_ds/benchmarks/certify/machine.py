@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def measure(recorder: Recorder) -> None:
-    """Records a description of the machine. Every call of `beit3 certify` records it again."""
+    """Records a description of the machine. Every call of `beit3 certify` records the description again."""
     recorder.add("machine", **describe_machine())
 
 

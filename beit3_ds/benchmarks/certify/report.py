@@ -23,7 +23,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
     Returns:
         Whether the certification succeeded: all sections have completed, and no measurement or check has failed.
-            Sections that lack a package or a GPU do not count.
+            Sections that lack a package or a GPU are ignored.
     """
     lines = list(results.read())
     machines = [_figures(line) for line in lines if line.get("section") == MACHINE.name and "devices" in line]
@@ -41,7 +41,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
 
 def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns the status, time and measurements (items) of one section. The latest of repeated measurements counts."""
+    """Returns the status, the time and the latest result of each measurement (item) of one section."""
     own = [line for line in lines if line.get("section") == section.name]
     ends = [line for line in own if "seconds" in line and "status" in line]
     items: dict[str, dict[str, Any]] = {}

@@ -81,7 +81,7 @@ class ResultsFile:
         return max((line["call"] for line in self.read() if "section" not in line and "call" in line), default=0)
 
     def failed_sections(self) -> set[str]:
-        """Returns the names of sections with a failed measurement. Only the latest line of each measurement counts."""
+        """Returns the names of sections with a measurement whose latest line records a failure."""
         latest = {(line["section"], line["item"]): line for line in self.read() if "item" in line}
         return {section for (section, _), line in latest.items() if has_failed(line)}
 

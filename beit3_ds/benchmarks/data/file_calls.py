@@ -14,10 +14,10 @@ class FileCalls:
     """Holds the numbers of file calls of this process, summed over all threads."""
 
     opens: int = 0
-    """Number of calls of `open` and `os.open`. Files that torch maps into memory do not count."""
+    """Number of calls of `open` and `os.open`. Files that torch maps into memory are not counted."""
     reads: int = 0
-    """Number of read system calls (read, pread, readv), from the kernel's counter `syscr`. Access to mapped files does
-    not count."""
+    """Number of read system calls (read, pread, readv), from the kernel's counter `syscr`. Access to mapped files is
+    not counted."""
     num_bytes: int = 0
     """Number of bytes that the read calls returned, from the kernel's counter `rchar`."""
 

@@ -30,8 +30,8 @@ def measure_coco_eval(rounds: int = 3, num_images: int = NUM_IMAGES, seed: int =
         seed: seed of the random objects and detections.
 
     Returns:
-        `ratio_coco_eval`: pycocotools' CPU time for boxes and masks, divided by this project's CPU time. Also the same
-            ratio and both times for boxes only and for masks only, and the largest difference in AP.
+        `ratio_coco_eval`: pycocotools' CPU time for boxes and masks, divided by this project's CPU time. Also this
+            ratio and the two CPU times for boxes alone and for masks alone, and the largest difference in AP.
 
     Raises:
         ConfigError: if a package is not installed.

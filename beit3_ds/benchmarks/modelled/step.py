@@ -35,7 +35,7 @@ class StepTime(NamedTuple):
     """FLOPs of all matrix products of the model, forward and backward, without the visual tokenizer."""
 
     def total(self) -> OpTime:
-        """Returns the time of the step. For the blocks, the longer of GPU time and host time counts."""
+        """Returns the time of the step. The blocks take their GPU time or their host time, whichever is longer."""
         by_name = {part.name: part for part in self.parts}
         gpu, host = by_name["blocks, GPU"], by_name["blocks, host"]
         rest = [part for part in self.parts if part not in (gpu, host)]

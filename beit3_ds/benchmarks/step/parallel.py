@@ -102,7 +102,7 @@ def _describe(rows: list[dict[str, dict[str, float]]], ratios: dict[str, list[fl
 def _measure(variant: StepVariant, folder: str) -> dict[str, float]:
     """Runs the processes of a variant, and returns median seconds of a step, of its passes and of its update.
 
-    If there are several processes, the slowest counts.
+    If there are several processes, the figures are those of the slowest process.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

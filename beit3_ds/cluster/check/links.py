@@ -54,8 +54,8 @@ class Links:
 def measure_links(inspection: Inspection, expected_bits: float | None) -> Links | list[Fault]:
     """Measures the links between all pairs of nodes in rounds of disjoint pairs, then an all-reduce over all nodes.
 
-    Slow links are measured up to three times, and the fastest result counts. After the import of torch, the measurement
-    takes about one second per node.
+    Slow links are measured up to three times, and the fastest result is kept. After the import of torch, the
+    measurement takes about one second per node.
 
     Args:
         inspection: answers of all nodes. Every node must have answered, and no node may have a fault in the check
@@ -156,7 +156,7 @@ def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[s
 
 
 def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault]:
-    """Yields a fault for each slow link, or one fault for a node that is slow to or from all other nodes.
+    """Yields a fault for each slow link; if all links to or from a node are slow, yields one fault for the node.
 
     A link is slow if it reaches less than half the expected speed. If the expected speed is unknown, the limit is half
     the usual speed (`Links.usual`), but at least `FLOOR_BITS`.

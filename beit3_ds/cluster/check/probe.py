@@ -91,7 +91,7 @@ class Probe:
     def disk(self, folder: str) -> dict:
         """Returns the total bytes of the file system of `folder`, and the bytes that are free for ordinary users.
 
-        If the folder does not exist, the nearest existing parent folder counts.
+        If the folder does not exist, the nearest existing parent folder is used.
         """
         return _free_bytes(existing_parent(folder))
 
