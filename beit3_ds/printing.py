@@ -4,8 +4,8 @@
 def printable(text: str, limit: int | None = None) -> str:
     """Returns a path or message as one line, with all unprintable characters escaped.
 
-    Unprintable are control characters, which could move the cursor; invisible characters, which could reverse the
-    direction of a line; and bytes that are not UTF-8.
+    Escapes control characters, which could move the cursor; invisible characters, which could reverse the direction of
+    a line; and bytes that are not UTF-8.
 
     Args:
         text: text to escape.

@@ -142,8 +142,8 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
     """Chooses the samples of a stream to evaluate, spread over all sources.
 
     Each source gets a share of `limit` in proportion to its size, and at least one sample if `limit` allows. Within a
-    source, samples are drawn at random. A higher limit keeps the samples of a lower limit and adds others, up to
-    rounding.
+    source, samples are drawn at random. Apart from rounding, a higher limit keeps the samples of a lower limit and adds
+    others.
 
     Args:
         sizes: number of samples in each source; the stream numbers all samples consecutively.

@@ -33,7 +33,8 @@ class RankShare:
     predicts: bool
     """Whether the rank needs targets; true on the last pipeline stage."""
     reads: bool
-    """Whether the rank reads samples from files (`Mesh.is_reader`); other ranks receive samples from such a rank."""
+    """Whether the rank reads samples from files (`Mesh.is_reader`). Other ranks receive samples from a rank that reads.
+    """
     splits: tuple[Split, ...] = ("train", "validation")
     """Splits to open: "train" and "validation" for training, or the single split that `beit3 evaluate` scores."""
 

@@ -307,8 +307,8 @@ def _fetch_next(run: Run, feed: StepFeed, done: int) -> None:
 def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float, fetch_next: Callable[[], None]) -> Update:
     """Computes the gradients of a step, fetches the data of the next step, and updates the weights.
 
-    A GPU still computes the gradients during the fetch, so fetching and transfer cost no extra time. All ranks learn
-    whether every rank has data for the next step before any rank starts it.
+    A GPU still computes the gradients during the fetch, so fetching and transfer cost no extra time. Before any rank
+    starts the next step, all ranks learn whether every rank has the data for that step.
     """
     set_learning_rate(run.engine.optimizer, rate)
     mesh = run.mesh

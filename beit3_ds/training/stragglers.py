@@ -43,8 +43,8 @@ class Stragglers:
       tensor parallelism, this time includes the forward passes of the model.
 
     The comparison finds devices and hosts that are always slow, and ranks with more work. It does not find slow
-    backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks.
-    "work" then finds no stragglers on stages without the head.
+    backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks. The
+    time "work" then finds no stragglers on stages without the head.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:

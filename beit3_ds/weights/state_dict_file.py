@@ -16,8 +16,8 @@ _ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 def write_state_dict_file(path: Path, planned: Sequence[PlannedTensor], notes: Mapping[str, str]) -> None:
     """Writes {"model": state dict, **notes} to a new file that `torch.load(weights_only=True)` reads; syncs the file.
 
-    torch.save needs all tensors at once, so it gets them from a memory-mapped temporary file next to `path`. Memory
-    holds one block at a time, but the disk briefly holds all tensors twice.
+    torch.save needs all tensors at once. They are therefore first copied into a memory-mapped temporary file next to
+    `path`. Memory holds one block of a tensor at a time, but the disk briefly holds all tensors twice.
 
     Raises:
         FileExistsError: if the file exists.

@@ -204,8 +204,8 @@ def image_pixels(image: Image.Image) -> Tensor:
 def resize_pixels(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
     """Resizes an image, (3, height, width) uint8, to (3, size, size) with antialiasing.
 
-    Takes at most half of Pillow's time; values differ by at most one level. Uses Pillow for the Lanczos filter in torch
-    2.11, which lacks this filter.
+    Takes at most half of Pillow's time. Values differ from Pillow's by at most one level. Uses Pillow for the Lanczos
+    filter in torch 2.11, which lacks this filter.
     """
     if mode == "lanczos" and not _torch_has_lanczos():
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

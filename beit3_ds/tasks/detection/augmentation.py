@@ -62,7 +62,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LargeScaleJitter:
-    """Resizes an image by a random factor, crops it to at most `image_size`, flips it and jitters its colors.
+    """Resizes an image by a random factor, crops it to at most `image_size`, may flip it, and jitters its colors.
 
     The resized image fits into a square whose side is the factor times `image_size`. Unlike Detectron2, this class does
     not pad small images. A batch therefore contains images of different sizes.

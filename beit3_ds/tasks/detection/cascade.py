@@ -158,9 +158,9 @@ def sample_proposals(
 ) -> SampledBoxes:
     """Samples proposals of an image for training, at most a quarter of them positive; positive ones come first.
 
-    The objects' own boxes are added to the proposals, so there are positive proposals from the first step on. The
-    random number of a proposal depends only on its anchor. The sample therefore stays the same if rounding changes the
-    order of the proposals.
+    The objects' own boxes are added to the proposals, so there are positive proposals from the first step on. Whether a
+    proposal is sampled is decided by a random number that depends only on its anchor. The sample therefore stays the
+    same if rounding changes the order of the proposals.
 
     Args:
         proposals: proposals of the image.

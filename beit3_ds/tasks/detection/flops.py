@@ -12,7 +12,7 @@ def image_flops(model: ModelConfig, settings: DetectionConfig) -> float:
     """Returns the floating-point operations of the head's forward pass for one image; a multiply-add counts as 2.
 
     Counts matrix products and convolutions. Assumes an image with `model.image_size` pixels per side, and
-    `sampled_boxes` sampled proposals of which a quarter is positive.
+    `sampled_boxes` proposals, a quarter of them positive.
     """
     width, channels = model.hidden_size, settings.pyramid_channels
     conv = 9 * channels**2

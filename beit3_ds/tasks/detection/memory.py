@@ -13,10 +13,10 @@ _FLOAT, _INDEX = 4, 8  # bytes
 def image_memory(model: ModelConfig, settings: DetectionConfig, element_size: int) -> int:
     """Returns the bytes of head activations that autograd keeps per image.
 
-    Assumes an image with `model.image_size` pixels per side, and `sampled_boxes` sampled proposals of which a quarter
-    is positive. Counts the inputs of convolutions, linear layers, activation functions and norms, and the statistics of
-    norms. Does not count the outputs of the proposal network, which are small. Does not count temporary memory, such as
-    RoIAlign's float32 copies of the maps.
+    Assumes an image with `model.image_size` pixels per side, and `sampled_boxes` proposals, a quarter of them positive.
+    Counts the inputs of convolutions, linear layers, activation functions and norms, and the statistics of norms. Does
+    not count the outputs of the proposal network, which are small. Does not count temporary memory, such as RoIAlign's
+    float32 copies of the maps.
 
     Args:
         model: the model's configuration.

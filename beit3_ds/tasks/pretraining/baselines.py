@@ -27,8 +27,9 @@ def unigram_entropies(
     """Returns, per loss term, the cross entropy in nats of the best predictor that ignores the input.
 
     This predictor gives each id a probability equal to the id's frequency. The cross entropy is then the entropy of
-    these frequencies. They are counted over all patches or tokens of the validation samples of all ranks. BOS does not
-    count, because BOS is never predicted. The ranks sum their counts, one integer per source and vocabulary entry.
+    these frequencies. The frequencies are those over all patches or tokens of the validation samples of all ranks. BOS
+    does not count, because BOS is never predicted. The ranks sum their counts, one integer per source and vocabulary
+    entry.
 
     Args:
         batches: this rank's validation batches.

@@ -146,7 +146,7 @@ def _choose_sizes(sizes: list[int], target: int) -> list[int]:
 def _corrupt(
     ids: NDArray[np.int64], positions: NDArray[np.int64], mask_id: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Returns the ids with most ids at `positions` replaced: 80% by the mask id, 10% by random pieces, on average."""
+    """Returns the ids after corruption. On average, 80% of those at `positions` are masked, and 10% become random."""
     fate = rng.random(len(positions))
     pieces = rng.integers(FIRST_PIECE_ID, mask_id, len(positions))
     corrupted = ids.copy()

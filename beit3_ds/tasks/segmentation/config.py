@@ -82,7 +82,7 @@ class SegmentationConfig:
     """Pixels between the starts of neighbouring sliding windows in an evaluation. A window is at most as large as a
     crop."""
     short_side: Annotated[int, Range(0, 2**18)] = 0
-    """Shorter side in pixels to which an evaluated image is scaled at scale 1; 0 uses the side of a training crop."""
+    """Shorter side, in pixels, of an evaluated image at scale 1; 0 uses the side of a training crop."""
     scales: tuple[Annotated[float, Range(0.05, 20)], ...] = (1.0,)
     """Scales at which every image is evaluated; the scores of all scales are averaged."""
     flips: bool = False

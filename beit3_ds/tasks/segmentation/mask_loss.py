@@ -13,8 +13,8 @@ from beit3_ds.tasks.segmentation.config import SegmentationConfig
 from beit3_ds.tasks.segmentation.mask_decoder import QueryPredictions, mask2former_config, mask2former_parts
 
 NO_OBJECT_WEIGHT = 0.1
-"""Weight of a query without a target mask in the class term; a query with a target mask has weight 1 (as in
-Mask2Former)."""
+"""Weight in the class term of a query without a target mask, as in Mask2Former. A query with a target mask has weight
+1."""
 QUERY_UNITS = 10
 """Number that `TermCounts.classes` counts for each query matched with a target mask. Any other query counts 1."""
 

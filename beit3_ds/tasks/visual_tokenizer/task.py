@@ -61,7 +61,7 @@ class TokenizerRankTask(RankTask):
         return with_teacher_features(dataclasses.replace(batch, pixels=pixels, colors=None), self._features(pixels))
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Computes the mean of the teacher's features before step 0, and initialises the codebook before quantization.
+        """Computes the mean of the teacher's features before step 0, and the codebook before step `continuous_steps`.
 
         Quantization begins at step `continuous_steps`.
         """

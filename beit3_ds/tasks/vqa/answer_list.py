@@ -31,8 +31,8 @@ def choose_answers(
 ) -> AnswerVocabulary:
     """Returns the answer list of a run or an evaluation.
 
-    The list comes from the file `task.answer_list`. Without this file, the list is built from the training answers.
-    Without training questions, the list is read from the weights.
+    The list comes from the file `task.answer_list`. Without this file, the list is built from the training answers or,
+    in an evaluation, read from the weights.
 
     Args:
         settings: the task's settings.
