@@ -19,7 +19,7 @@ from beit3_ds.tasks.vqa.head import AnswerHead
 LOG_SCALE_KEY = "logit_scale"
 """Key of unilm's scalar parameter: the logarithm of the similarity scale.
 
-This project's parameter `LOG_SCALE` is the difference of this logarithm from its initial value.
+This project's parameter `LOG_SCALE` is this logarithm minus the logarithm's initial value.
 """
 LOG_SCALE = "heads.temperature.bias"
 """Name of this project's temperature parameter."""

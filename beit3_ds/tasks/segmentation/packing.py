@@ -51,7 +51,7 @@ def pack(
 
     Args:
         samples: crops or whole images; may be empty.
-        drop_path: factors of stochastic depth, (B, layers, 2) float32; None without stochastic depth.
+        drop_path: factors of stochastic depth, (samples, layers, 2) float32; None without stochastic depth.
         sources: value of `PackedBatch.sources`.
         model: the model's configuration.
         num_queries: number of queries of the query decoder.
