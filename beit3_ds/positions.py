@@ -6,13 +6,14 @@ from torch import Tensor
 
 
 def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
-    """Resamples a table of image positions bicubically, from (1, 1 + g*g, D) to (1, 1 + grid_size*grid_size, D).
+    """Resamples a table of image positions bicubically to another number of patches.
 
-    The first row, the position of CLS, is unchanged. Computes in float32, and returns the dtype of `positions`. A table
-    that already has the new size is returned unchanged.
+    The result has shape (1, 1 + grid_size * grid_size, hidden size). The first row, the position of CLS, is unchanged.
+    Computes in float32, and returns the dtype of `positions`. A table that already has the new size is returned
+    unchanged.
 
     Args:
-        positions: table of image positions, for g patches along one side of an image.
+        positions: table for g patches along one side of an image, (1, 1 + g * g, hidden size).
         grid_size: new number of patches along one side.
     """
     old_size = grid_size_of(positions)
@@ -27,6 +28,6 @@ def grid_size_of(positions: Tensor) -> int:
     """Returns g, the number of patches along one side of an image.
 
     Args:
-        positions: table of image positions, (1, 1 + g*g, D).
+        positions: table of image positions, (1, 1 + g * g, hidden size).
     """
     return round((positions.shape[1] - 1) ** 0.5)

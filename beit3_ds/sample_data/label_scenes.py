@@ -55,7 +55,8 @@ def draw_label_scene(width: int, height: int, rng: random.Random) -> tuple[Image
     """Draws two kinds of ground, one above the other, and up to three shapes on them.
 
     Returns:
-        The image, and the label of each pixel, (H, W) uint8: 0 where a pixel shows several things, otherwise class + 1.
+        The image, and the label of each pixel, (height, width) uint8: 0 where a pixel shows several things, and class +
+        1 elsewhere.
     """
     wide, high = width * _OVERSAMPLING, height * _OVERSAMPLING
     labels = _draw_grounds(wide, high, rng)

@@ -96,7 +96,7 @@ def draw_shapes(
 
     Returns:
         The image, and one tuple per shape of which at least 35% is visible. The tuple has the shape, the mask of the
-        visible part, (H, W) bool, and whether the shape is fully visible.
+        visible part, (height, width) bool, and whether the shape is fully visible.
     """
     wide, high, side = width * _OVERSAMPLING, height * _OVERSAMPLING, min(width, height) * _OVERSAMPLING
     grey = rng.randint(200, 250)

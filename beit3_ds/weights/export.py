@@ -62,7 +62,7 @@ def export_weights(
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes a model's weights to `out`; keeps at most one tensor in memory at a time, and usually 1 MiB of it.
+    """Writes a model's weights to `out`; holds at most one tensor in memory, and usually only a block of 1 MiB.
 
     Files are written under a temporary name and then renamed to `out`.
 
