@@ -100,7 +100,7 @@ def read_hostfile(path: str | Path) -> Hostfile:
 
     Raises:
         ConfigError: if the file cannot be read, or breaks a rule: `NAME slots=RANKS` on each line, at least one host,
-            no host twice, and localhost only alone.
+            no host twice, and no other host beside localhost.
     """
     path = Path(path)
     try:
@@ -124,7 +124,7 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
 
     Raises:
         ConfigError: if the text breaks a rule: `NAME slots=RANKS` on each line, at least one host, no name twice, and
-            localhost only alone.
+            no other host beside localhost.
     """
     path = Path(path)
     hosts: list[HostSlots] = []

@@ -74,9 +74,9 @@ class StepShares:
     def slots(self, rank: int) -> list[dict[str, range]]:
         """Returns the slots of each stream in each micro-batch of one data-parallel rank.
 
-        A slot is the number of a sample within a stream's samples of one step. Slots are assigned to micro-batch 0 of
-        ranks 0, 1, and so on, then to micro-batch 1 of all ranks. If all micro-batches have k samples, micro-batch m of
-        rank r begins at slot (m*R + r)*k for R ranks.
+        A slot is the number of a sample within a stream's samples of one step. Slots are assigned first to micro-batch
+        0 of every rank, in the order of the ranks, then to micro-batch 1 of every rank, and so on. If all micro-batches
+        of R ranks have k samples of a stream, micro-batch m of rank r begins at slot (m*R + r)*k.
         """
         sizes = [self.divide_rank(self.rank_samples(other)) for other in range(self.num_ranks)]
         found: list[dict[str, range]] = []

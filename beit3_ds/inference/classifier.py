@@ -55,7 +55,7 @@ class ImageClassifier:
         """Loads a classifier.
 
         If the weights contain a linear layer, the classifier applies this layer, and needs no tokenizer and no language
-        experts. Otherwise the classifier compares images with class names. This works with weights fine-tuned for
+        experts. Otherwise the classifier compares images with class names. The weights must then be fine-tuned for
         retrieval, or for ImageNet without a linear layer.
 
         Args:

@@ -65,7 +65,7 @@ class TensorParallel:
     host: HostGroup = field(default_factory=HostGroup)
     """Group of the P ranks for values in host memory."""
     sequence_parallel: bool = False
-    """Whether ranks divide the rows of the residual stream between tensor-parallel layers."""
+    """Whether each rank holds only its part of the rows outside of tensor-parallel layers."""
 
     @property
     def divides_rows(self) -> bool:

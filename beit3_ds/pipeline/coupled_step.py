@@ -68,7 +68,7 @@ class CoupledStep:
     def total(self, number: int, features: StepFeatures) -> Tensor:
         """Returns the inner product of features and their gradients, whose backward pass gives the loss's gradients.
 
-        A step with one micro-batch needs no first pass: `differentiate` is called here.
+        A step with one micro-batch has no first pass, so this method calls `differentiate`.
 
         Args:
             number: index of the micro-batch, from 0.

@@ -69,7 +69,7 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 
 @contextmanager
 def zero1_adds_up_in_float32() -> Iterator[None]:
-    """Makes engines that are built in this context use ZeRO's own optimizer instead of BF16_Optimizer.
+    """Context manager in which engines are built with ZeRO's own optimizer instead of BF16_Optimizer.
 
     DeepSpeed chooses BF16_Optimizer for ZeRO-1 with bf16 and float32 gradient sums. BF16_Optimizer ignores
     `overlap_comm` and `reduce_bucket_size`.

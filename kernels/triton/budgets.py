@@ -62,7 +62,7 @@ def read_budgets(version: str) -> dict[tuple[str, int], Report]:
 
 
 def write_budgets(version: str, reports: Budgets) -> None:
-    """Replaces the budgets for a Triton version, sorted by name. Budgets for other versions stay unchanged."""
+    """Replaces the budgets for a Triton version. Budgets for other versions stay unchanged."""
     nested: dict[str, dict[str, Report]] = {}
     for (name, architecture), report in sorted(reports.items()):
         nested.setdefault(name, {})[f"sm_{architecture}"] = report

@@ -42,8 +42,9 @@ class AttentionTiling(NamedTuple):
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Returns the tile sizes and compile settings of the three attention kernels.
 
-    The kernels share one tile size. Each kernel has the first candidate settings that spill no registers with the
-    installed version of Triton (budgets.json). If a kernel spills with all candidates, the last candidate is returned.
+    The kernels share one tile size: the first with which each kernel has settings that spill no registers. Each kernel
+    gets the first such settings. If there is no such tile size, the last candidate is returned. budgets.json records
+    which settings spill registers with the installed version of Triton.
 
     Args:
         architecture: GPU architecture: 80, 90 or 100. For other GPUs with at least 99 KB of shared memory per thread

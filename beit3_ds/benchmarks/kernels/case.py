@@ -26,7 +26,8 @@ class Implementation(NamedTuple):
     name: str
     """Name of the implementation in the table."""
     build: Callable[[], Problem] | None
-    """Function that prepares inputs and returns the problem; None if this machine cannot run the implementation."""
+    """Function that prepares inputs and returns a `Problem`, which is ready to run. None if this machine cannot run the
+    implementation."""
     why_absent: str = ""
     """Reason why this machine cannot run the implementation; empty if the machine can."""
 

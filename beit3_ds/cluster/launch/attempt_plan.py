@@ -52,13 +52,13 @@ class AttemptPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Holds the result of an attempt, after which all ranks on reachable hosts have ended."""
+    """Holds the result of an attempt. All ranks on reachable hosts have already ended."""
 
     failure: AttemptFailure | None
     """Failure that ended the attempt; None if no rank failed."""
     is_user_error: bool
     """Whether a rank ended with status 2, which means a mistake that only the user can fix."""
     lost_hosts: frozenset[str]
-    """Names of the hosts of which a connection to `beit3 launch` was lost or never opened."""
+    """Names of the hosts that lost a connection to `beit3 launch`, or did not open one for every rank."""
     clear_at: float
     """Monotonic time in seconds after which no training process can still run on a lost host."""

@@ -36,7 +36,10 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
 
 
 def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
-    """Returns one line per forwarded variable. Shows only the values of `FORWARDED_NAMES`; others may be secrets."""
+    """Returns one line per forwarded variable. Shows the values of `FORWARDED_NAMES` only.
+
+    Other values may be secrets.
+    """
     return [
         f"{name}={printable(value)}" if name in FORWARDED_NAMES else f"{name} (value not shown)"
         for name, value in sorted(forwarded.items())

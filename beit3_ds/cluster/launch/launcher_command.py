@@ -34,7 +34,8 @@ _SSH_OPTIONS = (
     *("-o", "ServerAliveCountMax=3"),
 )
 _ON_LINES = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "LD_LIBRARY_PATH")
-"""Environment variables that guards may need to start. DeepSpeed writes the variables into the hosts' command lines."""
+"""Environment variables without which a guard may fail to start. DeepSpeed writes the variables into the hosts' command
+lines."""
 _NAMES = frozenset(
     {
         *("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "TZ", "TMPDIR", "PATH", "VIRTUAL_ENV"),
