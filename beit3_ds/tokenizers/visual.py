@@ -30,7 +30,7 @@ _METADATA_KEY = "beit3_ds.visual_tokenizer"
 class VisualTokenizer(nn.Module):
     """Encodes each patch of an image as one of `codebook_size` codes.
 
-    The tokenizer consists of a ViT encoder, a codebook, and a ViT decoder. The decoder is only used to train the
+    The tokenizer consists of a ViT encoder, a codebook, and a ViT decoder. The decoder is used only to train the
     tokenizer: it reconstructs a teacher's features from the codes.
 
     Args:

@@ -71,7 +71,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length of a decoded image's shorter side, in pixels, with which no crop is enlarged.
+        """Returns the shorter side, in pixels, that a decoded image must have so that no crop is enlarged.
 
         None requires the full size.
         """
@@ -166,7 +166,7 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def smallest_side(view_size: int, min_scale: float) -> int | None:
-    """Returns the minimum length of an image's shorter side, in pixels, with which no random crop is enlarged.
+    """Returns the shorter side, in pixels, that an image must have so that no random crop is enlarged.
 
     Args:
         view_size: side in pixels to which the crops of `random_crop_box` are resized.

@@ -84,7 +84,7 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length of a decoded image's shorter side, in pixels, with which no crop is enlarged.
+        """Returns the shorter side, in pixels, that a decoded image must have so that no crop is enlarged.
 
         None requires the full size.
         """
