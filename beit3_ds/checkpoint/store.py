@@ -112,7 +112,7 @@ class CheckpointStore:
         self._host.barrier()
 
     def load(self, state: EngineState, folder: CheckpointFolder) -> int:
-        """Loads weights, moments and buffers from a checkpoint of any layout; all ranks call this method.
+        """Loads the training state from a checkpoint of any layout; all ranks call this method.
 
         Returns:
             Number of optimizer updates before the checkpoint was saved. This is also the index of the next step.

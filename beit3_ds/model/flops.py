@@ -15,7 +15,7 @@ class Work(NamedTuple):
     """Number of (query, key) pairs in global attention: the sum of all squared sequence lengths, minus masked (query,
     key) pairs."""
     windowed: float
-    """Number of (query, key) pairs in blocks with windows (`model.dense`); equal to `attended` without windows."""
+    """Number of (query, key) pairs in a block with windows (`model.dense`); equal to `attended` without windows."""
     patches: float
     """Number of patches, including masked ones."""
     head: float

@@ -192,7 +192,7 @@ class TensorParallel:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Stacks the tensors of all ranks, which must have equal shapes, without gradient."""
+        """Stacks one tensor per rank, without gradient. The tensors must have equal shapes."""
         parts = [x] if self.size == 1 else [torch.empty_like(x) for _ in range(self.size)]
         if self.size > 1 and x.numel():
             dist.all_gather(parts, x.contiguous(), group=self.group)

@@ -58,7 +58,7 @@ class Schedule:
         self._dtype, self._hidden_size = engine.module.stream_dtype, engine.module.stream_size
         self.sending: list[Message] = []
         self.own_work = Stopwatch(engine.device)
-        """Measures the parts of a step without collectives, to find slow ranks (`training.stragglers`)."""
+        """Measures those parts of a step that need no collective, to find slow ranks (`training.stragglers`)."""
 
     @property
     def forward_is_own(self) -> bool:

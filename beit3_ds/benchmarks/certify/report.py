@@ -93,7 +93,7 @@ def _markdown(content: dict[str, Any], folder: Path) -> str:
 
 
 def _tables(items: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns Markdown tables of measurements (items). Measurements with the same names of figures share one table."""
+    """Returns Markdown tables of measurements (items). Those whose figures have the same names share one table."""
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for name, item in items.items():
         groups.setdefault(tuple(item), []).append([name, *(_show(value) for value in item.values())])

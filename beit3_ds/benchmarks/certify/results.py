@@ -1,8 +1,9 @@
-"""Stores the results of `beit3 certify` as JSON lines. Each line is written at once, so that it survives a crash.
+"""Stores the results of `beit3 certify` as JSON lines.
 
-A line {"call": N, ...} marks the start of a call of `beit3 certify`. A line {"section": NAME, "item": ITEM, "begun":
-true} marks the start of a measurement. A line {"section": NAME, "item": ITEM, ...} contains the figures of the
-measurement. A line {"section": NAME, "status": STATUS, ...} marks the end of a section.
+Each line is written immediately, so that it survives a crash. A line {"call": N, ...} marks the start of a call of
+`beit3 certify`. A line {"section": NAME, "item": ITEM, "begun": true} marks the start of a measurement. A line
+{"section": NAME, "item": ITEM, ...} contains the figures of the measurement. A line {"section": NAME, "status":
+STATUS, ...} marks the end of a section.
 """
 
 import json
