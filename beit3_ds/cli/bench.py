@@ -60,10 +60,17 @@ def _add_kernels(benches: Subparsers) -> None:
         "--size", nargs="+", metavar="SIZE", help="sizes of the model (default: base; on a GPU base and giant)"
     )
     kernels.add_argument(
-        "--samples", type=integer(Range(1, 2**24)), metavar="N", help="samples per stream (default: 4; on a GPU 16)"
+        "--samples",
+        type=integer(Range(1, 2**24)),
+        metavar="N",
+        help="samples of each kind: images, pairs and texts (default: 4; on a GPU 16)",
     )
     kernels.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32; on a GPU bf16")
-    kernels.add_argument("--roofline", metavar="GPU", help="add the modelled minimum times at this GPU's peak rates")
+    kernels.add_argument(
+        "--roofline",
+        metavar="GPU",
+        help="add a column with the modelled minimum times at the peak rates of this GPU, e.g. h100-sxm",
+    )
     kernels.add_argument("--csv", metavar="FILE", help="also write all figures, with device and versions, to FILE")
 
 
@@ -76,7 +83,7 @@ def _add_host(benches: Subparsers) -> None:
 
 
 def _add_precision(benches: Subparsers) -> None:
-    summary = "measure the error of bf16 gradients with a bf16 or fp32 residual stream and bf16 or fp32 sums"
+    summary = "measure the error of bf16 gradients, with the residual stream and gradient sums in bf16 or fp32"
     precision = add_command(benches, "precision", _run_precision, summary)
     precision.add_argument(
         "--layers", type=integer(Range(3, 1000)), default=40, metavar="N", help="blocks of the model (default: 40)"
@@ -94,7 +101,7 @@ def _add_precision(benches: Subparsers) -> None:
 
 
 def _add_parallel(benches: Subparsers) -> None:
-    summary = "compare a step on two ranks of one thread with one process of two threads"
+    summary = "compare a step on two ranks with one thread each and on one process with two threads"
     _add_json_argument(add_command(benches, "parallel", _run_parallel, summary))
 
 
@@ -105,20 +112,24 @@ def _add_train(benches: Subparsers) -> None:
     train = add_command(benches, "train", _run_train, summary)
     train.add_argument("--size", default="base", metavar="SIZE", help="size of the model (default: base)")
     train.add_argument(
-        "--samples", type=integer(Range(1, 2**24)), default=4, metavar="N", help="samples per stream (default: 4)"
+        "--samples",
+        type=integer(Range(1, 2**24)),
+        default=4,
+        metavar="N",
+        help="samples of each kind: images, pairs and texts (default: 4)",
     )
     train.add_argument("--rounds", type=integer(Range(1)), default=7, metavar="N", help="measured rounds (default: 7)")
     train.add_argument(
         "--to-longest",
         action="store_true",
-        help="pad the reference's texts only to the longest text in a batch; by default to the maximum text length",
+        help="for torchscale, pad texts only to the longest text in a batch (default: to the maximum text length)",
     )
     _add_json_argument(train)
 
 
 def _add_finetune(benches: Subparsers) -> None:
     summary = "compare fine-tuning steps and caption generation with torchscale's BEiT-3 on the same samples"
-    details = "Images have the sizes of the reference's recipes: 480 px for VQAv2 and captions, 384 px for retrieval."
+    details = "Image sizes are those of BEiT-3's released code: 480 px for VQAv2 and captions, 384 px for retrieval."
     finetune = add_command(benches, "finetune", _run_finetune, summary, details=details)
     finetune.add_argument("--size", default="base", metavar="SIZE", help="size of the model (default: base)")
     finetune.add_argument(

@@ -14,21 +14,24 @@ def add_check_command(subparsers: Subparsers) -> None:
     add_config_arguments(command)
     command.add_argument("--world-size", type=integer(RANKS), default=1, metavar="N", help="ranks (default: 1)")
     command.add_argument(
-        "--ranks-per-node", type=integer(Range(1, 1024)), metavar="N", help="ranks per node (default: 8, or all)"
+        "--ranks-per-node",
+        type=integer(Range(1, 1024)),
+        metavar="N",
+        help="ranks per node (default: 8, or all ranks if there are fewer)",
     )
     for name, text in (("memory", "memory"), ("shm", "/dev/shm")):
         command.add_argument(
             f"--node-{name}",
             type=real(Range(0, 1e6)),
             metavar="GIB",
-            help=f"GiB of {text} per node; refuse a run that needs more",
+            help=f"GiB of {text} that a node has; a run that needs more is refused",
         )
     command.add_argument(
         "--step-seconds",
         type=real(Range(0.001, 1e6)),
         default=1.0,
         metavar="S",
-        help="assumed seconds per step, from which rates follow (default: 1)",
+        help="assumed seconds per step, to compute rates per second (default: 1)",
     )
 
 

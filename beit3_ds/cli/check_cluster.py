@@ -21,9 +21,9 @@ _EXAMPLES = """examples:
   beit3 check-cluster my_hosts ds_configs/giant_zero3_64gpu.json
   beit3 check-cluster my_hosts --bandwidth --expect-gbit 200
 
-Run it in the folder from which the run will be started. It asks every node over ssh, all at once, with the Python that
-runs this command. Nodes need no installation for that, and nothing stays behind on them. The exit status is 0 if all is
-well, 1 if a fault was found, and 2 if the hostfile or the config cannot be read.
+Run this command in the folder from which the run will be started. It asks all nodes at once over ssh, by a script that
+runs there with the Python at the same path. Nodes need only ssh and Python for the check, and no file stays there. The
+exit status is 0 without faults, 1 with faults, and 2 if the hostfile or the config cannot be read.
 """
 
 

@@ -17,7 +17,7 @@ def add_evaluate_command(subparsers: Subparsers) -> None:
         "score weights on all samples of a split in one process; use the deepspeed launcher with --module "
         "beit3_ds.evaluate for more ranks"
     )
-    details = "With --results, no model runs: it scores results that this or another program has written."
+    details = "With --results, no model runs: the command scores results that this or another program has written."
     command = add_command(subparsers, "evaluate", _evaluate, summary, details=details, writes_files=True)
     add_config_arguments(command)
     origin = command.add_mutually_exclusive_group(required=True)
@@ -29,13 +29,21 @@ def add_evaluate_command(subparsers: Subparsers) -> None:
         help="detection: a result file in COCO's format, once for boxes and once for masks; segmentation: a folder of "
         "PNGs with class + 1 per pixel",
     )
-    command.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
+    command.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="split to score (default: validation)"
+    )
     command.add_argument(
         "--out",
         help="folder of the results (default: OUTPUT_DIR/evaluation/SPLIT, or OUTPUT_DIR/scores/SPLIT for --results)",
     )
-    command.add_argument("--ema", action="store_true", help="evaluate the moving averages of a checkpoint")
-    command.add_argument("--best", action="store_true", help="evaluate the best checkpoint of a run, not the newest")
+    command.add_argument(
+        "--ema", action="store_true", help="evaluate the moving average of the weights (training.ema_decay)"
+    )
+    command.add_argument(
+        "--best",
+        action="store_true",
+        help="evaluate the best checkpoint of a run instead of the newest (training.best_metric)",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from beit3_ds.cli.command import Subparsers, add_command
 
 def add_export_command(subparsers: Subparsers) -> None:
     """Adds the subcommand `export`."""
-    summary = "write a model's weights for one device, for the reference's code, or for timm"
+    summary = "write a model's weights for one device, for BEiT-3's released code, or for timm"
     command = add_command(
         subparsers,
         "export",
@@ -25,16 +25,16 @@ def add_export_command(subparsers: Subparsers) -> None:
         "--format",
         choices=("beit3", "unilm-dual", "unilm-fusion", "timm"),
         default="beit3",
-        help="beit3 (default): safetensors for BEiT3.from_pretrained; unilm-dual: a .pth of the reference, exact for "
-        "images and texts, and for pairs of a model without vision-language experts; unilm-fusion: the same with "
-        "vision-language experts, exact for pairs; timm: safetensors of the vision tower",
+        help="beit3 (default): safetensors for BEiT3.from_pretrained; unilm-dual: a .pth for BEiT-3's released code, "
+        "exact for images and texts, and for pairs of a model without vision-language experts; unilm-fusion: a .pth "
+        "with the vision-language experts, exact for pairs; timm: safetensors of the vision tower",
     )
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored; checkpoints hold fp32")
     command.add_argument("--max-shard-size", metavar="SIZE", help="write a folder of files of at most SIZE, e.g. 5GB")
     command.add_argument(
         "--ema",
         action="store_true",
-        help="write the moving average of the weights, of a run with training.ema_decay, instead of the weights",
+        help="write the moving average of the weights instead of the weights (training.ema_decay)",
     )
     command.add_argument(
         "--no-heads", action="store_true", help="leave out the head of the task, for a run of another task"
@@ -50,7 +50,7 @@ def add_export_command(subparsers: Subparsers) -> None:
     command.add_argument(
         "--best",
         action="store_true",
-        help="export the best checkpoint instead of the newest, of a run with training.best_metric",
+        help="export the best checkpoint of a run instead of the newest (training.best_metric)",
     )
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 

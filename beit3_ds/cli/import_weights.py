@@ -31,7 +31,7 @@ def add_import_command(subparsers: Subparsers) -> None:
     command.add_argument(
         "--answers",
         metavar="FILE",
-        help="list of answers to keep with the weights of VQAv2: the reference's answer2label.txt",
+        help="list of answers to keep with the weights of VQAv2: the answer2label.txt of BEiT-3's released code",
     )
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 

@@ -13,24 +13,32 @@ _EPILOG = """examples:
   beit3 launch hosts ds_configs/base_8gpu.json --launcher openmpi --env NCCL_SOCKET_IFNAME=ib0 --env WANDB_API_KEY
 
 DeepSpeed's launcher starts the ranks; this command supervises them. It writes each rank's output to
-LOG_DIR/attempt_K/rank_N.log and shows that of rank 0. When a rank fails, it shows the last lines of the first that
-failed and ends all others. On SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP the run finishes its step, saves and stops; a
-second Ctrl-C kills it. The same command resumes from the newest checkpoint.
+LOG_DIR/attempt_K/rank_N.log, where K counts the first start and the restarts, and shows the output of rank 0. When a
+rank fails, it shows the last lines of that rank and ends all others. On SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP the
+run finishes its step, saves and stops; a second Ctrl-C kills it. The same command resumes from the newest checkpoint.
 
-exit status: 0 the run is finished; 128 + n signal n stopped it, with a checkpoint; 2 a config or a file needs a change;
-1 it failed otherwise.
+exit status:
+  0        the run is finished
+  128 + n  signal n stopped the run, with a checkpoint
+  2        a config or a file needs a change
+  1        the run failed otherwise
 """
 
 
 def add_launch_command(subparsers: Subparsers) -> None:
     """Adds the subcommand `launch`."""
-    summary = "train on the machines of a hostfile, or resume; survives the loss of ranks and machines"
+    summary = (
+        "train on the machines of a hostfile, or resume; with --restarts, continue after the loss of ranks and machines"
+    )
     command = add_command(subparsers, "launch", _launch, summary, epilog=_EPILOG, writes_files=True)
     command.add_argument("hostfile", help="one machine per line: NAME slots=RANKS")
     add_config_arguments(command)
     add_force_argument(command, "train again if the run is finished; its checkpoints are moved aside")
     command.add_argument(
-        "--launcher", choices=LAUNCHERS, default="pdsh", help="program that starts ranks elsewhere (default: pdsh)"
+        "--launcher",
+        choices=LAUNCHERS,
+        default="pdsh",
+        help="program that starts ranks on other machines (default: pdsh)",
     )
     command.add_argument(
         "--log-dir",
@@ -42,8 +50,8 @@ def add_launch_command(subparsers: Subparsers) -> None:
         action="append",
         default=[],
         metavar="NAME[=VALUE]",
-        help="also forward this variable to the ranks (repeatable); a fixed list of variables of NCCL, torch, "
-        "DeepSpeed, Python and OpenMP is always forwarded, but no token or password (--dry-run shows it)",
+        help="also forward this variable to the ranks (repeatable); a fixed list of variables is always forwarded, for "
+        "NCCL, torch, DeepSpeed, Python and OpenMP, and has no password or API key (--dry-run shows the list)",
     )
     command.add_argument(
         "--dry-run",
@@ -77,8 +85,8 @@ def _add_failure_arguments(command: argparse.ArgumentParser) -> None:
         type=real(Range(3, 24 * 3600)),
         default=15.0,
         metavar="SECONDS",
-        help="seconds of silence after which a machine counts as lost, and after which ranks that lost this command "
-        "end themselves (default: 15)",
+        help="seconds of silence after which a machine counts as lost; after the same time without contact to this "
+        "command, ranks end themselves (default: 15)",
     )
     command.add_argument(
         "--start-timeout",

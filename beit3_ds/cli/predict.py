@@ -30,12 +30,14 @@ def _add_caption(subparsers: Subparsers) -> None:
     command = add_command(subparsers, "caption", _caption, "write a caption of each image")
     _add_weights(command)
     _add_images(command)
-    command.add_argument("--beams", type=integer(Range(1, 1000)), default=3, help="beams of the search (default: 3)")
+    command.add_argument(
+        "--beams", type=integer(Range(1, 1000)), default=3, help="beams of the beam search (default: 3)"
+    )
     command.add_argument(
         "--length-penalty",
         type=real(Range(0, 10)),
         default=0.6,
-        help="log-probabilities are divided by the length to this power (default: 0.6)",
+        help="a caption's log-probability is divided by its length to this power (default: 0.6)",
     )
     command.add_argument(
         "--max-length", type=integer(Range(4, 2**18)), default=20, help="maximum token ids per caption (default: 20)"
@@ -49,8 +51,8 @@ def _add_answer(subparsers: Subparsers) -> None:
     _add_weights(command)
     command.add_argument("--image", help="file of the image")
     command.add_argument("--question", help="question about the image")
-    command.add_argument("--file", help="JSON lines with 'question', 'image' and, if need be, 'id'")
-    command.add_argument("--images", metavar="FOLDER", help="folder of the images (default: the folder of the file)")
+    command.add_argument("--file", help="JSON lines with 'question', 'image' and optionally 'id'")
+    command.add_argument("--images", metavar="FOLDER", help="folder of the images (default: the folder of --file)")
     command.add_argument("--answers", metavar="FILE", help="list of answers (default: the list in the weights)")
     command.add_argument("--top", type=integer(_TOP), default=3, help="answers per question (default: 3)")
     _add_results(command)
@@ -89,17 +91,23 @@ def _add_segment(subparsers: Subparsers) -> None:
     _add_model(command)
     _add_images(command)
     command.add_argument(
-        "--pictures", metavar="FOLDER", required=True, help="write a picture with coloured classes and legend there"
+        "--pictures",
+        metavar="FOLDER",
+        required=True,
+        help="write a picture per image, with coloured classes and a legend, to this folder",
     )
-    command.add_argument("--label-maps", metavar="FOLDER", help="write a PNG with class + 1 per pixel there")
+    command.add_argument(
+        "--label-maps", metavar="FOLDER", help="write a PNG per image, with class + 1 per pixel, to this folder"
+    )
     command.add_argument(
         "--scale",
         type=real(Range(0.05, 20)),
         action="append",
         metavar="S",
-        help="scale at which images are segmented; several are averaged (default: as in the training run)",
+        help="scale at which images are segmented; may be given several times, to average the scores (default: as in "
+        "the training run)",
     )
-    command.add_argument("--flip", action="store_true", help="average with the flipped image")
+    command.add_argument("--flip", action="store_true", help="average the scores with those of the flipped image")
     _add_results(command)
 
 
@@ -108,9 +116,12 @@ def _add_detect(subparsers: Subparsers) -> None:
     _add_model(command)
     _add_images(command)
     command.add_argument(
-        "--pictures", metavar="FOLDER", required=True, help="write pictures with boxes, masks and classes there"
+        "--pictures",
+        metavar="FOLDER",
+        required=True,
+        help="write a picture per image, with boxes, masks and classes, to this folder",
     )
-    command.add_argument("--coco", metavar="FILE.json", help="write all detections there as a COCO annotation file")
+    command.add_argument("--coco", metavar="FILE.json", help="write all detections to this COCO annotation file")
     command.add_argument(
         "--least-score",
         type=real(Range(0, 1)),
@@ -133,14 +144,21 @@ def _add_weights(command: argparse.ArgumentParser, *, needs_tokenizer: bool = Tr
     _add_model(command)
     optional = "" if needs_tokenizer else "; not needed for a linear layer"
     command.add_argument(
-        "--tokenizer", metavar="FILE", required=needs_tokenizer, help=f"SentencePiece file of the weights{optional}"
+        "--tokenizer",
+        metavar="FILE",
+        required=needs_tokenizer,
+        help=f"SentencePiece file with which the weights were trained{optional}",
     )
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("weights", help="exported, imported or released weights, a checkpoint, or a run's folder")
     command.add_argument("--device", default="cpu", help="device, such as cuda (default: cpu)")
-    command.add_argument("--image-size", type=integer(Range(1, 2**14)), help="pixels on a side (default: the weights')")
+    command.add_argument(
+        "--image-size",
+        type=integer(Range(1, 2**14)),
+        help="side in pixels of the model's input (default: as in the weights' configuration)",
+    )
 
 
 def _add_images(command: argparse.ArgumentParser) -> None:
@@ -148,10 +166,16 @@ def _add_images(command: argparse.ArgumentParser) -> None:
 
 
 def _add_results(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", metavar="FILE.json", help="write the predictions there instead of printing them")
+    command.add_argument(
+        "--out", metavar="FILE.json", help="write the predictions to this file instead of printing them"
+    )
     command.add_argument("--page", metavar="FILE.html", help="write a page with images and predictions")
     command.add_argument(
-        "--page-samples", type=integer(Range(1, 10_000)), default=100, metavar="N", help="samples shown (default: 100)"
+        "--page-samples",
+        type=integer(Range(1, 10_000)),
+        default=100,
+        metavar="N",
+        help="samples on the page (default: 100)",
     )
 
 

@@ -11,7 +11,9 @@ from beit3_ds.config.numbers import PROCESSES, Range
 
 def add_prepare_command(subparsers: Subparsers) -> None:
     """Adds the subcommand `prepare`, with the subcommands `index`, `stats` and `texts`."""
-    prepare = subparsers.add_parser("prepare", help="index, inspect and tokenize the files of a run, once before it")
+    prepare = subparsers.add_parser(
+        "prepare", help="index, inspect and tokenize the files of a run, once before the run starts"
+    )
     prepared = prepare.add_subparsers(metavar="WHAT", required=True)
     _add_index(prepared)
     _add_stats(prepared)
@@ -27,7 +29,7 @@ def _add_index(subparsers: Subparsers) -> None:
     command.add_argument(
         "--verify",
         action="store_true",
-        help="compare the files with their indices: tars by CRC-32, annotations in full",
+        help="compare the files with existing indices: tars by CRC-32, annotations in full",
     )
     command.add_argument(
         "--processes", type=integer(PROCESSES), metavar="N", help="tars read at a time (default: one per core)"
@@ -36,7 +38,7 @@ def _add_index(subparsers: Subparsers) -> None:
 
 def _add_stats(subparsers: Subparsers) -> None:
     summary = "print the contents of a run's files: samples, sizes, lengths, some texts, broken and skipped records"
-    details = "Exits with status 1 if a run over them would fail."
+    details = "Exits with status 1 if a run that reads these files would fail."
     command = add_command(subparsers, "stats", _stats, summary, details=details)
     add_config_arguments(command)
     command.add_argument(
@@ -51,7 +53,12 @@ def _add_texts(subparsers: Subparsers) -> None:
         subparsers, "texts", _texts, summary, details="Resumes if it was interrupted.", writes_files=True
     )
     add_config_arguments(command)
-    command.add_argument("--part", default="1/1", metavar="I/N", help="do share I of N, as in a Slurm array (from 1)")
+    command.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="tokenize only share I of N, such as one task of a Slurm array (I from 1 to N)",
+    )
     command.add_argument("--processes", type=integer(PROCESSES), metavar="P", help="processes (default: one per core)")
 
 
