@@ -9,8 +9,7 @@ Importing this module checks DeepSpeed's version. Other modules meet DeepSpeed's
 """
 
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +18,15 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import nvtx, set_z3_leaf_module
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from beit3_ds.model.block import Block
 from beit3_ds.parallel import Mesh, is_split
+from beit3_ds.pipeline.zero3_host_time import shorten_zero3_hooks
 
 TESTED_DEEPSPEED = "0.19.8"
 
@@ -63,7 +63,7 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return
     _compare_traces_among_data_parallel_ranks(mesh)
-    _shorten_zero3_hooks(optimizer)
+    shorten_zero3_hooks(optimizer)
     optimizer._get_norm_groups = lambda: [_zero3_gradient_norm(optimizer, mesh)]
 
 
@@ -147,6 +147,8 @@ def begin_update(engine: DeepSpeedEngine) -> None:
 
     DeepSpeed needs this mark for the gradient norm in bf16 without ZeRO.
     """
+    if engine.zero_optimization():
+        return
     for parameter in engine.module.parameters():
         if parameter.grad is not None and is_split(parameter):
             parameter.grad.tensor_model_parallel = True
@@ -196,40 +198,6 @@ def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[t
             yield from ((p, float(norms.get(optimizer.get_param_id(p), 0.0))) for p in parameters)
         else:
             yield from zip(parameters, optimizer.averaged_gradients[index], strict=True)
-
-
-def _shorten_zero3_hooks(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Makes ZeRO-3's hooks take less time on the host, with the same results.
-
-    Without this change, DeepSpeed walks over all modules of a block four times per step to list the block's parameters.
-    For each parameter, it asks torch several times for the rank and the number of ranks, although the parameter stores
-    them. It also formats debug messages that it does not print, and marks a range for NVIDIA's profiler around every
-    function.
-    """
-    nvtx.enable_nvtx = False
-    for module in (partition_parameters, partitioned_param_coordinator, parameter_offload):
-        module.print_rank_0 = _print_if_forced
-    partition_parameters.debug_param2name_id_shape_device = lambda param: param.ds_id
-    partition_parameters.Init._partition_world_size = lambda self, param: param.ds_zero_partition_world_size
-    partitioned_param_coordinator.get_all_parameters = _list_parameters
-    optimizer._get_param_partition_rank = lambda param: param.ds_zero_partition_rank
-
-
-def _print_if_forced(message: str, debug: bool = False, force: bool = False) -> None:
-    if (debug or force) and torch.distributed.get_rank() == 0:
-        print(message)
-
-
-def _list_parameters(module: Any, recurse: bool = False) -> Iterable[tuple[str, nn.Parameter]]:
-    """Returns the names and parameters of a module, including registered parameters of other modules.
-
-    The module's own parameters never change and are listed only once. The registered ("external") parameters are read
-    on each call.
-    """
-    known = vars(module).setdefault("_listed_parameters", {})
-    if recurse not in known:
-        known[recurse] = list(module.named_parameters(recurse=recurse))
-    return itertools.chain(known[recurse], module.ds_external_parameters())
 
 
 def _compare_traces_among_data_parallel_ranks(mesh: Mesh) -> None:
