@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +60,8 @@ MODEL = {"sub_layernorm": True, "initial_embedding_std": 0.1}
 The gradient of a contrastive loss sums differences of features. The more similar the features, the larger the share of
 rounding. At cosines of 0.995, without sub-LN, rounding makes up 3e-5 of a gradient (appendix of BENCHMARKS.md).
 """
+TOLERANCE = 1e-5
+"""Largest relative difference of a gradient, a loss or a metric between a layout and one process."""
 CLIPPED_NORM = 0.5
 EPSILON = 1e-3
 """AdamW's epsilon, about the size of an entry of gradients with the norm `CLIPPED_NORM`.
@@ -110,10 +112,16 @@ def train(config: str) -> int:
     return main([config])
 
 
-def train_layout(write_config: WriteConfig, folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
+Program = Callable[[str], int]
+"""Runs the trainer on one rank with a configuration file and returns its exit status; by default `train`."""
+
+
+def train_layout(
+    write_config: WriteConfig, folder: Path, layout: Layout = ONE_PROCESS, program: Program = train, **training: Any
+) -> Path:
     """Trains under a layout; returns the folder of the run."""
     config = write_config(folder, layout, **training)
-    assert run_ranks(train, layout[0], str(config)) == [0] * layout[0]
+    assert run_ranks(program, layout[0], str(config)) == [0] * layout[0]
     return folder
 
 
@@ -139,8 +147,7 @@ def check_layout_trains_the_same(
     one_process: Path,
     folder: Path,
     layout: Layout,
-    tolerance: float = 1e-5,
-    first_tolerance: float | None = None,
+    program: Program = train,
 ) -> None:
     """Compares every step of a run with one process: gradient tensors, gradient norm, loss terms and metrics.
 
@@ -149,48 +156,44 @@ def check_layout_trains_the_same(
         one_process: folder of the run in one process.
         folder: folder for the new run.
         layout: layout of the new run.
-        tolerance: largest relative difference of a gradient tensor.
-        first_tolerance: the same for the first step, if smaller.
+        program: trains on one rank, as in the run in one process.
 
     Prints the largest differences, for docs/tested_layouts.md.
     """
-    train_layout(write_config, folder, layout)
-    steps = check_same_gradients(folder, one_process, tolerance, first_tolerance)
+    train_layout(write_config, folder, layout, program)
+    steps = check_same_gradients(folder, one_process)
     worst = {"gradient, first step": steps[0], "gradient": max(steps)}
     for kind, count in (("train", 4), ("validation", 3)):
         found, expected = figures(folder, kind), figures(one_process, kind)
         assert len(found) == len(expected) == count
         for ours, theirs in zip(found, expected, strict=True):
-            assert ours == pytest.approx(theirs, rel=max(1e-5, tolerance / 10))
+            assert ours == pytest.approx(theirs, rel=TOLERANCE)
             for name, value in theirs.items():
                 difference = abs(ours[name] - value) / (abs(value) or 1)
                 worst[f"{kind} {name}"] = max(worst.get(f"{kind} {name}", 0), difference)
     print(layout, ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items()))
 
 
-def check_same_gradients(
-    folder: Path, one_process: Path, tolerance: float = 1e-5, first_tolerance: float | None = None
-) -> list[float]:
+def check_same_gradients(folder: Path, one_process: Path) -> list[float]:
     """Compares the clipped gradients of every step, tensor by tensor, in the Euclidean norm.
 
     Returns the largest difference of each step, as a share of the norm that bounds it.
 
-    A difference may be `tolerance` (`first_tolerance` in the first step) of the tensor's gradient, or 1/100 of this
-    share of the whole gradient. The second rule serves gradients that are small differences of large sums, such as that
-    of the key bias, which is 0 except for rounding.
+    A difference may be `TOLERANCE` of the tensor's gradient, or 1/100 of this share of the whole gradient. The second
+    rule serves gradients that are small differences of large sums, such as that of the key bias, which is 0 except for
+    rounding.
     """
     worst: list[float] = []
     steps = zip(clipped_gradients(folder), clipped_gradients(one_process), strict=True)
     for step, (ours, expected) in enumerate(steps, 1):
         assert ours.keys() == expected.keys()
-        allowed = tolerance if first_tolerance is None or step > 1 else first_tolerance
         norms = {name: gradient.norm().item() for name, gradient in expected.items()}
         smallest = 0.01 * math.hypot(*norms.values())
         worst.append(0.0)
         for name, gradient in expected.items():
             difference = (ours[name] - gradient).norm().item()
             message = f"step {step}, {name}: {difference:.2e} of {norms[name]:.2e}"
-            assert difference <= allowed * max(norms[name], smallest), message
+            assert difference <= TOLERANCE * max(norms[name], smallest), message
             worst[-1] = max(worst[-1], difference / max(norms[name], smallest))
     return worst
 
@@ -213,13 +216,15 @@ def clipped_gradients(folder: Path) -> Iterator[dict[str, Tensor]]:
         before = moments
 
 
-def check_resumes_bit_for_bit(write_config: WriteConfig, one_process: Path, folder: Path) -> None:
+def check_resumes_bit_for_bit(
+    write_config: WriteConfig, one_process: Path, folder: Path, program: Program = train
+) -> None:
     """Checks that a run resumed from the checkpoint of step 2 has the records of an uninterrupted run, bit for bit."""
     shutil.copytree(one_process / "run", folder / "run")
     for step in (3, 4):
         shutil.rmtree(folder / "run" / "checkpoints" / f"step-{step:08d}")
     config = write_config(folder)
-    assert run_ranks(train, 1, str(config)) == [0]
+    assert run_ranks(program, 1, str(config)) == [0]
     for kind in ("train", "validation"):
         names = ("loss", "grad_norm") if kind == "train" else figures(one_process, kind)[0]
         picked = [[{n: record[n] for n in names} for record in figures(run, kind)] for run in (folder, one_process)]
