@@ -63,7 +63,7 @@ def run_rank_program(
     except (ConfigError, NonFiniteLossError) as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
-    except StorageError as error:  # not 2: a restart needs no change
+    except StorageError as error:  # status 1: a restart may succeed without a change
         print(f"error on rank {rank}: {printable(str(error))}", file=sys.stderr, flush=True)
         return 1
     finally:

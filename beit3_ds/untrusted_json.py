@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 MAX_JSON_BYTES = 1 << 23
 """Default maximum size of a JSON text, in bytes."""
 
-# Lists and objects take most memory and time: `[],` has 3 bytes as text and 72 in memory. Our own files, such as a
-# checkpoint's index, have 15 or more bytes of text per list or object.
+# Limits lists and objects, which take most memory and time: `[],` has 3 bytes as text and 72 in memory. Our own files,
+# such as a checkpoint's index, have 15 or more bytes of text per list or object.
 _MANY_CONTAINERS, _BYTES_PER_CONTAINER = 50_000, 12
 _LARGEST_INT = 2**63 - 1
 _MOST_DIGITS = 20

@@ -12,7 +12,7 @@ def median_with_interval(values: Sequence[float]) -> dict[str, float]:
     95% confidence. With fewer than six values, the interval extends from the smallest to the largest value.
     """
     ordered, n = sorted(values), len(values)
-    # The k-th smallest exceeds the true median with the chance of fewer than k heads in n fair tosses.
+    # The k-th smallest of n values exceeds the true median with the probability of fewer than k heads in n coin tosses.
     tail = [sum(math.comb(n, j) for j in range(k)) / 2**n for k in range(1, n // 2 + 1)]
     k = max((k for k, chance in enumerate(tail, start=1) if chance <= 0.025), default=1)
     return {"median": statistics.median(ordered), "low": ordered[k - 1], "high": ordered[n - k]}

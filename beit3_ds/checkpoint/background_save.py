@@ -123,7 +123,7 @@ class BackgroundSave:
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
-    # What follows runs in the thread, together with the threads of all ranks.
+    # The code below runs in the writing thread, together with the writing threads of all ranks.
 
     def _write(self, snapshot: Snapshot, step: int, data: Mapping[str, Any], begun: float, held_up: float) -> None:
         try:

@@ -44,7 +44,7 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
     def is_done() -> bool:
         return not options.force and is_trained("tokenizers.text", path, recipe, read_known)
 
-    if is_done():  # first, because the folder may be read-only
+    if is_done():  # checked before locking, because the folder may be read-only
         print(describe_trained("tokenizers.text", path))
         return 0
     check_can_be_written("tokenizers.text", path)

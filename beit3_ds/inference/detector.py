@@ -21,7 +21,7 @@ from beit3_ds.tasks.detection.records import DetectionRecord, make_record
 from beit3_ds.tasks.detection.samples import evaluation_sample
 
 _HEAD = "heads.boxes.stages.0.classes.weight"
-_OTHER_KEYS = ("name", "categories")  # of the stored description, beside the settings
+_OTHER_KEYS = ("name", "categories")  # keys of the stored description that are no settings
 
 
 class Detector:

@@ -22,7 +22,7 @@ from beit3_ds.tasks.segmentation.pictures import draw_labels
 from beit3_ds.tasks.segmentation.sliding import SlidingWindows
 
 _HEAD = "heads.decoder.classes.weight"
-_OTHER_KEYS = ("name", "names", "class_names")  # of the stored description, beside sizes
+_OTHER_KEYS = ("name", "names", "class_names")  # keys of the stored description that are no sizes
 
 
 class Segmenter:

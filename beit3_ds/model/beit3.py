@@ -68,7 +68,7 @@ class BEiT3(nn.Module):
         self.blocks = nn.ModuleDict(
             {str(i): Block(config, i, self.tensor) for i in range(config.num_layers) if i + 1 in held}
         )
-        # With sequence parallelism the rows are gathered before this norm, so every rank has all of them.
+        # With sequence parallelism the rows are gathered before this norm, so every rank has all rows.
         self.norm = (
             MultiwayLayerNorm(config.hidden_size, config.layer_norm_epsilon, config.attention_experts, TensorParallel())
             if self.all_layers[-1] in held and config.final_norm
@@ -235,5 +235,5 @@ class BEiT3(nn.Module):
         if picked is not None and not has_picked:
             x_MD = x_MD.index_select(0, picked.rows)
         if self.norm is None:
-            return x_MD.to(next(self.parameters()).dtype)  # the dtype that a norm would return
+            return x_MD.to(next(self.parameters()).dtype)  # the norm would return the parameters' dtype too
         return self.norm(x_MD, rows.expert_slices(self.config.attention_experts)).h_TD

@@ -77,7 +77,7 @@ class Embeddings(nn.Module):
 
     def embed_tokens(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
         """Returns the sum of word embedding and position embedding of each token, (tokens, hidden size)."""
-        # With zero rows, index_select gives zero gradients, so the tables take part even without texts.
+        # Without texts, index_select takes zero rows and gives the tables zero gradients, which ZeRO-3 needs.
         return self.word(ids_S) + self.text_position.index_select(0, positions_S)
 
 

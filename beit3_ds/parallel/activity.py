@@ -35,7 +35,7 @@ class Activity:
         self.phase, self._begun_at = phase, now
         if step is not None:
             self.step = step
-        self.changes += 1  # last, so that other threads see the new phase with the new number
+        self.changes += 1  # changed last, so that a thread that sees the new number also sees the new phase
 
     def waits_for_ranks(self) -> bool:
         """Returns whether this rank waits for other ranks, because it is in a collective or a collective has failed.

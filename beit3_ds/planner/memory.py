@@ -83,7 +83,7 @@ def _gradients(rank_model: RankModel, data_rank: int) -> int:
     if size > rank_model.element_size:  # ZeRO-2 then sums only this rank's partition
         return sum(_partitions(rank_model)) * size + tied
     elements = 0
-    # Besides the gradients of a step's first backward pass, ZeRO-2 keeps zeros for other chunks' parameters.
+    # Besides the gradients of a step's first backward pass, ZeRO-2 keeps zeros for parameters of other model chunks.
     first_pass = {id(p) for p in rank_model.parameters_of(rank_model.chunks[-1])}
     for group, partition in zip(rank_model.groups, _partitions(rank_model), strict=True):
         # A gradient is kept whole if this rank's partition holds any part of it.

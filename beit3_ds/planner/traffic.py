@@ -134,7 +134,7 @@ def _add_block(traffic: Traffic, rank_model: RankModel, chunk: range, layer: int
     rows = rank_model.block_rows(chunk, layer, workload)
     _residual_add(traffic, rank_model, model.attention_experts, rows.attention, passes, passes)
     _residual_add(traffic, rank_model, model.experts(layer - 1), rows.ffn, passes, passes if workload.drops else 1)
-    if rank_model.cuts_rows(chunk, layer) and rank_model.tensor.divides_rows:  # the rows are gathered and divided again
+    if rank_model.cuts_rows(chunk, layer) and rank_model.tensor.divides_rows:  # gathers the rows and divides them again
         traffic.add("tensor", "all-gather", passes * _stream_bytes(rank_model, workload.rows), passes)
         traffic.add("tensor", "all-gather", _stream_bytes(rank_model, workload.masked), int(workload.masked > 0))
 

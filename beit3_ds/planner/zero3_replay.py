@@ -79,7 +79,7 @@ class Zero3Replay:
         self._step()
         return self.calls, self.elements
 
-    # The passes.
+    # Forward pass, backward pass and recomputation.
 
     def _forward(self, chunk: range) -> None:
         self._reset()
@@ -155,7 +155,7 @@ class Zero3Replay:
         embeddings = self.rank_model.model.embeddings
         return embeddings is not None and module in (embeddings, *embeddings.children())
 
-    # DeepSpeed's coordinator; names follow it.
+    # DeepSpeed's parameter coordinator; the methods have its names.
 
     def _begin_pass(self) -> None:
         self._queue = deque(self._trace)

@@ -61,7 +61,8 @@ def _replace(name: str, file: io.TextIOWrapper, descriptor: int) -> None:
     other = "stderr" if name == "stdout" else "stdout"
 
     def report(error: OSError) -> None:
-        # Below the buffer of the other stream: another thread may hold its lock and report an error of this one.
+        # Writes below the other stream's buffer: another thread may hold the buffer's lock, and report an error of this
+        # stream at the same time.
         stream = _stream(other)
         if stream is not None and stream.error is None:
             stream.write(_describe(name, error).encode())

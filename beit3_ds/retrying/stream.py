@@ -44,7 +44,7 @@ class RetryingStream(io.RawIOBase):
         self._error: OSError | None = None
         self.reports_closed_pipe = False
         self._pid = os.getpid()
-        # Not the lock of a `BufferedWriter`: signal handlers print, too, and a report may come from another stream.
+        # Reentrant, unlike a `BufferedWriter`'s lock: signal handlers print too, and another stream may report here.
         self._lock = threading.RLock()
 
     @property
@@ -98,7 +98,7 @@ class RetryingStream(io.RawIOBase):
                 self._error = self._write_missing()
             error = self._error
         if error is not None and before is None and self._is_news(error):
-            with contextlib.suppress(Exception):  # of another stream that has failed, too
+            with contextlib.suppress(Exception):  # the report's own stream may have failed too
                 self._report(error)
         return error is None
 

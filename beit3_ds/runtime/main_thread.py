@@ -20,7 +20,7 @@ def describe_main_thread(otherwise: str) -> str:
         if inner.f_code.co_filename.startswith(_PACKAGE):
             lines.append(f"{Path(inner.f_code.co_filename).name}:{line} ({inner.f_code.co_name})")
             owner = inner.f_locals.get("self")
-            awaited.append(getattr(owner, "_waits_for", None))  # set by `Rendezvous`
+            awaited.append(getattr(owner, "_waits_for", None))  # an attribute of `Rendezvous`: what it waits for
             values = [inner.f_locals.get(name) for name in ("path", "file", "name")]
             values += [getattr(owner, name, None) for name in ("path", "_path")]
             paths += [str(value) for value in values if isinstance(value, str | Path) and "/" in str(value)]

@@ -33,7 +33,7 @@ SILENCE_SECONDS = 60.0
 NOTICE_SECONDS = 30.0
 """Seconds between two messages that a waiting rank prints."""
 _POLL_SECONDS = 0.5
-_CONTENDER_SECONDS = STOP_SECONDS + 5.0  # a launcher ends its ranks in this time if one rank has ended
+_CONTENDER_SECONDS = STOP_SECONDS + 5.0  # time in which a launcher ends its other ranks after one rank has ended
 _LAUNCHER_SECONDS = 60.0  # time in which rank 0 ignores ranks of another launcher on its host
 _GRACE_SECONDS = 10.0  # time for other ranks to read rank 0's error message, or to fail by themselves
 _LISTED = 8  # maximum number of differences in a message
@@ -284,7 +284,7 @@ class Rendezvous:
             ConfigError: always.
         """
         store.set("answer", json.dumps({"error": error}))
-        time.sleep(min(_GRACE_SECONDS, self._seconds) / 5)  # the store ends with this rank
+        time.sleep(min(_GRACE_SECONDS, self._seconds) / 5)  # the store ends when this rank ends
         raise ConfigError(error)
 
     def _receive_answer(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        # A library may have replaced the pipe, as asyncio does until its loop is closed.
+        # A library may have replaced the pipe: asyncio does this until its loop is closed.
         with contextlib.suppress(ValueError, OSError):
             signal.set_wakeup_fd(before, warn_on_full_buffer=False)
         os.write(writable, bytes([_END]))  # closing would not end the thread if a forked process has the pipe

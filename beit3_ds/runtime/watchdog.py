@@ -99,7 +99,7 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
         self._state = "left"
-        with contextlib.suppress(*_STORE_ERRORS):  # the store is gone, and with it rank 0, which would have read this
+        with contextlib.suppress(*_STORE_ERRORS):  # the store is gone together with rank 0, and nobody else reads this
             self._beat()
         self._ended.set()
         self._store_thread.join()

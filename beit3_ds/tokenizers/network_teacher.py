@@ -193,7 +193,7 @@ def _load_transformers(transformers: Any, name: str, config: TeacherConfig, grid
 
     def patch_features(images: Tensor) -> Tensor:
         tokens: Tensor = vision(pixel_values=images, **options).last_hidden_state[:, -num_patches:]
-        # CLIP's norm and projection belong to the pooled token; BEiT v2 sends every patch through them.
+        # CLIP applies this norm and projection to the pooled token only; BEiT v2 applies them to every patch.
         return tokens if projection is None else projection(vision.post_layernorm(tokens))
 
     processor = transformers.AutoImageProcessor.from_pretrained(name)

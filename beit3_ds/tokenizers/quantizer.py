@@ -117,7 +117,7 @@ class Quantizer(nn.Module):
 
 
 def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
-    # The nearest unit vector has the largest inner product. Never in bfloat16: near ties decide the code.
+    # The nearest unit vector has the largest inner product. bfloat16 is too coarse where two products nearly tie.
     with torch.autocast(vectors_MC.device.type, enabled=False):
         return torch.cat([(rows @ codebook_VC.T).argmax(-1) for rows in vectors_MC.split(_CHUNK_ROWS)])
 

@@ -21,7 +21,7 @@ from beit3_ds.regular_file import read_regular
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
 _SENTENCEPIECE_SPECIALS = ("<unk>", "<s>", "</s>")  # SentencePiece's own ids 0 to 2
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
-_MAX_LINE_BYTES = 1 << 16  # with its default of 4192, SentencePiece silently skips longer paragraphs
+_MAX_LINE_BYTES = 1 << 16  # SentencePiece silently skips longer paragraphs; its default limit is 4192
 _MAX_MODEL_BYTES = 1 << 27  # a million pieces take 30 MB
 _ERRORS_ONLY = 2  # SentencePiece's log level; lower levels print a page during training
 
@@ -131,7 +131,7 @@ class TextTokenizer:
         starts = np.array([piece.startswith(_SPACE) for piece in pieces])
         ends = np.array([piece.endswith(_SPACE) for piece in pieces])
         (starts if self._marks_ends(starts, ends) else ends)[:] = False
-        specials = [self.bos_id, self.pad_id, self.eos_id]  # <unk> may be inside a word
+        specials = [self.bos_id, self.pad_id, self.eos_id]  # not <unk>, which may be inside a word
         starts[specials] = ends[specials] = True
         return WordBorders(starts, ends)
 

@@ -98,5 +98,7 @@ def _digest(path: Path) -> str:
                 file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
         return digest.hexdigest()
-    except OSError as error:  # compared like a digest, because an exception would make other ranks wait
+    except (
+        OSError
+    ) as error:  # the text is compared like a digest, because other ranks would wait for a rank that raises
         return f"unreadable: {error.strerror}"

@@ -45,7 +45,7 @@ class DeviceMoves:
         stream = self._current()
         stream.wait_stream(self._side)
         for tensor in moved.tensors():
-            tensor.record_stream(stream)  # the allocator knows only the stream on which it was allocated
+            tensor.record_stream(stream)  # the allocator knows only the CUDA stream on which the tensor was allocated
         self._start_next()
         return moved
 

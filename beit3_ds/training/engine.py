@@ -85,7 +85,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
     adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if trains and not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):
         allocate_moments(adamw)
-    # Comes last, because the process would otherwise keep the memory that DeepSpeed frees while it builds the engine.
+    # Comes after `deepspeed.initialize`: before it, the process would keep the memory that DeepSpeed then frees.
     ALLOCATOR.keep_freed_memory(compute_device(), lasting=gradient_bytes)
     return engine
 
@@ -127,5 +127,7 @@ def _gradient_norm(model: nn.Module, mesh: Mesh) -> torch.Tensor:
     element.
     """
     counted = [p.grad for p in model.parameters() if p.grad is not None and (is_split(p) or mesh.tensor.rank == 0)]
-    norm = torch.nn.utils.get_total_norm(counted).to(compute_device())  # without gradients it is on the CPU
+    norm = torch.nn.utils.get_total_norm(counted).to(
+        compute_device()
+    )  # without gradients, torch returns a norm on the CPU
     return mesh.sum_over_model(norm.square()).sqrt()

@@ -37,7 +37,7 @@ def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], term
         axis.set_ylabel(term.unit)
         axis.grid(alpha=0.3)
     for axis in grid.flat:
-        if axis.get_legend_handles_labels()[0]:  # a stream may be neither trained nor evaluated
+        if axis.get_legend_handles_labels()[0]:  # a kind of sample may be neither trained nor evaluated
             axis.legend()
             break
     for axis in grid[-1]:

@@ -71,7 +71,7 @@ class _Reading:
         try:
             yield from self._own.read(self._limits)
         except StopRequestedError:
-            return  # `iterate_together` sees the signal
+            return  # `iterate_together` ends the evaluation because of the signal
 
 
 def iterate_together(

@@ -93,7 +93,7 @@ def export_weights(
     except OSError as error:
         raise _unwritable(out, error) from error
     with lock_output(out):
-        check_free(out, overwrite)  # another export may have ended since
+        check_free(out, overwrite)  # checked again: another export may have written the file since
         _write_planned(planned, out, format, max_shard_bytes, _metadata(reader, format))
     files = [file for file in out.iterdir() if file.name != INDEX_NAME] if out.is_dir() else [out]
     return Exported(len(planned), sum(file.stat().st_size for file in files), len(files))

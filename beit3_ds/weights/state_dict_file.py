@@ -32,7 +32,7 @@ def write_state_dict_file(path: Path, planned: Sequence[PlannedTensor], notes: M
         mapped = np.memmap(data, np.uint8, mode="r+")
         state = {}
         for tensor, offset in zip(planned, offsets, strict=True):
-            # A storage of its own for every tensor: torch.save writes whole storages.
+            # Every tensor gets a storage of its own, because torch.save writes whole storages.
             flat = torch.from_numpy(mapped[offset : offset + tensor.num_bytes])
             elements, position = flat.view(tensor.dtype), 0
             for block in tensor.blocks():

@@ -56,7 +56,7 @@ class TimmFile:
             }
             stored = {name: parameter.shape for name, parameter in PretrainingModel(note.model).named_parameters()}
         self._tensors = dict(_by_logical_name(tensors, note, stored, str(path)))
-        self._initial: tuple[str, Tensor] | None = None  # of the last tensor that was not in the file
+        self._initial: tuple[str, Tensor] | None = None  # name and values of the last tensor that the file lacks
         self.held = list(self._tensors)
 
     def names(self) -> list[str]:

@@ -129,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             own = own._replace(logit_sum=sum_logits(h_MD, w_VD, b_V, smoothing, own.largest.dtype))
         joined = own if reduce is None else reduce(own)
         lse_M = joined.largest + joined.total.log()
-        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        # Saves the parameters, not views or casts of them: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(h_MD, w_VD, b_V, target_M, lse_M, *kept)
         ctx.tiles, ctx.kernels, ctx.smoothing = tiles, kernels, smoothing
         loss_M = lse_M - joined.target_logit

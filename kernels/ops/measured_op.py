@@ -82,7 +82,9 @@ class Choices:
                 return name
         milliseconds = {name: self._measure(case, name, calls[name]) for name in available}
         fastest = min(available, key=lambda name: milliseconds[name])
-        if all(map(math.isfinite, milliseconds.values())):  # memory may have been short only this time
+        if all(
+            map(math.isfinite, milliseconds.values())
+        ):  # an infinite time may come from a lack of memory, which may not occur again
             file.add(case, fastest, milliseconds)
         return fastest
 
@@ -90,7 +92,9 @@ class Choices:
         try:
             with torch.no_grad():
                 return self._time(call)
-        except RuntimeError as error:  # of a compiler or a driver, or too little memory for one more result
+        except (
+            RuntimeError
+        ) as error:  # raised by a compiler or driver, or if memory does not suffice for one more result
             warnings.warn(f"{case}: {name} could not be timed and is not used: {error}", stacklevel=2)
             return float("inf")
 

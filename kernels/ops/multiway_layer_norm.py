@@ -144,10 +144,10 @@ class _MultiwayLayerNorm(torch.autograd.Function):
         weights, biases = parameters[: len(stops)], parameters[len(stops) :]
         norm = _FORWARD if kernels else _forward_plain
         h_TD, *statistics = norm(x_TD.contiguous(), stops, weights, biases, epsilon)
-        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        # Saves the parameters, not views or casts of them: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(x_TD, *weights, *statistics)
         ctx.stops, ctx.kernels = stops, kernels
-        ctx.set_materialize_grads(False)  # the stream's gradient may be absent; it must not become zeros
+        ctx.set_materialize_grads(False)  # an absent gradient of the residual stream stays None
         return x_TD, h_TD
 
     @staticmethod

@@ -71,7 +71,7 @@ class _MultiwayLinear(torch.autograd.Function):
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         x_TD = x_TD.contiguous()
         ctx.recompute, kept = rows_to_save(x_TD, recompute)
-        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        # Saves the parameters, not views or casts of them: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
         y_TF: Tensor = MULTIWAY_LINEAR(x_TD, ends, weights, biases)
         return y_TF
@@ -79,7 +79,7 @@ class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: under checkpointing they are unpacked for a single read
+        saved = ctx.saved_tensors  # read once, because activation checkpointing allows a single read
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dy_TF = dy_TF.contiguous()
         dx_TD = MULTIWAY_INPUT_GRADIENT(dy_TF, None, ctx.ends, weights)
@@ -169,7 +169,7 @@ def _takes_cuda_cpp(x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tenso
     return len(biases) > 0 and is_built() and runs_grouped_gemm(x_TD, weights)
 
 
-# The library's implementations are the CPU's: one product of cuBLAS per expert.
+# The implementations by a library are the same as on a CPU: one cuBLAS product per expert.
 MULTIWAY_LINEAR = MeasuredOp(
     "multiway_linear",
     {"triton": _linear_triton, "cuda": _linear_cuda_cpp, "library": _linear},

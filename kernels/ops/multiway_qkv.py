@@ -76,7 +76,7 @@ class _MultiwayQKV(torch.autograd.Function):
         weights, biases = parameters[:num_weights], parameters[num_weights:]
         x_TD = x_TD.contiguous()
         ctx.recompute, kept = rows_to_save(x_TD, recompute)
-        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        # Saves the parameters, not views or casts of them: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
         q_TF, k_TF, v_TF = MULTIWAY_QKV(x_TD, ends, weights, biases)
         return q_TF, k_TF, v_TF
@@ -165,7 +165,7 @@ def _takes_triton(x: Tensor, *rest: Any) -> bool:
     return KERNELS.accept(x)
 
 
-# The library's implementations run one product of cuBLAS per layer and expert.
+# The implementations by a library run one cuBLAS product per layer and expert.
 MULTIWAY_QKV = MeasuredOp(
     "multiway_qkv", {"triton": _qkv_triton, "library": _qkv}, on_cpu=_qkv, accepts={"triton": _takes_triton}
 )

@@ -153,7 +153,7 @@ class _OutProjection(torch.autograd.Function):
             y_TD = OUT_PROJECTION(n_TF, form.ends, weights, biases, residual_TD, factor_T)
         else:
             y_TD = _forward_cpu(x_TF, form, weights, biases, residual_TD, factor_T)
-        # The matrices themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        # Saves the matrices, not views or casts of them: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(x_TF, factor_T, *statistics, *weights, *scales, *shifts)
         ctx.form, ctx.by_operators, ctx.num_statistics = form, by_operators, len(statistics)
         return y_TD
@@ -167,7 +167,7 @@ class _OutProjection(torch.autograd.Function):
         weights, _, scales, shifts = form.split(parameters, has_biases=False)
         dy_TD = dy_TD.contiguous()
         if ctx.by_operators:
-            # Products take one dtype: the gradient of a float32 stream is rounded once, before them.
+            # A product takes one dtype, so a float32 gradient of the residual stream is rounded once, before them.
             of_branch = dy_TD.to(x_TF.dtype), None if factor_T is None else factor_T.to(x_TF.dtype)
             norm = None if form.norm is None else (statistics, scales, shifts)
             gradients = _backward_by_operators(*of_branch, x_TF, form, weights, norm)

@@ -94,7 +94,7 @@ def runs_kernels(q_THK: Tensor) -> bool:
 def _attend_in_buckets(
     q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool, *rest: Any
 ) -> Tensor:
-    # PyTorch's flash attention takes no mask. Only it is fast for heads that are too wide for our kernels.
+    # For heads that are too wide for our kernels, only PyTorch's flash attention is fast, and it takes no mask.
     allowance = 1.0 if q_THK.shape[2] > _WIDEST_HEAD and q_THK.is_cuda else PADDING_ALLOWANCE
     return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions, allowance))
 

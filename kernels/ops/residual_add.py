@@ -135,7 +135,7 @@ class _ResidualAdd(torch.autograd.Function):
         differentiate = _BACKWARD if ctx.kernels else _backward_plain
         d_partial_TD, d_biases_ED = differentiate(dy_TD.contiguous(), ctx.stops, factor_T, ctx.dtype)
         if factor_T is None:
-            d_partial_TD = dy_TD.to(ctx.dtype)  # dy itself, if the branch has the stream's dtype
+            d_partial_TD = dy_TD.to(ctx.dtype)  # no copy if the branch has the residual stream's dtype
         return (dy_TD, d_partial_TD, None, None, None, *d_biases_ED.unbind())
 
 

@@ -1,6 +1,6 @@
 """Copies some rows out of the residual stream, so that layers compute only these, and writes the results back."""
 
-# T rows of the stream, K picked rows, D width.
+# T packed rows, K picked rows, D width.
 
 from typing import Any
 

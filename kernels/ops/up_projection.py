@@ -75,18 +75,18 @@ class _UpProjection(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         ctx.recompute, kept = rows_to_save(h_TD, recompute)
-        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        # Saves the parameters, not views or casts of them: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
         outputs: tuple[Tensor, Tensor] = UP_PROJECTION(h_TD, ends, weights, biases)
         ctx.mark_non_differentiable(outputs[1])
-        ctx.set_materialize_grads(False)  # otherwise GELU(x), which has no gradient, would get one of zeros
+        ctx.set_materialize_grads(False)  # without this, autograd would allocate zeros as the gradient of GELU(x)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_TF: Tensor | None, unused: Tensor | None) -> tuple[Tensor | None, ...]:
         assert dx_TF is not None, "gradients flow through x, which every caller uses"
-        saved = ctx.saved_tensors  # read once: under checkpointing they are unpacked for a single read
+        saved = ctx.saved_tensors  # read once, because activation checkpointing allows a single read
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dx_TF = dx_TF.contiguous()
         dh_TD = MULTIWAY_INPUT_GRADIENT(dx_TF, None, ctx.ends, weights)

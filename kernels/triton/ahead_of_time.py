@@ -71,7 +71,7 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
         variant.kernel,
         variant.signature,
         variant.constants,
-        # As in a launch: PyTorch's allocations are aligned to more than 16 bytes.
+        # Assumes the alignment of a real launch: PyTorch's allocations are aligned to at least 16 bytes.
         {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(variant.signature.values()) if kind.startswith("*")},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
@@ -114,8 +114,8 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
     for name in ("registers", "stack", "spills", "shared_memory", "narrow_accesses"):
         if getattr(report, name) > getattr(budget, name):
             problems.append(f"{name} {getattr(report, name)} > {getattr(budget, name)}")
-    # Fewer of these mean an operand that is no longer copied ahead, a product that is not on tensor cores, or a kernel
-    # that Triton silently compiled to nothing.
+    # If one of these falls, an operand is no longer copied ahead, a product does not use tensor cores, or Triton
+    # silently compiled the kernel to nothing.
     for name in ("tensor_core", "async_copies", "wide_accesses"):
         if getattr(report, name) < getattr(budget, name):
             problems.append(f"{name} {getattr(report, name)} < {getattr(budget, name)}")

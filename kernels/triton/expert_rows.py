@@ -8,8 +8,9 @@ results of several programs.
 
 # D width, E experts (3; the last ones may have no rows), P programs, S sums per program, e.g. for scale and for shift.
 #
-# A program works on up to `rows` consecutive rows of one expert, never of two. Each program sums over its own rows, and
-# then an expert's programs are summed in order: there are no atomics, so the result is deterministic.
+# A program works on up to `rows` consecutive rows of one expert, never of two. Each program sums over its own rows. A
+# second kernel then adds up the sums of an expert's programs in a fixed order. There are no atomics, so the result is
+# deterministic.
 
 import triton
 import triton.language as tl

@@ -142,11 +142,11 @@ def fake_gpu(architecture: int, *, compiles: bool) -> Iterator[FakeGPU]:
     def are_trusted(self: Any, device: torch.device, dtype: torch.dtype, **properties: Hashable) -> bool:
         key = self, device, dtype, *properties.items()
         if compiles and key not in verdicts:
-            verdicts[key] = True  # first, because a check runs operators that ask again
+            verdicts[key] = True  # set first: the check runs operators, which look up this key again
             with CHOICES.fixed("triton"), torch.inference_mode(False), torch.enable_grad():
                 try:
                     self._check(device, dtype, **properties)
-                except NotImplementedError:  # an operator of a library that has no form for CPU tensors
+                except NotImplementedError:  # a library's operator that does not take CPU tensors
                     verdicts[key] = False
         return verdicts.get(key, True)
 

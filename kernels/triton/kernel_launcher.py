@@ -212,7 +212,7 @@ def _fastest(settings: Sequence[_Settings], launch: Callable[[_Settings], None])
         try:
             time = benchmark(partial(launch, one), warmup=5, rep=20, return_mode="median")
             milliseconds.append((time, index))
-        except TritonError as error:  # of the compiler, or too little shared memory
+        except TritonError as error:  # raised by the compiler, or because shared memory is too small
             errors.append(error)
     if not milliseconds:
         raise errors[0]

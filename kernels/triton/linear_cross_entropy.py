@@ -3,9 +3,9 @@
 
 # M rows, N logits of a row (`width`), G groups of rows.
 #
-# Logits are given without their bias. Their row stride, and the length of the bias, is `steps` x 64 elements: the
-# compiler sees the multiple, so every access to them is 128 bits wide. Elements from N to the stride are undefined and
-# count as minus infinity.
+# The kernels get logits without their bias, and add the bias. The row stride of the logits and the length of the bias
+# are `steps` x 64 elements. So the compiler knows that rows are aligned, and every access is 128 bits wide. Logits from
+# column N on are undefined and count as minus infinity.
 
 import math
 
@@ -54,7 +54,7 @@ def partials_kernel(
     tl.store(partials_ptr + row, largest)
     tl.store(partials_ptr + num_rows + row, total)
     target = tl.load(target_ptr + row) - first
-    if (target >= 0) & (target < width):  # otherwise it is in another tile or shard
+    if (target >= 0) & (target < width):  # if not, the target is in another vocabulary tile or on another rank
         logit = tl.load(logits_ptr + row * stride + target).to(tl.float32) + tl.load(bias_ptr + target).to(tl.float32)
         tl.store(partials_ptr + 2 * num_rows + row, logit)
 
@@ -93,7 +93,7 @@ def gradient_kernel(
         offsets = numbers[:, None] * stride + columns[None, :]
         mask = real[:, None] & there[None, :]
         logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-        lse = tl.load(lse_ptr + numbers, mask=real, other=float("inf"))  # p = 0 where there is no row
+        lse = tl.load(lse_ptr + numbers, mask=real, other=float("inf"))  # so that p = 0 in missing rows
         d_loss = tl.load(d_loss_ptr + numbers, mask=real, other=0.0)
         target = tl.load(target_ptr + numbers, mask=real, other=-1) - first
         p = tl.exp2((logits - lse[:, None]) * LOG2E)

@@ -4,15 +4,15 @@
 # T packed rows; a product sums over K columns and has N columns. A program computes one ROWS x COLUMNS tile of the
 # result and sums in steps of DEPTH.
 #
-# Experts own ascending row ranges, [0, stop_0), [stop_0, stop_1) and [stop_1, stop_2); an absent expert has no rows. A
-# tile belongs to one expert, whose parameters the program selects from three pointers: no table is sent to the device,
-# weights are never concatenated, and pointers that are arguments are known to be aligned. Beyond the last row of a tile
-# that row is read again, which needs no mask.
+# Experts own the row ranges [0, stop_0), [stop_0, stop_1) and [stop_1, stop_2); an absent expert has no rows. A tile
+# belongs to one expert, and the program selects the expert's parameters from three pointers. So no table of pointers is
+# sent to the device, and weights are never concatenated. Triton also knows that arguments are aligned. If a tile has
+# fewer than ROWS rows, its last row is read again in place of the missing ones, so loads need no mask of rows.
 #
-# Widths are compile-time constants: so the compiler knows the alignment of rows, and masks columns only if the width is
-# no multiple of the tile's. Offsets between tiles have 64 bits, those within a tile 32.
+# Widths are compile-time constants. So the compiler knows the alignment of rows, and masks columns only if the width is
+# not a multiple of the tile's width. Offsets between tiles have 64 bits, those within a tile 32.
 #
-# float32 is multiplied exactly ("ieee"), not on tensor cores; half precision ignores the setting.
+# Products of float32 do not use tensor cores, so they are not rounded to TF32 (input_precision "ieee").
 
 import triton
 import triton.language as tl
@@ -189,7 +189,7 @@ def up_projection_kernel(
     present = real_rows[:, None] & real_columns[None, :]
     u = u.to(u_ptr.dtype.element_ty)
     a = gelu(u.to(tl.float32)).to(a_ptr.dtype.element_ty)
-    # a is stored before u: otherwise the compiler computes erf in two layouts, and spills.
+    # a is stored first. If u is stored first, the compiler computes erf in two layouts and spills registers.
     tl.store(a_ptr + first * N + offsets, a, mask=present)
     tl.store(u_ptr + first * N + offsets, u, mask=present)
 

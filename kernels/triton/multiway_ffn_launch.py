@@ -71,7 +71,7 @@ def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Mat
 def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
     """Returns the tile sizes with which a kernel is compiled ahead of time; takes the arguments of `choose_tiles`."""
     if dtype == torch.float32:
-        num_warps = 8 if kernel is weight_gradient_kernel and architecture == 80 else 4  # 4 would spill
+        num_warps = 8 if kernel is weight_gradient_kernel and architecture == 80 else 4  # with 4, registers would spill
         return [MatmulTiles(64, 64, 32, num_warps, 2)]
     if kernel is up_projection_kernel:
         return [MatmulTiles(128, 128, 64, 8, 3), MatmulTiles(128, 128, 64, 8, 2), MatmulTiles(64, 128, 64, 8, 3)]

@@ -3,11 +3,11 @@
 
 # T packed rows, D width, P programs.
 #
-# A program works on consecutive rows of one expert (expert_rows.py), one row at a time. The row and the expert's
-# parameters are in registers, and the next rows are loaded meanwhile. D is a compile-time constant: so the compiler
-# knows the alignment of rows and accesses 128 bits at a time.
+# A program works on consecutive rows of one expert (expert_rows.py), one row at a time. It keeps the row and the
+# expert's parameters in registers, and loads the next rows at the same time. D is a compile-time constant, so the
+# compiler knows the alignment of rows and accesses 128 bits at a time.
 #
-# With GELU the rows are GELU(x), rounded to x's dtype: as if it had been stored.
+# With GELU, the norm's input is GELU(x) rounded to x's dtype, as if GELU(x) had been stored and loaded.
 
 import triton
 import triton.language as tl
@@ -105,7 +105,7 @@ def backward_kernel(
         db += dh
         scaled = dh * w
         d_mean = tl.sum(scaled, 0) / D
-        d_scale = tl.sum(scaled * normed, 0) / D  # beyond D, scaled is 0
+        d_scale = tl.sum(scaled * normed, 0) / D  # `scaled` is 0 in columns from D on
         dx = rstd * (scaled - d_mean - normed * d_scale)
         if GELU:
             dx *= gelu_derivative(x)

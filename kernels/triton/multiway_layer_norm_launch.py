@@ -82,7 +82,7 @@ def backward(
     programs, launch = prepare_rows(_BACKWARD, tuple(stops), width, tiling, flags, is_backward=True, takes_count=True)
     partial_2PD = x_TD.new_empty(2, programs.num_programs, width, dtype=torch.float32)
     if programs.num_programs:
-        d_stream_TD = d_residual_TD if d_residual_TD is not None else dh_TD  # not read if None
+        d_stream_TD = d_residual_TD if d_residual_TD is not None else dh_TD  # not read without a residual
         check_rows(dh_TD, d_stream_TD, x_TD, *weights)
         launch(dh_TD, d_stream_TD, x_TD, statistics_2T, *for_experts(weights), dx_TD, partial_2PD)
     return dx_TD, sum_partials(partial_2PD, programs, len(stops), weights[0].dtype)

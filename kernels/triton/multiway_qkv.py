@@ -4,7 +4,7 @@
 # T packed rows; a layer has K input columns and N output columns. A program computes one ROWS x COLUMNS tile of the
 # result and sums in steps of DEPTH. Rows, experts and widths are as in multiway_ffn.py.
 #
-# The three layers keep their own parameters, so a program selects the pointers of its layer and expert.
+# The three layers have separate parameters, so a program selects the pointers of its layer and expert.
 
 import triton
 import triton.language as tl

@@ -3,16 +3,16 @@
 
 # T packed rows, H heads, K head width, Q sequences, N tiles of TILE positions.
 #
-# Positions number a sequence's rows 0, 1, ... through its first and then its second range. A program works on one tile
-# of positions of one head and loops over blocks of all positions of the sequence. A tile may begin in the first range
-# and end in the second, so ranges need no extra tile. Positions become rows when they are loaded or stored; nothing is
-# ever permuted.
+# The rows of a sequence are one or two ranges of the packed rows. Its positions 0, 1, ... count the rows of the first
+# range and then those of the second. A program computes one tile of positions of one head, and loops over blocks of all
+# positions of the sequence. A tile may begin in the first range and end in the second, so a second range needs no
+# further tile. Each load and store converts positions to rows; rows are never permuted.
 #
-# A head is computed in column blocks A and B, powers of two that cover K: 88 columns as 64 + 32, not as 128. H and K
-# are compile-time constants: so the compiler knows the alignment of rows. With unknown strides it did not vectorise or
-# pipeline the loads, and spilled.
+# A head is computed in two blocks of columns, with widths A and B. A and B are powers of two, and A + B is at least K:
+# 88 columns are computed as 64 + 32 instead of 128. H and K are compile-time constants, so the compiler knows the
+# alignment of rows. Without them it did not vectorise or pipeline the loads, and spilled registers.
 #
-# float32 is multiplied exactly ("ieee"), not on tensor cores; half precision ignores the setting.
+# Products of float32 do not use tensor cores, so they are not rounded to TF32 (input_precision "ieee").
 
 import math
 
@@ -259,7 +259,7 @@ def key_value_gradient_kernel(
     dk_a, dk_b = _zeros(TILE, A, B)
     dv_a, dv_b = _zeros(TILE, A, B)
     start = 0
-    if CAPTIONS:  # no query before the first key of a caption sees any of these keys
+    if CAPTIONS:  # in a causal caption, queries before the tile see none of its keys
         start = tl.where(first >= length_1, first // BLOCK * BLOCK, 0)
     for begin in tl.range(start, total, BLOCK):
         queries = begin + tl.arange(0, BLOCK)
@@ -268,7 +268,7 @@ def key_value_gradient_kernel(
         statistics = head * num_rows + query_rows
         q_a, q_b = _load(q_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
         dy_a, dy_b = _load(dy_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
-        lse = tl.load(lse_ptr + statistics, mask=real_queries, other=0.0) * LOG2E  # p = 1, times a dy of 0
+        lse = tl.load(lse_ptr + statistics, mask=real_queries, other=0.0) * LOG2E  # 0 is arbitrary: dy is 0 there
         delta = tl.load(delta_ptr + statistics, mask=real_queries, other=0.0)
         scores = _product(k_a, k_b, q_a, q_b, B)
         p = tl.exp2(scores * (SCALE * LOG2E) - lse[None, :])

@@ -40,7 +40,7 @@ def forward(
     """
     y_TD = torch.empty_like(residual_TD)
     launch = prepare_rows(_FORWARD, tuple(stops), residual_TD.shape[1], tiling, (factor_T is not None,))
-    factors = residual_TD if factor_T is None else factor_T  # not read if None
+    factors = residual_TD if factor_T is None else factor_T  # without factors, any pointer: the kernel does not read it
     check_rows(residual_TD, partial_TD, factors, *biases)
     if launch.programs.num_programs:
         launch.run(residual_TD, partial_TD, *for_experts(biases), factors, y_TD)
@@ -67,7 +67,7 @@ def backward(
     flags = (factor_T is not None,)
     programs, launch = prepare_rows(_BACKWARD, tuple(stops), dy_TD.shape[1], tiling, flags, is_backward=True)
     sum_1PD = dy_TD.new_empty(1, programs.num_programs, dy_TD.shape[1], dtype=torch.float32)
-    factors = dy_TD if factor_T is None else factor_T  # not read if None
+    factors = dy_TD if factor_T is None else factor_T  # without factors, any pointer: the kernel does not read it
     check_rows(dy_TD, factors)
     if programs.num_programs:
         launch(dy_TD, factors, d_partial_TD, sum_1PD)

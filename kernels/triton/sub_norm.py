@@ -3,8 +3,8 @@
 
 # T packed rows, N columns; a program works on blocks of ROWS x COLUMNS of one expert's rows (`find_row_tile`).
 #
-# The norm is xhat * scale + shift with xhat = (a - mean) * rstd, where a is x or gelu(x), rounded to x's dtype as the
-# forward pass stored it. If tensor-parallel ranks divide the columns, mean and rstd are those of the whole row.
+# The norm is xhat * scale + shift with xhat = (a - mean) * rstd. Here a is x, or gelu(x) rounded to x's dtype. If
+# tensor-parallel ranks divide the columns, mean and rstd are those of the whole row.
 # Everything is computed in float32. Sums have a fixed order, so results are deterministic.
 
 import triton

@@ -3,9 +3,9 @@
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 #
-# A product over all rows has few tiles: 36 of 128 x 128 for a width of 768, on 132 multiprocessors. So rows are divided
-# into shares, and each program sums over the rows of one share. Shares are summed in order (`expert_rows.sum_kernel`):
-# there are no atomics, so the result is deterministic.
+# A weight gradient has few tiles: 36 of 128 x 128 for a width of 768, for the 132 multiprocessors of an H100. So the
+# rows are divided into shares, and each program sums over the rows of one share. Another launch adds up the shares in a
+# fixed order (`expert_rows.sum_kernel`). There are no atomics, so the result is deterministic.
 
 import triton
 import triton.language as tl
@@ -42,7 +42,7 @@ def _transposed_product(
         within = tl.arange(0, DEPTH)
         real = within < stop - begin
         first = tl.cast(begin, tl.int64)
-        # Loaded transposed: a tile that is transposed after its load would not be copied asynchronously.
+        # Loads dy transposed, because a tile that is transposed after its load would not be copied asynchronously.
         dy_pointers = dy_ptr + first * OUT + within[None, :] * OUT + out_columns[:, None]
         x_pointers = x_ptr + first * IN + within[:, None] * IN + in_columns[None, :]
         if OUT % ROWS == 0:
@@ -112,7 +112,7 @@ def weight_gradient_kernel(
         dw, sums = _transposed_product(
             dy_ptr, factor_ptr, x_ptr, start, stop, out_columns, in_columns, OUT, IN, FACTOR, True, ROWS, COLUMNS, DEPTH
         )
-        db = tl.sum(sums, 1) * (1 / 16)  # exact: all 16 are equal
+        db = tl.sum(sums, 1) * (1 / 16)  # the mean of 16 equal columns, which is exact
         tl.store(dw_ptr + OUT * IN + out_columns, db.to(sum_ptr.dtype.element_ty), mask=out_columns < OUT)
     else:
         dw, sums = _transposed_product(

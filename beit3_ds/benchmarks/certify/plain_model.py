@@ -3,7 +3,7 @@
 The layers match the released models: every block has an image expert, a text expert and sub-LN.
 """
 
-# B samples of a stream, S rows of a padded sample, N rows of an image, D hidden, H heads, K head width.
+# B samples of one kind, S rows of a padded sample, N rows of an image, D hidden, H heads, K head width.
 
 import torch
 import torch.nn.functional as F

@@ -30,7 +30,7 @@ class Trainer:
 
     def __init__(self, task: str, config: RunConfig) -> None:
         """Builds the engine, and a process group that contains only this process."""
-        # Imported here, so that DeepSpeed takes memory on this side only.
+        # Imported here, so that DeepSpeed takes memory only in the process that measures this project.
         from beit3_ds.pipeline.schedule import Schedule
         from beit3_ds.runtime.process_group import compute_device, init_process_group
         from beit3_ds.training.engine import apply_update, build_engine

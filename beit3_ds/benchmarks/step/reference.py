@@ -10,7 +10,7 @@ Ratios to the reference are comparable only while this code stays the same. So t
 checks a hash of this code.
 """
 
-# B samples of a stream, N patches per image, S tokens of the longest text, D hidden.
+# B samples of one kind, N patches per image, S tokens of the longest text, D hidden.
 
 import importlib.metadata
 import sys

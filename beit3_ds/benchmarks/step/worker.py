@@ -23,7 +23,7 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 
     The learning rate is constant. Batches must contain the target codes of patches.
     """
-    # Imported here, so that DeepSpeed takes memory on this side only.
+    # Imported here, so that DeepSpeed takes memory only in the process that measures this project.
     from beit3_ds.runtime.process_group import compute_device, init_process_group
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import apply_update, build_schedule

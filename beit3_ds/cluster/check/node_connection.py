@@ -158,7 +158,7 @@ class NodeConnection:
             status = await asyncio.wait_for(self._process.wait(), _END_SECONDS)
         except TimeoutError:
             return f"closed the connection; {self._last_line()}"
-        with contextlib.suppress(TimeoutError):  # a master connection of ssh may keep the pipe open
+        with contextlib.suppress(TimeoutError):  # ssh's shared connection (ControlMaster) may keep the pipe open
             await asyncio.wait_for(asyncio.shield(self._stderr_reader), _END_SECONDS)
         if status == 255 and not is_loopback(self.name):
             return f"cannot be reached by ssh; {self._last_line()}"

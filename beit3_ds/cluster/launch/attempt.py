@@ -168,7 +168,7 @@ class Attempt:
         is_stopped = stop is not None and ended.status in (None, -stop, *map(exit_status, STOP_SIGNALS))
         return not rank.is_killed and not is_stopped and ended.status != 0
 
-    # The course of an attempt.
+    # The course of one start of the ranks.
 
     async def _wait_for_guards(self, launcher: LauncherProcess) -> None:
         """Waits until the guard of every rank, which is the parent of the training process, has registered."""
@@ -250,7 +250,7 @@ class Attempt:
                 "once that answers; they do nothing more."
             )
 
-    # Watching.
+    # Detection of failures.
 
     async def _send_keepalives(self, launcher: LauncherProcess) -> None:
         while True:
@@ -324,7 +324,7 @@ class Attempt:
     def _alive(self) -> dict[int, GuardedRank]:
         return {number: rank for number, rank in self._ranks.items() if not rank.is_gone}
 
-    # The end of an attempt.
+    # The end of the ranks.
 
     def _print_ends(self) -> None:
         """Prints how the ranks ended. Ranks that ended in the same way share one line.

@@ -199,7 +199,7 @@ class _Launch:
             raise ConfigError(f"the launch failed: {error}. Logs are in {folder}.") from error
 
     def _new_folder(self) -> Path:
-        # Only exact names count: a copy such as attempt_1.bak is not ours.
+        # Only exact names count: a copy such as attempt_1.bak was not made by this program.
         taken = [int(match[1]) for path in self._log_dir.iterdir() if (match := _ATTEMPT.fullmatch(path.name))]
         folder = self._log_dir / f"attempt_{max(taken, default=0) + 1}"
         folder.mkdir()
@@ -362,7 +362,7 @@ def _own_address(hosts: Sequence[HostSlots], hostfile: Path) -> str:
         return "127.0.0.1"
     faults = []
     own = "127.0.0.1"
-    for name in names:  # the first may be this machine itself
+    for name in names:  # the first name may be this machine's
         try:
             found = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)
         except OSError as error:

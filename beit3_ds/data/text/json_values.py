@@ -33,7 +33,7 @@ def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
                 is_parsed = True
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = f"not JSON: {getattr(error, 'msg', 'nested too deeply')}"
-        if end < len(buffer):  # otherwise the buffer may end within the value
+        if end < len(buffer):  # at the end of the buffer, the value may continue in the file
             yield value
             position = end
             continue

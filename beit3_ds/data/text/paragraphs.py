@@ -220,7 +220,7 @@ def _find_first_line(file: io.BufferedReader, piece: TextPiece) -> int:
     """Seeks to the first line that starts in the piece; returns the line's offset in bytes."""
     if piece.start == 0:
         return 0
-    file.seek(piece.start - 1)  # if the byte before is a newline, a line starts at piece.start
+    file.seek(piece.start - 1)  # a line starts at piece.start if the byte before is a newline
     return piece.start - 1 + skip_line(file, b" ")
 
 

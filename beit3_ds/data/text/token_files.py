@@ -179,7 +179,7 @@ def find_token_pieces(
                 f"{piece.text_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {REDO}"
             )
         if pieces and piece.piece.stop <= end:
-            break  # an empty piece would be its own successor
+            break  # the next piece would be this empty piece again
         pieces.append(piece)
         end = piece.piece.stop
     if not pieces or end != status.st_size:

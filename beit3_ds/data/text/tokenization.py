@@ -66,7 +66,7 @@ def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: P
         The start of each sequence, as the number of tokens before it.
     """
     assert limit >= 1, f"a sequence of {limit} tokens has no room for text"
-    start = end = 0  # borders of the sequence that is being filled
+    start = end = 0  # start and end of the sequence that is being filled
     for ids, lengths in chunks:
         chunk_start = end
         contents = cutter.content_lengths(ids, lengths)

@@ -14,7 +14,7 @@ def pyramid_memory(hidden_size: int, channels: int, element_size: int) -> float:
         channels: number of channels of each map.
         element_size: bytes per element of an activation.
     """
-    # Each map's cells per patch, and the elements per patch that enter its first convolution to `channels` channels.
+    # Per map: its cells per patch, and the input elements per patch of its first convolution to `channels` channels.
     entering = {16: 4 * hidden_size, 4: 2 * hidden_size, 1: hidden_size, 1 / 4: hidden_size / 4}
     # Between the transposed convolutions of the finest map: the inputs of the norm, the GELU and the second one.
     elements = 3 * 4 * hidden_size / 2 + sum(entering.values())

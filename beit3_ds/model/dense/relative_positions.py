@@ -80,8 +80,8 @@ class RelativePositions(nn.Module):
         """Returns the products of each query with the table entries for all key rows and key columns, (T, H, J)."""
         tables: list[Tensor] = []
         entries: list[Tensor] = []
-        # One node has both gradients: ZeRO-2 adds up gradients of ranks in the order in which each rank computes them,
-        # which would otherwise depend on the axes along which a rank's images are larger than the tables.
+        # One autograd node computes both gradients, because ZeRO-2 adds up gradients in the order in which each rank
+        # computes them. With two nodes, this order would depend on whether images are larger than a table.
         both = self.tensor.copy_to(torch.stack((self.rows, self.columns))).unbind()
         for own, places in zip(both, axes, strict=True):
             entries.append(places.entries_TA + sum(map(len, tables)))
@@ -154,7 +154,7 @@ def _axis_places(grids: Grids, order: int, window_size: int, side: int, axis: in
     start_B = torch.tensor([starts[each] for each in sides], dtype=torch.int64)
     numbers_A = torch.arange(max(extents, default=1))
     middle_T1 = (side_B - 1)[places.image_T, None]
-    # Positions beyond a patch's own image get an index too, but there are no keys.
+    # Positions outside of a patch's image get an index too, but there are no keys at these positions.
     distances_TA = (place_T[:, None] - numbers_A).clamp(-middle_T1, middle_T1)
     entries_TA = start_B[places.image_T, None] + middle_T1 + distances_TA
     one_hot_TA = place_T[:, None] == numbers_A

@@ -137,7 +137,7 @@ class _ImageSearch:
         # An upper bound for unfinished captions, because adding words only lowers the log-probability.
         if self.best.score >= scores[0] / (limit - 1) ** self._search.length_penalty:
             return False
-        length = len(self._words[0]) + 2  # with BOS and the mask token
+        length = len(self._words[0]) + 2  # number of tokens with BOS and the mask token
         beams: list[tuple[float, int, int]] = []
         for score, index in zip(scores, indices, strict=True):
             beam, word = divmod(index, vocab_size)

@@ -127,7 +127,7 @@ class CaptionDecoder:
 
             x_TD = block.attention(x_TD, None, batch.layout, attend)
             self._images.append(kept[0])
-            if block is not self._blocks[-1]:  # nothing reads the images' rows after the last attention
+            if block is not self._blocks[-1]:  # after the last attention, nothing reads the images' rows
                 x_TD = block.ffn(x_TD, None, batch.layout)
         empty = [keys.new_empty(count, keys.shape[1], 0, keys.shape[3]) for keys, _ in self._images]
         self._captions = [(keys, keys) for keys in empty]

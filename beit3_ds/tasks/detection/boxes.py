@@ -34,7 +34,7 @@ def encode_boxes(coder: BoxCoder, objects_N4: Tensor, boxes_N4: Tensor) -> Tenso
         objects_N4: box of the object that each box matches, (N, 4).
         boxes_N4: anchors or proposals, (N, 4).
     """
-    # The coder's own method would copy the weights from host memory, for which the host waits.
+    # The coder's own method would copy its weights from host memory, and the host would wait for the copy.
     weights_4 = torch.cat([boxes_N4.new_full((1,), weight) for weight in coder.weights])
     return encode_with_weights(objects_N4, boxes_N4, weights_4)
 
@@ -47,7 +47,7 @@ def decode_boxes(coder: BoxCoder, deltas_N4: Tensor, boxes_N4: Tensor) -> Tensor
         deltas_N4: regression outputs, (N, 4).
         boxes_N4: anchors or proposals, (N, 4).
     """
-    # The coder's own method computes the same with numbers that it copies from host memory, for which the host waits.
+    # The coder's own method computes the same, but copies numbers from host memory, and the host waits for the copy.
     deltas_N4, boxes_N4 = deltas_N4.float(), boxes_N4.float()
     sides_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
     centres_N2 = boxes_N4[:, :2] + 0.5 * sides_N2
@@ -87,7 +87,7 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)
-    # torchvision's Matcher computes the same with indices that depend on values, for which the host waits.
+    # torchvision's Matcher computes the same, but its indices depend on values, for which the host waits.
     iou_GN = box_iou(objects_G4, boxes_N4)
     best_N, objects_N = iou_GN.max(0)
     matches_N = torch.where(best_N < high, IGNORED, objects_N).masked_fill(best_N < low, BACKGROUND)

@@ -207,7 +207,7 @@ def _stage_losses(
             labels.append(label_N)
             wanted.append(boxes_N4)
             continue
-        object_N = matches_N.clamp(min=0)  # also of boxes without an object, whose targets do not count
+        object_N = matches_N.clamp(min=0)  # boxes without an object get object 0, but their targets do not count
         labels.append(torch.where(matches_N >= 0, of_image.labels[object_N], label_N))
         wanted.append(encode_boxes(_CODERS[stage], of_image.boxes[object_N], boxes_N4))
     labels_R = torch.cat(labels)

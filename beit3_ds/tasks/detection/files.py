@@ -86,7 +86,7 @@ class AnnotatedObjects:
         self._boxes = torch.tensor(collected.boxes, dtype=torch.float32).view(-1, 4)[order]
         self._segments = _as_tensor(collected.segments)
         self._segment_ranges = _ranges(collected.segment_ends)[order] if collected.segment_ends else None
-        self._num_parts = 0  # number of last parts of a path to use; 0 uses all parts
+        self._num_parts = 0  # how many of the last parts of a path name an image; 0: all parts
 
     def check_images(self) -> None:
         """Checks that every image exists; lists each folder once and opens no image.

@@ -180,7 +180,8 @@ def propose(anchors: ImageAnchors, size: Size, per_level: int, count: int) -> Pr
     found, scores, level_N, number_N = (values[kept] for values in every)
     if not len(kept):
         return Proposals(found, number_N)
-    # Levels are moved apart, as torchvision's batched_nms does, which would copy a number from host memory.
+    # Shifts the boxes of each level, so that levels do not overlap. torchvision's batched_nms does the same, but
+    # copies a number from host memory.
     apart = found + (level_N * (found.max() + 1))[:, None]
     chosen = nms(apart, scores, _NMS_IOU)[:count]
     return Proposals(found[chosen], number_N[chosen])

@@ -49,7 +49,7 @@ def _find_block(
     """Draws a block with 1 to `remaining` unmasked patches; returns None after ten failed attempts."""
     grid_size = len(mask)
     for _ in range(_ATTEMPTS):
-        # If remaining < min_block, the block must overlap masked patches.
+        # If remaining < min_block, the area exceeds `remaining`, so only a block that overlaps masked patches fits.
         area = rng.uniform(*sorted((min_block, remaining)))
         aspect = math.exp(rng.uniform(math.log(_MIN_ASPECT), -math.log(_MIN_ASPECT)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -91,7 +91,7 @@ def pack(
     images = [sample for sample in samples if isinstance(sample, ImageSample)]
     pairs = [sample for sample in samples if isinstance(sample, PairSample)]
     texts = [sample for sample in samples if isinstance(sample, TextSample)]
-    # drop_path is in the order of `samples`, so this must be the order of the batch.
+    # drop_path is in the order of `samples`, so the batch must have the same order.
     assert [*images, *pairs, *texts] == list(samples), "samples must come as images, pairs, texts"
     pictures = [*images, *(pair.image for pair in pairs)]
     writings = [*(pair.caption for pair in pairs), *texts]

@@ -72,7 +72,7 @@ class _Words:
         self.lengths = [*batch.caption_lengths, *batch.text_lengths]
         self.ids = batch.token_ids.tolist()
         num_ids = tokenizer.vocab_size if tokenizer else logits.text.shape[1]
-        guesses = logits.text[:, :num_ids].argmax(1).tolist()  # spare rows of the table have no token
+        guesses = logits.text[:, :num_ids].argmax(1).tolist()  # the table may have more rows than there are tokens
         truths = batch.targets[TARGET_IDS].tolist()
         self.masked = dict(zip(batch.targets[MASKED_TOKENS].tolist(), zip(guesses, truths, strict=True), strict=True))
 

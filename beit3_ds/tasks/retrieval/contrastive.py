@@ -48,7 +48,7 @@ def _sum_blocks(query_ND: Tensor, candidate_ND: Tensor, ids_N2: Tensor | None, s
     loss, found = 0 * scale.sum() + 0 * query_ND.sum() + 0 * candidate_ND.sum(), scale.new_zeros(())
     for start in range(0, len(query_ND), rows):
         arguments: tuple[Any, ...] = (query_ND[start : start + rows], candidate_ND, ids_N2, scale, start)
-        # Nothing is drawn and no shape depends on values, so the recomputation needs no check.
+        # There are no random draws and no shapes that depend on values, so the recomputation needs no check.
         block_loss, block_found = checkpoint(
             _sum_block, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
         )

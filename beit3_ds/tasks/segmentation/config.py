@@ -38,7 +38,7 @@ class DecoderConfig:
     classes are not trained."""
 
     def __post_init__(self) -> None:
-        # GroupNorm needs two features per group: one feature in a map of one cell has no variance.
+        # GroupNorm needs two features per group, because a single feature in a map of one cell has no variance.
         if self.hidden_size < 2 * _GROUPS or self.hidden_size % _GROUPS or self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"task.decoder: hidden_size={self.hidden_size} must be at least {2 * _GROUPS} and a multiple of "

@@ -148,7 +148,7 @@ class LabelMaps:
 
     def _classes(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
         first = int(self._zero_is_ignored)
-        # In ADE20K's form 0 wraps around to 255, which is `IGNORED`.
+        # In ADE20K's files 0 means no class; minus 1 makes it 255 (uint8), which is `IGNORED`.
         classes = values - np.uint8(first) if first else values
         beyond = (classes >= self._num_classes) & (classes != IGNORED)
         if first:

@@ -110,7 +110,7 @@ class SegmentationHead(Head):
             value = adapter_initial_value(rest, shape, self.settings.adapter, generator)
         elif part == "decoder":
             value = decoder_initial_value(rest, shape, self.settings.decoder, generator)
-        if value is None and len(shape) == 1:  # norms and biases
+        if value is None and len(shape) == 1:  # scales and biases, which have one dimension
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         return value
 

@@ -106,7 +106,7 @@ class MaskDecoder(nn.Module):
         """
         count, device = len(maps[0]), maps[0].device
         if not count:
-            # transformers' modules cannot compute zero images, but every parameter must take part (ZeRO-3).
+            # transformers' modules do not accept zero images, but ZeRO-3 needs every parameter in every pass.
             maps = [of.new_zeros(1, *of.shape[1:]) + of.sum() for of in maps]
         dtype = self.classes.weight.dtype
         with torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
@@ -150,7 +150,7 @@ def decoder_initial_value(
         return ring_offsets(config.num_heads, _LEVELS, _POINTS)
     if ".sampling_offsets." in name or ".attention_weights." in name:
         return value.zero_()
-    if ".mask_embedder." in name:  # as torch initialises linear layers: uniform up to 1 / sqrt(inputs)
+    if ".mask_embedder." in name:  # torch's initial values of linear layers: uniform up to 1 / sqrt(inputs)
         bound = 1 / math.sqrt(config.hidden_size)
         return value.uniform_(-bound, bound, generator=generator)
     if "norm" in name:

@@ -125,7 +125,7 @@ class TokenizerRankTask(RankTask):
         return results | {"codes": f"{usage} over training images"} | ({"warning": warning} if warning else {})
 
     def _features(self, pixels: Tensor) -> Tensor:
-        if not len(pixels):  # not every network takes an empty batch
+        if not len(pixels):  # some networks do not accept an empty batch
             return pixels.new_empty(0, self.run_config.tokenizers.visual.grid_size**2, self.teacher.width)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.run_config.options.is_bf16):
             return self.teacher(pixels)
