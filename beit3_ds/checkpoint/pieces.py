@@ -124,9 +124,7 @@ def _cover_once(rows: Rows, height: int, width: int) -> bool:
     inside = (rows >= 0).all() and (bottom <= height).all() and (right <= width).all()
     if not inside or (top >= bottom).any() or (left >= right).any():
         return False
-    if (
-        sum(((bottom - top) * (right - left)).tolist()) != height * width
-    ):  # summed as Python integers, which never overflow
+    if sum(((bottom - top) * (right - left)).tolist()) != height * width:  # Python integers never overflow
         return False
     corners = [y * (width + 1) + x for y in (top, bottom) for x in (left, right)]
     corners.append(np.array([y * (width + 1) + x for y in (0, height) for x in (0, width)]))

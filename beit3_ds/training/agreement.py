@@ -98,7 +98,5 @@ def _digest(path: Path) -> str:
                 file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
         return digest.hexdigest()
-    except (
-        OSError
-    ) as error:  # the text is compared like a digest, because other ranks would wait for a rank that raises
+    except OSError as error:  # compared like a digest; other ranks would wait for a rank that raises
         return f"unreadable: {error.strerror}"

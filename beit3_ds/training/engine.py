@@ -127,7 +127,5 @@ def _gradient_norm(model: nn.Module, mesh: Mesh) -> torch.Tensor:
     element.
     """
     counted = [p.grad for p in model.parameters() if p.grad is not None and (is_split(p) or mesh.tensor.rank == 0)]
-    norm = torch.nn.utils.get_total_norm(counted).to(
-        compute_device()
-    )  # without gradients, torch returns a norm on the CPU
+    norm = torch.nn.utils.get_total_norm(counted).to(compute_device())  # on the CPU if there are no gradients
     return mesh.sum_over_model(norm.square()).sqrt()

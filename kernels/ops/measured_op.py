@@ -82,9 +82,7 @@ class Choices:
                 return name
         milliseconds = {name: self._measure(case, name, calls[name]) for name in available}
         fastest = min(available, key=lambda name: milliseconds[name])
-        if all(
-            map(math.isfinite, milliseconds.values())
-        ):  # an infinite time may come from a lack of memory, which may not occur again
+        if all(map(math.isfinite, milliseconds.values())):  # if not, memory may suffice in the next process
             file.add(case, fastest, milliseconds)
         return fastest
 
@@ -92,9 +90,7 @@ class Choices:
         try:
             with torch.no_grad():
                 return self._time(call)
-        except (
-            RuntimeError
-        ) as error:  # raised by a compiler or driver, or if memory does not suffice for one more result
+        except RuntimeError as error:  # raised by a compiler or driver, or because memory is short
             warnings.warn(f"{case}: {name} could not be timed and is not used: {error}", stacklevel=2)
             return float("inf")
 

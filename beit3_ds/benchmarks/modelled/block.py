@@ -112,9 +112,8 @@ def _backward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
     ):
         yield OpTime(f"{name}: input", *_products(rates, 2 * rows * width * hidden))
         yield _weight_gradient(f"{name}: weights", rates, rows, hidden, width, 1, experts)
-        passes = (
-            (7, 5) if shape.sub_layernorm else ((5, 5) if gelu else (0, 0))
-        )  # for the recomputation of GELU, and for its gradient
+        # For the recomputation of GELU, and for its gradient.
+        passes = (7, 5) if shape.sub_layernorm else ((5, 5) if gelu else (0, 0))
         before, now = (rates.pass_seconds(number * rows * width * _SIZE) for number in passes)
         yield OpTime(f"{name}: activation and norm", before, now)
     yield OpTime("FFN up: input", *_products(rates, 2 * rows * hidden * wide))
