@@ -7,7 +7,7 @@ needs whole rows. If tensor-parallel ranks divide the columns of a row, `sub_nor
 
 # T packed rows, F width, E experts.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import slices_of
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
+from beit3_ds.kernels.prepared import Prepared
 
 
 def _forward(
@@ -62,20 +63,25 @@ def _backward(
     return torch.ops.aten.gelu_backward(da_TF, x_TF) if gelu else da_TF, d_parameters_2EF
 
 
+@Prepared
 def _forward_triton(
     x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     from beit3_ds.kernels.triton.multiway_layer_norm_launch import forward  # Triton is needed on a GPU only
 
-    return forward(x_TF, ends, scales, shifts, epsilon, row_tiling(x_TF), gelu)
+    run = forward.prepare(x_TF, ends, scales, shifts, epsilon, row_tiling(x_TF), gelu)
+    return lambda x_TF, gelu, scales, shifts, epsilon, ends: run(x_TF, ends, scales, shifts)
 
 
+@Prepared
 def _backward_triton(
     dn_TF: Tensor, x_TF: Tensor, gelu: bool, statistics_2T: Tensor, scales: Sequence[Tensor], ends: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     from beit3_ds.kernels.triton.multiway_layer_norm_launch import backward
 
-    return backward(dn_TF, None, x_TF, statistics_2T, ends, scales, row_tiling(x_TF), gelu, in_place=True)
+    tiling = row_tiling(x_TF)
+    run = backward.prepare(dn_TF, None, x_TF, statistics_2T, ends, scales, tiling, gelu, in_place=True)
+    return lambda dn_TF, x_TF, gelu, statistics_2T, scales, ends: run(dn_TF, None, x_TF, statistics_2T, ends, scales)
 
 
 def _takes_triton(x: Tensor, *rest: Any) -> bool:

@@ -7,7 +7,7 @@ such a backend to compare implementations, and for runs that must not depend on 
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from beit3_ds.kernels.ops.choice_file import ChoiceFile, choice_file_of
 from beit3_ds.kernels.ops.current_device import is_current, make_current
-from beit3_ds.kernels.triton.architecture import is_on_gpu
+from beit3_ds.kernels.prepared import Prepared
+from beit3_ds.kernels.triton.architecture import EMULATED, is_on_gpu
 
 Backend = Literal["auto", "triton", "library", "cuda"]
 """Which implementations operators use on a GPU. `triton`: this project's Triton kernels. `library`: PyTorch's
@@ -137,8 +138,8 @@ class MeasuredOp:
 
         Args:
             name: name of the operator, which is the first word of each stored measurement.
-            implementations: functions that implement the operator, by name. They have the same arguments, and the first
-                argument is a tensor.
+            implementations: implementations by name. They are functions with the same arguments, and the first argument
+                is a tensor. A `Prepared` implementation is prepared once for calls with equal dtypes, sizes and flags.
             on_cpu: function for tensors on a CPU. With None, tensors on a CPU also use one of `implementations`.
             accepts: functions that return whether an implementation supports given arguments, by the implementation's
                 name. An implementation without such a function supports all arguments. The function may also check, at
@@ -164,7 +165,7 @@ class MeasuredOp:
         if self._on_cpu is not None and not is_on_gpu(first):
             return self._on_cpu(*arguments)
         device = first.device
-        call = _identify(self._choices.backend, device, arguments)
+        call = _identify((self._choices.backend, device, EMULATED.architecture), arguments)
         run = self._recent.get(call)
         if run is not None and is_current(device):
             return run(*arguments)
@@ -175,9 +176,10 @@ class MeasuredOp:
     def _select(self, call: Any, device: torch.device, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         compared = [x for index, x in enumerate(arguments) if index not in self._ignores]
         case = self._choices.backend, device, *map(_describe, compared)
-        run = self._chosen.get(case)
-        if run is None:
-            run = self._chosen[case] = self._choose(case, arguments)
+        chosen = self._chosen.get(case)
+        if chosen is None:
+            chosen = self._chosen[case] = self._choose(case, arguments)
+        run = _prepare(chosen, arguments)
         if len(self._recent) >= _MOST_CALLS:  # numbers of rows differ from batch to batch
             self._recent.clear()
         self._recent[call] = run
@@ -190,9 +192,16 @@ class MeasuredOp:
             if name not in self._accepts or self._accepts[name](*arguments)
         }
         rehearsed = [_copy(x) if index in self._mutates else x for index, x in enumerate(arguments)]
-        calls = {name: functools.partial(self._rehearse(run), *rehearsed) for name, run in takes.items()}
+        calls = {
+            name: functools.partial(self._rehearse(_prepare(run, rehearsed)), *rehearsed) for name, run in takes.items()
+        }
         text = f"{self._name} {' '.join(map(_format, case[2:]))}"
         return takes[self._choices.choose(arguments[0].device, text, calls)]
+
+
+def _prepare(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
+    """Returns a function that runs the implementation, for arguments with the dtypes, sizes and flags of these."""
+    return implementation.prepare(*arguments) if isinstance(implementation, Prepared) else implementation
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -205,18 +214,21 @@ def _copy(x: Tensor) -> Tensor:
     return x.new_empty(len(x), x.stride(0))[:, : x.shape[1]].copy_(x)
 
 
-def _identify(backend: Backend, device: torch.device, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns a key for a call: the backend, the device, and the dtypes, exact sizes and flags of the arguments.
+def _identify(place: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns a key for a call: the backend and device in `place`, and dtypes, exact sizes and flags of the arguments.
 
     This key is fast to compute, because sizes are not rounded as in `_describe`.
     """
-    call: list[Any] = [backend, device]
+    call: list[Any] = [*place]
     for argument in arguments:
         if isinstance(argument, Tensor):
             call += argument.shape, argument.dtype
         elif isinstance(argument, list | tuple):
             first = argument[0] if argument else None
-            call += (len(argument), first.shape, first.dtype) if isinstance(first, Tensor) else (len(argument),)
+            if isinstance(first, Tensor):
+                call += len(argument), first.shape, first.dtype
+            else:  # a call is prepared for its experts' stop rows, which are a tuple of integers
+                call.append(argument if isinstance(first, int) and isinstance(argument, tuple) else len(argument))
         else:
             call.append(argument)
     return tuple(call)

@@ -25,6 +25,7 @@ from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.recompute import Recomputable, RecomputeFunction
 from beit3_ds.kernels.ops.self_check import TrustedKernels
+from beit3_ds.kernels.prepared import Prepared
 
 
 def multiway_layer_norm_reference(
@@ -261,14 +262,16 @@ def _backward_cpu(
     return dx_TD, torch.stack(d_parameters).unflatten(0, (2, -1))
 
 
+@Prepared
 def _forward_triton(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     from beit3_ds.kernels.triton.multiway_layer_norm_launch import forward  # Triton is needed on a GPU only
 
-    return forward(x_TD, stops, weights, biases, epsilon, row_tiling(x_TD))
+    return forward.prepare(x_TD, stops, weights, biases, epsilon, row_tiling(x_TD))
 
 
+@Prepared
 def _backward_triton(
     dh_TD: Tensor,
     d_stream_TD: Tensor | None,
@@ -276,10 +279,10 @@ def _backward_triton(
     statistics_2T: Tensor,
     stops: Sequence[int],
     weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     from beit3_ds.kernels.triton.multiway_layer_norm_launch import backward
 
-    return backward(dh_TD, d_stream_TD, x_TD, statistics_2T, stops, weights, row_tiling(x_TD))
+    return backward.prepare(dh_TD, d_stream_TD, x_TD, statistics_2T, stops, weights, row_tiling(x_TD))
 
 
 # Both implementations save the same statistics, so forward and backward are chosen separately.

@@ -7,7 +7,7 @@ instead (`measured_op`).
 
 # T packed rows, D input width, F output width; an expert owns rows [start, stop).
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -24,6 +24,7 @@ from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import TrustedKernels
+from beit3_ds.kernels.prepared import Prepared
 
 Slices = Sequence[tuple[int, int]]
 """Row range [start, stop) of each expert in a tensor of packed rows. The ranges cover all rows in order."""
@@ -132,27 +133,37 @@ def _weight_gradient(
     return [*d_weights, *d_biases]
 
 
-def _linear_triton(x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+@Prepared
+def _linear_triton(
+    x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> Callable[..., Tensor]:
     from beit3_ds.kernels.triton.multiway_ffn_launch import linear  # Triton is needed on a GPU only
 
-    return linear(x_TD, slices_of(ends), weights, biases)
+    return linear.prepare(x_TD, slices_of(ends), weights, biases)
 
 
+@Prepared
 def _input_gradient_triton(
     dy_TF: Tensor, factor_T: Tensor | None, ends: tuple[int, ...], weights: Sequence[Tensor]
-) -> Tensor:
+) -> Callable[..., Tensor]:
     from beit3_ds.kernels.triton.multiway_ffn_launch import input_gradient
 
-    return input_gradient(dy_TF, factor_T, slices_of(ends), weights)
+    return input_gradient.prepare(dy_TF, factor_T, slices_of(ends), weights)
 
 
+@Prepared
 def _weight_gradient_triton(
     dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: tuple[int, ...], with_bias: bool
-) -> list[Tensor]:
+) -> Callable[..., list[Tensor]]:
     from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
 
-    d_weights, d_biases = weight_gradient([dy_TF], factor_T, x_TD, slices_of(ends), with_bias)
-    return [*d_weights, *d_biases]
+    of_layers = weight_gradient.prepare([dy_TF], factor_T, x_TD, slices_of(ends), with_bias)
+
+    def run(dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, *rest: Any) -> list[Tensor]:
+        d_weights, d_biases = of_layers([dy_TF], factor_T, x_TD, *rest)
+        return [*d_weights, *d_biases]
+
+    return run
 
 
 def _takes_triton(x: Tensor, *rest: Any) -> bool:

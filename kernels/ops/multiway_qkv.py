@@ -8,7 +8,7 @@ three layers, and one kernel for all weight gradients.
 
 # T packed rows, D input width, F output width of each layer; an expert owns rows [start, stop).
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from beit3_ds.kernels.ops.multiway_linear import (
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import TrustedKernels
+from beit3_ds.kernels.prepared import Prepared
 
 NUM_LAYERS = 3
 """Number of linear layers: queries, keys and values, in this order."""
@@ -136,29 +137,37 @@ def _input_gradient_in_place(
     return dx_TD
 
 
+@Prepared
 def _qkv_triton(
     x_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     from beit3_ds.kernels.triton.multiway_qkv_launch import qkv  # Triton is needed on a GPU only
 
-    return qkv(x_TD, slices_of(ends), weights, biases)
+    return qkv.prepare(x_TD, slices_of(ends), weights, biases)
 
 
+@Prepared
 def _input_gradient_triton(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor]
-) -> Tensor:
+) -> Callable[..., Tensor]:
     from beit3_ds.kernels.triton.multiway_qkv_launch import qkv_input_gradient
 
-    return qkv_input_gradient((dq_TF, dk_TF, dv_TF), slices_of(ends), weights)
+    return qkv_input_gradient.prepare(dq_TF, dk_TF, dv_TF, slices_of(ends), weights)
 
 
+@Prepared
 def _weight_gradient_triton(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: tuple[int, ...]
-) -> list[Tensor]:
+) -> Callable[..., list[Tensor]]:
     from beit3_ds.kernels.triton.weight_gradient_launch import weight_gradient
 
-    of_weights, of_biases = weight_gradient((dq_TF, dk_TF, dv_TF), None, x_TD, slices_of(ends), True)
-    return [*of_weights, *of_biases]
+    of_layers = weight_gradient.prepare((dq_TF, dk_TF, dv_TF), None, x_TD, slices_of(ends), True)
+
+    def run(dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, x_TD: Tensor, ends: Any) -> list[Tensor]:
+        of_weights, of_biases = of_layers((dq_TF, dk_TF, dv_TF), None, x_TD, ends, True)
+        return [*of_weights, *of_biases]
+
+    return run
 
 
 def _takes_triton(x: Tensor, *rest: Any) -> bool:
@@ -214,7 +223,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     biases = [torch.randn(64, generator=generator).to(device, dtype) for _ in range(9)]
     forward = lambda x, *p: multiway_qkv_reference(x, slices, p[:9], p[9:])  # noqa: E731
     check_against_reference(("q", "k", "v"), launch.qkv(x, slices, weights, biases), forward, (x, *weights, *biases))
-    dx = launch.qkv_input_gradient(dys, slices, weights)
+    dx = launch.qkv_input_gradient(*dys, slices, weights)
     input_gradient = lambda q, k, v, *w: (_input_gradient(q, k, v, ends, w),)  # noqa: E731
     check_against_reference(("dx",), (dx,), input_gradient, (*dys, *weights))
     of_weights, of_biases = weight_gradient(dys, None, x, slices, True)

@@ -8,7 +8,7 @@ residual while the product is in registers.
 
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.ops.sub_norm import ROW_STATISTICS, SUB_NORM, SUB_NORM_GRADIENT, SUB_NORM_SUMS, SubNorm
 from beit3_ds.kernels.ops.up_projection import Activation
+from beit3_ds.kernels.prepared import Prepared
 
 
 def out_projection_reference(
@@ -347,10 +348,11 @@ def _out_projection(
     return torch.addcmul(residual_TD, y_TD.to(residual_TD.dtype), factor_T.unsqueeze(1))
 
 
-def _out_projection_triton(n_TF: Tensor, ends: tuple[int, ...], *rest: Any) -> Tensor:
+@Prepared
+def _out_projection_triton(n_TF: Tensor, ends: tuple[int, ...], *rest: Any) -> Callable[..., Tensor]:
     from beit3_ds.kernels.triton.multiway_ffn_launch import out_projection  # Triton is needed on a GPU only
 
-    return out_projection(n_TF, slices_of(ends), *rest)
+    return out_projection.prepare(n_TF, slices_of(ends), *rest)
 
 
 OUT_PROJECTION = MeasuredOp(

@@ -7,7 +7,7 @@ This output is called a branch below. On a CPU, PyTorch makes two passes over on
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import Slices
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.self_check import TrustedKernels
+from beit3_ds.kernels.prepared import Prepared
 
 
 def residual_add_reference(
@@ -163,20 +164,22 @@ def _backward_plain(
     return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED
 
 
+@Prepared
 def _forward_triton(
     residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
-) -> Tensor:
+) -> Callable[..., Tensor]:
     from beit3_ds.kernels.triton.residual_add_launch import forward  # Triton is needed on a GPU only
 
-    return forward(residual_TD, partial_TD, stops, biases, factor_T, row_tiling(residual_TD))
+    return forward.prepare(residual_TD, partial_TD, stops, biases, factor_T, row_tiling(residual_TD))
 
 
+@Prepared
 def _backward_triton(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     from beit3_ds.kernels.triton.residual_add_launch import backward
 
-    return backward(dy_TD, stops, factor_T, row_tiling(dy_TD), dtype)
+    return backward.prepare(dy_TD, stops, factor_T, row_tiling(dy_TD), dtype)
 
 
 _FORWARD = MeasuredOp("residual_add", {"triton": _forward_triton, "library": _forward_plain}, on_cpu=_forward_plain)

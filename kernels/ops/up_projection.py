@@ -7,7 +7,7 @@ and sub-LN in one pass. On a CPU, `out_projection` computes the GELU in buffers 
 
 # T packed rows, D input width, F output width (of this rank).
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from beit3_ds.kernels.ops.multiway_linear import (
 from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import TrustedKernels
+from beit3_ds.kernels.prepared import Prepared
 
 
 class Activation(NamedTuple):
@@ -103,12 +104,13 @@ def _up_projection(
     return x_TF, F.gelu(x_TF)
 
 
+@Prepared
 def _up_projection_triton(
     h_TD: Tensor, ends: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     from beit3_ds.kernels.triton.multiway_ffn_launch import up_projection  # Triton is needed on a GPU only
 
-    return up_projection(h_TD, slices_of(ends), weights, biases)
+    return up_projection.prepare(h_TD, slices_of(ends), weights, biases)
 
 
 def _up_projection_cuda_cpp(

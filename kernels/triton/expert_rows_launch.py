@@ -5,8 +5,7 @@ A row-streaming kernel computes rows one after another, without a matrix product
 
 # T packed rows, D width, E experts (at most 3), P programs, S sums per program, e.g. for scale and for shift.
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -106,7 +105,7 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
 
 
 class RowLaunch(NamedTuple):
-    """Holds a prepared launch of a row-streaming kernel for all layers of a batch."""
+    """Holds a prepared launch of a row-streaming kernel, for tensors of the same dtypes and sizes."""
 
     programs: RowPrograms
     """Division of the rows among Triton programs."""
@@ -114,7 +113,6 @@ class RowLaunch(NamedTuple):
     """Launches the kernel. Do not call `run` if there are no rows, because a launch with zero programs is invalid."""
 
 
-@lru_cache(maxsize=256)
 def prepare_rows(
     launcher: KernelLauncher,
     stops: tuple[int, ...],
@@ -150,38 +148,37 @@ def for_experts(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return [*parameters, *[parameters[-1]] * missing] if missing else parameters
 
 
-def sum_partials(
-    partial_SPD: Tensor,
+def prepare_sum(
     programs: RowPrograms,
+    num_kinds: int,
     num_experts: int,
+    width: int,
     dtype: torch.dtype,
     block: SumBlock = _ROW_SUM_BLOCK,
-) -> Tensor:
-    """Adds, for each expert, the partial sums of all Triton programs that computed the expert's rows.
+) -> Callable[[Tensor], Tensor]:
+    """Returns a function that adds, for each expert, the partial sums of all programs that computed the expert's rows.
 
-    The sums of an expert without rows are zero.
+    The function takes partial sums (S, P, width) in float32, and returns sums per expert, (S, E, width). The sums of an
+    expert without rows are zero.
 
     Args:
-        partial_SPD: partial sums, float32: S sums of width D from each of P programs.
-        programs: division of the rows among the programs.
+        programs: division of the rows among the P programs.
+        num_kinds: number of sums per program, S.
         num_experts: number of experts E.
+        width: width of each sum.
         dtype: dtype of the result.
         block: number of partial sums that the kernel adds per loop step.
-
-    Returns:
-        Sums per expert, (S, E, D).
     """
-    num_kinds, _, width = partial_SPD.shape
-    sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
-    _prepare_sum(programs, num_kinds, num_experts, width, block)(partial_SPD, sum_SED)
-    return sum_SED
-
-
-@lru_cache(maxsize=256)
-def _prepare_sum(programs: RowPrograms, num_kinds: int, num_experts: int, width: int, block: SumBlock) -> Launch:
     grid = (ceil_div(width, block.columns), num_experts, num_kinds)
     constants = (width, num_experts, block.columns, block.programs)
-    return _SUM.prepare(grid, (programs.rows, *programs.stops), constants, num_warps=_SUM_WARPS)
+    launch = _SUM.prepare(grid, (programs.rows, *programs.stops), constants, num_warps=_SUM_WARPS)
+
+    def add(partial_SPD: Tensor) -> Tensor:
+        sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
+        launch(partial_SPD, sum_SED)
+        return sum_SED
+
+    return add
 
 
 _SUM = KernelLauncher(sum_kernel)

@@ -36,7 +36,10 @@ class _Variant(NamedTuple):
 
 
 class Launch:
-    """Launches one kernel with a fixed grid and fixed scalar arguments. Only the tensors differ between calls."""
+    """Launches one kernel with a fixed grid and fixed scalar arguments. Calls differ only in the tensors' addresses.
+
+    The tensors of all calls have the same dtypes.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Launch:
         """
         self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
         self._programs, self._variants = (*grid, 1, 1)[:3], variants
+        self._aligned: dict[Hashable, _Variant] = {}  # by device, for tensors that are all aligned
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launches the kernel on the current GPU. For CPU tensors, Triton's interpreter runs the kernel.
@@ -72,14 +76,11 @@ class Launch:
             return
         driver, addresses = drivers.active, [*map(_address_of, tensors)]
         device = driver.get_current_device()
-        key = device, *map(_dtype_of, tensors)
-        if reduce(or_, addresses) % _ALIGNMENT:
-            key = *key, *(index for index, address in enumerate(addresses) if address % _ALIGNMENT)
-        variant = self._variants.get(key)
-        if variant is None:
-            compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
-            self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata)
-            return
+        variant = self._aligned.get(device)
+        if variant is None or reduce(or_, addresses) % _ALIGNMENT:
+            variant = self._find_variant(device, tensors, addresses)
+            if variant is None:
+                return
         run, function, metadata = variant
         # The three arguments after the metadata are for hooks of Triton's own profiler. Triton's launcher would ask
         # every tensor for its address, and the driver about every address.
@@ -94,6 +95,21 @@ class Launch:
             *addresses,
             *self._arguments,
         )
+
+    def _find_variant(self, device: Hashable, tensors: tuple[Tensor, ...], addresses: list[int]) -> _Variant | None:
+        """Returns the compiled kernel for the dtypes and alignment of `tensors`.
+
+        Without one, launches the kernel with Triton, which compiles it, and returns None.
+        """
+        misaligned = [index for index, address in enumerate(addresses) if address % _ALIGNMENT]
+        key = device, *map(_dtype_of, tensors), *misaligned
+        variant = self._variants.get(key)
+        if variant is None:
+            compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+            self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata)
+        elif not misaligned:
+            self._aligned[device] = variant
+        return variant
 
 
 class KernelLauncher:
@@ -122,7 +138,7 @@ class KernelLauncher:
         num_warps: int,
         num_stages: int = 3,
     ) -> Launch:
-        """Returns a launch for tensors of given sizes. Layers with tensors of the same sizes can share the launch.
+        """Returns a launch for tensors of the same dtypes and sizes, which callers may keep for later calls.
 
         Args:
             grid: number of Triton programs along each of one to three axes.

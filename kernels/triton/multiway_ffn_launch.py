@@ -11,10 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
+from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
 from beit3_ds.kernels.triton.budgets import spilling_variants
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
-from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch, RecentLaunches, Tuner, row_class
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch, Tuner, row_class
 from beit3_ds.kernels.triton.launch_sizes import ceil_div
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
@@ -85,7 +86,8 @@ def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[
     ]
 
 
-def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+@Prepared
+def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Callable[..., Tensor]:
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
     Args:
@@ -94,9 +96,10 @@ def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequ
         weights: one matrix (F, D) per expert, for output width F and input width D.
         biases: one vector (F,) per expert; empty for no biases.
     """
-    return out_projection(x_TD, slices, weights, biases, None, None)
+    return out_projection.prepare(x_TD, slices, weights, biases, None, None)
 
 
+@Prepared
 def out_projection(
     a_TF: Tensor,
     slices: Slices,
@@ -104,7 +107,7 @@ def out_projection(
     biases: Sequence[Tensor],
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert. All tensors are contiguous.
 
     Args:
@@ -115,23 +118,31 @@ def out_projection(
         residual_TD: residual stream to add, or None. The output has the stream's dtype.
         factor_T: drop-path factor of each row in any floating dtype; None means 1.
     """
-    y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
-    tensors = (
-        a_TF,
-        *for_experts(weights),
-        *for_experts(biases or (a_TF,)),
-        a_TF if residual_TD is None else residual_TD,
-        a_TF if factor_T is None else factor_T,
-        y_TD,
-    )
     (out_width, in_width), flags = weights[0].shape, (bool(biases), residual_TD is not None, factor_T is not None)
-    _launch_rows(_PROJECTION, tensors, slices, out_width, (out_width, in_width, *flags))
-    return y_TD
+    launch = _row_launch(_PROJECTION, slices, out_width, (out_width, in_width, *flags))
+    num_rows = len(a_TF)
+
+    def run(
+        a_TF: Tensor,
+        slices: Any,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        residual_TD: Tensor | None = None,
+        factor_T: Tensor | None = None,
+    ) -> Tensor:
+        stream_TD = a_TF if residual_TD is None else residual_TD  # not read if None, like the factors
+        factors = a_TF if factor_T is None else factor_T
+        y_TD = stream_TD.new_empty(num_rows, out_width)
+        launch(a_TF, *for_experts(weights), *for_experts(biases or (a_TF,)), stream_TD, factors, y_TD)
+        return y_TD
+
+    return run
 
 
+@Prepared
 def up_projection(
     h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes u_TF = h @ w.T + b with each row's expert, and a_TF = gelu(u_TF) with the exact (erf) GELU.
 
     Args:
@@ -144,14 +155,21 @@ def up_projection(
         u_TF and a_TF.
     """
     (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
-    u_TF = h_TD.new_empty(num_rows, out_width)
-    a_TF = torch.empty_like(u_TF)
-    tensors = (h_TD, *for_experts(weights), *for_experts(biases or (h_TD,)), u_TF, a_TF)
-    _launch_rows(_UP_PROJECTION, tensors, slices, out_width, (out_width, width, bool(biases)))
-    return u_TF, a_TF
+    launch = _row_launch(_UP_PROJECTION, slices, out_width, (out_width, width, bool(biases)))
+
+    def run(h_TD: Tensor, slices: Any, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        u_TF = h_TD.new_empty(num_rows, out_width)
+        a_TF = torch.empty_like(u_TF)
+        launch(h_TD, *for_experts(weights), *for_experts(biases or (h_TD,)), u_TF, a_TF)
+        return u_TF, a_TF
+
+    return run
 
 
-def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weights: Sequence[Tensor]) -> Tensor:
+@Prepared
+def input_gradient(
+    dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weights: Sequence[Tensor]
+) -> Callable[..., Tensor]:
     """Computes the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
 
     Args:
@@ -160,11 +178,15 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
         slices: row range [start, stop) of each expert.
         weights: one matrix (D, F) per expert, for output width D and input width F.
     """
-    dx_TF = dy_TD.new_empty(dy_TD.shape[0], weights[0].shape[1])
-    tensors = (dy_TD, dy_TD if factor_T is None else factor_T, *for_experts(weights), dx_TF)
-    out_width, in_width = weights[0].shape
-    _launch_rows(_INPUT_GRADIENT, tensors, slices, in_width, (in_width, out_width, factor_T is not None))
-    return dx_TF
+    num_rows, (out_width, in_width) = len(dy_TD), weights[0].shape
+    launch = _row_launch(_INPUT_GRADIENT, slices, in_width, (in_width, out_width, factor_T is not None))
+
+    def run(dy_TD: Tensor, factor_T: Tensor | None, slices: Any, weights: Sequence[Tensor]) -> Tensor:
+        dx_TF = dy_TD.new_empty(num_rows, in_width)
+        launch(dy_TD, dy_TD if factor_T is None else factor_T, *for_experts(weights), dx_TF)
+        return dx_TF
+
+    return run
 
 
 def variants(architecture: int) -> list[KernelVariant]:
@@ -261,71 +283,72 @@ def build_tile_variant(
 _PROJECTION = KernelLauncher(projection_kernel)
 _UP_PROJECTION = KernelLauncher(up_projection_kernel)
 _INPUT_GRADIENT = KernelLauncher(input_gradient_kernel)
-_TUNER, _LAUNCHES = Tuner(), RecentLaunches()
+_TUNER = Tuner()
 
 
-def _launch_rows(
-    launcher: KernelLauncher, tensors: tuple[Tensor, ...], slices: Slices, out_width: int, constants: tuple[int, ...]
-) -> None:
-    """Launches a kernel whose result has one row for each of the packed rows, and `out_width` columns."""
-    if not slices or slices[-1][1] == 0:
-        return
+class TileLaunch:
+    """Launches a kernel that computes a matrix product, with the fastest of the kernel's tile sizes.
+
+    The tensors of all calls have the same dtypes and sizes. The first call chooses the tile sizes. Without rows, the
+    kernel is not launched.
+    """
+
+    def __init__(
+        self,
+        launcher: KernelLauncher,
+        grid: Callable[[MatmulTiles], tuple[int, ...]],
+        slices: Slices,
+        constants: tuple[int, ...],
+        numbers: tuple[int, ...] = (),
+    ) -> None:
+        """Stores the arguments without launching anything.
+
+        Args:
+            launcher: launcher of the kernel.
+            grid: function that returns the number of Triton programs along each axis, for given tile sizes.
+            slices: row range [start, stop) of each expert. The stop rows are passed after the tensors.
+            constants: constexpr arguments before the tile sizes.
+            numbers: integer arguments between the stop rows and the constants.
+        """
+        self._launcher, self._grid, self._slices = launcher, grid, slices
+        self._constants, self._numbers = constants, numbers
+        self._has_rows = len(slices) > 0 and slices[-1][1] > 0
+        self._launch: Launch | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launches the kernel.
+
+        Args:
+            tensors: first arguments of the kernel. The dtype of the first tensor determines the candidate tile sizes.
+        """
+        if not self._has_rows:
+            return
+        assert all(map(Tensor.is_contiguous, tensors)), "multiway FFN: the kernels' strides are those of whole rows"
+        launch = self._launch
+        if launch is None:
+            launch = self._launch = self._choose(tensors)
+        launch(*tensors)
+
+    def _choose(self, tensors: tuple[Tensor, ...]) -> Launch:
+        """Returns the launch to use. Tuning selects the tile sizes on a GPU; a CPU uses the first."""
+        launcher, x = self._launcher, tensors[0]
+        settings = partial(choose_tiles, launcher.kernel, architecture_of(x.device), x.dtype)
+        if not is_on_gpu(x):
+            return self._prepare(settings()[0])
+        case = launcher.name, row_class(self._slices[-1][1]), x.dtype, *self._constants
+        return self._prepare(_TUNER.choose(case, settings, lambda tiles: self._prepare(tiles)(*tensors)))
+
+    def _prepare(self, tiles: MatmulTiles) -> Launch:
+        rows, columns, depth, num_warps, num_stages = tiles
+        values = (*self._constants, rows, columns, depth, GROUP)
+        integers = (*build_stops(self._slices), *self._numbers)
+        return self._launcher.prepare(self._grid(tiles), integers, values, num_warps=num_warps, num_stages=num_stages)
+
+
+def _row_launch(launcher: KernelLauncher, slices: Slices, out_width: int, constants: tuple[int, ...]) -> TileLaunch:
+    """Prepares a kernel whose result has one row for each of the packed rows, and `out_width` columns."""
 
     def grid(tiles: MatmulTiles) -> tuple[int]:
         return (count_row_tiles(slices, tiles.rows) * ceil_div(out_width, tiles.columns),)
 
-    launch_tiles(launcher, grid, tensors, slices, constants)
-
-
-def launch_tiles(
-    launcher: KernelLauncher,
-    grid: Callable[[MatmulTiles], tuple[int, ...]],
-    tensors: tuple[Tensor, ...],
-    slices: Slices,
-    constants: tuple[int, ...],
-    numbers: tuple[int, ...] = (),
-) -> None:
-    """Launches a kernel that computes a matrix product, with the fastest of the kernel's tile sizes.
-
-    Args:
-        launcher: launcher of the kernel.
-        grid: function that returns the number of Triton programs along each axis, for given tile sizes. It must not
-            depend on anything else than the arguments below.
-        tensors: first arguments of the kernel. The dtype of the first tensor determines the candidate tile sizes.
-        slices: row range [start, stop) of each expert. The stop rows are passed after the tensors.
-        constants: constexpr arguments before the tile sizes.
-        numbers: integer arguments between the stop rows and the constants.
-    """
-    assert all(map(Tensor.is_contiguous, tensors)), "multiway FFN: the kernels' strides are those of contiguous rows"
-    case = launcher, tuple(slices), tensors[0].dtype, constants, numbers
-    on_gpu = is_on_gpu(tensors[0])
-    launch = _LAUNCHES.find(case) if on_gpu else None
-    if launch is None:
-        launch = _prepare(launcher, grid, tensors, slices, constants, numbers)
-        if on_gpu:
-            _LAUNCHES.keep(case, launch)
-    launch(*tensors)
-
-
-def _prepare(
-    launcher: KernelLauncher,
-    grid: Callable[[MatmulTiles], tuple[int, ...]],
-    tensors: tuple[Tensor, ...],
-    slices: Slices,
-    constants: tuple[int, ...],
-    numbers: tuple[int, ...],
-) -> Launch:
-    """Prepares the launch for `launch_tiles`. Tuning selects the tile sizes on a GPU; a CPU uses the first."""
-    x = tensors[0]
-    settings = partial(choose_tiles, launcher.kernel, architecture_of(x.device), x.dtype)
-
-    def prepare(tiles: MatmulTiles) -> Launch:
-        rows, columns, depth, num_warps, num_stages = tiles
-        values = (*constants, rows, columns, depth, GROUP)
-        integers = (*build_stops(slices), *numbers)
-        return launcher.prepare(grid(tiles), integers, values, num_warps=num_warps, num_stages=num_stages)
-
-    if not is_on_gpu(x):
-        return prepare(settings()[0])
-    case = launcher.name, row_class(slices[-1][1]), x.dtype, *constants
-    return prepare(_TUNER.choose(case, settings, lambda tiles: prepare(tiles)(*tensors)))
+    return TileLaunch(launcher, grid, slices, constants)

@@ -2,25 +2,28 @@
 
 # T packed rows, D width, E experts, P programs.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton.expert_rows_launch import (
     RowTiling,
     build_row_variant,
     check_rows,
     for_experts,
     prepare_rows,
-    sum_partials,
+    prepare_sum,
 )
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.multiway_layer_norm import backward_kernel, forward_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant
 
 
+@Prepared
 def forward(
     x_TD: Tensor,
     stops: Sequence[int],
@@ -29,7 +32,7 @@ def forward(
     epsilon: float,
     tiling: RowTiling,
     gelu: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Applies each expert's LayerNorm to the expert's rows.
 
     Args:
@@ -44,15 +47,21 @@ def forward(
     Returns:
         h_TD, and the statistics, (2, T) float32: the mean of each row, then 1 / standard deviation of each row.
     """
-    h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
-    statistics_2T = x_TD.new_empty(2, x_TD.shape[0], dtype=torch.float32)
-    launch = prepare_rows(_FORWARD, tuple(stops), x_TD.shape[1], tiling, (epsilon, gelu))
-    if launch.programs.num_programs:
-        check_rows(x_TD, *weights, *biases)
-        launch.run(x_TD, *for_experts(weights), *for_experts(biases), h_TD, statistics_2T)
-    return h_TD, statistics_2T
+    num_rows, dtype = len(x_TD), weights[0].dtype
+    programs, launch = prepare_rows(_FORWARD, tuple(stops), x_TD.shape[1], tiling, (epsilon, gelu))
+
+    def run(x_TD: Tensor, stops: Any, weights: Sequence[Tensor], biases: Sequence[Tensor], *rest: Any) -> Any:
+        h_TD = torch.empty_like(x_TD, dtype=dtype)
+        statistics_2T = x_TD.new_empty(2, num_rows, dtype=torch.float32)
+        if programs.num_programs:
+            check_rows(x_TD, *weights, *biases)
+            launch(x_TD, *for_experts(weights), *for_experts(biases), h_TD, statistics_2T)
+        return h_TD, statistics_2T
+
+    return run
 
 
+@Prepared
 def backward(
     dh_TD: Tensor,
     d_residual_TD: Tensor | None,
@@ -64,8 +73,8 @@ def backward(
     gelu: bool = False,
     *,
     in_place: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Computes the gradients of rows, scales and shifts. The kernel uses no atomics, so results are deterministic.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.
@@ -77,15 +86,28 @@ def backward(
     Returns:
         dx_TD, and the gradients of scales and shifts, (2, E, D) in the scales' dtype.
     """
-    dx_TD = dh_TD if in_place else torch.empty_like(x_TD)
-    width, flags = x_TD.shape[1], (d_residual_TD is not None, gelu)
+    (num_rows, width), flags = x_TD.shape, (d_residual_TD is not None, gelu)
     programs, launch = prepare_rows(_BACKWARD, tuple(stops), width, tiling, flags, is_backward=True, takes_count=True)
-    partial_2PD = x_TD.new_empty(2, programs.num_programs, width, dtype=torch.float32)
-    if programs.num_programs:
-        d_stream_TD = d_residual_TD if d_residual_TD is not None else dh_TD  # not read without a residual
-        check_rows(dh_TD, d_stream_TD, x_TD, *weights)
-        launch(dh_TD, d_stream_TD, x_TD, statistics_2T, *for_experts(weights), dx_TD, partial_2PD)
-    return dx_TD, sum_partials(partial_2PD, programs, len(stops), weights[0].dtype)
+    add_programs = prepare_sum(programs, 2, len(stops), width, weights[0].dtype)
+
+    def run(
+        dh_TD: Tensor,
+        d_residual_TD: Tensor | None,
+        x_TD: Tensor,
+        statistics_2T: Tensor,
+        stops: Any,
+        weights: Sequence[Tensor],
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor]:
+        dx_TD = dh_TD if in_place else torch.empty_like(x_TD)
+        partial_2PD = x_TD.new_empty(2, programs.num_programs, width, dtype=torch.float32)
+        if num_rows:
+            d_stream_TD = d_residual_TD if d_residual_TD is not None else dh_TD  # not read if None
+            check_rows(dh_TD, d_stream_TD, x_TD, *weights)
+            launch(dh_TD, d_stream_TD, x_TD, statistics_2T, *for_experts(weights), dx_TD, partial_2PD)
+        return dx_TD, add_programs(partial_2PD)
+
+    return run
 
 
 _FORWARD = KernelLauncher(forward_kernel)

@@ -2,10 +2,13 @@
 
 # T packed rows, D input width, F output width of each of the three layers.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton import multiway_ffn_launch as products
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
@@ -18,9 +21,10 @@ NUM_LAYERS = 3
 """Number of linear layers: queries, keys and values, in this order."""
 
 
+@Prepared
 def qkv(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Applies each expert's three linear layers to the expert's rows; returns q_TF, k_TF and v_TF.
 
     Args:
@@ -29,27 +33,42 @@ def qkv(
         weights: matrices (F, D): one per expert for queries, then one per expert for keys, then for values.
         biases: vectors (F,), in the order of `weights`.
     """
-    out_width, in_width = weights[0].shape
-    outputs = [x_TD.new_empty(x_TD.shape[0], out_width) for _ in range(NUM_LAYERS)]
-    tensors = (x_TD, *_for_layers(weights), *_for_layers(biases), *outputs)
-    _launch(_QKV, tensors, slices, out_width, in_width, NUM_LAYERS)
-    q_TF, k_TF, v_TF = outputs
-    return q_TF, k_TF, v_TF
+    num_rows, (out_width, in_width) = len(x_TD), weights[0].shape
+    launch = _build_launch(_QKV, slices, out_width, in_width, NUM_LAYERS)
+
+    def run(
+        x_TD: Tensor, slices: Any, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q_TF = x_TD.new_empty(num_rows, out_width)
+        k_TF, v_TF = torch.empty_like(q_TF), torch.empty_like(q_TF)
+        launch(x_TD, *_for_layers(weights), *_for_layers(biases), q_TF, k_TF, v_TF)
+        return q_TF, k_TF, v_TF
+
+    return run
 
 
-def qkv_input_gradient(gradients: Sequence[Tensor], slices: Slices, weights: Sequence[Tensor]) -> Tensor:
+@Prepared
+def qkv_input_gradient(
+    dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, slices: Slices, weights: Sequence[Tensor]
+) -> Callable[..., Tensor]:
     """Computes the gradient of the three layers' common input: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
 
     Args:
-        gradients: dq, dk and dv, (T, F) each, contiguous.
+        dq_TF: gradient of the queries, contiguous.
+        dk_TF: gradient of the keys, contiguous.
+        dv_TF: gradient of the values, contiguous.
         slices: row range [start, stop) of each expert.
         weights: matrices (F, D), in the same order as for `qkv`.
     """
-    out_width, in_width = weights[0].shape
-    dx_TD = gradients[0].new_empty(gradients[0].shape[0], in_width)
-    tensors = (*gradients, *_for_layers(weights), dx_TD)
-    _launch(_INPUT_GRADIENT, tensors, slices, in_width, out_width, 1)
-    return dx_TD
+    num_rows, (out_width, in_width) = len(dq_TF), weights[0].shape
+    launch = _build_launch(_INPUT_GRADIENT, slices, in_width, out_width, 1)
+
+    def run(dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, slices: Any, weights: Sequence[Tensor]) -> Tensor:
+        dx_TD = dq_TF.new_empty(num_rows, in_width)
+        launch(dq_TF, dk_TF, dv_TF, *_for_layers(weights), dx_TD)
+        return dx_TD
+
+    return run
 
 
 def variants(architecture: int) -> list[KernelVariant]:
@@ -73,28 +92,20 @@ def variants(architecture: int) -> list[KernelVariant]:
     ]
 
 
-def _for_layers(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Extends the parameters of each of the three layers to NUM_EXPERTS, by repeating the layer's last parameter."""
+def _for_layers(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Extends each layer's parameters to the number of experts that the kernels take as arguments."""
     num_experts = len(parameters) // NUM_LAYERS
     layers = [parameters[start : start + num_experts] for start in range(0, len(parameters), num_experts)]
     return [parameter for layer in layers for parameter in for_experts(layer)]
 
 
-def _launch(
-    launcher: KernelLauncher,
-    tensors: tuple[Tensor, ...],
-    slices: Slices,
-    out_width: int,
-    in_width: int,
-    num_layers: int,
-) -> None:
-    if not slices or slices[-1][1] == 0:
-        return
-
+def _build_launch(
+    launcher: KernelLauncher, slices: Slices, out_width: int, in_width: int, num_layers: int
+) -> products.TileLaunch:
     def grid(tiles: products.MatmulTiles) -> tuple[int]:
         return (count_row_tiles(slices, tiles.rows) * num_layers * ceil_div(out_width, tiles.columns),)
 
-    products.launch_tiles(launcher, grid, tensors, slices, (out_width, in_width))
+    return products.TileLaunch(launcher, grid, slices, (out_width, in_width))
 
 
 _QKV = KernelLauncher(qkv_kernel)

@@ -2,24 +2,27 @@
 
 # T packed rows, D width, E experts, P programs.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton.expert_rows_launch import (
     RowTiling,
     build_row_variant,
     check_rows,
     for_experts,
     prepare_rows,
-    sum_partials,
+    prepare_sum,
 )
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.residual_add import backward_kernel, forward_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant
 
 
+@Prepared
 def forward(
     residual_TD: Tensor,
     partial_TD: Tensor,
@@ -27,7 +30,7 @@ def forward(
     biases: Sequence[Tensor],
     factor_T: Tensor | None,
     tiling: RowTiling,
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """Returns y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
     Args:
@@ -38,18 +41,31 @@ def forward(
         factor_T: factor of each row, contiguous; None means 1.
         tiling: compile and launch settings of the kernel.
     """
-    y_TD = torch.empty_like(residual_TD)
-    launch = prepare_rows(_FORWARD, tuple(stops), residual_TD.shape[1], tiling, (factor_T is not None,))
-    factors = residual_TD if factor_T is None else factor_T  # without factors, any pointer: the kernel does not read it
-    check_rows(residual_TD, partial_TD, factors, *biases)
-    if launch.programs.num_programs:
-        launch.run(residual_TD, partial_TD, *for_experts(biases), factors, y_TD)
-    return y_TD
+    flags = (factor_T is not None,)
+    programs, launch = prepare_rows(_FORWARD, tuple(stops), residual_TD.shape[1], tiling, flags)
+
+    def run(
+        residual_TD: Tensor,
+        partial_TD: Tensor,
+        stops: Any,
+        biases: Sequence[Tensor],
+        factor_T: Tensor | None,
+        *rest: Any,
+    ) -> Tensor:
+        y_TD = torch.empty_like(residual_TD)
+        factors = residual_TD if factor_T is None else factor_T  # not read if None
+        check_rows(residual_TD, partial_TD, factors, *biases)
+        if programs.num_programs:
+            launch(residual_TD, partial_TD, *for_experts(biases), factors, y_TD)
+        return y_TD
+
+    return run
 
 
+@Prepared
 def backward(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
 
     Args:
@@ -63,15 +79,20 @@ def backward(
         d_partial_TD, and the gradients of the biases, (E, D). If `factor_T` is None, the branch's gradient is dy, and
         d_partial_TD has no rows.
     """
-    d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
-    flags = (factor_T is not None,)
-    programs, launch = prepare_rows(_BACKWARD, tuple(stops), dy_TD.shape[1], tiling, flags, is_backward=True)
-    sum_1PD = dy_TD.new_empty(1, programs.num_programs, dy_TD.shape[1], dtype=torch.float32)
-    factors = dy_TD if factor_T is None else factor_T  # without factors, any pointer: the kernel does not read it
-    check_rows(dy_TD, factors)
-    if programs.num_programs:
-        launch(dy_TD, factors, d_partial_TD, sum_1PD)
-    return d_partial_TD, sum_partials(sum_1PD, programs, len(stops), dtype)[0]
+    width, flags = dy_TD.shape[1], (factor_T is not None,)
+    programs, launch = prepare_rows(_BACKWARD, tuple(stops), width, tiling, flags, is_backward=True)
+    add_programs = prepare_sum(programs, 1, len(stops), width, dtype)
+
+    def run(dy_TD: Tensor, stops: Any, factor_T: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
+        sum_1PD = dy_TD.new_empty(1, programs.num_programs, width, dtype=torch.float32)
+        factors = dy_TD if factor_T is None else factor_T  # not read if None
+        check_rows(dy_TD, factors)
+        if programs.num_programs:
+            launch(dy_TD, factors, d_partial_TD, sum_1PD)
+        return d_partial_TD, add_programs(sum_1PD)[0]
+
+    return run
 
 
 _FORWARD = KernelLauncher(forward_kernel)

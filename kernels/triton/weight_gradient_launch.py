@@ -6,15 +6,16 @@ gradient per share, and `sum_partials` adds the gradients.
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton import multiway_ffn_launch as products
 from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS, architecture_of
-from beit3_ds.kernels.triton.expert_rows_launch import RowPrograms, SumBlock, build_sum_variant, sum_partials
+from beit3_ds.kernels.triton.expert_rows_launch import RowPrograms, SumBlock, build_sum_variant, prepare_sum
 from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
 from beit3_ds.kernels.triton.launch_sizes import ceil_div
 from beit3_ds.kernels.triton.sub_norm_launch import Slices, build_stops
@@ -35,10 +36,12 @@ _PROGRAM_ROWS = 5
 multiplies one row: 1/128 microsecond. The model assumes that 64 KB are written and read at 3.35 TB/s."""
 
 
+@Prepared
 def weight_gradient(
     gradients: Sequence[Tensor], factor_T: Tensor | None, x_TI: Tensor, slices: Slices, with_bias: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
+) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
+    """Computes dW = (factor * dy)[rows].T @ x[rows] for the rows of each expert, and db, the sum of (factor *
+    dy)[rows].
 
     Results are deterministic for given numbers of rows, which determine the order of summation.
 
@@ -56,31 +59,36 @@ def weight_gradient(
         tensor.
     """
     dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
-    out_width, architecture = dy_TO.shape[1], architecture_of(dy_TO.device)
-    is_split, programs = _deal_shares(tuple(slices), out_width, in_width, num_layers, architecture, dy_TO.dtype)
-    shares, numel = programs.num_programs, out_width * (in_width + with_bias)
-    sums = dy_TO.new_empty(num_layers, shares, numel, dtype=torch.float32 if is_split else dy_TO.dtype)
+    out_width, dtype, architecture = dy_TO.shape[1], dy_TO.dtype, architecture_of(dy_TO.device)
+    is_split, programs = _deal_shares(slices, out_width, in_width, num_layers, architecture, dtype)
+    shares, area, numel = programs.num_programs, out_width * in_width, out_width * (in_width + with_bias)
 
     def grid(tiles: products.MatmulTiles) -> tuple[int, int, int]:
         row_tiles, column_tiles = ceil_div(out_width, tiles.rows), ceil_div(in_width, tiles.columns)
         return row_tiles * column_tiles, num_layers, shares
 
-    if shares:
-        padded = [*gradients, *[dy_TO] * (NUM_LAYERS - num_layers)]
-        tensors = (*padded, dy_TO if factor_T is None else factor_T, x_TI, sums)
-        constants = (out_width, in_width, num_layers, is_split, with_bias, factor_T is not None)
-        products.launch_tiles(_WEIGHT_GRADIENT, grid, tensors, slices, constants, (programs.rows,))
-    if is_split:
-        assert sums.numel() < 2**31, f"weight gradient: {tuple(sums.shape)} has offsets beyond 32 bits"
-        sums = sum_partials(sums, programs, num_experts, dy_TO.dtype, SUM_BLOCK)
-    count, area = num_layers * num_experts, out_width * in_width
-    d_weights = sums.as_strided((count, out_width, in_width), (numel, in_width, 1)).unbind()
-    return [*d_weights], [*sums.as_strided((count, out_width), (numel, 1), area).unbind()] if with_bias else []
+    constants = (out_width, in_width, num_layers, is_split, with_bias, factor_T is not None)
+    launch = products.TileLaunch(_WEIGHT_GRADIENT, grid, slices, constants, (programs.rows,))
+    add_shares = prepare_sum(programs, num_layers, num_experts, numel, dtype, SUM_BLOCK) if is_split else None
+    assert not is_split or num_layers * shares * numel < 2**31, "weight gradient: offsets beyond 32 bits"
+    sum_dtype, copies = torch.float32 if is_split else dtype, [0] * (NUM_LAYERS - num_layers)
+    starts = range(0, num_layers * num_experts * numel, numel)
+
+    def run(
+        gradients: Sequence[Tensor], factor_T: Tensor | None, x_TI: Tensor, slices: Any, with_bias: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        dy_TO = gradients[0]
+        sums = dy_TO.new_empty(num_layers, shares, numel, dtype=sum_dtype)
+        launch(*gradients, *[dy_TO for _ in copies], dy_TO if factor_T is None else factor_T, x_TI, sums)
+        sums = sums if add_shares is None else add_shares(sums)
+        d_weights = [sums.as_strided((out_width, in_width), (in_width, 1), start) for start in starts]
+        return d_weights, [sums.as_strided((out_width,), (1,), start + area) for start in starts if with_bias]
+
+    return run
 
 
-@lru_cache(maxsize=256)
 def _deal_shares(
-    slices: tuple[tuple[int, int], ...],
+    slices: Slices,
     out_width: int,
     in_width: int,
     num_layers: int,

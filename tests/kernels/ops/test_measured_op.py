@@ -9,6 +9,7 @@ import torch
 
 from beit3_ds.kernels.ops.choice_file import ChoiceFile
 from beit3_ds.kernels.ops.measured_op import CHOICES, Choices, MeasuredOp, use_backend
+from beit3_ds.kernels.prepared import Prepared
 
 
 class Clock:
@@ -109,6 +110,24 @@ def test_flags_lists_and_operators_are_cases_too() -> None:
         before = len(clock.timed)
         measured(*arguments)
         assert len(clock.timed) - before == count, arguments[1:]
+
+
+def test_calls_are_prepared_once_for_dtypes_sizes_stop_rows_and_flags() -> None:
+    """Catches a prepared call that is used for the stop rows of another batch."""
+    clock, prepared = Clock(), list[tuple[int, ...]]()
+
+    @Prepared
+    def prepare(x: torch.Tensor, stops: tuple[int, ...], weights: list[torch.Tensor]) -> Callable[..., Any]:
+        prepared.append(stops)
+        return lambda x, stops_now, weights: (stops, weights[0])
+
+    op = MeasuredOp("op", {"triton": prepare}, choices=clock.choices)
+    x, weights = torch.ones(5, 3), [torch.ones(2, 3), torch.zeros(2, 3)]
+    for stops in ((2, 5), (2, 5), (3, 5), (2, 5), (3, 5)):
+        for weight in weights:
+            stops_used, weight_used = op(x, stops, [weight])
+            assert stops_used == stops and weight_used is weight
+    assert prepared == [(2, 5), (2, 5), (3, 5)]  # the first is for measurements
 
 
 def test_a_stored_choice_is_used_without_measurement(tmp_path: Path) -> None:

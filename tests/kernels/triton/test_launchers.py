@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.backends.nvidia import driver
 
-from beit3_ds.kernels.triton.expert_rows_launch import deal_rows, sum_partials
+from beit3_ds.kernels.triton.expert_rows_launch import deal_rows, prepare_sum
 from beit3_ds.kernels.triton.fake_driver import fake_gpu
 from beit3_ds.kernels.triton.launchers import store_launcher
 
@@ -18,7 +18,7 @@ def launch(cache: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     programs = deal_rows((4, 8), 8)
     with fake_gpu(90, compiles=True) as gpu:
-        sum_partials(torch.zeros(1, programs.num_programs, 64), programs, 2, torch.bfloat16)
+        prepare_sum(programs, 1, 2, 64, torch.bfloat16)(torch.zeros(1, programs.num_programs, 64))
     return gpu.num_launchers
 
 

@@ -46,7 +46,7 @@ class ThreeLayers:
 
         outputs = qkv(case.x, case.slices, self.weights, self.biases)
         check_against_reference(("q", "k", "v"), outputs, forward, (case.x, *self.weights, *self.biases))
-        dx = qkv_input_gradient(self.dys, case.slices, self.weights)
+        dx = qkv_input_gradient(*self.dys, case.slices, self.weights)
         check_against_reference(("dx",), (dx,), input_gradient, (*self.dys, *self.weights))
 
 
@@ -77,7 +77,7 @@ def test_other_experts_do_not_matter() -> None:
                 parameter.fill_(value)
         with small_tiles():
             y = qkv(layers.case.x, RAGGED[0], layers.weights, layers.biases)
-            dx = qkv_input_gradient(layers.dys, RAGGED[0], layers.weights)
+            dx = qkv_input_gradient(*layers.dys, RAGGED[0], layers.weights)
         outputs.append([tensor[:6] for tensor in (*y, dx)])
     assert all(map(torch.equal, *outputs))
 
@@ -88,7 +88,7 @@ def test_no_rows() -> None:
         assert [x.shape for x in qkv(layers.case.x, layers.case.slices, layers.weights, layers.biases)] == [
             (0, OUT)
         ] * 3
-        assert qkv_input_gradient(layers.dys, layers.case.slices, layers.weights).shape == (0, IN)
+        assert qkv_input_gradient(*layers.dys, layers.case.slices, layers.weights).shape == (0, IN)
 
 
 @pytest.mark.slow

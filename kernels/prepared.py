@@ -1,0 +1,24 @@
+"""Separates the part of a GPU operator that depends only on dtypes and sizes from the part that every call repeats."""
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+
+class Prepared:
+    """Decorates a function that prepares calls of an operator, and turns it into the operator.
+
+    The function takes the operator's arguments, and returns a function that runs the operator. The returned function
+    takes the same positional arguments. It may be called again with other tensors of the same dtypes, sizes and device,
+    and with equal other arguments. `MeasuredOp` keeps it for later layers and batches.
+    """
+
+    def __init__(self, prepare: Callable[..., Callable[..., Any]]) -> None:
+        """Stores `prepare`, the decorated function."""
+        self.prepare = prepare
+        """Function that returns a function that runs the operator."""
+        update_wrapper(self, prepare)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Prepares and runs the operator once. The options affect the preparation only."""
+        return self.prepare(*arguments, **options)(*arguments)
