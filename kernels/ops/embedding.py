@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.ops.differentiation import once_differentiable
 
 
 def embedding(ids_S: Tensor, weight_VD: Tensor) -> Tensor:

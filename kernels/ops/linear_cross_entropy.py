@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.ops.differentiation import once_differentiable
 from beit3_ds.kernels.ops.label_smoothing import LabelSmoothing, add_smoothing_gradients, sum_logits
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients

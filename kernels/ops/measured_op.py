@@ -221,14 +221,17 @@ def _identify(place: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, 
     """
     call: list[Any] = [*place]
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            call += argument.shape, argument.dtype
-        elif isinstance(argument, list | tuple):
+        kind = type(argument)
+        if kind is tuple or kind is list:
             first = argument[0] if argument else None
-            if isinstance(first, Tensor):
+            if kind is tuple and type(first) is int:  # a call is prepared for its experts' stop rows
+                call.append(argument)
+            elif isinstance(first, Tensor):
                 call += len(argument), first.shape, first.dtype
-            else:  # a call is prepared for its experts' stop rows, which are a tuple of integers
-                call.append(argument if isinstance(first, int) and isinstance(argument, tuple) else len(argument))
+            else:
+                call.append(len(argument))
+        elif kind is Tensor or isinstance(argument, Tensor):
+            call += argument.shape, argument.dtype
         else:
             call.append(argument)
     return tuple(call)

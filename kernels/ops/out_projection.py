@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
 from beit3_ds.kernels.cpu.matmul import matmul
 from beit3_ds.kernels.ops.activation_norm import ACTIVATION_NORM, ACTIVATION_NORM_BACKWARD
+from beit3_ds.kernels.ops.differentiation import once_differentiable
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import (
     MULTIWAY_INPUT_GRADIENT,

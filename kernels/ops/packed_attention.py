@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.ops import cuda_kernels
 from beit3_ds.kernels.ops.attention_plan import (
@@ -26,10 +25,12 @@ from beit3_ds.kernels.ops.attention_plan import (
     visible_rows,
 )
 from beit3_ds.kernels.ops.bucket_attention import attend
+from beit3_ds.kernels.ops.differentiation import once_differentiable
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.ops.varlen_attention import varlen_attention
+from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
 
 if TYPE_CHECKING:
@@ -242,10 +243,8 @@ class PackedAttention(torch.autograd.Function):
             cuda_cpp: whether to use the CUDA C++ kernel for the forward pass on a GPU.
         """
         q_THK, k_THK, v_THK = q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous()
-        if is_on_gpu(q_THK):
-            y_THK, lse_HT = _forward_on_gpu(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions, cuda_cpp)
-        else:
-            y_THK, lse_HT = forward_plain(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions)
+        attend = cuda_kernels.packed_attention_forward if cuda_cpp and is_on_gpu(q_THK) else _FORWARD
+        y_THK, lse_HT = attend(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions)
         ctx.save_for_backward(q_THK, k_THK, v_THK, y_THK, lse_HT, *plan)
         ctx.tile_size, ctx.causal_captions = tile_size, causal_captions
         return y_THK
@@ -254,9 +253,7 @@ class PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients dq, dk and dv, from `dy_THK`, the gradient of the attention output."""
-        dy_THK = dy_THK.contiguous()
-        differentiate: Callable[..., tuple[Tensor, ...]] = _backward_on_gpu if is_on_gpu(dy_THK) else backward_plain
-        gradients = differentiate(dy_THK, *ctx.saved_tensors, ctx.tile_size, ctx.causal_captions)
+        gradients = _BACKWARD(dy_THK.contiguous(), *ctx.saved_tensors, ctx.tile_size, ctx.causal_captions)
         return (*gradients, None, None, None, None)
 
 
@@ -312,40 +309,25 @@ def backward_plain(
     return gradients
 
 
-def _forward_on_gpu(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THK: Tensor,
-    sequences_Q4: Tensor,
-    tiles_N2: Tensor,
-    tile_size: int,
-    causal: bool,
-    cuda_cpp: bool = False,
-) -> tuple[Tensor, Tensor]:
-    if cuda_cpp:
-        return cuda_kernels.packed_attention_forward(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tile_size, causal)
-    from beit3_ds.kernels.triton.packed_attention_launch import forward
+@Prepared
+def _forward_triton(q_THK: Tensor, *rest: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    from beit3_ds.kernels.triton.packed_attention_launch import forward  # Triton is needed on a GPU only
 
-    tiling = _tiling(q_THK)._replace(tile=tile_size)
-    return forward(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tiling, causal)
+    *tensors, tile_size, causal = rest
+    return forward.prepare(q_THK, *tensors, _tiling(q_THK)._replace(tile=tile_size), causal)
 
 
-def _backward_on_gpu(
-    dy_THK: Tensor,
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THK: Tensor,
-    y_THK: Tensor,
-    lse_HT: Tensor,
-    sequences_Q4: Tensor,
-    tiles_N2: Tensor,
-    tile_size: int,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@Prepared
+def _backward_triton(dy_THK: Tensor, *rest: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     from beit3_ds.kernels.triton.packed_attention_launch import backward
 
-    tensors = (dy_THK, q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
-    return backward(*tensors, _tiling(q_THK)._replace(tile=tile_size), causal)
+    *tensors, tile_size, causal = rest
+    return backward.prepare(dy_THK, *tensors, _tiling(dy_THK)._replace(tile=tile_size), causal)
+
+
+# There is one implementation each: `_ATTENTION` chooses between attention's forward and backward passes together.
+_FORWARD = MeasuredOp("packed_attention_forward", {"triton": _forward_triton}, on_cpu=forward_plain)
+_BACKWARD = MeasuredOp("packed_attention_backward", {"triton": _backward_triton}, on_cpu=backward_plain)
 
 
 def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor, Tensor]]:

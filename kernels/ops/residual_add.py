@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from beit3_ds.kernels.ops.differentiation import once_differentiable
 from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import Slices

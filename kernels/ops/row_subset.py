@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.ops.differentiation import once_differentiable
 
 
 def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:

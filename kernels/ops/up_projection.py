@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.ops.cuda_kernels import grouped_gemm, is_built, runs_grouped_gemm
+from beit3_ds.kernels.ops.differentiation import once_differentiable
 from beit3_ds.kernels.ops.measured_op import MeasuredOp
 from beit3_ds.kernels.ops.multiway_linear import (
     MULTIWAY_INPUT_GRADIENT,

@@ -152,32 +152,6 @@ class KernelLauncher:
         return Launch(self.kernel, grid, (*numbers, *constants), options, variants)
 
 
-_MOST_LAUNCHES = 1024
-"""Maximum number of launches that one `RecentLaunches` object keeps."""
-
-
-class RecentLaunches:
-    """Keeps prepared launches for reuse in all layers of a batch, and in later batches of the same size."""
-
-    def __init__(self) -> None:
-        """Starts without any launches."""
-        self._launches: dict[Hashable, Launch] = {}
-
-    def find(self, case: tuple[Hashable, ...]) -> Launch | None:
-        """Returns the launch that was kept under this key on the current device, or None.
-
-        Args:
-            case: key with everything that determines the launch: kernel, numbers of rows, dtypes, constants.
-        """
-        return self._launches.get((drivers.active.get_current_device(), case))
-
-    def keep(self, case: tuple[Hashable, ...], launch: Launch) -> None:
-        """Keeps a launch under a key for the current device (see `find`)."""
-        if len(self._launches) >= _MOST_LAUNCHES:  # numbers of rows differ from batch to batch
-            self._launches.clear()
-        self._launches[drivers.active.get_current_device(), case] = launch
-
-
 class Tuner:
     """Chooses the fastest settings of a kernel for each dtype and size, by timing candidates at the first launch."""
 
@@ -208,6 +182,51 @@ class Tuner:
             chosen = self._chosen[key] = _fastest(settings(), launch)
         found: _Settings = chosen
         return found
+
+
+class TunedLaunch:
+    """Launches a kernel with its fastest settings, which the first call chooses.
+
+    The tensors of all calls have the same dtypes and sizes.
+    """
+
+    def __init__(
+        self,
+        case: tuple[Hashable, ...],
+        settings: Callable[[], Sequence[_Settings]],
+        prepare: Callable[[_Settings], Launch],
+        *,
+        is_empty: bool,
+    ) -> None:
+        """Stores the arguments without launching anything.
+
+        Args:
+            case: see `Tuner.choose`.
+            settings: function that returns the candidate settings.
+            prepare: function that returns the launch with given settings.
+            is_empty: whether there is nothing to compute, so that calls launch nothing.
+        """
+        self._case, self._settings, self._prepare, self._is_empty = case, settings, prepare, is_empty
+        self._launch: Launch | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launches the kernel; arguments as for `Launch`."""
+        if self._is_empty:
+            return
+        assert all(map(Tensor.is_contiguous, tensors)), "the kernels' strides are those of contiguous tensors"
+        launch = self._launch
+        if launch is None:
+            launch = self._launch = self._choose(tensors)
+        launch(*tensors)
+
+    def _choose(self, tensors: tuple[Tensor, ...]) -> Launch:
+        """Returns the launch with the fastest settings. A CPU uses the first settings."""
+        if not is_on_gpu(tensors[0]):
+            return self._prepare(self._settings()[0])
+        return self._prepare(_TUNER.choose(self._case, self._settings, lambda one: self._prepare(one)(*tensors)))
+
+
+_TUNER = Tuner()
 
 
 def row_class(num_rows: int) -> int:

@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 
 from beit3_ds.kernels.prepared import Prepared
-from beit3_ds.kernels.triton.architecture import architecture_of, is_on_gpu
+from beit3_ds.kernels.triton.architecture import architecture_of
 from beit3_ds.kernels.triton.budgets import spilling_variants
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
-from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch, Tuner, row_class
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch, TunedLaunch, row_class
 from beit3_ds.kernels.triton.launch_sizes import ceil_div
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
@@ -119,7 +119,7 @@ def out_projection(
         factor_T: drop-path factor of each row in any floating dtype; None means 1.
     """
     (out_width, in_width), flags = weights[0].shape, (bool(biases), residual_TD is not None, factor_T is not None)
-    launch = _row_launch(_PROJECTION, slices, out_width, (out_width, in_width, *flags))
+    launch = _prepare_rows(_PROJECTION, a_TF, slices, out_width, (out_width, in_width, *flags))
     num_rows = len(a_TF)
 
     def run(
@@ -155,7 +155,7 @@ def up_projection(
         u_TF and a_TF.
     """
     (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
-    launch = _row_launch(_UP_PROJECTION, slices, out_width, (out_width, width, bool(biases)))
+    launch = _prepare_rows(_UP_PROJECTION, h_TD, slices, out_width, (out_width, width, bool(biases)))
 
     def run(h_TD: Tensor, slices: Any, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         u_TF = h_TD.new_empty(num_rows, out_width)
@@ -179,7 +179,7 @@ def input_gradient(
         weights: one matrix (D, F) per expert, for output width D and input width F.
     """
     num_rows, (out_width, in_width) = len(dy_TD), weights[0].shape
-    launch = _row_launch(_INPUT_GRADIENT, slices, in_width, (in_width, out_width, factor_T is not None))
+    launch = _prepare_rows(_INPUT_GRADIENT, dy_TD, slices, in_width, (in_width, out_width, factor_T is not None))
 
     def run(dy_TD: Tensor, factor_T: Tensor | None, slices: Any, weights: Sequence[Tensor]) -> Tensor:
         dx_TF = dy_TD.new_empty(num_rows, in_width)
@@ -283,72 +283,45 @@ def build_tile_variant(
 _PROJECTION = KernelLauncher(projection_kernel)
 _UP_PROJECTION = KernelLauncher(up_projection_kernel)
 _INPUT_GRADIENT = KernelLauncher(input_gradient_kernel)
-_TUNER = Tuner()
 
 
-class TileLaunch:
-    """Launches a kernel that computes a matrix product, with the fastest of the kernel's tile sizes.
+def prepare_tiles(
+    launcher: KernelLauncher,
+    grid: Callable[[MatmulTiles], tuple[int, ...]],
+    x: Tensor,
+    slices: Slices,
+    constants: tuple[int, ...],
+    numbers: tuple[int, ...] = (),
+) -> TunedLaunch:
+    """Prepares the launch of a kernel that computes a matrix product, with the fastest of the kernel's tile sizes.
 
-    The tensors of all calls have the same dtypes and sizes. The first call chooses the tile sizes. Without rows, the
-    kernel is not launched.
+    Args:
+        launcher: launcher of the kernel.
+        grid: function that returns the number of Triton programs along each axis, for given tile sizes.
+        x: first argument of the kernel, whose device and dtype determine the candidate tile sizes.
+        slices: row range [start, stop) of each expert. The stop rows are passed after the tensors. Without rows, the
+            kernel is not launched.
+        constants: constexpr arguments before the tile sizes.
+        numbers: integer arguments between the stop rows and the constants.
     """
+    num_rows = slices[-1][1] if slices else 0
 
-    def __init__(
-        self,
-        launcher: KernelLauncher,
-        grid: Callable[[MatmulTiles], tuple[int, ...]],
-        slices: Slices,
-        constants: tuple[int, ...],
-        numbers: tuple[int, ...] = (),
-    ) -> None:
-        """Stores the arguments without launching anything.
-
-        Args:
-            launcher: launcher of the kernel.
-            grid: function that returns the number of Triton programs along each axis, for given tile sizes.
-            slices: row range [start, stop) of each expert. The stop rows are passed after the tensors.
-            constants: constexpr arguments before the tile sizes.
-            numbers: integer arguments between the stop rows and the constants.
-        """
-        self._launcher, self._grid, self._slices = launcher, grid, slices
-        self._constants, self._numbers = constants, numbers
-        self._has_rows = len(slices) > 0 and slices[-1][1] > 0
-        self._launch: Launch | None = None
-
-    def __call__(self, *tensors: Tensor) -> None:
-        """Launches the kernel.
-
-        Args:
-            tensors: first arguments of the kernel. The dtype of the first tensor determines the candidate tile sizes.
-        """
-        if not self._has_rows:
-            return
-        assert all(map(Tensor.is_contiguous, tensors)), "multiway FFN: the kernels' strides are those of whole rows"
-        launch = self._launch
-        if launch is None:
-            launch = self._launch = self._choose(tensors)
-        launch(*tensors)
-
-    def _choose(self, tensors: tuple[Tensor, ...]) -> Launch:
-        """Returns the launch to use. Tuning selects the tile sizes on a GPU; a CPU uses the first."""
-        launcher, x = self._launcher, tensors[0]
-        settings = partial(choose_tiles, launcher.kernel, architecture_of(x.device), x.dtype)
-        if not is_on_gpu(x):
-            return self._prepare(settings()[0])
-        case = launcher.name, row_class(self._slices[-1][1]), x.dtype, *self._constants
-        return self._prepare(_TUNER.choose(case, settings, lambda tiles: self._prepare(tiles)(*tensors)))
-
-    def _prepare(self, tiles: MatmulTiles) -> Launch:
+    def prepare(tiles: MatmulTiles) -> Launch:
         rows, columns, depth, num_warps, num_stages = tiles
-        values = (*self._constants, rows, columns, depth, GROUP)
-        integers = (*build_stops(self._slices), *self._numbers)
-        return self._launcher.prepare(self._grid(tiles), integers, values, num_warps=num_warps, num_stages=num_stages)
+        values, integers = (*constants, rows, columns, depth, GROUP), (*build_stops(slices), *numbers)
+        return launcher.prepare(grid(tiles), integers, values, num_warps=num_warps, num_stages=num_stages)
+
+    case = launcher.name, row_class(num_rows), x.dtype, *constants
+    settings = partial(choose_tiles, launcher.kernel, architecture_of(x.device), x.dtype)
+    return TunedLaunch(case, settings, prepare, is_empty=num_rows == 0)
 
 
-def _row_launch(launcher: KernelLauncher, slices: Slices, out_width: int, constants: tuple[int, ...]) -> TileLaunch:
+def _prepare_rows(
+    launcher: KernelLauncher, x: Tensor, slices: Slices, out_width: int, constants: tuple[int, ...]
+) -> TunedLaunch:
     """Prepares a kernel whose result has one row for each of the packed rows, and `out_width` columns."""
 
     def grid(tiles: MatmulTiles) -> tuple[int]:
         return (count_row_tiles(slices, tiles.rows) * ceil_div(out_width, tiles.columns),)
 
-    return TileLaunch(launcher, grid, slices, constants)
+    return prepare_tiles(launcher, grid, x, slices, constants)

@@ -11,7 +11,7 @@ from torch import Tensor
 from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton import multiway_ffn_launch as products
 from beit3_ds.kernels.triton.expert_rows_launch import for_experts
-from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, TunedLaunch
 from beit3_ds.kernels.triton.launch_sizes import ceil_div
 from beit3_ds.kernels.triton.multiway_qkv import qkv_input_gradient_kernel, qkv_kernel
 from beit3_ds.kernels.triton.sub_norm_launch import Slices, count_row_tiles
@@ -34,7 +34,7 @@ def qkv(
         biases: vectors (F,), in the order of `weights`.
     """
     num_rows, (out_width, in_width) = len(x_TD), weights[0].shape
-    launch = _build_launch(_QKV, slices, out_width, in_width, NUM_LAYERS)
+    launch = _prepare(_QKV, x_TD, slices, out_width, in_width, NUM_LAYERS)
 
     def run(
         x_TD: Tensor, slices: Any, weights: Sequence[Tensor], biases: Sequence[Tensor]
@@ -61,7 +61,7 @@ def qkv_input_gradient(
         weights: matrices (F, D), in the same order as for `qkv`.
     """
     num_rows, (out_width, in_width) = len(dq_TF), weights[0].shape
-    launch = _build_launch(_INPUT_GRADIENT, slices, in_width, out_width, 1)
+    launch = _prepare(_INPUT_GRADIENT, dq_TF, slices, in_width, out_width, 1)
 
     def run(dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, slices: Any, weights: Sequence[Tensor]) -> Tensor:
         dx_TD = dq_TF.new_empty(num_rows, in_width)
@@ -99,13 +99,13 @@ def _for_layers(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return [parameter for layer in layers for parameter in for_experts(layer)]
 
 
-def _build_launch(
-    launcher: KernelLauncher, slices: Slices, out_width: int, in_width: int, num_layers: int
-) -> products.TileLaunch:
+def _prepare(
+    launcher: KernelLauncher, x: Tensor, slices: Slices, out_width: int, in_width: int, num_layers: int
+) -> TunedLaunch:
     def grid(tiles: products.MatmulTiles) -> tuple[int]:
         return (count_row_tiles(slices, tiles.rows) * num_layers * ceil_div(out_width, tiles.columns),)
 
-    return products.TileLaunch(launcher, grid, slices, (out_width, in_width))
+    return products.prepare_tiles(launcher, grid, x, slices, (out_width, in_width))
 
 
 _QKV = KernelLauncher(qkv_kernel)

@@ -2,16 +2,17 @@
 
 # T packed rows, H heads, K head width, Q sequences, N tiles.
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from beit3_ds.kernels.triton.architecture import is_on_gpu
+from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton.budgets import spilling_variants
-from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch, RecentLaunches, Tuner, row_class
+from beit3_ds.kernels.triton.kernel_launcher import KernelLauncher, Launch, TunedLaunch, row_class
 from beit3_ds.kernels.triton.launch_sizes import next_power_of_2
 from beit3_ds.kernels.triton.packed_attention import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
@@ -103,6 +104,7 @@ def column_blocks(head_size: int) -> tuple[int, int]:
     return (block_a, block_b) if block_a >= 16 and block_a + block_b < whole else (whole, 0)
 
 
+@Prepared
 def forward(
     q_THK: Tensor,
     k_THK: Tensor,
@@ -111,7 +113,7 @@ def forward(
     tiles_N2: Tensor,
     tiling: AttentionTiling,
     causal_captions: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the attention output and the log-sum-exp of each query.
 
     Args:
@@ -125,13 +127,21 @@ def forward(
         y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32. Rows that belong to no sequence are
         undefined.
     """
-    y_THK = torch.empty_like(q_THK)
-    lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=torch.float32)
-    tensors = (q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
-    _launch(_FORWARD, tensors, tiling.tile, tiling.forward, causal_captions)
-    return y_THK, lse_HT
+    num_rows, num_heads, _ = q_THK.shape
+    launch = _prepare(_FORWARD, q_THK, tiles_N2, tiling.tile, tiling.forward, causal_captions)
+
+    def run(
+        q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, sequences_Q4: Tensor, tiles_N2: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        y_THK = torch.empty_like(q_THK)
+        lse_HT = q_THK.new_empty(num_heads, num_rows, dtype=torch.float32)
+        launch(q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
+        return y_THK, lse_HT
+
+    return run
 
 
+@Prepared
 def backward(
     dy_THK: Tensor,
     q_THK: Tensor,
@@ -143,7 +153,7 @@ def backward(
     tiles_N2: Tensor,
     tiling: AttentionTiling,
     causal_captions: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Computes the gradients dq, dk and dv. The kernels use no atomics, so the results are deterministic.
 
     Args:
@@ -152,13 +162,29 @@ def backward(
         y_THK: output that `forward` returned.
         lse_HT: log-sum-exp that `forward` returned.
     """
-    dq_THK, dk_THK, dv_THK = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
-    delta_HT = torch.empty_like(lse_HT)
-    tensors = (q_THK, k_THK, v_THK, y_THK, dy_THK, lse_HT, delta_HT, dq_THK, sequences_Q4, tiles_N2)
-    _launch(_QUERY_GRADIENT, tensors, tiling.tile, tiling.query_gradient, causal_captions)
-    tensors = (q_THK, k_THK, v_THK, dy_THK, lse_HT, delta_HT, dk_THK, dv_THK, sequences_Q4, tiles_N2)
-    _launch(_KEY_VALUE_GRADIENT, tensors, tiling.tile, tiling.key_value_gradient, causal_captions)
-    return dq_THK, dk_THK, dv_THK
+    kernels = (_QUERY_GRADIENT, tiling.query_gradient), (_KEY_VALUE_GRADIENT, tiling.key_value_gradient)
+    launch_query, launch_key_value = (
+        _prepare(launcher, q_THK, tiles_N2, tiling.tile, config, causal_captions) for launcher, config in kernels
+    )
+
+    def run(
+        dy_THK: Tensor,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THK: Tensor,
+        y_THK: Tensor,
+        lse_HT: Tensor,
+        sequences_Q4: Tensor,
+        tiles_N2: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq_THK, dk_THK, dv_THK = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
+        delta_HT, plan = torch.empty_like(lse_HT), (sequences_Q4, tiles_N2)
+        launch_query(q_THK, k_THK, v_THK, y_THK, dy_THK, lse_HT, delta_HT, dq_THK, *plan)
+        launch_key_value(q_THK, k_THK, v_THK, dy_THK, lse_HT, delta_HT, dk_THK, dv_THK, *plan)
+        return dq_THK, dk_THK, dv_THK
+
+    return run
 
 
 def constants(num_heads: int, head_size: int, tile: int, block: int, causal_captions: bool) -> dict[str, Any]:
@@ -239,44 +265,22 @@ def _case_variants(
 _FORWARD = KernelLauncher(forward_kernel)
 _QUERY_GRADIENT = KernelLauncher(query_gradient_kernel)
 _KEY_VALUE_GRADIENT = KernelLauncher(key_value_gradient_kernel)
-_TUNER, _LAUNCHES = Tuner(), RecentLaunches()
-
-
-def _launch(
-    launcher: KernelLauncher, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool
-) -> None:
-    q_THK, num_tiles = tensors[0], len(tensors[-1])
-    shape = q_THK.shape
-    if num_tiles == 0 or shape[1] == 0:
-        return
-    assert q_THK.numel() < 2**31, f"packed_attention: {tuple(shape)} has offsets beyond 32 bits"
-    assert all(map(Tensor.is_contiguous, tensors)), "packed_attention: the kernels' strides are those of (T, H, K)"
-
-    case = launcher, num_tiles, shape, q_THK.dtype, tile, config, causal_captions
-    on_gpu = is_on_gpu(q_THK)
-    launch = _LAUNCHES.find(case) if on_gpu else None
-    if launch is None:
-        launch = _prepare(launcher, tensors, tile, config, causal_captions)
-        if on_gpu:
-            _LAUNCHES.keep(case, launch)
-    launch(*tensors)
 
 
 def _prepare(
-    launcher: KernelLauncher, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool
-) -> Launch:
-    """Prepares a launch of an attention kernel. On a GPU, tuning selects the number of pipeline stages."""
-    (num_rows, num_heads, head_size), grid = tensors[0].shape, (len(tensors[-1]), tensors[0].shape[1])
+    launcher: KernelLauncher, q_THK: Tensor, tiles_N2: Tensor, tile: int, config: KernelConfig, causal_captions: bool
+) -> TunedLaunch:
+    """Prepares the launch of an attention kernel. On a GPU, tuning selects the number of pipeline stages."""
+    (num_rows, num_heads, head_size), grid = q_THK.shape, (len(tiles_N2), q_THK.shape[1])
+    assert q_THK.numel() < 2**31, f"packed_attention: {tuple(q_THK.shape)} has offsets beyond 32 bits"
     values = tuple(constants(num_heads, head_size, tile, config.block, causal_captions).values())
 
     def prepare(config: KernelConfig) -> Launch:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         return launcher.prepare(grid, (num_rows,), values, **options)
 
-    if not is_on_gpu(tensors[0]):
-        return prepare(config)
-    case = launcher.name, row_class(num_rows), tensors[0].dtype, config, *values
-    return prepare(_TUNER.choose(case, lambda: _settings(config), lambda chosen: prepare(chosen)(*tensors)))
+    case = launcher.name, row_class(num_rows), q_THK.dtype, config, *values
+    return TunedLaunch(case, partial(_settings, config), prepare, is_empty=0 in grid)
 
 
 def _settings(config: KernelConfig) -> list[KernelConfig]:

@@ -68,7 +68,7 @@ def weight_gradient(
         return row_tiles * column_tiles, num_layers, shares
 
     constants = (out_width, in_width, num_layers, is_split, with_bias, factor_T is not None)
-    launch = products.TileLaunch(_WEIGHT_GRADIENT, grid, slices, constants, (programs.rows,))
+    launch = products.prepare_tiles(_WEIGHT_GRADIENT, grid, dy_TO, slices, constants, (programs.rows,))
     add_shares = prepare_sum(programs, num_layers, num_experts, numel, dtype, SUM_BLOCK) if is_split else None
     assert not is_split or num_layers * shares * numel < 2**31, "weight gradient: offsets beyond 32 bits"
     sum_dtype, copies = torch.float32 if is_split else dtype, [0] * (NUM_LAYERS - num_layers)

@@ -45,11 +45,16 @@ def test_operator_takes_the_kernel_that_was_chosen() -> None:
     """Checks that the C++ kernel gets every argument of the operator, and runs only if it was chosen."""
     q, k, v = torch.randn(3, 9, 1, 8).unbind()
     plan = plan_tiles((((0, 9),),), 64, CPU)
-    with mock.patch.object(cuda_kernels, "packed_attention_forward", return_value="C++") as kernel:
-        assert attention_module._forward_on_gpu(q, k, v, *plan, 64, True, True) == "C++"
-        kernel.assert_called_once_with(q, k, v, *plan, 64, True)
-    with mock.patch("beit3_ds.kernels.triton.packed_attention_launch.forward", return_value="Triton"):
-        assert attention_module._forward_on_gpu(q, k, v, *plan, 64, True) == "Triton"
+    results, arguments = (torch.ones_like(q), torch.zeros(1, 9)), (q, k, v, *plan, 64, True)
+    for module, name, cuda_cpp in (
+        (cuda_kernels, "packed_attention_forward", True),
+        (attention_module, "_FORWARD", False),
+    ):
+        on_gpu = mock.patch.object(attention_module, "is_on_gpu", return_value=True)
+        with on_gpu, mock.patch.object(module, name, return_value=results) as kernel:
+            y = attention_module.PackedAttention.apply(q, k, v, plan, 64, True, cuda_cpp)
+        assert y is results[0]
+        kernel.assert_called_once_with(*arguments)
 
 
 @pytest.mark.parametrize(
