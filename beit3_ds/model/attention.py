@@ -69,10 +69,8 @@ class MultiwayAttention(nn.Module):
                 computes attention within the sequences of `layout`.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
-        own_slices = self.tensor.own_slices(slices, num_rows)
-        normed = self.norm(x_TD, own_slices)
-        recompute = self.norm.recompute(normed, own_slices)
-        h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
+        stream_TD, h_TD, recompute = self.norm(x_TD, self.tensor.own_slices(slices, num_rows))
+        h_TD = self.tensor.gather_from(h_TD, num_rows)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         weights, biases = (
             [w for proj in projections for w in proj.weights()],
@@ -81,7 +79,7 @@ class MultiwayAttention(nn.Module):
         q_THK, k_THK, v_THK = map(self._heads, multiway_qkv(h_TD, slices, weights, biases, recompute))
         y_THK = (attend or self.within(layout))(q_THK, k_THK, v_THK)
         norm = None if self.sub_norm is None else self.sub_norm()
-        return self.out_proj(Activation(y_THK.flatten(1)), normed.stream_TD, factor_T, layout, norm=norm)
+        return self.out_proj(Activation(y_THK.flatten(1)), stream_TD, factor_T, layout, norm=norm)
 
     def _heads(self, x_TD: Tensor) -> Tensor:
         num_rows, width = x_TD.shape

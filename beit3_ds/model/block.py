@@ -55,7 +55,7 @@ class Block(nn.Module):
         return self.ffn(x_MD, self._factors(x_MD, batch, branch=1, rows=picked.rows), picked)
 
     def _residual_add(self, branch: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        module = (self.attention, self.ffn)[branch]
+        module = self.attention if branch == 0 else self.ffn
         kept = None if self.tensor.divides_rows else computed_sequences(batch, self.layer, branch)
         if kept is None:
             return module(x_TD, self._factors(x_TD, batch, branch), batch.layout)

@@ -46,10 +46,8 @@ class MultiwayFFN(nn.Module):
             layout: row ranges of the experts.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
-        own_slices = self.tensor.own_slices(slices, num_rows)
-        normed = self.norm(x_TD, own_slices)
-        recompute = self.norm.recompute(normed, own_slices)
-        h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
+        stream_TD, h_TD, recompute = self.norm(x_TD, self.tensor.own_slices(slices, num_rows))
+        h_TD = self.tensor.gather_from(h_TD, num_rows)
         activation = self.fc1(h_TD, layout, recompute, has_norm=self.sub_norm is not None)
         norm = None if self.sub_norm is None else self.sub_norm()
-        return self.fc2(activation, normed.stream_TD, factor_T, layout, gelu=True, norm=norm)
+        return self.fc2(activation, stream_TD, factor_T, layout, gelu=True, norm=norm)

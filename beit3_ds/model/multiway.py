@@ -118,17 +118,16 @@ class RowParallelMultiwayLinear(nn.Module):
 
 
 class NormOutput(NamedTuple):
-    """Holds the output of a MultiwayLayerNorm, and what is needed to recompute it in the backward pass."""
+    """Holds the output of a MultiwayLayerNorm."""
 
     stream_TD: Tensor
     """Input of the norm, returned for the residual connection. The norm's backward pass then also adds the gradient of
     the residual connection to the gradient of the input."""
     h_TD: Tensor
     """Normalized rows."""
-    scales: tuple[Tensor, ...]
-    """LayerNorm weight of each expert, (D,)."""
-    shifts: tuple[Tensor, ...]
-    """LayerNorm bias of each expert, (D,)."""
+    recompute: Recomputable | None
+    """Recomputes the normalized rows in the backward pass, for layers that need them there. None with sequence
+    parallelism, where the recomputed rows would have to be gathered again."""
 
 
 class MultiwayLayerNorm(nn.Module):
@@ -161,20 +160,10 @@ class MultiwayLayerNorm(nn.Module):
         """
         parameters = self.tensor.share(*_weights(self), *_biases(self))
         weights, biases = parameters[: len(slices)], parameters[len(slices) :]
-        return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), weights, biases)
-
-    def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
-        """Returns an object with which later layers recompute the normalized rows, or None with sequence parallelism.
-
-        With sequence parallelism, the recomputed rows would have to be gathered again.
-
-        Args:
-            output: output of `forward`.
-            slices: row ranges of the experts, as in `forward`.
-        """
+        stream_TD, h_TD = multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon)
         if self.tensor.divides_rows:
-            return None
-        return recomputable_rows(output.stream_TD, slices, output.scales, output.shifts, self.epsilon)
+            return NormOutput(stream_TD, h_TD, None)
+        return NormOutput(stream_TD, h_TD, recomputable_rows(stream_TD, slices, weights, biases, self.epsilon))
 
 
 class MultiwaySubLayerNorm(nn.Module):

@@ -98,7 +98,7 @@ _MATMUL_ROWS = 2048
 
 
 class _Parameters(NamedTuple):
-    """Holds the parameters of one call: one tensor per expert, or none if the op has no such parameter."""
+    """Holds one call's parameters. A tuple has one tensor per expert, or none without such parameters."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]

@@ -71,7 +71,7 @@ class Launch:
         Args:
             tensors: first arguments of the kernel, contiguous.
         """
-        if not is_on_gpu(tensors[0]):
+        if not self._aligned and not is_on_gpu(tensors[0]):
             self._kernel[self._grid](*tensors, *self._arguments, **self._options)
             return
         driver, addresses = drivers.active, [*map(_address_of, tensors)]

@@ -145,8 +145,8 @@ def test_operators_launch_the_kernels() -> None:
     case = Case((((0, 5),), ((5, 7), (7, 9))), 8, torch.float32, captions=True, heads=1)
     plan, inputs = plan_tiles(case.ranges, 8, CPU), (case.q, case.k, case.v)
     with interpreted():
-        y, lse = packed_attention_module._forward_on_gpu(*inputs, *plan, 8, True)
-        gradients = packed_attention_module._backward_on_gpu(case.dy, *inputs, y, lse, *plan, 8, True)
+        y, lse = packed_attention_module._forward_triton(*inputs, *plan, 8, True)
+        gradients = packed_attention_module._backward_triton(case.dy, *inputs, y, lse, *plan, 8, True)
     case.check((y, *gradients))
 
 
