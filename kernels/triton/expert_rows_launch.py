@@ -5,6 +5,8 @@ A row-streaming kernel computes rows one after another, without a matrix product
 
 # T packed rows, D width, E experts (at most 3), P programs, S sums per program, e.g. for scale and for shift.
 
+from __future__ import annotations  # else every preparation evaluates those of nested functions
+
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple

@@ -2,6 +2,8 @@
 
 # T packed rows, D hidden, F ffn hidden (or any other two widths).
 
+from __future__ import annotations  # else every preparation evaluates those of nested functions
+
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial

@@ -2,6 +2,8 @@
 
 # T packed rows, D width, E experts, P programs.
 
+from __future__ import annotations  # else every preparation evaluates those of nested functions
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

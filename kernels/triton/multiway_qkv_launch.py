@@ -2,6 +2,8 @@
 
 # T packed rows, D input width, F output width of each of the three layers.
 
+from __future__ import annotations  # else every preparation evaluates those of nested functions
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -2,6 +2,8 @@
 
 # T packed rows, H heads, K head width, Q sequences, N tiles.
 
+from __future__ import annotations  # else every preparation evaluates those of nested functions
+
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple

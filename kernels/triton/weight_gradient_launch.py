@@ -6,6 +6,8 @@ gradient per share, and `sum_partials` adds the gradients.
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 
+from __future__ import annotations  # else every preparation evaluates those of nested functions
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
