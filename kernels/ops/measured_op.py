@@ -138,8 +138,8 @@ class MeasuredOp:
 
         Args:
             name: name of the operator, which is the first word of each stored measurement.
-            implementations: implementations by name. They are functions with the same arguments, and the first argument
-                is a tensor. A `Prepared` implementation is prepared once for calls with equal dtypes, sizes and flags.
+            implementations: functions that implement the operator, by name. They have the same arguments, and the first
+                argument is a tensor. A `Prepared` implementation is prepared once for equal dtypes, sizes and flags.
             on_cpu: function for tensors on a CPU. With None, tensors on a CPU also use one of `implementations`.
             accepts: functions that return whether an implementation supports given arguments, by the implementation's
                 name. An implementation without such a function supports all arguments. The function may also check, at

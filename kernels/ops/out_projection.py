@@ -98,7 +98,7 @@ _MATMUL_ROWS = 2048
 
 
 class _Parameters(NamedTuple):
-    """Holds one call's parameters. A tuple has one tensor per expert, or none without such parameters."""
+    """Holds the parameters of one call: one tensor per expert, or none if the op has no such parameter."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
@@ -322,10 +322,7 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, without the operands that are None.
-
-    Overwrites y, unless the residual has another dtype.
-    """
+    """Returns residual + factor * y, without operands that are None. Overwrites y if dtypes are equal."""
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:

@@ -76,7 +76,7 @@ def backward(
     *,
     in_place: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Computes the gradients of rows, scales and shifts. The kernel uses no atomics, so results are deterministic.
+    """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.
