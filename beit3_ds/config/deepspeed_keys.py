@@ -94,7 +94,7 @@ _TIMERS = Section(
 DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "train_batch_size": Number(
         range=Range(1),
-        effect="Samples per step. Optional; if given, it must be the sum of samples_per_step over images, pairs and texts.",
+        effect="Samples per step. Optional; if given, it must be the sum of samples_per_step of all kinds.",
     ),
     "train_micro_batch_size_per_gpu": Number(
         range=Range(1),

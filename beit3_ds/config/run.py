@@ -71,7 +71,7 @@ class RunConfig:
 
     @property
     def samples_per_step(self) -> int:
-        """Returns the number of samples per optimizer step, summed over all streams."""
+        """Returns the number of samples per optimizer step, summed over images, pairs and texts."""
         return sum(stream.samples_per_step for stream in self.data.streams().values())
 
     def step_shares(self, data_parallel_size: int) -> StepShares:
