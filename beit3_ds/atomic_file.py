@@ -12,10 +12,10 @@ _LONG_NAME = 107  # bytes; file systems allow 255, and a temporary name adds a h
 
 
 def bounded_name(name: str) -> str:
-    """Returns a file name of at most 113 bytes, which leaves room for suffixes such as a host name and `.tmp`.
+    """Returns a file name of up to 107 bytes unchanged, and shortens a longer name to at most 113 bytes.
 
-    Names of up to 107 bytes are returned unchanged. Longer names are cut and end with a digest of the whole name, so
-    that names with equal beginnings stay different.
+    A shortened name ends with a digest of the whole name, so that names with equal beginnings stay different. File
+    systems allow 255 bytes, so suffixes such as a host name and `.tmp` still fit.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= _LONG_NAME:

@@ -38,7 +38,7 @@ class Window(NamedTuple):
 
 
 class PatchPlaces(NamedTuple):
-    """Holds the image index, the grid row and the grid column of each patch. Patches of a window are adjacent."""
+    """Holds the image index, the grid row and the grid column of each patch, window by window."""
 
     image_T: Tensor
     """Index of each patch's image, int64."""

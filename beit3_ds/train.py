@@ -196,7 +196,8 @@ def build_run(
         inputs: this rank's inputs.
         mesh: mesh of all ranks.
         signals: stop signals that this rank receives.
-        force: whether to rename the checkpoint folder and start at step 0 if the last step has a checkpoint.
+        force: whether to train again from step 0 if a checkpoint shows that the run is finished. The checkpoint folder
+            is then renamed. An unfinished run is resumed in both cases.
 
     Raises:
         ConfigError: if ranks have different configurations or files, or a checkpoint does not fit the model.

@@ -31,7 +31,7 @@ from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
-"""Function that reads a slice of a whole tensor as a matrix.
+"""Function that views a whole tensor as a matrix, and reads a slice of the matrix.
 
 The arguments are the kind of values (`EngineState.kinds`, such as "exp_avg"), the name of the tensor, and the slice.
 """

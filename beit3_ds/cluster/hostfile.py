@@ -96,11 +96,11 @@ def is_loopback(name: str) -> bool:
 
 
 def read_hostfile(path: str | Path) -> Hostfile:
-    """Reads a hostfile and looks up the addresses of its hosts for at most two seconds.
+    """Reads a hostfile and looks up the addresses of its hosts. The lookup takes at most two seconds.
 
     Raises:
-        ConfigError: if the file cannot be read, or breaks a rule: `NAME slots=RANKS` on each line, at least one host,
-            no host twice, and no other host beside localhost.
+        ConfigError: if the file cannot be read or breaks a rule. Each line must be `NAME slots=RANKS`, there must be at
+            least one host, and no host may occur twice. If localhost is listed, it must be the only host.
     """
     path = Path(path)
     try:

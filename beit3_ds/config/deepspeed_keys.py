@@ -1,8 +1,9 @@
 """Lists every key of DeepSpeed 0.19.8's configuration, with its accepted values or the reason for refusing it.
 
-Keys that have no effect in this project are refused. Rules that involve several keys are in `deepspeed_rules`. The
-`samples` of a key that may change the training state are values for tests/checkpoint/test_deepspeed_keys.py. The test
-trains, saves, exports, loads and resumes with each of these values.
+Keys that have no effect in this project are refused. Rules that involve several keys are in `deepspeed_rules`.
+
+A key that may change the training state has test values (`Spec.samples`). For each of them,
+tests/checkpoint/test_deepspeed_keys.py trains, saves, exports, loads and resumes.
 """
 
 from collections.abc import Iterator, Mapping

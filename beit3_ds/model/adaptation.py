@@ -312,7 +312,7 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
 
 
 def _has_fused_expert(model: ModelConfig, layer: int) -> bool:
-    """Returns whether a block is one of the top blocks with a vision-language expert, regardless of `inputs`."""
+    """Returns whether a block is one of the `num_vision_language_layers` top blocks. Ignores `model.inputs`."""
     return layer >= model.num_layers - model.num_vision_language_layers
 
 

@@ -37,14 +37,14 @@ class Block(nn.Module):
         self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool = False) -> Tensor:
-        """Runs the block, and returns this rank's rows of the residual stream, or of the rows that the head reads.
+        """Runs the block, and returns this rank's rows of the new residual stream.
 
         Args:
             x_TD: this rank's rows of the residual stream.
             batch: the packed micro-batch.
-            only_head_rows: whether to compute and return only the rows in `PackedBatch.head_rows`, for the last block.
-                With sequence parallelism, the rows are gathered and split again (`TensorParallel.gather_rows`,
-                `scatter_rows`).
+            only_head_rows: whether the new stream has only the rows in `PackedBatch.head_rows`; used for the last
+                block. With sequence parallelism, these rows are gathered and then divided over the ranks again
+                (`TensorParallel.gather_rows`, `scatter_rows`).
         """
         x_TD = self._residual_add(0, x_TD, batch)
         if not only_head_rows:

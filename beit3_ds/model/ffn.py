@@ -41,7 +41,8 @@ class MultiwayFFN(nn.Module):
         """Computes the FFN, adds it to the residual stream, and returns this rank's rows of the stream, (T, D).
 
         Args:
-            x_TD: this rank's rows of the residual stream, or of the rows that the head reads.
+            x_TD: this rank's rows of the residual stream. In the last block, the stream may have only the rows that the
+                head reads.
             factor_T: stochastic-depth factor of each row of `x_TD`; None without stochastic depth.
             layout: row ranges of the experts.
         """

@@ -32,7 +32,7 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def unpack_tensors(header: bytes) -> list[Tensor]:
-    """Returns uninitialized tensors with the shapes and dtypes listed in the JSON from `pack`."""
+    """Creates one uninitialized tensor for each shape and dtype in the JSON from `pack`."""
     kinds, _ = json.loads(header)
     return [torch.empty(shape, dtype=_DTYPES[dtype]) for dtype, *shape in kinds]
 

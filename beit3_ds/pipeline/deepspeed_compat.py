@@ -176,7 +176,8 @@ def _judge_gradients_by_norm(optimizer: Any) -> None:
 def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> Tensor:
     """Returns the 2-norm of all gradients over all ranks. All-reduces one element.
 
-    DeepSpeed would all-reduce one element per sub-group, but stages may have different numbers of sub-groups.
+    DeepSpeed would call all-reduce once per sub-group of parameters. This could hang, because pipeline stages may have
+    different numbers of sub-groups.
     """
     counted = [g for p, g in _gradient_partitions(optimizer) if is_split(p) or mesh.tensor.rank == 0]
     gradients = [gradient for gradient in counted if isinstance(gradient, Tensor)]

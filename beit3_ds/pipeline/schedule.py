@@ -62,7 +62,9 @@ class Schedule:
 
     @property
     def forward_is_own(self) -> bool:
-        """Returns whether a forward pass needs no other rank: true without tensor parallelism and without ZeRO-3."""
+        """Returns whether the layers' forward pass runs no collective: true without tensor parallelism and without
+        ZeRO-3.
+        """
         return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 
     def accumulate_gradients(

@@ -119,7 +119,10 @@ def _divide(gradient: Tensor, size: int) -> Tensor:
 def _keep_partitions(
     optimizer: DeepSpeedZeroOptimizer_Stage3, parameters: Sequence[Any], partitions: list[Tensor]
 ) -> None:
-    """Adds this rank's parts of gradients to those of the step's earlier micro-batches, and drops the gradients."""
+    """Adds this rank's parts of the gradients to the step's sums, and sets the parameters' `grad` to None.
+
+    The first micro-batch of a step overwrites the sums of the previous step.
+    """
     kept = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
     own = [kept[parameter.ds_id] for parameter in parameters]
     # DeepSpeed's number of the micro-batch is 0 for the first of a step, whose gradients replace the previous step's.

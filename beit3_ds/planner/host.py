@@ -45,7 +45,7 @@ class HostRequirements(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Returns the total memory of the node in bytes, including /dev/shm."""
+        """Returns the bytes of memory that the run needs on the node, including /dev/shm."""
         return self.shm + self.ranks + self.workers + self.validation + self.checkpoint + self.offloaded
 
 

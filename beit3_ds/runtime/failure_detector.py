@@ -34,7 +34,8 @@ class FailureDetector:
         """
         self._parallel, self._statuses, self._describe = parallel, statuses, describe
         self._request: tuple[float, list[int]] | None = None
-        """Time of the first request for heartbeats, and the number of each rank's newest heartbeat at that time."""
+        """Monotonic time when all ranks were asked for a heartbeat, and the sequence number of each rank's newest
+        heartbeat at that time; None before."""
         self._slow: dict[int, float] = {}
 
     def find_failure(self, reported: str | None, are_beats_requested: bool) -> Failure | None:
@@ -77,7 +78,10 @@ class FailureDetector:
         ]
 
     def _lost_contact(self) -> Failure:
-        """Returns the failure to report if a collective failed but all ranks answer. The usual cause is a timeout."""
+        """Returns the failure to report if a collective failed although every rank still sends heartbeats.
+
+        The usual cause is a timeout of the collective.
+        """
         seconds = self._parallel.timeout_seconds
         if stalled := self._statuses.find_behind(seconds / 2):
             return self._stalled(stalled)

@@ -9,10 +9,10 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def describe_main_thread(otherwise: str) -> str:
-    """Returns a text with the main thread's current source line, and the file or folder that the thread uses.
+    """Describes the main thread: its source line, and the file or folder that it uses or what it waits for.
 
     Args:
-        otherwise: text to add if no file, folder or awaited object is known; may be empty.
+        otherwise: text to use if the thread has no known file or folder and no known wait; may be empty.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     lines, paths, awaited = [], [], []

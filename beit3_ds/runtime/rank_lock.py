@@ -27,9 +27,10 @@ def locked_by_rank_0(path: Path, target: str, way_out: str, signals: StopSignals
         signals: recorder of the stop signals that this process receives. A stop signal ends a wait for the lock.
 
     Raises:
-        ConfigError: on rank 0, if another run uses the folder.
-        StorageError: on rank 0, if another run is ending or hangs, and does not release the folder in time.
-        StoppedBySignal: on rank 0, if a stop signal arrives during the wait for another run.
+        ConfigError: on rank 0, if a living process of another run holds the lock, or the lock file cannot be used.
+        StorageError: on rank 0, if the lock's holder is stopping or shows no sign of life, and keeps the lock for
+            `WAIT_SECONDS`.
+        StoppedBySignal: on rank 0, if a stop signal arrives while this process waits for the lock.
     """
     if read_launch(os.environ).rank != 0:
         yield lambda: -math.inf

@@ -66,8 +66,9 @@ class Rendezvous:
             secret: secret that all ranks of the run share.
             end: function that ends this process at once, even if the main thread is blocked in a call.
             contended_at: function that returns, on rank 0, the monotonic time when another command was last seen
-                waiting for this run's output folder; -inf if never. That command will be refused. Until it ends, its
-                ranks may connect here, because they have the same secret and port.
+                waiting for the lock on this run's output folder; -inf if never. The lock will refuse that command.
+                Until that command ends, its ranks may connect to this rank 0, because they use the same secret and
+                port.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()
@@ -219,9 +220,10 @@ class Rendezvous:
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
         """Waits on rank 0 for all ranks, sends an answer to all ranks, and returns the answer.
 
-        The answer has the address and number of threads of each rank, or an error message. If another command asked for
-        the output folder, some of the ranks may belong to that command. Then rank 0 waits until the other command has
-        ended, and collects the ranks again.
+        The answer has the address and number of threads of each rank, or an error message.
+
+        If a user starts a second command for the same output folder, its ranks may connect here before the command is
+        refused. Rank 0 then waits until the second command has ended, and collects the ranks again.
         """
         while True:
             began = time.monotonic()

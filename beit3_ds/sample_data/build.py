@@ -151,9 +151,10 @@ def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
 
 
 def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Splits groups of samples into training and validation samples; groups stay whole.
+    """Splits groups of samples into training and validation samples. A group is never divided.
 
-    Validation gets groups of at most four samples, until it has about `fraction` of every category.
+    A group becomes validation samples if it has at most four samples, and validation then has at most `fraction` of
+    every category. All other groups become training samples.
     """
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):

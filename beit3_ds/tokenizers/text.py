@@ -32,16 +32,18 @@ class WordBorders(NamedTuple):
     starts: NDArray[np.bool_]
     """Whether each id starts a word, (vocab_size,). True for BOS, padding and EOS.
 
-    If the model writes white space before words, also true for pieces with leading white space.
+    If the SentencePiece model marks the starts of words, also true for pieces with leading white space.
     """
     ends: NDArray[np.bool_]
     """Whether each id ends a word, so that the next id starts a word, (vocab_size,). True for BOS, padding and EOS.
 
-    If the model writes white space after words, also true for pieces with trailing white space.
+    If the SentencePiece model marks the ends of words, also true for pieces with trailing white space.
     """
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Returns whether each id of a sequence starts a word, (ids,). Also true for an id after the end of a word.
+        """Returns whether each id of a sequence starts a word, (ids,).
+
+        An id starts a word if `starts` is true for the id itself, or `ends` is true for the id before it.
 
         Args:
             ids: consecutive token ids, (ids,).
@@ -136,7 +138,12 @@ class TextTokenizer:
         return WordBorders(starts, ends)
 
     def _marks_ends(self, starts: NDArray[np.bool_], ends: NDArray[np.bool_]) -> bool:
-        """Returns whether the model writes white space after words, not before words."""
+        """Returns whether the SentencePiece model puts white space at the ends of words, not at their starts.
+
+        Args:
+            starts: whether each piece has leading white space, (vocab_size,).
+            ends: whether each piece has trailing white space, (vocab_size,).
+        """
         shown = "".join(self.piece(id_) for id_ in self.encode("a a"))
         if shown.startswith(_SPACE) != shown.endswith(_SPACE):  # the model itself puts white space around a text
             return shown.endswith(_SPACE)

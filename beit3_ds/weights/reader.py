@@ -64,7 +64,7 @@ class OpenedWeights(WeightReader, StoredWeights, Protocol):
 
 
 class Backbone:
-    """Reads weights without task heads, for a run with another task.
+    """Reads all weights except those of task heads, for a run with another task.
 
     Attributes:
         model: configuration of the model.

@@ -58,11 +58,13 @@ _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does
 
 
 def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Maps unilm's branches A and B to "vision" and "language"; omits a branch that some block lacks.
+    """Returns unilm's branches with their modalities, "A": "vision" and "B": "language".
+
+    A branch is omitted if some block of the model does not have it.
 
     Args:
         config: configuration of the model.
-        fusion: whether A and B are the vision-language expert in blocks that have one.
+        fusion: whether a block with a vision-language expert counts as a block with both branches.
     """
     letters = {"A": "vision", "B": "language"}
     owned = [
@@ -83,7 +85,8 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
 
     Args:
         config: configuration of the model.
-        fusion: whether A and B are the vision-language expert in blocks that have one.
+        fusion: True maps the FFN tensors of both branches to the vision-language expert, in blocks that have this
+            expert.
     """
     kinds, attention = ("weight", "bias"), config.attention_experts
     letters = reference_letters(config, fusion=fusion)

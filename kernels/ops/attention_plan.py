@@ -52,7 +52,8 @@ class AttentionPlan(NamedTuple):
     """Holds the buckets of one micro-batch. A plan depends only on the row ranges of the sequences."""
 
     buckets: tuple[Bucket, ...]
-    """The buckets. Every sequence that has rows is in exactly one bucket."""
+    """The buckets. Each sequence of the micro-batch is in exactly one bucket, except sequences of length 0, which are
+    in none."""
     output_rows: Tensor | None
     """For each of the T packed rows, the index of its output in the concatenated outputs of all buckets, (T,) int64.
     None if these outputs are already in the order of the packed rows."""
@@ -103,7 +104,7 @@ def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) ->
     """Groups sequences of similar length; returns the indices of the sequences in each group.
 
     Adjacent sequences of equal length, such as images, form their own group, because a view of the packed rows can
-    batch them. A sequence without rows is in no group.
+    batch them. A sequence of length 0 is in no group.
 
     Args:
         ranges: row ranges of each sequence.

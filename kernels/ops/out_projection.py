@@ -261,7 +261,7 @@ def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
 
 
 def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Computes LN(GELU(x)) with operators, and returns it with the mean and 1 / standard deviation of each row.
+    """Returns LN(GELU(x)), and the mean and 1 / standard deviation of each row. `form.gelu` may omit GELU.
 
     The statistics are one tensor (2, T). If ranks divide the columns of a row, the statistics are two tensors (T,), and
     this rank gathers two numbers per row from each rank.
@@ -293,7 +293,7 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Computes the gradients of `_backward_cpu` with operators.
+    """Returns the same gradients as `_backward_cpu`, but each operation computes all rows, not one block of rows.
 
     If ranks divide the columns of a row, all-reduces two sums per row.
     """

@@ -28,9 +28,9 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     """Writes new rows into the residual stream, at the row numbers from which `take_rows` copied rows.
 
-    Every `take_rows` needs a `put_rows`. In the backward pass, `put_rows` leaves the gradient of the new rows in the
-    stream's gradient. Then `take_rows` overwrites that gradient with the gradient of the copied rows. This avoids a
-    pass that clears gradients, and a pass that adds gradients.
+    Every `take_rows` needs a `put_rows`. In the backward pass, `put_rows` passes the whole output gradient on to
+    `take_rows`, including the rows in `rows_K`. `take_rows` overwrites these rows with the gradient of the copied rows.
+    This avoids a pass that clears gradients, and a pass that adds gradients.
 
     Args:
         stream_TD: residual stream that `take_rows` returned.

@@ -105,7 +105,13 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
 
 
 def find_excess(report: Report, budget: Report | None, architecture: int) -> list[str]:
-    """Returns one message per property of a variant's machine code that exceeds the budget or a hardware limit."""
+    """Returns one message per property of new machine code that is worse than stored, or breaks a hardware limit.
+
+    Args:
+        report: properties of the new machine code.
+        budget: stored properties (`budgets.json`); None if nothing is stored for the variant.
+        architecture: GPU architecture of the machine code.
+    """
     problems = []
     if report.shared_memory > _SHARED_MEMORY[architecture]:
         problems.append(f"shared memory {report.shared_memory} > {_SHARED_MEMORY[architecture]} of sm_{architecture}")

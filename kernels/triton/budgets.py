@@ -1,4 +1,4 @@
-"""Reads and writes `budgets.json`, which stores properties of each kernel's machine code by version of Triton.
+"""Reads and writes `budgets.json`, which stores properties of each kernel's machine code by Triton version.
 
 Triton versions allocate registers differently, so a kernel may spill registers with one version and not with another.
 Tile sizes that spill with the installed version are not used (`spilling_variants`).
@@ -36,7 +36,7 @@ class Report(NamedTuple):
 
 
 Budgets = Mapping[tuple[str, int], Report]
-"""Properties of the machine code, by variant name and GPU architecture."""
+"""Stored properties of the machine code, by variant name and GPU architecture. New machine code must not be worse."""
 
 
 def version_key(version: str) -> str:
@@ -45,14 +45,14 @@ def version_key(version: str) -> str:
 
 
 def stored_versions() -> list[str]:
-    """Returns the Triton versions for which budgets are stored, oldest first, for example ["3.6", "3.8"]."""
+    """Returns the Triton versions that have an entry in `budgets.json`, oldest first, for example ["3.6", "3.8"]."""
     return sorted(_stored(), key=_number)
 
 
 def read_budgets(version: str) -> dict[tuple[str, int], Report]:
-    """Returns the budgets for a Triton version, by variant name and GPU architecture.
+    """Returns the properties stored for a Triton version, by variant name and GPU architecture.
 
-    Returns an empty dict if no budgets are stored for the version.
+    Returns an empty dict if `budgets.json` has no entry for the version.
     """
     return {
         (name, int(architecture.removeprefix("sm_"))): Report(*values)
@@ -62,7 +62,7 @@ def read_budgets(version: str) -> dict[tuple[str, int], Report]:
 
 
 def write_budgets(version: str, reports: Budgets) -> None:
-    """Replaces the budgets for a Triton version. Budgets for other versions stay unchanged."""
+    """Replaces the properties stored for a Triton version. The entries of other versions stay unchanged."""
     nested: dict[str, dict[str, Report]] = {}
     for (name, architecture), report in sorted(reports.items()):
         nested.setdefault(name, {})[f"sm_{architecture}"] = report
@@ -77,9 +77,9 @@ def write_budgets(version: str, reports: Budgets) -> None:
 
 @lru_cache
 def spilling_variants(version: str, architecture: int) -> frozenset[str]:
-    """Returns the names of the variants that spill registers, for a Triton version and a GPU architecture.
+    """Returns the names of the kernel variants that spill registers, for a Triton version and a GPU architecture.
 
-    If the version has no budgets, those of the newest older version are used.
+    If `budgets.json` has no entry for the version, the entry of the newest older version is used.
     """
     older = [known for known in stored_versions() if _number(known) <= _number(version_key(version))]
     budgets = read_budgets(older[-1]) if older else {}

@@ -194,8 +194,10 @@ def input_gradient(
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants that are compiled ahead of time, for the widths of the base, large and giant models.
 
-    Kernels of the giant model's FFN are compiled with all tile sizes, and other kernels only with the first tile sizes.
-    The default tests compile only some of the giant model's kernels with the first tile sizes: the up projection for
+    The giant model's FFN kernels are compiled with every candidate for the tile sizes. All other kernels are compiled
+    only with the first candidate.
+
+    The default tests compile only variants of the giant model with the first candidate. These are the up projection for
     all architectures, and the output projection for sm_90.
     """
     result = []

@@ -45,9 +45,10 @@ class AttentionTiling(NamedTuple):
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Returns the tile sizes and compile settings of the three attention kernels.
 
-    The kernels share one tile size: the first with which each kernel has settings that spill no registers. Each kernel
-    gets the first such settings. If there is no such tile size, the last candidate is returned. budgets.json records
-    which settings spill registers with the installed version of Triton.
+    The three kernels share one tile size. `candidate_tilings` lists the tile sizes, each with several compile settings.
+    The first tile size is chosen for which every kernel has settings that spill no registers. Each kernel gets the
+    first of its settings that spill none. If no tile size qualifies, the last candidate is returned. budgets.json
+    records which settings spill registers with the installed version of Triton.
 
     Args:
         architecture: GPU architecture: 80, 90 or 100. For other GPUs with at least 99 KB of shared memory per thread
@@ -207,8 +208,8 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants of the attention kernels that are compiled ahead of time.
 
-    The head widths are 88 for the giant model, 64 for all smaller models, and 128. Relative positions add columns to a
-    head, so 96 and 120 are also compiled.
+    The giant model has 88 columns per head, and all smaller models have 64. Relative positions in windows of 14 x 14
+    patches widen these heads to 120 and 96 columns. The largest supported number, 128, is also compiled.
     """
     return [
         variant

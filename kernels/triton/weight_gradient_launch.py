@@ -126,7 +126,7 @@ def splits_rows(tiles: int, architecture: int) -> bool:
 
 
 def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) -> int:
-    """Returns the maximum number of rows per share with which a launch takes the least modelled time.
+    """Returns the limit on the rows per share for which a launch takes the least modelled time.
 
     In the model, Triton programs run in waves, one program per multiprocessor. A wave takes time in proportion to the
     rows of a share. Each program adds a fixed time for its partial sums.

@@ -69,10 +69,10 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def empty_results() -> Iterator[None]:
-    """Makes products, attention, random values and updates on a CPU compute nothing inside a `with` block.
+    """Lets expensive operations on a CPU return undefined values without computing, inside a `with` block.
 
-    Results have the right shapes, dtypes and strides, but undefined values. The block affects all threads of the
-    process.
+    These operations are matrix products, attention, random values and optimizer updates. Results have the right shapes,
+    dtypes and strides. The block affects all threads of the process.
     """
     library = torch.library.Library("aten", "IMPL", "CPU")
     try:

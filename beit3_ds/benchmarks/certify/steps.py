@@ -242,6 +242,9 @@ def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
 
 
 def _flops(config: RunConfig, batch: PackedBatch) -> float:
-    """Returns the FLOPs of a step's matrix products, if all rows are computed but no gradient of the pixels."""
+    """Returns the FLOPs of a step's matrix products.
+
+    Assumes that every block computes all rows, and that no gradient with respect to the pixels is computed.
+    """
     embeddings, *rest = layer_flops(config.model, work_of(batch, head_flops(config.model, batch.term_counts)))
     return 2 * embeddings + 3 * sum(rest)

@@ -30,7 +30,8 @@ class StepTime(NamedTuple):
     """Holds the modelled times of a training step's parts, and the step's FLOPs."""
 
     parts: list[OpTime]
-    """Times of the parts. The blocks are two parts, GPU time and host time, which overlap."""
+    """Times of the step's parts. The Transformer blocks have two entries, the time on the GPU and the time on the host.
+    These two times overlap."""
     flops: float
     """FLOPs of all matrix products of the model, forward and backward, without the visual tokenizer."""
 

@@ -89,10 +89,12 @@ SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
 
 
 def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
-    """Trains or computes once for each batch number in `orders`, and writes the figures to `answers` (`serve_turns`).
+    """Measures one side on the batches whose numbers come from `orders`, and writes the figures to `answers`.
+
+    `serve_turns` describes the figures.
 
     Args:
-        side: name of what to run, a key of `SIDES`.
+        side: name of what to measure, a key of `SIDES`.
         size: model size.
         samples: number of images per step, equal to the number of pairs and to the number of texts.
         orders: lines with one batch number each.

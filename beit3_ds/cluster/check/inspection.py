@@ -90,8 +90,8 @@ class Inspection:
     master_address: str | None
     """Address that DeepSpeed would choose as MASTER_ADDR: the first address of the first host."""
     named_master: Mapping[str, dict[str, Any]]
-    """Results of test connections to the first host's name, by the name of the connecting host. A result has the two
-    addresses of the connection, or an error."""
+    """Results of each host's test connection to the first host by name instead of by address; the keys are the names of
+    the connecting hosts. A result has the two addresses of the connection, or an error."""
     shared_folder: str | None
     """Folder where the nodes wrote test files: the output folder, or its nearest existing parent."""
 

@@ -264,9 +264,9 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """Returns the address that gloo would announce to other nodes.
+    """Returns the address of this machine that gloo would announce to other nodes.
 
-    This is the first usable address to which this machine's own host name resolves.
+    Gloo takes the machine's own host name, and the first address of this name that a socket can be bound to.
     """
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)

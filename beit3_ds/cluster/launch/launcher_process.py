@@ -30,7 +30,8 @@ class LauncherProcess:
             commands: commands that together start the guards of all ranks.
             environment: complete environment of the commands.
             folder: working directory of the commands.
-            log: file to which each method call appends the commands' new output.
+            log: file for the commands' output. Calls of this object's methods append the output that has arrived since
+                the previous call.
 
         Raises:
             OSError: if a command does not exist.

@@ -31,7 +31,7 @@ _FORMAT = 1
 
 
 class StoredAnnotations(AnnotatedImages):
-    """Reads samples from an annotation table; a pickled copy maps the table file again."""
+    """Reads samples from a memory-mapped annotation table. Unpickling memory-maps the table file again."""
 
     def __init__(self, path: str, files: Sequence[str], folder: str) -> None:
         """Opens a table and checks that the annotation files have not changed since the table was written.

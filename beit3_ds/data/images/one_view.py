@@ -129,9 +129,9 @@ class PairView:
     """Chooses the transform of an image by its texts: no flip if a text contains a word like "left" or "right"."""
 
     usual: ImageTransform
-    """Transform that may flip the image."""
+    """Transform for an image whose texts contain no word like "left" or "right"; may flip the image."""
     unflipped: ImageTransform
-    """Transform like `usual` that never flips the image."""
+    """Transform for all other images: like `usual`, but never flips the image."""
 
     @property
     def min_side(self) -> int | None:

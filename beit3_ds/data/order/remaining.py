@@ -25,16 +25,16 @@ Bounds = Callable[[int], tuple[int, int]]
 
 
 class RemainingSamples(Protocol):
-    """Interface of an ordered set of a stream's samples."""
+    """Interface of an ordered set of samples, such as the samples of a stream that an epoch has not used yet."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the set."""
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps indices into the set to sample numbers in the stream; both are (n,) int64."""
+        """Returns the sample numbers in the stream for indices within the set; both are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of this set's parts to `nodes`, and then that of this set.
+        """Appends JSON descriptions to `nodes`: first one for each part of this set, and last one for the set itself.
 
         Returns:
             Index in `nodes` of this set's description, which is the last one.
@@ -50,14 +50,14 @@ class Range:
     first: int
     last: int
     start: int
-    """Sample number, in the stream, of the source's sample 0."""
+    """Number of samples in the stream before the source's first sample."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the range."""
         return self.last - self.first
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps indices into the range to sample numbers in the stream; both are (n,) int64."""
+        """Returns the sample numbers in the stream for indices within the range; both are (n,) int64."""
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
@@ -79,7 +79,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample number in the stream for each position in the concatenation; both are (n,) int64."""
+        """Returns the sample numbers in the stream for indices within the concatenation; both are (n,) int64."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
@@ -88,7 +88,7 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of the sets to `nodes`, and then that of the concatenation.
+        """Appends JSON descriptions to `nodes`: first one for each joined set, and last one for their concatenation.
 
         Returns:
             Index in `nodes` of the last description.
@@ -112,11 +112,11 @@ class Rest:
         return len(self.whole) - self.taken
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps indices into the remaining samples to sample numbers in the stream; both are (n,) int64."""
+        """Returns the sample numbers in the stream for indices within the remaining samples; both are (n,) int64."""
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of `whole` to `nodes`, and then that of the remaining samples.
+        """Appends JSON descriptions to `nodes`: first those of the set `whole`, and last one for the remaining samples.
 
         Returns:
             Index in `nodes` of the last description.
@@ -152,7 +152,7 @@ class SourceSubset:
         return int(self._counts[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Maps indices into the kept samples to sample numbers in the stream; both are (n,) int64."""
+        """Returns the sample numbers in the stream for indices within the kept samples; both are (n,) int64."""
         blocks = np.searchsorted(self._counts, places, side="right") - 1
         wanted, owners = np.unique(blocks, return_inverse=True)
         inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # all indices of these blocks in the whole set
@@ -162,7 +162,7 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of `whole` to `nodes`, and then that of this subset.
+        """Appends JSON descriptions to `nodes`: first those of the set `whole`, and last one for this subset.
 
         Returns:
             Index in `nodes` of the last description.
@@ -185,11 +185,12 @@ def to_nodes(remaining: RemainingSamples) -> list[Any]:
 
 
 def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
-    """Rebuilds a set from its JSON descriptions, even if the sample numbers of the sources have changed.
+    """Rebuilds a set of samples from its JSON descriptions, even if the sample numbers of the sources have changed.
 
     Args:
         nodes: result of `to_nodes`.
-        bounds: function that returns a source's current sample numbers, or `gone_bounds` for a removed source.
+        bounds: function that takes the id of a source, and returns the source's current first sample number and one
+            past its last. For a removed source, the function returns the result of `gone_bounds`.
     """
     built: list[RemainingSamples] = []
     for kind, *values in nodes:

@@ -13,8 +13,8 @@ from beit3_ds.data.order.remaining import Joined, Range, RemainingSamples, Rest,
 from beit3_ds.data.order.source_matching import FoundSource, SourceMatch, describe_changes, match_sources, same_weights
 
 _MAX_CHANGES = 100
-"""Maximum number of data changes per epoch, because each change costs time per sample. After more changes, the epoch
-ends."""
+"""Maximum number of times per epoch that a run may resume with changed data. After more changes, the epoch ends,
+because every change makes it slower to look up a sample."""
 
 
 class Continued(NamedTuple):
@@ -156,7 +156,10 @@ class _Continuation:
         return self._shuffle(number, self._epoch(match.id), [self._remaining_of(match), *self._growth(match)])
 
     def _join_all(self) -> SetPosition:
-        """Returns the new position of the single set of a stream without weights."""
+        """Joins the unused samples of all sources, and returns the position before them.
+
+        Used for a stream that now has no source weights, and therefore one order for all sources.
+        """
         known = [match for match in self._matched if match.kind in ("same", "grown")]
         gone = [match for match in self._matched if match.kind == "renumbered" and match.before is not None]
         epochs = [self._epoch(match.id) for match in known]

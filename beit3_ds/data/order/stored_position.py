@@ -95,7 +95,11 @@ def _parse_set(content: Any, span: int, sizes: Mapping[int, int]) -> SetPosition
 
 
 def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], int]:
-    """Checks the result of `remaining.to_nodes`; returns the nodes, and the maximum number of samples in the set."""
+    """Checks a list from `remaining.to_nodes`, in which each element describes a set of samples.
+
+    Returns:
+        The checked list as a tuple, and the maximum number of samples in the last set.
+    """
     nodes = check_list(value)
     if not 1 <= len(nodes) <= _MOST_NODES:
         raise ValueError(f"{len(nodes)} nodes of remaining samples")
@@ -112,7 +116,14 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
 
 
 def _check_node(node: Any, lengths: list[int], sizes: Mapping[int, int]) -> tuple[list[int], int]:
-    """Checks the JSON description of one set; returns the indices of the set's parts, and the set's maximum size."""
+    """Checks the JSON description of one set of samples.
+
+    A set may be made of other sets, its parts. `lengths` has the maximum number of samples of each set described
+    before.
+
+    Returns:
+        The parts' indices in the list of descriptions, and the maximum number of samples in the set.
+    """
     kind, *values = check_list(node)
     if kind == "range":
         source, first, last = map(check_count, check_list(values, 3))

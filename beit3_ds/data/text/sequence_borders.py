@@ -166,7 +166,7 @@ def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
 
 
 def _chunks(pieces: Sequence[TokenPiece]) -> Iterator[TokenizedParagraphs]:
-    """Yields all paragraphs in chunks of about a million tokens; maps one chunk at a time to save memory."""
+    """Yields all paragraphs in chunks of about a million tokens. Memory-maps one chunk at a time to save memory."""
     for piece in pieces:
         lengths, position = piece.paragraph_lengths(), 0
         for first in range(0, len(lengths), COPY_NUMBERS):

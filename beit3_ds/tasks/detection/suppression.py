@@ -19,7 +19,7 @@ class KeptBoxes(NamedTuple):
     indices: Tensor
     """Index of each kept box in the list of given boxes, (n,) int64."""
     scores: Tensor
-    """Score of each kept box after suppression, (n,), descending."""
+    """Score of each kept box, as lowered by the suppression, (n,), descending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class Suppression:
     def __call__(self, boxes_N4: Tensor, scores_N: Tensor, labels_N: Tensor) -> KeptBoxes:
         """Returns the kept boxes; of boxes with equal scores, the box with the smaller index comes first.
 
-        The loop repeatedly keeps the best remaining box over all classes, and suppresses boxes of its class. Classes do
-        not influence each other. The result therefore equals the paper's loop over each class, limited to the best
-        `max_boxes` boxes.
+        Each iteration keeps the box with the best remaining score of all classes, and then applies `method` to the
+        other boxes of the same class. Classes do not influence each other. The result is therefore the same as if each
+        class were suppressed separately, and the best `max_boxes` boxes of all classes were kept.
 
         Args:
             boxes_N4: left, top, right and bottom of each box, (N, 4).

@@ -30,9 +30,9 @@ LARGEST_SCALE = 100.0
 class Temperature(nn.Module):
     """Learns the factor that scales similarities, at most `LARGEST_SCALE`.
 
-    The parameter is log(factor) - `INITIAL_LOG_SCALE`, because bf16 has a finer resolution for small numbers. Because
-    of the name `bias`, the parameter starts at 0 and has no weight decay. The shape is (1,), because DeepSpeed rejects
-    parameters without dimensions.
+    The parameter is log(factor) - `INITIAL_LOG_SCALE`, because bf16 has a finer resolution for small numbers. The
+    parameter is named `bias`, because parameters with this name start at 0 and have no weight decay. The shape is (1,),
+    because DeepSpeed rejects parameters without dimensions.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,11 @@ class Temperature(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
 
     def forward(self) -> Tensor:
-        """Returns the factor, (1,) float32; at the limit, only gradients that decrease the parameter pass."""
+        """Returns the factor that scales similarities, (1,) float32.
+
+        If the factor is limited to `LARGEST_SCALE`, the backward pass drops gradients that would increase the
+        parameter.
+        """
         log_scale: Tensor = _Limit.apply(self.bias.float() + INITIAL_LOG_SCALE, math.log(LARGEST_SCALE))
         return log_scale.exp()
 

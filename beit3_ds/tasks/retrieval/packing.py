@@ -36,8 +36,8 @@ def pack(
 
     Args:
         samples: images with captions; may be empty. A training sample has one caption.
-        drop_path: factors of stochastic depth, (2 * samples, layers, 2) float32; None without stochastic depth. Rows 2
-            i and 2 i + 1 are for the image and the caption of sample i.
+        drop_path: factors of stochastic depth, (2 * samples, layers, 2) float32; None without stochastic depth. The
+            rows alternate: first sample's image, first sample's caption, second sample's image, and so on.
         sources: value of `PackedBatch.sources`.
         model: the model's configuration.
         embeds: whether to keep the pixels in the batch.

@@ -190,7 +190,7 @@ class VisualTokenizerTask(Task):
         )
 
     def build_head(self, model: Any, tensor: Any) -> Head:
-        """Raises an AssertionError, because the tokenizer is not a head of BEiT-3 (`build_model`)."""
+        """Raises an AssertionError: this task has no head on BEiT-3. `build_model` builds the tokenizer."""
         raise AssertionError("the visual tokenizer has no head on BEiT-3")
 
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:
@@ -284,8 +284,9 @@ def _planned_width(settings: VisualTokenizerSettings, config: RunConfig) -> int:
 
 
 def _read_known(path: str) -> Recipe:
-    """Reads the architecture from a tokenizer's own file, because imported tokenizers have no file of training
-    settings.
+    """Returns the training settings that a tokenizer's own file shows: image size, patch size and codebook size.
+
+    Used for imported tokenizers, which have no separate file of training settings.
     """
     trained = load_visual_tokenizer(path).config
     return {name: getattr(trained, name) for name in ("image_size", "patch_size", "codebook_size")}
