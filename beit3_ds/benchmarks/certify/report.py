@@ -13,7 +13,7 @@ RESULTS = "results.jsonl"
 _HIDDEN = ("section", "item", "call")
 
 
-def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) -> bool:
+def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) -> list[str]:
     """Writes `certificate.json` and `certificate.md` into the report's folder.
 
     Args:
@@ -22,14 +22,16 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
         plan: sections, in the order of the report.
 
     Returns:
-        Whether the certification succeeded: all sections have completed, and no measurement or check has failed.
-            Sections that lack a package or a GPU are ignored.
+        The names of the sections that have not completed, or with a failed measurement or check. Sections that lack a
+            package or a GPU are left out.
     """
     lines = list(results.read())
     machines = [_figures(line) for line in lines if line.get("section") == MACHINE.name and "devices" in line]
     sections = [_describe(section, lines) for section in plan]
+    failed = [MACHINE.name] if not machines else []
+    failed += [section["name"] for section in sections if not section["ok"]]
     content = {
-        "ok": all(section["ok"] for section in sections) and bool(machines),
+        "ok": not failed,
         "machine": machines[-1] if machines else None,
         "commits": list(dict.fromkeys(f"{machine['commit']}, source {machine['source']}" for machine in machines)),
         "calls": [line for line in lines if "section" not in line],
@@ -37,7 +39,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
     }
     (folder / "certificate.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "certificate.md").write_text(_markdown(content, folder), encoding="utf-8")
-    return bool(content["ok"])
+    return failed
 
 
 def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:

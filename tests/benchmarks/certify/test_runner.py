@@ -182,6 +182,15 @@ def test_kernels_in_the_cache_are_counted(
     assert "| 1 cached, 0 compiled |" in (tmp_path / "out" / "certificate.md").read_text()
 
 
+def test_the_exit_status_is_that_of_the_chosen_sections(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
+    plan = [make("first"), make("wrong", "recorder.measure('error', lambda: 1 / 0)")]
+    assert run(plan, only=["first"]) == 0
+    assert not report(tmp_path)["ok"]  # the other section has not begun
+    assert run(plan, only=["wrong"]) == 1
+    assert run(plan, only=["first"]) == 0
+    assert run(plan) == 1
+
+
 def test_mistakes(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no section is called 'nothing'; there are 'first'"):
         run([make("first")], only=["nothing"])
