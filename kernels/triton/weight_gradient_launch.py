@@ -42,8 +42,7 @@ multiplies one row: 1/128 microsecond. The model assumes that 64 KB are written 
 def weight_gradient(
     gradients: Sequence[Tensor], factor_T: Tensor | None, x_TI: Tensor, slices: Slices, with_bias: bool
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
-    """Computes dW = (factor * dy)[rows].T @ x[rows] for the rows of each expert, and db, the sum of (factor *
-    dy)[rows].
+    """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
     Results are deterministic for given numbers of rows, which determine the order of summation.
 
