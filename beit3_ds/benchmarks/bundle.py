@@ -34,7 +34,8 @@ PACKAGES = (
     *("deepspeed", "hjson", "ninja", "py-cpuinfo", "einops", "msgpack", "pydantic", "pydantic-core"),
     *("annotated-types", "typing-inspection", "zstandard", "webdataset", "braceexpand"),
 )
-"""Packages that a machine with PyTorch may lack: DeepSpeed, its dependencies except PyTorch's own, and data formats."""
+"""Packages that a machine with PyTorch may lack: DeepSpeed, readers of data formats, and those dependencies of
+DeepSpeed that PyTorch does not need itself."""
 
 MAX_BYTES = 60 * 2**20
 """Maximum size of a bundle in bytes."""

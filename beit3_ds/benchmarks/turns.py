@@ -23,9 +23,9 @@ Turn = tuple[Callable[[], float], dict[str, Any]]
 
 
 class TurnProcess:
-    """Controls the process of one side. For each request, the process runs one turn, which computes one batch.
+    """Controls the process of one side, which is one of the compared implementations. Each request computes one batch.
 
-    The process uses as many threads as this process.
+    The controlled process uses as many threads as the process that starts it.
     """
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:

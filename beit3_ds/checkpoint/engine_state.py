@@ -211,7 +211,8 @@ class EngineState:
     def load(self, read: ReadSlice, optimizer_step: int) -> None:
         """Overwrites this rank's weights, moments and averages with values from `read`; all ranks call this method.
 
-        Under ZeRO-3 the data-parallel ranks gather the parameters that DeepSpeed does not partition.
+        Under ZeRO-3, each data-parallel rank reads its own part of every parameter. The ranks then all-gather the small
+        parameters that DeepSpeed keeps whole on every rank.
 
         Args:
             read: function that returns a float32 slice of a tensor in `local_tensors`; called only for elements that
@@ -298,7 +299,7 @@ class EngineState:
                 self._parameters[fragment.name].data.view(-1).copy_(fragment.weight)
 
     def _gather_persistent(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-        """All-gathers the parameters that ZeRO-3 does not partition between steps."""
+        """All-gathers the parameters that ZeRO-3 keeps whole on every rank between steps."""
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()

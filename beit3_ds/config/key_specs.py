@@ -27,7 +27,7 @@ class Spec(ABC):
     stages: tuple[int, ...] = ALL_STAGES
     """ZeRO stages in which the key has an effect. In other stages, `beit3 check` reports the key as unused."""
     samples: tuple[Any, ...] = ()
-    """Values of the key with which tests train a model."""
+    """Values of this key for tests. The tests train a model with each value."""
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:

@@ -33,7 +33,8 @@ class SampleKey:
     stream: str
     """Name of the stream, such as "pairs"."""
     epoch: int
-    """Number of earlier passes over the sample's source, or over the whole stream if it has no weights.
+    """Number of earlier passes over the sample's source. If the stream's sources have no sampling weights, the number
+    of earlier passes over the whole stream.
 
     `VALIDATION_EPOCH` for validation and test samples.
     """
@@ -186,11 +187,11 @@ def name_sources(split: Split, streams: Mapping[str, Stream], data: DataConfig) 
 
 
 def open_image_stream(data: DataConfig, stream: str, split: Split, build: Callable[..., SourceSamples]) -> Stream:
-    """Opens the image files of a stream.
+    """Opens the image files of a stream of images or image-text pairs.
 
     Args:
         data: data section of the run's config.
-        stream: name of the stream: "images", "pairs" or "texts".
+        stream: name of the stream, such as "images" or "pairs".
         split: split to open.
         build: function that builds the samples of one source. It is called with the opened images as `source`.
 

@@ -36,9 +36,10 @@ class Prediction:
     images: Sequence[Path]
     """Image files of the prediction."""
     title: str
-    """Title on the page: the question, the statement, the text or the name of the image."""
+    """Title of the prediction on the HTML page: the question, the statement, the text or the name of the image."""
     lines: dict[str, str]
-    """Lines of text below the title on the page, by label."""
+    """Lines of text below the title on the HTML page. Each key is shown before its line, such as "caption" or
+    "answers"."""
     record: dict[str, Any]
     """JSON object of the prediction."""
 

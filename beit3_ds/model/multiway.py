@@ -73,9 +73,10 @@ class UpProjection(ColumnParallelMultiwayLinear):
 class RowParallelMultiwayLinear(nn.Module):
     """Applies one linear layer per expert, with input features split over tensor-parallel ranks, and adds the residual.
 
-    Can apply GELU and a sub-LayerNorm to its input. Communicates like `TensorParallel.reduce_scatter_to`; a
-    sub-LayerNorm adds two floats per row in the forward pass and in the backward pass. Each rank holds the whole bias,
-    which is added once, after the reduction. Parameters are named as in ColumnParallelMultiwayLinear.
+    Can apply GELU and a sub-LayerNorm to its input. Communicates like `TensorParallel.reduce_scatter_to`. With a
+    sub-LayerNorm, the ranks also exchange two floats per row in the forward pass, and two in the backward pass. Each
+    rank holds the whole bias, which is added once, after the reduction. Parameters are named as in
+    ColumnParallelMultiwayLinear.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:

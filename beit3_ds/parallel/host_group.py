@@ -35,7 +35,8 @@ class HostGroup:
     group: dist.ProcessGroup | None = None
     """Gloo process group that sends the messages; None for a single process."""
     ranks: tuple[int, ...] = (0,)
-    """Members of this group, as ranks in `group`. Methods number the members from 0 in this order."""
+    """Members of this `HostGroup`, as ranks of the process group `group`. Methods number the members from 0 in this
+    order."""
     rank: int = 0
     """Number of this rank within this group."""
 

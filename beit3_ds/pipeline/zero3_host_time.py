@@ -33,7 +33,8 @@ def shorten_zero3_hooks(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     * formats debug messages that it does not print, and marks a range for NVIDIA's profiler around every function
     * computes the signature of an autograd function on each call of a module
     * copies each gradient twice before it is reduced, and cuts each one into as many tensors as there are ranks
-    * releases parameters through seven functions each, and points them after each update to where they already are
+    * calls seven functions to release a parameter
+    * sets each parameter's data after each update, although the data already are the right memory
     """
     nvtx.enable_nvtx = False
     for module in (partition_parameters, partitioned_param_coordinator, parameter_offload):

@@ -35,11 +35,10 @@ class Heartbeat(NamedTuple):
 
 
 def find_sleep(seconds: float, interval: float) -> float:
-    """Returns for how many seconds this process was suspended during a wait.
+    """Returns for how many seconds this process was suspended during a wait; 0 for a wait of at most 2 * `interval`.
 
-    A wait counts as interrupted if it took more than twice `interval`; otherwise the result is 0. While this process
-    was suspended, other ranks may have been suspended too. So the excess seconds do not count as silence of other
-    ranks.
+    While this process was suspended, other ranks may have been suspended too. Callers therefore do not count these
+    seconds as silence of other ranks.
 
     Args:
         seconds: measured duration of the wait.

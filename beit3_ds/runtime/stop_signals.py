@@ -39,15 +39,16 @@ def describe_signal(number: int) -> str:
 
 
 class StopSignals:
-    """Records the stop signals that this process has received.
+    """Records the stop signals that this process or another rank of the run has received.
 
-    A thread reads the signals from a pipe. Python's signal handlers alone would be too late: they wait while the main
-    thread is in a library call, such as a collective of gloo.
+    A thread reads this process's signals from a pipe. Python's signal handlers alone would be too late: they wait while
+    the main thread is in a library call, such as a collective of gloo.
     """
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        """Numbers of the stop signals that this process or another rank of the run has received so far."""
+        """Stop signals that this process or another rank has received so far, as signal numbers such as 15 for SIGTERM.
+        """
         self.received_at: float | None = None
         """Monotonic time of the first stop signal in seconds; None before any stop signal."""
         self.num_interrupts = 0

@@ -110,7 +110,8 @@ class RankTask:
     """Samples of each source that this rank reads, by source name. All ranks compare these samples to detect that ranks
     read different data."""
     files: Mapping[str, str | None] = field(default_factory=dict)
-    """Paths of further files, by configuration key. All ranks must have equal keys and files with equal contents."""
+    """Paths of files outside the data streams, such as a list of class names, by configuration key. All ranks must have
+    equal keys and files with equal contents."""
 
     @classmethod
     def open(
@@ -135,8 +136,9 @@ class RankTask:
             pack: packs prepared samples into a micro-batch.
             views: which resized copies of each image a sample has, for the memory limit of prefetching: "model",
                 "tokenizer" or "both".
-            validation_loss: True computes the mean of each term over at most `TrainingConfig.loss_samples` samples per
-                kind, which stay in memory. False lets `evaluate` read all samples of a split.
+            validation_loss: how splits other than "train" are opened. True opens at most `TrainingConfig.loss_samples`
+                samples per kind, which stay in memory, for the mean of each loss term. False opens all samples of a
+                split, for `evaluate`.
             fields: values of further fields of the class.
 
         Raises:

@@ -98,9 +98,9 @@ class Task(ABC):
     causal_captions: ClassVar[bool] = False
     """Whether each word of a caption attends only to the words before it (`PackedBatch.causal_captions`)."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
-    """Source formats that the task accepts, by kind of samples ("images", "pairs" or "texts"). A kind without an entry
-    accepts no sources. A source of images or pairs may omit its format if the task accepts one of `IMAGE_FORMATS` for
-    this kind. A source of texts may omit its format if the entry "texts" is empty."""
+    """Source formats that the task accepts, by kind of samples ("images", "pairs" or "texts"). A kind that is not
+    listed accepts no sources. A source of images or pairs may omit its format if one of `IMAGE_FORMATS` is listed for
+    this kind. Texts are listed with an empty sequence if their sources must omit the format."""
     headline: ClassVar[Headline | None] = None
     """Metric of `RankTask.evaluate` for comparing checkpoints; None if `evaluate` returns no metrics."""
 

@@ -47,8 +47,8 @@ def visual_recipe(config: RunConfig, settings: Mapping[str, Any]) -> Recipe:
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Describes the differences between two recipes (training settings) as "KEY from OLD to NEW".
 
-    Returns an empty string without differences. Keys in only one recipe are ignored, because versions of this project
-    record different keys.
+    Returns an empty string if there are no differences. Keys in only one recipe are ignored, because versions of this
+    project record different keys.
     """
     before = {key: _plain_value(value) for key, value in before.items()}
     changed = [key for key in before if key in now and before[key] != now[key]]

@@ -34,10 +34,10 @@ class DeviceMoves:
         self._start_next()
 
     def take(self, batch: PackedBatch) -> PackedBatch:
-        """Returns a micro-batch on the device, and starts copying the next one.
+        """Returns the micro-batch `batch` on the device, and starts copying the next announced micro-batch.
 
-        A micro-batch that was not announced is copied now. The host never waits for a copy; the device waits for the
-        copy before using the micro-batch.
+        If `batch` is not the announced one that was copied ahead, `batch` is copied now, and no other copy starts. The
+        host never waits for a copy; the device waits for the copy before using the micro-batch.
         """
         if self._ahead is None or self._ahead[0] is not batch:
             return batch.to(self._device)

@@ -89,7 +89,8 @@ class Run:
         return self.splits[split]
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch with the head's predictions, or with None except on the last stage.
+        """Yields each prepared batch with the head's predictions. On all pipeline stages but the last, the predictions
+        are None.
 
         Raises:
             StopRequestedError: on all ranks, if a rank received a stop signal.

@@ -38,7 +38,7 @@ class Gaps:
         """Allocates `size` bytes at the start of the lowest gap that is large enough.
 
         Returns:
-            Offset of the first byte in the address range; None if no gap is large enough.
+            Offset at which the allocated bytes start; None if no gap is large enough.
         """
         for index, (start, stop) in enumerate(zip(self._starts, self._stops, strict=True)):
             if stop - start >= size:
@@ -51,10 +51,10 @@ class Gaps:
 
         Args:
             size: number of bytes.
-            ceiling: offset in the address range, below which the new bytes must lie.
+            ceiling: offset below which the allocated bytes must lie.
 
         Returns:
-            Offset of the first byte in the address range; None if no gap below `ceiling` is large enough.
+            Offset at which the allocated bytes start; None if no gap below `ceiling` is large enough.
         """
         for index in range(bisect_left(self._starts, ceiling) - 1, -1, -1):
             stop = min(self._stops[index], ceiling)
@@ -120,9 +120,9 @@ class HostMemory:
         Args:
             shape: shape of the tensor; all sizes must be positive.
             dtype: dtype of the tensor.
-            lasting: whether the tensor lives until the end of a step. If true, the tensor gets the highest free bytes
-                within the part of the mapping that was used or reserved so far. If false, the tensor gets the lowest
-                free bytes.
+            lasting: whether the tensor lives until the end of a step. Such a tensor gets the highest free bytes of the
+                part of the mapping that was used or reserved so far. If it does not fit there, or is not lasting, it
+                gets the lowest free bytes.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -35,7 +35,8 @@ class VocabularyTiles(NamedTuple):
 
 
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into narrow tiles, and saves the logits of as many tiles as the chunk size allows.
+    """Divides a vocabulary into narrow tiles, and gives as many tiles an own buffer for logits as the chunk size
+    allows.
 
     One tile's memory is left free for the backward pass. Rows are not divided, because each group of rows would have to
     read the whole matrix, and to read and write the matrix's gradient.
@@ -43,8 +44,8 @@ def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
     Args:
         num_rows: number of rows M.
         vocabulary: number of vocabulary columns V.
-        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once. None saves all logits, and uses
-            memory for one more tile.
+        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once. None gives every tile a buffer, and
+            the backward pass then uses memory for one more tile.
     """
     max_columns = _max_columns(num_rows, vocabulary, chunk_size)
     width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, max_columns // 2))

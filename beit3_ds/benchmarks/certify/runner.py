@@ -33,8 +33,8 @@ def certify(
 ) -> int:
     """Runs all sections without complete results in the report's folder, and updates the report after each section.
 
-    Sections that never ended run first. Then follow sections that did not complete or had failed measurements in an
-    earlier call. Measurements that succeeded before are skipped.
+    Sections for which no call has recorded an outcome run first. Then follow sections that an earlier call cut off, and
+    sections with failed measurements. Measurements that succeeded before are skipped.
 
     Args:
         folder: folder for the report, the results and the sections' logs; created if missing.

@@ -1,8 +1,8 @@
-"""Computes modelled GPU times of each op of a block, forward and backward, for the old and the current code.
+"""Computes modelled GPU times of each op of a block, forward and backward, before the code's optimization and now.
 
-The old code ("before") has one Triton kernel per op, without alternatives. Queries, keys and values are three products.
-For weight gradients, each Triton program sums over all rows of an expert. Norms are computed inside the output
-projection. The current code ("now") uses, for each op, the faster of this project's kernel and cuBLAS.
+Before the optimization, each op has one Triton kernel, without alternatives. Queries, keys and values are three
+products. For weight gradients, each Triton program sums over all rows of an expert. Norms are computed inside the
+output projection. Now, each op uses the faster of this project's kernel and cuBLAS.
 """
 
 # T packed rows, D hidden, F ffn hidden.
@@ -34,18 +34,19 @@ class BlockShape(NamedTuple):
     stream_size: int = 2
     """Bytes per element of the residual stream."""
     attention_lengths: tuple[float, ...] = (1.0,)
-    """Fraction of the rows that use each set of attention weights, from 0 to 1."""
+    """Share of all rows that each attention expert computes, from 0 to 1. A single value of 1 means that all rows use
+    the same weights."""
     ffn_lengths: tuple[float, ...] = (0.8, 0.2)
-    """Fraction of the rows that use each FFN expert, from 0 to 1."""
+    """Share of all rows that each FFN expert computes, from 0 to 1."""
 
 
 class OpTime(NamedTuple):
-    """Holds the modelled seconds of one op, with the old code and with the current code."""
+    """Holds the modelled seconds of one op, with the code before its optimization and with the current code."""
 
     name: str
     """Name of the op."""
     before: float
-    """Seconds with the old code."""
+    """Seconds with the code before its optimization."""
     now: float
     """Seconds with the current code."""
 

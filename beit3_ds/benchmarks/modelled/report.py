@@ -19,8 +19,9 @@ HOST = {
 }
 """Times on the host by hidden size: 768 is the decoupled base model with sub-LN, and 1408 is the giant model.
 
-The times were measured on a CPU with empty kernel launches. The old code ran on an idle machine, and the current code
-ran in `beit3 bench host` on a busy machine. The current code's time for the gradient norm is an assumption.
+The times were measured on a CPU with empty kernel launches. The first value of each pair, for the code before its
+optimization, is from an idle machine. The second value, for the current code, is from `beit3 bench host` on a busy
+machine. The second value for the gradient norm is an assumption.
 """
 
 UNKNOWN = (

@@ -1,4 +1,6 @@
-"""Computes the modelled time of one rank's pretraining step, for the old and the current code."""
+"""Computes the modelled time of one rank's pretraining step, with the code before its optimization and the current
+code.
+"""
 
 from typing import NamedTuple
 
@@ -16,14 +18,19 @@ _UPDATE_BYTES = 30
 
 
 class HostTimes(NamedTuple):
-    """Holds times that Python and PyTorch need on the host. Each field has two values: old code, current code."""
+    """Holds times that Python and PyTorch need on the host.
+
+    Each field has two values: with the code before its optimization, and with the current code.
+    """
 
     layer: tuple[float, float]
-    """Seconds per block for launching the kernels of the forward and backward pass."""
+    """Seconds per block for launching the kernels of the forward and backward pass; before the optimization, and now.
+    """
     norm: tuple[float, float]
-    """Seconds per step for the gradient norm, during which the GPU is idle."""
+    """Seconds per step for the gradient norm, during which the GPU is idle; before the optimization, and now."""
     zero3_ratio: tuple[float, float]
-    """Factor by which the hooks of ZeRO-3 multiply the time `layer`."""
+    """How many times longer launching a block's kernels takes under ZeRO-3, because of its hooks; before the
+    optimization, and now."""
 
 
 class StepTime(NamedTuple):

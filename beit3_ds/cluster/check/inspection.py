@@ -65,11 +65,14 @@ class Answers:
     clock_error: float = 0.0
     """Maximum error of `clock` in seconds: half the round-trip time of the fastest clock request."""
     token_error: str | None = None
-    """Error message if the node could not write a test file into the shared folder; None if there was no error."""
+    """Error message if the node could not write its token, a test file, into the shared folder; None if there was no
+    error."""
     tokens_missing: tuple[str, ...] | None = None
-    """Names of the hosts whose test files this node cannot see in the shared folder; None if the node was not asked."""
+    """Names of the hosts whose token, a test file in the shared folder, this node cannot see; None if the node was not
+    asked."""
     listener: dict[str, Any] | None = None
-    """Port on which the node listens for test connections (`Probe.listen`). The first host uses the master port."""
+    """Result of `Probe.listen`, such as the port on which the node listens for test connections. The first host uses
+    the master port if it is free."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Results of this node's test connections (`Probe.connect`), by target host. A result has the two addresses of the
     connection, or an error."""

@@ -48,7 +48,10 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 
 
 class NodeConnection:
-    """Sends questions, one at a time, to a program on one node: the probe, or another program with its protocol."""
+    """Sends questions, one at a time, to a program on one node, usually the probe.
+
+    Other programs must answer in the same form as the probe.
+    """
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
         """Prepares a connection to a node; `start` opens the connection.

@@ -26,7 +26,9 @@ def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
 
 
 def describe_faults(hostfile: Hostfile, faults: Sequence[Fault]) -> str:
-    """Formats the notes, then the number of faults, then one line per fault that tells how to fix the fault."""
+    """Formats the faults: first those that are only notes, then the number of the others, then one line per other
+    fault.
+    """
     ranks = f"{_count(len(hostfile.hosts), 'host')}, {_count(hostfile.world_size, 'rank')}"
     notes = [f"note: {fault}" for fault in faults if fault.is_note]
     lines = [f"* {fault}" for fault in faults if not fault.is_note]

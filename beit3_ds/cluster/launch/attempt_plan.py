@@ -1,6 +1,6 @@
 """Describes one attempt at a run: the processes to start, and the outcome of the attempt.
 
-A guard is the parent of one rank's training process.
+The launcher starts one guard process per rank, and the guard starts the rank's training process.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -31,7 +31,9 @@ class WaitingPeers:
         return len(self._waiting)
 
     def add(self, channel: Channel) -> None:
-        """Adds a new channel. If there are now too many channels, closes one channel."""
+        """Adds a new channel. If there are then too many, closes the oldest channel of the network with the most
+        channels.
+        """
         self._waiting[channel] = _network(channel.peer_address)
         if len(self._waiting) > self._most:
             largest = Counter(self._waiting.values()).most_common(1)[0][0]

@@ -145,7 +145,7 @@ class _Reader:
                 self.value()
 
     def member(self) -> Any:
-        """Decodes and returns an object member at the current position; a list may have any number of elements."""
+        """Decodes and returns the value of an object member, at the current position. Only a list may be long."""
         return list(self.elements()) if self._next() == "[" else self.value()
 
     def value(self) -> Any:

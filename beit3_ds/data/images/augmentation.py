@@ -51,11 +51,13 @@ class ViewTransform(Protocol):
 class Augmentation:
     """Applies the paper's training augmentation: a random crop, a random flip and random color jitter.
 
-    BEiT jitters the whole image first. This class jitters last, because the views have fewer pixels; both views get the
-    same factors. The order of operations affects only clamped values and the mean grey for the contrast.
+    BEiT applies the color jitter to the whole image, before the crop. This class applies it last, because the views
+    have fewer pixels; both views get the same factors. Jittering last changes only clamped values, and the mean grey
+    that the contrast uses.
 
-    Compared with Pillow's 8-bit jitter before the resize, unclamped pixels differ by at most 6 of 255 levels, and by
-    1.5 on average. In images of pure noise, pixels differ by at most 81 levels, and by 2.6 on average.
+    Compared with Pillow's 8-bit jitter before the resize, pixels whose values are not clamped differ by at most 6 of
+    255 levels, and by 1.5 on average. In images of pure noise, pixels differ by at most 81 levels, and by 2.6 on
+    average.
     """
 
     image_size: int
@@ -204,8 +206,8 @@ def image_pixels(image: Image.Image) -> Tensor:
 def resize_pixels(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
     """Resizes an image, (3, height, width) uint8, to (3, size, size) with antialiasing.
 
-    Takes at most half of Pillow's time. Values differ from Pillow's by at most one level. Uses Pillow for the Lanczos
-    filter in torch 2.11, which lacks this filter.
+    Takes at most half of Pillow's time. Values differ from Pillow's by at most one level. If torch has no Lanczos
+    filter, as in version 2.11, Pillow computes this filter.
     """
     if mode == "lanczos" and not _torch_has_lanczos():
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

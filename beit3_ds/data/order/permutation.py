@@ -99,7 +99,8 @@ def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPe
 
 
 def block_key(block: int, window: int) -> str:
-    """Returns the key part, such as `blocks 256x16`, that makes `order_permutation` build a `BlockPermutation`.
+    """Returns text such as `blocks 256x16` for the key of a permutation. `order_permutation` then builds a
+    `BlockPermutation`.
 
     Args:
         block: number of samples per block.

@@ -34,7 +34,8 @@ _CHUNK_TOKENS = 1 << 20
 
 
 def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter) -> None:
-    """Writes the `.borders` file of a text file, with the start of each sequence; keeps an up-to-date file.
+    """Writes the `.borders` file of a text file, with the start of each sequence. Does nothing if the file is up to
+    date.
 
     Args:
         folder: folder of the token files.

@@ -132,12 +132,13 @@ class _AxisPlaces(NamedTuple):
     """Holds the positions of patches along one axis (rows or columns) as table indices and one-hot vectors."""
 
     entries_TA: Tensor
-    """Index of the table entry for the distance from each patch to each position along the axis, (T, A) int64. Indices
-    count the rows of the original table first, then those of each resampled copy."""
+    """Rows of the concatenated tables, (T, A) int64: for each patch and each position along the axis, the row for their
+    distance. The trained table comes first, followed by its resampled copies in the order of `larger`."""
     one_hot_TA: Tensor
     """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
     larger: tuple[int, ...]
-    """Sides of images that exceed the table, in patches; the table is resampled for each of them."""
+    """Different side lengths, in patches, of the images that are larger than the table. The table is resampled once per
+    side length."""
 
 
 @lru_cache(maxsize=32)  # equal for all layers with the same window size

@@ -92,8 +92,8 @@ class CaptionDecoder:
         """Keeps the cached keys and values of the images in `order`, and drops the other images. Call `select` next.
 
         Args:
-            order: index of the image to keep, for each new position. Images with an index below len(order) must keep
-                their position. Images with a larger index fill the positions of dropped images.
+            order: index of each kept image; the image at place p of this list gets the index p. An image whose index is
+                already below len(order) must keep this index.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):

@@ -47,7 +47,8 @@ class SampledBoxes(NamedTuple):
     """Index of the object that each box matches, (N,) int64; `BACKGROUND` without an object, `IGNORED` for a box that
     no loss counts."""
     num_positive: int = 0
-    """Number of boxes that match an object, which come first. 0 for refined boxes, which are not sorted."""
+    """Number of boxes at the start of `boxes` that match an object. Refined boxes are not sorted, and always have 0
+    here."""
 
 
 class StageOutput(NamedTuple):

@@ -56,7 +56,8 @@ class ObjectSamples:
     settings: DetectionConfig
     """The task's settings."""
     image_size: int
-    """Side in pixels of the square that evaluation views fit; unused if `settings.test_sizes` is set."""
+    """Side in pixels of the square into which the views for evaluation are fitted; unused if `settings.test_sizes` is
+    set."""
 
     def __len__(self) -> int:
         """Returns the number of images, including broken images."""

@@ -110,7 +110,7 @@ class Detection(Task):
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of images, once per term; images have `model.image_size` pixels per side.
+            term_counts: number of images, repeated for each loss term. An image has `model.image_size` pixels per side.
         """
         return term_counts[0] * image_flops(self.config.model, self.settings)
 

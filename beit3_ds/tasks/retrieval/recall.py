@@ -23,11 +23,11 @@ _BLOCK_ELEMENTS = 1 << 24
 def match_ranks(
     query_QD: Tensor, candidate_ND: Tensor, matches: Sequence[Sequence[int]], rank: int = 0, num_ranks: int = 1
 ) -> Tensor:
-    """Returns the rank of the best right candidate of each query, from 0, (queries,) int64 on the CPU.
+    """Returns, for each query, the number of wrong candidates ahead of the best right candidate, (queries,) int64.
 
-    Scores are computed in float32, in blocks of queries with at most 2^24 scores per block. Several processes may share
-    the blocks; the elementwise maximum of their results is the complete result. The blocks, and therefore the rounding
-    of scores, do not depend on the number of processes.
+    The result is on the CPU. Scores are computed in float32, in blocks of queries with at most 2^24 scores per block.
+    Several processes may share the blocks; the elementwise maximum of their results is the complete result. The blocks,
+    and therefore the rounding of scores, do not depend on the number of processes.
 
     Args:
         query_QD: features of all queries, (queries, features), normalised to length 1.
@@ -58,5 +58,11 @@ def _block_ranks(score_BN: Tensor, matches: Sequence[Sequence[int]]) -> Tensor:
 
 
 def recall(ranks: Tensor, name: str) -> dict[str, float]:
-    """Returns the share of queries with a rank below 1, 5 and 10, under the names `NAME@1`, `NAME@5` and `NAME@10`."""
+    """Returns the share of queries whose right candidate is among the best 1, 5 and 10, as `NAME@1`, `NAME@5` and
+    `NAME@10`.
+
+    Args:
+        ranks: rank of the right candidate of each query, from 0 (`match_ranks`).
+        name: first part of the result's keys.
+    """
     return {f"{name}@{level}": int((ranks < level).sum()) / max(1, len(ranks)) for level in LEVELS}

@@ -99,10 +99,10 @@ class Retrieval(Task):
         return functools.partial(contrastive_sums, mask_duplicates=self.settings.mask_duplicates)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the floating-point operations of a forward pass of the two projections; a multiply-add counts as 2.
+        """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of pairs, once per term; all entries are equal.
+            term_counts: number of pairs, repeated for each loss term.
         """
         return 4 * term_counts[0] * self.config.model.hidden_size**2
 

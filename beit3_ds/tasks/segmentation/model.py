@@ -76,7 +76,10 @@ class SegmentationModel(TaskModel):
     def _run_blocks(
         self, x_BND: Tensor, blocks: range, batch: PackedBatch, divided: DividedSamples, grid: Grid
     ) -> Tensor:
-        """Runs a range of blocks on the patches of all tensor-parallel ranks.
+        """Runs a range of blocks. Each rank passes the patches of its own images, and gets back the new patches of
+        these images.
+
+        The tensor-parallel ranks merge their patches before the blocks, and compute each block together.
 
         Returns:
             The patches of this rank's images, (images, patches, hidden size), in row-major order.

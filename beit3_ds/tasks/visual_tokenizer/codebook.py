@@ -17,7 +17,7 @@ _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 
 
 def start_steps(config: RunConfig, step: int) -> range:
-    """Returns the numbers of the steps, from `step` on, whose images suffice to initialise the codebook."""
+    """Returns the numbers of the steps, from `step` on, that together have enough images to initialise the codebook."""
     visual = config.tokenizers.visual
     patches = config.data.images.samples_per_step * visual.grid_size**2
     return range(step, step + -(-_START_VECTORS_PER_CODE * visual.codebook_size // patches))

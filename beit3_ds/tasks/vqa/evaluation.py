@@ -72,7 +72,7 @@ class AnsweredSplit:
 
     @property
     def has_people(self) -> bool:
-        """Returns whether all questions have answers that people gave."""
+        """Returns whether people have answered all questions of the split, so that the answers can be scored."""
         return all(samples.questions.has_answers for samples in self._questions())
 
     def locate(self, place: int) -> tuple[VqaQuestions, int]:

@@ -78,7 +78,7 @@ class Vqa(Task):
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of questions, once per term; all entries are equal.
+            term_counts: number of questions, repeated for each loss term.
         """
         width = self.config.model.hidden_size
         return float(term_counts[0] * 2 * (width**2 + 2 * width**2 + 2 * width * self.settings.num_answers))
