@@ -10,7 +10,6 @@ import beit3_ds.runtime.checked_environment  # noqa: F401
 import argparse
 import functools
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from beit3_ds.model.pretrained import PretrainedWeights, check_task
 from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.retrying.folder import ResultFolder
-from beit3_ds.runtime.command_signals import StoppedBySignal
+from beit3_ds.runtime.command_signals import StoppedBySignal, end_program
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
@@ -228,4 +227,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

@@ -9,7 +9,6 @@ import beit3_ds.runtime.checked_environment  # noqa: F401
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from beit3_ds.planner import check_node, host_requirements
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.retrying.standard_streams import keep_standard_streams
+from beit3_ds.runtime.command_signals import end_program
 from beit3_ds.runtime.launch_environment import Launch, read_launch
 from beit3_ds.runtime.node_size import measure_node
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
@@ -326,4 +326,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_program(main())

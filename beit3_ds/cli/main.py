@@ -29,7 +29,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import OneLineParser
 from beit3_ds.printing import printable
 from beit3_ds.retrying.standard_streams import keep_standard_streams
-from beit3_ds.runtime.command_signals import StoppedBySignal, ending_on_signals
+from beit3_ds.runtime.command_signals import StoppedBySignal, end_program, ending_on_signals
 from beit3_ds.runtime.environment import check_variables
 from beit3_ds.storage_error import StorageError
 
@@ -111,5 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def program() -> None:
+    """Runs the program `beit3` and ends the process."""
+    end_program(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, describe_signal, exit_status, handled_signals, reading_signals
 
@@ -76,3 +77,13 @@ def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
 def _end_now(number: int, end: Callable[[int], None]) -> None:
     print(f"error: {StoppedBySignal(number)}", file=sys.stderr, flush=True)
     end(exit_status(number))
+
+
+def end_program(status: int) -> NoReturn:
+    """Ends this program with an exit status. From now on, SIGINT ends the process at once and prints no traceback.
+
+    A program with threads and libraries needs about a second to end, and its results are already complete.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)

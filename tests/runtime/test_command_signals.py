@@ -1,14 +1,18 @@
 """Tests that a stop signal ends a command: the command cleans up, or ends by force if it does not respond."""
 
+import atexit
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
 from beit3_ds.runtime import command_signals
-from beit3_ds.runtime.command_signals import StoppedBySignal, ending_on_signals
+from beit3_ds.runtime.command_signals import StoppedBySignal, end_program, ending_on_signals
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
 
@@ -90,3 +94,19 @@ def test_other_threads_leave_signals_alone() -> None:
     thread.start()
     thread.join()
     assert entered == [before]
+
+
+def end_slowly() -> None:
+    """Ends this process as programs do; the end takes until a signal arrives."""
+    atexit.register(lambda: (print("ending", flush=True), time.sleep(60)))
+    end_program(0)
+
+
+def test_an_interrupt_while_python_ends_prints_no_traceback() -> None:
+    """Catches "Exception ignored in atexit callback" after a run whose results are complete."""
+    command = [sys.executable, "-c", f"from {__name__} import end_slowly; end_slowly()"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ending\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
