@@ -186,7 +186,7 @@ class SequenceLayout(RowLayout):
         return PickedRows(torch.tensor(rows, dtype=torch.int64), counts)
 
     def keep(self, kept: Sequence[bool]) -> "KeptSequences":
-        """Returns the sequences to keep as a smaller layout, in their order.
+        """Returns the layout and the rows of the sequences that are kept. Their order does not change.
 
         Args:
             kept: whether to keep each sequence.

@@ -58,9 +58,10 @@ class WriterLock:
       lock when any of its code opens and closes the file. A thread of the holder therefore takes the lock again every
       second.
 
-    A thread of the holder also updates the file's time every second, as a sign of life. A process that finds the lock
-    taken is refused at once if the holder is alive, and waits otherwise. On file systems without locks, only the sign
-    of life shows that there is a holder.
+    A thread of the holder also updates the file's time every second, as a sign of life. If another process wants the
+    lock, it is refused at once while the holder shows signs of life and is not stopping. Otherwise, the other process
+    waits for the lock for at most `WAIT_SECONDS`. On file systems without locks, only the sign of life shows that there
+    is a holder.
     """
 
     def __init__(

@@ -296,7 +296,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether a path looks like a checkpoint, a folder of checkpoints, or the output folder of a run."""
+    """Returns whether a path names a checkpoint, a folder of checkpoints, or a run's folder with checkpoints."""
     return (path / INDEX_NAME).is_file() or bool(checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"))
 
 
@@ -358,7 +358,7 @@ def best_checkpoint_path(path: Path) -> Path:
 
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
-    """Verifies the digests of files like `find_damage`, but with one thread per core and with a progress bar."""
+    """Does the same as `find_damage`, but with one thread per core and with a progress bar."""
     with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)
         text = f"checking {folder.path.name}"

@@ -44,7 +44,7 @@ INDEX_NAME = "index.json"
 FORMAT = "beit3_ds checkpoint"
 VERSION = 2
 _OLD_VERSION = 1
-"""Index format of program version 0.1; such an index also contains the pieces."""
+"""Index format of program version 0.1. Such an index also lists the slices of each tensor that the ranks wrote."""
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)

@@ -123,8 +123,8 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
         path: path of the hostfile, for error messages.
 
     Raises:
-        ConfigError: if the text breaks a rule: `NAME slots=RANKS` on each line, at least one host, no name twice, and
-            no other host beside localhost.
+        ConfigError: if the text breaks a rule. Each line must be `NAME slots=RANKS`, there must be at least one host,
+            and no name may occur twice. If localhost is listed, it must be the only host.
     """
     path = Path(path)
     hosts: list[HostSlots] = []

@@ -228,7 +228,13 @@ class BEiT3(nn.Module):
         return block(x_TD, batch, only_head_rows)
 
     def _finish(self, x_TD: Tensor, batch: PackedBatch, *, has_picked: bool) -> Tensor:
-        """Gathers the rows that the head reads, (M, D), or all rows, (T, D), and applies the final norm."""
+        """Gathers the rows that the head reads, (M, D), and applies the final norm. If the head reads all rows, M is T.
+
+        Args:
+            x_TD: this rank's rows of the residual stream.
+            batch: the packed micro-batch.
+            has_picked: whether the residual stream already has only the rows that the head reads.
+        """
         picked = batch.picked_rows
         rows = batch if picked is None else picked
         x_MD = self.tensor.gather_rows(x_TD, rows.num_rows if has_picked else batch.num_rows)

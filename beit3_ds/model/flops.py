@@ -15,7 +15,8 @@ class Work(NamedTuple):
     """Number of (query, key) pairs in global attention: the sum of all squared sequence lengths, minus masked (query,
     key) pairs."""
     windowed: float
-    """Number of (query, key) pairs in a block with windows (`model.dense`); equal to `attended` without windows."""
+    """Number of (query, key) pairs in a block with windows (`model.dense`). If the model has no windows, the value is
+    that of `attended`."""
     patches: float
     """Number of patches, including masked ones."""
     head: float

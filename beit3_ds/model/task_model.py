@@ -139,5 +139,5 @@ class TaskModel(BEiT3, StageModel):
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Returns the layer of the head whose weight is the tied word table, or None if this stage has none."""
+        """Returns the output layer whose weight is the tied word table; None if this stage has no such layer."""
         return self.heads.word_table if self.config.has_tied_table and self.heads is not None else None

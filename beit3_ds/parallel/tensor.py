@@ -139,11 +139,12 @@ class TensorParallel:
         return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Returns replicated parameters unchanged. The backward pass sums their gradients over the ranks.
+        """Returns replicated parameters unchanged, and makes their gradients complete on all ranks.
 
-        With sequence parallelism, the backward pass all-reduces all gradients in one message. Without sequence
-        parallelism, nothing is sent. Use this method only for small parameters, because ZeRO-3 keeps them gathered
-        until the backward pass.
+        With sequence parallelism, a rank's gradients cover only the rank's rows. The backward pass therefore
+        all-reduces all gradients in one message. Without sequence parallelism, every rank has complete gradients, and
+        nothing is sent. Use this method only for small parameters, because ZeRO-3 keeps them gathered until the
+        backward pass.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 

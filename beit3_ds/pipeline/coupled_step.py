@@ -66,9 +66,10 @@ class CoupledStep:
         ]
 
     def total(self, number: int, features: StepFeatures) -> Tensor:
-        """Returns the inner product of features and their gradients, whose backward pass gives the loss's gradients.
+        """Returns a scalar whose backward pass gives this micro-batch's part of the gradients of the step's loss.
 
-        A step with one micro-batch has no first pass, so this method calls `differentiate`.
+        The scalar is the inner product of the features and the loss's gradients with respect to the features. If the
+        step has only one micro-batch, this method first calls `differentiate` to compute these gradients.
 
         Args:
             number: index of the micro-batch, from 0.

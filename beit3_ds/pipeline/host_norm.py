@@ -43,7 +43,8 @@ def keep_norm_on_host(engine: DeepSpeedEngine) -> None:
 def _mark_non_finite(norm: Tensor, device: Any = None) -> None:
     """Replaces a non-finite norm with -1 in place. DeepSpeed uses -1 for an invalid norm.
 
-    Copies no constant to the device.
+    DeepSpeed's own function copies the constant -1 to the device. This function copies nothing, so the host does not
+    wait.
     """
     norm.masked_fill_(~norm.isfinite(), -1.0)
 

@@ -106,9 +106,9 @@ class Schedule:
     ) -> CoupledStep | None:
         """Prepares a step whose loss compares all samples (`step_loss`). Returns None if there is no `step_loss`.
 
-        With several micro-batches, runs a first forward pass over all of them. The last stage then computes the
-        gradients of the loss with respect to the features. With one micro-batch, there is no first pass:
-        `CoupledStep.total` computes these gradients.
+        With several micro-batches, a first forward pass computes the features of all micro-batches, which the loss
+        compares. The last stage then computes the loss's gradients with respect to the features. With one micro-batch,
+        nothing is computed here, and `CoupledStep.total` computes the gradients later.
         """
         if self.step_loss is None:
             return None

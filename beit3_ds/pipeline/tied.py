@@ -53,9 +53,12 @@ class TiedWordEmbedding:
             self._sum.zero_()
 
     def before_backward(self, *, is_last: bool) -> None:
-        """Receives the gradient of the copy if `is_last` is True.
+        """Receives the gradient of the last stage's copy on the first stage, if `is_last` is True.
 
         Call this method before each backward pass of a step.
+
+        Args:
+            is_last: whether the next backward pass is this stage's last one of the step.
         """
         if is_last and self._owned is not None:
             # Travels forward around the ring, after the last activation of the step.
@@ -63,7 +66,14 @@ class TiedWordEmbedding:
             self._arrived = self._pipeline.receive(gradient, forward=True).wait()
 
     def after_backward(self, *, is_last: bool) -> list[Message]:
-        """Adds up the copy's gradient after each backward pass, and starts sending the sum if `is_last` is True."""
+        """Adds up the copy's gradient on the last stage, and starts sending the sum to the first stage if `is_last` is
+        True.
+
+        Call this method after each backward pass of a step.
+
+        Args:
+            is_last: whether the backward pass was this stage's last one of the step.
+        """
         if self._copy is None:
             return []
         if self._copy.grad is not None:  # None after a model chunk without the head

@@ -25,7 +25,8 @@ class HostRequirements(NamedTuple):
     shm: int
     """Bytes of /dev/shm for the prefetched steps of the node's ranks."""
     ranks: int
-    """Bytes of the rank processes with their libraries, without CUDA."""
+    """Bytes that the node's rank processes need for themselves and their libraries. Host memory that CUDA takes is not
+    included."""
     workers: int
     """Bytes of the data workers: libraries, one step per worker, and the micro-batch that is being packed."""
     validation: int

@@ -142,15 +142,17 @@ def _add_block(traffic: Traffic, rank_model: RankModel, chunk: range, layer: int
 def _residual_add(
     traffic: Traffic, rank_model: RankModel, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
-    """Adds the tensor-parallel traffic of one block's attention or FFN, forward and backward.
+    """Adds the tensor-parallel traffic of one block's attention or FFN, including its residual addition.
 
     Args:
         traffic: counts to add to.
         rank_model: the rank's part of the model.
         experts: names of the experts of attention or FFN.
         rows: number of rows that attention or FFN computes.
-        enters: number of times that the forward pass computes the input, including recomputation.
-        leaves: number of times that the forward pass computes the output, including recomputation.
+        enters: number of times that forward computation copies the input to the tensor-parallel ranks, including
+            recomputation.
+        leaves: number of times that forward computation sums the output over the tensor-parallel ranks, including
+            recomputation.
     """
     model, stream = rank_model.config.model, _branch_bytes(rank_model, rows)
     if rank_model.tensor.divides_rows:

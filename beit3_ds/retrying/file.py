@@ -99,7 +99,9 @@ class RetryingFile:
             os.close(descriptor)  # a network file system may report here that there was no room
 
     def _find_written(self, descriptor: int) -> int:
-        """Returns how many of the unwritten bytes (`_missing`) a failed write has put at the end of the file."""
+        """Returns how many bytes of `_missing` are already at the end of the file, because an earlier write failed
+        halfway.
+        """
         size = os.fstat(descriptor).st_size
         if self._start is not None and self._start <= size <= self._start + len(self._missing):
             held = os.pread(descriptor, size - self._start, self._start)

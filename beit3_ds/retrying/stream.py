@@ -21,7 +21,8 @@ class RetryingStream(io.RawIOBase):
     bytes are discarded.
 
     Attributes:
-        reports_closed_pipe: whether `report` is also called when the reader of a pipe has ended; False by default.
+        reports_closed_pipe: whether to call the constructor's function `report` when the reader of a pipe has ended;
+            False by default. Other errors are always reported.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ class KeyedStore(dist.Store):
         self._store.wait(keys, *([] if timeout is None else [timeout]))
 
     def add(self, key: str, value: int) -> int:
-        """Adds `value` to a counter and returns the new count; counters have no digest."""
+        """Adds `value` to a counter and returns the new count. Counters are not protected by a digest."""
         return self._store.add(key, value)
 
     def delete_key(self, key: str) -> bool:

@@ -63,11 +63,11 @@ class StopSignals:
 
     @contextmanager
     def handling(self) -> Iterator["StopSignals"]:
-        """Records stop signals during the block, instead of ending the process.
+        """Records stop signals inside a `with` block, instead of ending the process.
 
-        The block also unblocks the signals. A second SIGINT raises KeyboardInterrupt. If all ranks have agreed to stop,
-        the signals are ignored after the block, because the launcher would report a late signal as a failure. Only the
-        main thread may enter the block.
+        Entering the block also removes the stop signals from the thread's mask of blocked signals. A second SIGINT
+        raises KeyboardInterrupt. If all ranks have agreed to stop, the signals are ignored after the block, because the
+        launcher would report a late signal as a failure. Only the main thread may enter the block.
         """
         numbers = handled_signals()
         with reading_signals(self._note):
@@ -91,7 +91,11 @@ class StopSignals:
             self.record(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Records a signal. The main thread calls this method, before or after `_note` runs for the signal."""
+        """Records a signal as Python's signal handler, and raises KeyboardInterrupt at the second SIGINT.
+
+        Python calls this method on the main thread. The thread that reads the pipe records the same signal, before or
+        after this call.
+        """
         is_second = number == signal.SIGINT and self._has_handled_interrupt
         self._has_handled_interrupt |= number == signal.SIGINT
         self.record(number)

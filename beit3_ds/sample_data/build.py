@@ -129,7 +129,10 @@ def _choose(samples: list[Sample], limit: int, duplicate: float) -> list[Sample]
 
 
 def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
-    """Groups samples of one series, and samples whose images have a correlation above `alike` (union-find)."""
+    """Groups samples that belong to the same series, or whose images have a correlation above `alike`.
+
+    Groups are connected components: two samples may be in one group because both are connected with a third.
+    """
     parent = list(range(len(samples)))
 
     def root(i: int) -> int:

@@ -107,8 +107,8 @@ class RankTask:
     evaluation: Mapping[Split, EvaluationBatches] = field(default_factory=dict)
     """All samples of each evaluated split; empty on ranks that receive samples from another rank."""
     sources: Mapping[str, SourceSamples] = field(default_factory=dict)
-    """Samples of each source that this rank reads, by source name. All ranks compare these samples to detect that ranks
-    read different data."""
+    """Opened samples of each source, by source name; empty on ranks that read no data. Ranks compare the files behind
+    these samples, to detect that ranks see different data."""
     files: Mapping[str, str | None] = field(default_factory=dict)
     """Paths of files outside the data streams, such as a list of class names, by configuration key. All ranks must have
     equal keys and files with equal contents."""

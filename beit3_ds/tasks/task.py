@@ -18,8 +18,9 @@ For further needs, a task uses the following:
     pooled rows                                     `PackedBatch.head_rows` selects the rows that the head reads
     causal attention within captions                `PackedBatch.causal_captions`
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
-    no text, no image, another image size           `model` in the configuration; the samples that the task opens;
-                                                    `Task.inputs` if batches contain other inputs than these samples
+    another image size                              `model.image_size` in the configuration
+    no text, or no image                            `model.inputs` in the configuration
+    inputs that are not the kinds of samples        `Task.inputs`; its default is the kinds in the section "data"
     files of its own                                `Task.formats`; `build_streams` opens the sources of these formats
     metrics that are means                          a term of weight 0, whose sum and count merge exactly over ranks
     metrics over all samples of a split             `RankTask.open(validation_loss=False)` and `RankTask.evaluate`

@@ -176,10 +176,10 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
 
 
 def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
-    """Repeats the evaluation of the resumed step if a stop signal cancelled it, and saves the result.
+    """Evaluates the resumed step if a stop signal cancelled the evaluation of this step, and saves the result.
 
     Returns:
-        Whether the resumed step has been evaluated.
+        False if a stop signal has cancelled the evaluation again, otherwise True.
     """
     if not run.data.get(EVALUATION_DUE):
         return True

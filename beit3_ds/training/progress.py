@@ -112,7 +112,9 @@ class Progress:
                 interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 
     def losses(self) -> list[tuple[int, float]]:
-        """Returns the number and the loss of each step that was not skipped. Sends one number per step."""
+        """Returns (step, loss) for each step that was not skipped. All ranks must call this method, and sum one loss
+        per step.
+        """
         losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
         steps = [step for step, _ in self.interval.updates]
         return list(zip(steps, self.mesh.host.sum(losses).tolist(), strict=True))

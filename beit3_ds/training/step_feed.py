@@ -22,7 +22,7 @@ class StepFeed:
         Args:
             steps: this rank's steps, from `first_step` on.
             activity: record of this rank's current phase, which is updated.
-            first_step: number of steps done.
+            first_step: index of the first step in `steps`; the first step of a run has index 0.
         """
         self._steps: Iterator[StepBatch] = iter(steps)
         self._activity, self._next_step = activity, first_step
@@ -65,7 +65,9 @@ class StepFeed:
             self.error = error
 
     def raise_error(self, is_storage: bool) -> None:
-        """Raises this rank's error, or an error that refers to another rank. Call it once all ranks have agreed to end.
+        """Raises this rank's error. If this rank has none, raises an error that refers to the message of another rank.
+
+        Call this method after all ranks have agreed to end.
 
         Args:
             is_storage: whether the cause is a failed file system.

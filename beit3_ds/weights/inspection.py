@@ -93,7 +93,9 @@ def _kind(reader: WeightReader) -> str:
 
 
 def _held(reader: WeightReader) -> list[str]:
-    """Returns the names of the tensors in the file; excludes tensors that only have initial values."""
+    """Returns the names of the tensors that are in the file. Leaves out tensors that the reader fills with initial
+    values.
+    """
     return reader.held if isinstance(reader, TimmFile) else reader.names()
 
 

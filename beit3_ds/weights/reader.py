@@ -81,12 +81,14 @@ class Backbone:
         self._names = [name for name in reader.names() if not name.startswith("heads.") and name not in HEAD_EXTRAS]
 
     def names(self) -> list[str]:
-        """Returns the names of the selected tensors."""
+        """Returns the names of all tensors except those of task heads."""
         return list(self._names)
 
 
 class WithoutTensors:
-    """Reads weights without some head tensors; a run of the same task initialises these tensors itself.
+    """Reads weights without the head tensors that the user leaves out.
+
+    A run of the same task can start from these weights. It gives the left-out tensors initial values.
 
     Attributes:
         model: configuration of the model.
@@ -118,7 +120,7 @@ class WithoutTensors:
         self._names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     def names(self) -> list[str]:
-        """Returns the names of the selected tensors."""
+        """Returns the names of all tensors that are not left out."""
         return list(self._names)
 
 

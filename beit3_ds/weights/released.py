@@ -124,7 +124,7 @@ class ReleasedFile:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Does nothing: the file's pages stay in memory, because comparing branches A and B reads the pages again."""
+        """Does nothing: the file's pages stay in memory."""
 
 
 def exported_model(note: ExportNote) -> ModelConfig:

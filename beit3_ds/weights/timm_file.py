@@ -64,7 +64,7 @@ class TimmFile:
         return list(self._shapes)
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the shape of a tensor in this project."""
+        """Returns the shape that a tensor has in this project's model, which may differ from the shape in the file."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:

@@ -75,7 +75,15 @@ def _plan_tensor(reader: WeightReader, key: str, name: str, held: set[str]) -> P
 
 
 def _plan_log_scale(reader: WeightReader, held: set[str]) -> PlannedTensor:
-    """Plans unilm's `logit_scale`; copies an imported value bit for bit."""
+    """Plans unilm's `logit_scale`, the logarithm of the factor that scales similarities.
+
+    If the weights were imported from unilm's format, the original value is copied bit for bit. Otherwise, the value is
+    computed from this project's parameter.
+
+    Args:
+        reader: the weights to export.
+        held: names of all tensors in the weights.
+    """
     if (imported := EXTRA_PREFIX + LOG_SCALE_KEY) in held:
         return plan_copy(reader, imported)._replace(name=LOG_SCALE_KEY)
     return PlannedTensor(LOG_SCALE_KEY, reader.dtype(LOG_SCALE), (), lambda: [export_log_scale(reader.read(LOG_SCALE))])

@@ -1,1 +1,1 @@
-"""Provides CPU implementations of memory allocation, row chunks and matrix products, which the ops use."""
+"""Provides memory allocation, chunks of rows and matrix products for the CPU implementations of the ops."""

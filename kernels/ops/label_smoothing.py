@@ -2,8 +2,9 @@
 
 With smoothing e and V vocabulary entries, the target has the probability 1 - e, and each other entry has the
 probability e / (V - 1). The loss is the Kullback-Leibler divergence from these labels. It has three terms: the cross
-entropy, e / (V - 1) * (V * target logit - sum of all logits), and a constant. The sum of a row's logits is computed
-without the logits: as the row times the sum of all rows of the output matrix, plus the sum of all biases.
+entropy, e / (V - 1) * (V * target logit - sum of all logits), and a constant. The sum of all logits of a hidden state h
+is computed without the logits. It is h @ w + b, where w is the sum of all rows of the output matrix, and b is the sum
+of all biases.
 """
 
 # M rows, D width, V vocabulary, U rows of the matrix in this shard.
@@ -28,7 +29,7 @@ class LabelSmoothing(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Returns e / (V - 1), the probability of each vocabulary entry except the target."""
+        """Returns the probability of each vocabulary entry except the target: `probability` / (`vocab_size` - 1)."""
         return self.probability / (self.vocab_size - 1)
 
     @property

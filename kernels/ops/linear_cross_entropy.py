@@ -162,9 +162,10 @@ def forward_plain(
         tiles: vocabulary tiles of this shard.
 
     Returns:
-        The partials of the M rows, then two tensors for the backward pass. The first tensor, (K, M, stride), holds
-        exp(logit - largest) for the logits of K saved tiles. The second tensor, (B, M), holds `largest` for each of B
-        tiles and each row: the largest logit in this tile and all earlier tiles.
+        The partials of the M rows, then two tensors for the backward pass. The second of these, (tiles, M), holds for
+        each tile and row the largest logit in this tile and all earlier tiles. The first, (`tiles.num_buffers`, M,
+        `tiles.stride`), holds exp(logit - largest) for each logit of the tiles with a buffer, where `largest` is from
+        the second tensor.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)

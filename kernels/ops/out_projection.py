@@ -234,7 +234,8 @@ def _normalize_cpu(
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
     """Returns GELU(x), LN(GELU(x)), and a list [mean, 1 / standard deviation] per chunk of rows, for expert `i`.
 
-    Skips a step that `form` does not have. Unless `keeps_activated` is true, LN(GELU(x)) overwrites GELU(x).
+    Without `form.gelu`, GELU is left out. Without `form.norm`, LN is left out, and the list is empty. Unless
+    `keeps_activated` is true, LN(GELU(x)) overwrites GELU(x).
     """
     norm = form.norm
     n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF
@@ -376,7 +377,7 @@ KERNELS: TrustedKernels = TrustedKernels("out_projection", check_kernels)
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch for two experts: first with bias, factor and residual, then without."""
+    """Compares the kernel with plain PyTorch for two experts, with and without bias, factor and residual."""
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
 
     slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)

@@ -210,8 +210,8 @@ SUB_NORM_SUMS = MeasuredOp(
     on_cpu=_sub_norm_sums,
     accepts={"triton": _takes_triton},
 )
-"""Operator for the row sums that the input gradient needs, and for the parameter gradients, with the arguments of
-`_sub_norm_sums`. Uses the fastest implementation on a GPU."""
+"""Operator for the gradients of scales and shifts, and for two sums per row that the input gradient needs. Takes the
+arguments of `_sub_norm_sums`. Uses the fastest implementation on a GPU."""
 SUB_NORM_GRADIENT = MeasuredOp(
     "sub_norm_gradient",
     {"triton": _sub_norm_gradient_triton, "library": _sub_norm_gradient},

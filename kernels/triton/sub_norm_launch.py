@@ -174,8 +174,8 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 _ELEMENTS = ("x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
-"""Arguments whose elements have the rows' dtype. An entry is an argument's name, or the first five letters of a name.
-All other pointers have float32 elements."""
+"""Arguments whose elements have the rows' dtype. "scale" and "shift" stand for all arguments whose names begin with
+these words. All other pointers have float32 elements."""
 
 
 _ROW_STATISTICS = KernelLauncher(row_statistics_kernel)

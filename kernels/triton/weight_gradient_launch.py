@@ -148,8 +148,9 @@ def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) 
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants that are compiled ahead of time, for the layers of the base, large and giant models.
 
-    The giant model's FFN layers are compiled with all tile sizes, and other layers only with the first tile sizes. The
-    default tests compile the giant model's FFN layers with the first tile sizes, for sm_90.
+    The giant model's FFN layers are compiled with every candidate for the tile sizes. All other layers are compiled
+    only with the first candidate. The default tests compile only the giant model's FFN layers with the first candidate,
+    for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in products.SIZES:

@@ -56,9 +56,9 @@ def measure(recorder: Recorder) -> None:
 
 
 def keep_choices(recorder: Recorder, device: torch.device) -> None:
-    """Copies the file with this machine's fastest implementations (`choice_file`) to the report's folder.
+    """Copies the file that lists this machine's fastest implementations (`choice_file`) to the report's folder.
 
-    From there, users can commit the file.
+    Users can add the copy to the package, so that machines with the same GPU need not measure the operators again.
     """
     path = choice_file_of(device).path if device.type == "cuda" else None
     if path is not None and path.exists():

@@ -1,4 +1,4 @@
-"""Records every measurement of a section at once, and skips measurements that are already recorded."""
+"""Writes each measurement of a section to the results file when it ends, and skips those already in it."""
 
 import os
 import sys
@@ -46,7 +46,7 @@ class Recorder:
         }
 
     def knows(self, item: str) -> bool:
-        """Returns whether to skip the item (named measurement)."""
+        """Returns whether the results file already has an item (named measurement), so that the item is skipped."""
         return item in self._known
 
     def add(self, item: str, **figures: Any) -> None:

@@ -168,7 +168,7 @@ def _run_once(section: Section, results: ResultsFile, call: int, seconds: float,
 
 
 def _own_status(section: Section, results: ResultsFile, call: int) -> str:
-    """Returns "done", or the status that the section's process recorded if a package or a GPU is missing."""
+    """Returns the recorded status if the section lacked a package or a GPU, otherwise "done"."""
     for line in reversed(list(results.read())):
         if line.get("section") == section.name and line.get("call") == call and "status" in line:
             status: str = line["status"]

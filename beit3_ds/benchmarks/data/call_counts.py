@@ -105,7 +105,7 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes and prepares a text corpus, and image-text pairs as tars, as a folder and with COCO annotations."""
+    """Writes and prepares a text corpus and image-text pairs: as tars, as a folder, and with COCO annotations."""
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

@@ -27,9 +27,9 @@ _SEED = 0
 
 
 class SegmentationFigures(NamedTuple):
-    """Holds the speed of this project's segmentation, and ratios to transformers, as medians over rounds.
+    """Holds the speed of this project's segmentation, also relative to the library `transformers`.
 
-    A ratio is transformers' time divided by this project's time in the same round.
+    All figures are medians over rounds. A ratio is the library's time divided by this project's time in the same round.
     """
 
     training_images_per_second: float

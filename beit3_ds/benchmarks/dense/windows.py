@@ -1,7 +1,7 @@
-"""Compares this project's window attention on packed rows with blocks that pad feature maps, in CPU time.
+"""Compares the CPU times of this project's window attention on packed rows and of blocks that pad feature maps.
 
-The baseline follows detectron2's ViTDet and SAM. All images are padded to the largest feature map. Every block pads the
-normalised map to a multiple of the window size, divides it into windows, and also computes the padding.
+The blocks follow detectron2's ViTDet and SAM. All images are padded to the largest feature map. Every block pads the
+normalised map to a multiple of the window size, divides it into windows, and computes the padded rows like all others.
 """
 
 # B images, H and W rows and columns of the padded maps, D hidden, N windows, L patches of a window.

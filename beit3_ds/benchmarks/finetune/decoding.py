@@ -19,7 +19,7 @@ _CANDIDATES_PER_BEAM = 3
 
 
 class _Hypotheses:
-    """Keeps the best complete caption of one image."""
+    """Keeps the best of the complete captions that beam search has found for one image."""
 
     def __init__(self, max_length: int, length_penalty: float) -> None:
         self.best, self.score = [BOS], -float("inf")

@@ -1,7 +1,7 @@
 """Fine-tunes torchscale 0.3.0's BEiT-3 like microsoft/unilm; this is the reference of `beit3 bench finetune`.
 
 Heads, losses, masks and padding follow microsoft/unilm's `beit3`. Texts are padded to a fixed length. For retrieval,
-images and texts are encoded in two calls. The last layer computes all rows.
+images and texts are encoded in two calls. The last layer computes all rows, also those that the head does not read.
 """
 
 # B samples, S tokens of the longest text, D hidden, M masked tokens, A answers, V vocabulary.

@@ -50,7 +50,8 @@ def find_required_files(config: RunConfig) -> dict[str, bool]:
 def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:
     """Computes the memory and disk space that a run needs if it uses all slots of a hostfile.
 
-    If the run can use this number of ranks, the function imports torch, which takes seconds.
+    If the run cannot use that number of ranks, only `layout_fault` is set. Otherwise, the function imports torch, which
+    takes seconds.
 
     Args:
         config: configuration of the run.

@@ -315,7 +315,7 @@ class _Launch:
         return int(match[1]) if match else None
 
     def _checkpoints_inode(self) -> int | None:
-        """Returns the inode of the checkpoint folder, which a rename keeps; None if there is no folder."""
+        """Returns the inode of the checkpoint folder, or None if there is no folder. Renaming keeps the inode."""
         try:
             return (Path(self._config.training.output_dir) / "checkpoints").stat().st_ino
         except OSError:

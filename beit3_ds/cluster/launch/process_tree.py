@@ -25,8 +25,8 @@ class ProcessTree:
         """Records the root processes that still run.
 
         Args:
-            roots: ids of child processes of this process. Nobody may have waited for the end of these processes yet,
-                because the system could then reuse their ids.
+            roots: ids of child processes of this process. The caller must not have waited for the end of any of them,
+                because the system may reuse the id of such a process.
         """
         table = _read_table()
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root

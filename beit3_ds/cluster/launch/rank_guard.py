@@ -55,7 +55,8 @@ class RankGuard:
     """Starts, signals and kills one rank's training process for `beit3 launch`, and reports how the process ends."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
-        """Creates a guard, which has already registered over `channel`.
+        """Creates the guard of this process. The process must already have registered with `beit3 launch` over
+        `channel`.
 
         Args:
             channel: connection to `beit3 launch`.

@@ -10,9 +10,10 @@ _MOST_GAPS = 1000
 
 
 def check_has_no_gap(path: str) -> None:
-    """Checks that at most 64 MiB of a file were never written, because reading a gap of terabytes takes hours.
+    """Checks that a file has no large gap, which is a range of bytes that was never written.
 
-    The check passes on a file system that does not report gaps.
+    Reading a gap of terabytes takes hours. Gaps of at most 64 MiB in total are accepted. The check passes on a file
+    system that does not report gaps.
 
     Raises:
         ValueError: if more than 64 MiB were never written.

@@ -41,8 +41,8 @@ class TarShards:
     | truncated tar, also between two members; damaged header; second tar appended | `ConfigError` |
     | tar whose size or modification time differs from its index | `ConfigError` |
     | changed bytes with unchanged size and modification time | found by `beit3 prepare index --verify` |
-    | repeated name; second image or additional member of a sample | the first is read, the others are in `skipped` |
-    | hidden file; other extension; unsupported image format | in `skipped` |
+    | repeated name; second image of a sample | the first is read, the others are in `skipped` |
+    | additional member; hidden file; other extension; unsupported image format | in `skipped` |
     | tar without samples | in `skipped`; `ConfigError` if no tar has samples |
     | tar or index that disappears, or stays unreadable after retries | `StorageError`, which ends the run |
     | link, device, sparse file, name with `..` or a leading `/` | never read, in `skipped` |

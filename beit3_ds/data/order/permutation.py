@@ -40,11 +40,11 @@ class KeyedPermutation:
 
 
 class BlockPermutation:
-    """Computes a permutation of range(size) in constant memory that keeps neighbouring samples close together.
+    """Computes a permutation of range(size) that keeps neighbouring samples close together. Needs constant memory.
 
     Blocks of consecutive samples are put into a random order. A window is a fixed number of blocks that are consecutive
-    in this order. The samples of each window are shuffled. Block 0 starts at a random sample. The samples after the
-    last whole block join the last window.
+    in this order. The samples of each window are shuffled. Block 0 starts at a random sample, and sample 0 follows the
+    last sample. The samples after the last whole block join the last window.
     """
 
     def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:

@@ -71,9 +71,9 @@ class StreamPosition:
     """Seed of the run, with which the epochs are shuffled."""
     samples_per_step: int
     weights: tuple[float, ...] | None
-    """Weights of the sources; None if the sources form one set."""
+    """Sampling weights of the sources; None if the sources form one set."""
     mixture_position: int
-    """Number of samples used from all sources since the weights or the sources last changed."""
+    """Number of samples used from all sources since the sources or their sampling weights last changed."""
     sources: tuple[SourcePosition, ...]
     """The sources, in the order of the config. The samples of the stream are numbered in the order of these sources."""
     sets: tuple[SetPosition, ...]
@@ -85,7 +85,7 @@ class StreamPosition:
     blocks: tuple[int, int] | None = None
     """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles each epoch as a whole."""
     changes: int = 0
-    """Number of times that the run was resumed with changed data, weights or seed."""
+    """Number of times that the run was resumed with changed data, sampling weights or seed."""
 
     @property
     def total(self) -> int:
@@ -125,7 +125,7 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples that were unused in a set's epoch when the data last changed.
+        """Returns the samples of one set that the set's current epoch had not used when the data last changed.
 
         Returns None if the data have not changed in this epoch.
 
@@ -189,7 +189,7 @@ def start_position(
         stream: name of the stream: "images", "pairs" or "texts".
         seed: the run's seed.
         samples_per_step: samples of the stream per step.
-        weights: weights of the sources; None if the sources form one set.
+        weights: sampling weights of the sources; None if the sources form one set.
         sources: the sources, in the order of the config, with the ids 0, 1, 2, ...
         blocks: samples per block and blocks per window; None shuffles each epoch as a whole.
     """

@@ -40,7 +40,7 @@ def new_position(
         stream: name of the stream: "images", "pairs" or "texts".
         seed: the run's seed.
         samples_per_step: samples of the stream per step.
-        weights: weights of the sources; None if the sources form one set.
+        weights: sampling weights of the sources; None if the sources form one set.
         sources: sources that the run found, in the order of the config.
         first_epoch: epoch at which the stream starts.
         blocks: samples per block and blocks per window; None shuffles each epoch as a whole.
@@ -61,14 +61,15 @@ def continue_stream(
 ) -> Continued:
     """Adapts the stored position of a stream to the run's settings and sources.
 
-    If the sources, weights and seed are unchanged, the stream continues as if it had never stopped. Changed `blocks`
-    take effect in the next epoch.
+    If the sources, weights and seed are unchanged, the stream continues as if it had never stopped. Otherwise, the
+    unused samples and the new samples are shuffled again. A source in which samples were inserted, removed or reordered
+    starts its next epoch. Changed `blocks` take effect in the next epoch.
 
     Args:
         stored: position from the checkpoint.
         seed: the run's seed.
         samples_per_step: samples of the stream per step.
-        weights: weights of the sources; None if the sources form one set.
+        weights: sampling weights of the sources; None if the sources form one set.
         sources: sources that the run found, in the order of the config.
         blocks: samples per block and blocks per window; None shuffles each epoch as a whole.
     """

@@ -56,7 +56,12 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs and the sample numbers at offsets `since` from the position of set `number`."""
+        """Returns the epochs and the sample numbers of one set, at offsets from the stored position.
+
+        Args:
+            number: index of the set in `StreamPosition.sets`.
+            since: offsets in samples of this set, (n,) int64.
+        """
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
         left = last - first if remaining is None else len(remaining)
@@ -85,7 +90,7 @@ def order_from_start(
         seed: the run's seed.
         stream: name of the stream: "images", "pairs" or "texts".
         sizes: number of samples in each source.
-        weights: weights of the sources; None if the sources form one set.
+        weights: sampling weights of the sources; None if the sources form one set.
     """
     sources = [SourcePosition(id=i, path=str(i), size=size, digest="") for i, size in enumerate(sizes)]
     return StreamOrder(start_position(stream, seed, 0, weights, sources))

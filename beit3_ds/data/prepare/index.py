@@ -39,7 +39,7 @@ class IndexedShard:
     skipped: dict[str, Skipped] = field(default_factory=dict)
     """Count and example of skipped tar members, by reason."""
     error: str = ""
-    """Error message if the action failed, otherwise empty."""
+    """Error message if `action` is "failed", otherwise empty."""
 
 
 def shard_paths(config: DataConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Waits for data with a time limit; reports the awaited item, and ends early on a stop signal."""
+"""Waits for data until a time limit or a stop signal. During a long wait, messages name the awaited data."""
 
 import queue
 import sys

@@ -24,12 +24,14 @@ _ALIGNMENT = 8
 class RelativePositions(nn.Module):
     """Widens queries and keys so that their products include decomposed relative positions.
 
-    For a query q at row i and column j, and a key k at row m and column n, the score is q k / sqrt(K) + q rows[i - m] +
-    q columns[j - n] (MViTv2: Li et al., 2021, arXiv:2112.01526, section 4.1). The added products are not scaled, as in
-    ViTDet and SAM.
+    For a query q at row i and column j, and a key k at row m and column n, the score is q @ k / sqrt(K) + q @ rows[i -
+    m] + q @ columns[j - n] (MViTv2: Li et al., 2021, arXiv:2112.01526, section 4.1). The last two products are not
+    scaled, as in ViTDet and SAM.
 
-    The wide query is [q, q rows, q columns], and the wide key is [k, one-hot row, one-hot column]. The product of the
-    wide query and the wide key is the score above, so any attention kernel can compute it.
+    The wide query has three parts: q, the products of q with the table entries for all key rows, and those for all key
+    columns. The wide key has k, the one-hot vector of m, and the one-hot vector of n. The parts of the wide query are
+    scaled so that the product of wide query and wide key, divided by sqrt(W), is the score above. So any attention
+    kernel can compute the score.
 
     All heads share the tables `rows` and `columns`, which are initialized to zero. For images larger than the tables,
     the tables are resampled linearly. The backward pass all-reduces the tables' gradients over the tensor-parallel
@@ -52,17 +54,19 @@ class RelativePositions(nn.Module):
     def forward(
         self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, grids: Grids, order: int, window_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns wide queries, keys and values, (T, H, W) each.
+        """Returns queries, keys and values that are widened from K to W columns per head, (T, H, W) each.
 
-        Only the first K columns of the attention output are meaningful.
+        Attention with these tensors includes the relative positions. Only the first K columns of its output are
+        meaningful.
 
         Args:
             q_THK: queries.
             k_THK: keys.
             v_THK: values.
             grids: rows and columns of each image's patch grid.
-            order: window size by which the rows are ordered (`ModelConfig.dense.window_size`).
-            window_size: window size of this layer; 0 if the layer attends to whole images.
+            order: side of the windows by which the rows are ordered in the whole model
+                (`ModelConfig.dense.window_size`).
+            window_size: side of the windows in which this layer attends; 0 if the layer attends to whole images.
         """
         rows, columns = (_axis_places(grids, order, window_size, self.side, axis, q_THK.device) for axis in range(2))
         products_THJ = self._products(q_THK, (rows, columns))
@@ -110,7 +114,12 @@ class _Pick(torch.autograd.Function):
 
 
 def wide_head_size(head_size: int, extents: tuple[int, int]) -> int:
-    """Returns the width W of the wide queries and keys, given the rows and columns of the largest window or image."""
+    """Returns the columns W per head of queries and keys that include relative positions.
+
+    Args:
+        head_size: columns K per head without relative positions.
+        extents: rows and columns of the largest window or image, in patches.
+    """
     return -(-(head_size + sum(extents)) // _ALIGNMENT) * _ALIGNMENT
 
 

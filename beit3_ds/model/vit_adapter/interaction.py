@@ -122,7 +122,7 @@ class Interaction(nn.Module):
         return 1 + len(self.extra_extractors)
 
     def inject(self, x_BND: Tensor, c_BLD: Tensor, geometry: Geometry) -> Tensor:
-        """Returns the patches for the group of blocks, (B, N, D) in row-major order, after the injector."""
+        """Returns the injector's result: the patches for the next blocks, (B, N, D) in row-major order."""
         return self.injector(x_BND, c_BLD, geometry)
 
     def extract(self, c_BLD: Tensor, x_BND: Tensor, geometry: Geometry, factors: Sequence[Tensor | None]) -> Tensor:

@@ -48,7 +48,8 @@ class CaptioningRankTask(RankTask):
     settings: CaptioningConfig
     """The task's settings."""
     dropped: DroppedTokens
-    """Computes the loss of a step; `Captioning.step_loss` uses the same object."""
+    """Loss that drops the tokens with the largest losses. This is the same object as in `Captioning.step_loss`, because
+    the rank task tells it the number of the current step."""
     tokenizer: TextTokenizer
     """Converts captions to token ids and back."""
 

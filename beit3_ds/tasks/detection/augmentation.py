@@ -153,12 +153,12 @@ def visible_objects(objects: Sequence[StoredObject], size: Size, window: Window,
 
 
 def fitted_window(size: Size, side: int, *, is_flipped: bool) -> Window:
-    """Returns the window of a whole image for evaluation; the view fits into a square.
+    """Returns a window that covers a whole image. The image is resized so that its longer side has `side` pixels.
 
     Args:
         size: height and width of the image in pixels.
-        side: side of the square in pixels.
-        is_flipped: whether to flip the view horizontally.
+        side: longer side of the resized image in pixels.
+        is_flipped: whether to flip the resized image horizontally.
     """
     height, width = size
     factor = side / max(size)

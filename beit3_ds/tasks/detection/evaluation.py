@@ -101,13 +101,13 @@ class DetectedSplit:
         return self.opened[0].categories
 
     def locate(self, place: int) -> tuple[AnnotatedObjects, int]:
-        """Returns the source of image number `place`, and the index of the image in this source."""
+        """Returns the source of an image, and the index of the image in this source."""
         samples, index = self._sources.locate(self._numbers[place])
         assert isinstance(samples, ObjectSamples)
         return samples.source, index
 
     def identifier(self, place: int) -> int:
-        """Returns the id of image number `place` in the annotation file."""
+        """Returns the id of an image, which its annotation file defines."""
         source, index = self.locate(place)
         return int(source.identifiers[index])
 

@@ -65,7 +65,8 @@ def sample_balanced(
 
 
 def _smallest(is_wanted_N: Tensor, count: int, ranks_N: Tensor) -> Tensor:
-    """Returns `count` indices: first wanted candidates in ascending order of random numbers, then arbitrary others.
+    """Returns `count` indices: first those of wanted candidates, in ascending order of `ranks_N`, then arbitrary
+    others.
 
     Returns all indices if there are fewer than `count` candidates.
     """

@@ -11,8 +11,9 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 
 Encode = Callable[[Tensor, Tensor | None], Tensor]
-"""Type of a function that encodes images as visual codes, (images, patches) int64. The arguments are `TOKENIZER_PIXELS`
-and `PackedBatch.colors`. `CodeEncoder.encode` is such a function."""
+"""Type of a function that encodes images as visual codes, (images, patches) int64. The first argument is the pixels in
+`PackedBatch.targets[TOKENIZER_PIXELS]`, and the second is `PackedBatch.colors`. `CodeEncoder.encode` is such a
+function."""
 MASKED_TOKENS = "masked_tokens"
 """Key in `PackedBatch.targets`: positions of masked tokens in `PackedBatch.token_ids`, ascending, (masked tokens,)
 int64."""

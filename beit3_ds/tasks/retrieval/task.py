@@ -30,7 +30,8 @@ class RetrievalRankTask(RankTask):
     """Runs image-text retrieval on one rank; holds the opened images and captions."""
 
     shown_queries: int
-    """Number of images, and number of captions, for which the result page shows retrieved candidates."""
+    """Number of images for which the result page shows retrieved captions. Also the number of captions for which the
+    page shows retrieved images."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Computes the recall at 1, 5 and 10 of a split, from images to captions and from captions to images.

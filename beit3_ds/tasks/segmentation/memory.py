@@ -43,12 +43,15 @@ def _cells(model: ModelConfig, stride: int) -> int:
 
 
 def _coarser(model: ModelConfig) -> int:
-    """Returns the total number of cells of the three coarser maps."""
+    """Returns the total number of cells of the feature maps with strides 8, 16 and 32."""
     return sum(_cells(model, stride) for stride in _STRIDES)
 
 
 def _prior(model: ModelConfig, adapter: AdapterConfig, element_size: int) -> int:
-    """Returns the bytes for the spatial prior module and the four output norms (inputs and outputs)."""
+    """Returns the bytes of activations that autograd keeps for the spatial prior module and the four output norms.
+
+    Of each output norm, both the input and the output are counted.
+    """
     # Per convolution the input of its norm and the output of its ReLU; one max pooling keeps indices.
     channels = {2: 6, 4: 1, 8: 4, 16: 8, 32: 8}
     elements = adapter.conv_channels * sum(count * _cells(model, stride) for stride, count in channels.items())

@@ -56,8 +56,8 @@ def accuracy_of_share(num_matches: int, num_answers: int) -> float:
 
     The official accuracy is defined for ten people (Antol et al., 2015, arXiv:1505.00468). The accuracy is the mean of
     min(1, m / 3) over the ten subsets of nine people, where m people of a subset gave the answer. Possible values are
-    0, .3, .6, .9 and 1. For another number of people, `num_matches` is first scaled to ten people. An answer of a
-    single person therefore gives 1.
+    0, .3, .6, .9 and 1. For another number of people, `num_matches` is first scaled to ten people. If only one person
+    was asked, that person's answer therefore has the accuracy 1.
 
     Raises:
         ConfigError: if there are no answers.
