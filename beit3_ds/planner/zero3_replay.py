@@ -10,7 +10,7 @@ from beit3_ds.planner.rank_model import RankModel
 
 
 def persistent_parameters(rank_model: RankModel) -> list[nn.Parameter]:
-    """Returns the small parameters that ZeRO-3 does not partition; every rank keeps them whole."""
+    """Returns the small parameters that ZeRO-3 keeps whole on every rank."""
     if rank_model.zero_stage != 3:
         return []
     threshold = rank_model.zero_elements("stage3_param_persistence_threshold")

@@ -27,7 +27,7 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
     therefore needs two exports:
 
     * "dual" is exact for single images and single texts: A is the vision expert and B the language expert.
-    * "fusion" is exact for image-text pairs: in the top blocks, A and B are the vision-language expert.
+    * "fusion" is exact for image-text pairs: in the top blocks, A and B are equal copies of the vision-language expert.
 
     Tensors with the prefix `EXTRA_PREFIX` get their original keys.
 

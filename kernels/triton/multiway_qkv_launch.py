@@ -76,7 +76,8 @@ def qkv_input_gradient(
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants that are compiled ahead of time.
 
-    The giant model's layers are compiled with all tile sizes, and other layers with the first tile sizes.
+    The giant model's layers are compiled with every candidate for the tile sizes. All other layers are compiled only
+    with the first candidate.
     """
     return [
         products.build_tile_variant(

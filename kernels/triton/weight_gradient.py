@@ -1,8 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernel of weight gradients. One launch computes all experts.
-
-A launch can also compute several layers that have the same input.
-"""
+"""Defines the Triton kernel of weight gradients. One launch computes all layers that share an input."""
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 #

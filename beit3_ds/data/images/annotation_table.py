@@ -8,7 +8,7 @@
    each caption;
 3. the image paths and the captions in UTF-8.
 
-All processes of a host map the file and share its pages.
+All processes of a host memory-map the file and share its pages.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _FORMAT = 1
 
 
 class StoredAnnotations(AnnotatedImages):
-    """Reads samples from a memory-mapped annotation table. Unpickling memory-maps the table file again."""
+    """Reads samples from a memory-mapped annotation table. A pickled copy opens its own memory map."""
 
     def __init__(self, path: str, files: Sequence[str], folder: str) -> None:
         """Opens a table and checks that the annotation files have not changed since the table was written.

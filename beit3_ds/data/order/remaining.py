@@ -67,7 +67,7 @@ class Range:
 
 
 class Joined:
-    """Represents the concatenation of several sets of samples."""
+    """Represents several sets of samples one after another, as one set."""
 
     def __init__(self, parts: Sequence[RemainingSamples]) -> None:
         """Stores the sets, which must be disjoint."""
@@ -178,7 +178,7 @@ class SourceSubset:
 
 
 def to_nodes(remaining: RemainingSamples) -> list[Any]:
-    """Converts a set to a flat list of JSON descriptions: first the parts of the set, and last the set itself."""
+    """Converts a set of samples to a list of JSON descriptions: first its parts, and last the set itself."""
     nodes: list[Any] = []
     remaining.add_to(nodes)
     return nodes

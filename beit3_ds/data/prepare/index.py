@@ -89,7 +89,7 @@ def prepare_indices(
 ) -> list[IndexedShard]:
     """Writes an index file for every tar whose index is missing or out of date.
 
-    A failed tar does not stop the others. A later call keeps up-to-date indices.
+    A failed tar does not stop the others.
 
     Args:
         tars: paths of the tars.

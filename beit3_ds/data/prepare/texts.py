@@ -84,8 +84,8 @@ def prepare_texts(
     """Tokenizes the training, validation and test texts of a run into `data.cache_dir`.
 
     Files are cut into pieces of `piece_bytes` bytes. The pieces are divided among shares, and a share's pieces among
-    processes. No share waits for another one. A later call keeps up-to-date token files. When all pieces of a file are
-    tokenized, the file is cut into sequences of `data.text_length` tokens.
+    processes. No share waits for another one. Token files that exist and are up to date are not written again. When all
+    pieces of a file are tokenized, the file is cut into sequences of `data.text_length` tokens.
 
     Args:
         data: data section of the run's config.

@@ -63,7 +63,7 @@ class PreparedText:
     """Reads the token sequences of one text file from its token files.
 
     Ids and borders are memory-mapped when they are first needed; all processes of a machine share the mapped pages. A
-    pickled copy maps the files again.
+    pickled copy opens its own memory maps.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class PreparedText:
 
         Raises:
             BrokenRecordError: if the `.borders` file or the ids in the token files are damaged.
-            StorageError: if a file cannot be mapped. A later read error in the mapped memory kills the process.
+            StorageError: if a file cannot be memory-mapped. A read error after that kills the process.
         """
         start, stop = (int(border) for border in self._borders()[index : index + 2])
         if not 0 <= start < stop <= min(start + self._length - 1, int(self._piece_starts[-1])):
@@ -146,7 +146,10 @@ class PreparedText:
 
 
 def _map_with_retries(path: Path, open_map: Callable[[], NDArray[np.generic]]) -> NDArray[np.generic]:
-    """Maps a file with retries. Every failure is a storage error, because the file existed at the start of the run."""
+    """Memory-maps a file, with retries.
+
+    Every failure is a storage error, because the file existed at the start of the run.
+    """
     try:
         return read_with_retries(open_map, str(path), file_errors=frozenset())
     except OSError as error:  # an error without a number: the file was truncated

@@ -10,7 +10,7 @@ class CurrentRecord:
     """Holds the name of the record that is being read, in memory that two processes share; at most 1022 bytes."""
 
     def __init__(self, descriptor: int | None = None) -> None:
-        """Allocates shared memory, or maps the memory of another `CurrentRecord`.
+        """Allocates shared memory, or opens the shared memory of another `CurrentRecord`.
 
         Args:
             descriptor: file descriptor of another instance's memory; None allocates new memory.

@@ -87,7 +87,8 @@ class ResultFiles:
         Args:
             folder: folder to write to.
             metrics: metrics of the split.
-            num_shown: number of images, and number of captions, whose best candidates are shown on the page.
+            num_shown: number of images whose best captions the page shows, and also the number of captions whose best
+                images it shows.
         """
         texts, text_scores = self.retrieved.best_texts()
         images, image_scores = self.retrieved.best_images()
