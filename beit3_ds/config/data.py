@@ -173,8 +173,8 @@ class DataConfig:
     corpora with more shards than a process may open. Do not use `shard_sequential` if neighbouring samples are alike,
     as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Number of samples per block if `order` is "shard_sequential". Choose no more than the samples in an average
-    shard."""
+    """Number of samples per block if `order` is "shard_sequential". Choose no more than the number of samples in an
+    average shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
     """Number of blocks shuffled together if `order` is "shard_sequential". A window should contain many steps."""
     num_workers: Annotated[int, Range(0, 1024)] = 2

@@ -33,8 +33,8 @@ class SampleKey:
     stream: str
     """Name of the stream, such as "pairs"."""
     epoch: int
-    """Number of earlier passes over the sample's source. If the stream's sources have no sampling weights, the number
-    of earlier passes over the whole stream.
+    """Number of earlier passes over the sample's source. If the stream's sources have no sampling weights, passes over
+    the whole stream are counted instead.
 
     `VALIDATION_EPOCH` for validation and test samples.
     """

@@ -53,7 +53,7 @@ class TiedWordEmbedding:
             self._sum.zero_()
 
     def before_backward(self, *, is_last: bool) -> None:
-        """Receives the gradient of the last stage's copy on the first stage, if `is_last` is True.
+        """On the first stage, receives the gradient of the last stage's copy of the table if `is_last` is True.
 
         Call this method before each backward pass of a step.
 
@@ -66,8 +66,7 @@ class TiedWordEmbedding:
             self._arrived = self._pipeline.receive(gradient, forward=True).wait()
 
     def after_backward(self, *, is_last: bool) -> list[Message]:
-        """Adds up the copy's gradient on the last stage, and starts sending the sum to the first stage if `is_last` is
-        True.
+        """On the last stage, adds up the copy's gradient, and starts sending the sum if `is_last` is True.
 
         Call this method after each backward pass of a step.
 

@@ -34,7 +34,7 @@ def shorten_zero3_hooks(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     * computes the signature of an autograd function on each call of a module
     * copies each gradient twice before it is reduced, and cuts each one into as many tensors as there are ranks
     * calls seven functions to release a parameter
-    * sets each parameter's data after each update, although the data already are the right memory
+    * after each update, sets each parameter's data to the memory that the data already use
     """
     nvtx.enable_nvtx = False
     for module in (partition_parameters, partitioned_param_coordinator, parameter_offload):

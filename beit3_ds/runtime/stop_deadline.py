@@ -12,8 +12,8 @@ from beit3_ds.runtime.main_thread import describe_main_thread
 from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_status
 
 STOP_SECONDS = 5.0
-"""Maximum seconds between a stop signal and the end of a process that is not training. During training, a rank that has
-received a stop signal may wait for other ranks for at least this long."""
+"""Maximum seconds between a stop signal and the end of a process that is not training. During training, the limit
+applies only to waits for other ranks, and may be longer."""
 _PEER_FACTOR = 2.0
 """Time limit of a wait for other ranks after a stop signal, as a multiple of the longest phase of a step so far."""
 _SECOND_INTERRUPT_SECONDS = 1.0
@@ -45,7 +45,7 @@ class StopDeadline:
         self._thread.start()
 
     def limit_waits(self, activity: Activity) -> None:
-        """Stops limiting this rank's own work after a stop signal, and limits its waits for other ranks instead.
+        """From now on, a stop signal limits only this rank's waits for other ranks, not its own work.
 
         Call this method when training begins.
 
@@ -55,7 +55,7 @@ class StopDeadline:
         self._phase_since, self._activity = time.monotonic(), activity
 
     def limit_all(self, phase: str, consequence: str) -> None:
-        """Limits all work of this rank after a stop signal, not only its waits for other ranks.
+        """From now on, a stop signal limits all work of this rank, not only its waits for other ranks.
 
         Call this method when no more state must be saved.
 

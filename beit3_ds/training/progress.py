@@ -112,8 +112,9 @@ class Progress:
                 interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 
     def losses(self) -> list[tuple[int, float]]:
-        """Returns (step, loss) for each step that was not skipped. All ranks must call this method, and sum one loss
-        per step.
+        """Returns (step, loss) for each step that was not skipped. All ranks must call this method.
+
+        The ranks sum one number per step.
         """
         losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
         steps = [step for step, _ in self.interval.updates]

@@ -164,8 +164,8 @@ def forward_plain(
     Returns:
         The partials of the M rows, then two tensors for the backward pass. The second of these, (tiles, M), holds for
         each tile and row the largest logit in this tile and all earlier tiles. The first, (`tiles.num_buffers`, M,
-        `tiles.stride`), holds exp(logit - largest) for each logit of the tiles with a buffer, where `largest` is from
-        the second tensor.
+        `tiles.stride`), holds exp(logit - largest) for each logit whose tile still has a buffer at the end, where
+        `largest` is from the second tensor.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)

@@ -262,7 +262,7 @@ def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
 
 
 def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns LN(GELU(x)), and the mean and 1 / standard deviation of each row. `form.gelu` may omit GELU.
+    """Returns LN(GELU(x)), or LN(x) without `form.gelu`, and the mean and 1 / standard deviation of each row.
 
     The statistics are one tensor (2, T). If ranks divide the columns of a row, the statistics are two tensors (T,), and
     this rank gathers two numbers per row from each rank.

@@ -35,8 +35,7 @@ class VocabularyTiles(NamedTuple):
 
 
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into narrow tiles, and gives as many tiles an own buffer for logits as the chunk size
-    allows.
+    """Divides a vocabulary into narrow tiles; as many as the chunk size allows get their own buffer for logits.
 
     One tile's memory is left free for the backward pass. Rows are not divided, because each group of rows would have to
     read the whole matrix, and to read and write the matrix's gradient.

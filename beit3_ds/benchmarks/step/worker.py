@@ -89,12 +89,11 @@ SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
 
 
 def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
-    """Measures one side on the batches whose numbers come from `orders`, and writes the figures to `answers`.
-
-    `serve_turns` describes the figures.
+    """Measures one implementation for each batch number in `orders`, and writes the figures to `answers`
+    (`serve_turns`).
 
     Args:
-        side: name of what to measure, a key of `SIDES`.
+        side: name of the implementation to measure, a key of `SIDES`.
         size: model size.
         samples: number of images per step, equal to the number of pairs and to the number of texts.
         orders: lines with one batch number each.

@@ -145,7 +145,10 @@ class _Reader:
                 self.value()
 
     def member(self) -> Any:
-        """Decodes and returns the value of an object member, at the current position. Only a list may be long."""
+        """Decodes and returns the value of an object member, at the current position.
+
+        A list may be longer than `_MAX_ELEMENT` characters. Its elements and all other values may not.
+        """
         return list(self.elements()) if self._next() == "[" else self.value()
 
     def value(self) -> Any:

@@ -157,9 +157,10 @@ class _Continuation:
         return self._shuffle(number, self._epoch(match.id), [self._remaining_of(match), *self._growth(match)])
 
     def _join_all(self) -> SetPosition:
-        """Joins the unused samples of all sources, and returns the position before them.
+        """Joins the unused samples of all sources in a new random order, and returns the position at the start of this
+        order.
 
-        Used for a stream that now has no source weights, and therefore one order for all sources.
+        Used if the stream has no source weights.
         """
         known = [match for match in self._matched if match.kind in ("same", "grown")]
         gone = [match for match in self._matched if match.kind == "renumbered" and match.before is not None]
