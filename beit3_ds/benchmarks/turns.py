@@ -98,7 +98,7 @@ def serve_turns(prepare: Callable[[int], Turn], orders: Iterable[str], answers: 
     Args:
         prepare: builds a batch and returns the turn; called outside the measured time.
         orders: lines with one batch number each.
-        answers: stream for the figures, one line of JSON per turn.
+        answers: open text file for the figures, one line of JSON per turn.
     """
     for order in orders:
         turn, facts = prepare(int(order))

@@ -136,7 +136,8 @@ class CheckpointFolder:
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         """Returns the float32 weights or averages of a tensor.
 
-        Without `part`, the result has the tensor's own shape. With `part`, the result is only this slice, as a matrix.
+        Without `part`, the result has the tensor's own shape. With `part`, the tensor is viewed as a matrix, and the
+        result is only this slice of the matrix.
 
         Raises:
             ConfigError: if a file contradicts the index, which happens only if someone edited the file and its digest.
@@ -153,13 +154,13 @@ class CheckpointFolder:
         """Does nothing: this reader does not memory-map files."""
 
     def read_kind(self, kind: str, name: str, part: TensorSlice) -> Tensor:
-        """Reads a slice of a tensor's weights, moments or averages as a float32 matrix.
+        """Views a tensor's weights, moments or averages as a matrix, and reads a slice of the matrix in float32.
 
         Args:
             kind: one of `index.KINDS`, or `index.AVERAGE`. If the checkpoint has no averages, `index.AVERAGE` reads the
                 weights.
             name: name of the tensor.
-            part: slice of the tensor.
+            part: slice of the matrix.
 
         Raises:
             BrokenIndexError: if a file cannot be opened.

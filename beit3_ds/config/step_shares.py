@@ -11,7 +11,7 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 
 
 class MicroBatchSize(NamedTuple):
-    """Holds the number of samples of each stream in a micro-batch, in one rank's step, or in a whole step."""
+    """Holds the number of images, pairs and texts in a micro-batch, in one rank's step, or in a whole step."""
 
     images: int
     pairs: int
@@ -29,7 +29,7 @@ class StepShares:
     """
 
     samples: MicroBatchSize
-    """Number of samples of each stream per step, summed over all ranks."""
+    """Number of samples of each stream (images, pairs, texts) per step, summed over all ranks."""
     num_ranks: int
     """Number of data-parallel ranks."""
     num_micro_batches: int
@@ -42,12 +42,12 @@ class StepShares:
 
     @property
     def largest_rank(self) -> int:
-        """Returns the largest number of samples that a rank has per step, summed over the streams."""
+        """Returns the largest number of samples that a rank has per step: images, pairs and texts together."""
         return -(-sum(self.samples) // self.num_ranks)
 
     @property
     def smallest_rank(self) -> int:
-        """Returns the smallest number of samples that a rank has per step, summed over the streams."""
+        """Returns the smallest number of samples that a rank has per step: images, pairs and texts together."""
         return sum(self.samples) // self.num_ranks
 
     @property

@@ -101,10 +101,12 @@ class TrainingConfig:
     eval_interval: Positive = 1000
     """Number of steps between evaluations. A run also evaluates at its start and end."""
     eval_samples: Positive | None = None
-    """Maximum number of validation samples per stream. Each source of the stream supplies a share in proportion to its
-    size. None uses 1024 samples for a validation loss, and all samples for a task's metrics."""
+    """Maximum number of validation samples per stream (images, pairs or texts). Each source of a stream supplies a
+    share in proportion to its size. None uses 1024 samples for a validation loss, and all samples for a task's metrics.
+    """
     eval_batch_size: Positive = 16
-    """Number of samples per stream in an evaluation batch. Metrics do not depend on this number."""
+    """Number of samples per stream (images, pairs or texts) in an evaluation batch. Metrics do not depend on this
+    number."""
     save_interval: Positive = 1000
     """Number of steps between checkpoints. A run also saves a checkpoint at its end."""
     keep_checkpoints: Positive = 3
@@ -124,7 +126,7 @@ class TrainingConfig:
 
     @property
     def loss_samples(self) -> int:
-        """Returns the maximum number of samples per stream for a validation loss."""
+        """Returns the maximum number of samples per stream (images, pairs or texts) for a validation loss."""
         return 1024 if self.eval_samples is None else self.eval_samples
 
     def __post_init__(self) -> None:

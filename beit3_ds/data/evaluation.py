@@ -59,7 +59,7 @@ class EvaluationBatches:
             {name: of[number] if number < len(of) else [] for name, of in parts.items()} for number in numbers
         ]
         self.num_samples = {name: len(of) for name, of in chosen.items()}
-        """Number of evaluated samples per stream, summed over all ranks."""
+        """Number of evaluated samples by stream ("images", "pairs" or "texts"), summed over all ranks."""
 
     def __len__(self) -> int:
         """Returns the number of batches per rank, which is equal on all ranks."""

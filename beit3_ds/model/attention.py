@@ -36,7 +36,8 @@ class MultiwayAttention(nn.Module):
     heads precedes the output projection (Magneto, arXiv:2210.06423).
 
     Heads are split over the tensor-parallel group. The forward pass and the backward pass each exchange T rows of
-    hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`). A sub-LayerNorm adds two floats per row.
+    hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`). With a sub-LayerNorm, each pass also exchanges
+    two floats per row.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:

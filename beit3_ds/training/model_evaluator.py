@@ -51,7 +51,7 @@ class ModelEvaluator:
         return self.rank_task.prepare(batch, self.device)
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch with the head's predictions, or with None except on the last stage.
+        """Yields each prepared batch with the head's predictions, which are None on all pipeline stages but the last.
 
         Raises:
             StopRequestedError: on all ranks, if a rank received a stop signal.

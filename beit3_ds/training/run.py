@@ -89,8 +89,7 @@ class Run:
         return self.splits[split]
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch with the head's predictions. On all pipeline stages but the last, the predictions
-        are None.
+        """Yields each prepared batch with the head's predictions, which are None on all pipeline stages but the last.
 
         Raises:
             StopRequestedError: on all ranks, if a rank received a stop signal.

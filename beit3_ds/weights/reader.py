@@ -55,7 +55,7 @@ class WeightReader(Protocol):
         ...
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a whole tensor; with `part`, only that slice of the tensor, as a matrix."""
+        """Returns a whole tensor. With `part`, returns only this slice of the tensor viewed as a matrix."""
         ...
 
 

@@ -97,7 +97,7 @@ def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -
         size: model size.
         samples: number of images per step, equal to the number of pairs and to the number of texts.
         orders: lines with one batch number each.
-        answers: stream for the figures, one line of JSON per batch.
+        answers: open text file for the figures, one line of JSON per batch.
     """
     config = step_config(size, samples)
     if device_of_turns().type == "cuda":

@@ -14,4 +14,5 @@ class RetrievalConfig:
     negatives of each other. Microsoft's BEiT-3 code does not exclude false negatives. Two pairs with the same image
     occur only at the border of two epochs, or if the sources list an image several times."""
     shown_queries: Count = 24
-    """Number of images, and number of captions, for which the result page shows retrieved candidates."""
+    """Number of images for which the result page shows retrieved captions. Also the number of captions for which the
+    page shows retrieved images."""
