@@ -54,7 +54,7 @@ class StepDataset(Dataset[StepBatch]):
             prefetch: number of workers, and number of steps that the workers prepare in advance.
 
         Raises:
-            ConfigError: if there are fewer samples per step than ranks.
+            ConfigError: if a training step has fewer samples than there are data-parallel ranks.
         """
         assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
         self._config = config

@@ -118,7 +118,7 @@ def build_validation_batches(
         data_parallel_size: number of ranks that share the batches.
 
     Raises:
-        ConfigError: if there are fewer samples per step than ranks.
+        ConfigError: if a training step has fewer samples than there are data-parallel ranks.
     """
     micro_batch = config.step_shares(data_parallel_size).upper_bound
     # A stream that is only evaluated has no micro-batch size.

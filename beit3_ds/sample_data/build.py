@@ -49,7 +49,7 @@ OUTPUTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Holds a candidate and its processed image."""
+    """Holds an image that may become part of the sample data, before and after it was resized and compressed."""
 
     candidate: Candidate
     webp: bytes

@@ -294,14 +294,14 @@ def _no_partials(h_MD: Tensor) -> Tensor:
 
 
 def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Computes in plain PyTorch what `partials_kernel` computes. On a CPU, only checks call this function."""
+    """Computes the results of `partials_kernel` in plain PyTorch, for checks of the kernel."""
     _update_partials(logits_MN.to(partials_3M.dtype) + bias_N, target_M, first, partials_3M)
 
 
 def _gradient_cpu(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
-    """Computes in plain PyTorch what `gradient_kernel` computes. On a CPU, only checks call this function.
+    """Computes the results of `gradient_kernel` in plain PyTorch, for checks of the kernel.
 
     Overwrites the logits with gradients, and returns the sum of the gradients over rows.
     """

@@ -234,7 +234,7 @@ def _backward_plain(
 def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes in plain PyTorch what the forward kernel computes. On a CPU, only checks call this function.
+    """Computes the results of the forward kernel in plain PyTorch, for checks of the kernel.
 
     Returns:
         h_TD, and the mean and 1 / standard deviation of each of T rows, (2, T).
@@ -251,7 +251,7 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Computes in plain PyTorch what the backward kernel computes. On a CPU, only checks call this function.
+    """Computes the results of the backward kernel in plain PyTorch, for checks of the kernel.
 
     Returns:
         dx_TD, and the gradients of scales and shifts, (2, E, D) for E experts and width D.

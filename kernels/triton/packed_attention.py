@@ -25,10 +25,10 @@ LN2 = tl.constexpr(math.log(2.0))
 
 @triton.jit
 def _sequence_of(tile, sequences_ptr, tiles_ptr):
-    """Returns the first position of a tile, and four numbers that describe the tile's sequence.
+    """Returns the tile's first position in its sequence, and four numbers that describe the sequence.
 
-    The four numbers are range 1's first row and length, the value that turns a position in range 2 into a row if added,
-    and the length of the whole sequence.
+    A sequence consists of two ranges of rows. The four numbers are the first row of range 1, the length of range 1, the
+    number to add to a position in range 2 to get its row, and the length of the whole sequence.
     """
     sequence = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
@@ -103,10 +103,10 @@ def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
 
 @triton.jit
 def _visible(queries, keys, length_1, total, CAPTIONS: tl.constexpr):
-    """Returns True where a query sees a key. Queries and keys are given as positions in their sequence.
+    """Returns True where a query sees a key. Queries and keys are positions in a sequence of `total` positions.
 
-    With CAPTIONS, a query sees all keys in range 1, and all keys up to the query itself. If a sequence has only one
-    range, all its keys are in range 1, so attention stays bidirectional.
+    Without CAPTIONS, a query sees all keys of the sequence. With CAPTIONS, it sees the first `length_1` keys, and all
+    keys up to its own position.
     """
     if CAPTIONS:
         return keys < tl.maximum(length_1, queries + 1)

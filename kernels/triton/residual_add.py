@@ -59,7 +59,8 @@ def backward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Computes d_partial = factor * dy, and partial sums of d_partial for the gradient of the bias.
+    """Computes the gradient of the branch's output, d_partial = factor * dy, and sums of its rows for the bias
+    gradient.
 
     One Triton program computes consecutive rows of one expert, and sums over these rows. The sums of P programs are (P,
     D) float32. Without FACTOR, d_partial is dy, so the kernel computes only the sums.

@@ -91,7 +91,7 @@ def continue_stream(
 
 
 class _Continuation:
-    """Builds the position of a stream whose data have changed."""
+    """Builds the position from which a stream continues, if its data have changed since the checkpoint."""
 
     def __init__(
         self,

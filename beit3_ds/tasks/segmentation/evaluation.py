@@ -1,4 +1,4 @@
-"""Segments all images of a split, and counts pixels exactly over all ranks."""
+"""Segments all images of a split, and counts the pixels of each pair of true and predicted class over all ranks."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
