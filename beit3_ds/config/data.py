@@ -176,7 +176,8 @@ class DataConfig:
     """Number of samples per block if `order` is "shard_sequential". Choose no more than the number of samples in an
     average shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
-    """Number of blocks shuffled together if `order` is "shard_sequential". A window should contain many steps."""
+    """Number of blocks whose samples are shuffled together if `order` is "shard_sequential". Together, these blocks
+    should contain the samples of many steps."""
     num_workers: Annotated[int, Range(0, 1024)] = 2
     """Number of data worker processes per rank. With 0, the training process prepares the data."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2

@@ -107,7 +107,7 @@ class RankModel:
         return split.local_size * model.hidden_size
 
     def blocks_of(self, chunk: range) -> range:
-        """Returns the layer numbers of a model chunk's blocks, which are layers 1 to L of the model."""
+        """Returns the layer numbers of the blocks in a model chunk. In the whole model, layers 1 to L are blocks."""
         return range(max(chunk.start, 1), min(chunk.stop, self.config.model.num_layers + 1))
 
     def block_rows(self, chunk: range, layer: int, workload: Workload) -> BlockRows:

@@ -275,7 +275,7 @@ class Zero3Replay:
     def _kept_for_reuse(self, module: nn.Module) -> set[int]:
         """Returns the ids of the parameters that stay gathered after a module has run.
 
-        The result is cached per module and position, as in DeepSpeed.
+        The result is cached per module and position in the recorded order of modules, as in DeepSpeed.
         """
         key = module, self._step_id
         if key not in self._kept:

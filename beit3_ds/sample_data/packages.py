@@ -205,7 +205,9 @@ _LEFT_OUT = re.compile(
 
 
 def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
-    """Yields the PNG images in CATEGORIES whose SVG file has only the public-domain licence.
+    """Yields those PNG images of the categories in `CATEGORIES` that are in the public domain.
+
+    The licence of an image is read from the SVG file of the same name. Images without such a file are left out.
 
     Args:
         folder: folder with the two .deb files.

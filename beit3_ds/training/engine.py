@@ -91,10 +91,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: boo
 
 
 def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
-    """Returns the bytes of the gradients that stay allocated until the update.
-
-    Returns 0 under ZeRO, which keeps only a partition of the gradients.
-    """
+    """Returns the bytes of the gradients that stay allocated until the update; 0 under ZeRO."""
     if config.options.zero_stage:
         return 0
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -44,7 +44,8 @@ class Stragglers:
 
     The comparison finds devices and hosts that are always slow, and ranks with more work. It does not find slow
     backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks and
-    are not included. A stage without the head encodes no images, so its "work" then shows no stragglers.
+    are not included. In these cases, "work" shows no stragglers on stages without the head, because these stages encode
+    no images either.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:
@@ -58,8 +59,8 @@ class Stragglers:
         self._mesh, self._stopwatches = mesh, (work, data)
 
     def report(self, steps: int, step_seconds: float) -> tuple[dict[str, Any], list[str]]:
-        """Compares the times "data" and "work" since the last report. All ranks must call this method. Each rank sends
-        2 numbers.
+        """Compares the ranks' "data" times, and their "work" times, since the last report. All ranks must call this
+        method. Each rank sends 2 numbers.
 
         A rank is a straggler if one of its times exceeds the median of its stage by more than 50 % and by more than 5 %
         of the step time.
@@ -70,8 +71,8 @@ class Stragglers:
 
         Returns:
             Values for metrics.jsonl, and lines that name the stragglers, at most four for "data" and four for "work".
-            The values for each of the two are: the rank that exceeds its stage's median most, that rank's seconds per
-            step, and the median.
+            There are three values for "data" and three for "work": the rank that exceeds its stage's median most, that
+            rank's seconds per step, and the median.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])

@@ -60,7 +60,7 @@ class AttentionPlan(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """Holds tables that tell the GPU kernels which rows belong to Q sequences, and how N tiles divide the sequences."""
+    """Holds attention kernels' tables: the rows of Q sequences, and how N tiles divide these sequences."""
 
     sequences_Q4: Tensor
     """Four numbers per sequence, (Q, 4) int32: first row and length of the first range, then of the second range. The

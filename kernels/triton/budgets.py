@@ -62,7 +62,12 @@ def read_budgets(version: str) -> dict[tuple[str, int], Report]:
 
 
 def write_budgets(version: str, reports: Budgets) -> None:
-    """Replaces the properties stored for a Triton version. The entries of other versions stay unchanged."""
+    """Replaces the machine-code properties that are stored for one Triton version; keeps all other versions.
+
+    Args:
+        version: Triton version of the new properties.
+        reports: new properties of the kernel variants.
+    """
     nested: dict[str, dict[str, Report]] = {}
     for (name, architecture), report in sorted(reports.items()):
         nested.setdefault(name, {})[f"sm_{architecture}"] = report

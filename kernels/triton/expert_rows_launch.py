@@ -131,7 +131,8 @@ def prepare_rows(
         width: columns per row, D.
         tiling: compile and launch settings of the kernel.
         flags: constexpr arguments after those of `row_constants`.
-        is_backward: whether to use the number of programs for backward launches.
+        is_backward: True limits the number of Triton programs to `tiling.backward_programs`; False limits this number
+            to `tiling.forward_programs`.
         takes_count: whether the kernel has an argument for the number of programs, after the argument `rows`.
     """
     assert stops[-1] * width < 2**31, f"{stops[-1]} rows of {width} columns have offsets beyond 32 bits"

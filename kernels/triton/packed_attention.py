@@ -27,8 +27,9 @@ LN2 = tl.constexpr(math.log(2.0))
 def _sequence_of(tile, sequences_ptr, tiles_ptr):
     """Returns the tile's first position in its sequence, and four numbers that describe the sequence.
 
-    A sequence consists of two ranges of rows. The four numbers are the first row of range 1, the length of range 1, the
-    number to add to a position in range 2 to get its row, and the length of the whole sequence.
+    A sequence consists of two ranges of rows. The four numbers are the first row of range 1, the length of range 1, an
+    offset, and the length of the whole sequence. If a position in the sequence falls into range 2, its row is the
+    position plus the offset.
     """
     sequence = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)

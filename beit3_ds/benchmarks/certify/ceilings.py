@@ -13,8 +13,7 @@ from beit3_ds.benchmarks.kernels.roofline import GPU, GPUS
 from beit3_ds.benchmarks.turns import device_of_turns
 
 HALF_PRODUCT = "product in bfloat16"
-"""Name of the result for bfloat16 matrix products. The result has their highest rate, which is the ceiling for training
-steps."""
+"""Name of the measurement of bfloat16 matrix products. The measured rate is the ceiling for training steps."""
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26, "dry": 1 << 16}
 _WIDTHS = {"cuda": 8192, "cpu": 512, "dry": 64}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -43,7 +43,7 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
 
 def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns the status, the time and the latest result of each measurement (item) of one section."""
+    """Returns the status and time of one section, and the latest result of each of its measurements (items)."""
     own = [line for line in lines if line.get("section") == section.name]
     ends = [line for line in own if "seconds" in line and "status" in line]
     items: dict[str, dict[str, Any]] = {}
@@ -95,7 +95,10 @@ def _markdown(content: dict[str, Any], folder: Path) -> str:
 
 
 def _tables(items: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns Markdown tables of measurements (items). Those whose figures have the same names share one table."""
+    """Returns Markdown tables of measurements (items).
+
+    Measurements whose values have the same names share one table.
+    """
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for name, item in items.items():
         groups.setdefault(tuple(item), []).append([name, *(_show(value) for value in item.values())])

@@ -14,7 +14,8 @@ from beit3_ds.benchmarks.turns import Turn, device_of_turns, serve_turns
 from beit3_ds.config import RunConfig
 
 NUM_BEAMS, LENGTH_PENALTY, MAX_LENGTH = 3, 0.6, 15
-"""Settings of the beam search in the reference's recipe. A caption has at most 12 token ids without BOS and EOS."""
+"""Settings of the beam search in the reference's recipe. `MAX_LENGTH` counts BOS, EOS and a mask token, so a caption
+has at most 12 other tokens."""
 IMAGES_AT_ONCE = 4
 """Number of images per call of caption generation. The reference's attention takes about 0.5 GB per beam and image."""
 

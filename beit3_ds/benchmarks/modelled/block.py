@@ -34,10 +34,10 @@ class BlockShape(NamedTuple):
     stream_size: int = 2
     """Bytes per element of the residual stream."""
     attention_lengths: tuple[float, ...] = (1.0,)
-    """Share of all rows that each attention expert computes, from 0 to 1. A single value of 1 means that all rows use
-    the same weights."""
+    """Rows that each attention expert computes, as a share of all rows, from 0 to 1. By default, one expert computes
+    all rows."""
     ffn_lengths: tuple[float, ...] = (0.8, 0.2)
-    """Share of all rows that each FFN expert computes, from 0 to 1."""
+    """Rows that each FFN expert computes, as a share of all rows, from 0 to 1."""
 
 
 class OpTime(NamedTuple):

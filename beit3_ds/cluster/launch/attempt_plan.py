@@ -25,19 +25,22 @@ class AttemptPlan:
     trainer: Sequence[str]
     """Training command that every rank runs."""
     environment: Mapping[str, str]
-    """Environment variables for the training processes, which override the launcher's variables."""
+    """Environment variables for the training processes. They are added to the launcher's variables, and replace those
+    with the same names."""
     folder: Path
     """Working directory of the training processes on all hosts."""
     log_dir: Path
     """Folder for the logs of this attempt, on storage that all hosts share."""
     address: str
-    """Address of this machine, to which the parents of the training processes connect."""
+    """Address of this machine. The guards, which are the parents of the training processes, connect to this address."""
     port: int
-    """Port on which `beit3 launch` waits for the parents of the training processes; 0 means any free port."""
+    """Port on which `beit3 launch` accepts connections of the guards; 0 means any free port. A guard is the parent of a
+    training process."""
     keepalive_seconds: float
     """Seconds without a message after which `beit3 launch` and a host consider each other lost."""
     start_seconds: float
-    """Time limit in seconds until the parents of all training processes have connected to `beit3 launch`."""
+    """Time limit in seconds until all guards, the parents of the training processes, have connected to `beit3 launch`.
+    """
 
     @property
     def world_size(self) -> int:

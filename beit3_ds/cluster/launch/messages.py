@@ -50,7 +50,8 @@ class Start:
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Environment variables for the training process, in addition to the launcher's variables, which they override."""
+    """Environment variables for the training process. They are added to the launcher's variables, and replace those
+    with the same names."""
     folder: str
     """Working directory of the training process."""
     log: str

@@ -42,9 +42,10 @@ class KeyedPermutation:
 class BlockPermutation:
     """Computes a permutation of range(size) that keeps neighbouring samples close together. Needs constant memory.
 
-    Blocks of consecutive samples are put into a random order. A window is a fixed number of blocks that are consecutive
-    in this order. The samples of each window are shuffled. Block 0 starts at a random sample, and sample 0 follows the
-    last sample. The samples after the last whole block join the last window.
+    The samples form a ring: sample 0 follows the last sample. From a random sample on, the ring is cut into blocks of
+    consecutive samples. The blocks are put into a random order. A window is a fixed number of blocks that are
+    consecutive in this order. The samples after the last whole block join the last window. The samples of each window
+    are shuffled.
     """
 
     def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:
@@ -99,8 +100,9 @@ def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPe
 
 
 def block_key(block: int, window: int) -> str:
-    """Returns text such as `blocks 256x16` for the key of a permutation. `order_permutation` then builds a
-    `BlockPermutation`.
+    """Returns text such as `blocks 256x16` for the key of a permutation.
+
+    If a key contains this text, `order_permutation` builds a `BlockPermutation`.
 
     Args:
         block: number of samples per block.

@@ -34,7 +34,7 @@ class RemainingSamples(Protocol):
         """Returns the sample numbers in the stream for indices within the set; both are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: first one for each part of this set, and last one for the set itself.
+        """Appends JSON descriptions to `nodes`: those of the parts of this set, and then one of the set itself.
 
         Returns:
             Index in `nodes` of this set's description, which is the last one.
@@ -88,7 +88,7 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: first one for each joined set, and last one for their concatenation.
+        """Appends JSON descriptions to `nodes`: those of the joined sets, and then one of their concatenation.
 
         Returns:
             Index in `nodes` of the last description.
@@ -116,7 +116,7 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: first those of the set `whole`, and last one for the remaining samples.
+        """Appends JSON descriptions to `nodes`: those of the set `self.whole`, and then one of the remaining samples.
 
         Returns:
             Index in `nodes` of the last description.
@@ -162,7 +162,7 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: first those of the set `whole`, and last one for this subset.
+        """Appends JSON descriptions to `nodes`: those of the set `self.whole`, and then one of this subset.
 
         Returns:
             Index in `nodes` of the last description.

@@ -71,7 +71,8 @@ class TextPreparation:
     broken: tuple[str, ...]
     """Skipped lines of the written and kept pieces. Each entry names the file, the line number and the reason."""
     files_left: int
-    """Number of text files with untokenized pieces, which belong to other shares."""
+    """Number of text files that are not completely tokenized. The missing pieces belong to other shares of the texts
+    (`WorkShare`)."""
 
 
 def prepare_texts(

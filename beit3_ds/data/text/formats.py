@@ -8,7 +8,7 @@
 | any other name | plain text |
 
 Compressed files of each format end with `.gz`, `.gzip`, `.zst` or `.zstd`. JSON lines have one object per line. JSON
-values are objects that may span several lines, either consecutive or in lists.
+values are objects that follow one another or are elements of lists; an object may span several lines.
 """
 
 import json

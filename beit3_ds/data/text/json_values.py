@@ -1,4 +1,4 @@
-"""Reads JSON values from a file, either consecutive or in lists; keeps one value in memory at a time."""
+"""Reads JSON values that follow one another in a file or are elements of lists; holds one value at a time."""
 
 import json
 import re

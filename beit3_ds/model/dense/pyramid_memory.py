@@ -7,7 +7,7 @@ def pyramid_memory(hidden_size: int, channels: int, element_size: int) -> float:
     """Returns the memory of a `SimpleFeaturePyramid` in bytes per patch: its maps, and what autograd saves.
 
     Autograd saves the inputs of convolutions, activations and norms, the statistics of norms and the indices of max
-    pooling. The estimate assumes images that fill the maps.
+    pooling. The estimate assumes that all images have the same size, so that the maps need no padding.
 
     Args:
         hidden_size: hidden size of the backbone.

@@ -25,13 +25,13 @@ class RelativePositions(nn.Module):
     """Widens queries and keys so that their products include decomposed relative positions.
 
     For a query q at row i and column j, and a key k at row m and column n, the score is q @ k / sqrt(K) + q @ rows[i -
-    m] + q @ columns[j - n] (MViTv2: Li et al., 2021, arXiv:2112.01526, section 4.1). The last two products are not
-    scaled, as in ViTDet and SAM.
+    m] + q @ columns[j - n] (MViTv2: Li et al., 2021, arXiv:2112.01526, section 4.1). Here, K is the width of q and k.
+    The last two products are not scaled, as in ViTDet and SAM.
 
     The wide query has three parts: q, the products of q with the table entries for all key rows, and those for all key
-    columns. The wide key has k, the one-hot vector of m, and the one-hot vector of n. The parts of the wide query are
-    scaled so that the product of wide query and wide key, divided by sqrt(W), is the score above. So any attention
-    kernel can compute the score.
+    columns. The wide key has k, the one-hot vector of m, and the one-hot vector of n. Attention kernels divide the
+    product of a wide query and a wide key by the square root of their width W. The parts of the wide query are scaled
+    so that the result is the score above. So any attention kernel can compute the score.
 
     All heads share the tables `rows` and `columns`, which are initialized to zero. For images larger than the tables,
     the tables are resampled linearly. The backward pass all-reduces the tables' gradients over the tensor-parallel
@@ -64,8 +64,7 @@ class RelativePositions(nn.Module):
             k_THK: keys.
             v_THK: values.
             grids: rows and columns of each image's patch grid.
-            order: side of the windows by which the rows are ordered in the whole model
-                (`ModelConfig.dense.window_size`).
+            order: `ModelConfig.dense.window_size`, which determines the order of the rows in all layers.
             window_size: side of the windows in which this layer attends; 0 if the layer attends to whole images.
         """
         rows, columns = (_axis_places(grids, order, window_size, self.side, axis, q_THK.device) for axis in range(2))
@@ -141,13 +140,14 @@ class _AxisPlaces(NamedTuple):
     """Holds the positions of patches along one axis (rows or columns) as table indices and one-hot vectors."""
 
     entries_TA: Tensor
-    """Rows of the concatenated tables, (T, A) int64: for each patch and each position along the axis, the row for their
-    distance. The trained table comes first, followed by its resampled copies in the order of `larger`."""
+    """Row numbers in the concatenated tables, (T, A) int64. Entry [t, a] is the row for the distance between patch t
+    and position a along the axis. The trained table comes first, followed by its resampled copies in the order of
+    `larger`."""
     one_hot_TA: Tensor
     """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
     larger: tuple[int, ...]
-    """Different side lengths, in patches, of the images that are larger than the table. The table is resampled once per
-    side length."""
+    """Side lengths of images along the axis, in patches, that exceed `RelativePositions.side`; ascending, without
+    repetition. The trained table is resampled once for each of them."""
 
 
 @lru_cache(maxsize=32)  # equal for all layers with the same window size

@@ -36,7 +36,9 @@ class Retrieved:
     def __init__(
         self, image_numbers: Tensor, image_ID: Tensor, text_numbers: Tensor, text_XD: Tensor, device: torch.device
     ) -> None:
-        """Computes the rank of the best right caption of each image, and of the right image of each caption.
+        """Finds, for each image, the rank of its first correct caption, and for each caption, the rank of its image.
+
+        A rank is the number of wrong candidates that come earlier in the order of similarity.
 
         Args:
             image_numbers: index of each image in its split, ascending, (images,) int64.
