@@ -20,7 +20,7 @@ _MAX_SHOWN = 80
 
 
 class ConfigError(ValueError):
-    """Reports an invalid configuration or input to the user.
+    """Tells the user that a configuration or an input is invalid.
 
     The first argument is the message. Further arguments are printed as indented lines below the message. Unprintable
     characters are escaped.

@@ -3,8 +3,9 @@
     image_size                   patch positions are interpolated
     patch_size                   the patch projection kernel is resampled, and patch positions are interpolated
     dense                        null to a section: the CLS and mask tokens are dropped
-                                 relative positions: start at zero if the weights have none, and are interpolated
-                                 if the size of the windows or of the image differs
+                                 weights without relative positions: the model's tables start at zero
+                                 model without relative positions: the stored tables are dropped
+                                 other size of the windows or of the image: the tables are interpolated
     max_text_length              shorter: only the first positions are kept
                                  longer: new positions get initial values
     layout                       shared to decoupled: vision and language each get a copy of the shared weights

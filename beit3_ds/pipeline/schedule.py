@@ -196,7 +196,7 @@ class Schedule:
 
 
 class _Step:
-    """Holds the micro-batches of one step that this stage has begun and not completed."""
+    """Runs this stage's passes of one step, and holds each micro-batch between its forward and backward pass."""
 
     def __init__(
         self,

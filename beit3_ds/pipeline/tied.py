@@ -66,12 +66,16 @@ class TiedWordEmbedding:
             self._arrived = self._pipeline.receive(gradient, forward=True).wait()
 
     def after_backward(self, *, is_last: bool) -> list[Message]:
-        """On the last stage, adds up the copy's gradient, and starts sending the sum if `is_last` is True.
+        """On the last stage, adds the gradient of the copied word table to a sum over the step's micro-batches.
 
-        Call this method after each backward pass of a step.
+        If `is_last` is True, also starts sending the sum to the first stage. On other stages and without a pipeline,
+        does nothing. Call this method after each backward pass of a step.
 
         Args:
             is_last: whether the backward pass was this stage's last one of the step.
+
+        Returns:
+            The message with the sum if the sum is being sent, else an empty list.
         """
         if self._copy is None:
             return []

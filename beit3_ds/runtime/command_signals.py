@@ -80,9 +80,9 @@ def _end_now(number: int, end: Callable[[int], None]) -> None:
 
 
 def end_program(status: int) -> NoReturn:
-    """Ends this program with an exit status. From now on, SIGINT ends the process at once and prints no traceback.
+    """Exits this program with a status. A SIGINT during the exit ends the process at once, without a traceback.
 
-    A program with threads and libraries needs about a second to end, and its results are already complete.
+    The exit of a program with threads and libraries takes about a second. The program's results are complete before.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Draws landscapes with shapes and their label maps, in the folders of ADE20K.
+"""Draws landscapes with shapes, and label maps of these landscapes, in the folder structure of ADE20K.
 
 images/{training,validation}/NUMBER.png
 annotations/{training,validation}/NUMBER.png      0: unlabelled outline; 1 to 9: class

@@ -43,9 +43,9 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
 
     Args:
         folder: folder to write to; it is created if missing, and existing files are replaced.
-        num_train: number of training scenes. The same number of statements is written, and of images for each task that
-            does not use scenes. Each statement has one pair of images for which it is true, and one for which it is
-            false.
+        num_train: number of training scenes; also the number of training statements, and of training images for each
+            task that does not use scenes. Each statement has one pair of images for which it is true, and one for which
+            it is false.
         num_validation: the same number for validation.
         seed: seed of all random draws.
         size: side of square images in pixels, and shorter side of images with label maps. The longer side of images

@@ -64,7 +64,10 @@ class CsvMonitor:
         return self._files[table]
 
     def _report_changes(self) -> None:
-        """Reports failures once for all files, because all files are on one disk."""
+        """Reports when some tables cannot be written any more, and when all tables are complete again.
+
+        There is only one report for all tables, because all tables are on the same disk.
+        """
         failed = [file.path.name for file in self._files.values() if file.has_failed]
         if failed and not self._has_failed:
             self._report(

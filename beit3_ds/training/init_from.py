@@ -15,7 +15,10 @@ from beit3_ds.tasks import build_task
 
 
 class InitialWeights:
-    """Adapts the weights of a file to a run's model. `model.adaptation` lists the settings that may differ."""
+    """Adapts the weights of a file to a run's model.
+
+    The module `model.adaptation` lists the settings in which the stored model and the run's model may differ.
+    """
 
     def __init__(self, path: str | Path, config: RunConfig) -> None:
         """Reads the names and shapes of the tensors, and checks them against the model.

@@ -162,10 +162,10 @@ def forward_plain(
         tiles: vocabulary tiles of this shard.
 
     Returns:
-        The partials of the M rows, then two tensors for the backward pass. The second of these, (tiles, M), holds for
-        each tile and row the largest logit in this tile and all earlier tiles. The first, (`tiles.num_buffers`, M,
-        `tiles.stride`), holds exp(logit - largest) for each logit whose tile still has a buffer at the end, where
-        `largest` is from the second tensor.
+        The partials of the M rows, then two tensors for the backward pass. The first tensor, (`tiles.num_buffers`, M,
+        `tiles.stride`), holds exp(logit - largest) for all tiles whose buffer no later tile overwrote
+        (`VocabularyTiles.is_kept`). Here, `largest` is the row's largest logit in this tile and all earlier tiles. The
+        second tensor, (tiles, M), holds `largest` for each tile and row.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)

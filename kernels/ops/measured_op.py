@@ -200,7 +200,7 @@ class MeasuredOp:
 
 
 def _prepare(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-    """Returns a function that runs the implementation, for arguments with the dtypes, sizes and flags of these."""
+    """Returns a function that runs `implementation` for arguments like `arguments` in dtypes, sizes and flags."""
     return implementation.prepare(*arguments) if isinstance(implementation, Prepared) else implementation
 
 

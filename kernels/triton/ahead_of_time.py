@@ -105,7 +105,10 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
 
 
 def find_excess(report: Report, budget: Report | None, architecture: int) -> list[str]:
-    """Returns one message per property of new machine code that is worse than stored, or breaks a hardware limit.
+    """Compares new machine code with stored properties and hardware limits; returns one message per problem.
+
+    A problem is a property that is worse than the stored one, shared memory beyond the limit of the hardware, or a
+    variant for which nothing is stored.
 
     Args:
         report: properties of the new machine code.

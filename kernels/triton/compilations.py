@@ -21,7 +21,7 @@ class Compilations:
         self.num_hits = 0
         """Number of kernels that were found in Triton's cache."""
         self.missed: Counter[str] = Counter()
-        """Number of compilations by kernel name."""
+        """Number of kernels that were not found in Triton's cache and had to be compiled, by kernel name."""
         self.seconds = 0.0
         """Total time of all compilations in seconds."""
 
@@ -34,7 +34,7 @@ class Compilations:
 
     @property
     def num_misses(self) -> int:
-        """Returns the number of compiled kernels."""
+        """Returns the number of kernels that were not found in Triton's cache and had to be compiled."""
         return sum(self.missed.values())
 
     def describe(self) -> dict[str, Any]:

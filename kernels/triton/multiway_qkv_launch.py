@@ -96,7 +96,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 def _for_layers(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Extends the parameters of the query, key and value layers to NUM_EXPERTS each, by repeating the last ones."""
+    """Extends each layer's parameters (query, key, value) to NUM_EXPERTS by repeating the layer's last one."""
     num_experts = len(parameters) // NUM_LAYERS
     layers = [parameters[start : start + num_experts] for start in range(0, len(parameters), num_experts)]
     return [parameter for layer in layers for parameter in for_experts(layer)]

@@ -24,13 +24,14 @@ class HostTimes(NamedTuple):
     """
 
     layer: tuple[float, float]
-    """Seconds per block for launching the kernels of the forward and backward pass; before the optimization, and now.
-    """
+    """Seconds per block for launching the kernels of the forward and backward pass, with the code before its
+    optimization and with the current code."""
     norm: tuple[float, float]
-    """Seconds per step for the gradient norm, during which the GPU is idle; before the optimization, and now."""
+    """Seconds per step for the gradient norm, with the code before its optimization and with the current code. The GPU
+    is idle during this time."""
     zero3_ratio: tuple[float, float]
-    """How many times longer launching a block's kernels takes under ZeRO-3, because of its hooks; before the
-    optimization, and now."""
+    """How many times longer launching a block's kernels takes under ZeRO-3, because of its hooks, with the code before
+    its optimization and with the current code."""
 
 
 class StepTime(NamedTuple):

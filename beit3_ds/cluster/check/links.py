@@ -16,7 +16,8 @@ from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 from beit3_ds.runtime import versions
 
 FLOOR_BITS = 0.5e9
-"""Speed in bits per second (half of 1 Gbit/s) below which every link counts as slow, if no speed is expected."""
+"""Speed in bits per second (half of 1 Gbit/s). If the user gives no expected speed, every link below this speed counts
+as slow."""
 _SLOW = 0.5  # share of the usual or expected speed below which a link is slow
 _START_SECONDS = 90.0  # to import torch from a shared file system and to connect
 _ROUND_SECONDS = 10.0

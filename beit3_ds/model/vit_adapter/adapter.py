@@ -125,8 +125,9 @@ class OutputMaps(nn.Module):
         Args:
             c1_BDHW: finest map of the spatial prior.
             c_BLD: pyramid rows after the last extractor.
-            trunk: patches after each interaction, (B, N, D) each. The finest map adds patches of an early interaction,
-                and the coarsest map those of the last one.
+            trunk: patches after each interaction, (B, N, D) each. If `adds_trunk_features` is True, each map is
+                increased by resized patches of one interaction: the finest map by those of an early interaction, later
+                maps by those of later ones, and the coarsest map by those of the last interaction.
             geometry: sizes of the maps.
         """
         lengths = [rows * columns for rows, columns in geometry.pyramid]

@@ -165,7 +165,7 @@ class AnnotatedObjects:
         return image
 
     def objects(self, index: int) -> list[StoredObject]:
-        """Returns the objects of an image that training uses; there may be none."""
+        """Returns those objects of an image that training uses; the list may be empty."""
         found = []
         for place in range(int(self._starts[index]), int(self._starts[index + 1])):
             segmentation = None

@@ -28,7 +28,7 @@ def mean_features(
 ) -> Tensor:
     """Returns the mean of the teacher's features over all images of some steps, (features,) float32.
 
-    The data-parallel ranks sum one number per feature and the number of patches.
+    The data-parallel ranks all-reduce a vector of feature sums and the number of patches.
 
     Args:
         steps: this rank's samples of the steps.

@@ -28,7 +28,7 @@ _ANNOTATIONS_FORM = "an object with 'annotations' (question_id, multiple_choice_
 
 
 class VqaQuestions(CollectedAnnotations):
-    """Holds questions about images, with answers that people gave if the split has answers.
+    """Holds questions about images and, if the split has answers, the answers that people gave.
 
     Each question is one sample, and `caption` returns its text. A question takes about 200 bytes of memory besides its
     text.
@@ -107,7 +107,7 @@ class VqaQuestions(CollectedAnnotations):
         """Returns the answers that people gave to a question.
 
         Raises:
-            ConfigError: if a question of the collection has no answers.
+            ConfigError: if this question or any other question of the collection has no answers.
         """
         self.check_has_answers()
         answers: list[str] = json.loads(self._answers[index])
