@@ -6,11 +6,12 @@ from typing import Any
 
 
 class Prepared:
-    """Decorates a function that prepares calls of an operator, and turns it into the operator.
+    """Decorator for functions that prepare an operator; calling a decorated function runs the operator.
 
-    The function takes the operator's arguments, and returns a function that runs the operator. The returned function
-    takes the same positional arguments. It may be called again with other tensors of the same dtypes, sizes and device,
-    and with equal other arguments. `MeasuredOp` keeps it for later layers and batches.
+    The decorated function takes the operator's arguments, and returns a second function, which runs the operator. The
+    second function takes the same positional arguments. It may be called again with other tensors of the same dtypes,
+    sizes and device, and with equal other arguments. `MeasuredOp` keeps the second function for later layers and
+    batches.
     """
 
     def __init__(self, prepare: Callable[..., Callable[..., Any]]) -> None:

@@ -29,10 +29,10 @@ class TurnProcess:
     """
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:
-        """Starts the process of one side and opens a pipe for the answers.
+        """Starts the process of one implementation, called a side, and opens a pipe for the measured figures.
 
         Args:
-            side: name of the side, for messages.
+            side: name of the implementation, for messages.
             module: module to run, which calls `serve_turns`.
             arguments: arguments of the module. The file descriptor of the pipe is appended as the last argument.
         """

@@ -69,7 +69,7 @@ class Flag(Spec):
 
     @property
     def rule(self) -> str:
-        """Returns "true or false"."""
+        """Returns the valid values in words: "true or false"."""
         return "true or false"
 
 

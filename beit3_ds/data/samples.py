@@ -124,7 +124,10 @@ class ImageSourceSamples(ImagesOfSource):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedSamples(ImagesOfSource):
-    """Base class for image samples with captions: several per sample if the source is an `EachImage`, otherwise one."""
+    """Base class for samples that are images with captions.
+
+    If the source is an `EachImage`, a sample has all captions of its image; otherwise, it has one caption.
+    """
 
     def image_files(self) -> Iterable[str]:
         """Returns the paths of all images that the annotations name; empty if the source is a folder or tars."""

@@ -26,7 +26,7 @@ class Shareable(Protocol):
 
 
 DataError = ConfigError | StorageError
-"""Errors in reading data. If one rank raises such an error, all ranks of the model copy raise it."""
+"""Errors in reading data. If one rank raises such an error, the error is raised on all ranks of the same model copy."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 

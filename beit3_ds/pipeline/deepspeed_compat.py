@@ -155,7 +155,9 @@ def begin_update(engine: DeepSpeedEngine) -> None:
 
 
 def skip_update(engine: DeepSpeedEngine) -> None:
-    """Drops the gradients of a step with a non-finite norm and counts the step, as DeepSpeed's other optimizers do.
+    """Drops the gradients of a step whose gradient norm is not finite, and adds the step to `engine.global_steps`.
+
+    DeepSpeed also adds a step to `global_steps` if one of its own optimizers skips the update.
 
     Args:
         engine: DeepSpeed engine in float32 without ZeRO.

@@ -39,7 +39,10 @@ class Schedule:
     def __init__(
         self, engine: DeepSpeedEngine, chunks: Sequence[range], mesh: Mesh, step_loss: StepLoss | None = None
     ) -> None:
-        """Registers the gradient probe and the tied word table on the engine's model.
+        """Stores the arguments, and registers hooks on the gradients of the engine's model.
+
+        The hooks find non-finite gradients (`GradientProbe`). In a pipeline with a tied word table, the first stage's
+        hook also adds the gradient of the last stage's copy (`TiedWordEmbedding`).
 
         Args:
             engine: DeepSpeed engine of this stage's `StageModel`, with gradient accumulation 1.

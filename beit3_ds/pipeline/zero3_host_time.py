@@ -61,7 +61,10 @@ def _shorten_gradient_reduction(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Non
 
 
 def _add_to_bucket(optimizer: DeepSpeedZeroOptimizer_Stage3, parameter: Any) -> None:
-    """Adds a gradient to those that are reduced together, and first reduces these if there would be too many."""
+    """Adds a parameter's gradient to the bucket of gradients that are reduced together.
+
+    If the bucket would become too large, the gradients already in the bucket are reduced first.
+    """
     dtype = optimizer.get_param_comm_dtype(parameter)
     bucket = optimizer.ipg_buckets[dtype]
     if bucket.params and bucket.elements + parameter.ds_numel > optimizer.reduce_bucket_size:

@@ -25,14 +25,15 @@ class HostRequirements(NamedTuple):
     shm: int
     """Bytes of /dev/shm for the prefetched steps of the node's ranks."""
     ranks: int
-    """Bytes that the node's rank processes need for themselves and their libraries. Host memory that CUDA takes is not
-    included."""
+    """Memory of the node's rank processes and their libraries, in bytes. Host memory that CUDA takes is not included.
+    """
     workers: int
-    """Bytes of the data workers: libraries, one step per worker, and the micro-batch that is being packed."""
+    """Memory of the data workers, in bytes: libraries, one step per worker, and the micro-batch that is being packed.
+    """
     validation: int
-    """Bytes of the validation batches that the ranks keep in memory."""
+    """Memory of the validation batches that the ranks keep, in bytes."""
     checkpoint: int
-    """Bytes of the copies of the training state that are written to checkpoints while training continues."""
+    """Memory of the copies of the training state that are written to checkpoints while training continues, in bytes."""
     offloaded: int
     """Bytes of master weights, moments, gradients and parameters that DeepSpeed offloads to the host."""
     pinned: int

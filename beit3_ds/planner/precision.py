@@ -14,11 +14,12 @@ BANDWIDTH = 3.35e12
 """Assumed memory bandwidth in bytes per second, from the data sheet of the H100 SXM."""
 
 _FORWARD_PASSES = 3
-"""Number of passes over the memory of the residual stream in the forward pass of attention or FFN: the norm reads the
-whole stream once, and the last operation reads and writes the whole stream."""
+"""Number of reads and writes of the whole residual stream in the forward pass of attention or FFN. The norm reads the
+stream. The residual addition at the end reads and writes the stream."""
 _BACKWARD_PASSES = 4
-"""Number of passes over the memory of the residual stream or its gradient in the backward pass of attention or FFN. The
-norm reads the stream, and reads and writes the gradient. The last operation reads the gradient."""
+"""Number of reads and writes of the whole residual stream or its gradient in the backward pass of attention or FFN. The
+norm's backward reads the stream and the gradient, and writes the gradient. The residual addition's backward reads the
+gradient."""
 
 
 class PrecisionCost(NamedTuple):

@@ -9,7 +9,10 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def describe_main_thread(otherwise: str) -> str:
-    """Describes the main thread: its source line, and the file or folder that it uses or what it waits for.
+    """Describes what the main thread is doing.
+
+    The text names the file or folder that the thread uses. If none is known, the text names what the thread waits for.
+    Then follows the source line that the thread executes.
 
     Args:
         otherwise: text to use if the thread has no known file or folder and no known wait; may be empty.

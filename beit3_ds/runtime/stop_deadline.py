@@ -25,12 +25,15 @@ class StopDeadline:
     """Ends this process, from a separate thread, if the process does not end within a time limit after a stop signal.
 
     Before the first step and after the last step, the limit is `STOP_SECONDS`. During training, a rank may finish its
-    step and save a checkpoint, so only waits for other ranks are limited. The limit of a wait is `STOP_SECONDS` or
-    twice the longest phase so far, whichever is longer. A second SIGINT ends the process within about one second.
+    step and save a checkpoint, so only waits for other ranks are limited. Such a wait may last `STOP_SECONDS`, or twice
+    as long as the longest phase of a step so far, whichever is longer. For example, a micro-batch's forward pass is a
+    phase. A second SIGINT ends the process within about one second.
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
-        """Starts the watching thread. The limit is `STOP_SECONDS` until `limit_waits` is called.
+        """Starts a thread that ends the process if the process still runs `STOP_SECONDS` after a stop signal.
+
+        After a call of `limit_waits`, the thread limits only waits for other ranks.
 
         Args:
             rank: rank of this process, for messages.
@@ -69,7 +72,7 @@ class StopDeadline:
         self._phase_since, self._activity = time.monotonic(), None
 
     def stop(self) -> None:
-        """Stops the watching thread."""
+        """Stops the thread."""
         self._over.set()
         self._thread.join()
 
@@ -109,7 +112,7 @@ class StopDeadline:
 
 @contextmanager
 def stop_deadline(rank: int, signals: StopSignals) -> Iterator[StopDeadline]:
-    """Runs a `StopDeadline` during the block."""
+    """Runs a `StopDeadline` inside a `with` block, and stops it at the end of the `with` block."""
     deadline = StopDeadline(rank, signals)
     try:
         yield deadline

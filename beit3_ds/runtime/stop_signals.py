@@ -91,9 +91,9 @@ class StopSignals:
             self.record(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Records a signal as Python's signal handler, and raises KeyboardInterrupt at the second SIGINT.
+        """Records a signal, and raises KeyboardInterrupt at the second SIGINT. This method is a Python signal handler.
 
-        Python calls this method on the main thread. The thread that reads the pipe records the same signal, before or
+        Python calls the handler on the main thread. A separate thread also records each signal (`_note`), before or
         after this call.
         """
         is_second = number == signal.SIGINT and self._has_handled_interrupt

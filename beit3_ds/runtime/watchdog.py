@@ -44,8 +44,8 @@ class Watchdog:
     * the store does not answer: rank 0, its host or the network link to it is down.
 
     After a failure, every rank prints one line with the failed rank, its coordinates and its host, and exits with
-    status 1. The first thread also forwards stop signals: if one rank receives a signal, all ranks know it about two
-    seconds later.
+    status 1. The heartbeat thread also forwards stop signals: if one rank receives a signal, all ranks know it about
+    two seconds later.
 
     Network traffic: each rank requests four short values per second from the store, and writes about 80 bytes every
     sixth of `heartbeat_timeout_seconds`. With 512 ranks and 60 s, these are 565 requests and less than 200 kB per
@@ -141,7 +141,7 @@ class Watchdog:
         return [Heartbeat.decode(text) for text in self._store.multi_get(_beat_keys(ranks))]
 
     def _watch_ranks(self) -> None:
-        """Runs in the first thread. Sends heartbeats, and ends the process when any rank publishes a failure."""
+        """Sends heartbeats, and ends the process when any rank publishes a failure. Runs in the heartbeat thread."""
         try:
             while not self._stopped.wait(self._poll_seconds):
                 keys = ["beats_requested", "failure", "beat/0", "stop_signal"]
@@ -172,7 +172,10 @@ class Watchdog:
             self._set_once("stop_signal", str(min(self._signals.received)))
 
     def _watch_store(self) -> None:
-        """Runs in the second thread. Ends the process if the store stops answering; makes no call that could block."""
+        """Ends the process if the store has not answered the heartbeat thread for `heartbeat_timeout_seconds`.
+
+        Runs in a thread that makes no requests to the store, because a request could block.
+        """
         last = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
             now = time.monotonic()

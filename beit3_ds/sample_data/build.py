@@ -54,8 +54,8 @@ class Sample:
     candidate: Candidate
     webp: bytes
     shape: npt.NDArray[np.float32]
-    """Luminance at 16 x 16 pixels, (256,) float32 with mean 0 and norm 1; the dot product of two samples is their
-    correlation."""
+    """Vector for comparing images, (256,) float32: the luminance at 16 x 16 pixels, shifted to mean 0 and scaled to
+    norm 1. The dot product of the vectors of two images is the images' correlation."""
     vivid: bool
     """Whether the image is colourful, filled and detailed; vivid samples are chosen first."""
 

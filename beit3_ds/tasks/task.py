@@ -20,7 +20,7 @@ For further needs, a task uses the following:
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
     another image size                              `model.image_size` in the configuration
     no text, or no image                            `model.inputs` in the configuration
-    inputs that are not the kinds of samples        `Task.inputs`; its default is the kinds in the section "data"
+    batches of other kinds than the samples         `Task.inputs`, for example to read pairs as images and texts
     files of its own                                `Task.formats`; `build_streams` opens the sources of these formats
     metrics that are means                          a term of weight 0, whose sum and count merge exactly over ranks
     metrics over all samples of a split             `RankTask.open(validation_loss=False)` and `RankTask.evaluate`
@@ -99,9 +99,9 @@ class Task(ABC):
     causal_captions: ClassVar[bool] = False
     """Whether each word of a caption attends only to the words before it (`PackedBatch.causal_captions`)."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
-    """Source formats that the task accepts, by kind of samples ("images", "pairs" or "texts"). A kind that is not
-    listed accepts no sources. A source of images or pairs may omit its format if one of `IMAGE_FORMATS` is listed for
-    this kind. Texts are listed with an empty sequence if their sources must omit the format."""
+    """Formats that the task accepts for sources of each kind: "images", "pairs" and "texts". A kind without an entry
+    accepts no sources. A source of images or pairs may omit its format if the entry contains one of `IMAGE_FORMATS`. An
+    empty entry for texts means that sources of texts must omit the format."""
     headline: ClassVar[Headline | None] = None
     """Metric of `RankTask.evaluate` for comparing checkpoints; None if `evaluate` returns no metrics."""
 
@@ -246,10 +246,10 @@ class Task(ABC):
         return 0.0
 
     def expected_head_flops(self) -> float:
-        """Returns the floating-point operations per step of the head (forward and backward) and of computing the
-        targets.
+        """Returns the floating-point operations of the head per step, forward and backward.
 
-        Only targets computed on the device count. The default is 0, for tasks with a small head.
+        If the task computes targets on the device, these operations are added. The default is 0, for tasks with a small
+        head.
         """
         return 0.0
 
@@ -267,14 +267,15 @@ class Task(ABC):
     def score_results(self, paths: Sequence[str], split: Split, folder: ResultFolder) -> dict[str, float]:
         """Scores result files of a split without a model, writes tables, and returns the metrics by name.
 
+        By default, a task cannot score result files, and this method always raises an error.
+
         Args:
             paths: result files, or folders of them, in the format that an evaluation of the task writes.
             split: split with the annotations.
             folder: folder of the tables.
 
         Raises:
-            ConfigError: if a result is invalid or belongs to other samples, or the task scores no result files, which
-                is the default.
+            ConfigError: if a result is invalid or belongs to other samples, or the task cannot score result files.
         """
         raise ConfigError(
             f"--results: the task {self.config.task.name} scores no result files. Tasks that do: detection, "

@@ -10,10 +10,10 @@ from beit3_ds.batch import PackedBatch
 
 
 class DeviceMoves:
-    """Copies announced micro-batches to the device on a separate CUDA stream, one micro-batch ahead.
+    """Copies micro-batches to the device on a separate CUDA stream, one micro-batch ahead of their use.
 
-    Besides the micro-batch in use, the device holds at most one micro-batch. On a CPU, nothing is copied ahead: `take`
-    moves each micro-batch.
+    `announce` sets the order of the micro-batches. Besides the micro-batch in use, the device holds at most one
+    micro-batch. On a CPU, nothing is copied ahead: `take` moves each micro-batch.
     """
 
     def __init__(self, device: torch.device, side: Any = None, current: Callable[[], Any] = lambda: None) -> None:
@@ -34,10 +34,10 @@ class DeviceMoves:
         self._start_next()
 
     def take(self, batch: PackedBatch) -> PackedBatch:
-        """Returns the micro-batch `batch` on the device, and starts copying the next announced micro-batch.
+        """Returns the micro-batch `batch` on the device, and starts copying the micro-batch after it.
 
-        If `batch` is not the announced one that was copied ahead, `batch` is copied now, and no other copy starts. The
-        host never waits for a copy; the device waits for the copy before using the micro-batch.
+        The order is that of the list passed to `announce`. If `batch` was not copied ahead, it is copied now, and no
+        other copy starts. The host never waits for a copy; the device waits for the copy before using the micro-batch.
         """
         if self._ahead is None or self._ahead[0] is not batch:
             return batch.to(self._device)

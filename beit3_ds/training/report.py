@@ -36,7 +36,7 @@ def write_report(run: Run) -> None:
     """Writes the task's results, losses.png, the task's pages and summary.json, and prints the summary.
 
     If the plot, a page or the summary cannot be written, prints a warning instead of an error. All ranks must call this
-    function, because all take part in the forward passes.
+    function, because all ranks together compute the task's results.
 
     Raises:
         StorageError: if the task's results cannot be written.

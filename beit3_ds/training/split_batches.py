@@ -77,10 +77,12 @@ class _Reading:
 def iterate_together(
     batches: Iterable[PackedBatch], mesh: Mesh, is_stopping: Callable[[], bool]
 ) -> Iterator[PackedBatch]:
-    """Yields this rank's batches as long as all ranks have one. All ranks must call this function.
+    """Yields this rank's batches. An error or a stop signal on one rank ends the iteration on all ranks.
+
+    All ranks must call this function, and must have the same number of batches.
 
     Args:
-        batches: this rank's batches; all ranks must have the same number.
+        batches: this rank's batches.
         mesh: mesh of all ranks.
         is_stopping: function that returns whether this rank has received a stop signal.
 

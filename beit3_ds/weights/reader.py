@@ -149,7 +149,9 @@ def open_weights(path: str | Path, *, averages: bool = False, best: bool = False
 
 
 def open_for_import(path: str | Path, *, image_size: int | None = None) -> ReleasedFile | TimmFile:
-    """Opens a weights file in another project's format (unilm or timm), released or exported by this program.
+    """Opens a weights file in the format of unilm or timm.
+
+    The file may come from these projects, or may have been exported by this program.
 
     Args:
         path: path of the file.

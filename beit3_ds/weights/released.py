@@ -117,7 +117,13 @@ class ReleasedFile:
         return self._tensors[name].dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor, or the part that `matrix_part` selects; data are read from disk only when used."""
+        """Returns a tensor, or a part of the tensor. Values are read from disk when they are used.
+
+        Args:
+            name: name of the tensor in this project.
+            part: (top, bottom, left, right) selects rows [top, bottom) and columns [left, right) of the tensor, viewed
+                as a matrix (`matrix_part`). None returns the whole tensor.
+        """
         tensor = self._tensors[name]
         if name == IMAGE_POSITION:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]

@@ -72,7 +72,13 @@ class TimmFile:
         return next(iter(self._tensors.values())).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor, or the part that `matrix_part` selects; a tensor that the file lacks has initial values."""
+        """Returns a tensor, or a part of the tensor. A tensor that the file lacks has initial values.
+
+        Args:
+            name: name of the tensor in this project.
+            part: (top, bottom, left, right) selects rows [top, bottom) and columns [left, right) of the tensor, viewed
+                as a matrix (`matrix_part`). None returns the whole tensor.
+        """
         if name in self._tensors:
             tensor = self._tensors[name]
             if name == IMAGE_POSITION:

@@ -84,10 +84,10 @@ class Gaps:
 
 
 class HostMemory:
-    """Allocates tensors in a memory mapping, and frees a tensor's bytes when PyTorch releases the tensor's storage.
+    """Allocates tensors in a memory mapping, in which new tensors reuse the bytes of released tensors.
 
-    The operating system provides a page of memory when the process first writes to that page. The process then keeps
-    the page.
+    A tensor's bytes can be reused when PyTorch releases the tensor's storage. The operating system provides a page of
+    memory when the process first writes to that page. The process then keeps the page, even while no tensor uses it.
     """
 
     def __init__(self, size: int) -> None:
@@ -120,9 +120,9 @@ class HostMemory:
         Args:
             shape: shape of the tensor; all sizes must be positive.
             dtype: dtype of the tensor.
-            lasting: whether the tensor lives until the end of a step. Such a tensor gets the highest free bytes of the
-                part of the mapping that was used or reserved so far. If it does not fit there, or is not lasting, it
-                gets the lowest free bytes.
+            lasting: whether the tensor lives until the end of a step. A lasting tensor gets the highest free bytes of
+                the part of the mapping that was used or reserved so far. A lasting tensor that does not fit into that
+                part gets the lowest free bytes of the mapping, as all other tensors do.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

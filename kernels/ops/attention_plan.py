@@ -41,7 +41,7 @@ class Bucket(NamedTuple):
     """First index in `rows` if the indices are consecutive, so that a view of the packed rows suffices; otherwise None.
     """
     real: Tensor | None
-    """Ascending indices into `rows` of the entries that are not padding, int64; None if there is no padding."""
+    """Indices at which `rows` has no padding, ascending, int64; None if there is no padding."""
     key_mask: Tensor | None
     """Attention mask, bool, True where a query sees a key; None if all entries are True. Without causal captions, the
     shape is (n, 1, 1, S), and the mask hides padding. With causal captions, the shape is (n, 1, S, S), and the mask

@@ -72,7 +72,7 @@ class ChoiceFile:
 
 
 def choice_file_of(device: torch.device) -> ChoiceFile:
-    """Opens the choice file for a CUDA device and the installed software versions."""
+    """Opens the list of fastest implementations for a CUDA device and the installed software versions."""
     import triton  # needed on a GPU only
 
     return ChoiceFile(file_name(torch.cuda.get_device_name(device)), Path(triton.knobs.cache.dir) / "beit3_ds")

@@ -295,8 +295,8 @@ _BACKWARD = MeasuredOp(
 def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
     """Returns the parameters in the dtype that PyTorch's LayerNorm needs for the rows `x_TD`.
 
-    This is the dtype of the rows. For half-precision rows on a CPU, it is float32, because PyTorch then computes
-    float32 statistics.
+    Half-precision rows on a CPU need float32 parameters, because PyTorch computes the statistics of such rows in
+    float32. All other rows need parameters in the rows' dtype.
     """
     is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
     dtype = torch.float32 if is_half_on_cpu else x_TD.dtype

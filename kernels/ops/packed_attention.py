@@ -184,7 +184,7 @@ def _compare(
 
 
 def _rehearse(attention: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Returns the function that is timed: an implementation and, if gradients are needed, the backward pass."""
+    """Returns a function for `MeasuredOp` to time: `attention` and, if gradients are needed, a backward pass."""
 
     def run(*arguments: Any) -> Any:
         *inputs, ranges, causal_captions, is_differentiated = arguments

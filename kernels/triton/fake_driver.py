@@ -48,7 +48,8 @@ class FakeGPU:
         self.launches: Counter[str] = Counter()
         """Number of launches by kernel name."""
         self.kernels: set[str] = set()
-        """Cache keys of all launched kernels. Empty if launches do not compile their kernels."""
+        """Cache keys of all launched kernels; always empty with `fake_gpu(compiles=False)`, because kernels that are
+        not compiled have no keys."""
         self.num_launchers = 0
         """Number of C launchers that were added to Triton's cache (see the module `launchers`)."""
         self.utils = self

@@ -138,7 +138,9 @@ class KernelLauncher:
         num_warps: int,
         num_stages: int = 3,
     ) -> Launch:
-        """Returns a launch for tensors of the same dtypes and sizes, which callers may keep for later calls.
+        """Returns a `Launch` with fixed grid and scalar arguments. Callers may keep the `Launch` for later calls.
+
+        All calls of the `Launch` must pass tensors of the same dtypes and sizes.
 
         Args:
             grid: number of Triton programs along each of one to three axes.

@@ -92,6 +92,8 @@ def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[
 def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Callable[..., Tensor]:
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
+
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
         slices: row range [start, stop) of each expert.
@@ -111,6 +113,8 @@ def out_projection(
     factor_T: Tensor | None,
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert. All tensors are contiguous.
+
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
 
     Args:
         a_TF: input rows.
@@ -147,6 +151,8 @@ def up_projection(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes u_TF = h @ w.T + b with each row's expert, and a_TF = gelu(u_TF) with the exact (erf) GELU.
 
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
+
     Args:
         h_TD: input rows, contiguous.
         slices: row range [start, stop) of each expert.
@@ -173,6 +179,8 @@ def input_gradient(
     dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weights: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
     """Computes the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
+
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
 
     Args:
         dy_TD: gradient of the layer's output, contiguous.
@@ -303,8 +311,8 @@ def prepare_tiles(
         launcher: launcher of the kernel.
         grid: function that returns the number of Triton programs along each axis, for given tile sizes.
         x: first argument of the kernel, whose device and dtype determine the candidate tile sizes.
-        slices: row range [start, stop) of each expert. The stop rows are passed after the tensors. Without rows, the
-            kernel is not launched.
+        slices: row range [start, stop) of each expert. The kernel takes the stop rows as integers, after its tensor
+            arguments. If no expert has rows, the kernel is not launched.
         constants: constexpr arguments before the tile sizes.
         numbers: integer arguments between the stop rows and the constants.
     """

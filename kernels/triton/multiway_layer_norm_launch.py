@@ -37,6 +37,8 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Applies each expert's LayerNorm to the expert's rows.
 
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
+
     Args:
         x_TD: rows, contiguous, in float32 or in the parameters' dtype.
         stops: stop row of each expert; expert 0 starts at row 0.
@@ -77,6 +79,8 @@ def backward(
     in_place: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
+
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.

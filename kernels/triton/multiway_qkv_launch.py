@@ -29,6 +29,8 @@ def qkv(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Applies each expert's three linear layers to the expert's rows; returns q_TF, k_TF and v_TF.
 
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
+
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
         slices: row range [start, stop) of each expert.
@@ -54,6 +56,8 @@ def qkv_input_gradient(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, slices: Slices, weights: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
     """Computes the gradient of the three layers' common input: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
+
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
 
     Args:
         dq_TF: gradient of the queries, contiguous.

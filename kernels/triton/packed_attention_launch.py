@@ -119,6 +119,8 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the attention output and the log-sum-exp of each query.
 
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
+
     Args:
         q_THK: queries, contiguous, like k_THK and v_THK.
         sequences_Q4: see `TilePlan.sequences_Q4`.
@@ -158,6 +160,8 @@ def backward(
     causal_captions: bool,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Computes the gradients dq, dk and dv. The kernels use no atomics, so the results are deterministic.
+
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
 
     Args:
         dy_THK: gradient of y_THK.

@@ -35,6 +35,8 @@ def forward(
 ) -> Callable[..., Tensor]:
     """Returns y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
+
     Args:
         residual_TD: residual stream, contiguous.
         partial_TD: branch without its bias, contiguous.
@@ -69,6 +71,8 @@ def backward(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
+
+    Because of the decorator `Prepared`, a call returns the results instead of a function.
 
     Args:
         dy_TD: gradient of y, contiguous.

@@ -34,8 +34,9 @@ element of the weight."""
 _MOST_SHARES = 16
 _ROUNDING = 64
 _PROGRAM_ROWS = 5
-"""Modelled cost of writing and reading one Triton program's partial sums. The unit is the time in which a program
-multiplies one row: 1/128 microsecond. The model assumes that 64 KB are written and read at 3.35 TB/s."""
+"""Modelled time for writing and reading one Triton program's partial sums, as a number of rows: the program could
+multiply this many rows in the same time. One row takes 1/128 microsecond. The model assumes that 64 KB are written and
+read at 3.35 TB/s."""
 
 
 @Prepared
@@ -44,7 +45,8 @@ def weight_gradient(
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    Results are deterministic for given numbers of rows, which determine the order of summation.
+    Because of the decorator `Prepared`, a call returns the results instead of a function. Results are deterministic for
+    given numbers of rows, which determine the order of summation.
 
     Args:
         gradients: gradient of each layer's output, (T, OUT) each. The layers share their input; at most NUM_LAYERS

@@ -1,4 +1,4 @@
-"""Runs commands in the root folder of the clone, for sections that use the clone's tests or configs."""
+"""Runs commands in the repository's root folder, for sections that use the repository's tests or configs."""
 
 import shlex
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-"""Root folder of the clone, which contains the package, the tests and the configs."""
+"""Root folder of the repository, which contains the package, the tests and the configs."""
 
 _TAIL_LINES = 8
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Runs commands in the clone until one fails.
+    """Runs commands in the repository's root folder until one fails.
 
     Returns:
         `passed`: whether no command failed. `seconds`: time of all commands. `command`: all commands as text. `tail`:

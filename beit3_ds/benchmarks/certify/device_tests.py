@@ -1,4 +1,4 @@
-"""Runs the clone's tests that need a device."""
+"""Runs those tests of the repository that need a GPU."""
 
 import importlib
 import sys

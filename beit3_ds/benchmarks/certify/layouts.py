@@ -17,7 +17,7 @@ from beit3_ds.config import load_run_config
 from beit3_ds.training.kernel_cache import launch_kernels
 
 CONFIG = "ds_configs/demo_tp2_pp2_dp2_zero3.json"
-"""Path of the training's config file in the clone."""
+"""Path of the training's config file in the repository."""
 
 Commands = list[tuple[str, ...]]
 
@@ -42,7 +42,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def _launch_kernels() -> dict[str, Any]:
-    """Launches the kernels of the training in this process, without training."""
+    """Launches each kernel that the training run would use, on a small model and batch, in this process."""
     launch_kernels(load_run_config(str(ROOT / CONFIG), ["parallel={}"]))
     return {"ran": True}
 

@@ -1,4 +1,7 @@
-"""Writes each measurement of a section to the results file when it ends, and skips those already in it."""
+"""Runs the measurements of a section, and writes each result to the results file as soon as it is known.
+
+Measurements that succeeded in an earlier call of `beit3 certify` are skipped.
+"""
 
 import os
 import sys

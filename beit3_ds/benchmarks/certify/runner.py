@@ -33,8 +33,8 @@ def certify(
 ) -> int:
     """Runs all sections without complete results in the report's folder, and updates the report after each section.
 
-    Sections for which no call has recorded an outcome run first. Then follow sections that an earlier call cut off, and
-    sections with failed measurements. Measurements that succeeded before are skipped.
+    First runs the sections that have no recorded outcome. Then runs sections that an earlier call cut off, and sections
+    with failed measurements. Skips measurements that succeeded before.
 
     Args:
         folder: folder for the report, the results and the sections' logs; created if missing.

@@ -240,7 +240,8 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
 def _peak(rows: Sequence[Row]) -> float:
     """Returns the median peak memory of an operation in bytes.
 
-    DeepSpeed's saves after the first are left out, because their memory includes this project's copy of the state.
+    For DeepSpeed's saves, returns the peak memory of the first save. During later saves, the process also holds a copy
+    of the state that this project's first save made.
     """
     if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
         return float(rows[0]["peak_bytes"])

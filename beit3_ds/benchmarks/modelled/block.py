@@ -41,14 +41,14 @@ class BlockShape(NamedTuple):
 
 
 class OpTime(NamedTuple):
-    """Holds the modelled seconds of one op, with the code before its optimization and with the current code."""
+    """Holds the modelled seconds of one op before the project's code was optimized, and now."""
 
     name: str
     """Name of the op."""
     before: float
-    """Seconds with the code before its optimization."""
+    """Seconds of the op before the project's code was optimized."""
     now: float
-    """Seconds with the current code."""
+    """Seconds of the op with the current code."""
 
 
 def block_times(rates: Rates, shape: BlockShape) -> list[OpTime]:

@@ -17,16 +17,17 @@ class Rates(NamedTuple):
     triton: float
     """Share of the peak FLOP/s that our Triton products reach in half precision."""
     with_gelu: float
-    """Share of the peak FLOP/s reached by our up projection, whose kernel also computes GELU."""
+    """Share of the peak FLOP/s that our up projection reaches. The projection's kernel also computes GELU."""
     with_norm: float
-    """Share of the peak FLOP/s reached by our old output projection, whose kernel also normalised the input."""
+    """Share of the peak FLOP/s that our old output projection reached. The projection's kernel also normalised the
+    input."""
     attention_forward: float
     """Share of the peak FLOP/s that attention's forward pass reaches."""
     attention_backward: float
-    """Share of the peak FLOP/s reached by FlashAttention-2's backward pass, which computes five products."""
+    """Share of the peak FLOP/s that FlashAttention-2's backward pass reaches. The pass computes five products."""
     own_attention_backward: float
-    """Share of the peak FLOP/s reached by our attention's backward pass. The pass computes seven products, but only the
-    FLOPs of five are counted."""
+    """Share of the peak FLOP/s that our attention's backward pass reaches. The pass computes seven products, but only
+    the FLOPs of five are counted."""
     float32: float
     """Share of the peak FLOP/s that float32 products reach without tensor cores."""
     bandwidth: float

@@ -1,6 +1,4 @@
-"""Computes the modelled time of one rank's pretraining step, with the code before its optimization and the current
-code.
-"""
+"""Computes the modelled time of one rank's pretraining step before the project's code was optimized, and now."""
 
 from typing import NamedTuple
 
@@ -20,18 +18,19 @@ _UPDATE_BYTES = 30
 class HostTimes(NamedTuple):
     """Holds times that Python and PyTorch need on the host.
 
-    Each field has two values: with the code before its optimization, and with the current code.
+    Each field has two values. The first is the value before the project's code was optimized, and the second is the
+    current value.
     """
 
     layer: tuple[float, float]
-    """Seconds per block for launching the kernels of the forward and backward pass, with the code before its
-    optimization and with the current code."""
+    """Seconds per block for launching the kernels of the forward and backward pass: before the project's code was
+    optimized, and now."""
     norm: tuple[float, float]
-    """Seconds per step for the gradient norm, with the code before its optimization and with the current code. The GPU
-    is idle during this time."""
+    """Seconds per step for the gradient norm: before the project's code was optimized, and now. The GPU is idle during
+    this time."""
     zero3_ratio: tuple[float, float]
-    """How many times longer launching a block's kernels takes under ZeRO-3, because of its hooks, with the code before
-    its optimization and with the current code."""
+    """Factor by which ZeRO-3's hooks increase the time for launching a block's kernels: before the project's code was
+    optimized, and now."""
 
 
 class StepTime(NamedTuple):

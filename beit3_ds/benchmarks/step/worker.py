@@ -19,7 +19,7 @@ from beit3_ds.config import RunConfig
 
 
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that prepares this project's training step for a batch, with DeepSpeed's engine.
+    """Returns a function that takes a batch, and returns a `Turn` that trains one step with DeepSpeed's engine.
 
     The learning rate is constant. Batches must contain the target codes of patches.
     """
@@ -49,7 +49,7 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 
 
 def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that prepares the reference's training step for the samples of a batch."""
+    """Returns a function that takes a batch, and returns a `Turn` that trains the reference for one step."""
     lengths = (None, None) if pads_to_longest else (config.data.pair_text_length, config.data.text_length)
     device = device_of_turns()
     torch.manual_seed(config.training.seed)
@@ -64,7 +64,7 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that prepares the matrix products of a training step for a batch."""
+    """Returns a function that takes a batch, and returns a `Turn` that computes a step's matrix products."""
     dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 
     def prepare(batch: PackedBatch) -> Turn:

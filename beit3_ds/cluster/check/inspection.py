@@ -93,8 +93,9 @@ class Inspection:
     master_address: str | None
     """Address that DeepSpeed would choose as MASTER_ADDR: the first address of the first host."""
     named_master: Mapping[str, dict[str, Any]]
-    """Results of each host's test connection to the first host by name instead of by address; the keys are the names of
-    the connecting hosts. A result has the two addresses of the connection, or an error."""
+    """Result of each host's test connection to the first host. The test uses the first host's name instead of its
+    address. Keys are the names of the connecting hosts. A result has the two addresses of the connection, or an error.
+    """
     shared_folder: str | None
     """Folder where the nodes wrote test files: the output folder, or its nearest existing parent."""
 

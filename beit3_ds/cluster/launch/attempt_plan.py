@@ -39,8 +39,8 @@ class AttemptPlan:
     keepalive_seconds: float
     """Seconds without a message after which `beit3 launch` and a host consider each other lost."""
     start_seconds: float
-    """Time limit in seconds until all guards, the parents of the training processes, have connected to `beit3 launch`.
-    """
+    """Maximum seconds from the start of DeepSpeed's launcher until the guards of all ranks have connected to `beit3
+    launch`. A guard is the parent of a training process."""
 
     @property
     def world_size(self) -> int:

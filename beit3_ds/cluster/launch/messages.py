@@ -39,7 +39,7 @@ class Register:
     pid: int
     """Process id of the guard."""
     address: str
-    """Address of the guard's host in the guard's connection to `beit3 launch`."""
+    """Address of the guard's host. It is the local address of the guard's connection to `beit3 launch`."""
     free_port: int
     """Port of the guard's host that was free when the guard registered."""
 

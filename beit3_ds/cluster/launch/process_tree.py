@@ -1,6 +1,7 @@
 """Tracks the processes that DeepSpeed's launcher starts on this machine, and kills those that do not end in time.
 
-The launcher never gets SIGTERM or SIGINT: its signal handlers would run `pkill -f` on every host.
+`beit3 launch` never sends SIGTERM or SIGINT to DeepSpeed's launcher, because the launcher's signal handlers run `pkill
+-f` on every host.
 """
 
 import contextlib

@@ -12,9 +12,9 @@ _FIRST_REFUSALS = 4  # these get a line each; later refusals get one when their 
 class WaitingPeers:
     """Holds a limited number of connections (channels) from peers that have not yet authenticated.
 
-    If there are too many channels, the network address with the most channels loses its oldest channel. So a stranger
-    displaces only connections from the stranger's own address. A rank's guard that loses its connection in this way
-    connects again.
+    If there are too many channels, the IPv4 address or IPv6 /64 network with the most channels loses its oldest
+    channel. So a stranger displaces only connections from the stranger's own address or network. A rank's guard that
+    loses its connection in this way connects again.
     """
 
     def __init__(self, most: int) -> None:
@@ -31,8 +31,9 @@ class WaitingPeers:
         return len(self._waiting)
 
     def add(self, channel: Channel) -> None:
-        """Adds a new channel. If there are then too many, closes the oldest channel of the network with the most
-        channels.
+        """Adds a new channel. If there are now too many channels, closes one.
+
+        This is the oldest channel from the IPv4 address or IPv6 /64 network that has the most channels.
         """
         self._waiting[channel] = _network(channel.peer_address)
         if len(self._waiting) > self._most:

@@ -125,9 +125,10 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples of one set that the set's current epoch had not used when the data last changed.
+        """Returns the samples of a set that were still unused when the data last changed in the current epoch.
 
-        Returns None if the data have not changed in this epoch.
+        A set is one source if the stream has weights, and the whole stream otherwise. Returns None if the data have not
+        changed in the set's current epoch.
 
         Args:
             number: index of the set in `sets`.

@@ -31,13 +31,13 @@ class RemainingSamples(Protocol):
         """Returns the number of samples in the set."""
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream for indices within the set; both are (n,) int64."""
+        """Converts indices in this set to sample numbers of the stream; argument and result are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: those of the parts of this set, and then one of the set itself.
+        """Appends the JSON descriptions of this set's parts to `nodes`, and then the description of the set itself.
 
         Returns:
-            Index in `nodes` of this set's description, which is the last one.
+            Index in `nodes` of this set's description, which is the last element.
         """
 
 
@@ -57,7 +57,7 @@ class Range:
         return self.last - self.first
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream for indices within the range; both are (n,) int64."""
+        """Converts indices in this range to sample numbers of the stream; argument and result are (n,) int64."""
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
@@ -79,7 +79,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream for indices within the concatenation; both are (n,) int64."""
+        """Converts indices in the concatenation to sample numbers of the stream; argument and result are (n,) int64."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
@@ -88,10 +88,10 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: those of the joined sets, and then one of their concatenation.
+        """Appends the JSON descriptions of the joined sets to `nodes`, and then the description of the concatenation.
 
         Returns:
-            Index in `nodes` of the last description.
+            Index in `nodes` of the concatenation's description, which is the last element.
         """
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1
@@ -112,14 +112,17 @@ class Rest:
         return len(self.whole) - self.taken
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream for indices within the remaining samples; both are (n,) int64."""
+        """Converts indices in the remaining samples to sample numbers of the stream.
+
+        Argument and result are (n,) int64.
+        """
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: those of the set `self.whole`, and then one of the remaining samples.
+        """Appends the JSON descriptions of the set `whole` to `nodes`, and then that of the remaining samples.
 
         Returns:
-            Index in `nodes` of the last description.
+            Index in `nodes` of the remaining samples' description, which is the last element.
         """
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1
@@ -152,7 +155,7 @@ class SourceSubset:
         return int(self._counts[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the sample numbers in the stream for indices within the kept samples; both are (n,) int64."""
+        """Converts indices in this subset to sample numbers of the stream; argument and result are (n,) int64."""
         blocks = np.searchsorted(self._counts, places, side="right") - 1
         wanted, owners = np.unique(blocks, return_inverse=True)
         inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # all indices of these blocks in the whole set
@@ -162,10 +165,10 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: those of the set `self.whole`, and then one of this subset.
+        """Appends the JSON descriptions of the set `whole` to `nodes`, and then the description of this subset.
 
         Returns:
-            Index in `nodes` of the last description.
+            Index in `nodes` of this subset's description, which is the last element.
         """
         nodes.append(["only", self.whole.add_to(nodes), list(self.sources)])
         return len(nodes) - 1

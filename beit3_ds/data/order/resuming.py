@@ -202,7 +202,10 @@ class _Continuation:
         return self._remaining_of_set([match.id])
 
     def _remaining_of_set(self, ids: Sequence[int]) -> RemainingSamples:
-        """Returns the unused samples of the sources `ids`. These sources belong to one set of the checkpoint."""
+        """Returns those samples of the sources `ids` that are unused in the checkpoint's current epoch.
+
+        If the checkpoint's stream has weights, each source has its own epoch, so `ids` must contain one source only.
+        """
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
         old = stored.sets[number]

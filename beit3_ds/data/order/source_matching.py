@@ -39,7 +39,8 @@ class SourceMatch(NamedTuple):
     before: SourcePosition | None
     """The source as the checkpoint describes it; None if the source is new."""
     removed: RemovedSource | None
-    """The checkpoint's entry for a source that an earlier run removed from the config; otherwise None."""
+    """The source's entry in `StreamPosition.removed` of the checkpoint, if an earlier run removed the source from the
+    config and this run's config has it again; otherwise None."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:

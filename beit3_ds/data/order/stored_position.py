@@ -95,10 +95,11 @@ def _parse_set(content: Any, span: int, sizes: Mapping[int, int]) -> SetPosition
 
 
 def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], int]:
-    """Checks a list from `remaining.to_nodes`, in which each element describes a set of samples.
+    """Checks a list from `remaining.to_nodes`. The last element describes a set; the others describe the set's parts.
 
     Returns:
-        The checked list as a tuple, and the maximum number of samples in the last set.
+        The checked list as a tuple, and an upper bound on the number of samples in the set. If the set is a selection
+        by source, the list does not tell the exact number.
     """
     nodes = check_list(value)
     if not 1 <= len(nodes) <= _MOST_NODES:
@@ -118,11 +119,11 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
 def _check_node(node: Any, lengths: list[int], sizes: Mapping[int, int]) -> tuple[list[int], int]:
     """Checks the JSON description of one set of samples.
 
-    A set may be made of other sets, its parts. `lengths` has the maximum number of samples of each set described
-    before.
+    A set may be made of other sets, its parts. `lengths` has an upper bound on the number of samples for each set
+    described before.
 
     Returns:
-        The parts' indices in the list of descriptions, and the maximum number of samples in the set.
+        The parts' indices in the list of descriptions, and an upper bound on the number of samples in the set.
     """
     kind, *values = check_list(node)
     if kind == "range":

@@ -56,11 +56,13 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs and the sample numbers of one set, at offsets from the stored position.
+        """Returns the epochs and the sample numbers at given offsets in one set, (n,) int64 each.
+
+        A set is one source if the stream has weights, and the whole stream otherwise.
 
         Args:
             number: index of the set in `StreamPosition.sets`.
-            since: offsets in samples of this set, (n,) int64.
+            since: number of samples of this set between the stored position and each requested sample, (n,) int64.
         """
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)

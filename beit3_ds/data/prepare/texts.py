@@ -67,9 +67,10 @@ class TextPreparation:
     pieces_kept: int
     """Number of pieces of text files that already had an up-to-date token file."""
     num_tokens: int
-    """Number of tokens in all written and kept pieces."""
+    """Number of tokens in the pieces that `pieces_written` and `pieces_kept` count."""
     broken: tuple[str, ...]
-    """Skipped lines of the written and kept pieces. Each entry names the file, the line number and the reason."""
+    """Skipped lines of the pieces that `pieces_written` and `pieces_kept` count. Each entry names the file, the line
+    number and the reason."""
     files_left: int
     """Number of text files that are not completely tokenized. The missing pieces belong to other shares of the texts
     (`WorkShare`)."""

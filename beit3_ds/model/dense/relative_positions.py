@@ -113,7 +113,7 @@ class _Pick(torch.autograd.Function):
 
 
 def wide_head_size(head_size: int, extents: tuple[int, int]) -> int:
-    """Returns the columns W per head of queries and keys that include relative positions.
+    """Returns W, the number of columns per head of queries and keys that are widened for relative positions.
 
     Args:
         head_size: columns K per head without relative positions.

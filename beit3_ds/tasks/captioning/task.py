@@ -140,7 +140,7 @@ class Captioning(Task):
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of masked words, repeated for each loss term.
+            term_counts: one number per loss term; only the first, the number of masked words, is used.
         """
         return 2 * term_counts[0] * self.config.model.hidden_size * self.config.model.text_vocab_size
 

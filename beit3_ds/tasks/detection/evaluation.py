@@ -161,7 +161,11 @@ def _complete(annotation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def collect_metrics(scores: Mapping[str, AveragePrecision]) -> dict[str, float]:
-    """Returns the metrics of all kinds by names such as `box_AP50` and `mask_AP`."""
+    """Returns the metrics of boxes and of masks by name, such as `box_AP50` and `mask_AP`.
+
+    Args:
+        scores: average precisions by kind of result, "bbox" or "segm".
+    """
     return {
         f"{_PREFIXES[kind]}_{name}": value for kind, found in scores.items() for name, value in found.values.items()
     }

@@ -109,8 +109,10 @@ class Detection(Task):
     def head_flops(self, term_counts: Sequence[float]) -> float:
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
+        Images have `model.image_size` pixels per side.
+
         Args:
-            term_counts: number of images, repeated for each loss term. An image has `model.image_size` pixels per side.
+            term_counts: one number per loss term; only the first, the number of images, is used.
         """
         return term_counts[0] * image_flops(self.config.model, self.settings)
 

@@ -195,7 +195,8 @@ def read_nlvr2(path: str, folder: str) -> Statements:
         path: `train.json`, `dev.json` or `test1.json`, or a published balanced or unbalanced subset of one of these
             files.
         folder: folder of the split's images, or a parent folder with the subfolder `SPLIT` or `images/SPLIT`, such as
-            `dev` or `images/dev`. Images of an entry with the key `directory` are in a further subfolder of that name.
+            `dev` or `images/dev`. If an entry has the key `directory`, its value names a further subfolder with the
+            entry's images.
 
     Raises:
         ConfigError: if the file cannot be read, a line does not have NLVR2's form, or an identifier occurs twice; the

@@ -103,7 +103,7 @@ class Retrieval(Task):
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of pairs, repeated for each loss term.
+            term_counts: one number per loss term; only the first, the number of pairs, is used.
         """
         return 4 * term_counts[0] * self.config.model.hidden_size**2
 

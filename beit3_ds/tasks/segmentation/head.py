@@ -116,7 +116,10 @@ class SegmentationHead(Head):
 
 
 def divide_samples(batch: PackedBatch, tensor: TensorParallel, *, with_loss: bool) -> DividedSamples:
-    """Divides a batch's images over the tensor-parallel ranks; for predictions, each rank computes all images."""
+    """Divides a batch's images over the tensor-parallel ranks if `with_loss` is true.
+
+    Otherwise, for predictions, each rank gets all images.
+    """
     rows = tuple(rows * columns for rows, columns in batch.image_grids)
     return DividedSamples(tensor if with_loss else TensorParallel(), rows)
 

@@ -30,7 +30,9 @@ class TermCounts(NamedTuple):
 
     @classmethod
     def of(cls, num_masks: int, num_queries: int) -> "TermCounts":
-        """Returns the counts of an image; at most `num_queries` target masks are matched with a query.
+        """Returns the denominators of the loss terms of one image.
+
+        A query is matched with at most one target mask, so at most `num_queries` target masks are matched.
 
         Args:
             num_masks: number of target masks of the image.

@@ -60,7 +60,10 @@ def _prior(model: ModelConfig, adapter: AdapterConfig, element_size: int) -> int
 
 
 def _interactions(model: ModelConfig, adapter: AdapterConfig, element_size: int, *, recomputes: bool) -> int:
-    """Returns the bytes for all injectors and extractors; with recomputation, only the modules' inputs count."""
+    """Returns the bytes of activations that autograd keeps for all injectors and extractors.
+
+    With recomputation, autograd keeps only the inputs of these modules.
+    """
     hidden, patches, coarser = model.hidden_size, model.num_patches, _coarser(model)
     width, number = adapter.value_size(hidden), adapter.num_interactions
     if recomputes:
@@ -92,7 +95,7 @@ def _deformable(queries: int, rows: int, width: int, num_heads: int, num_points:
 
 
 def _pixel_decoder(model: ModelConfig, decoder: DecoderConfig, element_size: int) -> int:
-    """Returns the bytes for the pixel decoder, without the input maps."""
+    """Returns the bytes of activations that autograd keeps for the pixel decoder, without the input maps."""
     width, coarser = decoder.hidden_size, _coarser(model)
     # Per layer and cell: the inputs of three linear layers and two norms, and the FFN's ReLU.
     layer = coarser * (5 * width + decoder.pixel_ffn_hidden_size) * element_size
@@ -103,7 +106,11 @@ def _pixel_decoder(model: ModelConfig, decoder: DecoderConfig, element_size: int
 
 
 def _query_decoder(model: ModelConfig, decoder: DecoderConfig, element_size: int) -> int:
-    """Returns the bytes for the query decoder; consecutive layers attend to the three coarser maps in turn."""
+    """Returns the bytes of activations that autograd keeps for the query decoder.
+
+    The first layer attends to the feature map of stride 32, the second to that of stride 16, and the third to that of
+    stride 8. Later layers repeat this order.
+    """
     width, queries, elements = decoder.hidden_size, decoder.num_queries, 0
     for number in range(decoder.num_query_layers):
         cells = _cells(model, _STRIDES[::-1][number % 3])

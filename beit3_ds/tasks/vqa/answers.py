@@ -70,13 +70,16 @@ def accuracy_of_share(num_matches: int, num_answers: int) -> float:
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Returns the accuracy of each answer that people gave, by answer in normal form; used as training targets."""
+    """Returns the accuracy of each answer that people gave to a question. These scores are the training targets.
+
+    The keys are the answers as `normalize_answer` returns them.
+    """
     counts = Counter(map(normalize_answer, answers))
     return {answer: accuracy_of_share(count, len(answers)) for answer, count in counts.items()}
 
 
 def main_answer(answers: Sequence[str]) -> str:
-    """Returns the most frequent answer in normal form; of equally frequent answers, the first."""
+    """Returns the most frequent answer as `normalize_answer` writes it; of equally frequent answers, the first."""
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
@@ -120,7 +123,7 @@ class AnswerVocabulary:
         return hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()[:16]
 
     def targets(self, answers: Sequence[str]) -> dict[int, float]:
-        """Returns the soft score of each answer that people gave, by label; ignores answers outside the list."""
+        """Maps the labels of the answers that people gave to the answers' soft scores; ignores unlisted answers."""
         return {self.labels[answer]: score for answer, score in soft_scores(answers).items() if answer in self.labels}
 
     @classmethod

@@ -78,7 +78,7 @@ class Vqa(Task):
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: number of questions, repeated for each loss term.
+            term_counts: one number per loss term; only the first, the number of questions, is used.
         """
         width = self.config.model.hidden_size
         return float(term_counts[0] * 2 * (width**2 + 2 * width**2 + 2 * width * self.settings.num_answers))
