@@ -98,8 +98,8 @@ class PretrainedWeights:
 
         Args:
             name: name of the tensor.
-            part: (top, bottom, left, right), which views the tensor as a matrix (`matrix_part`), and selects rows [top,
-                bottom) and columns [left, right). None returns the whole tensor in its logical shape.
+            part: (top, bottom, left, right) selects rows [top, bottom) and columns [left, right) of the tensor, viewed
+                as a matrix (`matrix_part`). None returns the whole tensor in its logical shape.
 
         Raises:
             ConfigError: if the tensor does not exist.

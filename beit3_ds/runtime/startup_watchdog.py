@@ -26,7 +26,7 @@ class StartupWatchdog:
     """
 
     def __init__(self, rank: int, seconds: float, end: Callable[[int], None] = os._exit) -> None:
-        """Starts the watching thread.
+        """Starts the thread that watches the main thread.
 
         Args:
             rank: rank of this process, for messages.
@@ -42,7 +42,7 @@ class StartupWatchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops the watching thread; call this method when all files are open."""
+        """Stops the thread that watches the main thread. Call this method when all files are open."""
         self._over.set()
         self._thread.join()
 

@@ -248,8 +248,8 @@ class Task(ABC):
     def expected_head_flops(self) -> float:
         """Returns the floating-point operations of the head per step, forward and backward.
 
-        If the task computes targets on the device, these operations are added. The default is 0, for tasks with a small
-        head.
+        If the task computes targets on the device, the operations for the targets are added. The default is 0, for
+        tasks with a small head.
         """
         return 0.0
 

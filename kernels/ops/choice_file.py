@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 SHIPPED = Path(__file__).parents[1] / "choices"
-"""Folder with the choice files that are shipped with the package."""
+"""Folder with the lists of fastest implementations that are shipped with the package, one file per GPU model."""
 
 
 class ChoiceFile:
@@ -79,9 +79,10 @@ def choice_file_of(device: torch.device) -> ChoiceFile:
 
 
 def file_name(device: str) -> str:
-    """Returns the name of a device's choice file. The name contains the versions of torch, Triton and this package.
+    """Returns the name of the file that lists the fastest implementations on a device.
 
-    Example: "nvidia_h200-torch2.14.1-triton3.8.0-beit3_ds0.2.0.json".
+    The name contains the versions of torch, Triton and this package. Example:
+    "nvidia_h200-torch2.14.1-triton3.8.0-beit3_ds0.2.0.json".
     """
     versions = [f"{name}{_version(name)}" for name in ("torch", "triton", "beit3_ds")]
     return re.sub(r"[^a-z0-9_.+-]+", "_", "-".join([device, *versions]).lower()) + ".json"

@@ -1,6 +1,6 @@
 """Tracks the processes that DeepSpeed's launcher starts on this machine, and kills those that do not end in time.
 
-`beit3 launch` never sends SIGTERM or SIGINT to DeepSpeed's launcher, because the launcher's signal handlers run `pkill
+`beit3 launch` never sends SIGTERM or SIGINT to DeepSpeed's launcher. After either signal, the launcher would run `pkill
 -f` on every host.
 """
 

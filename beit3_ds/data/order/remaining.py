@@ -112,7 +112,7 @@ class Rest:
         return len(self.whole) - self.taken
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Converts indices in the remaining samples to sample numbers of the stream.
+        """Converts indices among the remaining samples to sample numbers of the stream.
 
         Argument and result are (n,) int64.
         """

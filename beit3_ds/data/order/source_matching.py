@@ -39,8 +39,8 @@ class SourceMatch(NamedTuple):
     before: SourcePosition | None
     """The source as the checkpoint describes it; None if the source is new."""
     removed: RemovedSource | None
-    """The source's entry in `StreamPosition.removed` of the checkpoint, if an earlier run removed the source from the
-    config and this run's config has it again; otherwise None."""
+    """The source's entry in `StreamPosition.removed` of the checkpoint, if the source is back after an earlier run's
+    config lacked it; otherwise None."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:

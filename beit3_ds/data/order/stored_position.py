@@ -98,8 +98,8 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
     """Checks a list from `remaining.to_nodes`. The last element describes a set; the others describe the set's parts.
 
     Returns:
-        The checked list as a tuple, and an upper bound on the number of samples in the set. If the set is a selection
-        by source, the list does not tell the exact number.
+        The checked list as a tuple, and an upper bound on the number of samples in the set. The list does not tell the
+        exact number if only some sources of a part are selected.
     """
     nodes = check_list(value)
     if not 1 <= len(nodes) <= _MOST_NODES:
