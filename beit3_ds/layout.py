@@ -67,13 +67,14 @@ class RowLayout(ABC):
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
         """Returns the row range [start, stop) of each expert, in row order. Ranges may be empty.
 
-        Each of the four row ranges (`PARTS`) belongs to its fused expert if the layer has that expert, and otherwise to
-        its modality's expert. A layer may lack experts that no input of the model needs (`ModelConfig.inputs`). The row
-        ranges of these experts must be empty.
+        If the layer has the expert "shared", all rows belong to this expert. In other layers, rows of pairs belong to
+        the "vision_language" expert if the layer has this expert. The remaining rows belong to the expert of their
+        modality. A layer may lack experts that no input of the model needs (`ModelConfig.inputs`), if no rows belong to
+        these experts.
 
         Args:
-            experts: names of the layer's experts, in row order. Examples: ("shared",) for all rows; ("vision",
-                "language"); ("vision", "vision_language", "language").
+            experts: names of the layer's experts, in row order. Examples: ("shared",); ("vision", "language");
+                ("vision", "vision_language", "language").
         """
         if experts not in self._known_slices:  # every layer asks several times
             self._known_slices[experts] = self._find_slices(experts)

@@ -1,8 +1,8 @@
 """Measures the error of bf16 gradients, with the residual stream and the gradient sums in bf16 or float32.
 
-The table has one row per combination of these two dtypes. The error is the 2-norm of the difference to float64
-gradients, relative to the norm of the float64 gradients. The bf16 and float64 gradients are computed with the same
-weights.
+The report has one row per combination of the stream's dtype and the sums' dtype. The error is the 2-norm of the
+difference to float64 gradients, relative to the norm of the float64 gradients. The bf16 and float64 gradients are
+computed with the same weights.
 """
 
 import dataclasses

@@ -48,9 +48,9 @@ _OLD_VERSION = 1
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
-"""Values that every run saves per element: the float32 weight and AdamW's two moments."""
+"""Names of the values that every run saves per element: the float32 weight and AdamW's two moments."""
 AVERAGE = "average"
-"""Moving average of the weight; only saved in a run with `training.ema_decay`."""
+"""Name of the values that only a run with `training.ema_decay` saves: the moving averages of the weights."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
 """Maps each kind of file to the kinds of values in the file. The name of a file starts with its kind."""
 BEST = "best"

@@ -109,9 +109,9 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: PieceTable) -> None:
 def _cover_once(rows: Rows, height: int, width: int) -> bool:
     """Returns whether slices lie inside a matrix and cover each element exactly once.
 
-    The slices and the matrix are rectangles. If each point is a corner of an even number of these rectangles, the
-    slices cover each element an odd number of times. If the slices also have as many elements as the matrix, they cover
-    each element once.
+    The slices and the matrix itself are rectangles. Suppose that each point is a corner of an even number of
+    rectangles, the matrix included. Then the slices cover each element of the matrix an odd number of times. If the
+    slices also have as many elements as the matrix, they cover each element once.
 
     Args:
         rows: one row per slice, (slices, 5): rank, top, bottom, left, right.

@@ -216,7 +216,9 @@ _SECTION_CLASSES: dict[str, type] = {
 
 
 def _find_key(name: str, known: Sequence[str]) -> str:
-    """Returns a hint for an unknown key of `--set`, which may be misspelt or lack its section.
+    """Finds the key that the user of `--set` probably meant; returns a hint for the error message.
+
+    If no valid key is similar, the hint lists the sections. The unknown key may be misspelt or lack its section.
 
     Args:
         name: first part of the unknown dotted key.

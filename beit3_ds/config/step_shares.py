@@ -42,12 +42,12 @@ class StepShares:
 
     @property
     def largest_rank(self) -> int:
-        """Returns the largest number of samples that a rank has per step: images, pairs and texts together."""
+        """Returns the number of samples per step (images, pairs and texts) on the rank with the most samples."""
         return -(-sum(self.samples) // self.num_ranks)
 
     @property
     def smallest_rank(self) -> int:
-        """Returns the smallest number of samples that a rank has per step: images, pairs and texts together."""
+        """Returns the number of samples per step (images, pairs and texts) on the rank with the fewest samples."""
         return sum(self.samples) // self.num_ranks
 
     @property

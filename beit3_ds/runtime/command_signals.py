@@ -82,7 +82,7 @@ def _end_now(number: int, end: Callable[[int], None]) -> None:
 def end_program(status: int) -> NoReturn:
     """Exits this program with a status. A SIGINT during the exit ends the process at once, without a traceback.
 
-    The exit of a program with threads and libraries takes about a second. The program's results are complete before.
+    The exit may take about a second because of threads and libraries. Call this function when all results are complete.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

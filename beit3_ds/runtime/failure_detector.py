@@ -22,7 +22,10 @@ class Failure(NamedTuple):
 
 
 class FailureDetector:
-    """Finds failures in the heartbeats of all ranks, on rank 0. `Watchdog` lists the four kinds of failures."""
+    """Runs on rank 0, and detects failures of ranks from the heartbeats that all ranks send.
+
+    `Watchdog` lists the four kinds of failures.
+    """
 
     def __init__(self, parallel: ParallelConfig, statuses: RankStatuses, describe: Callable[[int], str]) -> None:
         """Creates the detector on rank 0.

@@ -79,10 +79,10 @@ class Evaluator(Protocol):
         """
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the name and value of each trained weight, on the CPU; weights are float32.
+        """Yields names and values of trained tensors, on the CPU; weights are float32.
 
-        During a run, reads all weights and buffers of the newest checkpoint. `beit3 evaluate` reads the parameters of
-        this pipeline stage from the evaluated weights. Does not communicate, so a single rank may call this method.
+        During training, these are all weights and buffers in the newest checkpoint. In `beit3 evaluate`, these are the
+        parameters of this pipeline stage, without buffers. Does not communicate, so a single rank may call this method.
         """
 
 

@@ -101,5 +101,5 @@ def _unit_length(histograms: Tensor) -> Tensor:
 
 
 def _equal_share(colors: Tensor) -> Tensor:
-    """Scales colour features so that a white patch has features of length 1, like a normalised histogram."""
+    """Scales colour features so that those of a white patch have the 2-norm 1, like a normalised histogram."""
     return colors / math.sqrt(colors.shape[1])

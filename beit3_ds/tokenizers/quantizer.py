@@ -30,7 +30,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Replaces each vector by the nearest of `codebook_size` codes, which are vectors of length 1.
+    """Replaces each vector by the nearest of `codebook_size` codes, which are unit vectors.
 
     `start` initialises the codebook, which is a buffer, with k-means. In training mode, each call adds every input
     vector to its nearest code's sum in `totals`. Once per step, `move_codes` moves every code towards the mean of the
@@ -61,7 +61,7 @@ class Quantizer(nn.Module):
         """Returns the index of the nearest code for each vector.
 
         Args:
-            vectors: vectors of length 1, (..., width) float32.
+            vectors: unit vectors, (..., width) float32.
 
         Returns:
             Indices in [0, codebook_size), (...) int64.
@@ -69,7 +69,7 @@ class Quantizer(nn.Module):
         return _nearest(vectors.flatten(0, -2), self.weight).view(vectors.shape[:-1])
 
     def forward(self, vectors: Tensor) -> Quantized:
-        """Quantizes vectors of length 1, (..., width) float32; in training mode, also adds the vectors to `totals`."""
+        """Quantizes unit vectors, (..., width) float32; in training mode, also adds the vectors to `totals`."""
         codes = self.nearest(vectors.detach())
         quantized = F.embedding(codes, self.weight)
         if self.training:

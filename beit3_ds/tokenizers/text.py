@@ -32,12 +32,16 @@ class WordBorders(NamedTuple):
     starts: NDArray[np.bool_]
     """Whether each id starts a word, (vocab_size,). True for BOS, padding and EOS.
 
-    If the SentencePiece model marks the starts of words, also true for pieces with leading white space.
+    In a SentencePiece model that writes white space before words (`▁dog`), also True for pieces that begin with white
+    space. In a model that writes white space after words (`dog▁`), False for all other ids; `ends` then tells where
+    words start.
     """
     ends: NDArray[np.bool_]
     """Whether each id ends a word, so that the next id starts a word, (vocab_size,). True for BOS, padding and EOS.
 
-    If the SentencePiece model marks the ends of words, also true for pieces with trailing white space.
+    In a SentencePiece model that writes white space after words (`dog▁`), also True for pieces that end with white
+    space. In a model that writes white space before words (`▁dog`), False for all other ids; `starts` then tells where
+    words start.
     """
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:

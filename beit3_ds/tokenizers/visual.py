@@ -84,8 +84,8 @@ class VisualTokenizer(nn.Module):
             pixels: images, (images, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            Vectors of length 1, (images, patches, width). They are float32 even if the encoder is bfloat16, because
-            rounding could change the nearest code.
+            Unit vectors, (images, patches, width). They are float32 even if the encoder is bfloat16, because rounding
+            could change the nearest code.
         """
         features_BND = self.encoder(pixels)
         with torch.autocast(pixels.device.type, enabled=False):

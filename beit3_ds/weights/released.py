@@ -82,7 +82,7 @@ class ReleasedFile:
         check_tensors(str(path), found, _parameter_shapes(stored, head_builder(recognised)))
 
     def name_answers(self, path: Path) -> None:
-        """Adds a list of VQAv2 answers to `task`, because unilm's weights do not contain the list.
+        """Stores the list of VQAv2 answers in `self.task` ("answers"), because unilm's weights do not contain it.
 
         Args:
             path: unilm's `answer2label.txt`, or the `answers.jsonl` of a run.

@@ -215,9 +215,9 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _identify(place: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns a key for a call: the backend and device in `place`, and dtypes, exact sizes and flags of the arguments.
+    """Returns a key for a call: backend and device in `place`, and dtypes, exact sizes and flags of the arguments.
 
-    This key is fast to compute, because sizes are not rounded as in `_describe`.
+    Unlike `_describe`, this function does not round sizes, so that a key is fast to compute.
     """
     call: list[Any] = [*place]
     for argument in arguments:

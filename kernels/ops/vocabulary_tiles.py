@@ -35,10 +35,11 @@ class VocabularyTiles(NamedTuple):
 
 
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into narrow tiles; as many as the chunk size allows get their own buffer for logits.
+    """Divides a vocabulary into narrow tiles, and chooses how many tiles get their own buffer for logits.
 
-    One tile's memory is left free for the backward pass. Rows are not divided, because each group of rows would have to
-    read the whole matrix, and to read and write the matrix's gradient.
+    As many tiles get their own buffer as `chunk_size` allows; all other tiles share one buffer. Memory for one more
+    tile is left free for the backward pass. Rows are not divided, because each group of rows would have to read the
+    whole matrix, and to read and write the matrix's gradient.
 
     Args:
         num_rows: number of rows M.

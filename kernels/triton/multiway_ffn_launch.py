@@ -265,13 +265,14 @@ def build_tile_variant(
     is_common: bool,
     float32: Sequence[str] = (),
 ) -> KernelVariant:
-    """Builds the variant of a kernel with a matrix product, for one dtype, two widths and one choice of tile sizes.
+    """Builds a variant of a matrix-product kernel, for one dtype, one weight shape and one choice of tile sizes.
 
     Args:
         name: name of the product and dtype, at the start of the variant's name.
         kernel: function decorated with `triton.jit`.
         element: element type of all pointers that are not in `float32`: "bf16", "fp16" or "fp32".
-        constants: constexpr arguments besides the tile sizes.
+        constants: constexpr arguments besides the tile sizes, with the weight's output and input width ("N" and "K", or
+            "OUT" and "IN").
         tiles: tile sizes.
         is_common: see `KernelVariant`.
         float32: names of pointers with float32 elements.

@@ -28,8 +28,8 @@ NUM_LAYERS = 3
 """Number of layers that the kernel takes as arguments."""
 
 SUM_BLOCK = SumBlock(512, 4)
-"""Block size for adding the gradients of the shares. There are few shares, and each gradient has many columns: one per
-element of the weight."""
+"""Block size for adding the weight gradients of several ranges of rows. There are few ranges, and each gradient has
+many columns: one per element of the weight."""
 
 _MOST_SHARES = 16
 _ROUNDING = 64

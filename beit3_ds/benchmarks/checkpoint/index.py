@@ -46,7 +46,7 @@ class _Clock:
 def benchmark_index(ranks: int = 512, size: str = "giant", json_path: str | None = None) -> str:
     """Measures the main rank's work on the index when a ZeRO-3 checkpoint is saved and loaded; returns a report.
 
-    Times are median CPU seconds. Saves that do not also delete an old checkpoint are left out.
+    Times are median CPU seconds. The first saves do not count, because they do not yet delete an old checkpoint.
 
     Args:
         ranks: number of synthetic ranks, all data-parallel.

@@ -162,8 +162,9 @@ class Probe:
             addresses: addresses to listen at. The first address is required, and the others are optional.
 
         Returns:
-            The wanted port, the port in use, and the process that already uses the wanted port, or None. If the wanted
-            port is taken at the first address, a free port is used instead.
+            Dict with three keys. "wanted" is the argument `port`. "port" is the port on which this method listens:
+            `port` if the first address allows it, else a free port. "owner" names the process that already uses `port`,
+            or another reason why `port` cannot be used; None if `port` can be used.
         """
         first, *others = addresses
         owner = None

@@ -102,7 +102,9 @@ class StreamPosition:
         return key if self.blocks is None else (*key, block_key(*self.blocks))
 
     def set_bounds(self, number: int) -> tuple[int, int]:
-        """Returns the first sample number of a set in the stream, and one past the set's last sample number.
+        """Returns the bounds of one set: its first sample number in the stream, and one past its last sample number.
+
+        A set is a group of samples that are shuffled together (`SetPosition`).
 
         Args:
             number: index of the set in `sets`.

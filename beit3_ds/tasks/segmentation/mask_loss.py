@@ -16,7 +16,7 @@ NO_OBJECT_WEIGHT = 0.1
 """Weight in the class term of a query without a target mask, as in Mask2Former. A query with a target mask has weight
 1."""
 QUERY_UNITS = 10
-"""Amount by which a query matched with a target mask increases `TermCounts.classes`; any other query increases it by 1.
+"""Weight, in the sum `TermCounts.classes`, of a query that is matched with a target mask. Any other query has weight 1.
 """
 
 
