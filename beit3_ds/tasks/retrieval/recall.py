@@ -23,16 +23,19 @@ _BLOCK_ELEMENTS = 1 << 24
 def match_ranks(
     query_QD: Tensor, candidate_ND: Tensor, matches: Sequence[Sequence[int]], rank: int = 0, num_ranks: int = 1
 ) -> Tensor:
-    """Returns, for each query, the number of wrong candidates ahead of the first correct one, (queries,) int64.
+    """Returns the rank of each query's right candidate, (queries,) int64 on the CPU.
 
-    The result is on the CPU. Scores are computed in float32, in blocks of queries with at most 2^24 scores per block.
-    Several processes may share the blocks; the elementwise maximum of their results is the complete result. The blocks,
-    and therefore the rounding of scores, do not depend on the number of processes.
+    A rank is the number of wrong candidates that score higher than the right candidate or tie with it (`TIE`). If a
+    query has several right candidates, the one with the highest score counts.
+
+    Scores are computed in float32, in blocks of queries with at most 2^24 scores per block. Several processes may share
+    the blocks; the elementwise maximum of their results is the complete result. The blocks, and therefore the rounding
+    of scores, do not depend on the number of processes.
 
     Args:
         query_QD: features of all queries, (queries, features), normalised to length 1.
         candidate_ND: features of all candidates, (candidates, features), normalised to length 1.
-        matches: indices of the correct candidates of each query, at least one per query.
+        matches: indices of the right candidates of each query, at least one per query.
         rank: index of this process.
         num_ranks: number of processes; the result is -1 for queries of other processes.
     """

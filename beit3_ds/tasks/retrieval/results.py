@@ -36,9 +36,9 @@ class Retrieved:
     def __init__(
         self, image_numbers: Tensor, image_ID: Tensor, text_numbers: Tensor, text_XD: Tensor, device: torch.device
     ) -> None:
-        """Finds, for each image, the rank of its first correct caption, and for each caption, the rank of its image.
+        """Computes the rank of each image's best own caption, and the rank of each caption's image.
 
-        A rank is the number of wrong candidates that come earlier in the order of similarity.
+        A rank is the number of wrong candidates that score higher or tie (`match_ranks`).
 
         Args:
             image_numbers: index of each image in its split, ascending, (images,) int64.
