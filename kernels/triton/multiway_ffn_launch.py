@@ -271,8 +271,8 @@ def build_tile_variant(
         name: name of the product and dtype, at the start of the variant's name.
         kernel: function decorated with `triton.jit`.
         element: element type of all pointers that are not in `float32`: "bf16", "fp16" or "fp32".
-        constants: constexpr arguments besides the tile sizes, with the weight's output and input width ("N" and "K", or
-            "OUT" and "IN").
+        constants: constexpr arguments besides the tile sizes, with the two widths of the weight ("N" and "K", or "OUT"
+            and "IN").
         tiles: tile sizes.
         is_common: see `KernelVariant`.
         float32: names of pointers with float32 elements.

@@ -129,7 +129,7 @@ class _Rank:
 def save(rank: _Rank, rounds: int) -> None:
     """Saves several times, in each round first with DeepSpeed and then with this project.
 
-    At DeepSpeed's first save, this project's copy of the state therefore takes no memory yet.
+    This order keeps this project's copy of the state out of the memory that is measured for DeepSpeed's first save.
     """
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:
