@@ -18,7 +18,7 @@ _ALSO = {
     "GatheredParameters",
     "DistributedDataParallel",
 }
-_ALSO |= {"init_distributed", "allreduce", "allgather", "reduce_scatter_coalesced", "all_gather_coalesced"}
+_ALSO |= {"init_distributed", "allreduce", "allgather", "reduce_scatter_fn", "all_gather_coalesced"}
 _SHARED_WORDS = {"broadcast", "collect", "gather", "receive", "recv", "reduce", "scatter", "send", "sum", "barrier"}
 """Method names that tensors, arrays and pipes have too; they count only on objects that send.
 
@@ -71,7 +71,13 @@ def find_calls_in(source: str, file: str = "") -> Iterator[Call]:
 def _find(node: ast.AST, file: str, function: str, modules: set[str], functions: set[str]) -> Iterator[Call]:
     for child in ast.iter_child_nodes(node):
         inner = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
-        if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load) and _sends(child, modules):
+        is_flag = isinstance(node, ast.If) and child is node.test  # DeepSpeed has flags with such names
+        if (
+            isinstance(child, ast.Attribute)
+            and isinstance(child.ctx, ast.Load)
+            and not is_flag
+            and _sends(child, modules)
+        ):
             yield Call(file, function, ast.unparse(child))
         if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load) and child.id in functions:
             yield Call(file, function, child.id)

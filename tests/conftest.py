@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes the process that collects all results record the proofs."""
+    """Makes the process that collects all results record the proofs, and restores signals that this process ignores.
+
+    A shell ignores SIGHUP under nohup, and SIGINT in the background. Programs that tests start would inherit that.
+    """
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     if config.getoption("--verify-deepspeed") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder())
 
