@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from beit3_ds.benchmarks.certify.empty_results import empty_results
+from beit3_ds.benchmarks.empty_results import empty_results
 from beit3_ds.config import ConfigError
 from beit3_ds.kernels.ops.choice_file import ChoiceFile
 from beit3_ds.kernels.ops.measured_op import CHOICES

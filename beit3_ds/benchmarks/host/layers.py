@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
+from beit3_ds.benchmarks.empty_results import empty_results
 from beit3_ds.config import ModelConfig
 from beit3_ds.kernels.triton.fake_driver import FakeGPU, fake_gpu
 from beit3_ds.model.beit3 import BEiT3
@@ -61,7 +62,7 @@ def time_layer(config: ModelConfig, rounds: int) -> LayerTimes:
         config: model whose blocks all have the same experts.
         rounds: number of forward and backward passes; the result is the median.
     """
-    with fake_gpu(_ARCHITECTURE, compiles=False) as gpu:
+    with fake_gpu(_ARCHITECTURE, compiles=False) as gpu, empty_results():
         model = BEiT3(config).to(torch.bfloat16)
         batch = _build_batch(config)
         x_TD = torch.zeros(batch.num_rows, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)

@@ -1,7 +1,7 @@
-"""Replaces expensive operations of PyTorch on a CPU with operations that compute nothing, for dry runs.
+"""Replaces expensive operations of PyTorch on a CPU with operations that compute nothing, on an emulated GPU.
 
-A dry run needs only the shapes and dtypes of results. On a CPU, the references' matrix products would take minutes,
-above all in float16.
+Dry runs and measurements of the host's time need only the shapes and dtypes of results. On a CPU, the matrix products
+of a dry run's PyTorch baselines would take minutes, above all in float16.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,6 +42,14 @@ def _attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
     return tuple(_rows_first(x) for x in (q, k, v))
 
 
+def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    return torch.empty_like(x)
+
+
+def _gelu_gradient(dy: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
+    return torch.empty_like(dy)
+
+
 def _first(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
     return x
 
@@ -61,6 +69,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "baddbmm": _baddbmm,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_gradients,
+    "gelu": _gelu,
+    "gelu_backward": _gelu_gradient,
     **dict.fromkeys(("mm.out", "addmm.out", "bmm.out", "baddbmm.out"), _out),
     **dict.fromkeys(("addmm_", "baddbmm_", "normal_"), _first),
     "_fused_adamw_": _nothing,
@@ -71,7 +81,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 def empty_results() -> Iterator[None]:
     """Lets expensive operations on a CPU return undefined values without computing, inside a `with` block.
 
-    These operations are matrix products, attention, random values and optimizer updates. Results have the right shapes,
+    These operations are matrix products, attention, GELU, random values and optimizer updates. Results have the right shapes,
     dtypes and strides. The block affects all threads of the process.
     """
     library = torch.library.Library("aten", "IMPL", "CPU")

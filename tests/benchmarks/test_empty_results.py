@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_ds.benchmarks.certify.empty_results import empty_results
+from beit3_ds.benchmarks.empty_results import empty_results
 
 
 def products(dtype: torch.dtype) -> list[Tensor]:
@@ -34,7 +34,13 @@ def attention(dtype: torch.dtype) -> list[Tensor]:
     return results
 
 
-@pytest.mark.parametrize("compute", [products, attention])
+def gelu(dtype: torch.dtype) -> list[Tensor]:
+    x = torch.ones(5, 3, dtype=dtype, requires_grad=True)
+    y = F.gelu(x)
+    return [y.detach(), *torch.autograd.grad(y.sum(), x)]
+
+
+@pytest.mark.parametrize("compute", [products, attention, gelu])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_results_have_shapes_and_strides(compute: Callable[[torch.dtype], list[Tensor]], dtype: torch.dtype) -> None:
     """Catches a layout that PyTorch would not return, with which a dry run might launch other kernels than a GPU."""
