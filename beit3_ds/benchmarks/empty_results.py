@@ -81,8 +81,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 def empty_results() -> Iterator[None]:
     """Lets expensive operations on a CPU return undefined values without computing, inside a `with` block.
 
-    These operations are matrix products, attention, GELU, random values and optimizer updates. Results have the right shapes,
-    dtypes and strides. The block affects all threads of the process.
+    These operations are matrix products, attention, GELU, random values and optimizer updates. Results have the right
+    shapes, dtypes and strides. The block affects all threads of the process.
     """
     library = torch.library.Library("aten", "IMPL", "CPU")
     try:
