@@ -14,14 +14,14 @@ _STEPS = (("base_8gpu.json", 8), ("giant_zero3_64gpu.json", 64))
 _STEP_GPU = "h100-sxm"
 
 HOST = {
-    768: HostTimes((4.0e-3, 1.4e-3), (11e-3, 1e-3), (2.3, 1.45)),
-    1408: HostTimes((1.9e-3, 1.2e-3), (11e-3, 1e-3), (2.3, 1.45)),
+    768: HostTimes((4.0e-3, 1.0e-3), (11e-3, 1e-3), (2.3, 1.25)),
+    1408: HostTimes((1.9e-3, 0.8e-3), (11e-3, 1e-3), (2.3, 1.25)),
 }
 """Times on the host by hidden size: 768 is the decoupled base model with sub-LN, and 1408 is the giant model.
 
-The times were measured on a CPU with empty kernel launches. The first value of each pair, for the code before its
-optimization, is from an idle machine. The second value, for the current code, is from `beit3 bench host` on a busy
-machine. The second value for the gradient norm is an assumption.
+The times were measured on an idle CPU with empty kernel launches. The first value of each pair is for the code before
+its optimization, and the second value, from `beit3 bench host`, is for the current code. The second value for the
+gradient norm is an assumption.
 """
 
 UNKNOWN = (
