@@ -12,10 +12,11 @@ _LONG_NAME = 107  # bytes; file systems allow 255, and a temporary name adds a h
 
 
 def bounded_name(name: str) -> str:
-    """Returns a file name of up to 107 bytes unchanged, and replaces a longer name by one of at most 113 bytes.
+    """Returns a file name of at most 113 bytes: the same name if it has at most 107 bytes, otherwise a new name.
 
-    The new name begins with up to 100 bytes of the old name and ends with a digest of the whole old name. So names with
-    equal beginnings stay different. File systems allow 255 bytes, so suffixes such as a host name and `.tmp` still fit.
+    The new name is up to 100 bytes of the old name, "~" and 12 characters of a digest of the whole old name. So names
+    with equal beginnings stay different. File systems allow 255 bytes, so suffixes such as a host name and `.tmp` still
+    fit.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= _LONG_NAME:

@@ -69,8 +69,7 @@ class RowLayout(ABC):
 
         If the layer has the expert "shared", all rows belong to this expert. In other layers, rows of pairs belong to
         the "vision_language" expert if the layer has this expert. The remaining rows belong to the expert of their
-        modality. A layer may lack experts that no input of the model needs (`ModelConfig.inputs`), if no rows belong to
-        these experts.
+        modality. If the layer lacks an expert, no rows may belong to that expert.
 
         Args:
             experts: names of the layer's experts, in row order. Examples: ("shared",); ("vision", "language");

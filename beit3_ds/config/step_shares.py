@@ -11,7 +11,7 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 
 
 class MicroBatchSize(NamedTuple):
-    """Holds the number of images, pairs and texts in a micro-batch, in one rank's step, or in a whole step."""
+    """Holds the number of samples of each stream in a micro-batch. Also used for a rank's step and for a whole step."""
 
     images: int
     pairs: int

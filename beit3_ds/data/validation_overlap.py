@@ -92,7 +92,11 @@ def _image_files(sources: Iterable[object]) -> Iterator[str]:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int, str], str]]:
-    """Yields (device, inode, split) and the path of each file of the sources; does not include annotated images."""
+    """Yields an identity and the path of each file of the sources; does not include images that annotation files name.
+
+    The identity is (device, inode, `SourceConfig.split`), because two sources may read different parts of one
+    annotation file.
+    """
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":

@@ -193,9 +193,9 @@ class BEiT3(nn.Module):
             layers: layers to run; None runs all layers.
 
         Returns:
-            This rank's rows of the residual stream, (T, D). If the last layer is run, every tensor-parallel rank
-            returns rows after the final norm instead. These are the rows in `PackedBatch.head_rows`, (M, D), or all
-            rows, (T, D), if the batch does not set `head_rows`.
+            Without the last layer: this rank's rows of the residual stream, (T, D). With the last layer: rows after the
+                final norm, equal on all tensor-parallel ranks. If `PackedBatch.head_rows` is set, these are the M rows
+                that `head_rows` lists, (M, D). If `head_rows` is not set, these are all rows of the micro-batch.
         """
         layers = layers or self.all_layers
         if layers.start == 0:

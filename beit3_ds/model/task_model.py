@@ -23,7 +23,7 @@ class Head(nn.Module, ABC):
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Returns the layer that predicts words, or None. Its weight may be tied to the word embedding."""
+        """Returns the layer that predicts words, or None. The weight of the layer may be tied to the word embedding."""
         return None
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:

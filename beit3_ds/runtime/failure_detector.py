@@ -81,7 +81,7 @@ class FailureDetector:
         ]
 
     def _lost_contact(self) -> Failure:
-        """Returns the failure to report if a collective failed although every rank still sends heartbeats.
+        """Returns the failure to report if a collective failed, although all ranks answer the request for a heartbeat.
 
         The usual cause is a timeout of the collective.
         """

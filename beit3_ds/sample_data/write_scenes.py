@@ -41,12 +41,13 @@ NUM_PLACES = 4
 def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 0, size: int = 64) -> None:
     """Writes scenes with the files of all tasks.
 
+    The numbers of samples in a split apply to scenes, to statements, and to the images of each task that does not use
+    scenes. Each statement has one pair of images for which it is true, and one for which it is false.
+
     Args:
         folder: folder to write to; it is created if missing, and existing files are replaced.
-        num_train: number of training scenes; also the number of training statements, and of training images for each
-            task that does not use scenes. Each statement has one pair of images for which it is true, and one for which
-            it is false.
-        num_validation: the same number for validation.
+        num_train: number of each kind of sample in the training split.
+        num_validation: number of each kind of sample in the validation split.
         seed: seed of all random draws.
         size: side of square images in pixels, and shorter side of images with label maps. The longer side of images
             with boxes has twice this length.

@@ -249,7 +249,8 @@ class RankTask:
         return {}
 
     def draw_sample(self, sample: Any) -> ShownSample | None:
-        """Draws a prepared training sample as the model sees it; returns None if the task draws no samples.
+        """Makes a picture of a prepared training sample, as the model sees the sample; None if the task has no
+        pictures.
 
         Args:
             sample: result of the `prepare` method of the task's samples.

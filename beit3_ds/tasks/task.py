@@ -227,11 +227,12 @@ class Task(ABC):
 
     @property
     def step_loss(self) -> StepLoss | None:
-        """Returns a function that computes the loss terms from the features of all samples of a training step.
+        """Returns a function that computes the loss terms from the features of all samples of a training step, or None.
 
-        Returns None if the head computes the terms of each micro-batch separately. With a function, the head returns
-        `StepFeatures`, and a step of several micro-batches runs forward twice (`pipeline.coupled_step`). The function
-        must return equal values on all ranks and must not read parameters.
+        With None, the model's head computes the loss terms of each micro-batch separately. If this method returns a
+        function, the head must return `StepFeatures` instead of loss terms, and a step of several micro-batches runs
+        forward twice (`pipeline.coupled_step`). The function must return equal values on all ranks and must not read
+        parameters.
         """
         return None
 

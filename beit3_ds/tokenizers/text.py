@@ -30,18 +30,19 @@ class WordBorders(NamedTuple):
     """Marks the token ids that start or end a word, based on the white space in the tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
-    """Whether each id starts a word, (vocab_size,). True for BOS, padding and EOS.
+    """Whether a word starts at each id, as far as the id itself tells, (vocab_size,). True for BOS, padding and EOS.
 
     In a SentencePiece model that writes white space before words (`▁dog`), also True for pieces that begin with white
-    space. In a model that writes white space after words (`dog▁`), False for all other ids; `ends` then tells where
-    words start.
+    space, and False for all other pieces. In a model that writes white space after words (`dog▁`), False for all
+    pieces; `ends` then tells where words start.
     """
     ends: NDArray[np.bool_]
-    """Whether each id ends a word, so that the next id starts a word, (vocab_size,). True for BOS, padding and EOS.
+    """Whether a word ends at each id, so that a word starts at the next id, (vocab_size,). True for BOS, padding and
+    EOS.
 
     In a SentencePiece model that writes white space after words (`dog▁`), also True for pieces that end with white
-    space. In a model that writes white space before words (`▁dog`), False for all other ids; `starts` then tells where
-    words start.
+    space, and False for all other pieces. In a model that writes white space before words (`▁dog`), False for all
+    pieces; `starts` then tells where words start.
     """
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:

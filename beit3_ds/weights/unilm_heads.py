@@ -59,13 +59,13 @@ _LAST_BIAS = {"vqa": ("heads.answers.bias", "num_answers"), "imagenet": ("heads.
 
 
 def head_keys(held: Collection[str]) -> dict[str, str]:
-    """Maps unilm's tensor names of a task head to this project's names; empty if the weights have no complete head.
+    """Maps unilm's names of a task head's tensors to this project's names; empty if no task's head is complete.
 
     The MIM and MLM heads are not included.
 
     Args:
-        held: names of all tensors in the weights. In a file of unilm's format these are unilm's names, and in other
-            weights this project's names.
+        held: names of all tensors in the weights, either unilm's names or this project's names. The result is the same
+            for unilm's names and for this project's names.
     """
     names = set(held)
     return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})

@@ -120,9 +120,9 @@ class HostMemory:
         Args:
             shape: shape of the tensor; all sizes must be positive.
             dtype: dtype of the tensor.
-            lasting: whether the tensor lives until the end of a step. A lasting tensor gets the highest free bytes of
-                the part of the mapping that was used or reserved so far. A lasting tensor that does not fit into that
-                part gets the lowest free bytes of the mapping, as all other tensors do.
+            lasting: whether the tensor lives until the end of a step. If False, the tensor gets the lowest free bytes
+                of the mapping. If True, the tensor gets the highest free bytes of the part of the mapping that was used
+                or reserved so far. If it does not fit into this part, it gets the lowest free bytes, as with False.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -100,7 +100,10 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 def _for_layers(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Extends each layer's parameters (query, key, value) to NUM_EXPERTS by repeating the layer's last one."""
+    """Extends the parameters of the query, key and value layers to NUM_EXPERTS parameters per layer.
+
+    Each layer has one parameter per expert. The parameter of the layer's last expert is repeated.
+    """
     num_experts = len(parameters) // NUM_LAYERS
     layers = [parameters[start : start + num_experts] for start in range(0, len(parameters), num_experts)]
     return [parameter for layer in layers for parameter in for_experts(layer)]

@@ -37,7 +37,12 @@ class LayerTimes(NamedTuple):
 
 
 def layer_models() -> dict[str, ModelConfig]:
-    """Returns narrow models: one built like base (decoupled, sub-LN), one built like giant (shared, no sub-LN)."""
+    """Returns the configurations of two narrow models, by name.
+
+    "base" is built like the base model: each modality has its own attention and FFN weights, and blocks have
+    sub-LayerNorm. "giant" is built like the giant model: the modalities share attention weights, and blocks have no
+    sub-LayerNorm.
+    """
     base = ModelConfig(
         **_NARROW,
         hidden_size=192,

@@ -25,7 +25,8 @@ def benchmark_attention() -> str:
     """Times attention of the base size with each way to batch sequences, and returns a table.
 
     The table has one row per mix of samples, and one column per way to batch. A time is the median of forward plus
-    backward. Only times in the same row were measured in turn, so compare times only within a row.
+    backward. The ways in one row take turns during the measurement, but rows are measured one after the other. So
+    compare times only within a row.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["one call per sequence", *_ALLOWANCES]

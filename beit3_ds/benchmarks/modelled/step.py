@@ -1,4 +1,4 @@
-"""Computes the modelled time of one rank's pretraining step before the project's code was optimized, and now."""
+"""Models the time of one rank's pretraining step, with the project's current code and with the unoptimized code."""
 
 from typing import NamedTuple
 

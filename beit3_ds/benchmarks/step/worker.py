@@ -19,7 +19,7 @@ from beit3_ds.config import RunConfig
 
 
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that takes a batch, and returns a `Turn` that trains one step with DeepSpeed's engine.
+    """Returns a function from a batch to a call that trains this project's model for one step with DeepSpeed (`Turn`).
 
     The learning rate is constant. Batches must contain the target codes of patches.
     """
@@ -49,7 +49,13 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 
 
 def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that takes a batch, and returns a `Turn` that trains the reference for one step."""
+    """Returns a function from a batch to a call that trains the reference model for one step (`Turn`).
+
+    Args:
+        config: configuration of the run.
+        pads_to_longest: whether texts are padded to the longest text of the batch. If False, they are padded to the
+            maximum lengths in `config.data`.
+    """
     lengths = (None, None) if pads_to_longest else (config.data.pair_text_length, config.data.text_length)
     device = device_of_turns()
     torch.manual_seed(config.training.seed)
@@ -64,7 +70,7 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that takes a batch, and returns a `Turn` that computes a step's matrix products."""
+    """Returns a function from a batch to a call that computes the matrix products of one training step (`Turn`)."""
     dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 
     def prepare(batch: PackedBatch) -> Turn:

@@ -265,9 +265,9 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """Returns the address of this machine that gloo would announce to other nodes.
+    """Returns the IP address that gloo would announce to other nodes for this machine's host name.
 
-    Gloo takes the machine's own host name, and the first address of this name that a socket can be bound to.
+    Like gloo, takes the first address of the host name to which a socket can be bound. Returns None if there is none.
     """
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)

@@ -44,7 +44,10 @@ class RowNorm(nn.LayerNorm):
 
 
 class Injector(nn.Module):
-    """Lets the patches attend to the feature pyramid, and adds the result times a learned factor per feature."""
+    """Lets the patches attend to the feature pyramid, and adds gamma times the result to the patches.
+
+    `gamma` is a learned vector with one factor per channel.
+    """
 
     def __init__(self, hidden_size: int, config: AdapterConfig) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class CaptionHead(Head):
 
     @property
     def word_table(self) -> VocabParallelHead:
-        """Returns the output layer, which may share the word embedding matrix."""
+        """Returns the layer that predicts words. The weight of the layer may be tied to the word embedding."""
         return self.mlm
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:

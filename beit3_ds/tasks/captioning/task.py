@@ -48,8 +48,8 @@ class CaptioningRankTask(RankTask):
     settings: CaptioningConfig
     """The task's settings."""
     dropped: DroppedTokens
-    """Loss that drops the tokens with the largest losses. This is the same object as in `Captioning.step_loss`, because
-    the rank task tells it the number of the current step."""
+    """Object that computes the loss and drops the tokens with the largest losses. The training step calls the same
+    object (`Captioning.step_loss`). The rank task tells the object the number of the current step."""
     tokenizer: TextTokenizer
     """Converts captions to token ids and back."""
 

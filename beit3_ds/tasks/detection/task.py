@@ -48,7 +48,7 @@ class DetectionRankTask(RankTask):
     """Category names by label; empty on ranks that read no images."""
 
     def draw_sample(self, sample: DetectionSample) -> ShownSample:
-        """Draws a training image with the boxes and masks of its objects, as the loss sees them."""
+        """Makes a picture of a training image with the boxes and masks of its objects, as the loss sees them."""
         return draw_training_sample(sample, self.names)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
@@ -121,10 +121,12 @@ class Detection(Task):
         return 3 * self.head_flops((self.config.data.images.samples_per_step,))
 
     def head_memory(self, num_images: int, element_size: int) -> int:
-        """Returns the bytes of head activations that autograd keeps per micro-batch (`memory.image_memory`).
+        """Returns the bytes of head activations that autograd keeps on one rank per micro-batch.
 
-        Images have `model.image_size` pixels per side. Tensor-parallel ranks divide the images, so only this rank's
-        part counts.
+        Args:
+            num_images: number of images in the micro-batch, before tensor-parallel ranks divide the images. Images have
+                `model.image_size` pixels per side.
+            element_size: bytes per element of an activation.
         """
         own = -(-num_images // self.config.parallel.tensor_parallel_size)
         return own * image_memory(self.config.model, self.settings, element_size)

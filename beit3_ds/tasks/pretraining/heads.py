@@ -41,7 +41,10 @@ class MaskedModelingHeads(Head):
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Returns the MLM head, which may share the word embedding matrix; None in a model without texts."""
+        """Returns the MLM head, which predicts words; None in a model without texts.
+
+        The weight of the MLM head may be tied to the word embedding.
+        """
         return self.mlm if "language" in self.config.modalities else None
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:

@@ -43,7 +43,8 @@ class Retrieved:
         Args:
             image_numbers: index of each image in its split, ascending, (images,) int64.
             image_ID: features of images, (images, features).
-            text_numbers: number of each caption (`packing.TEXT_NUMBERS`), ascending, (captions,) int64.
+            text_numbers: number of each caption, ascending, (captions,) int64: `MOST_CAPTIONS` times the index of the
+                caption's image in the split, plus the caption's index among the image's captions.
             text_XD: features of captions, (captions, features).
             device: device on which scores are computed.
         """

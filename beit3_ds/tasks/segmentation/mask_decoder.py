@@ -79,8 +79,9 @@ class MaskDecoder(nn.Module):
 
     The pixel decoder mixes the three coarser maps by deformable attention and adds the finest map. In each layer of the
     query decoder, a query attends only to cells within the mask that the previous layer predicted for the query. There
-    is no dropout. With bf16 or fp16 parameters, forward runs under autocast, because bf16 is too coarse for the
-    sampling locations of deformable attention.
+    is no dropout. With bf16 or fp16 parameters, forward runs under autocast. On a GPU, autocast computes group norms in
+    float32, so the sampling locations of deformable attention are in float32 too. Half precision is too coarse for
+    sampling locations.
     """
 
     def __init__(self, settings: SegmentationConfig, channels: int) -> None:

@@ -64,7 +64,9 @@ class SegmentationRankTask(RankTask):
         return metrics
 
     def draw_sample(self, sample: Any) -> ShownSample | None:
-        """Draws a training crop, and its labels in colours with a legend; pixels without a label are black."""
+        """Makes pictures of a training crop, and of its labels in colours with a legend; pixels without a label are
+        black.
+        """
         if not isinstance(sample, LabelledCrop):
             return None
         whole = picture(((sample.view + 1) * 127.5).round().to(torch.uint8))
@@ -127,9 +129,11 @@ class Segmentation(Task):
         )
 
     def head_memory(self, num_images: int, element_size: int) -> int:
-        """Returns the bytes of head activations that autograd keeps per micro-batch (`memory.crop_memory`).
+        """Returns the bytes of head activations that autograd keeps on one rank per micro-batch.
 
-        Tensor-parallel ranks divide the images, so only this rank's part counts.
+        Args:
+            num_images: number of crops in the micro-batch, before tensor-parallel ranks divide the crops.
+            element_size: bytes per element of an activation.
         """
         own = -(-num_images // self.config.parallel.tensor_parallel_size)
         recomputes = self.config.training.activation_checkpointing == "full"

@@ -171,9 +171,9 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
 
 
 def _split_of(questions: str) -> str:
-    """Returns the split that the image names contain, such as `val2014`, from the questions file.
+    """Reads from the file `questions` the split whose name is part of the names of the images, such as `val2014`.
 
-    Questions of `test-dev2015` give `test2015`.
+    For questions of `test-dev2015`, returns `test2015`.
     """
     with reading_as(questions, _QUESTIONS_FORM):
         split = read_json_members(questions, "data_subtype").get("data_subtype")
