@@ -35,7 +35,7 @@ def pack(
         drop_path: factors of stochastic depth, (samples, layers, 2) float32; None without stochastic depth.
         sources: value of `PackedBatch.sources`.
         model: the model's configuration.
-        embeds: whether to keep the pixels in the batch.
+        embeds: whether the batch contains the pixels; a pipeline stage without the embedding layer needs none.
     """
     batch = pack_inputs(
         num_images=0,

@@ -34,7 +34,7 @@ def pack(
         sources: value of `PackedBatch.sources`.
         model: the model's configuration.
         num_terms: number of loss terms of the task; each is a sum over images.
-        embeds: whether to keep the pixels in the batch.
+        embeds: whether the batch contains the pixels; a pipeline stage without the embedding layer needs none.
     """
     pixels = [view for sample in samples for view in sample.pixels]
     batch = pack_grids(

@@ -45,7 +45,7 @@ def pack(
         model: the model's configuration.
         head: head of the task. `linear` reads the patches of each image; `names` reads the first row of each image and
             text.
-        embeds: whether to keep the pixels in the batch.
+        embeds: whether the batch contains the pixels; a pipeline stage without the embedding layer needs none.
     """
     images = [sample for sample in samples if isinstance(sample, ClassImage)]
     sequences = [part for sample in samples for part in _sequences(sample)]

@@ -41,7 +41,7 @@ def pack(
             rows alternate: first sample's image, first sample's caption, second sample's image, and so on.
         sources: value of `PackedBatch.sources`.
         model: the model's configuration.
-        embeds: whether to keep the pixels in the batch.
+        embeds: whether the batch contains the pixels; a pipeline stage without the embedding layer needs none.
     """
     batch = pack_inputs(
         num_images=len(samples),

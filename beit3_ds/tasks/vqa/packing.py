@@ -39,7 +39,7 @@ def pack(
         sources: value of `PackedBatch.sources`.
         model: the model's configuration.
         num_answers: number of answers in the answer list.
-        embeds: whether to keep the pixels in the batch.
+        embeds: whether the batch contains the pixels; a pipeline stage without the embedding layer needs none.
         predicts: whether to keep the target scores in the batch.
     """
     batch = pack_inputs(
