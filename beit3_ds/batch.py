@@ -53,7 +53,8 @@ class PackedBatch(RowLayout):
     """Numbers of patch rows and patch columns of each image, for a model with `model.dense`. Images may then have any
     size and have no CLS row, and the batch has no pairs and texts. Empty if all images have the model's image size."""
     colors: Tensor | None = None
-    """Colour changes of each uint8 image (`pixels.change_colors`), (images, 3, 3) float32; None changes nothing."""
+    """Parameters of three colour changes to apply to each uint8 image (`pixels.change_colors`), (images, 3, 3) float32;
+    None for no changes."""
     causal_captions: bool = False
     """Whether attention in pairs is masked for captioning. Image rows then attend only to the image. Caption rows
     attend to the image, to earlier caption rows and to themselves."""

@@ -47,7 +47,11 @@ text. The rows of each expert would then still be consecutive.
 
 
 class RowLayout(ABC):
-    """Declares the number of rows in each of the four row ranges, and computes the row range of each expert."""
+    """Base class that computes which rows of a packed micro-batch belong to each expert.
+
+    Subclasses tell the number of rows of images, of images of pairs, of texts of pairs, and of texts (`part_rows`). The
+    rows are in this order.
+    """
 
     @property
     @abstractmethod

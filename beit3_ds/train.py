@@ -115,7 +115,7 @@ class Inputs:
 
 
 def check_start(config: RunConfig) -> None:
-    """Checks everything that needs no open files, and creates the output folder.
+    """Checks the config, this machine and its software before the data are opened, and creates the output folder.
 
     Raises:
         ConfigError: if the layout is invalid, the machine has too little memory for its ranks, the optimizer or the

@@ -6,12 +6,12 @@ from typing import Any
 
 
 class Prepared:
-    """Decorator for functions that prepare an operator; calling a decorated function runs the operator.
+    """Decorator for a function that prepares an operator. Calling the decorated name prepares and runs the operator.
 
-    The decorated function takes the operator's arguments, and returns a second function, which runs the operator. The
-    second function takes the same positional arguments. It may be called again with other tensors of the same dtypes,
-    sizes and device, and with equal other arguments. `MeasuredOp` keeps the second function for later layers and
-    batches.
+    The function under the decorator (`prepare`) takes the operator's arguments, and returns a second function, which
+    runs the operator. The second function takes the same positional arguments. It may be called again with other
+    tensors of the same dtypes, sizes and device, and with equal other arguments. `MeasuredOp` keeps the second function
+    for later layers and batches.
     """
 
     def __init__(self, prepare: Callable[..., Callable[..., Any]]) -> None:

@@ -258,7 +258,9 @@ class EngineState:
             self._average.restart(self._weights())
 
     def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
-        """Divides a fragment into slices of the whole tensor, without padding (see `slice_range`).
+        """Yields the slices of the whole tensor that a fragment contains. Elements that are padding are omitted.
+
+        A fragment contains up to three slices (`slice_range`).
 
         Yields:
             Pairs (position, slice), where position is the index in the fragment at which the slice starts.

@@ -109,9 +109,10 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: PieceTable) -> None:
 def _cover_once(rows: Rows, height: int, width: int) -> bool:
     """Returns whether slices lie inside a matrix and cover each element exactly once.
 
-    The slices and the matrix itself are rectangles. Suppose that each point is a corner of an even number of
-    rectangles, the matrix included. Then the slices cover each element of the matrix an odd number of times. If the
-    slices also have as many elements as the matrix, they cover each element once.
+    Tests two conditions. First, the slices must have as many elements in total as the matrix. Second, each point must
+    be a corner of an even number of rectangles, which are the slices and the matrix itself. By the second condition,
+    each element lies in an even number of rectangles. One of them is the matrix, so at least one slice covers the
+    element. By the first condition, no second slice covers the element.
 
     Args:
         rows: one row per slice, (slices, 5): rank, top, bottom, left, right.

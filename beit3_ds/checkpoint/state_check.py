@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 _SAMPLED_ELEMENTS = 4096
-"""Number of evenly spread elements to compare per range; enough to detect that a buffer has another order."""
+"""Minimum number of elements, evenly spread over a range of weights, that are compared between the optimizer's copy and
+the model's copy. Shorter ranges are compared in full. So many elements suffice to detect that one copy has the weights
+in another order."""
 
 
 class HeldWeights(NamedTuple):

@@ -1,4 +1,7 @@
-"""Defines the entry types of the tables of DeepSpeed keys; each entry checks the value of one key."""
+"""Defines classes that describe one DeepSpeed key each, and check the value of the key.
+
+The tables in `deepspeed_keys.py` and `zero_keys.py` contain an object of these classes for each accepted key.
+"""
 
 import json
 import os

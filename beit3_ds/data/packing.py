@@ -113,7 +113,12 @@ def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
 
 
 def stack_colors(colors: Sequence[Tensor | None]) -> Tensor | None:
-    """Stacks the color changes of images, each (3, 3), to (images, 3, 3); returns None if no image has any."""
+    """Stacks the parameters of the images' colour changes to (images, 3, 3); returns None if no image has any.
+
+    Args:
+        colors: for each image, one row (factor, weight, offset) for each of three colour changes, (3, 3)
+            (`pixels.change_colors`); None for an image without colour changes.
+    """
     found = [change for change in colors if change is not None]
     assert len(found) in (0, len(colors)), "either all images of a batch have changes of colours, or none has"
     return torch.stack(found) if found else None

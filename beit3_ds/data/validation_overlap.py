@@ -27,9 +27,10 @@ _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     """Checks that no validation or test file is also a training file, even under another path or link.
 
-    Files are compared by device, inode and split (`SourceConfig.split`). Files of "images" are also compared with files
-    of "pairs", because the model would already know the image of the pair. A validation folder must not be inside a
-    training folder, nor a training folder inside a validation folder. Copies of files are not detected.
+    Two files count as the same if they have equal device and inode, and their sources read the same part of the file
+    (`SourceConfig.split`). Files of "images" are also compared with files of "pairs", because the model would already
+    know the image of the pair. A validation folder must not be inside a training folder, nor a training folder inside a
+    validation folder. Copies of files are not detected.
 
     Args:
         data: data section of the run's config.

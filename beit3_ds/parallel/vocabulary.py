@@ -83,9 +83,12 @@ class VocabParallelHead(nn.Module):
         self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
 
     def tie_weight(self, weight: nn.Parameter | None) -> None:
-        """Replaces the weight matrix by the parameter `weight` of another module, or by a buffer if `weight` is None.
+        """Replaces the weight matrix, so that this layer and the word embedding have equal weights.
 
-        The buffer is not part of the state dict.
+        Args:
+            weight: the word embedding's parameter, which becomes this layer's weight. None on a pipeline stage without
+                the word embedding: the weight becomes an uninitialised buffer outside of the state dict. The first
+                stage then sends the embedding's values to this buffer (`pipeline.tied`).
         """
         own = self.weight
         del self.weight

@@ -40,8 +40,9 @@ if deepspeed.__version__ != TESTED_DEEPSPEED:
 def gather_blocks_whole(model: nn.Module) -> None:
     """Makes ZeRO-3 gather all parameters of a block together, before its forward pass and before its backward pass.
 
-    Modules of a block can then save each other's parameters for the backward pass. DeepSpeed would gather the
-    parameters of each linear layer and norm separately, in hooks that take longer than the kernels of small models.
+    By default, DeepSpeed gathers the parameters of each linear layer and norm separately, in hooks that take longer
+    than the kernels of small models. One operator can also use the parameters of several layers of a block, because all
+    of them are still gathered in the backward pass.
     """
     for module in model.modules():
         if isinstance(module, Block):

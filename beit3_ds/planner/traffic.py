@@ -142,17 +142,19 @@ def _add_block(traffic: Traffic, rank_model: RankModel, chunk: range, layer: int
 def _residual_add(
     traffic: Traffic, rank_model: RankModel, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
-    """Adds the tensor-parallel traffic of one block's attention or FFN, including its residual addition.
+    """Adds the tensor-parallel traffic of one residual branch of a block, forward and backward.
+
+    The branch is attention or FFN, with its norms and with the addition of its output to the residual stream.
 
     Args:
         traffic: counts to add to.
         rank_model: the rank's part of the model.
-        experts: names of the experts of attention or FFN.
-        rows: number of rows that attention or FFN computes.
-        enters: number of times that forward computation copies the input to the tensor-parallel ranks, including
-            recomputation.
-        leaves: number of times that forward computation sums the output over the tensor-parallel ranks, including
-            recomputation.
+        experts: names of the experts of the branch.
+        rows: number of rows that the branch computes.
+        enters: number of times that forward computation copies the branch's input to the tensor-parallel ranks,
+            including recomputation.
+        leaves: number of times that forward computation sums the branch's output over the tensor-parallel ranks,
+            including recomputation.
     """
     model, stream = rank_model.config.model, _branch_bytes(rank_model, rows)
     if rank_model.tensor.divides_rows:

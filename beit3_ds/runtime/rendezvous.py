@@ -272,9 +272,10 @@ class Rendezvous:
         return challenge, store, [found[rank] for rank in range(size)]
 
     def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
-        """Returns whether a rank on this host belongs to another launcher.
+        """Returns whether rank 0 must ignore a rank on its own host that another launcher has started.
 
-        Always false after `_LAUNCHER_SECONDS` or half of the maximum wait, whichever is shorter.
+        Ranks of another launcher are ignored only at first: for `_LAUNCHER_SECONDS`, or for half of the maximum wait if
+        this is shorter. After this time, the result is always False.
         """
         is_late = time.monotonic() - self._start >= min(_LAUNCHER_SECONDS, self._seconds / 2)
         return description["host"] == self._host and description["parent"] != self._parent and not is_late

@@ -110,7 +110,11 @@ class Watchdog:
         self._report(f"{self._describe(self._rank)} failed: {line}")
 
     def announce_lost_contact(self, error: Exception) -> None:
-        """Asks rank 0 to find out why a collective failed, and waits until this rank's threads end the process."""
+        """Reports to rank 0 that a collective failed on this rank, and waits until the watchdog ends this process.
+
+        Rank 0 finds out why the collective failed, and publishes the failure. One of the two watchdog threads of this
+        rank then ends this process.
+        """
         self._activity.lost_contact = True
         self._contact_error = "".join(traceback.format_exception(error))
         self._report(None)

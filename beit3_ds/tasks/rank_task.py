@@ -243,8 +243,9 @@ class RankTask:
             folder: folder for result files and pages, which only the main rank writes; None writes no files.
 
         Returns:
-            Metrics by name on the main rank; empty on other ranks, and for a split without annotations. If a metric has
-            the name of a term, its value replaces the term's mean over the validation samples.
+            Metrics by name on the main rank; empty on other ranks, and for a split without annotations. In training,
+            the means of the loss terms over the validation samples are recorded together with the metrics. A metric
+            that has the name of a loss term replaces the mean of this term.
         """
         return {}
 

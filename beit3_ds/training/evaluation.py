@@ -36,9 +36,9 @@ def evaluate(
     """Returns the mean of each loss term over the validation batches of all ranks.
 
     All ranks must have the same number of batches. Terms that compare samples with each other (`Task.step_loss`) are
-    computed over all samples of a source; the ranks first gather the features of these samples. For the sums and
-    counts, sends 3 x K x S elements for K terms and S sources. S is the largest number of sources of one kind of sample
-    ("images", "pairs" or "texts").
+    computed over all samples of a source; the ranks first gather the features of these samples. Let K be the number of
+    terms, and S the largest number of sources of one kind of sample ("images", "pairs" or "texts"). In a pipeline, the
+    last stage broadcasts K x S sums. The data-parallel ranks then all-reduce K x S sums and K x S counts.
 
     Args:
         schedule: schedule that runs the forward passes.

@@ -103,11 +103,11 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 
 def freeze_parameters(model: nn.Module, config: RunConfig) -> None:
-    """Sets the gradients of frozen parameters to zero, so that they do not affect the gradient norm and the moments.
+    """Registers hooks that set the gradients of frozen parameters to zero in every backward pass.
 
-    Frozen parameters stay in the optimizer, with learning rate 0. All ZeRO stages and layouts therefore partition, save
-    and load them like other parameters. Call this function after all other gradient hooks are registered, because hooks
-    run in the order of registration.
+    Frozen parameters then do not affect the gradient norm and the moments. They stay in the optimizer, with learning
+    rate 0. All ZeRO stages and layouts therefore partition, save and load them like other parameters. Call this
+    function after all other gradient hooks are registered, because hooks run in the order of registration.
     """
     for name, parameter in model.named_parameters():
         if parameter_group(name, config).is_frozen:

@@ -43,7 +43,10 @@ class LabelSmoothing(NamedTuple):
 def smoothed_cross_entropy_reference(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, probability: float
 ) -> Tensor:
-    """Computes in plain PyTorch each row's Kullback-Leibler divergence from smoothed labels, (M,)."""
+    """Computes in plain PyTorch each row's cross entropy with smoothed labels, minus the labels' entropy, (M,).
+
+    This difference is the Kullback-Leibler divergence KL(labels || prediction).
+    """
     log_MV = F.log_softmax(F.linear(h_MD, w_VD, b_V).to(torch.promote_types(h_MD.dtype, torch.float32)), dim=1)
     label_MV = torch.full_like(log_MV, probability / (len(w_VD) - 1))
     label_MV.scatter_(1, target_M.unsqueeze(1), 1 - probability)

@@ -200,7 +200,11 @@ class MeasuredOp:
 
 
 def _prepare(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-    """Returns a function that runs `implementation` for arguments like `arguments` in dtypes, sizes and flags."""
+    """Prepares `implementation` for the dtypes, sizes and flags of `arguments`, and returns a function that runs it.
+
+    The returned function accepts all arguments with these dtypes, sizes and flags. If there is nothing to prepare, the
+    function is `implementation` itself.
+    """
     return implementation.prepare(*arguments) if isinstance(implementation, Prepared) else implementation
 
 

@@ -17,11 +17,12 @@ HOST = {
     768: HostTimes((4.0e-3, 1.0e-3), (11e-3, 1e-3), (2.3, 1.25)),
     1408: HostTimes((1.9e-3, 0.8e-3), (11e-3, 1e-3), (2.3, 1.25)),
 }
-"""Times on the host by hidden size: 768 is the decoupled base model with sub-LN, and 1408 is the giant model.
+"""Times on the host, by the hidden size of the model.
 
-The times were measured on an idle CPU with empty kernel launches. The first value of each pair is for the code before
-its optimization, and the second value, from `beit3 bench host`, is for the current code. The second value for the
-gradient norm is an assumption.
+768 is the base model with separate attention and FFN weights for each modality, and with sub-LayerNorm. 1408 is the
+giant model. The three pairs are `layer`, `norm` and `zero3_ratio` of `HostTimes`. In each pair, the first value is for
+the code before its optimization, and the second value is for the current code. The values were measured on an idle CPU
+with empty kernel launches, the second values by `beit3 bench host`. Only the second value of `norm` is an assumption.
 """
 
 UNKNOWN = (

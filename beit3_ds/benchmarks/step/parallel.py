@@ -54,9 +54,10 @@ divided updates, and divided gradients and weights."""
 
 
 def benchmark_parallel(json_path: str | None = None) -> str:
-    """Measures all variants of one step in turn, in several rounds, and returns a report.
+    """Measures one training step with one and with two processes (`VARIANTS`), in several rounds; returns a report.
 
-    The step has 16 images, 16 pairs and 16 texts. The model has 6 blocks of width 384 and a vocabulary of 64k, in
+    The two processes train without communication, and with ZeRO stages 0, 1 and 3. In each round, all variants run in
+    turn. The step has 16 images, 16 pairs and 16 texts. The model has 6 blocks of width 384 and a vocabulary of 64k, in
     float32. Ratios are computed within a round: the time of one process with two threads, divided by the time of two
     processes with one thread each.
 

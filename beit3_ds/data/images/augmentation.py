@@ -33,7 +33,8 @@ class Views(NamedTuple):
     tokenizer: Tensor
     """View for the visual tokenizer, (3, size, size) uint8."""
     colors: Tensor | None = None
-    """Color changes for `pixels.change_colors`, applied to both views, (3, 3) float32; None changes nothing."""
+    """Parameters of three colour changes to apply to both views (`pixels.change_colors`), (3, 3) float32; None for no
+    change."""
 
 
 class ViewTransform(Protocol):

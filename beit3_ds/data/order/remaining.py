@@ -119,10 +119,10 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of the set `whole` to `nodes`, and then that of the remaining samples.
+        """Appends the JSON descriptions of `whole` and of its parts to `nodes`, and then the description of this set.
 
         Returns:
-            Index in `nodes` of the remaining samples' description, which is the last element.
+            Index in `nodes` of this set's description, which is the last element.
         """
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1

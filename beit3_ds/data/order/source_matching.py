@@ -39,8 +39,8 @@ class SourceMatch(NamedTuple):
     before: SourcePosition | None
     """The source as the checkpoint describes it; None if the source is new."""
     removed: RemovedSource | None
-    """The source's entry in `StreamPosition.removed` of the checkpoint, if the source is back after an earlier run's
-    config lacked it; otherwise None."""
+    """The source's entry in `StreamPosition.removed` of the checkpoint; None if there is no such entry. The entry shows
+    that the source was removed from the config in an earlier run. The config now has the source again."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:

@@ -95,11 +95,16 @@ def _parse_set(content: Any, span: int, sizes: Mapping[int, int]) -> SetPosition
 
 
 def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...], int]:
-    """Checks a list from `remaining.to_nodes`. The last element describes a set; the others describe the set's parts.
+    """Checks the JSON descriptions of a set of unused samples, as `remaining.to_nodes` returns them.
+
+    Args:
+        value: list of descriptions. The last describes the set. Each earlier one describes a set from which a later set
+            is made.
+        sizes: number of samples of each source, by the source's id.
 
     Returns:
-        The checked list as a tuple, and an upper bound on the number of samples in the set. The list does not tell the
-        exact number if only some sources of a part are selected.
+        The checked list as a tuple, and an upper bound on the number of samples in the set. If a description keeps only
+        the samples of some sources, the list does not tell how many samples are kept.
     """
     nodes = check_list(value)
     if not 1 <= len(nodes) <= _MOST_NODES:
@@ -117,13 +122,18 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
 
 
 def _check_node(node: Any, lengths: list[int], sizes: Mapping[int, int]) -> tuple[list[int], int]:
-    """Checks the JSON description of one set of samples.
+    """Checks the JSON description of one set of samples in a list of descriptions.
 
-    A set may be made of other sets, its parts. `lengths` has an upper bound on the number of samples for each set
-    described before.
+    A set is a range of a source's samples, or is made from sets that are described earlier in the list.
+
+    Args:
+        node: the description.
+        lengths: upper bound on the number of samples of each set that is described earlier in the list.
+        sizes: number of samples of each source, by the source's id.
 
     Returns:
-        The parts' indices in the list of descriptions, and an upper bound on the number of samples in the set.
+        Indices in the list of the sets from which this set is made, and an upper bound on the number of samples in this
+        set.
     """
     kind, *values = check_list(node)
     if kind == "range":

@@ -140,9 +140,10 @@ class _AxisPlaces(NamedTuple):
     """Holds the positions of patches along one axis (rows or columns) as table indices and one-hot vectors."""
 
     entries_TA: Tensor
-    """Row numbers in the concatenated tables, (T, A) int64. Entry [t, a] is the row for the distance between patch t
-    and position a along the axis. The trained table comes first, followed by its resampled copies in the order of
-    `larger`."""
+    """Row numbers in the concatenated tables, (T, A) int64. Entry [t, a] is the row for the distance along the axis
+    between patch t and a patch at position a of the same window or image. The trained table comes first, followed by
+    one resampled copy per side length in `larger`, in the same order. A patch uses the copy for the side length of its
+    own window or image, and the trained table if `larger` does not contain this length."""
     one_hot_TA: Tensor
     """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
     larger: tuple[int, ...]

@@ -92,8 +92,8 @@ class CaptionDecoder:
         """Keeps the cached keys and values of the images in `order`, and drops the other images. Call `select` next.
 
         Args:
-            order: current index of each kept image. The image at place p of this list gets the index p. An index i
-                below len(order) must be at place i, so that this image keeps its index.
+            order: current index of each image to keep. The image `order[p]` gets the new index p. Images whose current
+                index is below len(order) must keep their index; the other images take the free indices.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):

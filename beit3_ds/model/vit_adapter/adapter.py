@@ -125,9 +125,9 @@ class OutputMaps(nn.Module):
         Args:
             c1_BDHW: finest map of the spatial prior.
             c_BLD: pyramid rows after the last extractor.
-            trunk: patches after each interaction, (B, N, D) each. If `adds_trunk_features` is True, each map is
-                increased by resized patches of one interaction: the finest map by those of an early interaction, later
-                maps by those of later ones, and the coarsest map by those of the last interaction.
+            trunk: patches after each of the n interactions, (B, N, D) each. If `adds_trunk_features` is True, patches
+                are resized and added to each map. Map p (1 is the finest, 4 the coarsest) gets the patches after
+                interaction max(1, floor(n * p / 4)), counted from 1.
             geometry: sizes of the maps.
         """
         lengths = [rows * columns for rows, columns in geometry.pyramid]

@@ -85,7 +85,10 @@ class SpatialPrior(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int, stride: int, build_norm: BuildNorm) -> nn.Sequential:
-    """Builds a 3 x 3 convolution, a norm and a ReLU. Weight decay recognizes the norm by the layer's name."""
+    """Builds a 3 x 3 convolution, a norm and a ReLU.
+
+    The norm must have the name `norm`, because parameters with this word in their name get no weight decay.
+    """
     convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
     return nn.Sequential(OrderedDict(conv=convolution, norm=build_norm(outputs), relu=nn.ReLU()))
 

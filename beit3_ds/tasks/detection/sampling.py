@@ -19,7 +19,7 @@ def draw_seed(key: SampleKey) -> int:
 
 
 def random_ranks(seed: Tensor, count: int, purpose: int) -> Tensor:
-    """Returns one pseudo-random number per candidate, (count,) int64; equal on all devices.
+    """Returns pseudo-random numbers that order the candidates for sampling, (count,) int64; equal on all devices.
 
     The candidates with the smallest numbers are sampled, so no random generator on the device is needed. The numbers
     come from SplitMix64 (Steele et al., 2014).

@@ -92,8 +92,8 @@ def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
 def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank: int, size: int) -> list[PackedBatch]:
     """Returns this rank's batches: batch `rank` and every `size`-th batch after it.
 
-    Empty batches are added until all ranks have the same number of batches. Only whole batches are divided, so the
-    features of a batch are equal on any number of ranks.
+    Empty batches are added until all ranks have the same number of batches. A batch is never split, so the features of
+    a batch do not depend on the number of ranks.
 
     Args:
         batches: all batches.

@@ -44,8 +44,8 @@ class SegmentedImages:
     shown: list[ShownImage] = field(default_factory=list)
     """Images for the result page."""
     label_maps: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Index of each image in its split, and its predicted label map as PNG bytes (uint8). Empty without result files.
-    """
+    """Index of each image in its split, and its predicted label map as PNG bytes (uint8). Empty if the evaluation
+    writes no label maps."""
 
     def add(self, image: WholeImage, predicted: Tensor) -> None:
         """Adds the pixels of an image to the confusion matrix.

@@ -51,7 +51,7 @@ def mean_features(
 def gather_vectors(steps: Sequence[StepBatch], vectors: Iterator[Tensor], mesh: Mesh) -> Tensor:
     """All-gathers the encoder's vectors of some steps, (patches, width) float32 on the CPU, equal on all ranks.
 
-    The vectors are ordered by micro-batch, then by rank, so the order does not depend on how samples are divided.
+    In each step, the vectors are in the order of the step's samples, whatever the number of ranks and micro-batches.
 
     Args:
         steps: this rank's samples of the steps; all ranks have the same number of micro-batches.

@@ -21,8 +21,8 @@ class TokenizerModel(VisualTokenizer, StageModel):
     Attributes:
         is_quantized: whether the decoder receives quantized vectors. If False, as in the first `continuous_steps`
             steps, the decoder receives the encoder's vectors.
-        center: mean of the teacher's features, (features,), which is subtracted from the targets. White backgrounds
-            dominate this mean. Without the subtraction, a constant reconstruction would have a high cosine similarity.
+        center: mean of the teacher's features, (features,), which is subtracted from the targets. Without the
+            subtraction, a constant reconstruction would have a high cosine similarity.
     """
 
     center: Tensor

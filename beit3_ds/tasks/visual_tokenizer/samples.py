@@ -21,7 +21,8 @@ class TokenizerView(NamedTuple):
     pixels: Tensor
     """Cropped image, (3, image_size, image_size) uint8."""
     colors: Tensor | None
-    """Change of the image's colours (`pixels.change_colors`), (3, 3) float32; None for no change."""
+    """Parameters of three colour changes to apply to the image (`pixels.change_colors`), (3, 3) float32; None for no
+    change."""
 
 
 @dataclass(frozen=True, kw_only=True)
