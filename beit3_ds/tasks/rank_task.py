@@ -250,8 +250,7 @@ class RankTask:
         return {}
 
     def draw_sample(self, sample: Any) -> ShownSample | None:
-        """Makes a picture of a prepared training sample, as the model sees the sample; None if the task has no
-        pictures.
+        """Makes a picture of a training sample, as the model sees the sample; returns None if the task makes none.
 
         Args:
             sample: result of the `prepare` method of the task's samples.

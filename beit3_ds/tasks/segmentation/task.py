@@ -64,8 +64,9 @@ class SegmentationRankTask(RankTask):
         return metrics
 
     def draw_sample(self, sample: Any) -> ShownSample | None:
-        """Makes pictures of a training crop, and of its labels in colours with a legend; pixels without a label are
-        black.
+        """Makes pictures of a training crop and of its labels, in colours and with a legend.
+
+        Pixels without a label are black. Returns None for other samples.
         """
         if not isinstance(sample, LabelledCrop):
             return None
