@@ -65,10 +65,10 @@ class Rendezvous:
             seconds: maximum time in seconds that ranks wait for each other.
             secret: secret that all ranks of the run share.
             end: function that ends this process at once, even if the main thread is blocked in a call.
-            contended_at: function that tells rank 0 when a second command for the same output folder was last seen
-                waiting for the folder's lock (monotonic time; -inf if never). Ranks of the second command may connect
-                to this rank 0, because they use the same secret and port. Rank 0 therefore waits until the second
-                command has ended, and then collects the ranks again.
+            contended_at: function that returns the monotonic time at which a second command was last seen waiting for
+                the lock on the output folder; -inf if never. Only rank 0 calls the function. Ranks of the second
+                command may connect to this rank 0, because they use the same secret and port. Rank 0 therefore waits
+                until the second command has ended, and then collects the ranks again.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()

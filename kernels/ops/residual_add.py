@@ -157,7 +157,8 @@ def _backward_plain(
 ) -> tuple[Tensor, Tensor]:
     """Computes the gradients of the branch and of each expert's bias in plain PyTorch, in `dtype`.
 
-    If `factor_T` is None, the branch's gradient is dy, so the function returns a tensor without rows instead.
+    If `factor_T` is None, the gradient of the branch equals dy. The first result is then a tensor without rows, and the
+    caller uses dy.
     """
     d_partial_TD = dy_TD if factor_T is None else dy_TD * factor_T.unsqueeze(1)
     d_biases_ED = torch.stack([part.sum(0) for part in d_partial_TD.split(row_lengths(stops))]).to(dtype)

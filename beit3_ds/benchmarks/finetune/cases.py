@@ -35,7 +35,7 @@ class Case(NamedTuple):
     """Describes one task, with the settings of the reference's recipe."""
 
     image_size: int
-    """Height and width of images in pixels, in the reference's recipe for the base size."""
+    """Height and width of the case's images in pixels, from the recipe of BEiT-3's released code for the base model."""
     tokens: tuple[float, float]
     """Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm."""
     padded_length: int

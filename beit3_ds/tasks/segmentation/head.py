@@ -90,8 +90,9 @@ class SegmentationHead(Head):
             with_loss: True returns sums of loss terms, False class scores.
 
         Returns:
-            Sums of the three terms over all images, (3,) float32; or class scores from 0 to the number of queries,
-            (images, classes, height, width) float32. The result is equal on all tensor-parallel ranks.
+            Sums of the three terms over all images, (3,) float32; or the score of each class at each pixel, (images,
+            classes, height, width) float32. A score is at least 0 and at most the number of queries. The result is
+            equal on all tensor-parallel ranks.
         """
         sum_gradients(self, self.tensor)
         layers = self.decoder(maps)
