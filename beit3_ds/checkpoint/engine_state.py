@@ -56,7 +56,7 @@ class Fragment(NamedTuple):
     name: str
     """Name of the parameter in the whole model."""
     start: int
-    """Index of the fragment's first element within this rank's block of the tensor, flattened."""
+    """Index of the fragment's first element in this rank's block of the tensor, after the block is flattened."""
     weight: Tensor
     """Weights, (elements,) float32."""
     optimizer_state: dict[str, Tensor]

@@ -1,7 +1,7 @@
 """Makes ZeRO-3 take less time on the host, with the same results. The GPU waits for the host in small models.
 
 DeepSpeed's hooks work parameter by parameter. The functions here replace those that take longest, and do the same for
-many parameters at once. Keys that `config.zero_keys` refuses, such as ZenFlow, have no code here.
+many parameters at once. DeepSpeed features that `config.zero_keys` does not allow, such as ZenFlow, are left out.
 """
 
 import functools

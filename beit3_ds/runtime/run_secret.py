@@ -18,8 +18,8 @@ _LEAST_BYTES, _MOST_BYTES = 16, 4096
 def read_secret(named: str | None, output_dir: str | None) -> bytes:
     """Returns the ranks' secret, with which ranks prove to each other that they belong to the same run.
 
-    If no file is named, the secret is in the output folder. The first rank that needs this file creates it, with mode
-    0600.
+    The secret is the content of a file. If `named` is None, this is a file in the output folder, and the first rank
+    creates it with mode 0600.
 
     Args:
         named: path of the file with the secret, from `SECRET_VARIABLE`; None means the file in the output folder.

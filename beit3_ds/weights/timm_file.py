@@ -39,7 +39,7 @@ class TimmFile:
         Args:
             path: path of the file.
             tensors: tensors of the file, by timm's names.
-            note: note that the export stored in the file.
+            note: the note that `beit3 export` stored in the file.
             image_size: side of the images in pixels, to which position embeddings are interpolated; None keeps the
                 file's size.
 

@@ -24,7 +24,8 @@ class TermCounts(NamedTuple):
     """Holds the denominators of an image's loss terms."""
 
     classes: int
-    """Denominator of the class term: `QUERY_UNITS` per query matched with a target mask, and 1 per other query."""
+    """Denominator of the class term: the sum of the queries' weights. A query that is matched with a target mask has
+    weight `QUERY_UNITS` (10), and any other query has weight 1."""
     masks: int
     """Denominator of the two mask terms: number of target masks that are matched with a query."""
 
