@@ -109,10 +109,12 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: PieceTable) -> None:
 def _cover_once(rows: Rows, height: int, width: int) -> bool:
     """Returns whether slices lie inside a matrix and cover each element exactly once.
 
-    Tests two conditions. First, the slices must have as many elements in total as the matrix. Second, each point must
-    be a corner of an even number of rectangles, which are the slices and the matrix itself. By the second condition,
-    each element lies in an even number of rectangles. One of them is the matrix, so at least one slice covers the
-    element. By the first condition, no second slice covers the element.
+    Tests two conditions on the rectangles, which are the slices and the matrix itself. First, the slices must have as
+    many elements in total as the matrix. Second, each point must be a corner of an even number of rectangles.
+
+    A rectangle contains an element exactly if an odd number of its corners lie above and to the left of the element. So
+    by the second condition, each element lies in an even number of rectangles. The matrix is one of the rectangles, so
+    at least one slice covers each of its elements. By the first condition, no element is covered twice.
 
     Args:
         rows: one row per slice, (slices, 5): rank, top, bottom, left, right.

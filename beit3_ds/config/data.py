@@ -250,8 +250,8 @@ class TextTokenizerConfig:
     """Path of the .spm file. `beit3 train-text-tokenizer` writes the file, and pretraining reads it. May be empty in a
     run without texts and pairs."""
     vocab_size: Annotated[int, Range(8, 2**24 - 2)] = 64000
-    """Number of pieces that SentencePiece learns, including <unk>, <s> and </s>. With the reference's 64000, <mask> has
-    id 64001."""
+    """Number of pieces that SentencePiece learns, including <unk>, <s> and </s>. The model's ids also include <pad> and
+    <mask>. With the reference's 64000 pieces, ids are 0 to 64001, and <mask> is the last."""
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
     """Fraction of the corpus's characters that the vocabulary covers; the rarest characters become <unk>."""
     max_sentences: Annotated[int, Range(101, 2**40)] = 10_000_000

@@ -1,4 +1,4 @@
-"""Loads trained weights for inference; reads only the weights that the given inputs need."""
+"""Loads trained weights for inference; reads only the weights for the chosen kinds of input, such as images."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

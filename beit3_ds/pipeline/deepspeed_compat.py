@@ -102,8 +102,9 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
 def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
     """Clears ZeRO-3's gradient buffer at the start of a step, if the stage has several model chunks.
 
-    The first backward pass of a step overwrites only its own chunk's part of the buffer. If the buffer were not
-    cleared, gradients of other chunks would be added to those of the previous step.
+    Each chunk has its own part of the buffer. The first backward pass of a step overwrites the part of its chunk. All
+    later backward passes of the step add to the buffer, even the first pass of another chunk. Without clearing, the
+    other chunks would add their gradients to those of the previous step.
 
     Args:
         engine: DeepSpeed engine of this stage.

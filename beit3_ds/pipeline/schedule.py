@@ -65,7 +65,7 @@ class Schedule:
 
     @property
     def forward_is_own(self) -> bool:
-        """Returns whether the layers' forward pass is free of collectives: without tensor parallelism and ZeRO-3."""
+        """Returns whether the layers' forward pass waits for no other rank: no tensor parallelism and no ZeRO-3."""
         return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 
     def accumulate_gradients(

@@ -26,9 +26,9 @@ from beit3_ds.runtime.watchdog import STORE_SECONDS, Watchdog
 def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) -> Mesh:
     """Joins the process group described by the launcher's environment variables, or creates a group of one process.
 
-    Several ranks first prove to each other that they share a secret (`read_secret`). A single process opens no port.
-    The function sets torch's environment variables (RANK, MASTER_ADDR and so on). It divides the host's cores among the
-    ranks unless OMP_NUM_THREADS is set.
+    If there are several ranks, they first prove to each other that they share a secret (`read_secret`). If there is one
+    rank, no port is opened. The function sets torch's environment variables (RANK, MASTER_ADDR and so on). It divides
+    the host's cores among the ranks unless OMP_NUM_THREADS is set.
 
     Raises:
         ConfigError: if environment variables contradict each other, or if ranks do not connect to each other in time.

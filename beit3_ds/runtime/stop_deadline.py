@@ -33,7 +33,8 @@ class StopDeadline:
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
         """Starts a thread that ends the process if the process still runs `STOP_SECONDS` after a stop signal.
 
-        After a call of `limit_waits`, the thread limits only waits for other ranks.
+        From a call of `limit_waits` to a call of `limit_all`, this limit does not apply. The thread then ends the
+        process only if a wait for other ranks takes too long.
 
         Args:
             rank: rank of this process, for messages.

@@ -49,7 +49,7 @@ OUTPUTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Holds an image that may become part of the sample data, before and after it was resized and compressed."""
+    """Holds an image that may become part of the sample data, as it was found and as a resized WebP file."""
 
     candidate: Candidate
     webp: bytes

@@ -37,8 +37,8 @@ class WordBorders(NamedTuple):
     pieces; `ends` then tells where words start.
     """
     ends: NDArray[np.bool_]
-    """Whether a word ends at each id, so that a word starts at the next id, (vocab_size,). True for BOS, padding and
-    EOS.
+    """Whether a word ends at each id, as far as the id itself tells, (vocab_size,). The next id then starts a word.
+    True for BOS, padding and EOS.
 
     In a SentencePiece model that writes white space after words (`dog▁`), also True for pieces that end with white
     space, and False for all other pieces. In a model that writes white space before words (`▁dog`), False for all

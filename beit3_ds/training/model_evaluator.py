@@ -60,7 +60,7 @@ class ModelEvaluator:
         yield from self.schedule.run_forward(together, None, self.prepare)
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the name and the float32 tensor of each parameter of this stage, read from disk."""
+        """Yields the name and the float32 tensor of each parameter of this stage, read from the weights on disk."""
         for name, _ in self.model.named_parameters():
             yield name, self.weights.read(name).float()
 

@@ -72,7 +72,8 @@ class TimmFile:
         return next(iter(self._tensors.values())).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor, or a part of the tensor. A tensor that the file lacks has initial values.
+        """Returns a tensor, or a part of the tensor. If the file lacks the tensor, returns its initial value for seed
+        0.
 
         Args:
             name: name of the tensor in this project.

@@ -81,8 +81,9 @@ def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str,
 def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
     """Maps each tensor name of unilm to this project's name, such as `mim_head.bias` to `heads.mim.bias`.
 
-    In unilm, branch A (vision) is in all blocks or in none, and so is branch B (language). So the names of a branch are
-    left out if some block of the model lacks the expert for this branch (`reference_letters`).
+    In unilm, branch A (vision) is in all blocks or in none, and so is branch B (language). The names of branch A are
+    left out if some block of the model has no vision expert. The names of branch B are left out if some block has no
+    language expert. With `fusion`, a vision-language expert counts as both.
 
     Args:
         config: configuration of the model.

@@ -266,7 +266,17 @@ def _fill_logits(logits_MN: Tensor, h_MD: Tensor, w_ND: Tensor, b_N: Tensor) -> 
 
 
 def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Updates the partials with one tile's logits, and overwrites the logits with exp(logit - largest)."""
+    """Adds one tile to each row's partial results, and replaces each logit of the tile by exp(logit - largest).
+
+    `largest` is the row's largest logit in this tile and all earlier tiles.
+
+    Args:
+        logits_MN: logits of the tile.
+        target_M: vocabulary index of each row's target.
+        first: vocabulary index of the tile's first column.
+        partials_3M: per row the largest logit so far, the sum of exp(logit - largest), and the target's logit. The
+            target's logit is 0 until its tile was added.
+    """
     largest_M, total_M, target_logit_M = partials_3M.unbind()
     index_M1, inside_M = _find(target_M, first, logits_MN)
     target_logit_M.add_(logits_MN.gather(1, index_M1).squeeze(1) * inside_M)

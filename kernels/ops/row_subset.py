@@ -28,9 +28,10 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     """Writes new rows into the residual stream, at the row numbers from which `take_rows` copied rows.
 
-    Every `take_rows` needs a `put_rows`. In the backward pass, `put_rows` passes the whole output gradient on to
-    `take_rows`, including the rows in `rows_K`. `take_rows` overwrites these rows with the gradient of the copied rows.
-    This avoids a pass that clears gradients, and a pass that adds gradients.
+    Every `take_rows` needs a `put_rows`. The backward pass of `put_rows` returns the whole output gradient as the
+    gradient of `stream_TD`, without clearing the rows `rows_K`. The backward pass of `take_rows` then overwrites these
+    rows with the gradient of the rows that `take_rows` copied. This avoids a pass that clears gradients, and a pass
+    that adds gradients.
 
     Args:
         stream_TD: residual stream that `take_rows` returned.

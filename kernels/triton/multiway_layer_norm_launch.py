@@ -37,7 +37,7 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Applies each expert's LayerNorm to the expert's rows.
 
-    Because of the decorator `Prepared`, a call returns the results instead of a function.
+    A caller gets the results: `Prepared` calls the function that is returned here.
 
     Args:
         x_TD: rows, contiguous, in float32 or in the parameters' dtype.
@@ -80,7 +80,7 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
 
-    Because of the decorator `Prepared`, a call returns the results instead of a function.
+    A caller gets the results: `Prepared` calls the function that is returned here.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.

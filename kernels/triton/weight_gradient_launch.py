@@ -34,9 +34,8 @@ many columns: one per element of the weight."""
 _MOST_SHARES = 16
 _ROUNDING = 64
 _PROGRAM_ROWS = 5
-"""Modelled time for writing and reading one Triton program's partial sums, as a number of rows: the program could
-multiply this many rows in the same time. One row takes 1/128 microsecond. The model assumes that 64 KB are written and
-read at 3.35 TB/s."""
+"""Modelled cost of one Triton program's partial sums, in rows: the program could multiply this many rows while the sums
+are written and read. One row takes 1/128 microsecond. The sums are 64 KB, written and read at 3.35 TB/s."""
 
 
 @Prepared
@@ -45,7 +44,7 @@ def weight_gradient(
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    Because of the decorator `Prepared`, a call returns the results instead of a function. Results are deterministic for
+    A caller gets the results: `Prepared` calls the function that is returned here. Results are deterministic for
     given numbers of rows, which determine the order of summation.
 
     Args:
@@ -127,10 +126,11 @@ def splits_rows(tiles: int, architecture: int) -> bool:
 
 
 def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) -> int:
-    """Returns the limit on the rows per share for which a launch takes the least modelled time.
+    """Returns the maximum number of rows per share with which a launch takes the least modelled time.
 
-    In the model, Triton programs run in waves, one program per multiprocessor. A wave takes time in proportion to the
-    rows of a share. Each program adds a fixed time for its partial sums.
+    The rows of each expert are divided into shares. A Triton program computes one tile of a weight gradient from the
+    rows of one share. In the model, programs run in waves, one program per multiprocessor. A wave takes time in
+    proportion to the rows of a share. Each program adds a fixed time for its partial sums.
 
     Args:
         lengths: number of rows of each expert.

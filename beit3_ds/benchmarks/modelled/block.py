@@ -41,7 +41,7 @@ class BlockShape(NamedTuple):
 
 
 class OpTime(NamedTuple):
-    """Holds the modelled seconds of one op before the project's code was optimized, and now."""
+    """Holds two modelled times of one op: before the project's code was optimized, and with the current code."""
 
     name: str
     """Name of the op."""

@@ -139,7 +139,7 @@ def run_steps(zero_stage: int, shares: int, share: int, folder: str) -> dict[str
         zero_stage: ZeRO stage of the engine.
         shares: number of processes among which the samples are divided.
         share: index of this process, from 0.
-        folder: folder for the secret that the processes share.
+        folder: folder for the file with a secret, by which the processes recognise each other when they connect.
 
     Returns:
         Median seconds of a whole step, of the forward and backward passes, and of the update.

@@ -46,7 +46,8 @@ class Products:
 
     Each expert multiplies its own rows. Queries, keys and values are one product. Attention is computed sequence by
     sequence. The heads compute masked rows only. The backward pass computes the gradients of weights and inputs, except
-    for pixels, and recomputes nothing. Blocks with the same experts share operands.
+    for pixels, and recomputes nothing. The constructor allocates the tensors to multiply; blocks with the same experts
+    use the same tensors.
     """
 
     def __init__(self, config: ModelConfig, batch: PackedBatch, dtype: torch.dtype, device: torch.device) -> None:

@@ -19,9 +19,9 @@ from beit3_ds.config import RunConfig
 
 
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function from a batch to a call that trains this project's model for one step with DeepSpeed (`Turn`).
+    """Returns a function that takes a batch and returns a `Turn`.
 
-    The learning rate is constant. Batches must contain the target codes of patches.
+    A call of the `Turn` trains this project's model for one step with DeepSpeed. The learning rate is constant. Batches must contain the target codes of patches.
     """
     # Imported here, so that DeepSpeed takes memory only in the process that measures this project.
     from beit3_ds.runtime.process_group import compute_device, init_process_group
@@ -49,7 +49,9 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 
 
 def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
-    """Returns a function from a batch to a call that trains the reference model for one step (`Turn`).
+    """Returns a function that takes a batch and returns a `Turn`.
+
+    A call of the `Turn` trains the reference model for one step.
 
     Args:
         config: configuration of the run.
@@ -70,7 +72,10 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function from a batch to a call that computes the matrix products of one training step (`Turn`)."""
+    """Returns a function that takes a batch and returns a `Turn`.
+
+    A call of the `Turn` computes the matrix products of one training step.
+    """
     dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 
     def prepare(batch: PackedBatch) -> Turn:

@@ -265,9 +265,10 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """Returns the IP address that gloo would announce to other nodes for this machine's host name.
+    """Returns the IP address of this machine's own host name, as gloo would announce it to other nodes.
 
-    Like gloo, takes the first address of the host name to which a socket can be bound. Returns None if there is none.
+    Like gloo, takes the first address of the host name to which a socket can be bound. Returns None if the host name
+    has no such address.
     """
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)

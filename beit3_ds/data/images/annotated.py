@@ -113,6 +113,10 @@ class AnnotatedImages:
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
         """Returns the image and the caption of a sample.
 
+        Args:
+            index: index of the sample.
+            min_side: minimum pixels of the shorter side (`decoding.decode_image`); None decodes all pixels.
+
         Raises:
             BrokenRecordError: if the image or the caption is missing or cannot be read.
         """

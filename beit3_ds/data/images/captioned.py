@@ -93,7 +93,10 @@ class CaptionedImages(CollectedAnnotations):
 
 
 class EachImage(AnnotatedImages):
-    """Stores one sample per image; the caption of a sample is the first caption of the image, or empty."""
+    """Stores one sample per image. The sample's caption is the image's first caption, or empty if it has none.
+
+    `references` returns all captions of the image.
+    """
 
     def __init__(self, captioned: CaptionedImages) -> None:
         """Builds one sample per image of `captioned`; an image without captions gets an empty caption."""

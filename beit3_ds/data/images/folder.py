@@ -53,7 +53,7 @@ class ImageFolder:
     def files(self) -> Iterator[SourceFile]:
         """Yields a description of each image, sorted by path.
 
-        Looks up the file sizes of at most 1024 evenly spread images.
+        Only at most 1024 evenly spread images are described with their file size. For all others, the size is None.
         """
         every = -(-len(self) // _SIZES_LOOKED_UP)
         for number in range(len(self)):

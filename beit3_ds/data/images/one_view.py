@@ -131,7 +131,8 @@ class PairView:
     usual: ImageTransform
     """Transform for an image whose texts contain no word like "left" or "right"; may flip the image."""
     unflipped: ImageTransform
-    """Transform for all other images: like `usual`, but never flips the image."""
+    """Transform for an image with a text that contains a word like "left" or "right": like `usual`, but without flips.
+    """
 
     @property
     def min_side(self) -> int | None:

@@ -50,7 +50,7 @@ class Range:
     first: int
     last: int
     start: int
-    """Number of samples in the stream before the source's first sample."""
+    """Index in the stream of the source's first sample."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the range."""
@@ -119,7 +119,7 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of `whole` and of its parts to `nodes`, and then the description of this set.
+        """Appends the JSON descriptions of the set `whole` to `nodes`, and then the description of this set.
 
         Returns:
             Index in `nodes` of this set's description, which is the last element.
@@ -181,7 +181,7 @@ class SourceSubset:
 
 
 def to_nodes(remaining: RemainingSamples) -> list[Any]:
-    """Converts a set of samples to a list of JSON descriptions: first its parts, and last the set itself."""
+    """Converts a set of samples to JSON descriptions: first of the sets it is made from, and last of the set itself."""
     nodes: list[Any] = []
     remaining.add_to(nodes)
     return nodes

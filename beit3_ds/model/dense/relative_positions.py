@@ -64,8 +64,10 @@ class RelativePositions(nn.Module):
             k_THK: keys.
             v_THK: values.
             grids: rows and columns of each image's patch grid.
-            order: `ModelConfig.dense.window_size`, which determines the order of the rows in all layers.
-            window_size: side of the windows in which this layer attends; 0 if the layer attends to whole images.
+            order: side, in patches, of the windows by which rows are ordered in all layers
+                (`ModelConfig.dense.window_size`).
+            window_size: side, in patches, of the windows in which this layer attends; 0 if the layer attends to whole
+                images.
         """
         rows, columns = (_axis_places(grids, order, window_size, self.side, axis, q_THK.device) for axis in range(2))
         products_THJ = self._products(q_THK, (rows, columns))

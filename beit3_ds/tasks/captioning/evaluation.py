@@ -131,9 +131,9 @@ class DescribedSplit:
     def metrics(self, *, official: bool) -> dict[str, float]:
         """Returns the metrics of the split, by name.
 
-        `words` and `word_accuracy` are loss and accuracy over masked words. With generated captions, `ended` is the
-        share of captions that end before the length limit. If all images have references, the metrics of
-        `score_captions` are added.
+        `words` is the mean loss of the masked words, and `word_accuracy` is the accuracy on these words. With generated
+        captions, `ended` is the share of captions that end before the length limit. If all images have references, the
+        metrics of `score_captions` are added.
 
         Args:
             official: whether to compute the official metrics, if the packages for these metrics are installed.

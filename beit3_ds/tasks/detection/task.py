@@ -199,7 +199,11 @@ class Detection(Task):
         return collect_metrics(scores)
 
     def _check_categories(self, opened: Sequence[AnnotatedObjects]) -> Categories | None:
-        """Checks that all files and the weights have equal categories; returns these categories."""
+        """Checks that all files and the weights have equal categories, and returns these; None if there are no files.
+
+        Raises:
+            ConfigError: if categories differ, or their number is not `task.num_classes`.
+        """
         if not opened:
             return None
         first = opened[0].categories

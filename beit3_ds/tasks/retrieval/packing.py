@@ -18,8 +18,8 @@ TEXT_NUMBERS = "text_number"
 """Key in `PackedBatch.targets` and `StepFeatures.rows`: number of each caption, (captions,) int64. The number is
 `MOST_CAPTIONS` times the image's index in its split, plus the caption's index among the image's captions."""
 MOST_CAPTIONS = 1 << 20
-"""Maximum number of captions per image. The number of a caption in `TEXT_NUMBERS` is the image's index times this
-value, plus the caption's index."""
+"""Maximum number of captions per image. The id of a caption in `TEXT_NUMBERS` is the image's index times this value,
+plus the caption's index."""
 NUM_TERMS = 4
 """Number of terms of the task; each term is a mean over image-text pairs."""
 

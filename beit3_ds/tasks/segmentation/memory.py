@@ -20,13 +20,14 @@ def crop_memory(model: ModelConfig, settings: SegmentationConfig, element_size: 
 
     Does not count the matched masks of the loss, because their number depends on the image. The loss keeps two float32
     maps per mask and layer; each map has at least 1/4 of the crop's height and width. Does not count statistics of
-    norms, recomputation, or temporary memory within an operation.
+    norms. Does not count memory that is needed only during an operation or during recomputation.
 
     Args:
         model: the model's configuration.
         settings: the task's settings.
         element_size: bytes per element of an activation.
-        recomputes: whether the backward pass recomputes injectors and extractors.
+        recomputes: whether the backward pass recomputes injectors and extractors. Only their inputs
+            and the last outputs are then counted.
     """
     if settings.adapter is None:
         maps = model.num_patches * pyramid_memory(model.hidden_size, settings.decoder.hidden_size, element_size)

@@ -22,7 +22,9 @@ def pack(
     sources: Mapping[str, int],
     visual: VisualTokenizerConfig,
 ) -> PackedBatch:
-    """Packs images into a micro-batch; the loss terms are means over patches.
+    """Packs images into a micro-batch. Sets both term counts to the number of patches.
+
+    Each of the two loss terms is a mean over patches, so its sum is divided by its term count.
 
     Args:
         samples: augmented images, (3, image_size, image_size) each; may be empty.

@@ -171,9 +171,12 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
 
 
 def _split_of(questions: str) -> str:
-    """Reads from the file `questions` the split whose name is part of the names of the images, such as `val2014`.
+    """Reads the split of the images, such as `val2014`, from the file `questions`.
 
-    For questions of `test-dev2015`, returns `test2015`.
+    For questions of `test-dev2015`, returns `test2015`: the names of the images contain this split.
+
+    Raises:
+        ConfigError: if the file does not name the split.
     """
     with reading_as(questions, _QUESTIONS_FORM):
         split = read_json_members(questions, "data_subtype").get("data_subtype")
