@@ -37,8 +37,9 @@ def run_rank_program(
         arguments: command-line arguments; None uses those of the process.
 
     Returns:
-        0 for success, 1 for a failing file system, and 2 for an error that the user can fix. If stop signal n arrived
-        before there was anything to save, 128 + n. Every error is printed as one line.
+        0 if the program ended normally, also if a stop signal ended it after a save. 1 for a failing file system, and 2
+        for an error that the user can fix. 128 + n if stop signal n ended the program without anything to save. Every
+        error is printed as one line.
     """
     streams = keep_standard_streams()
     parser = OneLineParser(prog=name, description=description)

@@ -115,7 +115,10 @@ def _identified(
 
 
 def _shared_folder(trained: str, validation: str) -> str:
-    """Returns a folder below `trained` that is also below `validation` through links; empty if there is none."""
+    """Returns a folder that both `trained` and `validation` lead to; empty if there is none.
+
+    Compares `trained`, `validation` and all folders below them by device and inode. Links to folders are followed.
+    """
     known = {_identity(folder) for folder in list_folders(validation)}
     return next((folder for folder in list_folders(trained) if _identity(folder) in known), "")
 

@@ -19,12 +19,12 @@ class MultiwayFFN(nn.Module):
     """Applies a pre-norm feed-forward network per expert, and adds the result to the residual stream.
 
     A row's position in the packed batch selects its expert. With `sub_layernorm`, a LayerNorm precedes the second
-    linear layer (Magneto, arXiv:2210.06423). The forward pass saves only one tensor of width F, the input of GELU. The
-    backward pass recomputes the others.
+    linear layer (Magneto, arXiv:2210.06423). The forward pass saves only one tensor of the FFN's inner width F, the
+    input of GELU. The backward pass recomputes the others.
 
-    The hidden size F of every expert is split over the tensor-parallel group. The forward pass and the backward pass
-    each exchange T rows of hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`). A sub-LayerNorm adds two
-    floats per row.
+    The inner width F of every expert is split over the tensor-parallel group. The forward pass and the backward pass
+    each exchange T rows of the model's hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`). A
+    sub-LayerNorm adds two floats per row.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:

@@ -41,8 +41,8 @@ def gather_blocks_whole(model: nn.Module) -> None:
     """Makes ZeRO-3 gather all parameters of a block together, before its forward pass and before its backward pass.
 
     By default, DeepSpeed gathers the parameters of each linear layer and norm separately, in hooks that take longer
-    than the kernels of small models. One operator can also use the parameters of several layers of a block, because all
-    of them are still gathered in the backward pass.
+    than the kernels of small models. Gathering whole blocks also lets one operator use the parameters of several layers
+    of a block, because its backward pass needs all these parameters at once.
     """
     for module in model.modules():
         if isinstance(module, Block):

@@ -65,10 +65,10 @@ class Rendezvous:
             seconds: maximum time in seconds that ranks wait for each other.
             secret: secret that all ranks of the run share.
             end: function that ends this process at once, even if the main thread is blocked in a call.
-            contended_at: function that returns the monotonic time at which a second command was last seen waiting for
-                the lock on the output folder; -inf if never. Only rank 0 calls the function. Ranks of the second
-                command may connect to this rank 0, because they use the same secret and port. Rank 0 therefore waits
-                until the second command has ended, and then collects the ranks again.
+            contended_at: function that returns when a second command was last seen waiting for the lock on the output
+                folder, in monotonic seconds; -inf if never. Only rank 0 calls the function. Ranks of the second command
+                may connect to this rank 0, because they use the same secret and port. Rank 0 therefore waits until the
+                second command has not been seen for `_CONTENDER_SECONDS`, and then collects the ranks again.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()

@@ -12,9 +12,9 @@ from beit3_ds.runtime.main_thread import describe_main_thread
 from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_status
 
 STOP_SECONDS = 5.0
-"""Maximum seconds between a stop signal and the end of a process that is not training. During training, only waits for
-other ranks are limited. Their limit is `STOP_SECONDS` or twice the longest phase of a step so far, whichever is longer.
-"""
+"""Maximum seconds between a stop signal and the end of a process that is not training. During training, a stop signal
+limits a rank's waits for other ranks, but not the rank's own work. Such a wait may last `STOP_SECONDS` or twice the
+longest phase of a step so far, whichever is longer."""
 _PEER_FACTOR = 2.0
 """Time limit of a wait for other ranks after a stop signal, as a multiple of the longest phase of a step so far."""
 _SECOND_INTERRUPT_SECONDS = 1.0

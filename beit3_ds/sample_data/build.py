@@ -156,9 +156,9 @@ def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
 def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Splits groups of samples into training and validation samples. A group is never divided.
 
-    A group becomes validation samples if it meets two conditions. The group has at most four samples. Together with the
-    group, validation has at most `fraction` of the samples of each category, rounded to a whole number. All other
-    groups become training samples.
+    A group becomes validation samples if it meets two conditions. First, the group has at most four samples. Second,
+    for each category of the group, the validation samples with this group are at most `fraction` of all samples of the
+    category. This limit is rounded to a whole number. All other groups become training samples.
     """
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):

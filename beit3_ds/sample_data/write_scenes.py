@@ -49,8 +49,9 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
         num_train: number of each kind of sample in the training split.
         num_validation: number of each kind of sample in the validation split.
         seed: seed of all random draws.
-        size: side of square images in pixels, and shorter side of images with label maps. The longer side of images
-            with boxes has twice this length.
+        size: side in pixels of most images, which are square. Images with label maps have this shorter side, and a
+            longer side of up to 1.5 times `size`. Images with boxes have a longer side of 2 times `size`, and a shorter
+            side of at least 1.5 times `size`.
     """
     texts: list[str] = []
     captions: list[dict[str, Any]] = []

@@ -31,7 +31,7 @@ class RankShare:
     embeds: bool
     """Whether the rank needs the model's inputs; true on the first pipeline stage."""
     predicts: bool
-    """Whether the rank needs targets; true on the last pipeline stage."""
+    """Whether the rank computes predictions and losses, and so needs targets; true on the last pipeline stage."""
     reads: bool
     """Whether the rank reads samples from files (`Mesh.is_reader`). Other ranks receive samples from a rank that reads.
     """

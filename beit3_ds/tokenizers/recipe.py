@@ -74,7 +74,7 @@ def save_with_recipe(path: str | Path, content: bytes, recipe: Recipe) -> None:
 
 
 def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Callable[[], Recipe]) -> bool:
-    """Returns whether a tokenizer exists at `path` and was trained with the given settings (recipe).
+    """Returns whether a tokenizer exists at `path`, and checks that it was trained with the given settings.
 
     Args:
         section: section of the config, such as "tokenizers.text".

@@ -36,8 +36,8 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
         fusion: whether to plan the "fusion" export instead of the "dual" export.
 
     Raises:
-        ConfigError: if the model has no vision-language experts for a "fusion" export, or if it has vision-language
-            experts and accepts only pairs, for which a "dual" export is not exact.
+        ConfigError: if `fusion` is true and the model has no vision-language experts. Also if `fusion` is false and the
+            model has vision-language experts and accepts only pairs, because a "dual" export is not exact for pairs.
     """
     has_fused_expert = any("vision_language" in reader.model.experts(layer) for layer in range(reader.model.num_layers))
     if fusion and not has_fused_expert:

@@ -12,9 +12,9 @@ _Gradients = TypeVar("_Gradients")
 def once_differentiable(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
     """Decorates a backward pass whose own derivative is unknown, so that autograd cannot differentiate it.
 
-    PyTorch's decorator of this name returns gradients that fail when they are differentiated. This decorator refuses
-    `create_graph=True` right away. So it need not switch gradients off at every call, which takes longer than launching
-    a kernel.
+    PyTorch's decorator of this name switches gradients off at every call, and returns gradients that fail when they are
+    differentiated. This decorator instead raises an error right away if the caller passes `create_graph=True`. This
+    check is faster; switching gradients off takes longer than launching a kernel.
     """
 
     @wraps(backward)

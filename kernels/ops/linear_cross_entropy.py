@@ -163,9 +163,9 @@ def forward_plain(
 
     Returns:
         The partials of the M rows, then two tensors for the backward pass. The first tensor, (`tiles.num_buffers`, M,
-        `tiles.stride`), holds exp(logit - largest) for all tiles whose buffer no later tile overwrote
-        (`VocabularyTiles.is_kept`). Here, `largest` is the row's largest logit in this tile and all earlier tiles. The
-        second tensor, (tiles, M), holds `largest` for each tile and row.
+        `tiles.stride`), holds exp(logit - largest) for one tile per buffer. If several tiles share a buffer, only the
+        last of them is kept (`VocabularyTiles.is_kept`). For each tile, `largest` is the row's largest logit in the
+        tile and all earlier tiles. The second tensor, (tiles, M), holds `largest` for each tile and row.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)

@@ -64,9 +64,9 @@ class Launch:
         self._aligned: dict[Hashable, _Variant] = {}  # by device, for tensors that are all aligned
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Launches the kernel on the current GPU. For CPU tensors, Triton's interpreter runs the kernel.
+        """Launches the kernel on the current GPU, or runs it in Triton's interpreter if the tensors are on a CPU.
 
-        If this process emulates a GPU, CPU tensors are treated as GPU tensors.
+        In a process that emulates a GPU, the kernel is launched even if the tensors are on a CPU.
 
         Args:
             tensors: first arguments of the kernel, contiguous.

@@ -205,8 +205,8 @@ def variants(architecture: int) -> list[KernelVariant]:
     The giant model's FFN kernels are compiled with every candidate for the tile sizes. All other kernels are compiled
     only with the first candidate.
 
-    The default tests compile only variants of the giant model with the first candidate. These are the up projection for
-    all architectures, and the output projection for sm_90.
+    The default tests compile the giant model's up projection for all architectures, and the giant model's output
+    projection for sm_90. These tests use only the first candidate, and compile no other variants.
     """
     result = []
     for element, hidden, ffn_hidden in SIZES:

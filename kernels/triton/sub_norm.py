@@ -176,9 +176,11 @@ def norm_gradient_kernel(
     """Computes one block of dx = da * gelu'(x); without GELU, dx is da.
 
     a is the input of the norm, GELU(x) or x. dn is the gradient of the norm's output. xhat is the standardised row (a -
-    mean) * rstd. da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH). Without NORM, da is dn. WIDTH and
-    the two sums of each row cover the columns of all ranks. dx may be stored in the memory of dn, because a program
-    reads its block before it writes the block.
+    mean) * rstd. da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH). Without NORM, da is dn.
+
+    For each row, sums_0 is the sum of dn * scale, and sums_1 is the sum of dn * scale * xhat. These sums and WIDTH
+    cover the columns of all ranks. dx may be stored in the memory of dn, because a program reads its block before it
+    writes the block.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]

@@ -52,7 +52,8 @@ def plan_commands(folder: Path, num_gpus: int) -> dict[str, Commands]:
 
     Args:
         folder: folder for the output of the training runs.
-        num_gpus: number of GPUs. If there are several, a second run uses the largest power of two up to this number.
+        num_gpus: number of GPUs. The first training run uses one GPU. If `num_gpus` is above 1, a second run uses the
+            largest power of two up to `num_gpus`.
     """
     beit3 = (sys.executable, "-m", "beit3_ds.cli.main")
     tokenizers = {

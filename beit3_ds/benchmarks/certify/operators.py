@@ -96,7 +96,12 @@ def _rebuild(clock: Clock, build: Callable[[], Case], name: str) -> dict[str, An
 def _measure(clock: Clock, case: Case, entry: Implementation, backend: Backend | None) -> dict[str, Any]:
     """Times the forward and backward pass of one implementation, and compares the result with this project's op.
 
-    This project's op uses the backend `library` in the comparison.
+    Args:
+        clock: clock that times the passes.
+        case: the operation and its sizes.
+        entry: the implementation to time.
+        backend: backend of this project's op while `entry` is timed. The op with which the result is compared always
+            uses the backend `library`.
     """
     if entry.build is None:
         return {"not_run": entry.why_absent}

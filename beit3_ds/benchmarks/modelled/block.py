@@ -34,10 +34,10 @@ class BlockShape(NamedTuple):
     stream_size: int = 2
     """Bytes per element of the residual stream."""
     attention_lengths: tuple[float, ...] = (1.0,)
-    """Rows that each attention expert computes, as a share of all rows, from 0 to 1. By default, one expert computes
-    all rows."""
+    """Length of each attention expert's row range, as a fraction of all rows, from 0 to 1. By default, one expert
+    computes all rows."""
     ffn_lengths: tuple[float, ...] = (0.8, 0.2)
-    """Rows that each FFN expert computes, as a share of all rows, from 0 to 1."""
+    """Length of each FFN expert's row range, as a fraction of all rows, from 0 to 1."""
 
 
 class OpTime(NamedTuple):

@@ -21,8 +21,9 @@ HOST = {
 
 768 is the base model with separate attention and FFN weights for each modality, and with sub-LayerNorm. 1408 is the
 giant model. The three pairs are `layer`, `norm` and `zero3_ratio` of `HostTimes`. In each pair, the first value is for
-the code before its optimization, and the second value is for the current code. The values were measured on an idle CPU
-with empty kernel launches, the second values by `beit3 bench host`. Only the second value of `norm` is an assumption.
+the code before its optimization, and the second value is for the current code. The second value of `norm` is an
+assumption. All other values were measured on an idle CPU with empty kernel launches; for the current code, they were
+measured by `beit3 bench host`.
 """
 
 UNKNOWN = (

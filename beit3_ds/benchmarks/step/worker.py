@@ -19,9 +19,10 @@ from beit3_ds.config import RunConfig
 
 
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that takes a batch and returns a `Turn`.
+    """Returns a function that prepares a batch and returns a `Turn`.
 
-    A call of the `Turn` trains this project's model for one step with DeepSpeed. The learning rate is constant. Batches must contain the target codes of patches.
+    The timed function of the `Turn` trains this project's model for one step with DeepSpeed. The learning rate is
+    constant. Batches must contain the target codes of patches.
     """
     # Imported here, so that DeepSpeed takes memory only in the process that measures this project.
     from beit3_ds.runtime.process_group import compute_device, init_process_group
@@ -49,9 +50,9 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 
 
 def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that takes a batch and returns a `Turn`.
+    """Returns a function that prepares a batch and returns a `Turn`.
 
-    A call of the `Turn` trains the reference model for one step.
+    The timed function of the `Turn` trains the reference model for one step.
 
     Args:
         config: configuration of the run.
@@ -72,9 +73,9 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that takes a batch and returns a `Turn`.
+    """Returns a function that prepares a batch and returns a `Turn`.
 
-    A call of the `Turn` computes the matrix products of one training step.
+    The timed function of the `Turn` computes the matrix products of one training step.
     """
     dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 

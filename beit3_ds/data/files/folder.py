@@ -10,8 +10,8 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 class Folder:
     """Reads whole files of one folder. File names are relative paths from annotation files.
 
-    A name must not leave the folder through `..`, an absolute path or a symbolic link to a file. Symbolic links from
-    the folder to other folders are followed.
+    A name must not lead out of the folder through `..`, an absolute path or a symbolic link to a file. Symbolic links
+    to folders are allowed; a file in a linked folder counts as inside.
 
     A missing file is an error in the data. A missing or replaced folder is a storage error: it shows that the file
     system was unmounted.

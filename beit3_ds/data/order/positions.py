@@ -127,10 +127,10 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples of a set that were still unused when the data last changed in the current epoch.
+        """Returns the samples of a set that were unused at the last change of the data in the set's current epoch.
 
-        A set is one source if the stream has weights, and the whole stream otherwise. Returns None if the data have not
-        changed in the set's current epoch.
+        If the stream has weights, each source is a set. Without weights, the whole stream is one set. Returns None if
+        the data have not changed in the set's current epoch.
 
         Args:
             number: index of the set in `sets`.

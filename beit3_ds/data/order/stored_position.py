@@ -103,8 +103,8 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
         sizes: number of samples of each source, by the source's id.
 
     Returns:
-        The checked list as a tuple, and an upper bound on the number of samples in the set. If a description keeps only
-        the samples of some sources, the list does not tell how many samples are kept.
+        The checked list as a tuple, and an upper bound on the number of samples in the set. The exact number is unknown
+        if the set was made by removing the samples of some sources from another set.
     """
     nodes = check_list(value)
     if not 1 <= len(nodes) <= _MOST_NODES:

@@ -143,9 +143,12 @@ class _AxisPlaces(NamedTuple):
 
     entries_TA: Tensor
     """Row numbers in the concatenated tables, (T, A) int64. Entry [t, a] is the row for the distance along the axis
-    between patch t and a patch at position a of the same window or image. The trained table comes first, followed by
-    one resampled copy per side length in `larger`, in the same order. A patch uses the copy for the side length of its
-    own window or image, and the trained table if `larger` does not contain this length."""
+    between patch t and position a in the same window or image.
+
+    The trained table comes first. One resampled copy for each side length in `larger` follows, in the order of
+    `larger`. If the side length of the patch's window or image is in `larger`, the entry is a row of the copy for this
+    length. In all other cases, the entry is a row of the trained table.
+    """
     one_hot_TA: Tensor
     """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
     larger: tuple[int, ...]

@@ -92,8 +92,9 @@ class CaptionDecoder:
         """Keeps the cached keys and values of the images in `order`, and drops the other images. Call `select` next.
 
         Args:
-            order: current index of each image to keep. The image `order[p]` gets the new index p. Images whose current
-                index is below len(order) must keep their index; the other images take the free indices.
+            order: current index of each image to keep. The image `order[p]` gets the new index p. If a kept image's
+                current index is below len(order), its index must not change. The other kept images take the free
+                indices.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):

@@ -104,9 +104,10 @@ def grid_places(sizes: Sequence[GridSize], device: torch.device) -> Tensor:
 
 
 def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
-    """Returns the initial bias of `sampling_offsets`: point p of head h is p + 1 cells away in direction h.
+    """Returns the initial bias of `sampling_offsets`, which places a head's points on a line from the query.
 
-    The points with the same p lie on a square around the query.
+    The lines of the heads have evenly spread angles. Point p of a head is p + 1 cells away from the query along x or y,
+    whichever is farther. So the points with the same p lie on a square around the query.
     """
     angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
     directions = torch.stack([angles.cos(), angles.sin()], -1)

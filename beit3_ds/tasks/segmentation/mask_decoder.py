@@ -79,9 +79,10 @@ class MaskDecoder(nn.Module):
 
     The pixel decoder mixes the three coarser maps by deformable attention and adds the finest map. In each layer of the
     query decoder, a query attends only to cells within the mask that the previous layer predicted for the query. There
-    is no dropout. With bf16 or fp16 parameters, forward runs under autocast. On a GPU, autocast computes group norms in
-    float32, so the sampling locations of deformable attention are in float32 too. Half precision is too coarse for
-    sampling locations.
+    is no dropout.
+
+    With bf16 or fp16 parameters, forward runs under autocast. On a GPU, group norms then return float32 maps. The
+    sampling locations of deformable attention get the dtype of these maps; half precision would be too coarse.
     """
 
     def __init__(self, settings: SegmentationConfig, channels: int) -> None:

@@ -26,8 +26,8 @@ def crop_memory(model: ModelConfig, settings: SegmentationConfig, element_size: 
         model: the model's configuration.
         settings: the task's settings.
         element_size: bytes per element of an activation.
-        recomputes: whether the backward pass recomputes injectors and extractors. Only their inputs
-            and the last outputs are then counted.
+        recomputes: whether the backward pass recomputes injectors and extractors. Only their inputs and
+            the last outputs are then counted.
     """
     if settings.adapter is None:
         maps = model.num_patches * pyramid_memory(model.hidden_size, settings.decoder.hidden_size, element_size)

@@ -123,7 +123,7 @@ class AnswerVocabulary:
         return hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()[:16]
 
     def targets(self, answers: Sequence[str]) -> dict[int, float]:
-        """Maps the labels of the answers that people gave to the answers' soft scores; ignores unlisted answers."""
+        """Returns the soft scores of people's answers to a question, by label; ignores unlisted answers."""
         return {self.labels[answer]: score for answer, score in soft_scores(answers).items() if answer in self.labels}
 
     @classmethod
