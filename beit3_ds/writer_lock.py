@@ -81,9 +81,9 @@ class WriterLock:
             target: what the lock protects, such as "training.output_dir=runs/a", for messages.
             way_out: what a refused user can do, such as "choose another training.output_dir".
             command: what this process does, for messages of other processes; None uses the process's command line.
-            is_stopping: function that returns whether this process has received a stop signal. The signal ends a wait
-                for the lock. If this process holds the lock, the signal is recorded in the lock file, so that the next
-                process waits.
+            is_stopping: function that returns whether this process has received a stop signal. While this process waits
+                for the lock, a stop signal ends the wait. While this process holds the lock, a stop signal is recorded
+                in the lock file. Other processes then wait for the lock, instead of being refused.
             end: function that ends this process at once with an exit status. Called if another process has taken over
                 the lock.
         """

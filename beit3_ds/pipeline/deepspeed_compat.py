@@ -41,8 +41,8 @@ def gather_blocks_whole(model: nn.Module) -> None:
     """Makes ZeRO-3 gather all parameters of a block together, before its forward pass and before its backward pass.
 
     By default, DeepSpeed gathers the parameters of each linear layer and norm separately, in hooks that take longer
-    than the kernels of small models. Gathering whole blocks also lets one operator use the parameters of several layers
-    of a block, because its backward pass needs all these parameters at once.
+    than the kernels of small models. With whole blocks, one operator may also use the parameters of several layers of a
+    block: all of them are gathered during the operator's forward and backward pass.
     """
     for module in model.modules():
         if isinstance(module, Block):

@@ -13,7 +13,7 @@ from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_sta
 
 STOP_SECONDS = 5.0
 """Maximum seconds between a stop signal and the end of a process that is not training. During training, a stop signal
-limits a rank's waits for other ranks, but not the rank's own work. Such a wait may last `STOP_SECONDS` or twice the
+limits a rank's waits for other ranks, but not the rank's own work. A wait may then last `STOP_SECONDS` or twice the
 longest phase of a step so far, whichever is longer."""
 _PEER_FACTOR = 2.0
 """Time limit of a wait for other ranks after a stop signal, as a multiple of the longest phase of a step so far."""
@@ -25,9 +25,9 @@ class StopDeadline:
     """Ends this process, from a separate thread, if the process does not end within a time limit after a stop signal.
 
     Before the first step and after the last step, the limit is `STOP_SECONDS`. During training, a rank may finish its
-    step and save a checkpoint, so only waits for other ranks are limited. Such a wait may last `STOP_SECONDS`, or twice
-    as long as the longest phase of a step so far, whichever is longer. For example, a micro-batch's forward pass is a
-    phase. A second SIGINT ends the process within about one second.
+    step and save a checkpoint, so no limit applies to the rank's own work. A wait for other ranks may last
+    `STOP_SECONDS`, or twice as long as the longest phase of a step so far, whichever is longer. For example, a
+    micro-batch's forward pass is a phase. A second SIGINT ends the process within about one second.
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:

@@ -20,7 +20,7 @@ For further needs, a task uses the following:
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
     another image size                              `model.image_size` in the configuration
     no text, or no image                            `model.inputs` in the configuration
-    batches of other kinds than the samples         `Task.inputs`, for example to read pairs as images and texts
+    pairs whose image and text are separate inputs  `Task.inputs` names the kinds of input in batches
     files of its own                                `Task.formats`; `build_streams` opens the sources of these formats
     metrics that are means                          a term of weight 0, whose sum and count merge exactly over ranks
     metrics over all samples of a split             `RankTask.open(validation_loss=False)` and `RankTask.evaluate`

@@ -44,8 +44,8 @@ class Stragglers:
 
     The comparison finds devices and hosts that are always slow, and ranks with more work. It does not find slow
     backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks and
-    are not included. In these cases, "work" shows no stragglers on stages without the head, because these stages encode
-    no images either.
+    are not included. On stages without the head, which encode no images as visual tokens, "work" is then only the time
+    to move batches.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:

@@ -72,8 +72,9 @@ class TimmFile:
         return next(iter(self._tensors.values())).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor, or a part of the tensor. If the file lacks the tensor, returns its initial value for seed
-        0.
+        """Returns a tensor, or a part of the tensor.
+
+        If the file lacks the tensor, returns the tensor's initial value for seed 0.
 
         Args:
             name: name of the tensor in this project.

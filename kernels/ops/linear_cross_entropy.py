@@ -60,8 +60,8 @@ def linear_cross_entropy(
     """Computes each row's cross entropy with its target, or each row's divergence from smoothed labels.
 
     Without a chunk size, the logits of all M rows over all V vocabulary entries are saved. With a chunk size, at most
-    `chunk_size` x V logits exist at once. As many logits as possible are saved for the backward pass, which recomputes
-    the others. On a GPU, gradients overwrite the saved logits, so a graph supports only one backward pass.
+    `chunk_size` x V logits exist at once. The logits that fit into this limit are saved for the backward pass, which
+    recomputes all others. On a GPU, gradients overwrite the saved logits, so a graph supports only one backward pass.
 
     On a CPU, logits are float32, or float64 if h is float64. On a GPU, logits have h's dtype.
 
@@ -71,7 +71,7 @@ def linear_cross_entropy(
         b_V: output bias.
         target_M: vocabulary index of each row's target, int64 in [0, V). With a sharded vocabulary, indices are
             relative to this shard, and an index outside [0, V) belongs to another shard.
-        chunk_size: number of rows whose logits over the whole vocabulary may exist at once; None for no limit.
+        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once; None for no limit.
         reduce: function that combines this shard's partials with those of the other shards; None if the vocabulary is
             not sharded. With a sharded vocabulary, this op computes only this shard's part of h's gradient.
         smoothing: smoothed labels (`label_smoothing`); None for the cross entropy.

@@ -35,7 +35,7 @@ def forward(
 ) -> Callable[..., Tensor]:
     """Returns y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
-    A caller gets the results: `Prepared` calls the function that is returned here.
+    The decorator `Prepared` calls the returned function, so a caller gets the results.
 
     Args:
         residual_TD: residual stream, contiguous.
@@ -72,7 +72,7 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
 
-    A caller gets the results: `Prepared` calls the function that is returned here.
+    The decorator `Prepared` calls the returned function, so a caller gets the results.
 
     Args:
         dy_TD: gradient of y, contiguous.

@@ -44,7 +44,7 @@ def weight_gradient(
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    A caller gets the results: `Prepared` calls the function that is returned here. Results are deterministic for
+    The decorator `Prepared` calls the returned function, so a caller gets the results. Results are deterministic for
     given numbers of rows, which determine the order of summation.
 
     Args:

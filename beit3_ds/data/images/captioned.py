@@ -93,7 +93,7 @@ class CaptionedImages(CollectedAnnotations):
 
 
 class EachImage(AnnotatedImages):
-    """Stores one sample per image. The sample's caption is the image's first caption, or empty if it has none.
+    """Stores one sample per image, with the first caption of the image, or an empty caption if there is none.
 
     `references` returns all captions of the image.
     """

@@ -131,8 +131,7 @@ class PairView:
     usual: ImageTransform
     """Transform for an image whose texts contain no word like "left" or "right"; may flip the image."""
     unflipped: ImageTransform
-    """Transform for an image with a text that contains a word like "left" or "right": like `usual`, but without flips.
-    """
+    """Transform for an image with a text that contains a word like "left" or "right": like `usual`, but no flips."""
 
     @property
     def min_side(self) -> int | None:

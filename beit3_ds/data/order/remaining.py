@@ -34,7 +34,7 @@ class RemainingSamples(Protocol):
         """Converts indices in this set to sample numbers of the stream; argument and result are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of this set's parts to `nodes`, and then the description of the set itself.
+        """Appends JSON descriptions to `nodes`: first of the sets that this set is made from, and last of this set.
 
         Returns:
             Index in `nodes` of this set's description, which is the last element.

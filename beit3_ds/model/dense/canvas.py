@@ -13,7 +13,7 @@ def to_canvas(x_TD: Tensor, grids: Grids, window_size: int) -> Tensor:
     Args:
         x_TD: rows of the patches of all images, ordered window by window (`patch_grids`).
         grids: rows and columns of each image's patch grid. H and W are the largest numbers of rows and columns.
-        window_size: `ModelConfig.dense.window_size`, which determines the order of the rows.
+        window_size: side, in patches, of the windows by which the rows are ordered (`ModelConfig.dense.window_size`).
     """
     height, width = canvas_grid(grids)
     places = patch_places(grids, window_size, x_TD.device)

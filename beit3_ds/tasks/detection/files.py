@@ -57,10 +57,10 @@ class AnnotatedObjects:
     """Holds the images of an annotation file and their objects, in the order of the file.
 
     Training leaves out crowds, boxes without area and, if masks are read, objects without a mask. `skipped` counts
-    three kinds of entries, by reason: objects that training leaves out, boxes that were clipped to their image, and
-    images with too many pixels, which count as broken. An evaluation uses all annotations unchanged (`ground_truth`).
-    All data are torch tensors, because data workers share tensors without copying. Each object takes about 45 bytes,
-    plus 8 bytes per corner of a polygon.
+    these objects by reason. `skipped` also counts images with too many pixels, which count as broken, and boxes that
+    are clipped to their image. Clipped boxes with an area are used in training. An evaluation uses all annotations
+    unchanged (`ground_truth`). All data are torch tensors, because data workers share tensors without copying. Each
+    object takes about 45 bytes, plus 8 bytes per corner of a polygon.
     """
 
     def __init__(self, path: str, folder: str, collected: "_Collected") -> None:
