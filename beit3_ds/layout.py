@@ -134,8 +134,8 @@ class SequenceLayout(RowLayout):
     """Whether attention in pairs is masked for captioning. Image rows then attend only to the image. Caption rows
     attend to the image, to earlier caption rows and to themselves. Texts without image are never masked."""
     image_grids: Grids = ()
-    """Numbers of patch rows and patch columns of each image, for images of any size without CLS rows (`patch_grids`).
-    If not empty, there are no pairs and texts, and `image_length` is ignored."""
+    """Numbers of patch rows and patch columns of each image, for models that take images of any size (`patch_grids`).
+    These images have no CLS row. If not empty, there are no pairs and texts, and `image_length` is ignored."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:

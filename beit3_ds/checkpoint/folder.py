@@ -134,7 +134,8 @@ class CheckpointFolder:
         return torch.float32
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns the float32 weights or averages of a tensor.
+        """Returns a tensor in float32: its weights or their moving averages, as the argument `weights` of this object's
+        constructor says.
 
         Without `part`, the result has the tensor's own shape. With `part`, the tensor is viewed as a matrix, and the
         result is only this slice of the matrix.

@@ -115,10 +115,10 @@ class TensorParallel:
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
     def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
-        """Gathers the rows of all ranks, for a computation that every rank repeats on all rows.
+        """Returns the rows of all ranks, without padding, for a computation that every rank repeats on all rows.
 
-        With sequence parallelism, the forward pass all-gathers all rows, including padding. Without sequence
-        parallelism, returns `x` unchanged.
+        With sequence parallelism, the forward pass all-gathers the ranks' rows and their padding; `num_rows` is the
+        number of rows without padding. Without sequence parallelism, returns `x` unchanged.
         """
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 

@@ -48,7 +48,7 @@ class Watchdog:
     two seconds later.
 
     Network traffic: each rank reads four short values from the store every second, all in one request. Each rank
-    also writes about 80 bytes every sixth of `heartbeat_timeout_seconds`. With 512 ranks and 60 s, these are 565
+    also writes about 80 bytes every `heartbeat_timeout_seconds` / 6 seconds. With 512 ranks and 60 s, these are 565
     requests and less than 200 kB per second. A store answers 24,000 requests per second on one core.
     """
 

@@ -41,7 +41,7 @@ class StepFeed:
 
     @property
     def upcoming_seconds(self) -> float:
-        """Returns the seconds that fetching the next step took, or 0 if no step is fetched."""
+        """Returns the seconds that it took to fetch the next step, or 0 if the next step has not been fetched."""
         return 0.0 if self._fetched is None else self._fetched[1]
 
     def fetch(self) -> None:

@@ -129,7 +129,9 @@ class RunOrder:
         )
 
     def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
-        """Computes the position after `step` steps for a checkpoint without positions; None if a source is missing."""
+        """Computes a stream's position after `step` steps, for a checkpoint that stores no position of the stream.
+        Returns None if a source of the stream is missing or the stream was not used.
+        """
         stream = before["data"][name]
         found = {source.path: source for source in self._found[name]}
         paths = [source["path"] for source in stream["train"]]

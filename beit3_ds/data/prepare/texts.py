@@ -191,7 +191,9 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
 def _cut_into_sequences(
     folder: Path, text: str, tokenizer: TextTokenizer, data: DataConfig, cutter: ParagraphCutter
 ) -> bool:
-    """Cuts a text file into sequences if all its pieces are tokenized; otherwise returns False."""
+    """Finds the sequence starts of a text file and writes them; returns False if parts of the file are not yet
+    tokenized.
+    """
     try:
         pieces = find_token_pieces(folder, text, tokenizer, data.document_separator)
     except ConfigError:

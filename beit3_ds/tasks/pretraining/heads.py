@@ -79,7 +79,8 @@ def head_flops(model: ModelConfig, term_counts: Sequence[float]) -> float:
 
     Args:
         model: model configuration with the hidden size and the vocabulary sizes.
-        term_counts: number of masked positions of each of the four terms, in the order of the terms.
+        term_counts: number of masked positions of each of the four loss terms: image MIM, text MLM, pair MIM and pair
+            MLM.
     """
     image_mim, text_mlm, pair_mim, pair_mlm = term_counts
     logits = (image_mim + pair_mim) * model.visual_vocab_size + (text_mlm + pair_mlm) * model.text_vocab_size
