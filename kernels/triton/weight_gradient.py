@@ -88,11 +88,10 @@ def weight_gradient_kernel(
 ):
     """Computes one tile of dw = (factor * dy).T @ x over one share of the rows.
 
-    dw is the weight gradient of a linear layer. Up to three linear layers have the same input x, and each program
-    computes a tile for one of these layers. A share is a range of one expert's rows. With SPLIT, a share has at most
-    `rows` rows. Otherwise, a share has all rows of an expert, possibly none. The results for L linear layers and P
-    shares are (L, P, OUT * IN). With BIAS, the kernel also sums factor * dy over rows. The results are then (L, P, OUT
-    * IN + OUT): the sums follow dw.
+    dw is the weight gradient of one of up to three linear layers with the same input x. A share is a range of one
+    expert's rows. With SPLIT, a share has at most `rows` rows. Otherwise, a share has all rows of an expert, possibly
+    none. The results for L linear layers and P shares are (L, P, OUT * IN). With BIAS, they are (L, P, OUT * IN + OUT),
+    because the sums of factor * dy over rows follow dw.
     """
     row_tiles: tl.constexpr = (OUT + ROWS - 1) // ROWS
     column_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS

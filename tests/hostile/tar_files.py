@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import random
 import tarfile
 from pathlib import Path
@@ -22,7 +21,7 @@ from beit3_ds.tasks.imagenet.files import read_class_tars
 from tests.hostile.annotation_files import CLASSES, COCO, images_beside, read_images, write_images
 from tests.hostile.corpus import HostileKind
 from tests.hostile.image_files import PNG, damaged_image, read_source
-from tests.hostile.values import ESCAPES, changed_json_text, damage_bytes, replace_file
+from tests.hostile.values import ESCAPES, changed_json_text, damage_bytes, replace_file, spoil_file
 
 
 def tar_bytes(draw: random.Random) -> bytes:
@@ -83,10 +82,7 @@ def _write_tar(folder: Path, draw: random.Random) -> Path:
         case _:
             pass
     path.write_bytes(data)
-    if draw.random() < 0.15:
-        replace_file(path, draw)
-    elif draw.random() < 0.05:
-        os.truncate(path, 1 << 40)
+    spoil_file(path, draw, chance=0.15)
     return path
 
 

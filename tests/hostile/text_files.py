@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from beit3_ds.inference.requests import read_names
 from beit3_ds.tasks.imagenet.classes import ClassList
 from tests.hostile.annotation_files import images_beside, read_images, write_images
 from tests.hostile.corpus import HostileKind
-from tests.hostile.values import ESCAPES, changed_json_text, damage_bytes, replace_file
+from tests.hostile.values import ESCAPES, changed_json_text, damage_bytes, replace_file, spoil_file
 
 BUDGET = 5  # broken lines that a reader of texts accepts
 TEXT_LINES = [{"text": "one dog\ntwo dogs", "meta": {"n": 1}}, {"text": "three dogs"}]
@@ -74,10 +73,7 @@ def _write_text(folder: Path, draw: random.Random) -> Path:
         data = draw.choice([data, data, data * 2, gzip.compress(data), damage_bytes(data, draw)])
     path = folder / f"{name}{compression}"
     path.write_bytes(data)
-    if draw.random() < 0.25:
-        replace_file(path, draw)
-    elif draw.random() < 0.05:
-        os.truncate(path, 1 << 40)
+    spoil_file(path, draw, chance=0.25)
     return path
 
 

@@ -135,3 +135,11 @@ def replace_file(path: Path, draw: random.Random) -> None:
             path.write_bytes(data[: draw.randrange(len(data))])
         case _:
             path.write_bytes(draw.choice(TEXTS))
+
+
+def spoil_file(path: Path, draw: random.Random, chance: float) -> None:
+    """Replaces a file with the given chance (`replace_file`); otherwise may extend it to 1 TiB by a hole."""
+    if draw.random() < chance:
+        replace_file(path, draw)
+    elif draw.random() < 0.05:
+        os.truncate(path, _HOLE_BYTES)
