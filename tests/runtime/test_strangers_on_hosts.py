@@ -139,7 +139,7 @@ class Watch:
         signs = {
             "start": bool(printed) or any(ports),
             "gather": "started 2 ranks" in printed,
-            "form groups": ports[1] > 0,  # gloo's, because the store and the supervisor are on the first host
+            "form groups": any(ports[1:]),  # gloo's, because the store and the supervisor are on the first host
             "steps": f"step 1/{STEPS}" in printed,
             "save and end": f"step {STEPS}/" in printed,
         }
