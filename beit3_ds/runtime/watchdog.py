@@ -77,7 +77,7 @@ class Watchdog:
         self._beat_seconds = parallel.heartbeat_timeout_seconds / _BEATS_PER_TIMEOUT
         self._poll_seconds = min(_POLL_SECONDS, self._beat_seconds)
         self._store = store
-        self._contact_error = ""
+        self._contact_error: Exception | None = None
         self._count, self._beaten_at, self._state = 0, 0.0, "running"
         self._beat()
         if self._rank == 0:
@@ -106,8 +106,7 @@ class Watchdog:
 
     def announce_failure(self, error: Exception) -> None:
         """Reports this rank's failure to all ranks. Waits at most ten seconds until the ranks have read the report."""
-        line = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._report(f"{self._describe(self._rank)} failed: {line}")
+        self._report(f"{self._describe(self._rank)} failed: {_first_line(error)}")
 
     def announce_lost_contact(self, error: Exception) -> None:
         """Reports to rank 0 that a collective failed on this rank, and waits until the watchdog ends this process.
@@ -116,7 +115,7 @@ class Watchdog:
         rank then ends this process.
         """
         self._activity.lost_contact = True
-        self._contact_error = "".join(traceback.format_exception(error))
+        self._contact_error = error
         self._report(None)
         self._thread.join()
         self._store_thread.join()
@@ -221,10 +220,13 @@ class Watchdog:
         with contextlib.suppress(*_STORE_ERRORS):  # the process that holds the store may be gone
             self._beat()
         self._is_ending = True
+        text = failure.text
         if failure.dump_stacks:
             self._dump_stacks()
+            if self._contact_error is not None:  # it may name an address that belongs to no rank
+                text += f". On this rank a collective failed: {_first_line(self._contact_error)}"
         if not self._stopped.wait(_GRACE_SECONDS):
-            self._finish(failure.text)
+            self._finish(text)
 
     def _finish(self, why: str) -> None:
         print(f"error on {self._describe(self._rank)}: {why}. The run ends.", file=sys.stderr, flush=True)
@@ -238,8 +240,9 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        if self._contact_error:
-            print(f"where its collective failed:\n{self._contact_error}", file=sys.stderr, flush=True)
+        if self._contact_error is not None:
+            where = "".join(traceback.format_exception(self._contact_error))
+            print(f"where its collective failed:\n{where}", file=sys.stderr, flush=True)
 
     def _have_all_read(self) -> bool:
         return all(beat.state != "running" for beat in self._read_beats(range(self._size)))
@@ -252,3 +255,7 @@ class Watchdog:
 
 def _beat_keys(ranks: Sequence[int]) -> list[str]:
     return [f"beat/{rank}" for rank in ranks]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

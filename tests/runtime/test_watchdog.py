@@ -192,3 +192,22 @@ def test_failing_rank_is_named_at_once(tmp_path: Path) -> None:
         for rank in (0, 1):
             line = ranks.error(rank)
             assert ": rank 2 (stage 0, " in line and line.endswith(" failed: OSError: no space. The run ends.")
+
+
+def lose_contact(rank: int, activity: Activity) -> None:
+    import torch.distributed as dist
+
+    if rank == 1:
+        raise RuntimeError("gloo: Connection closed by peer [192.0.2.7]:555")  # an address of no rank
+    dist.barrier()
+
+
+def test_the_line_of_a_lost_contact_names_what_the_rank_lost(tmp_path: Path) -> None:
+    with started(tmp_path, lose_contact) as ranks:
+        assert ranks.statuses(0, 1, 2) == [1, 1, 1]
+        assert ": ranks lost contact or waited longer" in ranks.error(1)
+        assert ranks.error(1).endswith(
+            "On this rank a collective failed: RuntimeError: gloo: Connection closed by peer [192.0.2.7]:555. "
+            "The run ends."
+        )
+        assert all("192.0.2.7" not in ranks.error(rank) for rank in (0, 2))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from beit3_ds.cluster.launch.attempt_plan import AttemptPlan, Outcome
-from beit3_ds.cluster.launch.guarded_rank import AttemptFailure, GuardedRank, describe_status
+from beit3_ds.cluster.launch.guarded_rank import AttemptFailure, GuardedRank, describe_status, select_explanation
 from beit3_ds.cluster.launch.launcher_command import LAUNCHER_FOLDER, guard_arguments
 from beit3_ds.cluster.launch.launcher_process import LauncherProcess
 from beit3_ds.cluster.launch.messages import (
@@ -340,10 +340,10 @@ class Attempt:
         for end, ranks in ends.items():
             first = min(ranks, key=lambda rank: rank.rank)
             lines = first.ended.lines if first.ended is not None else []
-            errors = [line for line in lines if "error on rank" in line or line.startswith("error")] or lines[-1:]
             if len(ranks) > 1:
                 end = end.replace("was ", "were ", 1)
-            self._terminal.report(f"{join_ranks(rank.rank for rank in ranks)} {end}", errors[-1:])
+            error = select_explanation(lines, otherwise=lines[-1:])[:1]
+            self._terminal.report(f"{join_ranks(rank.rank for rank in ranks)} {end}", error)
 
     def _outcome(self) -> Outcome:
         lost = [rank for rank in self._ranks.values() if rank.is_lost]

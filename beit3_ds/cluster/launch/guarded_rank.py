@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from beit3_ds.cluster.launch.terminal import last_lines
 STOPPED_SECONDS = 10.0
 """Seconds after which a stopped training process (state T) counts as failed."""
 
+_ERROR_PREFIXES = ("error on rank ", "error: ")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptFailure:
@@ -19,7 +22,7 @@ class AttemptFailure:
     text: str
     """Message with the rank, the host and the kind of failure; it has no full stop."""
     lines: tuple[str, ...] = ()
-    """Last lines that the rank printed."""
+    """Lines of output that explain the failure (`select_explanation`)."""
     log: Path | None = None
     """Log file with the rank's whole output."""
     rank: int | None = None
@@ -87,15 +90,26 @@ class GuardedRank:
         return describe_status(self.ended.status) + (" by the launcher" if is_ours else "")
 
     def failure(self, text: str) -> AttemptFailure:
-        """Builds a failure of this rank, with the last lines of the rank's output."""
+        """Builds a failure of this rank, with the lines of its output that explain the failure."""
         lines = self.ended.lines if self.ended is not None else last_lines(self.log)
         return AttemptFailure(
             text=f"{self.name} {text}",
-            lines=tuple(lines),
+            lines=tuple(select_explanation(lines, otherwise=lines)),
             log=self.log,
             rank=self.rank,
             is_consequence=self.ended is not None and self.ended.status == 1,
         )
+
+
+def select_explanation(lines: Sequence[str], otherwise: Sequence[str]) -> Sequence[str]:
+    """Selects from a rank's last lines the last error message of this project, and the lines that follow it.
+
+    Args:
+        lines: last lines that the rank printed.
+        otherwise: the result if the lines hold no such message.
+    """
+    starts = [index for index, line in enumerate(lines) if line.startswith(_ERROR_PREFIXES)]
+    return lines[starts[-1] :] if starts else otherwise
 
 
 def describe_status(status: int) -> str:

@@ -50,6 +50,27 @@ def test_a_failure_has_the_guards_lines_or_those_of_the_log(rank: GuardedRank) -
     assert failure.lines == ("error on rank 3",) and failure.is_consequence  # ranks end so after another's failure
 
 
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        (["Traceback", "KeyError: 1"], ["Traceback", "KeyError: 1"]),
+        (["stacks", "Traceback", "error on rank 3: ranks lost contact"], ["error on rank 3: ranks lost contact"]),
+        (["error: disk full", "error on rank 3: config", "key x"], ["error on rank 3: config", "key x"]),
+        (
+            ["error on rank 3: no save", "Traceback", "KeyError: 1"],
+            ["error on rank 3: no save", "Traceback", "KeyError: 1"],
+        ),
+        (["an error on rank 3"], ["an error on rank 3"]),
+        ([], []),
+    ],
+)
+def test_a_failure_shows_the_last_error_message_and_what_follows(
+    rank: GuardedRank, lines: list[str], shown: list[str]
+) -> None:
+    rank.ended = Ended(status=1, lines=lines)
+    assert rank.failure("ended with status 1").lines == tuple(shown)
+
+
 def test_only_a_trainer_that_stays_stopped_has_failed(rank: GuardedRank, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(guarded_rank.time, "monotonic", lambda: now)
