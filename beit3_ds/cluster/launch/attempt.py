@@ -10,6 +10,7 @@ from beit3_ds.cluster.launch.attempt_plan import AttemptPlan, Outcome
 from beit3_ds.cluster.launch.guarded_rank import AttemptFailure, GuardedRank, describe_status, select_explanation
 from beit3_ds.cluster.launch.launcher_command import LAUNCHER_FOLDER, guard_arguments
 from beit3_ds.cluster.launch.launcher_process import LauncherProcess
+from beit3_ds.cluster.launch.listener import Listener
 from beit3_ds.cluster.launch.messages import (
     KEEPALIVE_INTERVAL,
     Channel,
@@ -25,7 +26,6 @@ from beit3_ds.cluster.launch.messages import (
     SendSignal,
     Start,
     StopSignalReceived,
-    listen,
     write_token,
 )
 from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
@@ -71,8 +71,8 @@ class Attempt:
         plan = self._plan
         token_path = plan.log_dir / "token"
         self._token = write_token(token_path)
-        server = await listen(plan.address, plan.port, self._serve)
-        port = server.sockets[0].getsockname()[1]
+        listener = Listener(self._serve)
+        port = await listener.listen(plan.address, plan.port)
         commands = plan.build_commands(guard_arguments(plan.address, port, token_path, plan.keepalive_seconds))
         launcher = LauncherProcess(commands, plan.launcher_environment, LAUNCHER_FOLDER, plan.log_dir / "launcher.log")
         keepalives = asyncio.create_task(self._send_keepalives(launcher))
@@ -91,19 +91,17 @@ class Attempt:
             for rank in self._ranks.values():
                 rank.channel.send(Leave())
             keepalives.cancel()
-            server.close()
+            listener.stop_accepting()
             is_short = self._stop_signals.first is not None or any(rank.is_lost for rank in self._ranks.values())
             await launcher.end(_SHORT_LAUNCHER_SECONDS if is_short else _LAUNCHER_SECONDS)
-            for rank in self._ranks.values():
-                rank.channel.close()
+            await listener.close()
             token_path.unlink(missing_ok=True)
         self._print_ends()
         return self._outcome()
 
     # Messages of guards.
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        channel = Channel(reader, writer)
+    async def _serve(self, channel: Channel) -> None:
         self._waiting.add(channel)
         try:
             try:

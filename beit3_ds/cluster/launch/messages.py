@@ -11,20 +11,18 @@ import hmac
 import json
 import os
 import secrets
-import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 KEEPALIVE_INTERVAL = 1.0
 """Seconds between two keepalive messages in each direction."""
+HANDSHAKE_BYTES = 1 << 10
+"""Maximum bytes of a line from a peer that has not proved that it knows the token."""
 
 _LONGEST_LINE = 16 << 20  # bytes; environments can be long
-_HANDSHAKE_BYTES = 1 << 10  # maximum bytes of a line from a peer without the token
 _HANDSHAKE_SECONDS = 10.0
-_BACKLOG = 1024  # guards that may connect at the same moment
-_ACCEPTED_AT_ONCE = 32  # connections accepted in one go; each needs a file descriptor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +123,6 @@ _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (Register, Start, KeepAlive, Output, LogError, StopSignalReceived, Ended, SendSignal, Kill, Leave)
 }
-
-
-Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class ProtocolError(Exception):
@@ -267,24 +262,6 @@ async def connect(address: str, port: int) -> Channel:
         OSError: if the connection fails.
     """
     return Channel(*await asyncio.open_connection(address, port, limit=_LONGEST_LINE))
-
-
-async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
-    """Listens for connections of guards and returns the server.
-
-    Args:
-        address: address of this machine.
-        port: port to listen on; 0 means any free port.
-        accept: coroutine function that is called with the stream reader and writer of each new connection.
-
-    Raises:
-        OSError: if this machine does not have the address, or the port is taken.
-    """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, port), family=family)
-    server = await asyncio.start_server(accept, sock=listener, limit=_HANDSHAKE_BYTES, backlog=_ACCEPTED_AT_ONCE)
-    listener.listen(_BACKLOG)  # `start_server` uses one number for the backlog and for connections accepted at once
-    return server
 
 
 def write_token(path: Path) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beit3_ds.cluster.launch.listener import Listener
 from beit3_ds.cluster.launch.messages import (
     Channel,
     Ended,
@@ -25,7 +26,6 @@ from beit3_ds.cluster.launch.messages import (
     connect,
     decode,
     encode,
-    listen,
     write_token,
 )
 
@@ -85,24 +85,22 @@ def greet(tokens: tuple[bytes, bytes]) -> list[str]:
         complaints = []
         done = asyncio.Event()
 
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            channel = Channel(reader, writer)
+        async def serve(channel: Channel) -> None:
             try:
                 await channel.authenticate_guard(tokens[0])
             except ProtocolError as error:
                 complaints.append(f"supervisor: {error}")
-            channel.close()
             done.set()
 
-        server = await listen("127.0.0.1", 0, accept)
-        channel = await connect("127.0.0.1", server.sockets[0].getsockname()[1])
+        listener = Listener(serve)
+        channel = await connect("127.0.0.1", await listener.listen("127.0.0.1", 0))
         try:
             await channel.authenticate_supervisor(tokens[1])
         except ProtocolError as error:
             complaints.append(f"guard: {error}")
         await done.wait()
         channel.close()
-        server.close()
+        await listener.close()
         return complaints
 
     return asyncio.run(run())
@@ -126,7 +124,7 @@ def test_a_guard_trusts_no_supervisor_without_the_token() -> None:
             proof = await reader.readline()  # what the guard itself has just said
             writer.write(proof)
 
-        server = await listen("127.0.0.1", 0, pretend)
+        server = await asyncio.start_server(pretend, "127.0.0.1", 0)
         channel = await connect("127.0.0.1", server.sockets[0].getsockname()[1])
         with pytest.raises(ProtocolError, match="does not have the token"):
             await channel.authenticate_supervisor(b"a" * 64)
@@ -140,31 +138,28 @@ def test_a_peer_without_the_token_is_not_read_on() -> None:
     """Catches a buffer of 16 MiB for each unknown peer; a peer with the token may send long messages."""
 
     async def run() -> None:
-        channels: asyncio.Queue[Channel] = asyncio.Queue()
+        received: asyncio.Queue[Message | None] = asyncio.Queue()
         errors: asyncio.Queue[str] = asyncio.Queue()
 
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            channel = Channel(reader, writer)
+        async def serve(channel: Channel) -> None:
             try:
                 await channel.authenticate_guard(b"a" * 64)
-                channels.put_nowait(channel)
+                received.put_nowait(await channel.receive())
             except ProtocolError as error:
                 errors.put_nowait(str(error))
-                channel.close()
 
-        server = await listen("127.0.0.1", 0, accept)
-        port = server.sockets[0].getsockname()[1]
+        listener = Listener(serve)
+        port = await listener.listen("127.0.0.1", 0)
         _, stranger = await asyncio.open_connection("127.0.0.1", port)
         stranger.write(b"0" * 4096)  # and no end of the line
         assert await asyncio.wait_for(errors.get(), 5) == "it sent an invalid handshake"
         guard = await connect("127.0.0.1", port)
         await guard.authenticate_supervisor(b"a" * 64)
         guard.send(Output(text="x" * (1 << 20)))
-        received = await asyncio.wait_for((await channels.get()).receive(), 20)
-        assert received == Output(text="x" * (1 << 20))
+        assert await asyncio.wait_for(received.get(), 20) == Output(text="x" * (1 << 20))
         stranger.close()
         guard.close()
-        server.close()
+        await listener.close()
 
     asyncio.run(run())
 
