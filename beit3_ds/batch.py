@@ -1,4 +1,4 @@
-"""Defines the packed micro-batch, which data workers build and model, pipeline and tasks use.
+"""Defines the packed micro-batch. Data workers build it; the model, the pipeline and the tasks use it.
 
 A micro-batch is a sequence of T rows, one per token, ordered by modality and without padding:
 
@@ -51,7 +51,7 @@ class PackedBatch(RowLayout):
     """Token ids of all captions and then of all texts, (tokens,) int64."""
     image_grids: Grids = ()
     """Numbers of patch rows and patch columns of each image, for a model with `model.dense`. Images may then have any
-    size and have no CLS row, and the batch has no pairs and texts. Empty if all images have the model's image size."""
+    size. They have no CLS row, and the batch has no pairs or texts. Empty if all images have the model's image size."""
     colors: Tensor | None = None
     """Parameters of three colour changes to apply to each uint8 image (`pixels.change_colors`), (images, 3, 3) float32;
     None for no changes."""
@@ -146,7 +146,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def dropped_rows(self) -> list[list[int]]:
-        """Returns the number of rows that stochastic depth drops in attention and in the FFN of each block."""
+        """Returns two numbers per block: the rows that stochastic depth drops in attention, and in the FFN."""
         lengths = [sum(stop - start for start, stop in ranges) for ranges in self.sequence_ranges]
         lengths_Q = torch.tensor(lengths, dtype=torch.int64)
         rows: list[list[int]] = torch.where(self._keeps, 0, lengths_Q[:, None, None]).sum(0).tolist()

@@ -20,7 +20,7 @@ def count_cores() -> int:
 
 
 def describe_cores() -> dict[str, Any]:
-    """Returns this rank's core numbers and CPU quota as JSON values, to send to other ranks."""
+    """Returns the ids of the CPU cores that this rank may use, and its CPU quota, as JSON for other ranks."""
     return {"affinity": sorted(os.sched_getaffinity(0)), "quota": cpu_quota()}
 
 

@@ -1,9 +1,9 @@
 """Orders the patches of images window by window, so that each attention window is one range of rows.
 
-An image is a grid of patches of any height and width. The grid is divided into square windows from its top left corner.
-All full windows come first, in row-major order. They are followed by the cut-off windows: first those at the right
-edge, then those at the bottom edge, then the one in the corner. Within a window, patches are in row-major order.
-Windows contain no padding.
+Each image is a grid of patches; the grid may have any height and width. The grid is divided into square windows from
+its top left corner. All full windows come first, in row-major order. They are followed by the cut-off windows: first
+those at the right edge, then those at the bottom edge, then the one in the corner. Within a window, patches are in
+row-major order. Windows contain no padding.
 """
 
 # T patches of all images.
@@ -83,7 +83,10 @@ def window_ranges(grids: Grids, window_size: int) -> tuple[tuple[tuple[int, int]
 
 @lru_cache(maxsize=16)  # equal for all layers of a micro-batch
 def patch_places(grids: Grids, window_size: int, device: torch.device) -> PatchPlaces:
-    """Returns the image, grid row and grid column of each patch on `device`, ordered by image and window."""
+    """Returns the image index, grid row and grid column of each patch, ordered by image and window.
+
+    The result is on the device `device`.
+    """
     parts = [
         _window_places(image, window) for image, grid in enumerate(grids) for window in image_windows(grid, window_size)
     ]

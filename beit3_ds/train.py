@@ -42,7 +42,7 @@ from beit3_ds.runtime.stop_deadline import stop_deadline
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.tasks import RankShare, RankTask, Task, build_task
 from beit3_ds.training.agreement import check_same_files, check_same_sources
-from beit3_ds.training.best_checkpoint import BestCheckpoint, direction_of
+from beit3_ds.training.best_checkpoint import BestCheckpoint, is_higher_better
 from beit3_ds.training.broken_records import BrokenRecords, records_from
 from beit3_ds.training.device_moves import build_device_moves
 from beit3_ds.training.engine import build_schedule
@@ -128,7 +128,7 @@ def check_start(config: RunConfig) -> None:
     check_software(config)
     check_device(config.training)
     check_frozen_patterns(task)
-    direction_of(task)  # raises an error if the task lacks the metric
+    is_higher_better(task)  # raises an error if the task lacks the metric
     prepare_output_dir(Path(config.training.output_dir))
 
 
@@ -248,7 +248,7 @@ def build_run(
         progress=_build_progress(task, schedule, mesh, device),
         stragglers=Stragglers(mesh, schedule.own_work, steps.stopwatch),
         first_step=first_step,
-        best=BestCheckpoint(config.training, is_higher_better=direction_of(task), data=data),
+        best=BestCheckpoint(config.training, is_higher_better=is_higher_better(task), data=data),
         order=None if dataset is None else dataset.order,
         data=data,
         is_stopping=signals.is_any_received,

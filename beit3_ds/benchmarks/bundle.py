@@ -1,4 +1,4 @@
-"""Packs a folder to test and measure this project on a GPU machine without network access.
+"""Packs a bundle: a folder for tests and measurements of this project on a GPU machine without network access.
 
     python -m beit3_ds.benchmarks.bundle OUT                         # for this Python, torch and Triton
     python -m beit3_ds.benchmarks.bundle OUT --architecture sm_80
@@ -6,7 +6,8 @@
 
 The folder contains the committed source tree, wheels of packages that the GPU machine may lack, and a Triton cache with
 the compiled kernels of `beit3 certify`. On the GPU machine, run `OUT/certify --minutes 10`. Pack with the same versions
-of Python, torch and Triton as on the GPU machine: cache keys depend on Triton's version, and wheels on Python's.
+of Python, torch and Triton as on the GPU machine: cache keys depend on Triton's version, and wheels depend on Python's
+version.
 
 Compilation takes tens of minutes. With --cache, only kernels that the folder DIR lacks are compiled. This command fills
 DIR:
@@ -121,7 +122,7 @@ def download(requirements: Sequence[str], folder: Path) -> None:
         raise ConfigError(f"bundle: pip could not fetch {', '.join(requirements)}. See pip's message above.")
 
 
-def compile_certificate(tree: Path, cache: Path, architecture: int, filled: Path | None = None) -> None:
+def fill_triton_cache(tree: Path, cache: Path, architecture: int, filled: Path | None = None) -> None:
     """Fills a Triton cache with the compiled kernels that `beit3 certify` uses, by a dry run in a source tree.
 
     Only the files that a GPU needs to run the kernels are stored.
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="Triton cache of an earlier dry run, to copy")
     options = parser.parse_args(arguments)
     try:
-        fill = partial(compile_certificate, filled=options.cache)
+        fill = partial(fill_triton_cache, filled=options.cache)
         size = pack_bundle(options.out, _ARCHITECTURES[options.architecture], download, fill)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Replaces expensive operations of PyTorch on a CPU with operations that compute nothing, on an emulated GPU.
+"""Replaces expensive operations of PyTorch with operations that compute nothing, while a CPU emulates a GPU.
 
 Dry runs and measurements of the host's time need only the shapes and dtypes of results. On a CPU, the matrix products
 of a dry run's PyTorch baselines would take minutes, above all in float16.

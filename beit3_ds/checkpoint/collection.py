@@ -25,8 +25,9 @@ _LATEST = "latest"
 class CheckpointCollection:
     """Manages the folder `OUTPUT_DIR/checkpoints`, which has one subfolder `step-XXXXXXXX` per checkpoint.
 
-    A checkpoint is written under a temporary name, synced to disk, and then renamed. A folder with the final name is
-    therefore complete. The file `latest` contains the name of the newest checkpoint.
+    A checkpoint is written under a temporary name, synced to disk, and then renamed. So an interrupted save leaves no
+    incomplete folder with the final name. A checkpoint is incomplete only if its files were changed or lost later. The
+    file `latest` contains the name of the newest checkpoint.
 
     Attributes:
         root: path of the folder, on storage that all ranks share.

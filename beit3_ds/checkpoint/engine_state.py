@@ -181,7 +181,7 @@ class EngineState:
         correct, but checkpoints would be wrong. Under ZeRO-3 the data-parallel ranks also gather a few parameters.
 
         Args:
-            step: number of optimizer updates so far; selects the samples, equally on all ranks.
+            step: number of optimizer updates so far; selects the samples, and must be equal on all ranks.
 
         Returns:
             A short description of the first tensor that differs; None if all samples are equal.
@@ -217,7 +217,7 @@ class EngineState:
         Args:
             read: function that returns a float32 slice of a tensor in `local_tensors`; called only for elements that
                 this rank owns.
-            optimizer_step: number of updates in AdamW's moments.
+            optimizer_step: AdamW's count of updates, used for bias correction.
         """
         self._load_weights(read, set(self._parameters))
         self._start_moments()

@@ -134,8 +134,9 @@ class CheckpointFolder:
         return torch.float32
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a tensor in float32: its weights or their moving averages, as the argument `weights` of this object's
-        constructor says.
+        """Returns a weight tensor, or its moving average, in float32.
+
+        The constructor's argument `weights` selects between the two.
 
         Without `part`, the result has the tensor's own shape. With `part`, the tensor is viewed as a matrix, and the
         result is only this slice of the matrix.

@@ -44,7 +44,7 @@ INDEX_NAME = "index.json"
 FORMAT = "beit3_ds checkpoint"
 VERSION = 2
 _OLD_VERSION = 1
-"""Index format of program version 0.1. Such an index also lists the slices of each tensor that the ranks wrote."""
+"""Index format of program version 0.1. Such an index also lists the pieces of each tensor."""
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
@@ -61,7 +61,7 @@ BUFFERS = "buffers"
 PIECES = "pieces"
 """First part of the name of the pieces file, and name of the tensor in that file."""
 PIECES_FILE = "pieces-00000.safetensors"
-"""Name of the file with the table of all tensor slices, which the main rank writes."""
+"""Name of the file with the table of all pieces. The main rank writes this file."""
 
 _FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS, PIECES))})-[0-9]{{5,9}}\.safetensors")
 _BYTES_PER_FILE = 1 << 16  # each file in the folder raises the size limit of the index by this much
@@ -205,7 +205,7 @@ def _parse_run(content: Mapping[str, Any]) -> RunDescription:
 
 
 def _parse_data(data: Any) -> dict[str, Any]:
-    """Checks the best evaluation in `data`; other keys are checked by the code that reads them."""
+    """Checks the best evaluation in `data` and returns `data`. The code that reads another key checks that key."""
     data = check_object(data)
     if BEST in data:
         best = check_object(data[BEST])

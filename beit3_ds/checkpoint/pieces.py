@@ -41,14 +41,14 @@ class Piece(NamedTuple):
 
 
 class PieceTable:
-    """Table of the slices of all tensors and the ranks that wrote them, ordered by tensor."""
+    """Table of the pieces of all tensors, ordered by tensor."""
 
     def __init__(self, counts: Mapping[str, int], rows: Rows) -> None:
         """Stores the table.
 
         Args:
-            counts: number of slices of each tensor, by name, in the order of the rows.
-            rows: one row per slice, (slices, 5) int64: rank, top, bottom, left, right (`TensorSlice`).
+            counts: number of pieces of each tensor, by name, in the order of the rows.
+            rows: one row per piece, (pieces, 5) int64: rank, top, bottom, left, right (`TensorSlice`).
         """
         self.counts, self.rows = counts, rows
 

@@ -37,7 +37,7 @@ class TensorSlice(NamedTuple):
     def blocks(self, max_elements: int) -> Iterator["TensorSlice"]:
         """Divides this slice into slices of at most `max_elements` elements, in row-major order.
 
-        Each result contains whole rows. A row with more than `max_elements` elements is divided into several results.
+        A result consists of whole rows, or of a part of one row if a row has more than `max_elements` elements.
         """
         width = self.right - self.left
         rows, columns = max(1, max_elements // max(1, width)), max(1, min(width, max_elements))

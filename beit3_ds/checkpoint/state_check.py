@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 _SAMPLED_ELEMENTS = 4096
-"""Minimum number of elements, evenly spread over a range of weights, that are compared between the optimizer's copy and
-the model's copy. Shorter ranges are compared in full. So many elements suffice to detect that one copy has the weights
-in another order."""
+"""Minimum number of elements to compare between the optimizer's copy and the model's copy of a range of weights. The
+elements are evenly spread over the range. Ranges with fewer elements are compared in full. This minimum suffices to
+detect that one copy has the weights in another order."""
 
 
 class HeldWeights(NamedTuple):
@@ -26,14 +26,15 @@ class HeldWeights(NamedTuple):
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
-    """Compares samples of the optimizer's and the model's weights; describes the first range that differs.
+    """Compares samples of the optimizer's and the model's weights; describes one range that differs.
 
     Args:
         weights: ranges to compare.
         step: number of optimizer updates so far; selects the samples.
 
     Returns:
-        A short text with the tensor's name and the number of different elements; None if all samples are equal.
+        A short text with the tensor's name, and the number of different elements or the different sizes; None if all
+        samples are equal.
     """
     names, differing, num_compared = [], [], []
     fault: str | None = None

@@ -50,8 +50,8 @@ def write_tensor_file(
     Args:
         path: path of the file, which must not exist.
         entries: tensors of the file, in order.
-        read: function that returns a tensor's elements by name, in row-major order, in blocks of any shape. It is
-            called once per tensor, in order; each block is freed after it is written.
+        read: function that takes a tensor's name and returns the tensor's elements in row-major order, in blocks of any
+            shape. It is called once per tensor, in order; each block is freed after it is written.
         metadata: strings to store in the header.
         with_digest: whether to compute the SHA-256 digest; if false, the digest in the result is empty.
 

@@ -1,4 +1,4 @@
-"""Implements `beit3 check`, which checks a config for a number of ranks without reading data."""
+"""Implements `beit3 check`, which checks a config for a given number of ranks without reading data."""
 
 import argparse
 

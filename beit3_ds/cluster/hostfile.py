@@ -1,7 +1,7 @@
 """Reads hostfiles, which list the machines of a run and the number of ranks per machine.
 
 The rules are stricter than DeepSpeed's. DeepSpeed's parser reads `slots=2x` as 2, and accepts 0 slots and invalid host
-names. A run would then fail later. This module reports the number of each invalid line.
+names. A run would then fail later. This module reports the first invalid line with its line number.
 """
 
 import io

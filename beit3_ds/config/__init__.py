@@ -7,7 +7,7 @@ from beit3_ds.config.model import FIELDS_WITHOUT_TENSORS, INPUT_KINDS, MODEL_SIZ
 from beit3_ds.config.parallel import ParallelConfig, RankCoords
 from beit3_ds.config.run import RunConfig, build_run_config, load_run_config
 from beit3_ds.config.source_names import short_source_names
-from beit3_ds.config.step_shares import MicroBatchSize, StepShares
+from beit3_ds.config.step_shares import SampleCounts, StepShares
 from beit3_ds.config.strict import ConfigError
 from beit3_ds.config.task import TaskConfig
 from beit3_ds.config.training import ActivationCheckpointing, KernelBackend, TrainingConfig
@@ -23,11 +23,11 @@ __all__ = [
     "DenseConfig",
     "InputKind",
     "KernelBackend",
-    "MicroBatchSize",
     "ModelConfig",
     "ParallelConfig",
     "RankCoords",
     "RunConfig",
+    "SampleCounts",
     "SourceConfig",
     "StepShares",
     "StreamConfig",

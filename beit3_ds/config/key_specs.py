@@ -130,7 +130,7 @@ class Choice(Spec):
 
     values: tuple[str | int, ...]
     reason: str = ""
-    """Reason for refusing a value that DeepSpeed itself accepts; empty if there is none."""
+    """Reason for refusing a value that DeepSpeed itself accepts; empty if no reason is given."""
 
     def read(self, value: Any, where: str) -> str | int:
         """Checks that the value is one of the accepted values, and returns it."""

@@ -152,7 +152,7 @@ class ModelConfig:
         return tuple(modality for modality in kinds if any(kind in self.inputs for kind in kinds[modality]))
 
     @property
-    def has_tied_table(self) -> bool:
+    def has_tied_embedding(self) -> bool:
         """Returns whether the MLM head uses the word embedding as its weight matrix; False without language inputs."""
         return self.tie_word_embeddings and "language" in self.modalities
 

@@ -12,7 +12,7 @@ from beit3_ds.config.deepspeed_options import DeepSpeedOptions
 from beit3_ds.config.deepspeed_rules import check_deepspeed_rules
 from beit3_ds.config.model import ModelConfig, load_model_section
 from beit3_ds.config.parallel import ParallelConfig
-from beit3_ds.config.step_shares import MicroBatchSize, StepShares
+from beit3_ds.config.step_shares import SampleCounts, StepShares
 from beit3_ds.config.strict import (
     ConfigError,
     check_known_keys,
@@ -81,7 +81,7 @@ class RunConfig:
             ConfigError: if a step has fewer samples than there are data-parallel ranks.
         """
         shares = StepShares(
-            samples=MicroBatchSize(*(stream.samples_per_step for stream in self.data.streams().values())),
+            samples=SampleCounts(*(stream.samples_per_step for stream in self.data.streams().values())),
             num_ranks=data_parallel_size,
             num_micro_batches=self.gradient_accumulation_steps,
         )

@@ -10,7 +10,7 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 """DeepSpeed's keys for batch sizes. A file may lack these keys, because streams and layout determine the sizes."""
 
 
-class MicroBatchSize(NamedTuple):
+class SampleCounts(NamedTuple):
     """Holds the number of samples of each stream in a micro-batch. Also used for a rank's step and for a whole step."""
 
     images: int
@@ -22,13 +22,14 @@ class MicroBatchSize(NamedTuple):
 class StepShares:
     """Divides the samples of one step over ranks and micro-batches as evenly as possible.
 
-    Samples are dealt to the ranks in turn, like cards, one stream after the other. Each rank deals its samples to its
-    micro-batches in the same way. The totals of two ranks, or of two micro-batches of one rank, therefore differ by at
-    most one sample. Uneven shares do not change the loss, because each loss term is divided by its count over the whole
-    step.
+    The sizes of the shares are those of dealing cards: each rank in turn gets one sample, first of the images, then of
+    the pairs, then of the texts. Each rank divides its samples among its micro-batches in the same way. The totals of
+    two ranks, or of two micro-batches of one rank, therefore differ by at most one sample. `slots` determines which
+    samples a rank gets. Uneven shares do not change the loss, because each loss term is divided by its count over the
+    whole step.
     """
 
-    samples: MicroBatchSize
+    samples: SampleCounts
     """Number of samples of each stream (images, pairs, texts) per step, summed over all ranks."""
     num_ranks: int
     """Number of data-parallel ranks."""
@@ -41,29 +42,29 @@ class StepShares:
         return not any(samples % (self.num_ranks * self.num_micro_batches) for samples in self.samples)
 
     @property
-    def largest_rank(self) -> int:
+    def most_rank_samples(self) -> int:
         """Returns the number of samples per step (images, pairs and texts) on the rank with the most samples."""
         return -(-sum(self.samples) // self.num_ranks)
 
     @property
-    def smallest_rank(self) -> int:
+    def fewest_rank_samples(self) -> int:
         """Returns the number of samples per step (images, pairs and texts) on the rank with the fewest samples."""
         return sum(self.samples) // self.num_ranks
 
     @property
-    def upper_bound(self) -> MicroBatchSize:
+    def largest_micro_batch(self) -> SampleCounts:
         """Returns the largest number of samples per micro-batch, for each stream separately.
 
         The largest numbers of two streams may occur in different micro-batches.
         """
         parts = self.num_ranks * self.num_micro_batches
-        return MicroBatchSize(*(-(-samples // parts) for samples in self.samples))
+        return SampleCounts(*(-(-samples // parts) for samples in self.samples))
 
-    def rank_samples(self, rank: int) -> MicroBatchSize:
+    def rank_samples(self, rank: int) -> SampleCounts:
         """Returns the number of samples of each stream that a data-parallel rank has per step."""
         return _deal(self.samples, self.num_ranks, rank)
 
-    def divide_rank(self, samples: MicroBatchSize) -> list[MicroBatchSize]:
+    def divide_rank(self, samples: SampleCounts) -> list[SampleCounts]:
         """Returns the number of samples of each stream in each micro-batch of one rank.
 
         Args:
@@ -74,9 +75,9 @@ class StepShares:
     def slots(self, rank: int) -> list[dict[str, range]]:
         """Returns the slots of each stream in each micro-batch of one data-parallel rank.
 
-        A slot is the number of a sample within a stream's samples of one step. Slots are assigned first to micro-batch
-        0 of every rank, in the order of the ranks, then to micro-batch 1 of every rank, and so on. If all micro-batches
-        of R ranks have k samples of a stream, micro-batch m of rank r begins at slot (m*R + r)*k.
+        A slot is the index of a sample among the samples of a stream in one step. Slots are assigned first to
+        micro-batch 0 of every rank, in the order of the ranks, then to micro-batch 1 of every rank, and so on. If all
+        micro-batches of R ranks have k samples of a stream, micro-batch m of rank r begins at slot (m*R + r)*k.
         """
         sizes = [self.divide_rank(self.rank_samples(other)) for other in range(self.num_ranks)]
         found: list[dict[str, range]] = []
@@ -86,7 +87,7 @@ class StepShares:
                 size = sizes[other][micro_batch]
                 if other == rank:
                     ranges = (range(start, start + count) for start, count in zip(starts, size, strict=True))
-                    found.append(dict(zip(MicroBatchSize._fields, ranges, strict=True)))
+                    found.append(dict(zip(SampleCounts._fields, ranges, strict=True)))
                 starts = [start + count for start, count in zip(starts, size, strict=True)]
         return found
 
@@ -133,7 +134,7 @@ class StepShares:
             )
 
 
-def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
+def _deal(samples: SampleCounts, num_hands: int, hand: int) -> SampleCounts:
     """Returns the number of samples of each stream that one receiver gets when all samples are dealt in turn.
 
     Args:
@@ -146,4 +147,4 @@ def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
         every, rest = divmod(number, num_hands)
         counts.append(every + ((hand - dealt) % num_hands < rest))
         dealt += number
-    return MicroBatchSize(*counts)
+    return SampleCounts(*counts)

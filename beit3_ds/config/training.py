@@ -55,7 +55,7 @@ class TrainingConfig:
     """Factor on the learning rate of the task's head, which fine-tuning trains from scratch (the reference: 20 for
     VQAv2)."""
     frozen: tuple[str, ...] = ()
-    """Patterns of names of parameters that are not trained, such as `embeddings.*` or `blocks.[0-3].*`. Frozen
+    """Name patterns of the parameters that are not trained, such as `embeddings.*` or `blocks.[0-3].*`. Frozen
     parameters are not part of the gradient norm. Freezing saves no memory, because the optimizer keeps the state of
     frozen parameters."""
     weight_decay: WeightDecay = 0.05

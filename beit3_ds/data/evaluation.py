@@ -1,4 +1,4 @@
-"""Reads all samples of an evaluation split in batches, so that a task can compute metrics."""
+"""Reads the samples of an evaluation split in batches, so that a task can compute metrics."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +23,11 @@ Plan = Mapping[str, Sequence[int]]
 
 
 class EvaluationBatches:
-    """Yields one rank's batches of an evaluation split; all ranks together read each sample once.
+    """Yields one rank's batches of an evaluation split; all ranks together read each evaluated sample once.
 
-    Only `training.eval_batch_size` decides which samples share a batch. Rank r of R evaluates every R-th batch.
-    Predictions are therefore bitwise equal on any number of ranks. Every rank has the same number of batches; some
-    batches may be empty.
+    `training.eval_batch_size`, and not the number of ranks, decides which samples share a batch. Rank r of R evaluates
+    every R-th batch. Predictions are therefore bitwise equal on any number of ranks. Every rank has the same number of
+    batches; some batches may be empty.
     """
 
     def __init__(

@@ -148,7 +148,7 @@ class CaptionedSamples(ImagesOfSource):
 
 @dataclass(frozen=True)
 class Stream:
-    """Holds all samples of one kind that a task reads: images, pairs or texts. Numbers the samples of all sources."""
+    """Holds all samples of one kind that a task reads: images, pairs or texts. Indices run over all sources."""
 
     sources: ConcatSources[SourceSamples]
     """Samples of each source."""

@@ -127,7 +127,7 @@ def read_annotations(source: SourceConfig) -> AnnotatedImages:
             raise AssertionError(f"no reader for the format {kind}")
 
 
-def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = None) -> tuple[int, str]:
+def count_missing_images(samples: AnnotatedImages, num_examined: int | None = None) -> tuple[int, str]:
     """Counts the images that the annotations name but that do not exist.
 
     Args:
@@ -135,10 +135,10 @@ def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = 
         num_examined: number of images to look for, evenly spread; None looks for all images.
 
     Returns:
-        Number of examined images that are missing, and the path of the first missing image.
+        Number of examined images that are missing, and the path of the first missing image, or "" if none is missing.
 
     Raises:
-        ConfigError: if there are no samples, or no image exists.
+        ConfigError: if there are no samples, or none of the examined images exists.
         StorageError: if the file system fails.
     """
     if not len(samples):
@@ -206,5 +206,5 @@ def open_images(source: SourceConfig, cache_dir: str | None, files: OpenFiles | 
         samples: AnnotatedImages = StoredAnnotations(table, annotation_files(source), source.images)
     else:
         samples = read_annotations(source)
-    check_images_are_there(samples, _IMAGES_AT_START)
+    count_missing_images(samples, _IMAGES_AT_START)
     return samples

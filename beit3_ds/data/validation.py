@@ -120,7 +120,7 @@ def build_validation_batches(
     Raises:
         ConfigError: if a training step has fewer samples than there are data-parallel ranks.
     """
-    micro_batch = config.step_shares(data_parallel_size).upper_bound
+    micro_batch = config.step_shares(data_parallel_size).largest_micro_batch
     # A stream that is only evaluated has no micro-batch size.
     sizes = {name: size or max(micro_batch) for name, size in micro_batch._asdict().items() if name in streams}
     seed = config.training.validation_seed
@@ -139,20 +139,20 @@ def build_validation_batches(
 
 
 def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:
-    """Chooses the samples of a stream to evaluate, spread over all sources.
+    """Chooses samples of a stream for evaluation, spread over all sources.
 
     Each source gets a share of `limit` in proportion to its size, and at least one sample if `limit` allows. Within a
     source, samples are drawn at random. Apart from rounding, a higher limit keeps the samples of a lower limit and adds
     others.
 
     Args:
-        sizes: number of samples in each source; the stream numbers all samples consecutively.
+        sizes: number of samples in each source. In the stream, the sources follow one another.
         limit: maximum number of samples in total.
         seed: seed of the draw (`training.validation_seed`).
         stream: name of the stream: "images", "pairs" or "texts".
 
     Returns:
-        Sample numbers in the stream for each source, ascending.
+        For each source, the indices in the stream of the chosen samples, ascending.
     """
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     chosen: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Checks that no validation or test file is also a training file, because the scores would be meaningless."""
+"""Checks that no validation or test file is also a training file; a shared file would make the scores meaningless."""
 
 import itertools
 import os

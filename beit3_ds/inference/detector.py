@@ -48,8 +48,8 @@ class Detector:
 
         Args:
             path: exported weights, a checkpoint, or a run's output folder.
-            test_sizes: sides in pixels of the squares that each image is resized to fit, one view per side. None uses
-                the sizes of the training run.
+            test_sizes: sides of squares in pixels. Each image is resized to fit each square, which gives one view per
+                square. None uses the sizes of the training run.
             test_flip: whether to detect in flipped images too; None uses the setting of the training run.
             options: device, dtype and sizes (`LoadOptions`).
 

@@ -114,17 +114,17 @@ class PretrainedWeights:
 
 
 def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs_head: bool = False) -> None:
-    """Checks that the task of stored weights is the run's task, or pretraining.
+    """Checks that stored weights belong to the run's task or to pretraining.
 
     Args:
         stored: name and settings of the task that the weights belong to; None counts as pretraining.
         task: name of the run's task.
         where: name of the weights, for messages.
-        needs_head: whether the weights must contain the task's head, as for an evaluation. Pretraining weights are then
-            invalid for other tasks.
+        needs_head: whether the weights must contain the task's head, as for an evaluation. If True, pretraining weights
+            are valid only for pretraining.
 
     Raises:
-        ConfigError: if the weights belong to another task; the message names the two tasks.
+        ConfigError: if the weights are not valid for the run's task; the message names the two tasks.
     """
     theirs = "pretraining" if stored is None else stored["name"]
     if theirs == task or (theirs == "pretraining" and not needs_head):

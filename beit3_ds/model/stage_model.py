@@ -1,4 +1,4 @@
-"""Defines the model interface of the pipeline schedule and the engine, common to all tasks."""
+"""Defines the model interface that the pipeline schedule and the engine use for all tasks."""
 
 # T packed rows, D hidden.
 
@@ -36,14 +36,15 @@ class StageModel(nn.Module, ABC):
 
         Args:
             batch: the packed micro-batch, including targets if `loss_factors` is given.
-            loss_factors: factor on the sum of each loss term, float32: the term's weight divided by its count in the
-                whole step (`training.loss.build_loss_factors`). None returns predictions instead of a loss.
+            loss_factors: one float32 factor per loss term, for the term's sum (`training.loss.build_loss_factors`).
+                None returns predictions instead of a loss.
             x_TD: residual stream before `layers`; None if `layers` starts with the first layer.
             layers: layers to run; None runs all layers.
 
         Returns:
-            The residual stream after `layers`. If the last layer is run, a `LossOutput`, `StepFeatures` or the task's
-            predictions instead.
+            Without the last layer, the residual stream after `layers`. With the last layer, the task's predictions if
+            `loss_factors` is None, and a `LossOutput` otherwise. For a loss that compares samples with each other,
+            `StepFeatures` instead of a `LossOutput`.
         """
 
     @abstractmethod
@@ -61,11 +62,13 @@ class StageModel(nn.Module, ABC):
         return 0
 
     @property
-    def owned_table(self) -> nn.Parameter | None:
-        """Returns the word embedding if it is tied to the head's weight and on this stage, and None otherwise."""
+    def tied_embedding(self) -> nn.Parameter | None:
+        """Returns the word embedding if it is tied to the head's weight and this stage holds it, and None otherwise."""
         return None
 
     @property
-    def tied_table(self) -> VocabParallelHead | None:
-        """Returns the layer of the head whose weight is the tied word embedding, or None if this stage has none."""
+    def tied_word_layer(self) -> VocabParallelHead | None:
+        """Returns the head's layer that uses the tied word embedding as its weight; None if this stage has no such
+        layer.
+        """
         return None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class StepFeatures(NamedTuple):
-    """Holds the features of one micro-batch, or of a whole step, from which a loss over the whole step is computed.
+    """Holds the features of one micro-batch or of a whole step, for a loss that compares all samples of the step.
 
     The loss depends on the model only through these tensors.
     """
@@ -26,4 +26,5 @@ class StepFeatures(NamedTuple):
 
 
 StepLoss = Callable[[StepFeatures], Tensor]
-"""Differentiable function from the features of a whole step to the sum of each loss term, float32."""
+"""Differentiable function that takes the features of a whole step, and returns the step's sum of each loss term,
+(terms,) float32."""

@@ -22,8 +22,11 @@ class Head(nn.Module, ABC):
     """Computes a task's loss terms or predictions after the model's final norm."""
 
     @property
-    def word_table(self) -> VocabParallelHead | None:
-        """Returns the layer that predicts words, or None. The weight of the layer may be tied to the word embedding."""
+    def word_layer(self) -> VocabParallelHead | None:
+        """Returns the layer that predicts words (the word layer), or None if the head has no such layer.
+
+        The weight of the word layer may be tied to the word embedding.
+        """
         return None
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
@@ -55,8 +58,9 @@ class TaskModel(BEiT3, StageModel):
     """Extends BEiT-3 with a task's head, in the last layer.
 
     The names of the head's parameters begin with `heads.`. These parameters are split, saved and loaded like all
-    others. With `tie_word_embeddings`, the head's weight is the word table of the embeddings. If another pipeline stage
-    holds the embeddings, the head's weight is a buffer that receives the table from that stage.
+    others. With `ModelConfig.tie_word_embeddings`, the weight of the head's word layer is the word embedding. If
+    another pipeline stage holds the word embedding, this weight is a buffer that receives the word embedding from that
+    stage.
     """
 
     def __init__(
@@ -125,19 +129,23 @@ class TaskModel(BEiT3, StageModel):
         return self.config.hidden_size
 
     @property
-    def owned_table(self) -> nn.Parameter | None:
-        """Returns the word table if it is tied to the head and this stage holds the embeddings, and None otherwise."""
-        if not self.config.has_tied_table or self.embeddings is None:
+    def tied_embedding(self) -> nn.Parameter | None:
+        """Returns the word embedding if it is tied to the head's word layer and this stage holds it, and None
+        otherwise.
+        """
+        if not self.config.has_tied_embedding or self.embeddings is None:
             return None
         return self.embeddings.word.weight
 
     def tie_word_embeddings(self) -> None:
-        """Makes the embeddings' word table the weight of the head's word layer, if `tie_word_embeddings` is set."""
-        table = self.tied_table
+        """Ties the weight of the head's word layer to the word embedding, if `tie_word_embeddings` is set."""
+        table = self.tied_word_layer
         if table is not None:
             table.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
 
     @property
-    def tied_table(self) -> VocabParallelHead | None:
-        """Returns the output layer whose weight is the tied word table; None if this stage has no such layer."""
-        return self.heads.word_table if self.config.has_tied_table and self.heads is not None else None
+    def tied_word_layer(self) -> VocabParallelHead | None:
+        """Returns the head's word layer if its weight is tied to the word embedding; None if this stage has no such
+        layer.
+        """
+        return self.heads.word_layer if self.config.has_tied_embedding and self.heads is not None else None

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from beit3_ds.parallel.host_value import as_bytes, pack, unpack, unpack_tensors
+from beit3_ds.parallel.host_value import allocate_tensors, as_bytes, pack, unpack
 
 _FIRST_BYTES = 1024
 """Size in bytes of a value's first message. A short value needs no second message."""
@@ -146,7 +146,7 @@ class HostGroup:
             self._receive(rest, src)
             header += rest.numpy().tobytes()
         header = header[:length]
-        tensors = unpack_tensors(header)
+        tensors = allocate_tensors(header)
         for tensor in tensors:
             if tensor.numel():
                 self._receive(as_bytes(tensor), src)

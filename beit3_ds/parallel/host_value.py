@@ -31,7 +31,7 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
     return json.dumps([kinds, body], separators=(",", ":")).encode("ascii"), tensors
 
 
-def unpack_tensors(header: bytes) -> list[Tensor]:
+def allocate_tensors(header: bytes) -> list[Tensor]:
     """Creates one uninitialized tensor for each shape and dtype in the JSON from `pack`."""
     kinds, _ = json.loads(header)
     return [torch.empty(shape, dtype=_DTYPES[dtype]) for dtype, *shape in kinds]

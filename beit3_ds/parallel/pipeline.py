@@ -53,7 +53,7 @@ class PipelineParallel:
         return Message(x, work)
 
     def receive(self, x: Tensor, *, forward: bool) -> "Message":
-        """Starts receiving into `x` the previous stage's activation (`forward`) or the next stage's gradient."""
+        """Starts receiving into `x`: the previous stage's activation (`forward`) or the next stage's gradient."""
         source = self._next(not forward)
         work = dist.irecv(x, group=self._channel(forward, source, self.rank), src=self.ranks[source])
         return Message(x, work)
@@ -76,7 +76,7 @@ class Message:
     """Tensor to send, or tensor to receive into. It must exist until the transfer is complete."""
     work: Any
 
-    def has_left(self) -> bool:
+    def is_complete(self) -> bool:
         """Returns whether the tensor has been transferred and may be freed. With gloo, True only after `wait`."""
         return bool(self.work.is_completed())
 

@@ -87,10 +87,10 @@ class CoupledStep:
 
 
 def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: Mesh) -> Tensor:
-    """Returns the sum of each loss term over all data-parallel ranks, (terms,).
+    """Returns the sum of each loss term on the first data-parallel rank, and zeros on the other ranks, (terms,).
 
-    Only the first data-parallel rank returns the sums; other ranks return zeros. All data-parallel ranks of the last
-    stage must call this function. Gathers all features.
+    Each sum is over the features of all data-parallel ranks, which this function gathers. All data-parallel ranks of
+    the last stage must call this function.
 
     Args:
         step_loss: function that computes the sum of each loss term over a whole step.

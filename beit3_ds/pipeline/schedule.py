@@ -64,7 +64,7 @@ class Schedule:
         """Measures those parts of a step that need no collective, to find slow ranks (`training.stragglers`)."""
 
     @property
-    def forward_is_own(self) -> bool:
+    def forward_is_local(self) -> bool:
         """Returns whether the layers' forward pass waits for no other rank: no tensor parallelism and no ZeRO-3."""
         return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 
@@ -137,8 +137,9 @@ class Schedule:
             activity: name of the phase that the watchdog reports.
 
         Yields:
-            Each prepared batch with its output: `LossOutput`, `StepFeatures` or predictions on the last stage, and None
-                on other stages.
+            Each prepared batch with its output. On the last stage, the output is a `LossOutput`, or `StepFeatures` if
+            the loss compares samples; without `loss_factors`, it is the predictions. On other stages, the output is
+            None.
         """
         self.tied.synchronize()
         self.engine.eval()
@@ -189,7 +190,7 @@ class Schedule:
 
     def send(self, x_TD: Tensor, *, forward: bool) -> None:
         """Starts sending the residual stream to the next stage (`forward`), or its gradient to the previous stage."""
-        self.sending = [message for message in self.sending if not message.has_left()]
+        self.sending = [message for message in self.sending if not message.is_complete()]
         self.sending.append(self.mesh.pipeline.send(x_TD.detach().contiguous(), forward=forward))
 
     def _finish_sending(self) -> None:
@@ -229,7 +230,7 @@ class _Step:
         if x_TD is not None:
             x_TD.requires_grad_()
         layers = schedule.model_chunks[action.chunk]
-        with schedule.own_work.running() if schedule.forward_is_own else contextlib.nullcontext():
+        with schedule.own_work.running() if schedule.forward_is_local else contextlib.nullcontext():
             output = schedule.engine(self._prepared[number], self._loss_factors, x_TD, layers)
         if action.chunk == len(schedule.model_chunks) - 1:
             del self._prepared[number]  # no other chunk of this stage needs it

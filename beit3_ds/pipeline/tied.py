@@ -21,8 +21,8 @@ class TiedWordEmbedding:
     def __init__(self, model: StageModel, mesh: Mesh) -> None:
         """Finds the word table, or the head's copy of it, on this stage."""
         self._pipeline = mesh.pipeline
-        self._owned = model.owned_table if mesh.pipeline.size > 1 else None
-        table = model.tied_table
+        self._owned = model.tied_embedding if mesh.pipeline.size > 1 else None
+        table = model.tied_word_layer
         self._copy = table.weight if mesh.pipeline.size > 1 and table is not None else None
         self._arrived: Tensor | None = None
         if self._owned is not None:

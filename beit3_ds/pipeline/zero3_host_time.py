@@ -26,7 +26,7 @@ _read_parameter = parameter_offload.ZeROOrderedDict.__getitem__
 def shorten_zero3_hooks(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     """Replaces functions of ZeRO-3 that take long on the host. Some changes affect the whole process.
 
-    Without this change, DeepSpeed
+    Without these changes, DeepSpeed
 
     * walks over all modules of a block four times per step to list the block's parameters
     * asks torch several times per parameter for the rank and the number of ranks, which the parameter stores

@@ -146,7 +146,7 @@ def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_n
 
 
 class _Kind(NamedTuple):
-    """Identifies ranks that need equal memory: they have the same pipeline stage and read the same image sizes."""
+    """Identifies ranks that need equal memory: they have the same pipeline stage and read the same copies of images."""
 
     stage: int
     views: str
@@ -195,7 +195,9 @@ def _validation_bytes(config: RunConfig, data_parallel_size: int, views: str) ->
 
 
 def _state_bytes(config: RunConfig, world_size: int, stage: int) -> tuple[int, int, int]:
-    """Returns the bytes that one rank of a stage copies for checkpoints, offloads to the host, and pins."""
+    """Returns three sizes in bytes for one rank of a stage: the copy for checkpoints, the offloaded state, and its
+    pinned part.
+    """
     memory: Memory | ModelState
     if config.backbone is None:
         memory = model_state(config, world_size)

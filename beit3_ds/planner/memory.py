@@ -121,7 +121,7 @@ def _gathered(rank_model: RankModel, workloads: Sequence[Workload]) -> int:
 
 
 def _partitions(rank_model: RankModel) -> list[int]:
-    """Returns the number of elements of each parameter group that one data-parallel rank holds."""
+    """Returns, for each parameter group, the number of elements that one data-parallel rank holds."""
     ranks = rank_model.data_parallel_size
     if rank_model.zero_stage == 3:
         return [sum(-(-p.numel() // ranks) for p in group) for group in rank_model.groups]

@@ -99,9 +99,11 @@ class RankModel:
 
     @property
     def tied_elements(self) -> int:
-        """Returns the number of elements in this rank's word table if two stages hold the table, else 0."""
+        """Returns the number of elements in a tensor-parallel rank's part of the word table if two stages hold the
+        table, else 0.
+        """
         model = self.config.model
-        if not model.has_tied_table or self.num_stages == 1:
+        if not model.has_tied_embedding or self.num_stages == 1:
             return 0
         split = self.tensor.split_vocabulary(model.text_vocab_size)
         return split.local_size * model.hidden_size
@@ -124,7 +126,8 @@ class RankModel:
         return rows._replace(ffn=workload.masked) if self.cuts_rows(chunk, layer) else rows
 
     def cuts_rows(self, chunk: range, layer: int) -> bool:
-        """Returns whether a block's FFN computes only masked rows: true for the last block if the head follows it.
+        """Returns whether a block's FFN computes only masked rows: true for the last block if the chunk also contains
+        the head.
 
         False in a model with `dense`, because its heads read all rows.
         """

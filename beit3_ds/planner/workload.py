@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import MicroBatchSize, RunConfig
+from beit3_ds.config import RunConfig, SampleCounts
 from beit3_ds.kernels.ops.attention_plan import plan_attention
 from beit3_ds.layout import SequenceLayout
 from beit3_ds.model.block import computed_sequences
@@ -15,7 +15,7 @@ from beit3_ds.tasks.pretraining.targets import with_masks
 
 
 class BlockRows(NamedTuple):
-    """Holds the number of a micro-batch's rows that attention and FFN compute in one block."""
+    """Holds how many rows of a micro-batch attention and FFN compute in one block."""
 
     attention: int
     """Number of rows in attention."""
@@ -93,7 +93,7 @@ def expected_workloads(config: RunConfig, data_parallel_size: int) -> list[Workl
     return [workloads[size] for size in sizes]
 
 
-def _expected_workload(config: RunConfig, size: MicroBatchSize) -> Workload:
+def _expected_workload(config: RunConfig, size: SampleCounts) -> Workload:
     model, data = config.model, config.data
     images, pairs, texts = size
     pairs *= build_task(config).pairs_per_sample

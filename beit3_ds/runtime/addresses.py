@@ -10,8 +10,8 @@ from beit3_ds.config import ConfigError
 from beit3_ds.runtime.launch_environment import Launch
 
 
-def own_address(host: str, port: int) -> str:
-    """Returns the address that this host would use to connect to another host; sends nothing."""
+def source_address(host: str, port: int) -> str:
+    """Returns this host's source address for a connection to `host`; sends nothing to `host`."""
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
@@ -28,11 +28,14 @@ def find_meeting_address(launch: Launch) -> str:
 
     Normally this is the address of MASTER_ADDR. On rank 0's own host, MASTER_ADDR may resolve to a loopback address
     (Debian writes 127.0.1.1 into /etc/hosts) or to another host's address. Then the function returns this host's only
-    IPv4 address that is not a loopback address. GLOO_SOCKET_IFNAME limits the choice to one interface.
+    outer IPv4 address (`_outer_addresses`). GLOO_SOCKET_IFNAME limits the choice to one interface.
+
+    The function returns MASTER_ADDR's loopback address if all ranks run on this host, if MASTER_ADDR is itself that
+    address or `localhost`, or if there is no outer IPv4 address to choose.
 
     Raises:
         OSError: if MASTER_ADDR cannot be resolved.
-        ConfigError: if this is rank 0's host and several of its addresses are possible.
+        ConfigError: if this is rank 0's host, and several addresses or none are possible.
     """
     assert launch.master_addr is not None
     found = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_STREAM)

@@ -12,7 +12,7 @@ from typing import NoReturn
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS, describe_signal, exit_status, handled_signals, reading_signals
 
 STOP_SECONDS = 5.0
-"""Time limit in seconds for cleanup after a stop signal. A command that still runs then is ended at once."""
+"""Time limit in seconds for cleanup after a stop signal. A command that exceeds this limit is ended at once."""
 
 
 class StoppedBySignal(KeyboardInterrupt):

@@ -17,8 +17,8 @@ class DistributedStopSignals:
         self.names = ""
         """Names of the stop signals that any rank has received, joined by "and"; empty without a stop signal."""
         self.first: int | None = None
-        """Number of the stop signal that any rank has received, or None. Of several signals, this is the one that comes
-        first in `STOP_SIGNALS`."""
+        """Signal number of a stop signal that any rank has received; None without a stop signal. If ranks have received
+        several signals, this is the one that comes first in `STOP_SIGNALS`."""
         self.data_fault: Literal["data", "storage"] | None = None
         """Reason why a rank has no data: "storage" if a file system failed, otherwise "data". None if all ranks have
         data."""

@@ -57,7 +57,7 @@ class FailureDetector:
             silent = statuses.find_silent(numbers)
             if silent and time.monotonic() - since <= BEAT_REQUEST_SECONDS:
                 return None
-            return self._lost(silent) if silent else self._lost_contact()
+            return self._lost(silent) if silent else self._unexplained()
         if lost := statuses.find_lost(parallel.heartbeat_timeout_seconds):
             return self._lost(lost)
         if stalled := statuses.find_behind(parallel.timeout_seconds):
@@ -65,9 +65,10 @@ class FailureDetector:
         return None
 
     def describe_slow(self) -> list[str]:
-        """Returns one line per slow rank that other ranks wait for.
+        """Returns one line for each slow rank to report now; a rank is slow if other ranks wait for it.
 
-        The same rank is described again whenever its delay has doubled.
+        A rank is reported when its delay reaches `heartbeat_timeout_seconds`, and again each time the delay has
+        doubled.
         """
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)
@@ -80,7 +81,7 @@ class FailureDetector:
             for rank in due[:_LISTED]
         ]
 
-    def _lost_contact(self) -> Failure:
+    def _unexplained(self) -> Failure:
         """Returns the failure to report if a collective failed, although all ranks answer the request for a heartbeat.
 
         The usual cause is a timeout of the collective.

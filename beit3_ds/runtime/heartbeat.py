@@ -48,7 +48,9 @@ def find_sleep(seconds: float, interval: float) -> float:
 
 
 class RankStatus:
-    """Holds the newest heartbeat of one rank, and the times of the latest changes as this process noticed them."""
+    """Holds the newest heartbeat of one rank, and when this process noticed this heartbeat and the rank's latest
+    change.
+    """
 
     def __init__(self, beat: Heartbeat, now: float) -> None:
         self.beat = beat
@@ -60,7 +62,7 @@ class RankStatus:
 
     @property
     def unchanged_seconds(self) -> float:
-        """Returns the seconds between the latest change of the rank's phase and the rank's newest heartbeat."""
+        """Returns the seconds from the rank's latest change (`unchanged_since`) to the rank's newest heartbeat."""
         return self.beaten_at - self.unchanged_since
 
 

@@ -12,10 +12,10 @@ def describe_main_thread(otherwise: str) -> str:
     """Describes what the main thread is doing.
 
     The text names the file or folder that the thread uses. If none is known, the text names what the thread waits for.
-    Then follows the source line that the thread executes.
+    At the end, the text names the line of this package that the thread executes.
 
     Args:
-        otherwise: text to use if the thread has no known file or folder and no known wait; may be empty.
+        otherwise: text in place of this name if the thread has no known file or folder and no known wait; may be empty.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     lines, paths, awaited = [], [], []

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from beit3_ds.config import ConfigError
 from beit3_ds.cores import describe_cores, divide_cores
 from beit3_ds.rank_names import join_ranks
-from beit3_ds.runtime.addresses import find_interface, find_meeting_address, is_loopback, own_address
+from beit3_ds.runtime.addresses import find_interface, find_meeting_address, is_loopback, source_address
 from beit3_ds.runtime.keyed_store import ForgedValueError, KeyedStore
 from beit3_ds.runtime.launch_environment import TORCH_LAUNCHER, Launch
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
@@ -110,7 +110,7 @@ class Rendezvous:
             self._reach_rank_0()
         self._waits_for = f"the store at {self._master()}, which accepts connections but does not answer"
         base = self._serve() if serves else self._connect(self._seconds)
-        own: dict[str, Any] = {"address": own_address(*self._target()), "host": self._host, "nonce": self._nonce}
+        own: dict[str, Any] = {"address": source_address(*self._target()), "host": self._host, "nonce": self._nonce}
         own |= {"software": describe_versions(), "cores": describe_cores(), "parent": self._parent}
         answer = self._gather_ranks(base, own) if self._launch.rank == 0 else self._receive_answer(base, own)
         self.num_threads, addresses = answer["threads"][self._launch.rank], answer["addresses"]
@@ -176,7 +176,7 @@ class Rendezvous:
         """Opens another connection to rank 0's store. The connection has its own prefix for keys. Call `meet` first.
 
         Args:
-            seconds: time limit of a request to the store in seconds.
+            seconds: time limit in seconds for each request to the store.
         """
         return KeyedStore(dist.PrefixStore("watchdog", self._connect(seconds)), self._key)
 
@@ -326,16 +326,16 @@ class Rendezvous:
         return self._launch.master_addr, self._launch.master_port
 
     def _hint_at_loopback(self) -> str:
-        if is_loopback(own_address(*self._target())):
+        if is_loopback(source_address(*self._target())):
             return f"; {self._launch.master_addr} is this host itself, which is wrong if rank 0 runs on another"
         return ""
 
     def _interface(self, addresses: list[str]) -> str | None:
-        """Returns the network interface that reaches rank 0's host or, on that host, the other hosts."""
-        own = own_address(*self._target())
+        """Returns the network interface to rank 0's host or, on that host, to the other hosts; None if unknown."""
+        own = source_address(*self._target())
         others = [address for address in addresses if not is_loopback(address)]
         if is_loopback(own) and others:
-            own = own_address(others[0], self._launch.master_port)
+            own = source_address(others[0], self._launch.master_port)
         return find_interface(own)
 
     def _watch(self) -> None:

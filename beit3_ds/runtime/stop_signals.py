@@ -105,9 +105,9 @@ class StopSignals:
 
 @contextmanager
 def reading_signals(note: Callable[[int], None]) -> Iterator[None]:
-    """Calls `note` in another thread with the number of each arriving signal. Only the main thread may enter the block.
+    """Calls `note` in another thread with the number of each signal that arrives inside a `with` block.
 
-    Signals without a Python handler are not reported.
+    Signals without a Python handler are not reported. Only the main thread may enter the block.
     """
     readable, writable = os.pipe()
     os.set_blocking(writable, False)

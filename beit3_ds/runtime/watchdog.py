@@ -23,8 +23,8 @@ _POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0
 """Time limit of one request to the store in seconds."""
 _GRACE_SECONDS = 5.0
-"""Time limit in seconds for two things: a rank must send a requested heartbeat, and a rank must end after a failure
-before it is killed."""
+"""Seconds after a failure in which a process can end by itself, before the watchdog ends it. Also the time limit in
+seconds for rank 0 to publish a reported failure, and for all ranks to read it."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
 """Value of a key in the store before any rank sets the key."""
@@ -64,8 +64,7 @@ class Watchdog:
 
         Args:
             parallel: config with the timeouts.
-            mesh: mesh of the initialised process group. It provides descriptions of the ranks and the activity of this
-                rank.
+            mesh: mesh of the initialised process group. It provides this rank's activity, and descriptions of all ranks.
             store: separate connection to the store where ranks meet, with a timeout of `STORE_SECONDS`.
             signals: stop signals of this process, which are forwarded to all ranks.
             end: ends this process at once, even if the main thread is blocked in a collective.
@@ -105,7 +104,10 @@ class Watchdog:
         self._store_thread.join()
 
     def announce_failure(self, error: Exception) -> None:
-        """Reports this rank's failure to all ranks. Waits at most ten seconds until the ranks have read the report."""
+        """Reports this rank's failure to all ranks, and waits at most five seconds until a failure is published.
+
+        Rank 0 then waits at most five more seconds until all ranks have read the published failure.
+        """
         self._report(f"{self._describe(self._rank)} failed: {_first_line(error)}")
 
     def announce_lost_contact(self, error: Exception) -> None:
@@ -215,7 +217,9 @@ class Watchdog:
             self._store.set(key, value)
 
     def _end_process(self, failure: Failure) -> None:
-        """Ends the process after at most five seconds. Meanwhile, other ranks can read the failure."""
+        """Ends the process after five seconds, unless `stop` is called earlier. Meanwhile, other ranks can read the
+        failure.
+        """
         self._state = "ending"
         with contextlib.suppress(*_STORE_ERRORS):  # the process that holds the store may be gone
             self._beat()

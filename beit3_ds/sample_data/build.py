@@ -73,7 +73,10 @@ def _render(image: Image.Image) -> Image.Image:
 
 
 def _encode(image: Image.Image) -> bytes:
-    """Encodes an image as WebP, at the highest of eight qualities that fits MAX_IMAGE_BYTES, or else at the lowest."""
+    """Encodes an image as WebP, at the highest of eight qualities that gives at most MAX_IMAGE_BYTES.
+
+    If no quality does, the image is encoded at the lowest.
+    """
     data = b""
     for quality in (85, 80, 75, 70, 65, 60, 55, 50):
         buffer = io.BytesIO()
@@ -156,9 +159,9 @@ def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
 def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Splits groups of samples into training and validation samples. A group is never divided.
 
-    A group becomes validation samples if it meets two conditions. First, the group has at most four samples. Second,
-    for each category of the group, the validation samples with this group are at most `fraction` of all samples of the
-    category. This limit is rounded to a whole number. All other groups become training samples.
+    A group becomes validation samples if it meets two conditions. First, the group has at most four samples. Second, no
+    category then has more validation samples than its limit. The limit is `fraction` of all samples of the category,
+    rounded to a whole number. All other groups become training samples.
     """
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):
@@ -257,7 +260,7 @@ def _chapters(lines: list[str]) -> list[list[str]]:
 
 
 def build_text(packages: Path, out: Path) -> None:
-    """Writes `text-train.txt` and `text-validation.txt`: one paragraph per line, with blank lines in between.
+    """Writes `text-train.txt` and `text-validation.txt`: one paragraph per line, with blank lines between paragraphs.
 
     Args:
         packages: folder with the downloaded packages.

@@ -1,7 +1,7 @@
 """Draws landscapes with shapes, and label maps of these landscapes, in the folder structure of ADE20K.
 
 images/{training,validation}/NUMBER.png
-annotations/{training,validation}/NUMBER.png      0: unlabelled outline; 1 to 9: class
+annotations/{training,validation}/NUMBER.png      0: border between classes; 1 to 9: class
 objectInfo150.txt                                 names of the classes, in ADE20K's format
 """
 
@@ -55,8 +55,8 @@ def draw_label_scene(width: int, height: int, rng: random.Random) -> tuple[Image
     """Draws two kinds of ground, one above the other, and up to three shapes on them.
 
     Returns:
-        The image, and the label of each pixel, (height, width) uint8: 0 where a pixel shows several things, and class +
-        1 elsewhere.
+        The image, and the label of each pixel, (height, width) uint8: 1 + the index of the class in `LABEL_NAMES`, or 0
+        where a pixel shows several classes.
     """
     wide, high = width * _OVERSAMPLING, height * _OVERSAMPLING
     labels = _draw_grounds(wide, high, rng)

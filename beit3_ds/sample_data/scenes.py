@@ -1,4 +1,4 @@
-"""Draws scenes of coloured shapes, and true captions, questions with answers, and statements for them.
+"""Draws scenes of coloured shapes, and writes texts about them: captions, questions with answers, and statements.
 
 A scene has up to three objects, in different quarters of a square image. All objects of a scene have different colours
 and shapes, so "the red one" is unambiguous. All random draws use the caller's generator.
@@ -94,7 +94,10 @@ def draw_scene(rng: random.Random, num_objects: int | None = None) -> Scene:
 
 
 def draw_image(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
-    """Draws a scene as an RGB image of `size` x `size` pixels, with random background, shade, size and position."""
+    """Draws a scene as an RGB image of `size` x `size` pixels.
+
+    The grey of the background, and each object's shade, size and exact position, are random.
+    """
     side = size * _OVERSAMPLING
     grey = rng.randint(215, 250)
     image = Image.new("RGB", (side, side), (grey, grey, grey))

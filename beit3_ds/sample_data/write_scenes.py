@@ -41,17 +41,17 @@ NUM_PLACES = 4
 def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 0, size: int = 64) -> None:
     """Writes scenes with the files of all tasks.
 
-    The numbers of samples in a split apply to scenes, to statements, and to the images of each task that does not use
-    scenes. Each statement has one pair of images for which it is true, and one for which it is false.
+    A split has N scenes, N statements, and N images for each task that does not use scenes. Each statement has one pair
+    of images for which it is true, and one for which it is false.
 
     Args:
         folder: folder to write to; it is created if missing, and existing files are replaced.
-        num_train: number of each kind of sample in the training split.
-        num_validation: number of each kind of sample in the validation split.
+        num_train: N for the training split.
+        num_validation: N for the validation split.
         seed: seed of all random draws.
-        size: side in pixels of most images, which are square. Images with label maps have this shorter side, and a
-            longer side of up to 1.5 times `size`. Images with boxes have a longer side of 2 times `size`, and a shorter
-            side of at least 1.5 times `size`.
+        size: side in pixels of most images, which are square. For images with label maps, `size` is the shorter side,
+            and the longer side is up to 1.5 times `size`. For images with boxes, the longer side is 2 times `size`, and
+            the shorter side is at least 1.5 times `size`.
     """
     texts: list[str] = []
     captions: list[dict[str, Any]] = []

@@ -258,9 +258,9 @@ class RankTask:
         return None
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
-        """Returns the value of each term, by name, for a predictor that ignores the input.
+        """Returns the loss of the best predictor that ignores the input, by name of the loss term.
 
-        All ranks must call this method.
+        Returns an empty dict if the task does not compute these losses. All ranks must call this method.
         """
         return {}
 

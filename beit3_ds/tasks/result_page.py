@@ -72,8 +72,8 @@ def _embed(image: Image.Image) -> str:
 def choose_shown(is_right: Sequence[bool | None], count: int) -> list[int]:
     """Returns the indices of `count` samples to show, evenly spread over the split, in ascending order.
 
-    Half of the chosen samples have wrong answers. If there are too few samples with wrong answers, or too few other
-    samples, the rest is chosen from the other kind.
+    Half of the chosen samples have wrong answers, and half have right or unknown answers. If there are too few samples
+    for one half, the other half has more.
 
     Args:
         is_right: whether the answer to each sample is right; None if unknown.

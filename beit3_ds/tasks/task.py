@@ -125,7 +125,7 @@ class Task(ABC):
                 f"{parallel.tensor_parallel_size} nor pipeline_parallel_size={parallel.pipeline_parallel_size}: "
                 f"{self.layout_fault} Set both to 1; every ZeRO stage works."
             )
-        if self.has_backbone and config.model.has_tied_table and not self.predicts_words:
+        if self.has_backbone and config.model.has_tied_embedding and not self.predicts_words:
             raise ConfigError(
                 f"model.tie_word_embeddings=true, but the task {config.task.name} has no head that predicts words. Set "
                 "it to false; weights with a tied table still fit `training.init_from`."

@@ -1,4 +1,4 @@
-"""Defines a teacher of the visual tokenizer without a pretrained network, based on gradients and colours of patches."""
+"""Defines a teacher that gives the visual tokenizer gradients and colours of patches, without a pretrained network."""
 
 # B images, N patches per image, G patches on a side, S pixels on a side, E features per patch.
 
@@ -66,8 +66,8 @@ class OrientedGradients:
         cell_colors = F.avg_pool2d(pixels, self.patch_size // _CELLS)
         colors = F.avg_pool2d(pixels, self.patch_size)
         gradients = F.avg_pool2d(_orientation_votes(pixels), self.patch_size)
-        patch = torch.cat([_unit_length(gradients), _equal_share(F.pixel_unshuffle(cell_colors, _CELLS))], dim=1)
-        around = torch.cat([_unit_length(_neighborhood(gradients)), _equal_share(_neighborhood(colors))], dim=1)
+        patch = torch.cat([_unit_length(gradients), _scale_to_white(F.pixel_unshuffle(cell_colors, _CELLS))], dim=1)
+        around = torch.cat([_unit_length(_neighborhood(gradients)), _scale_to_white(_neighborhood(colors))], dim=1)
         return torch.cat([patch, around], dim=1).flatten(2).transpose(1, 2)
 
 
@@ -100,6 +100,6 @@ def _unit_length(histograms: Tensor) -> Tensor:
     return histograms / (histograms.square().sum(dim=1, keepdim=True) + _FAINT**2).sqrt()
 
 
-def _equal_share(colors: Tensor) -> Tensor:
+def _scale_to_white(colors: Tensor) -> Tensor:
     """Scales colour features so that those of a white patch have the 2-norm 1, like a normalised histogram."""
     return colors / math.sqrt(colors.shape[1])

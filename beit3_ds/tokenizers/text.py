@@ -45,7 +45,7 @@ class WordBorders(NamedTuple):
     pieces; `starts` then tells where words start.
     """
 
-    def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
+    def mark_word_starts(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Returns whether each id of a sequence starts a word, (ids,).
 
         An id starts a word if `starts` is true for the id itself, or `ends` is true for the id before it.

@@ -83,7 +83,7 @@ class BestCheckpoint:
         return f"{self.metric} {self.value:.4f} after step {self.step}"
 
 
-def direction_of(task: Task) -> bool:
+def is_higher_better(task: Task) -> bool:
     """Returns whether larger values of `training.best_metric` are better; False if it is not set.
 
     Raises:

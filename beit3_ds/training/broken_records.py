@@ -80,20 +80,20 @@ class BrokenRecords:
 
 
 class StepCounts:
-    """Sums the number of predictions per loss term over all ranks, before the forward pass of a step."""
+    """Sums the number of predictions per loss term over all data-parallel ranks, before the forward pass of a step."""
 
     def __init__(self, records: BrokenRecords, mesh: Mesh) -> None:
         self.records, self._mesh = records, mesh
 
     def agree(self, step_batch: StepBatch) -> tuple[Tensor, list[str]]:
-        """Sums the number of predictions per loss term over all ranks, and shares new broken records.
+        """Sums the number of predictions per loss term over all data-parallel ranks, and shares new broken records.
 
         Each rank sends K + 1 integers for K loss terms: the count of each term, and the number of new broken records.
         If any rank has new broken records, their descriptions are also sent.
 
         Returns:
-            Number of predictions per term over all ranks, (terms,) int64, and the description of each broken record
-            that no rank had found before.
+            Number of predictions per term over all data-parallel ranks, (terms,) int64, and the description of each
+            broken record that no rank had found before.
 
         Raises:
             ConfigError: on all ranks at the same step, if there are too many broken records.
@@ -121,7 +121,7 @@ def records_from(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def format_new_records(lines: Sequence[str], total: int, limit: int) -> list[str]:
-    """Formats one log line per newly found broken record, with its number and the limit.
+    """Formats one log line per newly found broken record, with the count of records so far and the limit.
 
     Args:
         lines: descriptions of the new broken records.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
+from beit3_ds.config import RunConfig, SampleCounts, StepShares, check_layout
 from beit3_ds.config.deepspeed_keys import unused_keys
 from beit3_ds.model.parameter_groups import check_frozen, parameter_group
 from beit3_ds.planner import (
@@ -18,7 +18,7 @@ from beit3_ds.planner import (
     model_state,
 )
 from beit3_ds.tasks import build_task
-from beit3_ds.training.best_checkpoint import direction_of
+from beit3_ds.training.best_checkpoint import is_higher_better
 from beit3_ds.training.start_checks import check_output_dir, check_software
 
 _RANKS_PER_NODE = 8  # GPUs of a typical node
@@ -53,7 +53,7 @@ def describe_dry_run(
     data_parallel_size = check_layout(config, world_size)
     check_software(config)
     check_output_dir(Path(config.training.output_dir))
-    direction_of(build_task(config))
+    is_higher_better(build_task(config))
     shares = config.step_shares(data_parallel_size)
     task = build_task(config)
     with torch.device("meta"):
@@ -94,15 +94,15 @@ def _describe_shares(shares: StepShares) -> str:
     """Describes the sizes of micro-batches. If ranks have unequal shares, also gives samples and idle time."""
     per_rank = {shares.rank_samples(rank) for rank in range(shares.num_ranks)}
     sizes = [size for samples in per_rank for size in shares.divide_rank(samples)]
-    counts = zip(MicroBatchSize._fields, zip(*sizes, strict=True), strict=True)
+    counts = zip(SampleCounts._fields, zip(*sizes, strict=True), strict=True)
     streams = ", ".join(f"{_span(values)} {name}" for name, values in counts)
     total = _span([sum(size) for size in sizes])
     text = f"{total} samples per data-parallel rank: {streams}; {shares.num_micro_batches} per step"
     if shares.is_even:
         return text
-    waiting = 1 - sum(shares.samples) / (shares.num_ranks * shares.largest_rank)
+    waiting = 1 - sum(shares.samples) / (shares.num_ranks * shares.most_rank_samples)
     return (
-        f"{text}. Uneven: {shares.smallest_rank} or {shares.largest_rank} samples per rank and step, "
+        f"{text}. Uneven: {shares.fewest_rank_samples} or {shares.most_rank_samples} samples per rank and step, "
         f"{waiting:.1%} of the ranks' time waits for the largest"
     )
 

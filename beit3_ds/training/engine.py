@@ -100,8 +100,8 @@ def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
 def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
     """Clips the accumulated gradients, updates the parameters, and clears the gradients.
 
-    If a gradient is not finite on any rank, all ranks skip the update and clear the gradients. Weights, moments and
-    AdamW's step count then stay unchanged.
+    If a rank has a gradient that is not finite, all ranks skip the update and clear the gradients. Weights, moments
+    and AdamW's step count then stay unchanged.
 
     Returns:
         2-norm of the gradients of the whole model before clipping, equal on all ranks. Infinity or NaN if the update

@@ -10,7 +10,7 @@ _LISTED = 8  # maximum number of printed ranks, and of samples per rank; the rec
 
 
 class NonFiniteLossError(RuntimeError):
-    """Reports too many consecutive skipped steps, because training has diverged or a device is faulty."""
+    """Reports too many consecutive skipped steps: training has diverged, or a device is faulty."""
 
 
 class SkippedSteps:

@@ -22,7 +22,7 @@ def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: 
         mesh: mesh of all ranks.
         state: engine state of this rank.
         device: device of this rank.
-        first_step: number of steps done.
+        first_step: index of the first step that is still to do, from 0.
     """
     elements = sum(tensor.shape.numel() for tensor in state.local_tensors.values())
     own = (_describe_device(device), elements if mesh.coords == (mesh.pipeline.rank, 0, 0) else 0)
@@ -48,7 +48,11 @@ def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: 
 def _describe_step(config: RunConfig, data_parallel_size: int) -> str:
     shares = config.step_shares(data_parallel_size)
     text = f"{config.samples_per_step} samples per step in {config.gradient_accumulation_steps} micro-batches per rank"
-    return text if shares.is_even else f"{text}, uneven: {shares.smallest_rank} or {shares.largest_rank} per rank"
+    return (
+        text
+        if shares.is_even
+        else f"{text}, uneven: {shares.fewest_rank_samples} or {shares.most_rank_samples} per rank"
+    )
 
 
 def _describe_hosts(hosts: Sequence[str]) -> str:
@@ -67,7 +71,7 @@ def _describe_device(device: torch.device) -> str:
 
 
 def _find_commit() -> str:
-    """Returns the Git commit of the source code in parentheses, or an empty string outside a repository."""
+    """Returns the source code's Git commit, in parentheses and after a space; empty if the commit is unknown."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""

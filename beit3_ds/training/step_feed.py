@@ -70,10 +70,10 @@ class StepFeed:
         Call this method after all ranks have agreed to end.
 
         Args:
-            is_storage: whether the cause is a failed file system.
+            is_storage: whether a file system failed on any rank. Not used if this rank has an error.
 
         Raises:
-            StorageError: if the cause is a failed file system.
+            StorageError: if a file system failed.
             ConfigError: for all other causes.
         """
         if self.error is not None:

@@ -13,7 +13,8 @@ from beit3_ds.model.pretrained import parse_task
 from beit3_ds.untrusted_json import check_count, check_object, parse_untrusted_json
 
 NOTE_KEY = "beit3_ds_export"
-"""Key of the note: in a torch file next to the state dict, in a safetensors file in the metadata."""
+"""Key of the note. A torch file stores the note next to the state dict, and a safetensors file stores it in the
+metadata."""
 
 
 class ExportNote(NamedTuple):

@@ -106,7 +106,7 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
                     keys[f"{theirs}.{key.replace('X', letter)}.{kind}"] = f"{ours}.ffn.{name}.{kind}_{own}"
     heads = [_HEADS[letter] for letter in letters]
     keys |= {f"{key}.{kind}": f"{name}.{kind}" for key, name in heads for kind in kinds}
-    if config.has_tied_table and "B" in letters:
+    if config.has_tied_embedding and "B" in letters:
         keys["mlm_head.weight"] = "embeddings.word.weight"
     if not config.sub_layernorm:
         keys = {key: name for key, name in keys.items() if "sub_norm" not in name}

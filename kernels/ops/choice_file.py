@@ -1,8 +1,9 @@
 """Stores which implementation of each operator is fastest, in one JSON file per GPU model and set of software versions.
 
-A case is the text that identifies one measurement: the operator's name, and the dtypes and sizes of the arguments. A
-file has one line per case: {"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file shipped with the
-package (`kernels/choices`) is read first. Then the file of this machine is read from Triton's cache folder.
+A case is the text that identifies one measurement: the operator's name, and the dtypes, sizes and flags of the
+arguments. A file has one line per case: {"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file
+shipped with the package (`kernels/choices`) is read first. Then the file of this machine is read from Triton's cache
+folder.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 
 SHIPPED = Path(__file__).parents[1] / "choices"
-"""Folder with the lists of fastest implementations that are shipped with the package, one file per GPU model."""
+"""Folder with the lists of fastest implementations that are shipped with the package, one file per GPU model and set of
+software versions."""
 
 
 class ChoiceFile:

@@ -1,7 +1,8 @@
-"""Runs an operator with the fastest implementation. All implementations are timed at the operator's first use.
+"""Runs an operator with its fastest implementation, or with the implementation that a selected backend prefers.
 
-The choice is stored in memory and in a file (`choice_file`). With a backend other than `auto`, nothing is timed. Use
-such a backend to compare implementations, and for runs that must not depend on timings.
+With the backend `auto`, all implementations are timed at the first call with new dtypes, sizes or flags. The choice is
+stored in memory and in a file (`choice_file`). With any other backend, nothing is timed. Use such a backend to compare
+implementations, and for runs that must not depend on timings.
 """
 
 import functools
@@ -68,8 +69,8 @@ class Choices:
         Args:
             device: device of the operator's tensors.
             case: text that identifies the operator, and the dtypes, sizes and flags of the arguments.
-            calls: one function without arguments per implementation, by the implementation's name. The function runs
-                the implementation once.
+            calls: functions that run an implementation once, by the implementation's name. The functions take no
+                arguments.
         """
         available = [name for name in _ORDER[self.backend] if name in calls]
         if len(available) == 1 or self.backend != "auto":
@@ -139,7 +140,7 @@ class MeasuredOp:
         Args:
             name: name of the operator, which is the first word of each stored measurement.
             implementations: functions that implement the operator, by name. They have the same arguments, and the first
-                argument is a tensor. A `Prepared` implementation is prepared once for equal dtypes, sizes and flags.
+                argument is a tensor. A `Prepared` implementation is prepared again only for new dtypes, sizes or flags.
             on_cpu: function for tensors on a CPU. With None, tensors on a CPU also use one of `implementations`.
             accepts: functions that return whether an implementation supports given arguments, by the implementation's
                 name. An implementation without such a function supports all arguments. The function may also check, at
@@ -219,9 +220,10 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _identify(place: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns a key for a call: backend and device in `place`, and dtypes, exact sizes and flags of the arguments.
+    """Returns a key for a call: `place` (backend and device), then dtypes, exact sizes and flags of the arguments.
 
-    Unlike `_describe`, this function does not round sizes, so that a key is fast to compute.
+    Unlike `_describe`, this function does not round sizes: a call is prepared for exact sizes, and the key must be fast
+    to compute.
     """
     call: list[Any] = [*place]
     for argument in arguments:
@@ -245,8 +247,8 @@ def _describe(argument: Any) -> Any:
     """Returns those properties of an argument that affect the speed: a tensor's dtype and sizes, or a flag's value.
 
     The number of rows, which is a tensor's first size, changes from batch to batch. So it is rounded up to a power of
-    two. A list of tensors is described by its length and its first tensor. A list of row numbers is described by its
-    length.
+    two. A list of tensors is described by its length and its first tensor. Any other list, such as the experts' stop
+    rows, is described by its length.
     """
     if isinstance(argument, Tensor):
         rows, *sizes = argument.shape

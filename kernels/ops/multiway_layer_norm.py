@@ -44,9 +44,9 @@ def multiway_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Normalises each row with its expert's scale and shift; also returns the input for the residual connection.
 
-    Use the returned x_TD for the residual connection. Then the backward pass of the norm adds the residual's gradient,
-    without a separate pass over the rows. The op saves x, two numbers per row, and the parameters without copies. An
-    expert without rows gets zero gradients.
+    If the residual connection uses the returned x_TD, the backward pass of the norm adds the residual's gradient,
+    without a separate pass over the rows. The op saves x, the scales and two numbers per row. It copies neither x nor
+    the scales. An expert without rows gets zero gradients.
 
     Args:
         x_TD: packed rows of the residual stream, in the parameters' dtype or float32.
@@ -171,7 +171,7 @@ class _MultiwayLayerNorm(torch.autograd.Function):
 def _forward_plain(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> list[Tensor]:
-    """Applies PyTorch's LayerNorm to chunks of each expert's rows that fit into the cache.
+    """Applies PyTorch's LayerNorm to each expert's rows, in chunks that fit into the cache.
 
     Returns:
         h_TD, then two tensors (rows, 1) per expert: the mean, and 1 / standard deviation of the expert's rows.
@@ -231,10 +231,12 @@ def _backward_plain(
     return [dx_TD, *(of_expert[kind] for kind in range(2) for of_expert in d_parameters)]
 
 
-def _forward_cpu(
+def _forward_library(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes the results of the forward kernel in plain PyTorch, for checks of the kernel.
+    """Computes the results of the forward kernel with PyTorch's LayerNorm.
+
+    On a GPU, `_FORWARD` uses this function if the kernel is slower.
 
     Returns:
         h_TD, and the mean and 1 / standard deviation of each of T rows, (2, T).
@@ -243,7 +245,7 @@ def _forward_cpu(
     return h_TD, torch.stack((torch.cat(statistics[::2]), torch.cat(statistics[1::2]))).squeeze(2)
 
 
-def _backward_cpu(
+def _backward_library(
     dh_TD: Tensor,
     d_stream_TD: Tensor | None,
     x_TD: Tensor,
@@ -251,7 +253,9 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Computes the results of the backward kernel in plain PyTorch, for checks of the kernel.
+    """Computes the results of the backward kernel in plain PyTorch.
+
+    On a GPU, `_BACKWARD` uses this function if the kernel is slower.
 
     Returns:
         dx_TD, and the gradients of scales and shifts, (2, E, D) for E experts and width D.
@@ -286,9 +290,11 @@ def _backward_triton(
 
 
 # Both implementations save the same statistics, so forward and backward are chosen separately.
-_FORWARD = MeasuredOp("multiway_layer_norm", {"triton": _forward_triton, "library": _forward_cpu}, on_cpu=_forward_cpu)
+_FORWARD = MeasuredOp(
+    "multiway_layer_norm", {"triton": _forward_triton, "library": _forward_library}, on_cpu=_forward_library
+)
 _BACKWARD = MeasuredOp(
-    "multiway_layer_norm_backward", {"triton": _backward_triton, "library": _backward_cpu}, on_cpu=_backward_cpu
+    "multiway_layer_norm_backward", {"triton": _backward_triton, "library": _backward_library}, on_cpu=_backward_library
 )
 
 

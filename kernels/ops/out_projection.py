@@ -116,8 +116,8 @@ class _Form(NamedTuple):
     has_residual: bool
 
     @property
-    def has_whole_rows(self) -> bool:
-        """Returns whether the op needs no other rank: there is no sub-LN, or this rank holds all columns of a row."""
+    def needs_no_communication(self) -> bool:
+        """Returns whether the op runs without communication: no sub-LN, or this rank holds all columns of a row."""
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: tuple[Tensor, ...], has_biases: bool) -> _Parameters:
@@ -146,7 +146,7 @@ class _OutProjection(torch.autograd.Function):
     ) -> Tensor:
         weights, biases, scales, shifts = form.split(parameters, form.has_biases)
         statistics: list[Tensor] = []
-        by_operators = KERNELS.accept(x_TF) or not form.has_whole_rows
+        by_operators = KERNELS.accept(x_TF) or not form.needs_no_communication
         if by_operators:
             n_TF = activation.a_TF if activation.a_TF is not None else _activate(x_TF, form.gelu)
             if form.norm is not None:
@@ -269,7 +269,7 @@ def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequ
     """
     norm = form.norm
     assert norm is not None
-    if form.has_whole_rows:
+    if form.needs_no_communication:
         n_TF, statistics_2T = ACTIVATION_NORM(x_TF, form.gelu, scales, shifts, norm.epsilon, form.ends)
         return n_TF, statistics_2T
     mean_T, squares_T = ROW_STATISTICS(x_TF, form.gelu)
@@ -280,7 +280,7 @@ def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequ
 def _renormalize(x_TF: Tensor, form: _Form, norm: _SavedNorm) -> Tensor:
     """Recomputes LN(GELU(x)) from saved statistics, without communication."""
     statistics, scales, shifts = norm
-    if form.has_whole_rows:
+    if form.needs_no_communication:
         return _normalize(x_TF, form, scales, shifts)[0]
     n_TF: Tensor = SUB_NORM(x_TF, form.gelu, *statistics, scales, shifts, form.ends)
     return n_TF
@@ -308,7 +308,7 @@ def _backward_by_operators(
     of_linear = MULTIWAY_WEIGHT_GRADIENT(dy_TD, factor_T, n_TF, ends, form.has_biases)
     del n_TF  # frees memory for the gradient
     dn_TF = MULTIWAY_INPUT_GRADIENT(dy_TD, factor_T, ends, weights)
-    if form.has_whole_rows:
+    if form.needs_no_communication:
         dx_TF, of_norm_2EF = ACTIVATION_NORM_BACKWARD(dn_TF, x_TF, form.gelu, *statistics, scales, ends)
         return [dx_TF, *of_linear, *of_norm_2EF.view(-1, x_TF.shape[1]).unbind()]
     sums_2T, *of_norm = SUB_NORM_SUMS(dn_TF, x_TF, form.gelu, *statistics, scales, ends)

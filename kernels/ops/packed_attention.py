@@ -184,7 +184,9 @@ def _compare(
 
 
 def _rehearse(attention: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Returns a function for `MeasuredOp` to time: `attention` and, if gradients are needed, a backward pass."""
+    """Returns the function that `MeasuredOp` measures. It runs `attention` and, if gradients are needed, a backward
+    pass.
+    """
 
     def run(*arguments: Any) -> Any:
         *inputs, ranges, causal_captions, is_differentiated = arguments
@@ -293,7 +295,9 @@ def backward_plain(
     tile_size: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes in plain PyTorch what the backward kernels compute, dq, dk and dv. Only checks call this function."""
+    """Computes the gradients dq, dk and dv in plain PyTorch, as the backward kernels do. Only checks call this
+    function.
+    """
     gradients = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     scale = q_THK.shape[-1] ** -0.5
     for rows, seen in _sequences(sequences_Q4, causal):

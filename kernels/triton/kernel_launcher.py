@@ -54,7 +54,7 @@ class Launch:
         Args:
             kernel: function decorated with `triton.jit`.
             grid: number of Triton programs along each of one to three axes.
-            arguments: arguments of the kernel after the tensors.
+            arguments: arguments of the kernel after the tensors: numbers, then constants.
             options: Triton's options `num_warps` and `num_stages`.
             variants: compiled kernels for these options and constants, by device, dtypes and alignment of the tensors.
                 The launch adds entries to this dict.
@@ -97,9 +97,9 @@ class Launch:
         )
 
     def _find_variant(self, device: Hashable, tensors: tuple[Tensor, ...], addresses: list[int]) -> _Variant | None:
-        """Returns the compiled kernel for the dtypes and alignment of `tensors`.
+        """Returns the compiled kernel for the device, and for the dtypes and alignment of `tensors`.
 
-        Without one, launches the kernel with Triton, which compiles it, and returns None.
+        If there is none yet, Triton compiles and launches the kernel, and this method returns None.
         """
         misaligned = [index for index, address in enumerate(addresses) if address % _ALIGNMENT]
         key = device, *map(_dtype_of, tensors), *misaligned

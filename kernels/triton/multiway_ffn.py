@@ -50,8 +50,8 @@ def gelu(x):
 def order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
     """Returns the row tile and the column tile that the Triton program with index `program` computes.
 
-    The programs of GROUP row tiles run together. They read the same columns of the weights, which then stay in the L2
-    cache.
+    Consecutive programs compute the same column tile of up to GROUP row tiles. They read the same values for these
+    columns, such as weights, which then stay in the L2 cache.
     """
     first = program // (GROUP * num_column_tiles) * GROUP
     size = tl.minimum(num_row_tiles - first, GROUP)
@@ -131,7 +131,7 @@ def projection_kernel(
 ):
     """Computes one tile of y = residual + factor * (x @ w.T + b).
 
-    If the flag RESIDUAL, FACTOR or BIAS is false, the term is left out.
+    If RESIDUAL, FACTOR or BIAS is false, the kernel leaves out residual, factor or b.
     """
     expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)

@@ -59,11 +59,11 @@ def backward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Computes the gradient of the branch's output, d_partial = factor * dy, and sums of its rows for the bias
+    """Computes d_partial = factor * dy, the gradient of the branch's output, and adds up its rows for the bias
     gradient.
 
-    One Triton program computes consecutive rows of one expert, and sums over these rows. The sums of P programs are (P,
-    D) float32. Without FACTOR, d_partial is dy, so the kernel computes only the sums.
+    Each Triton program computes consecutive rows of one expert, and writes the sum of these rows. The sums of P
+    programs are (P, D) float32. Without FACTOR, d_partial is dy, so the kernel computes only the sums.
     """
     program = tl.program_id(0)
     _, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)

@@ -17,7 +17,7 @@ INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def activate(x, GELU: tl.constexpr):
-    """Returns x in float32. With GELU, returns gelu(x), rounded to x's dtype and converted to float32."""
+    """Returns x in float32 or, with GELU, gelu(x) rounded to x's dtype and converted to float32."""
     if GELU:
         return gelu(x.to(tl.float32)).to(x.dtype).to(tl.float32)
     return x.to(tl.float32)

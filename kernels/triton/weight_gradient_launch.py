@@ -126,7 +126,7 @@ def splits_rows(tiles: int, architecture: int) -> bool:
 
 
 def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) -> int:
-    """Returns the maximum number of rows per share with which a launch takes the least modelled time.
+    """Returns a maximum for the number of rows per share, chosen so that a launch takes the least modelled time.
 
     The rows of each expert are divided into shares. A Triton program computes one tile of a weight gradient from the
     rows of one share. In the model, programs run in waves, one program per multiprocessor. A wave takes time in

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.config import ConfigError, MicroBatchSize, StepShares, build_run_config, check_layout, fits_layout
+from beit3_ds.config import ConfigError, SampleCounts, StepShares, build_run_config, check_layout, fits_layout
 from tests.run_config import small_run_mapping
 
 
 def shares_of(samples: tuple[int, int, int], ranks: int, micro_batches: int = 1) -> StepShares:
-    return StepShares(samples=MicroBatchSize(*samples), num_ranks=ranks, num_micro_batches=micro_batches)
+    return StepShares(samples=SampleCounts(*samples), num_ranks=ranks, num_micro_batches=micro_batches)
 
 
 SAMPLES = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
@@ -21,17 +21,17 @@ def test_every_slot_is_in_one_share(samples: tuple[int, int, int], ranks: int, m
     shares = shares_of(samples, ranks, micro_batches)
     slots = [shares.slots(rank) for rank in range(ranks)]
     cells = [slots[rank][number] for number in range(micro_batches) for rank in range(ranks)]
-    for stream, count in zip(MicroBatchSize._fields, samples, strict=True):
+    for stream, count in zip(SampleCounts._fields, samples, strict=True):
         # catches a slot that is dealt twice or to nobody, and another order than by micro-batch and rank
         assert [slot for cell in cells for slot in cell[stream]] == list(range(count))
         sizes = [len(cell[stream]) for cell in cells]
         assert max(sizes) - min(sizes) <= 1
-        assert max(sizes) == getattr(shares.upper_bound, stream)
+        assert max(sizes) == getattr(shares.largest_micro_batch, stream)
         per_rank = [sum(len(cell[stream]) for cell in rank) for rank in slots]
         assert max(per_rank) - min(per_rank) <= 1  # catches micro-batches whose extra samples add up on one rank
     totals = [sum(len(slots) for cell in rank for slots in cell.values()) for rank in slots]
     # catches streams that all give their extra samples to the same ranks
-    assert (min(totals), max(totals)) == (shares.smallest_rank, shares.largest_rank)
+    assert (min(totals), max(totals)) == (shares.fewest_rank_samples, shares.most_rank_samples)
     assert totals[0] == max(totals)  # whose costs stand for all
     for rank in slots:
         of_micro_batch = [sum(map(len, cell.values())) for cell in rank]
@@ -45,7 +45,7 @@ def test_even_shares_keep_their_slots(factors: tuple[int, int, int], ranks: int,
     assert shares.is_even
     for rank in range(ranks):
         for number, cell in enumerate(shares.slots(rank)):
-            for stream, size in zip(MicroBatchSize._fields, factors, strict=True):
+            for stream, size in zip(SampleCounts._fields, factors, strict=True):
                 first = (number * ranks + rank) * size
                 assert list(cell[stream]) == list(range(first, first + size))
 

@@ -14,7 +14,7 @@ from beit3_ds.data.images.annotations import (
 )
 from beit3_ds.data.images.caption_files import read_captions
 from beit3_ds.data.images.captioned import CaptionedImages
-from beit3_ds.data.sources import check_images_are_there, check_no_image_is_missing
+from beit3_ds.data.sources import check_no_image_is_missing, count_missing_images
 from beit3_ds.inference.requests import read_questions
 from beit3_ds.tasks.imagenet.classes import ClassList, ImageClass
 from beit3_ds.tasks.imagenet.files import read_class_lines
@@ -122,7 +122,7 @@ def _lines_writer(name: str, lines: list[Any]) -> Write:
 
 
 def read_images(samples: AnnotatedImages) -> None:
-    check_images_are_there(samples, 16)
+    count_missing_images(samples, 16)
     check_no_image_is_missing(samples)
     list(samples.files())
     read_records(len(samples), samples.name, samples.image, samples.caption, samples.pair)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, Tensor
 
-from beit3_ds.parallel.host_value import as_bytes, pack, unpack, unpack_tensors
+from beit3_ds.parallel.host_value import allocate_tensors, as_bytes, pack, unpack
 
 DTYPES = (torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,7 +52,7 @@ def equal(first: Any, second: Any) -> bool:
 def test_values_come_back_as_they_were(value: Any) -> None:
     """Catches tuples and sizes that become lists, and tensors whose dtype, order or strides change."""
     header, tensors = pack(value)
-    arriving = unpack_tensors(header)
+    arriving = allocate_tensors(header)
     for target, source in zip(arriving, tensors, strict=True):
         as_bytes(target).copy_(as_bytes(source))
     assert equal(unpack(header, arriving), value)

@@ -60,6 +60,6 @@ def test_mistakes_are_named(section: Any, message: str) -> None:
 
 def test_a_word_table_without_a_head_for_words_is_refused() -> None:
     # The first stage of a pipeline would send the table to a head that never receives it.
-    assert build(tie_word_embeddings=True).config.model.has_tied_table
+    assert build(tie_word_embeddings=True).config.model.has_tied_embedding
     with pytest.raises(ConfigError, match=r"tests\.tasks\.rotation has no head that predicts words\. Set it to false"):
         build({"name": "tests.tasks.rotation"}, tie_word_embeddings=True)

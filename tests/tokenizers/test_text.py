@@ -118,7 +118,7 @@ def test_words_begin_where_white_space_does(tmp_path: Path, as_suffix: bool, add
     tokenizer = TextTokenizer(tmp_path / "m.model")
     text = "the lazy dog brews seven potions"
     ids = np.array(tokenizer.encode(text))
-    begins = tokenizer.word_borders().begins(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id]))[1:]
+    begins = tokenizer.word_borders().mark_word_starts(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id]))[1:]
     words = [tokenizer.decode(word) for word in np.split(ids, np.flatnonzero(begins[1:-1]) + 1)]
     assert words == text.split()  # catches suffix pieces taken for starts: then all is one word
     assert begins[0]

@@ -11,7 +11,7 @@ import pytest
 from beit3_ds.checkpoint.index import BEST
 from beit3_ds.config import ConfigError, build_run_config
 from beit3_ds.tasks import build_task
-from beit3_ds.training.best_checkpoint import BestCheckpoint, direction_of
+from beit3_ds.training.best_checkpoint import BestCheckpoint, is_higher_better
 from tests.ranks import run_ranks
 from tests.run_config import small_run_config
 from tests.tasks.rotation.test_rotation import train, write_config
@@ -60,16 +60,16 @@ def test_a_metric_that_is_not_evaluated_is_refused() -> None:
 def test_metrics_without_a_direction_are_refused(tmp_path: Path) -> None:
     mapping = json.loads(write_config(tmp_path).read_text())
     training = mapping["beit3_ds"]["training"]
-    assert not direction_of(build_task(build_run_config(mapping)))
+    assert not is_higher_better(build_task(build_run_config(mapping)))
     for metric, higher in {"accuracy": True, "turn": False}.items():
         training["best_metric"] = metric
-        assert direction_of(build_task(build_run_config(mapping))) == higher
+        assert is_higher_better(build_task(build_run_config(mapping))) == higher
     training["best_metric"] = "images"
     with pytest.raises(ConfigError, match=r"'images' is not a metric .* Name one of: accuracy, turn\."):
-        direction_of(build_task(build_run_config(mapping)))
+        is_higher_better(build_task(build_run_config(mapping)))
     training["best_metric"], mapping["beit3_ds"]["data"]["images"]["validation"] = "accuracy", []
     with pytest.raises(ConfigError, match="needs validation data"):
-        direction_of(build_task(build_run_config(mapping)))
+        is_higher_better(build_task(build_run_config(mapping)))
     training |= {"best_metric": None, "early_stop_evaluations": 2}
     with pytest.raises(ConfigError, match="early_stop_evaluations=2 needs best_metric"):
         build_run_config(mapping)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds.config import MicroBatchSize, StepShares
+from beit3_ds.config import SampleCounts, StepShares
 from beit3_ds.parallel import Mesh
 from tests.ranks import run_ranks
 from tests.test_train import finish, losses, train_rank, write
@@ -23,7 +23,7 @@ def deals(ranks: int) -> list[Deal]:
     The first step is divided as in a run, and the second has empty micro-batches first. In the third, one rank has all
     samples; a run would refuse that as wasteful, but the result must be right.
     """
-    shares = StepShares(samples=MicroBatchSize(0, 0, len(MIXES)), num_ranks=ranks, num_micro_batches=MICRO_BATCHES)
+    shares = StepShares(samples=SampleCounts(0, 0, len(MIXES)), num_ranks=ranks, num_micro_batches=MICRO_BATCHES)
     as_run = [[list(cell["texts"]) for cell in shares.slots(rank)] for rank in range(ranks)]
     empty_first = [list(reversed(rank)) for rank in reversed(as_run)]
     one_has_all: Deal = [[[0, 1, 2], [], [3, 4], [5, 6, 7]], *([[]] * MICRO_BATCHES for _ in range(ranks - 1))]

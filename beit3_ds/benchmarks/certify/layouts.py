@@ -1,4 +1,4 @@
-"""Trains on one GPU, then on all GPUs with tensor, pipeline and data parallelism, and compares the losses."""
+"""Trains on one GPU, then on several GPUs with tensor, pipeline and data parallelism, and compares the losses."""
 
 import importlib
 import json
@@ -23,7 +23,8 @@ Commands = list[tuple[str, ...]]
 
 
 def measure(recorder: Recorder) -> None:
-    """Trains on one GPU and records the result. With several GPUs, also trains on several and compares the losses.
+    """Trains on one GPU and records the result. With more than one GPU, also trains on several GPUs and compares the
+    losses.
 
     A dry run does not train, but launches the kernels of the training on one GPU.
     """

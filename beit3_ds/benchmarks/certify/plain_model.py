@@ -37,7 +37,7 @@ class Experts(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Computes attention and FFN with stochastic depth. Attention and FFN each follow a norm and contain a sub-LN."""
+    """Computes attention and FFN with stochastic depth. Each of the two has a norm before it and a sub-LN inside."""
 
     def __init__(self, config: ModelConfig, drop_path_rate: float) -> None:
         super().__init__()

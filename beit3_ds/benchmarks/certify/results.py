@@ -32,7 +32,8 @@ def has_failed(line: Line) -> bool:
 
 
 def describe_cache(lines: Sequence[Line], section: str) -> str:
-    """Returns a text about a section's kernels: how many Triton's cache contained, and how many were compiled.
+    """Returns a text that tells how many of a section's kernels were found in Triton's cache, and how many were
+    compiled.
 
     The text is empty if the section launched no kernels.
     """

@@ -31,10 +31,10 @@ def certify(
     machine: Section = MACHINE,
     architecture: int | None = None,
 ) -> int:
-    """Runs all sections without complete results in the report's folder, and updates the report after each section.
+    """Runs the sections whose results in the report's folder are missing or incomplete; updates the report after each.
 
-    First runs the sections that have no recorded outcome. Then runs sections that an earlier call cut off, and sections
-    with failed measurements. Skips measurements that succeeded before.
+    First runs the sections that have no recorded status. Then runs sections that did not complete, for example because
+    an earlier call cut them off, and sections with failed measurements. Skips measurements that succeeded before.
 
     Args:
         folder: folder for the report, the results and the sections' logs; created if missing.
@@ -101,8 +101,7 @@ def _open(folder: Path) -> ResultsFile:
 def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
     """Returns the sections to run, in order.
 
-    Sections without a recorded status come first. Then follow sections that did not complete or have failed
-    measurements.
+    Sections without a recorded status come first. Sections that did not complete or have failed measurements come next.
     """
     statuses, failed = results.statuses(), results.failed_sections()
     return [

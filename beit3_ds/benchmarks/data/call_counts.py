@@ -1,6 +1,6 @@
 """Counts file opens and read calls per sample for each data format and order. Also times opening many shards.
 
-Python's audit hook counts opens, and the kernel counts reads (`file_calls`). All files are in the page cache.
+Python's audit hook counts opens, and Linux counts reads (`file_calls`). All files are in the page cache.
 """
 
 import io
@@ -105,7 +105,10 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes and prepares a text corpus and image-text pairs: as tars, as a folder, and with COCO annotations."""
+    """Writes a text corpus, and image-text pairs in three formats: tars, a folder, and COCO annotations.
+
+    Prepares the tars and the COCO annotations; `_count_texts` prepares the texts.
+    """
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

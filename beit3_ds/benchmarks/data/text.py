@@ -31,9 +31,9 @@ _SAMPLE_SECONDS = 0.2
 def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: str | None = None) -> str:
     """Measures the preparation of a text corpus and returns a report.
 
-    The corpus consists of the sample data's sentences in random order. Two programs run in turn. `beit3 prepare texts`
-    reads, decodes, tokenizes and writes a file. SentencePiece's batch encoding only tokenizes the same paragraphs in
-    memory. Speed is measured in CPU time on one core.
+    The corpus consists of the sample data's sentences in random order. Two functions run in turn. The function
+    `write_tokens` of `beit3 prepare texts` reads, decodes and tokenizes the corpus, and writes a file. SentencePiece's
+    batch encoding tokenizes the same text in memory, and does nothing else. Speed is measured in CPU time on one core.
 
     Args:
         num_bytes: size in bytes of a second corpus, whose preparation shows the peak memory. The report compares this

@@ -1,4 +1,4 @@
-"""Compares the CPU times of this project's window attention on packed rows and of blocks that pad feature maps.
+"""Compares this project's window attention on packed rows with blocks that pad feature maps, in CPU time.
 
 The blocks follow detectron2's ViTDet and SAM. All images are padded to the largest feature map. Every block pads the
 normalised map to a multiple of the window size, divides it into windows, and computes the padded rows like all others.

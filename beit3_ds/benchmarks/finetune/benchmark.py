@@ -51,7 +51,7 @@ def benchmark_finetune(
         json_path: file for the results as JSON, with `rows` by task and `summary`. In `summary`, `ratio_TASK` is this
             project's speed divided by the reference's. `memory_ratio_TASK` is this project's peak memory divided by the
             reference's. `memory_ratio` is the largest `memory_ratio_TASK` of the training tasks. `ratio_blip` is this
-            project's speed of caption generation divided by BLIP base's, or None without transformers.
+            project's speed of caption generation divided by BLIP base's; None if the package transformers is missing.
 
     Raises:
         ConfigError: if torchscale is not installed, the size is unknown, or the JSON file cannot be written.

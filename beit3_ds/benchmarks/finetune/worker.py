@@ -60,7 +60,9 @@ class DecodingSide:
             self.model.to(torch.bfloat16)
 
     def prepare(self, number: int) -> Turn:
-        """Returns a function that generates the captions of batch `number`, and the number of samples in the batch."""
+        """Returns a function that generates the captions of batch `number`, and a dict with the batch's number of
+        samples.
+        """
         pixels = draw_samples("captioning", self.config, number, self.count).pixels.to(self.device)
         pixels = pixels.to(next(self.model.parameters()).dtype)
         return lambda: self._generate_all(pixels), {"samples": self.count}

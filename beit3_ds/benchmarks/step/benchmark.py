@@ -31,8 +31,8 @@ def benchmark_train(
 
     The three run in separate processes, one at a time, with the same batch in each round. The third computes only the
     model's matrix products, which limit the speed. A first round warms up. Ratios are medians over rounds with 95%
-    confidence intervals. Peak memory is the VmHWM of the whole process. On a GPU, the steps run in bfloat16 (the
-    reference under autocast), and peak memory comes from torch's allocator.
+    confidence intervals. On a GPU, the steps run in bfloat16 (the reference under autocast). Peak memory comes from
+    torch's allocator on a GPU, and is the VmHWM of the whole process on a CPU.
 
     Args:
         size: model size.

@@ -116,7 +116,7 @@ class ReferenceModel(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns the mean cross entropy over masked patches, then over masked tokens.
+        """Returns two losses: the mean cross entropy of masked patches, and the mean cross entropy of masked tokens.
 
         A stream without images or without texts gives only one of these losses.
         """

@@ -18,8 +18,8 @@ class Fault:
     host: str
     """Name of the faulty host; empty if the fault concerns the whole cluster."""
     check: str
-    """Name of the check that found the fault, from `CHECKS`. The name is "layout" if the run cannot use this number of
-    ranks."""
+    """Name of the check that found the fault, from `CHECKS`; or "layout" if the run cannot use one rank per slot of the
+    hostfile."""
     text: str
     """Message without the host's name: the faulty value, the rule, and how to fix the fault."""
     is_note: bool = False

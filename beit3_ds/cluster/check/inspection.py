@@ -76,10 +76,10 @@ class Answers:
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Results of this node's test connections (`Probe.connect`), by target host. A result has the two addresses of the
     connection, or an error."""
-    own_address: str | None = None
+    source_address: str | None = None
     """Address that this node uses for connections to other nodes."""
     interface: str | None = None
-    """Network interface of the node with the address `own_address`."""
+    """Network interface of the node with the address `source_address`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class _Inspector:
             self._named_master[answers.name] = results[-1]
         ways = [result for name, result in answers.connections.items() if name != answers.name and "own" in result]
         if ways:
-            answers.own_address, answers.interface = ways[0]["own"], ways[0]["interface"]
+            answers.source_address, answers.interface = ways[0]["own"], ways[0]["interface"]
 
     def _check_token(self, result: dict[str, Any], index: int) -> None:
         if "error" not in result and result.get("token") != self._tokens[index]:

@@ -53,7 +53,7 @@ class Probe:
             "cores": len(os.sched_getaffinity(0)),
             "addresses": _own_addresses(),
             "interfaces": [name for _, name in socket.if_nameindex()],
-            "own_name": _own_name(),
+            "own_name": _own_name_address(),
             "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         }
 
@@ -264,7 +264,7 @@ def _own_addresses() -> list[str]:
     return done.stdout.decode(errors="replace").split()
 
 
-def _own_name() -> str | None:
+def _own_name_address() -> str | None:
     """Returns the IP address of this machine's own host name, as gloo would announce it to other nodes.
 
     Like gloo, takes the first address of the host name to which a socket can be bound. Returns None if the host name

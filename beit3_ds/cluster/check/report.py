@@ -26,9 +26,7 @@ def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
 
 
 def describe_faults(hostfile: Hostfile, faults: Sequence[Fault]) -> str:
-    """Formats the faults: first those that are only notes, then the number of the others, then one line per other
-    fault.
-    """
+    """Formats one line per note, the numbers of hosts, ranks and other faults, and one line per other fault."""
     ranks = f"{_count(len(hostfile.hosts), 'host')}, {_count(hostfile.world_size, 'rank')}"
     notes = [f"note: {fault}" for fault in faults if fault.is_note]
     lines = [f"* {fault}" for fault in faults if not fault.is_note]
@@ -88,7 +86,7 @@ def _clock(node: Answers) -> str:
 
 
 def _network(node: Answers) -> str:
-    return f"{node.interface or '?'} {node.own_address}" if node.own_address else "-"
+    return f"{node.interface or '?'} {node.source_address}" if node.source_address else "-"
 
 
 def _port(node: Answers) -> str:

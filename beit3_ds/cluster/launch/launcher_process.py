@@ -17,7 +17,7 @@ _WATCH_SECONDS = 5.0
 
 
 class LauncherProcess:
-    """Runs the launcher's commands in separate sessions, so that Ctrl-C does not interrupt the commands.
+    """Runs the commands of DeepSpeed's launcher in separate sessions, so that Ctrl-C does not interrupt the commands.
 
     Output goes first to a file in memory and then to the log. So neither a full disk nor the end of `beit3 launch`
     stops the commands.
@@ -27,7 +27,7 @@ class LauncherProcess:
         """Starts the launcher's commands.
 
         Args:
-            commands: commands that together start the guards of all ranks.
+            commands: commands that together start the guards of all ranks. A guard is the parent of a training process.
             environment: complete environment of the commands.
             folder: working directory of the commands.
             log: file for the commands' output. Calls of this object's methods append the output that has arrived since

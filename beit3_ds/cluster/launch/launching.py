@@ -61,7 +61,7 @@ class LaunchOptions:
     start_seconds: float
     """Maximum seconds until the guards, which start the training processes, have connected to `beit3 launch`."""
     port: int
-    """Port on which `beit3 launch` waits for the processes that start and watch the ranks; 0 means any free port."""
+    """Port on which `beit3 launch` waits for the guards, which start and watch the ranks; 0 means any free port."""
     force: bool = False
     """Whether to move the checkpoints of a finished run aside and train again (`beit3 train --force`)."""
     dry_run: bool = False

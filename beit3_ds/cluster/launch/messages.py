@@ -31,7 +31,7 @@ class Register:
 
     rank: int
     local_rank: int | None
-    """Index of the rank within its host; None if the launcher does not set it."""
+    """Index of the rank within its host; None if neither DeepSpeed's launcher nor its backend sets it."""
     host: str
     """Host name that the guard's machine reports."""
     pid: int
@@ -48,7 +48,7 @@ class Start:
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Environment variables for the training process. They are added to the launcher's variables, and replace those
+    """Environment variables for the training process. They are added to the guard's own variables, and replace those
     with the same names."""
     folder: str
     """Working directory of the training process."""

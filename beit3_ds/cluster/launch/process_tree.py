@@ -26,8 +26,8 @@ class ProcessTree:
         """Records the root processes that still run.
 
         Args:
-            roots: ids of child processes of this process. The caller must not have waited for the end of any of them,
-                because the system may reuse the id of such a process.
+            roots: ids of child processes of this process. The caller must not have waited for the end of any of them:
+                after such a wait, the system may reuse the id.
         """
         table = _read_table()
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root

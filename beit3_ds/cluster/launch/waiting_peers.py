@@ -31,9 +31,9 @@ class WaitingPeers:
         return len(self._waiting)
 
     def add(self, channel: Channel) -> None:
-        """Adds a new channel. If there are now too many channels, closes one.
+        """Adds a new channel; if there are then too many, closes one.
 
-        This is the oldest channel from the IPv4 address or IPv6 /64 network that has the most channels.
+        The closed channel is the oldest one from the IPv4 address or IPv6 /64 network that has the most channels.
         """
         self._waiting[channel] = _network(channel.peer_address)
         if len(self._waiting) > self._most:

@@ -8,9 +8,9 @@ _CHUNK = 1 << 20
 
 
 def iterate_lines(file: IO[AnyStr], limit: int) -> Iterator[AnyStr]:
-    """Yields the lines of a file with their newlines; cuts long lines to `limit` + 1 bytes or characters.
+    """Yields the lines of a file with their newlines; skips the part of a line after `limit` + 1 bytes or characters.
 
-    A caller recognizes a cut line by its length. A carriage return alone does not end a line.
+    A yielded line that is longer than `limit` may have been cut. A carriage return alone does not end a line.
     """
     while line := file.readline(limit + 1):
         if len(line) > limit:

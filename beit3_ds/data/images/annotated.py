@@ -162,7 +162,7 @@ class CollectedAnnotations(AnnotatedImages):
 
 
 def describe_files(files: Sequence[str]) -> list[list[int]]:
-    """Returns the size in bytes and the modification time in nanoseconds since 1970 of each file.
+    """Returns each file's size in bytes, and its modification time in nanoseconds since 1970.
 
     Raises:
         ConfigError: if a file is missing or inaccessible; the message names the file.

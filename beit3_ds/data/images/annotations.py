@@ -1,6 +1,6 @@
 """Reads the annotation files of public image-text corpora.
 
-The readers follow the published descriptions of the formats; docs/data.md lists the tested ones.
+The readers follow the published descriptions of the formats. They were never tested on the official files.
 
 | corpus | annotation file | image of a row |
 |---|---|---|

@@ -52,14 +52,14 @@ class ViewTransform(Protocol):
 class Augmentation:
     """Applies the paper's training augmentation: a random crop, a random flip and random color jitter.
 
-    BEiT applies the color jitter to the whole image, before the crop. This class applies the jitter after the crop,
-    because the model's view and the tokenizer's view have fewer pixels. Both views get the same factors. Without
-    rounding, the two orders would differ only in values that are clamped, and in the mean grey that the contrast change
-    uses.
+    BEiT applies the color jitter to the whole image, before the crop. This class applies the jitter after the crop and
+    the resize, because the model's view and the tokenizer's view have fewer pixels. Both views get the same factors.
+    Without rounding, the two orders would differ only in values that are clamped, and in the mean grey that the
+    contrast change uses.
 
-    Pillow's jitter rounds values to 8 bits. Compared with this jitter before the resize, pixels whose values are not
-    clamped differ by at most 6 of 255 levels, and by 1.5 on average. In images of pure noise, pixels differ by at most
-    81 levels, and by 2.6 on average.
+    Pillow's jitter rounds values to 8 bits. The pixels of this class were compared with those of a crop that Pillow
+    jitters before the resize. Pixels whose values are not clamped differ by at most 6 of 255 levels, and by 1.5 on
+    average. In images of pure noise, pixels differ by at most 81 levels, and by 2.6 on average.
     """
 
     image_size: int

@@ -11,9 +11,9 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 
 
 class CaptionedImages(CollectedAnnotations):
-    """Stores images with several captions each: one sample per caption, and the samples of an image are consecutive.
+    """Stores images with their captions: one sample per caption, and the samples of an image are consecutive.
 
-    `each_image` returns a collection with one sample per image.
+    An image without captions has no sample. `each_image` returns a collection with one sample per image.
     """
 
     def __init__(self, annotations: str, folder: str) -> None:

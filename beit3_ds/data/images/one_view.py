@@ -128,28 +128,28 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 class PairView:
     """Chooses the transform of an image by its texts: no flip if a text contains a word like "left" or "right"."""
 
-    usual: ImageTransform
+    default: ImageTransform
     """Transform for an image whose texts contain no word like "left" or "right"; may flip the image."""
     unflipped: ImageTransform
-    """Transform for an image with a text that contains a word like "left" or "right": like `usual`, but no flips."""
+    """Transform for an image with a text that contains a word like "left" or "right": like `default`, but no flips."""
 
     @property
     def min_side(self) -> int | None:
         """Returns the minimum length of a decoded image's shorter side in pixels; None requires the full size."""
-        return self.usual.min_side
+        return self.default.min_side
 
     def of(self, *texts: str) -> ImageTransform:
         """Returns the transform for an image with these texts, such as a question and its answers."""
-        return self.unflipped if any(map(_SIDES.search, texts)) else self.usual
+        return self.unflipped if any(map(_SIDES.search, texts)) else self.default
 
 
 def build_pair_view(config: RunConfig, split: Split) -> PairView:
     """Builds the transforms of images with texts: augments the training split, and only resizes other splits."""
     if split != "train":
         resized = ResizedView(image_size=config.model.image_size)
-        return PairView(usual=resized, unflipped=resized)
-    usual = build_train_view(config, config.data.pair_flip_probability)
-    return PairView(usual=usual, unflipped=dataclasses.replace(usual, flip_probability=0.0))
+        return PairView(default=resized, unflipped=resized)
+    default = build_train_view(config, config.data.pair_flip_probability)
+    return PairView(default=default, unflipped=dataclasses.replace(default, flip_probability=0.0))
 
 
 def _erase(view: Tensor, rng: np.random.Generator) -> None:

@@ -52,8 +52,8 @@ class TarShards:
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecordError` |
 
     A tar without an index file in `cache_dir` is scanned. The index then takes about 50 bytes per sample in each
-    process. Index files are memory-mapped and tars stay open (`OpenFiles`). So a sample needs only one read: an image,
-    a caption, or a pair whose image and caption are neighbours in the tar.
+    process. Index files are memory-mapped and tars stay open (`OpenFiles`). So one read is enough for an image, for a
+    caption, or for a pair whose image and caption are neighbours in the tar.
     """
 
     def __init__(self, patterns: Iterable[str], cache_dir: str | None = None, files: OpenFiles | None = None) -> None:

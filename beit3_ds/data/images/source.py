@@ -57,4 +57,5 @@ class ImageSource(Protocol):
 
         Raises:
             BrokenRecordError: if the image or the caption is missing or cannot be read.
+            StorageError: if the file system fails.
         """

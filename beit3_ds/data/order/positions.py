@@ -1,4 +1,4 @@
-"""Defines the position of a run in a stream of samples: the epoch, and the samples used in that epoch.
+"""Defines the position of a run in a stream of samples: the epoch, and the number of samples used in that epoch.
 
 Checkpoints store the positions, so that a resumed run continues with the unused samples.
 """
@@ -42,9 +42,10 @@ class SetPosition:
     """Key of the current permutation. The run's seed and this key select a permutation of `remaining`, or of all
     samples in the set if `remaining` is None."""
     remaining: tuple[Any, ...] | None = None
-    """Samples that were unused in this epoch when the data last changed, in the JSON form of `remaining.to_nodes`.
+    """Samples that were unused when this epoch was last shuffled again, in the JSON form of `remaining.to_nodes`.
 
-    None if the data have not changed in this epoch.
+    A run that resumes with changed data, weights or seed shuffles the unused samples again (`resuming`). None if this
+    epoch was not shuffled again.
     """
     num_remaining: int | None = None
     """Number of samples in `remaining`; None if `remaining` is None."""
@@ -127,10 +128,10 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples of a set that were unused at the last change of the data in the set's current epoch.
+        """Returns the samples of a set that were unused when its current epoch was last shuffled again (`SetPosition`).
 
         If the stream has weights, each source is a set. Without weights, the whole stream is one set. Returns None if
-        the data have not changed in the set's current epoch.
+        the epoch was not shuffled again.
 
         Args:
             number: index of the set in `sets`.

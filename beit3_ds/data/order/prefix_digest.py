@@ -24,7 +24,7 @@ class IdentifiedSamples(HasFiles, Protocol):
 def prefix_digest(samples: IdentifiedSamples, count: int) -> str:
     """Returns a digest of the first `count` samples; the digest changes if samples among them are inserted or removed.
 
-    An unchanged digest shows that a source has only grown at its end.
+    If the digest is unchanged, the source counts as unchanged, or as grown at its end.
 
     The digest covers the names of the files with these samples, and 256 evenly spread samples. The last of the `count`
     samples is excluded if it may change when lines are appended (`is_last_open`). Replaced or swapped samples are

@@ -34,7 +34,8 @@ class RemainingSamples(Protocol):
         """Converts indices in this set to sample numbers of the stream; argument and result are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: first of the sets that this set is made from, and last of this set.
+        """Appends the JSON descriptions of the sets that form this set to `nodes`, and then the description of this
+        set.
 
         Returns:
             Index in `nodes` of this set's description, which is the last element.
@@ -181,7 +182,7 @@ class SourceSubset:
 
 
 def to_nodes(remaining: RemainingSamples) -> list[Any]:
-    """Converts a set of samples to JSON descriptions: first of the sets it is made from, and last of the set itself."""
+    """Converts a set of samples to JSON descriptions. The sets that form it come first, the set itself last."""
     nodes: list[Any] = []
     remaining.add_to(nodes)
     return nodes

@@ -1,7 +1,7 @@
 """Resumes a stream of samples from the position in a checkpoint, even if data or settings have changed.
 
-The unused samples of the current epoch are joined with the new samples, so no sample is used twice in an epoch. If
-samples of a source were inserted, removed or reordered, that source starts its next epoch.
+The unused samples of the current epoch are joined with appended samples, so no sample is used twice in an epoch. A
+source in which samples were inserted, removed or reordered skips the rest of the current epoch.
 """
 
 import dataclasses
@@ -61,9 +61,10 @@ def continue_stream(
 ) -> Continued:
     """Adapts the stored position of a stream to the run's settings and sources.
 
-    If the sources, weights and seed are unchanged, the stream continues as if it had never stopped. Otherwise, the
-    unused samples and the new samples are shuffled again. A source in which samples were inserted, removed or reordered
-    starts its next epoch. Changed `blocks` take effect in the next epoch.
+    If the sources, weights and seed are unchanged, the stream continues as if it had never stopped. Otherwise, each
+    affected set of samples (`SetPosition`) continues its epoch with its unused samples and appended samples, in a new
+    random order. A source in which samples were inserted, removed or reordered skips the rest of the epoch. Changed
+    `blocks` take effect when samples are next shuffled.
 
     Args:
         stored: position from the checkpoint.
@@ -134,7 +135,7 @@ class _Continuation:
         return dataclasses.replace(self._now, sets=tuple(sets), removed=self._keep_removed())
 
     def _keeps_mixture(self) -> bool:
-        """Returns whether the stream has weights, and neither its weights nor its sources have changed."""
+        """Returns whether the stream has weights, and neither its weights nor the ids of its sources have changed."""
         return (
             same_weights(self._weights, self._stored.weights)
             and self._weights is not None

@@ -29,7 +29,7 @@ class FoundSource:
 
 
 class SourceMatch(NamedTuple):
-    """Holds a source that the run found, and the source in the checkpoint that matches it."""
+    """Holds a source that the run found, and the matching source in the checkpoint, if there is one."""
 
     found: FoundSource
     id: int
@@ -46,8 +46,9 @@ class SourceMatch(NamedTuple):
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
     """Matches each source that the run found with the source in the checkpoint that has the same path.
 
-    A source with a new path may have been moved. It is then matched with a source in the checkpoint that has the same
-    size and digest, and whose path is no longer in the config.
+    If the checkpoint has no source with this path, the source may have been moved. It is matched with a source in the
+    checkpoint that has the same size and digest, and whose path is no longer in the config. Without such a match, the
+    source is new.
 
     Args:
         stored: position from the checkpoint.
@@ -121,7 +122,7 @@ def _describe_source(match: SourceMatch) -> str | None:
     if match.kind == "renumbered":
         return (
             f"source '{path}' has {match.found.size} samples instead of {before.size}, which are numbered differently: "
-            "it begins its next epoch, and repeats of samples from the last epoch cannot be excluded"
+            "it skips the rest of the current epoch, and repeats of samples from this epoch cannot be excluded"
         )
     if match.kind == "grown":
         new = match.found.size - before.size

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.annotation_table import StoredAnnotations, describe_files, write_table
-from beit3_ds.data.sources import annotation_files, check_images_are_there, read_annotations, source_table
+from beit3_ds.data.sources import annotation_files, count_missing_images, read_annotations, source_table
 
 
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
@@ -34,7 +34,7 @@ def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
     for path, source in tqdm(tables.items(), desc="reading annotations", unit="file", disable=None):
         made_from = describe_files(annotation_files(source))
         samples = read_annotations(source)
-        num_missing, example = check_images_are_there(samples)
+        num_missing, example = count_missing_images(samples)
         if num_missing:
             of_all = f"{num_missing:,} of {len(samples.paths):,} images are missing"
             missing.append(f"{samples.annotations}: {of_all} in {samples.images.path}, such as {example}")

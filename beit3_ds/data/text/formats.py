@@ -115,7 +115,10 @@ def _kind_of_json(head: bytes, extension: str, is_whole: bool) -> Literal["json_
 
 
 def _starts_with_record(head: bytes) -> bool:
-    """Returns whether a file starts with a JSON object, or a list of objects, with a string under `text`."""
+    """Returns whether a file starts with a JSON object that has a string under `text`.
+
+    The object may also be the first element of a list.
+    """
     text = head.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "ignore").lstrip()
     text = text.removeprefix("[").lstrip()
     if not text.startswith("{"):

@@ -5,8 +5,8 @@ full-width `!` or `?`. Closing quotes and brackets belong to the sentence. By th
 sentence end, but "Mr. Smith" contains one.
 
 The rule is applied once to every entry of the tokenizer's vocabulary. Long paragraphs then need one table look-up per
-token. A sentence end inside a vocabulary entry is not found. Nor is a sentence end with a punctuation mark that the
-vocabulary lacks.
+token. Two kinds of sentence ends are not found: those inside a vocabulary entry, and those with a punctuation mark that
+the vocabulary lacks.
 """
 
 from bisect import bisect_right
@@ -92,7 +92,7 @@ class ParagraphCutter:
                 if last >= 0 and sentences[last] > start:
                     start = sentences[last]
                 else:
-                    words = np.flatnonzero(self._words.begins(ids[start : start + limit + 1])[1:])
+                    words = np.flatnonzero(self._words.mark_word_starts(ids[start : start + limit + 1])[1:])
                     start += 1 + int(words[-1]) if len(words) else limit
                 yield start
 

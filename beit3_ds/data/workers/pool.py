@@ -1,6 +1,6 @@
 """Runs a pool of worker processes that prepare items in advance.
 
-Workers that die or stop are replaced. Every wait has a time limit.
+Workers that die or stay suspended are replaced. Every wait has a time limit.
 """
 
 import functools
@@ -23,13 +23,14 @@ RequestT = TypeVar("RequestT")
 ItemT = TypeVar("ItemT")
 
 _MAX_REPLACEMENTS = 3
-"""Maximum number of workers that may die or stop over one item; more losses point to a bad record or machine."""
+"""Maximum number of times that a worker is replaced for one item. If more are needed, the record or the machine is
+probably bad."""
 _STOPPED_SECONDS = 10.0
 """Seconds after which a suspended worker is replaced if its item is needed. Tolerates short stops by a debugger."""
 
 
 class WorkerLossError(ConfigError):
-    """Reports that several workers died or stopped over one item; the message names the item."""
+    """Reports that several workers died or stayed suspended during one item; the message names the item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def prepare_in_order(
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
         DataTimeoutError: if an item is not ready within the time limit.
-        WorkerLossError: if several workers die or stop over one item.
+        WorkerLossError: if several workers die or stay suspended during one item.
     """
     if num_workers == 0:
         yield from _prepare_here(preparation, requests)
@@ -110,7 +111,7 @@ def prepare_in_any_order(
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
         DataTimeoutError: if a worker uses no CPU for `limits.seconds`.
-        WorkerLossError: if several workers die or stop over one item.
+        WorkerLossError: if several workers die or stay suspended during one item.
     """
     workers = _Workers(preparation)
     try:
@@ -245,7 +246,7 @@ class _Workers(Generic[RequestT, ItemT]):
         return process
 
     def _replace(self, worker: int, request: RequestT, why: str) -> None:
-        """Replaces a dead or stopped worker by a new process, and sends all unanswered requests to the new process."""
+        """Replaces a dead or suspended worker by a new process, and sends it all unanswered requests."""
         self.processes[worker].kill()
         self._num_replaced[worker] += 1
         what = f"data worker {worker}, which prepares {self._preparation.describe(request)}: {why}"

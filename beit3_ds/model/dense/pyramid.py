@@ -119,5 +119,7 @@ def _output_layers(channels: int, out_channels: int, epsilon: float) -> dict[str
 
 
 def _named(**layers: nn.Module) -> nn.Sequential:
-    """Returns layers in sequence, under names by which weight decay and initialization recognize norms."""
+    """Returns layers in sequence, under the given names. Weight decay and initialization recognize norms by these
+    names.
+    """
     return nn.Sequential(OrderedDict(layers))

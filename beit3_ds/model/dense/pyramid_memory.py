@@ -4,7 +4,7 @@ _STATISTIC, _INDEX = 4, 8  # bytes
 
 
 def pyramid_memory(hidden_size: int, channels: int, element_size: int) -> float:
-    """Returns the memory of a `SimpleFeaturePyramid` in bytes per patch: its maps, and what autograd saves.
+    """Returns the memory of a `SimpleFeaturePyramid`'s maps and of the tensors that autograd saves, in bytes per patch.
 
     Autograd saves the inputs of convolutions, activations and norms, the statistics of norms and the indices of max
     pooling. The estimate assumes that all images have the same size, so that the maps need no padding.

@@ -33,9 +33,9 @@ class RelativePositions(nn.Module):
     product of a wide query and a wide key by the square root of their width W. The parts of the wide query are scaled
     so that the result is the score above. So any attention kernel can compute the score.
 
-    All heads share the tables `rows` and `columns`, which are initialized to zero. For images larger than the tables,
-    the tables are resampled linearly. The backward pass all-reduces the tables' gradients over the tensor-parallel
-    ranks, because each rank has different heads.
+    All heads share the tables `rows` and `columns`. The model's initialization sets both to zero. For images larger
+    than the tables, the tables are resampled linearly. The backward pass all-reduces the tables' gradients over the
+    tensor-parallel ranks, because each rank has different heads.
     """
 
     def __init__(self, side: int, head_size: int, tensor: TensorParallel) -> None:
@@ -52,7 +52,7 @@ class RelativePositions(nn.Module):
         self.columns = nn.Parameter(torch.empty(2 * side - 1, head_size))
 
     def forward(
-        self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, grids: Grids, order: int, window_size: int
+        self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, grids: Grids, row_window_size: int, window_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries, keys and values that are widened from K to W columns per head, (T, H, W) each.
 
@@ -64,12 +64,14 @@ class RelativePositions(nn.Module):
             k_THK: keys.
             v_THK: values.
             grids: rows and columns of each image's patch grid.
-            order: side, in patches, of the windows by which rows are ordered in all layers
+            row_window_size: side, in patches, of the windows by which rows are ordered in all layers
                 (`ModelConfig.dense.window_size`).
             window_size: side, in patches, of the windows in which this layer attends; 0 if the layer attends to whole
                 images.
         """
-        rows, columns = (_axis_places(grids, order, window_size, self.side, axis, q_THK.device) for axis in range(2))
+        rows, columns = (
+            _axis_places(grids, row_window_size, window_size, self.side, axis, q_THK.device) for axis in range(2)
+        )
         products_THJ = self._products(q_THK, (rows, columns))
         one_hot_TJ = torch.cat([rows.one_hot_TA, columns.one_hot_TA], 1).to(q_THK.dtype)
         head_size, num_heads = q_THK.shape[2], q_THK.shape[1]
@@ -157,8 +159,10 @@ class _AxisPlaces(NamedTuple):
 
 
 @lru_cache(maxsize=32)  # equal for all layers with the same window size
-def _axis_places(grids: Grids, order: int, window_size: int, side: int, axis: int, device: torch.device) -> _AxisPlaces:
-    places = patch_places(grids, order, torch.device("cpu"))
+def _axis_places(
+    grids: Grids, row_window_size: int, window_size: int, side: int, axis: int, device: torch.device
+) -> _AxisPlaces:
+    places = patch_places(grids, row_window_size, torch.device("cpu"))
     place_T = (places.row_T, places.column_T)[axis]
     extents = [min(grid[axis], window_size or grid[axis]) for grid in grids]
     sides = [max(side, extent) for extent in extents]

@@ -40,7 +40,7 @@ class CaptionDecoder:
         Raises:
             ConfigError: if the model does not accept pairs or does not predict words.
         """
-        words = None if model.heads is None else model.heads.word_table
+        words = None if model.heads is None else model.heads.word_layer
         if words is None or "pairs" not in model.config.inputs or model.embeddings is None:
             raise ConfigError(
                 f"captions need a model that takes pairs and predicts words, but this one takes "

@@ -15,8 +15,8 @@ class AdapterConfig:
     conv_channels: Size = 64
     """Number of channels C of the spatial prior's first convolutions. Later convolutions have 2 C and 4 C channels."""
     num_interactions: Positive = 4
-    """Number of interactions with the ViT. Each adds an injector before, and an extractor after, a group of the ViT's
-    blocks."""
+    """Number of interactions with the ViT. Each interaction surrounds a group of the ViT's blocks: an injector before
+    the group, and an extractor after it."""
     num_extra_extractors: Annotated[int, Range(0, 16)] = 2
     """Number of additional extractors after the last block."""
     num_heads: Positive = 16

@@ -19,9 +19,9 @@ GridSize = tuple[int, int]
 class DeformableAttention(nn.Module):
     """Attends from each query to a few sampling points around the query's own position in several feature maps.
 
-    Each query predicts an offset, in cells of the map, and a weight for each head, map (level) and point. The weights
-    of a head sum to 1. Values are interpolated bilinearly, and are zero outside the map. The batch may be empty. Does
-    not communicate.
+    For each head, map (level) and point, a query predicts an offset (in cells of the map) and a weight. The weights of
+    a head sum to 1. Values are interpolated bilinearly, and are zero outside the map. The batch may be empty. Does not
+    communicate.
     """
 
     def __init__(self, hidden_size: int, value_size: int, num_heads: int, num_levels: int, num_points: int) -> None:
@@ -106,8 +106,9 @@ def grid_places(sizes: Sequence[GridSize], device: torch.device) -> Tensor:
 def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
     """Returns the initial bias of `sampling_offsets`, which places a head's points on a line from the query.
 
-    The lines of the heads have evenly spread angles. Point p of a head is p + 1 cells away from the query along x or y,
-    whichever is farther. So the points with the same p lie on a square around the query.
+    The lines of the heads have evenly spread angles. A point has a distance from the query along x and one along y. For
+    point p of a head, the larger of these two distances is p + 1 cells. So the points with the same p lie on a square
+    around the query.
     """
     angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
     directions = torch.stack([angles.cos(), angles.sin()], -1)

@@ -23,7 +23,8 @@ def adapter_initial_value(
         generator: generator of random numbers.
 
     Returns:
-        Initial value, float32 on the CPU. None for parameters of norms, for biases and for other linear layers.
+        Initial value, float32 on the CPU. None for norms, for other linear layers, and for the biases of convolutions
+        and projections.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "gamma":

@@ -135,7 +135,7 @@ class Interaction(nn.Module):
             c_BLD: pyramid rows.
             x_BND: patches after the group of blocks, in row-major order.
             geometry: sizes of the patch grid and the pyramid.
-            factors: stochastic-depth factors, (B,), for each extractor; None without stochastic depth.
+            factors: one entry per extractor: stochastic-depth factors, (B,), or None without stochastic depth.
         """
         for extractor, factor_B in zip((self.extractor, *self.extra_extractors), factors, strict=True):
             c_BLD = extractor(c_BLD, x_BND, geometry, factor_B)

@@ -29,7 +29,8 @@ class CaptioningConfig:
     length_penalty: Annotated[float, Range(0, 10)] = 0.6
     """Exponent p of the length penalty: the beam search divides a caption's log-probability by length ** p."""
     max_length: Annotated[int, Range(4, 2**18)] = 20
-    """Maximum number of tokens of a generated caption, including BOS, EOS and the mask token for the next word."""
+    """Maximum number of tokens of a generated caption, counting BOS, EOS and the mask token. A caption has at most
+    `max_length` - 3 words."""
     official_scores: bool = True
     """Whether to compute the official metrics with pycocoevalcap, if it is installed; METEOR takes a minute to start.
     Other metrics are always computed: the share of captions that reach EOS, and the share that equal a reference

@@ -55,19 +55,20 @@ class CaptionHead(Head):
         )
 
     @property
-    def word_table(self) -> VocabParallelHead:
+    def word_layer(self) -> VocabParallelHead:
         """Returns the layer that predicts words. The weight of the layer may be tied to the word embedding."""
         return self.mlm
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns two terms summed over masked tokens, (2,) float32, or the logits, (masked tokens, vocabulary).
+        """Returns two terms summed over masked tokens, (2,) float32, or the logits, (rows, vocabulary).
 
         The first term is the loss, KL(smoothed label || prediction). The second term is the number of right
         predictions, without gradient. If the head was built with `compares_tokens`, the terms are not summed:
         `StepFeatures` contains `TOKEN_LOSSES` and `CORRECT`.
 
         Args:
-            h_MD: hidden states of the masked tokens, (masked tokens, hidden size).
+            h_MD: hidden states, (rows, hidden size): rows of the masked tokens, or in generation rows that predict the
+                next words.
             batch: the packed micro-batch; needs `TARGET_IDS` if `with_loss`.
             with_loss: True returns the terms, False the logits.
         """

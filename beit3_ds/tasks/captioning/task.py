@@ -24,7 +24,7 @@ from beit3_ds.tasks.task import Headline, Task, Term
 from beit3_ds.tokenizers.text import TextTokenizer, load_text_tokenizer
 
 
-class DroppedTokens:
+class BestTokensLoss:
     """Computes the loss of a step; after `drop_after_steps` steps, leaves out the tokens with the largest losses."""
 
     def __init__(self, settings: CaptioningConfig) -> None:
@@ -47,7 +47,7 @@ class CaptioningRankTask(RankTask):
 
     settings: CaptioningConfig
     """The task's settings."""
-    dropped: DroppedTokens
+    dropped: BestTokensLoss
     """Object that computes the loss and drops the tokens with the largest losses. The training step calls the same
     object (`Captioning.step_loss`). The rank task tells the object the number of the current step."""
     tokenizer: TextTokenizer
@@ -122,7 +122,7 @@ class Captioning(Task):
                 f"task.max_length={settings.max_length} needs {settings.max_length - 1} positions, but "
                 f"model.max_text_length={longest}. Lower task.max_length or raise model.max_text_length."
             )
-        self._dropped = DroppedTokens(settings)
+        self._dropped = BestTokensLoss(settings)
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
         """Builds the captioning head with uninitialised parameters."""

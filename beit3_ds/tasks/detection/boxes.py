@@ -31,7 +31,7 @@ def encode_boxes(coder: BoxCoder, objects_N4: Tensor, boxes_N4: Tensor) -> Tenso
 
     Args:
         coder: converts between boxes and regression targets.
-        objects_N4: box of the object that each box matches, (N, 4).
+        objects_N4: boxes of the matched objects, one per row of `boxes_N4`, (N, 4).
         boxes_N4: anchors or proposals, (N, 4).
     """
     # The coder's own method would copy its weights from host memory, and the host would wait for the copy.
@@ -82,8 +82,8 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
         objects_G4: boxes of the image's objects, (G, 4); G may be 0.
         high: minimum IoU for a match; the box matches the object with the largest IoU.
         low: a box is `BACKGROUND` if the largest IoU is below `low`, and `IGNORED` if it is between `low` and `high`.
-        keep_best: whether each object also matches the boxes that overlap the object most, even if the IoU is below
-            `high`.
+        keep_best: whether the boxes that overlap an object most always have a match, even if the IoU is below `high`.
+            Each of these boxes matches the object with the box's own largest IoU, which may be another object.
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)

@@ -24,7 +24,7 @@ from beit3_ds.tasks.detection.boxes import (
 from beit3_ds.tasks.detection.conv_norm import ConvNorm
 from beit3_ds.tasks.detection.objects import ImageObjects
 from beit3_ds.tasks.detection.proposals import Proposals
-from beit3_ds.tasks.detection.sampling import random_ranks, sample_balanced
+from beit3_ds.tasks.detection.sampling import random_priorities, sample_balanced
 from beit3_ds.tasks.detection.views import Size
 
 IOUS = (0.5, 0.6, 0.7)
@@ -159,9 +159,9 @@ def sample_proposals(
 ) -> SampledBoxes:
     """Samples proposals of an image for training, at most a quarter of them positive; positive ones come first.
 
-    The objects' own boxes are added to the proposals, so there are positive proposals from the first step on. Whether a
-    proposal is sampled is decided by a random number that depends only on its anchor. The sample therefore stays the
-    same if rounding changes the order of the proposals.
+    The objects' own boxes are added to the proposals, so there are positive proposals from the first step on. A random
+    number decides whether a proposal is sampled. This number depends only on `seed` and the proposal's anchor. The
+    sample therefore stays the same if rounding changes the order of the proposals.
 
     Args:
         proposals: proposals of the image.
@@ -172,9 +172,9 @@ def sample_proposals(
     """
     boxes_N4 = torch.cat([proposals.boxes, objects.boxes])
     matches_N = _match(boxes_N4, objects, 0)
-    ranks = random_ranks(seed, num_anchors + len(objects.boxes), _PURPOSE)
-    ranks_N = torch.cat([ranks[proposals.anchors], ranks[num_anchors:]])
-    drawn = sample_balanced(matches_N >= 0, matches_N < 0, count, _POSITIVE_SHARE, ranks_N)
+    ranks = random_priorities(seed, num_anchors + len(objects.boxes), _PURPOSE)
+    priorities_N = torch.cat([ranks[proposals.anchors], ranks[num_anchors:]])
+    drawn = sample_balanced(matches_N >= 0, matches_N < 0, count, _POSITIVE_SHARE, priorities_N)
     indices = torch.cat(drawn)
     return SampledBoxes(boxes_N4[indices], matches_N[indices], len(drawn[0]))
 
@@ -199,7 +199,10 @@ def _refine(output: StageOutput, boxes: Sequence[Tensor], sizes: Sequence[Size],
 def _stage_losses(
     output: StageOutput, sampled: Sequence[SampledBoxes], objects: Sequence[ImageObjects], stage: int
 ) -> Tensor:
-    """Returns the losses of one stage, (2,): class loss summed over all boxes, regression loss over positive boxes."""
+    """Returns the class loss and the box loss of one stage, (2,), each summed over boxes.
+
+    The class loss counts all boxes except those with match `IGNORED`. The box loss counts only positive boxes.
+    """
     background = output.logits.shape[1] - 1
     labels, wanted = [output.deltas.new_empty(0).long()], [output.deltas.new_empty(0, 4)]
     for (boxes_N4, matches_N, _), of_image in zip(sampled, objects, strict=True):

@@ -68,8 +68,8 @@ class DetectionHead(Head):
     def forward(self, h_TD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns the loss terms, each summed over the images, (terms,) float32; or the detections of every sample.
 
-        The terms are objectness and regression of the anchors, classes and regression of the boxes and, if masks are
-        trained, the masks.
+        The terms are the objectness loss and the regression loss of the anchors, the class loss and the regression loss
+        of the boxes and, if masks are trained, the mask loss.
 
         Args:
             h_TD: hidden states of the patches of all images, window by window (`patch_grids`).

@@ -23,7 +23,7 @@ from beit3_ds.tasks.detection.boxes import (
     match_boxes,
 )
 from beit3_ds.tasks.detection.objects import ImageObjects
-from beit3_ds.tasks.detection.sampling import random_ranks, sample_balanced
+from beit3_ds.tasks.detection.sampling import random_priorities, sample_balanced
 from beit3_ds.tasks.detection.views import Size
 
 _ASPECTS = (0.5, 1.0, 2.0)
@@ -51,8 +51,8 @@ class LevelOutputs(NamedTuple):
     """Holds the proposal network's outputs for all images, level by level."""
 
     levels: tuple[tuple[Tensor, Tensor], ...]
-    """Objectness logits, (images, anchors, rows, columns) float32, and box regression outputs, (images, 4 * anchors,
-    rows, columns) float32, of each level. `anchors` is the number of anchors per cell."""
+    """For each level, the objectness logits, (images, anchors, rows, columns) float32, and the box regression outputs,
+    (images, 4 * anchors, rows, columns) float32. `anchors` is the number of anchors per cell."""
     nothing: Tensor
     """A scalar 0 that depends on every parameter."""
 
@@ -136,8 +136,8 @@ def anchor_losses(anchors: ImageAnchors, objects: ImageObjects, seed: Tensor, co
         count: number of anchors to sample.
     """
     matches_N = match_boxes(anchors.boxes, objects.boxes, _OBJECT_IOU, _BACKGROUND_IOU, keep_best=True)
-    ranks_N = random_ranks(seed, len(matches_N), _PURPOSE)
-    positive, negative = sample_balanced(matches_N >= 0, matches_N == BACKGROUND, count, _POSITIVE_SHARE, ranks_N)
+    priorities_N = random_priorities(seed, len(matches_N), _PURPOSE)
+    positive, negative = sample_balanced(matches_N >= 0, matches_N == BACKGROUND, count, _POSITIVE_SHARE, priorities_N)
     logits = torch.cat([anchors.logits[positive], anchors.logits[negative]])
     truth = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)]).float()
     objectness = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")

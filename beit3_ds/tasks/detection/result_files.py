@@ -1,4 +1,4 @@
-"""Reads and checks result files in COCO's format, which this or another program wrote."""
+"""Reads and checks result files in COCO's format, from this or another program."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

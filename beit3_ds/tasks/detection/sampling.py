@@ -18,7 +18,7 @@ def draw_seed(key: SampleKey) -> int:
     return int(key.rng("samplers").integers(1 << SEED_BITS))
 
 
-def random_ranks(seed: Tensor, count: int, purpose: int) -> Tensor:
+def random_priorities(seed: Tensor, count: int, purpose: int) -> Tensor:
     """Returns pseudo-random numbers that order the candidates for sampling, (count,) int64; equal on all devices.
 
     The candidates with the smallest numbers are sampled, so no random generator on the device is needed. The numbers
@@ -41,7 +41,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def sample_balanced(
-    is_positive_N: Tensor, is_negative_N: Tensor, size: int, positive_share: float, ranks_N: Tensor
+    is_positive_N: Tensor, is_negative_N: Tensor, size: int, positive_share: float, priorities_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Samples at most `size` candidates: positive ones up to `positive_share`, the rest negative.
 
@@ -51,24 +51,24 @@ def sample_balanced(
             negative.
         size: maximum number of candidates to sample.
         positive_share: maximum share of positive candidates in `size`.
-        ranks_N: random number of each candidate (`random_ranks`), (N,) int64.
+        priorities_N: random number of each candidate (`random_priorities`), (N,) int64.
 
     Returns:
         Indices of the sampled positive candidates and of the sampled negative candidates, each ascending.
     """
     most = int(size * positive_share)
-    first = _smallest(is_positive_N, most, ranks_N), _smallest(is_negative_N, size, ranks_N)
+    first = _smallest(is_positive_N, most, priorities_N), _smallest(is_negative_N, size, priorities_N)
     positive, negative = torch.stack([is_positive_N.sum(), is_negative_N.sum()]).tolist()  # waits for the device
     positive = min(positive, most)
     negative = min(negative, size - positive)
     return first[0][:positive].sort().values, first[1][:negative].sort().values
 
 
-def _smallest(is_wanted_N: Tensor, count: int, ranks_N: Tensor) -> Tensor:
-    """Returns `count` indices: first those of wanted candidates, in ascending order of `ranks_N`, then arbitrary
+def _smallest(is_wanted_N: Tensor, count: int, priorities_N: Tensor) -> Tensor:
+    """Returns `count` indices: first those of wanted candidates, in ascending order of `priorities_N`, then arbitrary
     others.
 
     Returns all indices if there are fewer than `count` candidates.
     """
-    ranks_N = torch.where(is_wanted_N, ranks_N, torch.iinfo(ranks_N.dtype).max)
-    return ranks_N.topk(min(count, len(ranks_N)), largest=False).indices
+    priorities_N = torch.where(is_wanted_N, priorities_N, torch.iinfo(priorities_N.dtype).max)
+    return priorities_N.topk(min(count, len(priorities_N)), largest=False).indices

@@ -112,9 +112,9 @@ def _parse_run_lengths(value: dict[str, Any], size: tuple[int, int]) -> bytes:
 def _count_pixels(counts: bytes) -> int:
     """Returns the sum of compressed run lengths in COCO's format.
 
-    A number is written in groups of five bits, the lowest group first. Each group is stored in a character: bits 0 to 4
-    of the character's code minus 48. Bit 5 is set if another group follows. From the fourth run on, the number is the
-    difference from the run length two runs before.
+    A number is written in groups of five bits, the lowest group first. Each group is stored in one character. The
+    character's code minus 48 has the group in bits 0 to 4, and has bit 5 set if another group follows. From the fourth
+    run on, the number is the difference from the run length two runs before.
 
     Raises:
         ValueError: if a character is invalid, the last number is cut off, or a length is negative.

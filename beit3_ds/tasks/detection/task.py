@@ -54,7 +54,7 @@ class DetectionRankTask(RankTask):
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Detects the objects in all images of a split; returns COCO's metrics, or no metrics without annotations.
 
-        With `folder`, also writes result files in COCO's format, a table of metrics per category and a page.
+        With `folder`, also writes result files in COCO's format, a table of metrics per category, and an HTML page.
         """
         results = detect_split(evaluator, split)
         if results is None or not len(results):

@@ -5,9 +5,9 @@
 | NLVR2 | `train.json`, `dev.json`, `test1.json`: one object per line, `identifier`, `sentence`, `label` | as below |
 | JSON lines | `left`, `right`, `sentence`, `label`, optional `id` and `group` | paths `left` and `right` |
 
-An identifier such as `dev-850-0-1` contains the split, the set of sentences, the pair of images and the sentence. The
-images of this entry are `dev-850-0-img0.png` and `dev-850-0-img1.png`. Training images are in subfolders; the key
-`directory` of an entry is the name of the subfolder.
+An identifier such as `dev-850-0-1` has the form SPLIT-SET-PAIR-SENTENCE: the split, and the numbers of the set of
+sentences, the pair of images and the sentence. The images of this entry are `dev-850-0-img0.png` and
+`dev-850-0-img1.png`. Training images are in subfolders; the key `directory` of an entry is the name of the subfolder.
 """
 
 import json
@@ -227,7 +227,7 @@ def read_nlvr2(path: str, folder: str) -> Statements:
 
 
 def _prefix(folder: str, split: str) -> str:
-    """Returns the subfolder of `folder` with a split's images, ending in "/"; empty without such a subfolder."""
+    """Returns the subfolder of `folder` that contains a split's images, with a "/" at the end; "" if there is none."""
     found = (name for name in (split, f"images/{split}") if os.path.isdir(os.path.join(folder, name)))
     name = next(found, "")
     return f"{name}/" if name else ""

@@ -40,7 +40,7 @@ class MaskedModelingHeads(Head):
             self.mlm = VocabParallelHead(config.hidden_size, config.text_vocab_size, chunk_size, tensor)
 
     @property
-    def word_table(self) -> VocabParallelHead | None:
+    def word_layer(self) -> VocabParallelHead | None:
         """Returns the MLM head, which predicts words; None in a model without texts.
 
         The weight of the MLM head may be tied to the word embedding.

@@ -16,8 +16,8 @@ from beit3_ds.data.packing import concatenate, pack_inputs, stack_colors, stack_
 from beit3_ds.tasks.pretraining.targets import with_masks
 
 ImageViews = Literal["both", "model", "tokenizer"]
-"""Resized copies of an image that a rank needs: "model" for the model's input on the first pipeline stage, "tokenizer"
-for the visual tokenizer on the last stage, and "both" on a rank with both stages."""
+"""Views of an image that a rank needs: "model" for the model's input on the first pipeline stage, "tokenizer" for the
+visual tokenizer on the last stage, and "both" on a rank with both stages."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +27,7 @@ class ImageSample:
     name: str
     """File of the sample and the sample's name in the file, for messages."""
     views: Views
-    """Two crops of the image: one for the model and one for the visual tokenizer."""
+    """Two views of one crop of the image: one for the model and one for the visual tokenizer."""
     patch_mask: NDArray[np.bool_]
     """True for masked patches, (patches,)."""
 

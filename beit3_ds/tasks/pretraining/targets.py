@@ -88,11 +88,11 @@ def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
 
 
 def prepare_batch(batch: PackedBatch, encode: Encode | None, device: torch.device) -> PackedBatch:
-    """Moves a micro-batch to `device` and adds the codes of the masked patches.
+    """Moves a micro-batch to `device`; pipeline stages with heads also add the codes of the masked patches.
 
     Args:
         batch: the batch in host memory.
-        encode: encodes images; None in a run without images and on pipeline stages without heads.
+        encode: encodes images; None in a run on texts only, and on pipeline stages without heads.
         device: device of the model.
     """
     batch = batch.to(device)
@@ -106,7 +106,7 @@ def encode_images(batch: PackedBatch, encode: Encode | None) -> Tensor:
 
     Args:
         batch: a batch with `TOKENIZER_PIXELS`.
-        encode: encodes images; None in a run without images.
+        encode: encodes images; None in a run on texts only, where the result is empty.
     """
     pixels = batch.targets[TOKENIZER_PIXELS]
     if encode is None:

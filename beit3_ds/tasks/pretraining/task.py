@@ -37,7 +37,7 @@ class PretrainingRankTask(RankTask):
     text_tokenizer: TextTokenizer | None
     """Text tokenizer; None in a run without texts and pairs."""
     encoder: CodeEncoder | None
-    """Encodes images as visual codes; None on pipeline stages without heads, and in a run without images and pairs."""
+    """Encodes images as visual codes; None on pipeline stages without heads, and in a run on texts only."""
 
     def start(self, mesh: Mesh, device: torch.device) -> None:
         """Moves the visual tokenizer to the device; the tensor-parallel ranks will share the encoding of images."""

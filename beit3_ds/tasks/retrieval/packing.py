@@ -12,16 +12,15 @@ from beit3_ds.data.packing import pack_inputs, stack_views
 from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
 from beit3_ds.tasks.retrieval.samples import RetrievalSample
 
-IMAGE_NUMBERS = "image_number"
+IMAGE_INDICES = "image_index"
 """Key in `PackedBatch.targets` and `StepFeatures.rows`: index of each image in its split, (images,) int64."""
-TEXT_NUMBERS = "text_number"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows`: number of each caption, (captions,) int64. The number is
-`MOST_CAPTIONS` times the image's index in its split, plus the caption's index among the image's captions."""
-MOST_CAPTIONS = 1 << 20
-"""Maximum number of captions per image. The id of a caption in `TEXT_NUMBERS` is the image's index times this value,
-plus the caption's index."""
+CAPTION_KEYS = "caption_key"
+"""Key in `PackedBatch.targets` and `StepFeatures.rows`: the captions' keys, (captions,) int64. A caption's key is the
+index of its image in the split, times `MAX_CAPTIONS`, plus the caption's index among the image's captions."""
+MAX_CAPTIONS = 1 << 20
+"""Maximum number of captions per image."""
 NUM_TERMS = 4
-"""Number of terms of the task; each term is a mean over image-text pairs."""
+"""Number of loss terms of the task; each term is a mean over image-text pairs."""
 
 _IMAGES, _TEXTS = 0, 3  # indices into `layout.PARTS`
 
@@ -52,12 +51,12 @@ def pack(
         sample_names=[s.name for s in samples] + [s.name for s in samples for _ in s.texts],
         sources=sources,
     )
-    numbers = [sample.number * MOST_CAPTIONS + place for sample in samples for place in range(len(sample.texts))]
+    keys = [sample.number * MAX_CAPTIONS + place for sample in samples for place in range(len(sample.texts))]
     targets = {
         IMAGE_IDS: [sample.image_id for sample in samples],
         TEXT_IDS: [text_id for sample in samples for text_id in sample.text_ids],
-        IMAGE_NUMBERS: [sample.number for sample in samples],
-        TEXT_NUMBERS: numbers,
+        IMAGE_INDICES: [sample.number for sample in samples],
+        CAPTION_KEYS: keys,
     }
     picked = batch.layout.first_rows(_IMAGES, _TEXTS)
     return dataclasses.replace(

@@ -17,7 +17,7 @@ from beit3_ds.data.samples import Stream
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
 from beit3_ds.tasks.retrieval.neighbours import best_candidates
-from beit3_ds.tasks.retrieval.packing import MOST_CAPTIONS
+from beit3_ds.tasks.retrieval.packing import MAX_CAPTIONS
 from beit3_ds.tasks.retrieval.recall import match_ranks, recall
 from beit3_ds.tasks.retrieval.samples import RetrievalSamples
 
@@ -34,25 +34,24 @@ class Retrieved:
     """Holds the features of all images and captions of a split, and computes recall and best candidates."""
 
     def __init__(
-        self, image_numbers: Tensor, image_ID: Tensor, text_numbers: Tensor, text_XD: Tensor, device: torch.device
+        self, image_indices: Tensor, image_ID: Tensor, caption_keys: Tensor, text_XD: Tensor, device: torch.device
     ) -> None:
         """Computes the rank of each image's best own caption, and the rank of each caption's image.
 
         A rank is the number of wrong candidates that score higher or tie (`match_ranks`).
 
         Args:
-            image_numbers: index of each image in its split, ascending, (images,) int64.
+            image_indices: index of each image in its split, ascending, (images,) int64.
             image_ID: features of images, (images, features).
-            text_numbers: number of each caption, ascending, (captions,) int64: `MOST_CAPTIONS` times the index of the
-                caption's image in the split, plus the caption's index among the image's captions.
+            caption_keys: key of each caption (`CAPTION_KEYS`), ascending, (captions,) int64.
             text_XD: features of captions, (captions, features).
             device: device on which scores are computed.
         """
-        self.image_numbers, self.text_numbers = image_numbers, text_numbers
+        self.image_indices, self.caption_keys = image_indices, caption_keys
         self._image_ID, self._text_XD = image_ID.to(device), text_XD.to(device)
-        owner_X = torch.searchsorted(image_numbers, text_numbers // MOST_CAPTIONS)
+        owner_X = torch.searchsorted(image_indices, caption_keys // MAX_CAPTIONS)
         self.image_of_text: list[int] = owner_X.tolist()
-        self.texts_of_image: list[list[int]] = [[] for _ in range(len(image_numbers))]
+        self.texts_of_image: list[list[int]] = [[] for _ in range(len(image_indices))]
         for text, image in enumerate(self.image_of_text):
             self.texts_of_image[image].append(text)
         self.text_ranks = match_ranks(self._image_ID, self._text_XD, self.texts_of_image)
@@ -153,7 +152,7 @@ class ResultFiles:
             )
 
     def _locate(self, image: int) -> tuple[RetrievalSamples, int]:
-        samples, index = self.stream.sources.locate(int(self.retrieved.image_numbers[image]))
+        samples, index = self.stream.sources.locate(int(self.retrieved.image_indices[image]))
         assert isinstance(samples, RetrievalSamples), "the stream of pairs has other samples"
         return samples, index
 
@@ -163,7 +162,7 @@ class ResultFiles:
 
     def _caption(self, text: int) -> str:
         samples, index = self._locate(self.retrieved.image_of_text[text])
-        return samples.captions(index)[int(self.retrieved.text_numbers[text]) % MOST_CAPTIONS]
+        return samples.captions(index)[int(self.retrieved.caption_keys[text]) % MAX_CAPTIONS]
 
     def _image(self, image: int) -> Any:
         samples, index = self._locate(image)

@@ -93,7 +93,7 @@ class RetrievalSamples(CaptionedSamples):
 
 
 def caption_of_epoch(count: int, key: SampleKey) -> int:
-    """Returns the index of an image's caption for training in one epoch.
+    """Returns the index of the caption that training uses for an image in one epoch.
 
     Over `count` epochs, each caption of the image is used once. After that, the captions get a new random order.
 

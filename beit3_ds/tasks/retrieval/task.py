@@ -18,7 +18,7 @@ from beit3_ds.tasks.results import SampleResults
 from beit3_ds.tasks.retrieval.config import RetrievalConfig
 from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, TEXT_FEATURES, ContrastiveHead
-from beit3_ds.tasks.retrieval.packing import IMAGE_NUMBERS, TEXT_NUMBERS, pack
+from beit3_ds.tasks.retrieval.packing import CAPTION_KEYS, IMAGE_INDICES, pack
 from beit3_ds.tasks.retrieval.results import ResultFiles, Retrieved
 from beit3_ds.tasks.retrieval.samples import CAPTION_FORMATS, build_stream, open_sources
 from beit3_ds.tasks.task import Headline, Task, Term
@@ -46,8 +46,8 @@ class RetrievalRankTask(RankTask):
         for _, features in evaluator.predict(evaluator.batches(split)):
             if features is not None and evaluator.mesh.tensor.rank == 0:
                 rows = features.rows
-                images.add(rows[IMAGE_NUMBERS], features=rows[IMAGE_FEATURES])
-                texts.add(rows[TEXT_NUMBERS], features=rows[TEXT_FEATURES])
+                images.add(rows[IMAGE_INDICES], features=rows[IMAGE_FEATURES])
+                texts.add(rows[CAPTION_KEYS], features=rows[TEXT_FEATURES])
         found_images, found_texts = images.gather(evaluator.mesh), texts.gather(evaluator.mesh)
         if found_images is None or found_texts is None or not len(found_images):
             return {}

@@ -127,7 +127,7 @@ class LabelMaps:
             return image, np.full(image.size[::-1], IGNORED, dtype=np.uint8)
         labels = self.labels(index)
         if labels.shape != image.size[::-1]:
-            difference = sizes_differ(labels.shape[::-1], image.size)
+            difference = describe_size_difference(labels.shape[::-1], image.size)
             raise BrokenRecordError(f"{self._label_path(index)}: broken label map: {difference}")
         return image, labels
 
@@ -176,7 +176,9 @@ class LabelMaps:
         try:
             check_sides(image_size)
             if label_size is not None and label_size not in (image_size, image_size[::-1]):
-                raise ValueError(f"{printable(self._label_path(index))}: {sizes_differ(label_size, image_size)}")
+                raise ValueError(
+                    f"{printable(self._label_path(index))}: {describe_size_difference(label_size, image_size)}"
+                )
         except ValueError as error:
             raise ConfigError(
                 f"segmentation: {self.name(index)}: {error}. Repair the file, or remove the image and its label map."
@@ -269,7 +271,7 @@ def open_label_maps(source: SourceConfig, num_classes: int, *, is_complete: bool
     )
 
 
-def sizes_differ(labels: tuple[int, ...], image: tuple[int, ...]) -> str:
+def describe_size_difference(labels: tuple[int, ...], image: tuple[int, ...]) -> str:
     """Returns the message that a label map and its image have different sizes.
 
     Args:

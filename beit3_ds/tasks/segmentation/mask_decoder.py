@@ -139,7 +139,7 @@ def decoder_initial_value(
     Follows the original code of Mask2Former. The query decoder's layers and the projections of deformable attention are
     Xavier-uniform. In deformable attention, the layers that compute sampling offsets and attention weights have weight
     0, and the offsets' bias is `ring_offsets`. Queries and level vectors are standard normal. The mask embedder is
-    uniform, like torch's linear layers. Other weights are normal with standard deviation 0.02.
+    uniform, like torch's linear layers. Other weights are normal with standard deviation 0.02. All other biases are 0.
 
     Args:
         name: name of the parameter within the decoder, such as `queries.decoder.layers.0.fc1.weight`.

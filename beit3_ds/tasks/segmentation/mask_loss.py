@@ -13,11 +13,11 @@ from beit3_ds.tasks.segmentation.config import SegmentationConfig
 from beit3_ds.tasks.segmentation.mask_decoder import QueryPredictions, mask2former_config, mask2former_parts
 
 NO_OBJECT_WEIGHT = 0.1
-"""Weight in the class term of a query without a target mask, as in Mask2Former. A query with a target mask has weight
-1."""
+"""Weight of unmatched queries in the class term, as in Mask2Former. A query that is matched with a target mask has
+weight 1."""
 QUERY_UNITS = 10
-"""Weight, in the sum `TermCounts.classes`, of a query that is matched with a target mask. Any other query has weight 1.
-"""
+"""Weight of matched queries in the sum `TermCounts.classes`, as a multiple of `NO_OBJECT_WEIGHT`. An unmatched query
+has weight 1."""
 
 
 class TermCounts(NamedTuple):

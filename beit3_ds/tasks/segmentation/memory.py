@@ -63,7 +63,7 @@ def _prior(model: ModelConfig, adapter: AdapterConfig, element_size: int) -> int
 def _interactions(model: ModelConfig, adapter: AdapterConfig, element_size: int, *, recomputes: bool) -> int:
     """Returns the bytes of activations that autograd keeps for all injectors and extractors.
 
-    With recomputation, autograd keeps only the inputs of these modules.
+    With recomputation, autograd keeps only the inputs of these modules, and the last outputs.
     """
     hidden, patches, coarser = model.hidden_size, model.num_patches, _coarser(model)
     width, number = adapter.value_size(hidden), adapter.num_interactions

@@ -31,8 +31,8 @@ NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
 """Keys in `PackedBatch.targets` for whole images.
 
 `NUMBERS` is the index of each image in its split, (images,) int64. `SIZES` is the height and width of each image in
-pixels, (images, 2) int64. `PIXELS` and `TRUTH` are the pixels and the classes of all images, each flattened to one
-uint8 vector.
+pixels, (images, 2) int64. `PIXELS` is one flat uint8 vector with the pixels of all images. `TRUTH` is one flat uint8
+vector with the class of each pixel.
 """
 
 

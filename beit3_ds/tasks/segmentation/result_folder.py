@@ -14,7 +14,7 @@ from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES
 from beit3_ds.data.images.folder import open_folder
 from beit3_ds.printing import printable
 from beit3_ds.tasks.segmentation.confusion import Confusion
-from beit3_ds.tasks.segmentation.files import LabelMaps, decode_labels, sizes_differ
+from beit3_ds.tasks.segmentation.files import LabelMaps, decode_labels, describe_size_difference
 
 _EXTENSION = ".png"
 
@@ -54,7 +54,7 @@ def _score_image(folder: Folder, source: LabelMaps, index: int, num_classes: int
     try:
         predicted = _classes(decode_labels(folder.read(name, MAX_IMAGE_BYTES)), num_classes)
         if predicted.shape != truth.shape:
-            raise ValueError(sizes_differ(predicted.shape[::-1], truth.shape[::-1]))
+            raise ValueError(describe_size_difference(predicted.shape[::-1], truth.shape[::-1]))
     except (OSError, ValueError) as error:
         where = printable(os.path.join(folder.path, name))
         raise ConfigError(f"results: {where}: broken prediction: {error}. Correct the file.") from error

@@ -46,5 +46,5 @@ def pack(
 
 
 def with_teacher_features(batch: PackedBatch, features_BNE: Tensor) -> PackedBatch:
-    """Returns the batch with the teacher's features of its images, (images, patches, features), as a target."""
+    """Returns the batch with an additional target: the teacher's features, (images, patches, features)."""
     return batch.with_targets({**batch.targets, TEACHER_FEATURES: features_BNE})

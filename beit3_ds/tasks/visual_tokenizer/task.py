@@ -80,9 +80,9 @@ class TokenizerRankTask(RankTask):
         _tokenizer(evaluator).is_quantized = done > self.continuous_steps
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
-        """Updates the codebook from the vectors of a whole step; the data-parallel ranks sum the codebook's totals.
+        """Updates the codebook from the vectors of a whole step. The data-parallel ranks sum `Quantizer.totals`.
 
-        A skipped step leaves the codebook unchanged.
+        The codebook stays unchanged after a skipped step, and before quantization begins.
         """
         model = _tokenizer(evaluator)
         quantizer = model.quantize

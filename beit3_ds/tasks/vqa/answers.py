@@ -51,13 +51,13 @@ def normalize_answer(answer: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in numbered if word not in _ARTICLES)
 
 
-def accuracy_of_share(num_matches: int, num_answers: int) -> float:
+def accuracy_of_matches(num_matches: int, num_answers: int) -> float:
     """Returns the accuracy, from 0 to 1, of an answer that `num_matches` of `num_answers` people gave.
 
     The official accuracy is defined for ten people (Antol et al., 2015, arXiv:1505.00468). The accuracy is the mean of
-    min(1, m / 3) over the ten subsets of nine people, where m people of a subset gave the answer. Possible values are
-    0, .3, .6, .9 and 1. For another number of people, `num_matches` is first scaled to ten people. If only one person
-    was asked, that person's answer therefore has the accuracy 1.
+    min(1, m / 3) over the ten subsets of nine people, where m people of a subset gave the answer. With ten people, the
+    possible values are 0, .3, .6, .9 and 1. For another number of people, `num_matches` is first scaled to ten people.
+    If only one person was asked, that person's answer therefore has the accuracy 1.
 
     Raises:
         ConfigError: if there are no answers.
@@ -75,7 +75,7 @@ def soft_scores(answers: Sequence[str]) -> dict[str, float]:
     The keys are the answers as `normalize_answer` returns them.
     """
     counts = Counter(map(normalize_answer, answers))
-    return {answer: accuracy_of_share(count, len(answers)) for answer, count in counts.items()}
+    return {answer: accuracy_of_matches(count, len(answers)) for answer, count in counts.items()}
 
 
 def main_answer(answers: Sequence[str]) -> str:

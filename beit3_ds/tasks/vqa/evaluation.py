@@ -71,8 +71,8 @@ class AnsweredSplit:
         return len(self._numbers)
 
     @property
-    def has_people(self) -> bool:
-        """Returns whether people have answered all questions of the split, so that the answers can be scored."""
+    def has_human_answers(self) -> bool:
+        """Returns whether people have answered all questions of the split, so that answers can be scored."""
         return all(samples.questions.has_answers for samples in self._questions())
 
     def locate(self, place: int) -> tuple[VqaQuestions, int]:
@@ -91,7 +91,7 @@ class AnsweredSplit:
 
         Returns an empty dictionary if a source has questions without answers from people.
         """
-        if not self.has_people or not len(self):
+        if not self.has_human_answers or not len(self):
             return {}
         scored = (self._scored(place) for place in range(len(self)))
         means = {"answers": "loss", "soft_accuracy": "score"}

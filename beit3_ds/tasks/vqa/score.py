@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from beit3_ds.tasks.vqa.answers import accuracy_of_share, normalize_answer, strip_answer
+from beit3_ds.tasks.vqa.answers import accuracy_of_matches, normalize_answer, strip_answer
 
 
 class ScoredQuestion(NamedTuple):
@@ -34,7 +34,7 @@ def question_accuracy(answers: Sequence[str], prediction: str) -> float:
     prediction = strip_answer(prediction)
     if len(set(given)) > 1:
         given, prediction = [normalize_answer(answer) for answer in given], normalize_answer(prediction)
-    return accuracy_of_share(given.count(prediction), len(given))
+    return accuracy_of_matches(given.count(prediction), len(given))
 
 
 def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:

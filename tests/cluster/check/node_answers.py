@@ -44,7 +44,7 @@ def healthy(count: int, slots: int = 8) -> Inspection:
             tokens_missing=(),
             listener={"wanted": 29500 if index == 0 else 0, "port": 29500 if index == 0 else 40000, "owner": None},
             connections={other: {"own": "", "interface": "eth0"} for other in names},
-            own_address=f"10.0.0.{index + 1}",
+            source_address=f"10.0.0.{index + 1}",
             interface="eth0",
         )
         for index, name in enumerate(names)

@@ -28,6 +28,6 @@ def test_a_cell_is_marked_for_its_host_or_for_all() -> None:
 def test_a_silent_node_has_empty_cells() -> None:
     inspection = healthy(1)
     node = inspection.answers[0]
-    node.machine = node.software = node.gpus = node.files = node.clock = node.own_address = node.listener = None
+    node.machine = node.software = node.gpus = node.files = node.clock = node.source_address = node.listener = None
     node.tokens_missing, node.disks = None, {}
     assert describe_nodes(inspection, []).splitlines()[1].split() == ["node0", "8", "none", *["-"] * 12]

@@ -131,7 +131,7 @@ def test_a_renumbered_source_begins_its_next_epoch_and_says_so() -> None:
     run.sources["a"].insert(3, "between")
     (change,) = run.restart()
     assert "source 'a' has 11 samples instead of 10, which are numbered differently" in change
-    assert "repeats of samples from the last epoch cannot be excluded" in change
+    assert "repeats of samples from this epoch cannot be excluded" in change
     run.take(14)
     run.check_no_repeats()
     assert {path for epoch, path, _ in run.seen[6:] if epoch == 0} == {"b"}

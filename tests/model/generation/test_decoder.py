@@ -30,7 +30,7 @@ def whole_pass(model: TaskModel, image: Tensor, ids: list[int]) -> Tensor:
     batch = pack_inputs(model.config, None, None, (image[None], [[*ids, MASK]]), torch.device("cpu"))
     object.__setattr__(batch, "causal_captions", True)
     h_TD = model.run_layers(batch)
-    return model.heads.word_table.logits(h_TD[-1:])[0].log_softmax(0)
+    return model.heads.word_layer.logits(h_TD[-1:])[0].log_softmax(0)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "vit_adapter.safete
 SIZE, PATCHES = (64, 96), (4, 6)
 
 
-def _own_name(name: str) -> str:
+def _own_name_address(name: str) -> str:
     """Returns this project's name of a parameter of the original program."""
     if stem := re.fullmatch(r"spm\.stem\.(\d)\.(\w+)", name):  # convolution, norm, ReLU, three times
         number, is_norm = divmod(int(stem[1]), 3)
@@ -37,7 +37,9 @@ def adapter(golden: dict[str, Tensor]) -> ViTAdapter:
     config = AdapterConfig(conv_channels=8, num_interactions=2, num_heads=4, adds_trunk_features=False)
     built = ViTAdapter(config, hidden_size=32, num_layers=4, build_norm=nn.BatchNorm2d)  # the original's norm
     weights = {name.removeprefix("weights."): value for name, value in golden.items() if name.startswith("weights.")}
-    built.load_state_dict({_own_name(name): value for name, value in weights.items() if not name.startswith("trunk.")})
+    built.load_state_dict(
+        {_own_name_address(name): value for name, value in weights.items() if not name.startswith("trunk.")}
+    )
     return built.eval()
 
 

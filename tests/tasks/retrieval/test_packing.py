@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
-from beit3_ds.tasks.retrieval.packing import IMAGE_NUMBERS, MOST_CAPTIONS, TEXT_NUMBERS, pack
+from beit3_ds.tasks.retrieval.packing import CAPTION_KEYS, IMAGE_INDICES, MAX_CAPTIONS, pack
 from beit3_ds.tasks.retrieval.samples import RetrievalSample
 from tests.batches import small_model_config
 
@@ -38,8 +38,8 @@ def test_rows_and_draws_belong_to_their_sequences() -> None:
 def test_an_evaluation_has_all_captions_of_an_image() -> None:
     batch = pack([build_sample(5, (4, 3)), build_sample(7, (3,))], None, {"pairs": 0}, MODEL, embeds=False)
     assert batch.pixels is None and batch.head_row_counts == (2, 0, 0, 3)
-    assert batch.targets[IMAGE_NUMBERS].tolist() == [5, 7]
-    assert batch.targets[TEXT_NUMBERS].tolist() == [5 * MOST_CAPTIONS, 5 * MOST_CAPTIONS + 1, 7 * MOST_CAPTIONS]
+    assert batch.targets[IMAGE_INDICES].tolist() == [5, 7]
+    assert batch.targets[CAPTION_KEYS].tolist() == [5 * MAX_CAPTIONS, 5 * MAX_CAPTIONS + 1, 7 * MAX_CAPTIONS]
 
 
 def test_a_batch_may_be_empty() -> None:

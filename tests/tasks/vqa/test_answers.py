@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError
-from beit3_ds.tasks.vqa.answers import AnswerVocabulary, accuracy_of_share, main_answer, normalize_answer, soft_scores
+from beit3_ds.tasks.vqa.answers import AnswerVocabulary, accuracy_of_matches, main_answer, normalize_answer, soft_scores
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_soft_scores_average_over_nine_of_ten(answers: list[str]) -> None:
 
 def test_other_numbers_of_answers() -> None:
     assert soft_scores(["Red."]) == {"red": 1.0}  # catches a question with one answer that can never be right
-    assert 0 < accuracy_of_share(1, 30) < accuracy_of_share(2, 30) < 1
+    assert 0 < accuracy_of_matches(1, 30) < accuracy_of_matches(2, 30) < 1
     with pytest.raises(ConfigError, match="without answers"):
-        accuracy_of_share(0, 0)
+        accuracy_of_matches(0, 0)
 
 
 def test_answers_in_one_normal_form_count_together() -> None:
