@@ -64,7 +64,7 @@ class Watchdog:
 
         Args:
             parallel: config with the timeouts.
-            mesh: mesh of the initialised process group. It provides this rank's activity, and descriptions of all ranks.
+            mesh: mesh of the initialised process group. It provides this rank's activity, and describes all ranks.
             store: separate connection to the store where ranks meet, with a timeout of `STORE_SECONDS`.
             signals: stop signals of this process, which are forwarded to all ranks.
             end: ends this process at once, even if the main thread is blocked in a collective.
